@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backends: the engines that run the three primitives, and the choice between them.
+
+A backend is a class with the attributes of `Backend`. The same predicate, ``unsupported_reasons``,
+chooses and explains; nothing is copied or converted to make a backend fit.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from ..errors import BackendError, mismatch
+from ..problem import Problem
+
+# The integers travel in exported programs: a number, once given, is never reused.
+CODES = {"auto": 0, "reference": 1, "vendor": 2, "cpu": 3, "triton": 4, "cuda": 5}
+NAMES = {code: name for name, code in CODES.items()}
+
+# A prepared primitive: called again and again with the tensors of the problem.
+Runner = Callable[..., Tensor]
+
+# How much faster than `vendor` a prediction must be where nothing was measured on this hardware.
+UNMEASURED_MARGIN = 1.3
+
+
+class Backend(Protocol):
+    """What every engine offers.
+
+    Attributes:
+        name: one of `CODES`.
+    """
+
+    name: str
+
+    def unsupported_reasons(self, problem: Problem) -> list[str]:
+        """Lists, in sentences, why this engine cannot run the problem; empty when it can."""
+        ...
+
+    def estimate(self, problem: Problem) -> float:
+        """Predicts the time of one call, in seconds."""
+        ...
+
+    def measured(self, problem: Problem) -> bool:
+        """Tells whether the prediction rests on a measurement of this kind of hardware."""
+        ...
+
+    def efficiency(self, problem: Problem) -> float:
+        """Returns useful over executed multiply-accumulates, at most 1."""
+        ...
+
+    def fprop(self, problem: Problem) -> Runner:
+        """Prepares y = act(scale · conv(x, w) + shift + residual).
+
+        Returns:
+            A callable (x, w, scale, shift, residual) -> y.  # [N, F, OH, OW]
+        """
+        ...
+
+    def dgrad(self, problem: Problem) -> Runner:
+        """Prepares the gradient of conv(x, w) by x.
+
+        Returns:
+            A callable (dy, w) -> dx.  # [N, C, H, W]
+        """
+        ...
+
+    def wgrad(self, problem: Problem) -> Runner:
+        """Prepares the gradient of conv(x, w) by w, dead entries zero, in `weight_dtype`.
+
+        Returns:
+            A callable (dy, x) -> dw.  # [F, C, KH, KW] or [live]
+        """
+        ...
+
+
+class Choice(NamedTuple):
+    """The engine that runs a problem, made ready.
+
+    Attributes:
+        backend: the engine.
+        problem: what it runs.
+        run: the prepared callable of the problem's verb.
+    """
+
+    backend: Backend
+    problem: Problem
+    run: Runner
+
+
+@cache
+def _engines() -> dict[str, Backend]:
+    from .reference import Reference
+    from .vendor import Vendor
+
+    return {"vendor": Vendor(), "reference": Reference()}
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names the backends that this installation has, in the order in which `auto` asks them."""
+    return tuple(_engines())
+
+
+def get_backend(name: str) -> Backend:
+    """Returns the engine of that name.
+
+    Raises:
+        BackendError: there is none in this installation.
+    """
+    engine = _engines().get(name)
+    if engine is None:
+        known = "is not built here" if name in CODES else "is unknown"
+        raise BackendError(
+            f"backend {name!r} {known}; expected one of "
+            f"{', '.join(('auto', *available_backends()))}. `hetconv info` lists what is built."
+        )
+    return engine
+
+
+def backend_code(name: str | None) -> int:
+    """Returns the integer that travels in an operator call for a backend's name.
+
+    None stands for what `use_backend` or HETCONV_BACKEND says.
+
+    Raises:
+        BackendError: the name is unknown, or not built here.
+    """
+    if name is None:
+        return _forced
+    if name != "auto":
+        get_backend(name)
+    return CODES[name]
+
+
+def choose(problem: Problem, code: int) -> Choice:
+    """Picks the engine for a problem: a pure function of the problem and the forced code.
+
+    Raises:
+        BackendError: the backend that was asked for cannot run the problem; all its reasons are
+            in the message.
+    """
+    if code not in NAMES:
+        raise BackendError(mismatch("backend code", code, f"one of {NAMES}"))
+    if code:
+        engine = get_backend(NAMES[code])
+        reasons = engine.unsupported_reasons(problem)
+        if reasons:
+            raise BackendError(
+                f"backend {engine.name!r} cannot run this {problem.verb}: {' '.join(reasons)} "
+                "Use backend='auto' or backend='vendor'."
+            )
+        return _ready(engine, problem)
+    best = vendor = get_backend("vendor")
+    best_time = vendor.estimate(problem)
+    for engine in _engines().values():
+        if engine.name in ("vendor", "reference") or engine.unsupported_reasons(problem):
+            continue
+        margin = 1.0 if engine.measured(problem) else UNMEASURED_MARGIN
+        time = engine.estimate(problem) * margin
+        if time < best_time:
+            best, best_time = engine, time
+    return _ready(best, problem)
+
+
+def _ready(engine: Backend, problem: Problem) -> Choice:
+    prepare = {"fprop": engine.fprop, "dgrad": engine.dgrad, "wgrad": engine.wgrad}[problem.verb]
+    return Choice(engine, problem, prepare(problem))
+
+
+# The forced backend ---------------------------------------------------------------------------
+
+
+def forced_code() -> int:
+    """Returns the code that `use_backend` or HETCONV_BACKEND set; 0 is auto."""
+    return _forced
+
+
+def use_backend(name: str) -> AbstractContextManager[None]:
+    """Forces a backend for the whole process, as a plain call or as a context manager.
+
+    Like the flags of ``torch.backends`` it is one switch for all threads. ``"auto"`` lifts it.
+    The environment variable HETCONV_BACKEND sets it at import.
+
+    Raises:
+        BackendError: the name is unknown, or not built here.
+    """
+    global _forced
+    before, _forced = _forced, backend_code(name)
+    return _restored(before)
+
+
+@contextmanager
+def _restored(before: int) -> Iterator[None]:
+    global _forced
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def _from_environment() -> int:
+    name = os.environ.get("HETCONV_BACKEND", "auto")
+    if name not in CODES:
+        raise BackendError(mismatch("HETCONV_BACKEND", repr(name), f"one of {', '.join(CODES)}"))
+    return CODES[name]
+
+
+_forced = _from_environment()

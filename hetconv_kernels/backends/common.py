@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pieces that the engines written in PyTorch share."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..packing import mask_on
+from ..problem import Pads, Problem
+
+_ACTS = {
+    "none": lambda y: y,
+    "relu": torch.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "gelu": F.gelu,
+}
+
+
+def epilogue(
+    y: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, act: str
+) -> Tensor:
+    """Computes act(scale · y + shift + residual), per filter, in the dtype of y.
+
+    16-bit results are rounded once, after the activation, as a fused kernel does.
+    """
+    if scale is None and shift is None and residual is None:
+        return _ACTS[act](y)
+    dtype = y.dtype
+    if dtype.itemsize == 2:
+        y = y.float()
+    if scale is not None:
+        y = y * scale.to(y.dtype)[:, None, None]
+    if shift is not None:
+        y = y + shift.to(y.dtype)[:, None, None]
+    if residual is not None:
+        y = y + residual
+    return _ACTS[act](y).to(dtype)
+
+
+def channel_statistics(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums y and y² per filter, in float32 (float64 for float64).  # [F], [F]"""
+    wide = y.double() if y.dtype == torch.float64 else y.float()
+    return wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3))
+
+
+def pad_image(x: Tensor, pads: Pads) -> Tensor:
+    """Adds the zeros of `pads` around the image."""
+    top, bottom, left, right = pads
+    return F.pad(x, (left, right, top, bottom))
+
+
+def crop_image(x: Tensor, pads: Pads) -> Tensor:
+    """Takes off what `pad_image` added."""
+    top, bottom, left, right = pads
+    return x[:, :, top : x.shape[2] - bottom, left : x.shape[3] - right]
+
+
+def weight_gradient(problem: Problem, dense: Tensor) -> Tensor:
+    """Brings a dense weight gradient to the canonical form: dead entries zero, or live only."""
+    mask = mask_on(problem.support, dense.device)
+    dense = dense.to(problem.weight_dtype)
+    if problem.live_weight:
+        return dense[mask].view(problem.weight_shape)
+    dense = dense.masked_fill(~mask, 0)
+    if len(problem.weight_shape) == 2:
+        return dense.view(problem.weight_shape)
+    return dense.contiguous(memory_format=problem.format)

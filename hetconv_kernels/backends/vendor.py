@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vendor`: PyTorch's own convolution (oneDNN, cuDNN) on the masked dense weight.
+
+It is the promise that `auto` is never slower than what the user had: a weight whose dead entries
+are zero, as the layers keep theirs, is passed on as it is, so a call is one ``torch.conv2d``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..packing import CleanCheck, FrozenCache, dense_weight, live_weight
+from ..problem import Problem
+from . import Runner
+from .common import crop_image, epilogue, pad_image, weight_gradient
+
+# Nominal dense rates: MAC/s, byte/s, seconds a launch. They only order backends that nobody has
+# measured on the hardware at hand.
+_RATES = {"cpu": (5e10, 2e10, 5e-6), "cuda": (1e14, 2e12, 5e-6)}
+
+
+def dense_seconds(problem: Problem, work: float = 1.0, launches: int = 1) -> float:
+    """Predicts the time of a dense engine at nominal rates.
+
+    Args:
+        problem: what runs.
+        work: the fraction of the dense multiply-accumulates that is executed.
+        launches: kernels started.
+
+    Returns:
+        Seconds.
+    """
+    macs, bandwidth, launch = _RATES.get(problem.device.type, _RATES["cpu"])
+    compute = problem.dense_macs * work / macs
+    return max(compute, problem.bytes_moved / bandwidth) + launches * launch
+
+
+class Vendor:
+    """``torch.conv2d`` and its two gradients, grouped where the Support is an equal grouping."""
+
+    name = "vendor"
+
+    def unsupported_reasons(self, problem: Problem) -> list[str]:
+        """Nothing is refused."""
+        return []
+
+    def estimate(self, problem: Problem) -> float:
+        """Predicts the time of the dense (or equally grouped) convolution, in seconds."""
+        return dense_seconds(problem, work=1 / (problem.support.uniform_groups or 1))
+
+    def measured(self, problem: Problem) -> bool:
+        """The prediction rests on nominal rates."""
+        return False
+
+    def efficiency(self, problem: Problem) -> float:
+        """Every weight of the dense (or equally grouped) convolution is multiplied."""
+        return problem.support.density * (problem.support.uniform_groups or 1)
+
+    def fprop(self, problem: Problem) -> Runner:
+        """Prepares y = act(scale · conv(x, w) + shift + residual)."""
+        geometry, dtype, conv2d = problem.geometry, problem.dtype, torch.conv2d
+        padding, uneven = geometry.symmetric_padding or (0, 0), geometry.symmetric_padding is None
+        groups = geometry.support.uniform_groups or 1
+        stride, dilation = geometry.stride, geometry.dilation
+        weight = self._weight(problem)
+
+        def run_plain(
+            x: Tensor, w: Tensor, _scale: None, shift: Tensor | None, _residual: None
+        ) -> Tensor:
+            if shift is not None and shift.dtype is not dtype:
+                shift = shift.to(dtype)
+            return conv2d(x, weight(w), shift, stride, padding, dilation, groups)
+
+        def run(
+            x: Tensor,
+            w: Tensor,
+            scale: Tensor | None,
+            shift: Tensor | None,
+            residual: Tensor | None,
+        ) -> Tensor:
+            if not problem.batch:
+                return x.new_empty(problem.y_shape, memory_format=problem.format)
+            if uneven:
+                x = pad_image(x, geometry.pads)
+            y = conv2d(x, weight(w), None, stride, padding, dilation, groups)
+            y = epilogue(y, scale, shift, residual, problem.act)
+            return y.contiguous(memory_format=problem.format)
+
+        def run_linear(
+            x: Tensor, w: Tensor, _scale: None, shift: Tensor | None, _residual: None
+        ) -> Tensor:
+            if shift is not None and shift.dtype is not dtype:
+                shift = shift.to(dtype)
+            return F.linear(x.flatten(1), weight(w).flatten(1), shift)[:, :, None, None]
+
+        fused = problem.act != "none" or {"scale", "residual"} & set(problem.epilogue)
+        if fused or uneven or not problem.batch:
+            return run
+        return run_linear if _is_linear(problem) else run_plain
+
+    def dgrad(self, problem: Problem) -> Runner:
+        """Prepares dx."""
+        geometry = problem.geometry
+        padding, uneven = geometry.symmetric_padding or (0, 0), geometry.symmetric_padding is None
+        n, c, height, width = problem.x_shape
+        if uneven:
+            top, bottom, left, right = geometry.pads
+            height, width = height + top + bottom, width + left + right
+        weight = self._weight(problem)
+        if _is_linear(problem):
+            return lambda dy, w: (dy.flatten(1) @ weight(w).flatten(1))[:, :, None, None]
+
+        def run(dy: Tensor, w: Tensor) -> Tensor:
+            if not n:
+                return dy.new_empty(problem.x_shape, memory_format=problem.format)
+            dx, _, _ = torch.ops.aten.convolution_backward(
+                dy,
+                dy.new_empty(1).expand(n, c, height, width),
+                weight(w),
+                None,
+                geometry.stride,
+                padding,
+                geometry.dilation,
+                False,
+                (0, 0),
+                geometry.support.uniform_groups or 1,
+                (True, False, False),
+            )
+            if uneven:
+                dx = crop_image(dx, geometry.pads)
+            return dx.contiguous(memory_format=problem.format)
+
+        return run
+
+    def wgrad(self, problem: Problem) -> Runner:
+        """Prepares dw."""
+        geometry, support = problem.geometry, problem.support
+        padding, uneven = geometry.symmetric_padding or (0, 0), geometry.symmetric_padding is None
+        groups, shape = support.uniform_groups or 1, _weight_shape(problem)
+
+        def gradient(dy: Tensor, x: Tensor) -> Tensor:
+            if not problem.batch:
+                return x.new_zeros(shape)
+            if _is_linear(problem):
+                return (dy.flatten(1).T @ x.flatten(1))[:, :, None, None]
+            if uneven:
+                x = pad_image(x, geometry.pads)
+            _, dw, _ = torch.ops.aten.convolution_backward(
+                dy,
+                x,
+                x.new_empty(1).expand(shape),
+                None,
+                geometry.stride,
+                padding,
+                geometry.dilation,
+                False,
+                (0, 0),
+                groups,
+                (False, True, False),
+            )
+            return dw
+
+        def run(dy: Tensor, x: Tensor) -> Tensor:
+            return weight_gradient(problem, gradient(dy, x))
+
+        def run_grouped(dy: Tensor, x: Tensor) -> Tensor:
+            # The live vector of an equal grouping is exactly nn.Conv2d's grouped weight.
+            live = gradient(dy, x).to(problem.weight_dtype)
+            if problem.live_weight:
+                return live.reshape(problem.weight_shape)
+            dw = dense_weight(support, live, problem.weight_dtype)
+            return dw.contiguous(memory_format=problem.format)
+
+        return run if groups == 1 else run_grouped
+
+    @staticmethod
+    def _weight(problem: Problem) -> Callable[[Tensor], Tensor]:
+        """Returns what turns the canonical weight into the one that ``torch.conv2d`` takes."""
+        support, dtype, layout = problem.support, problem.dtype, problem.format
+        shape = _weight_shape(problem)
+        # An equal grouping's live vector, and a dense weight, are nn.Conv2d's own weight already.
+        grouped = support.uniform_groups is not None
+        whole = grouped and (problem.live_weight or support.is_dense)
+        same = problem.weight_dtype == dtype
+        if whole and same:
+            return lambda w: w if w.dim() == 4 else w.view(shape)
+
+        def build(w: Tensor) -> Tensor:
+            if whole:
+                return w.to(dtype).reshape(shape)
+            if grouped:
+                return live_weight(support, w).to(dtype).view(shape)
+            return dense_weight(support, w, dtype).contiguous(memory_format=layout)
+
+        if problem.live_weight:
+            key = ("vendor", dtype, layout)
+            cache: FrozenCache = support.derived.setdefault(key, FrozenCache(build))
+            return cache
+        # float64 is for checking (gradcheck writes through .data): there every call masks.
+        if grouped or not same or dtype == torch.float64:
+            return build
+        clean: CleanCheck = support.derived.setdefault("clean", CleanCheck(support))
+        if len(problem.weight_shape) == 2:
+            return lambda w: w.view(shape) if clean(w) else build(w)
+        return lambda w: w if clean(w) else build(w)
+
+
+def _is_linear(problem: Problem) -> bool:
+    """Tells whether the call is a matrix product: one pixel, one tap, nothing around."""
+    geometry, support = problem.geometry, problem.support
+    image = (problem.height, problem.width)
+    return (
+        image == support.kernel == (1, 1)
+        and geometry.pads == (0, 0, 0, 0)
+        and support.uniform_groups in (None, 1)
+    )
+
+
+def _weight_shape(problem: Problem) -> tuple[int, int, int, int]:
+    f, c, kh, kw = problem.support.shape
+    return f, c // (problem.support.uniform_groups or 1), kh, kw

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The exceptions of the package: each message says what was received, what is expected, and the way out."""
+
+from __future__ import annotations
+
+
+class HetconvError(Exception):
+    """The base of every error that this package raises on purpose."""
+
+
+class ArgumentError(HetconvError, ValueError):
+    """An argument has a value that the call cannot work with."""
+
+
+class InputTypeError(HetconvError, TypeError):
+    """An argument has the wrong type or dtype."""
+
+
+class SupportError(ArgumentError):
+    """A Support cannot be built, read back, or matched with the tensors it came with."""
+
+
+class BackendError(HetconvError, RuntimeError):
+    """The backend that was asked for does not exist or cannot run this problem."""
+
+
+def mismatch(what: str, received: object, expected: object, way_out: str = "") -> str:
+    """Returns one sentence in the house form: what, received, expected, way out."""
+    text = f"{what}: received {received}, expected {expected}."
+    return f"{text} {way_out}" if way_out else text

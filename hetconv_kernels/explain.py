@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Why a layer is or is not fast: `explain`, and `warmup` before a capture."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .backends import NAMES, available_backends, choose, forced_code, get_backend
+from .errors import ArgumentError, InputTypeError, mismatch
+from .nn.base import SupportConv2d, SupportLayer
+from .problem import Problem, check_call
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What one backend says of a layer's forward pass.
+
+    Attributes:
+        name: of the backend.
+        reasons: why it cannot run it; empty when it can.
+        efficiency: useful over executed multiply-accumulates; None when it cannot run.
+        predicted_s: predicted time of one call, in seconds.
+        measured_s: median measured time of one call, in seconds; None when not measured.
+    """
+
+    name: str
+    reasons: tuple[str, ...]
+    efficiency: float | None
+    predicted_s: float | None
+    measured_s: float | None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The answer of `explain`; ``str()`` of it is a table.
+
+    Attributes:
+        layer: the layer's own description.
+        input: shape, dtype, device and memory format of the input.
+        groups: distinct mask rows, as (filters, channels read) of the largest ones first.
+        group_count: how many there are.
+        density: live over dense weights.
+        macs: live multiply-accumulates of the call.
+        dense_macs: those of the dense convolution.
+        chosen: the backend that runs.
+        forced: whether it was forced rather than chosen.
+        candidates: every backend that is built here.
+    """
+
+    layer: str
+    input: str
+    groups: tuple[tuple[int, int], ...]
+    group_count: int
+    density: float
+    macs: int
+    dense_macs: int
+    chosen: str
+    forced: bool
+    candidates: tuple[Candidate, ...]
+
+    @property
+    def faster_than_dense(self) -> bool | None:
+        """Whether the chosen backend was measured faster than `vendor`; None if not measured."""
+        times = {c.name: c.measured_s for c in self.candidates}
+        chosen, vendor = times.get(self.chosen), times.get("vendor")
+        if chosen is None or vendor is None:
+            return None
+        return self.chosen != "vendor" and chosen < vendor
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the explanation as JSON-serialisable data."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        shown = ", ".join(f"{f} filters x {c} channels" for f, c in self.groups)
+        more = self.group_count - len(self.groups)
+        lines = [
+            self.layer,
+            f"input    {self.input}",
+            f"groups   {self.group_count}: {shown}" + (f", and {more} more" if more else ""),
+            f"work     {self.macs / 1e6:.3f} M MACs of {self.dense_macs / 1e6:.3f} M dense "
+            f"({self.dense_macs / max(self.macs, 1):.2f}x fewer), density {self.density:.3g}",
+            "",
+            f"  {'backend':<11}{'efficiency':>11}{'predicted':>13}{'measured':>13}",
+        ]
+        for c in self.candidates:
+            mark = "*" if c.name == self.chosen else " "
+            if c.reasons:
+                lines.append(f"{mark} {c.name:<11}refused: {' '.join(c.reasons)}")
+                continue
+            efficiency = f"{c.efficiency:.0%}" if c.efficiency is not None else "-"
+            lines.append(
+                f"{mark} {c.name:<11}{efficiency:>11}{_micros(c.predicted_s):>13}"
+                f"{_micros(c.measured_s):>13}"
+            )
+        lines += ["", self._verdict()]
+        return "\n".join(lines)
+
+    def _verdict(self) -> str:
+        how = "forced" if self.forced else "chosen"
+        if self.chosen == "vendor":
+            return (
+                f"{how}: vendor, PyTorch's dense convolution. It executes every dense "
+                "multiply-accumulate, so this layer is as fast as dense and no faster."
+            )
+        if self.faster_than_dense is False:
+            return f"{how}: {self.chosen}. It was measured slower than the dense convolution."
+        return f"{how}: {self.chosen}."
+
+
+def explain(layer: SupportLayer, x: Tensor, measure: bool = True) -> Explanation:
+    """Explains which backend runs a layer's forward pass, why, and how fast each one is.
+
+    Args:
+        layer: a convolution layer of this package.
+        x: an example input.  # [N, C, H, W] or [C, H, W]
+        measure: whether to time the backends that can run it, interleaved.
+
+    Returns:
+        The explanation; print it.
+
+    Raises:
+        InputTypeError: the layer is not one of this package's convolutions.
+        ArgumentError, BackendError: as the layer's forward.
+    """
+    if not isinstance(layer, SupportConv2d):
+        raise InputTypeError(
+            mismatch(
+                "layer",
+                type(layer).__name__,
+                "a convolution layer of hetconv_kernels.nn",
+                "For a whole model call explain on each of its layers.",
+            )
+        )
+    if x.dim() == 3:
+        x = x.unsqueeze(0)
+    problem = _problem(layer, x)
+    forced = layer._code if layer._code is not None else forced_code()
+    chosen = choose(problem, forced).backend.name
+    runnable = [n for n in available_backends() if not get_backend(n).unsupported_reasons(problem)]
+    measured = _measure(layer, x, runnable) if measure and problem.batch else {}
+    candidates = []
+    for name in available_backends():
+        engine = get_backend(name)
+        reasons = tuple(engine.unsupported_reasons(problem))
+        candidates.append(
+            Candidate(
+                name,
+                reasons,
+                None if reasons else engine.efficiency(problem),
+                None if reasons else engine.estimate(problem),
+                measured.get(name),
+            )
+        )
+    support = layer.support
+    sizes = sorted(
+        ((len(g.filters), int(g.mask.any((1, 2)).sum())) for g in support.groups), reverse=True
+    )
+    layout = "channels_last" if problem.channels_last else "contiguous"
+    return Explanation(
+        layer=repr(layer),
+        input=f"{tuple(x.shape)}, {x.dtype}, {x.device}, {layout}",
+        groups=tuple(sizes[:4]),
+        group_count=len(sizes),
+        density=support.density,
+        macs=problem.macs,
+        dense_macs=problem.dense_macs,
+        chosen=chosen,
+        forced=NAMES[forced] != "auto",
+        candidates=tuple(candidates),
+    )
+
+
+def warmup(model: nn.Module, *inputs: Any, backward: bool = False) -> None:
+    """Runs a model once so that nothing is looked up or built later, during a graph capture.
+
+    The model's mode, buffers and gradients, and the random state, are as before afterwards.
+
+    Args:
+        model: any module.
+        *inputs: what its forward takes, on the model's device.
+        backward: whether to run the backward pass too (gradients are discarded).
+    """
+    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+    with torch.random.fork_rng(devices=devices), torch.set_grad_enabled(backward):
+        outputs = model(*inputs)
+        if backward:
+            tensors = outputs if isinstance(outputs, tuple | list) else (outputs,)
+            total = sum(t.sum() for t in tensors if isinstance(t, Tensor) and t.requires_grad)
+            wanted = [p for p in model.parameters() if p.requires_grad]
+            if not isinstance(total, Tensor):
+                raise ArgumentError("warmup(backward=True): no output of the model needs a gradient.")
+            torch.autograd.grad(total, wanted, allow_unused=True)
+    with torch.no_grad():
+        for name, b in model.named_buffers():
+            b.copy_(buffers[name])
+
+
+def _problem(layer: SupportConv2d, x: Tensor) -> Problem:
+    if layer._outer_pads is not None:
+        x = nn.functional.pad(x, layer._outer_pads, mode=layer.padding_mode)
+    check_call(layer._geometry, x, layer.weight, layer.bias, False)
+    shift = {} if layer.bias is None else {"shift": layer.bias}
+    size = (x.shape[2], x.shape[3])
+    return ops.describe("fprop", layer._geometry, x, x, layer.weight, size, shift)
+
+
+def _measure(layer: SupportConv2d, x: Tensor, names: list[str]) -> dict[str, float]:
+    from .timing import interleaved  # not needed to import the package
+
+    def call(name: str) -> Any:
+        def run() -> Tensor:
+            layer.backend = name
+            return layer(x)
+
+        return run
+
+    before = layer.backend
+    try:
+        with torch.no_grad():
+            timings = interleaved({name: call(name) for name in names}, device=x.device, rounds=9)
+            return {name: timings.median(name) for name in names}
+    finally:
+        layer.backend = before
+
+
+def _micros(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e6:.1f} us"

@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers: drop-in modules for ``nn.Conv2d`` and ``nn.Linear``."""
+
+from .base import SupportConv2d
+from .fused import FusedConv2d, fuse
+from .grouped import GroupedConv2d
+from .het import HetConv2d, fold_het
+from .linear import SupportLinear
+from .selfgroup import SelfGroupConv2d
+
+__all__ = [
+    "FusedConv2d",
+    "GroupedConv2d",
+    "HetConv2d",
+    "SelfGroupConv2d",
+    "SupportConv2d",
+    "SupportLinear",
+    "fold_het",
+    "fuse",
+]

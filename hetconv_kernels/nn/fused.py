@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FusedConv2d: convolution, batch normalisation, residual and activation as one, for inference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import backends
+from ..errors import ArgumentError, InputTypeError, mismatch
+from ..functional import fused_conv2d
+from ..packing import bits_on, dense_weight, live_weight
+from ..problem import ACTIVATIONS, Geometry, make_geometry
+from ..support import Support
+from .base import SupportConv2d, expanded_weight
+
+
+class FusedConv2d(nn.Module):
+    """act(conv(x) + shift + residual), with the scale of batch normalisation in the weight.
+
+    Made by `fuse`. Holds the live weights as a buffer, nothing dense, and does not train.
+
+    Shape:
+        x [N, C, H, W], residual and output [N, F, OH, OW].
+    """
+
+    weight: Tensor
+    shift: Tensor
+
+    def __init__(
+        self, geometry: Geometry, weight: Tensor, shift: Tensor, act: str, backend: str | None
+    ) -> None:
+        super().__init__()
+        self._geometry, self.act, self.backend = geometry, act, backend
+        self._code = None if backend is None else backends.backend_code(backend)
+        self.register_buffer("weight", weight)
+        self.register_buffer("shift", shift)
+
+    @property
+    def support(self) -> Support:
+        """Which weights exist."""
+        return self._geometry.support
+
+    def _apply(self, fn: object, recurse: bool = True) -> FusedConv2d:
+        super()._apply(fn, recurse)  # type: ignore[arg-type]
+        bits_on(self.support, self.weight.device)
+        return self
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Convolves and applies the epilogue in one pass.  # [N, C, H, W] -> [N, F, OH, OW]"""
+        code = backends.forced_code() if self._code is None else self._code
+        return fused_conv2d(
+            x,
+            self.weight,
+            self._geometry,
+            code,
+            shift=self.shift,
+            residual=residual,
+            act=self.act,
+        )
+
+    def extra_repr(self) -> str:
+        """Says the Support and the activation."""
+        f, c, kh, kw = self.support.shape
+        return (
+            f"{c}, {f}, kernel_size={(kh, kw)}, stride={self._geometry.stride}, act={self.act}, "
+            f"support={self.support.kind}, density={self.support.density:.3g}"
+        )
+
+
+@torch.no_grad()
+def fuse(
+    conv: nn.Conv2d | SupportConv2d, bn: nn.BatchNorm2d | None = None, act: str = "none"
+) -> FusedConv2d:
+    """Fuses a convolution with what follows it, for inference; the originals are left alone.
+
+    Args:
+        conv: an ``nn.Conv2d`` or a layer of this package, with zero padding.
+        bn: the batch normalisation after it, with running statistics.
+        act: ``"none"``, ``"relu"``, ``"relu6"``, ``"silu"`` or ``"gelu"``.
+
+    Returns:
+        A FusedConv2d that equals ``act(bn(conv(x)) + residual)`` in evaluation mode.
+
+    Raises:
+        InputTypeError: ``conv`` is neither.
+        ArgumentError: an unknown activation, another padding mode, a normalisation of another
+            width or without running statistics.
+    """
+    if act not in ACTIVATIONS:
+        raise ArgumentError(mismatch("act", repr(act), f"one of {', '.join(ACTIVATIONS)}"))
+    if isinstance(conv, SupportConv2d):
+        geometry, backend = conv._geometry, conv.backend
+        weight = conv.weight.detach()
+        dense = dense_weight(geometry.support, weight, weight.dtype)
+    elif isinstance(conv, nn.Conv2d):
+        dense, support = expanded_weight(conv)
+        geometry, backend = make_geometry(support, conv.stride, conv.padding, conv.dilation), None
+    else:
+        raise InputTypeError(
+            mismatch("conv", type(conv).__name__, "an nn.Conv2d or a layer of this package")
+        )
+    if conv.padding_mode != "zeros":
+        raise ArgumentError(
+            mismatch("padding_mode", conv.padding_mode, "'zeros'", "Leave this layer unfused.")
+        )
+    wide = torch.promote_types(dense.dtype, torch.float32)
+    zeros = torch.zeros(conv.out_channels, dtype=wide, device=dense.device)
+    shift = zeros if conv.bias is None else conv.bias.detach().to(wide)
+    scale = zeros + 1
+    if bn is not None:
+        if bn.running_mean is None or bn.running_var is None:
+            raise ArgumentError("bn has no running statistics; expected track_running_stats=True.")
+        if bn.num_features != conv.out_channels:
+            raise ArgumentError(mismatch("features of bn", bn.num_features, conv.out_channels))
+        scale = torch.rsqrt(bn.running_var.to(wide) + bn.eps)
+        scale = scale if bn.weight is None else scale * bn.weight.to(wide)
+        shift = (shift - bn.running_mean.to(wide)) * scale
+        shift = shift if bn.bias is None else shift + bn.bias.to(wide)
+    scaled = (dense.to(wide) * scale[:, None, None, None]).to(dense.dtype)
+    live = live_weight(geometry.support, scaled)
+    return FusedConv2d(geometry, live, shift.to(dense.dtype), act, backend)

@@ -1,0 +1,397 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operators ``torch.ops.hetconv``: schemas, fakes, and the bodies that pick a backend.
+
+``fprop``, ``dgrad`` and ``wgrad`` are the three primitives, ``fprop_stats`` is fprop with the
+per-filter sums that batch normalisation wants in training. A Support crosses as one tensor, its
+bit-packed mask; the integers of `Geometry.ints` carry everything else. The mask is read only when
+the process does not know the digest yet, as in a freshly loaded exported program.
+
+Plain eager calls go to the ``run_*`` functions below without the dispatcher (it costs more than
+the rest of the call together); tracing, dispatch modes and exported programs go through the ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import Choice, choose
+from .backends.common import channel_statistics
+from .errors import ArgumentError, BackendError, mismatch
+from .flops import register_flop_formulas
+from .problem import ACTIVATIONS, Geometry, Problem, check_call, check_image, memory_format
+from .problem import output_size, read_ints
+from .support import Support, find_support, support_from_bits
+
+_LIBRARY = torch.library.Library("hetconv", "DEF")
+_SCHEMAS = (
+    "fprop(Tensor x, Tensor w, Tensor support, Tensor? scale, Tensor? shift, Tensor? residual, "
+    "str act, SymInt[] geometry, int backend) -> Tensor",
+    "fprop_stats(Tensor x, Tensor w, Tensor support, Tensor? shift, SymInt[] geometry, "
+    "int backend) -> (Tensor, Tensor, Tensor)",
+    "dgrad(Tensor dy, Tensor w, Tensor support, SymInt[] geometry, int backend) -> Tensor",
+    "wgrad(Tensor dy, Tensor x, Tensor support, SymInt[] weight_shape, ScalarType dtype, "
+    "SymInt[] geometry, int backend) -> Tensor",
+)
+
+# Signatures kept for one layer, and layers kept by their integers; past that they start afresh.
+_MAX_SIGNATURES = 1024
+_geometries: dict[tuple[int, ...], Geometry] = {}
+
+
+# Eager bodies -----------------------------------------------------------------------------------
+
+
+def run_fprop(
+    x: Tensor,
+    w: Tensor,
+    geometry: Geometry,
+    shift: Tensor | None = None,
+    backend: int = 0,
+    mixed: bool = True,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    act: str = "none",
+) -> Tensor:
+    """Computes y = act(scale · conv(x, w) + shift + residual) with the backend of choice.
+
+    Args:
+        x: activations.  # [N, C, H, W]
+        w: canonical weight.  # [F, C, KH, KW] or [live]
+        geometry: the layer.
+        shift: per filter, the bias.  # [F]
+        backend: a forced backend's code, 0 for auto.
+        mixed: whether w may be wider than x (autocast).
+        scale: per filter.  # [F]
+        residual: of y's shape and dtype.  # [N, F, OH, OW]
+        act: one of `ACTIVATIONS`.
+
+    Returns:
+        y.  # [N, F, OH, OW]
+    """
+    key = (
+        x.shape,
+        x.stride(),
+        x.dtype,
+        x.device,
+        w.shape,
+        w.stride(),
+        w.dtype,
+        backend,
+        mixed,
+        act,
+        None if shift is None else (shift.shape, shift.dtype, shift.device),
+        None if scale is None else (scale.shape, scale.device),
+        None if residual is None else (residual.shape, residual.dtype, residual.device),
+    )
+    choice = geometry.choices.get(key)
+    if choice is None:
+        check_call(geometry, x, w, shift, mixed)
+        _check_epilogue(geometry, x, scale, residual, act)
+        extras = {"scale": scale, "shift": shift, "residual": residual}
+        problem = describe("fprop", geometry, x, x, w, tuple(x.shape[2:]), extras, act)
+        choice = _remember(geometry, key, problem, backend)
+    return choice.run(x, w, scale, shift, residual)  # type: ignore[no-any-return]
+
+
+def run_dgrad(
+    dy: Tensor, w: Tensor, geometry: Geometry, size: Sequence[int], backend: int = 0
+) -> Tensor:
+    """Computes dx, the gradient of conv(x, w) by x, for an input of `size` pixels.
+
+    Args:
+        dy: gradient of y.  # [N, F, OH, OW]
+        w: canonical weight.  # [F, C, KH, KW] or [live]
+        geometry: the layer.
+        size: input height and width.
+        backend: a forced backend's code, 0 for auto.
+
+    Returns:
+        dx.  # [N, C, H, W]
+    """
+    size = tuple(size)
+    key = (
+        "dgrad",
+        size,
+        dy.shape,
+        dy.stride(),
+        dy.dtype,
+        dy.device,
+        w.shape,
+        w.stride(),
+        w.dtype,
+        w.device,
+        backend,
+    )
+    choice = geometry.choices.get(key)
+    if choice is None:
+        _check_gradient(geometry, dy, size)
+        problem = describe("dgrad", geometry, dy, dy, w, size)
+        choice = _remember(geometry, key, problem, backend)
+    return choice.run(dy, w)  # type: ignore[no-any-return]
+
+
+def run_wgrad(
+    dy: Tensor,
+    x: Tensor,
+    geometry: Geometry,
+    weight_shape: tuple[int, ...],
+    dtype: torch.dtype,
+    backend: int = 0,
+) -> Tensor:
+    """Computes dw, the gradient of conv(x, w) by w; dead entries are zero.
+
+    Args:
+        dy: gradient of y.  # [N, F, OH, OW]
+        x: activations.  # [N, C, H, W]
+        geometry: the layer.
+        weight_shape: of dw, one of `weight_shapes`.
+        dtype: of dw.
+        backend: a forced backend's code, 0 for auto.
+
+    Returns:
+        dw.  # [F, C, KH, KW] or [live]
+    """
+    key = (
+        "wgrad",
+        dy.shape,
+        dy.stride(),
+        dy.dtype,
+        dy.device,
+        x.shape,
+        x.stride(),
+        x.dtype,
+        x.device,
+        weight_shape,
+        dtype,
+        backend,
+    )
+    choice = geometry.choices.get(key)
+    if choice is None:
+        _check_gradient(geometry, dy, tuple(x.shape[2:]))
+        like = torch.empty(weight_shape, dtype=dtype, device="meta")
+        problem = describe("wgrad", geometry, dy, x, like, tuple(x.shape[2:]))
+        choice = _remember(geometry, key, problem, backend)
+    return choice.run(dy, x)  # type: ignore[no-any-return]
+
+
+def run_fprop_stats(
+    x: Tensor, w: Tensor, geometry: Geometry, shift: Tensor | None, backend: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes y = conv(x, w) + shift with its per-filter sums, for training-mode BN.
+
+    Returns:
+        y [N, F, OH, OW], Σ y [F] and Σ y² [F], the sums in float32 (float64 for float64).
+    """
+    y = run_fprop(x, w, geometry, shift, backend)
+    return y, *channel_statistics(y)
+
+
+def describe(
+    verb: str,
+    geometry: Geometry,
+    first: Tensor,
+    second: Tensor,
+    w: Tensor,
+    size: tuple[int, int],
+    extras: dict[str, Tensor | None] | None = None,
+    act: str = "none",
+) -> Problem:
+    """Describes a call by its operands: what the result's format follows is `second` and `w`."""
+    other = first if verb == "wgrad" else w
+    return Problem(
+        verb=verb,
+        geometry=geometry,
+        batch=first.shape[0],
+        height=size[0],
+        width=size[1],
+        dtype=first.dtype,
+        weight_shape=tuple(w.shape),
+        weight_dtype=w.dtype,
+        device=first.device,
+        strides=first.stride(),
+        channels_last=memory_format(second, other) == torch.channels_last,
+        epilogue=tuple(name for name, value in (extras or {}).items() if value is not None),
+        act=act,
+    )
+
+
+def _remember(geometry: Geometry, key: Any, problem: Problem, backend: int) -> Choice:
+    if len(geometry.choices) >= _MAX_SIGNATURES:
+        geometry.choices.clear()
+    choice = geometry.choices[key] = choose(problem, backend)
+    return choice
+
+
+def _check_epilogue(
+    geometry: Geometry, x: Tensor, scale: Tensor | None, residual: Tensor | None, act: str
+) -> None:
+    if act not in ACTIVATIONS:
+        raise ArgumentError(mismatch("activation", repr(act), f"one of {', '.join(ACTIVATIONS)}"))
+    f = geometry.support.filters
+    if scale is not None and tuple(scale.shape) != (f,):
+        raise ArgumentError(mismatch("scale shape", tuple(scale.shape), f"({f},)"))
+    if residual is not None:
+        shape = (x.shape[0], f, *geometry.output_size(*x.shape[2:]))
+        if tuple(residual.shape) != shape or residual.dtype != x.dtype:
+            raise ArgumentError(
+                mismatch(
+                    "residual",
+                    f"{tuple(residual.shape)} {residual.dtype}",
+                    f"the output's {shape} {x.dtype}",
+                )
+            )
+
+
+def _check_gradient(geometry: Geometry, dy: Tensor, size: tuple[int, int]) -> None:
+    check_image(geometry, *size)
+    expected = (geometry.support.filters, *geometry.output_size(*size))
+    if dy.dim() != 4 or tuple(dy.shape[1:]) != expected:
+        raise ArgumentError(mismatch("dy shape", tuple(dy.shape), f"[N, {expected}]"))
+
+
+# Operators --------------------------------------------------------------------------------------
+
+
+def geometry_of(bits: Tensor, ints: Sequence[int]) -> Geometry:
+    """Returns the Geometry that an operator's integers name.
+
+    Raises:
+        BackendError: the Support is unknown here and would have to be read during CUDA-graph
+            capture.
+        ArgumentError: the mask does not have the digest that the integers carry.
+    """
+    key = tuple(ints[2:])
+    geometry = _geometries.get(key)
+    if geometry is None:
+        named = read_ints(ints)
+        support = find_support(named.digest) or _read_support(bits, named.kernel)
+        if support.digest != named.digest:
+            raise ArgumentError(
+                mismatch("digest of the support tensor", support.digest, named.digest)
+            )
+        if len(_geometries) >= _MAX_SIGNATURES:
+            _geometries.clear()
+        geometry = Geometry(support, named.stride, named.pads, named.dilation)
+        _geometries[key] = geometry
+    return geometry
+
+
+def _read_support(bits: Tensor, kernel: tuple[int, int]) -> Support:
+    if bits.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise BackendError(
+            "a Support is met for the first time while a CUDA graph is captured; expected it to "
+            "be known. Run hetconv_kernels.warmup(model, example) before the capture."
+        )
+    return support_from_bits(bits.cpu().numpy(), kernel)
+
+
+def _fprop(
+    x: Tensor,
+    w: Tensor,
+    support: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+    geometry: Sequence[int],
+    backend: int,
+) -> Tensor:
+    layer = geometry_of(support, geometry)
+    return run_fprop(x, w, layer, shift, backend, True, scale, residual, act)
+
+
+def _fprop_stats(
+    x: Tensor,
+    w: Tensor,
+    support: Tensor,
+    shift: Tensor | None,
+    geometry: Sequence[int],
+    backend: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return run_fprop_stats(x, w, geometry_of(support, geometry), shift, backend)
+
+
+def _dgrad(
+    dy: Tensor, w: Tensor, support: Tensor, geometry: Sequence[int], backend: int
+) -> Tensor:
+    return run_dgrad(dy, w, geometry_of(support, geometry), geometry[:2], backend)
+
+
+def _wgrad(
+    dy: Tensor,
+    x: Tensor,
+    support: Tensor,
+    weight_shape: Sequence[int],
+    dtype: torch.dtype,
+    geometry: Sequence[int],
+    backend: int,
+) -> Tensor:
+    layer = geometry_of(support, geometry)
+    return run_wgrad(dy, x, layer, tuple(weight_shape), dtype, backend)
+
+
+def _fake_fprop(
+    x: Tensor,
+    w: Tensor,
+    support: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+    geometry: Sequence[int],
+    backend: int,
+) -> Tensor:
+    shape = (x.shape[0], support.shape[0], *output_size(geometry))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x, w))
+
+
+def _fake_fprop_stats(
+    x: Tensor,
+    w: Tensor,
+    support: Tensor,
+    shift: Tensor | None,
+    geometry: Sequence[int],
+    backend: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = _fake_fprop(x, w, support, None, shift, None, "none", geometry, backend)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return y, *(torch.empty(support.shape[0], dtype=wide, device=x.device) for _ in range(2))
+
+
+def _fake_dgrad(
+    dy: Tensor, w: Tensor, support: Tensor, geometry: Sequence[int], backend: int
+) -> Tensor:
+    shape = (dy.shape[0], support.shape[1], *geometry[:2])
+    return torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=memory_format(dy, w))
+
+
+def _fake_wgrad(
+    dy: Tensor,
+    x: Tensor,
+    support: Tensor,
+    weight_shape: Sequence[int],
+    dtype: torch.dtype,
+    geometry: Sequence[int],
+    backend: int,
+) -> Tensor:
+    dense = len(weight_shape) == 4
+    layout = memory_format(x, dy) if dense else torch.contiguous_format
+    return torch.empty(weight_shape, dtype=dtype, device=x.device, memory_format=layout)
+
+
+for _schema in _SCHEMAS:
+    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+for _name, _body, _fake in (
+    ("fprop", _fprop, _fake_fprop),
+    ("fprop_stats", _fprop_stats, _fake_fprop_stats),
+    ("dgrad", _dgrad, _fake_dgrad),
+    ("wgrad", _wgrad, _fake_wgrad),
+):
+    _LIBRARY.impl(_name, _body, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"hetconv::{_name}", _fake, lib=_LIBRARY)
+
+register_flop_formulas()
