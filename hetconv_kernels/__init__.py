@@ -47,7 +47,7 @@ __all__ = [
     "warmup",
 ]
 
-# Loaded when first asked for, so that importing the package stays cheap: name -> (module, attribute).
+# Loaded when first asked for, so that importing stays cheap: name -> (module, attribute).
 _LAZY = {
     "compress": (".compress", None),
     "convert": (".graph.convert", "convert"),

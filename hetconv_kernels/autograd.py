@@ -10,13 +10,13 @@ other two:
 
 The formulas are written once, against a *call* that knows how to run the primitives: `EagerCall`
 runs the engines directly, `OpCall` goes through ``torch.ops.hetconv`` so that tracing sees it.
-Each primitive has a ctx-style Function for the fast path, a setup_context-style twin (with jvp and
-vmap) for functorch transforms and forward mode, and the same formula on the ops' Autograd key.
+Each primitive has a ctx-style Function here for the fast path, a setup_context-style twin in
+`transforms` (with jvp and vmap), and the same formula on the ops' Autograd key.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,7 +47,9 @@ class EagerCall(NamedTuple):
     def fprop(self, x: Tensor, w: Tensor, shift: Tensor | None = None) -> Tensor:
         """Computes y = conv(x, w) + shift, recorded for differentiation where needed."""
         if transforms_active():
-            return FpropTwin.apply(x, w, shift, self)
+            from . import transforms  # rarely needed
+
+            return transforms.FpropTwin.apply(x, w, shift, self)
         if torch.is_grad_enabled() and (
             x.requires_grad or w.requires_grad or (shift is not None and shift.requires_grad)
         ):
@@ -57,7 +59,9 @@ class EagerCall(NamedTuple):
     def dgrad(self, dy: Tensor, w: Tensor) -> Tensor:
         """Computes dx, recorded for differentiation where needed."""
         if transforms_active():
-            return DgradTwin.apply(dy, w, self)
+            from . import transforms  # rarely needed
+
+            return transforms.DgradTwin.apply(dy, w, self)
         if torch.is_grad_enabled() and (dy.requires_grad or w.requires_grad):
             return Dgrad.apply(dy, w, self)
         return ops.run_dgrad(dy, w, self.geometry, self.size, self.backend)
@@ -65,7 +69,9 @@ class EagerCall(NamedTuple):
     def wgrad(self, dy: Tensor, x: Tensor, like: WeightKind) -> Tensor:
         """Computes dw, recorded for differentiation where needed."""
         if transforms_active():
-            return WgradTwin.apply(dy, x, like, self)
+            from . import transforms  # rarely needed
+
+            return transforms.WgradTwin.apply(dy, x, like, self)
         if torch.is_grad_enabled() and (dy.requires_grad or x.requires_grad):
             return Wgrad.apply(dy, x, like, self)
         return ops.run_wgrad(dy, x, self.geometry, like.shape, like.dtype, self.backend)
@@ -128,7 +134,8 @@ def _wgrad_grads(ctx: Any, g: Tensor, needs: Sequence[bool]) -> Grads:
     return ddy, dx
 
 
-def _keep_fprop(ctx: Any, x: Tensor, w: Tensor, shift: Tensor | None, call: Any) -> None:
+def keep_fprop(ctx: Any, x: Tensor, w: Tensor, shift: Tensor | None, call: Any) -> None:
+    """Keeps on ctx what the gradients of fprop need, and no more."""
     needs = ctx.needs_input_grad
     ctx.call, ctx.weight = call, WeightKind(w.shape, w.dtype)
     ctx.shift_dtype = None if shift is None else shift.dtype
@@ -136,7 +143,8 @@ def _keep_fprop(ctx: Any, x: Tensor, w: Tensor, shift: Tensor | None, call: Any)
     ctx.save_for_backward(x if needs[1] else None, w if needs[0] else None)
 
 
-def _keep_pair(ctx: Any, first: Tensor, second: Tensor, call: Any, weight: WeightKind) -> None:
+def keep_pair(ctx: Any, first: Tensor, second: Tensor, call: Any, weight: WeightKind) -> None:
+    """Keeps on ctx what the gradients of dgrad or wgrad need, and no more."""
     needs = ctx.needs_input_grad
     ctx.call, ctx.weight = call, weight
     ctx.set_materialize_grads(False)
@@ -152,11 +160,11 @@ class Fprop(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, shift: Tensor | None, call: EagerCall) -> Tensor:
         """Runs the engine."""
-        _keep_fprop(ctx, x, w, shift, call)
+        keep_fprop(ctx, x, w, shift, call)
         return ops.run_fprop(x, w, call.geometry, shift, call.backend, call.mixed)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None) -> Grads:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor | None) -> Grads:
         """Runs dgrad and wgrad, as far as they are needed."""
         if dy is None:
             return None, None, None, None
@@ -169,11 +177,11 @@ class Dgrad(Function):
     @staticmethod
     def forward(ctx: Any, dy: Tensor, w: Tensor, call: EagerCall) -> Tensor:
         """Runs the engine."""
-        _keep_pair(ctx, dy, w, call, WeightKind(w.shape, w.dtype))
+        keep_pair(ctx, dy, w, call, WeightKind(w.shape, w.dtype))
         return ops.run_dgrad(dy, w, call.geometry, call.size, call.backend)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> Grads:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor | None) -> Grads:
         """Runs fprop and wgrad, as far as they are needed."""
         if g is None:
             return None, None, None
@@ -186,162 +194,18 @@ class Wgrad(Function):
     @staticmethod
     def forward(ctx: Any, dy: Tensor, x: Tensor, like: WeightKind, call: EagerCall) -> Tensor:
         """Runs the engine."""
-        _keep_pair(ctx, dy, x, call, like)
+        keep_pair(ctx, dy, x, call, like)
         return ops.run_wgrad(dy, x, call.geometry, like.shape, like.dtype, call.backend)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> Grads:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor | None) -> Grads:
         """Runs fprop and dgrad, as far as they are needed."""
         if g is None:
             return None, None, None, None
         return *_wgrad_grads(ctx, g, ctx.needs_input_grad), None, None
 
 
-# The twins for functorch and forward mode ---------------------------------------------------------
-
-
-def _add(*terms: Tensor | None) -> Tensor | None:
-    total = None
-    for term in terms:
-        total = term if total is None else total if term is None else total + term
-    return total
-
-
-def _vmap_bilinear(
-    info: Any,
-    in_dims: tuple[Any, ...],
-    tensors: tuple[Tensor | None, ...],
-    run: Callable[..., Tensor],
-    folds: bool,
-) -> tuple[Tensor, int]:
-    """Batches a primitive: images join the batch where only they are mapped, else one by one."""
-    first, dims = tensors[0], in_dims[: len(tensors)]
-    if folds and dims[0] is not None and all(d is None for d in dims[1:]):
-        images = first.movedim(dims[0], 0)  # type: ignore[union-attr]
-        result = run(images.flatten(0, 1), *tensors[1:])
-        return result.unflatten(0, images.shape[:2]), 0
-    each = [
-        run(*(t if d is None else t.select(d, i) for t, d in zip(tensors, dims, strict=True)))
-        for i in range(info.batch_size)
-    ]
-    return torch.stack(each), 0
-
-
-class FpropTwin(Function):
-    """`Fprop` for functorch transforms and forward mode."""
-
-    @staticmethod
-    def forward(x: Tensor, w: Tensor, shift: Tensor | None, call: EagerCall) -> Tensor:  # type: ignore[override]
-        """Runs the engine."""
-        return ops.run_fprop(x, w, call.geometry, shift, call.backend, call.mixed)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Keeps the operands."""
-        x, w, shift, call = inputs
-        _keep_fprop(ctx, x, w, shift, call)
-        ctx.save_for_forward(x, w)
-
-    backward = Fprop.backward
-
-    @staticmethod
-    def jvp(ctx: Any, tx: Any, tw: Any, tshift: Any, _call: None) -> Tensor | None:  # type: ignore[override]
-        """Adds the tangents' contributions."""
-        x, w = ctx.saved_tensors
-        return _add(
-            None if tx is None else ctx.call.fprop(tx, w, tshift),
-            None if tw is None else ctx.call.fprop(x, tw, tshift if tx is None else None),
-            _only_shift(ctx, x, w, tshift) if tx is None and tw is None else None,
-        )
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: Any, x: Tensor, w: Tensor, shift: Tensor | None, call: EagerCall
-    ) -> tuple[Tensor, int]:
-        """Batches over a mapped dimension."""
-        tensors = (x, w) if shift is None else (x, w, shift)
-        return _vmap_bilinear(info, in_dims, tensors, call.fprop, folds=True)
-
-
-def _only_shift(ctx: Any, x: Tensor, w: Tensor, tshift: Tensor | None) -> Tensor | None:
-    if tshift is None:
-        return None
-    return torch.zeros_like(ctx.call.fprop(x, w)) + tshift.to(x.dtype)[:, None, None]
-
-
-class DgradTwin(Function):
-    """`Dgrad` for functorch transforms and forward mode."""
-
-    @staticmethod
-    def forward(dy: Tensor, w: Tensor, call: EagerCall) -> Tensor:  # type: ignore[override]
-        """Runs the engine."""
-        return ops.run_dgrad(dy, w, call.geometry, call.size, call.backend)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Keeps the operands."""
-        dy, w, call = inputs
-        _keep_pair(ctx, dy, w, call, WeightKind(w.shape, w.dtype))
-        ctx.save_for_forward(dy, w)
-
-    backward = Dgrad.backward
-
-    @staticmethod
-    def jvp(ctx: Any, tdy: Any, tw: Any, _call: None) -> Tensor | None:  # type: ignore[override]
-        """Adds the tangents' contributions."""
-        dy, w = ctx.saved_tensors
-        return _add(
-            None if tdy is None else ctx.call.dgrad(tdy, w),
-            None if tw is None else ctx.call.dgrad(dy, tw),
-        )
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: Any, dy: Tensor, w: Tensor, call: EagerCall
-    ) -> tuple[Tensor, int]:
-        """Batches over a mapped dimension."""
-        return _vmap_bilinear(info, in_dims, (dy, w), call.dgrad, folds=True)
-
-
-class WgradTwin(Function):
-    """`Wgrad` for functorch transforms and forward mode."""
-
-    @staticmethod
-    def forward(dy: Tensor, x: Tensor, like: WeightKind, call: EagerCall) -> Tensor:  # type: ignore[override]
-        """Runs the engine."""
-        return ops.run_wgrad(dy, x, call.geometry, like.shape, like.dtype, call.backend)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Keeps the operands."""
-        dy, x, like, call = inputs
-        _keep_pair(ctx, dy, x, call, like)
-        ctx.save_for_forward(dy, x)
-
-    backward = Wgrad.backward
-
-    @staticmethod
-    def jvp(ctx: Any, tdy: Any, tx: Any, _like: None, _call: None) -> Tensor | None:  # type: ignore[override]
-        """Adds the tangents' contributions."""
-        dy, x = ctx.saved_tensors
-        return _add(
-            None if tdy is None else ctx.call.wgrad(tdy, x, ctx.weight),
-            None if tx is None else ctx.call.wgrad(dy, tx, ctx.weight),
-        )
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: Any, dy: Tensor, x: Tensor, like: WeightKind, call: EagerCall
-    ) -> tuple[Tensor, int]:
-        """Batches over a mapped dimension, one by one: each has its own weight gradient."""
-
-        def run(dy: Tensor, x: Tensor) -> Tensor:
-            return call.wgrad(dy, x, like)
-
-        return _vmap_bilinear(info, in_dims, (dy, x), run, folds=False)
-
-
-# The ops' Autograd key ------------------------------------------------------------------------------
+# The ops' Autograd key ------------------------------------------------------------------------
 
 
 def _act_backward(dy: Tensor, z: Tensor, act: str) -> Tensor:

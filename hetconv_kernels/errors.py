@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The exceptions of the package: each message says what was received, what is expected, and the way out."""
+"""The exceptions of the package: each says what was received, what is expected, the way out."""
 
 from __future__ import annotations
 

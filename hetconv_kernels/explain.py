@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from . import ops
 from .backends import NAMES, available_backends, choose, forced_code, get_backend
 from .errors import ArgumentError, InputTypeError, mismatch
-from .nn.base import SupportConv2d, SupportLayer
+from .nn.base import SupportLayer
+from .nn.conv import SupportConv2d
 from .problem import Problem, check_call
 
 
@@ -195,7 +196,9 @@ def warmup(model: nn.Module, *inputs: Any, backward: bool = False) -> None:
             total = sum(t.sum() for t in tensors if isinstance(t, Tensor) and t.requires_grad)
             wanted = [p for p in model.parameters() if p.requires_grad]
             if not isinstance(total, Tensor):
-                raise ArgumentError("warmup(backward=True): no output of the model needs a gradient.")
+                raise ArgumentError(
+                    "warmup(backward=True): no output of the model needs a gradient."
+                )
             torch.autograd.grad(total, wanted, allow_unused=True)
     with torch.no_grad():
         for name, b in model.named_buffers():

@@ -79,8 +79,9 @@ def conv2d(
         ints = geometry.ints(x.shape[2], x.shape[3])
         return torch.ops.hetconv.fprop(x, weight, bits, None, bias, None, "none", ints, backend)
     if torch.is_grad_enabled() or transforms_active():
-        size = x.shape[2:] if x.dim() == 4 else (0, 0)
-        return EagerCall(geometry, size, backend, mixed).fprop(x, weight, bias)
+        # A wrong rank is refused by the checks in the call.
+        height, width = x.shape[2:] if x.dim() == 4 else (0, 0)
+        return EagerCall(geometry, (height, width), backend, mixed).fprop(x, weight, bias)
     return ops.run_fprop(x, weight, geometry, bias, backend, mixed)
 
 
@@ -130,9 +131,7 @@ def fused_conv2d(
         check_call(geometry, x, weight, shift, True)
         bits = bits_on(geometry.support, x.device)
         ints = geometry.ints(x.shape[2], x.shape[3])
-        return torch.ops.hetconv.fprop(
-            x, weight, bits, scale, shift, residual, act, ints, backend
-        )
+        return torch.ops.hetconv.fprop(x, weight, bits, scale, shift, residual, act, ints, backend)
     return ops.run_fprop(x, weight, geometry, shift, backend, True, scale, residual, act)
 
 

@@ -12,7 +12,7 @@ the rest of the call together); tracing, dispatch modes and exported programs go
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,8 +22,16 @@ from .backends import Choice, choose
 from .backends.common import channel_statistics
 from .errors import ArgumentError, BackendError, mismatch
 from .flops import register_flop_formulas
-from .problem import ACTIVATIONS, Geometry, Problem, check_call, check_image, memory_format
-from .problem import output_size, read_ints
+from .problem import (
+    ACTIVATIONS,
+    Geometry,
+    Problem,
+    check_call,
+    check_image,
+    memory_format,
+    output_size,
+    read_ints,
+)
 from .support import Support, find_support, support_from_bits
 
 _LIBRARY = torch.library.Library("hetconv", "DEF")
@@ -94,7 +102,7 @@ def run_fprop(
         extras = {"scale": scale, "shift": shift, "residual": residual}
         problem = describe("fprop", geometry, x, x, w, tuple(x.shape[2:]), extras, act)
         choice = _remember(geometry, key, problem, backend)
-    return choice.run(x, w, scale, shift, residual)  # type: ignore[no-any-return]
+    return choice.run(x, w, scale, shift, residual)
 
 
 def run_dgrad(
@@ -131,7 +139,7 @@ def run_dgrad(
         _check_gradient(geometry, dy, size)
         problem = describe("dgrad", geometry, dy, dy, w, size)
         choice = _remember(geometry, key, problem, backend)
-    return choice.run(dy, w)  # type: ignore[no-any-return]
+    return choice.run(dy, w)
 
 
 def run_wgrad(
@@ -175,7 +183,7 @@ def run_wgrad(
         like = torch.empty(weight_shape, dtype=dtype, device="meta")
         problem = describe("wgrad", geometry, dy, x, like, tuple(x.shape[2:]))
         choice = _remember(geometry, key, problem, backend)
-    return choice.run(dy, x)  # type: ignore[no-any-return]
+    return choice.run(dy, x)
 
 
 def run_fprop_stats(
@@ -196,8 +204,8 @@ def describe(
     first: Tensor,
     second: Tensor,
     w: Tensor,
-    size: tuple[int, int],
-    extras: dict[str, Tensor | None] | None = None,
+    size: Sequence[int],
+    extras: Mapping[str, Tensor | None] | None = None,
     act: str = "none",
 ) -> Problem:
     """Describes a call by its operands: what the result's format follows is `second` and `w`."""
@@ -246,9 +254,10 @@ def _check_epilogue(
             )
 
 
-def _check_gradient(geometry: Geometry, dy: Tensor, size: tuple[int, int]) -> None:
-    check_image(geometry, *size)
-    expected = (geometry.support.filters, *geometry.output_size(*size))
+def _check_gradient(geometry: Geometry, dy: Tensor, size: Sequence[int]) -> None:
+    height, width = size
+    check_image(geometry, height, width)
+    expected = (geometry.support.filters, *geometry.output_size(height, width))
     if dy.dim() != 4 or tuple(dy.shape[1:]) != expected:
         raise ArgumentError(mismatch("dy shape", tuple(dy.shape), f"[N, {expected}]"))
 
@@ -315,9 +324,7 @@ def _fprop_stats(
     return run_fprop_stats(x, w, geometry_of(support, geometry), shift, backend)
 
 
-def _dgrad(
-    dy: Tensor, w: Tensor, support: Tensor, geometry: Sequence[int], backend: int
-) -> Tensor:
+def _dgrad(dy: Tensor, w: Tensor, support: Tensor, geometry: Sequence[int], backend: int) -> Tensor:
     return run_dgrad(dy, w, geometry_of(support, geometry), geometry[:2], backend)
 
 
@@ -359,7 +366,8 @@ def _fake_fprop_stats(
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = _fake_fprop(x, w, support, None, shift, None, "none", geometry, backend)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return y, *(torch.empty(support.shape[0], dtype=wide, device=x.device) for _ in range(2))
+    total, squares = (torch.empty(support.shape[0], dtype=wide, device=x.device) for _ in range(2))
+    return y, total, squares
 
 
 def _fake_dgrad(

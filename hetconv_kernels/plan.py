@@ -17,11 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import ArgumentError, mismatch
-from .support import BoolArray, IntArray, Support
+from .masks import BoolArray, IntArray
+from .support import Support
 
-STEP = np.dtype(
-    [("dy", "i4"), ("dx", "i4"), ("channel", "i4"), ("count", "i4"), ("slab", "i8")]
-)
+STEP = np.dtype([("dy", "i4"), ("dx", "i4"), ("channel", "i4"), ("count", "i4"), ("slab", "i8")])
 TRANSPOSED_STEP = np.dtype([*((name, STEP[name]) for name in STEP.names or ()), ("segment", "i4")])
 
 
@@ -55,8 +54,8 @@ class Plan:
 
     Filters are taken in the order `rows` (groups together), channels in the order `cols` (channels
     with the same readers together), so that blocks come out dense. Segment s computes the filters
-    ``rows[segments[s]:segments[s+1]]`` from the steps ``steps[starts[s]:starts[s+1]]``. A step reads
-    the channels ``cols[channel:channel+count]`` at tap (dy, dx) and multiplies by the slab of
+    ``rows[segments[s]:segments[s+1]]`` from the steps ``steps[starts[s]:starts[s+1]]``. A step
+    reads the channels ``cols[channel:channel+count]`` at tap (dy, dx) and multiplies by the slab of
     count × block.filters weights that begins at ``slab``.
 
     Example: HetConv with two filters on four channels, p=2, for blocks of one filter and four
@@ -66,7 +65,7 @@ class Plan:
         >>> plan = Plan(Support.het(4, 2, 3, p=2), Block(filters=1, channels=4))
         >>> plan.segments.tolist(), plan.starts.tolist()
         ([0, 1, 2], [0, 9, 18])
-        >>> [(int(s["dy"]), int(s["dx"]), int(s["channel"]), int(s["count"])) for s in plan.steps[3:6]]
+        >>> plan.steps[["dy", "dx", "channel", "count"]][3:6].tolist()
         [(1, 0, 0, 2), (1, 1, 0, 4), (1, 2, 0, 2)]
         >>> plan.slab_size, plan.efficiency
         (40, 1.0)

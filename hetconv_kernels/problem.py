@@ -132,26 +132,31 @@ def make_geometry(
         raise InputTypeError(
             mismatch("support", type(support).__name__, "a Support", "See Support.from_mask.")
         )
-    strides, dilations = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
+    strides, (dy, dx) = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
+    kh, kw = support.kernel
     # One tap has nothing to dilate; told so, PyTorch's bf16 convolution crashes on some shapes.
-    dilations = tuple(1 if k == 1 else d for k, d in zip(support.kernel, dilations, strict=True))
+    dilations = (1 if kh == 1 else dy, 1 if kw == 1 else dx)
+    return Geometry(support, strides, _pads(support, strides, padding, dilations), dilations)
+
+
+def _pads(
+    support: Support, strides: Pair, padding: int | str | Sequence[int], dilations: Pair
+) -> Pads:
     if isinstance(padding, str):
-        if padding not in ("same", "valid"):
+        if padding == "valid":
+            return 0, 0, 0, 0
+        if padding != "same":
             raise ArgumentError(mismatch("padding", repr(padding), "'same', 'valid' or numbers"))
-        if padding == "same" and strides != (1, 1):
+        if strides != (1, 1):
             raise ArgumentError(
                 mismatch("padding='same'", f"stride={strides}", "stride 1", "Give numbers instead.")
             )
-        total = [d * (k - 1) for d, k in zip(dilations, support.kernel, strict=True)]
-        top, left = (total[0] // 2, total[1] // 2) if padding == "same" else (0, 0)
-        pads = (top, total[0] - top, left, total[1] - left) if padding == "same" else (0, 0, 0, 0)
-    elif isinstance(padding, Sequence) and len(padding) == 4:
-        vertical, horizontal = _pair("padding", padding[:2], 0), _pair("padding", padding[2:], 0)
-        pads = (*vertical, *horizontal)
-    else:
-        vertical, horizontal = _pair("padding", padding, 0)
-        pads = (vertical, vertical, horizontal, horizontal)
-    return Geometry(support, strides, pads, dilations)
+        total_y, total_x = (d * (k - 1) for d, k in zip(dilations, support.kernel, strict=True))
+        return total_y // 2, total_y - total_y // 2, total_x // 2, total_x - total_x // 2
+    if isinstance(padding, Sequence) and len(padding) == 4:
+        return *_pair("padding", padding[:2], 0), *_pair("padding", padding[2:], 0)
+    vertical, horizontal = _pair("padding", padding, 0)
+    return vertical, vertical, horizontal, horizontal
 
 
 def _pair(name: str, value: int | Sequence[int], least: int) -> Pair:
@@ -349,7 +354,7 @@ def weight_shapes(support: Support) -> tuple[tuple[int, ...], ...]:
     if (kh, kw) == (1, 1):
         shapes.append((f, c))
     if support.uniform_groups not in (None, 1):
-        shapes.append((f, c // support.uniform_groups, kh, kw))  # type: ignore[operator]
+        shapes.append((f, c // support.uniform_groups, kh, kw))
     return tuple(shapes)
 
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from .backends.common import crop_image, pad_image
 from .problem import Geometry
@@ -66,7 +68,7 @@ def group_dgrad(geometry: Geometry, height: int, width: int, dy: Tensor, w: Tens
     )
     if n:
         for filters, channels in _groups(geometry, dy.device):
-            part = torch.nn.grad.conv2d_input(
+            part = conv2d_input(
                 (n, len(channels), *padded.shape[2:]),
                 w[filters].index_select(1, channels),
                 dy[:, filters],
@@ -93,7 +95,7 @@ def group_wgrad(geometry: Geometry, dy: Tensor, x: Tensor) -> Tensor:
         return dw
     padded = pad_image(x, geometry.pads)
     for filters, channels in _groups(geometry, x.device):
-        part = torch.nn.grad.conv2d_weight(
+        part = conv2d_weight(
             padded.index_select(1, channels),
             (len(filters), len(channels), *geometry.support.kernel),
             dy[:, filters],
@@ -107,7 +109,7 @@ def group_wgrad(geometry: Geometry, dy: Tensor, x: Tensor) -> Tensor:
 def _groups(geometry: Geometry, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields each group's filters and the channels it reads; groups that read none are left out."""
     for group in geometry.support.groups:
-        channels = group.mask.any((1, 2)).nonzero()[0]
+        channels = np.flatnonzero(group.mask.any((1, 2)))
         if len(channels):
             yield (
                 torch.as_tensor(group.filters, device=device),

@@ -22,9 +22,17 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import SupportError, mismatch
-
-BoolArray = npt.NDArray[np.bool_]
-IntArray = npt.NDArray[np.int64]
+from .masks import (
+    BoolArray,
+    IntArray,
+    kernel_pair,
+    owner,
+    pack_mask,
+    permutation,
+    positive,
+    spread,
+    unpack_mask,
+)
 
 # Bytes of one packed mask; above it a Support is refused rather than left to exhaust memory.
 _MAX_ENTRIES = 2**31 - 1
@@ -92,7 +100,7 @@ class Support:
                 mismatch("entries of a Support", array.size, f"at most {_MAX_ENTRIES}")
             )
         self.kind = kind
-        self.shape: tuple[int, int, int, int] = tuple(array.shape)  # type: ignore[assignment]
+        self.shape: tuple[int, int, int, int] = tuple(array.shape)
         # The packed form is the one that is kept: eight times smaller than the mask.
         self._bits: npt.NDArray[np.uint8] = pack_mask(array)
         self._bits.flags.writeable = False
@@ -119,7 +127,7 @@ class Support:
     @classmethod
     def dense(cls, C: int, F: int, kernel: int | Sequence[int]) -> Support:
         """Builds the Support of an ordinary convolution: every weight exists."""
-        _positive(C=C, F=F)
+        positive(C=C, F=F)
         kh, kw = kernel_pair(kernel)
         return cls(np.ones((F, C, kh, kw), bool), "dense")
 
@@ -130,7 +138,7 @@ class Support:
         Raises:
             SupportError: ``groups`` does not divide both C and F.
         """
-        _positive(C=C, F=F, groups=groups)
+        positive(C=C, F=F, groups=groups)
         kh, kw = kernel_pair(kernel)
         if C % groups or F % groups:
             raise SupportError(
@@ -141,8 +149,8 @@ class Support:
                     "Uneven groups: Support.self_grouped.",
                 )
             )
-        own = _owner(F, groups)[:, None] == _owner(C, groups)[None, :]
-        return cls(_spread(own, kh, kw), f"grouped(groups={groups})")
+        own = owner(F, groups)[:, None] == owner(C, groups)[None, :]
+        return cls(spread(own, kh, kw), f"grouped(groups={groups})")
 
     @classmethod
     def het(
@@ -167,7 +175,7 @@ class Support:
         Raises:
             SupportError: p outside 1…C, an even kernel (it has no centre tap), an unknown order.
         """
-        _positive(C=C, F=F)
+        positive(C=C, F=F)
         kh, kw = kernel_pair(kernel)
         if kh % 2 == 0 or kw % 2 == 0:
             raise SupportError(
@@ -186,8 +194,10 @@ class Support:
         elif order == "blocked":
             full = f * p // F == c * p // C
         else:
-            raise SupportError(mismatch("order of a HetConv", repr(order), "'blocked' or 'interleaved'"))
-        mask = _spread(full, kh, kw)
+            raise SupportError(
+                mismatch("order of a HetConv", repr(order), "'blocked' or 'interleaved'")
+            )
+        mask = spread(full, kh, kw)
         mask[:, :, kh // 2, kw // 2] = True
         return cls(mask, f"het(p={p}, {order})")
 
@@ -219,7 +229,9 @@ class Support:
         kh, kw = kernel_pair(kernel)
         if label.ndim != 1 or not np.issubdtype(label.dtype, np.integer) or label.size == 0:
             raise SupportError(
-                mismatch("labels", f"{label.dtype} {label.shape}", "a non-empty 1-D integer array [F]")
+                mismatch(
+                    "labels", f"{label.dtype} {label.shape}", "a non-empty 1-D integer array [F]"
+                )
             )
         if kept.ndim != 2 or kept.dtype != np.bool_ or kept.size == 0:
             raise SupportError(
@@ -227,9 +239,11 @@ class Support:
             )
         if label.min() < 0 or label.max() >= len(kept):
             raise SupportError(
-                mismatch("labels", f"{label.min()}…{label.max()}", f"values from 0 to {len(kept) - 1}")
+                mismatch(
+                    "labels", f"{label.min()}…{label.max()}", f"values from 0 to {len(kept) - 1}"
+                )
             )
-        mask = _spread(kept[label], kh, kw)
+        mask = spread(kept[label], kh, kw)
         if within is not None:
             if within.shape != mask.shape:
                 raise SupportError(mismatch("within", within.shape, mask.shape))
@@ -292,8 +306,8 @@ class Support:
         g = len(self.groups)
         if self.filters % g or self.channels % g:
             return None
-        own = _owner(self.filters, g)[:, None] == _owner(self.channels, g)[None, :]
-        same = np.array_equal(self.mask, _spread(own, *self.kernel))
+        own = owner(self.filters, g)[:, None] == owner(self.channels, g)[None, :]
+        same = np.array_equal(self.mask, spread(own, *self.kernel))
         return g if same else None
 
     def macs(self, height: int, width: int) -> int:
@@ -322,9 +336,9 @@ class Support:
         """
         mask = self.mask
         if filters is not None:
-            mask = mask[_permutation("filters", filters, self.filters)]
+            mask = mask[permutation("filters", filters, self.filters)]
         if channels is not None:
-            mask = mask[:, _permutation("channels", channels, self.channels)]
+            mask = mask[:, permutation("channels", channels, self.channels)]
         return Support(mask, f"{self.kind} permuted")
 
     def transpose(self) -> Support:
@@ -409,53 +423,5 @@ def support_from_bits(bits: npt.NDArray[np.uint8], kernel: tuple[int, int]) -> S
     return _from_bits(bits, kernel, "mask")
 
 
-def pack_mask(mask: BoolArray) -> npt.NDArray[np.uint8]:
-    """Packs a mask, each kernel's taps into whole bytes.  # bool [F, C, KH, KW] -> uint8 [F, C, B]"""
-    return np.packbits(mask.reshape(*mask.shape[:2], -1), axis=-1, bitorder="little")
-
-
-def unpack_mask(bits: npt.NDArray[np.uint8], kernel: tuple[int, int]) -> BoolArray:
-    """Unpacks what `pack_mask` packed.  # uint8 [F, C, B] -> bool [F, C, KH, KW]"""
-    taps = kernel[0] * kernel[1]
-    flat = np.unpackbits(bits, axis=-1, count=taps, bitorder="little")
-    return flat.reshape(*bits.shape[:2], *kernel).view(np.bool_)
-
-
-def kernel_pair(kernel: int | Sequence[int]) -> tuple[int, int]:
-    """Returns (KH, KW) for one number or a pair.
-
-    Raises:
-        SupportError: not one or two positive integers.
-    """
-    pair = (kernel, kernel) if isinstance(kernel, int | np.integer) else tuple(kernel)
-    if len(pair) != 2 or not all(isinstance(k, int | np.integer) and k >= 1 for k in pair):
-        raise SupportError(mismatch("kernel size", kernel, "one or two positive integers"))
-    return int(pair[0]), int(pair[1])
-
-
 def _from_bits(bits: npt.NDArray[np.uint8], kernel: tuple[int, int], kind: str) -> Support:
     return Support(unpack_mask(np.ascontiguousarray(bits), kernel), kind)
-
-
-def _owner(count: int, groups: int) -> IntArray:
-    return np.arange(count) * groups // count
-
-
-def _spread(pairs: BoolArray, kh: int, kw: int) -> BoolArray:
-    """Gives every (filter, channel) pair all or none of the taps.  # [F, C] -> [F, C, KH, KW]"""
-    return np.repeat(pairs[:, :, None], kh * kw, axis=2).reshape(*pairs.shape, kh, kw)
-
-
-def _positive(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if not isinstance(size, int | np.integer) or size < 1:
-            raise SupportError(mismatch(name, size, "a positive integer"))
-
-
-def _permutation(name: str, order: npt.ArrayLike, size: int) -> IntArray:
-    array = np.asarray(order)
-    if array.shape != (size,) or not np.array_equal(np.sort(array), np.arange(size)):
-        raise SupportError(
-            mismatch(f"order of {name}", f"shape {array.shape}", f"a permutation of 0…{size - 1}")
-        )
-    return array

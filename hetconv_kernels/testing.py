@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -76,7 +78,7 @@ def execute_fprop(plan: Plan, geometry: Geometry, x: Tensor, slabs: Tensor) -> T
         filters = plan.rows[plan.segments[s] : plan.segments[s + 1]]
         acc = torch.zeros(x.shape[0], plan.block.filters, *y.shape[2:], dtype=x.dtype)
         for step in plan.steps[plan.starts[s] : plan.starts[s + 1]]:
-            view = _window(padded, plan, geometry, step, tuple(y.shape[2:]))
+            view = _window(padded, plan, geometry, step, y.shape[2:])
             acc += torch.einsum("nchw,cf->nfhw", view, _slab(plan, slabs, step))
         y[:, torch.as_tensor(filters)] = acc[:, : len(filters)]
     return y
@@ -108,7 +110,7 @@ def execute_dgrad(
             filters = plan.rows[plan.segments[segment] : plan.segments[segment + 1]]
             slab = _slab(plan, slabs, step)[:, : len(filters)]
             part = torch.einsum("nfhw,cf->nchw", dy[:, torch.as_tensor(filters)], slab)
-            rows, cols = _pixels(geometry, step, tuple(dy.shape[2:]))
+            rows, cols = _pixels(geometry, step, dy.shape[2:])
             read = plan.cols[step["channel"] : step["channel"] + step["count"]]
             index = torch.as_tensor(read)[:, None, None], rows[:, None], cols[None, :]
             padded[:, *index] += part
@@ -131,7 +133,7 @@ def execute_wgrad(plan: Plan, geometry: Geometry, dy: Tensor, x: Tensor) -> Tens
     slabs = torch.zeros(plan.slab_size, dtype=x.dtype)
     for segment, step in zip(plan.owner, plan.steps, strict=True):
         filters = plan.rows[plan.segments[segment] : plan.segments[segment + 1]]
-        view = _window(padded, plan, geometry, step, tuple(dy.shape[2:]))
+        view = _window(padded, plan, geometry, step, dy.shape[2:])
         part = torch.einsum("nchw,nfhw->cf", view, dy[:, torch.as_tensor(filters)])
         _slab(plan, slabs, step)[:, : len(filters)] = part
     return slabs
@@ -143,7 +145,7 @@ def _slab(plan: Plan, slabs: Tensor, step: object) -> Tensor:
     return slabs[offset : offset + count * plan.block.filters].view(count, -1)
 
 
-def _pixels(geometry: Geometry, step: object, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def _pixels(geometry: Geometry, step: object, size: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Returns the padded rows and columns that a step reads for the output pixels."""
     rows, cols = (
         torch.arange(n) * stride + int(step[name]) * dilation  # type: ignore[index]
@@ -155,7 +157,7 @@ def _pixels(geometry: Geometry, step: object, size: tuple[int, int]) -> tuple[Te
 
 
 def _window(
-    padded: Tensor, plan: Plan, geometry: Geometry, step: object, size: tuple[int, int]
+    padded: Tensor, plan: Plan, geometry: Geometry, step: object, size: Sequence[int]
 ) -> Tensor:
     """Returns what a step reads, laid out as the output pixels.  # [N, count, OH, OW]"""
     rows, cols = _pixels(geometry, step, size)

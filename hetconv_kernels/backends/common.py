@@ -40,6 +40,11 @@ def epilogue(
     return _ACTS[act](y).to(dtype)
 
 
+def empty(shape: tuple[int, ...], like: Tensor, problem: Problem) -> Tensor:
+    """Allocates a result in the problem's memory format, with the dtype and device of `like`."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=problem.format)
+
+
 def channel_statistics(y: Tensor) -> tuple[Tensor, Tensor]:
     """Sums y and y² per filter, in float32 (float64 for float64).  # [F], [F]"""
     wide = y.double() if y.dtype == torch.float64 else y.float()

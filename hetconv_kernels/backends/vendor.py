@@ -16,7 +16,7 @@ from torch import Tensor
 from ..packing import CleanCheck, FrozenCache, dense_weight, live_weight
 from ..problem import Problem
 from . import Runner
-from .common import crop_image, epilogue, pad_image, weight_gradient
+from .common import crop_image, empty, epilogue, pad_image, weight_gradient
 
 # Nominal dense rates: MAC/s, byte/s, seconds a launch. They only order backends that nobody has
 # measured on the hardware at hand.
@@ -83,7 +83,7 @@ class Vendor:
             residual: Tensor | None,
         ) -> Tensor:
             if not problem.batch:
-                return x.new_empty(problem.y_shape, memory_format=problem.format)
+                return empty(problem.y_shape, x, problem)
             if uneven:
                 x = pad_image(x, geometry.pads)
             y = conv2d(x, weight(w), None, stride, padding, dilation, groups)
@@ -116,7 +116,7 @@ class Vendor:
 
         def run(dy: Tensor, w: Tensor) -> Tensor:
             if not n:
-                return dy.new_empty(problem.x_shape, memory_format=problem.format)
+                return empty(problem.x_shape, dy, problem)
             dx, _, _ = torch.ops.aten.convolution_backward(
                 dy,
                 dy.new_empty(1).expand(n, c, height, width),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers: drop-in modules for ``nn.Conv2d`` and ``nn.Linear``."""
 
-from .base import SupportConv2d
+from .conv import SupportConv2d
 from .fused import FusedConv2d, fuse
 from .grouped import GroupedConv2d
 from .het import HetConv2d, fold_het

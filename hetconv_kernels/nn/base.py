@@ -1,24 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SupportConv2d: the drop-in layer that all the others are, and its life with a changing Support."""
+"""SupportLayer: the life of a layer with a Support: projection, freezing, checkpoints."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import backends
-from ..errors import ArgumentError, InputTypeError, SupportError, mismatch
-from ..functional import conv2d
+from ..errors import SupportError, mismatch
 from ..packing import bits_on, dense_weight, live_weight, mask_on
-from ..problem import Geometry, make_geometry
-from ..support import Support, kernel_pair
-
-_PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+from ..problem import Geometry
+from ..support import Support
 
 
 class SupportLayer(nn.Module):
@@ -51,9 +45,7 @@ class SupportLayer(nn.Module):
         """The shape of the weight while it is not frozen."""
         return self.support.shape
 
-    def set_support(
-        self, support: Support, optimizer: torch.optim.Optimizer | None = None
-    ) -> None:
+    def set_support(self, support: Support, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Changes the Support and projects weight, gradient and optimiser slots onto it.
 
         Args:
@@ -90,7 +82,7 @@ class SupportLayer(nn.Module):
         """
         if self._all_live:
             return self
-        targets = [self.weight]
+        targets: list[Tensor] = [self.weight]
         if self.weight.grad is not None:
             targets.append(self.weight.grad)
         if optimizer is not None:
@@ -147,10 +139,10 @@ class SupportLayer(nn.Module):
         fan_in = self._live_fan_in()
         full = math.prod(self.weight.shape[1:])
         gain = (full / fan_in.to(self.weight)).sqrt()
-        self.weight *= gain.view(-1, *[1] * (self.weight.dim() - 1))
+        self.weight.mul_(gain.view(-1, *[1] * (self.weight.dim() - 1)))
         if self.bias is not None:
             nn.init.uniform_(self.bias, -1, 1)
-            self.bias /= fan_in.to(self.bias).sqrt()
+            self.bias.div_(fan_in.to(self.bias).sqrt())
         self.project_()
 
     def _live_fan_in(self) -> Tensor:
@@ -232,243 +224,19 @@ class SupportLayer(nn.Module):
         return weight.masked_fill(~self._mask(weight.device), 0)
 
 
-class SupportConv2d(SupportLayer):
-    """A convolution whose weights exist where a Support says: drop-in for ``nn.Conv2d``.
-
-    Args:
-        in_channels: C.
-        out_channels: F.
-        kernel_size: one number or (KH, KW).
-        stride: one number or a pair, in pixels.
-        padding: one number, a pair, ``"same"`` or ``"valid"``.
-        dilation: one number or a pair, in pixels.
-        groups: 1; groups are said by the Support.
-        bias: whether there is a bias.
-        padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
-        device: of the parameters.
-        dtype: of the parameters.
-        support: which weights exist.
-        backend: forces an engine for this layer; None follows `use_backend`.
-
-    Shape:
-        input [N, C, H, W] or [C, H, W], output [N, F, OH, OW] or [F, OH, OW], as ``nn.Conv2d``.
-
-    Raises:
-        ArgumentError: a value out of range.
-        SupportError: the Support has another shape.
-        BackendError: the backend is unknown or not built here.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | Sequence[int],
-        stride: int | Sequence[int] = 1,
-        padding: int | str | Sequence[int] = 0,
-        dilation: int | Sequence[int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        support: Support,
-        backend: str | None = None,
-    ) -> None:
-        super().__init__()
-        kernel = kernel_pair(kernel_size)
-        if not isinstance(support, Support):
-            raise InputTypeError(mismatch("support", type(support).__name__, "a Support"))
-        if support.shape != (out_channels, in_channels, *kernel):
-            raise SupportError(
-                mismatch(
-                    f"Support of {type(self).__name__}",
-                    support.shape,
-                    f"{(out_channels, in_channels, *kernel)} (F, C, KH, KW)",
-                )
-            )
-        if padding_mode not in _PADDING_MODES:
-            raise ArgumentError(
-                mismatch("padding_mode", repr(padding_mode), f"one of {', '.join(_PADDING_MODES)}")
-            )
-        self._check_groups(groups)
-        geometry = make_geometry(support, stride, padding, dilation)
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size, self.stride = kernel, geometry.stride
-        self.dilation = _as_pair(dilation)
-        self.padding: str | tuple[int, int] = (
-            padding if isinstance(padding, str) else _as_pair(padding)
-        )
-        self.padding_mode = padding_mode
-        self.backend = backend
-        # Other padding modes pad before the convolution, which then pads nothing.
-        top, bottom, left, right = geometry.pads
-        self._outer_pads = (left, right, top, bottom) if padding_mode != "zeros" else None
-        self._geometry = (
-            geometry
-            if self._outer_pads is None
-            else Geometry(support, geometry.stride, (0, 0, 0, 0), geometry.dilation)
-        )
-        self.weight = nn.Parameter(torch.empty(self._dense_shape, device=device, dtype=dtype))
-        self.register_parameter(
-            "bias",
-            nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None,
-        )
-        bits_on(support, self.weight.device)
-        self.reset_parameters()
-
-    def _check_groups(self, groups: int) -> None:
-        if groups != 1:
-            raise ArgumentError(
-                mismatch(
-                    f"groups of {type(self).__name__}",
-                    groups,
-                    "1, since the Support says which channels a filter reads",
-                    "For nn.Conv2d(groups=g) use GroupedConv2d.",
-                )
-            )
-
-    @property
-    def backend(self) -> str | None:
-        """The engine that this layer is forced to, None to follow `use_backend`."""
-        return self._backend
-
-    @backend.setter
-    def backend(self, name: str | None) -> None:
-        self._code = None if name is None else backends.backend_code(name)
-        self._backend = name
-
-    def reset_parameters(self) -> None:
-        """Initialises like ``nn.Conv2d``, with each filter's *live* fan-in in place of the dense."""
-        self._initialise()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolves.  # [N, C, H, W] -> [N, F, OH, OW]"""
-        if self._outer_pads is not None:
-            x = F.pad(x, self._outer_pads, mode=self.padding_mode)
-        code = self._code
-        return conv2d(
-            x,
-            self.weight,
-            self.bias,
-            self._geometry,
-            backends.forced_code() if code is None else code,
-        )
-
-    @classmethod
-    def from_conv2d(cls, conv: nn.Conv2d, support: Support, **kwargs: Any) -> Self:
-        """Takes over a convolution's arguments and copies its weights, dead ones left out.
-
-        Args:
-            conv: an ``nn.Conv2d``; a grouped one is expanded, and the Support intersected with it.
-            support: which weights exist.
-            **kwargs: keyword-only extras of the class.
-
-        Raises:
-            InputTypeError: ``conv`` is not an ``nn.Conv2d``.
-            SupportError: the Support has another shape.
-        """
-        weight, within = expanded_weight(conv)
-        support = support if conv.groups == 1 else support & within
-        return cls._from(conv, weight, support=support, **kwargs)
-
-    @classmethod
-    def _from(cls, conv: nn.Conv2d, weight: Tensor, groups: int = 1, **kwargs: Any) -> Self:
-        layer = cls(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            groups,
-            conv.bias is not None,
-            conv.padding_mode,
-            "meta",
-            conv.weight.dtype,
-            **kwargs,
-        )
-        take_parameters(layer, conv, weight)
-        return layer
-
-    def to_conv2d(self) -> nn.Conv2d:
-        """Returns the dense ``nn.Conv2d`` that computes the same, with copies of the weights."""
-        dense = self.weight.detach()
-        if self.frozen:
-            dense = dense_weight(self.support, dense, dense.dtype)
-        return self._plain_conv2d(dense, groups=1)
-
-    def _plain_conv2d(self, weight: Tensor, groups: int) -> nn.Conv2d:
-        conv = nn.Conv2d(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            self.stride,  # type: ignore[arg-type]
-            self.padding,
-            self.dilation,
-            groups,
-            self.bias is not None,
-            self.padding_mode,  # type: ignore[arg-type]
-            "meta",
-            weight.dtype,
-        )
-        take_parameters(conv, self, weight)
-        return conv
-
-    def extra_repr(self) -> str:
-        """Says what ``nn.Conv2d`` says, and the Support."""
-        text = (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
-            f"stride={self.stride}"
-        )
-        for name, default in (
-            ("padding", (0, 0)),
-            ("dilation", (1, 1)),
-            ("groups", 1),
-            ("padding_mode", "zeros"),
-            ("backend", None),
-        ):
-            if getattr(self, name) != default:
-                text += f", {name}={getattr(self, name)!r}"
-        text += ", bias=False" if self.bias is None else ""
-        text += f", support={self.support.kind}, groups_of_filters={len(self.support.groups)}"
-        text += f", density={self.support.density:.3g}"
-        return text + (", frozen" if self.frozen else "")
+Layer = nn.Conv2d | nn.Linear | SupportLayer
 
 
-def take_parameters(target: nn.Module, source: nn.Module, weight: Tensor) -> None:
+def take_parameters(target: Layer, source: Layer, weight: Tensor) -> None:
     """Gives target copies of a weight and of source's bias, and source's flags."""
-    old = source.weight
     copy = weight.detach().clone(memory_format=torch.preserve_format)
-    target.weight = nn.Parameter(copy, requires_grad=old.requires_grad)  # type: ignore[union-attr]
+    target.weight = nn.Parameter(copy, requires_grad=source.weight.requires_grad)
     if source.bias is not None:
         target.bias = nn.Parameter(
-            source.bias.detach().clone(),  # type: ignore[operator]
-            requires_grad=source.bias.requires_grad,  # type: ignore[arg-type]
+            source.bias.detach().clone(),
+            requires_grad=source.bias.requires_grad,
         )
     target.train(source.training)
     if isinstance(target, SupportLayer):
         bits_on(target.support, copy.device)
         target.project_()
-
-
-def expanded_weight(conv: nn.Conv2d) -> tuple[Tensor, Support]:
-    """Returns a convolution's dense weight and the Support of its groups.
-
-    # [F, C, KH, KW]
-
-    Raises:
-        InputTypeError: ``conv`` is not an ``nn.Conv2d``.
-    """
-    if not isinstance(conv, nn.Conv2d):
-        raise InputTypeError(mismatch("conv", type(conv).__name__, "an nn.Conv2d"))
-    support = Support.grouped(conv.in_channels, conv.out_channels, conv.kernel_size, conv.groups)
-    weight = conv.weight.detach()
-    if conv.groups > 1:
-        weight = dense_weight(support, weight, weight.dtype)
-    return weight, support
-
-
-def _as_pair(value: int | Sequence[int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[-1])

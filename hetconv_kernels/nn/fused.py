@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +14,7 @@ from ..functional import fused_conv2d
 from ..packing import bits_on, dense_weight, live_weight
 from ..problem import ACTIVATIONS, Geometry, make_geometry
 from ..support import Support
-from .base import SupportConv2d, expanded_weight
+from .conv import SupportConv2d, expanded_weight
 
 
 class FusedConv2d(nn.Module):
@@ -41,8 +43,8 @@ class FusedConv2d(nn.Module):
         """Which weights exist."""
         return self._geometry.support
 
-    def _apply(self, fn: object, recurse: bool = True) -> FusedConv2d:
-        super()._apply(fn, recurse)  # type: ignore[arg-type]
+    def _apply(self, fn: Any, recurse: bool = True) -> FusedConv2d:
+        super()._apply(fn, recurse)
         bits_on(self.support, self.weight.device)
         return self
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import InputTypeError, SupportError, mismatch
 from ..support import Support
-from .base import SupportConv2d
+from .conv import SupportConv2d
 
 
 class GroupedConv2d(SupportConv2d):
@@ -77,9 +77,7 @@ class GroupedConv2d(SupportConv2d):
     def _all_live(self) -> bool:
         return True
 
-    def set_support(
-        self, support: Support, optimizer: torch.optim.Optimizer | None = None
-    ) -> None:
+    def set_support(self, support: Support, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Refuses: the groups of this layer are its Support.
 
         Raises:

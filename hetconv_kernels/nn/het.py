@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from ..errors import ArgumentError, mismatch
-from ..support import Support, kernel_pair
-from .base import SupportConv2d, expanded_weight
+from ..masks import kernel_pair
+from ..support import Support
+from .conv import SupportConv2d, expanded_weight
 
 
 class HetConv2d(SupportConv2d):
@@ -123,18 +124,21 @@ def fold_het(grouped: nn.Conv2d, pointwise: nn.Conv2d, **kwargs: Any) -> HetConv
     """
     weight, _ = expanded_weight(grouped)
     center_weight, _ = expanded_weight(pointwise)
-    kernel, stride = kernel_pair(grouped.kernel_size), tuple(grouped.stride)
-    halo = tuple(d * (k - 1) // 2 for d, k in zip(grouped.dilation, kernel, strict=True))
+    kernel, stride = kernel_pair(grouped.kernel_size), kernel_pair(grouped.stride)
+    dilation = kernel_pair(grouped.dilation)
+    halo = (dilation[0] * (kernel[0] - 1) // 2, dilation[1] * (kernel[1] - 1) // 2)
     padding = (0, 0) if pointwise.padding == "valid" else pointwise.padding
     own_padding = halo if grouped.padding == "same" else grouped.padding
     facts = {
-        "kernel sizes": (kernel[0] % 2 and kernel[1] % 2 and kernel_pair(pointwise.kernel_size) == (1, 1)),
+        "kernel sizes": (
+            kernel[0] % 2 and kernel[1] % 2 and kernel_pair(pointwise.kernel_size) == (1, 1)
+        ),
         "channels": (
             grouped.in_channels == pointwise.in_channels
             and grouped.out_channels == pointwise.out_channels
         ),
         "groups": pointwise.groups == 1,
-        "strides": stride == tuple(pointwise.stride),
+        "strides": stride == kernel_pair(pointwise.stride),
         "paddings": own_padding == halo and padding in ((0, 0), "same"),
         "padding modes": grouped.padding_mode == "zeros",
         "dtypes and devices": (weight.dtype, weight.device)
@@ -157,9 +161,9 @@ def fold_het(grouped: nn.Conv2d, pointwise: nn.Conv2d, **kwargs: Any) -> HetConv
         grouped.in_channels,
         grouped.out_channels,
         kernel,
-        stride,  # type: ignore[arg-type]
-        halo,  # type: ignore[arg-type]
-        grouped.dilation,
+        stride,
+        halo,
+        dilation,
         bias=bool(biases),
         device="meta",
         dtype=weight.dtype,

@@ -52,7 +52,9 @@ class SupportLinear(SupportLayer):
             raise InputTypeError(mismatch("support", type(support).__name__, "a Support"))
         if support.shape != (out_features, in_features, 1, 1):
             raise SupportError(
-                mismatch("Support of SupportLinear", support.shape, (out_features, in_features, 1, 1))
+                mismatch(
+                    "Support of SupportLinear", support.shape, (out_features, in_features, 1, 1)
+                )
             )
         self.in_features, self.out_features = in_features, out_features
         self.backend = backend

@@ -6,11 +6,10 @@ from __future__ import annotations
 from typing import Self
 
 import numpy.typing as npt
-
 from torch import nn
 
 from ..support import Support
-from .base import SupportConv2d
+from .conv import SupportConv2d
 
 
 class SelfGroupConv2d(SupportConv2d):

@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: ``hetconv info | explain | demo | bench``.
+
+Each command imports what it needs when it runs, so that ``hetconv --help`` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+from .errors import HetconvError, mismatch
+
+if TYPE_CHECKING:
+    import torch
+
+OK, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
+_EXIT_CODES = """exit codes:
+  0    done
+  1    could not be done; one sentence on stderr says why
+  2    wrong usage: unknown command or option, a bad value, or a part that is not installed
+  130  interrupted
+"""
+_DTYPES = ("float32", "float16", "bfloat16", "float64")
+
+
+class UsageError(HetconvError):
+    """A command cannot run in this installation or with these options."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        argv: the arguments after the program's name; by default those of the process.
+
+    Returns:
+        The exit code: 0 done, 1 failure, 2 usage, 130 interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser(with_demo=arguments[:1] == ["demo"])
+    try:
+        options, rest = parser.parse_known_args(arguments)
+        if rest and options.command != "bench":
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    except SystemExit as stop:  # argparse has printed the help or the mistake
+        return int(stop.code or 0)
+    options.rest = rest
+    command: Callable[[argparse.Namespace], int] = options.run
+    try:
+        code = command(options)
+        sys.stdout.flush()
+        return code
+    except UsageError as error:
+        print(f"hetconv: {error}", file=sys.stderr)
+        return USAGE
+    except HetconvError as error:
+        print(f"hetconv: {error}", file=sys.stderr)
+        return FAILURE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+
+
+def _parser(*, with_demo: bool) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hetconv",
+        description="Structured-sparse convolutions that are fast: what is there, and why.",
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"hetconv {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> Any:
+        sub = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=_EXIT_CODES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    info = command("info", _info, "what is built and found on this machine")
+    info.add_argument("--json", action="store_true", help="print JSON")
+    _explain_options(command("explain", _explain, "which backend runs a layer, and why"))
+    demo = command("demo", _demo, "train, compress and time a denoiser on photographs")
+    if with_demo:
+        from . import demo as module
+
+        module.add_arguments(demo)
+    bench = command("bench", _bench, "measure this machine (a front to benchmarks/ of a checkout)")
+    bench.add_argument("--full", action="store_true", help="all cases, not the quick subset")
+    bench.add_argument("--backend", action="append", help="force this backend (repeatable)")
+    bench.add_argument("--gpu", action="store_true", help="only the GPU table")
+    bench.add_argument("--results", type=Path, help="folder for the JSON files")
+    bench.epilog = "Other options go to pytest, such as -k 'het4'.\n\n" + _EXIT_CODES
+    return parser
+
+
+# info --------------------------------------------------------------------------------------------
+
+
+def _info(options: argparse.Namespace) -> int:
+    from .info import info
+
+    found = info()
+    if options.json:
+        print(json.dumps(found, indent=2, default=str))
+    else:
+        _show("hetconv_kernels", ("what", "found"), _flat(found))
+    return OK
+
+
+def _flat(value: object, name: str = "") -> list[tuple[str, str]]:
+    """Lists the leaves of nested mappings as (dotted name, text)."""
+    if isinstance(value, dict) and value:
+        return [
+            row
+            for key, item in value.items()
+            for row in _flat(item, f"{name}.{key}" if name else str(key))
+        ]
+    if isinstance(value, list | tuple):
+        return [(name, ", ".join(map(str, value)) or "none")]
+    return [(name, "none" if value is None or value == {} else str(value))]
+
+
+# explain -----------------------------------------------------------------------------------------
+
+
+def _explain_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--kind", choices=("het", "dense", "grouped", "mask"), default="het")
+    add("--channels", type=int, default=64, help="input channels (64)")
+    add("--filters", type=int, help="output channels (as many as input channels)")
+    add("--kernel", type=int, default=3, help="kernel edge (3)")
+    add("--p", type=int, default=4, help="part of a HetConv, or number of groups (4)")
+    add("--order", choices=("blocked", "interleaved"), default="blocked")
+    add("--density", type=float, default=0.3, help="of a random mask, 0…1 (0.3)")
+    add("--size", type=_size, default=(56, 56), help="input height, or HEIGHTxWIDTH (56)")
+    add("--batch", type=int, default=1, help="images (1)")
+    add("--stride", type=int, default=1)
+    add("--dtype", choices=_DTYPES, default="float32")
+    add("--backend", help="force this backend")
+    add("--device", default="cpu", help="such as cpu or cuda:0")
+    add("--memory-format", choices=("contiguous", "channels_last"), default="contiguous")
+    add("--json", action="store_true", help="print JSON")
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    try:
+        return int(height), int(width or height)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither 56 nor 56x48") from None
+
+
+def _explain(options: argparse.Namespace) -> int:
+    import torch
+
+    from .explain import explain
+
+    layer = _layer(options)
+    formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+    form = formats[options.memory_format]
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    shape = (options.batch, options.channels, *options.size)
+    try:
+        x = torch.randn(*shape, device=device, dtype=dtype).to(memory_format=form)
+    except RuntimeError as error:
+        raise HetconvError(f"No input of shape {shape}: {error}") from error
+    layer = layer.to(memory_format=form)  # type: ignore[call-overload]  # torch's stub lacks it
+    with torch.no_grad():
+        explanation = explain(layer, x)
+    if options.json:
+        print(json.dumps(explanation.to_dict(), indent=2, default=str))
+    else:
+        _print(str(explanation))
+    return OK
+
+
+def _layer(options: argparse.Namespace) -> torch.nn.Module:
+    """Builds the layer that the options describe."""
+    import numpy as np
+    import torch
+
+    from . import Support, nn
+
+    c, k, p = options.channels, options.kernel, options.p
+    f = c if options.filters is None else options.filters
+    try:
+        device = torch.device(options.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that CUDA was compiled in
+        reason = str(error).splitlines()[0]
+        raise HetconvError(f"device {options.device!r} cannot be used: {reason}") from error
+    more: dict[str, Any] = {
+        "bias": True,
+        "device": device,
+        "dtype": getattr(torch, options.dtype),
+        "backend": options.backend,
+    }
+    place = (options.stride, k // 2)
+    if options.kind == "het":
+        return nn.HetConv2d(c, f, k, *place, p=p, order=options.order, **more)
+    if options.kind == "grouped":
+        return nn.GroupedConv2d(c, f, k, *place, groups=p, **more)
+    if options.kind == "dense":
+        return nn.SupportConv2d(c, f, k, *place, support=Support.dense(c, f, k), **more)
+    if not 0 < options.density <= 1:
+        raise HetconvError(mismatch("--density", options.density, "more than 0, at most 1"))
+    if min(c, f, k) < 1:
+        raise HetconvError(mismatch("channels, filters, kernel", (c, f, k), "positive numbers"))
+    mask = np.random.default_rng(0).random((f, c, k, k)) < options.density
+    return nn.SupportConv2d(c, f, k, *place, support=Support.from_mask(mask), **more)
+
+
+# demo, bench -------------------------------------------------------------------------------------
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from . import demo
+
+    return int(demo.run(options))
+
+
+def _bench(options: argparse.Namespace) -> int:
+    folder = Path(__file__).resolve().parents[1] / "benchmarks"
+    if not (folder / "conftest.py").is_file():
+        raise UsageError(
+            "the benchmarks are not part of an installed package. Clone the repository, and run "
+            "`make bench`, or `hetconv bench` from a checkout."
+        )
+    missing = [m for m in ("pytest", "pytest_benchmark") if importlib.util.find_spec(m) is None]
+    if missing:
+        names = " ".join(name.replace("_", "-") for name in missing)
+        raise UsageError(f"the benchmarks need {names}: pip install {names}")
+    command = [sys.executable, "-m", "pytest", str(folder), "--rootdir", str(folder.parent)]
+    command += ["--full"] * options.full + ["-m", "gpu"] * options.gpu
+    for name in options.backend or ():
+        command += ["--backend", name]
+    if options.results:
+        command += ["--results", str(options.results.resolve())]
+    sys.stdout.flush()
+    done = subprocess.run([*command, *options.rest], cwd=folder.parent, check=False)
+    # pytest: 0 passed, 1 failed, 2 interrupted, 3 internal, 4 usage, 5 nothing collected.
+    return {0: OK, 4: USAGE, 5: USAGE}.get(done.returncode, FAILURE)
+
+
+# output ------------------------------------------------------------------------------------------
+
+
+def _rich() -> bool:
+    """Whether to draw with rich: it is installed and a person reads along."""
+    return sys.stdout.isatty() and importlib.util.find_spec("rich") is not None
+
+
+def _print(text: str) -> None:
+    if _rich():
+        from rich.console import Console
+
+        Console().print(text, markup=False, soft_wrap=True)
+    else:
+        print(text)
+
+
+def _show(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Prints a table: the same words with rich and without."""
+    lines = [list(row) for row in rows]
+    if _rich():
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=title)
+        for name in header:
+            table.add_column(name, overflow="fold")
+        for line in lines:
+            table.add_row(*map(Text, line))
+        Console().print(table)
+        return
+    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
+    print(title)
+    for cells in (header, ["-" * width for width in widths], *lines):
+        padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        print("  ".join(padded).rstrip())

@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo: a denoiser made dense, HetConv and self-grouped, measured side by side.
+
+It trains a small DnCNN on one photograph, makes two sparse networks of it, trains all three on for
+equally many steps, and denoises another photograph that none of them has seen. DnCNN is Zhang,
+Zuo, Chen, Meng, Zhang, IEEE TIP 26(7), 2017, arXiv 1608.03981; its BatchNorm is left out, because a
+few minutes of small batches train better without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from . import stats, timing
+from ._version import __version__
+from .backends import use_backend
+from .compress.self_grouping import self_group
+from .demo_data import (
+    HELD_OUT,
+    SIGMA,
+    TRAINED_ON,
+    Patches,
+    add_noise,
+    photograph,
+    psnr,
+    require_extra,
+)
+from .demo_report import TORCH, Progress, Row, draw, show
+from .errors import ArgumentError, HetconvError, mismatch
+from .explain import explain
+from .graph import rules
+from .graph.convert import convert
+from .models import DnCNN, dncnn
+from .nn import SupportConv2d
+from .samples import Timings
+from .support import Support
+
+PART = 4
+PERCENT, STEP, CLUSTERS = 70, 10, 16
+_LEARNING_RATE = 2e-3
+# What single precision may differ by over a network, on images from 0 to 1.
+_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The sizes of one run.
+
+    Attributes:
+        steps: training steps of the dense network; each network then has half as many more.
+        depth: convolutions of the DnCNN.
+        channels: its width.
+        patch: height and width of a training patch.
+        batch: patches in a batch.
+        crop: height and width cut from the middle of the held-out photograph; None is all of it.
+        rounds: how often each network is timed.
+        seconds: about how long the timing may take.
+    """
+
+    steps: int = 1000
+    depth: int = 7
+    channels: int = 64
+    patch: int = 40
+    batch: int = 8
+    crop: tuple[int, int] | None = None
+    rounds: int = 20
+    seconds: float = 15.0
+
+
+QUICK = Settings(80, depth=4, channels=16, patch=32, batch=4, crop=(96, 128), rounds=6, seconds=2)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the demo to a parser."""
+    full = Settings()
+    add = parser.add_argument
+    add("--quick", action="store_true", help="a tiny network and crop: seconds, for a first look")
+    add("--out", type=Path, default=Path("outputs/demo"), help="results go here (outputs/demo)")
+    add("--steps", type=int, help=f"training steps of the dense network ({full.steps})")
+    add("--channels", type=int, help=f"filters of each convolution ({full.channels})")
+    add("--seed", type=int, default=0)
+    add("--device", default="cpu", help="such as cpu or cuda:0")
+    add("--backend", help="force this backend for the sparse networks")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the demo: prints a table, writes ``demo.png`` and ``demo.json``.
+
+    Args:
+        args: the options of `add_arguments`.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        HetconvError: a package of the ``demo`` extra is missing, the device or backend cannot be
+            used, or a sparse network does not compute what its masked dense twin does.
+        ArgumentError: a number is out of range.
+    """
+    require_extra()
+    settings, device = _settings(args), _device(args.device)
+    args.out.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    with _forced(args.backend):
+        networks = _train_all(settings, args.seed, device)
+        training_s = time.perf_counter() - started
+        # Read only now: nothing above can have looked at it.
+        truth = _cropped(photograph(HELD_OUT), settings.crop)
+        noisy = add_noise(truth, seed=args.seed + 1)
+        rows, images, timings = _measure(networks, noisy, truth, settings, device)
+    record = {
+        "format": "hetconv_kernels.demo/1",
+        "version": __version__,
+        "settings": asdict(settings)
+        | {"seed": args.seed, "device": str(device), "backend": args.backend, "quick": args.quick},
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "trained_on": TRAINED_ON,
+        "held_out": HELD_OUT,
+        "image": list(truth.shape),
+        "sigma": SIGMA,
+        "noisy_psnr_db": psnr(noisy, truth),
+        "training_s": training_s,
+        "networks": {row.name: asdict(row) for row in rows},
+        "timings": timings.to_dict(),
+    }
+    picture, results = args.out / "demo.png", args.out / "demo.json"
+    draw(picture, truth, noisy, record["noisy_psnr_db"], dict(zip(rows, images, strict=True)))
+    results.write_text(json.dumps(record, indent=2) + "\n")
+    show(rows, record["noisy_psnr_db"])
+    print(
+        f"Trained on {TRAINED_ON} for {training_s:.0f} s; measured on {HELD_OUT}, never trained on."
+    )
+    print(f"Wrote {picture} and {results}.")
+    return 0
+
+
+# training ----------------------------------------------------------------------------------------
+
+
+def _train_all(settings: Settings, seed: int, device: torch.device) -> dict[str, DnCNN]:
+    """Trains the dense network, derives the sparse ones, trains all three on for as long."""
+    photo = photograph(TRAINED_ON)
+
+    def patches(offset: int) -> Patches:
+        return Patches(photo, settings.patch, settings.batch, seed=seed + offset, device=device)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        dense = dncnn(settings.depth, settings.channels, 1, batch_norm=False)
+    dense = dense.to(device=device, memory_format=torch.channels_last)
+    more = settings.steps // 2
+    with Progress(settings.steps + 3 * more) as progress:
+        train(dense, patches(0), settings.steps, _LEARNING_RATE, progress.stage("dense"))
+        networks = {"dense": dense, "HetConv": to_hetconv(dense), "self-grouped": to_groups(dense)}
+        for name, network in networks.items():
+            # All three see the same patches, so that none has an advantage.
+            train(network, patches(1), more, _LEARNING_RATE / 2, progress.stage(f"{name}, tuned"))
+    return networks
+
+
+def train(
+    model: DnCNN,
+    patches: Patches,
+    steps: int,
+    learning_rate: float,
+    report: Callable[[float], None],
+) -> None:
+    """Trains a DnCNN to predict the noise in patches.
+
+    Adam with one cycle of the learning rate, on the mean squared error.
+
+    Args:
+        model: trained in place.
+        patches: where batches come from; the only data that is read.
+        steps: how many batches.
+        learning_rate: the peak of the cycle.
+        report: called with the loss after each step.
+    """
+    optimizer = torch.optim.Adam(model.parameters(), learning_rate)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, learning_rate, total_steps=max(steps, 2), pct_start=0.1
+    )
+    model.train()
+    for _ in range(steps):
+        noisy, noise = patches.next()
+        loss = nn.functional.mse_loss(model.noise(noisy), noise)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        cycle.step()
+        report(loss.item())
+
+
+def to_hetconv(dense: DnCNN) -> DnCNN:
+    """Copies a network with every 3×3 convolution but the first and last made HetConv, p = 4."""
+    return _converted(dense, rules.het(p=PART))
+
+
+def to_groups(dense: DnCNN) -> DnCNN:
+    """Copies a network with the same convolutions self-grouped: 10, 20, … 70 % dropped."""
+    chosen = {}
+    for name, conv in dense.named_modules():
+        if isinstance(conv, nn.Conv2d) and min(conv.in_channels, conv.out_channels) > 1:
+            support = Support.dense(conv.in_channels, conv.out_channels, conv.kernel_size)
+            clusters = min(CLUSTERS, conv.out_channels // 4)
+            for percent in range(STEP, PERCENT + 1, STEP):
+                support = self_group(conv.weight, percent, clusters, support)
+            chosen[name] = support
+    return _converted(dense, rules.supports(chosen))
+
+
+def _converted(dense: DnCNN, rule: rules.Rule) -> DnCNN:
+    model = convert(dense, rule, inplace=False).model
+    return cast(DnCNN, model.to(memory_format=torch.channels_last))
+
+
+# measuring ---------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def _measure(
+    networks: dict[str, DnCNN],
+    noisy: Tensor,
+    truth: Tensor,
+    settings: Settings,
+    device: torch.device,
+) -> tuple[list[Row], list[Tensor], Timings]:
+    """Checks, denoises with, and times each network."""
+    x = noisy[None].to(device).contiguous(memory_format=torch.channels_last)
+    outputs = {name: network.eval()(x) for name, network in networks.items()}
+    differences = {name: _difference(name, networks[name], x, y) for name, y in outputs.items()}
+
+    def call(network: nn.Module) -> Callable[[], Tensor]:
+        return lambda: network(x)
+
+    timings = timing.interleaved(
+        {name: call(network) for name, network in networks.items()},
+        rounds=settings.rounds,
+        warmup=1,
+        max_seconds=settings.seconds,
+        device=device,
+    )
+    rows, images = [], []
+    for name, network in networks.items():
+        image = outputs[name][0].cpu()
+        work = stats.layer_macs(network, x)
+        speedup = timings.speedup(name)
+        rows.append(
+            Row(
+                name=name,
+                psnr_db=psnr(image, truth),
+                live_weights=sum(layer.live for layer in work),
+                macs=sum(layer.macs for layer in work),
+                seconds=timings.median(name),
+                speedup=(speedup.value, speedup.low, speedup.high),
+                backends=backends_of(network, x),
+                difference=differences[name],
+            )
+        )
+        images.append(image)
+    return rows, images, timings
+
+
+def _difference(name: str, network: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Compares a network's output with that of the same network made of masked nn.Conv2d."""
+    twin = convert(network, rules.dense(), inplace=False).model
+    difference = float((twin(x) - y).abs().max())
+    if not difference <= _TOLERANCE:
+        raise HetconvError(
+            f"The {name} network differs from its masked dense twin by {difference:.3g}, more than"
+            f" {_TOLERANCE}: its time would mean nothing. Please report it; --backend vendor works."
+        )
+    return difference
+
+
+def backends_of(network: nn.Module, x: Tensor) -> tuple[str, ...]:
+    """Names what runs the sparse layers of a network on this input, the most frequent first.
+
+    ``("torch",)`` for a network that has none.
+    """
+    inputs: dict[nn.Module, Tensor] = {}
+
+    def remember(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        inputs[layer] = arguments[0]
+
+    layers = [m for m in network.modules() if isinstance(m, SupportConv2d)]
+    hooks = [layer.register_forward_pre_hook(remember) for layer in layers]
+    try:
+        network(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    chosen = Counter(explain(layer, layer_input).chosen for layer, layer_input in inputs.items())
+    return tuple(name for name, _ in chosen.most_common()) or (TORCH,)
+
+
+# options -----------------------------------------------------------------------------------------
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    settings = QUICK if args.quick else Settings()
+    for name in ("steps", "channels"):
+        value = getattr(args, name)
+        least = {"steps": 2, "channels": 2 * PART}[name]
+        if value is not None:
+            if value < least:
+                raise ArgumentError(mismatch(f"--{name}", value, f"at least {least}"))
+            settings = replace(settings, **{name: value})
+    return settings
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that CUDA was compiled in
+        reason = str(error).splitlines()[0]
+        raise HetconvError(f"device {name!r} cannot be used: {reason}") from error
+    return device
+
+
+def _forced(backend: str | None) -> AbstractContextManager[None]:
+    return nullcontext() if backend is None else use_backend(backend)
+
+
+def _cropped(photo: Tensor, crop: tuple[int, int] | None) -> Tensor:
+    """Cuts the middle out of a photograph.  # [1, H, W] -> [1, *crop]"""
+    if crop is None:
+        return photo
+    top, left = ((size - part) // 2 for size, part in zip(photo.shape[-2:], crop, strict=True))
+    return photo[:, top : top + crop[0], left : left + crop[1]]
