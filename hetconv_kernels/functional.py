@@ -15,7 +15,7 @@ from . import backends, ops
 from .autograd import EagerCall, transforms_active
 from .backends.common import channel_statistics, epilogue
 from .packing import bits_on
-from .problem import Geometry, check_call, make_geometry
+from .problem import Geometry, make_geometry
 from .support import Support
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -56,7 +56,8 @@ def support_conv2d(
         InputTypeError: a dtype that is not supported, or a mix of dtypes without autocast.
         BackendError: the forced backend cannot run this call.
     """
-    geometry = _geometry(support, _key(stride), _key(padding), _key(dilation))
+    build = make_geometry if torch.compiler.is_compiling() else _geometry
+    geometry = build(support, _key(stride), _key(padding), _key(dilation))
     code = backends._forced if backend is None else backends.backend_code(backend)
     return conv2d(x, weight, bias, geometry, code)
 
@@ -74,7 +75,6 @@ def conv2d(
     if mixed:
         x = _autocast(x)
     if _traced(x, weight):
-        check_call(geometry, x, weight, bias, mixed)
         bits = bits_on(geometry.support, x.device)
         ints = geometry.ints(x.shape[2], x.shape[3])
         return torch.ops.hetconv.fprop(x, weight, bits, None, bias, None, "none", ints, backend)
@@ -128,7 +128,6 @@ def fused_conv2d(
         x = _autocast(x)
         residual = None if residual is None else residual.to(x.dtype)
     if _traced(x, weight):
-        check_call(geometry, x, weight, shift, True)
         bits = bits_on(geometry.support, x.device)
         ints = geometry.ints(x.shape[2], x.shape[3])
         return torch.ops.hetconv.fprop(x, weight, bits, scale, shift, residual, act, ints, backend)

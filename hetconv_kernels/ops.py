@@ -341,6 +341,16 @@ def _wgrad(
     return run_wgrad(dy, x, layer, tuple(weight_shape), dtype, backend)
 
 
+def _check_traced(name: str, x: Tensor, channels: int, geometry: Sequence[int]) -> None:
+    """Refuses while tracing what shapes alone can refuse; the bodies check the rest."""
+    if x.dim() != 4 or x.shape[1] != channels:
+        raise ArgumentError(mismatch(f"{name} shape", tuple(x.shape), f"[N, {channels}, H, W]"))
+    if any(size < 1 for size in output_size(geometry)):
+        raise ArgumentError(
+            mismatch("output size", output_size(geometry), "at least one pixel", "Pad the input.")
+        )
+
+
 def _fake_fprop(
     x: Tensor,
     w: Tensor,
@@ -352,6 +362,7 @@ def _fake_fprop(
     geometry: Sequence[int],
     backend: int,
 ) -> Tensor:
+    _check_traced("input", x, support.shape[1], geometry)
     shape = (x.shape[0], support.shape[0], *output_size(geometry))
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x, w))
 
@@ -373,6 +384,7 @@ def _fake_fprop_stats(
 def _fake_dgrad(
     dy: Tensor, w: Tensor, support: Tensor, geometry: Sequence[int], backend: int
 ) -> Tensor:
+    _check_traced("dy", dy, support.shape[0], geometry)
     shape = (dy.shape[0], support.shape[1], *geometry[:2])
     return torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=memory_format(dy, w))
 

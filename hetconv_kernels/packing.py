@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,7 +51,7 @@ def mask_on(support: Support, device: torch.device) -> Tensor:
 def _constant(array: object, device: torch.device) -> Tensor:
     # Outside inference mode, so that the tensor can be used anywhere later.
     with torch.inference_mode(False):
-        return torch.tensor(array, device=device)
+        return torch.as_tensor(np.array(array), device=device)
 
 
 def dense_weight(support: Support, w: Tensor, dtype: torch.dtype) -> Tensor:

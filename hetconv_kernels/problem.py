@@ -8,10 +8,11 @@ real kernels, the fake ones (tracing), and the statistics.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,27 +46,26 @@ class Geometry:
     pads: Pads
     dilation: Pair
 
-    @cached_property
-    def tail(self) -> tuple[int, ...]:
-        """The integers of `ints` that do not depend on the image."""
-        return (
+    # What `ints` lists after the image.
+    tail: tuple[int, ...] = field(init=False, repr=False)
+    # The (vertical, horizontal) padding when both sides are equal, else None.
+    symmetric_padding: Pair | None = field(init=False, repr=False)
+    # The cache of chosen backends, by call signature (see `ops`).
+    choices: dict[Any, Any] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        top, bottom, left, right = self.pads
+        symmetric = (top, left) if top == bottom and left == right else None
+        tail = (
             *self.support.kernel,
             *self.stride,
             *self.pads,
             *self.dilation,
             self.support.digest,
         )
-
-    @cached_property
-    def choices(self) -> dict[Any, Any]:
-        """The cache of chosen backends, by call signature (see `ops`)."""
-        return {}
-
-    @cached_property
-    def symmetric_padding(self) -> Pair | None:
-        """The (vertical, horizontal) padding when both sides are equal, else None."""
-        top, bottom, left, right = self.pads
-        return (top, left) if top == bottom and left == right else None
+        # Plain attributes, set once: compilers read them, a lazy property would stop them.
+        for name, value in (("tail", tail), ("symmetric_padding", symmetric), ("choices", {})):
+            object.__setattr__(self, name, value)
 
     def __deepcopy__(self, memo: object) -> Geometry:
         return self  # immutable
@@ -153,23 +153,23 @@ def _pads(
             )
         total_y, total_x = (d * (k - 1) for d, k in zip(dilations, support.kernel, strict=True))
         return total_y // 2, total_y - total_y // 2, total_x // 2, total_x - total_x // 2
-    if isinstance(padding, Sequence) and len(padding) == 4:
+    if isinstance(padding, tuple | list) and len(padding) == 4:
         return *_pair("padding", padding[:2], 0), *_pair("padding", padding[2:], 0)
     vertical, horizontal = _pair("padding", padding, 0)
     return vertical, vertical, horizontal, horizontal
 
 
 def _pair(name: str, value: int | Sequence[int], least: int) -> Pair:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    pair = tuple(value) if isinstance(value, tuple | list) else (value,)
     if (
         len(pair) not in (1, 2)
-        or not all(isinstance(v, int) and not isinstance(v, bool) for v in pair)
+        or not all(isinstance(v, int | np.integer) and not isinstance(v, bool) for v in pair)
         or not all(least <= v <= _INT32_MAX for v in pair)
     ):
         raise ArgumentError(
             mismatch(name, value, f"one or two integers from {least} to {_INT32_MAX}")
         )
-    return (pair[0], pair[-1])
+    return int(pair[0]), int(pair[-1])
 
 
 def like_channels_last(shape: Sequence[int], stride: Sequence[int]) -> bool:

@@ -14,10 +14,6 @@ from .packing import mask_on
 from .plan import Plan
 from .problem import Geometry
 
-# Relative spacing of each dtype's numbers, doubled once for the rounding of products.
-_EPSILON = {dtype: torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32)}
-
-
 def oracle(x: Tensor, w: Tensor, geometry: Geometry, bias: Tensor | None = None) -> Tensor:
     """Computes the truth: ``F.conv2d`` on the masked dense weight, padded explicitly.
 
@@ -36,24 +32,26 @@ def oracle(x: Tensor, w: Tensor, geometry: Geometry, bias: Tensor | None = None)
     )
 
 
-def error_bound(depth: int, dtype: torch.dtype, scale: float) -> float:
-    """Bounds the error of a sum of `depth` products of magnitude about `scale`.
+def error_bound(magnitude: Tensor, depth: int, dtype: torch.dtype) -> Tensor:
+    """Bounds the error of each result from the depth of its accumulation.
 
-    Accumulation in float32 (float64 for float64) errs by at most depth · eps per term in the worst
-    case and by √depth · eps in the usual one; 16-bit results add one rounding of the result.
+    A result is a sum of `depth` products. Accumulated in float32 (float64 for float64), the sum
+    errs by about √depth roundings of the products' total magnitude; a 16-bit result adds its own
+    rounding, and where partial sums are kept in 16 bits, theirs.
 
     Args:
-        depth: products summed for one result.
+        magnitude: the same result computed from absolute values.
+        depth: products in one result.
         dtype: of operands and result.
-        scale: root mean square of a result's terms, times √depth.
 
     Returns:
-        An absolute bound, generous by a small constant.
+        An absolute bound for each result.  # like magnitude
     """
-    wide = dtype if dtype in _EPSILON else torch.float32
-    accumulated = 8 * (depth**0.5 + 4) * _EPSILON[wide]
-    rounded = 0.0 if dtype in _EPSILON else 4 * torch.finfo(dtype).eps
-    return (accumulated + rounded) * max(scale, 1e-3)
+    wide = torch.promote_types(dtype, torch.float32)
+    relative = 2 * (depth**0.5 + 2) * torch.finfo(wide).eps
+    if dtype != wide:
+        relative += 2 * torch.finfo(dtype).eps
+    return relative * magnitude + torch.finfo(dtype).tiny
 
 
 def execute_fprop(plan: Plan, geometry: Geometry, x: Tensor, slabs: Tensor) -> Tensor:

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every test runs under: seeds, threads, exact float32, and what this machine can run."""
+
+from __future__ import annotations
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+# The same examples on every run of CI, new ones on a developer's machine; slowness is no failure.
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
+hypothesis.settings.register_profile("dev", deadline=None)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+# A container often has fewer cores than the machine that torch counts.
+torch.set_num_threads(max(1, min(8, len(os.sched_getaffinity(0)))))
+
+# References are exact float32: TF32 would hide an error of the size that the bounds look for.
+torch.backends.cuda.matmul.allow_tf32 = False
+torch.backends.cudnn.allow_tf32 = False
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skips, with the reason, the tests that this machine cannot run or that were not asked for."""
+    reasons = {}
+    if not config.getoption("--slow"):
+        reasons["slow"] = "takes minutes or many GB; run it with --slow"
+    if not torch.cuda.is_available():
+        reasons["gpu"] = f"torch {torch.__version__} finds no CUDA device on this machine"
+    for item in items:
+        for marker, reason in reasons.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Fails a run in which every selected test was skipped: it has shown nothing."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if exitstatus == pytest.ExitCode.OK and reporter and not session.config.option.collectonly:
+        ran = any(reporter.stats.get(outcome) for outcome in ("passed", "xfailed", "xpassed"))
+        if reporter.stats.get("skipped") and not ran:
+            reporter.write_line("every selected test was skipped, so nothing was checked", red=True)
+            session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
