@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .plan import Plan
 from .problem import is_dense_shape
@@ -77,6 +78,17 @@ def live_weight(support: Support, w: Tensor) -> Tensor:
     return w.view(mask.shape)[mask]
 
 
+def own_blocks(w: Tensor, groups: int) -> Tensor:
+    """Takes each group's own channels out of a dense weight: ``nn.Conv2d``'s grouped weight.
+
+    # [F, C, KH, KW] -> [F, C/g, KH, KW]
+    """
+    f, c, kh, kw = w.shape
+    blocks = w.view(groups, f // groups, groups, c // groups, kh, kw)
+    index = torch.arange(groups, device=w.device)
+    return blocks[index, :, index].reshape(f, c // groups, kh, kw)
+
+
 def pack_slabs(plan: Plan, w: Tensor) -> Tensor:
     """Packs a dense weight into the slabs of a Plan, zero where a slab has no live weight.
 
@@ -92,18 +104,30 @@ def pack_slabs(plan: Plan, w: Tensor) -> Tensor:
     return flat.masked_fill(source < 0, 0)
 
 
+# Fused optimisers, and those that write through ``.data``, change a weight and not its version.
+_optimizer_steps = 0
+
+
+def _count_step(*_: object) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
 class _Entry(NamedTuple):
     owner: weakref.ref[Tensor]
-    version: int
-    pointer: int
+    stamp: tuple[int, int, int]
     value: Any
 
 
 class _PerWeight:
     """Remembers one value for each weight, for as long as the weight is unchanged.
 
-    Unchanged means the same tensor object, storage address and in-place version; a write through
-    ``weight.data`` goes unseen, as it does for autograd.
+    Unchanged means the same tensor object, storage address and in-place version and, if it is
+    trainable, no step of any optimiser since. Any other write through ``weight.data`` goes unseen,
+    as it does for autograd.
     """
 
     def __init__(self) -> None:
@@ -111,12 +135,7 @@ class _PerWeight:
 
     def _recall(self, w: Tensor) -> Any:
         entry = self._entries.get(id(w))
-        if (
-            entry is not None
-            and entry.owner() is w
-            and entry.version == w._version
-            and entry.pointer == w.data_ptr()
-        ):
+        if entry is not None and entry.owner() is w and entry.stamp == _stamp(w):
             return entry.value
         return None
 
@@ -125,7 +144,11 @@ class _PerWeight:
             return
         key = id(w)
         owner = weakref.ref(w, lambda _: self._entries.pop(key, None))
-        self._entries[key] = _Entry(owner, w._version, w.data_ptr(), value)
+        self._entries[key] = _Entry(owner, _stamp(w), value)
+
+
+def _stamp(w: Tensor) -> tuple[int, int, int]:
+    return w._version, w.data_ptr(), _optimizer_steps if w.requires_grad else 0
 
 
 class FrozenCache(_PerWeight):
@@ -135,18 +158,18 @@ class FrozenCache(_PerWeight):
     not always leave a trace, and a stale copy would be silently wrong.
 
     Args:
-        build: makes the derived value from a weight.
+        build: makes the derived value from a weight; not a view of it, which would keep it alive.
     """
 
-    def __init__(self, build: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, build: Callable[[Tensor], Any]) -> None:
         super().__init__()
         self._build = build
 
-    def __call__(self, w: Tensor) -> Tensor:
+    def __call__(self, w: Tensor) -> Any:
         """Returns the derived value of w."""
         if w.dim() != 1 or w.requires_grad:
             return self._build(w)
-        value: Tensor | None = self._recall(w)
+        value = self._recall(w)
         if value is None:
             value = self._build(w)
             if not (w.is_cuda and torch.cuda.is_current_stream_capturing()):

@@ -77,9 +77,7 @@ def test_fprop_op_with_every_epilogue_equals_pytorch_in_value_and_gradient(act: 
         "gelu": torch.nn.functional.gelu,
     }
     conv = oracle(t["x"], t["w"], geometry)
-    truth = acts[act](
-        conv * t["scale"][:, None, None] + t["shift"][:, None, None] + t["residual"]
-    )
+    truth = acts[act](conv * t["scale"][:, None, None] + t["shift"][:, None, None] + t["residual"])
     y = torch.ops.hetconv.fprop(
         t["x"], t["w"], bits_on(SUPPORT, CPU), t["scale"], t["shift"], t["residual"], act,
         geometry.ints(7, 9), 0,
@@ -106,9 +104,13 @@ def test_fprop_stats_op_differentiates_through_the_sums() -> None:
         y = oracle(x, w, geometry, shift)
         return y, y.sum((0, 2, 3)), y.square().sum((0, 2, 3))
 
-    weights = [torch.randn(2, 12, 5, 5).double(), torch.randn(12).double(), torch.randn(12).double()]
+    weights = [
+        torch.randn(2, 12, 5, 5).double(),
+        torch.randn(12).double(),
+        torch.randn(12).double(),
+    ]
     mine, theirs = (
-        torch.autograd.grad(sum((o * v).sum() for o, v in zip(run(), weights, strict=True)), leaves)
+        torch.autograd.grad(sum((o * v).sum() for o, v in zip(run(), factors, strict=True)), leaves)
         for run in (through_op, plain)
     )
     for a, b in zip(mine, theirs, strict=True):

@@ -7,6 +7,7 @@ chooses and explains; nothing is copied or converted to make a backend fit.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -98,7 +99,12 @@ def _engines() -> dict[str, Backend]:
     from .reference import Reference
     from .vendor import Vendor
 
-    return {"vendor": Vendor(), "reference": Reference()}
+    engines: dict[str, Backend] = {"vendor": Vendor()}
+    if importlib.util.find_spec("hetconv_kernels._cpu") is not None:
+        from .cpu import Cpu
+
+        engines["cpu"] = Cpu()
+    return engines | {"reference": Reference()}
 
 
 def available_backends() -> tuple[str, ...]:

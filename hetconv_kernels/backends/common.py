@@ -69,7 +69,11 @@ def weight_gradient(problem: Problem, dense: Tensor) -> Tensor:
     dense = dense.to(problem.weight_dtype)
     if problem.live_weight:
         return dense[mask].view(problem.weight_shape)
-    dense = dense.masked_fill(~mask, 0)
+    return to_format(problem, dense.masked_fill(~mask, 0))
+
+
+def to_format(problem: Problem, dense: Tensor) -> Tensor:
+    """Brings a dense 4-D weight gradient to the shape and memory format that the problem asks."""
     if len(problem.weight_shape) == 2:
         return dense.view(problem.weight_shape)
     return dense.contiguous(memory_format=problem.format)

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..packing import CleanCheck, FrozenCache, dense_weight, live_weight
+from ..packing import CleanCheck, FrozenCache, dense_weight, own_blocks
 from ..problem import Problem
 from . import Runner
-from .common import crop_image, empty, epilogue, pad_image, weight_gradient
+from .common import crop_image, empty, epilogue, pad_image, to_format, weight_gradient
 
 # Nominal dense rates: MAC/s, byte/s, seconds a launch. They only order backends that nobody has
 # measured on the hardware at hand.
@@ -172,8 +172,7 @@ class Vendor:
             live = gradient(dy, x).to(problem.weight_dtype)
             if problem.live_weight:
                 return live.reshape(problem.weight_shape)
-            dw = dense_weight(support, live, problem.weight_dtype)
-            return dw.contiguous(memory_format=problem.format)
+            return to_format(problem, dense_weight(support, live, problem.weight_dtype))
 
         return run if groups == 1 else run_grouped
 
@@ -182,29 +181,30 @@ class Vendor:
         """Returns what turns the canonical weight into the one that ``torch.conv2d`` takes."""
         support, dtype, layout = problem.support, problem.dtype, problem.format
         shape = _weight_shape(problem)
-        # An equal grouping's live vector, and a dense weight, are nn.Conv2d's own weight already.
-        grouped = support.uniform_groups is not None
-        whole = grouped and (problem.live_weight or support.is_dense)
-        same = problem.weight_dtype == dtype
-        if whole and same:
-            return lambda w: w if w.dim() == 4 else w.view(shape)
+        groups, same = support.uniform_groups, problem.weight_dtype == dtype
+        # An equal grouping's live entries, and a dense weight, are nn.Conv2d's own weight already.
+        whole = groups is not None and (problem.live_weight or support.is_dense)
+        if whole and same and problem.weight_shape == shape:
+            return lambda w: w
 
         def build(w: Tensor) -> Tensor:
-            if whole:
-                return w.to(dtype).reshape(shape)
-            if grouped:
-                return live_weight(support, w).to(dtype).view(shape)
-            return dense_weight(support, w, dtype).contiguous(memory_format=layout)
+            if groups is None:
+                dense = dense_weight(support, w, dtype)
+            elif whole:
+                dense = w.to(dtype).reshape(shape)
+            else:
+                dense = own_blocks(w.view(support.shape), groups).to(dtype)
+            return dense.contiguous(memory_format=layout)
 
         if problem.live_weight:
             key = ("vendor", dtype, layout)
             cache: FrozenCache = support.derived.setdefault(key, FrozenCache(build))
             return cache
         # float64 is for checking (gradcheck writes through .data): there every call masks.
-        if grouped or not same or dtype == torch.float64:
+        if groups is not None or not same or dtype == torch.float64:
             return build
         clean: CleanCheck = support.derived.setdefault("clean", CleanCheck(support))
-        if len(problem.weight_shape) == 2:
+        if problem.weight_shape != shape:
             return lambda w: w.view(shape) if clean(w) else build(w)
         return lambda w: w if clean(w) else build(w)
 

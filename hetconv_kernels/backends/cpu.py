@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`cpu`: the native engine of csrc/cpu, for float32, float64, bfloat16 and float16.
+
+The extension sees addresses, sizes and strides. It reads both memory formats in place, packs bands
+of the image as it goes, and writes the result's format; nothing is converted here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import _cpu
+from ..packing import FrozenCache, dense_weight
+from ..problem import Problem
+from . import Runner
+from .common import empty, weight_gradient
+from .rates import CPU_RATES
+
+_MAX_INT = 2**31 - 1
+_NO_RESIDUAL = (0, 0, 0, 0)
+
+
+class Cpu:
+    """The native engine; its plans are kept with the Support they were made from."""
+
+    name = "cpu"
+
+    def unsupported_reasons(self, problem: Problem) -> list[str]:
+        """Refuses what does not lie in main memory, and sizes beyond the engine's integers."""
+        reasons = []
+        if problem.device.type != "cpu":
+            reasons.append(f"The tensors are on {problem.device}, not on the CPU.")
+        oh, ow = problem.output_size
+        if (
+            max(problem.x_shape[1:] + problem.y_shape[1:]) > _MAX_INT
+            or max(problem.height * problem.width, oh * ow) > _MAX_INT
+        ):
+            reasons.append("One channel of the image has more than 2**31 - 1 pixels.")
+        if max(problem.support.kernel) > 64:
+            reasons.append("The kernel has more than 64 taps along one axis.")
+        return reasons
+
+    def estimate(self, problem: Problem) -> float:
+        """Predicts the time from the plan's weighted vector operations, in seconds."""
+        plan = self._plan(problem)
+        rates = CPU_RATES[plan.isa]
+        operations = plan.cost * _pixels(problem)
+        work = operations / (rates.operations * torch.get_num_threads())
+        return work + problem.bytes_moved / rates.bandwidth + rates.engine_call
+
+    def measured(self, problem: Problem) -> bool:
+        """The rates were measured for the instruction sets of x86-64, in float32."""
+        return problem.dtype == torch.float32 and _cpu.isas()[0] != "generic"
+
+    def efficiency(self, problem: Problem) -> float:
+        """Useful over executed vector operations of the plan."""
+        plan = self._plan(problem)
+        return min(1.0, plan.useful / plan.cost) if plan.cost else 1.0
+
+    def fprop(self, problem: Problem) -> Runner:
+        """Prepares y = act(scale · conv(x, w) + shift + residual)."""
+        geometry, plan = problem.geometry, self._plan(problem)
+        packed = self._packer("fprop", plan, problem)
+        wide = torch.promote_types(problem.dtype, torch.float32)
+        size = (problem.batch, problem.height, problem.width)
+        padding = (geometry.pads[0], geometry.pads[2])
+        act, run_engine, threads = problem.act, plan.fprop, torch.get_num_threads
+
+        def run(
+            x: Tensor,
+            w: Tensor,
+            scale: Tensor | None,
+            shift: Tensor | None,
+            residual: Tensor | None,
+        ) -> Tensor:
+            y = empty(problem.y_shape, x, problem)
+            # The per-filter vectors are the only operands that are ever converted.
+            if scale is not None:
+                scale = scale.to(wide).contiguous()
+            if shift is not None:
+                shift = shift.to(wide).contiguous()
+            run_engine(
+                packed(w),
+                x.data_ptr(),
+                x.stride(),
+                size,
+                y.data_ptr(),
+                y.stride(),
+                problem.output_size,
+                geometry.stride,
+                padding,
+                geometry.dilation,
+                0 if scale is None else scale.data_ptr(),
+                0 if shift is None else shift.data_ptr(),
+                0 if residual is None else residual.data_ptr(),
+                _NO_RESIDUAL if residual is None else residual.stride(),
+                act,
+                threads(),
+            )
+            return y
+
+        return run
+
+    def dgrad(self, problem: Problem) -> Runner:
+        """Prepares dx."""
+        geometry = problem.geometry
+        padding = (geometry.pads[0], geometry.pads[2])
+        key = ("cpu dgrad", problem.dtype, problem.channels_last, geometry.tail)
+        plan = problem.support.derived.get(key)
+        if plan is None:
+            plan = problem.support.derived[key] = _cpu.Dgrad(
+                _mask(problem),
+                geometry.stride,
+                padding,
+                geometry.dilation,
+                _name(problem.dtype),
+                channels_last=problem.channels_last,
+            )
+        packed = self._packer("dgrad", plan, problem)
+        size = (problem.batch, *problem.output_size)
+
+        def run(dy: Tensor, w: Tensor) -> Tensor:
+            dx = empty(problem.x_shape, dy, problem)
+            plan.dgrad(
+                packed(w),
+                dy.data_ptr(),
+                dy.stride(),
+                size,
+                dx.data_ptr(),
+                dx.stride(),
+                (problem.height, problem.width),
+                torch.get_num_threads(),
+            )
+            return dx
+
+        return run
+
+    def wgrad(self, problem: Problem) -> Runner:
+        """Prepares dw."""
+        geometry, plan = problem.geometry, self._plan(problem, "pixels")
+        size = (problem.batch, problem.height, problem.width)
+
+        def run(dy: Tensor, x: Tensor) -> Tensor:
+            dw = torch.zeros(problem.support.shape, dtype=problem.dtype)
+            plan.wgrad(
+                x.data_ptr(),
+                x.stride(),
+                size,
+                dy.data_ptr(),
+                dy.stride(),
+                problem.output_size,
+                dw.data_ptr(),
+                dw.stride(),
+                geometry.stride,
+                (geometry.pads[0], geometry.pads[2]),
+                geometry.dilation,
+                torch.get_num_threads(),
+            )
+            return weight_gradient(problem, dw)
+
+        return run
+
+    @staticmethod
+    def _plan(problem: Problem, form: str = "auto") -> Any:
+        key = ("cpu", problem.dtype, form, problem.channels_last)
+        plan = problem.support.derived.get(key)
+        if plan is None:
+            plan = problem.support.derived[key] = _cpu.Plan(
+                _mask(problem),
+                _name(problem.dtype),
+                form=form,
+                channels_last=problem.channels_last,
+            )
+        return plan
+
+    @staticmethod
+    def _packer(verb: str, plan: Any, problem: Problem) -> FrozenCache:
+        """Returns what packs a canonical weight for a plan, and keeps the form of a frozen one."""
+        support, dtype = problem.support, problem.weight_dtype
+
+        def build(w: Tensor) -> Any:
+            dense = dense_weight(support, w, dtype) if problem.live_weight else w
+            dense = dense.view(support.shape)
+            return plan.pack(
+                dense.data_ptr(), dense.stride(), _name(dtype), torch.get_num_threads()
+            )
+
+        key = ("cpu packed", verb, id(plan), dtype, problem.live_weight)
+        cache: FrozenCache = support.derived.setdefault(key, FrozenCache(build))
+        return cache
+
+
+def _mask(problem: Problem) -> Any:
+    return np.ascontiguousarray(problem.support.mask).view(np.uint8)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _pixels(problem: Problem) -> int:
+    oh, ow = problem.output_size
+    return problem.batch * oh * ow
