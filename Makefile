@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make` lists the commands. Each does all its own set-up, in .venv; running it again is fast.
+#
+#   PYTHON  the interpreter that makes .venv (3.11 to 3.13); by default the first one found
+#   PY      an interpreter that already has torch and pytest: used as it is, nothing is installed
+#   TORCH   cpu or cuda; by default cuda where nvidia-smi is found
+#   ARGS    more arguments for the command, as in: make test ARGS="-k support -x"; those of
+#           `make gpu` go to its benchmarks
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help env test demo bench gpu lint format types aot sanitize clean
+
+VENV := .venv
+PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,$(shell \
+	$(name) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+	2>/dev/null && echo $(name))))
+TORCH ?= $(if $(shell command -v nvidia-smi 2>/dev/null),cuda,cpu)
+TORCH_PIN := $(shell sed -n 's/^torch==/torch==/p' constraints/$(TORCH).txt)
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH_INDEX := $(if $(filter cpu,$(TORCH)),--extra-index-url $(TORCH_CPU_INDEX))
+SOURCES := $(shell find csrc -type f 2>/dev/null)
+CXX_SOURCES := $(filter %.h %.cpp %.cu,$(SOURCES))
+CLANG_FORMAT ?= $(VENV)/bin/clang-format
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
+
+ifdef PY
+ENV := inplace
+export PYTHONPATH := .$(if $(PYTHONPATH),:$(PYTHONPATH))
+else
+ENV := $(VENV)/.built
+PY := $(VENV)/bin/python
+endif
+
+help: ## This list
+	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+env: $(ENV) ## Set everything up in .venv, run nothing
+
+test: $(ENV) ## Run the tests
+	$(PY) -m pytest $(ARGS)
+
+demo: $(ENV) ## Denoise a photograph with dense, HetConv and self-grouped networks
+	$(PY) -m hetconv_kernels demo $(ARGS)
+
+bench: $(ENV) ## Measure the layers; a fair clock needs an otherwise idle machine
+	$(PY) -m hetconv_kernels bench $(ARGS)
+
+# A machine with a GPU often has its own PyTorch and no network: that interpreter is used as it is.
+gpu: ## Run all tests with the GPU's first, then the GPU benchmarks (needs an NVIDIA GPU)
+	@found=; has_gpu='import sys, torch; sys.exit(not torch.cuda.is_available())'; \
+	for py in $(if $(filter inplace,$(ENV)),$(PY),python3 $(VENV)/bin/python); do \
+	    if "$$py" -c "$$has_gpu" 2>/dev/null; then found="$$py"; break; fi; \
+	done; \
+	if [ -z "$$found" ] && command -v nvidia-smi >/dev/null; then \
+	    $(MAKE) env && $(VENV)/bin/python -c "$$has_gpu" && found=$(VENV)/bin/python; \
+	fi; \
+	if [ -z "$$found" ]; then \
+	    echo "make gpu: no NVIDIA GPU that PyTorch can use was found, so nothing was run. It needs a" \
+	         "GPU, its driver, and a python3 whose torch.cuda.is_available() is True (or name one:" \
+	         "make gpu PY=/path/to/python). Without a GPU, 'make test' runs everything else." >&2; \
+	    exit 2; \
+	fi; \
+	echo "make gpu: using $$found"; $(MAKE) gpu-run PY="$$found"
+
+.PHONY: gpu-run
+gpu-run: inplace
+	$(PY) -m pytest -m gpu
+	$(PY) -m pytest -m "not gpu"
+	$(PY) -m hetconv_kernels bench --gpu $(ARGS)
+
+lint: $(ENV) ## Check style: ruff, and clang-format for csrc
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(if $(CXX_SOURCES),$(CLANG_FORMAT) --dry-run -Werror $(CXX_SOURCES),\
+	    @echo "clang-format: no C++ in the tree yet, nothing to check")
+
+format: $(ENV) ## Put the style right
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(if $(CXX_SOURCES),$(CLANG_FORMAT) -i $(CXX_SOURCES))
+
+types: $(ENV) ## Check types: mypy, strict on the core
+	$(PY) -m mypy
+
+aot: ## Compile the Triton kernels ahead of time for every GPU generation, without a GPU
+	@echo "make aot: no Triton kernels are in the tree yet, so there is nothing to compile."
+
+# A second build beside the tree's own; Python itself is not instrumented, hence the preload.
+sanitize: $(ENV) ## Run the tests of the compiled CPU part under the address and undefined sanitizers
+ifeq ($(wildcard csrc/cpu/*.cpp),)
+	@echo "make sanitize: no compiled part is in the tree yet, so there is nothing to check."
+else
+	HETCONV_BUILD=require CXXFLAGS="$(SANITIZE) -O1 -g" LDFLAGS="$(SANITIZE)" \
+	    $(PY) setup.py --quiet build --build-base build/sanitize --build-lib build/sanitize/lib
+	PYTHONPATH=build/sanitize/lib ASAN_OPTIONS=detect_leaks=0 \
+	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	    $(PY) -P -m pytest $(or $(ARGS),$(wildcard tests/test_cpu*.py))
+endif
+
+clean: ## Remove .venv and everything that was built
+	rm -rf $(VENV) build dist *.egg-info hetconv_kernels/*.so hetconv_kernels/_build.json
+
+$(VENV)/bin/python:
+	@if [ -z "$(PYTHON)" ]; then \
+	    echo "No Python 3.11, 3.12 or 3.13 was found: install one, or name it: make PYTHON=..." >&2; \
+	    exit 2; \
+	fi
+	$(PYTHON) -m venv $(VENV)
+
+# Torch first and alone: the CPU build is not on PyPI, and the place that has it need not be asked
+# for every other package. A mirror or a wheel folder in pip's own settings is tried before it.
+$(VENV)/.packages: pyproject.toml constraints/common.txt constraints/$(TORCH).txt | $(VENV)/bin/python
+	@echo "$(PIP) $(TORCH_PIN)"
+	@$(PIP) --no-deps '$(TORCH_PIN)' 2>/dev/null || \
+	    $(PIP) --no-deps $(TORCH_INDEX) '$(TORCH_PIN)' || { \
+	        echo "make: $(TORCH_PIN) could not be had. For the CPU build name an index that has it" \
+	             "(make TORCH_CPU_INDEX=...) or take PyPI's build of several GB (make TORCH=cuda)." >&2; \
+	        exit 1; }
+	$(PIP) -c constraints/$(TORCH).txt '$(TORCH_PIN)' setuptools wheel pybind11
+	HETCONV_BUILD=none $(PIP) -c constraints/$(TORCH).txt --no-build-isolation -e '.[dev,demo]'
+	@touch $@
+
+# No stamp while a part is missing, so that installing a compiler is enough to get it.
+$(VENV)/.built: $(VENV)/.packages setup.py $(SOURCES)
+	$(VENV)/bin/python setup.py --quiet build_ext --inplace
+	@grep -q '"built": false' hetconv_kernels/_build.json || touch $@
+
+.PHONY: inplace
+inplace:
+	$(PY) setup.py --quiet build_ext --inplace
