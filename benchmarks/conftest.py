@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options, fixtures and the closing table of the benchmarks."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+import hetconv_kernels as hk
+from benchmarks import table
+from benchmarks.record import Record
+from hetconv_kernels import timing
+from hetconv_kernels.roofs import Roofs, measure_roofs
+
+# A GPU machine without a network may lack it; our own clock and record work alone.
+HAVE_PYTEST_BENCHMARK = importlib.util.find_spec("pytest_benchmark") is not None
+_RESULTS = Path(__file__).parent / "results"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("hetconv")
+    group.addoption("--full", action="store_true", help="all cases, not the quick subset")
+    group.addoption(
+        "--backend",
+        action="append",
+        help="measure this backend (repeatable; 'auto' lets it choose); default: every engine that "
+        "is built, and 'vendor' where there is none",
+    )
+    group.addoption("--prepacked", action="store_true", help="compile a prepacked dense baseline")
+    group.addoption("--cache", choices=("cold", "warm"), help="default: warm on CPU, cold on GPU")
+    group.addoption("--results", type=Path, default=_RESULTS, help="folder of the JSON files")
+    group.addoption("--name", help="name of the JSON file; default: what is run, quick or full")
+    group.addoption("--seconds", type=float, help="time per row; default 1.5, with --full 4")
+
+
+@dataclass
+class Session:
+    """What the benchmarks of one run share.
+
+    Attributes:
+        config: of pytest.
+        records: results files by topic.
+        roofs: measured ceilings by device and dtype.
+    """
+
+    config: pytest.Config
+    records: dict[str, Record] = field(default_factory=dict)
+    roofs: dict[tuple[str, torch.dtype], Roofs] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        """The time that one row may take, in seconds."""
+        given = self.config.getoption("--seconds")
+        return float(given or (4.0 if self.config.getoption("--full") else 1.5))
+
+    def record(self, topic: str) -> Record:
+        """Returns the results file of a topic, opened at its first use."""
+        if topic not in self.records:
+            extent = "full" if self.config.getoption("--full") else "quick"
+            name = self.config.getoption("--name")
+            full_name = f"{topic}-{name or extent}"
+            self.records[topic] = Record(self.config.getoption("--results"), full_name)
+        return self.records[topic]
+
+    def ceiling(self, topic: str, device: str, dtype: torch.dtype) -> Roofs:
+        """Returns this machine's ceilings in a dtype, measured at their first use."""
+        key = (device, dtype)
+        if key not in self.roofs:
+            self.roofs[key] = measure_roofs(device, dtype)
+        roofs = self.roofs[key]
+        known = self.record(topic).data["roofs"]
+        if vars(roofs) not in known:
+            self.record(topic).add_roofs(roofs)
+        return roofs
+
+
+_SESSION = pytest.StashKey[Session]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_SESSION] = Session(config)
+    torch.backends.cudnn.benchmark = True  # the dense baseline gets its best algorithm
+    torch.backends.cudnn.allow_tf32 = False  # fp32 rows compute in fp32
+    given = any(str(a).startswith("--benchmark-columns") for a in config.invocation_params.args)
+    if HAVE_PYTEST_BENCHMARK and not given:
+        config.option.benchmark_columns = ["median", "iqr", "rounds", "iterations"]
+
+
+def backends(config: pytest.Config) -> list[str]:
+    """Names the backends to measure."""
+    forced = config.getoption("--backend")
+    engines = [name for name in hk.available_backends() if name not in ("vendor", "reference")]
+    return list(forced or engines or ["vendor"])
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", backends(metafunc.config))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not HAVE_PYTEST_BENCHMARK:
+        return
+    for item in items:
+        device = "cuda" if item.get_closest_marker("gpu") else "cpu"
+        # pytest-benchmark's default timer would read the queue of a GPU, not its work.
+        item.add_marker(pytest.mark.benchmark(timer=timing.clock(device), disable_gc=True))
+
+
+if not HAVE_PYTEST_BENCHMARK:
+
+    @pytest.fixture
+    def benchmark() -> None:
+        """Stands in for pytest-benchmark's fixture: nothing collects but our own record."""
+
+
+@pytest.fixture
+def session(pytestconfig: pytest.Config) -> Session:
+    return pytestconfig.stash[_SESSION]
+
+
+@pytest.hookimpl(trylast=True)  # after pytest-benchmark's own table
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    for topic, record in config.stash[_SESSION].records.items():
+        rows, roofs = record.data["rows"], record.data["roofs"]
+        if not rows:
+            continue
+        terminalreporter.section(f"hetconv {topic}")
+        environment = record.data["environment"]
+        where = environment["gpu"] if topic == "gpu" else environment["processor"]
+        terminalreporter.line(
+            f"{where}, {environment['threads']} threads, torch {torch.__version__}"
+        )
+        load, cores = environment["load_before"], environment["cores"] or 1
+        if load > cores / 4:
+            terminalreporter.line(
+                f"load {load:.1f} before the run: others were at work, look at the intervals"
+            )
+        for roof in roofs:
+            terminalreporter.line(
+                f"measured ceilings, {roof['dtype']} on {roof['device']}: "
+                f"{roof['macs_per_s'] / 1e9:.0f} GMAC/s, {roof['bytes_per_s'] / 1e9:.0f} GB/s"
+            )
+        terminalreporter.line(
+            "A ratio above 1 means that our layer is faster than the rival of that column."
+            if topic != "dispatch"
+            else "Extra time of a whole call over nn.Conv2d's, 1×8×2×2."
+        )
+        lay_out = table.dispatch_table if topic == "dispatch" else table.layer_table
+        for line in lay_out(rows):
+            terminalreporter.line(line)
+        terminalreporter.line(f"written to {record.path}")

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gate: nothing is timed before it was shown to be right."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+# Rounding errors of a sum of d terms grow like sqrt(d)·u: with this factor the bound fails with a
+# probability that is negligible even over millions of outputs (Higham and Mary 2019).
+_CERTAINTY = 8.0
+_ACCUMULATOR_ROUNDOFF = 2.0**-24  # fp32 accumulation, which every dtype here has
+_PARTIAL_SUMS = 6.0  # parts of a sum that are rounded on their own stay within 6 sigma of it
+
+
+@dataclass(frozen=True)
+class Match:
+    """Whether a result agrees with the truth.
+
+    Attributes:
+        ok: every element is within its bound.
+        worst: the largest error over its own bound; at most 1 when ok.
+        max_error: the largest absolute error.
+    """
+
+    ok: bool
+    worst: float
+    max_error: float
+
+    def to_dict(self) -> dict[str, bool | float | None]:
+        """Returns the fields as plain data; None stands for an infinite error, which JSON lacks."""
+        worst, error = (v if math.isfinite(v) else None for v in (self.worst, self.max_error))
+        return {"ok": self.ok, "worst": worst, "max_error": error}
+
+
+@dataclass(frozen=True)
+class Truth:
+    """``F.conv2d(x, w·mask)`` in float64, and its gradients, each with an elementwise bound."""
+
+    values: tuple[Tensor, ...]
+    bounds: tuple[Tensor, ...]
+
+    def match(self, results: Sequence[Tensor]) -> Match:
+        """Compares output (and gradients) with the truth; NaN never matches."""
+        worst = largest = 0.0
+        for result, value, bound in zip(results, self.values, self.bounds, strict=True):
+            error = (result.double() - value).abs()
+            largest = max(largest, _finite_max(error))
+            worst = max(worst, _finite_max(error / bound))
+        return Match(worst <= 1.0, worst, largest)
+
+
+def truth(
+    x: Tensor, weight: Tensor, dy: Tensor | None, *, stride: int, padding: int, dtype: torch.dtype
+) -> Truth:
+    """Computes the truth and its bounds.
+
+    The bound of an element is λ·sqrt(d)·2⁻²⁴·Σ|x||w| for the accumulation over d terms, plus the
+    rounding of the result (and of partial sums, when a composition adds them) to ``dtype``.
+
+    Args:
+        x: the input, as the layer computes with it.  # [N, C, H, W]
+        weight: the masked weight, likewise.  # [F, C, KH, KW]
+        dy: the gradient of the output; None when only the output is wanted.  # [N, F, OH, OW]
+        stride: in pixels.
+        padding: in pixels, on every side.
+        dtype: of the results.
+    """
+
+    def passes(x: Tensor, w: Tensor, dy: Tensor | None = None) -> tuple[Tensor, ...]:
+        if dy is None:
+            return (functional.conv2d(x, w, None, stride, padding),)
+        with torch.enable_grad():
+            leaves = (x.detach().requires_grad_(), w.detach().requires_grad_())
+            y = functional.conv2d(*leaves, None, stride, padding)
+            return (y.detach(), *torch.autograd.grad(y, leaves, dy))
+
+    tensors = [t.detach().double() for t in (x, weight, dy) if t is not None]
+    values = passes(*tensors)
+    sizes = passes(*(t.abs() for t in tensors))
+    sigmas = passes(*(t.square() for t in tensors))
+    live = int(weight.ne(0).sum(dim=(1, 2, 3)).max())
+    fan_out = int(weight.ne(0).sum(dim=(0, 2, 3)).max())
+    depths = (live, fan_out, x.shape[0] * values[0].shape[2] * values[0].shape[3])
+    rounding = torch.finfo(dtype).eps / 2
+    tiny = torch.finfo(dtype).tiny
+    bounds = []
+    for value, size, sigma, depth in zip(values, sizes, sigmas, depths, strict=False):
+        accumulated = _CERTAINTY * max(depth, 1) ** 0.5 * _ACCUMULATOR_ROUNDOFF * size
+        rounded = 2 * rounding * (value.abs() + _PARTIAL_SUMS * sigma.sqrt())
+        bounds.append(accumulated + rounded + tiny)
+    return Truth(values, tuple(bounds))
+
+
+def results_of(call: Callable[[], object]) -> tuple[Tensor, ...]:
+    """Runs a call once and returns its output, and gradients if it gives them."""
+    result = call()
+    tensors = result if isinstance(result, tuple) else (result,)
+    return tuple(t.detach() for t in tensors if isinstance(t, Tensor))
+
+
+def _finite_max(values: Tensor) -> float:
+    if values.numel() == 0:
+        return 0.0
+    largest = float(values.max())
+    return largest if largest == largest else float("inf")

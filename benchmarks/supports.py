@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The self-grouped Supports of the cases, as committed data.
+
+They are what self-grouping (arXiv 2009.13803) gives on seeded Gaussian weights, run in steps of ten
+per cent to the target, and not masks made to suit an engine. k-means differs a little between
+versions of its library, so the result is kept in self_grouped.json: the same everywhere, and there
+without scikit-learn. ``python -m benchmarks.supports`` makes the file anew.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import hetconv_kernels as hk
+
+PATH = Path(__file__).with_name("self_grouped.json")
+CLUSTERS = 16
+SMALL = (60, 16, 32, 3, 0)  # the layer that the tests of the benchmarks use
+
+
+def self_grouped(percent: int, channels: int, filters: int, kernel: int, seed: int) -> hk.Support:
+    """Returns the committed Support of a layer, or makes it where there is none.
+
+    Raises:
+        HetconvError: there is none, and scikit-learn is not installed.
+        ValueError: the file was changed or damaged.
+    """
+    name = key(percent, channels, filters, kernel, seed)
+    entry = _committed().get(name)
+    if entry is None:
+        return make(percent, channels, filters, kernel, seed)
+    keep = np.stack([_bits(row, channels) for row in entry["keep"]])
+    support = hk.Support.self_grouped(np.array(entry["labels"]), keep, kernel)
+    if f"{support.digest:016x}" != entry["digest"]:
+        raise ValueError(f"{PATH.name}: {name} has another digest than it says")
+    return support
+
+
+def make(percent: int, channels: int, filters: int, kernel: int, seed: int) -> hk.Support:
+    """Runs self-grouping in steps of ten per cent to the target, on seeded Gaussian weights."""
+    from hetconv_kernels.compress.self_grouping import self_group
+
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(filters, channels, kernel, kernel, generator=generator)
+    support = hk.Support.dense(channels, filters, kernel)
+    for step in range(10, percent + 1, 10):
+        support = self_group(weight, step, clusters=CLUSTERS, support=support, seed=seed)
+    return support
+
+
+def key(percent: int, channels: int, filters: int, kernel: int, seed: int) -> str:
+    """Names a Support in the file."""
+    return f"sg{percent}-{channels}x{filters}-k{kernel}-seed{seed}"
+
+
+def entry_of(support: hk.Support) -> dict[str, Any]:
+    """Writes a Support of whole kernels as the group of each filter and the channels of each."""
+    labels = np.empty(support.filters, int)
+    keep = []
+    for number, group in enumerate(support.groups):
+        labels[group.filters] = number
+        channels = group.mask.any(axis=(1, 2))
+        keep.append(np.packbits(channels, bitorder="little").tobytes().hex())
+    return {"digest": f"{support.digest:016x}", "labels": labels.tolist(), "keep": keep}
+
+
+@cache
+def _committed() -> dict[str, Any]:
+    return dict(json.loads(PATH.read_text())) if PATH.exists() else {}
+
+
+def _bits(text: str, count: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    packed = np.frombuffer(bytes.fromhex(text), np.uint8)
+    return np.unpackbits(packed, count=count, bitorder="little").astype(bool)
+
+
+def main() -> None:
+    """Makes the file anew, one entry for each self-grouped layer of the cases."""
+    from benchmarks.cases import CPU_CASES, GPU_CASES
+
+    wanted = sorted(
+        {
+            (case.support.value, case.c, case.f, case.k, case.support.seed)
+            for case in (*CPU_CASES, *GPU_CASES)
+            if case.support.kind == "self_group"
+        }
+        | {SMALL}
+    )
+    entries = {key(*shape): entry_of(make(*shape)) for shape in wanted}
+    lines = [f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items()]
+    PATH.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table at the end of a run, losses included."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def layer_table(rows: Sequence[Row]) -> list[str]:
+    """Lays out layer rows; ratios above 1 mean that our layer is faster."""
+    header = (
+        "case", "backend", "ms", "roof %", "MAC ratio", "× dense", "interval", "target",
+        "× compos.", "unfrozen", "× prepacked", "verdict",
+    )  # fmt: skip
+    return _lay_out(header, [_layer_line(row) for row in rows])
+
+
+def dispatch_table(rows: Sequence[Row]) -> list[str]:
+    """Lays out dispatch rows: extra microseconds of a call over nn.Conv2d's."""
+    header = ("dispatch", "backend", "extra µs", "interval", "target")
+    lines = [
+        (
+            row["name"],
+            row["backend"],
+            f"{row['extra_us']:.2f}",
+            f"[{row['low_us']:.2f}, {row['high_us']:.2f}]",
+            f"≤ {row['target_us']:g}" + ("" if row["extra_us"] <= row["target_us"] else "  missed"),
+        )
+        for row in rows
+    ]
+    return _lay_out(header, lines)
+
+
+def _layer_line(row: Row) -> tuple[str, ...]:
+    asked, ran = row["backend"]["asked"], row["backend"]["ran"]
+    name = asked if asked == ran else f"{asked} → {ran}"
+    macs = f"{row['dense_macs'] / row['macs']:.2f}"
+    if "dense" not in row:
+        return (row["case"]["name"], name, "", "", macs, "MISMATCH", *[""] * 6)
+    dense, target = row["dense"], row["case"]["target"]
+    verdict = row["verdict"]
+    if verdict == "lose":
+        verdict = "lose (expected)" if row["case"]["expected"] == "lose" else "LOSE"
+    return (
+        row["case"]["name"],
+        name,
+        f"{row['median_s'] * 1e3:.3f}",
+        f"{row['percent_of_roof']:.0f}",
+        macs,
+        f"{dense['ratio']:.2f}",
+        f"[{dense['low']:.2f}, {dense['high']:.2f}]",
+        "" if target is None else f"{target:g}",
+        _ratio(row["composition"]),
+        _ratio(row["unfrozen"]),
+        _ratio(row["prepacked"]),
+        verdict,
+    )
+
+
+def _ratio(estimate: Row | None) -> str:
+    return "" if estimate is None else f"{estimate['ratio']:.2f}"
+
+
+def _lay_out(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    """Pads columns; the first two are text, the others numbers on the right."""
+    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
+    text = {0, 1, len(header) - 1}
+
+    def joined(cells: Sequence[str]) -> str:
+        padded = [
+            cell.ljust(width) if place in text else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return "  ".join(padded).rstrip()
+
+    return [joined(header), joined(["-" * width for width in widths]), *map(joined, lines)]

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers against the dense convolution and against compositions: correct first, then timed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import record
+from benchmarks.cases import CPU_CASES, GPU_CASES, Case
+from benchmarks.rig import OURS, Rig
+from hetconv_kernels import timing
+from hetconv_kernels.errors import BackendError
+
+_CASES = (*CPU_CASES, *(GPU_CASES if torch.cuda.is_available() else ()))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    full = metafunc.config.getoption("--full")
+    chosen = [
+        pytest.param(case, id=case.name, marks=[pytest.mark.gpu] if case.device == "cuda" else [])
+        for case in _CASES
+        if full or case.quick
+    ]
+    metafunc.parametrize("case", chosen)
+
+
+def test_layer(case: Case, backend: str, benchmark: Any, session: Any) -> None:
+    topic = "gpu" if case.device == "cuda" else "layers"
+    options = session.config
+    cache = options.getoption("--cache") or ("cold" if case.device == "cuda" else "warm")
+    dtype = torch.bfloat16 if case.amp else getattr(torch, case.dtype)
+    roofs = session.ceiling(topic, case.device, dtype)
+    with torch.set_grad_enabled(case.training):
+        try:
+            bench = Rig(
+                case,
+                backend,
+                rotate=cache == "cold" and case.device == "cuda",
+                with_prepacked=options.getoption("--prepacked"),
+            )
+            match = bench.check()
+        except BackendError as refusal:
+            pytest.skip(str(refusal))
+        if not match.ok:
+            session.record(topic).add(record.layer_row(bench, match))
+            pytest.fail(f"wrong by {match.worst:.3g} times the bound; not timed")
+        timings = timing.interleaved(
+            bench.variants,
+            baseline=next(name for name in bench.variants if name.startswith("dense")),
+            target=OURS,
+            rounds=50 if options.getoption("--full") else 25,
+            max_seconds=session.seconds,
+            cold=cache == "cold",
+            graph=case.device == "cuda",
+            device=case.device,
+            benchmark=benchmark,
+        )
+        row = record.layer_row(bench, match, timings, roofs)
+    if benchmark is not None:
+        benchmark.extra_info.update(row)
+    session.record(topic).add(row)
