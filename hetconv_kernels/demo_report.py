@@ -104,7 +104,7 @@ class Progress:
 
 def show(rows: Sequence[Row], noisy_psnr_db: float) -> None:
     """Prints the table, and below it what the times do not say by themselves."""
-    cells = [("noisy", f"{noisy_psnr_db:.2f}", "", "", "", "", "")]
+    cells: list[tuple[str, ...]] = [("noisy", f"{noisy_psnr_db:.2f}", "", "", "", "", "")]
     for row in rows:
         middle, low, high = row.speedup
         dense = row is rows[0]
@@ -140,13 +140,17 @@ def show(rows: Sequence[Row], noisy_psnr_db: float) -> None:
 
 def remark(rows: Sequence[Row]) -> str:
     """Says what to expect of the times, given the backends that ran."""
-    by_vendor = [row.name for row in rows if "vendor" in row.backends]
+    explained = "Speed-up: the median ratio of paired runs, with its 95 % interval."
+    by_vendor = [
+        row.name if row.backends == ("vendor",) else f"part of {row.name}"
+        for row in rows
+        if "vendor" in row.backends
+    ]
     if not by_vendor:
-        return "Speed-up: the median ratio of paired runs, with its 95 % interval."
+        return explained
     return (
-        f"Speed-up: the median ratio of paired runs, with its 95 % interval. `vendor` ran "
-        f"{' and '.join(by_vendor)}: the dense convolution on masked weights, from which no "
-        f"speed-up is to be expected."
+        f"{explained}\n`vendor` ran {' and '.join(by_vendor)}: the dense convolution on masked "
+        "weights, from which no speed-up is to be expected."
     )
 
 
@@ -176,7 +180,8 @@ def draw(
         slice(width // 3, width // 3 + width // 4),
     )
     # A figure of its own, not pyplot's: no global state, no window, no display needed.
-    figure = Figure(figsize=(3.2 * len(panels), 5.2), layout="constrained")
+    inches = (3.2 * len(panels), 2 * 3.2 * height / width + 0.7)
+    figure = Figure(figsize=inches, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, len(panels), squeeze=False)
     for (title, image), (whole, detail) in zip(panels, axes.T, strict=True):
