@@ -206,8 +206,23 @@ def _poison():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("backend", hk.available_backends())
-def test_backend_equals_oracle(backend: str) -> None:
+def _engines() -> list[tuple[str, str]]:
+    """Lists every backend, and the native engine once for each instruction set of this machine."""
+    engines = [(name, "") for name in hk.available_backends() if name != "cpu"]
+    if "cpu" in hk.available_backends():
+        from hetconv_kernels import _cpu
+
+        engines += [("cpu", isa) for isa in _cpu.isas()]
+    return engines
+
+
+@pytest.mark.parametrize(("backend", "isa"), _engines())
+def test_backend_equals_oracle(backend: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    offered.clear()
+    refused.clear()
+    if isa:
+        monkeypatch.setattr("hetconv_kernels.backends.cpu._ISA", isa)
+
     @settings(
         max_examples=EXAMPLES,
         deadline=None,

@@ -21,6 +21,8 @@ from .common import empty, weight_gradient
 from .rates import CPU_RATES
 
 _MAX_INT = 2**31 - 1
+# The instruction set; "" takes the best one here, or what HETCONV_ISA says.
+_ISA = ""
 _NO_RESIDUAL = (0, 0, 0, 0)
 
 
@@ -46,11 +48,14 @@ class Cpu:
 
     def estimate(self, problem: Problem) -> float:
         """Predicts the time from the plan's weighted vector operations, in seconds."""
-        plan = self._plan(problem)
-        rates = CPU_RATES[plan.isa]
-        operations = plan.cost * _pixels(problem)
-        work = operations / (rates.operations * torch.get_num_threads())
+        rates = CPU_RATES[self._plan(problem).isa]
+        work = self.operations(problem) / (rates.operations * torch.get_num_threads())
         return work + problem.bytes_moved / rates.bandwidth + rates.engine_call
+
+    def operations(self, problem: Problem) -> float:
+        """Counts weighted vector multiply-adds: the plan's, for every pixel of the output."""
+        oh, ow = problem.output_size
+        return float(self._plan(problem).cost) * problem.batch * oh * ow
 
     def measured(self, problem: Problem) -> bool:
         """The rates were measured for the instruction sets of x86-64, in float32."""
@@ -78,11 +83,14 @@ class Cpu:
             residual: Tensor | None,
         ) -> Tensor:
             y = empty(problem.y_shape, x, problem)
+            x = x.resolve_neg()  # the engine reads memory, where a lazy sign does not show
             # The per-filter vectors are the only operands that are ever converted.
             if scale is not None:
                 scale = scale.to(wide).contiguous()
             if shift is not None:
                 shift = shift.to(wide).contiguous()
+            if residual is not None:
+                residual = residual.resolve_neg()
             run_engine(
                 packed(w),
                 x.data_ptr(),
@@ -109,7 +117,7 @@ class Cpu:
         """Prepares dx."""
         geometry = problem.geometry
         padding = (geometry.pads[0], geometry.pads[2])
-        key = ("cpu dgrad", problem.dtype, problem.channels_last, geometry.tail)
+        key = ("cpu dgrad", _ISA, problem.dtype, problem.channels_last, geometry.tail)
         plan = problem.support.derived.get(key)
         if plan is None:
             plan = problem.support.derived[key] = _cpu.Dgrad(
@@ -118,6 +126,7 @@ class Cpu:
                 padding,
                 geometry.dilation,
                 _name(problem.dtype),
+                _ISA,
                 channels_last=problem.channels_last,
             )
         packed = self._packer("dgrad", plan, problem)
@@ -125,6 +134,7 @@ class Cpu:
 
         def run(dy: Tensor, w: Tensor) -> Tensor:
             dx = empty(problem.x_shape, dy, problem)
+            dy = dy.resolve_neg()
             plan.dgrad(
                 packed(w),
                 dy.data_ptr(),
@@ -146,6 +156,7 @@ class Cpu:
 
         def run(dy: Tensor, x: Tensor) -> Tensor:
             dw = torch.zeros(problem.support.shape, dtype=problem.dtype)
+            dy, x = dy.resolve_neg(), x.resolve_neg()
             plan.wgrad(
                 x.data_ptr(),
                 x.stride(),
@@ -166,13 +177,14 @@ class Cpu:
 
     @staticmethod
     def _plan(problem: Problem, form: str = "auto") -> Any:
-        key = ("cpu", problem.dtype, form, problem.channels_last)
+        key = ("cpu", _ISA, problem.dtype, form, problem.channels_last)
         plan = problem.support.derived.get(key)
         if plan is None:
             plan = problem.support.derived[key] = _cpu.Plan(
                 _mask(problem),
                 _name(problem.dtype),
-                form=form,
+                _ISA,
+                form,
                 channels_last=problem.channels_last,
             )
         return plan
@@ -184,7 +196,7 @@ class Cpu:
 
         def build(w: Tensor) -> Any:
             dense = dense_weight(support, w, dtype) if problem.live_weight else w
-            dense = dense.view(support.shape)
+            dense = dense.view(support.shape).resolve_neg()
             return plan.pack(
                 dense.data_ptr(), dense.stride(), _name(dtype), torch.get_num_threads()
             )
@@ -200,8 +212,3 @@ def _mask(problem: Problem) -> Any:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _pixels(problem: Problem) -> int:
-    oh, ow = problem.output_size
-    return problem.batch * oh * ow

@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "engine.h"
+
+#include <pthread.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <new>
+#include <stdexcept>
+
+namespace hetconv {
+
+// ---- which ISA ----
+
+static std::vector<const Kernels*> machine_isas() {
+  std::vector<const Kernels*> found;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    found.push_back(&kernels_avx512);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&kernels_avx2);
+#endif
+  found.push_back(&kernels_generic);
+  return found;
+}
+
+std::vector<const Kernels*> available_isas() {
+  std::vector<const Kernels*> found = machine_isas();
+  const char* forced = std::getenv("HETCONV_ISA");
+  if (!forced || !*forced) return found;
+  for (const Kernels* k : found)
+    if (std::strcmp(k->name, forced) == 0) return {k};
+  throw std::invalid_argument(std::string("HETCONV_ISA is '") + forced +
+                              "', which this machine cannot run; expected avx512, avx2 or generic (unset it to choose the best)");
+}
+
+const Kernels& isa_named(const std::string& name) {
+  if (name.empty()) return *available_isas().front();
+  for (const Kernels* k : machine_isas())
+    if (name == k->name) return *k;
+  throw std::invalid_argument("isa '" + name + "' is not one that this machine can run: avx512, avx2, generic");
+}
+
+// ---- workspace and threads ----
+
+namespace {
+struct Room {
+  void* data = nullptr;
+  size_t bytes = 0;
+  ~Room() { std::free(data); }
+};
+thread_local Room room;
+std::atomic<bool> forked(false);
+const int fork_watch = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
+}  // namespace
+
+void out_of_memory() { throw std::bad_alloc(); }
+
+void* workspace(size_t bytes) {
+  if (room.bytes < bytes) {
+    std::free(room.data);
+    room.bytes = 0;
+    const size_t rounded = (bytes + 4095) / 4096 * 4096;
+    room.data = std::aligned_alloc(64, rounded);
+    if (!room.data) out_of_memory();
+    room.bytes = rounded;
+  }
+  return room.data;
+}
+
+int usable_threads(int threads) { return threads < 1 || forked.load() ? 1 : threads; }
+
+// ---- offsets by band layout ----
+
+struct OffsetCache {
+  static constexpr int kept = 8;
+  std::mutex lock;
+  struct Entry {
+    OffsetKey key;
+    int* offsets;
+  };
+  // Entries are never freed while the plan lives: a running call may hold one. A plan that meets more layouts than
+  // this keeps them all; they are a few KiB each.
+  std::vector<Entry> entries;
+  ~OffsetCache() { for (Entry& e : entries) std::free(e.offsets); }
+};
+
+OffsetCache* offsets_new() { return new OffsetCache; }
+void offsets_delete(OffsetCache* c) { delete c; }
+
+static const int* find_locked(OffsetCache* c, const OffsetKey& key) {
+  for (const OffsetCache::Entry& e : c->entries)
+    if (std::memcmp(&e.key, &key, sizeof key) == 0) return e.offsets;
+  return nullptr;
+}
+
+const int* offsets_find(OffsetCache* c, const OffsetKey& key) {
+  std::lock_guard<std::mutex> hold(c->lock);
+  return find_locked(c, key);
+}
+
+const int* offsets_keep(OffsetCache* c, const OffsetKey& key, int* fresh) {
+  std::lock_guard<std::mutex> hold(c->lock);
+  if (const int* other = find_locked(c, key)) {
+    std::free(fresh);
+    return other;
+  }
+  c->entries.push_back({key, fresh});
+  return fresh;
+}
+
+// ---- weights and calls ----
+
+Packed::Packed(const Plan& plan, const WeightView& w, DType from, int threads) : bytes_(0), data_(nullptr, std::free) {
+  const Lowered& low = plan.lowered();
+  bytes_ = (size_t(low.packed) * plan.accumulator_bytes() + 2 * 64) / 64 * 64;
+  data_.reset(std::aligned_alloc(64, bytes_));
+  if (!data_) throw std::bad_alloc();
+  plan.kernels().pack[int(plan.dtype())](low, w, from, data_.get(), usable_threads(threads));
+}
+
+void fprop(const Plan& plan, const Packed& packed, Problem p) {
+  if (p.N == 0 || p.F == 0 || p.Ho <= 0 || p.Wo <= 0) return;
+  p.threads = usable_threads(p.threads);
+  plan.kernels().fprop[int(plan.dtype())](plan.lowered(), plan.offsets(), p, packed.data());
+}
+
+void wgrad(const Plan& plan, Problem p, void* dw, const int64_t strides[4]) {
+  if (plan.lowered().form != Form::pixels || plan.lowered().accumulate) throw std::invalid_argument("wgrad needs a plan made with form='pixels'");
+  p.threads = usable_threads(p.threads);
+  if (p.Ho < 0 || p.Wo < 0) p.Ho = p.Wo = 0;
+  plan.kernels().wgrad[int(plan.dtype())](plan.lowered(), plan.offsets(), p, dw, strides);
+}
+
+}  // namespace hetconv

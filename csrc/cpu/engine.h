@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include <memory>
+#include <string>
+#include <vector>
+#include "plan.h"
+
+namespace hetconv {
+
+// ISAs that this machine can run, best first; $HETCONV_ISA keeps only the one it names.
+std::vector<const Kernels*> available_isas();
+const Kernels& isa_named(const std::string& name);   // "" = the best; throws std::invalid_argument
+
+// Packed weights of one plan, 64-byte aligned.
+class Packed {
+ public:
+  Packed(const Plan& plan, const WeightView& w, DType from, int threads);
+  const void* data() const { return data_.get(); }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  size_t bytes_;
+  std::unique_ptr<void, void (*)(void*)> data_;
+};
+
+int usable_threads(int threads);    // one after a fork: the OpenMP runtime's pool does not survive it
+void fprop(const Plan& plan, const Packed& packed, Problem p);
+// p.y is the output gradient. Writes the live entries of dw only; the plan must be in pixels form.
+void wgrad(const Plan& plan, Problem p, void* dw, const int64_t strides[4]);
+
+}  // namespace hetconv

@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0
+#if defined(__x86_64__)
+#define HETCONV_NS avx2
+#define HETCONV_VECTOR_BYTES 32
+#include "isa.h"
+
+namespace hetconv {
+extern const Kernels kernels_avx2 = HETCONV_KERNELS(avx2);
+}
+#endif

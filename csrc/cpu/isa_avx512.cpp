@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0
+#if defined(__x86_64__)
+#define HETCONV_NS avx512
+#define HETCONV_VECTOR_BYTES 64
+#include "isa.h"
+
+namespace hetconv {
+extern const Kernels kernels_avx512 = HETCONV_KERNELS(avx512);
+}
+#endif

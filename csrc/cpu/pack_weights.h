@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0
+// Weights into the order in which the micro-kernels read them. Dead entries are never read.
+#pragma once
+#include <cstdlib>
+#include "vec.h"
+
+namespace hetconv {
+namespace HETCONV_NS {
+
+HC_INLINE int64_t mask_at(const Lowered& L, int f, int c, int ky, int kx) {
+  return ((int64_t(f) * L.C + c) * L.KH + ky) * L.KW + kx;
+}
+
+template <class S, class A> static void pack_segment(const Lowered& L, const FilterSegment& s, const WeightView& v, A* out) {
+  const S* w = reinterpret_cast<const S*>(v.data);
+  const int ft = s.nv * VL<A>, broadcast = 4 * s.quads + s.singles;
+  const int* filters = L.filters + s.filter0;
+  const Column* columns = L.columns + s.col0;
+  for (int k0 = 0; k0 < broadcast; k0 += VL<A>) {
+    const int n = least(VL<A>, broadcast - k0);
+    int64_t at[VL<A>], live[VL<A>];
+    for (int k = 0; k < n; ++k) {
+      const bool quad = k0 + k < 4 * s.quads;
+      const Column& c = columns[quad ? (k0 + k) / 4 : k0 + k - 3 * s.quads];
+      const int channel = c.channel + (quad ? (k0 + k) % 4 : 0);
+      at[k] = channel * v.sc + c.ky * v.sh + c.kx * v.sw;
+      live[k] = mask_at(L, 0, channel, c.ky, c.kx);
+    }
+    for (int j = 0; j < s.nv; ++j) {
+      Vec<A> r[VL<A>];
+      for (int l = 0; l < VL<A>; ++l) {
+        A lane[VL<A>] = {};
+        if (j * VL<A> + l < s.lanes) {
+          const int f = filters[j * VL<A> + l];
+          const S* row = w + f * v.sf;
+          const uint8_t* mask = L.mask + mask_at(L, f, 0, 0, 0);
+          if (s.merged) { for (int k = 0; k < n; ++k) lane[k] = mask[live[k]] ? A(widen(row[at[k]])) : A(0); }
+          else for (int k = 0; k < n; ++k) lane[k] = A(widen(row[at[k]]));
+        }
+        r[l] = load<A>(lane);
+      }
+      transpose<A>(r);
+      for (int k = 0; k < n; ++k) store<A>(out + int64_t(k0 + k) * ft + j * VL<A>, r[k]);
+    }
+  }
+  out += int64_t(broadcast) * ft;
+  columns += s.quads + s.singles;
+  for (int q = 0; q < s.split; ++q)
+    for (int j = 0; j < s.nv; ++j, ++columns) {
+      const int64_t at = columns->channel * v.sc + columns->ky * v.sh + columns->kx * v.sw;
+      for (int l = 0; l < VL<A>; ++l) {
+        const int lane = j * VL<A> + l;
+        const bool live = lane < s.lanes && !columns->idle &&
+                          L.mask[mask_at(L, filters[lane], columns->channel, columns->ky, columns->kx)];
+        *out++ = live ? A(widen(w[filters[lane] * v.sf + at])) : A(0);
+      }
+    }
+  const auto* perms = reinterpret_cast<const typename Lane<A>::index*>(L.perms) + s.perm0;
+  const uint8_t* taken = L.taken + s.taken0;
+  for (int q = 0; q < s.straight + s.turned; ++q)
+    for (int j = 0; j < s.nv; ++j, ++columns)
+      for (int l = 0; l < VL<A>; ++l) {
+        const int lane = j * VL<A> + l;
+        const int64_t shift = q < s.straight ? l : int64_t(perms[(int64_t(q - s.straight) * s.nv + j) * VL<A> + l]);
+        A value = 0;
+        if (*taken++) {
+          const int f = filters[lane], c = int(columns->channel + shift);
+          value = A(widen(w[f * v.sf + c * v.sc + columns->ky * v.sh + columns->kx * v.sw]));
+        }
+        *out++ = value;
+      }
+}
+
+template <class S, class A> static void pack_tile(const Lowered& L, const PixelTile& t, const WeightView& v, A* out) {
+  const S* w = reinterpret_cast<const S*>(v.data);
+  const int* filters = L.filters + t.filter0;
+  for (int k = 0; k < t.ncols; ++k) {
+    const Column& c = L.columns[t.col0 + k];
+    const S* at = w + c.channel * v.sc + c.ky * v.sh + c.kx * v.sw;
+    for (int i = 0; i < t.nf; ++i) *out++ = A(widen(at[filters[i] * v.sf]));
+  }
+}
+
+template <class S, class A> static void pack_all(const Lowered& L, const WeightView& v, A* out, int threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && L.packed > (1 << 16))
+  for (int i = 0; i < L.count; ++i) {
+    if (L.form == Form::filters) pack_segment<S, A>(L, L.segments[i], v, out + L.segments[i].w0);
+    else pack_tile<S, A>(L, L.tiles[i], v, out + L.tiles[i].w0);
+  }
+}
+
+template <class A> static void pack_weights(const Lowered& L, const WeightView& v, DType from, void* packed, int threads) {
+  A* out = static_cast<A*>(packed);
+  switch (from) {
+    case DType::f32: return pack_all<float, A>(L, v, out, threads);
+    case DType::f64: return pack_all<double, A>(L, v, out, threads);
+    case DType::bf16: return pack_all<bf16, A>(L, v, out, threads);
+    case DType::f16: return pack_all<f16, A>(L, v, out, threads);
+  }
+}
+
+}  // namespace HETCONV_NS
+}  // namespace hetconv

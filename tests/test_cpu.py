@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The native engine beyond the oracle: instruction sets, threads, fork, memory, what it keeps."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import hetconv_kernels as hk
+from hetconv_kernels import ops
+from hetconv_kernels.backends import get_backend
+from hetconv_kernels.packing import FrozenCache
+from hetconv_kernels.problem import make_geometry
+
+pytestmark = pytest.mark.skipif(
+    "cpu" not in hk.available_backends(), reason="the native engine is not built here"
+)
+
+SUPPORTS = {
+    "het": hk.Support.het(32, 48, 3, p=4),
+    "depthwise-like": hk.Support.het(32, 32, 3, p=32),
+    "ragged": hk.Support.self_grouped(
+        torch.arange(48) % 5, (torch.rand(5, 32, generator=torch.Generator().manual_seed(1)) < 0.3).numpy(), 3
+    ),
+}  # fmt: skip
+
+
+def layer(support: str, **options: object) -> hk.nn.SupportConv2d:
+    s = SUPPORTS[support]
+    return hk.nn.SupportConv2d(
+        s.channels, s.filters, s.kernel, padding=1, support=s, backend="cpu", **options
+    )
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("support", SUPPORTS)
+def test_thread_counts_agree(support: str) -> None:
+    conv, x = layer(support), torch.randn(1, 32, 20, 21)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(conv(x).detach())
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert torch.equal(result, results[0])
+
+
+@pytest.mark.parametrize("support", SUPPORTS)
+def test_gradients_are_the_same_bits_at_every_run(support: str) -> None:
+    conv, x = layer(support), torch.randn(3, 32, 17, 15, requires_grad=True)
+    runs = [torch.autograd.grad(conv(x).square().sum(), (x, conv.weight)) for _ in range(3)]
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+def test_several_python_threads_at_once() -> None:
+    conv = layer("het").eval()
+    inputs = [torch.randn(2, 32, 9 + i % 3, 11) for i in range(24)]
+    with torch.no_grad():
+        expected = [conv(x) for x in inputs]
+
+        def call(x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                return conv(x)
+
+        with ThreadPoolExecutor(4) as pool:
+            results = list(pool.map(call, inputs))
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+def test_a_forked_child_can_use_it() -> None:
+    done = run(
+        """
+        import os, torch, hetconv_kernels as hk
+        torch.set_num_threads(2)
+        layer = hk.nn.HetConv2d(32, 32, 3, padding=1, backend="cpu").eval()
+        x = torch.randn(2, 32, 16, 16)
+        with torch.no_grad():
+            expected = layer(x)
+            child = os.fork()
+            if child == 0:
+                os._exit(0 if torch.equal(layer(x), expected) else 3)
+            _, status = os.waitpid(child, 0)
+        print("child", os.waitstatus_to_exitcode(status))
+        """
+    )
+    assert done.stdout.strip() == "child 0", done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs Linux's /proc")
+def test_one_openmp_runtime_is_mapped_and_it_is_torchs() -> None:
+    done = run(
+        """
+        import torch, hetconv_kernels as hk
+        hk.nn.HetConv2d(32, 32, 3, backend="cpu")(torch.randn(1, 32, 8, 8))
+        print(open("/proc/self/maps").read())
+        """
+    )
+    assert done.returncode == 0, done.stderr
+    mapped = set(re.findall(r"/\S*lib(?:gomp|iomp5|omp)\S*\.so\S*", done.stdout))
+    assert len(mapped) == 1, mapped
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "generic", "sse9"])
+def test_the_environment_forces_an_instruction_set(isa: str) -> None:
+    from hetconv_kernels import _cpu
+
+    done = run(
+        """
+        import numpy as np, torch
+        from hetconv_kernels import _cpu
+        print(_cpu.Plan(np.ones((4, 4, 3, 3), np.uint8)).isa)
+        """,
+        HETCONV_ISA=isa,
+    )
+    if isa in _cpu.isas():
+        assert done.stdout.strip() == isa
+    else:
+        assert isa in done.stderr, "an instruction set that cannot run is refused by name"
+
+
+def test_generic_vectors_are_always_there() -> None:
+    from hetconv_kernels import _cpu
+
+    assert _cpu.isas()[-1] == "generic"
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's /proc")
+@pytest.mark.parametrize("layout", ["contiguous_format", "channels_last"])
+@pytest.mark.parametrize("kind", ["het(64, 64, 3, p=4)", "het(64, 64, 3, p=64)"])
+def test_a_forward_takes_no_more_memory_than_its_output_and_a_cache(kind: str, layout: str) -> None:
+    """Peak ≤ output + packed weights + 2 MiB a thread, whatever the image."""
+    done = run(
+        f"""
+        import torch, hetconv_kernels as hk
+        torch.set_num_threads(2)
+        support = hk.Support.{kind}
+        layer = hk.nn.SupportConv2d(64, 64, 3, padding=1, support=support, backend="cpu").freeze()
+        x = torch.randn(1, 64, 640, 640).contiguous(memory_format=torch.{layout})
+        def peak():
+            return int([l for l in open("/proc/self/status") if l.startswith("VmHWM")][0].split()[1])
+        with torch.no_grad():
+            layer(x[:, :, :32, :32].contiguous(memory_format=torch.{layout}))
+            open("/proc/self/clear_refs", "w").write("5")
+            before = peak()
+            y = layer(x)
+        print((peak() - before) * 1024 - y.nbytes)
+        """
+    )
+    assert done.returncode == 0, done.stderr
+    packed, workspaces, noise = 64 * 64 * 9 * 4, 2 * 2 * 2**20, 2**20
+    assert int(done.stdout) <= packed + workspaces + noise
+
+
+def test_a_frozen_weight_is_packed_once_and_a_trained_one_at_each_call() -> None:
+    conv, x = layer("het").eval(), torch.randn(1, 32, 9, 9)
+    with torch.no_grad():
+        trained = conv(x)
+        conv.weight.data.mul_(2)  # a write that leaves no trace
+        assert torch.allclose(
+            conv(x) - conv.bias[:, None, None],
+            2 * (trained - conv.bias[:, None, None]),
+            atol=1e-5,
+        )
+        conv.freeze()
+        conv(x)
+        caches = [c for c in conv.support.derived.values() if isinstance(c, FrozenCache)]
+        kept = [c(conv.weight) for c in caches if c._entries]
+        assert kept
+        conv(x)
+        assert [c(conv.weight) for c in caches if c._entries] == kept
+
+
+def test_refusals_name_the_device_and_the_kernel() -> None:
+    engine = get_backend("cpu")
+    geometry = make_geometry(hk.Support.dense(1, 1, (65, 1)), 1, (32, 32, 0, 0))
+    x, w = torch.randn(1, 1, 65, 2), torch.randn(1, 1, 65, 1)
+    reasons = engine.unsupported_reasons(ops.describe("fprop", geometry, x, x, w, (65, 2)))
+    assert any("64 taps" in reason for reason in reasons)
+    x, w = x.to("meta"), w.to("meta")
+    reasons = engine.unsupported_reasons(ops.describe("fprop", geometry, x, x, w, (65, 2)))
+    assert any("not on the CPU" in reason for reason in reasons)
+
+
+def test_a_lazily_negated_view_is_read_as_its_value() -> None:
+    x = torch.randn(1, 32, 6, 6, dtype=torch.complex64).conj().imag
+    assert x.is_neg()
+    conv = layer("het")
+    torch.testing.assert_close(conv(x), conv(x.resolve_neg()))
+
+
+@pytest.mark.parametrize("act", ["none", "relu", "relu6", "silu", "gelu"])
+@pytest.mark.parametrize("support", SUPPORTS)
+def test_fused_epilogue(support: str, act: str) -> None:
+    s = SUPPORTS[support]
+    geometry = make_geometry(s, 1, 1)
+    x, w = torch.randn(2, s.channels, 9, 10), torch.randn(*s.shape)
+    scale, shift = torch.rand(s.filters) + 0.5, torch.randn(s.filters)
+    residual = torch.randn(2, s.filters, 9, 10).contiguous(memory_format=torch.channels_last)
+    results = [
+        ops.run_fprop(x, w, geometry, shift, hk.backends.CODES[name], True, scale, residual, act)
+        for name in ("cpu", "reference")
+    ]
+    torch.testing.assert_close(*results, atol=2e-4, rtol=2e-4)
