@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import ops
-from .backends import NAMES, available_backends, choose, forced_code, get_backend
+from . import functional, ops
+from .backends import NAMES, available_backends, choose, get_backend
 from .errors import ArgumentError, InputTypeError, mismatch
 from .nn.base import SupportLayer
 from .nn.conv import SupportConv2d
@@ -120,7 +122,7 @@ def explain(layer: SupportLayer, x: Tensor, measure: bool = True) -> Explanation
     Args:
         layer: a convolution layer of this package.
         x: an example input.  # [N, C, H, W] or [C, H, W]
-        measure: whether to time the backends that can run it, interleaved.
+        measure: whether to time the backends that can run it, interleaved (never on meta).
 
     Returns:
         The explanation; print it.
@@ -141,10 +143,11 @@ def explain(layer: SupportLayer, x: Tensor, measure: bool = True) -> Explanation
     if x.dim() == 3:
         x = x.unsqueeze(0)
     problem = _problem(layer, x)
-    forced = layer._code if layer._code is not None else forced_code()
+    forced = layer._backend_code()
     chosen = choose(problem, forced).backend.name
     runnable = [n for n in available_backends() if not get_backend(n).unsupported_reasons(problem)]
-    measured = _measure(layer, x, runnable) if measure and problem.batch else {}
+    measurable = measure and problem.batch and not x.is_meta
+    measured = _measure(layer, x, runnable) if measurable else {}
     candidates = []
     for name in available_backends():
         engine = get_backend(name)
@@ -162,10 +165,11 @@ def explain(layer: SupportLayer, x: Tensor, measure: bool = True) -> Explanation
     sizes = sorted(
         ((len(g.filters), int(g.mask.any((1, 2)).sum())) for g in support.groups), reverse=True
     )
+    dtype = f"{x.dtype}" + (f" autocast to {problem.dtype}" if x.dtype != problem.dtype else "")
     layout = "channels_last" if problem.channels_last else "contiguous"
     return Explanation(
         layer=repr(layer),
-        input=f"{tuple(x.shape)}, {x.dtype}, {x.device}, {layout}",
+        input=f"{tuple(x.shape)}, {dtype}, {x.device}, {layout}",
         groups=tuple(sizes[:4]),
         group_count=len(sizes),
         density=support.density,
@@ -187,28 +191,53 @@ def warmup(model: nn.Module, *inputs: Any, backward: bool = False) -> None:
         *inputs: what its forward takes, on the model's device.
         backward: whether to run the backward pass too (gradients are discarded).
     """
-    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
-    with torch.random.fork_rng(devices=devices), torch.set_grad_enabled(backward):
+    tensors = [*model.parameters(), *model.buffers()]
+    devices = sorted({t.device.index or 0 for t in tensors if t.is_cuda})
+    with (
+        _same_buffers(model),
+        torch.random.fork_rng(devices=devices),
+        torch.set_grad_enabled(backward),
+    ):
         outputs = model(*inputs)
         if backward:
-            tensors = outputs if isinstance(outputs, tuple | list) else (outputs,)
-            total = sum(t.sum() for t in tensors if isinstance(t, Tensor) and t.requires_grad)
+            results = outputs if isinstance(outputs, tuple | list) else (outputs,)
+            total = sum(t.sum() for t in results if isinstance(t, Tensor) and t.requires_grad)
             wanted = [p for p in model.parameters() if p.requires_grad]
             if not isinstance(total, Tensor):
                 raise ArgumentError(
                     "warmup(backward=True): no output of the model needs a gradient."
                 )
             torch.autograd.grad(total, wanted, allow_unused=True)
-    with torch.no_grad():
-        for name, b in model.named_buffers():
-            b.copy_(buffers[name])
+
+
+@contextmanager
+def _same_buffers(model: nn.Module) -> Iterator[None]:
+    """Puts back the buffers that are changed meanwhile, and leaves no trace on the others."""
+    kept = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, copy in kept:
+            module._buffers[name] = buffer
+            # A needless write would make engines forget what they prepared from a fused weight;
+            # in-place versions do not tell (batch normalisation changes its buffers unversioned).
+            if not buffer.is_meta and not torch.equal(buffer, copy):
+                with torch.no_grad():
+                    buffer.copy_(copy)
 
 
 def _problem(layer: SupportConv2d, x: Tensor) -> Problem:
     if layer._outer_pads is not None:
         x = nn.functional.pad(x, layer._outer_pads, mode=layer.padding_mode)
-    check_call(layer._geometry, x, layer.weight, layer.bias, False)
+    mixed = functional._autocasting(x)
+    if mixed:
+        x = functional._autocast(x)
+    check_call(layer._geometry, x, layer.weight, layer.bias, mixed)
     shift = {} if layer.bias is None else {"shift": layer.bias}
     size = (x.shape[2], x.shape[3])
     return ops.describe("fprop", layer._geometry, x, x, layer.weight, size, shift)
@@ -220,7 +249,7 @@ def _measure(layer: SupportConv2d, x: Tensor, names: list[str]) -> dict[str, flo
     def call(name: str) -> Any:
         def run() -> Tensor:
             layer.backend = name
-            return layer(x)
+            return layer.forward(x)  # without the hooks that others may have put on the layer
 
         return run
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +13,9 @@ from .errors import SupportError, mismatch
 
 BoolArray = npt.NDArray[np.bool_]
 IntArray = npt.NDArray[np.int64]
+
+# A position in a mask fits the 32-bit integers of kernels; more is refused before it is allocated.
+MAX_ENTRIES = 2**31 - 1
 
 
 def pack_mask(mask: BoolArray) -> npt.NDArray[np.uint8]:
@@ -35,7 +39,7 @@ def kernel_pair(kernel: int | Sequence[int]) -> tuple[int, int]:
     Raises:
         SupportError: not one or two positive integers.
     """
-    pair = (kernel, kernel) if isinstance(kernel, int | np.integer) else tuple(kernel)
+    pair = tuple(kernel) if isinstance(kernel, tuple | list) else (kernel, kernel)
     if len(pair) != 2 or not all(isinstance(k, int | np.integer) and k >= 1 for k in pair):
         raise SupportError(mismatch("kernel size", kernel, "one or two positive integers"))
     return int(pair[0]), int(pair[1])
@@ -51,15 +55,28 @@ def spread(pairs: BoolArray, kh: int, kw: int) -> BoolArray:
     return np.repeat(pairs[:, :, None], kh * kw, axis=2).reshape(*pairs.shape, kh, kw)
 
 
-def positive(**sizes: int) -> None:
-    """Refuses sizes that are not positive integers.
+def mask_shape(C: int, F: int, kernel: int | Sequence[int]) -> tuple[int, int, int, int]:
+    """Returns (F, C, KH, KW) for the sizes of a layer.
 
     Raises:
-        SupportError: one is not.
+        SupportError: one is not a positive integer, or a mask of them has too many entries.
     """
-    for name, size in sizes.items():
+    for name, size in (("C", C), ("F", F)):
         if not isinstance(size, int | np.integer) or size < 1:
             raise SupportError(mismatch(name, size, "a positive integer"))
+    shape = (int(F), int(C), *kernel_pair(kernel))
+    check_entries(math.prod(shape))
+    return shape
+
+
+def check_entries(count: int) -> None:
+    """Refuses a mask that is too large.
+
+    Raises:
+        SupportError: it has more than `MAX_ENTRIES` entries.
+    """
+    if count > MAX_ENTRIES:
+        raise SupportError(mismatch("entries of a Support", count, f"at most {MAX_ENTRIES}"))
 
 
 def permutation(name: str, order: npt.ArrayLike, size: int) -> IntArray:
@@ -69,8 +86,7 @@ def permutation(name: str, order: npt.ArrayLike, size: int) -> IntArray:
         SupportError: it is not a permutation of 0…size-1.
     """
     array = np.asarray(order)
-    if array.shape != (size,) or not np.array_equal(np.sort(array), np.arange(size)):
-        raise SupportError(
-            mismatch(f"order of {name}", f"shape {array.shape}", f"a permutation of 0…{size - 1}")
-        )
+    integers = np.issubdtype(array.dtype, np.integer) and array.shape == (size,)
+    if not integers or not np.array_equal(np.sort(array), np.arange(size)):
+        raise SupportError(mismatch(f"order of {name}", order, f"a permutation of 0…{size - 1}"))
     return array

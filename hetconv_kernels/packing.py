@@ -38,12 +38,16 @@ def bits_on(support: Support, device: torch.device) -> Tensor:
     return bits
 
 
-def mask_on(support: Support, device: torch.device) -> Tensor:
+def mask_on(
+    support: Support,
+    device: torch.device,
+    layout: torch.memory_format = torch.contiguous_format,
+) -> Tensor:
     """Returns the Support's mask on a device, made once.  # bool [F, C, KH, KW]"""
-    key = ("mask", device)
+    key = ("mask", device, layout)
     mask = support.derived.get(key)
     if mask is None:
-        mask = _constant(support.mask, device)
+        mask = _constant(support.mask, device).contiguous(memory_format=layout)
         if type(mask) is Tensor:
             support.derived[key] = mask
     return mask
@@ -64,12 +68,20 @@ def dense_weight(support: Support, w: Tensor, dtype: torch.dtype) -> Tensor:
         dtype: of the result.
 
     Returns:
-        A new tensor.  # [F, C, KH, KW]
+        A new tensor, a dense weight's in its layout.  # [F, C, KH, KW]
     """
-    mask = mask_on(support, w.device)
     if is_dense_shape(support, w.shape):
-        return w.view(mask.shape).to(dtype).masked_fill(~mask, 0)
+        w = w.view(support.shape)
+        return torch.where(_mask_like(support, w), w.to(dtype), 0.0)
+    mask = mask_on(support, w.device)
     return torch.zeros(mask.shape, dtype=dtype, device=w.device).masked_scatter_(mask, w.to(dtype))
+
+
+def _mask_like(support: Support, w: Tensor) -> Tensor:
+    """Returns the mask in the layout of a dense weight, so that one pass reads both in order."""
+    last = not w.is_contiguous() and w.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if last else torch.contiguous_format
+    return mask_on(support, w.device, layout)
 
 
 def live_weight(support: Support, w: Tensor) -> Tensor:
@@ -201,7 +213,8 @@ class CleanCheck(_PerWeight):
         if w.is_cuda and (met < 3 or torch.cuda.is_current_stream_capturing()):
             self._remember(w, met)
             return False
-        live = mask_on(self._support, w.device).view(w.shape)
-        clean = not bool(w.detach().masked_fill(live, 0).any())
+        dense = w.detach().view(self._support.shape)
+        # A dead entry (0) that is not zero (1): booleans are compared, which is fast everywhere.
+        clean = not bool((dense.ne(0) > _mask_like(self._support, dense)).any())
         self._remember(w, clean)
         return clean

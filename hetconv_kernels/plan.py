@@ -31,8 +31,8 @@ class Block:
     Attributes:
         filters: filters that one segment computes together.
         channels: channels of one block; a run never crosses a block's border.
-        align: runs start and end at multiples of this within their block.
-        gap: dead channels between two live ones that a run may cover rather than break.
+        align: runs start and end at multiples of this within their block, or with the last channel.
+        gap: dead channels between two such runs at one tap that are covered, making them one.
     """
 
     filters: int
@@ -73,15 +73,16 @@ class Plan:
     Args:
         support: what to lower.
         block: the tile.
-        strict: forbids merging groups and covering gaps: a filter then never sees a channel that
-            it does not read, whatever non-finite value stands there.
+        strict: forbids merging groups, covering gaps and widening runs to the alignment: a filter
+            then never sees a column that it does not read, whatever non-finite value stands there.
 
     Attributes:
         rows: filters in segment order.  # int [F]
         cols: channels in block order.  # int [C]
         segments: prefix offsets into rows.  # int [S + 1]
         starts: prefix offsets into steps.  # int [S + 1]
-        steps: by segment, channel block, then tap.  # STEP [number of steps]
+        steps: by segment, channel block, tap, then channel.  # STEP [number of steps]
+        slab_size: packed weights of all steps together.
     """
 
     def __init__(self, support: Support, block: Block, strict: bool = False) -> None:
@@ -100,14 +101,11 @@ class Plan:
             pieces = self._merge(pieces)
         self.rows: IntArray = np.concatenate([filters for filters, _ in pieces])
         self.segments: IntArray = _prefix([len(filters) for filters, _ in pieces])
-        runs = [self._runs(mask) for _, mask in pieces]
-        self.starts: IntArray = _prefix([len(r) for r in runs])
-        self.steps: npt.NDArray[np.void] = np.zeros(self.starts[-1], STEP)
-        for field, column in zip(("dy", "dx", "channel", "count"), range(4), strict=True):
-            self.steps[field] = [run[column] for segment in runs for run in segment]
-        sizes = _prefix((self.steps["count"].astype(np.int64) * block.filters).tolist())
-        self.steps["slab"] = sizes[:-1]
-        self.slab_size: int = int(sizes[-1])
+        segment, self.steps = self._runs(np.stack([mask for _, mask in pieces]))
+        self.starts: IntArray = _prefix(np.bincount(segment, minlength=len(pieces)))
+        slabs = _prefix(self.steps["count"].astype(np.int64) * block.filters)
+        self.steps["slab"] = slabs[:-1]
+        self.slab_size: int = int(slabs[-1])
 
     @cached_property
     def efficiency(self) -> float:
@@ -130,14 +128,13 @@ class Plan:
             segment that owns each slab.
         """
         by_block = self.steps["channel"] // self.block.channels
-        order = np.lexsort((np.arange(len(by_block)), by_block))
+        order = np.argsort(by_block, kind="stable")
         steps = np.zeros(len(order), TRANSPOSED_STEP)
         for name in STEP.names or ():
             steps[name] = self.steps[name][order]
         steps["segment"] = self.owner[order]
         blocks = -(-self.support.channels // self.block.channels)
-        counts = np.bincount(by_block, minlength=blocks)
-        return _prefix(counts.tolist()), steps
+        return _prefix(np.bincount(by_block, minlength=blocks)), steps
 
     @cached_property
     def slab_source(self) -> IntArray:
@@ -145,15 +142,18 @@ class Plan:
 
         # [slab_size]
         """
-        f, c, kh, kw = self.support.shape
-        position = np.where(self.support.mask, np.arange(f * c * kh * kw).reshape(f, c, kh, kw), -1)
-        source = np.full(self.slab_size, -1, np.int64)
-        for segment, step in zip(self.owner, self.steps, strict=True):
-            filters = self.rows[self.segments[segment] : self.segments[segment + 1]]
-            channels = self.cols[step["channel"] : step["channel"] + step["count"]]
-            slab = np.full((len(channels), self.block.filters), -1, np.int64)
-            slab[:, : len(filters)] = position[filters][:, channels, step["dy"], step["dx"]].T
-            source[step["slab"] : step["slab"] + slab.size] = slab.ravel()
+        _, c, kh, kw = self.support.shape
+        # Every column of every step, then every filter that has it in its tile.
+        step, offset = _expand(self.steps["count"])
+        segment = self.owner[step]
+        column, lane = _expand(np.diff(self.segments)[segment])
+        channel = self.cols[self.steps["channel"][step] + offset]
+        tap = self.steps["dy"][step] * kw + self.steps["dx"][step]
+        filters = self.rows[self.segments[segment][column] + lane]
+        position = filters * (c * kh * kw) + (channel * (kh * kw) + tap)[column]
+        live = self.support.mask.reshape(-1)[position]
+        source = np.full(self.slab_size, -1)
+        source[(column * self.block.filters + lane)[live]] = position[live]
         return source
 
     def __repr__(self) -> str:
@@ -164,43 +164,50 @@ class Plan:
 
     def _merge(self, pieces: list[tuple[IntArray, BoolArray]]) -> list[tuple[IntArray, BoolArray]]:
         """Joins neighbouring pieces that fit in one tile where that executes no more columns."""
-        merged = [pieces[0]]
-        cost = self._cost(pieces[0][1])
-        for filters, mask in pieces[1:]:
+        piece, runs = self._runs(np.stack([mask for _, mask in pieces]))
+        costs = np.bincount(piece, weights=runs["count"], minlength=len(pieces))
+        merged, cost = [pieces[0]], costs[0]
+        for (filters, mask), own_cost in zip(pieces[1:], costs[1:], strict=True):
             last_filters, last_mask = merged[-1]
-            union, own_cost = last_mask | mask, self._cost(mask)
-            fits = len(last_filters) + len(filters) <= self.block.filters
-            if fits and (union_cost := self._cost(union)) <= cost + own_cost:
-                merged[-1] = (np.concatenate([last_filters, filters]), union)
-                cost = union_cost
-            else:
-                merged.append((filters, mask))
-                cost = own_cost
+            if len(last_filters) + len(filters) <= self.block.filters:
+                union = last_mask | mask
+                union_cost = self._runs(union[None])[1]["count"].sum()
+                if union_cost <= cost + own_cost:
+                    merged[-1] = (np.concatenate([last_filters, filters]), union)
+                    cost = union_cost
+                    continue
+            merged.append((filters, mask))
+            cost = own_cost
         return merged
 
-    def _cost(self, mask: BoolArray) -> int:
-        return sum(run[3] for run in self._runs(mask))
+    def _runs(self, masks: BoolArray) -> tuple[IntArray, npt.NDArray[np.void]]:
+        """Lists the runs of each piece, by channel block, tap, then channel.
 
-    def _runs(self, mask: BoolArray) -> list[tuple[int, int, int, int]]:
-        """Lists (dy, dx, first channel, count) for the live columns, by channel block, then tap."""
-        width, gap = self.block.channels, 0 if self.strict else self.block.gap
-        align = 1 if self.strict else self.block.align
-        runs = []
-        for low in range(0, mask.shape[0], width):
-            block = mask[low : low + width]
-            for dy, dx in np.argwhere(block.any(0)):
-                live = np.flatnonzero(block[:, dy, dx])
-                breaks = np.flatnonzero(np.diff(live) > gap + 1) + 1
-                first = live[np.concatenate([[0], breaks])] // align * align
-                last = live[np.concatenate([breaks - 1, [-1]])] // align * align + align
-                last = np.minimum(last, len(block))
-                keep = np.concatenate([[True], first[1:] >= last[:-1]])
-                ends = last[np.concatenate([np.flatnonzero(keep)[1:] - 1, [len(keep) - 1]])]
-                runs += [
-                    (int(dy), int(dx), low + int(a), int(b - a))
-                    for a, b in zip(first[keep], ends, strict=True)
-                ]
-        return runs
+        Args:
+            masks: live columns in block order.  # bool [pieces, C, KH, KW]
+
+        Returns:
+            The piece of each run, and the runs without their slabs.  # [runs], STEP [runs]
+        """
+        width = self.block.channels
+        align, gap = (1, 0) if self.strict else (self.block.align, self.block.gap)
+        pieces, channels, kh, kw = masks.shape
+        blocks, taps, cells = -(-channels // width), kh * kw, width // align
+        padded = np.zeros((pieces, blocks * width, taps), bool)
+        padded[:, :channels] = masks.reshape(pieces, channels, taps)
+        # A cell is `align` channels at one tap, a line the cells of a piece, channel block and tap.
+        live = np.any(padded.reshape(pieces, blocks, cells, align, taps), axis=3)
+        line, cell = np.divmod(np.flatnonzero(live.swapaxes(2, 3)), cells)
+        begins = np.diff(line, prepend=-1) != 0
+        begins |= (np.diff(cell, prepend=0) - 1) * align > gap
+        first, last = cell[begins], cell[np.roll(begins, -1)]  # a run ends where the next begins
+        piece, block, tap = np.unravel_index(line[begins], (pieces, blocks, taps))
+        runs = np.zeros(len(first), STEP)
+        runs["dy"], runs["dx"] = np.divmod(tap, kw)
+        runs["channel"] = block * width + first * align
+        end = np.minimum(block * width + (last + 1) * align, channels)
+        runs["count"] = end - runs["channel"]
+        return piece, runs
 
 
 class Columns(NamedTuple):
@@ -231,10 +238,10 @@ def columns(support: Support) -> Columns:
     f, c, kh, kw = support.shape
     filters, channel, tap = np.nonzero(support.mask.reshape(f, c, kh * kw))
     return Columns(
-        starts=_prefix(np.bincount(filters, minlength=f).tolist()),
+        starts=_prefix(np.bincount(filters, minlength=f)),
         channel=channel,
         tap=tap,
-        channel_starts=_prefix(np.bincount(channel, minlength=c).tolist()),
+        channel_starts=_prefix(np.bincount(channel, minlength=c)),
         order=np.argsort(channel, kind="stable"),
         filter=filters,
     )
@@ -246,12 +253,18 @@ def _column_order(group_masks: BoolArray) -> IntArray:
     # bool [groups, C, KH, KW] -> int [C]
     """
     channels = group_masks.shape[1]
-    readers = group_masks.transpose(1, 0, 2, 3).reshape(channels, -1)
-    _, first, signature = np.unique(readers, axis=0, return_index=True, return_inverse=True)
-    signature = signature.reshape(-1)
-    # Signatures follow their lowest channel, so an order that is blocked already stays as it is.
-    return np.lexsort((np.arange(channels), first[signature]))
+    readers = np.packbits(group_masks.transpose(1, 0, 2, 3).reshape(channels, -1), axis=1)
+    # Channels follow the first one with their readers, so a blocked order stays as it is.
+    first: dict[bytes, int] = {}
+    key = [first.setdefault(row.tobytes(), channel) for channel, row in enumerate(readers)]
+    return np.argsort(key, kind="stable")
 
 
-def _prefix(sizes: list[int]) -> IntArray:
-    return np.concatenate([[0], np.cumsum(np.asarray(sizes, np.int64))]).astype(np.int64)
+def _prefix(sizes: npt.ArrayLike) -> IntArray:
+    return np.concatenate([[0], np.cumsum(np.asarray(sizes, np.int64))])
+
+
+def _expand(counts: IntArray) -> tuple[IntArray, IntArray]:
+    """Lists the items of consecutive lists: the list each is in, and its place there."""
+    owner = np.repeat(np.arange(len(counts)), counts)
+    return owner, np.arange(len(owner)) - _prefix(counts)[owner]

@@ -365,12 +365,20 @@ def is_dense_shape(support: Support, shape: Sequence[int]) -> bool:
 
 
 def check_image(geometry: Geometry, height: int, width: int) -> None:
-    """Refuses an image on which the kernel has no place.
+    """Refuses an image on which the kernel has no place, or no integer counts the places.
 
     Raises:
-        ArgumentError: the output would have no pixels.
+        ArgumentError: the output would have no pixels, or more in a row than an int32 counts.
     """
     oh, ow = geometry.output_size(height, width)
+    if max(oh, ow) > _INT32_MAX:
+        raise ArgumentError(
+            mismatch(
+                "output size",
+                f"{oh}x{ow} for pads {geometry.pads}",
+                f"at most {_INT32_MAX} pixels in a row",
+            )
+        )
     if height < 1 or width < 1 or oh < 1 or ow < 1:
         raise ArgumentError(
             mismatch(

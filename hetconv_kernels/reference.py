@@ -112,6 +112,6 @@ def _groups(geometry: Geometry, device: torch.device) -> Iterator[tuple[Tensor, 
         channels = np.flatnonzero(group.mask.any((1, 2)))
         if len(channels):
             yield (
-                torch.as_tensor(group.filters, device=device),
-                torch.as_tensor(channels, device=device),
+                torch.tensor(group.filters, device=device),
+                torch.tensor(channels, device=device),
             )

@@ -15,7 +15,7 @@ import json
 import zlib
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -25,18 +25,16 @@ from .errors import SupportError, mismatch
 from .masks import (
     BoolArray,
     IntArray,
-    kernel_pair,
+    check_entries,
+    mask_shape,
     owner,
     pack_mask,
     permutation,
-    positive,
     spread,
     unpack_mask,
 )
 
-# Bytes of one packed mask; above it a Support is refused rather than left to exhaust memory.
-_MAX_ENTRIES = 2**31 - 1
-# Every Support alive, by digest: how an operator finds the one that its integers name.
+# Supports alive, by digest: how an operator finds the one that its integers name.
 _known: WeakValueDictionary[int, Support] = WeakValueDictionary()
 _JSON_FORMAT = "hetconv_kernels.Support/1"
 
@@ -95,23 +93,23 @@ class Support:
             raise SupportError(
                 mismatch("shape of a Support", array.shape, "no dimension of size zero")
             )
-        if array.size > _MAX_ENTRIES:
-            raise SupportError(
-                mismatch("entries of a Support", array.size, f"at most {_MAX_ENTRIES}")
-            )
+        check_entries(array.size)
         self.kind = kind
-        self.shape: tuple[int, int, int, int] = tuple(array.shape)
-        # The packed form is the one that is kept: eight times smaller than the mask.
+        self.shape: Final[tuple[int, int, int, int]] = tuple(array.shape)
+        # The packed form is the one that is kept: up to eight times smaller than the mask.
         self._bits: npt.NDArray[np.uint8] = pack_mask(array)
         self._bits.flags.writeable = False
-        self.live: int = int(np.count_nonzero(array))
+        self.live: Final = int(np.count_nonzero(array))
         digest = hashlib.blake2b(repr(self.shape).encode(), digest_size=8)
         digest.update(self._bits.tobytes())
         # 62 bits: fits a SymInt with room for the arithmetic that compilers do on ranges.
-        self.digest: int = int.from_bytes(digest.digest(), "little") >> 2
-        # What others derive from this Support (tensors on devices, ...) lives and dies with it.
-        self.derived: dict[Any, Any] = {}
-        _known[self.digest] = self
+        self.digest: Final = int.from_bytes(digest.digest(), "little") >> 2
+        # Equal Supports, as the layers of a model have, keep the first of them alive and findable.
+        first = _known.setdefault(self.digest, self)
+        self._first = None if first is self else first
+        # What others derive (tensors on devices, ...) is shared by equal Supports, and dies with
+        # the last of them.
+        self.derived: Final[dict[Any, Any]] = {} if first is self else first.derived
 
     # Constructors ---------------------------------------------------------------------------
 
@@ -126,10 +124,12 @@ class Support:
 
     @classmethod
     def dense(cls, C: int, F: int, kernel: int | Sequence[int]) -> Support:
-        """Builds the Support of an ordinary convolution: every weight exists."""
-        positive(C=C, F=F)
-        kh, kw = kernel_pair(kernel)
-        return cls(np.ones((F, C, kh, kw), bool), "dense")
+        """Builds the Support of an ordinary convolution: every weight exists.
+
+        Raises:
+            SupportError: a size that is not a positive integer, or too many weights.
+        """
+        return cls(np.ones(mask_shape(C, F, kernel), bool), "dense")
 
     @classmethod
     def grouped(cls, C: int, F: int, kernel: int | Sequence[int], groups: int) -> Support:
@@ -138,9 +138,9 @@ class Support:
         Raises:
             SupportError: ``groups`` does not divide both C and F.
         """
-        positive(C=C, F=F, groups=groups)
-        kh, kw = kernel_pair(kernel)
-        if C % groups or F % groups:
+        _, _, kh, kw = mask_shape(C, F, kernel)
+        whole = isinstance(groups, int | np.integer) and groups >= 1
+        if not whole or C % groups or F % groups:
             raise SupportError(
                 mismatch(
                     "groups of a grouped Support",
@@ -175,8 +175,7 @@ class Support:
         Raises:
             SupportError: p outside 1…C, an even kernel (it has no centre tap), an unknown order.
         """
-        positive(C=C, F=F)
-        kh, kw = kernel_pair(kernel)
+        _, _, kh, kw = mask_shape(C, F, kernel)
         if kh % 2 == 0 or kw % 2 == 0:
             raise SupportError(
                 mismatch(
@@ -188,11 +187,10 @@ class Support:
             )
         if not isinstance(p, int | np.integer) or not 1 <= p <= C:
             raise SupportError(mismatch("p of a HetConv", p, f"an integer from 1 to C={C}"))
-        f, c = np.arange(F)[:, None], np.arange(C)[None, :]
         if order == "interleaved":
-            full = (c - f) % p == 0
+            full = (np.arange(C) - np.arange(F)[:, None]) % p == 0
         elif order == "blocked":
-            full = f * p // F == c * p // C
+            full = owner(F, p)[:, None] == owner(C, p)
         else:
             raise SupportError(
                 mismatch("order of a HetConv", repr(order), "'blocked' or 'interleaved'")
@@ -226,7 +224,6 @@ class Support:
             SupportError: labels outside 0…G-1, or shapes that do not match.
         """
         label, kept = np.asarray(labels), np.asarray(keep)
-        kh, kw = kernel_pair(kernel)
         if label.ndim != 1 or not np.issubdtype(label.dtype, np.integer) or label.size == 0:
             raise SupportError(
                 mismatch(
@@ -243,6 +240,7 @@ class Support:
                     "labels", f"{label.min()}…{label.max()}", f"values from 0 to {len(kept) - 1}"
                 )
             )
+        _, _, kh, kw = mask_shape(kept.shape[1], label.size, kernel)
         mask = spread(kept[label], kh, kw)
         if within is not None:
             if within.shape != mask.shape:
@@ -292,13 +290,14 @@ class Support:
     @cached_property
     def groups(self) -> tuple[Group, ...]:
         """The distinct mask rows, each with its filters, in order of their first filter."""
-        rows = self._bits.reshape(self.filters, -1)
-        _, first, inverse = np.unique(rows, axis=0, return_index=True, return_inverse=True)
-        inverse = inverse.reshape(-1)
-        members = [np.flatnonzero(inverse == label) for label in np.argsort(first)]
-        shared = unpack_mask(self._bits[[m[0] for m in members]], self.kernel)
-        shared.flags.writeable = False
-        return tuple(Group(m, row) for m, row in zip(members, shared, strict=True))
+        members: dict[bytes, list[int]] = {}
+        for f, row in enumerate(self._bits):
+            members.setdefault(row.tobytes(), []).append(f)
+        filters = [np.array(group) for group in members.values()]
+        masks = unpack_mask(self._bits[[group[0] for group in filters]], self.kernel)
+        for array in (*filters, masks):
+            array.flags.writeable = False
+        return tuple(Group(*pair) for pair in zip(filters, masks, strict=True))
 
     @cached_property
     def uniform_groups(self) -> int | None:
@@ -389,10 +388,13 @@ class Support:
             data = json.loads(text)
             if data["format"] != _JSON_FORMAT:
                 raise SupportError(mismatch("Support JSON format", data["format"], _JSON_FORMAT))
-            f, c, kh, kw = (int(size) for size in data["shape"])
+            f, c, kh, kw = data["shape"]
+            mask_shape(c, f, (kh, kw))
             size = f * c * -(-kh * kw // 8)
             unpacker = zlib.decompressobj()
             raw = unpacker.decompress(base64.b64decode(data["bits"], validate=True), size + 1)
+            if len(raw) != size:
+                raise ValueError(f"{len(raw)} bytes of mask, where the shape needs {size}")
             bits = np.frombuffer(raw, np.uint8).reshape(f, c, -1)
             support = _from_bits(bits, (kh, kw), str(data["kind"]))
             if f"{support.digest:016x}" != data["digest"]:
@@ -406,7 +408,7 @@ class Support:
                 )
         except SupportError:
             raise
-        except (ValueError, KeyError, TypeError, OverflowError, zlib.error) as error:
+        except (ValueError, KeyError, TypeError, RecursionError, zlib.error) as error:
             raise SupportError(
                 f"Support JSON cannot be read ({error!r}); expected what Support.to_json wrote."
             ) from error

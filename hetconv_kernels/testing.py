@@ -14,6 +14,7 @@ from .packing import mask_on
 from .plan import Plan
 from .problem import Geometry
 
+
 def oracle(x: Tensor, w: Tensor, geometry: Geometry, bias: Tensor | None = None) -> Tensor:
     """Computes the truth: ``F.conv2d`` on the masked dense weight, padded explicitly.
 

@@ -19,9 +19,7 @@ SUPPORTS = {
     "het": hk.Support.het(4, 3, 3, p=2),
     "interleaved": hk.Support.het(5, 4, 3, p=3, order="interleaved"),
     "grouped": hk.Support.grouped(4, 4, 3, 2),
-    "self": hk.Support.self_grouped(
-        [0, 1, 0], [[True, False, True], [False, True, True]], (3, 2)
-    ),
+    "self": hk.Support.self_grouped([0, 1, 0], [[True, False, True], [False, True, True]], (3, 2)),
 }
 GEOMETRIES = {
     "plain": {"padding": 1},
@@ -40,9 +38,7 @@ def double(*shape: int) -> Tensor:
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("support", SUPPORTS)
 @pytest.mark.parametrize("form", ["dense", "live"])
-def test_first_and_second_derivatives(
-    support: str, geometry: str, form: str, backend: str
-) -> None:
+def test_first_and_second_derivatives(support: str, geometry: str, form: str, backend: str) -> None:
     s = SUPPORTS[support]
     weight = double(*s.shape) if form == "dense" else double(s.live)
 

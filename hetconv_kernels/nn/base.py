@@ -9,13 +9,35 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ..errors import SupportError, mismatch
+from .. import backends
+from ..errors import InputTypeError, SupportError, mismatch
 from ..packing import bits_on, dense_weight, live_weight, mask_on
-from ..problem import Geometry
+from ..problem import Geometry, memory_format
 from ..support import Support
 
 
-class SupportLayer(nn.Module):
+class ForcedBackend(nn.Module):
+    """A module that an engine can be forced on."""
+
+    _backend: str | None = None
+    _code: int | None = None
+
+    @property
+    def backend(self) -> str | None:
+        """The engine that this layer is forced to, None to follow `use_backend`."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, name: str | None) -> None:
+        self._code = None if name is None else backends.backend_code(name)
+        self._backend = name
+
+    def _backend_code(self) -> int:
+        code = self._code
+        return backends.forced_code() if code is None else code
+
+
+class SupportLayer(ForcedBackend):
     """What a layer with a Support does besides its forward: freezing, projection, checkpoints.
 
     The `weight` is an ordinary dense Parameter while training, so ``nn`` checkpoints, initialisers,
@@ -53,18 +75,36 @@ class SupportLayer(nn.Module):
             optimizer: the one that trains this layer, if its slots are to be projected too.
 
         Raises:
-            SupportError: the shape differs, or the layer is frozen.
+            InputTypeError: ``support`` is not a Support.
+            SupportError: the shape differs, the class of the layer rules it out (a HetConv2d stays
+                within its p and order), or the layer is frozen.
         """
-        if support.shape != self.support.shape:
-            raise SupportError(mismatch("Support of a layer", support.shape, self.support.shape))
+        self._check_support(support)
         if self.frozen:
             raise SupportError("a frozen layer cannot change its Support. Call thaw() first.")
-        self._place(support)
-        self.project_(optimizer)
-
-    def _place(self, support: Support) -> None:
         old = self._geometry
         self._geometry = Geometry(support, old.stride, old.pads, old.dilation)
+        bits_on(support, self.weight.device)
+        self.project_(optimizer)
+
+    def _check_support(self, support: Support) -> None:
+        """Refuses a Support that this layer cannot take, whoever brings it."""
+        if not isinstance(support, Support):
+            raise InputTypeError(
+                mismatch("support", type(support).__name__, "a Support", "See Support.from_mask.")
+            )
+        if support.shape != self.support.shape:
+            raise SupportError(mismatch("shape of a Support", support.shape, self.support.shape))
+        fixed = self._fixed_support
+        if fixed is not None and support & fixed != support:
+            raise SupportError(
+                mismatch(
+                    f"Support of {type(self).__name__}",
+                    support,
+                    f"weights within {fixed}",
+                    "Build the layer with the order and p that a checkpoint was trained with.",
+                )
+            )
 
     def live_parameters(self) -> int:
         """Counts the weights that exist, and the bias: the number that papers quote."""
@@ -74,13 +114,16 @@ class SupportLayer(nn.Module):
     def project_(self, optimizer: torch.optim.Optimizer | None = None) -> Self:
         """Zeroes dead entries in the weight, its gradient, and the optimiser's slots, in place.
 
+        A parametrised weight (``torch.nn.utils.parametrize``, pruning hooks) is computed anew at
+        each call and left as it is: dead entries are ignored whatever they hold.
+
         Args:
             optimizer: the one that trains this layer, if its slots are to be projected too.
 
         Returns:
             The layer itself.
         """
-        if self._all_live:
+        if self._all_live or not self._owns_weight:
             return self
         targets: list[Tensor] = [self.weight]
         if self.weight.grad is not None:
@@ -97,6 +140,11 @@ class SupportLayer(nn.Module):
     def _all_live(self) -> bool:
         return self.frozen or self.support.is_dense
 
+    @property
+    def _owns_weight(self) -> bool:
+        """Whether the weight is this module's Parameter, not what a parametrisation computes."""
+        return "weight" in self._parameters
+
     def _mask(self, device: torch.device) -> Tensor:
         return mask_on(self.support, device).view(self._dense_shape)
 
@@ -105,9 +153,19 @@ class SupportLayer(nn.Module):
 
         Returns:
             The layer itself.
+
+        Raises:
+            SupportError: the weight is parametrised.
         """
         if not self.frozen:
+            if not self._owns_weight:
+                raise SupportError(
+                    "the weight of this layer is computed by a parametrisation; freeze() expects a "
+                    "plain Parameter. Call torch.nn.utils.parametrize.remove_parametrizations "
+                    "(or torch.nn.utils.prune.remove) first."
+                )
             self._weight_trained = self.weight.requires_grad
+            self._weight_format = memory_format(self.weight, self.weight)
             self.weight = nn.Parameter(self._to_live(self.weight.detach()), requires_grad=False)
             self.frozen = True
         return self
@@ -120,12 +178,25 @@ class SupportLayer(nn.Module):
         """
         if self.frozen:
             dense = self._to_dense(self.weight.detach())
+            dense = dense.contiguous(memory_format=self._weight_format)
             self.frozen = False
             self.weight = nn.Parameter(dense, requires_grad=self._weight_trained)
         return self
 
+    def dense_weight(self) -> Tensor:
+        """Returns a copy of the weight as it is while not frozen, dead entries zero."""
+        weight = self.weight.detach()
+        return self._to_dense(weight) if self.frozen else self._masked(weight)
+
+    def _masked(self, dense: Tensor) -> Tensor:
+        # In place on a copy: out of place, masked_fill does not keep channels_last.
+        dense = dense.clone()
+        return dense if self._all_live else dense.masked_fill_(~self._mask(dense.device), 0)
+
     def _to_live(self, dense: Tensor) -> Tensor:
-        return live_weight(self.support, dense.view(self.support.shape))
+        if dense.is_meta:  # has no entries to pick from
+            return dense.new_empty(self.support.live)
+        return live_weight(self.support, dense)
 
     def _to_dense(self, live: Tensor) -> Tensor:
         return dense_weight(self.support, live, live.dtype).view(self._dense_shape)
@@ -176,39 +247,31 @@ class SupportLayer(nn.Module):
         error_msgs: list[str],
     ) -> None:
         extra = state_dict.get(prefix + "_extra_state")
-        support = self.support if extra is None else self._adopted(extra)
-        self._place(support)
+        if extra is not None:
+            self._adopt(extra)
         weight = state_dict.get(prefix + "weight")
-        if weight is not None:
-            state_dict[prefix + "weight"] = self._loaded(weight)
+        if isinstance(weight, Tensor):
+            state_dict[prefix + "weight"] = self._loaded(weight.detach())
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         # An nn.Conv2d checkpoint has no Support, and needs none.
         missing_keys[:] = [key for key in missing_keys if key != prefix + "_extra_state"]
 
-    def _adopted(self, extra: Any) -> Support:
-        """Reads a saved Support and refuses one that contradicts the layer."""
+    def _adopt(self, extra: Any) -> None:
+        """Takes over a saved Support, unless it contradicts the layer."""
         if not isinstance(extra, dict) or "support" not in extra:
             raise SupportError(
                 mismatch("extra state", type(extra).__name__, "what get_extra_state saved")
             )
         saved = Support.from_json(extra["support"])
-        if saved.shape != self.support.shape:
-            raise SupportError(
-                mismatch("shape of the checkpoint's Support", saved.shape, self.support.shape)
-            )
-        fixed = self._fixed_support
-        if fixed is not None and saved & fixed != saved:
-            raise SupportError(
-                mismatch(
-                    "Support of the checkpoint",
-                    saved,
-                    f"weights within {fixed}",
-                    "Build the layer with the order and p that the checkpoint was trained with.",
-                )
-            )
-        return saved
+        self._check_support(saved)
+        if saved != self.support:
+            # The live vector of a frozen layer changes its length with the Support.
+            frozen = self.frozen
+            self.thaw().set_support(saved)
+            if frozen:
+                self.freeze()
 
     def _loaded(self, weight: Tensor) -> Tensor:
         """Brings a checkpoint's weight, dense or live, to the form that the layer has now."""
@@ -219,9 +282,7 @@ class SupportLayer(nn.Module):
             return weight  # nn.Module reports the mismatch
         if self.frozen:
             return self._to_live(weight)
-        if support.is_dense or weight.is_meta:
-            return weight
-        return weight.masked_fill(~self._mask(weight.device), 0)
+        return weight if self._all_live or weight.is_meta else self._masked(weight)
 
 
 Layer = nn.Conv2d | nn.Linear | SupportLayer

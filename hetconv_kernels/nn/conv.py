@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import backends
 from ..errors import ArgumentError, InputTypeError, SupportError, mismatch
 from ..functional import conv2d
 from ..masks import kernel_pair
@@ -83,6 +82,10 @@ class SupportConv2d(SupportLayer):
                 mismatch("padding_mode", repr(padding_mode), f"one of {', '.join(_PADDING_MODES)}")
             )
         self._check_groups(groups)
+        if not isinstance(padding, int | str) and len(padding) > 2:
+            raise ArgumentError(
+                mismatch("padding of a layer", padding, "one number, a pair, 'same' or 'valid'")
+            )
         geometry = make_geometry(support, stride, padding, dilation)
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size, self.stride = kernel, geometry.stride
@@ -119,16 +122,6 @@ class SupportConv2d(SupportLayer):
                 )
             )
 
-    @property
-    def backend(self) -> str | None:
-        """The engine that this layer is forced to, None to follow `use_backend`."""
-        return self._backend
-
-    @backend.setter
-    def backend(self, name: str | None) -> None:
-        self._code = None if name is None else backends.backend_code(name)
-        self._backend = name
-
     def reset_parameters(self) -> None:
         """Initialises like ``nn.Conv2d``, by each filter's *live* fan-in."""
         self._initialise()
@@ -137,14 +130,7 @@ class SupportConv2d(SupportLayer):
         """Convolves.  # [N, C, H, W] -> [N, F, OH, OW]"""
         if self._outer_pads is not None:
             x = F.pad(x, self._outer_pads, mode=self.padding_mode)
-        code = self._code
-        return conv2d(
-            x,
-            self.weight,
-            self.bias,
-            self._geometry,
-            backends.forced_code() if code is None else code,
-        )
+        return conv2d(x, self.weight, self.bias, self._geometry, self._backend_code())
 
     @classmethod
     def from_conv2d(cls, conv: nn.Conv2d, support: Support, **kwargs: Any) -> Self:
@@ -156,11 +142,12 @@ class SupportConv2d(SupportLayer):
             **kwargs: keyword-only extras of the class.
 
         Raises:
-            InputTypeError: ``conv`` is not an ``nn.Conv2d``.
+            InputTypeError: ``conv`` is not an ``nn.Conv2d``, or ``support`` not a Support.
             SupportError: the Support has another shape.
         """
         weight, within = expanded_weight(conv)
-        support = support if conv.groups == 1 else support & within
+        if conv.groups > 1 and isinstance(support, Support):
+            support = support & within
         return cls._from(conv, weight, support=support, **kwargs)
 
     @classmethod
@@ -183,13 +170,8 @@ class SupportConv2d(SupportLayer):
         return layer
 
     def to_conv2d(self) -> nn.Conv2d:
-        """Returns the dense ``nn.Conv2d`` that computes the same, with copies of the weights."""
-        dense = self.weight.detach()
-        if self.frozen:
-            dense = dense_weight(self.support, dense, dense.dtype)
-        return self._plain_conv2d(dense, groups=1)
-
-    def _plain_conv2d(self, weight: Tensor, groups: int) -> nn.Conv2d:
+        """Returns the ``nn.Conv2d`` that computes the same, with copies of the parameters."""
+        weight = self.dense_weight()
         conv = nn.Conv2d(
             self.in_channels,
             self.out_channels,
@@ -197,7 +179,7 @@ class SupportConv2d(SupportLayer):
             self.stride,
             self.padding,
             self.dilation,
-            groups,
+            self.groups,
             self.bias is not None,
             self.padding_mode,  # type: ignore[arg-type]
             "meta",

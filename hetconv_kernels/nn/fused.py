@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import backends
-from ..errors import ArgumentError, InputTypeError, mismatch
+from ..errors import ArgumentError, InputTypeError, SupportError, mismatch
 from ..functional import fused_conv2d
 from ..packing import bits_on, dense_weight, live_weight
 from ..problem import ACTIVATIONS, Geometry, make_geometry
 from ..support import Support
+from .base import ForcedBackend
 from .conv import SupportConv2d, expanded_weight
 
 
-class FusedConv2d(nn.Module):
+class FusedConv2d(ForcedBackend):
     """act(conv(x) + shift + residual), with the scale of batch normalisation in the weight.
 
     Made by `fuse`. Holds the live weights as a buffer, nothing dense, and does not train.
@@ -34,7 +34,6 @@ class FusedConv2d(nn.Module):
     ) -> None:
         super().__init__()
         self._geometry, self.act, self.backend = geometry, act, backend
-        self._code = None if backend is None else backends.backend_code(backend)
         self.register_buffer("weight", weight)
         self.register_buffer("shift", shift)
 
@@ -48,14 +47,27 @@ class FusedConv2d(nn.Module):
         bits_on(self.support, self.weight.device)
         return self
 
+    def get_extra_state(self) -> dict[str, str]:
+        """Saves the Support beside the weight."""
+        return {"support": self.support.to_json()}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Refuses weights of another Support: live vectors of one length are not interchangeable.
+
+        Raises:
+            SupportError: the checkpoint has another Support.
+        """
+        saved = Support.from_json(state["support"])
+        if saved != self.support:
+            raise SupportError(mismatch("Support of the checkpoint", saved, self.support))
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Convolves and applies the epilogue in one pass.  # [N, C, H, W] -> [N, F, OH, OW]"""
-        code = backends.forced_code() if self._code is None else self._code
         return fused_conv2d(
             x,
             self.weight,
             self._geometry,
-            code,
+            self._backend_code(),
             shift=self.shift,
             residual=residual,
             act=self.act,
@@ -85,7 +97,7 @@ def fuse(
         A FusedConv2d that equals ``act(bn(conv(x)) + residual)`` in evaluation mode.
 
     Raises:
-        InputTypeError: ``conv`` is neither.
+        InputTypeError: ``conv`` is neither, or ``bn`` is no batch normalisation.
         ArgumentError: an unknown activation, another padding mode, a normalisation of another
             width or without running statistics.
     """
@@ -111,6 +123,8 @@ def fuse(
     shift = zeros if conv.bias is None else conv.bias.detach().to(wide)
     scale = zeros + 1
     if bn is not None:
+        if not isinstance(bn, nn.modules.batchnorm._BatchNorm):
+            raise InputTypeError(mismatch("bn", type(bn).__name__, "an nn.BatchNorm2d"))
         if bn.running_mean is None or bn.running_var is None:
             raise ArgumentError("bn has no running statistics; expected track_running_stats=True.")
         if bn.num_features != conv.out_channels:

@@ -63,7 +63,6 @@ class GroupedConv2d(SupportConv2d):
             support=support,
             backend=backend,
         )
-        self._fixed_support = support
 
     def _check_groups(self, groups: int) -> None:
         """Any divisor is allowed; `Support.grouped` has checked it."""
@@ -77,12 +76,9 @@ class GroupedConv2d(SupportConv2d):
     def _all_live(self) -> bool:
         return True
 
-    def set_support(self, support: Support, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Refuses: the groups of this layer are its Support.
-
-        Raises:
-            SupportError: always, unless the Support is the same.
-        """
+    def _check_support(self, support: Support) -> None:
+        """Refuses any other Support: the groups of this layer are its Support."""
+        super()._check_support(support)
         if support != self.support:
             raise SupportError(
                 mismatch(
@@ -114,8 +110,3 @@ class GroupedConv2d(SupportConv2d):
         if not isinstance(conv, nn.Conv2d):
             raise InputTypeError(mismatch("conv", type(conv).__name__, "an nn.Conv2d"))
         return cls._from(conv, conv.weight, groups=conv.groups, **kwargs)
-
-    def to_conv2d(self) -> nn.Conv2d:
-        """Returns the ``nn.Conv2d(groups=g)`` that computes the same, with copied parameters."""
-        weight = self.weight.detach().reshape(self._dense_shape)
-        return self._plain_conv2d(weight, self.groups)

@@ -170,6 +170,8 @@ def fold_het(grouped: nn.Conv2d, pointwise: nn.Conv2d, **kwargs: Any) -> HetConv
     )
     dense.weight = nn.Parameter(folded, requires_grad=grouped.weight.requires_grad)
     if biases:
-        dense.bias = nn.Parameter(torch.stack(biases).sum(0))
+        dense.bias = nn.Parameter(
+            torch.stack(biases).sum(0), requires_grad=grouped.weight.requires_grad
+        )
     dense.train(grouped.training)
     return HetConv2d.from_conv2d(dense, p=grouped.groups, order="blocked", **kwargs)

@@ -8,10 +8,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .. import backends
 from ..errors import ArgumentError, InputTypeError, SupportError, mismatch
 from ..functional import conv2d
-from ..packing import bits_on, dense_weight
+from ..packing import bits_on
 from ..problem import make_geometry
 from ..support import Support
 from .base import SupportLayer, take_parameters
@@ -58,7 +57,6 @@ class SupportLinear(SupportLayer):
             )
         self.in_features, self.out_features = in_features, out_features
         self.backend = backend
-        self._code = None if backend is None else backends.backend_code(backend)
         self._geometry = make_geometry(support)
         self.weight = nn.Parameter(torch.empty(self._dense_shape, device=device, dtype=dtype))
         self.register_parameter(
@@ -82,9 +80,8 @@ class SupportLinear(SupportLayer):
             raise ArgumentError(
                 mismatch("input features", tuple(x.shape), f"[..., {self.in_features}]")
             )
-        code = backends.forced_code() if self._code is None else self._code
         pixels = x.reshape(-1, self.in_features, 1, 1)
-        y = conv2d(pixels, self.weight, self.bias, self._geometry, code)
+        y = conv2d(pixels, self.weight, self.bias, self._geometry, self._backend_code())
         return y.reshape(*x.shape[:-1], self.out_features)
 
     @classmethod
@@ -110,10 +107,8 @@ class SupportLinear(SupportLayer):
         return layer
 
     def to_linear(self) -> nn.Linear:
-        """Returns the dense ``nn.Linear`` that computes the same, with copies of the weights."""
-        dense = self.weight.detach()
-        if self.frozen:
-            dense = dense_weight(self.support, dense, dense.dtype).view(self._dense_shape)
+        """Returns the dense ``nn.Linear`` that computes the same, with copies of the parameters."""
+        dense = self.dense_weight()
         linear = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, "meta", dense.dtype
         )
@@ -125,5 +120,7 @@ class SupportLinear(SupportLayer):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, support={self.support.kind}, "
-            f"density={self.support.density:.3g}" + (", frozen" if self.frozen else "")
+            f"density={self.support.density:.3g}"
+            + ("" if self.backend is None else f", backend={self.backend!r}")
+            + (", frozen" if self.frozen else "")
         )

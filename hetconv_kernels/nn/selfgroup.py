@@ -8,6 +8,7 @@ from typing import Self
 import numpy.typing as npt
 from torch import nn
 
+from ..errors import InputTypeError, mismatch
 from ..support import Support
 from .conv import SupportConv2d
 
@@ -41,5 +42,7 @@ class SelfGroupConv2d(SupportConv2d):
             InputTypeError: ``conv`` is not an ``nn.Conv2d``.
             SupportError: labels and channels do not fit the convolution.
         """
+        if not isinstance(conv, nn.Conv2d):
+            raise InputTypeError(mismatch("conv", type(conv).__name__, "an nn.Conv2d"))
         support = Support.self_grouped(labels, keep, conv.kernel_size)
         return cls.from_conv2d(conv, support, backend=backend)

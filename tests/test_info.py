@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`info`: the facts that a bug report needs, as data."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+
+import numpy as np
+import torch
+
+import hetconv_kernels as hk
+
+
+def test_it_is_json_with_the_promised_keys() -> None:
+    facts = hk.info()
+    assert json.loads(json.dumps(facts)) == facts
+    assert set(facts) == {
+        *("version", "python", "platform", "torch", "libraries", "cpu", "cuda", "backends"),
+        *("forced_backend", "extensions", "build"),
+    }
+    assert set(facts) <= set((hk.info.__doc__ or "").replace(",", " ").replace(".", " ").split())
+
+
+def test_it_tells_the_truth() -> None:
+    facts = hk.info()
+    assert facts["version"] == hk.__version__
+    assert facts["python"] == platform.python_version()
+    assert facts["torch"] == torch.__version__
+    assert facts["libraries"]["numpy"] == np.__version__
+    assert facts["cpu"]["cores"] == os.cpu_count()
+    assert facts["cpu"]["torch_threads"] == torch.get_num_threads()
+    assert facts["backends"] == list(hk.available_backends())
+    assert {"vendor", "reference"} <= set(facts["backends"])
+    assert len(facts["cuda"]) == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    for name, built in facts["extensions"].items():
+        assert not (name.lstrip("_") in facts["backends"] and not built)
+
+
+def test_it_follows_use_backend() -> None:
+    assert hk.info()["forced_backend"] == "auto"
+    with hk.use_backend("reference"):
+        assert hk.info()["forced_backend"] == "reference"

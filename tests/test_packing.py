@@ -1,0 +1,393 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Masks on devices, dense and live forms of a weight, slabs, and what is remembered of a weight."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import masks, plans, random_mask
+from torch import Tensor
+
+from hetconv_kernels import Support
+from hetconv_kernels.packing import (
+    CleanCheck,
+    FrozenCache,
+    bits_on,
+    dense_weight,
+    live_weight,
+    mask_on,
+    pack_slabs,
+)
+from hetconv_kernels.plan import Plan
+
+CPU = torch.device("cpu")
+NAN = float("nan")
+SUPPORT = Support.from_mask(random_mask(4, (6, 4, 3, 3)))
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def poisoned(support: Support, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A dense weight with NaN and Inf at its dead entries."""
+    w = torch.randn(support.shape).to(dtype)
+    dead = ~torch.tensor(support.mask)
+    w[dead] = torch.tensor([NAN, float("inf")], dtype=dtype).repeat(len(w[dead]))[: len(w[dead])]
+    return w
+
+
+# On devices -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("on", [bits_on, mask_on])
+def test_a_mask_is_brought_to_a_device_once(on: Any) -> None:
+    support = Support.from_mask(random_mask(5))
+    first = on(support, CPU)
+    assert on(support, CPU) is first
+    assert on(Support.from_mask(support.mask), CPU) is first  # equal Supports share it
+    assert on(support, torch.device("meta")) is not first
+    assert on(support, torch.device("meta")).device.type == "meta"
+    assert on(support, CPU) is first
+
+
+def test_what_is_brought_is_the_mask_and_its_bits() -> None:
+    assert mask_on(SUPPORT, CPU).dtype == torch.bool
+    np.testing.assert_array_equal(mask_on(SUPPORT, CPU).numpy(), SUPPORT.mask)
+    assert bits_on(SUPPORT, CPU).dtype == torch.uint8
+    np.testing.assert_array_equal(bits_on(SUPPORT, CPU).numpy(), SUPPORT.bits)
+
+
+@pytest.mark.parametrize("on", [bits_on, mask_on])
+def test_a_tensor_written_to_does_not_change_the_support(on: Any) -> None:
+    support = Support.from_mask(random_mask(6))
+    before = support.mask.copy()
+    on(support, CPU).zero_()
+    np.testing.assert_array_equal(support.mask, before)
+
+
+@pytest.mark.parametrize("on", [bits_on, mask_on])
+def test_what_is_first_met_in_inference_mode_can_be_used_anywhere(on: Any) -> None:
+    support = Support.from_mask(random_mask(7))
+    with torch.inference_mode():
+        assert not on(support, CPU).is_inference()
+
+
+@pytest.mark.parametrize("on", [bits_on, mask_on])
+def test_what_is_first_met_by_a_tracer_is_not_kept(on: Any) -> None:
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    support = Support.from_mask(random_mask(8))
+    with FakeTensorMode():
+        on(support, CPU)
+    assert not isinstance(on(support, CPU), FakeTensor)
+
+
+def test_a_mask_dies_with_its_support() -> None:
+    support = Support.from_mask(random_mask(9))
+    alive = weakref.ref(mask_on(support, CPU))
+    del support
+    gc.collect()
+    assert alive() is None
+
+
+# Dense and live ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dense_weight_zeroes_dead_entries_whatever_they_hold(dtype: torch.dtype) -> None:
+    w = poisoned(SUPPORT)
+    before = w.clone()
+    dense = dense_weight(SUPPORT, w, dtype)
+    expected = torch.where(torch.tensor(SUPPORT.mask), w, 0.0).to(dtype)
+    assert dense.dtype == dtype
+    assert torch.equal(dense, expected)
+    assert torch.equal(w.nan_to_num(7), before.nan_to_num(7)), "the weight itself was changed"
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_dense_weight_keeps_the_layout(layout: torch.memory_format) -> None:
+    w = poisoned(SUPPORT).to(memory_format=layout)
+    dense = dense_weight(SUPPORT, w, torch.bfloat16)
+    assert dense.is_contiguous(memory_format=layout)
+    assert torch.equal(dense, dense_weight(SUPPORT, w.contiguous(), torch.bfloat16))
+
+
+@given(masks(), st.booleans())
+def test_live_and_dense_give_each_other_back(mask: Any, channels_last: bool) -> None:
+    support = Support.from_mask(mask)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    w = torch.randn(support.shape).to(memory_format=layout)
+    live = live_weight(support, w)
+    assert live.shape == (support.live,)
+    np.testing.assert_array_equal(live.numpy(), w.numpy()[mask])
+    dense = dense_weight(support, live, torch.float32)
+    assert torch.equal(dense, torch.where(torch.tensor(mask), w, 0.0))
+    assert torch.equal(dense_weight(support, w, torch.float32), dense)
+    assert torch.equal(live_weight(support, dense), live)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_an_equal_groupings_live_weight_is_pytorchs_grouped_weight(
+    layout: torch.memory_format,
+) -> None:
+    support = Support.grouped(6, 4, 3, 2)
+    grouped = torch.randn(4, 3, 3, 3).to(memory_format=layout)
+    dense = dense_weight(support, grouped, torch.float64)
+    assert torch.equal(dense[:2, :3], grouped[:2].double())
+    assert torch.equal(dense[2:, 3:], grouped[2:].double())
+    assert torch.equal(live_weight(support, dense).float(), grouped.flatten())
+
+
+def test_a_one_tap_weight_may_be_a_matrix() -> None:
+    support = Support.from_mask(random_mask(1, (5, 7, 1, 1)))
+    matrix = torch.randn(7, 5).T  # not contiguous
+    assert dense_weight(support, matrix, torch.float32).shape == (5, 7, 1, 1)
+    live = live_weight(support, matrix)
+    assert torch.equal(live, matrix[torch.tensor(support.mask[:, :, 0, 0])])
+
+
+def test_dense_weight_is_new_even_where_nothing_is_dead() -> None:
+    w = torch.randn(2, 3, 1, 1)
+    dense_weight(Support.dense(3, 2, 1), w, torch.float32).zero_()
+    assert w.all()
+
+
+# Slabs ------------------------------------------------------------------------------------------
+
+
+@given(plans(), st.booleans())
+def test_slabs_hold_every_live_weight_and_zeros(plan: Plan, channels_last: bool) -> None:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    w = poisoned(plan.support).to(memory_format=layout)
+    slabs = pack_slabs(plan, w)
+    assert slabs.shape == (plan.slab_size,)
+    assert slabs.isfinite().all()
+    expected = [0.0 if at < 0 else w.flatten()[at].item() for at in plan.slab_source]
+    assert slabs.tolist() == expected
+
+
+# What is remembered -----------------------------------------------------------------------------
+
+
+class Counted:
+    """Makes a derived value and counts how often."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, w: Tensor) -> Tensor:
+        self.calls += 1
+        return w * 2
+
+
+@pytest.fixture
+def built() -> Counted:
+    return Counted()
+
+
+def test_frozen_cache_builds_once(built: Counted) -> None:
+    cache, w = FrozenCache(built), torch.randn(5)
+    first = cache(w)
+    assert torch.equal(first, w * 2)
+    assert cache(w) is first
+    assert built.calls == 1
+
+
+def test_frozen_cache_tells_weights_apart(built: Counted) -> None:
+    cache, v, w = FrozenCache(built), torch.randn(5), torch.randn(5)
+    assert torch.equal(cache(v), v * 2)
+    assert torch.equal(cache(w), w * 2)
+    assert torch.equal(cache(v), v * 2)
+    assert built.calls == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: w.add_(1),
+        lambda w: w.copy_(torch.ones(5)),
+        lambda w: w.__setitem__(0, 9.0),
+        lambda w: w.view(5, 1).mul_(3),
+        lambda w: w.set_(torch.ones(5).untyped_storage()),
+        lambda w: setattr(w, "data", torch.ones(5)),
+    ],
+    ids=["add_", "copy_", "setitem", "through-a-view", "set_", "data"],
+)
+def test_frozen_cache_notices_a_change(built: Counted, change: Any) -> None:
+    cache, w = FrozenCache(built), torch.randn(5)
+    cache(w)
+    change(w)
+    assert torch.equal(cache(w), w * 2)
+    assert built.calls == 2
+    cache(w)
+    assert built.calls == 2
+
+
+def test_frozen_cache_dies_with_the_weight(built: Counted) -> None:
+    cache, w = FrozenCache(built), torch.randn(5)
+    value = weakref.ref(cache(w))
+    gc.disable()  # not even a collection is needed
+    try:
+        del w
+        assert value() is None
+    finally:
+        gc.enable()
+    assert not cache._entries
+
+
+def test_frozen_cache_does_not_mistake_a_new_weight_at_an_old_place(built: Counted) -> None:
+    cache = FrozenCache(built)
+    for _ in range(50):  # most of them get the memory, and the id, of the one before
+        w = torch.randn(5)
+        assert torch.equal(cache(w), w * 2)
+    del w
+    assert built.calls == 50
+    assert not cache._entries
+
+
+@pytest.mark.parametrize(
+    "w", [torch.randn(2, 3, 3, 3), torch.randn(5).requires_grad_()], ids=["dense", "trainable"]
+)
+def test_frozen_cache_derives_a_weight_in_training_anew(built: Counted, w: Tensor) -> None:
+    cache = FrozenCache(built)
+    cache(w)
+    cache(w)
+    assert built.calls == 2
+    assert not cache._entries
+
+
+def test_frozen_cache_does_not_keep_an_inference_tensor(built: Counted) -> None:
+    cache = FrozenCache(built)
+    with torch.inference_mode():
+        w = torch.randn(5)
+        cache(w)
+        w.add_(1)
+        assert torch.equal(cache(w), w * 2)
+    assert built.calls == 2
+
+
+def test_frozen_cache_serves_a_weight_inside_inference_mode_too(built: Counted) -> None:
+    cache, w = FrozenCache(built), torch.randn(5)
+    with torch.inference_mode():
+        first = cache(w)
+        assert cache(w) is first
+    assert cache(w) is first
+
+
+# Verdicts ---------------------------------------------------------------------------------------
+
+
+def clean_weight(layout: torch.memory_format = torch.contiguous_format) -> Tensor:
+    return torch.where(torch.tensor(SUPPORT.mask), torch.randn(SUPPORT.shape), 0.0).to(
+        memory_format=layout
+    )
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_weight_with_zeros_at_every_dead_entry_is_clean(layout: torch.memory_format) -> None:
+    check, w = CleanCheck(SUPPORT), clean_weight(layout)
+    assert check(w) is True
+    assert check(w) is True
+    assert check(torch.nn.Parameter(w)) is True
+
+
+@pytest.mark.parametrize("value", [1e-30, -1.0, NAN, float("inf")], ids=str)
+def test_one_dead_entry_that_is_not_zero_is_dirt(value: float) -> None:
+    check, w = CleanCheck(SUPPORT), clean_weight()
+    w[tuple(np.argwhere(~SUPPORT.mask)[-1])] = value
+    assert check(w) is False
+    assert check(w) is False
+
+
+def test_the_verdict_follows_the_weights_version() -> None:
+    check, w = CleanCheck(SUPPORT), clean_weight()
+    dead = tuple(np.argwhere(~SUPPORT.mask)[0])
+    assert check(w)
+    w.add_(1)
+    assert not check(w)
+    w.mul_(torch.tensor(SUPPORT.mask))
+    assert check(w)
+    parameter = torch.nn.Parameter(w)
+    assert check(parameter)
+    with torch.no_grad():
+        parameter[dead] = 1
+    assert not check(parameter)
+
+
+class DataSGD(torch.optim.Optimizer):
+    """An optimiser of the old school: it writes where autograd does not see it."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {})
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.sub_(p.grad)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda w: torch.optim.SGD([w], lr=0.1),
+        lambda w: torch.optim.SGD([w], lr=0.1, fused=True),
+        lambda w: torch.optim.AdamW([w], fused=True),
+        lambda w: torch.optim.Adam([w], foreach=True),
+        lambda w: DataSGD([w]),
+    ],
+    ids=["sgd", "sgd-fused", "adamw-fused", "adam-foreach", "through-data"],
+)
+def test_the_verdict_does_not_outlive_an_optimizer_step(make: Any) -> None:
+    check, w = CleanCheck(SUPPORT), torch.nn.Parameter(clean_weight())
+    optimizer = make(w)
+    assert check(w)
+    w.grad = torch.ones_like(w)  # what momentum of dead entries does, too
+    optimizer.step()
+    assert not check(w)
+
+
+def test_the_verdict_on_a_weight_that_does_not_train_outlives_the_steps_of_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    check, w, other = CleanCheck(SUPPORT), clean_weight(), torch.nn.Parameter(torch.ones(2))
+    assert check(w)
+    other.grad = torch.ones(2)
+    torch.optim.SGD([other]).step()
+    monkeypatch.setattr(Tensor, "ne", None)
+    assert check(w)
+
+
+def test_a_verdict_costs_nothing_while_the_weight_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    check, w = CleanCheck(SUPPORT), clean_weight()
+    check(w)
+    monkeypatch.setattr(Tensor, "ne", None)
+    assert check(w)
+
+
+def test_a_verdict_dies_with_the_weight() -> None:
+    check, w = CleanCheck(SUPPORT), clean_weight()
+    check(w)
+    assert len(check._entries) == 1
+    del w
+    assert not check._entries
+
+
+def test_an_inference_tensor_is_asked_every_time() -> None:
+    check = CleanCheck(SUPPORT)
+    with torch.inference_mode():
+        w = clean_weight()
+        assert check(w)
+        w.add_(1)
+        assert not check(w)
+
+
+def test_a_one_tap_matrix_gets_a_verdict_too() -> None:
+    support = Support.from_mask(random_mask(1, (5, 7, 1, 1)))
+    check, w = CleanCheck(support), torch.randn(5, 7)
+    assert not check(w)
+    assert check(w * torch.tensor(support.mask[:, :, 0, 0]))
