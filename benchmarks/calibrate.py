@@ -28,12 +28,17 @@ from hetconv_kernels.problem import make_geometry
 from hetconv_kernels.timing import interleaved
 
 Row = dict[str, Any]
+SHOWN = ("vendor_s", "predicted_vendor_s", "cpu_s", "predicted_cpu_s")
 
 
-def supports(channels: int, filters: int, kernel: int, rng: np.random.Generator) -> list[hk.Support]:
+def supports(
+    channels: int, filters: int, kernel: int, rng: np.random.Generator
+) -> list[hk.Support]:
     """Lists Supports of every kind for one shape."""
     found = [hk.Support.dense(channels, filters, kernel)]
-    found += [hk.Support.het(channels, filters, kernel, p) for p in (2, 4, 8, channels) if kernel > 1]
+    found += [
+        hk.Support.het(channels, filters, kernel, p) for p in (2, 4, 8, channels) if kernel > 1
+    ]
     for share in (0.5, 0.3, 0.1):
         labels = rng.integers(0, 16, filters)
         keep = rng.random((16, channels)) < share
@@ -101,7 +106,9 @@ def fit(rows: list[Row], work: str, time: str) -> tuple[float, float, float]:
     norm = np.linalg.norm(columns, axis=0)
     active = list(range(3))
     while True:  # drop terms that would be negative
-        solution = np.linalg.lstsq(columns[:, active] / norm[active], np.ones(len(y)), rcond=None)[0]
+        solution = np.linalg.lstsq(columns[:, active] / norm[active], np.ones(len(y)), rcond=None)[
+            0
+        ]
         if (solution >= 0).all():
             break
         active.pop(int(solution.argmin()))
@@ -132,12 +139,8 @@ def main() -> None:
     rows = []
     for support, n, side, stride in layers(options.count):
         rows.append(measure(support, n, side, stride, options.rounds))
-        r = rows[-1]
-        print(
-            f"{r['layer']:<62} vendor {r['vendor_s'] * 1e6:9.0f} ({r['predicted_vendor_s'] * 1e6:9.0f})"
-            f"  cpu {r['cpu_s'] * 1e6:9.0f} ({r['predicted_cpu_s'] * 1e6:9.0f}) us  x{r['ratio']:.2f}",
-            flush=True,
-        )
+        row, micros = rows[-1], [round(rows[-1][name] * 1e6) for name in SHOWN]
+        print(f"{row['layer']:<62} {micros} us  x{row['ratio']:.2f}", flush=True)
     threads = torch.get_num_threads()
     for name, work in (("vendor", "dense_macs"), ("cpu", "operations")):
         rate, bandwidth, call = fit(rows[::2], work, f"{name}_s")

@@ -23,13 +23,12 @@ pytestmark = pytest.mark.skipif(
     "cpu" not in hk.available_backends(), reason="the native engine is not built here"
 )
 
+KEEP = torch.rand(5, 32, generator=torch.Generator().manual_seed(1)) < 0.3
 SUPPORTS = {
     "het": hk.Support.het(32, 48, 3, p=4),
     "depthwise-like": hk.Support.het(32, 32, 3, p=32),
-    "ragged": hk.Support.self_grouped(
-        torch.arange(48) % 5, (torch.rand(5, 32, generator=torch.Generator().manual_seed(1)) < 0.3).numpy(), 3
-    ),
-}  # fmt: skip
+    "ragged": hk.Support.self_grouped(torch.arange(48) % 5, KEEP.numpy(), 3),
+}
 
 
 def layer(support: str, **options: object) -> hk.nn.SupportConv2d:
@@ -157,7 +156,8 @@ def test_a_forward_takes_no_more_memory_than_its_output_and_a_cache(kind: str, l
         layer = hk.nn.SupportConv2d(64, 64, 3, padding=1, support=support, backend="cpu").freeze()
         x = torch.randn(1, 64, 640, 640).contiguous(memory_format=torch.{layout})
         def peak():
-            return int([l for l in open("/proc/self/status") if l.startswith("VmHWM")][0].split()[1])
+            lines = open("/proc/self/status").read().splitlines()
+            return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
         with torch.no_grad():
             layer(x[:, :, :32, :32].contiguous(memory_format=torch.{layout}))
             open("/proc/self/clear_refs", "w").write("5")

@@ -104,7 +104,7 @@ def test_fprop_stats_op_differentiates_through_the_sums() -> None:
         y = oracle(x, w, geometry, shift)
         return y, y.sum((0, 2, 3)), y.square().sum((0, 2, 3))
 
-    weights = [
+    factors = [
         torch.randn(2, 12, 5, 5).double(),
         torch.randn(12).double(),
         torch.randn(12).double(),
