@@ -15,7 +15,7 @@ from . import backends, ops
 from .autograd import EagerCall, transforms_active
 from .backends.common import channel_statistics, epilogue
 from .packing import bits_on
-from .problem import Geometry, make_geometry
+from .problem import Geometry, check_call, check_kinds, make_geometry
 from .support import Support
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -56,7 +56,8 @@ def support_conv2d(
         InputTypeError: a dtype that is not supported, or a mix of dtypes without autocast.
         BackendError: the forced backend cannot run this call.
     """
-    build = make_geometry if torch.compiler.is_compiling() else _geometry
+    cached = isinstance(support, Support) and not torch.compiler.is_compiling()
+    build = _geometry if cached else make_geometry
     geometry = build(support, _key(stride), _key(padding), _key(dilation))
     code = backends._forced if backend is None else backends.backend_code(backend)
     return conv2d(x, weight, bias, geometry, code)
@@ -75,6 +76,7 @@ def conv2d(
     if mixed:
         x = _autocast(x)
     if _traced(x, weight):
+        check_kinds(x, weight, bias, mixed)
         bits = bits_on(geometry.support, x.device)
         ints = geometry.ints(x.shape[2], x.shape[3])
         return torch.ops.hetconv.fprop(x, weight, bits, None, bias, None, "none", ints, backend)
@@ -119,19 +121,23 @@ def fused_conv2d(
     """
     extras = [t for t in (scale, shift, residual) if t is not None]
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, *extras))
-    if wanted or transforms_active():
-        bare = scale is None and residual is None
-        y = conv2d(x, weight, shift if bare else None, geometry, backend)
-        return epilogue(y, scale, None if bare else shift, residual, act)
     mixed = _autocasting(x)
     if mixed:
         x = _autocast(x)
         residual = None if residual is None else residual.to(x.dtype)
+    if wanted or transforms_active():
+        if not torch.compiler.is_compiling():
+            check_call(geometry, x, weight, shift, mixed)
+        ops.check_epilogue(geometry, x, scale, residual, act)
+        bare = scale is None and residual is None
+        y = conv2d(x, weight, shift if bare else None, geometry, backend)
+        return epilogue(y, scale, None if bare else shift, residual, act)
     if _traced(x, weight):
+        check_kinds(x, weight, shift, mixed)
         bits = bits_on(geometry.support, x.device)
         ints = geometry.ints(x.shape[2], x.shape[3])
         return torch.ops.hetconv.fprop(x, weight, bits, scale, shift, residual, act, ints, backend)
-    return ops.run_fprop(x, weight, geometry, shift, backend, True, scale, residual, act)
+    return ops.run_fprop(x, weight, geometry, shift, backend, mixed, scale, residual, act)
 
 
 def conv2d_stats(
@@ -176,7 +182,7 @@ def _autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(x.device.type))
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=1024, typed=True)
 def _geometry(support: Support, stride: Any, padding: Any, dilation: Any) -> Geometry:
     return make_geometry(support, stride, padding, dilation)
 

@@ -88,6 +88,7 @@ def run_fprop(
         w.shape,
         w.stride(),
         w.dtype,
+        w.device,
         backend,
         mixed,
         act,
@@ -98,7 +99,7 @@ def run_fprop(
     choice = geometry.choices.get(key)
     if choice is None:
         check_call(geometry, x, w, shift, mixed)
-        _check_epilogue(geometry, x, scale, residual, act)
+        check_epilogue(geometry, x, scale, residual, act)
         extras = {"scale": scale, "shift": shift, "residual": residual}
         problem = describe("fprop", geometry, x, x, w, tuple(x.shape[2:]), extras, act)
         choice = _remember(geometry, key, problem, backend)
@@ -234,22 +235,35 @@ def _remember(geometry: Geometry, key: Any, problem: Problem, backend: int) -> C
     return choice
 
 
-def _check_epilogue(
+def check_epilogue(
     geometry: Geometry, x: Tensor, scale: Tensor | None, residual: Tensor | None, act: str
 ) -> None:
+    """Refuses an epilogue that does not fit the output of conv(x, w).
+
+    Raises:
+        ArgumentError: an unknown activation, or a shape, dtype or device that does not fit.
+    """
     if act not in ACTIVATIONS:
         raise ArgumentError(mismatch("activation", repr(act), f"one of {', '.join(ACTIVATIONS)}"))
     f = geometry.support.filters
-    if scale is not None and tuple(scale.shape) != (f,):
-        raise ArgumentError(mismatch("scale shape", tuple(scale.shape), f"({f},)"))
+    if scale is not None and (tuple(scale.shape) != (f,) or scale.device != x.device):
+        raise ArgumentError(
+            mismatch(
+                "scale shape and device",
+                f"{tuple(scale.shape)} {scale.device}",
+                f"({f},) {x.device}",
+            )
+        )
     if residual is not None:
+        received = tuple(residual.shape), residual.dtype, residual.device
         shape = (x.shape[0], f, *geometry.output_size(*x.shape[2:]))
-        if tuple(residual.shape) != shape or residual.dtype != x.dtype:
+        expected = shape, x.dtype, x.device
+        if received != expected:
             raise ArgumentError(
                 mismatch(
                     "residual",
-                    f"{tuple(residual.shape)} {residual.dtype}",
-                    f"the output's {shape} {x.dtype}",
+                    " ".join(map(str, received)),
+                    f"the output's {' '.join(map(str, expected))}",
                 )
             )
 

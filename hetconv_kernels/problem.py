@@ -301,6 +301,23 @@ def check_call(
     """
     support = geometry.support
     f, c = support.filters, support.channels
+    check_kinds(x, weight, bias, mixed)
+    if x.dim() != 4:
+        raise ArgumentError(mismatch("input shape", tuple(x.shape), "[N, C, H, W] or [C, H, W]"))
+    if x.shape[1] != c:
+        raise ArgumentError(mismatch("input channels", x.shape[1], f"{c}, as in {support}"))
+    if tuple(weight.shape) not in weight_shapes(support):
+        shapes = " or ".join(map(str, weight_shapes(support)))
+        raise ArgumentError(
+            mismatch("weight shape", tuple(weight.shape), f"{shapes} for {support}")
+        )
+    if bias is not None and tuple(bias.shape) != (f,):
+        raise ArgumentError(mismatch("bias shape", tuple(bias.shape), f"({f},)"))
+    check_image(geometry, x.shape[2], x.shape[3])
+
+
+def check_kinds(x: Tensor, weight: Tensor, bias: Tensor | None, mixed: bool) -> None:
+    """Refuses what dtypes and devices alone can refuse; args and errors as `check_call`."""
     for name, tensor in (("input", x), ("weight", weight)):
         if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
             raise InputTypeError(
@@ -319,23 +336,9 @@ def check_call(
                 "Cast one of them, or use torch.autocast.",
             )
         )
-    if x.dim() != 4:
-        raise ArgumentError(mismatch("input shape", tuple(x.shape), "[N, C, H, W] or [C, H, W]"))
-    if x.shape[1] != c:
-        raise ArgumentError(mismatch("input channels", x.shape[1], f"{c}, as in {support}"))
-    if tuple(weight.shape) not in weight_shapes(support):
-        raise ArgumentError(
-            mismatch(
-                "weight shape",
-                tuple(weight.shape),
-                f"{' or '.join(map(str, weight_shapes(support)))} for {support}",
-            )
-        )
-    if bias is not None and tuple(bias.shape) != (f,):
-        raise ArgumentError(mismatch("bias shape", tuple(bias.shape), f"({f},)"))
     if bias is not None and bias.dtype not in (x.dtype, weight.dtype):
         raise InputTypeError(mismatch("bias dtype", bias.dtype, f"the weight's, {weight.dtype}"))
-    if len({t.device for t in (x, weight, *([] if bias is None else [bias]))}) != 1:
+    if weight.device != x.device or (bias is not None and bias.device != x.device):
         raise ArgumentError(
             mismatch(
                 "devices of input, weight and bias",
@@ -344,7 +347,6 @@ def check_call(
                 "Move them together with .to(device).",
             )
         )
-    check_image(geometry, x.shape[2], x.shape[3])
 
 
 def weight_shapes(support: Support) -> tuple[tuple[int, ...], ...]:

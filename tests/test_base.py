@@ -84,6 +84,13 @@ def test_live_fan_in_sets_the_scale_of_each_filter() -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_fan_in_beyond_float16(dtype: torch.dtype) -> None:
+    layer = SupportLinear(70000, 2, support=hk.Support.dense(70000, 2, 1), dtype=dtype)
+    for parameter in layer.parameters():
+        assert 0 < parameter.abs().max() <= 70000**-0.5 * 1.01
+
+
 @pytest.mark.parametrize("kind", BUILDERS)
 def test_initial_weights_are_projected_and_counted(kind: str) -> None:
     layer = build(kind)

@@ -1,22 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0
-// One axis of a packed band: which input coordinate each band entry holds, and where each tap starts.
+// One axis of a packed band: which input coordinate each band entry holds, and where each tap
+// starts.
 //
 // Example: 4 outputs, K = 3, stride 1, dilation 1.
-//   shared: entries 0..5 hold inputs -p..5-p; tap k starts at entry k, neighbouring outputs are 1 entry apart.
-//   copies: entries 4k..4k+3 hold the inputs of tap k; no entry is useless, but inputs are stored K times.
-//   phases (stride 2): even inputs first, odd inputs after, so that neighbouring outputs are 1 entry apart.
+//   shared: entries 0..5 hold inputs -p..5-p; tap k starts at entry k, neighbouring outputs are 1
+//   entry apart. copies: entries 4k..4k+3 hold the inputs of tap k; no entry is useless, but inputs
+//   are stored K times. phases (stride 2): even inputs first, odd inputs after, so that
+//   neighbouring outputs are 1 entry apart.
 #pragma once
 #include "vec.h"
 
 namespace hetconv {
 namespace HETCONV_NS {
 
-struct Piece { int e0, len, rel, istride; };   // entry e0 + j holds input origin + rel + j * istride
+struct Piece {
+  int e0, len, rel, istride;
+};  // entry e0 + j holds input origin + rel + j * istride
 
 struct Axis {
   int pieces, entries, step, count;
   Piece piece[kMaxKernel];
-  int start[kMaxKernel];      // entry of tap k for output 0
+  int start[kMaxKernel];  // entry of tap k for output 0
   int piece_of[kMaxKernel];
 };
 
@@ -26,7 +30,10 @@ static inline void axis_shared(Axis* a, int K, int s, int d, int count) {
   a->step = s;
   a->entries = (count - 1) * s + (K - 1) * d + 1;
   a->piece[0] = Piece{0, a->entries, 0, 1};
-  for (int k = 0; k < K; ++k) { a->start[k] = k * d; a->piece_of[k] = 0; }
+  for (int k = 0; k < K; ++k) {
+    a->start[k] = k * d;
+    a->piece_of[k] = 0;
+  }
 }
 
 static inline void axis_copies(Axis* a, int K, int s, int d, int count) {
@@ -63,9 +70,12 @@ static inline void axis_phases(Axis* a, int K, int s, int d, int count) {
 }
 
 // Length of a piece when only n of `count` outputs are wanted.
-HC_INLINE int piece_length(const Axis& a, const Piece& p, int n) { return p.len - (a.count - n) * a.step; }
+HC_INLINE int piece_length(const Axis& a, const Piece& p, int n) {
+  return p.len - (a.count - n) * a.step;
+}
 
-// Of `len` entries holding inputs first, first + istride, ...: the range [*lo, *hi) that lies inside [0, size).
+// Of `len` entries holding inputs first, first + istride, ...: the range [*lo, *hi) that lies
+// inside [0, size).
 HC_INLINE void inside(int first, int istride, int len, int size, int* lo, int* hi) {
   *lo = first >= 0 ? 0 : least(len, ceil_div(-first, istride));
   *hi = first >= size ? 0 : least(len, (size - 1 - first) / istride + 1);

@@ -30,7 +30,9 @@ static Act act_named(const std::string& name) {
   throw std::invalid_argument("activation '" + name + "' is not none, relu, relu6, silu or gelu");
 }
 
-static View view(uintptr_t at, const Strides& s) { return View{reinterpret_cast<char*>(at), s[0], s[1], s[2], s[3]}; }
+static View view(uintptr_t at, const Strides& s) {
+  return View{reinterpret_cast<char*>(at), s[0], s[1], s[2], s[3]};
+}
 
 struct MaskView {
   const uint8_t* data;
@@ -38,16 +40,20 @@ struct MaskView {
 };
 
 static MaskView mask_view(const py::buffer_info& info) {
-  if (info.ndim != 4 || info.itemsize != 1) throw std::invalid_argument("mask must be a C-contiguous one-byte array [F, C, KH, KW]");
+  if (info.ndim != 4 || info.itemsize != 1)
+    throw std::invalid_argument("mask must be a C-contiguous one-byte array [F, C, KH, KW]");
   int64_t expected = 1;
   for (int i = 3; i >= 0; --i) {
-    if (info.shape[i] < 1 || (info.shape[i] > 1 && info.strides[i] != expected) || info.shape[i] > (1 << 30))
-      throw std::invalid_argument("mask must be a C-contiguous one-byte array [F, C, KH, KW] without empty axes");
+    if (info.shape[i] < 1 || (info.shape[i] > 1 && info.strides[i] != expected) ||
+        info.shape[i] > (1 << 30))
+      throw std::invalid_argument(
+          "mask must be a C-contiguous one-byte array [F, C, KH, KW] without empty axes");
     expected *= info.shape[i];
   }
   if (info.shape[2] > kMaxKernel || info.shape[3] > kMaxKernel)
     throw std::invalid_argument("kernels above 64 taps per axis are not supported");
-  return MaskView{static_cast<const uint8_t*>(info.ptr), int(info.shape[0]), int(info.shape[1]), int(info.shape[2]), int(info.shape[3])};
+  return MaskView{static_cast<const uint8_t*>(info.ptr), int(info.shape[0]), int(info.shape[1]),
+                  int(info.shape[2]), int(info.shape[3])};
 }
 
 static void check_form(const std::string& form) {
@@ -60,7 +66,8 @@ static void check_steps(const Pair& stride, const Pair& dilation) {
     throw std::invalid_argument("stride and dilation must be at least 1");
 }
 
-static std::unique_ptr<Plan> make_plan(const py::buffer& mask, const std::string& dtype, const std::string& isa, const std::string& form,
+static std::unique_ptr<Plan> make_plan(const py::buffer& mask, const std::string& dtype,
+                                       const std::string& isa, const std::string& form,
                                        bool channels_last) {
   const py::buffer_info info = mask.request();
   const MaskView m = mask_view(info);
@@ -71,9 +78,10 @@ static std::unique_ptr<Plan> make_plan(const py::buffer& mask, const std::string
   return std::make_unique<Plan>(m.data, m.F, m.C, m.KH, m.KW, type, kernels, form, channels_last);
 }
 
-static std::unique_ptr<Dgrad> make_dgrad(const py::buffer& mask, const Pair& stride, const Pair& padding, const Pair& dilation,
-                                         const std::string& dtype, const std::string& isa, const std::string& form,
-                                         bool channels_last) {
+static std::unique_ptr<Dgrad> make_dgrad(const py::buffer& mask, const Pair& stride,
+                                         const Pair& padding, const Pair& dilation,
+                                         const std::string& dtype, const std::string& isa,
+                                         const std::string& form, bool channels_last) {
   const py::buffer_info info = mask.request();
   const MaskView m = mask_view(info);
   check_form(form);
@@ -81,7 +89,8 @@ static std::unique_ptr<Dgrad> make_dgrad(const py::buffer& mask, const Pair& str
   const DType type = dtype_named(dtype);
   const Kernels& kernels = isa_named(isa);
   py::gil_scoped_release release;
-  return std::make_unique<Dgrad>(m.data, m.F, m.C, m.KH, m.KW, type, kernels, form, channels_last, stride.data(), padding.data(), dilation.data());
+  return std::make_unique<Dgrad>(m.data, m.F, m.C, m.KH, m.KW, type, kernels, form, channels_last,
+                                 stride.data(), padding.data(), dilation.data());
 }
 
 using PackedList = std::vector<std::unique_ptr<Packed>>;
@@ -97,8 +106,8 @@ struct PackedParts {
   }
 };
 
-static Problem layer(const Lowered& low, const std::array<int64_t, 3>& nhw, const Pair& out, const Pair& stride, const Pair& padding,
-                     const Pair& dilation, int threads) {
+static Problem layer(const Lowered& low, const std::array<int64_t, 3>& nhw, const Pair& out,
+                     const Pair& stride, const Pair& padding, const Pair& dilation, int threads) {
   check_steps(stride, dilation);
   Problem p{};
   p.N = nhw[0];
@@ -120,9 +129,11 @@ static Problem layer(const Lowered& low, const std::array<int64_t, 3>& nhw, cons
   return p;
 }
 
-static void run_fprop(const Plan& plan, const Packed& packed, uintptr_t x, const Strides& xs, const std::array<int64_t, 3>& nhw,
-                      uintptr_t y, const Strides& ys, const Pair& out, const Pair& stride, const Pair& padding, const Pair& dilation,
-                      uintptr_t scale, uintptr_t shift, uintptr_t residual, const Strides& rs, const std::string& act, int threads) {
+static void run_fprop(const Plan& plan, const Packed& packed, uintptr_t x, const Strides& xs,
+                      const std::array<int64_t, 3>& nhw, uintptr_t y, const Strides& ys,
+                      const Pair& out, const Pair& stride, const Pair& padding,
+                      const Pair& dilation, uintptr_t scale, uintptr_t shift, uintptr_t residual,
+                      const Strides& rs, const std::string& act, int threads) {
   Problem p = layer(plan.lowered(), nhw, out, stride, padding, dilation, threads);
   p.x = view(x, xs);
   p.y = view(y, ys);
@@ -134,9 +145,10 @@ static void run_fprop(const Plan& plan, const Packed& packed, uintptr_t x, const
   fprop(plan, packed, p);
 }
 
-static void run_wgrad(const Plan& plan, uintptr_t x, const Strides& xs, const std::array<int64_t, 3>& nhw, uintptr_t dy, const Strides& ys,
-                      const Pair& out, uintptr_t dw, const Strides& ws, const Pair& stride, const Pair& padding, const Pair& dilation,
-                      int threads) {
+static void run_wgrad(const Plan& plan, uintptr_t x, const Strides& xs,
+                      const std::array<int64_t, 3>& nhw, uintptr_t dy, const Strides& ys,
+                      const Pair& out, uintptr_t dw, const Strides& ws, const Pair& stride,
+                      const Pair& padding, const Pair& dilation, int threads) {
   Problem p = layer(plan.lowered(), nhw, out, stride, padding, dilation, threads);
   p.x = view(x, xs);
   p.y = view(dy, ys);
@@ -146,53 +158,75 @@ static void run_wgrad(const Plan& plan, uintptr_t x, const Strides& xs, const st
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "Native CPU engine: convolutions whose filters read only the columns of a Support.";
-  m.def("isas", [] {
-    std::vector<std::string> names;
-    for (const Kernels* k : available_isas()) names.push_back(k->name);
-    return names;
-  }, "Returns the instruction sets this machine can run, best first; $HETCONV_ISA forces one.");
+  m.def(
+      "isas",
+      [] {
+        std::vector<std::string> names;
+        for (const Kernels* k : available_isas()) names.push_back(k->name);
+        return names;
+      },
+      "Returns the instruction sets this machine can run, best first; $HETCONV_ISA forces one.");
 
   py::class_<Packed>(m, "Packed").def_property_readonly("bytes", &Packed::bytes);
   py::class_<Plan>(m, "Plan")
-      .def(py::init(&make_plan), py::arg("mask"), py::arg("dtype") = "float32", py::arg("isa") = "", py::arg("form") = "auto",
-           py::arg("channels_last") = true)
+      .def(py::init(&make_plan), py::arg("mask"), py::arg("dtype") = "float32", py::arg("isa") = "",
+           py::arg("form") = "auto", py::arg("channels_last") = true)
       .def_property_readonly("form", &Plan::form)
       .def_property_readonly("isa", [](const Plan& p) { return p.kernels().name; })
       .def_property_readonly("live", &Plan::live)
       .def_property_readonly("packed_elements", [](const Plan& p) { return p.lowered().packed; })
       .def_property_readonly("cost", &Plan::cost)
       .def_property_readonly("useful", &Plan::useful)
-      .def("pack", [](const Plan& p, uintptr_t w, const Strides& s, const std::string& dtype, int threads) {
-        const DType from = dtype_named(dtype);
-        py::gil_scoped_release release;
-        return std::make_unique<Packed>(p, WeightView{reinterpret_cast<const char*>(w), s[0], s[1], s[2], s[3]}, from, threads);
-      }, py::arg("weight"), py::arg("strides"), py::arg("dtype"), py::arg("threads") = 1)
-      .def("fprop", &run_fprop, py::arg("packed"), py::arg("x"), py::arg("x_strides"), py::arg("nhw"), py::arg("y"),
-           py::arg("y_strides"), py::arg("out"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("scale") = 0,
-           py::arg("shift") = 0, py::arg("residual") = 0, py::arg("residual_strides") = Strides{}, py::arg("act") = "none",
-           py::arg("threads") = 1)
-      .def("wgrad", &run_wgrad, py::arg("x"), py::arg("x_strides"), py::arg("nhw"), py::arg("dy"), py::arg("dy_strides"), py::arg("out"),
-           py::arg("dw"), py::arg("dw_strides"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("threads") = 1);
+      .def(
+          "pack",
+          [](const Plan& p, uintptr_t w, const Strides& s, const std::string& dtype, int threads) {
+            const DType from = dtype_named(dtype);
+            py::gil_scoped_release release;
+            return std::make_unique<Packed>(
+                p, WeightView{reinterpret_cast<const char*>(w), s[0], s[1], s[2], s[3]}, from,
+                threads);
+          },
+          py::arg("weight"), py::arg("strides"), py::arg("dtype"), py::arg("threads") = 1)
+      .def("fprop", &run_fprop, py::arg("packed"), py::arg("x"), py::arg("x_strides"),
+           py::arg("nhw"), py::arg("y"), py::arg("y_strides"), py::arg("out"), py::arg("stride"),
+           py::arg("padding"), py::arg("dilation"), py::arg("scale") = 0, py::arg("shift") = 0,
+           py::arg("residual") = 0, py::arg("residual_strides") = Strides{},
+           py::arg("act") = "none", py::arg("threads") = 1)
+      .def("wgrad", &run_wgrad, py::arg("x"), py::arg("x_strides"), py::arg("nhw"), py::arg("dy"),
+           py::arg("dy_strides"), py::arg("out"), py::arg("dw"), py::arg("dw_strides"),
+           py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("threads") = 1);
 
   py::class_<PackedParts>(m, "PackedParts").def_property_readonly("bytes", &PackedParts::bytes);
   py::class_<Dgrad>(m, "Dgrad")
-      .def(py::init(&make_dgrad), py::arg("mask"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
-           py::arg("dtype") = "float32", py::arg("isa") = "", py::arg("form") = "auto",
-           py::arg("channels_last") = true)
-      .def_property_readonly("forms", [](const Dgrad& d) {
-        std::vector<std::string> names;
-        for (const Dgrad::Part& p : d.parts()) names.push_back(p.plan->form());
-        return names;
-      })
-      .def("pack", [](const Dgrad& d, uintptr_t w, const Strides& s, const std::string& dtype, int threads) {
-        const DType from = dtype_named(dtype);
-        py::gil_scoped_release release;
-        return PackedParts(d.pack(WeightView{reinterpret_cast<const char*>(w), s[0], s[1], s[2], s[3]}, from, threads));
-      }, py::arg("weight"), py::arg("strides"), py::arg("dtype"), py::arg("threads") = 1)
-      .def("dgrad", [](const Dgrad& d, const PackedParts& packed, uintptr_t dy, const Strides& ys, const std::array<int64_t, 3>& nhw,
-                       uintptr_t dx, const Strides& xs, const Pair& in, int threads) {
-        py::gil_scoped_release release;
-        d.run(packed.parts, view(dy, ys), nhw[0], int(nhw[1]), int(nhw[2]), view(dx, xs), in[0], in[1], threads);
-      }, py::arg("packed"), py::arg("dy"), py::arg("dy_strides"), py::arg("nhw"), py::arg("dx"), py::arg("dx_strides"), py::arg("in"),
-           py::arg("threads") = 1);
+      .def(py::init(&make_dgrad), py::arg("mask"), py::arg("stride"), py::arg("padding"),
+           py::arg("dilation"), py::arg("dtype") = "float32", py::arg("isa") = "",
+           py::arg("form") = "auto", py::arg("channels_last") = true)
+      .def_property_readonly("forms",
+                             [](const Dgrad& d) {
+                               std::vector<std::string> names;
+                               for (const Dgrad::Part& p : d.parts())
+                                 names.push_back(p.plan->form());
+                               return names;
+                             })
+      .def(
+          "pack",
+          [](const Dgrad& d, uintptr_t w, const Strides& s, const std::string& dtype, int threads) {
+            const DType from = dtype_named(dtype);
+            py::gil_scoped_release release;
+            return PackedParts(
+                d.pack(WeightView{reinterpret_cast<const char*>(w), s[0], s[1], s[2], s[3]}, from,
+                       threads));
+          },
+          py::arg("weight"), py::arg("strides"), py::arg("dtype"), py::arg("threads") = 1)
+      .def(
+          "dgrad",
+          [](const Dgrad& d, const PackedParts& packed, uintptr_t dy, const Strides& ys,
+             const std::array<int64_t, 3>& nhw, uintptr_t dx, const Strides& xs, const Pair& in,
+             int threads) {
+            py::gil_scoped_release release;
+            d.run(packed.parts, view(dy, ys), nhw[0], int(nhw[1]), int(nhw[2]), view(dx, xs), in[0],
+                  in[1], threads);
+          },
+          py::arg("packed"), py::arg("dy"), py::arg("dy_strides"), py::arg("nhw"), py::arg("dx"),
+          py::arg("dx_strides"), py::arg("in"), py::arg("threads") = 1);
 }

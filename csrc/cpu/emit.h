@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// From accumulators to the output tensor: scale, shift, residual, activation, storage type, memory format.
+// From accumulators to the output tensor: scale, shift, residual, activation, storage type, memory
+// format.
 #pragma once
 #include <cmath>
 #include "vec.h"
@@ -22,8 +23,10 @@ template <class A> static inline Out<A> out_of(const Problem& p) {
 template <class A> static __attribute__((noinline)) Vec<A> smooth(Vec<A> v, Act act) {
   for (int i = 0; i < VL<A>; ++i) {
     const A x = v[i];
-    if (act == Act::silu) v[i] = x / (A(1) + std::exp(-x));
-    else v[i] = A(0.5) * x * (A(1) + std::erf(x * A(0.70710678118654752440)));
+    if (act == Act::silu)
+      v[i] = x / (A(1) + std::exp(-x));
+    else
+      v[i] = A(0.5) * x * (A(1) + std::erf(x * A(0.70710678118654752440)));
   }
   return v;
 }
@@ -41,18 +44,22 @@ template <class A> HC_INLINE Vec<A> activate(Vec<A> v, Act act) {
   return smooth<A>(v, act);
 }
 
-// Accumulators pixel by pixel, lanes = filters: rows x cols pixels, `pitch` elements apart, to y at element offset `at`.
+// Accumulators pixel by pixel, lanes = filters: rows x cols pixels, `pitch` elements apart, to y at
+// element offset `at`.
 template <class S, class A>
-static void emit_pixels(const Out<A>& o, const int* filters, int lanes, bool contiguous, const A* acc, ptrdiff_t pitch,
-                        int rows, int cols, int64_t at, int64_t res_at) {
+static void emit_pixels(const Out<A>& o, const int* filters, int lanes, bool contiguous,
+                        const A* acc, ptrdiff_t pitch, int rows, int cols, int64_t at,
+                        int64_t res_at) {
   S* y = reinterpret_cast<S*>(o.y.data) + at;
   const S* res = o.res.data ? reinterpret_cast<const S*>(o.res.data) + res_at : nullptr;
   const bool vectors = contiguous && o.y.sc == 1 && (!res || o.res.sc == 1);
   for (int l0 = 0; l0 < lanes; l0 += VL<A>) {
     const int n = least(VL<A>, lanes - l0);
     Vec<A> scale = splat<A>(A(1)), shift = {};
-    if (o.scale) for (int l = 0; l < n; ++l) scale[l] = o.scale[filters[l0 + l]];
-    if (o.shift) for (int l = 0; l < n; ++l) shift[l] = o.shift[filters[l0 + l]];
+    if (o.scale)
+      for (int l = 0; l < n; ++l) scale[l] = o.scale[filters[l0 + l]];
+    if (o.shift)
+      for (int l = 0; l < n; ++l) shift[l] = o.shift[filters[l0 + l]];
     for (int r = 0; r < rows; ++r)
       for (int c = 0; c < cols; ++c) {
         Vec<A> v = load<A>(acc + (int64_t(r) * cols + c) * pitch + l0);
@@ -63,10 +70,14 @@ static void emit_pixels(const Out<A>& o, const int* filters, int lanes, bool con
           const int f0 = filters[l0];
           if (res) v += read_n<S, A>(res + r * o.res.sh + c * o.res.sw + f0, n);
           v = activate<A>(v, o.act);
-          if (n == VL<A>) write<S, A>(yp + f0, v);
-          else write_n<S, A>(yp + f0, v, n);
+          if (n == VL<A>)
+            write<S, A>(yp + f0, v);
+          else
+            write_n<S, A>(yp + f0, v, n);
         } else {
-          if (res) for (int l = 0; l < n; ++l) v[l] += widen(res[r * o.res.sh + c * o.res.sw + filters[l0 + l] * o.res.sc]);
+          if (res)
+            for (int l = 0; l < n; ++l)
+              v[l] += widen(res[r * o.res.sh + c * o.res.sw + filters[l0 + l] * o.res.sc]);
           v = activate<A>(v, o.act);
           A lane[VL<A>];
           store<A>(lane, v);
@@ -78,13 +89,18 @@ static void emit_pixels(const Out<A>& o, const int* filters, int lanes, bool con
 
 // Accumulators of one filter as rows of pixels, `pitch` elements from row to row.
 template <class S, class A>
-static void emit_rows(const Out<A>& o, int filter, const A* acc, ptrdiff_t pitch, int rows, int cols, int64_t at,
-                      int64_t res_at) {
+static void emit_rows(const Out<A>& o, int filter, const A* acc, ptrdiff_t pitch, int rows,
+                      int cols, int64_t at, int64_t res_at) {
   S* y = reinterpret_cast<S*>(o.y.data) + at + filter * o.y.sc;
-  const S* res = o.res.data ? reinterpret_cast<const S*>(o.res.data) + res_at + filter * o.res.sc : nullptr;
-  const Vec<A> scale = splat<A>(o.scale ? o.scale[filter] : A(1)), shift = splat<A>(o.shift ? o.shift[filter] : A(0));
+  const S* res =
+      o.res.data ? reinterpret_cast<const S*>(o.res.data) + res_at + filter * o.res.sc : nullptr;
+  const Vec<A> scale = splat<A>(o.scale ? o.scale[filter] : A(1)),
+               shift = splat<A>(o.shift ? o.shift[filter] : A(0));
   const bool vectors = o.y.sw == 1 && (!res || o.res.sw == 1);
-  if (pitch == cols && o.y.sh == cols && vectors && (!res || o.res.sh == cols)) { cols *= rows; rows = 1; }
+  if (pitch == cols && o.y.sh == cols && vectors && (!res || o.res.sh == cols)) {
+    cols *= rows;
+    rows = 1;
+  }
   for (int r = 0; r < rows; ++r) {
     const A* a = acc + r * pitch;
     for (int c0 = 0; c0 < cols; c0 += VL<A>) {
@@ -95,10 +111,13 @@ static void emit_rows(const Out<A>& o, int filter, const A* acc, ptrdiff_t pitch
       if (vectors) {
         if (res) v += read_n<S, A>(res + r * o.res.sh + c0, n);
         v = activate<A>(v, o.act);
-        if (n == VL<A>) write<S, A>(y + r * o.y.sh + c0, v);
-        else write_n<S, A>(y + r * o.y.sh + c0, v, n);
+        if (n == VL<A>)
+          write<S, A>(y + r * o.y.sh + c0, v);
+        else
+          write_n<S, A>(y + r * o.y.sh + c0, v, n);
       } else {
-        if (res) for (int l = 0; l < n; ++l) v[l] += widen(res[r * o.res.sh + (c0 + l) * o.res.sw]);
+        if (res)
+          for (int l = 0; l < n; ++l) v[l] += widen(res[r * o.res.sh + (c0 + l) * o.res.sw]);
         v = activate<A>(v, o.act);
         A lane[VL<A>];
         store<A>(lane, v);
@@ -108,10 +127,12 @@ static void emit_rows(const Out<A>& o, int filter, const A* acc, ptrdiff_t pitch
   }
 }
 
-// [count rows of n elements, `from` apart] to [n rows of `count` elements, `to` apart]; both are readable and
-// writable up to the next multiple of VL. `order` (or null) says which source row becomes which target column.
+// [count rows of n elements, `from` apart] to [n rows of `count` elements, `to` apart]; both are
+// readable and writable up to the next multiple of VL. `order` (or null) says which source row
+// becomes which target column.
 template <class A>
-static void transpose_scratch(const A* src, ptrdiff_t from, const int* order, int count, int n, A* dst, ptrdiff_t to) {
+static void transpose_scratch(const A* src, ptrdiff_t from, const int* order, int count, int n,
+                              A* dst, ptrdiff_t to) {
   for (int i0 = 0; i0 < count; i0 += VL<A>)
     for (int j0 = 0; j0 < n; j0 += VL<A>) {
       Vec<A> r[VL<A>];

@@ -18,10 +18,11 @@ static std::vector<const Kernels*> machine_isas() {
   std::vector<const Kernels*> found;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     found.push_back(&kernels_avx512);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&kernels_avx2);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    found.push_back(&kernels_avx2);
 #endif
   found.push_back(&kernels_generic);
   return found;
@@ -34,14 +35,16 @@ std::vector<const Kernels*> available_isas() {
   for (const Kernels* k : found)
     if (std::strcmp(k->name, forced) == 0) return {k};
   throw std::invalid_argument(std::string("HETCONV_ISA is '") + forced +
-                              "', which this machine cannot run; expected avx512, avx2 or generic (unset it to choose the best)");
+                              "', which this machine cannot run; expected avx512, avx2 or generic "
+                              "(unset it to choose the best)");
 }
 
 const Kernels& isa_named(const std::string& name) {
   if (name.empty()) return *available_isas().front();
   for (const Kernels* k : machine_isas())
     if (name == k->name) return *k;
-  throw std::invalid_argument("isa '" + name + "' is not one that this machine can run: avx512, avx2, generic");
+  throw std::invalid_argument("isa '" + name +
+                              "' is not one that this machine can run: avx512, avx2, generic");
 }
 
 // ---- workspace and threads ----
@@ -82,10 +85,12 @@ struct OffsetCache {
     OffsetKey key;
     int* offsets;
   };
-  // Entries are never freed while the plan lives: a running call may hold one. A plan that meets more layouts than
-  // this keeps them all; they are a few KiB each.
+  // Entries are never freed while the plan lives: a running call may hold one. A plan that meets
+  // more layouts than this keeps them all; they are a few KiB each.
   std::vector<Entry> entries;
-  ~OffsetCache() { for (Entry& e : entries) std::free(e.offsets); }
+  ~OffsetCache() {
+    for (Entry& e : entries) std::free(e.offsets);
+  }
 };
 
 OffsetCache* offsets_new() { return new OffsetCache; }
@@ -114,7 +119,8 @@ const int* offsets_keep(OffsetCache* c, const OffsetKey& key, int* fresh) {
 
 // ---- weights and calls ----
 
-Packed::Packed(const Plan& plan, const WeightView& w, DType from, int threads) : bytes_(0), data_(nullptr, std::free) {
+Packed::Packed(const Plan& plan, const WeightView& w, DType from, int threads)
+    : bytes_(0), data_(nullptr, std::free) {
   const Lowered& low = plan.lowered();
   bytes_ = (size_t(low.packed) * plan.accumulator_bytes() + 2 * 64) / 64 * 64;
   data_.reset(std::aligned_alloc(64, bytes_));
@@ -129,7 +135,8 @@ void fprop(const Plan& plan, const Packed& packed, Problem p) {
 }
 
 void wgrad(const Plan& plan, Problem p, void* dw, const int64_t strides[4]) {
-  if (plan.lowered().form != Form::pixels || plan.lowered().accumulate) throw std::invalid_argument("wgrad needs a plan made with form='pixels'");
+  if (plan.lowered().form != Form::pixels || plan.lowered().accumulate)
+    throw std::invalid_argument("wgrad needs a plan made with form='pixels'");
   p.threads = usable_threads(p.threads);
   if (p.Ho < 0 || p.Wo < 0) p.Ho = p.Wo = 0;
   plan.kernels().wgrad[int(plan.dtype())](plan.lowered(), plan.offsets(), p, dw, strides);

@@ -9,7 +9,7 @@ namespace hetconv {
 
 // ISAs that this machine can run, best first; $HETCONV_ISA keeps only the one it names.
 std::vector<const Kernels*> available_isas();
-const Kernels& isa_named(const std::string& name);   // "" = the best; throws std::invalid_argument
+const Kernels& isa_named(const std::string& name);  // "" = the best; throws std::invalid_argument
 
 // Packed weights of one plan, 64-byte aligned.
 class Packed {
@@ -23,7 +23,7 @@ class Packed {
   std::unique_ptr<void, void (*)(void*)> data_;
 };
 
-int usable_threads(int threads);    // one after a fork: the OpenMP runtime's pool does not survive it
+int usable_threads(int threads);  // one after a fork: the OpenMP runtime's pool does not survive it
 void fprop(const Plan& plan, const Packed& packed, Problem p);
 // p.y is the output gradient. Writes the live entries of dw only; the plan must be in pixels form.
 void wgrad(const Plan& plan, Problem p, void* dw, const int64_t strides[4]);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// fprop with filters in vectors: tasks are (image, band of rows, strip of columns, share of the segments).
+// fprop with filters in vectors: tasks are (image, band of rows, strip of columns, share of the
+// segments).
 #pragma once
 #include <atomic>
 #include "emit.h"
@@ -10,19 +11,26 @@ namespace hetconv {
 namespace HETCONV_NS {
 
 // A 1x1 layer over a dense pixel space is one long row of pixels.
-static inline bool rows_are_flat(const View& v, int W) { return !v.data || v.sh == int64_t(W) * v.sw; }
-static inline bool images_are_flat(const View& v, int64_t pixels) { return !v.data || v.sn == pixels * v.sw; }
+static inline bool rows_are_flat(const View& v, int W) {
+  return !v.data || v.sh == int64_t(W) * v.sw;
+}
+static inline bool images_are_flat(const View& v, int64_t pixels) {
+  return !v.data || v.sn == pixels * v.sw;
+}
 
 static inline Problem flatten_pointwise(const Lowered& L, const Problem& p) {
   Problem q = p;
-  const bool pointwise = L.KH == 1 && L.KW == 1 && p.sh == 1 && p.sw == 1 && p.pt == 0 && p.pl == 0 && p.H == p.Ho && p.W == p.Wo;
+  const bool pointwise = L.KH == 1 && L.KW == 1 && p.sh == 1 && p.sw == 1 && p.pt == 0 &&
+                         p.pl == 0 && p.H == p.Ho && p.W == p.Wo;
   if (!pointwise || int64_t(p.H) * p.W > (1 << 30)) return q;
   if (!rows_are_flat(p.x, p.W) || !rows_are_flat(p.y, p.W) || !rows_are_flat(p.res, p.W)) return q;
   q.W = q.Wo = p.H * p.W;
   q.H = q.Ho = 1;
   const int64_t pixels = q.W;
   if (pixels * p.N > (1 << 30)) return q;
-  if (!images_are_flat(p.x, pixels) || !images_are_flat(p.y, pixels) || !images_are_flat(p.res, pixels)) return q;
+  if (!images_are_flat(p.x, pixels) || !images_are_flat(p.y, pixels) ||
+      !images_are_flat(p.res, pixels))
+    return q;
   q.W = q.Wo = int(pixels * p.N);
   q.N = 1;
   return q;
@@ -31,11 +39,13 @@ static inline Problem flatten_pointwise(const Lowered& L, const Problem& p) {
 // Shares of the segments so that there are enough tasks for the threads.
 static inline int shares_for(int64_t units, int count, int threads) {
   if (threads <= 1 || units >= 4 * int64_t(threads)) return 1;
-  return int(most<int64_t>(1, least<int64_t>(count, ceil_div<int64_t>(4 * int64_t(threads), most<int64_t>(units, 1)))));
+  return int(most<int64_t>(
+      1, least<int64_t>(count, ceil_div<int64_t>(4 * int64_t(threads), most<int64_t>(units, 1)))));
 }
 
 template <class A>
-static const int* filter_offsets(const Lowered& L, OffsetCache* cache, const Axis& ya, const Axis& xa, int64_t row, int64_t pixel) {
+static const int* filter_offsets(const Lowered& L, OffsetCache* cache, const Axis& ya,
+                                 const Axis& xa, int64_t row, int64_t pixel) {
   OffsetKey key;
   memset(&key, 0, sizeof key);
   key.v[0] = int(row);
@@ -58,16 +68,18 @@ template <class S, class A> struct FiltersFprop {
   const A* packed;
   const int* off;
   Axis ya, xa;
-  int Cb, rows, cols;           // of a band
+  int Cb, rows, cols;  // of a band
   bool direct;
-  int64_t in_row, in_pixel;     // input distance of neighbouring output rows and pixels
+  int64_t in_row, in_pixel;  // input distance of neighbouring output rows and pixels
 
   // Picks the band so that it fits its share of the cache.
   void choose_band() {
     Cb = ceil_div(p.C, VL<A>) * VL<A>;
-    if (int64_t(Cb) * sizeof(A) % 1024 == 0) Cb += 64 / int(sizeof(A));     // neighbouring pixels in different cache sets
-    direct = sizeof(S) == sizeof(A) && p.x.sc == 1 && L.KH == 1 && L.KW == 1 && p.pt <= 0 && p.pl <= 0 && p.C % VL<A> == 0 &&
-             (p.Ho - 1) * p.sh - p.pt < p.H && (p.Wo - 1) * p.sw - p.pl < p.W;
+    if (int64_t(Cb) * sizeof(A) % 1024 == 0)
+      Cb += 64 / int(sizeof(A));  // neighbouring pixels in different cache sets
+    direct = sizeof(S) == sizeof(A) && p.x.sc == 1 && L.KH == 1 && L.KW == 1 && p.pt <= 0 &&
+             p.pl <= 0 && p.C % VL<A> == 0 && (p.Ho - 1) * p.sh - p.pt < p.H &&
+             (p.Wo - 1) * p.sw - p.pl < p.W;
     cols = p.Wo;
     if (direct) {
       axis_shared(&ya, 1, 1, 1, 1);
@@ -79,7 +91,8 @@ template <class S, class A> struct FiltersFprop {
       rows = int(most<int64_t>(1, least<int64_t>(p.Ho, pixels / cols)));
     } else {
       rows = 1;
-      while (band_bytes(1, cols) > kWorkspaceBytes * 3 / 4 && cols > kMaxPixels) cols = most(kMaxPixels, cols / 2);
+      while (band_bytes(1, cols) > kWorkspaceBytes * 3 / 4 && cols > kMaxPixels)
+        cols = most(kMaxPixels, cols / 2);
       if (cols == p.Wo)
         while (rows < p.Ho && band_bytes(rows + 1, cols) <= kBandBytes) ++rows;
     }
@@ -101,23 +114,38 @@ template <class S, class A> struct FiltersFprop {
     in_pixel = int64_t(xa.step) * Cb;
   }
   size_t band_bytes(int r, int c) {
-    const int64_t h = least<int64_t>((r - 1) * int64_t(p.sh) + (L.KH - 1) * int64_t(p.dh) + 1, int64_t(L.KH) * r);
-    const int64_t w = least<int64_t>((c - 1) * int64_t(p.sw) + (L.KW - 1) * int64_t(p.dw) + 1, int64_t(L.KW) * c);
+    const int64_t h =
+        least<int64_t>((r - 1) * int64_t(p.sh) + (L.KH - 1) * int64_t(p.dh) + 1, int64_t(L.KH) * r);
+    const int64_t w =
+        least<int64_t>((c - 1) * int64_t(p.sw) + (L.KW - 1) * int64_t(p.dw) + 1, int64_t(L.KW) * c);
     return size_t(h * w * Cb) * sizeof(A);
   }
   // Long runs where the output has pixels innermost: each filter's plane is far from the next.
-  int emit_rows_at_once(int c) const { return most(1, (p.y.sc == 1 || p.y.sw != 1 ? 64 : 512) / c); }
+  int emit_rows_at_once(int c) const {
+    return most(1, (p.y.sc == 1 || p.y.sw != 1 ? 64 : 512) / c);
+  }
   int scratch_pixels(int c) const { return ceil_div(emit_rows_at_once(c) * c, VL<A>) * VL<A>; }
 
-  template <int NV> void segment(const FilterSegment& s, const A* band, A* scratch, int64_t n, int oy, int ox, int nr, int nc) {
+  template <int NV>
+  void segment(const FilterSegment& s, const A* band, A* scratch, int64_t n, int oy, int ox, int nr,
+               int nc) {
     constexpr int FT = NV * VL<A>;
-    const FilterSteps steps{off + s.col0, s.quads, s.singles, s.split, s.straight, s.turned, L.perms ? reinterpret_cast<const A*>(L.perms) + s.perm0 : nullptr};
+    const FilterSteps steps{off + s.col0,
+                            s.quads,
+                            s.singles,
+                            s.split,
+                            s.straight,
+                            s.turned,
+                            L.perms ? reinterpret_cast<const A*>(L.perms) + s.perm0 : nullptr};
     const A* w = packed + s.w0;
     const int* filters = L.filters + s.filter0;
     const Out<A> out = out_of<A>(p);
-    const bool whole = sizeof(S) == sizeof(A) && s.lanes == FT && s.contiguous && p.y.sc == 1 && out.plain();
+    const bool whole =
+        sizeof(S) == sizeof(A) && s.lanes == FT && s.contiguous && p.y.sc == 1 && out.plain();
     const int tiles = ceil_div(nc, kMaxPixels), base = nc / tiles, more = nc % tiles;
-    const FiltersKernel<A> big = filters_kernel_for<A, NV>(base + 1 <= kMaxPixels ? base + 1 : base), small = filters_kernel_for<A, NV>(base);
+    const FiltersKernel<A> big =
+                               filters_kernel_for<A, NV>(base + 1 <= kMaxPixels ? base + 1 : base),
+                           small = filters_kernel_for<A, NV>(base);
     const int group = emit_rows_at_once(nc);
     for (int r0 = 0; r0 < nr; r0 += group) {
       const int gr = least(group, nr - r0);
@@ -125,7 +153,8 @@ template <class S, class A> struct FiltersFprop {
       const int64_t res_at = n * p.res.sn + int64_t(oy + r0) * p.res.sh + int64_t(ox) * p.res.sw;
       for (int r = 0; r < gr; ++r) {
         const A* a = band + (r0 + r) * in_row;
-        A* o = whole ? reinterpret_cast<A*>(p.y.data) + at + r * p.y.sh + filters[0] : scratch + int64_t(r) * nc * FT;
+        A* o = whole ? reinterpret_cast<A*>(p.y.data) + at + r * p.y.sh + filters[0]
+                     : scratch + int64_t(r) * nc * FT;
         const int64_t os = whole ? p.y.sw : FT;
         for (int t = 0, c = 0; t < tiles; ++t) {
           const int m = base + (t < more);
@@ -140,22 +169,27 @@ template <class S, class A> struct FiltersFprop {
         A* turned = scratch + int64_t(scratch_pixels(nc)) * FT;
         const ptrdiff_t pitch = ceil_div(gr * nc, VL<A>) * VL<A>;
         transpose_scratch<A>(scratch, FT, nullptr, gr * nc, s.lanes, turned, pitch);
-        for (int f = 0; f < s.lanes; ++f) emit_rows<S, A>(out, filters[f], turned + f * pitch, nc, gr, nc, at, res_at);
+        for (int f = 0; f < s.lanes; ++f)
+          emit_rows<S, A>(out, filters[f], turned + f * pitch, nc, gr, nc, at, res_at);
       }
     }
   }
 
   void run(OffsetCache* cache) {
     choose_band();
-    off = direct ? filter_offsets<A>(L, cache, ya, xa, 0, 0) : filter_offsets<A>(L, cache, ya, xa, int64_t(xa.entries) * Cb, Cb);
-    const int64_t nb = ceil_div(p.Ho, rows), strips = ceil_div(p.Wo, cols), units = p.N * nb * strips;
+    off = direct ? filter_offsets<A>(L, cache, ya, xa, 0, 0)
+                 : filter_offsets<A>(L, cache, ya, xa, int64_t(xa.entries) * Cb, Cb);
+    const int64_t nb = ceil_div(p.Ho, rows), strips = ceil_div(p.Wo, cols),
+                  units = p.N * nb * strips;
     const int shares = shares_for(units, L.count, p.threads);
     const int64_t tasks = units * shares;
-    const size_t band_size = direct ? 0 : (size_t(ya.entries) * xa.entries * Cb + VL<A>) * sizeof(A);
-    const size_t scratch_size = size_t(scratch_pixels(cols)) * 2 * VL<A> * 2 * sizeof(A) + 4 * HETCONV_VECTOR_BYTES;
+    const size_t band_size = direct ? 0 : (size_t(ya.entries) * xa.entries * Cb + VL<A>)*sizeof(A);
+    const size_t scratch_size =
+        size_t(scratch_pixels(cols)) * 2 * VL<A> * 2 * sizeof(A) + 4 * HETCONV_VECTOR_BYTES;
     const size_t band_room = (band_size + 63) / 64 * 64;
     std::atomic<int64_t> next(0);
-#pragma omp parallel num_threads(int(least<int64_t>(p.threads, tasks))) if (p.threads > 1 && tasks > 1)
+#pragma omp parallel num_threads(int(least<int64_t>(p.threads, tasks))) if (p.threads > 1 && \
+                                                                                tasks > 1)
     {
       char* room = static_cast<char*>(workspace(band_room + scratch_size));
       A* band = reinterpret_cast<A*>(room);
@@ -170,14 +204,19 @@ template <class S, class A> struct FiltersFprop {
         const int nr = least(rows, p.Ho - oy), nc = least(cols, p.Wo - ox);
         const S* x = reinterpret_cast<const S*>(p.x.data) + n * p.x.sn;
         const A* a = band;
-        if (direct) a = reinterpret_cast<const A*>(x + int64_t(oy * p.sh - p.pt) * p.x.sh + int64_t(ox * p.sw - p.pl) * p.x.sw);
-        else if (held != unit) pack_channels_last<S, A>(p, x, ya, xa, oy, ox, nr, nc, Cb, band);
+        if (direct)
+          a = reinterpret_cast<const A*>(x + int64_t(oy * p.sh - p.pt) * p.x.sh +
+                                         int64_t(ox * p.sw - p.pl) * p.x.sw);
+        else if (held != unit)
+          pack_channels_last<S, A>(p, x, ya, xa, oy, ox, nr, nc, Cb, band);
         held = unit;
         const int s0 = int(L.count * share / shares), s1 = int(L.count * (share + 1) / shares);
         for (int s = s0; s < s1; ++s) {
           const FilterSegment& g = L.segments[s];
-          if (g.nv == 2) segment<2>(g, a, scratch, n, oy, ox, nr, nc);
-          else segment<1>(g, a, scratch, n, oy, ox, nr, nc);
+          if (g.nv == 2)
+            segment<2>(g, a, scratch, n, oy, ox, nr, nc);
+          else
+            segment<1>(g, a, scratch, n, oy, ox, nr, nc);
         }
       }
     }
@@ -185,8 +224,11 @@ template <class S, class A> struct FiltersFprop {
 };
 
 template <class S, class A>
-static void fprop_filters(const Lowered& L, OffsetCache* cache, const Problem& p, const void* packed) {
-  FiltersFprop<S, A> f{L, flatten_pointwise(L, p), static_cast<const A*>(packed), nullptr, {}, {}, 0, 0, 0, false, 0, 0};
+static void fprop_filters(const Lowered& L, OffsetCache* cache, const Problem& p,
+                          const void* packed) {
+  FiltersFprop<S, A> f{
+      L, flatten_pointwise(L, p), static_cast<const A*>(packed), nullptr, {}, {}, 0, 0, 0, false, 0,
+      0};
   f.run(cache);
 }
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// fprop with pixels in vectors: tasks are (block of images, band of rows, strip of columns, share of the filter tiles).
+// fprop with pixels in vectors: tasks are (block of images, band of rows, strip of columns, share
+// of the filter tiles).
 #pragma once
 #include "fprop_filters.h"
 #include "micro_pixels.h"
@@ -18,7 +19,8 @@ static inline int shared_gap_pitch(const Problem& p, const Axis& xa, int cols) {
 }
 
 template <class A>
-static const int* pixel_offsets(const Lowered& L, OffsetCache* cache, const Axis& ya, const Axis& xa, const Planar& g, bool direct) {
+static const int* pixel_offsets(const Lowered& L, OffsetCache* cache, const Axis& ya,
+                                const Axis& xa, const Planar& g, bool direct) {
   OffsetKey key;
   memset(&key, 0, sizeof key);
   int* rows = key.v + 4;
@@ -27,7 +29,8 @@ static const int* pixel_offsets(const Lowered& L, OffsetCache* cache, const Axis
   key.v[1] = int(g.plane);
   if (!direct) {
     for (int k = 0; k < L.KH; ++k) rows[k] = int(ya.start[k] * g.row);
-    for (int k = 0; k < L.KW; ++k) columns[k] = int(xa.piece_of[k] * g.piece + xa.start[k] - xa.piece[xa.piece_of[k]].e0);
+    for (int k = 0; k < L.KW; ++k)
+      columns[k] = int(xa.piece_of[k] * g.piece + xa.start[k] - xa.piece[xa.piece_of[k]].e0);
   }
   if (const int* found = offsets_find(cache, key)) return found;
   int* off = static_cast<int*>(malloc(sizeof(int) * size_t(L.ncolumns + 1)));
@@ -40,19 +43,22 @@ static const int* pixel_offsets(const Lowered& L, OffsetCache* cache, const Axis
   return offsets_keep(cache, key, off);
 }
 
-// Brings the input of the next band towards the core while the present one is computed, a few lines at a time:
-// planes are far apart, so the hardware does not guess them.
+// Brings the input of the next band towards the core while the present one is computed, a few lines
+// at a time: planes are far apart, so the hardware does not guess them.
 struct Ahead {
   const char* base = nullptr;
   const int* live = nullptr;
-  int64_t plane = 0, span = 0, at = 0;      // bytes
-  int channel = 0, channels = 0, lines = 0; // lines: how many in one go
+  int64_t plane = 0, span = 0, at = 0;       // bytes
+  int channel = 0, channels = 0, lines = 0;  // lines: how many in one go
   HC_INLINE void step(Ahead& a) {
     if (!a.base) return;
     for (int i = 0; i < a.lines && a.channel < a.channels; ++i) {
       __builtin_prefetch(a.base + a.live[a.channel] * a.plane + a.at, 0, 2);
       a.at += 64;
-      if (a.at >= a.span) { a.at = 0; ++a.channel; }
+      if (a.at >= a.span) {
+        a.at = 0;
+        ++a.channel;
+      }
     }
   }
 };
@@ -64,9 +70,10 @@ template <class S, class A> struct PixelsFprop {
   const int* off;
   Axis ya, xa;
   Planar g;
-  int rows, cols, images;       // of a band
-  bool direct, turn;            // read x in place; the output wants filters innermost
-  bool gather;                  // all filters of a few rows wait in the scratch: to be turned, or because tiles accumulate
+  int rows, cols, images;  // of a band
+  bool direct, turn;       // read x in place; the output wants filters innermost
+  bool gather;  // all filters of a few rows wait in the scratch: to be turned, or because tiles
+                // accumulate
   double macs_per_pixel;
 
   void lay(int r, int c, int m, bool copies) {
@@ -75,8 +82,10 @@ template <class S, class A> struct PixelsFprop {
     images = m;
     axis_phases(&ya, L.KH, p.sh, p.dh, r);
     if (ya.entries > L.KH * r) axis_copies(&ya, L.KH, p.sh, p.dh, r);
-    if (copies) axis_copies(&xa, L.KW, p.sw, p.dw, c);
-    else axis_phases(&xa, L.KW, p.sw, p.dw, c);
+    if (copies)
+      axis_copies(&xa, L.KW, p.sw, p.dw, c);
+    else
+      axis_phases(&xa, L.KW, p.sw, p.dw, c);
     int longest = 0;
     for (int u = 0; u < xa.pieces; ++u) longest = most(longest, xa.piece[u].len);
     g.pitch = xa.pieces == 1 ? shared_gap_pitch(p, xa, c) : longest;
@@ -90,30 +99,36 @@ template <class S, class A> struct PixelsFprop {
   size_t band_bytes() const { return size_t(g.plane) * L.nlive * sizeof(A); }
   size_t scratch_elements(int pixels) const {
     const size_t wide = size_t(ceil_div(pixels, VL<A>) + kMostPixelVectors) * VL<A>;
-    return gather ? size_t(L.F) * wide + (turn ? wide * (ceil_div(L.F, VL<A>) * VL<A>) : 0) : kMaxPixelFilters * wide;
+    return gather ? size_t(L.F) * wide + (turn ? wide * (ceil_div(L.F, VL<A>) * VL<A>) : 0)
+                  : kMaxPixelFilters * wide;
   }
 
   void choose_band() {
     turn = p.y.sw != 1 && p.y.sc == 1;
     gather = turn || L.accumulate;
-    direct = sizeof(S) == sizeof(A) && p.x.sw == 1 && L.KH == 1 && L.KW == 1 && p.H == 1 && p.Ho == 1 && p.sw == 1 && p.pl == 0 &&
-             p.pt == 0 && p.W == p.Wo && p.W >= (p.N > 1 ? 128 : VL<A>) && p.x.sc * p.C < (int64_t(1) << 31) &&
-             (!L.accumulate || p.W % VL<A> == 0);       // the last vectors overlap: they would be added twice
+    direct =
+        sizeof(S) == sizeof(A) && p.x.sw == 1 && L.KH == 1 && L.KW == 1 && p.H == 1 && p.Ho == 1 &&
+        p.sw == 1 && p.pl == 0 && p.pt == 0 && p.W == p.Wo && p.W >= (p.N > 1 ? 128 : VL<A>) &&
+        p.x.sc * p.C < (int64_t(1) << 31) &&
+        (!L.accumulate || p.W % VL<A> == 0);  // the last vectors overlap: they would be added twice
     if (direct) {
       g = Planar{1, 0, 0, 0, 0, p.x.sc};
       rows = images = 1;
       const int64_t want = most<int64_t>(256, int64_t(kBandBytes / sizeof(A)) / most(1, L.nlive));
-      const int64_t room = gather ? int64_t((kWorkspaceBytes / 2) / sizeof(A)) / (2 * L.F) - 256 : want;
+      const int64_t room =
+          gather ? int64_t((kWorkspaceBytes / 2) / sizeof(A)) / (2 * L.F) - 256 : want;
       int64_t strips = ceil_div<int64_t>(p.Wo, most<int64_t>(128, least(want, room)));
       if (p.N * strips < 2 * p.threads) strips = least<int64_t>(most(1, p.Wo / 128), strips * 2);
       cols = ceil_div<int>(ceil_div<int64_t>(p.Wo, strips), VL<A>) * VL<A>;
-      if (p.Wo % cols != 0 && p.Wo % cols < VL<A>) cols += VL<A>;        // the last strip must fill one vector
+      if (p.Wo % cols != 0 && p.Wo % cols < VL<A>)
+        cols += VL<A>;  // the last strip must fill one vector
       g.pitch = cols = least(cols, p.Wo);
       return;
     }
     cols = p.Wo;
     lay(1, cols, 1, false);
-    while (cols > 64 && (band_bytes() > kWorkspaceBytes / 2 || scratch_elements(g.pitch) * sizeof(A) > kWorkspaceBytes / 3))
+    while (cols > 64 && (band_bytes() > kWorkspaceBytes / 2 ||
+                         scratch_elements(g.pitch) * sizeof(A) > kWorkspaceBytes / 3))
       lay(1, cols = ceil_div(cols, 2), 1, false);
     int r = 1;
     while (r < p.Ho && cols == p.Wo) {
@@ -126,7 +141,8 @@ template <class S, class A> struct PixelsFprop {
     r = ceil_div(p.Ho, bands);
     lay(r, cols, 1, false);
     if (r < p.Ho || cols < p.Wo || p.Ho * p.Wo > 1024) return;
-    // Small images: how many side by side, and whether each horizontal tap has its own copy (then no gap between rows).
+    // Small images: how many side by side, and whether each horizontal tap has its own copy (then
+    // no gap between rows).
     double macs = 0;
     for (int t = 0; t < L.count; ++t) macs += double(L.tiles[t].nf) * L.tiles[t].ncols;
     macs_per_pixel = macs;
@@ -139,7 +155,11 @@ template <class S, class A> struct PixelsFprop {
         lay(r, cols, m, copies);
         if (band_bytes() > kImageBlockBytes) continue;
         const double c = cost() * double(ceil_div<int64_t>(p.N, m) * m) / double(p.N);
-        if (c < best) { best = c; best_m = m; best_copies = copies; }
+        if (c < best) {
+          best = c;
+          best_m = m;
+          best_copies = copies;
+        }
       }
     }
     lay(r, cols, best_m, best_copies);
@@ -148,35 +168,43 @@ template <class S, class A> struct PixelsFprop {
   double cost() const {
     const int nvec = ceil_div(rows * images * g.pitch, VL<A>), tiles = ceil_div(nvec, 3);
     const double work = nvec + 0.12 * (3 * tiles - nvec);
-    return (work * macs_per_pixel / 2 + 0.35 * double(g.plane) * L.nlive) / (double(rows) * images * p.Wo);
+    return (work * macs_per_pixel / 2 + 0.35 * double(g.plane) * L.nlive) /
+           (double(rows) * images * p.Wo);
   }
 
   // All pixels [0, length) of one tile of filters, to rows of `wide` elements.
-  void tile(const PixelTile& t, const A* a, int length, A* o, ptrdiff_t wide, const int* to, Ahead& ahead) {
+  void tile(const PixelTile& t, const A* a, int length, A* o, ptrdiff_t wide, const int* to,
+            Ahead& ahead) {
     const int limit = direct ? least(kPixelVectors[t.nf], length / VL<A>) : kPixelVectors[t.nf];
-    const int nvec = ceil_div(length, VL<A>), tiles = ceil_div(nvec, limit), base = nvec / tiles, more = nvec % tiles;
-    const PixelsKernel<A> small = pixels_kernel_for<A>(t.nf, base), big = more ? pixels_kernel_for<A>(t.nf, base + 1) : small;
+    const int nvec = ceil_div(length, VL<A>), tiles = ceil_div(nvec, limit), base = nvec / tiles,
+              more = nvec % tiles;
+    const PixelsKernel<A> small = pixels_kernel_for<A>(t.nf, base),
+                          big = more ? pixels_kernel_for<A>(t.nf, base + 1) : small;
     for (int k = 0, v = 0; k < tiles; ++k) {
       const int np = base + (k < more);
       int at = v * VL<A>;
-      if (direct) at = least(at, length - np * VL<A>);       // never read beyond the tensor
+      if (direct) at = least(at, length - np * VL<A>);  // never read beyond the tensor
       Ahead::step(ahead);
-      (k < more ? big : small)(a + at, off + t.col0, t.ncols, packed + t.w0, o + at, wide, to, L.accumulate != 0);
+      (k < more ? big : small)(a + at, off + t.col0, t.ncols, packed + t.w0, o + at, wide, to,
+                               L.accumulate != 0);
       v += np;
     }
   }
 
-  void emit_filters(const PixelTile& t, const A* acc, ptrdiff_t wide, int64_t n0, int nm, int oy, int ox, int nr, int nc) {
+  void emit_filters(const PixelTile& t, const A* acc, ptrdiff_t wide, int64_t n0, int nm, int oy,
+                    int ox, int nr, int nc) {
     const Out<A> out = out_of<A>(p);
     for (int i = 0; i < t.nf; ++i)
       for (int m = 0; m < nm; ++m)
-        emit_rows<S, A>(out, L.filters[t.filter0 + i], acc + i * wide + int64_t(m) * g.pitch, int64_t(images) * g.pitch, nr, nc,
+        emit_rows<S, A>(out, L.filters[t.filter0 + i], acc + i * wide + int64_t(m) * g.pitch,
+                        int64_t(images) * g.pitch, nr, nc,
                         (n0 + m) * p.y.sn + int64_t(oy) * p.y.sh + int64_t(ox) * p.y.sw,
                         (n0 + m) * p.res.sn + int64_t(oy) * p.res.sh + int64_t(ox) * p.res.sw);
   }
 
   // A band for tiles [t0, t1), a few rows at a time with all filters.
-  void gathered_band(const A* a, A* scratch, int t0, int t1, int64_t n0, int nm, int oy, int ox, int nr, int nc, Ahead& ahead) {
+  void gathered_band(const A* a, A* scratch, int t0, int t1, int64_t n0, int nm, int oy, int ox,
+                     int nr, int nc, Ahead& ahead) {
     const Out<A> out = out_of<A>(p);
     const bool whole = t0 == 0 && t1 == L.count;
     const int f0 = L.accumulate ? 0 : L.tiles[t0].filter0;
@@ -184,27 +212,35 @@ template <class S, class A> struct PixelsFprop {
     const int units = nr * images, at_once = rows_at_once();
     for (int u0 = 0; u0 < units; u0 += at_once) {
       const int nu = least(at_once, units - u0), length = direct ? nc : nu * g.pitch;
-      const ptrdiff_t wide = (ceil_div(length, VL<A>) + kMostPixelVectors) * VL<A>, lanes = ceil_div(nf, VL<A>) * VL<A>;
+      const ptrdiff_t wide = (ceil_div(length, VL<A>) + kMostPixelVectors) * VL<A>,
+                      lanes = ceil_div(nf, VL<A>) * VL<A>;
       if (L.accumulate) zero_fill(scratch, int64_t(nf) * wide);
       for (int t = t0; t < t1; ++t) {
         const PixelTile& k = L.tiles[t];
         const bool add = L.accumulate != 0;
-        tile(k, a + int64_t(u0) * g.pitch, length, add ? scratch : scratch + int64_t(k.filter0 - f0) * wide, wide,
+        tile(k, a + int64_t(u0) * g.pitch, length,
+             add ? scratch : scratch + int64_t(k.filter0 - f0) * wide, wide,
              add ? L.filters + k.filter0 : L.identity, ahead);
       }
       A* turned = scratch + int64_t(nf) * wide;
-      if (turn) transpose_scratch<A>(scratch, wide, whole && !L.accumulate ? L.ascending : nullptr, nf, length, turned, lanes);
+      if (turn)
+        transpose_scratch<A>(scratch, wide, whole && !L.accumulate ? L.ascending : nullptr, nf,
+                             length, turned, lanes);
       for (int u = 0; u < nu;) {
-        // Rows of one image follow one another; with several images side by side each row is its own run.
-        const int r = (u0 + u) / images, m = (u0 + u) % images, run = images == 1 && !turn ? nu - u : 1;
+        // Rows of one image follow one another; with several images side by side each row is its
+        // own run.
+        const int r = (u0 + u) / images, m = (u0 + u) % images,
+                  run = images == 1 && !turn ? nu - u : 1;
         const int64_t at = (n0 + m) * p.y.sn + int64_t(oy + r) * p.y.sh + int64_t(ox) * p.y.sw;
-        const int64_t res_at = (n0 + m) * p.res.sn + int64_t(oy + r) * p.res.sh + int64_t(ox) * p.res.sw;
+        const int64_t res_at =
+            (n0 + m) * p.res.sn + int64_t(oy + r) * p.res.sh + int64_t(ox) * p.res.sw;
         if (m < nm && turn)
-          emit_pixels<S, A>(out, whole ? L.identity : L.filters + f0, nf, whole, turned + int64_t(u) * g.pitch * lanes, lanes, 1, nc, at,
-                            res_at);
+          emit_pixels<S, A>(out, whole ? L.identity : L.filters + f0, nf, whole,
+                            turned + int64_t(u) * g.pitch * lanes, lanes, 1, nc, at, res_at);
         else if (m < nm)
           for (int f = 0; f < nf; ++f)
-            emit_rows<S, A>(out, f, scratch + f * wide + int64_t(u) * g.pitch, g.pitch, run, nc, at, res_at);
+            emit_rows<S, A>(out, f, scratch + f * wide + int64_t(u) * g.pitch, g.pitch, run, nc, at,
+                            res_at);
         u += run;
       }
     }
@@ -220,32 +256,41 @@ template <class S, class A> struct PixelsFprop {
     if (p.x.sw != 1 || L.nlive == 0) return a;
     const int64_t n0 = unit / (nb * strips) * images;
     const int oy = int(unit / strips % nb) * rows, ox = int(unit % strips) * cols;
-    const int y0 = most(0, oy * p.sh - p.pt), y1 = least(p.H, (oy + rows - 1) * p.sh - p.pt + (L.KH - 1) * p.dh + 1);
-    const int x0 = most(0, ox * p.sw - p.pl), x1 = least(p.W, (ox + cols - 1) * p.sw - p.pl + (L.KW - 1) * p.dw + 1);
+    const int y0 = most(0, oy * p.sh - p.pt),
+              y1 = least(p.H, (oy + rows - 1) * p.sh - p.pt + (L.KH - 1) * p.dh + 1);
+    const int x0 = most(0, ox * p.sw - p.pl),
+              x1 = least(p.W, (ox + cols - 1) * p.sw - p.pl + (L.KW - 1) * p.dw + 1);
     if (y1 <= y0 || x1 <= x0) return a;
-    a.base = reinterpret_cast<const char*>(reinterpret_cast<const S*>(p.x.data) + n0 * p.x.sn + y0 * p.x.sh + x0);
+    a.base = reinterpret_cast<const char*>(reinterpret_cast<const S*>(p.x.data) + n0 * p.x.sn +
+                                           y0 * p.x.sh + x0);
     a.live = L.live;
     a.plane = p.x.sc * int64_t(sizeof(S));
     a.span = ((y1 - y0 - 1) * p.x.sh + (x1 - x0)) * int64_t(sizeof(S));
     a.channels = L.nlive;
-    const int64_t calls = most<int64_t>(1, int64_t(L.count) / shares * ceil_div(rows * images * g.pitch, 4 * VL<A>));
-    a.lines = int(least<int64_t>(48, ceil_div<int64_t>(L.nlive * ceil_div<int64_t>(a.span, 64), calls)));
+    const int64_t calls =
+        most<int64_t>(1, int64_t(L.count) / shares * ceil_div(rows * images * g.pitch, 4 * VL<A>));
+    a.lines =
+        int(least<int64_t>(48, ceil_div<int64_t>(L.nlive * ceil_div<int64_t>(a.span, 64), calls)));
     return a;
   }
 
   void run(OffsetCache* cache) {
     choose_band();
     off = pixel_offsets<A>(L, cache, ya, xa, g, direct);
-    const int64_t blocks = ceil_div<int64_t>(p.N, images), nb = ceil_div(p.Ho, rows), strips = ceil_div(p.Wo, cols);
+    const int64_t blocks = ceil_div<int64_t>(p.N, images), nb = ceil_div(p.Ho, rows),
+                  strips = ceil_div(p.Wo, cols);
     const int64_t units = blocks * nb * strips;
-    const int shares = L.accumulate || units % p.threads == 0 ? 1 : shares_for(units, L.count, p.threads);
+    const int shares =
+        L.accumulate || units % p.threads == 0 ? 1 : shares_for(units, L.count, p.threads);
     const int64_t tasks = units * shares;
-    const int whole_length = rows * images * g.pitch, length = gather ? least(rows_at_once() * g.pitch, whole_length) : whole_length;
+    const int whole_length = rows * images * g.pitch,
+              length = gather ? least(rows_at_once() * g.pitch, whole_length) : whole_length;
     const size_t slack = size_t(kMostPixelVectors + 1) * VL<A> * sizeof(A) + 64;
     const size_t band_room = direct ? 0 : (band_bytes() + slack + 63) / 64 * 64;
     const size_t scratch_room = scratch_elements(length) * sizeof(A) + 64;
     std::atomic<int64_t> next(0);
-#pragma omp parallel num_threads(int(least<int64_t>(p.threads, tasks))) if (p.threads > 1 && tasks > 1)
+#pragma omp parallel num_threads(int(least<int64_t>(p.threads, tasks))) if (p.threads > 1 && \
+                                                                                tasks > 1)
     {
       char* room = static_cast<char*>(workspace(band_room + scratch_room));
       A* band = reinterpret_cast<A*>(room);
@@ -253,9 +298,11 @@ template <class S, class A> struct PixelsFprop {
       int64_t held = -1;
       for (int64_t task = next.fetch_add(1), following; task < tasks; task = following) {
         following = next.fetch_add(1);
-        const int64_t unit = task / shares, share = task % shares, n0 = unit / (nb * strips) * images;
+        const int64_t unit = task / shares, share = task % shares,
+                      n0 = unit / (nb * strips) * images;
         const int oy = int(unit / strips % nb) * rows, ox = int(unit % strips) * cols;
-        const int nr = least(rows, p.Ho - oy), nc = least(cols, p.Wo - ox), nm = int(least<int64_t>(images, p.N - n0));
+        const int nr = least(rows, p.Ho - oy), nc = least(cols, p.Wo - ox),
+                  nm = int(least<int64_t>(images, p.N - n0));
         const S* x = reinterpret_cast<const S*>(p.x.data);
         const A* a = band;
         if (direct) {
@@ -264,10 +311,13 @@ template <class S, class A> struct PixelsFprop {
           pack_planar<S, A>(p, x, L.live, L.nlive, ya, xa, g, n0, nm, oy, ox, nr, nc, band);
         }
         held = unit;
-        Ahead ahead = following < tasks && following / shares != unit ? ahead_of(following / shares, nb, strips, shares) : Ahead{};
+        Ahead ahead = following < tasks && following / shares != unit
+                          ? ahead_of(following / shares, nb, strips, shares)
+                          : Ahead{};
         const int t0 = int(L.count * share / shares), t1 = int(L.count * (share + 1) / shares);
         if (gather) {
-          if (t1 > t0 || L.accumulate) gathered_band(a, scratch, t0, t1, n0, nm, oy, ox, nr, nc, ahead);
+          if (t1 > t0 || L.accumulate)
+            gathered_band(a, scratch, t0, t1, n0, nm, oy, ox, nr, nc, ahead);
           continue;
         }
         const int n = direct ? nc : nr * images * g.pitch;
@@ -282,8 +332,22 @@ template <class S, class A> struct PixelsFprop {
 };
 
 template <class S, class A>
-static void fprop_pixels(const Lowered& L, OffsetCache* cache, const Problem& p, const void* packed) {
-  PixelsFprop<S, A> f{L, flatten_pointwise(L, p), static_cast<const A*>(packed), nullptr, {}, {}, {}, 0, 0, 0, false, false, false, 0};
+static void fprop_pixels(const Lowered& L, OffsetCache* cache, const Problem& p,
+                         const void* packed) {
+  PixelsFprop<S, A> f{L,
+                      flatten_pointwise(L, p),
+                      static_cast<const A*>(packed),
+                      nullptr,
+                      {},
+                      {},
+                      {},
+                      0,
+                      0,
+                      0,
+                      false,
+                      false,
+                      false,
+                      0};
   f.run(cache);
 }
 

@@ -8,20 +8,27 @@
 namespace hetconv {
 namespace HETCONV_NS {
 
-template <class S, class A> static void fprop(const Lowered& L, OffsetCache* cache, const Problem& p, const void* packed) {
-  if (L.form == Form::filters) fprop_filters<S, A>(L, cache, p, packed);
-  else fprop_pixels<S, A>(L, cache, p, packed);
+template <class S, class A>
+static void fprop(const Lowered& L, OffsetCache* cache, const Problem& p, const void* packed) {
+  if (L.form == Form::filters)
+    fprop_filters<S, A>(L, cache, p, packed);
+  else
+    fprop_pixels<S, A>(L, cache, p, packed);
 }
 
 }  // namespace HETCONV_NS
 
-#define HETCONV_KERNELS(name)                                                                                              \
-  Kernels{#name, HETCONV_VECTOR_BYTES, HETCONV_NS::kMaxPixelFilters,                                                        \
-          {HETCONV_NS::fprop<float, float>, HETCONV_NS::fprop<double, double>, HETCONV_NS::fprop<HETCONV_NS::bf16, float>, \
-           HETCONV_NS::fprop<HETCONV_NS::f16, float>},                                                                     \
-          {HETCONV_NS::pack_weights<float>, HETCONV_NS::pack_weights<double>, HETCONV_NS::pack_weights<float>,             \
-           HETCONV_NS::pack_weights<float>},                                                                               \
-          {HETCONV_NS::wgrad<float, float>, HETCONV_NS::wgrad<double, double>, HETCONV_NS::wgrad<HETCONV_NS::bf16, float>,        \
-           HETCONV_NS::wgrad<HETCONV_NS::f16, float>}}
+#define HETCONV_KERNELS(name)                                                                    \
+  Kernels {                                                                                      \
+    #name, HETCONV_VECTOR_BYTES, HETCONV_NS::kMaxPixelFilters,                                   \
+        {HETCONV_NS::fprop<float, float>, HETCONV_NS::fprop<double, double>,                     \
+         HETCONV_NS::fprop<HETCONV_NS::bf16, float>, HETCONV_NS::fprop<HETCONV_NS::f16, float>}, \
+        {HETCONV_NS::pack_weights<float>, HETCONV_NS::pack_weights<double>,                      \
+         HETCONV_NS::pack_weights<float>, HETCONV_NS::pack_weights<float>},                      \
+    {                                                                                            \
+      HETCONV_NS::wgrad<float, float>, HETCONV_NS::wgrad<double, double>,                        \
+          HETCONV_NS::wgrad<HETCONV_NS::bf16, float>, HETCONV_NS::wgrad<HETCONV_NS::f16, float>  \
+    }                                                                                            \
+  }
 
 }  // namespace hetconv

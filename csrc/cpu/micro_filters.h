@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Filters in vectors: MR pixels x NV vectors of filters stay in registers over all columns of a segment.
+// Filters in vectors: MR pixels x NV vectors of filters stay in registers over all columns of a
+// segment.
 #pragma once
 #include "vec.h"
 
@@ -7,25 +8,29 @@ namespace hetconv {
 namespace HETCONV_NS {
 
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kMaxPixels = 14;      // 14 x 2 accumulators of 32 registers
+constexpr int kMaxPixels = 14;  // 14 x 2 accumulators of 32 registers
 #else
-constexpr int kMaxPixels = 6;       // 6 x 2 of 16
+constexpr int kMaxPixels = 6;  // 6 x 2 of 16
 #endif
 
 struct FilterSteps {
-  const int* off;                   // band offset of each column
+  const int* off;  // band offset of each column
   int quads, singles, split, straight, turned;
-  const void* perms;                // [turned][NV] index vectors
+  const void* perms;  // [turned][NV] index vectors
 };
 
-template <class A> using FiltersKernel = void (*)(const A* a, ptrdiff_t ps, const FilterSteps& s, const A* w, A* o, ptrdiff_t os);
+template <class A>
+using FiltersKernel = void (*)(const A* a, ptrdiff_t ps, const FilterSteps& s, const A* w, A* o,
+                               ptrdiff_t os);
 
-// a: first pixel in the band, ps: distance of neighbouring pixels, w: packed weights, o: MR rows of NV vectors, os apart.
+// a: first pixel in the band, ps: distance of neighbouring pixels, w: packed weights, o: MR rows of
+// NV vectors, os apart.
 template <class A, int MR, int NV>
-static void filters_kernel(const A* a, ptrdiff_t ps, const FilterSteps& s, const A* w, A* o, ptrdiff_t os) {
+static void filters_kernel(const A* a, ptrdiff_t ps, const FilterSteps& s, const A* w, A* o,
+                           ptrdiff_t os) {
   Vec<A> acc[MR][NV];
-  HC_UNROLL for (int i = 0; i < MR; ++i)
-    HC_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] = Vec<A>{};
+  HC_UNROLL for (int i = 0; i < MR; ++i) HC_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] =
+      Vec<A>{};
   const int* off = s.off;
   for (int q = 0; q < s.quads; ++q) {
     const A* p = a + off[q];
@@ -74,20 +79,26 @@ static void filters_kernel(const A* a, ptrdiff_t ps, const FilterSteps& s, const
     HC_UNROLL for (int j = 0; j < NV; ++j) {
       const A* p = a + off[q * NV + j];
       const Vec<A> b = load<A>(w + j * VL<A>);
-      const typename Lane<A>::ivec index = (typename Lane<A>::ivec)load<A>(turn + (q * NV + j) * VL<A>);
-      HC_UNROLL for (int i = 0; i < MR; ++i) acc[i][j] += __builtin_shuffle(load<A>(p + i * ps), index) * b;
+      const typename Lane<A>::ivec index =
+          (typename Lane<A>::ivec)load<A>(turn + (q * NV + j) * VL<A>);
+      HC_UNROLL for (int i = 0; i < MR; ++i) acc[i][j] +=
+          __builtin_shuffle(load<A>(p + i * ps), index) * b;
     }
     w += NV * VL<A>;
   }
-  HC_UNROLL for (int i = 0; i < MR; ++i)
-    HC_UNROLL for (int j = 0; j < NV; ++j) store<A>(o + i * os + j * VL<A>, acc[i][j]);
+  HC_UNROLL for (int i = 0; i < MR; ++i) HC_UNROLL for (int j = 0; j < NV; ++j)
+      store<A>(o + i * os + j * VL<A>, acc[i][j]);
 }
 
 template <class A, int NV> static FiltersKernel<A> filters_kernel_for(int mr) {
-#define HC_ROW(m) case m: if constexpr (m <= kMaxPixels) return filters_kernel<A, m, NV>; break;
+#define HC_ROW(m)                                                   \
+  case m:                                                           \
+    if constexpr (m <= kMaxPixels) return filters_kernel<A, m, NV>; \
+    break;
   switch (mr) {
-    HC_ROW(1) HC_ROW(2) HC_ROW(3) HC_ROW(4) HC_ROW(5) HC_ROW(6) HC_ROW(7)
-    HC_ROW(8) HC_ROW(9) HC_ROW(10) HC_ROW(11) HC_ROW(12) HC_ROW(13) HC_ROW(14)
+    HC_ROW(1)
+    HC_ROW(2) HC_ROW(3) HC_ROW(4) HC_ROW(5) HC_ROW(6) HC_ROW(7) HC_ROW(8) HC_ROW(9) HC_ROW(10)
+        HC_ROW(11) HC_ROW(12) HC_ROW(13) HC_ROW(14)
   }
 #undef HC_ROW
   return nullptr;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Pixels in vectors: NF filters of one group x NP vectors of pixels stay in registers over all columns of the group.
+// Pixels in vectors: NF filters of one group x NP vectors of pixels stay in registers over all
+// columns of the group.
 #pragma once
 #include "vec.h"
 
@@ -8,7 +9,8 @@ namespace HETCONV_NS {
 
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kMaxPixelFilters = 8;
-constexpr int kPixelVectors[9] = {0, 8, 8, 7, 6, 5, 4, 3, 3};   // NP by NF: NF * NP + NP + 1 registers
+constexpr int kPixelVectors[9] = {0, 8, 8, 7, 6,
+                                  5, 4, 3, 3};  // NP by NF: NF * NP + NP + 1 registers
 constexpr int kMostPixelVectors = 8;
 #else
 constexpr int kMaxPixelFilters = 6;
@@ -16,18 +18,21 @@ constexpr int kPixelVectors[9] = {0, 6, 4, 3, 2, 2, 2, 0, 0};
 constexpr int kMostPixelVectors = 6;
 #endif
 
-template <class A> using PixelsKernel = void (*)(const A* a, const int* off, int ncols, const A* w, A* o, ptrdiff_t os, const int* rows, bool add);
+template <class A>
+using PixelsKernel = void (*)(const A* a, const int* off, int ncols, const A* w, A* o, ptrdiff_t os,
+                              const int* rows, bool add);
 
-// a: first pixel, off: planar offset of each column, w: [ncols][NF], o: rows of NP vectors, os apart, of which rows[i] is
-// that of filter i. add: to what is there.
+// a: first pixel, off: planar offset of each column, w: [ncols][NF], o: rows of NP vectors, os
+// apart, of which rows[i] is that of filter i. add: to what is there.
 template <class A, int NF, int NP>
-static void pixels_kernel(const A* a, const int* off, int ncols, const A* w, A* o, ptrdiff_t os, const int* rows, bool add) {
+static void pixels_kernel(const A* a, const int* off, int ncols, const A* w, A* o, ptrdiff_t os,
+                          const int* rows, bool add) {
   Vec<A> acc[NF][NP];
-  HC_UNROLL for (int i = 0; i < NF; ++i)
-    HC_UNROLL for (int j = 0; j < NP; ++j) acc[i][j] = Vec<A>{};
+  HC_UNROLL for (int i = 0; i < NF; ++i) HC_UNROLL for (int j = 0; j < NP; ++j) acc[i][j] =
+      Vec<A>{};
   if (add) {
-    HC_UNROLL for (int i = 0; i < NF; ++i)
-      HC_UNROLL for (int j = 0; j < NP; ++j) acc[i][j] = load<A>(o + rows[i] * os + j * VL<A>);
+    HC_UNROLL for (int i = 0; i < NF; ++i) HC_UNROLL for (int j = 0; j < NP; ++j) acc[i][j] =
+        load<A>(o + rows[i] * os + j * VL<A>);
   }
   for (int s = 0; s < ncols; ++s) {
     const A* p = a + off[s];
@@ -39,12 +44,15 @@ static void pixels_kernel(const A* a, const int* off, int ncols, const A* w, A* 
     }
     w += NF;
   }
-  HC_UNROLL for (int i = 0; i < NF; ++i)
-    HC_UNROLL for (int j = 0; j < NP; ++j) store<A>(o + rows[i] * os + j * VL<A>, acc[i][j]);
+  HC_UNROLL for (int i = 0; i < NF; ++i) HC_UNROLL for (int j = 0; j < NP; ++j)
+      store<A>(o + rows[i] * os + j * VL<A>, acc[i][j]);
 }
 
 template <class A, int NF> static PixelsKernel<A> pixels_kernel_of(int np) {
-#define HC_ROW(m) case m: if constexpr (m <= kPixelVectors[NF]) return pixels_kernel<A, NF, m>; break;
+#define HC_ROW(m)                                                         \
+  case m:                                                                 \
+    if constexpr (m <= kPixelVectors[NF]) return pixels_kernel<A, NF, m>; \
+    break;
   switch (np) { HC_ROW(1) HC_ROW(2) HC_ROW(3) HC_ROW(4) HC_ROW(5) HC_ROW(6) HC_ROW(7) HC_ROW(8) }
 #undef HC_ROW
   return nullptr;
@@ -52,14 +60,22 @@ template <class A, int NF> static PixelsKernel<A> pixels_kernel_of(int np) {
 
 template <class A> static PixelsKernel<A> pixels_kernel_for(int nf, int np) {
   switch (nf) {
-    case 1: return pixels_kernel_of<A, 1>(np);
-    case 2: return pixels_kernel_of<A, 2>(np);
-    case 3: return pixels_kernel_of<A, 3>(np);
-    case 4: return pixels_kernel_of<A, 4>(np);
-    case 5: return pixels_kernel_of<A, 5>(np);
-    case 6: return pixels_kernel_of<A, 6>(np);
-    case 7: return pixels_kernel_of<A, 7>(np);
-    default: return pixels_kernel_of<A, 8>(np);
+    case 1:
+      return pixels_kernel_of<A, 1>(np);
+    case 2:
+      return pixels_kernel_of<A, 2>(np);
+    case 3:
+      return pixels_kernel_of<A, 3>(np);
+    case 4:
+      return pixels_kernel_of<A, 4>(np);
+    case 5:
+      return pixels_kernel_of<A, 5>(np);
+    case 6:
+      return pixels_kernel_of<A, 6>(np);
+    case 7:
+      return pixels_kernel_of<A, 7>(np);
+    default:
+      return pixels_kernel_of<A, 8>(np);
   }
 }
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// wgrad with pixels in vectors: NF filters x NC columns of dot products stay in registers over all pixels of a band.
+// wgrad with pixels in vectors: NF filters x NC columns of dot products stay in registers over all
+// pixels of a band.
 #pragma once
 #include "vec.h"
 
@@ -13,7 +14,9 @@ constexpr int kWgradColumns[9] = {0, 16, 12, 8, 6, 5, 4, 3, 3};
 constexpr int kWgradColumns[9] = {0, 8, 5, 3, 2, 2, 1, 0, 0};
 #endif
 
-template <class A> using WgradKernel = void (*)(const A* dy, ptrdiff_t plane, const A* x, const int* off, int nvec, A* sums);
+template <class A>
+using WgradKernel = void (*)(const A* dy, ptrdiff_t plane, const A* x, const int* off, int nvec,
+                             A* sums);
 
 // VL vectors to one vector of their sums, by halves: lanes and vectors are folded together.
 template <class A, int H> HC_INLINE void fold(Vec<A>* r) {
@@ -23,13 +26,16 @@ template <class A, int H> HC_INLINE void fold(Vec<A>* r) {
     lo[l] = (l & H) == 0 ? l : VL<A> + l - H;
     hi[l] = (l & H) == 0 ? l + H : VL<A> + l;
   }
-  HC_UNROLL for (int i = 0; i < H; ++i) r[i] = __builtin_shuffle(r[i], r[i + H], lo) + __builtin_shuffle(r[i], r[i + H], hi);
+  HC_UNROLL for (int i = 0; i < H; ++i) r[i] =
+      __builtin_shuffle(r[i], r[i + H], lo) + __builtin_shuffle(r[i], r[i + H], hi);
   if constexpr (H > 1) fold<A, H / 2>(r);
 }
 
-// dy: NF planes; x + off[j]: column j; both over nvec whole vectors of pixels. Adds to sums [NC][NF].
+// dy: NF planes; x + off[j]: column j; both over nvec whole vectors of pixels. Adds to sums
+// [NC][NF].
 template <class A, int NF, int NC>
-static void wgrad_kernel(const A* dy, ptrdiff_t plane, const A* x, const int* off, int nvec, A* sums) {
+static void wgrad_kernel(const A* dy, ptrdiff_t plane, const A* x, const int* off, int nvec,
+                         A* sums) {
   constexpr int count = NF * NC, blocks = (count + VL<A> - 1) / VL<A>;
   Vec<A> acc[blocks * VL<A>];
   HC_UNROLL for (int i = 0; i < blocks * VL<A>; ++i) acc[i] = Vec<A>{};
@@ -48,16 +54,22 @@ static void wgrad_kernel(const A* dy, ptrdiff_t plane, const A* x, const int* of
     fold<A, VL<A> / 2>(r);
     A* out = sums + b * VL<A>;
     constexpr int tail = count % VL<A> == 0 ? VL<A> : count % VL<A>;
-    if (b + 1 < blocks || tail == VL<A>) store<A>(out, load<A>(out) + r[0]);
-    else store_n<A>(out, load_n<A>(out, tail) + r[0], tail);
+    if (b + 1 < blocks || tail == VL<A>)
+      store<A>(out, load<A>(out) + r[0]);
+    else
+      store_n<A>(out, load_n<A>(out, tail) + r[0], tail);
   }
 }
 
 template <class A, int NF> static WgradKernel<A> wgrad_kernel_of(int nc) {
-#define HC_ROW(m) case m: if constexpr (m <= kWgradColumns[NF]) return wgrad_kernel<A, NF, m>; break;
+#define HC_ROW(m)                                                        \
+  case m:                                                                \
+    if constexpr (m <= kWgradColumns[NF]) return wgrad_kernel<A, NF, m>; \
+    break;
   switch (nc) {
-    HC_ROW(1) HC_ROW(2) HC_ROW(3) HC_ROW(4) HC_ROW(5) HC_ROW(6) HC_ROW(7) HC_ROW(8)
-    HC_ROW(9) HC_ROW(10) HC_ROW(11) HC_ROW(12) HC_ROW(13) HC_ROW(14) HC_ROW(15) HC_ROW(16)
+    HC_ROW(1)
+    HC_ROW(2) HC_ROW(3) HC_ROW(4) HC_ROW(5) HC_ROW(6) HC_ROW(7) HC_ROW(8) HC_ROW(9) HC_ROW(10)
+        HC_ROW(11) HC_ROW(12) HC_ROW(13) HC_ROW(14) HC_ROW(15) HC_ROW(16)
   }
 #undef HC_ROW
   return nullptr;
@@ -65,14 +77,22 @@ template <class A, int NF> static WgradKernel<A> wgrad_kernel_of(int nc) {
 
 template <class A> static WgradKernel<A> wgrad_kernel_for(int nf, int nc) {
   switch (nf) {
-    case 1: return wgrad_kernel_of<A, 1>(nc);
-    case 2: return wgrad_kernel_of<A, 2>(nc);
-    case 3: return wgrad_kernel_of<A, 3>(nc);
-    case 4: return wgrad_kernel_of<A, 4>(nc);
-    case 5: return wgrad_kernel_of<A, 5>(nc);
-    case 6: return wgrad_kernel_of<A, 6>(nc);
-    case 7: return wgrad_kernel_of<A, 7>(nc);
-    default: return wgrad_kernel_of<A, 8>(nc);
+    case 1:
+      return wgrad_kernel_of<A, 1>(nc);
+    case 2:
+      return wgrad_kernel_of<A, 2>(nc);
+    case 3:
+      return wgrad_kernel_of<A, 3>(nc);
+    case 4:
+      return wgrad_kernel_of<A, 4>(nc);
+    case 5:
+      return wgrad_kernel_of<A, 5>(nc);
+    case 6:
+      return wgrad_kernel_of<A, 6>(nc);
+    case 7:
+      return wgrad_kernel_of<A, 7>(nc);
+    default:
+      return wgrad_kernel_of<A, 8>(nc);
   }
 }
 

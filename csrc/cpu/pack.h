@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Packing of one band of input rows: padding, memory format, stride and storage type are absorbed here.
+// Packing of one band of input rows: padding, memory format, stride and storage type are absorbed
+// here.
 #pragma once
 #include "axis.h"
 
@@ -13,17 +14,24 @@ template <class A> HC_INLINE void zero_fill(A* p, int64_t n) {
 
 // One input row (already at its row, column 0) to channels-last band entries [e0 + lo, e0 + hi).
 template <class S, class A>
-static void pack_run_channels_last(const S* x, int64_t sc, int64_t sh, int64_t sw, int C, int first, int istride, int n, A* d, int Cb) {
+static void pack_run_channels_last(const S* x, int64_t sc, int64_t sh, int64_t sw, int C, int first,
+                                   int istride, int n, A* d, int Cb) {
   const int64_t px = istride * sw;
   x += int64_t(first) * sw;
   if (sc == 1) {
     if constexpr (sizeof(S) == sizeof(A))
-      if (px == C && Cb == C) { memcpy(static_cast<void*>(d), x, size_t(n) * C * sizeof(A)); return; }
+      if (px == C && Cb == C) {
+        memcpy(static_cast<void*>(d), x, size_t(n) * C * sizeof(A));
+        return;
+      }
     const int full = C / VL<A> * VL<A>;
     for (int j = 0; j < n; ++j, d += Cb, x += px) {
       int c = 0;
       for (; c < full; c += VL<A>) store<A>(d + c, read<S, A>(x + c));
-      if (c < C) { store<A>(d + c, read_n<S, A>(x + c, C - c)); c += VL<A>; }
+      if (c < C) {
+        store<A>(d + c, read_n<S, A>(x + c, C - c));
+        c += VL<A>;
+      }
       zero_fill(d + c, Cb - c);
     }
   } else if (px == 1) {
@@ -32,13 +40,15 @@ static void pack_run_channels_last(const S* x, int64_t sc, int64_t sh, int64_t s
         const int m = least(VL<A>, n - j0);
         Vec<A> r[VL<A>];
         if (m == VL<A> && c0 + VL<A> <= C) {
-          // So many planes at once are more streams than the hardware follows: ask for the row after the next.
+          // So many planes at once are more streams than the hardware follows: ask for the row
+          // after the next.
           HC_UNROLL for (int i = 0; i < VL<A>; ++i) {
             r[i] = read<S, A>(x + (c0 + i) * sc + j0);
             __builtin_prefetch(x + (c0 + i) * sc + j0 + 2 * sh, 0, 2);
           }
         } else {
-          for (int i = 0; i < VL<A>; ++i) r[i] = c0 + i < C ? read_n<S, A>(x + (c0 + i) * sc + j0, m) : Vec<A>{};
+          for (int i = 0; i < VL<A>; ++i)
+            r[i] = c0 + i < C ? read_n<S, A>(x + (c0 + i) * sc + j0, m) : Vec<A>{};
         }
         transpose<A>(r);
         for (int j = 0; j < m; ++j) store<A>(d + int64_t(j0 + j) * Cb + c0, r[j]);
@@ -53,8 +63,8 @@ static void pack_run_channels_last(const S* x, int64_t sc, int64_t sh, int64_t s
 
 // Band [row entry][column entry][Cb] for `rows` x `cols` outputs from output (oy, ox) of one image.
 template <class S, class A>
-static void pack_channels_last(const Problem& p, const S* x, const Axis& ya, const Axis& xa, int oy, int ox, int rows, int cols,
-                               int Cb, A* band) {
+static void pack_channels_last(const Problem& p, const S* x, const Axis& ya, const Axis& xa, int oy,
+                               int ox, int rows, int cols, int Cb, A* band) {
   for (int q = 0; q < ya.pieces; ++q) {
     const Piece& yp = ya.piece[q];
     for (int i = 0, n = piece_length(ya, yp, rows); i < n; ++i) {
@@ -64,13 +74,17 @@ static void pack_channels_last(const Problem& p, const S* x, const Axis& ya, con
         const Piece& xp = xa.piece[u];
         const int len = piece_length(xa, xp, cols), first = ox * p.sw - p.pl + xp.rel;
         A* d = row + int64_t(xp.e0) * Cb;
-        if (iy < 0 || iy >= p.H) { zero_fill(d, int64_t(len) * Cb); continue; }
+        if (iy < 0 || iy >= p.H) {
+          zero_fill(d, int64_t(len) * Cb);
+          continue;
+        }
         int lo, hi;
         inside(first, xp.istride, len, p.W, &lo, &hi);
         zero_fill(d, int64_t(lo) * Cb);
         if (hi > lo)
-          pack_run_channels_last<S, A>(x + int64_t(iy) * p.x.sh, p.x.sc, p.x.sh, p.x.sw, p.C, first + lo * xp.istride, xp.istride,
-                                       hi - lo, d + int64_t(lo) * Cb, Cb);
+          pack_run_channels_last<S, A>(x + int64_t(iy) * p.x.sh, p.x.sc, p.x.sh, p.x.sw, p.C,
+                                       first + lo * xp.istride, xp.istride, hi - lo,
+                                       d + int64_t(lo) * Cb, Cb);
         zero_fill(d + int64_t(hi) * Cb, int64_t(len - hi) * Cb);
       }
     }
@@ -79,13 +93,16 @@ static void pack_channels_last(const Problem& p, const S* x, const Axis& ya, con
 
 // Planar band: [channel][column piece][row entry][image][pitch].
 struct Planar {
-  int images, pitch, spill;     // images side by side in a row; entries kept of each row; zeros read beyond the last
-  int64_t row, piece, plane;    // strides in elements
+  int images, pitch,
+      spill;  // images side by side in a row; entries kept of each row; zeros read beyond the last
+  int64_t row, piece, plane;  // strides in elements
 };
 
-// One row piece, channels innermost in memory: whole vectors along channels, transposed. The valid entries only.
+// One row piece, channels innermost in memory: whole vectors along channels, transposed. The valid
+// entries only.
 template <class S, class A>
-static void turn_planar_row(const S* src, int64_t px, const int* live, int nlive, int lo, int hi, A* d, int64_t plane) {
+static void turn_planar_row(const S* src, int64_t px, const int* live, int nlive, int lo, int hi,
+                            A* d, int64_t plane) {
   for (int j0 = lo; j0 < hi; j0 += VL<A>) {
     const int m = least(VL<A>, hi - j0);
     for (int c = 0; c < nlive;) {
@@ -93,14 +110,18 @@ static void turn_planar_row(const S* src, int64_t px, const int* live, int nlive
       while (c + run < nlive && run < VL<A> && live[c + run] == live[c] + run) ++run;
       Vec<A> r[VL<A>];
       if (run == VL<A> && m == VL<A>) {
-        HC_UNROLL for (int j = 0; j < VL<A>; ++j) r[j] = read<S, A>(src + (j0 - lo + j) * px + live[c]);
+        HC_UNROLL for (int j = 0; j < VL<A>; ++j) r[j] =
+            read<S, A>(src + (j0 - lo + j) * px + live[c]);
       } else {
-        for (int j = 0; j < VL<A>; ++j) r[j] = read_n<S, A>(src + (j0 - lo + least(j, m - 1)) * px + live[c], run);
+        for (int j = 0; j < VL<A>; ++j)
+          r[j] = read_n<S, A>(src + (j0 - lo + least(j, m - 1)) * px + live[c], run);
       }
       transpose<A>(r);
       for (int i = 0; i < run; ++i) {
-        if (m == VL<A>) store<A>(d + (c + i) * plane + j0, r[i]);
-        else store_n<A>(d + (c + i) * plane + j0, r[i], m);
+        if (m == VL<A>)
+          store<A>(d + (c + i) * plane + j0, r[i]);
+        else
+          store_n<A>(d + (c + i) * plane + j0, r[i], m);
       }
       c += run;
     }
@@ -119,10 +140,11 @@ template <class S, class A> HC_INLINE void copy_row(const S* s, int64_t px, int 
 
 // `rows` x `cols` outputs from output (oy, ox) of images n0 .. n0 + images.
 template <class S, class A>
-static void pack_planar(const Problem& p, const S* x, const int* live, int nlive, const Axis& ya, const Axis& xa, const Planar& g,
-                        int64_t n0, int images, int oy, int ox, int rows, int cols, A* band) {
+static void pack_planar(const Problem& p, const S* x, const int* live, int nlive, const Axis& ya,
+                        const Axis& xa, const Planar& g, int64_t n0, int images, int oy, int ox,
+                        int rows, int cols, A* band) {
   const bool turn = p.x.sw != 1 && p.x.sc == 1;
-  const int channel_blocks = turn ? 1 : nlive;      // planes one by one: each is read in one sweep
+  const int channel_blocks = turn ? 1 : nlive;  // planes one by one: each is read in one sweep
   for (int block = 0; block < channel_blocks; ++block) {
     const int c0 = turn ? 0 : block, c1 = turn ? nlive : block + 1;
     for (int u = 0; u < xa.pieces; ++u) {
@@ -143,9 +165,12 @@ static void pack_planar(const Problem& p, const S* x, const int* live, int nlive
               for (int c = c0; c < c1; ++c) zero_fill(d + c * g.plane, g.pitch);
               continue;
             }
-            const S* src = x + (n0 + m) * p.x.sn + int64_t(iy) * p.x.sh + int64_t(first + lo * xp.istride) * p.x.sw;
-            if (turn) turn_planar_row<S, A>(src, px, live, nlive, lo, hi, d, g.plane);
-            else copy_row<S, A>(src + live[c0] * p.x.sc, px, hi - lo, d + c0 * g.plane + lo);
+            const S* src = x + (n0 + m) * p.x.sn + int64_t(iy) * p.x.sh +
+                           int64_t(first + lo * xp.istride) * p.x.sw;
+            if (turn)
+              turn_planar_row<S, A>(src, px, live, nlive, lo, hi, d, g.plane);
+            else
+              copy_row<S, A>(src + live[c0] * p.x.sc, px, hi - lo, d + c0 * g.plane + lo);
             for (int c = c0; c < c1; ++c) {
               zero_fill(d + c * g.plane, lo);
               zero_fill(d + c * g.plane + hi, g.pitch - hi);
@@ -154,7 +179,8 @@ static void pack_planar(const Problem& p, const S* x, const int* live, int nlive
         }
         // Taps right of the last row read the zeros that would start the next one.
         if (g.spill > 0)
-          for (int c = c0; c < c1; ++c) zero_fill(band + c * g.plane + u * g.piece + (yp.e0 + n) * g.row, g.spill);
+          for (int c = c0; c < c1; ++c)
+            zero_fill(band + c * g.plane + u * g.piece + (yp.e0 + n) * g.row, g.spill);
       }
     }
   }

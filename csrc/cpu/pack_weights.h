@@ -11,7 +11,8 @@ HC_INLINE int64_t mask_at(const Lowered& L, int f, int c, int ky, int kx) {
   return ((int64_t(f) * L.C + c) * L.KH + ky) * L.KW + kx;
 }
 
-template <class S, class A> static void pack_segment(const Lowered& L, const FilterSegment& s, const WeightView& v, A* out) {
+template <class S, class A>
+static void pack_segment(const Lowered& L, const FilterSegment& s, const WeightView& v, A* out) {
   const S* w = reinterpret_cast<const S*>(v.data);
   const int ft = s.nv * VL<A>, broadcast = 4 * s.quads + s.singles;
   const int* filters = L.filters + s.filter0;
@@ -34,8 +35,10 @@ template <class S, class A> static void pack_segment(const Lowered& L, const Fil
           const int f = filters[j * VL<A> + l];
           const S* row = w + f * v.sf;
           const uint8_t* mask = L.mask + mask_at(L, f, 0, 0, 0);
-          if (s.merged) { for (int k = 0; k < n; ++k) lane[k] = mask[live[k]] ? A(widen(row[at[k]])) : A(0); }
-          else for (int k = 0; k < n; ++k) lane[k] = A(widen(row[at[k]]));
+          if (s.merged) {
+            for (int k = 0; k < n; ++k) lane[k] = mask[live[k]] ? A(widen(row[at[k]])) : A(0);
+          } else
+            for (int k = 0; k < n; ++k) lane[k] = A(widen(row[at[k]]));
         }
         r[l] = load<A>(lane);
       }
@@ -50,8 +53,9 @@ template <class S, class A> static void pack_segment(const Lowered& L, const Fil
       const int64_t at = columns->channel * v.sc + columns->ky * v.sh + columns->kx * v.sw;
       for (int l = 0; l < VL<A>; ++l) {
         const int lane = j * VL<A> + l;
-        const bool live = lane < s.lanes && !columns->idle &&
-                          L.mask[mask_at(L, filters[lane], columns->channel, columns->ky, columns->kx)];
+        const bool live =
+            lane < s.lanes && !columns->idle &&
+            L.mask[mask_at(L, filters[lane], columns->channel, columns->ky, columns->kx)];
         *out++ = live ? A(widen(w[filters[lane] * v.sf + at])) : A(0);
       }
     }
@@ -61,7 +65,8 @@ template <class S, class A> static void pack_segment(const Lowered& L, const Fil
     for (int j = 0; j < s.nv; ++j, ++columns)
       for (int l = 0; l < VL<A>; ++l) {
         const int lane = j * VL<A> + l;
-        const int64_t shift = q < s.straight ? l : int64_t(perms[(int64_t(q - s.straight) * s.nv + j) * VL<A> + l]);
+        const int64_t shift =
+            q < s.straight ? l : int64_t(perms[(int64_t(q - s.straight) * s.nv + j) * VL<A> + l]);
         A value = 0;
         if (*taken++) {
           const int f = filters[lane], c = int(columns->channel + shift);
@@ -71,7 +76,8 @@ template <class S, class A> static void pack_segment(const Lowered& L, const Fil
       }
 }
 
-template <class S, class A> static void pack_tile(const Lowered& L, const PixelTile& t, const WeightView& v, A* out) {
+template <class S, class A>
+static void pack_tile(const Lowered& L, const PixelTile& t, const WeightView& v, A* out) {
   const S* w = reinterpret_cast<const S*>(v.data);
   const int* filters = L.filters + t.filter0;
   for (int k = 0; k < t.ncols; ++k) {
@@ -81,21 +87,31 @@ template <class S, class A> static void pack_tile(const Lowered& L, const PixelT
   }
 }
 
-template <class S, class A> static void pack_all(const Lowered& L, const WeightView& v, A* out, int threads) {
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && L.packed > (1 << 16))
+template <class S, class A>
+static void pack_all(const Lowered& L, const WeightView& v, A* out, int threads) {
+#pragma omp parallel for schedule(dynamic) \
+    num_threads(threads) if (threads > 1 && L.packed > (1 << 16))
   for (int i = 0; i < L.count; ++i) {
-    if (L.form == Form::filters) pack_segment<S, A>(L, L.segments[i], v, out + L.segments[i].w0);
-    else pack_tile<S, A>(L, L.tiles[i], v, out + L.tiles[i].w0);
+    if (L.form == Form::filters)
+      pack_segment<S, A>(L, L.segments[i], v, out + L.segments[i].w0);
+    else
+      pack_tile<S, A>(L, L.tiles[i], v, out + L.tiles[i].w0);
   }
 }
 
-template <class A> static void pack_weights(const Lowered& L, const WeightView& v, DType from, void* packed, int threads) {
+template <class A>
+static void pack_weights(const Lowered& L, const WeightView& v, DType from, void* packed,
+                         int threads) {
   A* out = static_cast<A*>(packed);
   switch (from) {
-    case DType::f32: return pack_all<float, A>(L, v, out, threads);
-    case DType::f64: return pack_all<double, A>(L, v, out, threads);
-    case DType::bf16: return pack_all<bf16, A>(L, v, out, threads);
-    case DType::f16: return pack_all<f16, A>(L, v, out, threads);
+    case DType::f32:
+      return pack_all<float, A>(L, v, out, threads);
+    case DType::f64:
+      return pack_all<double, A>(L, v, out, threads);
+    case DType::bf16:
+      return pack_all<bf16, A>(L, v, out, threads);
+    case DType::f16:
+      return pack_all<f16, A>(L, v, out, threads);
   }
 }
 

@@ -7,12 +7,12 @@
 
 namespace hetconv {
 
-// Cost of one vector multiply-add with an operand that is a broadcast for one vector only, a vector of activations, or
-// a permuted one; a broadcast shared by two vectors costs 1. Measured on Zen 5.
+// Cost of one vector multiply-add with an operand that is a broadcast for one vector only, a vector
+// of activations, or a permuted one; a broadcast shared by two vectors costs 1. Measured on Zen 5.
 constexpr double kSplitCost = 1.33, kStraightCost = 1.2, kTurnedCost = 2.0;
 
-Plan::Plan(const uint8_t* mask, int F, int C, int KH, int KW, DType dtype, const Kernels& kernels, const std::string& form,
-           bool channels_last)
+Plan::Plan(const uint8_t* mask, int F, int C, int KH, int KW, DType dtype, const Kernels& kernels,
+           const std::string& form, bool channels_last)
     : kernels_(kernels), dtype_(dtype), cache_(offsets_new(), offsets_delete) {
   low_.F = F;
   low_.C = C;
@@ -46,9 +46,12 @@ Plan::Plan(const uint8_t* mask, int F, int C, int KH, int KW, DType dtype, const
       plane_[c] = int(live_.size());
       live_.push_back(c);
     }
-  if (form == "filters") lower_filters();
-  else if (form == "pixels") lower_pixels();
-  else if (form == "columns") lower_columns();
+  if (form == "filters")
+    lower_filters();
+  else if (form == "pixels")
+    lower_pixels();
+  else if (form == "columns")
+    lower_columns();
   else {
     lower_filters();
     const double as_filters = filters_cost(channels_last);
@@ -56,8 +59,10 @@ Plan::Plan(const uint8_t* mask, int F, int C, int KH, int KW, DType dtype, const
     const double as_columns = pixels_cost(channels_last);
     lower_pixels();
     const double as_pixels = pixels_cost(channels_last);
-    if (as_filters <= as_pixels && as_filters <= as_columns) lower_filters();
-    else if (as_columns < as_pixels) lower_columns();
+    if (as_filters <= as_pixels && as_filters <= as_columns)
+      lower_filters();
+    else if (as_columns < as_pixels)
+      lower_columns();
   }
   cost_ = low_.form == Form::filters ? filters_cost(channels_last) : pixels_cost(channels_last);
   finish();
@@ -78,16 +83,20 @@ void Plan::clear() {
 }
 
 void Plan::perm_push(int64_t v) {
-  if (dtype_ == DType::f64) perms64_.push_back(v);
-  else perms32_.push_back(int32_t(v));
+  if (dtype_ == DType::f64)
+    perms64_.push_back(v);
+  else
+    perms32_.push_back(int32_t(v));
 }
 
-// Lanes of a wide group fill whole vectors; groups narrower than a vector share one, each with its own lane columns.
+// Lanes of a wide group fill whole vectors; groups narrower than a vector share one, each with its
+// own lane columns.
 void Plan::lower_filters() {
   clear();
   low_.form = Form::filters;
   const int vl = low_.vl;
-  std::vector<int> narrow, single;      // filters of groups below a vector; blocks of exactly one vector
+  std::vector<int> narrow,
+      single;  // filters of groups below a vector; blocks of exactly one vector
   for (const Group& g : groups_) {
     const int n = int(g.filters.size());
     if (n < vl && groups_.size() > 1) {
@@ -95,16 +104,23 @@ void Plan::lower_filters() {
       continue;
     }
     for (int i = 0; i < n; i += 2 * vl) {
-      const std::vector<int> block(g.filters.begin() + i, g.filters.begin() + std::min(n, i + 2 * vl));
-      if (int(block.size()) == vl && groups_.size() > 1) single.insert(single.end(), block.begin(), block.end());
-      else add_segment(block, &g);
+      const std::vector<int> block(g.filters.begin() + i,
+                                   g.filters.begin() + std::min(n, i + 2 * vl));
+      if (int(block.size()) == vl && groups_.size() > 1)
+        single.insert(single.end(), block.begin(), block.end());
+      else
+        add_segment(block, &g);
     }
   }
   for (size_t i = 0; i < single.size(); i += 2 * size_t(vl))
-    add_segment(std::vector<int>(single.begin() + i, single.begin() + std::min(single.size(), i + 2 * vl)), nullptr);
+    add_segment(
+        std::vector<int>(single.begin() + i, single.begin() + std::min(single.size(), i + 2 * vl)),
+        nullptr);
   std::sort(narrow.begin(), narrow.end());
   for (size_t i = 0; i < narrow.size(); i += 2 * size_t(vl))
-    add_segment(std::vector<int>(narrow.begin() + i, narrow.begin() + std::min(narrow.size(), i + 2 * vl)), nullptr);
+    add_segment(
+        std::vector<int>(narrow.begin() + i, narrow.begin() + std::min(narrow.size(), i + 2 * vl)),
+        nullptr);
 }
 
 void Plan::add_segment(const std::vector<int>& filters, const Group* group) {
@@ -124,8 +140,10 @@ void Plan::add_segment(const std::vector<int>& filters, const Group* group) {
 
   std::vector<Column> broadcast, split, lanes;
   std::vector<std::vector<int64_t>> lane_channels;
-  if (group) broadcast = group->columns;
-  else add_lane_columns(s, filters, broadcast, split, lanes, lane_channels);
+  if (group)
+    broadcast = group->columns;
+  else
+    add_lane_columns(s, filters, broadcast, split, lanes, lane_channels);
 
   std::vector<Column> singles;
   for (size_t i = 0; i < broadcast.size();) {
@@ -135,8 +153,10 @@ void Plan::add_segment(const std::vector<int>& filters, const Group* group) {
       const Column& b = broadcast[i + k];
       quad = b.ky == a.ky && b.kx == a.kx && b.channel == a.channel + int(k);
     }
-    if (quad) columns_.push_back(a);
-    else singles.push_back(a);
+    if (quad)
+      columns_.push_back(a);
+    else
+      singles.push_back(a);
     s.quads += quad;
     i += quad ? 4 : 1;
   }
@@ -170,9 +190,12 @@ void Plan::add_segment(const std::vector<int>& filters, const Group* group) {
   segments_.push_back(s);
 }
 
-// Splits the columns of lanes that differ into broadcast columns (some lanes hold a zero) and lane columns.
-void Plan::add_lane_columns(FilterSegment& s, const std::vector<int>& filters, std::vector<Column>& broadcast,
-                            std::vector<Column>& split, std::vector<Column>& lanes, std::vector<std::vector<int64_t>>& lane_channels) {
+// Splits the columns of lanes that differ into broadcast columns (some lanes hold a zero) and lane
+// columns.
+void Plan::add_lane_columns(FilterSegment& s, const std::vector<int>& filters,
+                            std::vector<Column>& broadcast, std::vector<Column>& split,
+                            std::vector<Column>& lanes,
+                            std::vector<std::vector<int64_t>>& lane_channels) {
   const int vl = low_.vl, C = low_.C, padded = (C + vl - 1) / vl * vl;
   for (int ky = 0; ky < low_.KH; ++ky)
     for (int kx = 0; kx < low_.KW; ++kx) {
@@ -180,8 +203,10 @@ void Plan::add_lane_columns(FilterSegment& s, const std::vector<int>& filters, s
       for (int c = 0; c < C; ++c) {
         int n = 0;
         for (int f : filters) n += has(f, c, ky, kx);
-        if (n == s.lanes) common.push_back(Column{ky, kx, c});
-        else if (n > 0) rest.push_back(Column{ky, kx, c});
+        if (n == s.lanes)
+          common.push_back(Column{ky, kx, c});
+        else if (n > 0)
+          rest.push_back(Column{ky, kx, c});
       }
       // Lane columns of every vector: windows of VL channels from the first channel still needed.
       std::vector<std::vector<std::pair<int, std::vector<int64_t>>>> own(s.nv);
@@ -190,9 +215,13 @@ void Plan::add_lane_columns(FilterSegment& s, const std::vector<int>& filters, s
         const int first = j * vl, n = std::min(vl, s.lanes - first);
         std::vector<uint8_t> needed(padded, 0);
         for (const Column& c : rest)
-          for (int l = 0; l < n; ++l) needed[c.channel] |= has(filters[first + l], c.channel, ky, kx);
+          for (int l = 0; l < n; ++l)
+            needed[c.channel] |= has(filters[first + l], c.channel, ky, kx);
         for (int c = 0; c < C;) {
-          if (!needed[c]) { ++c; continue; }
+          if (!needed[c]) {
+            ++c;
+            continue;
+          }
           const int base = std::min(c, padded - vl);
           std::vector<std::vector<int64_t>> rows;
           for (int l = 0; l < n; ++l) {
@@ -200,7 +229,9 @@ void Plan::add_lane_columns(FilterSegment& s, const std::vector<int>& filters, s
             std::vector<int64_t> mine;
             for (int k = 0; k < vl; ++k) {
               const int channel = base + (l + k) % vl;
-              if (channel >= c && channel < C && needed[channel] && has(filters[first + l], channel, ky, kx)) mine.push_back(channel);
+              if (channel >= c && channel < C && needed[channel] &&
+                  has(filters[first + l], channel, ky, kx))
+                mine.push_back(channel);
             }
             for (size_t e = 0; e < mine.size(); ++e) {
               if (rows.size() <= e) rows.emplace_back(vl, -1);
@@ -225,7 +256,8 @@ void Plan::add_lane_columns(FilterSegment& s, const std::vector<int>& filters, s
             }
         longest = std::max(longest, alone[j].size());
       }
-      const double as_lanes = kTurnedCost * double(entries), as_split = kSplitCost * double(longest), as_broadcast = double(rest.size());
+      const double as_lanes = kTurnedCost * double(entries),
+                   as_split = kSplitCost * double(longest), as_broadcast = double(rest.size());
       if (as_broadcast <= as_lanes && (s.nv == 1 || as_broadcast <= as_split)) {
         broadcast.insert(broadcast.end(), rest.begin(), rest.end());
         continue;
@@ -234,7 +266,8 @@ void Plan::add_lane_columns(FilterSegment& s, const std::vector<int>& filters, s
         for (size_t e = 0; e < longest; ++e)
           for (int j = 0; j < s.nv; ++j) {
             const bool some = e < alone[j].size();
-            split.push_back(some ? alone[j][e] : Column{ky, kx, alone[j].empty() ? 0 : alone[j][0].channel, 1});
+            split.push_back(some ? alone[j][e]
+                                 : Column{ky, kx, alone[j].empty() ? 0 : alone[j][0].channel, 1});
           }
         continue;
       }
@@ -246,17 +279,20 @@ void Plan::add_lane_columns(FilterSegment& s, const std::vector<int>& filters, s
         }
     }
   std::stable_sort(broadcast.begin(), broadcast.end(), [](const Column& a, const Column& b) {
-    return std::make_pair(a.ky, a.kx) == std::make_pair(b.ky, b.kx) ? a.channel < b.channel
-                                                                    : std::make_pair(a.ky, a.kx) < std::make_pair(b.ky, b.kx);
+    return std::make_pair(a.ky, a.kx) == std::make_pair(b.ky, b.kx)
+               ? a.channel < b.channel
+               : std::make_pair(a.ky, a.kx) < std::make_pair(b.ky, b.kx);
   });
 }
 
 // At most `max_pixel_filters` in a tile, as equal as possible; columns by channel, then tap.
 void Plan::add_tiles(const std::vector<int>& filters, const std::vector<Column>& given) {
-  const int most = kernels_.max_pixel_filters, n = int(filters.size()), count = (n + most - 1) / most;
+  const int most = kernels_.max_pixel_filters, n = int(filters.size()),
+            count = (n + most - 1) / most;
   const int64_t col0 = int64_t(columns_.size());
   std::vector<Column> columns = given;
-  std::stable_sort(columns.begin(), columns.end(), [](const Column& a, const Column& b) { return a.channel < b.channel; });
+  std::stable_sort(columns.begin(), columns.end(),
+                   [](const Column& a, const Column& b) { return a.channel < b.channel; });
   columns_.insert(columns_.end(), columns.begin(), columns.end());
   for (int i = 0, f = 0; i < count; ++i) {
     const int nf = n / count + (i < n % count);
@@ -273,8 +309,9 @@ void Plan::lower_pixels() {
   for (const Group& g : groups_) add_tiles(g.filters, g.columns);
 }
 
-// The transposed view: columns that serve the same filters go together. A Support whose transpose has few groups (the
-// dgrad of self-grouping) becomes a few dense blocks this way, each added into its filters.
+// The transposed view: columns that serve the same filters go together. A Support whose transpose
+// has few groups (the dgrad of self-grouping) becomes a few dense blocks this way, each added into
+// its filters.
 void Plan::lower_columns() {
   clear();
   low_.form = Form::pixels;
@@ -291,20 +328,22 @@ void Plan::lower_columns() {
   for (const auto& b : blocks) add_tiles(b.first, b.second);
 }
 
-// Vector multiply-adds per output pixel, weighted by how far each micro-kernel stays from the peak, and what it costs to
-// bring a channel in and a filter out.
+// Vector multiply-adds per output pixel, weighted by how far each micro-kernel stays from the peak,
+// and what it costs to bring a channel in and a filter out.
 double Plan::filters_cost(bool channels_last) const {
   double total = (channels_last ? 1.0 : 3.2) * (low_.C + low_.F);
   for (const FilterSegment& s : segments_)
-    total += s.nv * ((s.nv == 1 ? kSplitCost : 1.0) * (4 * s.quads + s.singles) + kSplitCost * s.split + kStraightCost * s.straight +
-                     kTurnedCost * s.turned + 2);
+    total +=
+        s.nv * ((s.nv == 1 ? kSplitCost : 1.0) * (4 * s.quads + s.singles) + kSplitCost * s.split +
+                kStraightCost * s.straight + kTurnedCost * s.turned + 2);
   return total;
 }
 
 double Plan::pixels_cost(bool channels_last) const {
   static const double slow[9] = {0, 2.2, 1.25, 1.1, 1.05, 1.05, 1.05, 1.05, 1.05};
   double total = (channels_last ? 4.3 : 3.4) * (double(live_.size()) + low_.F);
-  for (const PixelTile& t : tiles_) total += slow[t.nf] * t.nf * double(t.ncols + (low_.accumulate ? 12 : 4)) / low_.vl;
+  for (const PixelTile& t : tiles_)
+    total += slow[t.nf] * t.nf * double(t.ncols + (low_.accumulate ? 12 : 4)) / low_.vl;
   return total;
 }
 
@@ -319,7 +358,8 @@ void Plan::finish() {
   low_.filters = filters_.data();
   low_.columns = columns_.data();
   low_.ncolumns = int64_t(columns_.size());
-  low_.perms = dtype_ == DType::f64 ? static_cast<const void*>(perms64_.data()) : static_cast<const void*>(perms32_.data());
+  low_.perms = dtype_ == DType::f64 ? static_cast<const void*>(perms64_.data())
+                                    : static_cast<const void*>(perms32_.data());
   low_.taken = taken_.data();
   low_.live = live_.data();
   low_.nlive = int(live_.size());

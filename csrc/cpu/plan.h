@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A Support lowered for one ISA and accumulation type: which form, which filters together, which columns in which order.
+// A Support lowered for one ISA and accumulation type: which form, which filters together, which
+// columns in which order.
 #pragma once
 #include <memory>
 #include <string>
@@ -12,16 +13,16 @@ struct OffsetCache;
 
 struct Group {
   std::vector<int> filters;
-  std::vector<Column> columns;     // by tap, then channel
+  std::vector<Column> columns;  // by tap, then channel
 };
 
 class Plan {
  public:
-  // mask: F * C * KH * KW bytes, non-zero = the weight exists. form: "auto", "filters", "pixels" (tiles of
-  // filters with the same columns) or "columns" (tiles of columns with the same filters, added up); "auto" expects most
-  // calls with channels innermost in memory (channels_last) or not.
-  Plan(const uint8_t* mask, int F, int C, int KH, int KW, DType dtype, const Kernels& kernels, const std::string& form,
-       bool channels_last);
+  // mask: F * C * KH * KW bytes, non-zero = the weight exists. form: "auto", "filters", "pixels"
+  // (tiles of filters with the same columns) or "columns" (tiles of columns with the same filters,
+  // added up); "auto" expects most calls with channels innermost in memory (channels_last) or not.
+  Plan(const uint8_t* mask, int F, int C, int KH, int KW, DType dtype, const Kernels& kernels,
+       const std::string& form, bool channels_last);
   ~Plan();
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
@@ -30,10 +31,13 @@ class Plan {
   const Kernels& kernels() const { return kernels_; }
   DType dtype() const { return dtype_; }
   OffsetCache* offsets() const { return cache_.get(); }
-  const char* form() const { return low_.form == Form::filters ? "filters" : low_.accumulate ? "columns" : "pixels"; }
+  const char* form() const {
+    return low_.form == Form::filters ? "filters" : low_.accumulate ? "columns" : "pixels";
+  }
   int64_t live() const { return live_count_; }
   const std::vector<Group>& groups() const { return groups_; }
-  // Vector multiply-adds per pixel of the chosen form and of the useful work: their ratio is the efficiency.
+  // Vector multiply-adds per pixel of the chosen form and of the useful work: their ratio is the
+  // efficiency.
   double cost() const { return cost_; }
   double useful() const { return double(live_count_) / low_.vl; }
   size_t accumulator_bytes() const { return dtype_ == DType::f64 ? 8 : 4; }
@@ -44,13 +48,17 @@ class Plan {
   void lower_columns();
   void add_tiles(const std::vector<int>& filters, const std::vector<Column>& columns);
   void add_segment(const std::vector<int>& filters, const Group* group);
-  void add_lane_columns(FilterSegment& s, const std::vector<int>& filters, std::vector<Column>& broadcast,
-                        std::vector<Column>& split, std::vector<Column>& lanes, std::vector<std::vector<int64_t>>& lane_channels);
+  void add_lane_columns(FilterSegment& s, const std::vector<int>& filters,
+                        std::vector<Column>& broadcast, std::vector<Column>& split,
+                        std::vector<Column>& lanes,
+                        std::vector<std::vector<int64_t>>& lane_channels);
   double filters_cost(bool channels_last) const;
   double pixels_cost(bool channels_last) const;
   void clear();
   void finish();
-  bool has(int f, int c, int ky, int kx) const { return mask_[((size_t(f) * low_.C + c) * low_.KH + ky) * low_.KW + kx] != 0; }
+  bool has(int f, int c, int ky, int kx) const {
+    return mask_[((size_t(f) * low_.C + c) * low_.KH + ky) * low_.KW + kx] != 0;
+  }
   void perm_push(int64_t v);
 
   Lowered low_{};

@@ -1,19 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// Plain data shared by every object of the engine. No inline functions here: an inline function compiled
-// with AVX-512 flags could be the copy that the linker keeps for a machine without AVX-512.
+// Plain data shared by every object of the engine. No inline functions here: an inline function
+// compiled with AVX-512 flags could be the copy that the linker keeps for a machine without
+// AVX-512.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 
 namespace hetconv {
 
-constexpr int kMaxKernel = 64;                  // taps per axis
-constexpr size_t kWorkspaceBytes = 2u << 20;    // per thread, whatever the image
-constexpr size_t kBandBytes = 320u << 10;       // what a packed band should fit in (part of an L2 cache)
+constexpr int kMaxKernel = 64;                // taps per axis
+constexpr size_t kWorkspaceBytes = 2u << 20;  // per thread, whatever the image
+constexpr size_t kBandBytes = 320u << 10;  // what a packed band should fit in (part of an L2 cache)
 
-constexpr size_t kImageBlockBytes = 640u << 10; // small images side by side in one band
-constexpr size_t kWgradBytes = 900u << 10;      // bands of input and output gradient together
-constexpr size_t kTurnBytes = 128u << 10;       // accumulators that wait for their transposition
+constexpr size_t kImageBlockBytes = 640u << 10;  // small images side by side in one band
+constexpr size_t kWgradBytes = 900u << 10;       // bands of input and output gradient together
+constexpr size_t kTurnBytes = 128u << 10;        // accumulators that wait for their transposition
 
 enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 enum class Act : int { none = 0, relu = 1, relu6 = 2, silu = 3, gelu = 4 };
@@ -25,14 +26,15 @@ struct View {
   int64_t sn, sc, sh, sw;
 };
 
-// One call. Output (oy, ox), tap (ky, kx) reads input (oy * sh - pt + ky * dh, ox * sw - pl + kx * dw), zero outside.
+// One call. Output (oy, ox), tap (ky, kx) reads input (oy * sh - pt + ky * dh, ox * sw - pl + kx *
+// dw), zero outside.
 struct Problem {
   int64_t N;
   int C, H, W, F, Ho, Wo, KH, KW;
   int sh, sw, pt, pl, dh, dw;
-  View x, y, res;            // res.data is null when there is no residual
-  const void* scale;         // per filter, accumulation type, or null
-  const void* shift;         // per filter, accumulation type, or null
+  View x, y, res;     // res.data is null when there is no residual
+  const void* scale;  // per filter, accumulation type, or null
+  const void* shift;  // per filter, accumulation type, or null
   Act act;
   int threads;
 };
@@ -53,13 +55,13 @@ struct Column {
 // Weights, from `w0`: [4 * quads + singles + split + lane columns][nv * VL].
 struct FilterSegment {
   int nv, lanes;
-  int filter0;        // into filters[]
-  int contiguous;     // filters ascend by one
-  int merged;         // several groups: a lane may not have every broadcast column
+  int filter0;     // into filters[]
+  int contiguous;  // filters ascend by one
+  int merged;      // several groups: a lane may not have every broadcast column
   int quads, singles, split, straight, turned;
   int64_t col0, w0;
-  int64_t perm0;      // into perms[]: [turned][nv][VL]
-  int64_t taken0;     // into taken[]: [straight + turned][nv][VL]
+  int64_t perm0;   // into perms[]: [turned][nv][VL]
+  int64_t taken0;  // into taken[]: [straight + turned][nv][VL]
 };
 
 // Pixels in vectors: nf filters that share columns; weights from `w0`: [ncols][nf].
@@ -70,24 +72,24 @@ struct PixelTile {
 
 struct Lowered {
   Form form;
-  int accumulate;               // pixels only: a filter is the sum of several tiles
-  int vl;                       // lanes of the accumulation type
+  int accumulate;  // pixels only: a filter is the sum of several tiles
+  int vl;          // lanes of the accumulation type
   int F, C, KH, KW;
-  int count;                    // segments or tiles
+  int count;  // segments or tiles
   const FilterSegment* segments;
   const PixelTile* tiles;
-  const int* filters;           // filter ids, segment by segment
+  const int* filters;  // filter ids, segment by segment
   const Column* columns;
   int64_t ncolumns;
-  const void* perms;            // lane indices as integers of the size of the accumulation type
-  const uint8_t* taken;         // whether a lane has a weight in a lane column
-  const int* live;              // channels read by some filter, ascending
+  const void* perms;     // lane indices as integers of the size of the accumulation type
+  const uint8_t* taken;  // whether a lane has a weight in a lane column
+  const int* live;       // channels read by some filter, ascending
   int nlive;
-  const int* plane;             // channel -> index in live, or -1
-  const int* ascending;         // positions in filters[] by filter id; empty when tiles accumulate
-  const int* identity;          // 0 .. F-1
-  const uint8_t* mask;          // [F][C][KH][KW]
-  int64_t packed;               // elements of the packed weights
+  const int* plane;      // channel -> index in live, or -1
+  const int* ascending;  // positions in filters[] by filter id; empty when tiles accumulate
+  const int* identity;   // 0 .. F-1
+  const uint8_t* mask;   // [F][C][KH][KW]
+  int64_t packed;        // elements of the packed weights
 };
 
 // Column offsets depend on the band layout only; the plan keeps the last few.
@@ -96,10 +98,11 @@ struct OffsetKey {
 };
 struct OffsetCache;
 const int* offsets_find(OffsetCache*, const OffsetKey&);
-const int* offsets_keep(OffsetCache*, const OffsetKey&, int* fresh);   // takes ownership of `fresh` (malloc)
+const int* offsets_keep(OffsetCache*, const OffsetKey&,
+                        int* fresh);  // takes ownership of `fresh` (malloc)
 
 [[noreturn]] void out_of_memory();
-void* workspace(size_t bytes);        // this thread's, 64-byte aligned, kept between calls
+void* workspace(size_t bytes);  // this thread's, 64-byte aligned, kept between calls
 
 // One weight tensor as seen by a plan: element (f, c, ky, kx) at data + offset of the strides.
 struct WeightView {
@@ -110,7 +113,7 @@ struct WeightView {
 struct Kernels {
   const char* name;
   int vector_bytes;
-  int max_pixel_filters;        // filters of a pixels-in-vectors tile
+  int max_pixel_filters;  // filters of a pixels-in-vectors tile
   void (*fprop[4])(const Lowered&, OffsetCache*, const Problem&, const void* packed);
   void (*pack[4])(const Lowered&, const WeightView&, DType from, void* packed, int threads);
   void (*wgrad[4])(const Lowered&, OffsetCache*, const Problem&, void* dw, const int64_t* strides);

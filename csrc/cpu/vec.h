@@ -23,12 +23,26 @@ typedef double vecu_f64 __attribute__((vector_size(HETCONV_VECTOR_BYTES), aligne
 typedef int32_t vec_i32 __attribute__((vector_size(HETCONV_VECTOR_BYTES)));
 typedef int64_t vec_i64 __attribute__((vector_size(HETCONV_VECTOR_BYTES)));
 
-struct bf16 { uint16_t bits; };
-struct f16 { uint16_t bits; };
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
 
 template <class A> struct Lane;
-template <> struct Lane<float> { using vec = vec_f32; using vecu = vecu_f32; using ivec = vec_i32; using index = int32_t; };
-template <> struct Lane<double> { using vec = vec_f64; using vecu = vecu_f64; using ivec = vec_i64; using index = int64_t; };
+template <> struct Lane<float> {
+  using vec = vec_f32;
+  using vecu = vecu_f32;
+  using ivec = vec_i32;
+  using index = int32_t;
+};
+template <> struct Lane<double> {
+  using vec = vec_f64;
+  using vecu = vecu_f64;
+  using ivec = vec_i64;
+  using index = int64_t;
+};
 template <class A> using Vec = typename Lane<A>::vec;
 template <class A> constexpr int VL = HETCONV_VECTOR_BYTES / int(sizeof(A));
 
@@ -36,21 +50,31 @@ template <class T> HC_INLINE T least(T a, T b) { return b < a ? b : a; }
 template <class T> HC_INLINE T most(T a, T b) { return a < b ? b : a; }
 template <class T> HC_INLINE T ceil_div(T a, T b) { return (a + b - 1) / b; }
 
-template <class A> HC_INLINE Vec<A> load(const A* p) { return *reinterpret_cast<const typename Lane<A>::vecu*>(p); }
-template <class A> HC_INLINE void store(A* p, Vec<A> v) { *reinterpret_cast<typename Lane<A>::vecu*>(p) = v; }
+template <class A> HC_INLINE Vec<A> load(const A* p) {
+  return *reinterpret_cast<const typename Lane<A>::vecu*>(p);
+}
+template <class A> HC_INLINE void store(A* p, Vec<A> v) {
+  *reinterpret_cast<typename Lane<A>::vecu*>(p) = v;
+}
 
 template <class A> HC_INLINE Vec<A> splat(A a) {
-  if constexpr (VL<A> == 16) return Vec<A>{a, a, a, a, a, a, a, a, a, a, a, a, a, a, a, a};
-  else if constexpr (VL<A> == 8) return Vec<A>{a, a, a, a, a, a, a, a};
-  else if constexpr (VL<A> == 4) return Vec<A>{a, a, a, a};
-  else return Vec<A>{a, a};
+  if constexpr (VL<A> == 16)
+    return Vec<A>{a, a, a, a, a, a, a, a, a, a, a, a, a, a, a, a};
+  else if constexpr (VL<A> == 8)
+    return Vec<A>{a, a, a, a, a, a, a, a};
+  else if constexpr (VL<A> == 4)
+    return Vec<A>{a, a, a, a};
+  else
+    return Vec<A>{a, a};
 }
 
 // The first n of VL elements; the rest is zero. Reads nothing beyond them.
 template <class A> HC_INLINE Vec<A> load_n(const A* p, int n) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(A) == 4) return (Vec<A>)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
-  else return (Vec<A>)_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
+  if constexpr (sizeof(A) == 4)
+    return (Vec<A>)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+  else
+    return (Vec<A>)_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
 #else
   Vec<A> v = {};
   for (int i = 0; i < n; ++i) v[i] = p[i];
@@ -59,22 +83,35 @@ template <class A> HC_INLINE Vec<A> load_n(const A* p, int n) {
 }
 template <class A> HC_INLINE void store_n(A* p, Vec<A> v, int n) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(A) == 4) _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
-  else _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), (__m512d)v);
+  if constexpr (sizeof(A) == 4)
+    _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
+  else
+    _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), (__m512d)v);
 #else
   for (int i = 0; i < n; ++i) p[i] = v[i];
 #endif
 }
 
 // ---- storage types: one element ----
-HC_INLINE float widen(bf16 s) { uint32_t u = uint32_t(s.bits) << 16; float f; memcpy(&f, &u, 4); return f; }
+HC_INLINE float widen(bf16 s) {
+  uint32_t u = uint32_t(s.bits) << 16;
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
 HC_INLINE float widen(f16 s) {
-  const uint32_t sign = uint32_t(s.bits & 0x8000u) << 16, e = (s.bits >> 10) & 31u, m = s.bits & 1023u;
+  const uint32_t sign = uint32_t(s.bits & 0x8000u) << 16, e = (s.bits >> 10) & 31u,
+                 m = s.bits & 1023u;
   uint32_t u;
   float f;
-  if (e == 0) { f = float(m) * 5.9604644775390625e-8f; memcpy(&u, &f, 4); u |= sign; }
-  else if (e == 31) u = sign | 0x7f800000u | (m << 13);
-  else u = sign | ((e + 112u) << 23) | (m << 13);
+  if (e == 0) {
+    f = float(m) * 5.9604644775390625e-8f;
+    memcpy(&u, &f, 4);
+    u |= sign;
+  } else if (e == 31)
+    u = sign | 0x7f800000u | (m << 13);
+  else
+    u = sign | ((e + 112u) << 23) | (m << 13);
   memcpy(&f, &u, 4);
   return f;
 }
@@ -82,8 +119,12 @@ HC_INLINE float widen(float s) { return s; }
 HC_INLINE double widen(double s) { return s; }
 
 template <class S> struct Narrow;
-template <> struct Narrow<float> { HC_INLINE float of(float v) { return v; } };
-template <> struct Narrow<double> { HC_INLINE double of(double v) { return v; } };
+template <> struct Narrow<float> {
+  HC_INLINE float of(float v) { return v; }
+};
+template <> struct Narrow<double> {
+  HC_INLINE double of(double v) { return v; }
+};
 template <> struct Narrow<bf16> {
   HC_INLINE bf16 of(float v) {
     uint32_t u;
@@ -99,8 +140,8 @@ template <> struct Narrow<f16> {
     const uint16_t sign = uint16_t((u >> 16) & 0x8000u);
     u &= 0x7fffffffu;
     if (u > 0x7f800000u) return f16{uint16_t(sign | 0x7e00u)};
-    if (u >= 0x477ff000u) return f16{uint16_t(sign | 0x7c00u)};   // rounds to 65536 or more
-    if (u < 0x38800000u) {                                        // subnormal: the adder rounds for us
+    if (u >= 0x477ff000u) return f16{uint16_t(sign | 0x7c00u)};  // rounds to 65536 or more
+    if (u < 0x38800000u) {  // subnormal: the adder rounds for us
       float a;
       memcpy(&a, &u, 4);
       a += 0.5f;
@@ -117,12 +158,15 @@ template <class S, class A> HC_INLINE Vec<A> read(const S* p) {
   if constexpr (sizeof(S) == sizeof(A)) return load<A>(reinterpret_cast<const A*>(p));
 #if defined(__AVX512F__)
   else if constexpr (__is_same(S, bf16))
-    return (Vec<A>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
-  else return (Vec<A>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+    return (Vec<A>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)),
+                                     16);
+  else
+    return (Vec<A>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 #elif defined(__AVX2__)
   else if constexpr (__is_same(S, bf16))
     return (Vec<A>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
-  else return (Vec<A>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+  else
+    return (Vec<A>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #else
   else {
     Vec<A> v = {};
@@ -132,7 +176,8 @@ template <class S, class A> HC_INLINE Vec<A> read(const S* p) {
 #endif
 }
 template <class S, class A> HC_INLINE Vec<A> read_n(const S* p, int n) {
-  if constexpr (sizeof(S) == sizeof(A)) return load_n<A>(reinterpret_cast<const A*>(p), n);
+  if constexpr (sizeof(S) == sizeof(A))
+    return load_n<A>(reinterpret_cast<const A*>(p), n);
   else {
     S t[VL<A>] = {};
     for (int i = 0; i < n; ++i) t[i] = p[i];
@@ -142,18 +187,24 @@ template <class S, class A> HC_INLINE Vec<A> read_n(const S* p, int n) {
 template <class S, class A> HC_INLINE void write(S* p, Vec<A> v) {
   if constexpr (sizeof(S) == sizeof(A)) store<A>(reinterpret_cast<A*>(p), v);
 #if defined(__AVX512F__)
-  else if constexpr (__is_same(S, f16)) _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+  else if constexpr (__is_same(S, f16))
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__AVX2__)
-  else if constexpr (__is_same(S, f16)) _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+  else if constexpr (__is_same(S, f16))
+    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 #endif
-  else for (int i = 0; i < VL<A>; ++i) p[i] = Narrow<S>::of(v[i]);
+  else
+    for (int i = 0; i < VL<A>; ++i) p[i] = Narrow<S>::of(v[i]);
 }
 template <class S, class A> HC_INLINE void write_n(S* p, Vec<A> v, int n) {
-  if constexpr (sizeof(S) == sizeof(A)) store_n<A>(reinterpret_cast<A*>(p), v, n);
-  else for (int i = 0; i < n; ++i) p[i] = Narrow<S>::of(v[i]);
+  if constexpr (sizeof(S) == sizeof(A))
+    store_n<A>(reinterpret_cast<A*>(p), v, n);
+  else
+    for (int i = 0; i < n; ++i) p[i] = Narrow<S>::of(v[i]);
 }
 
-// ---- transposition of a VL x VL block held in vectors: log2(VL) rounds that swap off-diagonal blocks ----
+// ---- transposition of a VL x VL block held in vectors: log2(VL) rounds that swap off-diagonal
+// blocks ----
 template <class A, int H> HC_INLINE void swap_blocks(Vec<A>* r) {
   using I = typename Lane<A>::ivec;
   I lo, hi;
@@ -161,12 +212,11 @@ template <class A, int H> HC_INLINE void swap_blocks(Vec<A>* r) {
     lo[l] = (l & H) == 0 ? l : VL<A> + l - H;
     hi[l] = (l & H) == 0 ? l + H : VL<A> + l;
   }
-  HC_UNROLL for (int i = 0; i < VL<A>; ++i)
-    if ((i & H) == 0) {
-      const Vec<A> a = r[i], b = r[i + H];
-      r[i] = __builtin_shuffle(a, b, lo);
-      r[i + H] = __builtin_shuffle(a, b, hi);
-    }
+  HC_UNROLL for (int i = 0; i < VL<A>; ++i) if ((i & H) == 0) {
+    const Vec<A> a = r[i], b = r[i + H];
+    r[i] = __builtin_shuffle(a, b, lo);
+    r[i + H] = __builtin_shuffle(a, b, hi);
+  }
   if constexpr (H > 1) swap_blocks<A, H / 2>(r);
 }
 template <class A> HC_INLINE void transpose(Vec<A>* r) { swap_blocks<A, VL<A> / 2>(r); }

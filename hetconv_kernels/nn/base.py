@@ -207,13 +207,13 @@ class SupportLayer(ForcedBackend):
         if self.weight.is_meta:
             return
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        fan_in = self._live_fan_in()
-        full = math.prod(self.weight.shape[1:])
-        gain = (full / fan_in.to(self.weight)).sqrt()
+        # float64, since float16 does not reach a fan-in of 65536.
+        fan_in = self._live_fan_in().double()
+        gain = (math.prod(self.weight.shape[1:]) / fan_in).sqrt()
         self.weight.mul_(gain.view(-1, *[1] * (self.weight.dim() - 1)))
         if self.bias is not None:
             nn.init.uniform_(self.bias, -1, 1)
-            self.bias.div_(fan_in.to(self.bias).sqrt())
+            self.bias.div_(fan_in.sqrt())
         self.project_()
 
     def _live_fan_in(self) -> Tensor:
