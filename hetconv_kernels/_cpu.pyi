@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The types of csrc/cpu/bindings.cpp: addresses are integers, strides count elements."""
+"""The compiled engine of csrc/cpu: addresses are integers, strides count elements."""
 
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
+from typing_extensions import Buffer
+
+def isas() -> list[str]: ...
 
 class Packed:
     @property
@@ -13,11 +14,11 @@ class Packed:
 class Plan:
     def __init__(
         self,
-        mask: NDArray[np.uint8],
-        dtype: str = "float32",
-        isa: str = "",
-        form: str = "auto",
-        channels_last: bool = True,
+        mask: Buffer,
+        dtype: str = ...,
+        isa: str = ...,
+        form: str = ...,
+        channels_last: bool = ...,
     ) -> None: ...
     @property
     def form(self) -> str: ...
@@ -31,7 +32,9 @@ class Plan:
     def cost(self) -> float: ...
     @property
     def useful(self) -> float: ...
-    def pack(self, weight: int, strides: Sequence[int], dtype: str, threads: int = 1) -> Packed: ...
+    def pack(
+        self, weight: int, strides: Sequence[int], dtype: str, threads: int = ...
+    ) -> Packed: ...
     def fprop(
         self,
         packed: Packed,
@@ -44,12 +47,12 @@ class Plan:
         stride: Sequence[int],
         padding: Sequence[int],
         dilation: Sequence[int],
-        scale: int = 0,
-        shift: int = 0,
-        residual: int = 0,
+        scale: int = ...,
+        shift: int = ...,
+        residual: int = ...,
         residual_strides: Sequence[int] = ...,
-        act: str = "none",
-        threads: int = 1,
+        act: str = ...,
+        threads: int = ...,
     ) -> None: ...
     def wgrad(
         self,
@@ -64,7 +67,7 @@ class Plan:
         stride: Sequence[int],
         padding: Sequence[int],
         dilation: Sequence[int],
-        threads: int = 1,
+        threads: int = ...,
     ) -> None: ...
 
 class PackedParts:
@@ -74,21 +77,20 @@ class PackedParts:
 class Dgrad:
     def __init__(
         self,
-        mask: NDArray[np.uint8],
+        mask: Buffer,
         stride: Sequence[int],
         padding: Sequence[int],
         dilation: Sequence[int],
-        dtype: str = "float32",
-        isa: str = "",
-        form: str = "auto",
-        channels_last: bool = True,
+        dtype: str = ...,
+        isa: str = ...,
+        form: str = ...,
+        channels_last: bool = ...,
     ) -> None: ...
     @property
     def forms(self) -> list[str]: ...
     def pack(
-        self, weight: int, strides: Sequence[int], dtype: str, threads: int = 1
+        self, weight: int, strides: Sequence[int], dtype: str, threads: int = ...
     ) -> PackedParts: ...
-    # The last but one is called `in` in C++, which no Python caller can name.
     def dgrad(
         self,
         packed: PackedParts,
@@ -97,8 +99,6 @@ class Dgrad:
         nhw: Sequence[int],
         dx: int,
         dx_strides: Sequence[int],
-        in_size: Sequence[int],
-        threads: int = 1,
+        size: Sequence[int],
+        threads: int = ...,
     ) -> None: ...
-
-def isas() -> list[str]: ...

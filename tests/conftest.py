@@ -45,7 +45,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if exitstatus == pytest.ExitCode.OK and reporter and not session.config.option.collectonly:
         ran = any(reporter.stats.get(outcome) for outcome in ("passed", "xfailed", "xpassed"))
         if reporter.stats.get("skipped") and not ran:
-            reporter.write_line("every selected test was skipped, so nothing was checked", red=True)
+            reporter.write_line("\nevery selected test was skipped: nothing was checked", red=True)
             session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
 
 

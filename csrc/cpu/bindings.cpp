@@ -228,5 +228,5 @@ PYBIND11_MODULE(_cpu, m) {
                   in[1], threads);
           },
           py::arg("packed"), py::arg("dy"), py::arg("dy_strides"), py::arg("nhw"), py::arg("dx"),
-          py::arg("dx_strides"), py::arg("in"), py::arg("threads") = 1);
+          py::arg("dx_strides"), py::arg("size"), py::arg("threads") = 1);
 }

@@ -62,7 +62,7 @@ class Cpu:
         return problem.dtype == torch.float32 and _cpu.isas()[0] != "generic"
 
     def efficiency(self, problem: Problem) -> float:
-        """Useful over executed vector operations of the plan."""
+        """Useful over weighted vector operations; moving data and slower forms count as work."""
         plan = self._plan(problem)
         return min(1.0, plan.useful / plan.cost) if plan.cost else 1.0
 
