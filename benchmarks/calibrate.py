@@ -91,6 +91,7 @@ def measure(support: hk.Support, n: int, side: int, stride: int, rounds: int) ->
         "ratio": timings.speedup("cpu", "vendor").value,
         "dense_macs": problem.dense_macs,
         "operations": engine.operations(problem),  # type: ignore[attr-defined]
+        "form": engine._plan(problem).form,  # type: ignore[attr-defined]
         "bytes": problem.bytes_moved,
         "predicted_vendor_s": get_backend("vendor").estimate(problem),
         "predicted_cpu_s": engine.estimate(problem),

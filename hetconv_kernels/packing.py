@@ -214,7 +214,7 @@ class CleanCheck(_PerWeight):
             self._remember(w, met)
             return False
         dense = w.detach().view(self._support.shape)
-        # A dead entry (0) that is not zero (1): booleans are compared, which is fast everywhere.
+        # 1 > 0 where a weight that is not zero stands at a dead entry.
         clean = not bool((dense.ne(0) > _mask_like(self._support, dense)).any())
         self._remember(w, clean)
         return clean

@@ -37,9 +37,9 @@ SUPPORTS = {
 def operands(geometry: Geometry, dtype: torch.dtype, batch: int = 2) -> tuple[Tensor, ...]:
     """x, a dense weight whose dead entries are zero, and dy."""
     support = geometry.support
-    x = torch.randn(batch, support.channels, 7, 6).to(dtype)
+    x = torch.randn(batch, support.channels, 7, 8).to(dtype)
     w = dense_weight(support, torch.randn(support.shape), dtype)
-    dy = torch.randn(batch, support.filters, *geometry.output_size(7, 6)).to(dtype)
+    dy = torch.randn(batch, support.filters, *geometry.output_size(7, 8)).to(dtype)
     return x, w, dy
 
 
