@@ -3,9 +3,9 @@
 
     python -m benchmarks.calibrate [--out FILE] [--rounds N]
 
-Writes, for each of some hundred layers, both measured times and both predictions, fits the rates of
-`hetconv_kernels.backends.rates` to the even rows, and reports on the odd rows, which were not used
-for fitting, how often the faster backend is picked and what a wrong pick costs.
+Measures random layers on both backends beside both predictions, fits the seconds of
+`hetconv_kernels.backends.rates` to every second row, and reports on the other rows, which no fit
+has seen, how often the committed predictions pick the faster backend and what a wrong pick costs.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import random
 import statistics
 from pathlib import Path
@@ -24,6 +25,7 @@ import torch
 import hetconv_kernels as hk
 from hetconv_kernels import ops
 from hetconv_kernels.backends import get_backend
+from hetconv_kernels.backends.cpu import Cpu, _tile_columns
 from hetconv_kernels.problem import make_geometry
 from hetconv_kernels.timing import interleaved
 
@@ -82,30 +84,32 @@ def measure(support: hk.Support, n: int, side: int, stride: int, rounds: int) ->
              for name, code in codes.items()},
             rounds=rounds,
         )  # fmt: skip
-    engine = get_backend("cpu")
+    engine, plan = get_backend("cpu"), Cpu._plan(problem)
+    oh, ow = problem.output_size
     return {
         "layer": f"{n}x{support.channels}x{side}^2->{support.filters} k{kernel} s{stride} "
         f"{support.kind} {support.density:.2f}",
         "vendor_s": timings.median("vendor"),
         "cpu_s": timings.median("cpu"),
         "ratio": timings.speedup("cpu", "vendor").value,
-        "dense_macs": problem.dense_macs,
-        "operations": engine.operations(problem),  # type: ignore[attr-defined]
-        "form": engine._plan(problem).form,  # type: ignore[attr-defined]
-        "bytes": problem.bytes_moved,
         "predicted_vendor_s": get_backend("vendor").estimate(problem),
         "predicted_cpu_s": engine.estimate(problem),
+        "form": plan.form,
+        "macs": problem.dense_macs,
+        "weights": math.prod(support.shape),
+        "bytes": problem.bytes_moved,
+        "operations": n * oh * ow * plan.cost,
+        "loads": n * oh * ow * _tile_columns(problem) / 16,
+        "images": n * plan.cost,
+        "packed": plan.packed_elements,
     }
 
 
-def fit(rows: list[Row], work: str, time: str) -> tuple[float, float, float]:
-    """Fits seconds = work / rate + bytes / bandwidth + call, by relative non-negative error."""
-    a = np.array([[r[work], r["bytes"], 1.0] for r in rows])
+def fit(rows: list[Row], terms: tuple[str, ...], time: str) -> dict[str, float]:
+    """Fits seconds as a sum of non-negative terms and a constant, by relative error."""
     y = np.array([r[time] for r in rows])
-    scale = 1 / y
-    columns = a * scale[:, None]
-    norm = np.linalg.norm(columns, axis=0)
-    active = list(range(3))
+    columns = np.array([[*(r[term] for term in terms), 1.0] for r in rows]) / y[:, None]
+    norm, active = np.linalg.norm(columns, axis=0), list(range(len(terms) + 1))
     while True:  # drop terms that would be negative
         solution = np.linalg.lstsq(columns[:, active] / norm[active], np.ones(len(y)), rcond=None)[
             0
@@ -113,9 +117,8 @@ def fit(rows: list[Row], work: str, time: str) -> tuple[float, float, float]:
         if (solution >= 0).all():
             break
         active.pop(int(solution.argmin()))
-    full = np.zeros(3)
-    full[active] = solution / norm[active]
-    return tuple(full)  # type: ignore[return-value]
+    names = (*terms, "call")
+    return {names[i]: float(v / norm[i]) for i, v in zip(active, solution, strict=True)}
 
 
 def judge(rows: list[Row]) -> dict[str, float]:
@@ -142,13 +145,12 @@ def main() -> None:
         rows.append(measure(support, n, side, stride, options.rounds))
         row, micros = rows[-1], [round(rows[-1][name] * 1e6) for name in SHOWN]
         print(f"{row['layer']:<62} {micros} us  x{row['ratio']:.2f}", flush=True)
-    threads = torch.get_num_threads()
-    for name, work in (("vendor", "dense_macs"), ("cpu", "operations")):
-        rate, bandwidth, call = fit(rows[::2], work, f"{name}_s")
-        print(
-            f"fit {name}: {1 / rate / threads if rate else 0:.3g} {work}/s a thread, "
-            f"{1 / bandwidth if bandwidth else 0:.3g} B/s, {call * 1e6:.1f} us a call"
-        )
+    half = rows[::2]
+    print(f"seconds fitted to every second row, on {torch.get_num_threads()} threads:")
+    print("  dense  ", fit(half, ("macs", "weights", "bytes"), "vendor_s"))
+    for name in ("filters", "pixels"):
+        of_form = [r for r in half if (r["form"] == "filters") == (name == "filters")]
+        print(f"  {name:<7}", fit(of_form, ("operations", "loads", "images", "packed"), "cpu_s"))
     errors = [abs(np.log(r["predicted_cpu_s"] / r["cpu_s"])) for r in rows[1::2]]
     print(f"median error of the cpu prediction: x{np.exp(statistics.median(errors)):.2f}")
     print("on the rows not used for fitting:", judge(rows[1::2]))

@@ -97,8 +97,19 @@ template <class A, int NV> static FiltersKernel<A> filters_kernel_for(int mr) {
     break;
   switch (mr) {
     HC_ROW(1)
-    HC_ROW(2) HC_ROW(3) HC_ROW(4) HC_ROW(5) HC_ROW(6) HC_ROW(7) HC_ROW(8) HC_ROW(9) HC_ROW(10)
-        HC_ROW(11) HC_ROW(12) HC_ROW(13) HC_ROW(14)
+    HC_ROW(2)
+    HC_ROW(3)
+    HC_ROW(4)
+    HC_ROW(5)
+    HC_ROW(6)
+    HC_ROW(7)
+    HC_ROW(8)
+    HC_ROW(9)
+    HC_ROW(10)
+    HC_ROW(11)
+    HC_ROW(12)
+    HC_ROW(13)
+    HC_ROW(14)
   }
 #undef HC_ROW
   return nullptr;

@@ -53,7 +53,16 @@ template <class A, int NF> static PixelsKernel<A> pixels_kernel_of(int np) {
   case m:                                                                 \
     if constexpr (m <= kPixelVectors[NF]) return pixels_kernel<A, NF, m>; \
     break;
-  switch (np) { HC_ROW(1) HC_ROW(2) HC_ROW(3) HC_ROW(4) HC_ROW(5) HC_ROW(6) HC_ROW(7) HC_ROW(8) }
+  switch (np) {
+    HC_ROW(1)
+    HC_ROW(2)
+    HC_ROW(3)
+    HC_ROW(4)
+    HC_ROW(5)
+    HC_ROW(6)
+    HC_ROW(7)
+    HC_ROW(8)
+  }
 #undef HC_ROW
   return nullptr;
 }

@@ -7,6 +7,7 @@ of the image as it goes, and writes the result's format; nothing is converted he
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from ..packing import FrozenCache, dense_weight
 from ..problem import Problem
 from . import Runner
 from .common import empty, weight_gradient
-from .rates import CPU_RATES
+from .rates import ENGINE, PACK, VERB
 
 _MAX_INT = 2**31 - 1
 # The instruction set; "" takes the best one here, or what HETCONV_ISA says.
@@ -47,19 +48,23 @@ class Cpu:
         return reasons
 
     def estimate(self, problem: Problem) -> float:
-        """Predicts the time from the plan's weighted vector operations, in seconds."""
-        rates = CPU_RATES[self._plan(problem).isa]
-        work = self.operations(problem) / (rates.operations * torch.get_num_threads())
-        return work + problem.bytes_moved / rates.bandwidth + rates.engine_call
-
-    def operations(self, problem: Problem) -> float:
-        """Counts weighted vector multiply-adds: the plan's, for every pixel of the output."""
+        """Predicts the time from what the plan executes, in seconds."""
+        plan, threads = self._plan(problem), torch.get_num_threads()
+        form = ENGINE["filters" if plan.form == "filters" else "pixels"]
+        per_image = problem.batch * plan.cost
         oh, ow = problem.output_size
-        return float(self._plan(problem).cost) * problem.batch * oh * ow
+        compute = (
+            per_image * oh * ow * form.operation
+            + problem.batch * oh * ow * _tile_columns(problem) / 16 * form.load
+            + per_image * form.image
+        )
+        packing = 0.0 if problem.live_weight else math.prod(problem.support.shape) * PACK
+        fixed = plan.packed_elements * form.packed + packing + form.call
+        return compute * VERB[problem.verb] / threads + fixed
 
     def measured(self, problem: Problem) -> bool:
-        """The rates were measured for the instruction sets of x86-64, in float32."""
-        return problem.dtype == torch.float32 and _cpu.isas()[0] != "generic"
+        """The seconds were fitted in float32 with AVX-512; elsewhere they are a guess."""
+        return problem.dtype == torch.float32 and self._plan(problem).isa == "avx512"
 
     def efficiency(self, problem: Problem) -> float:
         """Useful over weighted vector operations; moving data and slower forms count as work."""
@@ -208,6 +213,11 @@ class Cpu:
 
 def _mask(problem: Problem) -> Any:
     return np.ascontiguousarray(problem.support.mask).view(np.uint8)
+
+
+def _tile_columns(problem: Problem) -> int:
+    """Counts the columns that the tiles of at most eight filters read, one after the other."""
+    return sum(-(-len(g.filters) // 8) * int(g.mask.sum()) for g in problem.support.groups)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rates that predictions rest on; ``python -m benchmarks.calibrate`` fits those of a CPU."""
+"""Seconds that predictions are made of. Those of a CPU come from `benchmarks.calibrate`."""
 
 from __future__ import annotations
 
@@ -8,35 +8,54 @@ from typing import NamedTuple
 import torch
 
 
-class CpuRates(NamedTuple):
-    """What one core does, and what a call costs.
+class DenseSeconds(NamedTuple):
+    """What PyTorch's dense float32 convolution takes on a CPU.
 
     Attributes:
-        macs: float32 multiply-accumulates of the dense convolution, per second and thread.
-        operations: weighted vector multiply-adds of the native engine, per second and thread.
-        dense_call: seconds of a dense call that does next to nothing.
-        engine_call: seconds of an engine call that does next to nothing.
-        bandwidth: bytes a second, all threads together.
+        mac: per multiply-accumulate, on one thread.
+        weight: per weight, which every call lays out anew.
+        byte: per byte of input, output and live weights.
+        call: per call.
     """
 
-    macs: float
-    operations: float
-    dense_call: float
-    engine_call: float
-    bandwidth: float
+    mac: float
+    weight: float
+    byte: float
+    call: float
 
 
-# By instruction set.
-CPU_RATES = {
-    "avx512": CpuRates(5.5e10, 3.4e9, 5e-6, 8e-6, 3e10),
-    "avx2": CpuRates(2.8e10, 3.4e9, 5e-6, 8e-6, 3e10),
-    "generic": CpuRates(1.4e10, 3.4e9, 5e-6, 8e-6, 3e10),
+class EngineSeconds(NamedTuple):
+    """What the native engine takes, in one of its forms.
+
+    Attributes:
+        operation: per weighted vector multiply-add of the plan, on one thread.
+        load: per vector of activations that a tile of at most eight filters reads, on one thread.
+        image: per image, for each weighted multiply-add of one output pixel, on one thread.
+        packed: per element of the packed weight.
+        call: per call.
+    """
+
+    operation: float
+    load: float
+    image: float
+    packed: float
+    call: float
+
+
+# Fitted on two threads of an AMD Zen 5 server core (AVX-512), torch 2.13, channels_last, on half of
+# 240 random layers; see benchmarks/results. Other machines are predicted by the same ratios.
+DENSE = DenseSeconds(7.7e-12, 2.1e-10, 3.3e-12, 8e-6)
+ENGINE = {
+    "filters": EngineSeconds(1.02e-10, 2.4e-11, 1.03e-9, 2.7e-11, 8e-6),
+    "pixels": EngineSeconds(8.4e-11, 1.84e-10, 2.3e-9, 3.1e-10, 1.2e-5),
 }
-# Dense MAC/s, byte/s and seconds a launch of a GPU: nominal, nothing was fitted.
-GPU_RATES = (1e14, 2e12, 5e-6)
+# A trained weight is packed at each call: seconds per dense weight.
+PACK = 3e-10
+# dgrad and wgrad run at a lower rate than fprop with the same multiply-accumulates.
+VERB = {"fprop": 1.0, "dgrad": 1.15, "wgrad": 1.5}
+# How much faster than float32 a dense convolution may be; generous where nothing was measured, so
+# that `auto` does not leave it too early.
+DTYPE_SPEED = {torch.bfloat16: 2.0, torch.float16: 1.0, torch.float64: 0.5}
 
-
-def dense_isa() -> str:
-    """Names the instruction set that PyTorch's own kernels use here."""
-    capability = torch.backends.cpu.get_cpu_capability().lower()
-    return capability if capability in CPU_RATES else "generic"
+# A GPU's dense MAC/s, byte/s and seconds a launch: nominal, nothing was fitted.
+GPU = (1e14, 2e12, 5e-6)

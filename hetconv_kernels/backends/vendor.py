@@ -7,6 +7,7 @@ are zero, as the layers keep theirs, is passed on as it is, so a call is one ``t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -17,11 +18,7 @@ from ..packing import CleanCheck, FrozenCache, dense_weight, own_blocks
 from ..problem import Problem
 from . import Runner
 from .common import crop_image, empty, epilogue, pad_image, to_format, weight_gradient
-from .rates import CPU_RATES, GPU_RATES, dense_isa
-
-# How much faster than float32 a dense convolution may be; generous where nothing was measured, so
-# that `auto` does not leave it too early.
-_DTYPE_SPEED = {torch.bfloat16: 2.0, torch.float16: 1.0, torch.float64: 0.5}
+from .rates import DENSE, DTYPE_SPEED, GPU
 
 
 def dense_seconds(problem: Problem, work: float = 1.0, launches: int = 1) -> float:
@@ -35,14 +32,18 @@ def dense_seconds(problem: Problem, work: float = 1.0, launches: int = 1) -> flo
     Returns:
         Seconds.
     """
-    if problem.device.type == "cpu":
-        rates = CPU_RATES[dense_isa()]
-        macs = rates.macs * torch.get_num_threads() * _DTYPE_SPEED.get(problem.dtype, 1.0)
-        bandwidth, launch = rates.bandwidth, rates.dense_call
-    else:
-        macs, bandwidth, launch = GPU_RATES
-    compute = problem.dense_macs * work / macs
-    return max(compute, problem.bytes_moved / bandwidth) + launches * launch
+    macs = problem.dense_macs * work
+    if problem.device.type != "cpu":
+        rate, bandwidth, launch = GPU
+        return max(macs / rate, problem.bytes_moved / bandwidth) + launches * launch
+    speed = torch.get_num_threads() * DTYPE_SPEED.get(problem.dtype, 1.0)
+    weights = math.prod(problem.support.shape) * work
+    return (
+        macs * DENSE.mac / speed
+        + weights * DENSE.weight
+        + problem.bytes_moved * DENSE.byte
+        + launches * DENSE.call
+    )
 
 
 class Vendor:
