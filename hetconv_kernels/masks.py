@@ -19,18 +19,20 @@ MAX_ENTRIES = 2**31 - 1
 
 
 def pack_mask(mask: BoolArray) -> npt.NDArray[np.uint8]:
-    """Packs a mask, each kernel's taps into whole bytes.
+    """Packs a mask into bits, lowest first, each filter's columns in whole bytes.
 
-    # bool [F, C, KH, KW] -> uint8 [F, C, B]
+    # bool [F, C, KH, KW] -> uint8 [F, ceil(C·KH·KW/8)]
     """
-    return np.packbits(mask.reshape(*mask.shape[:2], -1), axis=-1, bitorder="little")
+    return np.packbits(mask.reshape(len(mask), -1), axis=-1, bitorder="little")
 
 
-def unpack_mask(bits: npt.NDArray[np.uint8], kernel: tuple[int, int]) -> BoolArray:
-    """Unpacks what `pack_mask` packed.  # uint8 [F, C, B] -> bool [F, C, KH, KW]"""
-    taps = kernel[0] * kernel[1]
-    flat = np.unpackbits(bits, axis=-1, count=taps, bitorder="little")
-    return flat.reshape(*bits.shape[:2], *kernel).view(np.bool_)
+def unpack_mask(bits: npt.NDArray[np.uint8], columns: tuple[int, int, int]) -> BoolArray:
+    """Unpacks what `pack_mask` packed, for columns (C, KH, KW).
+
+    # uint8 [F, ceil(C·KH·KW/8)] -> bool [F, C, KH, KW]
+    """
+    flat = np.unpackbits(bits, axis=-1, count=math.prod(columns), bitorder="little")
+    return flat.reshape(len(bits), *columns).view(np.bool_)
 
 
 def kernel_pair(kernel: int | Sequence[int]) -> tuple[int, int]:

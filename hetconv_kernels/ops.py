@@ -291,7 +291,7 @@ def geometry_of(bits: Tensor, ints: Sequence[int]) -> Geometry:
     geometry = _geometries.get(key)
     if geometry is None:
         named = read_ints(ints)
-        support = find_support(named.digest) or _read_support(bits, named.kernel)
+        support = find_support(named.digest) or _read_support(bits, named.columns)
         if support.digest != named.digest:
             raise ArgumentError(
                 mismatch("digest of the support tensor", support.digest, named.digest)
@@ -303,13 +303,13 @@ def geometry_of(bits: Tensor, ints: Sequence[int]) -> Geometry:
     return geometry
 
 
-def _read_support(bits: Tensor, kernel: tuple[int, int]) -> Support:
+def _read_support(bits: Tensor, columns: tuple[int, int, int]) -> Support:
     if bits.is_cuda and torch.cuda.is_current_stream_capturing():
         raise BackendError(
             "a Support is met for the first time while a CUDA graph is captured; expected it to "
             "be known. Run hetconv_kernels.warmup(model, example) before the capture."
         )
-    return support_from_bits(bits.cpu().numpy(), kernel)
+    return support_from_bits(bits.cpu().numpy(), columns)
 
 
 def _fprop(
@@ -376,7 +376,7 @@ def _fake_fprop(
     geometry: Sequence[int],
     backend: int,
 ) -> Tensor:
-    _check_traced("input", x, support.shape[1], geometry)
+    _check_traced("input", x, geometry[2], geometry)
     shape = (x.shape[0], support.shape[0], *output_size(geometry))
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x, w))
 
@@ -399,7 +399,7 @@ def _fake_dgrad(
     dy: Tensor, w: Tensor, support: Tensor, geometry: Sequence[int], backend: int
 ) -> Tensor:
     _check_traced("dy", dy, support.shape[0], geometry)
-    shape = (dy.shape[0], support.shape[1], *geometry[:2])
+    shape = (dy.shape[0], geometry[2], *geometry[:2])
     return torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=memory_format(dy, w))
 
 

@@ -27,7 +27,7 @@ from .support import Support
 def bits_on(support: Support, device: torch.device) -> Tensor:
     """Returns the bit-packed mask, the form in which a Support crosses an operator.
 
-    # uint8 [F, C, ceil(KH·KW/8)]
+    # uint8 [F, ceil(C·KH·KW/8)]
     """
     bits = support.derived.get(device)
     if bits is None:

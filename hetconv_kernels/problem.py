@@ -57,7 +57,7 @@ class Geometry:
         top, bottom, left, right = self.pads
         symmetric = (top, left) if top == bottom and left == right else None
         tail = (
-            *self.support.kernel,
+            *self.support.shape[1:],
             *self.stride,
             *self.pads,
             *self.dilation,
@@ -74,7 +74,7 @@ class Geometry:
         return Geometry, (self.support, self.stride, self.pads, self.dilation)
 
     def ints(self, height: int, width: int) -> list[int]:
-        """Lists H, W, KH, KW, stride (2), pads (4), dilation (2) and the Support's digest."""
+        """Lists H, W, C, KH, KW, stride (2), pads (4), dilation (2) and the Support's digest."""
         return [height, width, *self.tail]
 
     def output_size(self, height: int, width: int) -> Pair:
@@ -87,7 +87,7 @@ class Ints(NamedTuple):
 
     height: int
     width: int
-    kernel: Pair
+    columns: tuple[int, int, int]
     stride: Pair
     pads: Pads
     dilation: Pair
@@ -96,13 +96,13 @@ class Ints(NamedTuple):
 
 def read_ints(ints: Sequence[int]) -> Ints:
     """Names the integers that `Geometry.ints` lists."""
-    h, w, kh, kw, sh, sw, top, bottom, left, right, dh, dw, digest = ints
-    return Ints(h, w, (kh, kw), (sh, sw), (top, bottom, left, right), (dh, dw), digest)
+    h, w, c, kh, kw, sh, sw, top, bottom, left, right, dh, dw, digest = ints
+    return Ints(h, w, (c, kh, kw), (sh, sw), (top, bottom, left, right), (dh, dw), digest)
 
 
 def output_size(ints: Sequence[int]) -> Pair:
     """Returns the output height and width of a convolution given as `Geometry.ints`."""
-    h, w, kh, kw, sh, sw, top, bottom, left, right, dh, dw, _ = ints
+    h, w, _, kh, kw, sh, sw, top, bottom, left, right, dh, dw, _ = ints
     return (
         (h + top + bottom - dh * (kh - 1) - 1) // sh + 1,
         (w + left + right - dw * (kw - 1) - 1) // sw + 1,

@@ -267,13 +267,13 @@ class Support:
 
     @property
     def bits(self) -> npt.NDArray[np.uint8]:
-        """The bit-packed mask, taps of one kernel in whole bytes.  # uint8 [F, C, ceil(KH·KW/8)]"""
+        """The bit-packed mask, a filter's columns in whole bytes.  # uint8 [F, ceil(C·KH·KW/8)]"""
         return self._bits
 
     @property
     def mask(self) -> BoolArray:
         """Which weights exist, unpacked anew at each call.  # bool [F, C, KH, KW]"""
-        mask = unpack_mask(self._bits, self.kernel)
+        mask = unpack_mask(self._bits, self.shape[1:])
         mask.flags.writeable = False
         return mask
 
@@ -294,7 +294,7 @@ class Support:
         for f, row in enumerate(self._bits):
             members.setdefault(row.tobytes(), []).append(f)
         filters = [np.array(group) for group in members.values()]
-        masks = unpack_mask(self._bits[[group[0] for group in filters]], self.kernel)
+        masks = unpack_mask(self._bits[[group[0] for group in filters]], self.shape[1:])
         for array in (*filters, masks):
             array.flags.writeable = False
         return tuple(Group(*pair) for pair in zip(filters, masks, strict=True))
@@ -359,7 +359,7 @@ class Support:
         return self  # immutable
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _from_bits, (self._bits, self.kernel, self.kind)
+        return _from_bits, (self._bits, self.shape[1:], self.kind)
 
     def __repr__(self) -> str:
         f, c, kh, kw = self.shape
@@ -390,13 +390,13 @@ class Support:
                 raise SupportError(mismatch("Support JSON format", data["format"], _JSON_FORMAT))
             f, c, kh, kw = data["shape"]
             mask_shape(c, f, (kh, kw))
-            size = f * c * -(-kh * kw // 8)
+            size = f * -(-c * kh * kw // 8)
             unpacker = zlib.decompressobj()
             raw = unpacker.decompress(base64.b64decode(data["bits"], validate=True), size + 1)
             if len(raw) != size:
                 raise ValueError(f"{len(raw)} bytes of mask, where the shape needs {size}")
-            bits = np.frombuffer(raw, np.uint8).reshape(f, c, -1)
-            support = _from_bits(bits, (kh, kw), str(data["kind"]))
+            bits = np.frombuffer(raw, np.uint8).reshape(f, -1)
+            support = _from_bits(bits, (c, kh, kw), str(data["kind"]))
             if f"{support.digest:016x}" != data["digest"]:
                 raise SupportError(
                     mismatch(
@@ -420,10 +420,10 @@ def find_support(digest: int) -> Support | None:
     return _known.get(digest)
 
 
-def support_from_bits(bits: npt.NDArray[np.uint8], kernel: tuple[int, int]) -> Support:
-    """Builds a Support from its bit-packed mask.  # uint8 [F, C, ceil(KH·KW/8)]"""
-    return _from_bits(bits, kernel, "mask")
+def support_from_bits(bits: npt.NDArray[np.uint8], columns: tuple[int, int, int]) -> Support:
+    """Builds a Support from its bit-packed mask [F, B] and its columns (C, KH, KW)."""
+    return _from_bits(bits, columns, "mask")
 
 
-def _from_bits(bits: npt.NDArray[np.uint8], kernel: tuple[int, int], kind: str) -> Support:
-    return Support(unpack_mask(np.ascontiguousarray(bits), kernel), kind)
+def _from_bits(bits: npt.NDArray[np.uint8], columns: tuple[int, int, int], kind: str) -> Support:
+    return Support(unpack_mask(np.ascontiguousarray(bits), columns), kind)

@@ -27,27 +27,27 @@ from hetconv_kernels.masks import (
 
 
 @pytest.mark.parametrize("kernel", [(1, 1), (2, 4), (3, 3), (1, 8), (4, 4), (5, 5)], ids=str)
-def test_packed_taps_are_bits_of_whole_bytes_lowest_first(kernel: tuple[int, int]) -> None:
-    taps = math.prod(kernel)
-    for tap in range(taps):
-        mask = np.zeros((2, 3, taps), bool)
-        mask[1, 2, tap] = True
+def test_packed_columns_are_bits_of_whole_bytes_lowest_first(kernel: tuple[int, int]) -> None:
+    columns = 3 * math.prod(kernel)
+    for column in range(columns):
+        mask = np.zeros((2, columns), bool)
+        mask[1, column] = True
         bits = pack_mask(mask.reshape(2, 3, *kernel))
-        assert bits.shape == (2, 3, -(-taps // 8))
-        assert bits[1, 2, tap // 8] == 1 << tap % 8
+        assert bits.shape == (2, -(-columns // 8))
+        assert bits[1, column // 8] == 1 << column % 8
         assert np.count_nonzero(bits) == 1
 
 
 @given(masks())
 def test_unpacking_gives_the_mask_back(mask: Any) -> None:
-    unpacked = unpack_mask(pack_mask(mask), mask.shape[2:])
+    unpacked = unpack_mask(pack_mask(mask), mask.shape[1:])
     assert unpacked.dtype == np.bool_
     np.testing.assert_array_equal(unpacked, mask)
 
 
 def test_unpacking_ignores_the_bits_past_the_last_tap() -> None:
-    bits = np.full((1, 1, 2), 255, np.uint8)
-    assert unpack_mask(bits, (3, 3)).tolist() == np.ones((1, 1, 3, 3), bool).tolist()
+    bits = np.full((1, 2), 255, np.uint8)
+    assert unpack_mask(bits, (1, 3, 3)).tolist() == np.ones((1, 1, 3, 3), bool).tolist()
 
 
 @given(st.integers(1, 40), st.integers(1, 40))

@@ -144,7 +144,7 @@ def test_a_support_first_met_during_capture_is_refused(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(BackendError, match=r"hetconv_kernels\.warmup"):
-        ops._read_support(CudaBits(), (3, 3))  # type: ignore[arg-type]
+        ops._read_support(CudaBits(), (8, 3, 3))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
