@@ -15,7 +15,8 @@ class Roofs:
     """The ceilings that were measured on this machine, in one dtype.
 
     Attributes:
-        macs_per_s: multiply-accumulates per second of a large matrix product.
+        macs_per_s: multiply-accumulates per second of a large matrix product or dense convolution,
+            whichever is faster (on some CPUs the library's product is far from the peak).
         bytes_per_s: bytes read plus bytes written per second of a large copy.
         device: where.
         dtype: of the operands.
@@ -38,7 +39,7 @@ def measure_roofs(
     rounds: int = 7,
     size: int | None = None,
 ) -> Roofs:
-    """Measures the matrix-product and the copy ceiling of a device.
+    """Measures the arithmetic and the copy ceiling of a device.
 
     The best of ``rounds`` samples counts, since a ceiling is what the machine can do undisturbed.
 
@@ -55,15 +56,26 @@ def measure_roofs(
     a, b = (torch.randn(edge, edge, generator=generator).to(device, dtype) for _ in "ab")
     source = torch.ones(4 * last_level_cache(device) // 4, dtype=torch.float32, device=device)
     sink, product = torch.empty_like(source), torch.empty_like(a)
+    images, channels, side = (8, 256, 28) if device.type == "cpu" else (64, 512, 56)
+    x = torch.randn(images, channels, side, side, generator=generator).to(device, dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    w = torch.randn(channels, channels, 3, 3, generator=generator).to(device, dtype)
     timings = interleaved(
-        {"product": lambda: torch.mm(a, b, out=product), "copy": lambda: sink.copy_(source)},
+        {
+            "product": lambda: torch.mm(a, b, out=product),
+            "convolution": lambda: torch.conv2d(x, w, padding=1),
+            "copy": lambda: sink.copy_(source),
+        },
         rounds=rounds,
         warmup=1,
         device=device,
     )
     moved = 2 * source.numel() * source.element_size()
     return Roofs(
-        macs_per_s=edge**3 / min(timings.samples["product"]),
+        macs_per_s=max(
+            edge**3 / min(timings.samples["product"]),
+            x.numel() * channels * 9 / min(timings.samples["convolution"]),
+        ),
         bytes_per_s=moved / min(timings.samples["copy"]),
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
