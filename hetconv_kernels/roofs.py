@@ -36,7 +36,7 @@ def measure_roofs(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     *,
-    rounds: int = 7,
+    rounds: int = 25,
     size: int | None = None,
 ) -> Roofs:
     """Measures the arithmetic and the copy ceiling of a device.
