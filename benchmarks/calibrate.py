@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 import hetconv_kernels as hk
+from benchmarks.record import environment
 from hetconv_kernels import ops
 from hetconv_kernels.backends import get_backend
 from hetconv_kernels.backends.cpu import Cpu, _tile_columns
@@ -155,7 +156,8 @@ def main() -> None:
     print(f"median error of the cpu prediction: x{np.exp(statistics.median(errors)):.2f}")
     print("on the rows not used for fitting:", judge(rows[1::2]))
     if options.out:
-        options.out.write_text(json.dumps(rows, indent=1) + "\n")
+        found = {"environment": environment(), "unseen": judge(rows[1::2]), "rows": rows}
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
