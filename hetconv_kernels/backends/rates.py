@@ -43,7 +43,8 @@ class EngineSeconds(NamedTuple):
 
 
 # Fitted on two threads of an AMD Zen 5 server core (AVX-512), torch 2.13, channels_last, on half of
-# 240 random layers (benchmarks/calibration-avx512.json). Other machines are predicted by the same ratios.
+# 240 random layers; benchmarks/calibration-avx512.json shows them beside a later measurement.
+# Other machines are predicted by the same ratios.
 DENSE = DenseSeconds(7.7e-12, 2.1e-10, 3.3e-12, 8e-6)
 ENGINE = {
     "filters": EngineSeconds(1.02e-10, 2.4e-11, 1.03e-9, 2.7e-11, 8e-6),
