@@ -59,8 +59,7 @@ def support_conv2d(
     cached = isinstance(support, Support) and not torch.compiler.is_compiling()
     build = _geometry if cached else make_geometry
     geometry = build(support, _key(stride), _key(padding), _key(dilation))
-    code = backends._forced if backend is None else backends.backend_code(backend)
-    return conv2d(x, weight, bias, geometry, code)
+    return conv2d(x, weight, bias, geometry, backends.backend_code(backend))
 
 
 def conv2d(
@@ -77,8 +76,7 @@ def conv2d(
         x = _autocast(x)
     if _traced(x, weight):
         check_kinds(x, weight, bias, mixed)
-        bits = bits_on(geometry.support, x.device)
-        ints = geometry.ints(x.shape[2], x.shape[3])
+        bits, ints = _op_arguments(geometry, x)
         return torch.ops.hetconv.fprop(x, weight, bits, None, bias, None, "none", ints, backend)
     if torch.is_grad_enabled() or transforms_active():
         # A wrong rank is refused by the checks in the call.
@@ -134,8 +132,7 @@ def fused_conv2d(
         return epilogue(y, scale, None if bare else shift, residual, act)
     if _traced(x, weight):
         check_kinds(x, weight, shift, mixed)
-        bits = bits_on(geometry.support, x.device)
-        ints = geometry.ints(x.shape[2], x.shape[3])
+        bits, ints = _op_arguments(geometry, x)
         return torch.ops.hetconv.fprop(x, weight, bits, scale, shift, residual, act, ints, backend)
     return ops.run_fprop(x, weight, geometry, shift, backend, mixed, scale, residual, act)
 
@@ -151,8 +148,7 @@ def conv2d_stats(
         y [N, F, OH, OW], Σ y [F] and Σ y² [F], the sums in float32 (float64 for float64).
     """
     if _traced(x, weight):
-        bits = bits_on(geometry.support, x.device)
-        ints = geometry.ints(x.shape[2], x.shape[3])
+        bits, ints = _op_arguments(geometry, x)
         return torch.ops.hetconv.fprop_stats(x, weight, bits, bias, ints, backend)
     if torch.is_grad_enabled() or transforms_active():
         y = conv2d(x, weight, bias, geometry, backend)
@@ -170,6 +166,11 @@ def _traced(x: Tensor, weight: Tensor) -> bool:
         or x.is_meta
         or _profiler._is_profiler_enabled
     )
+
+
+def _op_arguments(geometry: Geometry, x: Tensor) -> tuple[Tensor, list[int]]:
+    """Returns what stands for a Geometry in an operator's arguments."""
+    return bits_on(geometry.support, x.device), geometry.ints(x.shape[2], x.shape[3])
 
 
 def _autocasting(x: Tensor) -> bool:

@@ -50,6 +50,7 @@ ENGINE = {
     "filters": EngineSeconds(1.02e-10, 2.4e-11, 1.03e-9, 2.7e-11, 8e-6),
     "pixels": EngineSeconds(8.4e-11, 1.84e-10, 2.3e-9, 3.1e-10, 1.2e-5),
 }
+# The calls above, and these two, are set by hand from single measurements, not fitted.
 # A trained weight is packed at each call: seconds per dense weight.
 PACK = 3e-10
 # dgrad and wgrad run at a lower rate than fprop with the same multiply-accumulates.
