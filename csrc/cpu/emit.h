@@ -44,6 +44,45 @@ template <class A> HC_INLINE Vec<A> activate(Vec<A> v, Act act) {
   return smooth<A>(v, act);
 }
 
+// What happens to the accumulators of up to VL filters, one pixel at a time: lanes = filters.
+template <class S, class A> struct Lanes {
+  const Out<A>& o;
+  const int* filters;
+  int n;
+  bool vectors;  // the filters are neighbours in memory
+  Vec<A> scale, shift;
+
+  Lanes(const Out<A>& out, const int* f, int count, bool contiguous)
+      : o(out), filters(f), n(count), scale(splat<A>(A(1))), shift{} {
+    vectors = contiguous && o.y.sc == 1 && (!o.res.data || o.res.sc == 1);
+    if (o.scale)
+      for (int l = 0; l < n; ++l) scale[l] = o.scale[filters[l]];
+    if (o.shift)
+      for (int l = 0; l < n; ++l) shift[l] = o.shift[filters[l]];
+  }
+  // y, res: the pixel at filter 0; res may be null.
+  HC_INLINE void put(const Lanes& k, Vec<A> v, S* y, const S* res) {
+    if (k.o.scale) v *= k.scale;
+    if (k.o.shift) v += k.shift;
+    if (k.vectors) {
+      const int f0 = k.filters[0];
+      if (res) v += read_n<S, A>(res + f0, k.n);
+      v = activate<A>(v, k.o.act);
+      if (k.n == VL<A>)
+        write<S, A>(y + f0, v);
+      else
+        write_n<S, A>(y + f0, v, k.n);
+    } else {
+      if (res)
+        for (int l = 0; l < k.n; ++l) v[l] += widen(res[k.filters[l] * k.o.res.sc]);
+      v = activate<A>(v, k.o.act);
+      A lane[VL<A>];
+      store<A>(lane, v);
+      for (int l = 0; l < k.n; ++l) y[k.filters[l] * k.o.y.sc] = Narrow<S>::of(lane[l]);
+    }
+  }
+};
+
 // Accumulators pixel by pixel, lanes = filters: rows x cols pixels, `pitch` elements apart, to y at
 // element offset `at`.
 template <class S, class A>
@@ -52,39 +91,38 @@ static void emit_pixels(const Out<A>& o, const int* filters, int lanes, bool con
                         int64_t res_at) {
   S* y = reinterpret_cast<S*>(o.y.data) + at;
   const S* res = o.res.data ? reinterpret_cast<const S*>(o.res.data) + res_at : nullptr;
-  const bool vectors = contiguous && o.y.sc == 1 && (!res || o.res.sc == 1);
   for (int l0 = 0; l0 < lanes; l0 += VL<A>) {
-    const int n = least(VL<A>, lanes - l0);
-    Vec<A> scale = splat<A>(A(1)), shift = {};
-    if (o.scale)
-      for (int l = 0; l < n; ++l) scale[l] = o.scale[filters[l0 + l]];
-    if (o.shift)
-      for (int l = 0; l < n; ++l) shift[l] = o.shift[filters[l0 + l]];
+    const Lanes<S, A> k(o, filters + l0, least(VL<A>, lanes - l0), contiguous);
     for (int r = 0; r < rows; ++r)
-      for (int c = 0; c < cols; ++c) {
-        Vec<A> v = load<A>(acc + (int64_t(r) * cols + c) * pitch + l0);
-        if (o.scale) v *= scale;
-        if (o.shift) v += shift;
-        S* yp = y + r * o.y.sh + c * o.y.sw;
-        if (vectors) {
-          const int f0 = filters[l0];
-          if (res) v += read_n<S, A>(res + r * o.res.sh + c * o.res.sw + f0, n);
-          v = activate<A>(v, o.act);
-          if (n == VL<A>)
-            write<S, A>(yp + f0, v);
-          else
-            write_n<S, A>(yp + f0, v, n);
-        } else {
-          if (res)
-            for (int l = 0; l < n; ++l)
-              v[l] += widen(res[r * o.res.sh + c * o.res.sw + filters[l0 + l] * o.res.sc]);
-          v = activate<A>(v, o.act);
-          A lane[VL<A>];
-          store<A>(lane, v);
-          for (int l = 0; l < n; ++l) yp[filters[l0 + l] * o.y.sc] = Narrow<S>::of(lane[l]);
-        }
-      }
+      for (int c = 0; c < cols; ++c)
+        Lanes<S, A>::put(k, load<A>(acc + (int64_t(r) * cols + c) * pitch + l0),
+                         y + r * o.y.sh + c * o.y.sw,
+                         res ? res + r * o.res.sh + c * o.res.sw : nullptr);
   }
+}
+
+// Accumulators filter by filter, `pitch` elements apart and readable up to the next multiple of VL:
+// one row of pixels, to an output with filters innermost. order (or null): which row of
+// accumulators is that of filters[i].
+template <class S, class A>
+static void emit_turned(const Out<A>& o, const int* filters, int count, bool contiguous,
+                        const int* order, const A* acc, ptrdiff_t pitch, int cols, int64_t at,
+                        int64_t res_at) {
+  S* y = reinterpret_cast<S*>(o.y.data) + at;
+  const S* res = o.res.data ? reinterpret_cast<const S*>(o.res.data) + res_at : nullptr;
+  for (int c0 = 0; c0 < cols; c0 += VL<A>)
+    for (int l0 = 0; l0 < count; l0 += VL<A>) {
+      const Lanes<S, A> k(o, filters + l0, least(VL<A>, count - l0), contiguous);
+      Vec<A> r[VL<A>];
+      HC_UNROLL for (int i = 0; i < VL<A>; ++i) {
+        const int l = least(l0 + i, count - 1);
+        r[i] = load<A>(acc + (order ? order[l] : l) * pitch + c0);
+      }
+      transpose<A>(r);
+      const int m = least(VL<A>, cols - c0);
+      for (int j = 0; j < m; ++j)
+        Lanes<S, A>::put(k, r[j], y + (c0 + j) * o.y.sw, res ? res + (c0 + j) * o.res.sw : nullptr);
+    }
 }
 
 // Accumulators of one filter as rows of pixels, `pitch` elements from row to row.

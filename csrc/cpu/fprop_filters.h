@@ -2,10 +2,11 @@
 // fprop with filters in vectors: tasks are (image, band of rows, strip of columns, share of the
 // segments).
 #pragma once
-#include <atomic>
+#include <omp.h>
 #include "emit.h"
 #include "micro_filters.h"
 #include "pack.h"
+#include "tasks.h"
 
 namespace hetconv {
 namespace HETCONV_NS {
@@ -158,6 +159,9 @@ template <class S, class A> struct FiltersFprop {
         const int64_t os = whole ? p.y.sw : FT;
         for (int t = 0, c = 0; t < tiles; ++t) {
           const int m = base + (t < more);
+          // The output comes near while it is computed.
+          for (int i = 0; whole && i < m; ++i)
+            for (int j = 0; j < NV; ++j) __builtin_prefetch(o + (c + i) * os + j * VL<A>, 1, 3);
           (t < more ? big : small)(a + c * in_pixel, in_pixel, steps, w, o + c * os, os);
           c += m;
         }
@@ -187,7 +191,7 @@ template <class S, class A> struct FiltersFprop {
     const size_t scratch_size =
         size_t(scratch_pixels(cols)) * 2 * VL<A> * 2 * sizeof(A) + 4 * HETCONV_VECTOR_BYTES;
     const size_t band_room = (band_size + 63) / 64 * 64;
-    std::atomic<int64_t> next(0);
+    Tasks queue(tasks, p.threads);
 #pragma omp parallel num_threads(int(least<int64_t>(p.threads, tasks))) if (p.threads > 1 && \
                                                                                 tasks > 1)
     {
@@ -195,9 +199,8 @@ template <class S, class A> struct FiltersFprop {
       A* band = reinterpret_cast<A*>(room);
       A* scratch = reinterpret_cast<A*>(room + band_room);
       int64_t held = -1;
-      for (;;) {
-        const int64_t task = next.fetch_add(1, std::memory_order_relaxed);
-        if (task >= tasks) break;
+      const int self = omp_get_thread_num();
+      for (int64_t task = queue.take(self); task >= 0; task = queue.take(self)) {
         const int64_t unit = task / shares, share = task % shares;
         const int64_t n = unit / (nb * strips);
         const int oy = int(unit / strips % nb) * rows, ox = int(unit % strips) * cols;

@@ -43,21 +43,27 @@ static const int* pixel_offsets(const Lowered& L, OffsetCache* cache, const Axis
   return offsets_keep(cache, key, off);
 }
 
-// Brings the input of the next band towards the core while the present one is computed, a few lines
-// at a time: planes are far apart, so the hardware does not guess them.
+// Brings memory towards the core while a band is computed, a few lines at a time: the input of the
+// next band, or the output that this one will write. Rows of `span` bytes, `pitch` apart, of which
+// row i is number which[i] if that is given.
 struct Ahead {
-  const char* base = nullptr;
-  const int* live = nullptr;
-  int64_t plane = 0, span = 0, at = 0;       // bytes
-  int channel = 0, channels = 0, lines = 0;  // lines: how many in one go
-  HC_INLINE void step(Ahead& a) {
+  char* base = nullptr;
+  const int* which = nullptr;
+  int64_t pitch = 0, span = 0, at = 0;
+  int row = 0, rows = 0, lines = 0;  // lines: how many in one go
+  // Spreads the rows over that many calls of step.
+  void spread(int64_t calls) {
+    lines = int(least<int64_t>(
+        48, ceil_div<int64_t>(rows * ceil_div<int64_t>(span, 64), most<int64_t>(1, calls))));
+  }
+  template <bool WRITE> HC_INLINE void step(Ahead& a) {
     if (!a.base) return;
-    for (int i = 0; i < a.lines && a.channel < a.channels; ++i) {
-      __builtin_prefetch(a.base + a.live[a.channel] * a.plane + a.at, 0, 2);
+    for (int i = 0; i < a.lines && a.row < a.rows; ++i) {
+      __builtin_prefetch(a.base + (a.which ? a.which[a.row] : a.row) * a.pitch + a.at, WRITE, 2);
       a.at += 64;
       if (a.at >= a.span) {
         a.at = 0;
-        ++a.channel;
+        ++a.row;
       }
     }
   }
@@ -75,6 +81,8 @@ template <class S, class A> struct PixelsFprop {
   bool gather;  // all filters of a few rows wait in the scratch: to be turned, or because tiles
                 // accumulate
   double macs_per_pixel;
+  bool taps_are_neighbours;  // tap k reads tap_shift[k] entries after tap 0, in one piece
+  int tap_shift[kMaxKernel];
 
   void lay(int r, int c, int m, bool copies) {
     rows = r;
@@ -99,8 +107,7 @@ template <class S, class A> struct PixelsFprop {
   size_t band_bytes() const { return size_t(g.plane) * L.nlive * sizeof(A); }
   size_t scratch_elements(int pixels) const {
     const size_t wide = size_t(ceil_div(pixels, VL<A>) + kMostPixelVectors) * VL<A>;
-    return gather ? size_t(L.F) * wide + (turn ? wide * (ceil_div(L.F, VL<A>) * VL<A>) : 0)
-                  : kMaxPixelFilters * wide;
+    return ((gather ? size_t(L.F) : size_t(kMaxPixelFilters)) + kMaxPixelFilters) * wide;
   }
 
   void choose_band() {
@@ -172,20 +179,41 @@ template <class S, class A> struct PixelsFprop {
            (double(rows) * images * p.Wo);
   }
 
-  // All pixels [0, length) of one tile of filters, to rows of `wide` elements.
+  // All pixels [0, length) of one tile of filters, to rows of `wide` elements. A tile of few
+  // filters would wait for its loads: where it has whole kernel rows and neighbouring taps read
+  // neighbouring pixels, each tap counts as a filter of its own (the weights lie that way already)
+  // and the partial sums are added up at the end, each moved by its tap.
   void tile(const PixelTile& t, const A* a, int length, A* o, ptrdiff_t wide, const int* to,
-            Ahead& ahead) {
-    const int limit = direct ? least(kPixelVectors[t.nf], length / VL<A>) : kPixelVectors[t.nf];
+            A* spare, Ahead& ahead, Ahead& written) {
+    if (!t.whole_rows || !taps_are_neighbours) {
+      sweep(t.nf, t.ncols, 1, t, a, length, o, wide, to, ahead, written);
+      return;
+    }
+    const int reach = tap_shift[L.KW - 1];
+    sweep(t.nf * L.KW, t.ncols / L.KW, L.KW, t, a, length + reach, spare, wide, L.identity, ahead,
+          written);
+    for (int i = 0; i < t.nf; ++i)
+      for (int at = 0; at < length; at += VL<A>) {
+        Vec<A> sum = load<A>(spare + i * wide + at);
+        for (int k = 1; k < L.KW; ++k)
+          sum += load<A>(spare + (k * t.nf + i) * wide + at + tap_shift[k]);
+        store<A>(o + to[i] * wide + at, sum);
+      }
+  }
+  void sweep(int nf, int ncols, int step, const PixelTile& t, const A* a, int length, A* o,
+             ptrdiff_t wide, const int* to, Ahead& ahead, Ahead& written) {
+    const int limit = direct ? least(kPixelVectors[nf], length / VL<A>) : kPixelVectors[nf];
     const int nvec = ceil_div(length, VL<A>), tiles = ceil_div(nvec, limit), base = nvec / tiles,
               more = nvec % tiles;
-    const PixelsKernel<A> small = pixels_kernel_for<A>(t.nf, base),
-                          big = more ? pixels_kernel_for<A>(t.nf, base + 1) : small;
+    const PixelsKernel<A> small = pixels_kernel_for<A>(nf, base),
+                          big = more ? pixels_kernel_for<A>(nf, base + 1) : small;
     for (int k = 0, v = 0; k < tiles; ++k) {
       const int np = base + (k < more);
       int at = v * VL<A>;
       if (direct) at = least(at, length - np * VL<A>);  // never read beyond the tensor
-      Ahead::step(ahead);
-      (k < more ? big : small)(a + at, off + t.col0, t.ncols, packed + t.w0, o + at, wide, to,
+      Ahead::step<false>(ahead);
+      Ahead::step<true>(written);
+      (k < more ? big : small)(a + at, off + t.col0, step, ncols, packed + t.w0, o + at, wide, to,
                                L.accumulate != 0);
       v += np;
     }
@@ -212,20 +240,25 @@ template <class S, class A> struct PixelsFprop {
     const int units = nr * images, at_once = rows_at_once();
     for (int u0 = 0; u0 < units; u0 += at_once) {
       const int nu = least(at_once, units - u0), length = direct ? nc : nu * g.pitch;
-      const ptrdiff_t wide = (ceil_div(length, VL<A>) + kMostPixelVectors) * VL<A>,
-                      lanes = ceil_div(nf, VL<A>) * VL<A>;
+      const ptrdiff_t wide = (ceil_div(length, VL<A>) + kMostPixelVectors) * VL<A>;
+      A* spare = scratch + nf * wide;
       if (L.accumulate) zero_fill(scratch, int64_t(nf) * wide);
+      Ahead written;
+      if (turn && images == 1) {
+        written.base = output_at(n0, oy + u0, ox);
+        written.pitch = p.y.sh * int64_t(sizeof(S));
+        written.span = nc * p.y.sw * int64_t(sizeof(S));
+        written.rows = nu;
+        written.spread(calls_for(t1 - t0, length));
+      }
       for (int t = t0; t < t1; ++t) {
         const PixelTile& k = L.tiles[t];
         const bool add = L.accumulate != 0;
         tile(k, a + int64_t(u0) * g.pitch, length,
              add ? scratch : scratch + int64_t(k.filter0 - f0) * wide, wide,
-             add ? L.filters + k.filter0 : L.identity, ahead);
+             add ? L.filters + k.filter0 : L.identity, spare, ahead, written);
       }
-      A* turned = scratch + int64_t(nf) * wide;
-      if (turn)
-        transpose_scratch<A>(scratch, wide, whole && !L.accumulate ? L.ascending : nullptr, nf,
-                             length, turned, lanes);
+      const int* order = whole && !L.accumulate ? L.ascending : nullptr;
       for (int u = 0; u < nu;) {
         // Rows of one image follow one another; with several images side by side each row is its
         // own run.
@@ -235,8 +268,8 @@ template <class S, class A> struct PixelsFprop {
         const int64_t res_at =
             (n0 + m) * p.res.sn + int64_t(oy + r) * p.res.sh + int64_t(ox) * p.res.sw;
         if (m < nm && turn)
-          emit_pixels<S, A>(out, whole ? L.identity : L.filters + f0, nf, whole,
-                            turned + int64_t(u) * g.pitch * lanes, lanes, 1, nc, at, res_at);
+          emit_turned<S, A>(out, whole ? L.identity : L.filters + f0, nf, whole, order,
+                            scratch + int64_t(u) * g.pitch, wide, nc, at, res_at);
         else if (m < nm)
           for (int f = 0; f < nf; ++f)
             emit_rows<S, A>(out, f, scratch + f * wide + int64_t(u) * g.pitch, g.pitch, run, nc, at,
@@ -244,6 +277,13 @@ template <class S, class A> struct PixelsFprop {
         u += run;
       }
     }
+  }
+  char* output_at(int64_t n, int oy, int ox) const {
+    return p.y.data + (n * p.y.sn + oy * p.y.sh + ox * p.y.sw) * int64_t(sizeof(S));
+  }
+  // Micro-kernel calls of a share of the tiles, roughly.
+  int64_t calls_for(int tiles, int length) const {
+    return int64_t(tiles) * ceil_div(length, 4 * VL<A>);
   }
   int rows_at_once() const {
     const int64_t pixels = int64_t((turn ? kTurnBytes : 2 * kTurnBytes) / sizeof(A)) / most(1, L.F);
@@ -261,22 +301,23 @@ template <class S, class A> struct PixelsFprop {
     const int x0 = most(0, ox * p.sw - p.pl),
               x1 = least(p.W, (ox + cols - 1) * p.sw - p.pl + (L.KW - 1) * p.dw + 1);
     if (y1 <= y0 || x1 <= x0) return a;
-    a.base = reinterpret_cast<const char*>(reinterpret_cast<const S*>(p.x.data) + n0 * p.x.sn +
-                                           y0 * p.x.sh + x0);
-    a.live = L.live;
-    a.plane = p.x.sc * int64_t(sizeof(S));
+    a.base = p.x.data + (n0 * p.x.sn + y0 * p.x.sh + x0) * int64_t(sizeof(S));
+    a.which = L.live;
+    a.pitch = p.x.sc * int64_t(sizeof(S));
     a.span = ((y1 - y0 - 1) * p.x.sh + (x1 - x0)) * int64_t(sizeof(S));
-    a.channels = L.nlive;
-    const int64_t calls =
-        most<int64_t>(1, int64_t(L.count) / shares * ceil_div(rows * images * g.pitch, 4 * VL<A>));
-    a.lines =
-        int(least<int64_t>(48, ceil_div<int64_t>(L.nlive * ceil_div<int64_t>(a.span, 64), calls)));
+    a.rows = L.nlive;
+    a.spread(calls_for(L.count / shares, rows * images * g.pitch));
     return a;
   }
 
   void run(OffsetCache* cache) {
     choose_band();
     off = pixel_offsets<A>(L, cache, ya, xa, g, direct);
+    taps_are_neighbours = !direct && xa.pieces == 1 && xa.step == 1;
+    for (int k = 0; k < L.KW && taps_are_neighbours; ++k) {
+      tap_shift[k] = xa.start[k] - xa.start[0];
+      taps_are_neighbours = tap_shift[k] >= 0;
+    }
     const int64_t blocks = ceil_div<int64_t>(p.N, images), nb = ceil_div(p.Ho, rows),
                   strips = ceil_div(p.Wo, cols);
     const int64_t units = blocks * nb * strips;
@@ -288,7 +329,7 @@ template <class S, class A> struct PixelsFprop {
     const size_t slack = size_t(kMostPixelVectors + 1) * VL<A> * sizeof(A) + 64;
     const size_t band_room = direct ? 0 : (band_bytes() + slack + 63) / 64 * 64;
     const size_t scratch_room = scratch_elements(length) * sizeof(A) + 64;
-    std::atomic<int64_t> next(0);
+    Tasks queue(tasks, p.threads);
 #pragma omp parallel num_threads(int(least<int64_t>(p.threads, tasks))) if (p.threads > 1 && \
                                                                                 tasks > 1)
     {
@@ -296,8 +337,8 @@ template <class S, class A> struct PixelsFprop {
       A* band = reinterpret_cast<A*>(room);
       A* scratch = reinterpret_cast<A*>(room + band_room);
       int64_t held = -1;
-      for (int64_t task = next.fetch_add(1), following; task < tasks; task = following) {
-        following = next.fetch_add(1);
+      const int self = omp_get_thread_num();
+      for (int64_t task = queue.take(self); task >= 0; task = queue.take(self)) {
         const int64_t unit = task / shares, share = task % shares,
                       n0 = unit / (nb * strips) * images;
         const int oy = int(unit / strips % nb) * rows, ox = int(unit % strips) * cols;
@@ -308,10 +349,12 @@ template <class S, class A> struct PixelsFprop {
         if (direct) {
           a = reinterpret_cast<const A*>(x + n0 * p.x.sn + ox);
         } else if (held != unit) {
-          pack_planar<S, A>(p, x, L.live, L.nlive, ya, xa, g, n0, nm, oy, ox, nr, nc, band);
+          pack_planar<S, A>(p, x, Channels{L.live, L.nlive, nullptr}, ya, xa, g, n0, nm, oy, ox, nr,
+                            nc, band);
         }
         held = unit;
-        Ahead ahead = following < tasks && following / shares != unit
+        const int64_t following = queue.expected(self);
+        Ahead ahead = following >= 0 && following / shares != unit
                           ? ahead_of(following / shares, nb, strips, shares)
                           : Ahead{};
         const int t0 = int(L.count * share / shares), t1 = int(L.count * (share + 1) / shares);
@@ -323,7 +366,17 @@ template <class S, class A> struct PixelsFprop {
         const int n = direct ? nc : nr * images * g.pitch;
         const ptrdiff_t wide = (ceil_div(n, VL<A>) + kMostPixelVectors) * VL<A>;
         for (int t = t0; t < t1; ++t) {
-          tile(L.tiles[t], a, n, scratch, wide, L.identity, ahead);
+          Ahead written;
+          if (p.y.sw == 1 && images == 1) {
+            written.base = output_at(n0, oy, ox);
+            written.which = L.filters + L.tiles[t].filter0;
+            written.pitch = p.y.sc * int64_t(sizeof(S));
+            written.span = ((nr - 1) * p.y.sh + nc) * int64_t(sizeof(S));
+            written.rows = L.tiles[t].nf;
+            written.spread(calls_for(1, n));
+          }
+          tile(L.tiles[t], a, n, scratch, wide, L.identity, scratch + kMaxPixelFilters * wide,
+               ahead, written);
           emit_filters(L.tiles[t], scratch, wide, n0, nm, oy, ox, nr, nc);
         }
       }
@@ -347,7 +400,9 @@ static void fprop_pixels(const Lowered& L, OffsetCache* cache, const Problem& p,
                       false,
                       false,
                       false,
-                      0};
+                      0,
+                      false,
+                      {}};
   f.run(cache);
 }
 

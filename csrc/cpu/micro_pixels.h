@@ -19,14 +19,14 @@ constexpr int kMostPixelVectors = 6;
 #endif
 
 template <class A>
-using PixelsKernel = void (*)(const A* a, const int* off, int ncols, const A* w, A* o, ptrdiff_t os,
-                              const int* rows, bool add);
+using PixelsKernel = void (*)(const A* a, const int* off, int step, int ncols, const A* w, A* o,
+                              ptrdiff_t os, const int* rows, bool add);
 
-// a: first pixel, off: planar offset of each column, w: [ncols][NF], o: rows of NP vectors, os
-// apart, of which rows[i] is that of filter i. add: to what is there.
+// a: first pixel, off: planar offset of each column, `step` entries apart, w: [ncols][NF], o: rows
+// of NP vectors, os apart, of which rows[i] is that of filter i. add: to what is there.
 template <class A, int NF, int NP>
-static void pixels_kernel(const A* a, const int* off, int ncols, const A* w, A* o, ptrdiff_t os,
-                          const int* rows, bool add) {
+static void pixels_kernel(const A* a, const int* off, int step, int ncols, const A* w, A* o,
+                          ptrdiff_t os, const int* rows, bool add) {
   Vec<A> acc[NF][NP];
   HC_UNROLL for (int i = 0; i < NF; ++i) HC_UNROLL for (int j = 0; j < NP; ++j) acc[i][j] =
       Vec<A>{};
@@ -34,8 +34,8 @@ static void pixels_kernel(const A* a, const int* off, int ncols, const A* w, A* 
     HC_UNROLL for (int i = 0; i < NF; ++i) HC_UNROLL for (int j = 0; j < NP; ++j) acc[i][j] =
         load<A>(o + rows[i] * os + j * VL<A>);
   }
-  for (int s = 0; s < ncols; ++s) {
-    const A* p = a + off[s];
+  for (int s = 0; s < ncols; ++s, off += step) {
+    const A* p = a + *off;
     Vec<A> x[NP];
     HC_UNROLL for (int j = 0; j < NP; ++j) x[j] = load<A>(p + j * VL<A>);
     HC_UNROLL for (int i = 0; i < NF; ++i) {

@@ -98,32 +98,42 @@ struct Planar {
   int64_t row, piece, plane;  // strides in elements
 };
 
+// Which channels to pack, ascending, and into which plane each goes (null: the i-th into plane i).
+struct Channels {
+  const int* live;
+  int n;
+  const int* planes;
+  int place(int i) const { return planes ? planes[i] : i; }
+};
+
 // One row piece, channels innermost in memory: whole vectors along channels, transposed. The valid
-// entries only.
+// entries only. The input is asked for one block of pixels ahead: its lines are read in an order
+// that the hardware does not guess.
 template <class S, class A>
-static void turn_planar_row(const S* src, int64_t px, const int* live, int nlive, int lo, int hi,
+static void turn_planar_row(const S* src, int64_t px, int C, const Channels& from, int lo, int hi,
                             A* d, int64_t plane) {
-  for (int j0 = lo; j0 < hi; j0 += VL<A>) {
+  for (int j0 = lo; j0 < hi; j0 += VL<A>, src += VL<A> * px) {
     const int m = least(VL<A>, hi - j0);
-    for (int c = 0; c < nlive;) {
-      int run = 1;
-      while (c + run < nlive && run < VL<A> && live[c + run] == live[c] + run) ++run;
+    for (int i = 0; i < from.n;) {
+      const int c0 = from.live[i] / VL<A> * VL<A>;
       Vec<A> r[VL<A>];
-      if (run == VL<A> && m == VL<A>) {
-        HC_UNROLL for (int j = 0; j < VL<A>; ++j) r[j] =
-            read<S, A>(src + (j0 - lo + j) * px + live[c]);
+      if (m == VL<A> && c0 + VL<A> <= C) {
+        HC_UNROLL for (int j = 0; j < VL<A>; ++j) {
+          const S* at = src + j * px + c0;
+          __builtin_prefetch(at + VL<A> * px, 0, 3);
+          r[j] = read<S, A>(at);
+        }
       } else {
-        for (int j = 0; j < VL<A>; ++j)
-          r[j] = read_n<S, A>(src + (j0 - lo + least(j, m - 1)) * px + live[c], run);
+        const int n = least(VL<A>, C - c0);
+        for (int j = 0; j < VL<A>; ++j) r[j] = read_n<S, A>(src + least(j, m - 1) * px + c0, n);
       }
       transpose<A>(r);
-      for (int i = 0; i < run; ++i) {
+      for (; i < from.n && from.live[i] < c0 + VL<A>; ++i) {
         if (m == VL<A>)
-          store<A>(d + (c + i) * plane + j0, r[i]);
+          store<A>(d + from.place(i) * plane + j0, r[from.live[i] - c0]);
         else
-          store_n<A>(d + (c + i) * plane + j0, r[i], m);
+          store_n<A>(d + from.place(i) * plane + j0, r[from.live[i] - c0], m);
       }
-      c += run;
     }
   }
 }
@@ -140,13 +150,13 @@ template <class S, class A> HC_INLINE void copy_row(const S* s, int64_t px, int 
 
 // `rows` x `cols` outputs from output (oy, ox) of images n0 .. n0 + images.
 template <class S, class A>
-static void pack_planar(const Problem& p, const S* x, const int* live, int nlive, const Axis& ya,
+static void pack_planar(const Problem& p, const S* x, const Channels& from, const Axis& ya,
                         const Axis& xa, const Planar& g, int64_t n0, int images, int oy, int ox,
                         int rows, int cols, A* band) {
   const bool turn = p.x.sw != 1 && p.x.sc == 1;
-  const int channel_blocks = turn ? 1 : nlive;  // planes one by one: each is read in one sweep
+  const int channel_blocks = turn ? 1 : from.n;  // planes one by one: each is read in one sweep
   for (int block = 0; block < channel_blocks; ++block) {
-    const int c0 = turn ? 0 : block, c1 = turn ? nlive : block + 1;
+    const int c0 = turn ? 0 : block, c1 = turn ? from.n : block + 1;
     for (int u = 0; u < xa.pieces; ++u) {
       const Piece& xp = xa.piece[u];
       const int first = ox * p.sw - p.pl + xp.rel;
@@ -162,18 +172,19 @@ static void pack_planar(const Problem& p, const S* x, const int* live, int nlive
           for (int m = 0; m < g.images; ++m) {
             A* d = band + u * g.piece + (yp.e0 + i) * g.row + int64_t(m) * g.pitch;
             if (blank || m >= images) {
-              for (int c = c0; c < c1; ++c) zero_fill(d + c * g.plane, g.pitch);
+              for (int c = c0; c < c1; ++c) zero_fill(d + from.place(c) * g.plane, g.pitch);
               continue;
             }
             const S* src = x + (n0 + m) * p.x.sn + int64_t(iy) * p.x.sh +
                            int64_t(first + lo * xp.istride) * p.x.sw;
             if (turn)
-              turn_planar_row<S, A>(src, px, live, nlive, lo, hi, d, g.plane);
+              turn_planar_row<S, A>(src, px, p.C, from, lo, hi, d, g.plane);
             else
-              copy_row<S, A>(src + live[c0] * p.x.sc, px, hi - lo, d + c0 * g.plane + lo);
+              copy_row<S, A>(src + from.live[c0] * p.x.sc, px, hi - lo,
+                             d + from.place(c0) * g.plane + lo);
             for (int c = c0; c < c1; ++c) {
-              zero_fill(d + c * g.plane, lo);
-              zero_fill(d + c * g.plane + hi, g.pitch - hi);
+              zero_fill(d + from.place(c) * g.plane, lo);
+              zero_fill(d + from.place(c) * g.plane + hi, g.pitch - hi);
             }
           }
         }

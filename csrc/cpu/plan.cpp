@@ -39,8 +39,8 @@ Plan::Plan(const uint8_t* mask, int F, int C, int KH, int KW, DType dtype, const
     }
     groups_[found.first->second].filters.push_back(f);
     live_count_ += int64_t(groups_[found.first->second].columns.size());
-    identity_.push_back(f);
   }
+  for (int f = 0; f < F || f < kernels.max_pixel_filters; ++f) identity_.push_back(f);
   for (int c = 0; c < C; ++c)
     if (plane_[c] == 0) {
       plane_[c] = int(live_.size());
@@ -294,9 +294,17 @@ void Plan::add_tiles(const std::vector<int>& filters, const std::vector<Column>&
   std::stable_sort(columns.begin(), columns.end(),
                    [](const Column& a, const Column& b) { return a.channel < b.channel; });
   columns_.insert(columns_.end(), columns.begin(), columns.end());
+  bool whole = low_.KW > 1 && columns.size() % low_.KW == 0;
+  for (size_t k = 0; whole && k < columns.size(); ++k) {
+    const Column& first = columns[k - k % low_.KW];
+    whole = columns[k].kx == int(k % low_.KW) && columns[k].ky == first.ky &&
+            columns[k].channel == first.channel;
+  }
   for (int i = 0, f = 0; i < count; ++i) {
     const int nf = n / count + (i < n % count);
-    tiles_.push_back(PixelTile{nf, int(filters_.size()), int(columns.size()), col0, low_.packed});
+    tiles_.push_back(PixelTile{nf, int(filters_.size()), int(columns.size()),
+                               whole && !low_.accumulate && nf <= 2 && nf * low_.KW <= most, col0,
+                               low_.packed});
     filters_.insert(filters_.end(), filters.begin() + f, filters.begin() + f + nf);
     low_.packed += int64_t(nf) * int64_t(columns.size());
     f += nf;

@@ -65,8 +65,9 @@ struct FilterSegment {
 };
 
 // Pixels in vectors: nf filters that share columns; weights from `w0`: [ncols][nf].
+// whole_rows: few filters, and columns come in runs of all KW taps of a kernel row.
 struct PixelTile {
-  int nf, filter0, ncols;
+  int nf, filter0, ncols, whole_rows;
   int64_t col0, w0;
 };
 
@@ -87,7 +88,7 @@ struct Lowered {
   int nlive;
   const int* plane;      // channel -> index in live, or -1
   const int* ascending;  // positions in filters[] by filter id; empty when tiles accumulate
-  const int* identity;   // 0 .. F-1
+  const int* identity;   // 0, 1, ...: F entries, or max_pixel_filters if that is more
   const uint8_t* mask;   // [F][C][KH][KW]
   int64_t packed;        // elements of the packed weights
 };

@@ -113,10 +113,12 @@ template <class S, class A> struct PixelsWgrad {
         const int oy = int(unit / strips % nb) * rows, ox = int(unit % strips) * cols;
         const int nr = least(rows, p.Ho - oy), nc = least(cols, p.Wo - ox),
                   nm = int(least<int64_t>(images, p.N - n0));
-        pack_planar<S, A>(p, reinterpret_cast<const S*>(p.x.data), L.live, L.nlive, ya, xa, gx, n0,
-                          nm, oy, ox, nr, nc, x);
-        pack_planar<S, A>(q, reinterpret_cast<const S*>(q.x.data), L.filters, L.F, yb, xb, gy, n0,
-                          nm, oy, ox, nr, nc, dy);
+        pack_planar<S, A>(p, reinterpret_cast<const S*>(p.x.data),
+                          Channels{L.live, L.nlive, nullptr}, ya, xa, gx, n0, nm, oy, ox, nr, nc,
+                          x);
+        pack_planar<S, A>(q, reinterpret_cast<const S*>(q.x.data),
+                          Channels{L.identity, L.F, L.ascending}, yb, xb, gy, n0, nm, oy, ox, nr,
+                          nc, dy);
         band(off, x, dy, t0, t1, nr * images * gx.pitch, partial + slot * span);
       }
     }
