@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The clock and the record: times variants of one computation beside each other, honestly.
 
-Four rules, each against a mistake that published timings make:
+Five rules, each against a mistake that published timings make:
 
 * The clock waits for the device before it is read, so that the work is measured, not the queue.
 * Variants take turns in one process, in a new order every round. Drift of the machine (other
   processes, clock rates, temperature) then hits all of them, and the *paired* ratio of a round
   cancels it.
 * A sample holds as many calls as make it at least 100 times what the clock can resolve.
+* Cold or warm is chosen, not left to chance: before a sample the cache is flushed, or the variant
+  is called once, because the others' turns have pushed its operands out.
 * A ratio comes with an interval. It is the order-statistics interval of the median, which assumes
   nothing of the distribution.
 
@@ -148,7 +150,8 @@ def interleaved(
         max_seconds: lowers ``rounds``, though not below 6, so that about this time is spent.
         cold: flushes the last-level cache before each sample. A variant of one call is then called
             once per sample on a CPU; on a GPU, where one launch is too short to be timed from
-            outside, rotating buffers are required.
+            outside, rotating buffers are required. Without it, a variant of one call is called once,
+            untimed, before each sample: it finds its operands where its last call left them.
         graph: captures the calls of a sample in a CUDA graph and times its replay, so that the
             Python side and the launches are not measured.
         device: where the variants run.
@@ -280,6 +283,8 @@ class _Racer:
         """Does what has to be done before a sample and is not part of it."""
         if self.flush is not None:
             self.flush()
+        elif len(self.calls) == 1:
+            self.calls[0]()
 
     def measure(self) -> None:
         """Takes one sample and keeps it, in seconds per call."""

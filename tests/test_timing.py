@@ -142,7 +142,9 @@ def test_every_round_takes_every_variant_in_changing_order(world: World) -> None
         timing.interleaved(
             variants, rounds=12, warmup=0, min_time=0, timer=world.clock(), seed=seed
         )
-        measured = "".join(world.log)[-12 * len(names) :]
+        turns = world.log[-2 * 12 * len(names) :]  # an untimed call, then the sample
+        assert turns[::2] == turns[1::2]
+        measured = "".join(turns[1::2])
         return [measured[i : i + len(names)] for i in range(0, len(measured), len(names))]
 
     first = orders(0)
@@ -154,8 +156,8 @@ def test_every_round_takes_every_variant_in_changing_order(world: World) -> None
 
 def test_max_seconds_lowers_the_rounds_but_keeps_an_interval(world: World) -> None:
     variants = {"a": world.work("a", 0.1), "b": world.work("b", 0.1)}
-    few = timing.interleaved(variants, rounds=50, max_seconds=2.1, timer=world.clock())
-    assert len(few.samples["a"]) == 10
+    few = timing.interleaved(variants, rounds=50, max_seconds=4.1, timer=world.clock())
+    assert len(few.samples["a"]) == 10  # of two turns, each with an untimed call before it
     least = timing.interleaved(variants, rounds=50, max_seconds=0.01, timer=world.clock())
     assert len(least.samples["a"]) == 6
     assert least.speedup("b").confidence >= 0.95
