@@ -117,15 +117,15 @@ static void turn_planar_row(const S* src, int64_t px, int C, const Channels& fro
     for (int i = 0; i < from.n;) {
       const int c0 = from.live[i] / VL<A> * VL<A>;
       Vec<A> r[VL<A>];
-      if (m == VL<A> && c0 + VL<A> <= C) {
+      if (c0 + VL<A> <= C) {
         HC_UNROLL for (int j = 0; j < VL<A>; ++j) {
-          const S* at = src + j * px + c0;
+          const S* at = src + least(j, m - 1) * px + c0;
           __builtin_prefetch(at + VL<A> * px, 0, 3);
           r[j] = read<S, A>(at);
         }
       } else {
-        const int n = least(VL<A>, C - c0);
-        for (int j = 0; j < VL<A>; ++j) r[j] = read_n<S, A>(src + least(j, m - 1) * px + c0, n);
+        for (int j = 0; j < VL<A>; ++j)
+          r[j] = read_n<S, A>(src + least(j, m - 1) * px + c0, C - c0);
       }
       transpose<A>(r);
       for (; i < from.n && from.live[i] < c0 + VL<A>; ++i) {

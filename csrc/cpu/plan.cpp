@@ -10,6 +10,9 @@ namespace hetconv {
 // Cost of one vector multiply-add with an operand that is a broadcast for one vector only, a vector
 // of activations, or a permuted one; a broadcast shared by two vectors costs 1. Measured on Zen 5.
 constexpr double kSplitCost = 1.33, kStraightCost = 1.2, kTurnedCost = 2.0;
+// Cost of one output that goes to memory alone, because the filters of its vector are not
+// neighbours there.
+constexpr double kScatterCost = 11;
 
 Plan::Plan(const uint8_t* mask, int F, int C, int KH, int KW, DType dtype, const Kernels& kernels,
            const std::string& form, bool channels_last)
@@ -339,19 +342,25 @@ void Plan::lower_columns() {
 // Vector multiply-adds per output pixel, weighted by how far each micro-kernel stays from the peak,
 // and what it costs to bring a channel in and a filter out.
 double Plan::filters_cost(bool channels_last) const {
-  double total = (channels_last ? 1.0 : 3.2) * (low_.C + low_.F);
-  for (const FilterSegment& s : segments_)
+  // A pointwise input is read in place, from far away; another one is packed first.
+  const double in = low_.KH * low_.KW == 1 ? 3.0 : 1.5;
+  double total = channels_last ? in * low_.C + 1.5 * low_.F : 3.2 * double(low_.C + low_.F);
+  for (const FilterSegment& s : segments_) {
     total +=
         s.nv * ((s.nv == 1 ? kSplitCost : 1.0) * (4 * s.quads + s.singles) + kSplitCost * s.split +
                 kStraightCost * s.straight + kTurnedCost * s.turned + 2);
+    if (channels_last && !s.contiguous) total += kScatterCost * s.lanes;
+  }
   return total;
 }
 
 double Plan::pixels_cost(bool channels_last) const {
   static const double slow[9] = {0, 2.2, 1.25, 1.1, 1.05, 1.05, 1.05, 1.05, 1.05};
-  double total = (channels_last ? 4.3 : 3.4) * (double(live_.size()) + low_.F);
+  double total = channels_last ? 3.0 * double(live_.size()) + 3.4 * low_.F
+                               : 2.6 * double(live_.size()) + 2.2 * low_.F;
   for (const PixelTile& t : tiles_)
-    total += slow[t.nf] * t.nf * double(t.ncols + (low_.accumulate ? 12 : 4)) / low_.vl;
+    total += (t.whole_rows ? slow[3] : slow[t.nf]) * t.nf *
+             double(t.ncols + (low_.accumulate ? 12 : 4)) / low_.vl;
   return total;
 }
 
