@@ -150,8 +150,8 @@ def interleaved(
         max_seconds: lowers ``rounds``, though not below 6, so that about this time is spent.
         cold: flushes the last-level cache before each sample. A variant of one call is then called
             once per sample on a CPU; on a GPU, where one launch is too short to be timed from
-            outside, rotating buffers are required. Without it, a variant of one call is called once,
-            untimed, before each sample: it finds its operands where its last call left them.
+            outside, rotating buffers are required. Otherwise a variant of one call is called once,
+            untimed, before each sample, and finds its operands where that call left them.
         graph: captures the calls of a sample in a CUDA graph and times its replay, so that the
             Python side and the launches are not measured.
         device: where the variants run.

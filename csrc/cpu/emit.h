@@ -166,17 +166,15 @@ static void emit_rows(const Out<A>& o, int filter, const A* acc, ptrdiff_t pitch
 }
 
 // [count rows of n elements, `from` apart] to [n rows of `count` elements, `to` apart]; both are
-// readable and writable up to the next multiple of VL. `order` (or null) says which source row
-// becomes which target column.
+// readable and writable up to the next multiple of VL.
 template <class A>
-static void transpose_scratch(const A* src, ptrdiff_t from, const int* order, int count, int n,
-                              A* dst, ptrdiff_t to) {
+static void transpose_scratch(const A* src, ptrdiff_t from, int count, int n, A* dst,
+                              ptrdiff_t to) {
   for (int i0 = 0; i0 < count; i0 += VL<A>)
     for (int j0 = 0; j0 < n; j0 += VL<A>) {
       Vec<A> r[VL<A>];
       HC_UNROLL for (int i = 0; i < VL<A>; ++i) {
-        const int row = least(i0 + i, count - 1);
-        r[i] = load<A>(src + (order ? order[row] : row) * from + j0);
+        r[i] = load<A>(src + least(i0 + i, count - 1) * from + j0);
       }
       transpose<A>(r);
       const int m = least(VL<A>, n - j0);

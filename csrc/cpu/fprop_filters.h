@@ -131,13 +131,12 @@ template <class S, class A> struct FiltersFprop {
   void segment(const FilterSegment& s, const A* band, A* scratch, int64_t n, int oy, int ox, int nr,
                int nc) {
     constexpr int FT = NV * VL<A>;
-    const FilterSteps steps{off + s.col0,
-                            s.quads,
-                            s.singles,
-                            s.split,
-                            s.straight,
-                            s.turned,
-                            L.perms ? reinterpret_cast<const A*>(L.perms) + s.perm0 : nullptr};
+    const FilterSteps steps{
+        off + s.col0,    s.quads,
+        s.singles,       s.split,
+        s.straight,      s.turned,
+        s.pairs,         s.halves,
+        s.paired() != 0, L.perms ? reinterpret_cast<const A*>(L.perms) + s.perm0 : nullptr};
     const A* w = packed + s.w0;
     const int* filters = L.filters + s.filter0;
     const Out<A> out = out_of<A>(p);
@@ -172,7 +171,7 @@ template <class S, class A> struct FiltersFprop {
       } else {
         A* turned = scratch + int64_t(scratch_pixels(nc)) * FT;
         const ptrdiff_t pitch = ceil_div(gr * nc, VL<A>) * VL<A>;
-        transpose_scratch<A>(scratch, FT, nullptr, gr * nc, s.lanes, turned, pitch);
+        transpose_scratch<A>(scratch, FT, gr * nc, s.lanes, turned, pitch);
         for (int f = 0; f < s.lanes; ++f)
           emit_rows<S, A>(out, filters[f], turned + f * pitch, nc, gr, nc, at, res_at);
       }

@@ -2,6 +2,7 @@
 // fprop with pixels in vectors: tasks are (block of images, band of rows, strip of columns, share
 // of the filter tiles).
 #pragma once
+#include "ahead.h"
 #include "fprop_filters.h"
 #include "micro_pixels.h"
 
@@ -42,32 +43,6 @@ static const int* pixel_offsets(const Lowered& L, OffsetCache* cache, const Axis
   }
   return offsets_keep(cache, key, off);
 }
-
-// Brings memory towards the core while a band is computed, a few lines at a time: the input of the
-// next band, or the output that this one will write. Rows of `span` bytes, `pitch` apart, of which
-// row i is number which[i] if that is given.
-struct Ahead {
-  char* base = nullptr;
-  const int* which = nullptr;
-  int64_t pitch = 0, span = 0, at = 0;
-  int row = 0, rows = 0, lines = 0;  // lines: how many in one go
-  // Spreads the rows over that many calls of step.
-  void spread(int64_t calls) {
-    lines = int(least<int64_t>(
-        48, ceil_div<int64_t>(rows * ceil_div<int64_t>(span, 64), most<int64_t>(1, calls))));
-  }
-  template <bool WRITE> HC_INLINE void step(Ahead& a) {
-    if (!a.base) return;
-    for (int i = 0; i < a.lines && a.row < a.rows; ++i) {
-      __builtin_prefetch(a.base + (a.which ? a.which[a.row] : a.row) * a.pitch + a.at, WRITE, 2);
-      a.at += 64;
-      if (a.at >= a.span) {
-        a.at = 0;
-        ++a.row;
-      }
-    }
-  }
-};
 
 template <class S, class A> struct PixelsFprop {
   const Lowered& L;

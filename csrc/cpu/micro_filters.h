@@ -16,8 +16,65 @@ constexpr int kMaxPixels = 6;  // 6 x 2 of 16
 struct FilterSteps {
   const int* off;  // band offset of each column
   int quads, singles, split, straight, turned;
-  const void* perms;  // [turned][NV] index vectors
+  const int *pairs, *halves;  // of each vector
+  bool paired;                // whether any of those is not zero
+  const void* perms;          // [turned][NV] index vectors
 };
+
+// p[0] in even lanes, p[1] in odd ones.
+template <class A> HC_INLINE Vec<A> splat_pair(const A* p) {
+  if constexpr (sizeof(A) == 4) {
+    double both;
+    memcpy(&both, p, sizeof both);
+    return (Vec<A>)splat<double>(both);
+  } else {
+    Vec<A> v;
+    HC_UNROLL for (int l = 0; l < VL<A>; ++l) v[l] = p[l % 2];
+    return v;
+  }
+}
+
+// Sums of neighbouring lanes: of a, then of b.
+template <class A> HC_INLINE Vec<A> add_pairs(Vec<A> a, Vec<A> b) {
+  typename Lane<A>::ivec even, odd;
+  HC_UNROLL for (int l = 0; l < VL<A>; ++l) {
+    even[l] = 2 * l;
+    odd[l] = 2 * l + 1;
+  }
+  return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
+}
+
+// The pairs of all vectors: one load serves two multiply-adds. Sums to o: [MR][NV] vectors.
+template <class A, int MR, int NV>
+static __attribute__((noinline)) void pairs_kernel(const A* a, ptrdiff_t ps, const FilterSteps& s,
+                                                   const int* off, const A* w, A* o) {
+  for (int j = 0; j < NV; ++j) {
+    Vec<A> acc[MR][2];
+    HC_UNROLL for (int i = 0; i < MR; ++i) acc[i][0] = acc[i][1] = Vec<A>{};
+    for (int q = 0; q < s.pairs[j]; ++q) {
+      const A* p = a + *off++;
+      const Vec<A> b0 = load<A>(w), b1 = load<A>(w + VL<A>);
+      HC_UNROLL for (int i = 0; i < MR; ++i) {
+        const Vec<A> x = splat_pair<A>(p + i * ps);
+        acc[i][0] += x * b0;
+        acc[i][1] += x * b1;
+      }
+      w += 2 * VL<A>;
+    }
+    for (int q = 0; q < s.halves[j]; ++q) {
+      const A *p0 = a + off[0], *p1 = a + off[1];
+      const Vec<A> b0 = load<A>(w), b1 = load<A>(w + VL<A>);
+      HC_UNROLL for (int i = 0; i < MR; ++i) {
+        acc[i][0] += splat_pair<A>(p0 + i * ps) * b0;
+        acc[i][1] += splat_pair<A>(p1 + i * ps) * b1;
+      }
+      off += 2;
+      w += 2 * VL<A>;
+    }
+    HC_UNROLL for (int i = 0; i < MR; ++i)
+        store<A>(o + (i * NV + j) * VL<A>, add_pairs<A>(acc[i][0], acc[i][1]));
+  }
+}
 
 template <class A>
 using FiltersKernel = void (*)(const A* a, ptrdiff_t ps, const FilterSteps& s, const A* w, A* o,
@@ -65,6 +122,16 @@ static void filters_kernel(const A* a, ptrdiff_t ps, const FilterSteps& s, const
     w += NV * VL<A>;
   }
   off += s.split * NV;
+  if (s.paired) {
+    A sums[MR * NV * VL<A>];
+    pairs_kernel<A, MR, NV>(a, ps, s, off, w, sums);
+    HC_UNROLL for (int i = 0; i < MR; ++i) HC_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] +=
+        load<A>(sums + (i * NV + j) * VL<A>);
+    for (int j = 0; j < NV; ++j) {
+      off += s.pairs[j] + 2 * s.halves[j];
+      w += 2 * VL<A> * (s.pairs[j] + s.halves[j]);
+    }
+  }
   for (int q = 0; q < s.straight; ++q) {
     HC_UNROLL for (int j = 0; j < NV; ++j) {
       const A* p = a + off[q * NV + j];

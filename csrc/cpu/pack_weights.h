@@ -59,6 +59,20 @@ static void pack_segment(const Lowered& L, const FilterSegment& s, const WeightV
         *out++ = live ? A(widen(w[filters[lane] * v.sf + at])) : A(0);
       }
     }
+  for (int j = 0; j < s.nv; ++j)
+    for (int q = 0; q < s.pairs[j] + s.halves[j]; ++q)
+      for (int half = 0; half < 2; ++half) {
+        const Column& c = *columns;
+        if (half == 1 || q >= s.pairs[j]) ++columns;  // the halves of a pair share one
+        for (int l = 0; l < VL<A>; ++l) {
+          const int lane = j * VL<A> + (half * VL<A> + l) / 2, channel = c.channel + l % 2;
+          const bool live =
+              lane < s.lanes && !c.idle && L.mask[mask_at(L, filters[lane], channel, c.ky, c.kx)];
+          *out++ =
+              live ? A(widen(w[filters[lane] * v.sf + channel * v.sc + c.ky * v.sh + c.kx * v.sw]))
+                   : A(0);
+        }
+      }
   const auto* perms = reinterpret_cast<const typename Lane<A>::index*>(L.perms) + s.perm0;
   const uint8_t* taken = L.taken + s.taken0;
   for (int q = 0; q < s.straight + s.turned; ++q)

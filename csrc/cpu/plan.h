@@ -16,6 +16,18 @@ struct Group {
   std::vector<Column> columns;  // by tap, then channel
 };
 
+// Lane l reads channels[l] of a window of VL channels, or nothing (-1).
+struct LaneColumn {
+  Column window;
+  std::vector<int64_t> channels;
+};
+
+// The columns of a segment of filters, by how they are read (see FilterSegment).
+struct SegmentColumns {
+  std::vector<Column> broadcast, split, pairs[2], halves[2];
+  std::vector<LaneColumn> lanes;
+};
+
 class Plan {
  public:
   // mask: F * C * KH * KW bytes, non-zero = the weight exists. form: "auto", "filters", "pixels"
@@ -48,10 +60,12 @@ class Plan {
   void lower_columns();
   void add_tiles(const std::vector<int>& filters, const std::vector<Column>& columns);
   void add_segment(const std::vector<int>& filters, const Group* group);
-  void add_lane_columns(FilterSegment& s, const std::vector<int>& filters,
-                        std::vector<Column>& broadcast, std::vector<Column>& split,
-                        std::vector<Column>& lanes,
-                        std::vector<std::vector<int64_t>>& lane_channels);
+  void add_lane_columns(const FilterSegment& s, const std::vector<int>& filters,
+                        SegmentColumns& found) const;
+  std::vector<Column> read_by(const std::vector<int>& filters, int first, int last,
+                              const std::vector<Column>& columns) const;
+  std::vector<LaneColumn> lane_columns(const std::vector<int>& filters, int first, int last,
+                                       const std::vector<Column>& columns) const;
   double filters_cost(bool channels_last) const;
   double pixels_cost(bool channels_last) const;
   void clear();

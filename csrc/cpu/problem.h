@@ -50,16 +50,23 @@ struct Column {
 //   quads    four neighbouring channels of one tap, broadcast to every lane
 //   singles  one channel of one tap, broadcast
 //   split    nv Columns each, one per vector: every vector broadcasts a channel of its own
+//   pairs    vector 0's, then vector 1's: two neighbouring channels of one tap, for a vector whose
+//            first and second half of lanes read the same ones; then its halves, two Columns each:
+//            the same for lanes whose halves read different channels. The lanes of a pair are
+//            half as many filters, each twice: the lower channel in even lanes, the upper in odd.
 //   lane columns: nv Columns each (one per vector); lane l of vector j reads channel + perm[l].
 //            The first `straight` of them read channel + l (no permutation).
-// Weights, from `w0`: [4 * quads + singles + split + lane columns][nv * VL].
+// Weights, from `w0`: [4 * quads + singles + split][nv * VL], [pairs + halves][2 * VL],
+// [lane columns][nv * VL].
 struct FilterSegment {
   int nv, lanes;
   int filter0;     // into filters[]
   int contiguous;  // filters ascend by one
   int merged;      // several groups: a lane may not have every broadcast column
   int quads, singles, split, straight, turned;
+  int pairs[2], halves[2];  // of vectors 0 and 1
   int64_t col0, w0;
+  int paired() const { return pairs[0] + pairs[1] + halves[0] + halves[1]; }
   int64_t perm0;   // into perms[]: [turned][nv][VL]
   int64_t taken0;  // into taken[]: [straight + turned][nv][VL]
 };
