@@ -106,6 +106,9 @@ def _parser(*, with_demo: bool) -> argparse.ArgumentParser:
     bench.add_argument("--backend", action="append", help="force this backend (repeatable)")
     bench.add_argument("--gpu", action="store_true", help="only the GPU table")
     bench.add_argument("--results", type=Path, help="folder for the JSON files")
+    bench.add_argument(
+        "--isa", choices=tuple(_HELD_TO), help="hold our engine, PyTorch and oneDNN to it"
+    )
     bench.epilog = "Other options go to pytest, such as -k 'het4'.\n\n" + _EXIT_CODES
     return parser
 
@@ -236,6 +239,11 @@ def _demo(options: argparse.Namespace) -> int:
     return int(demo.run(options))
 
 
+_HELD_TO = {
+    "avx2": {"HETCONV_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+}
+
+
 def _bench(options: argparse.Namespace) -> int:
     folder = Path(__file__).resolve().parents[1] / "benchmarks"
     if not (folder / "conftest.py").is_file():
@@ -251,8 +259,11 @@ def _bench(options: argparse.Namespace) -> int:
         command += ["--backend", name]
     if options.results:
         command += ["--results", str(options.results.resolve())]
+    held = _HELD_TO[options.isa] if options.isa else {}
     sys.stdout.flush()
-    done = subprocess.run([*command, *options.rest], cwd=folder.parent, check=False)
+    done = subprocess.run(
+        [*command, *options.rest], cwd=folder.parent, env={**os.environ, **held}, check=False
+    )
     # pytest: 0 passed, 1 failed, 2 interrupted, 3 internal, 4 usage, 5 nothing collected.
     return {0: OK, 4: USAGE, 5: USAGE}.get(done.returncode, FAILURE)
 

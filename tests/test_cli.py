@@ -264,3 +264,32 @@ def test_bench_is_a_thin_front_to_pytest(
     for part in ("--full", "-m gpu", "--backend vendor", f"--results {tmp_path}", "-k het4"):
         assert part in text
     assert options["cwd"] == Path(command[3]).parent
+
+
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="needs AVX2"
+)
+def test_bench_holds_every_library_to_an_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the variables do is seen by asking each library in a process that has them."""
+    seen: list[dict[str, str]] = []
+
+    def fake(command: list[str], **options: Any) -> SimpleNamespace:
+        seen.append(options["env"])
+        return SimpleNamespace(returncode=0)
+
+    real = cli.subprocess.run
+    monkeypatch.setattr(cli.subprocess, "run", fake)
+    assert run("bench", "--isa", "avx2") == 0
+    script = (
+        "import torch, hetconv_kernels as hk\n"
+        "print(torch.backends.cpu.get_cpu_capability())\n"
+        "if 'cpu' in hk.available_backends():\n"
+        "    from hetconv_kernels import _cpu\n"
+        "    print(*_cpu.isas())\n"
+    )
+    command = [sys.executable, "-c", script]
+    done = real(command, env=seen[0], capture_output=True, text=True, check=False)
+    said = done.stdout.split()
+    assert done.returncode == 0, done.stderr
+    assert said[0] == "AVX2"
+    assert said[1:] in ([], ["avx2"])
