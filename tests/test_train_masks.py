@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The masks of a network that was trained here: the committed file, and the command that made it."""
+"""The masks of a network that was trained here: the committed file, and what made it."""
 
 from __future__ import annotations
 

@@ -97,8 +97,13 @@ template <class S, class A> struct PixelsFprop {
     if (g.plane * sizeof(A) % 1024 == 0) g.plane += 64 / int(sizeof(A));
   }
   size_t band_bytes() const { return size_t(g.plane) * L.nlive * sizeof(A); }
+  // Elements of a filter's row; many filters cannot afford more than the vector that is read over.
+  ptrdiff_t wide_for(int pixels) const {
+    const int spare = gather && L.F > 512 ? 1 : kMostPixelVectors;
+    return ptrdiff_t(ceil_div(pixels, VL<A>) + spare) * VL<A>;
+  }
   size_t scratch_elements(int pixels) const {
-    const size_t wide = size_t(ceil_div(pixels, VL<A>) + kMostPixelVectors) * VL<A>;
+    const size_t wide = size_t(wide_for(pixels));
     return gather ? size_t(L.F) * wide + (turn ? wide * (ceil_div(L.F, VL<A>) * VL<A>) : 0)
                   : kMaxPixelFilters * wide;
   }
@@ -116,8 +121,9 @@ template <class S, class A> struct PixelsFprop {
       rows = images = 1;
       const int64_t want = most<int64_t>(256, int64_t(kBandBytes / sizeof(A)) / most(1, L.nlive));
       const int64_t room =
-          gather ? int64_t((kWorkspaceBytes / 2) / sizeof(A)) / (2 * L.F) - 256 : want;
-      int64_t strips = ceil_div<int64_t>(p.Wo, most<int64_t>(128, least(want, room)));
+          gather ? int64_t((kWorkspaceBytes / 2) / sizeof(A)) / (2 * L.F) - 2 * wide_for(0) : want;
+      const int64_t fewest = L.F > 512 ? VL<A> : 128;
+      int64_t strips = ceil_div<int64_t>(p.Wo, most(fewest, least(want, room)));
       if (p.N * strips < 2 * p.threads) strips = least<int64_t>(most(1, p.Wo / 128), strips * 2);
       cols = ceil_div<int>(ceil_div<int64_t>(p.Wo, strips), VL<A>) * VL<A>;
       if (p.Wo % cols != 0 && p.Wo % cols < VL<A>)
@@ -129,6 +135,8 @@ template <class S, class A> struct PixelsFprop {
     lay(1, cols, 1, false);
     while (cols > 64 && (band_bytes() > kWorkspaceBytes / 2 ||
                          scratch_elements(g.pitch) * sizeof(A) > kWorkspaceBytes / 3))
+      lay(1, cols = ceil_div(cols, 2), 1, false);
+    while (cols > 1 && band_bytes() + scratch_elements(g.pitch) * sizeof(A) > kWorkspaceBytes - 2048)
       lay(1, cols = ceil_div(cols, 2), 1, false);
     int r = 1;
     while (r < p.Ho && cols == p.Wo) {
@@ -212,8 +220,7 @@ template <class S, class A> struct PixelsFprop {
     const int units = nr * images, at_once = rows_at_once();
     for (int u0 = 0; u0 < units; u0 += at_once) {
       const int nu = least(at_once, units - u0), length = direct ? nc : nu * g.pitch;
-      const ptrdiff_t wide = (ceil_div(length, VL<A>) + kMostPixelVectors) * VL<A>,
-                      lanes = ceil_div(nf, VL<A>) * VL<A>;
+      const ptrdiff_t wide = wide_for(length), lanes = ceil_div(nf, VL<A>) * VL<A>;
       if (L.accumulate) zero_fill(scratch, int64_t(nf) * wide);
       for (int t = t0; t < t1; ++t) {
         const PixelTile& k = L.tiles[t];
@@ -321,7 +328,7 @@ template <class S, class A> struct PixelsFprop {
           continue;
         }
         const int n = direct ? nc : nr * images * g.pitch;
-        const ptrdiff_t wide = (ceil_div(n, VL<A>) + kMostPixelVectors) * VL<A>;
+        const ptrdiff_t wide = wide_for(n);
         for (int t = t0; t < t1; ++t) {
           tile(L.tiles[t], a, n, scratch, wide, L.identity, ahead);
           emit_filters(L.tiles[t], scratch, wide, n0, nm, oy, ox, nr, nc);
