@@ -86,6 +86,7 @@ template <class S, class A> struct PixelsFprop {
       axis_copies(&xa, L.KW, p.sw, p.dw, c);
     else
       axis_phases(&xa, L.KW, p.sw, p.dw, c);
+    if (xa.entries > L.KW * c) axis_copies(&xa, L.KW, p.sw, p.dw, c);
     int longest = 0;
     for (int u = 0; u < xa.pieces; ++u) longest = most(longest, xa.piece[u].len);
     g.pitch = xa.pieces == 1 ? shared_gap_pitch(p, xa, c) : longest;
@@ -136,7 +137,8 @@ template <class S, class A> struct PixelsFprop {
     while (cols > 64 && (band_bytes() > kWorkspaceBytes / 2 ||
                          scratch_elements(g.pitch) * sizeof(A) > kWorkspaceBytes / 3))
       lay(1, cols = ceil_div(cols, 2), 1, false);
-    while (cols > 1 && band_bytes() + scratch_elements(g.pitch) * sizeof(A) > kWorkspaceBytes - 2048)
+    while (cols > 1 &&
+           band_bytes() + scratch_elements(g.pitch) * sizeof(A) > kWorkspaceBytes - 2048)
       lay(1, cols = ceil_div(cols, 2), 1, false);
     int r = 1;
     while (r < p.Ho && cols == p.Wo) {

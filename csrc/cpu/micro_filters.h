@@ -82,7 +82,7 @@ static void filters_kernel(const A* a, ptrdiff_t ps, const FilterSteps& s, const
       const typename Lane<A>::ivec index =
           (typename Lane<A>::ivec)load<A>(turn + (q * NV + j) * VL<A>);
       HC_UNROLL for (int i = 0; i < MR; ++i) acc[i][j] +=
-          __builtin_shuffle(load<A>(p + i * ps), index) * b;
+          turn_lanes<A>(load<A>(p + i * ps), index) * b;
     }
     w += NV * VL<A>;
   }

@@ -110,12 +110,13 @@ std::string Case::describe() const {
   const Conv& v = conv;
   std::ostringstream text;
   text << "case " << seed << ": " << isa->name << ' ' << name_of(dtype) << " weights "
-       << name_of(weight_dtype) << ' ' << mask_kind << " form " << form << " N" << v.N << " C" << v.C
-       << " H" << v.H << " W" << v.W << " F" << v.F << " out " << v.Ho << 'x' << v.Wo << " K "
-       << v.KH << 'x' << v.KW << " stride " << v.sh << ',' << v.sw << " pad " << v.pt << ',' << v.pl
-       << " dilation " << v.dh << ',' << v.dw << " act " << acts[int(act)] << (scale ? " scale" : "")
-       << (shift ? " shift" : "") << (residual ? " residual" : "") << (planted ? " planted" : "")
-       << (channels_last ? " channels_last" : "") << " threads " << threads;
+       << name_of(weight_dtype) << ' ' << mask_kind << " form " << form << " N" << v.N << " C"
+       << v.C << " H" << v.H << " W" << v.W << " F" << v.F << " out " << v.Ho << 'x' << v.Wo
+       << " K " << v.KH << 'x' << v.KW << " stride " << v.sh << ',' << v.sw << " pad " << v.pt
+       << ',' << v.pl << " dilation " << v.dh << ',' << v.dw << " act " << acts[int(act)]
+       << (scale ? " scale" : "") << (shift ? " shift" : "") << (residual ? " residual" : "")
+       << (planted ? " planted" : "") << (channels_last ? " channels_last" : "") << " threads "
+       << threads;
   return text.str();
 }
 

@@ -169,10 +169,10 @@ std::string check_fprop(const Case& c, const Plan& plan) {
   for (size_t i = 0; i < want.size(); ++i) {
     const double exact = activate(c.act, want[i]);
     // exp and erf differ by a few units in the last place, before the result is rounded.
-    const double bound =
-        smooth ? 8 * epsilon(wide) * std::fabs(want[i]) + epsilon(c.dtype) * std::fabs(exact) +
-                     std::numeric_limits<float>::min()
-               : 0;
+    const double bound = smooth ? 8 * epsilon(wide) * std::fabs(want[i]) +
+                                      epsilon(c.dtype) * std::fabs(exact) +
+                                      std::numeric_limits<float>::min()
+                                : 0;
     const double expected = smooth ? exact : round_to(c.dtype, exact);
     if (!(std::fabs(got[i] - expected) <= bound) && got[i] != expected)
       return differ("fprop", i, got[i], expected);

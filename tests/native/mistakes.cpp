@@ -14,8 +14,8 @@ static int run_engine(const hetconv::Kernels& isa, bool race) {
   const std::vector<uint8_t> mask(size_t(size) * size, 1);
   const hetconv::Plan plan(mask.data(), size, size, 1, 1, DType::f32, isa, "auto", true);
   const std::vector<float> w(mask.size(), 1.0f);
-  const hetconv::Packed packed(
-      plan, {reinterpret_cast<const char*>(w.data()), size, 1, 1, 1}, DType::f32, 1);
+  const hetconv::Packed packed(plan, {reinterpret_cast<const char*>(w.data()), size, 1, 1, 1},
+                               DType::f32, 1);
   std::vector<float> x(size_t(size) * 400, 1.0f), y(x.size()), other(x.size());
   const auto call = [&](std::vector<float>& to) {
     hetconv::Problem p{};

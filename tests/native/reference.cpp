@@ -4,8 +4,7 @@
 namespace driver {
 
 // Calls visit(x, y, w, mask) with the indices of every product of the dense convolution.
-template <class Visit>
-static void products(const Conv& v, Visit visit) {
+template <class Visit> static void products(const Conv& v, Visit visit) {
   for (int64_t n = 0; n < v.N; ++n)
     for (int f = 0; f < v.F; ++f)
       for (int c = 0; c < v.C; ++c)
@@ -16,8 +15,8 @@ static void products(const Conv& v, Visit visit) {
               for (int ox = 0; ox < v.Wo; ++ox) {
                 const int iy = oy * v.sh - v.pt + ky * v.dh, ix = ox * v.sw - v.pl + kx * v.dw;
                 if (iy < 0 || iy >= v.H || ix < 0 || ix >= v.W) continue;
-                visit(((n * v.C + c) * v.H + iy) * v.W + ix, ((n * v.F + f) * v.Ho + oy) * v.Wo + ox,
-                      w, v.mask[w] != 0);
+                visit(((n * v.C + c) * v.H + iy) * v.W + ix,
+                      ((n * v.F + f) * v.Ho + oy) * v.Wo + ox, w, v.mask[w] != 0);
               }
           }
 }

@@ -21,9 +21,10 @@ struct Format {
   size_t size;
   int digits, least;  // explicit bits of the mantissa; smallest exponent of a normal number
 };
-static const Format kFormats[4] = {
-    {"float32", 4, 23, -126}, {"float64", 8, 52, -1022}, {"bfloat16", 2, 7, -126},
-    {"float16", 2, 10, -14}};
+static const Format kFormats[4] = {{"float32", 4, 23, -126},
+                                   {"float64", 8, 52, -1022},
+                                   {"bfloat16", 2, 7, -126},
+                                   {"float16", 2, 10, -14}};
 
 size_t size_of(DType d) { return kFormats[int(d)].size; }
 const char* name_of(DType d) { return kFormats[int(d)].name; }
@@ -87,8 +88,8 @@ static void encode(DType d, double v, char* p) {
     bits = uint16_t(std::ldexp(std::fabs(v), 24));
   } else {
     const int exponent = std::ilogb(v);
-    bits = uint16_t(((exponent + 15) << 10) |
-                    (int(std::ldexp(std::fabs(v), 10 - exponent)) & 1023));
+    bits =
+        uint16_t(((exponent + 15) << 10) | (int(std::ldexp(std::fabs(v), 10 - exponent)) & 1023));
   }
   if (d == DType::f16 && std::signbit(v)) bits |= 0x8000;
   std::memcpy(p, &bits, 2);
@@ -163,8 +164,7 @@ char* Tensor::at(const int64_t index[4]) const {
   return memory_->data() + element * int64_t(size_of(dtype_));
 }
 
-template <class Visit>
-void Tensor::each(Visit visit) const {
+template <class Visit> void Tensor::each(Visit visit) const {
   int64_t flat = 0;
   int64_t i[4];
   for (i[0] = 0; i[0] < shape_[0]; ++i[0])

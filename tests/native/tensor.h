@@ -32,7 +32,7 @@ class Guarded {
   Guarded(const Guarded&) = delete;
   Guarded& operator=(const Guarded&) = delete;
   char* data() const { return data_; }
-  void read_only();          // a write crashes from now on
+  void read_only();           // a write crashes from now on
   bool slack_intact() const;  // the rest of the pages still holds 0xff
 
  private:
@@ -56,8 +56,7 @@ class Tensor {
 
  private:
   char* at(const int64_t index[4]) const;
-  template <class Visit>
-  void each(Visit visit) const;
+  template <class Visit> void each(Visit visit) const;
   DType dtype_;
   int64_t shape_[4], offset_, span_;
   std::unique_ptr<Guarded> memory_;

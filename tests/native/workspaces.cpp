@@ -7,13 +7,14 @@
 namespace driver {
 
 struct Size {
-  int C, F, K, H, W;
+  int C, F, K, H, W, dilation = 1;
 };
 // One pixel's window of all channels must fit, so there is a largest C * K * K.
 static const Size kSizes[] = {
-    {64, 64, 3, 56, 56},   {96, 200, 5, 9, 28},  {512, 512, 3, 2, 7},  {2048, 64, 1, 14, 14},
-    {64, 2048, 1, 14, 14}, {16, 1500, 3, 3, 40}, {16, 4096, 3, 2, 64}, {4096, 16, 3, 2, 64},
-    {16, 4096, 7, 2, 70},  {3000, 16, 7, 2, 70}, {3, 64, 3, 3, 9000},  {2048, 2048, 1, 1, 7},
+    {64, 64, 3, 56, 56},        {96, 200, 5, 9, 28},  {512, 512, 3, 2, 7},  {2048, 64, 1, 14, 14},
+    {64, 2048, 1, 14, 14},      {16, 1500, 3, 3, 40}, {16, 4096, 3, 2, 64}, {4096, 16, 3, 2, 64},
+    {16, 4096, 7, 2, 70},       {3000, 16, 7, 2, 70}, {3, 64, 3, 3, 9000},  {2048, 2048, 1, 1, 7},
+    {64, 64, 3, 1, 9001, 4500},
 };
 
 static hetconv::View view(std::vector<double>& memory, const Size& s, int channels, bool last) {
@@ -45,8 +46,9 @@ int check_workspaces(const hetconv::Kernels& isa) {
           p.H = p.Ho = s.H;
           p.W = p.Wo = s.W;
           p.KH = p.KW = s.K;
-          p.sh = p.sw = p.dh = p.dw = 1;
-          p.pt = p.pl = s.K / 2;
+          p.sh = p.sw = 1;
+          p.dh = p.dw = s.dilation;
+          p.pt = p.pl = s.dilation * (s.K / 2);
           p.threads = 2;
           p.x = view(x, s, s.C, layout == 1);
           p.y = view(y, s, s.F, layout == 1);
