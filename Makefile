@@ -9,7 +9,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env test demo bench gpu lint format types aot sanitize clean
+.PHONY: help env test demo bench gpu lint format types aot sanitize sanitize-python clean
 
 VENV := .venv
 PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,$(shell \
@@ -20,7 +20,7 @@ TORCH_PIN := $(shell sed -n 's/^torch==/torch==/p' constraints/$(TORCH).txt)
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_INDEX := $(if $(filter cpu,$(TORCH)),--extra-index-url $(TORCH_CPU_INDEX))
 SOURCES := $(shell find csrc -type f 2>/dev/null)
-CXX_SOURCES := $(filter %.h %.cpp %.cu,$(SOURCES))
+CXX_SOURCES := $(filter %.h %.cpp %.cu,$(SOURCES)) $(wildcard tests/native/*.h tests/native/*.cpp)
 CLANG_FORMAT ?= $(VENV)/bin/clang-format
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
@@ -87,17 +87,18 @@ types: $(ENV) ## Check types: mypy, strict on the core
 aot: ## Compile the Triton kernels ahead of time for every GPU generation, without a GPU
 	@echo "make aot: no Triton kernels are in the tree yet, so there is nothing to compile."
 
-# A second build beside the tree's own; Python itself is not instrumented, hence the preload.
-sanitize: $(ENV) ## Run the tests of the compiled CPU part under the address and undefined sanitizers
-ifeq ($(wildcard csrc/cpu/*.cpp),)
-	@echo "make sanitize: no compiled part is in the tree yet, so there is nothing to check."
-else
+# Needs no Python: two builds of tests/native, which run side by side.
+sanitize: ## Fuzz the compiled CPU part under the address, leak, undefined and thread sanitizers
+	$(MAKE) --no-print-directory -j$(or $(MAX_JOBS),2) -f tests/native/Makefile asan tsan
+
+# The bindings too. A second build beside the tree's own; Python itself is not instrumented, hence
+# the preload.
+sanitize-python: $(ENV)
 	HETCONV_BUILD=require CXXFLAGS="$(SANITIZE) -O1 -g" LDFLAGS="$(SANITIZE)" \
 	    $(PY) setup.py --quiet build --build-base build/sanitize --build-lib build/sanitize/lib
 	PYTHONPATH=build/sanitize/lib ASAN_OPTIONS=detect_leaks=0 \
 	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	    $(PY) -P -m pytest $(or $(ARGS),$(wildcard tests/test_cpu*.py))
-endif
 
 clean: ## Remove .venv and everything that was built
 	rm -rf $(VENV) build dist *.egg-info hetconv_kernels/*.so hetconv_kernels/_build.json

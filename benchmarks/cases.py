@@ -17,9 +17,11 @@ import numpy as np
 import torch
 
 import hetconv_kernels as hk
-from benchmarks.supports import self_grouped
+from benchmarks.supports import self_grouped, trained
 
-Kind = Literal["dense", "het", "grouped", "self_group", "learned_groups", "irregular"]
+Kind = Literal[
+    "dense", "het", "grouped", "self_group", "trained_group", "learned_groups", "irregular"
+]
 PYTORCH = "https://github.com/pytorch/pytorch/issues/"
 
 
@@ -30,6 +32,7 @@ class SupportSpec:
     Attributes:
         kind: ``dense``; ``het`` (value: p); ``grouped`` (value: groups); ``self_group`` (value:
             per cent pruned, by the steps of arXiv 2009.13803 on Gaussian weights);
+            ``trained_group`` (value: the same, of the network of `benchmarks.train_masks`);
             ``learned_groups`` (value: groups, each reading its own 1/groups of the channels, drawn
             at random, as CondenseNet learns them); ``irregular`` (value: per cent of single weights
             that live).
@@ -48,7 +51,12 @@ class SupportSpec:
         return _build(self, channels, filters, kernel)
 
     def __str__(self) -> str:
-        short = {"self_group": "sg", "learned_groups": "lg", "irregular": "live"}
+        short = {
+            "self_group": "sg",
+            "trained_group": "tsg",
+            "learned_groups": "lg",
+            "irregular": "live",
+        }
         name = short.get(self.kind, self.kind)
         return name if self.kind == "dense" else f"{name}{self.value}"
 
@@ -69,6 +77,8 @@ def _build(spec: SupportSpec, channels: int, filters: int, kernel: int) -> hk.Su
     if spec.kind == "irregular":
         shape = (filters, channels, kernel, kernel)
         return hk.Support.from_mask(generator.random(shape) < spec.value / 100)
+    if spec.kind == "trained_group":
+        return trained(spec.value, channels, filters)
     return self_grouped(spec.value, channels, filters, kernel, spec.seed)
 
 
@@ -203,6 +213,8 @@ def _table_cases() -> Iterator[Case]:
         specs = (het(4), het(8), het(16), het(c), sg(70), sg(90))
         for spec, target in zip(specs, targets, strict=True):
             yield _square(8, c, size, spec, target=target)
+        for percent, target in ((70, targets[4]), (90, targets[5])):
+            yield _square(8, c, size, SupportSpec("trained_group", percent), target=target)
         for spec, target in ((het(4), targets[0]), (sg(70), targets[4])):
             yield _square(1, c, size, spec, target=round(0.9 * target, 2))
             yield _square(

@@ -5,6 +5,9 @@ They are what self-grouping (arXiv 2009.13803) gives on seeded Gaussian weights,
 per cent to the target, and not masks made to suit an engine. k-means differs a little between
 versions of its library, so the result is kept in self_grouped.json: the same everywhere, and there
 without scikit-learn. ``python -m benchmarks.supports`` makes the file anew.
+
+Weights that were trained have a structure that Gaussian ones lack: trained_masks.json holds what
+self-grouping makes of a network that `benchmarks.train_masks` trained.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import torch
 import hetconv_kernels as hk
 
 PATH = Path(__file__).with_name("self_grouped.json")
+TRAINED_PATH = Path(__file__).with_name("trained_masks.json")
 CLUSTERS = 16
 SMALL = (60, 16, 32, 3, 0)  # the layer that the tests of the benchmarks use
 
@@ -35,11 +39,20 @@ def self_grouped(percent: int, channels: int, filters: int, kernel: int, seed: i
     entry = _committed().get(name)
     if entry is None:
         return make(percent, channels, filters, kernel, seed)
-    keep = np.stack([_bits(row, channels) for row in entry["keep"]])
-    support = hk.Support.self_grouped(np.array(entry["labels"]), keep, kernel)
-    if f"{support.digest:016x}" != entry["digest"]:
-        raise ValueError(f"{PATH.name}: {name} has another digest than it says")
-    return support
+    return _support_of(entry, f"{PATH.name}: {name}", channels, kernel)
+
+
+def trained(percent: int, channels: int, filters: int) -> hk.Support:
+    """Returns the committed 3×3 Support of a layer of the network that was trained here.
+
+    Raises:
+        ValueError: there is none, or the file was changed or damaged.
+    """
+    name = trained_key(percent, channels, filters)
+    if name not in _committed_trained():
+        raise ValueError(f"{TRAINED_PATH.name} has no {name}")
+    where = f"{TRAINED_PATH.name}: {name}"
+    return _support_of(_committed_trained()[name], where, channels, 3)
 
 
 def make(percent: int, channels: int, filters: int, kernel: int, seed: int) -> hk.Support:
@@ -59,6 +72,11 @@ def key(percent: int, channels: int, filters: int, kernel: int, seed: int) -> st
     return f"sg{percent}-{channels}x{filters}-k{kernel}-seed{seed}"
 
 
+def trained_key(percent: int, channels: int, filters: int) -> str:
+    """Names a Support in the file of the trained network."""
+    return f"trained{percent}-{channels}x{filters}-k3"
+
+
 def entry_of(support: hk.Support) -> dict[str, Any]:
     """Writes a Support of whole kernels as the group of each filter and the channels of each."""
     labels = np.empty(support.filters, int)
@@ -73,6 +91,19 @@ def entry_of(support: hk.Support) -> dict[str, Any]:
 @cache
 def _committed() -> dict[str, Any]:
     return dict(json.loads(PATH.read_text())) if PATH.exists() else {}
+
+
+@cache
+def _committed_trained() -> dict[str, Any]:
+    return dict(json.loads(TRAINED_PATH.read_text()))
+
+
+def _support_of(entry: dict[str, Any], where: str, channels: int, kernel: int) -> hk.Support:
+    keep = np.stack([_bits(row, channels) for row in entry["keep"]])
+    support = hk.Support.self_grouped(np.array(entry["labels"]), keep, kernel)
+    if f"{support.digest:016x}" != entry["digest"]:
+        raise ValueError(f"{where} has another digest than it says")
+    return support
 
 
 def _bits(text: str, count: int) -> np.ndarray[Any, np.dtype[np.bool_]]:

@@ -53,7 +53,8 @@ static inline void axis_phases(Axis* a, int K, int s, int d, int count) {
   a->count = count;
   a->step = 1;
   a->entries = 0;
-  for (int phase = 0; phase < s; ++phase) {
+  // Of a huge stride, only the phases that some tap has.
+  for (int phase = 0; phase < s && phase <= (K - 1) * d; ++phase) {
     int lowest = -1, highest = -1;
     for (int k = 0; k < K; ++k)
       if ((k * d) % s == phase) {

@@ -30,8 +30,35 @@ static Act act_named(const std::string& name) {
   throw std::invalid_argument("activation '" + name + "' is not none, relu, relu6, silu or gelu");
 }
 
-static View view(uintptr_t at, const Strides& s) {
-  return View{reinterpret_cast<char*>(at), s[0], s[1], s[2], s[3]};
+// Raises the package's own error for what a user can cause.
+[[noreturn]] static void refuse(const std::string& message) {
+  const py::object error = py::module_::import("hetconv_kernels.errors").attr("ArgumentError");
+  PyErr_SetString(error.ptr(), message.c_str());
+  throw py::error_already_set();
+}
+
+static uintptr_t checked(const char* name, uintptr_t at, DType dtype) {
+  const size_t size = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+  if (at % size != 0)
+    refuse(std::string(name) + ": received an address that is not a multiple of its elements' " +
+           std::to_string(size) + " bytes, expected an aligned tensor. Copy it (.clone()).");
+  return at;
+}
+
+static View view(const char* name, uintptr_t at, const Strides& s, DType dtype) {
+  return View{reinterpret_cast<char*>(checked(name, at, dtype)), s[0], s[1], s[2], s[3]};
+}
+
+static WeightView weight_view(uintptr_t at, const Strides& s, DType dtype) {
+  return WeightView{reinterpret_cast<const char*>(checked("weight", at, dtype)), s[0], s[1], s[2],
+                    s[3]};
+}
+
+static int pixels(const char* name, int64_t size) {
+  if (size < 0 || size > INT32_MAX)
+    refuse(std::string(name) + ": received " + std::to_string(size) +
+           " pixels, expected 0 to 2**31 - 1. Use another backend, such as 'vendor'.");
+  return int(size);
 }
 
 struct MaskView {
@@ -115,8 +142,8 @@ static Problem layer(const Lowered& low, const std::array<int64_t, 3>& nhw, cons
   p.F = low.F;
   p.KH = low.KH;
   p.KW = low.KW;
-  p.H = int(nhw[1]);
-  p.W = int(nhw[2]);
+  p.H = pixels("height", nhw[1]);
+  p.W = pixels("width", nhw[2]);
   p.Ho = out[0];
   p.Wo = out[1];
   p.sh = stride[0];
@@ -135,11 +162,12 @@ static void run_fprop(const Plan& plan, const Packed& packed, uintptr_t x, const
                       const Pair& dilation, uintptr_t scale, uintptr_t shift, uintptr_t residual,
                       const Strides& rs, const std::string& act, int threads) {
   Problem p = layer(plan.lowered(), nhw, out, stride, padding, dilation, threads);
-  p.x = view(x, xs);
-  p.y = view(y, ys);
-  p.res = view(residual, rs);
-  p.scale = reinterpret_cast<const void*>(scale);
-  p.shift = reinterpret_cast<const void*>(shift);
+  const DType dtype = plan.dtype(), wide = dtype == DType::f64 ? DType::f64 : DType::f32;
+  p.x = view("x", x, xs, dtype);
+  p.y = view("y", y, ys, dtype);
+  p.res = view("residual", residual, rs, dtype);
+  p.scale = reinterpret_cast<const void*>(checked("scale", scale, wide));
+  p.shift = reinterpret_cast<const void*>(checked("shift", shift, wide));
   p.act = act_named(act);
   py::gil_scoped_release release;
   fprop(plan, packed, p);
@@ -150,8 +178,9 @@ static void run_wgrad(const Plan& plan, uintptr_t x, const Strides& xs,
                       const Pair& out, uintptr_t dw, const Strides& ws, const Pair& stride,
                       const Pair& padding, const Pair& dilation, int threads) {
   Problem p = layer(plan.lowered(), nhw, out, stride, padding, dilation, threads);
-  p.x = view(x, xs);
-  p.y = view(dy, ys);
+  p.x = view("x", x, xs, plan.dtype());
+  p.y = view("dy", dy, ys, plan.dtype());
+  checked("dw", dw, plan.dtype());
   py::gil_scoped_release release;
   wgrad(plan, p, reinterpret_cast<void*>(dw), ws.data());
 }
@@ -181,10 +210,9 @@ PYBIND11_MODULE(_cpu, m) {
           "pack",
           [](const Plan& p, uintptr_t w, const Strides& s, const std::string& dtype, int threads) {
             const DType from = dtype_named(dtype);
+            const WeightView weight = weight_view(w, s, from);
             py::gil_scoped_release release;
-            return std::make_unique<Packed>(
-                p, WeightView{reinterpret_cast<const char*>(w), s[0], s[1], s[2], s[3]}, from,
-                threads);
+            return std::make_unique<Packed>(p, weight, from, threads);
           },
           py::arg("weight"), py::arg("strides"), py::arg("dtype"), py::arg("threads") = 1)
       .def("fprop", &run_fprop, py::arg("packed"), py::arg("x"), py::arg("x_strides"),
@@ -212,10 +240,9 @@ PYBIND11_MODULE(_cpu, m) {
           "pack",
           [](const Dgrad& d, uintptr_t w, const Strides& s, const std::string& dtype, int threads) {
             const DType from = dtype_named(dtype);
+            const WeightView weight = weight_view(w, s, from);
             py::gil_scoped_release release;
-            return PackedParts(
-                d.pack(WeightView{reinterpret_cast<const char*>(w), s[0], s[1], s[2], s[3]}, from,
-                       threads));
+            return PackedParts(d.pack(weight, from, threads));
           },
           py::arg("weight"), py::arg("strides"), py::arg("dtype"), py::arg("threads") = 1)
       .def(
@@ -223,9 +250,10 @@ PYBIND11_MODULE(_cpu, m) {
           [](const Dgrad& d, const PackedParts& packed, uintptr_t dy, const Strides& ys,
              const std::array<int64_t, 3>& nhw, uintptr_t dx, const Strides& xs, const Pair& in,
              int threads) {
+            const View from = view("dy", dy, ys, d.dtype()), to = view("dx", dx, xs, d.dtype());
+            const int height = pixels("height", nhw[1]), width = pixels("width", nhw[2]);
             py::gil_scoped_release release;
-            d.run(packed.parts, view(dy, ys), nhw[0], int(nhw[1]), int(nhw[2]), view(dx, xs), in[0],
-                  in[1], threads);
+            d.run(packed.parts, from, nhw[0], height, width, to, in[0], in[1], threads);
           },
           py::arg("packed"), py::arg("dy"), py::arg("dy_strides"), py::arg("nhw"), py::arg("dx"),
           py::arg("dx_strides"), py::arg("size"), py::arg("threads") = 1);

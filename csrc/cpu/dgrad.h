@@ -30,6 +30,7 @@ class Dgrad {
   void run(const std::vector<std::unique_ptr<Packed>>& packed, const View& dy, int64_t N, int Ho,
            int Wo, const View& dx, int H, int W, int threads) const;
   const std::vector<Part>& parts() const { return parts_; }
+  DType dtype() const { return dtype_; }
 
  private:
   int F_, C_, stride_[2];

@@ -47,32 +47,12 @@ const Kernels& isa_named(const std::string& name) {
                               "' is not one that this machine can run: avx512, avx2, generic");
 }
 
-// ---- workspace and threads ----
+// ---- threads ----
 
 namespace {
-struct Room {
-  void* data = nullptr;
-  size_t bytes = 0;
-  ~Room() { std::free(data); }
-};
-thread_local Room room;
 std::atomic<bool> forked(false);
 const int fork_watch = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
 }  // namespace
-
-void out_of_memory() { throw std::bad_alloc(); }
-
-void* workspace(size_t bytes) {
-  if (room.bytes < bytes) {
-    std::free(room.data);
-    room.bytes = 0;
-    const size_t rounded = (bytes + 4095) / 4096 * 4096;
-    room.data = std::aligned_alloc(64, rounded);
-    if (!room.data) out_of_memory();
-    room.bytes = rounded;
-  }
-  return room.data;
-}
 
 int usable_threads(int threads) { return threads < 1 || forked.load() ? 1 : threads; }
 

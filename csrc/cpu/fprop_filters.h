@@ -92,8 +92,9 @@ template <class S, class A> struct FiltersFprop {
       rows = int(most<int64_t>(1, least<int64_t>(p.Ho, pixels / cols)));
     } else {
       rows = 1;
-      while (band_bytes(1, cols) > kWorkspaceBytes * 3 / 4 && cols > kMaxPixels)
-        cols = most(kMaxPixels, cols / 2);
+      while (cols > 1 && band_bytes(1, cols) + scratch_bytes(cols) >
+                             kWorkspaceBytes * (cols > kMaxPixels ? 3 : 4) / 4 - 1024)
+        cols = ceil_div(cols, 2);
       if (cols == p.Wo)
         while (rows < p.Ho && band_bytes(rows + 1, cols) <= kBandBytes) ++rows;
     }
@@ -126,6 +127,10 @@ template <class S, class A> struct FiltersFprop {
     return most(1, (p.y.sc == 1 || p.y.sw != 1 ? 64 : 512) / c);
   }
   int scratch_pixels(int c) const { return ceil_div(emit_rows_at_once(c) * c, VL<A>) * VL<A>; }
+
+  size_t scratch_bytes(int c) const {
+    return size_t(scratch_pixels(c)) * 2 * VL<A> * 2 * sizeof(A) + 4 * HETCONV_VECTOR_BYTES;
+  }
 
   template <int NV>
   void segment(const FilterSegment& s, const A* band, A* scratch, int64_t n, int oy, int ox, int nr,
@@ -187,8 +192,7 @@ template <class S, class A> struct FiltersFprop {
     const int shares = shares_for(units, L.count, p.threads);
     const int64_t tasks = units * shares;
     const size_t band_size = direct ? 0 : (size_t(ya.entries) * xa.entries * Cb + VL<A>)*sizeof(A);
-    const size_t scratch_size =
-        size_t(scratch_pixels(cols)) * 2 * VL<A> * 2 * sizeof(A) + 4 * HETCONV_VECTOR_BYTES;
+    const size_t scratch_size = scratch_bytes(cols);
     const size_t band_room = (band_size + 63) / 64 * 64;
     Tasks queue(tasks, p.threads);
 #pragma omp parallel num_threads(int(least<int64_t>(p.threads, tasks))) if (p.threads > 1 && \

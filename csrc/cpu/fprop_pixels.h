@@ -69,6 +69,7 @@ template <class S, class A> struct PixelsFprop {
       axis_copies(&xa, L.KW, p.sw, p.dw, c);
     else
       axis_phases(&xa, L.KW, p.sw, p.dw, c);
+    if (xa.entries > L.KW * c) axis_copies(&xa, L.KW, p.sw, p.dw, c);
     int longest = 0;
     for (int u = 0; u < xa.pieces; ++u) longest = most(longest, xa.piece[u].len);
     g.pitch = xa.pieces == 1 ? shared_gap_pitch(p, xa, c) : longest;
@@ -80,9 +81,13 @@ template <class S, class A> struct PixelsFprop {
     if (g.plane * sizeof(A) % 1024 == 0) g.plane += 64 / int(sizeof(A));
   }
   size_t band_bytes() const { return size_t(g.plane) * L.nlive * sizeof(A); }
+  // Elements of a filter's row; many filters cannot afford more than the vector that is read over.
+  int spare_vectors() const { return gather && L.F > 512 ? 1 : kMostPixelVectors; }
+  ptrdiff_t wide_for(int pixels) const {
+    return ptrdiff_t(ceil_div(pixels, VL<A>) + spare_vectors()) * VL<A>;
+  }
   size_t scratch_elements(int pixels) const {
-    const size_t wide = size_t(ceil_div(pixels, VL<A>) + kMostPixelVectors) * VL<A>;
-    return ((gather ? size_t(L.F) : size_t(kMaxPixelFilters)) + kMaxPixelFilters) * wide;
+    return size_t((gather ? L.F : kMaxPixelFilters) + kMaxPixelFilters) * size_t(wide_for(pixels));
   }
 
   void choose_band() {
@@ -98,8 +103,9 @@ template <class S, class A> struct PixelsFprop {
       rows = images = 1;
       const int64_t want = most<int64_t>(256, int64_t(kBandBytes / sizeof(A)) / most(1, L.nlive));
       const int64_t room =
-          gather ? int64_t((kWorkspaceBytes / 2) / sizeof(A)) / (2 * L.F) - 256 : want;
-      int64_t strips = ceil_div<int64_t>(p.Wo, most<int64_t>(128, least(want, room)));
+          gather ? int64_t((kWorkspaceBytes / 2) / sizeof(A)) / (2 * L.F) - 2 * wide_for(0) : want;
+      const int64_t fewest = L.F > 512 ? VL<A> : 128;
+      int64_t strips = ceil_div<int64_t>(p.Wo, most(fewest, least(want, room)));
       if (p.N * strips < 2 * p.threads) strips = least<int64_t>(most(1, p.Wo / 128), strips * 2);
       cols = ceil_div<int>(ceil_div<int64_t>(p.Wo, strips), VL<A>) * VL<A>;
       if (p.Wo % cols != 0 && p.Wo % cols < VL<A>)
@@ -111,6 +117,9 @@ template <class S, class A> struct PixelsFprop {
     lay(1, cols, 1, false);
     while (cols > 64 && (band_bytes() > kWorkspaceBytes / 2 ||
                          scratch_elements(g.pitch) * sizeof(A) > kWorkspaceBytes / 3))
+      lay(1, cols = ceil_div(cols, 2), 1, false);
+    while (cols > 1 &&
+           band_bytes() + scratch_elements(g.pitch) * sizeof(A) > kWorkspaceBytes - 2048)
       lay(1, cols = ceil_div(cols, 2), 1, false);
     int r = 1;
     while (r < p.Ho && cols == p.Wo) {
@@ -215,7 +224,7 @@ template <class S, class A> struct PixelsFprop {
     const int units = nr * images, at_once = rows_at_once();
     for (int u0 = 0; u0 < units; u0 += at_once) {
       const int nu = least(at_once, units - u0), length = direct ? nc : nu * g.pitch;
-      const ptrdiff_t wide = (ceil_div(length, VL<A>) + kMostPixelVectors) * VL<A>;
+      const ptrdiff_t wide = wide_for(length);
       A* spare = scratch + nf * wide;
       if (L.accumulate) zero_fill(scratch, int64_t(nf) * wide);
       Ahead written;
@@ -291,7 +300,7 @@ template <class S, class A> struct PixelsFprop {
     taps_are_neighbours = !direct && xa.pieces == 1 && xa.step == 1;
     for (int k = 0; k < L.KW && taps_are_neighbours; ++k) {
       tap_shift[k] = xa.start[k] - xa.start[0];
-      taps_are_neighbours = tap_shift[k] >= 0;
+      taps_are_neighbours = tap_shift[k] >= 0 && tap_shift[k] + VL<A> <= spare_vectors() * VL<A>;
     }
     const int64_t blocks = ceil_div<int64_t>(p.N, images), nb = ceil_div(p.Ho, rows),
                   strips = ceil_div(p.Wo, cols);
@@ -339,7 +348,7 @@ template <class S, class A> struct PixelsFprop {
           continue;
         }
         const int n = direct ? nc : nr * images * g.pitch;
-        const ptrdiff_t wide = (ceil_div(n, VL<A>) + kMostPixelVectors) * VL<A>;
+        const ptrdiff_t wide = wide_for(n);
         for (int t = t0; t < t1; ++t) {
           Ahead written;
           if (p.y.sw == 1 && images == 1) {

@@ -34,16 +34,6 @@ template <class A> HC_INLINE Vec<A> splat_pair(const A* p) {
   }
 }
 
-// Sums of neighbouring lanes: of a, then of b.
-template <class A> HC_INLINE Vec<A> add_pairs(Vec<A> a, Vec<A> b) {
-  typename Lane<A>::ivec even, odd;
-  HC_UNROLL for (int l = 0; l < VL<A>; ++l) {
-    even[l] = 2 * l;
-    odd[l] = 2 * l + 1;
-  }
-  return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
-}
-
 // The pairs of all vectors: one load serves two multiply-adds. Sums to o: [MR][NV] vectors.
 template <class A, int MR, int NV>
 static __attribute__((noinline)) void pairs_kernel(const A* a, ptrdiff_t ps, const FilterSteps& s,
@@ -149,7 +139,7 @@ static void filters_kernel(const A* a, ptrdiff_t ps, const FilterSteps& s, const
       const typename Lane<A>::ivec index =
           (typename Lane<A>::ivec)load<A>(turn + (q * NV + j) * VL<A>);
       HC_UNROLL for (int i = 0; i < MR; ++i) acc[i][j] +=
-          __builtin_shuffle(load<A>(p + i * ps), index) * b;
+          turn_lanes<A>(load<A>(p + i * ps), index) * b;
     }
     w += NV * VL<A>;
   }

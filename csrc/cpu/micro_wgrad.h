@@ -20,14 +20,8 @@ using WgradKernel = void (*)(const A* dy, ptrdiff_t plane, const A* x, const int
 
 // VL vectors to one vector of their sums, by halves: lanes and vectors are folded together.
 template <class A, int H> HC_INLINE void fold(Vec<A>* r) {
-  using I = typename Lane<A>::ivec;
-  I lo, hi;
-  HC_UNROLL for (int l = 0; l < VL<A>; ++l) {
-    lo[l] = (l & H) == 0 ? l : VL<A> + l - H;
-    hi[l] = (l & H) == 0 ? l + H : VL<A> + l;
-  }
   HC_UNROLL for (int i = 0; i < H; ++i) r[i] =
-      __builtin_shuffle(r[i], r[i + H], lo) + __builtin_shuffle(r[i], r[i + H], hi);
+      low_halves<A, H>(r[i], r[i + H]) + high_halves<A, H>(r[i], r[i + H]);
   if constexpr (H > 1) fold<A, H / 2>(r);
 }
 

@@ -2,6 +2,7 @@
 // Vectors of one ISA by GCC vector extensions: the same source is AVX-512, AVX2, SSE or NEON.
 #pragma once
 #include <cstring>
+#include <utility>
 #include "problem.h"
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -11,7 +12,11 @@
 #error "define HETCONV_NS and HETCONV_VECTOR_BYTES before including vec.h"
 #endif
 #define HC_INLINE static inline __attribute__((always_inline))
+#if defined(__clang__)
+#define HC_UNROLL _Pragma("unroll")
+#else
 #define HC_UNROLL _Pragma("GCC unroll 64")
+#endif
 
 namespace hetconv {
 namespace HETCONV_NS {
@@ -66,6 +71,52 @@ template <class A> HC_INLINE Vec<A> splat(A a) {
     return Vec<A>{a, a, a, a};
   else
     return Vec<A>{a, a};
+}
+
+// ---- permutations: clang has GCC's vectors but not its __builtin_shuffle ----
+
+// Lane l is that of a number index[l]; each index is below VL.
+template <class A> HC_INLINE Vec<A> turn_lanes(Vec<A> a, typename Lane<A>::ivec index) {
+#if defined(__clang__)
+  Vec<A> r = {};
+  for (int l = 0; l < VL<A>; ++l) r[l] = a[index[l]];
+  return r;
+#else
+  return __builtin_shuffle(a, index);
+#endif
+}
+
+// Of every 2 H lanes the first H of a, then of b (low), or the second H of each (high).
+template <class A, int H, bool high, int... l>
+HC_INLINE Vec<A> halves_of(Vec<A> a, Vec<A> b, std::integer_sequence<int, l...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, ((l & H ? VL<A> : 0) + l - (l & H) + (high ? H : 0))...);
+#else
+  using I = typename Lane<A>::ivec;
+  return __builtin_shuffle(a, b, I{((l & H ? VL<A> : 0) + l - (l & H) + (high ? H : 0))...});
+#endif
+}
+template <class A, int H> HC_INLINE Vec<A> low_halves(Vec<A> a, Vec<A> b) {
+  return halves_of<A, H, false>(a, b, std::make_integer_sequence<int, VL<A>>());
+}
+template <class A, int H> HC_INLINE Vec<A> high_halves(Vec<A> a, Vec<A> b) {
+  return halves_of<A, H, true>(a, b, std::make_integer_sequence<int, VL<A>>());
+}
+
+// Even (0) or odd (1) lanes of a, then of b.
+template <class A, int odd, int... l>
+HC_INLINE Vec<A> every_other(Vec<A> a, Vec<A> b, std::integer_sequence<int, l...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (2 * l + odd)...);
+#else
+  using I = typename Lane<A>::ivec;
+  return __builtin_shuffle(a, b, I{(2 * l + odd)...});
+#endif
+}
+// Sums of neighbouring lanes: of a, then of b.
+template <class A> HC_INLINE Vec<A> add_pairs(Vec<A> a, Vec<A> b) {
+  const auto lanes = std::make_integer_sequence<int, VL<A>>();
+  return every_other<A, 0>(a, b, lanes) + every_other<A, 1>(a, b, lanes);
 }
 
 // The first n of VL elements; the rest is zero. Reads nothing beyond them.
@@ -206,16 +257,10 @@ template <class S, class A> HC_INLINE void write_n(S* p, Vec<A> v, int n) {
 // ---- transposition of a VL x VL block held in vectors: log2(VL) rounds that swap off-diagonal
 // blocks ----
 template <class A, int H> HC_INLINE void swap_blocks(Vec<A>* r) {
-  using I = typename Lane<A>::ivec;
-  I lo, hi;
-  HC_UNROLL for (int l = 0; l < VL<A>; ++l) {
-    lo[l] = (l & H) == 0 ? l : VL<A> + l - H;
-    hi[l] = (l & H) == 0 ? l + H : VL<A> + l;
-  }
   HC_UNROLL for (int i = 0; i < VL<A>; ++i) if ((i & H) == 0) {
     const Vec<A> a = r[i], b = r[i + H];
-    r[i] = __builtin_shuffle(a, b, lo);
-    r[i + H] = __builtin_shuffle(a, b, hi);
+    r[i] = low_halves<A, H>(a, b);
+    r[i + H] = high_halves<A, H>(a, b);
   }
   if constexpr (H > 1) swap_blocks<A, H / 2>(r);
 }

@@ -33,7 +33,7 @@ template <class S, class A> struct PixelsWgrad {
     gx.images = gy.images = m;
     gx.row = gy.row = int64_t(m) * gx.pitch;
     gx.spill = gy.spill =
-        longest - gx.pitch + 2 * VL<A>;  // whole vectors: zeros, not a neighbour's Inf
+        longest - c + 2 * VL<A>;  // whole vectors from the last tap: zeros, not a neighbour's Inf
     gx.piece = ya.entries * gx.row;
     gy.piece = r * gy.row;
     gx.plane = ceil_div<int64_t>(xa.pieces * gx.piece + gx.spill, VL<A>) * VL<A>;
@@ -53,7 +53,8 @@ template <class S, class A> struct PixelsWgrad {
     q.pt = q.pl = 0;
     int c = p.Wo, r = 1, m = 1;
     lay(1, c, 1);
-    while (c > 32 && bytes() > kWgradBytes) lay(1, c = ceil_div(c, 2), 1);
+    while (c > 1 && bytes() > (c > 32 ? kWgradBytes : kWorkspaceBytes - 1024))
+      lay(1, c = ceil_div(c, 2), 1);
     while (c == p.Wo && r < p.Ho) {
       lay(r + 1, c, 1);
       if (bytes() > kWgradBytes || r * gx.pitch > 1536) break;

@@ -22,6 +22,8 @@ from .common import empty, weight_gradient
 from .rates import ENGINE, PACK, VERB
 
 _MAX_INT = 2**31 - 1
+_MAX_PADDED = 2**30  # along one axis: the engine counts pixels in 32 bits, beyond the edge too
+_MAX_RESIDUES = 4096  # dgrad has a plan for each residue of the stride
 # The instruction set; "" takes the best one here, or what HETCONV_ISA says.
 _ISA = ""
 _NO_RESIDUAL = (0, 0, 0, 0)
@@ -43,8 +45,13 @@ class Cpu:
             or max(problem.height * problem.width, oh * ow) > _MAX_INT
         ):
             reasons.append("One channel of the image has more than 2**31 - 1 pixels.")
+        top, bottom, left, right = problem.geometry.pads
+        if max(problem.height + top + bottom, problem.width + left + right) > _MAX_PADDED:
+            reasons.append("The padded image has more than 2**30 pixels along one axis.")
         if max(problem.support.kernel) > 64:
             reasons.append("The kernel has more than 64 taps along one axis.")
+        if problem.verb == "dgrad" and math.prod(problem.geometry.stride) > _MAX_RESIDUES:
+            reasons.append(f"The strides multiply to more than {_MAX_RESIDUES}.")
         return reasons
 
     def estimate(self, problem: Problem) -> float:
