@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from .. import _cpu
-from ..packing import FrozenCache, dense_weight
+from ..packing import FrozenCache, dense_weight, live_weight
 from ..problem import Problem
 from . import Runner
-from .common import empty, weight_gradient
+from .common import empty, to_format
 from .rates import ENGINE, PACK, VERB
 
 _MAX_INT = 2**31 - 1
@@ -156,11 +156,14 @@ class Cpu:
 
     def wgrad(self, problem: Problem) -> Runner:
         """Prepares dw."""
-        geometry, plan = problem.geometry, self._plan(problem, "pixels")
+        geometry, plan = problem.geometry, self._wgrad_plan(problem)
         size = (problem.batch, problem.height, problem.width)
+        # The engine writes the live entries only, in any layout.
+        layout = torch.contiguous_format if problem.live_weight else problem.format
 
         def run(dy: Tensor, x: Tensor) -> Tensor:
-            dw = torch.zeros(problem.support.shape, dtype=problem.dtype)
+            dw = torch.empty(problem.support.shape, dtype=problem.dtype, memory_format=layout)
+            dw.zero_()
             dy, x = dy.resolve_neg(), x.resolve_neg()
             plan.wgrad(
                 x.data_ptr(),
@@ -176,9 +179,26 @@ class Cpu:
                 geometry.dilation,
                 torch.get_num_threads(),
             )
-            return weight_gradient(problem, dw)
+            dw = dw.to(problem.weight_dtype)
+            if problem.live_weight:
+                return live_weight(problem.support, dw).view(problem.weight_shape)
+            return to_format(problem, dw)
 
         return run
+
+    @staticmethod
+    def _wgrad_plan(problem: Problem, form: str = "auto") -> Any:
+        key = ("cpu wgrad", _ISA, problem.dtype, form, problem.channels_last)
+        plan = problem.support.derived.get(key)
+        if plan is None:
+            plan = problem.support.derived[key] = _cpu.Wgrad(
+                _mask(problem),
+                _name(problem.dtype),
+                _ISA,
+                form,
+                channels_last=problem.channels_last,
+            )
+        return plan
 
     @staticmethod
     def _plan(problem: Problem, form: str = "auto") -> Any:
