@@ -20,7 +20,7 @@ struct ChannelWindow {
 struct ChannelTile {
   int turned, vector, first;
   int nf, nv;
-  int whole;  // every sum belongs to a live weight
+  int whole;  // no dead weight but in idle lanes
   int window0;
   int64_t perm0;  // into perms and taken, in lanes: [nf][VL]
   int64_t sum0;   // into the sums: [nf][nv][VL]
@@ -50,6 +50,7 @@ struct ChannelLowered {
   const int* filter_run;
   const int* live;  // channels read by some filter, ascending
   int nlive;
+  const int* plane;     // channel -> index in live, or -1
   const int* identity;  // 0 .. F-1
   const void* perms;    // lane indices as integers of the size of the accumulation type
   const uint8_t* taken;

@@ -206,6 +206,13 @@ static double tile_cost(int nf, int nv) {
   return std::max({double(nf * nv), double(nf + nv), kLatency}) + kTileCost;
 }
 
+// Lanes of a vector of channels that are not idle.
+uint32_t ChannelsPlan::lanes_in_use(int vector) const {
+  uint32_t bits = 0;
+  for (int l = 0; l < vl_; ++l) bits |= uint32_t(channels_[size_t(vector) * vl_ + l] >= 0) << l;
+  return bits;
+}
+
 // `n` neighbouring filters that need the same windows: the split into tiles that costs least.
 void ChannelsPlan::add_broadcast(int first, int n, const std::vector<ChannelWindow>& windows,
                                  int vector, const std::vector<Bits>& lanes) {
@@ -225,7 +232,6 @@ void ChannelsPlan::add_broadcast(int first, int n, const std::vector<ChannelWind
       blocks = b;
     }
   }
-  const uint32_t all = vl_ == 32 ? ~0u : (1u << vl_) - 1;
   for (int i = 0, f = 0; i < rows; ++i) {
     ChannelTile t{};
     t.vector = vector;
@@ -235,7 +241,7 @@ void ChannelsPlan::add_broadcast(int first, int n, const std::vector<ChannelWind
       t.nv = w / blocks + (j < w % blocks);
       t.whole = 1;
       for (int k = 0; k < t.nf; ++k)
-        for (int v = 0; v < t.nv; ++v) t.whole &= lanes[t.first + k][at + v] == all;
+        for (int v = 0; v < t.nv; ++v) t.whole &= lanes[t.first + k][at + v] == lanes_in_use(windows[at + v].vector);
       add_tile(t, windows.data() + at, tile_cost(t.nf, t.nv));
       at += t.nv;
     }
@@ -301,6 +307,7 @@ void ChannelsPlan::finish() {
   low_.filter_run = filter_run_.data();
   low_.live = plan.live;
   low_.nlive = plan.nlive;
+  low_.plane = plan.plane;
   low_.identity = plan.identity;
   low_.perms = plan_.dtype() == DType::f64 ? static_cast<const void*>(perms64_.data())
                                            : static_cast<const void*>(perms32_.data());

@@ -31,6 +31,7 @@ class ChannelsPlan {
   void add_broadcast(int first, int n, const std::vector<ChannelWindow>& windows, int vector,
                      const std::vector<Bits>& lanes);
   void add_tile(ChannelTile t, const ChannelWindow* windows, double cost);
+  uint32_t lanes_in_use(int vector) const;
   void finish();
 
   const Plan& plan_;

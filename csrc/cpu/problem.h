@@ -13,6 +13,7 @@ constexpr size_t kWorkspaceBytes = 2u << 20;  // per thread, whatever the image
 constexpr size_t kBandBytes = 320u << 10;  // what a packed band should fit in (part of an L2 cache)
 
 constexpr size_t kImageBlockBytes = 640u << 10;  // small images side by side in one band
+
 constexpr size_t kWgradBytes = 900u << 10;       // bands of input and output gradient together
 constexpr size_t kSumsBytes = 256u << 10;         // of wgrad that each thread may keep a copy of
 constexpr size_t kTurnBytes = 128u << 10;        // accumulators that wait for their transposition

@@ -62,6 +62,7 @@ template <class S, class A> struct ChannelsWgrad {
     q.pt = q.pl = 0;
     x_planar = L.scattered_x || p.x.sc != 1;
     y_planar = L.scattered_y || q.x.sc != 1;
+    if (p.N == 0 || p.Ho == 0 || p.Wo == 0) return lay(1, 1, 1);
     int c = p.Wo, r = 1, m = 1;
     lay(1, c, 1);
     while (c > 16 && bytes() > kWgradBytes) lay(1, c = ceil_div(c, 2), 1);
@@ -106,19 +107,37 @@ template <class S, class A> struct ChannelsWgrad {
     return t;
   }
 
-  void emit(const ChannelTile& t, const A* sums, int64_t span, int slots, S* dw,
-            const int64_t* strides) const {
+  struct Output {
+    S* dw;
+    const int64_t* strides;
+  };
+
+  // A tile's sums, those of all slots, to the gradient.
+  void emit(const ChannelTile& t, const A* sums, int slots, const Output& out) const {
+    S* dw = out.dw;
+    const int64_t* strides = out.strides;
     for (int i = 0; i < t.nf; ++i)
       for (int j = 0; j < t.nv; ++j) {
         const ChannelWindow& k = L.window[t.window0 + j];
         Vec<A> sum = {};
         for (int s = 0; s < slots; ++s)
-          sum += load<A>(sums + s * span + t.sum0 + (int64_t(i) * t.nv + j) * VL<A>);
+          sum += load<A>(sums + s * L.sums + t.sum0 + (int64_t(i) * t.nv + j) * VL<A>);
         const int64_t at = k.ky * strides[2] + k.kx * strides[3];
         const int* channels = L.channels + int64_t(k.vector) * VL<A>;
         const int* filters = L.filters + int64_t(t.vector) * VL<A>;
-        if (t.whole && strides[1] == 1 && L.channel_run[k.vector] == VL<A>) {
-          write<S, A>(dw + filters[t.first + i] * strides[0] + at + channels[0], sum);
+        if (t.whole) {  // no dead weight but in idle lanes
+          S* to = dw + filters[t.first + i] * strides[0] + at;
+          const int run = L.channel_run[k.vector];
+          if (strides[1] == 1 && run == VL<A>)
+            write<S, A>(to + channels[0], sum);
+          else if (strides[1] == 1 && run > 0)
+            write_n<S, A>(to + channels[0], sum, run);
+          else {
+            A lane[VL<A>];
+            store<A>(lane, sum);
+            for (int l = 0; l < VL<A> && channels[l] >= 0; ++l)
+              to[channels[l] * strides[1]] = Narrow<S>::of(lane[l]);
+          }
           continue;
         }
         const auto* turn =
@@ -133,7 +152,7 @@ template <class S, class A> struct ChannelsWgrad {
       }
   }
 
-  void run(S* dw, const int64_t* strides) {
+  void run(const Output& out) {
     choose_band();
     ptrdiff_t* off = window_offsets();
     const int64_t blocks = ceil_div<int64_t>(p.N, images), nb = ceil_div(p.Ho, rows),
@@ -165,28 +184,33 @@ template <class S, class A> struct ChannelsWgrad {
           const S* xs = reinterpret_cast<const S*>(p.x.data);
           const S* ys = reinterpret_cast<const S*>(q.x.data);
           if (x_planar)
-            pack_planar<S, A>(p, xs, L.live, L.nlive, ya, xa, gx, n0, nm, oy, ox, nr, nc, x_plane);
+            pack_planes<S, A>(p, xs, L.live, L.nlive, L.plane, ya, xa, gx, n0, nm, oy, ox, nr,
+                              nc, x, x_plane);
           if (y_planar)
-            pack_planar<S, A>(q, ys, L.identity, L.F, yb, xb, gy, n0, nm, oy, ox, nr, nc, y_plane);
+            pack_planes<S, A>(q, ys, L.identity, L.F, L.identity, yb, xb, gy, n0, nm, oy, ox,
+                              nr, nc, dy, y_plane);
           for (int u = 0; u < L.units; ++u)
             if (L.unit[u].tile0 < t1 && L.unit[u].tile0 + L.unit[u].tiles > t0)
               band(L.unit[u], most(t0, L.unit[u].tile0),
                    least(t1, L.unit[u].tile0 + L.unit[u].tiles), off, n0, nm, oy, ox, nr, nc,
-                   x_plane, y_plane, x, dy, partial + slot * L.sums, unit == slot);
+                   x_plane, y_plane, x, dy, partial + slot * L.sums, unit == slot,
+                   slots == 1 && unit == units - 1 ? &out : nullptr);
         }
       }
     }
+    if (slots != 1) {
 #pragma omp parallel for schedule(static) \
     num_threads(p.threads) if (p.threads > 1 && L.sums > (1 << 15))
-    for (int t = 0; t < L.tiles; ++t) emit(L.tile[t], partial, L.sums, slots, dw, strides);
+      for (int t = 0; t < L.tiles; ++t) emit(L.tile[t], partial, slots, out);
+    }
     free(partial);
     free(off);
   }
 
-  // Tiles [t0, t1) of one unit over one band.
+  // Tiles [t0, t1) of one unit over one band. out: where finished sums go, or null.
   void band(const ChannelUnit& u, int t0, int t1, const ptrdiff_t* off, int64_t n0, int nm, int oy,
             int ox, int nr, int nc, const A* x_plane, const A* y_plane, A* x, A* dy, A* sums,
-            bool first) const {
+            bool first, const Output* out) const {
     const int v0 = L.tile[t0].vector, v1 = L.tile[t1 - 1].vector + 1;
     if (x_planar)
       turn_planes<A>(x_plane, L.planes + int64_t(u.x0) * VL<A>, u.nx, gx.plane, x);
@@ -216,6 +240,7 @@ template <class S, class A> struct ChannelsWgrad {
       channels_kernel_for<A>(k.turned, k.nf, k.nv)(
           dy + (k.vector - v0) * gy.plane * VL<A> + k.first, x, off + k.window0, s,
           perms + k.perm0, sums + k.sum0, first);
+      if (out) emit(k, sums, 1, *out);
     }
   }
 };
@@ -224,7 +249,7 @@ template <class S, class A>
 static void wgrad_channels(const ChannelLowered& L, const Problem& p, void* dw,
                            const int64_t* strides) {
   ChannelsWgrad<S, A> g{L, p, p, {}, {}, {}, {}, {}, {}, 0, 0, 0, false, false};
-  g.run(static_cast<S*>(dw), strides);
+  g.run({static_cast<S*>(dw), strides});
 }
 
 }  // namespace HETCONV_NS

@@ -6,10 +6,12 @@
 #include <cstdlib>
 #include "fprop_pixels.h"
 #include "micro_wgrad.h"
+#include "pack_vectors.h"
 
 namespace hetconv {
 namespace HETCONV_NS {
 
+constexpr int kWgradPixels = 512;
 template <class S, class A> struct PixelsWgrad {
   const Lowered& L;
   Problem p, q;  // the layer; its output gradient as the input of a 1x1 layer
@@ -56,7 +58,7 @@ template <class S, class A> struct PixelsWgrad {
     while (c > 32 && bytes() > kWgradBytes) lay(1, c = ceil_div(c, 2), 1);
     while (c == p.Wo && r < p.Ho) {
       lay(r + 1, c, 1);
-      if (bytes() > kWgradBytes || r * gx.pitch > 1536) break;
+      if (bytes() > kWgradBytes || r * gx.pitch > kWgradPixels) break;
       ++r;
     }
     const int bands = ceil_div(p.Ho, r);
@@ -64,7 +66,7 @@ template <class S, class A> struct PixelsWgrad {
     if (r == p.Ho && c == p.Wo)
       while (m < p.N && ceil_div<int64_t>(p.N, m + 1) >= p.threads) {
         lay(r, c, m + 1);
-        if (bytes() > kWgradBytes || m * r * gx.pitch > 1536) break;
+        if (bytes() > kWgradBytes || m * r * gx.pitch > kWgradPixels) break;
         ++m;
       }
     lay(r, c, m);
@@ -97,15 +99,18 @@ template <class S, class A> struct PixelsWgrad {
         (size_t(gx.plane) * L.nlive * sizeof(A) + 2 * HETCONV_VECTOR_BYTES + 63) / 64 * 64;
     const size_t y_room =
         (size_t(gy.plane) * L.F * sizeof(A) + 2 * HETCONV_VECTOR_BYTES + 63) / 64 * 64;
+    const size_t turn_room =
+        p.x.sc == 1 || q.x.sc == 1 ? size_t(most(gx.plane, gy.plane)) * VL<A> * sizeof(A) : 0;
     const int64_t span = ceil_div<int64_t>(L.packed, VL<A>) * VL<A> + VL<A>;
     A* partial = static_cast<A*>(calloc(size_t(span) * most(slots, 1), sizeof(A)));
     if (!partial) out_of_memory();
 #pragma omp parallel for schedule(static, 1) num_threads(slots* shares) if (slots * shares > 1)
     for (int worker = 0; worker < slots * shares; ++worker) {
       const int slot = worker / shares, share = worker % shares;
-      char* room = static_cast<char*>(workspace(x_room + y_room));
+      char* room = static_cast<char*>(workspace(x_room + y_room + turn_room));
       A* x = reinterpret_cast<A*>(room);
       A* dy = reinterpret_cast<A*>(room + x_room);
+      A* scratch = reinterpret_cast<A*>(room + x_room + y_room);
       const int t0 = int(int64_t(L.count) * share / shares),
                 t1 = int(int64_t(L.count) * (share + 1) / shares);
       for (int64_t unit = slot; unit < units; unit += slots) {
@@ -113,10 +118,10 @@ template <class S, class A> struct PixelsWgrad {
         const int oy = int(unit / strips % nb) * rows, ox = int(unit % strips) * cols;
         const int nr = least(rows, p.Ho - oy), nc = least(cols, p.Wo - ox),
                   nm = int(least<int64_t>(images, p.N - n0));
-        pack_planar<S, A>(p, reinterpret_cast<const S*>(p.x.data), L.live, L.nlive, ya, xa, gx, n0,
-                          nm, oy, ox, nr, nc, x);
-        pack_planar<S, A>(q, reinterpret_cast<const S*>(q.x.data), L.filters, L.F, yb, xb, gy, n0,
-                          nm, oy, ox, nr, nc, dy);
+        pack_planes<S, A>(p, reinterpret_cast<const S*>(p.x.data), L.live, L.nlive, L.plane, ya, xa,
+                          gx, n0, nm, oy, ox, nr, nc, scratch, x);
+        pack_planes<S, A>(q, reinterpret_cast<const S*>(q.x.data), L.filters, L.F, L.ascending, yb, xb,
+                          gy, n0, nm, oy, ox, nr, nc, scratch, dy);
         band(off, x, dy, t0, t1, nr * images * gx.pitch, partial + slot * span);
       }
     }
