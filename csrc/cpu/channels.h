@@ -36,7 +36,7 @@ struct ChannelUnit {
 struct ChannelLowered {
   int vl, F, C, KH, KW;
   int units, tiles;
-  int most_x, most_y;          // vectors of the largest unit
+  int most_x, most_y;            // vectors of the largest unit
   int scattered_x, scattered_y;  // some vector is not a run of neighbours, or is packed twice
   const ChannelUnit* unit;
   const ChannelTile* tile;

@@ -104,7 +104,7 @@ void ChannelsPlan::add_unit(const Members& groups, const std::vector<int>& chann
   u.nx = int(channels_.size()) / vl_ - u.x0;
   u.ny = int(filters_.size()) / vl_ - u.y0;
   group_of.resize(size_t(u.ny) * vl_, -1);
-  for (int v = 0; v < u.ny; ++v) 
+  for (int v = 0; v < u.ny; ++v)
     add_vector(groups, group_of.data() + size_t(v) * vl_, u.y0 + v, u.x0, lane_of);
   u.tiles = int(tiles_.size()) - u.tile0;
   if (u.tiles > 0) units_.push_back(u);
@@ -149,11 +149,11 @@ void ChannelsPlan::add_vector(const Members& groups, const int* group_of, int ve
   }
   for (const auto& [pattern, windows] : turned) add_turned(pattern, windows, vector);
   const auto same = [](const std::vector<ChannelWindow>& a, const std::vector<ChannelWindow>& b) {
-    return a.size() == b.size() &&
-           std::equal(a.begin(), a.end(), b.begin(),
-                      [](const ChannelWindow& s, const ChannelWindow& t) {
-                        return s.ky == t.ky && s.kx == t.kx && s.vector == t.vector;
-                      });
+    return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin(),
+                                              [](const ChannelWindow& s, const ChannelWindow& t) {
+                                                return s.ky == t.ky && s.kx == t.kx &&
+                                                       s.vector == t.vector;
+                                              });
   };
   for (int l = 0; l < vl_;) {
     int n = 1;
@@ -226,7 +226,7 @@ void ChannelsPlan::add_broadcast(int first, int n, const std::vector<ChannelWind
     double cost = 0;
     for (int i = 0; i < a; ++i)
       for (int j = 0; j < b; ++j) cost += tile_cost(n / a + (i < n % a), w / b + (j < w % b));
-    if (best < 0 || cost < best) {
+    if (best < 0 || cost <= best) {  // of equals the one with fewer windows: they are long streams
       best = cost;
       rows = a;
       blocks = b;
@@ -241,7 +241,8 @@ void ChannelsPlan::add_broadcast(int first, int n, const std::vector<ChannelWind
       t.nv = w / blocks + (j < w % blocks);
       t.whole = 1;
       for (int k = 0; k < t.nf; ++k)
-        for (int v = 0; v < t.nv; ++v) t.whole &= lanes[t.first + k][at + v] == lanes_in_use(windows[at + v].vector);
+        for (int v = 0; v < t.nv; ++v)
+          t.whole &= lanes[t.first + k][at + v] == lanes_in_use(windows[at + v].vector);
       add_tile(t, windows.data() + at, tile_cost(t.nf, t.nv));
       at += t.nv;
     }

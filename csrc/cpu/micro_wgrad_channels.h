@@ -82,9 +82,9 @@ static void channels_kernel(const A* dy, const A* x, const ptrdiff_t* off, const
 
 template <class A, int NF, bool turned> static ChannelsKernel<A> channels_kernel_of(int nv) {
   constexpr int limit = turned ? kTurnedWindows[NF <= kTurns ? NF : 0] : kWindows[NF];
-#define HC_ROW(m)                                                        \
-  case m:                                                                \
-    if constexpr (m <= limit) return channels_kernel<A, NF, m, turned>;  \
+#define HC_ROW(m)                                                       \
+  case m:                                                               \
+    if constexpr (m <= limit) return channels_kernel<A, NF, m, turned>; \
     break;
   switch (nv) {
     HC_ROW(1)
@@ -101,10 +101,10 @@ template <class A, int NF, bool turned> static ChannelsKernel<A> channels_kernel
 }
 
 template <class A> static ChannelsKernel<A> channels_kernel_for(bool turned, int nf, int nv) {
-#define HC_ROW(m)                                                    \
-  case m:                                                            \
-    if constexpr (m <= kTurns)                                       \
-      if (turned) return channels_kernel_of<A, m, true>(nv);         \
+#define HC_ROW(m)                                            \
+  case m:                                                    \
+    if constexpr (m <= kTurns)                               \
+      if (turned) return channels_kernel_of<A, m, true>(nv); \
     return channels_kernel_of<A, m, false>(nv);
   switch (nf) {
     HC_ROW(1)

@@ -14,9 +14,10 @@ constexpr size_t kBandBytes = 320u << 10;  // what a packed band should fit in (
 
 constexpr size_t kImageBlockBytes = 640u << 10;  // small images side by side in one band
 
-constexpr size_t kWgradBytes = 900u << 10;       // bands of input and output gradient together
+constexpr size_t kWgradBytes = 900u << 10;        // bands of input and output gradient together
+constexpr size_t kChannelBandBytes = 640u << 10;  // the same with channels in vectors
 constexpr size_t kSumsBytes = 256u << 10;         // of wgrad that each thread may keep a copy of
-constexpr size_t kTurnBytes = 128u << 10;        // accumulators that wait for their transposition
+constexpr size_t kTurnBytes = 128u << 10;         // accumulators that wait for their transposition
 
 enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 enum class Act : int { none = 0, relu = 1, relu6 = 2, silu = 3, gelu = 4 };

@@ -52,6 +52,7 @@ template <class S, class A> struct ChannelsWgrad {
   size_t y_planes() const { return y_planar ? size_t(gy.plane) * L.F * sizeof(A) : 0; }
   size_t bytes() const { return x_bytes() + y_bytes() + x_planes() + y_planes(); }
 
+  bool many_sums() const { return size_t(L.sums) * sizeof(A) > kSumsBytes; }
   void choose_band() {
     q = p;
     q.x = p.y;
@@ -63,22 +64,31 @@ template <class S, class A> struct ChannelsWgrad {
     x_planar = L.scattered_x || p.x.sc != 1;
     y_planar = L.scattered_y || q.x.sc != 1;
     if (p.N == 0 || p.Ho == 0 || p.Wo == 0) return lay(1, 1, 1);
+    const bool many = many_sums();
     int c = p.Wo, r = 1, m = 1;
     lay(1, c, 1);
-    while (c > 16 && bytes() > kWgradBytes) lay(1, c = ceil_div(c, 2), 1);
+    while (c > 16 && bytes() > kChannelBandBytes) lay(1, c = ceil_div(c, 2), 1);
     while (c == p.Wo && r < p.Ho) {
       lay(r + 1, c, 1);
-      if (bytes() > kWgradBytes) break;
+      if (bytes() > kChannelBandBytes) break;
       ++r;
     }
     r = ceil_div(p.Ho, ceil_div(p.Ho, r));
     if (r == p.Ho && c == p.Wo)
       while (m < p.N && m * r * c < 1024) {
         lay(r, c, m + 1);
-        if (bytes() > kWgradBytes) break;
+        if (bytes() > kChannelBandBytes) break;
         ++m;
       }
     m = int(ceil_div<int64_t>(p.N, ceil_div<int64_t>(p.N, m)));
+    // As many bands for every thread.
+    const int64_t blocks = ceil_div<int64_t>(p.N, m), bands = ceil_div(p.Ho, r);
+    if (!many && blocks * bands < 4 * int64_t(p.threads))
+      for (int64_t b = bands; b <= most<int64_t>(bands, least<int64_t>(p.Ho, 4 * bands)); ++b)
+        if (blocks * b % p.threads == 0) {
+          r = int(ceil_div<int64_t>(p.Ho, b));
+          break;
+        }
     lay(r, c, m);
   }
 
@@ -158,12 +168,13 @@ template <class S, class A> struct ChannelsWgrad {
     const int64_t blocks = ceil_div<int64_t>(p.N, images), nb = ceil_div(p.Ho, rows),
                   strips = ceil_div(p.Wo, cols);
     const int64_t units = blocks * nb * strips;
-    const bool many = size_t(L.sums) * sizeof(A) > kSumsBytes;
-    const int slots = int(many ? least<int64_t>(units, 1) : least<int64_t>(units, p.threads)),
+    const int slots =
+                  int(many_sums() ? least<int64_t>(units, 1) : least<int64_t>(units, p.threads)),
               shares = most(1, p.threads / most(slots, 1));
     const size_t slack = 64;
-    const size_t x_room = (x_bytes() + slack + 63) / 64 * 64, y_room = (y_bytes() + slack + 63) / 64 * 64,
-                 xp_room = (x_planes() + 63) / 64 * 64, yp_room = (y_planes() + 63) / 64 * 64;
+    const size_t x_room = (x_bytes() + slack + 63) / 64 * 64,
+                 y_room = (y_bytes() + slack + 63) / 64 * 64, xp_room = (x_planes() + 63) / 64 * 64,
+                 yp_room = (y_planes() + 63) / 64 * 64;
     A* partial = static_cast<A*>(malloc(size_t(L.sums + VL<A>) * most(slots, 1) * sizeof(A)));
     if (!partial) out_of_memory();
 #pragma omp parallel for schedule(static, 1) num_threads(slots* shares) if (slots * shares > 1)
@@ -184,11 +195,11 @@ template <class S, class A> struct ChannelsWgrad {
           const S* xs = reinterpret_cast<const S*>(p.x.data);
           const S* ys = reinterpret_cast<const S*>(q.x.data);
           if (x_planar)
-            pack_planes<S, A>(p, xs, L.live, L.nlive, L.plane, ya, xa, gx, n0, nm, oy, ox, nr,
-                              nc, x, x_plane);
+            pack_planes<S, A>(p, xs, L.live, L.nlive, L.plane, ya, xa, gx, n0, nm, oy, ox, nr, nc,
+                              x, x_plane);
           if (y_planar)
-            pack_planes<S, A>(q, ys, L.identity, L.F, L.identity, yb, xb, gy, n0, nm, oy, ox,
-                              nr, nc, dy, y_plane);
+            pack_planes<S, A>(q, ys, L.identity, L.F, L.identity, yb, xb, gy, n0, nm, oy, ox, nr,
+                              nc, dy, y_plane);
           for (int u = 0; u < L.units; ++u)
             if (L.unit[u].tile0 < t1 && L.unit[u].tile0 + L.unit[u].tiles > t0)
               band(L.unit[u], most(t0, L.unit[u].tile0),
@@ -215,8 +226,9 @@ template <class S, class A> struct ChannelsWgrad {
     if (x_planar)
       turn_planes<A>(x_plane, L.planes + int64_t(u.x0) * VL<A>, u.nx, gx.plane, x);
     else
-      pack_vectors<S, A>(p, reinterpret_cast<const S*>(p.x.data), L.channels + int64_t(u.x0) * VL<A>,
-                         L.channel_run + u.x0, u.nx, ya, xa, gx, n0, nm, oy, ox, nr, nc, x);
+      pack_vectors<S, A>(p, reinterpret_cast<const S*>(p.x.data),
+                         L.channels + int64_t(u.x0) * VL<A>, L.channel_run + u.x0, u.nx, ya, xa, gx,
+                         n0, nm, oy, ox, nr, nc, x);
     if (y_planar)
       turn_planes<A>(y_plane, L.filters + int64_t(v0) * VL<A>, v1 - v0, gy.plane, dy);
     else
@@ -238,8 +250,8 @@ template <class S, class A> struct ChannelsWgrad {
     for (int t = t0; t < t1; ++t) {
       const ChannelTile& k = L.tile[t];
       channels_kernel_for<A>(k.turned, k.nf, k.nv)(
-          dy + (k.vector - v0) * gy.plane * VL<A> + k.first, x, off + k.window0, s,
-          perms + k.perm0, sums + k.sum0, first);
+          dy + (k.vector - v0) * gy.plane * VL<A> + k.first, x, off + k.window0, s, perms + k.perm0,
+          sums + k.sum0, first);
       if (out) emit(k, sums, 1, *out);
     }
   }

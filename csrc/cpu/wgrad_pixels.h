@@ -120,8 +120,8 @@ template <class S, class A> struct PixelsWgrad {
                   nm = int(least<int64_t>(images, p.N - n0));
         pack_planes<S, A>(p, reinterpret_cast<const S*>(p.x.data), L.live, L.nlive, L.plane, ya, xa,
                           gx, n0, nm, oy, ox, nr, nc, scratch, x);
-        pack_planes<S, A>(q, reinterpret_cast<const S*>(q.x.data), L.filters, L.F, L.ascending, yb, xb,
-                          gy, n0, nm, oy, ox, nr, nc, scratch, dy);
+        pack_planes<S, A>(q, reinterpret_cast<const S*>(q.x.data), L.filters, L.F, L.ascending, yb,
+                          xb, gy, n0, nm, oy, ox, nr, nc, scratch, dy);
         band(off, x, dy, t0, t1, nr * images * gx.pitch, partial + slot * span);
       }
     }

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from .. import _cpu
-from ..packing import FrozenCache, dense_weight, live_weight
+from ..packing import FrozenCache, dense_weight
 from ..problem import Problem
+from ..support import Support
 from . import Runner
 from .common import empty, to_format
-from .rates import ENGINE, PACK, VERB
+from .rates import ENGINE, GRADIENT, PACK, VERB, WGRAD
 
 _MAX_INT = 2**31 - 1
 # The instruction set; "" takes the best one here, or what HETCONV_ISA says.
@@ -49,7 +50,13 @@ class Cpu:
 
     def estimate(self, problem: Problem) -> float:
         """Predicts the time from what the plan executes, in seconds."""
-        plan, threads = self._plan(problem), torch.get_num_threads()
+        threads = torch.get_num_threads()
+        if problem.verb == "wgrad":
+            wgrad = self._wgrad_plan(problem)
+            pixels = problem.batch * math.prod(problem.output_size)
+            fixed = math.prod(problem.support.shape) * GRADIENT + ENGINE["pixels"].call
+            return pixels * wgrad.cost * WGRAD[wgrad.form] / threads + fixed
+        plan = self._plan(problem)
         form = ENGINE["filters" if plan.form == "filters" else "pixels"]
         per_image = problem.batch * plan.cost
         oh, ow = problem.output_size
@@ -158,6 +165,7 @@ class Cpu:
         """Prepares dw."""
         geometry, plan = problem.geometry, self._wgrad_plan(problem)
         size = (problem.batch, problem.height, problem.width)
+        live = _live_index(problem.support) if problem.live_weight else None
         # The engine writes the live entries only, in any layout.
         layout = torch.contiguous_format if problem.live_weight else problem.format
 
@@ -180,8 +188,8 @@ class Cpu:
                 torch.get_num_threads(),
             )
             dw = dw.to(problem.weight_dtype)
-            if problem.live_weight:
-                return live_weight(problem.support, dw).view(problem.weight_shape)
+            if live is not None:
+                return dw.view(-1).index_select(0, live).view(problem.weight_shape)
             return to_format(problem, dw)
 
         return run
@@ -233,6 +241,17 @@ class Cpu:
 
 def _mask(problem: Problem) -> Any:
     return np.ascontiguousarray(problem.support.mask).view(np.uint8)
+
+
+def _live_index(support: Support) -> Tensor:
+    """Returns where the live weights stand in a dense one, row by row, made once.  # [live]"""
+    index = support.derived.get("cpu live index")
+    if index is None:
+        # Outside inference mode, so that the tensor can be used anywhere later.
+        with torch.inference_mode(False):
+            index = torch.from_numpy(np.flatnonzero(support.mask))
+        support.derived["cpu live index"] = index
+    return index
 
 
 def _tile_columns(problem: Problem) -> int:
