@@ -54,6 +54,24 @@ class Plan:
         act: str = ...,
         threads: int = ...,
     ) -> None: ...
+
+class Wgrad:
+    def __init__(
+        self,
+        mask: Buffer,
+        dtype: str = ...,
+        isa: str = ...,
+        form: str = ...,
+        channels_last: bool = ...,
+    ) -> None: ...
+    @property
+    def form(self) -> str: ...
+    @property
+    def isa(self) -> str: ...
+    @property
+    def cost(self) -> float: ...
+    @property
+    def useful(self) -> float: ...
     def wgrad(
         self,
         x: int,

@@ -6,6 +6,7 @@
 #include <array>
 
 #include "dgrad.h"
+#include "wgrad.h"
 
 namespace py = pybind11;
 using namespace hetconv;
@@ -173,16 +174,30 @@ static void run_fprop(const Plan& plan, const Packed& packed, uintptr_t x, const
   fprop(plan, packed, p);
 }
 
-static void run_wgrad(const Plan& plan, uintptr_t x, const Strides& xs,
+static std::unique_ptr<Wgrad> make_wgrad(const py::buffer& mask, const std::string& dtype,
+                                         const std::string& isa, const std::string& form,
+                                         bool channels_last) {
+  const py::buffer_info info = mask.request();
+  const MaskView m = mask_view(info);
+  if (form != "auto" && form != "pixels" && form != "channels")
+    throw std::invalid_argument("form '" + form + "' is not auto, pixels or channels");
+  const DType type = dtype_named(dtype);
+  const Kernels& kernels = isa_named(isa);
+  py::gil_scoped_release release;
+  return std::make_unique<Wgrad>(m.data, m.F, m.C, m.KH, m.KW, type, kernels, form, channels_last);
+}
+
+static void run_wgrad(const Wgrad& w, uintptr_t x, const Strides& xs,
                       const std::array<int64_t, 3>& nhw, uintptr_t dy, const Strides& ys,
                       const Pair& out, uintptr_t dw, const Strides& ws, const Pair& stride,
                       const Pair& padding, const Pair& dilation, int threads) {
-  Problem p = layer(plan.lowered(), nhw, out, stride, padding, dilation, threads);
-  p.x = view("x", x, xs, plan.dtype());
-  p.y = view("dy", dy, ys, plan.dtype());
-  checked("dw", dw, plan.dtype());
+  Problem p = layer(w.plan().lowered(), nhw, out, stride, padding, dilation, threads);
+  const DType dtype = w.plan().dtype();
+  p.x = view("x", x, xs, dtype);
+  p.y = view("dy", dy, ys, dtype);
+  checked("dw", dw, dtype);
   py::gil_scoped_release release;
-  wgrad(plan, p, reinterpret_cast<void*>(dw), ws.data());
+  w.run(p, reinterpret_cast<void*>(dw), ws.data());
 }
 
 PYBIND11_MODULE(_cpu, m) {
@@ -219,7 +234,15 @@ PYBIND11_MODULE(_cpu, m) {
            py::arg("nhw"), py::arg("y"), py::arg("y_strides"), py::arg("out"), py::arg("stride"),
            py::arg("padding"), py::arg("dilation"), py::arg("scale") = 0, py::arg("shift") = 0,
            py::arg("residual") = 0, py::arg("residual_strides") = Strides{},
-           py::arg("act") = "none", py::arg("threads") = 1)
+           py::arg("act") = "none", py::arg("threads") = 1);
+
+  py::class_<Wgrad>(m, "Wgrad")
+      .def(py::init(&make_wgrad), py::arg("mask"), py::arg("dtype") = "float32",
+           py::arg("isa") = "", py::arg("form") = "auto", py::arg("channels_last") = true)
+      .def_property_readonly("form", &Wgrad::form)
+      .def_property_readonly("isa", [](const Wgrad& w) { return w.plan().kernels().name; })
+      .def_property_readonly("cost", &Wgrad::cost)
+      .def_property_readonly("useful", [](const Wgrad& w) { return w.plan().useful(); })
       .def("wgrad", &run_wgrad, py::arg("x"), py::arg("x_strides"), py::arg("nhw"), py::arg("dy"),
            py::arg("dy_strides"), py::arg("out"), py::arg("dw"), py::arg("dw_strides"),
            py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("threads") = 1);

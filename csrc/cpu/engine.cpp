@@ -114,12 +114,4 @@ void fprop(const Plan& plan, const Packed& packed, Problem p) {
   plan.kernels().fprop[int(plan.dtype())](plan.lowered(), plan.offsets(), p, packed.data());
 }
 
-void wgrad(const Plan& plan, Problem p, void* dw, const int64_t strides[4]) {
-  if (plan.lowered().form != Form::pixels || plan.lowered().accumulate)
-    throw std::invalid_argument("wgrad needs a plan made with form='pixels'");
-  p.threads = usable_threads(p.threads);
-  if (p.Ho < 0 || p.Wo < 0) p.Ho = p.Wo = 0;
-  plan.kernels().wgrad[int(plan.dtype())](plan.lowered(), plan.offsets(), p, dw, strides);
-}
-
 }  // namespace hetconv

@@ -25,7 +25,5 @@ class Packed {
 
 int usable_threads(int threads);  // one after a fork: the OpenMP runtime's pool does not survive it
 void fprop(const Plan& plan, const Packed& packed, Problem p);
-// p.y is the output gradient. Writes the live entries of dw only; the plan must be in pixels form.
-void wgrad(const Plan& plan, Problem p, void* dw, const int64_t strides[4]);
 
 }  // namespace hetconv

@@ -3,7 +3,8 @@
 #include "fprop_filters.h"
 #include "fprop_pixels.h"
 #include "pack_weights.h"
-#include "wgrad.h"
+#include "wgrad_channels.h"
+#include "wgrad_pixels.h"
 
 namespace hetconv {
 namespace HETCONV_NS {
@@ -20,14 +21,20 @@ static void fprop(const Lowered& L, OffsetCache* cache, const Problem& p, const 
 
 #define HETCONV_KERNELS(name)                                                                    \
   Kernels {                                                                                      \
-    #name, HETCONV_VECTOR_BYTES, HETCONV_NS::kMaxPixelFilters,                                   \
+    #name, HETCONV_VECTOR_BYTES, HETCONV_NS::kMaxPixelFilters, HETCONV_NS::kWgradColumns,        \
+        HETCONV_NS::kWindowFilters, HETCONV_NS::kWindows, HETCONV_NS::kTurns,                    \
+        HETCONV_NS::kTurnedWindows,                                                              \
         {HETCONV_NS::fprop<float, float>, HETCONV_NS::fprop<double, double>,                     \
          HETCONV_NS::fprop<HETCONV_NS::bf16, float>, HETCONV_NS::fprop<HETCONV_NS::f16, float>}, \
         {HETCONV_NS::pack_weights<float>, HETCONV_NS::pack_weights<double>,                      \
          HETCONV_NS::pack_weights<float>, HETCONV_NS::pack_weights<float>},                      \
+        {HETCONV_NS::wgrad_pixels<float, float>, HETCONV_NS::wgrad_pixels<double, double>,       \
+         HETCONV_NS::wgrad_pixels<HETCONV_NS::bf16, float>,                                      \
+         HETCONV_NS::wgrad_pixels<HETCONV_NS::f16, float>},                                      \
     {                                                                                            \
-      HETCONV_NS::wgrad<float, float>, HETCONV_NS::wgrad<double, double>,                        \
-          HETCONV_NS::wgrad<HETCONV_NS::bf16, float>, HETCONV_NS::wgrad<HETCONV_NS::f16, float>  \
+      HETCONV_NS::wgrad_channels<float, float>, HETCONV_NS::wgrad_channels<double, double>,      \
+          HETCONV_NS::wgrad_channels<HETCONV_NS::bf16, float>,                                   \
+          HETCONV_NS::wgrad_channels<HETCONV_NS::f16, float>                                     \
     }                                                                                            \
   }
 

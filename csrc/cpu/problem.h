@@ -13,8 +13,11 @@ constexpr size_t kWorkspaceBytes = 2u << 20;  // per thread, whatever the image
 constexpr size_t kBandBytes = 320u << 10;  // what a packed band should fit in (part of an L2 cache)
 
 constexpr size_t kImageBlockBytes = 640u << 10;  // small images side by side in one band
-constexpr size_t kWgradBytes = 900u << 10;       // bands of input and output gradient together
-constexpr size_t kTurnBytes = 128u << 10;        // accumulators that wait for their transposition
+
+constexpr size_t kWgradBytes = 900u << 10;        // bands of input and output gradient together
+constexpr size_t kChannelBandBytes = 640u << 10;  // the same with channels in vectors
+constexpr size_t kSumsBytes = 256u << 10;         // of wgrad that each thread may keep a copy of
+constexpr size_t kTurnBytes = 128u << 10;         // accumulators that wait for their transposition
 
 enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 enum class Act : int { none = 0, relu = 1, relu6 = 2, silu = 3, gelu = 4 };
@@ -118,13 +121,24 @@ struct WeightView {
   int64_t sf, sc, sh, sw;
 };
 
+struct ChannelLowered;  // channels.h
+
 struct Kernels {
   const char* name;
   int vector_bytes;
   int max_pixel_filters;  // filters of a pixels-in-vectors tile
+  // Tiles of wgrad, the widest for each number of filters: columns of pixels, windows of channels.
+  const int* wgrad_columns;
+  int window_filters;
+  const int* windows;
+  int turns;
+  const int* turned_windows;
   void (*fprop[4])(const Lowered&, OffsetCache*, const Problem&, const void* packed);
   void (*pack[4])(const Lowered&, const WeightView&, DType from, void* packed, int threads);
-  void (*wgrad[4])(const Lowered&, OffsetCache*, const Problem&, void* dw, const int64_t* strides);
+  void (*wgrad_pixels[4])(const Lowered&, OffsetCache*, const Problem&, void* dw,
+                          const int64_t* strides);
+  void (*wgrad_channels[4])(const ChannelLowered&, const Problem&, void* dw,
+                            const int64_t* strides);
 };
 
 extern const Kernels kernels_generic;

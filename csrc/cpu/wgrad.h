@@ -1,153 +1,32 @@
 // SPDX-License-Identifier: Apache-2.0
-// wgrad: bands of input and output gradient, both channel-planar; each slot adds its bands in a
-// fixed order into its own partial sums, and the slots are added in a fixed order: two runs with
-// the same number of threads agree bit by bit.
+// wgrad: with pixels in vectors (narrow and irregular groups) or with channels in vectors.
 #pragma once
-#include <cstdlib>
-#include "fprop_pixels.h"
-#include "micro_wgrad.h"
+#include "channels_plan.h"
+#include "engine.h"
 
 namespace hetconv {
-namespace HETCONV_NS {
 
-template <class S, class A> struct PixelsWgrad {
-  const Lowered& L;
-  Problem p, q;  // the layer; its output gradient as the input of a 1x1 layer
-  Axis ya, xa, yb, xb;
-  Planar gx, gy;
-  int rows, cols, images;
+class Wgrad {
+ public:
+  // form: "auto", "pixels" or "channels"; "auto" expects most calls with channels innermost in
+  // memory (channels_last) or not.
+  Wgrad(const uint8_t* mask, int F, int C, int KH, int KW, DType dtype, const Kernels& kernels,
+        const std::string& form, bool channels_last);
+  Wgrad(const Wgrad&) = delete;
+  Wgrad& operator=(const Wgrad&) = delete;
+  // p.y is the output gradient. Writes the live entries of dw only.
+  void run(Problem p, void* dw, const int64_t strides[4]) const;
+  const Plan& plan() const { return plan_; }
+  const char* form() const { return channels_ ? "channels" : "pixels"; }
+  // Vector multiply-adds per pixel, weighted, with what packing costs.
+  double cost() const { return cost_; }
 
-  void lay(int r, int c, int m) {
-    rows = r;
-    cols = c;
-    images = m;
-    axis_phases(&ya, L.KH, p.sh, p.dh, r);
-    if (ya.entries > L.KH * r) axis_copies(&ya, L.KH, p.sh, p.dh, r);
-    axis_phases(&xa, L.KW, p.sw, p.dw, c);
-    if (xa.entries > L.KW * c) axis_copies(&xa, L.KW, p.sw, p.dw, c);
-    axis_copies(&yb, 1, 1, 1, r);
-    axis_copies(&xb, 1, 1, 1, c);
-    int longest = 0;
-    for (int u = 0; u < xa.pieces; ++u) longest = most(longest, xa.piece[u].len);
-    gx.pitch = gy.pitch = xa.pieces == 1 ? shared_gap_pitch(p, xa, c) : longest;
-    gx.images = gy.images = m;
-    gx.row = gy.row = int64_t(m) * gx.pitch;
-    gx.spill = gy.spill =
-        longest - c + 2 * VL<A>;  // whole vectors from the last tap: zeros, not a neighbour's Inf
-    gx.piece = ya.entries * gx.row;
-    gy.piece = r * gy.row;
-    gx.plane = ceil_div<int64_t>(xa.pieces * gx.piece + gx.spill, VL<A>) * VL<A>;
-    gy.plane = ceil_div<int64_t>(gy.piece + gy.spill, VL<A>) * VL<A>;
-    if (gx.plane * sizeof(A) % 1024 == 0) gx.plane += 64 / int(sizeof(A));
-    if (gy.plane * sizeof(A) % 1024 == 0) gy.plane += 64 / int(sizeof(A));
-  }
-  size_t bytes() const { return size_t(gx.plane * L.nlive + gy.plane * L.F) * sizeof(A); }
+ private:
+  double pixels_cost() const;
 
-  void choose_band() {
-    q = p;
-    q.x = p.y;
-    q.C = p.F;
-    q.H = p.Ho;
-    q.W = p.Wo;
-    q.sh = q.sw = q.dh = q.dw = 1;
-    q.pt = q.pl = 0;
-    int c = p.Wo, r = 1, m = 1;
-    lay(1, c, 1);
-    while (c > 1 && bytes() > (c > 32 ? kWgradBytes : kWorkspaceBytes - 1024))
-      lay(1, c = ceil_div(c, 2), 1);
-    while (c == p.Wo && r < p.Ho) {
-      lay(r + 1, c, 1);
-      if (bytes() > kWgradBytes || r * gx.pitch > 1536) break;
-      ++r;
-    }
-    const int bands = ceil_div(p.Ho, r);
-    r = ceil_div(p.Ho, bands);
-    if (r == p.Ho && c == p.Wo)
-      while (m < p.N && ceil_div<int64_t>(p.N, m + 1) >= p.threads) {
-        lay(r, c, m + 1);
-        if (bytes() > kWgradBytes || m * r * gx.pitch > 1536) break;
-        ++m;
-      }
-    lay(r, c, m);
-  }
-
-  void band(const int* off, const A* x, const A* dy, int t0, int t1, int length, A* sums) {
-    const int nvec = ceil_div(length, VL<A>);
-    for (int t = t0; t < t1; ++t) {
-      const PixelTile& tile = L.tiles[t];
-      const A* g = dy + tile.filter0 * gy.plane;
-      const int limit = kWgradColumns[tile.nf], parts = ceil_div(tile.ncols, limit);
-      for (int i = 0, k = 0; i < parts; ++i) {
-        const int nc = tile.ncols / parts + (i < tile.ncols % parts);
-        wgrad_kernel_for<A>(tile.nf, nc)(g, gy.plane, x, off + tile.col0 + k, nvec,
-                                         sums + tile.w0 + int64_t(k) * tile.nf);
-        k += nc;
-      }
-    }
-  }
-
-  void run(OffsetCache* cache, S* dw, const int64_t* strides) {
-    choose_band();
-    const int* off = pixel_offsets<A>(L, cache, ya, xa, gx, false);
-    const int64_t blocks = ceil_div<int64_t>(p.N, images), nb = ceil_div(p.Ho, rows),
-                  strips = ceil_div(p.Wo, cols);
-    const int64_t units = blocks * nb * strips;
-    const int slots = int(least<int64_t>(units, p.threads)),
-              shares = most(1, p.threads / most(slots, 1));
-    const size_t x_room =
-        (size_t(gx.plane) * L.nlive * sizeof(A) + 2 * HETCONV_VECTOR_BYTES + 63) / 64 * 64;
-    const size_t y_room =
-        (size_t(gy.plane) * L.F * sizeof(A) + 2 * HETCONV_VECTOR_BYTES + 63) / 64 * 64;
-    const int64_t span = ceil_div<int64_t>(L.packed, VL<A>) * VL<A> + VL<A>;
-    A* partial = static_cast<A*>(calloc(size_t(span) * most(slots, 1), sizeof(A)));
-    if (!partial) out_of_memory();
-#pragma omp parallel for schedule(static, 1) num_threads(slots* shares) if (slots * shares > 1)
-    for (int worker = 0; worker < slots * shares; ++worker) {
-      const int slot = worker / shares, share = worker % shares;
-      char* room = static_cast<char*>(workspace(x_room + y_room));
-      A* x = reinterpret_cast<A*>(room);
-      A* dy = reinterpret_cast<A*>(room + x_room);
-      const int t0 = int(int64_t(L.count) * share / shares),
-                t1 = int(int64_t(L.count) * (share + 1) / shares);
-      for (int64_t unit = slot; unit < units; unit += slots) {
-        const int64_t n0 = unit / (nb * strips) * images;
-        const int oy = int(unit / strips % nb) * rows, ox = int(unit % strips) * cols;
-        const int nr = least(rows, p.Ho - oy), nc = least(cols, p.Wo - ox),
-                  nm = int(least<int64_t>(images, p.N - n0));
-        pack_planar<S, A>(p, reinterpret_cast<const S*>(p.x.data),
-                          Channels{L.live, L.nlive, nullptr}, ya, xa, gx, n0, nm, oy, ox, nr, nc,
-                          x);
-        pack_planar<S, A>(q, reinterpret_cast<const S*>(q.x.data),
-                          Channels{L.identity, L.F, L.ascending}, yb, xb, gy, n0, nm, oy, ox, nr,
-                          nc, dy);
-        band(off, x, dy, t0, t1, nr * images * gx.pitch, partial + slot * span);
-      }
-    }
-#pragma omp parallel for schedule(static) \
-    num_threads(p.threads) if (p.threads > 1 && L.packed > (1 << 15))
-    for (int t = 0; t < L.count; ++t) {
-      const PixelTile& tile = L.tiles[t];
-      for (int k = 0; k < tile.ncols; ++k) {
-        const Column& c = L.columns[tile.col0 + k];
-        for (int i = 0; i < tile.nf; ++i) {
-          A sum = 0;
-          for (int s = 0; s < slots; ++s)
-            sum += partial[s * span + tile.w0 + int64_t(k) * tile.nf + i];
-          dw[L.filters[tile.filter0 + i] * strides[0] + c.channel * strides[1] + c.ky * strides[2] +
-             c.kx * strides[3]] = Narrow<S>::of(sum);
-        }
-      }
-    }
-    free(partial);
-  }
+  Plan plan_;
+  std::unique_ptr<ChannelsPlan> channels_;
+  double cost_;
 };
 
-template <class S, class A>
-static void wgrad(const Lowered& L, OffsetCache* cache, const Problem& p, void* dw,
-                  const int64_t* strides) {
-  PixelsWgrad<S, A> g{L, p, p, {}, {}, {}, {}, {}, {}, 0, 0, 0};
-  g.run(cache, static_cast<S*>(dw), strides);
-}
-
-}  // namespace HETCONV_NS
 }  // namespace hetconv

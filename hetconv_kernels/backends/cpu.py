@@ -17,9 +17,10 @@ from torch import Tensor
 from .. import _cpu
 from ..packing import FrozenCache, dense_weight
 from ..problem import Problem
+from ..support import Support
 from . import Runner
-from .common import empty, weight_gradient
-from .rates import ENGINE, PACK, VERB
+from .common import empty, to_format
+from .rates import ENGINE, GRADIENT, PACK, VERB, WGRAD
 
 _MAX_INT = 2**31 - 1
 _MAX_PADDED = 2**30  # along one axis: the engine counts pixels in 32 bits, beyond the edge too
@@ -56,7 +57,13 @@ class Cpu:
 
     def estimate(self, problem: Problem) -> float:
         """Predicts the time from what the plan executes, in seconds."""
-        plan, threads = self._plan(problem), torch.get_num_threads()
+        threads = torch.get_num_threads()
+        if problem.verb == "wgrad":
+            wgrad = self._wgrad_plan(problem)
+            pixels = problem.batch * math.prod(problem.output_size)
+            fixed = math.prod(problem.support.shape) * GRADIENT + ENGINE["pixels"].call
+            return pixels * wgrad.cost * WGRAD[wgrad.form] / threads + fixed
+        plan = self._plan(problem)
         form = ENGINE["filters" if plan.form == "filters" else "pixels"]
         per_image = problem.batch * plan.cost
         oh, ow = problem.output_size
@@ -163,11 +170,15 @@ class Cpu:
 
     def wgrad(self, problem: Problem) -> Runner:
         """Prepares dw."""
-        geometry, plan = problem.geometry, self._plan(problem, "pixels")
+        geometry, plan = problem.geometry, self._wgrad_plan(problem)
         size = (problem.batch, problem.height, problem.width)
+        live = _live_index(problem.support) if problem.live_weight else None
+        # The engine writes the live entries only, in any layout.
+        layout = torch.contiguous_format if problem.live_weight else problem.format
 
         def run(dy: Tensor, x: Tensor) -> Tensor:
-            dw = torch.zeros(problem.support.shape, dtype=problem.dtype)
+            dw = torch.empty(problem.support.shape, dtype=problem.dtype, memory_format=layout)
+            dw.zero_()
             dy, x = dy.resolve_neg(), x.resolve_neg()
             plan.wgrad(
                 x.data_ptr(),
@@ -183,9 +194,26 @@ class Cpu:
                 geometry.dilation,
                 torch.get_num_threads(),
             )
-            return weight_gradient(problem, dw)
+            dw = dw.to(problem.weight_dtype)
+            if live is not None:
+                return dw.view(-1).index_select(0, live).view(problem.weight_shape)
+            return to_format(problem, dw)
 
         return run
+
+    @staticmethod
+    def _wgrad_plan(problem: Problem, form: str = "auto") -> Any:
+        key = ("cpu wgrad", _ISA, problem.dtype, form, problem.channels_last)
+        plan = problem.support.derived.get(key)
+        if plan is None:
+            plan = problem.support.derived[key] = _cpu.Wgrad(
+                _mask(problem),
+                _name(problem.dtype),
+                _ISA,
+                form,
+                channels_last=problem.channels_last,
+            )
+        return plan
 
     @staticmethod
     def _plan(problem: Problem, form: str = "auto") -> Any:
@@ -220,6 +248,17 @@ class Cpu:
 
 def _mask(problem: Problem) -> Any:
     return np.ascontiguousarray(problem.support.mask).view(np.uint8)
+
+
+def _live_index(support: Support) -> Tensor:
+    """Returns where the live weights stand in a dense one, row by row, made once.  # [live]"""
+    index = support.derived.get("cpu live index")
+    if index is None:
+        # Outside inference mode, so that the tensor can be used anywhere later.
+        with torch.inference_mode(False):
+            index = torch.from_numpy(np.flatnonzero(support.mask))
+        support.derived["cpu live index"] = index
+    return index
 
 
 def _tile_columns(problem: Problem) -> int:

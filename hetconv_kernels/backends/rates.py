@@ -50,11 +50,15 @@ ENGINE = {
     "filters": EngineSeconds(1.02e-10, 2.4e-11, 1.03e-9, 2.7e-11, 8e-6),
     "pixels": EngineSeconds(8.4e-11, 1.84e-10, 2.3e-9, 3.1e-10, 1.2e-5),
 }
-# The calls above, and these two, are set by hand from single measurements, not fitted.
+# The calls above, and these, are set by hand from single measurements, not fitted.
 # A trained weight is packed at each call: seconds per dense weight.
 PACK = 3e-10
-# dgrad and wgrad run at a lower rate than fprop with the same multiply-accumulates.
-VERB = {"fprop": 1.0, "dgrad": 1.15, "wgrad": 1.5}
+# dgrad runs at a lower rate than fprop with the same multiply-accumulates.
+VERB = {"fprop": 1.0, "dgrad": 1.15}
+# wgrad, by form: seconds per weighted vector multiply-add of its plan, on one thread; and per dense
+# weight, dead ones included, for the gradient itself.
+WGRAD = {"channels": 2.2e-10, "pixels": 2.7e-10}
+GRADIENT = 1.8e-10
 # How much faster than float32 a dense convolution may be; generous where nothing was measured, so
 # that `auto` does not leave it too early.
 DTYPE_SPEED = {torch.bfloat16: 2.0, torch.float16: 1.0, torch.float64: 0.5}

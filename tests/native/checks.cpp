@@ -210,7 +210,7 @@ std::string check_dgrad(const Case& c) {
   return "";
 }
 
-std::string check_wgrad(const Case& c, const Plan& pixels) {
+std::string check_wgrad(const Case& c, const hetconv::Wgrad& wgrad) {
   Random r(c.seed * 3 + 3);
   const Conv& v = c.conv;
   Problem p = problem_of(c);
@@ -226,7 +226,7 @@ std::string check_wgrad(const Case& c, const Plan& pixels) {
   dy.read_only();
   p.x = x.view();
   p.y = dy.view();
-  hetconv::wgrad(pixels, p, dw.view().data, dw.strides);
+  wgrad.run(p, dw.view().data, dw.strides);
   if (!dw.gaps_intact()) return "wgrad wrote beside its output";
   const Values got = dw.read(), want = reference_wgrad(v, planted < 0 ? xv : clean, dyv);
   const int64_t spoilt = planted < 0 ? -1 : planted / (int64_t(v.H) * v.W) % v.C;

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "../../csrc/cpu/dgrad.h"
+#include "../../csrc/cpu/wgrad.h"
 #include "reference.h"
 #include "tensor.h"
 
@@ -31,7 +32,7 @@ Case another_image(const Case& like, uint64_t seed);
 // Each returns what went wrong, or nothing.
 std::string check_fprop(const Case& c, const hetconv::Plan& plan);
 std::string check_dgrad(const Case& c);
-std::string check_wgrad(const Case& c, const hetconv::Plan& pixels);
+std::string check_wgrad(const Case& c, const hetconv::Wgrad& wgrad);
 
 size_t largest_workspace();  // bytes asked for by any thread since the last time this was asked
 

@@ -71,10 +71,12 @@ int check_workspaces(const hetconv::Kernels& isa) {
           largest_workspace();
           hetconv::fprop(plan, packed, p);
           look("fprop");
-          if (std::string(plan.form()) == "pixels") {
-            hetconv::wgrad(plan, p, w.data(), strides);
-            look("wgrad");
-          }
+          if (std::string(form) == "filters") continue;  // wgrad has two forms
+          const hetconv::Wgrad wgrad(mask.data(), s.F, s.C, s.K, s.K, dtype, isa,
+                                     std::string(form) == "columns" ? "channels" : "pixels",
+                                     layout == 1);
+          wgrad.run(p, w.data(), strides);
+          look("wgrad");
         }
   }
   std::printf("%s: at most %.2f MiB of workspace a thread, %d calls beyond\n", isa.name,

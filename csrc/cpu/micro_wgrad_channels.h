@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0
+// wgrad with channels in vectors: NF filters x NV windows of channels stay in registers over all
+// pixels of a band.
+#pragma once
+#include "vec.h"
+
+namespace hetconv {
+namespace HETCONV_NS {
+
+// Windows by filters: NF * NV accumulators, NV input vectors, one broadcast (or the reverse).
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kWindowFilters = 8;
+constexpr int kWindows[9] = {0, 8, 8, 8, 6, 5, 4, 3, 3};
+constexpr int kTurnedWindows[5] = {0, 8, 8, 6, 5};
+#else
+constexpr int kWindowFilters = 6;
+constexpr int kWindows[9] = {0, 8, 6, 4, 3, 2, 2, 0, 0};
+constexpr int kTurnedWindows[5] = {0, 6, 4, 3, 2};
+#endif
+constexpr int kTurns = 4;
+
+// The pixels of a band, in elements: rows of images of columns.
+struct PixelSpan {
+  int rows, images, cols;
+  ptrdiff_t x_row, x_image, x_pixel, dy_row, dy_image;
+};
+
+template <class A>
+using ChannelsKernel = void (*)(const A* dy, const A* x, const ptrdiff_t* off, const PixelSpan& s,
+                                const A* perms, A* sums, bool first);
+
+template <class A, bool turned>
+HC_INLINE Vec<A> filter_lanes(const A* g, int i, const typename Lane<A>::ivec* turn) {
+  if constexpr (turned)
+    return __builtin_shuffle(load<A>(g), turn[i]);
+  else
+    return splat<A>(g[i]);
+}
+
+// dy: NF filters of a vector, VL apart from pixel to pixel; x + off[j]: window j. Turned: each row
+// takes the whole vector of filters, permuted. To sums [NF][NV], or added to what is there.
+template <class A, int NF, int NV, bool turned>
+static void channels_kernel(const A* dy, const A* x, const ptrdiff_t* off, const PixelSpan& s,
+                            const A* perms, A* sums, bool first) {
+  using I = typename Lane<A>::ivec;
+  Vec<A> acc[NF][NV];
+  HC_UNROLL for (int i = 0; i < NF; ++i) HC_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] =
+      Vec<A>{};
+  I turn[turned ? NF : 1];
+  if constexpr (turned) {
+    HC_UNROLL for (int i = 0; i < NF; ++i) turn[i] = (I)load<A>(perms + i * VL<A>);
+  }
+  const A* window[NV];
+  HC_UNROLL for (int j = 0; j < NV; ++j) window[j] = x + off[j];
+  for (int r = 0; r < s.rows; ++r)
+    for (int m = 0; m < s.images; ++m) {
+      const A* g = dy + r * s.dy_row + m * s.dy_image;
+      ptrdiff_t at = r * s.x_row + m * s.x_image;
+      for (int c = 0; c < s.cols; ++c, g += VL<A>, at += s.x_pixel) {
+        if constexpr (NV <= NF) {  // the shorter side waits in registers
+          Vec<A> v[NV];
+          HC_UNROLL for (int j = 0; j < NV; ++j) v[j] = load<A>(window[j] + at);
+          HC_UNROLL for (int i = 0; i < NF; ++i) {
+            const Vec<A> b = filter_lanes<A, turned>(g, i, turn);
+            HC_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] += b * v[j];
+          }
+        } else {
+          Vec<A> b[NF];
+          HC_UNROLL for (int i = 0; i < NF; ++i) b[i] = filter_lanes<A, turned>(g, i, turn);
+          HC_UNROLL for (int j = 0; j < NV; ++j) {
+            const Vec<A> v = load<A>(window[j] + at);
+            HC_UNROLL for (int i = 0; i < NF; ++i) acc[i][j] += b[i] * v;
+          }
+        }
+      }
+    }
+  HC_UNROLL for (int i = 0; i < NF; ++i) HC_UNROLL for (int j = 0; j < NV; ++j) {
+    A* o = sums + (i * NV + j) * VL<A>;
+    store<A>(o, first ? acc[i][j] : load<A>(o) + acc[i][j]);
+  }
+}
+
+template <class A, int NF, bool turned> static ChannelsKernel<A> channels_kernel_of(int nv) {
+  constexpr int limit = turned ? kTurnedWindows[NF <= kTurns ? NF : 0] : kWindows[NF];
+#define HC_ROW(m)                                                       \
+  case m:                                                               \
+    if constexpr (m <= limit) return channels_kernel<A, NF, m, turned>; \
+    break;
+  switch (nv) {
+    HC_ROW(1)
+    HC_ROW(2)
+    HC_ROW(3)
+    HC_ROW(4)
+    HC_ROW(5)
+    HC_ROW(6)
+    HC_ROW(7)
+    HC_ROW(8)
+  }
+#undef HC_ROW
+  return nullptr;
+}
+
+template <class A> static ChannelsKernel<A> channels_kernel_for(bool turned, int nf, int nv) {
+#define HC_ROW(m)                                            \
+  case m:                                                    \
+    if constexpr (m <= kTurns)                               \
+      if (turned) return channels_kernel_of<A, m, true>(nv); \
+    return channels_kernel_of<A, m, false>(nv);
+  switch (nf) {
+    HC_ROW(1)
+    HC_ROW(2)
+    HC_ROW(3)
+    HC_ROW(4)
+    HC_ROW(5)
+    HC_ROW(6)
+    HC_ROW(7)
+    HC_ROW(8)
+  }
+#undef HC_ROW
+  return nullptr;
+}
+
+}  // namespace HETCONV_NS
+}  // namespace hetconv
