@@ -12,8 +12,7 @@ constexpr int kMaxKernel = 64;                // taps per axis
 constexpr size_t kWorkspaceBytes = 2u << 20;  // per thread, whatever the image
 constexpr size_t kBandBytes = 320u << 10;  // what a packed band should fit in (part of an L2 cache)
 
-constexpr size_t kImageBlockBytes = 640u << 10;  // small images side by side in one band
-
+constexpr size_t kImageBlockBytes = 640u << 10;   // small images side by side in one band
 constexpr size_t kWgradBytes = 900u << 10;        // bands of input and output gradient together
 constexpr size_t kChannelBandBytes = 640u << 10;  // the same with channels in vectors
 constexpr size_t kSumsBytes = 256u << 10;         // of wgrad that each thread may keep a copy of

@@ -52,7 +52,9 @@ template <class S, class A> struct ChannelsWgrad {
   size_t y_planes() const { return y_planar ? size_t(gy.plane) * L.F * sizeof(A) : 0; }
   size_t bytes() const { return x_bytes() + y_bytes() + x_planes() + y_planes(); }
 
+  // Too many for every thread to have its own.
   bool many_sums() const { return size_t(L.sums) * sizeof(A) > kSumsBytes; }
+
   void choose_band() {
     q = p;
     q.x = p.y;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// wgrad: bands of input and output gradient, both channel-planar; each slot adds its bands in a
-// fixed order into its own partial sums, and the slots are added in a fixed order: two runs with
-// the same number of threads agree bit by bit.
+// wgrad with pixels in vectors: bands of input and output gradient, both channel-planar; each slot
+// adds its bands in a fixed order into its own partial sums, and the slots are added in a fixed
+// order: two runs with the same number of threads agree bit by bit.
 #pragma once
 #include <cstdlib>
 #include "fprop_pixels.h"
@@ -11,7 +11,8 @@
 namespace hetconv {
 namespace HETCONV_NS {
 
-constexpr int kWgradPixels = 512;
+constexpr int kWgradPixels = 512;  // of a band: the planes of one tile stay in the first cache
+
 template <class S, class A> struct PixelsWgrad {
   const Lowered& L;
   Problem p, q;  // the layer; its output gradient as the input of a 1x1 layer
