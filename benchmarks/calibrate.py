@@ -107,17 +107,23 @@ def measure(support: hk.Support, n: int, side: int, stride: int, rounds: int) ->
 
 
 def fit(rows: list[Row], terms: tuple[str, ...], time: str) -> dict[str, float]:
-    """Fits seconds as a sum of non-negative terms and a constant, by relative error."""
+    """Fits seconds as a sum of non-negative terms and a constant, by relative error.
+
+    Reweighted so that it is about the sum of absolute errors: few rows far off, as a shared machine
+    makes them, do not pull the others away.
+    """
     y = np.array([r[time] for r in rows])
     columns = np.array([[*(r[term] for term in terms), 1.0] for r in rows]) / y[:, None]
     norm, active = np.linalg.norm(columns, axis=0), list(range(len(terms) + 1))
-    while True:  # drop terms that would be negative
-        solution = np.linalg.lstsq(columns[:, active] / norm[active], np.ones(len(y)), rcond=None)[
-            0
-        ]
-        if (solution >= 0).all():
-            break
-        active.pop(int(solution.argmin()))
+    weight = np.ones(len(y))
+    for _ in range(15):
+        while True:  # drop terms that would be negative
+            scaled = columns[:, active] / norm[active]
+            solution = np.linalg.lstsq(scaled * weight[:, None], weight, rcond=None)[0]
+            if (solution >= 0).all():
+                break
+            active.pop(int(solution.argmin()))
+        weight = 1 / np.sqrt(np.maximum(np.abs(scaled @ solution - 1), 0.05))
     names = (*terms, "call")
     return {names[i]: float(v / norm[i]) for i, v in zip(active, solution, strict=True)}
 

@@ -288,9 +288,7 @@ void Plan::add_lane_columns(const FilterSegment& s, const std::vector<int>& filt
 // Vector multiply-adds per output pixel, weighted by how far each micro-kernel stays from the peak,
 // and what it costs to bring a channel in and a filter out.
 double Plan::filters_cost(bool channels_last) const {
-  // A pointwise input is read in place, from far away; another one is packed first.
-  const double in = low_.KH * low_.KW == 1 ? 3.0 : 1.5;
-  double total = channels_last ? in * low_.C + 1.5 * low_.F : 3.2 * double(low_.C + low_.F);
+  double total = (channels_last ? 1.5 : 3.2) * double(low_.C + low_.F);
   for (const FilterSegment& s : segments_) {
     total +=
         s.nv * ((s.nv == 1 ? kSplitCost : 1.0) * (4 * s.quads + s.singles) + kSplitCost * s.split +

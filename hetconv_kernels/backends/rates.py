@@ -45,12 +45,12 @@ class EngineSeconds(NamedTuple):
 # Fitted on two threads of an AMD Zen 5 server core (AVX-512), torch 2.13, channels_last, on half of
 # 240 random layers; benchmarks/calibration-avx512.json shows them beside a later measurement.
 # Other machines are predicted by the same ratios.
-DENSE = DenseSeconds(7.7e-12, 2.1e-10, 3.3e-12, 8e-6)
+DENSE = DenseSeconds(8.8e-12, 4.6e-10, 4.9e-12, 2.7e-5)
 ENGINE = {
-    "filters": EngineSeconds(1.02e-10, 2.4e-11, 1.03e-9, 2.7e-11, 8e-6),
-    "pixels": EngineSeconds(8.4e-11, 1.84e-10, 2.3e-9, 3.1e-10, 1.2e-5),
+    "filters": EngineSeconds(1.12e-10, 4.9e-11, 8.7e-10, 4.4e-11, 4.6e-6),
+    "pixels": EngineSeconds(8.9e-11, 2.65e-10, 3.3e-9, 7.4e-11, 1.2e-5),
 }
-# The calls above, and these, are set by hand from single measurements, not fitted.
+# These are set by hand from single measurements, not fitted.
 # A trained weight is packed at each call: seconds per dense weight.
 PACK = 3e-10
 # dgrad runs at a lower rate than fprop with the same multiply-accumulates.
