@@ -168,7 +168,7 @@ def test_pytorch_backends_refuse_nothing_and_predict_something(name: str, verb: 
 
 
 def test_vendor_passes_a_clean_weight_on_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = hk.nn.HetConv2d(8, 12, 3, padding=1)
+    layer = hk.nn.HetConv2d(8, 12, 3, padding=1, backend="vendor")
     seen: list[torch.Tensor] = []
     original = torch.conv2d
 
