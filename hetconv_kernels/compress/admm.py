@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -148,7 +147,7 @@ class ADMM(Method):
         for name in run.layers:
             weight = run.weight(name)
             keep = self._keep(run, name, weight, step)
-            run.choose(name, keep & np.array(run.mask(name).cpu()))
+            run.choose(name, keep & run.mask(name).cpu().numpy())
             del run.tensors[f"z/{name}"], run.tensors[f"u/{name}"]
         return {"macs": run.macs()}
 

@@ -220,10 +220,10 @@ def _compacted(model: nn.Module, example: Tensor) -> tuple[nn.Module | None, str
     except ImportError:
         return None, "removed filters stay as empty rows of a Support; nothing was taken out"
     try:
-        done = compact(copy.deepcopy(model), example)
+        small = compact(copy.deepcopy(model).eval(), example).model
     except HetconvError as error:
         return None, f"removed filters stay as empty rows of a Support: {error}"
-    return (done if isinstance(done, nn.Module) else done.model), ""
+    return small.train(model.training), ""
 
 
 def _require(report: CompressionReport, required: float | None) -> None:

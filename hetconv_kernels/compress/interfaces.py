@@ -128,6 +128,8 @@ def find_interfaces(
         try:
             if calls[name] != 1:
                 raise _Blocked(f"it is called {calls[name]} times in a forward pass")
+            if _is_depthwise(layer):
+                raise _Blocked("it is depthwise: its channels are those of its input")
             width = layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features
             found = _readers(places[name], width, modules, calls, layers)
             readers[name] = tuple(dict.fromkeys(found))

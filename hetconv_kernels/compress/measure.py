@@ -103,30 +103,35 @@ def layer_reports(
     """
     old = {row.name: row for row in stats.layer_macs(before, example) if row.dense}
     new_rows = stats.layer_macs(after, example)
+    modules = dict(after.named_modules())
+    gone = [name for name in old if name not in modules]
     changed = [
-        name for name in old if type(_at(after, name)) is not type(_at(before, name))
-        or _at(after, name).weight.shape != _at(before, name).weight.shape
-    ]  # fmt: skip
+        name
+        for name in old
+        if name not in gone
+        and (
+            type(modules[name]) is not type(_at(before, name))
+            or modules[name].weight.shape != _at(before, name).weight.shape
+        )
+    ]
     measured: dict[str, Any] = {}
     if layouts is not None and changed:
         measured = _time_layers(before, after, example, changed, layouts, max_seconds)
     reports = []
     for name, row in old.items():
-        module = _at(after, name)
         # A layer may do its work through parts of itself, as FrequencyConv2d does.
         parts = [r for r in new_rows if r.name == name or r.name.startswith(f"{name}.")]
-        live = sum(r.live for r in parts)
         seconds, speedup, backend = measured.get(name, (None, None, "torch"))
         reports.append(
             LayerReport(
                 name,
-                type(module).__name__,
-                (row.live, live),
+                "gone" if name in gone else type(modules[name]).__name__,
+                (row.live, 0 if name in gone else _live(modules[name])),
                 (row.macs, sum(r.macs for r in parts)),
                 seconds,
                 speedup,
                 backend,
-                "" if name in changed else notes.get(name, "the method dropped nothing here"),
+                "" if name in changed or name in gone else notes.get(name, "the method dropped nothing here"),
             )
         )
     return tuple(reports)
@@ -218,6 +223,12 @@ def _as(example: Tensor, layout: str) -> Tensor:
 
 def _bound(model: nn.Module, x: Tensor) -> Callable[[], Any]:
     return lambda: model(x)
+
+
+def _live(layer: nn.Module) -> int:
+    """Counts the weights of a layer, or of the parts that it is made of."""
+    whole = stats.live_weights(layer)
+    return sum(map(_live, layer.children())) if whole is None else whole
 
 
 def _at(model: nn.Module, name: str) -> Any:

