@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 import hetconv_kernels as hk
-from hetconv_kernels.compress import Het, Method, Run, compare
+from hetconv_kernels.compress import Het, Method, Run, WeakSubnetwork, compare
 from hetconv_kernels.errors import ArgumentError, HetconvError, InputTypeError, SpeedupError
 from hetconv_kernels.nn import HetConv2d, SelfGroupConv2d, SupportLinear
 
@@ -242,7 +243,6 @@ _SCRIPT = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import torch
-torch.set_num_threads(1)
 from compressing import run
 from hetconv_kernels.compress import Het
 
@@ -268,12 +268,7 @@ def test_a_process_that_is_really_killed_continues(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
     resumed = start(0)
     assert resumed.returncode == 0, resumed.stderr
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        whole = run(Het(p=2, epochs=3))
-    finally:
-        torch.set_num_threads(threads)
+    whole = run(Het(p=2, epochs=3))
     loss, weights = whole.history[-1]["result"]["loss"], whole.model[3].weight.double().sum().item()
     assert resumed.stdout.split() == [loss.hex(), weights.hex()]
 
@@ -377,6 +372,34 @@ def test_progress_tells_every_round(capsys: pytest.CaptureFixture[str]) -> None:
     assert [line.split("s  ")[1].split(":")[0] for line in lines] == [
         "accuracy before", "drop", "train, epoch 1/2", "train, epoch 2/2",
     ]  # fmt: skip
+
+
+def test_removed_filters_are_taken_out_when_the_package_can(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = []
+
+    def compact(model: nn.Module, example: torch.Tensor) -> Any:
+        seen.append((model.training, tuple(example.shape)))
+        return SimpleNamespace(model=model)
+
+    module = ModuleType("compact")
+    module.compact = compact  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "hetconv_kernels.graph.compact", module)
+    report = run(WeakSubnetwork(0.6, epochs=0), tiny().train())
+    assert seen == [(False, (4, 5, 6, 6))]
+    assert report.compacted
+    assert report.model.training
+    assert not run(WeakSubnetwork(0.6, epochs=0), compact=False).compacted
+    assert not run(Columns(epochs=0)).compacted
+    assert len(seen) == 1
+
+
+def test_without_it_the_report_says_that_they_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "hetconv_kernels.graph.compact", None)
+    report = run(WeakSubnetwork(0.6, epochs=0))
+    assert "stay as empty rows" in report.notes[-1]
+    assert not report.compacted
 
 
 def test_het_is_a_method(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from ..support import Support
 from . import measure as clock
 from . import ranks
 from .progress import Progress
-from .report import CompressionReport
+from .report import CompressionReport, LayerReport
 from .run import CHOSEN, Layer, Run, support_of
 from .state import StateFile
 from .training import Data, Evaluate, MakeOptimizer, Training, TrainStep, seeded
@@ -186,10 +186,13 @@ def _report(
         notes.append(why)
     after = result if small is None else small
     difference = clock.difference(run.model, after, run.example)
-    whole = clock.whole(model, after, run.example, seconds) if measure else None
-    layers = clock.layer_reports(
-        model, after, run.example, run.kept, whole.layouts if whole else None, seconds
-    )
+
+    def times() -> tuple[clock.Whole | None, tuple[LayerReport, ...]]:
+        whole = clock.whole(model, after, run.example, seconds) if measure else None
+        layouts = whole.layouts if whole else None
+        return whole, clock.layer_reports(model, after, run.example, run.kept, layouts, seconds)
+
+    whole, layers = ranks.from_first(times)
     now = run.training.judge(after)
     work = [sum(r.macs for r in stats.layer_macs(net, run.example)) for net in (model, after)]
     return CompressionReport(

@@ -8,12 +8,17 @@ would differ too, and the next gradient would be summed over different networks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import HetconvError
 from ..support import Support
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -47,6 +52,16 @@ def total(value: float) -> float:
     if world_size() == 1:
         return value
     return float(mean(torch.tensor([value], device=_device()))[0]) * world_size()
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """Makes something on rank 0 alone, such as a measurement, and gives it to all ranks."""
+    if world_size() == 1:
+        return make()
+    found: list[Any] = [make() if rank() == 0 else None]
+    dist.broadcast_object_list(found, 0, device=_device())
+    result: T = found[0]
+    return result
 
 
 @torch.no_grad()

@@ -81,6 +81,7 @@ class Run:
         self._again: tuple[int, int] | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._optimizer_state: dict[str, Any] | None = None
+        self._parallel: nn.Module | None = None
         self._interfaces: Interfaces | None = None
         # Of the plain layers, as if they were dense.
         self.dense_rows = stats.layer_macs(model, example)
@@ -153,7 +154,7 @@ class Run:
             after_step: called after each step of the optimiser.
             decay: whether the learning rate falls to a tenth after a third and after two thirds.
         """
-        self._optimizer = None
+        self._optimizer = self._parallel = None
         for epoch in range(epochs):
             last = epoch + 1 == epochs
             scale = step_decay(epoch, epochs) if decay else 1.0
@@ -161,7 +162,7 @@ class Run:
             def one(scale: float = scale, last: bool = last) -> dict[str, float]:
                 loss = self._epoch(scale, penalty, after_step)
                 if last:
-                    self._optimizer = None
+                    self._optimizer = self._parallel = None
                 return {"loss": loss}
 
             self.round(f"{what}, epoch {epoch + 1}/{epochs}", one)
@@ -197,7 +198,9 @@ class Run:
             group["lr"] = group["base_lr"] * scale
         network = self.model
         if ranks.world_size() > 1:
-            network = nn.parallel.DistributedDataParallel(self.model)
+            if self._parallel is None:
+                self._parallel = nn.parallel.DistributedDataParallel(self.model)
+            network = self._parallel
             # Each rank has its own part of the data, and draws its own augmentations.
             torch.manual_seed(torch.initial_seed() + ranks.rank())
         self.model.train()

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two processes: every rank chooses the same Supports, and a rank that dies loses one round."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from hetconv_kernels.compress import ranks
+
+# Runs as one of two ranks; prints one line of JSON. Arguments: the folder of the tests, a folder,
+# the rank, what to do, and the round at which rank 1 dies.
+_SCRIPT = """
+import datetime, json, os, sys
+here, folder, rank, what, die_at = sys.argv[1], sys.argv[2], int(sys.argv[3]), *sys.argv[4:]
+sys.path.insert(0, here)
+import torch, torch.distributed as dist
+from compressing import batches, tiny
+import hetconv_kernels as hk
+from hetconv_kernels.compress.state import StateFile
+from hetconv_kernels.errors import HetconvError
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{what}-{die_at}", rank=rank,
+                        world_size=2, timeout=datetime.timedelta(seconds=60))
+from hetconv_kernels.compress import ranks
+from hetconv_kernels.compress.run import Run
+
+def train_step(model, batch):
+    return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+def evaluate(model):
+    return 0.9 - 0.1 * rank          # on its own a rank would decide otherwise than the other
+
+method = hk.compress.PlayAndPrune(tolerance=0.02, prune_epochs=1, recover_epochs=1, epochs=1,
+                                  rounds=2, threshold=0.3, fraction=0.3)
+if what == "differ":                 # a rank whose choice is not the others'
+    method = hk.compress.WeakSubnetwork(0.6 if rank else 0.2, epochs=0)
+count = 0
+real = Run._save
+def saving(self):
+    global count
+    count += 1
+    if rank == 1 and count == int(die_at):
+        os._exit(9)
+    real(self)
+Run._save = saving
+model = tiny(seed=rank)              # rank 0's weights are everybody's
+try:
+    report = hk.compress(model, method, data=lambda epoch: batches()[rank::2], evaluate=evaluate,
+                         train_step=train_step, example=torch.randn(4, 5, 6, 6), progress=False,
+                         measure=what == "measure", measure_seconds=0.05, compact=False,
+                         state=f"{folder}/{what}.pt")
+except HetconvError as error:
+    print(json.dumps({"error": str(error)}))
+    sys.exit(3)
+supports = {n: m.support.digest for n, m in report.model.named_modules() if hasattr(m, "support")}
+weights = {k: v.double().sum().item().hex() for k, v in report.model.state_dict().items()
+           if isinstance(v, torch.Tensor)}
+print(json.dumps({"supports": supports, "weights": weights, "history": report.history,
+                  "accuracy": report.accuracy, "seconds": report.seconds}))
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+pytestmark = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo"
+)
+
+
+def start(folder: Path, what: str, die_at: int = 0) -> list[tuple[int, dict[str, Any], str]]:
+    here = str(Path(__file__).resolve().parent)
+    arguments = [[sys.executable, "-c", _SCRIPT, here, str(folder), str(rank), what, str(die_at)]
+                 for rank in (0, 1)]  # fmt: skip
+    running = [
+        subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for words in arguments
+    ]
+    results = []
+    for process in running:
+        out, error = process.communicate(timeout=300)
+        lines = out.strip().splitlines()
+        results.append((process.returncode, json.loads(lines[-1]) if lines else {}, error))
+    return results
+
+
+def test_ranks_agree_and_a_dead_rank_leaves_a_resumable_state(tmp_path: Path) -> None:
+    whole = start(tmp_path, "measure")
+    for code, _, error in whole:
+        assert code == 0, error
+    first, second = whole[0][1], whole[1][1]
+    assert first == second
+    assert first["accuracy"][0] == pytest.approx(0.85)  # the mean over the ranks
+    assert min(first["seconds"]) > 0
+    assert first["supports"]
+
+    died = start(tmp_path, "died", die_at=5)
+    assert died[1][0] == 9
+    assert died[0][0] not in (0, 3)  # the other one cannot go on alone
+    assert (tmp_path / "died.pt").exists()
+    resumed = start(tmp_path, "died")
+    for code, _, error in resumed:
+        assert code == 0, error
+    for result in resumed:
+        for key in ("supports", "weights", "history"):
+            assert result[1][key] == first[key], key
+
+
+def test_ranks_that_choose_differently_stop(tmp_path: Path) -> None:
+    for code, result, error in start(tmp_path, "differ"):
+        assert code == 3, error
+        assert "The ranks chose different Supports for '" in result["error"]
+
+
+def test_alone_everything_is_itself() -> None:
+    assert ranks.world_size() == 1
+    assert ranks.rank() == 0
+    assert ranks.total(2.5) == 2.5
+    statistic = torch.tensor([1.0, 2.0])
+    assert ranks.mean(statistic).dtype == torch.float64
+    assert ranks.from_first(lambda: 7) == 7
