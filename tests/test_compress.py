@@ -15,14 +15,13 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from compressing import Killed, assert_same_network, batches, check_kills, killed_at, run, tiny
 from torch import nn
 
 import hetconv_kernels as hk
 from hetconv_kernels.compress import Het, Method, Run, WeakSubnetwork, compare
 from hetconv_kernels.errors import ArgumentError, HetconvError, InputTypeError, SpeedupError
 from hetconv_kernels.nn import HetConv2d, SelfGroupConv2d, SupportLinear
-
-from compressing import assert_same_network, batches, check_kills, killed_at, Killed, run, tiny
 
 
 @dataclass(frozen=True)
@@ -254,7 +253,8 @@ def train_step(model, batch):
 
 train_step.calls = 0
 report = run(Het(p=2, epochs=3), state=sys.argv[2], train_step=train_step)
-print(report.history[-1]["result"]["loss"].hex(), report.model[3].weight.double().sum().item().hex())
+weights = report.model[3].weight.double().sum().item()
+print(report.history[-1]["result"]["loss"].hex(), weights.hex())
 """
 
 
@@ -279,6 +279,7 @@ def test_a_process_that_is_really_killed_continues(tmp_path: Path) -> None:
         ({"method": Columns(keep=2)}, "method"),
         ({"seed": 1}, "seed"),
         ({"model": nn.Sequential(nn.Conv2d(5, 7, 3))}, "layers"),
+        ({"model": tiny(seed=1)}, "weights at the start"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

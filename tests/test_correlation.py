@@ -17,9 +17,9 @@ from hetconv_kernels.compress import correlation as module
 from hetconv_kernels.compress.scores import correlation, outgoing, pair_correlation
 from hetconv_kernels.errors import ArgumentError
 
-# Filter 1 is twice filter 0: ρ = 1. Centred, filter 2 is (1, −1, 0) and filter 0 (−1, 0, 1), both of
-# norm √2: ρ = −1/2. Filter 3 is (−1, −1, 2)·5/3, of norm 5√6/3: with filter 0 it has the product 5,
-# ρ = 5 / (√2 · 5√6/3) = √3/2, and with filter 2 none.
+# Filter 1 is twice filter 0: ρ = 1. Centred, filter 2 is (1, −1, 0) and filter 0 (−1, 0, 1), both
+# of norm √2: ρ = −1/2. Filter 3 is (−1, −1, 2)·5/3, of norm 5√6/3: with filter 0 it has the
+# product 5, ρ = 5 / (√2 · 5√6/3) = √3/2, and with filter 2 none.
 WEIGHT = torch.tensor([[1.0, 2, 3], [2, 4, 6], [3, 1, 2], [0, 0, 5]])
 H = math.sqrt(3) / 2
 CORRELATION = [[0, 1, 0.5, H], [1, 0, 0.5, H], [0.5, 0.5, 0, 0], [H, H, 0, 0]]
@@ -133,9 +133,7 @@ def test_an_episode_that_costs_too_much_is_taken_back() -> None:
 
 
 def test_the_target_ends_the_episodes() -> None:
-    method = FilterCorrelation(
-        fraction=0.25, least_correlation=0.0, target=0.2, least=1, **NONE
-    )
+    method = FilterCorrelation(fraction=0.25, least_correlation=0.0, target=0.2, least=1, **NONE)
     report = run(
         method, network(), example=torch.randn(1, 3, 1, 1), evaluate=lambda m: 1.0, compact=False
     )

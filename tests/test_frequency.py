@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frequencies: the transform and thresholds by hand, the layer against its dense twin, the search."""
+"""Frequencies: transform and thresholds by hand, the layer against its twin, the search."""
 
 from __future__ import annotations
 

@@ -23,9 +23,7 @@ X = torch.tensor([1.0, 2.0]).reshape(1, 2, 1, 1)
 
 
 def network() -> nn.Sequential:
-    model = nn.Sequential(
-        nn.Conv2d(2, 4, 1, bias=False), nn.ReLU(), nn.Conv2d(4, 3, 1, bias=False)
-    )
+    model = nn.Sequential(nn.Conv2d(2, 4, 1, bias=False), nn.ReLU(), nn.Conv2d(4, 3, 1, bias=False))
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor(FIRST)[:, :, None, None])
         model[2].weight.copy_(torch.tensor(SECOND)[:, :, None, None])
@@ -45,7 +43,9 @@ def network() -> nn.Sequential:
     ],
 )
 def test_golden_trace(percentile: float, weak: list[int]) -> None:
-    report = run(WeakSubnetwork(percentile, epochs=0), network(), example=X, eval_data=None, compact=False)
+    report = run(
+        WeakSubnetwork(percentile, epochs=0), network(), example=X, eval_data=None, compact=False
+    )
     assert report.history[1]["result"]["removed"] == {"0": len(weak)}
     alive = [i not in weak for i in range(4)]
     if weak:

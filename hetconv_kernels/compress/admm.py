@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -98,7 +99,7 @@ class ADMM(Method):
         """Goes through the rates; each with its updates, hard pruning and retraining."""
         for step, rate in enumerate(self.rates):
             at = f"{100 * rate:g} %"
-            run.round(f"Z = Π(W), U = 0 at {at}", lambda step=step: self._start(run, step))
+            run.round(f"Z = Π(W), U = 0 at {at}", partial(self._start, run, step))
             rho = self.rho
             for update in range(1, self.updates + 1):
 
@@ -109,9 +110,9 @@ class ADMM(Method):
                 rho *= self.growth
                 run.round(
                     f"update {update} of Z and U at {at}",
-                    lambda step=step: self._update(run, step),
+                    partial(self._update, run, step),
                 )
-            run.round(f"prune to {at}", lambda step=step: self._prune(run, step))
+            run.round(f"prune to {at}", partial(self._prune, run, step))
             run.train(f"retrain at {at}", self.retrain_epochs)
 
     def _keep(self, run: Run, name: str, weight: Tensor, step: int) -> BoolArray:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -153,6 +154,7 @@ def compress(
             "seed": seed,
             "layers": {name: list(layer.weight.shape) for name, layer in layers.items()},
             "parameters": {name: list(p.shape) for name, p in dense.named_parameters()},
+            "weights at the start": _digest(dense),
         }
         shown = Progress(progress and ranks.rank() == 0)
         try:
@@ -181,7 +183,9 @@ def _report(
     run.model.train(model.training)
     result = convert(run.model, method.rule(run), inplace=False).model
     notes = list(run.notes)
-    small, why = _compacted(result, run.example) if compact and method.removes_filters else (None, "")
+    small, why = (
+        _compacted(result, run.example) if compact and method.removes_filters else (None, "")
+    )
     if why:
         notes.append(why)
     after = result if small is None else small
@@ -285,13 +289,11 @@ def _example(example: Tensor | None, training: Training, model: nn.Module) -> Te
             raise ArgumentError(
                 mismatch("example and data", None, "an example input, or data to take one from")
             )
-        batch = next(iter(training.batches(0)), None)
+        batch: Any = next(iter(training.batches(0)), None)
         example = batch[0] if isinstance(batch, tuple | list) and batch else batch
     if not isinstance(example, Tensor):
         raise InputTypeError(
-            mismatch(
-                "example", type(example).__name__, "a tensor [N, C, H, W]", "Pass example=..."
-            )
+            mismatch("example", type(example).__name__, "a tensor [N, C, H, W]", "Pass example=...")
         )
     device = next((p.device for p in model.parameters()), example.device)
     return example.detach().to(device)
@@ -310,13 +312,22 @@ def _densified(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
     return convert(model, rules.dense(), inplace=False).model, masks
 
 
+def _digest(model: nn.Module) -> str:
+    """Hashes all weights and buffers: a state continues the network that it began with."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor):
+            digest.update(name.encode())
+            raw = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(raw.numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _candidates(
     model: nn.Module, method: Method, skip: Sequence[str]
 ) -> tuple[dict[str, Layer], dict[str, str]]:
     """Finds the layers that may be compressed, and says why the others may not."""
-    every = {
-        name: module for name, module in model.named_modules() if isinstance(module, Layer)
-    }
+    every = {name: module for name, module in model.named_modules() if isinstance(module, Layer)}
     # convert says what it would refuse at the end: hooks, shared weights, subclasses, groups.
     possible = {name: m for name, m in every.items() if getattr(m, "groups", 1) == 1}
     trial = convert(model, rules.supports({n: _full(m) for n, m in possible.items()}), False)

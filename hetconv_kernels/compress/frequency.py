@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frequency pruning: kernels lose DCT coefficients, which may come back while the search goes on."""
+"""Frequency pruning: kernels lose DCT coefficients, which may come back during the search."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -120,7 +119,7 @@ class FrequencyPruning(Method):
 
     @torch.no_grad()
     def _update(self, mask: _Coefficients, layer: Layer) -> None:
-        coefficients = ranks.mean(layer.parametrizations.weight.original)  # type: ignore[union-attr, index, arg-type]
+        coefficients = ranks.mean(layer.parametrizations.weight.original)  # type: ignore[union-attr, arg-type]
         size = magnitudes(coefficients, self.filters) if self.bands else coefficients.abs()
         limit = thresholds(size, self.c, self.band_slope).to(size.device)
         mask.mask.copy_(updated(mask.mask, size, limit))
@@ -201,9 +200,3 @@ def magnitudes(coefficients: Tensor, filters: int) -> Tensor:
     groups = coefficients.split(filters or len(coefficients))
     means = [g.square().mean((0, 1), keepdim=True).sqrt().expand(g.shape) for g in groups]
     return torch.cat(means)
-
-
-def bands_of(mask: BoolArray) -> BoolArray:
-    """Tells which frequencies some kernel of a layer has.  # bool [F, C, KH, KW] -> [KH, KW]"""
-    result: BoolArray = np.asarray(mask).any(axis=(0, 1))
-    return result

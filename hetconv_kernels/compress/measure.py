@@ -14,7 +14,7 @@ from .. import ops, stats, timing
 from ..backends import choose
 from ..errors import HetconvError
 from ..explain import explain
-from ..nn import SupportConv2d, SupportLinear
+from ..nn import FrequencyConv2d, SupportConv2d, SupportLinear
 from ..nn.base import SupportLayer
 from .report import LayerReport
 
@@ -131,7 +131,9 @@ def layer_reports(
                 seconds,
                 speedup,
                 backend,
-                "" if name in changed or name in gone else notes.get(name, "the method dropped nothing here"),
+                ""
+                if name in changed or name in gone
+                else notes.get(name, "the method dropped nothing here"),
             )
         )
     return tuple(reports)
@@ -185,7 +187,7 @@ def _backend(layer: nn.Module, x: Tensor) -> str:
             "fprop", layer._geometry, pixels, pixels, layer.weight, (1, 1), shift
         )
         return choose(problem, layer._backend_code()).backend.name
-    return str(layer.path_for(x)) if hasattr(layer, "path_for") else "torch"
+    return layer.path_for(x) if isinstance(layer, FrequencyConv2d) else "torch"
 
 
 def _inputs(model: nn.Module, names: list[str], example: Tensor) -> dict[str, Tensor]:

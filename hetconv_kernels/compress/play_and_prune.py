@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -106,7 +107,7 @@ class PlayAndPrune(Method):
 
             run.train(f"press {number}", self.prune_epochs, penalty, decay=False)
             limits = {name: self.delta * pressure * limit for name, limit in first.items()}
-            done = run.round(f"drop {number}", lambda now=limits: self._drop(run, now))
+            done = run.round(f"drop {number}", partial(self._drop, run, limits))
             run.train(f"recover {number}", self.recover_epochs, decay=False)
             accuracy = run.evaluate(f"accuracy after {number}")
             assert accuracy is not None

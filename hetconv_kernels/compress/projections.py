@@ -47,8 +47,13 @@ def keep_largest(
     squares: FloatArray = weight.detach().double().square().cpu().numpy()
     shape = squares.shape
     squares = squares.reshape(*shape[:2], -1)
-    group = {"irregular": (1, 1, 1), "kernels": (1, 1, squares.shape[2]),
-             "columns": (filters, 1, 1), "blocks": (filters, channels, squares.shape[2])}[kind]  # fmt: skip
+    taps = squares.shape[2]
+    group = {
+        "irregular": (1, 1, 1),
+        "kernels": (1, 1, taps),
+        "columns": (filters, 1, 1),
+        "blocks": (filters, channels, taps),
+    }[kind]
     energy = squares
     for axis, size in enumerate(group):
         energy = np.add.reduceat(energy, np.arange(0, squares.shape[axis], size), axis=axis)

@@ -102,7 +102,7 @@ class CompressionReport:
         return json.dumps(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
-        header = ("layer", "is", "weights", "live", "MACs before", "after")
+        header: tuple[str, ...] = ("layer", "is", "weights", "live", "MACs before", "after")
         timed = any(layer.seconds for layer in self.layers)
         rows: list[tuple[object, ...]] = []
         for layer in (*self.layers, self._total()):

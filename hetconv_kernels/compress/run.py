@@ -227,23 +227,17 @@ class Run:
 
     def weight(self, name: str) -> Tensor:
         """Returns a layer's masked weight, the mean over all ranks.  # float64 [F, C, ...], CPU"""
-        weight = self.layers[name].weight.detach()
+        layer: Any = self.model.get_submodule(name)
         mask = self.masks.get(name)
-        masked = weight if mask is None else weight * mask
+        masked = layer.weight if mask is None else layer.weight * mask
         return ranks.mean(masked).cpu()
-
-    def any_weight(self, name: str) -> Tensor:
-        """Returns the masked weight of any layer, also of one that the method leaves alone."""
-        if name in self.layers:
-            return self.weight(name)
-        weight = self.model.get_submodule(name).weight.detach()
-        mask = self.masks.get(name)
-        return ranks.mean(weight if mask is None else weight * mask).cpu()  # type: ignore[arg-type, operator]
 
     def mask(self, name: str) -> Tensor:
         """Returns which weights of a layer exist, all of them when it has no mask.  # bool"""
         found = self.masks.get(name)
-        return torch.ones_like(self.layers[name].weight, dtype=torch.bool) if found is None else found
+        return (
+            torch.ones_like(self.layers[name].weight, dtype=torch.bool) if found is None else found
+        )
 
     def support(self, name: str) -> Support:
         """Returns the mask of a layer as a Support.  # [F, C, KH, KW]"""
@@ -288,7 +282,9 @@ class Run:
             allowed = {}
             fixed = {name: why for name, why in found.fixed.items() if name in self.layers}
             for name, readers in found.readers.items():
-                locked = [r.name for r in readers if r.name in self.kept and _is_locked(self, r.name)]
+                locked = [
+                    r.name for r in readers if r.name in self.kept and _is_locked(self, r.name)
+                ]
                 if name in self.layers and not locked:
                     allowed[name] = readers
                 elif name in self.layers:
@@ -308,7 +304,7 @@ class Run:
         mask[rows.to(mask.device)] = False
         self.masks[name] = mask
         for reader in self.interfaces.readers[name]:
-            layer = self.model.get_submodule(reader.name)
+            layer: Any = self.model.get_submodule(reader.name)
             old = self.masks.get(reader.name)
             mask = torch.ones_like(layer.weight, dtype=torch.bool) if old is None else old.clone()
             mask[:, rows.repeat_interleave(reader.repeat).to(mask.device)] = False

@@ -53,7 +53,7 @@ def check_count(name: str, value: int, least: int = 0) -> None:
 def check_positive(name: str, value: float, zero: bool = False) -> None:
     """Refuses what is not a finite number above zero (or zero, if that is allowed)."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not (0 <= value if zero else 0 < value) or not value < float("inf"):
+    if not number or not (value >= 0 if zero else value > 0) or not value < float("inf"):
         least = "a finite number, at least 0" if zero else "a finite number above 0"
         raise ArgumentError(mismatch(name, repr(value), least))
 

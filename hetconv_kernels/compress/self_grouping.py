@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -90,7 +91,7 @@ class SelfGrouping(Method):
         before = 0.0
         for fraction in rising(self.step, self.target):
             what = f"group {100 * fraction:g} %"
-            done = run.round(what, lambda now=fraction, old=before: self._step(run, now, old))
+            done = run.round(what, partial(self._step, run, fraction, before))
             for name in done["stopped"]:
                 run.note(f"{name} would lose every weight at {100 * fraction:g} % and stays")
             if self.schedule == "LG":

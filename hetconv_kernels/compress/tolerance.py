@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Goal and until: repeat a step of pruning until accuracy or work says stop, and take back the
-step that was one too many."""
+step that was one too many.
+"""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class Training:
                 raise InputTypeError(mismatch(name, type(value).__name__, "a callable or None"))
         for name in ("data", "eval_data"):
             value = getattr(self, name)
-            if value is None or isinstance(value, Iterable) or name == "data" and callable(value):
+            if value is None or isinstance(value, Iterable) or (name == "data" and callable(value)):
                 continue
             raise InputTypeError(mismatch(name, type(value).__name__, "an iterable of batches"))
         if isinstance(self.data, Iterator):
@@ -88,7 +88,9 @@ class Training:
         if not isinstance(self.data, Iterable):
             return self.data(epoch)
         sampler = getattr(self.data, "sampler", None)
-        if hasattr(sampler, "set_epoch"):  # a DistributedSampler shuffles by this number
+        if sampler is not None and hasattr(
+            sampler, "set_epoch"
+        ):  # a DistributedSampler shuffles by this number
             sampler.set_epoch(epoch)
         return self.data
 
@@ -100,8 +102,9 @@ class Training:
                 raise InputTypeError(
                     mismatch(
                         "result of train_step",
-                        type(loss).__name__ if not isinstance(loss, Tensor) else "a tensor of "
-                        f"{tuple(loss.shape)}, requires_grad={loss.requires_grad}",
+                        type(loss).__name__
+                        if not isinstance(loss, Tensor)
+                        else f"a tensor of {tuple(loss.shape)}, requires_grad={loss.requires_grad}",
                         "the loss: a scalar tensor with a gradient",
                         "Leave backward and the optimiser's step to hk.compress.",
                     )

@@ -70,7 +70,7 @@ class WeakSubnetwork(Method):
         for name, readers in run.interfaces.readers.items():  # all scores before any removal
             out = outgoing(run.weight(name))
             into = sum(
-                (incoming(run.any_weight(reader.name), reader.repeat) for reader in readers),
+                (incoming(run.weight(reader.name), reader.repeat) for reader in readers),
                 np.zeros_like(out),
             )
             weak = weak_channels(out, into, self.percentile)
@@ -105,7 +105,8 @@ def fit_width(
         remove: the filters to remove.
         scores: strength of the filters.
         alive: which are there.
-        multiple, least: see `schedule.weakest`.
+        multiple: what the remaining width is to be a multiple of.
+        least: filters that always remain.
     """
     wanted = remove & alive
     order = np.where(wanted, scores, np.inf)

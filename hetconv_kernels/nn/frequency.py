@@ -197,13 +197,9 @@ class FrequencyConv2d(ForcedBackend):
             return self.forward(x.unsqueeze(0)).squeeze(0)
         if self.path_for(x) == "frequency":
             # Not a Parameter: the transform is fixed, and its gradient is not computed.
-            maps = conv2d(
-                x, self.basis.to(x.dtype), None, self._transform, self._backend_code()
-            )
+            maps = conv2d(x, self.basis.to(x.dtype), None, self._transform, self._backend_code())
             return self.mix(maps)
-        return conv2d(
-            x, self.spatial_weight(), self.mix.bias, self._spatial, self._backend_code()
-        )
+        return conv2d(x, self.spatial_weight(), self.mix.bias, self._spatial, self._backend_code())
 
     def spatial_weight(self) -> Tensor:
         """Transforms the coefficients back; kept until they change.  # [F, C, KH, KW]"""
