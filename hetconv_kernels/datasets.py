@@ -37,6 +37,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def tensors(self) -> Batch:
+        """Both tensors, to cut them alike."""
+        return self.images, self.labels
+
     def batches(self, size: int) -> list[Batch]:
         """Cuts the images into batches, in order."""
         return list(zip(self.images.split(size), self.labels.split(size), strict=True))

@@ -36,12 +36,35 @@ def train_step(model, batch):
     return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
 
 def evaluate(model):
-    return 0.9 - 0.1 * rank          # on its own a rank would decide otherwise than the other
+    # On its own rank 1 would take the first round back, and rank 0 go on with full pressure.
+    gone = bool((model[0].weight.flatten(1).abs().sum(1) == 0).any())
+    return 0.9 - 0.03 * rank * gone
 
 method = hk.compress.PlayAndPrune(tolerance=0.02, prune_epochs=1, recover_epochs=1, epochs=1,
                                   rounds=2, threshold=0.3, fraction=0.3)
-if what == "differ":                 # a rank whose choice is not the others'
-    method = hk.compress.WeakSubnetwork(0.6 if rank else 0.2, epochs=0)
+def sharded(model):
+    # Trains under FSDP2 as it does alone.
+    import copy
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    model.eval()  # BatchNorm by running statistics: each rank sees only its part
+    alone = copy.deepcopy(model)
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    torch.manual_seed(0)
+    x, label = torch.randn(8, 5, 6, 6), torch.randint(0, 3, (8,))
+    for network, part in ((model, slice(4 * rank, 4 * rank + 4)), (alone, slice(None))):
+        optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9)
+        for _ in range(3):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(network(x[part]), label[part]).backward()
+            optimizer.step()
+    pairs = zip(model.parameters(), alone.parameters(), strict=True)
+    worst = max((p.full_tensor() - q).abs().max().item() for p, q in pairs)
+    try:
+        hk.compress(model, hk.Het(p=2, epochs=0), measure=False, **options)
+    except HetconvError as error:
+        return {"worst": worst, "refused": str(error)}
+
 count = 0
 real = Run._save
 def saving(self):
@@ -52,18 +75,23 @@ def saving(self):
     real(self)
 Run._save = saving
 model = tiny(seed=rank)              # rank 0's weights are everybody's
-try:
-    report = hk.compress(model, method, data=lambda epoch: batches()[rank::2], evaluate=evaluate,
-                         train_step=train_step, example=torch.randn(4, 5, 6, 6), progress=False,
-                         measure=what == "measure", measure_seconds=0.05, compact=False,
-                         state=f"{folder}/{what}.pt")
-except HetconvError as error:
-    print(json.dumps({"error": str(error)}))
-    sys.exit(3)
+options = {"evaluate": evaluate, "train_step": train_step, "example": torch.randn(4, 5, 6, 6),
+           "data": lambda epoch: batches()[rank::2], "progress": False, "compact": False}
+report = hk.compress(model, method, measure=what == "measure", measure_seconds=0.05,
+                     state=f"{folder}/{what}.pt", **options)
 supports = {n: m.support.digest for n, m in report.model.named_modules() if hasattr(m, "support")}
 weights = {k: v.double().sum().item().hex() for k, v in report.model.state_dict().items()
            if isinstance(v, torch.Tensor)}
-print(json.dumps({"supports": supports, "weights": weights, "history": report.history,
+found = {}
+if what == "measure":
+    # A rank whose choice is not the others'.
+    other = hk.compress.WeakSubnetwork(0.6 if rank else 0.2, epochs=0)
+    try:
+        hk.compress(model, other, measure=False, **options)
+    except HetconvError as error:
+        found["differ"] = str(error)
+    found |= sharded(report.model)
+print(json.dumps(found | {"supports": supports, "weights": weights, "history": report.history,
                   "accuracy": report.accuracy, "seconds": report.seconds}))
 dist.barrier()
 dist.destroy_process_group()
@@ -96,13 +124,19 @@ def test_ranks_agree_and_a_dead_rank_leaves_a_resumable_state(tmp_path: Path) ->
         assert code == 0, error
     first, second = whole[0][1], whole[1][1]
     assert first == second
-    assert first["accuracy"][0] == pytest.approx(0.85)  # the mean over the ranks
+    assert "The ranks chose different Supports for '" in first["differ"]
+    assert first["worst"] < 1e-5
+    assert "before sharding" in first["refused"]
+    rounds = {entry["what"]: entry["result"] for entry in first["history"]}
+    assert rounds["accuracy after 1"] == pytest.approx(0.885)  # the mean over the ranks
+    assert "take back 1" not in rounds
+    assert first["accuracy"] == [0.9, pytest.approx(0.885)]
     assert min(first["seconds"]) > 0
     assert first["supports"]
 
     died = start(tmp_path, "died", die_at=5)
     assert died[1][0] == 9
-    assert died[0][0] not in (0, 3)  # the other one cannot go on alone
+    assert died[0][0] != 0  # the other one cannot go on alone
     assert (tmp_path / "died.pt").exists()
     resumed = start(tmp_path, "died")
     for code, _, error in resumed:
@@ -110,12 +144,6 @@ def test_ranks_agree_and_a_dead_rank_leaves_a_resumable_state(tmp_path: Path) ->
     for result in resumed:
         for key in ("supports", "weights", "history"):
             assert result[1][key] == first[key], key
-
-
-def test_ranks_that_choose_differently_stop(tmp_path: Path) -> None:
-    for code, result, error in start(tmp_path, "differ"):
-        assert code == 3, error
-        assert "The ranks chose different Supports for '" in result["error"]
 
 
 def test_alone_everything_is_itself() -> None:

@@ -260,6 +260,10 @@ def _check(
 ) -> None:
     if not isinstance(model, nn.Module):
         raise InputTypeError(mismatch("model", type(model).__name__, "an nn.Module"))
+    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        raise InputTypeError(
+            mismatch("model", "sharded weights", "the plain network", "Compress before sharding.")
+        )
     if not isinstance(method, Method):
         raise InputTypeError(
             mismatch(

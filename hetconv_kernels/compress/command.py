@@ -60,6 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="digits",
         help="digits (of scikit-learn, the default), or a folder with CIFAR-10's binary files",
     )
+    add(
+        "--validation",
+        type=int,
+        default=5000,
+        help="training images of a CIFAR-10 folder to decide by (5000)",
+    )
     add("--model", choices=_NETWORKS, metavar="MODEL",
         help=f"{', '.join(_NETWORKS)} (digits_net for the digits, else vgg16_cifar)")  # fmt: skip
     add("--weights", type=Path, help="a state dict of the trained network; otherwise it is trained")
@@ -103,7 +109,7 @@ def run(options: argparse.Namespace) -> int:
                      "at least 2 and 0")
         )  # fmt: skip
     small = options.data == "digits"
-    data = digits() if small else cifar10(options.data)
+    data = digits() if small else cifar10(options.data, options.validation)
     name = options.model or ("digits_net" if small else "vgg16_cifar")
     training = trainer(data, options.batch, options.learning_rate, not small)
     model = dense(
