@@ -56,8 +56,8 @@ def test_a_cifar_folder_and_given_weights(
     write_cifar(tmp_path, {"data_batch_1.bin": 10, "test_batch.bin": 4})
     torch.save(resnet20().state_dict(), tmp_path / "resnet20.pt")
     words = ["compress", "het", "--data", str(tmp_path), "--model", "resnet20", "--weights",
-             str(tmp_path / "resnet20.pt"), "--set", "epochs=1", "--batch", "6", "--validation", "4", "--no-measure",
-             "--out", str(tmp_path / "out")]  # fmt: skip
+             str(tmp_path / "resnet20.pt"), "--set", "epochs=1", "--batch", "6", "--validation",
+             "4", "--no-measure", "--out", str(tmp_path / "out")]  # fmt: skip
     assert main(words) == 0
     assert "HetConv" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "het.json").read_text())["network"] == "resnet20"

@@ -143,7 +143,9 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"c": float("inf")}, {"band_slope": -1.0}, {"decay": -1}, {"filters": -1}], ids=str
+    "settings",
+    [{"c": float("inf")}, {"band_slope": -1.0}, {"decay": -1}, {"filters": -1}, {"path": "x"}],
+    ids=str,
 )
 def test_bad_settings(settings: dict) -> None:
     with pytest.raises(ArgumentError):

@@ -26,8 +26,8 @@ def test_quick_run_has_every_method_in_both_forms(tmp_path: Path) -> None:
     finally:
         torch.set_num_threads(threads)
     record = json.loads((tmp_path / "methods.json").read_text())["digits"]
-    kinds = {value.title for value in vars(compress).values()
-             if isinstance(value, type) and issubclass(value, compress.Method) and value.title}  # fmt: skip
+    classes = [value for value in vars(compress).values() if isinstance(value, type)]
+    kinds = {c.title for c in classes if issubclass(c, compress.Method) and c.title}
     for paper in (True, False):
         assert {r["method"] for r in record if r["paper"] is paper} == kinds
     table = (tmp_path / "methods.txt").read_text()
@@ -54,5 +54,6 @@ def test_record_of_the_full_run_is_of_these_rows() -> None:
     assert [r["name"] for r in record["digits"]] == [row.name for row in methods.rows(15)]
     for row in record["digits"]:
         assert row["test_accuracy"][0] > 0.97
-        if row["paper"]:
+        # Where the predicted path is the dense one, nothing is saved; the table says so.
+        if row["paper"] and "by prediction" not in row["name"]:
             assert row["within"], f"{row['name']}: {row['test_accuracy']}, {row['macs']}"

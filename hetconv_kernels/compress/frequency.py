@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..errors import ArgumentError, mismatch
 from ..graph import rules
 from ..masks import BoolArray
-from ..nn.frequency import FrequencyConv2d, dct, idct
+from ..nn.frequency import PATHS, FrequencyConv2d, dct, idct
 from . import ranks
 from .base import STEM, Method, is_stem
 from .run import Layer, Run
@@ -46,6 +47,8 @@ class FrequencyPruning(Method):
         bands: whether a frequency lives or dies for a whole layer, by the root mean square of its
             coefficients, instead of for each kernel.
         filters: with ``bands``, decides for each group of this many filters; 0 is the whole layer.
+        path: how the layers run: ``"frequency"`` (the paper), ``"spatial"`` (kernels transformed
+            back), or ``"auto"`` for what is predicted faster, see `FrequencyConv2d`.
         search_epochs: of training with a changing mask.
         epochs: of training with the frozen mask.
         stem: whether a convolution that reads an image is taken too.
@@ -61,6 +64,7 @@ class FrequencyPruning(Method):
     decay: float = 0.01
     bands: bool = False
     filters: int = 0
+    path: str = "auto"
     search_epochs: int = 30
     epochs: int = 90
     stem: bool = False
@@ -69,6 +73,8 @@ class FrequencyPruning(Method):
         check_positive("c", abs(self.c), zero=True)
         check_positive("band_slope", self.band_slope, zero=True)
         check_positive("decay", self.decay, zero=True)
+        if self.path not in PATHS:
+            raise ArgumentError(mismatch("path", repr(self.path), f"one of {PATHS}"))
         for name in ("filters", "search_epochs", "epochs"):
             check_count(name, getattr(self, name))
 
@@ -141,7 +147,7 @@ class FrequencyPruning(Method):
 
         def frequency(name: str, module: nn.Module) -> rules.Answer:
             if name in chosen and isinstance(module, nn.Conv2d):
-                return FrequencyConv2d.from_conv2d(module, chosen[name])
+                return FrequencyConv2d.from_conv2d(module, chosen[name], path=self.path)
             return None
 
         return rules.first_of(frequency, super().rule(run))

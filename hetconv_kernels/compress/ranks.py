@@ -51,7 +51,9 @@ def total(value: float) -> float:
     """Sums a number over the ranks."""
     if world_size() == 1:
         return value
-    return float(mean(torch.tensor([value], device=_device()))[0]) * world_size()
+    return (
+        float(mean(torch.tensor([value], dtype=torch.float64, device=_device()))[0]) * world_size()
+    )
 
 
 def from_first(make: Callable[[], T]) -> T:
