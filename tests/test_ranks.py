@@ -28,7 +28,7 @@ from hetconv_kernels.compress.state import StateFile
 from hetconv_kernels.errors import HetconvError
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{what}-{die_at}", rank=rank,
-                        world_size=2, timeout=datetime.timedelta(seconds=60))
+                        world_size=2, timeout=datetime.timedelta(minutes=10))
 from hetconv_kernels.compress import ranks
 from hetconv_kernels.compress.run import Run
 
