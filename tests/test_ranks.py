@@ -90,6 +90,9 @@ if what == "measure":
         hk.compress(model, other, measure=False, **options)
     except HetconvError as error:
         found["differ"] = str(error)
+    pruning = hk.compress.FrequencyPruning(search_epochs=2, epochs=0, decay=1.0)
+    layer = hk.compress(model, pruning, measure=False, **options).model[3]
+    found["frequency"] = layer.mix.support.digest, layer.mix.weight.sum().item()
     found |= sharded(report.model)
 print(json.dumps(found | {"supports": supports, "weights": weights, "history": report.history,
                   "accuracy": report.accuracy, "seconds": report.seconds}))

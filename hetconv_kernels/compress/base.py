@@ -118,7 +118,8 @@ def compress(
         example: an input, for shapes, MACs and times; by default that of the first batch.
             # [N, C, H, W]
         optimizer: ``(parameters) -> optimizer``; None is SGD 0.01, momentum 0.9, decay 1e-4.
-        skip: names of layers to leave alone; patterns such as ``"*.downsample.*"`` work.
+        skip: names of layers to leave alone; patterns such as ``"*.downsample.*"`` work. A layer
+            that reads removed filters loses those inputs all the same.
         seed: of everything that is drawn.
         state: a file to save the state in after each round, and to continue from.
         progress: whether to show the rounds.

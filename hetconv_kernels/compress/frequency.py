@@ -16,7 +16,7 @@ from ..masks import BoolArray
 from ..nn.frequency import PATHS, FrequencyConv2d, dct, idct
 from . import ranks
 from .base import STEM, Method, is_stem
-from .run import Layer, Run
+from .run import Layer, Run, support_of
 from .schedule import check_count, check_positive
 
 # Where between them a coefficient stays as it is, dead or live.
@@ -104,7 +104,9 @@ class FrequencyPruning(Method):
         def after_step() -> None:
             iteration = int(run.tensors["iteration"])
             run.tensors["iteration"] += 1
-            if float(torch.rand(())) < 1 / (1 + self.decay * iteration):
+            # Of its own generator: the global one differs from rank to rank.
+            own = torch.Generator().manual_seed(run.seed * 1_000_003 + iteration)
+            if float(torch.rand((), generator=own)) < 1 / (1 + self.decay * iteration):
                 for name, layer in run.layers.items():
                     self._update(masks[name], layer)
 
@@ -134,6 +136,7 @@ class FrequencyPruning(Method):
         for mask in masks.values():
             if not bool(mask.mask.any()):
                 mask.mask[:, :, 0, 0] = True  # the mean of the patch: a layer needs something
+        ranks.check_same({name: support_of(mask.mask) for name, mask in masks.items()})
         return {name: int(mask.mask.sum()) for name, mask in masks.items()}
 
     @staticmethod
