@@ -50,10 +50,8 @@ def difference(before: nn.Module, after: nn.Module, example: Tensor) -> float:
     wanted = _outputs(for_inference(before)(example))
     found = _outputs(for_inference(after)(example))
     size = max((float(t.abs().max()) for t in wanted), default=1.0) or 1.0
-    worst = max(
-        (float((a - b).abs().max()) / size for a, b in zip(wanted, found, strict=True)),
-        default=0.0,
-    )
+    apart = [float((a - b).abs().max()) / size for a, b in zip(wanted, found, strict=True)]
+    worst = float(torch.tensor([0.0, *apart], dtype=torch.float64).max())  # NaN if one is
     if not worst <= _TOLERANCE:
         raise HetconvError(
             f"The compressed network differs from its masked dense twin by {worst:.3g} of the "
