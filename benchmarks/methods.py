@@ -70,7 +70,8 @@ def rows(epochs: int) -> list[Row]:
         "recover_epochs": short,
     }  # fmt: skip
     by_change = saved | {
-        "tolerance": 3 * TOLERANCE, "fraction": 0.1, "probe_epochs": 1, "tune_epochs": short,
+        "tolerance": 3 * TOLERANCE, "fraction": 0.1, "probe_epochs": 1,
+        "tune_epochs": 2 * short,
     }  # fmt: skip
     eights = {"multiple": 8, "fraction": 0.25}
     pull: dict[str, Any] = {
