@@ -204,11 +204,9 @@ class FrequencyConv2d(ForcedBackend):
     def spatial_weight(self) -> Tensor:
         """Transforms the coefficients back; kept until they change.  # [F, C, KH, KW]"""
         weight = self.mix.weight
-        if self.mix.frozen:
-            weight = self.mix.dense_weight()  # type: ignore[assignment]
         if weight.is_inference() or (torch.is_grad_enabled() and weight.requires_grad):
             return self._transformed(weight)
-        key = (self.mix.weight._version, id(self.mix.weight))
+        key = (weight._version, id(weight))
         if self._spatial_weight is None or self._spatial_weight[0] != key:
             spatial = self._transformed(weight.detach())
             if type(spatial) is not Tensor:  # a traced call, such as that of `stats.macs`
@@ -218,7 +216,12 @@ class FrequencyConv2d(ForcedBackend):
 
     def _transformed(self, weight: Tensor) -> Tensor:
         f, count = self.out_channels, len(self.live_frequencies)
-        masked = weight if self.mix.support.is_dense else weight * self.mix._mask(weight.device)
+        if self.mix.frozen:
+            masked = self.mix.dense_weight()
+        elif self.mix.support.is_dense:
+            masked = weight
+        else:
+            masked = weight * self.mix._mask(weight.device)
         terms = masked.reshape(f, self.in_channels, count, 1, 1).unbind(2)
         images = self.basis[:count, 0].to(weight.dtype).unbind(0)
         # Sums of scaled images: not a product that would count as work of the convolution.
