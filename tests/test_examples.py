@@ -49,6 +49,7 @@ def test_cifar_on_a_small_set_in_the_original_format(monkeypatch, tmp_path: Path
     assert "epoch" not in capsys.readouterr().err
 
 
+@pytest.mark.slow  # three interpreters; test_ranks.py has two processes in every run
 @pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo"
 )
