@@ -23,12 +23,31 @@ from .info import info
 from .support import Support
 
 if TYPE_CHECKING:
-    from . import compress, models, stats, testing, timing
+    from . import models, stats, testing, timing
+    from .compress import (
+        ADMM,
+        FilterCorrelation,
+        FrequencyPruning,
+        Het,
+        PlayAndPrune,
+        SelfGrouping,
+        Stability,
+        WeakSubnetwork,
+        compress,
+    )
     from .graph import rules
     from .graph.convert import convert
 
 __all__ = [
+    "ADMM",
+    "FilterCorrelation",
+    "FrequencyPruning",
+    "Het",
+    "PlayAndPrune",
+    "SelfGrouping",
+    "Stability",
     "Support",
+    "WeakSubnetwork",
     "__version__",
     "available_backends",
     "compress",
@@ -49,6 +68,14 @@ __all__ = [
 
 # Loaded when first asked for, so that importing stays cheap: name -> (module, attribute).
 _LAZY = {
+    "ADMM": (".compress", "ADMM"),
+    "FilterCorrelation": (".compress", "FilterCorrelation"),
+    "FrequencyPruning": (".compress", "FrequencyPruning"),
+    "Het": (".compress", "Het"),
+    "PlayAndPrune": (".compress", "PlayAndPrune"),
+    "SelfGrouping": (".compress", "SelfGrouping"),
+    "Stability": (".compress", "Stability"),
+    "WeakSubnetwork": (".compress", "WeakSubnetwork"),
     "compress": (".compress", None),
     "convert": (".graph.convert", "convert"),
     "models": (".models", None),

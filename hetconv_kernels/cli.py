@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``hetconv info | explain | demo | bench``.
+"""The command line: ``hetconv info | explain | demo | compress | bench``.
 
 Each command imports what it needs when it runs, so that ``hetconv --help`` is quick.
 """
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 failure, 2 usage, 130 interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser(with_demo=arguments[:1] == ["demo"])
+    parser = _parser(arguments[:1])
     try:
         options, rest = parser.parse_known_args(arguments)
         if rest and options.command != "bench":
@@ -72,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return OK
 
 
-def _parser(*, with_demo: bool) -> argparse.ArgumentParser:
+def _parser(asked: Sequence[str]) -> argparse.ArgumentParser:
+    """Builds the parser; options that need imports only for the command that is asked for."""
     parser = argparse.ArgumentParser(
         prog="hetconv",
         description="Structured-sparse convolutions that are fast: what is there, and why.",
@@ -97,10 +98,15 @@ def _parser(*, with_demo: bool) -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", help="print JSON")
     _explain_options(command("explain", _explain, "which backend runs a layer, and why"))
     demo = command("demo", _demo, "train, compress and time a denoiser on photographs")
-    if with_demo:
+    if asked == ["demo"]:
         from . import demo as module
 
         module.add_arguments(demo)
+    compress = command("compress", _compress, "compress a network by one of eight methods")
+    if asked == ["compress"]:
+        from .compress import command as compressing
+
+        compressing.add_arguments(compress)
     bench = command("bench", _bench, "measure this machine (a front to benchmarks/ of a checkout)")
     bench.add_argument("--full", action="store_true", help="all cases, not the quick subset")
     bench.add_argument("--backend", action="append", help="force this backend (repeatable)")
@@ -230,13 +236,19 @@ def _layer(options: argparse.Namespace) -> torch.nn.Module:
     return nn.SupportConv2d(c, f, k, *place, support=Support.from_mask(mask), **more)
 
 
-# demo, bench -------------------------------------------------------------------------------------
+# demo, compress, bench ----------------------------------------------------------------------------
 
 
 def _demo(options: argparse.Namespace) -> int:
     from . import demo
 
     return int(demo.run(options))
+
+
+def _compress(options: argparse.Namespace) -> int:
+    from .compress import command
+
+    return int(command.run(options))
 
 
 _HELD_TO = {

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class HetconvError(Exception):
     """The base of every error that this package raises on purpose."""
@@ -28,3 +30,16 @@ def mismatch(what: str, received: object, expected: object, way_out: str = "") -
     """Returns one sentence in the house form: what, received, expected, way out."""
     text = f"{what}: received {received}, expected {expected}."
     return f"{text} {way_out}" if way_out else text
+
+
+class SpeedupError(HetconvError):
+    """A compressed network is not as much faster as was required; ``report`` has it all.
+
+    Args:
+        message: what was measured and required.
+        report: the `CompressionReport`, with the network.
+    """
+
+    def __init__(self, message: str, report: Any = None) -> None:
+        super().__init__(message)
+        self.report = report

@@ -3,17 +3,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from compressing import check_kills, run, tiny
 from layers import C, F, assert_equals_conv2d, image
 from torch import Tensor, nn
 
 import hetconv_kernels as hk
+from hetconv_kernels.compress import Het
 from hetconv_kernels.errors import ArgumentError, InputTypeError, SupportError
 from hetconv_kernels.nn import HetConv2d, SupportConv2d, fold_het
+from hetconv_kernels.support import Support
 
 
 @pytest.mark.parametrize("order", ["blocked", "interleaved"])
@@ -218,3 +222,38 @@ def test_a_subclass_stays_itself() -> None:
 
     assert type(Mine.from_conv2d(nn.Conv2d(C, F, 3))) is Mine
     assert isinstance(HetConv2d(C, F, 3), SupportConv2d)
+
+
+# The method ------------------------------------------------------------------------------------
+
+
+def test_projection_keeps_the_weights_that_hetconv_has() -> None:
+    model = tiny()
+    report = run(Het(p=2, epochs=0), model)
+    layer, support = report.model[3], Support.het(6, 8, 3, 2)
+    assert layer.support == support
+    expected = model[3].weight.detach() * torch.tensor(support.mask)
+    assert torch.equal(layer.weight.detach(), expected)
+    assert report.layers[1].macs[1] == 4 * 36 * 8 * (9 * 3 + 3)
+
+
+def test_from_scratch_begins_anew_with_the_live_fan_in() -> None:
+    model = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1))
+    settings = {"example": torch.randn(1, 64, 4, 4), "eval_data": None}
+    layer = run(Het(p=64, scratch=True, epochs=0), model, **settings).model[0]
+    weight = layer.weight.detach()
+    live = weight[torch.tensor(layer.support.mask)]
+    # Uniform within 1/sqrt(live fan-in): 9 + 63 weights a filter.
+    assert 0.95 / 72**0.5 < live.abs().max() <= 1 / 72**0.5
+    assert not torch.equal(live, model[0].weight.detach()[torch.tensor(layer.support.mask)])
+
+
+def test_a_checkpoint_of_the_method_belongs_to_its_order() -> None:
+    report = run(Het(p=2, order="interleaved", epochs=0))
+    assert report.model[3].support == Support.het(6, 8, 3, 2, "interleaved")
+    notes = {row.name: row.note for row in report.layers}
+    assert "fully connected" in notes["8"]
+
+
+def test_the_method_killed_and_resumed(tmp_path: Path) -> None:
+    check_kills(Het(p=2, scratch=True, epochs=3), tmp_path, seed=7)

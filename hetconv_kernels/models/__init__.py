@@ -7,6 +7,7 @@ dict and the parameter count are torchvision's, so its checkpoints load.
 """
 
 from .densenet import DenseNet, densenet121, densenet201
+from .digits import DigitsNet, digits_net
 from .dncnn import DnCNN, dncnn
 from .lenet import LeNet5, lenet5
 from .mobilenet import MobileNet, mobilenet
@@ -26,12 +27,14 @@ __all__ = [
     "VGG",
     "CifarResNet",
     "DenseNet",
+    "DigitsNet",
     "DnCNN",
     "LeNet5",
     "MobileNet",
     "ResNet",
     "densenet121",
     "densenet201",
+    "digits_net",
     "dncnn",
     "lenet5",
     "mobilenet",

@@ -2,6 +2,7 @@
 """Layers: drop-in modules for ``nn.Conv2d`` and ``nn.Linear``."""
 
 from .conv import SupportConv2d
+from .frequency import FrequencyConv2d
 from .fused import FusedConv2d, fuse
 from .grouped import GroupedConv2d
 from .het import HetConv2d, fold_het
@@ -9,6 +10,7 @@ from .linear import SupportLinear
 from .selfgroup import SelfGroupConv2d
 
 __all__ = [
+    "FrequencyConv2d",
     "FusedConv2d",
     "GroupedConv2d",
     "HetConv2d",

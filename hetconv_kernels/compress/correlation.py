@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Filter correlation: makes alike filters still more alike, and drops one of each pair."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..masks import BoolArray
+from .base import Method
+from .run import Run
+from .schedule import check_count, check_fraction, check_positive, weakest
+from .scores import FloatArray, correlation, outgoing, pair_correlation
+from .tolerance import Goal, until
+from .wsp import check_interfaces
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class FilterCorrelation(Method):
+    """Filter-correlation compression: what a filter knows, its most correlated partner knows too.
+
+    An episode: in each layer the filter pairs of largest |Pearson correlation| are chosen; a few
+    epochs on the loss plus λ·exp(−Σ|ρ|) make their members alike; of each pair the member of
+    smaller ℓ1 norm goes; the network is fine-tuned. Episodes repeat within the accuracy tolerance.
+
+    Source: Singh, Verma, Rai, Namboodiri, "Leveraging filter correlations for deep model
+    compression", WACV 2020, arXiv 1811.10559. Our reading; no code was published.
+
+    Deviations: the sum in the penalty is over the pairs of one layer, and the layers' penalties are
+    added (over all pairs of a deep network exp(−Σ) would vanish at once). A filter is in one pair
+    only. ``multiple`` is ours (1 is the paper).
+
+    Attributes:
+        fraction: of the filters of a layer that an episode removes (the paper: at most 5–10 %).
+        least_correlation: pairs below it are left alone.
+        weight: λ of the penalty.
+        pair_epochs: of training with the penalty.
+        tune_epochs: of fine-tuning after each removal.
+        tolerance: the loss of accuracy that ends the episodes.
+        target: the fraction of MACs that is enough; the episodes end there too.
+        episodes: at most so many.
+        epochs: of training at the end.
+        multiple: what remaining widths are rounded up to a multiple of.
+        least: filters that every layer keeps.
+
+    Raises:
+        ArgumentError: a value out of range.
+    """
+
+    title: ClassVar[str] = "filter correlation"
+    needs_accuracy: ClassVar[bool] = True
+    removes_filters: ClassVar[bool] = True
+
+    fraction: float = 0.1
+    least_correlation: float = 0.1
+    weight: float = 1.0
+    pair_epochs: int = 3
+    tune_epochs: int = 10
+    tolerance: float = 0.01
+    target: float = 0.9
+    episodes: int = 50
+    epochs: int = 90
+    multiple: int = 1
+    least: int = 2
+
+    def __post_init__(self) -> None:
+        check_fraction("fraction", self.fraction)
+        check_fraction("least_correlation", self.least_correlation)
+        check_positive("weight", self.weight, zero=True)
+        for name in ("pair_epochs", "tune_epochs", "epochs"):
+            check_count(name, getattr(self, name))
+        check_count("multiple", self.multiple, 1)
+        check_count("least", self.least, 1)
+        self._goal()
+
+    def _goal(self) -> Goal:
+        return Goal(self.tolerance, self.target, self.episodes)
+
+    def check(self, run: Run) -> None:
+        """Refuses a network without a width that can be changed."""
+        super().check(run)
+        check_interfaces(self.title, run)
+
+    def run(self, run: Run) -> None:
+        """Repeats episodes, takes back one that costs too much, trains at the end."""
+        until(run, self._goal(), lambda number: self._episode(run, number))
+        run.train("global", self.epochs)
+
+    def _episode(self, run: Run, number: int) -> bool:
+        pairs: dict[str, list[Pair]] = run.round(f"pairs {number}", lambda: self._pairs(run))
+        if not any(pairs.values()):
+            return False
+
+        def penalty() -> Tensor:
+            return self.weight * alike(run, pairs)
+
+        run.train(f"make alike {number}", self.pair_epochs, penalty, decay=False)
+        removed = run.round(f"drop {number}", lambda: self._drop(run, pairs))
+        run.train(f"tune {number}", self.tune_epochs)
+        return bool(sum(removed["removed"].values()))
+
+    def _pairs(self, run: Run) -> dict[str, list[Pair]]:
+        found = {}
+        for name in run.interfaces.readers:
+            alive = run.alive(name)
+            count = max(int(self.fraction * alive.sum()), 1)
+            found[name] = most_correlated(
+                correlation(run.weight(name)), alive, count, self.least_correlation
+            )
+        return found
+
+    def _drop(self, run: Run, pairs: dict[str, list[Pair]]) -> dict[str, Any]:
+        removed = {}
+        for name, chosen in pairs.items():
+            if not chosen:
+                continue
+            alive, norms = run.alive(name), outgoing(run.weight(name))
+            smaller = smaller_members(chosen, norms)
+            # The members in the order of their pairs, so that rounding keeps the least correlated.
+            scores = np.full(len(alive), np.inf)
+            scores[smaller] = np.arange(len(smaller))
+            filters = weakest(scores, alive, len(smaller), self.multiple, self.least)
+            filters &= np.isfinite(scores)
+            run.remove(name, filters)
+            removed[name] = int(filters.sum())
+        return {"macs": run.macs(), "removed": removed}
+
+
+def most_correlated(
+    matrix: FloatArray, alive: BoolArray, count: int, least: float = 0.0
+) -> list[Pair]:
+    """Chooses disjoint pairs of the largest correlations, largest first.
+
+    Args:
+        matrix: |ρ| of all filters.  # [F, F]
+        alive: which filters are still there.  # bool [F]
+        count: at most so many pairs.
+        least: pairs below it are not chosen.
+    """
+    rows, columns = np.triu_indices(len(matrix), 1)
+    values = matrix[rows, columns]
+    pairs: list[Pair] = []
+    used = ~np.asarray(alive)
+    for index in np.argsort(-values, kind="stable"):
+        one, two = int(rows[index]), int(columns[index])
+        if len(pairs) == count or values[index] < least:
+            break
+        if not (used[one] or used[two]):
+            used[one] = used[two] = True
+            pairs.append((one, two))
+    return pairs
+
+
+def smaller_members(pairs: list[Pair], norms: FloatArray) -> list[int]:
+    """Returns of each pair the filter of smaller ℓ1 norm; the second one when they tie."""
+    return [one if norms[one] < norms[two] else two for one, two in pairs]
+
+
+def alike(run: Run, pairs: dict[str, list[Pair]]) -> Tensor:
+    """Computes Σ over layers of exp(−Σ over pairs of |ρ|), which falls as pairs become alike."""
+    terms = [
+        torch.exp(-pair_correlation(run.layers[name].weight, chosen).sum())
+        for name, chosen in pairs.items()
+        if chosen
+    ]
+    return torch.stack(terms).sum()

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frequency pruning: kernels lose DCT coefficients, which may come back during the search."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..errors import ArgumentError, mismatch
+from ..graph import rules
+from ..masks import BoolArray
+from ..nn.frequency import PATHS, FrequencyConv2d, dct, idct
+from . import ranks
+from .base import STEM, Method, is_stem
+from .run import Layer, Run, support_of
+from .schedule import check_count, check_positive
+
+# Where between them a coefficient stays as it is, dead or live.
+_LOW, _HIGH = 0.9, 1.1
+
+
+@dataclass(frozen=True)
+class FrequencyPruning(Method):
+    """Frequency-domain dynamic pruning of convolution kernels.
+
+    The weights are the orthonormal DCT coefficients of each kernel. At an iteration, with a
+    probability that decays, the mask T of a layer is updated: T ← 0 where |F| < 0.9·t, T ← 1 where
+    |F| ≥ 1.1·t, and unchanged between, with t = max(mean + c·std, 0) of the layer's |F|. Dropped
+    coefficients do not count in the forward pass but keep their gradients, so they can come back.
+    After the search the mask is frozen and the live coefficients are trained on.
+
+    Source: Liu, Xu, Peng, Xiong, "Frequency-domain dynamic pruning for convolutional neural
+    networks", NeurIPS 2018. Our reading; no code was published.
+
+    Deviations: the probability of an update is 1 / (1 + ``decay``·iteration). The band-adaptive
+    threshold of frequency (u, v) is t·(1 + ``band_slope``·(u + v)/(KH + KW − 2)), a straight line.
+    1×1 kernels have one frequency and stay dense. ``bands`` is ours: hardware can use it.
+
+    Attributes:
+        c: how many standard deviations the threshold lies above the mean.
+        band_slope: how much higher it is for the highest frequency; 0 is one threshold for all.
+        decay: of the probability of an update.
+        bands: whether a frequency lives or dies for a whole layer, by the root mean square of its
+            coefficients, instead of for each kernel.
+        filters: with ``bands``, decides for each group of this many filters; 0 is the whole layer.
+        path: how the layers run: ``"frequency"`` (the paper), ``"spatial"`` (kernels transformed
+            back), or ``"auto"`` for what is predicted faster, see `FrequencyConv2d`.
+        search_epochs: of training with a changing mask.
+        epochs: of training with the frozen mask.
+        stem: whether a convolution that reads an image is taken too.
+
+    Raises:
+        ArgumentError: a value out of range.
+    """
+
+    title: ClassVar[str] = "frequency pruning"
+
+    c: float = 0.0
+    band_slope: float = 1.0
+    decay: float = 0.01
+    bands: bool = False
+    filters: int = 0
+    path: str = "auto"
+    search_epochs: int = 30
+    epochs: int = 90
+    stem: bool = False
+
+    def __post_init__(self) -> None:
+        check_positive("c", abs(self.c), zero=True)
+        check_positive("band_slope", self.band_slope, zero=True)
+        check_positive("decay", self.decay, zero=True)
+        if self.path not in PATHS:
+            raise ArgumentError(mismatch("path", repr(self.path), f"one of {PATHS}"))
+        for name in ("filters", "search_epochs", "epochs"):
+            check_count(name, getattr(self, name))
+
+    def leaves_out(self, name: str, layer: Layer) -> str | None:
+        """Leaves out the stem and what has no frequencies."""
+        if isinstance(layer, nn.Linear) or layer.kernel_size == (1, 1):
+            return "its kernels have one tap, and so one frequency"
+        if layer.padding_mode != "zeros":
+            return f"its padding mode is {layer.padding_mode!r}"
+        return STEM if is_stem(layer) and not self.stem else None
+
+    def check(self, run: Run) -> None:
+        """Refuses a network without kernels to transform; those with a Support stay as they are."""
+        for name in [name for name in run.layers if name in run.masks]:
+            del run.layers[name]
+            run.kept[name] = "it has a Support of single taps, which the transform would mix"
+        super().check(run)
+
+    def run(self, run: Run) -> None:
+        """Searches the mask while training, freezes it, and trains on."""
+        masks = {}
+        for name, layer in run.layers.items():
+            masks[name] = _Coefficients(layer.weight.shape)
+            masks[name].to(run.device)
+            parametrize.register_parametrization(layer, "weight", masks[name])
+
+        def after_step() -> None:
+            iteration = int(run.tensors["iteration"])
+            run.tensors["iteration"] += 1
+            # Of its own generator: the global one differs from rank to rank.
+            own = torch.Generator().manual_seed(run.seed * 1_000_003 + iteration)
+            if float(torch.rand((), generator=own)) < 1 / (1 + self.decay * iteration):
+                for name, layer in run.layers.items():
+                    self._update(masks[name], layer)
+
+        run.round("first mask", lambda: self._first(run, masks))
+        run.train("search", self.search_epochs, after_step=after_step, decay=False)
+        live = run.round("freeze the mask", lambda: self._freeze(masks))
+        for mask in masks.values():
+            mask.searching = False
+        run.train("train", self.epochs)
+        for layer in run.layers.values():
+            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+        self._chosen(run).update({name: masks[name].mask.cpu().numpy() for name in live})
+
+    def _first(self, run: Run, masks: dict[str, _Coefficients]) -> None:
+        run.tensors["iteration"] = torch.zeros((), dtype=torch.int64)
+        for name, layer in run.layers.items():
+            self._update(masks[name], layer)
+
+    @torch.no_grad()
+    def _update(self, mask: _Coefficients, layer: Layer) -> None:
+        coefficients = ranks.mean(layer.parametrizations.weight.original)  # type: ignore[union-attr, arg-type]
+        size = magnitudes(coefficients, self.filters) if self.bands else coefficients.abs()
+        limit = thresholds(size, self.c, self.band_slope).to(size.device)
+        mask.mask.copy_(updated(mask.mask, size, limit))
+
+    def _freeze(self, masks: dict[str, _Coefficients]) -> dict[str, int]:
+        for mask in masks.values():
+            if not bool(mask.mask.any()):
+                mask.mask[:, :, 0, 0] = True  # the mean of the patch: a layer needs something
+        ranks.check_same({name: support_of(mask.mask) for name, mask in masks.items()})
+        return {name: int(mask.mask.sum()) for name, mask in masks.items()}
+
+    @staticmethod
+    def _chosen(run: Run) -> dict[str, BoolArray]:
+        found: dict[str, BoolArray] = vars(run).setdefault("coefficients", {})
+        return found
+
+    def rule(self, run: Run) -> rules.Rule:
+        """Makes FrequencyConv2d of the layers."""
+        chosen = self._chosen(run)
+
+        def frequency(name: str, module: nn.Module) -> rules.Answer:
+            if name in chosen and isinstance(module, nn.Conv2d):
+                return FrequencyConv2d.from_conv2d(module, chosen[name], path=self.path)
+            return None
+
+        return rules.first_of(frequency, super().rule(run))
+
+
+class _Coefficients(nn.Module):
+    """Makes a layer's weight the inverse transform of masked coefficients (a parametrisation).
+
+    Args:
+        shape: of the weight.  # (F, C, KH, KW)
+    """
+
+    mask: Tensor
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.searching = True
+        self.register_buffer("mask", torch.ones(shape, dtype=torch.bool))
+
+    def forward(self, coefficients: Tensor) -> Tensor:
+        """Masks and transforms back; while searching, dropped coefficients keep their gradients."""
+        masked = coefficients * self.mask
+        if self.searching:
+            masked = coefficients + (masked - coefficients).detach()
+        return idct(masked)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Transforms."""
+        return dct(weight)
+
+
+def thresholds(size: Tensor, c: float, band_slope: float) -> Tensor:
+    """Computes each frequency's threshold.  # [F, C, KH, KW] -> [KH, KW]
+
+    Args:
+        size: the magnitudes |F| of the coefficients.
+        c: standard deviations (of the whole population) above the mean.
+        band_slope: see `FrequencyPruning`.
+    """
+    base = max(float(size.mean() + c * size.std(correction=0)), 0.0)
+    kh, kw = size.shape[2:]
+    band = torch.arange(kh)[:, None] + torch.arange(kw)[None]
+    return base * (1 + band_slope * band / max(kh + kw - 2, 1)).double()
+
+
+def updated(mask: Tensor, size: Tensor, limit: Tensor) -> Tensor:
+    """Drops what is under 0.9·t, brings back what is at least 1.1·t, leaves what is between."""
+    return (mask & (size >= _LOW * limit)) | (size >= _HIGH * limit)
+
+
+def magnitudes(coefficients: Tensor, filters: int) -> Tensor:
+    """Gives all coefficients of a frequency their root mean square, by groups of filters.
+
+    # [F, C, KH, KW] -> [F, C, KH, KW]
+    """
+    groups = coefficients.split(filters or len(coefficients))
+    means = [g.square().mean((0, 1), keepdim=True).sqrt().expand(g.shape) for g in groups]
+    return torch.cat(means)

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures a compressed network beside the dense one: the whole, and layer by layer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops, stats, timing
+from ..backends import choose
+from ..errors import HetconvError
+from ..explain import explain
+from ..nn import FrequencyConv2d, SupportConv2d, SupportLinear
+from ..nn.base import SupportLayer
+from .report import LayerReport
+
+LAYOUTS = ("contiguous", "channels_last")
+# What single precision may differ by over a network, relative to the largest output.
+_TOLERANCE = 1e-3
+
+
+class Whole(NamedTuple):
+    """The time of the whole network; fields as in `CompressionReport`."""
+
+    seconds: tuple[float, float]
+    speedup: tuple[float, float, float]
+    layouts: tuple[str, str]
+
+
+def for_inference(model: nn.Module) -> nn.Module:
+    """Copies a network for inference: evaluation mode, layers with a Support frozen."""
+    twin = copy.deepcopy(model).eval().requires_grad_(False)
+    for module in twin.modules():
+        if isinstance(module, SupportLayer):
+            module.freeze()
+    return twin
+
+
+@torch.no_grad()
+def difference(before: nn.Module, after: nn.Module, example: Tensor) -> float:
+    """Compares outputs in evaluation mode, relative to the largest one.
+
+    Raises:
+        HetconvError: they differ by more than rounding explains.
+    """
+    wanted = _outputs(for_inference(before)(example))
+    found = _outputs(for_inference(after)(example))
+    size = max((float(t.abs().max()) for t in wanted), default=1.0) or 1.0
+    apart = [float((a - b).abs().max()) / size for a, b in zip(wanted, found, strict=True)]
+    worst = float(torch.tensor([0.0, *apart], dtype=torch.float64).max())  # NaN if one is
+    if not worst <= _TOLERANCE:
+        raise HetconvError(
+            f"The compressed network differs from its masked dense twin by {worst:.3g} of the "
+            f"largest output, more than {_TOLERANCE}. Please report it; backend='vendor' works."
+        )
+    return worst
+
+
+def whole(
+    before: nn.Module, after: nn.Module, example: Tensor, max_seconds: float, rounds: int = 20
+) -> Whole:
+    """Times both networks in both memory formats, in turns; the fastest of each count."""
+    variants: dict[str, Callable[[], Any]] = {}
+    for side, model in (("before", before), ("after", after)):
+        for layout in LAYOUTS if example.dim() == 4 else LAYOUTS[:1]:
+            variants[f"{side} {layout}"] = _call(for_inference(model), example, layout)
+    with torch.inference_mode():
+        times = timing.interleaved(
+            variants, rounds=rounds, warmup=1, max_seconds=max_seconds, device=example.device
+        )
+    best = [times.fastest([n for n in variants if n.startswith(s)]) for s in ("before", "after")]
+    ratio = times.ratio(*best)
+    return Whole(
+        (times.median(best[0]), times.median(best[1])),
+        (ratio.value, ratio.low, ratio.high),
+        (best[0].split()[1], best[1].split()[1]),
+    )
+
+
+def layer_reports(
+    before: nn.Module,
+    after: nn.Module,
+    example: Tensor,
+    notes: dict[str, str],
+    layouts: tuple[str, str] | None,
+    max_seconds: float,
+) -> tuple[LayerReport, ...]:
+    """Reports every layer with weights; times those that changed when ``layouts`` is given.
+
+    Args:
+        before: the dense network.
+        after: the compressed one.
+        example: an input.
+        notes: why layers stayed dense, by name.
+        layouts: the memory formats in which the networks were fastest; None times nothing.
+        max_seconds: about how long all layers together may be timed.
+    """
+    old = {row.name: row for row in stats.layer_macs(before, example) if row.dense}
+    new_rows = stats.layer_macs(after, example)
+    modules = dict(after.named_modules())
+    gone = [name for name in old if name not in modules]
+    changed = [
+        name
+        for name in old
+        if name not in gone
+        and (
+            type(modules[name]) is not type(_at(before, name))
+            or modules[name].weight.shape != _at(before, name).weight.shape
+        )
+    ]
+    measured: dict[str, Any] = {}
+    if layouts is not None and changed:
+        measured = _time_layers(before, after, example, changed, layouts, max_seconds)
+    reports = []
+    for name, row in old.items():
+        # A layer may do its work through parts of itself, as FrequencyConv2d does.
+        parts = [r for r in new_rows if r.name == name or r.name.startswith(f"{name}.")]
+        seconds, speedup, backend = measured.get(name, (None, None, "torch"))
+        reports.append(
+            LayerReport(
+                name,
+                "gone" if name in gone else type(modules[name]).__name__,
+                (row.live, 0 if name in gone else _live(modules[name])),
+                (row.macs, sum(r.macs for r in parts)),
+                seconds,
+                speedup,
+                backend,
+                ""
+                if name in changed or name in gone
+                else notes.get(name, "the method dropped nothing here"),
+            )
+        )
+    return tuple(reports)
+
+
+def _time_layers(
+    before: nn.Module,
+    after: nn.Module,
+    example: Tensor,
+    names: list[str],
+    layouts: tuple[str, str],
+    max_seconds: float,
+) -> dict[str, Any]:
+    sides = []
+    for model, layout in zip((before, after), layouts, strict=True):
+        frozen = for_inference(model)
+        if layout == "channels_last":
+            frozen = frozen.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        sides.append((frozen, _inputs(frozen, names, _as(example, layout))))
+    found: dict[str, Any] = {}
+    with torch.inference_mode():
+        for name in names:
+            (one, inputs), (two, others) = sides
+            if name not in inputs or name not in others:
+                continue
+            layer = _at(two, name)
+            times = timing.interleaved(
+                {
+                    "before": _bound(_at(one, name), inputs[name]),
+                    "after": _bound(layer, others[name]),
+                },
+                rounds=10,
+                warmup=1,
+                max_seconds=max_seconds / len(names),
+                device=example.device,
+            )
+            ratio = times.speedup("after")
+            seconds = (times.median("before"), times.median("after"))
+            speedup = (ratio.value, ratio.low, ratio.high)
+            found[name] = seconds, speedup, _backend(layer, others[name])
+    return found
+
+
+def _backend(layer: nn.Module, x: Tensor) -> str:
+    if isinstance(layer, SupportConv2d):
+        return explain(layer, x, measure=False).chosen
+    if isinstance(layer, SupportLinear):
+        pixels = x.reshape(-1, x.shape[-1], 1, 1)
+        shift = {} if layer.bias is None else {"shift": layer.bias}
+        problem = ops.describe(
+            "fprop", layer._geometry, pixels, pixels, layer.weight, (1, 1), shift
+        )
+        return choose(problem, layer._backend_code()).backend.name
+    return layer.path_for(x) if isinstance(layer, FrequencyConv2d) else "torch"
+
+
+def _inputs(model: nn.Module, names: list[str], example: Tensor) -> dict[str, Tensor]:
+    """Runs a network once and notes the input of each named layer."""
+    seen: dict[str, Tensor] = {}
+    hooks = []
+    for name in names:
+
+        def note(module: nn.Module, arguments: tuple[Any, ...], name: str = name) -> None:
+            seen[name] = arguments[0].detach().clone(memory_format=torch.preserve_format)
+
+        hooks.append(_at(model, name).register_forward_pre_hook(note))
+    try:
+        with torch.no_grad():
+            model(example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def _call(model: nn.Module, example: Tensor, layout: str) -> Callable[[], Any]:
+    if layout == "channels_last":
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return _bound(model, _as(example, layout))
+
+
+def _as(example: Tensor, layout: str) -> Tensor:
+    return (
+        example.contiguous(memory_format=torch.channels_last)
+        if layout == "channels_last"
+        else example.contiguous()
+    )
+
+
+def _bound(model: nn.Module, x: Tensor) -> Callable[[], Any]:
+    return lambda: model(x)
+
+
+def _live(layer: nn.Module) -> int:
+    """Counts the weights of a layer, or of the parts that it is made of."""
+    whole = stats.live_weights(layer)
+    return sum(map(_live, layer.children())) if whole is None else whole
+
+
+def _at(model: nn.Module, name: str) -> Any:
+    return model.get_submodule(name)
+
+
+def _outputs(result: Any) -> list[Tensor]:
+    if isinstance(result, Tensor):
+        return [result]
+    values = result.values() if isinstance(result, dict) else result
+    return [t for value in values for t in _outputs(value)]

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""StateFile: the resumable state of a compression, one file that holds tensors and no code."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ArgumentError, HetconvError, mismatch
+
+_FORMAT = "hetconv_kernels.compress/1"
+
+
+class StateFile:
+    """Saves the state of a run after each round, and gives it back after a kill.
+
+    The file is what ``torch.save`` writes, read with ``weights_only=True``: tensors, numbers and
+    text. It is written beside its place and then moved there, so that a kill at any moment leaves
+    either the old state or the new one.
+
+    Args:
+        path: of the file; None keeps nothing.
+        identity: plain data that a saved state must have been made with: the method, the seed and
+            the shapes of the network.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None, identity: dict[str, Any]) -> None:
+        self.path = None if path is None else Path(path)
+        self.identity = json.loads(json.dumps(identity, sort_keys=True))
+
+    def save(self, content: dict[str, Any]) -> None:
+        """Replaces what the file holds.
+
+        Raises:
+            HetconvError: the file cannot be written.
+        """
+        if self.path is None:
+            return
+        whole = {"format": _FORMAT, "identity": json.dumps(self.identity), **content}
+        beside = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(beside, "wb") as file:
+                torch.save(whole, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, self.path)
+        except OSError as error:
+            raise HetconvError(f"The state {self.path} cannot be written: {error}.") from error
+        finally:
+            with contextlib.suppress(OSError):
+                beside.unlink(missing_ok=True)
+
+    def load(self) -> dict[str, Any] | None:
+        """Reads the file; None when there is none yet.
+
+        Raises:
+            HetconvError: the file is damaged or something else.
+            ArgumentError: it belongs to another method, seed or network.
+        """
+        if self.path is None or not self.path.exists():
+            return None
+        try:
+            whole = torch.load(self.path, map_location="cpu", weights_only=True)
+            found, identity = whole["format"], json.loads(whole["identity"])
+        except (
+            OSError,
+            RuntimeError,
+            ValueError,
+            KeyError,
+            TypeError,
+            EOFError,
+            pickle.UnpicklingError,
+            zipfile.BadZipFile,
+        ) as error:
+            reason = (str(error).splitlines() or [repr(error)])[0]
+            raise HetconvError(
+                f"The state {self.path} cannot be read ({reason}); expected what hk.compress wrote."
+                " Delete it to start anew."
+            ) from error
+        if found != _FORMAT:
+            raise HetconvError(
+                mismatch(f"format of the state {self.path}", found, _FORMAT, "Delete it.")
+            )
+        self._check(identity)
+        content: dict[str, Any] = whole
+        return content
+
+    def _check(self, identity: dict[str, Any]) -> None:
+        keys = sorted({*identity, *self.identity})
+        wrong = [key for key in keys if identity.get(key) != self.identity.get(key)]
+        if wrong:
+            key = wrong[0]
+            raise ArgumentError(
+                mismatch(
+                    f"{key} of the state {self.path}",
+                    _short(identity.get(key)),
+                    _short(self.identity.get(key)),
+                    "Call with what the state was made with, or name another file.",
+                )
+            )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"

@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FrequencyConv2d: a convolution whose kernels are sparse in the frequency domain."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..backends import choose
+from ..errors import ArgumentError, InputTypeError, SupportError, mismatch
+from ..functional import conv2d
+from ..masks import kernel_pair
+from ..problem import Geometry, make_geometry
+from ..support import Support
+from .base import ForcedBackend
+from .conv import SupportConv2d
+
+PATHS = ("auto", "frequency", "spatial")
+Band = tuple[int, int]
+
+
+def dct_basis(kernel: tuple[int, int], dtype: torch.dtype = torch.float64) -> Tensor:
+    """Returns the orthonormal 2-D DCT-II, one image for each frequency (u, v).
+
+    B[u, v, y, x] = a(u)·cos(π(2y+1)u / 2KH) · b(v)·cos(π(2x+1)v / 2KW), with a(0)² = 1/KH and
+    a(u)² = 2/KH otherwise, and so for b. Σ_yx B[i, y, x]·B[j, y, x] is 1 for i = j and else 0.
+
+    # [KH·KW, KH, KW]
+    """
+    sides = []
+    for size in kernel:
+        u = torch.arange(size, dtype=torch.float64)[:, None]
+        x = torch.arange(size, dtype=torch.float64)[None]
+        side = torch.cos(math.pi * (2 * x + 1) * u / (2 * size)) * math.sqrt(2 / size)
+        side[0] /= math.sqrt(2)
+        sides.append(side)
+    rows, columns = sides
+    basis = rows[:, None, :, None] * columns[None, :, None, :]
+    return basis.reshape(-1, *kernel).to(dtype)
+
+
+def dct(weight: Tensor) -> Tensor:
+    """Transforms each kernel: coefficient (u, v) stands where tap (y, x) was.
+
+    # [F, C, KH, KW] -> [F, C, KH, KW]
+    """
+    basis = dct_basis((weight.shape[2], weight.shape[3]), weight.dtype).to(weight.device)
+    return torch.einsum("fcyx,iyx->fci", weight, basis).reshape(weight.shape)
+
+
+def idct(coefficients: Tensor) -> Tensor:
+    """Transforms back.  # [F, C, KH, KW] -> [F, C, KH, KW]"""
+    shape = coefficients.shape
+    basis = dct_basis((shape[2], shape[3]), coefficients.dtype).to(coefficients.device)
+    return torch.einsum("fci,iyx->fcyx", coefficients.flatten(2), basis)
+
+
+class FrequencyConv2d(ForcedBackend):
+    """A convolution with weights that exist for some frequencies only: drop-in for ``nn.Conv2d``.
+
+    ⟨patch, w⟩ = ⟨B·patch, B·w⟩ for an orthonormal B, here the 2-D DCT. So the layer is a fixed
+    depthwise transform of C channels to C·(live frequencies) maps, followed by a 1×1 convolution
+    with the Support of the live coefficients. Frequencies that no coefficient of the layer has are
+    not computed. Whether that is faster than the dense convolution with the kernels transformed
+    back depends: the transform alone costs C·KH·KW multiply-accumulates for each pixel and
+    frequency. ``path="auto"`` predicts, and takes the faster one.
+
+    Source: Liu, Xu, Peng, Xiong, "Frequency-domain dynamic pruning for convolutional neural
+    networks", NeurIPS 2018. Our reading; no code was published.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+        padding_mode, device, dtype, backend: as `SupportConv2d`; padding is with zeros.
+        coefficients: which exist; None is all.  # bool [F, C, KH, KW]
+        path: ``"auto"``, ``"frequency"`` or ``"spatial"``.
+
+    Shape:
+        input [N, C, H, W] or [C, H, W], output [N, F, OH, OW] or [F, OH, OW].
+
+    Raises:
+        ArgumentError: a value out of range.
+        SupportError: ``coefficients`` has another shape, or keeps none at all.
+    """
+
+    mix: SupportConv2d
+    basis: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | str | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        coefficients: npt.ArrayLike | None = None,
+        path: str = "auto",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        kernel = kernel_pair(kernel_size)
+        if groups != 1 or padding_mode != "zeros":
+            raise ArgumentError(
+                mismatch(
+                    "FrequencyConv2d",
+                    f"groups={groups}, padding_mode={padding_mode!r}",
+                    "groups=1 and padding_mode='zeros'",
+                )
+            )
+        if path not in PATHS:
+            raise ArgumentError(mismatch("path", repr(path), f"one of {PATHS}"))
+        dense = Support.dense(in_channels, out_channels, kernel)
+        shape = dense.shape
+        chosen = np.ones(shape, bool) if coefficients is None else np.asarray(coefficients)
+        if chosen.shape != shape or chosen.dtype != np.bool_ or not chosen.any():
+            raise SupportError(
+                mismatch(
+                    "coefficients",
+                    f"{chosen.dtype} {chosen.shape}, {int(chosen.sum())} of them",
+                    f"bool {shape}, at least one True",
+                )
+            )
+        self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel
+        self.groups, self.padding_mode, self.path = groups, padding_mode, path
+        self.padding = padding
+        self._spatial = make_geometry(dense, stride, padding, dilation)
+        self.stride, self.dilation = self._spatial.stride, self._spatial.dilation
+        self._paths: dict[Any, str] = {}
+        self._spatial_weight: tuple[Any, Tensor] | None = None
+        self._build(chosen, bias, device, dtype)
+        self.backend = backend
+        self.reset_parameters()
+
+    def _build(
+        self, chosen: Any, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> None:
+        """Makes the parts for the live frequencies."""
+        f, c = chosen.shape[:2]
+        flat = chosen.reshape(f, c, -1)
+        live = np.flatnonzero(flat.any(axis=(0, 1)))
+        self.live_frequencies: tuple[int, ...] = tuple(live.tolist())
+        count = len(live)
+        support = Support.from_mask(flat[:, :, live].reshape(f, c * count, 1, 1), "frequency")
+        self.mix = SupportConv2d(
+            c * count, f, 1, bias=bias, device=device, dtype=dtype, support=support
+        )
+        self._transform = Geometry(
+            Support.grouped(c, c * count, self.kernel_size, c),
+            self._spatial.stride,
+            self._spatial.pads,
+            self._spatial.dilation,
+        )
+        basis = dct_basis(self.kernel_size)[live].repeat(c, 1, 1)[:, None]
+        self.register_buffer("basis", basis.to(self.mix.weight), persistent=False)
+        self._paths.clear()
+
+    @property
+    def bands(self) -> tuple[Band, ...]:
+        """The frequencies (u, v) that some coefficient of the layer has."""
+        width = self.kernel_size[1]
+        return tuple((i // width, i % width) for i in self.live_frequencies)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The coefficients, dead ones zero.  # [F, C·live frequencies, 1, 1]"""
+        return self.mix.weight
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """Added per filter.  # [F]"""
+        return self.mix.bias
+
+    def live_parameters(self) -> int:
+        """Counts the coefficients that exist, and the bias."""
+        return self.mix.live_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialises like ``nn.Conv2d``, by each filter's live coefficients."""
+        self.mix.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolves.  # [N, C, H, W] -> [N, F, OH, OW]"""
+        if x.dim() == 3:
+            return self.forward(x.unsqueeze(0)).squeeze(0)
+        if self.path_for(x) == "frequency":
+            # Not a Parameter: the transform is fixed, and its gradient is not computed.
+            maps = conv2d(x, self.basis.to(x.dtype), None, self._transform, self._backend_code())
+            return self.mix(maps)
+        return conv2d(x, self.spatial_weight(), self.mix.bias, self._spatial, self._backend_code())
+
+    def spatial_weight(self) -> Tensor:
+        """Transforms the coefficients back; kept until they change.  # [F, C, KH, KW]"""
+        weight = self.mix.weight
+        if weight.is_inference() or (torch.is_grad_enabled() and weight.requires_grad):
+            return self._transformed(weight)
+        key = (weight._version, id(weight))
+        if self._spatial_weight is None or self._spatial_weight[0] != key:
+            spatial = self._transformed(weight.detach())
+            if type(spatial) is not Tensor:  # a traced call, such as that of `stats.macs`
+                return spatial
+            self._spatial_weight = key, spatial
+        return self._spatial_weight[1]
+
+    def _transformed(self, weight: Tensor) -> Tensor:
+        f, count = self.out_channels, len(self.live_frequencies)
+        if self.mix.frozen:
+            masked = self.mix.dense_weight()
+        elif self.mix.support.is_dense:
+            masked = weight
+        else:
+            masked = weight * self.mix._mask(weight.device)
+        terms = masked.reshape(f, self.in_channels, count, 1, 1).unbind(2)
+        images = self.basis[:count, 0].to(weight.dtype).unbind(0)
+        # Sums of scaled images: not a product that would count as work of the convolution.
+        total = terms[0] * images[0]
+        for term, image in zip(terms[1:], images[1:], strict=True):
+            total = total + term * image
+        return total
+
+    def path_for(self, x: Tensor) -> str:
+        """Says which way an input goes: ``"frequency"`` or ``"spatial"``; predicted for auto."""
+        if self.path != "auto":
+            return self.path
+        key = (*x.shape, x.dtype, x.device, x.is_contiguous(), self._backend_code())
+        if key not in self._paths:
+            size = self._transform.output_size(x.shape[2], x.shape[3])
+            maps = x.new_empty((len(x), self._transform.support.filters, *size))
+            there = self._predicted(self._transform, x, self.basis)
+            there += self._predicted(self.mix._geometry, maps, self.mix.weight)
+            plain = self._predicted(self._spatial, x, x.new_empty(self._spatial.support.shape))
+            self._paths[key] = "frequency" if there < plain else "spatial"
+        return self._paths[key]
+
+    def _predicted(self, geometry: Geometry, x: Tensor, weight: Tensor) -> float:
+        size = (x.shape[2], x.shape[3])
+        problem = ops.describe("fprop", geometry, x, x, weight, size, {})
+        return choose(problem, self._backend_code()).backend.estimate(problem)
+
+    @classmethod
+    def from_conv2d(cls, conv: nn.Conv2d, coefficients: npt.ArrayLike, **kwargs: Any) -> Self:
+        """Takes over a convolution's arguments and transforms its kernels.
+
+        Args:
+            conv: an ``nn.Conv2d`` with groups=1, padded with zeros.
+            coefficients: which exist; the others are dropped.  # bool [F, C, KH, KW]
+            **kwargs: keyword-only extras of the class.
+
+        Raises:
+            InputTypeError: ``conv`` is not an ``nn.Conv2d``.
+            ArgumentError, SupportError: see the class.
+        """
+        if not isinstance(conv, nn.Conv2d):
+            raise InputTypeError(mismatch("conv", type(conv).__name__, "an nn.Conv2d"))
+        layer = cls(
+            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,
+            conv.dilation, conv.groups, conv.bias is not None, conv.padding_mode,
+            conv.weight.device, conv.weight.dtype, coefficients=coefficients, **kwargs,
+        )  # fmt: skip
+        live = list(layer.live_frequencies)
+        with torch.no_grad():
+            coefficient = dct(conv.weight.detach().double()).flatten(2)[:, :, live]
+            layer.mix.weight.copy_(coefficient.reshape(layer.mix.weight.shape))
+            layer.mix.project_()
+            if conv.bias is not None and layer.mix.bias is not None:
+                layer.mix.bias.copy_(conv.bias)
+        layer.mix.weight.requires_grad_(conv.weight.requires_grad)
+        return layer.train(conv.training)
+
+    def to_conv2d(self) -> nn.Conv2d:
+        """Returns the ``nn.Conv2d`` that computes the same, with copies of the parameters."""
+        bias, weight = self.mix.bias, self.spatial_weight().detach()
+        conv = nn.Conv2d(
+            self.in_channels, self.out_channels, self.kernel_size, self.stride,
+            self.padding, self.dilation, bias=bias is not None,  # type: ignore[arg-type]
+            device=weight.device, dtype=weight.dtype,
+        )  # fmt: skip
+        with torch.no_grad():
+            conv.weight.copy_(weight)
+            if bias is not None and conv.bias is not None:
+                conv.bias.copy_(bias)
+        return conv.train(self.training)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self._spatial_weight = None
+        return self
+
+    def get_extra_state(self) -> dict[str, list[int]]:
+        """Saves which frequencies are live."""
+        return {"live_frequencies": list(self.live_frequencies)}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Is done by `_load_from_state_dict`, before the parts are loaded."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        state = state_dict.get(prefix + "_extra_state")
+        if isinstance(state, dict) and "live_frequencies" in state:
+            self._adopt([int(i) for i in state["live_frequencies"]])
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _adopt(self, live: list[int]) -> None:
+        """Rebuilds the parts for the frequencies of a checkpoint."""
+        taps = math.prod(self.kernel_size)
+        if not live or not set(live) <= set(range(taps)):
+            raise SupportError(mismatch("live frequencies", live, f"numbers from 0 to {taps - 1}"))
+        if tuple(live) == self.live_frequencies:
+            return
+        chosen = np.zeros((self.out_channels, self.in_channels, taps), bool)
+        chosen[:, :, live] = True
+        weight, code = self.mix.weight, self._backend
+        self._build(
+            chosen.reshape(self._spatial.support.shape), self.bias is not None, weight.device,
+            weight.dtype,
+        )  # fmt: skip
+        self.backend = code
+
+    def extra_repr(self) -> str:
+        """Says what ``nn.Conv2d`` says, the live frequencies and the path."""
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, frequencies={len(self.live_frequencies)} of "
+            f"{math.prod(self.kernel_size)}, path={self.path!r}"
+        )
+
+
+__all__ = ["PATHS", "FrequencyConv2d", "dct", "dct_basis", "idct"]

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Progress: lines where nobody looks, rich on a terminal, nothing when not wanted."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from hetconv_kernels.compress.progress import Progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def rounds(progress: Progress) -> None:
+    progress.begin("train, epoch 1/2")
+    progress.batch()
+    progress.end(0, "train, epoch 1/2", {"loss": 0.5, "stopped": []})
+    progress.begin("accuracy")
+    progress.end(1, "accuracy", 0.75)
+    progress.end(2, "keep [it]", None)
+    progress.close()
+
+
+def told(text: str) -> list[str]:
+    return [line.split(" s  ", 1)[1].strip() for line in text.splitlines() if " s  " in line]
+
+
+LINES = ["train, epoch 1/2: loss 0.5", "accuracy: 0.7500", "keep [it]"]
+
+
+def test_lines() -> None:
+    stream = io.StringIO()
+    rounds(Progress(stream=stream))
+    assert told(stream.getvalue()) == LINES
+
+
+def test_a_terminal_shows_the_same_words_with_rich() -> None:
+    pytest.importorskip("rich", reason="a terminal without rich shows lines")
+    stream = Terminal()
+    rounds(Progress(stream=stream))
+    assert [line for line in told(stream.getvalue()) if line in LINES] == LINES
+
+
+def test_nothing_is_shown_when_not_wanted() -> None:
+    stream = Terminal()
+    rounds(Progress(False, stream))
+    assert stream.getvalue() == ""

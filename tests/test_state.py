@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The state of a compression: killed anywhere it continues, and nothing else is read from it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressing import Columns, Killed, assert_same_network, check_kills, killed_at, run, tiny
+from torch import nn
+
+from hetconv_kernels.compress import Het, Run
+from hetconv_kernels.errors import ArgumentError, HetconvError
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_killed_twice_and_resumed_is_bit_equal(seed: int, tmp_path: Path) -> None:
+    check_kills(Columns(epochs=4), tmp_path, seed)
+
+
+def test_killed_within_an_epoch_of_adam(tmp_path: Path) -> None:
+    calls = 0
+
+    def train_step(model: nn.Module, batch: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 11:  # the third batch of the third epoch
+            raise Killed
+        return nn.functional.cross_entropy(model(batch[0] + torch.randn(1)), batch[1])
+
+    options = {
+        "train_step": train_step,
+        "optimizer": lambda p: torch.optim.Adam(p, 0.01),
+        "state": tmp_path / "state.pt",
+    }
+    with pytest.raises(Killed):
+        run(Columns(epochs=4), **options)
+    resumed = run(Columns(epochs=4), **options)
+    assert calls == 11 + 8  # two of four epochs were kept
+    calls = 100
+    whole = run(Columns(epochs=4), **(options | {"state": None}))
+    assert_same_network(resumed.model, whole.model)
+
+
+def test_a_finished_run_is_not_done_again(tmp_path: Path) -> None:
+    first = run(Columns(), state=tmp_path / "state.pt")
+
+    def never(model: nn.Module, batch: Any) -> torch.Tensor:
+        raise AssertionError("trained again")
+
+    again = run(Columns(), state=tmp_path / "state.pt", train_step=never)
+    assert_same_network(first.model, again.model)
+
+
+_SCRIPT = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from compressing import run
+from hetconv_kernels.compress import Het
+
+def train_step(model, batch):
+    train_step.calls += 1
+    if train_step.calls == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+train_step.calls = 0
+report = run(Het(p=2, epochs=3), state=sys.argv[2], train_step=train_step)
+weights = report.model[3].weight.double().sum().item()
+print(report.history[-1]["result"]["loss"].hex(), weights.hex())
+"""
+
+
+def test_a_process_that_is_really_killed_continues(tmp_path: Path) -> None:
+    def start(die_at: int) -> subprocess.CompletedProcess[str]:
+        here, state = str(Path(__file__).resolve().parent), str(tmp_path / "state.pt")
+        arguments = [sys.executable, "-c", _SCRIPT, here, state, str(die_at)]
+        return subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=300)
+
+    assert start(7).returncode == -signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
+    resumed = start(0)
+    assert resumed.returncode == 0, resumed.stderr
+    whole = run(Het(p=2, epochs=3))
+    loss, weights = whole.history[-1]["result"]["loss"], whole.model[3].weight.double().sum().item()
+    assert resumed.stdout.split() == [loss.hex(), weights.hex()]
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"method": Columns(keep=2)}, "method"),
+        ({"seed": 1}, "seed"),
+        ({"model": nn.Sequential(nn.Conv2d(5, 7, 3))}, "layers"),
+        ({"model": tiny(seed=1)}, "weights at the start"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_state_of_another_run_is_refused(
+    change: dict[str, Any], what: str, tmp_path: Path
+) -> None:
+    run(Columns(epochs=1), state=tmp_path / "state.pt")
+    arguments = {"method": Columns(epochs=1), "state": tmp_path / "state.pt"} | change
+    with pytest.raises(ArgumentError, match=f"^{what} of the state"):
+        run(**arguments)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a zip", b"PK\x03\x04 cut"])
+def test_a_damaged_state_is_one_sentence(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "state.pt").write_bytes(content)
+    with pytest.raises(HetconvError, match="cannot be read"):
+        run(Columns(), state=tmp_path / "state.pt")
+
+
+def test_a_truncated_state_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "state.pt"
+    run(Columns(epochs=1), state=path)
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(HetconvError, match="cannot be read"):
+        run(Columns(epochs=1), state=path)
+
+
+def test_a_state_holds_no_code(tmp_path: Path) -> None:
+    run(Columns(epochs=1), state=tmp_path / "state.pt")
+    content = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert json.loads(content["journal"])[1]["what"] == "drop"
+
+
+def test_a_state_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(HetconvError, match="cannot be written"):
+        run(Columns(epochs=1), state=tmp_path / "file" / "state.pt")
+
+
+def test_a_journal_of_other_rounds_is_refused(tmp_path: Path) -> None:
+    class Renamed(Columns):
+        def run(self, run: Run) -> None:
+            run.round("another", lambda: self._drop(run))
+
+    Renamed.__name__ = "Columns"
+    with pytest.raises(Killed), killed_at(2, written=True):
+        run(Columns(), state=tmp_path / "state.pt")
+    with pytest.raises(HetconvError, match="round 1 of the state"):
+        run(Renamed(), state=tmp_path / "state.pt")

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""WSP on numbers worked out by hand, and what its removal leaves behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from compressing import check_kills, run, tiny
+from torch import nn
+
+from hetconv_kernels.compress import WeakSubnetwork
+from hetconv_kernels.compress.wsp import fit_width, weak_channels
+from hetconv_kernels.errors import ArgumentError
+
+# Four channels between two 1×1 convolutions. Outgoing scores (rows of FIRST): 1, 2, 3, 4.
+# Incoming scores (columns of SECOND): 2, 3, 1, 4.
+FIRST = [[1.0, 0], [-1, 1], [2, -1], [2, 2]]
+SECOND = [[1.0, -1, 0, 2], [1, 1, -1, 1], [0, 1, 0, 1]]
+X = torch.tensor([1.0, 2.0]).reshape(1, 2, 1, 1)
+
+
+def network() -> nn.Sequential:
+    model = nn.Sequential(nn.Conv2d(2, 4, 1, bias=False), nn.ReLU(), nn.Conv2d(4, 3, 1, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor(FIRST)[:, :, None, None])
+        model[2].weight.copy_(torch.tensor(SECOND)[:, :, None, None])
+    return model
+
+
+@pytest.mark.parametrize(
+    ("percentile", "weak"),
+    [
+        # Medians 2.5 and 2.5: below the first are 0 and 1, below the second 0 and 2.
+        (0.5, [0]),
+        # Rank 2.1 of (1, 2, 3, 4) is 3.1: all but the last, on both sides.
+        (0.7, [0, 1, 2]),
+        # Rank 1.0 is exactly 2; "below" is strict, so the first has {0} and the second has {2}.
+        (1 / 3, []),
+        (0.0, []),
+    ],
+)
+def test_golden_trace(percentile: float, weak: list[int]) -> None:
+    report = run(
+        WeakSubnetwork(percentile, epochs=0), network(), example=X, eval_data=None, compact=False
+    )
+    assert report.history[1]["result"]["removed"] == {"0": len(weak)}
+    alive = [i not in weak for i in range(4)]
+    if weak:
+        for layer, axis in ((report.model[0], (1, 2, 3)), (report.model[2], (0, 2, 3))):
+            assert layer.support.mask.any(axis=axis).tolist() == alive
+    # y = SECOND[:, alive] · relu(FIRST[alive] · (1, 2)), relu(FIRST · (1, 2)) = (1, 1, 0, 6).
+    hidden = np.array([1.0, 1, 0, 6]) * alive
+    torch.testing.assert_close(
+        report.model(X).flatten().detach().double(), torch.tensor(np.array(SECOND) @ hidden)
+    )
+
+
+def test_weak_needs_both_sides() -> None:
+    out, into = np.array([1.0, 1, 9, 9]), np.array([1.0, 9, 1, 9])
+    assert weak_channels(out, into, 0.6).tolist() == [True, False, False, False]
+
+
+def test_a_flattened_channel_is_all_its_inputs() -> None:
+    model = tiny()
+    with torch.no_grad():
+        model[3].weight.fill_(1)
+        model[3].weight[2].fill_(0.1)
+        model[8].weight.fill_(1)
+        model[8].weight[:, 8:12].fill_(0.1)  # the 2×2 pixels of channel 2
+    report = run(WeakSubnetwork(0.5, epochs=0), model, skip=["8", "0"], compact=False)
+    assert report.history[1]["result"]["removed"] == {"3": 1}
+    mask = report.model[8].support.mask[:, :, 0, 0]
+    assert np.flatnonzero(~mask.any(axis=0)).tolist() == [8, 9, 10, 11]
+
+
+def test_all_scores_are_taken_before_any_removal() -> None:
+    """Removing channels of one interface must not weaken the next one."""
+    model = nn.Sequential(*(nn.Conv2d(2, 2, 1, bias=False) for _ in range(3)))
+    with torch.no_grad():
+        # 0 -> 1: channel 0 is weak. 1 -> 2: outgoing (5 + 1, 0 + 4), channel 1 is not weak
+        # though it is once the first interface has lost channel 0: (1, 4), channel 0 below.
+        model[0].weight.copy_(torch.tensor([[1.0, 0], [3, 0]])[:, :, None, None])
+        model[1].weight.copy_(torch.tensor([[5.0, 1], [0, 9]])[:, :, None, None])
+        model[2].weight.copy_(torch.tensor([[1.0, 2], [0, 0]])[:, :, None, None])
+    report = run(WeakSubnetwork(0.5, epochs=0), model, example=X, eval_data=None, compact=False)
+    assert report.history[1]["result"]["removed"] == {"0": 1, "1": 1}
+    assert report.model[1].support.mask[:, :, 0, 0].tolist() == [[False, False], [False, True]]
+
+
+def test_widths_are_rounded_up_to_a_multiple() -> None:
+    scores, alive = np.arange(8.0), np.ones(8, bool)
+    remove = np.array([True, True, True, False, True, False, False, False])
+    # 4 remain; a multiple of 3 is 6, so only the two weakest go.
+    assert np.flatnonzero(fit_width(remove, scores, alive, 3, 1)).tolist() == [0, 1]
+    assert np.flatnonzero(fit_width(remove, scores, alive, 4, 1)).tolist() == [0, 1, 2, 4]
+    assert np.flatnonzero(fit_width(remove, scores, alive, 1, 6)).tolist() == [0, 1]
+
+
+def test_a_layer_keeps_its_strongest_channel() -> None:
+    model = network()
+    report = run(WeakSubnetwork(0.99, epochs=0), model, example=X, eval_data=None, compact=False)
+    assert report.model[0].support.mask.any(axis=(1, 2, 3)).sum() == 1
+
+
+def test_residual_sums_keep_their_width_and_the_report_says_so() -> None:
+    from hetconv_kernels.models.resnet import BasicBlock
+
+    model = nn.Sequential(nn.Conv2d(5, 8, 3, padding=1), BasicBlock(8, 8))
+    report = run(WeakSubnetwork(0.7, epochs=0), model, eval_data=None, compact=False)
+    assert list(report.history[1]["result"]["removed"]) == ["1.conv1"]
+    notes = {row.name: row.note for row in report.layers}
+    assert "residual sum" in notes["0"]
+
+
+def test_masked_network_equals_the_one_with_its_filters_removed_by_hand() -> None:
+    torch.manual_seed(3)
+    model = tiny().eval()
+    report = run(WeakSubnetwork(0.6, epochs=0), model, compact=False)
+    conv, reader = report.model[0], report.model[3]
+    alive = np.flatnonzero(conv.support.mask.any(axis=(1, 2, 3)))
+    assert 0 < len(alive) < 6
+    inner = np.flatnonzero(reader.support.mask.any(axis=(1, 2, 3)))
+    x = torch.randn(2, 5, 6, 6)
+    y = nn.functional.conv2d(x, model[0].weight[alive], model[0].bias[alive], padding=1)
+    norm = model[1]
+    y = nn.functional.batch_norm(
+        y, norm.running_mean[alive], norm.running_var[alive], norm.weight[alive], norm.bias[alive]
+    ).relu()
+    y = nn.functional.conv2d(y, model[3].weight[inner][:, alive], padding=1)
+    torch.testing.assert_close(report.model[3](report.model[:3](x))[:, inner], y)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"percentile": 1.0}, {"percentile": -0.1}, {"epochs": -1}, {"multiple": 0}, {"least": 0}],
+    ids=str,
+)
+def test_bad_settings(settings: dict) -> None:
+    with pytest.raises(ArgumentError):
+        WeakSubnetwork(**settings)
+
+
+def test_a_network_without_a_free_width_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="no layer whose width can change"):
+        run(WeakSubnetwork(epochs=0), nn.Sequential(nn.Conv2d(5, 3, 1)))
+
+
+def test_killed_and_resumed(tmp_path: Path) -> None:
+    check_kills(WeakSubnetwork(0.6, epochs=3), tmp_path, seed=1)
