@@ -23,22 +23,28 @@ from .info import info
 from .support import Support
 
 if TYPE_CHECKING:
-    from . import compress, models, stats, testing, timing
+    from . import compress, export, io, models, stats, testing, timing
     from .graph import rules
+    from .graph.compact import compact
     from .graph.convert import convert
+    from .graph.optimize import optimize
 
 __all__ = [
     "Support",
     "__version__",
     "available_backends",
+    "compact",
     "compress",
     "convert",
     "errors",
     "explain",
+    "export",
     "functional",
     "info",
+    "io",
     "models",
     "nn",
+    "optimize",
     "rules",
     "stats",
     "testing",
@@ -49,9 +55,13 @@ __all__ = [
 
 # Loaded when first asked for, so that importing stays cheap: name -> (module, attribute).
 _LAZY = {
+    "compact": (".graph.compact", "compact"),
     "compress": (".compress", None),
     "convert": (".graph.convert", "convert"),
+    "export": (".export", None),
+    "io": (".io", None),
     "models": (".models", None),
+    "optimize": (".graph.optimize", "optimize"),
     "rules": (".graph.rules", None),
     "stats": (".stats", None),
     "testing": (".testing", None),

@@ -17,7 +17,15 @@ from torch import Tensor
 from ..packing import CleanCheck, FrozenCache, dense_weight, own_blocks
 from ..problem import Problem
 from . import Runner
-from .common import crop_image, empty, epilogue, finish_in_place, pad_image, to_format, weight_gradient
+from .common import (
+    crop_image,
+    empty,
+    epilogue,
+    finish_in_place,
+    pad_image,
+    to_format,
+    weight_gradient,
+)
 from .rates import DENSE, DTYPE_SPEED, GPU
 
 

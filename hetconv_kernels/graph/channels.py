@@ -315,7 +315,8 @@ def call(node: fx.Node, values: dict[fx.Node, Tensor]) -> Any:
             return values[operand].clone()  # what works in place must not write to a view
         return operand.meta["value"]
 
-    args, kwargs = (fx.map_arg(part, value) for part in (node.args, node.kwargs))
+    args: Any = fx.map_arg(node.args, value)
+    kwargs: Any = fx.map_arg(node.kwargs, value)
     module = module_of(node)
     if module is not None:
         return module(*args, **kwargs)

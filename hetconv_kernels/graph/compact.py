@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,12 +14,13 @@ from torch import Tensor, fx, nn
 
 from .. import stats
 from ..masks import BoolArray
+from ..nn.base import ForcedBackend
 from .channels import Channels
 from .check import Match, verify
 from .constants import Constant, constants, fold, foldable
 from .layout import relayout, set_module
 from .names import describe
-from .trace import as_inputs, check_network, trace
+from .trace import as_inputs, check_network, record, trace
 
 
 class Shrunk(NamedTuple):
@@ -45,12 +46,12 @@ class Stayed(NamedTuple):
 
     Attributes:
         name: of the layer.
-        count: how many.
+        channels: how many.
         reason: completes "stayed because …".
     """
 
     name: str
-    count: int
+    channels: int
     reason: str
 
 
@@ -74,7 +75,9 @@ class CompactReport:
     def __str__(self) -> str:
         before = sum(row.weights[0] for row in self.shrunk)
         after = sum(row.weights[1] for row in self.shrunk)
-        lines = [f"{len(self.shrunk)} layers are smaller; their live weights {before:,} -> {after:,}"]
+        lines = [
+            f"{len(self.shrunk)} layers are smaller; their live weights {before:,} -> {after:,}"
+        ]
         if self.match is not None:
             lines.append(f"outputs compared: {self.match}")
         if self.shrunk:
@@ -82,7 +85,10 @@ class CompactReport:
             header = ("layer", "is", "filters", "now", "channels", "now")
             lines += ["", stats.text_table(header, rows)]
         if self.stayed:
-            lines += ["", stats.text_table(("dead, but stayed", "channels", "because"), self.stayed)]
+            lines += [
+                "",
+                stats.text_table(("dead, but stayed", "channels", "because"), self.stayed),
+            ]
         return "\n".join(lines)
 
 
@@ -95,7 +101,8 @@ def compact(model: nn.Module, example: Any) -> CompactReport:
     depthwise and grouped layers. The result is exact for every finite input, up to rounding. A
     constant that is not zero cannot be folded into a zero-padded layer, for at the border its part
     is another; there one of the constant channels stays and stands for the others, whose weights,
-    in proportion, are added to its own. Layers whose groups become uneven keep a Support; all others are ordinary.
+    in proportion, are added to its own. Layers whose groups become uneven keep a Support; all
+    others are ordinary.
 
     The original is not touched. The outputs of both are compared on the example and on noise.
 
@@ -114,24 +121,38 @@ def compact(model: nn.Module, example: Any) -> CompactReport:
     """
     check_network(model)
     inputs = as_inputs(example)
-    smaller = copy.deepcopy(model)
-    traced = trace(smaller, example)
+    report, _ = shrink(copy.deepcopy(model), inputs)
+    if not report.shrunk:
+        return report
+    return replace(report, match=verify(model, report.model, inputs, "compact"))
+
+
+def shrink(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[CompactReport, fx.GraphModule]:
+    """Does the work of `compact`, on the network itself and without comparing the outputs.
+
+    Returns:
+        The report, and the graph of the smaller network.
+    """
+    traced = trace(model, inputs)
     channels = Channels(traced)
     plan = _Plan(channels, constants(channels))
     layout = {node: np.flatnonzero(plan.kept[channels.of(node)]) for node in channels.wires}
     shifts = plan.fold()
     stayed = tuple(plan.stayed())
     replaced, changed = relayout(channels, layout, shifts)
-    if not replaced:
-        return CompactReport(smaller, (), stayed, None)
     result: nn.Module = traced
-    if traced.meta["traced by"] == "torch.fx" and not changed:
+    if (
+        traced.meta["traced by"] == "torch.fx"
+        and not changed
+        and not isinstance(model, ForcedBackend)
+    ):
         for name, module in replaced.items():
-            set_module(smaller, name, module)
-        result = smaller
-    result.eval()
-    matched = verify(model, result, inputs, "compact")
-    return CompactReport(result, tuple(_shrunk(channels, replaced)), stayed, matched)
+            set_module(model, name, module)
+        result = model
+    if replaced:
+        record(traced, inputs)
+    traced.eval()
+    return CompactReport(result, tuple(_shrunk(channels, replaced)), stayed, None), traced
 
 
 class _Plan:
@@ -146,7 +167,7 @@ class _Plan:
 
     def __init__(self, channels: Channels, known: dict[fx.Node, Constant]) -> None:
         self.channels, self.known = channels, known
-        self.reads = {node: layer.reads() for node, layer in channels.layers.items()}
+        self.reads = {node: layer.reads for node, layer in channels.layers.items()}
         self.folds = {
             node: foldable(layer, known[channels.reader(node)])
             for node, layer in channels.layers.items()
@@ -156,8 +177,8 @@ class _Plan:
 
     def _columns(self, node: fx.Node) -> BoolArray:
         """Tells which channels a layer's filters that stay read.  # bool [C]"""
-        found: BoolArray = self.reads[node][self.kept[self.channels.of(node)]].any(0)
-        return found
+        rows = self.reads[node][self.kept[self.channels.of(node)]]
+        return np.asarray(rows.any(0))
 
     def _border(self, node: fx.Node) -> BoolArray:
         """Tells which channels are constants that zero padding keeps from being folded."""
@@ -194,9 +215,8 @@ class _Plan:
             for node in channels.layers:
                 columns, source = self._columns(node), channels.of(channels.reader(node))
                 needed[source[columns & ~self.folds[node]]] = True
-                place = self.stand_ins.get(node)
-                if place is not None and self._merged(node, columns).any():
-                    needed[source[place]] = True
+                if node in self.stand_ins and self._merged(node, columns).any():
+                    needed[source[self.stand_ins[node]]] = True
             for node in channels.wires:  # no value may be without channels
                 classes = channels.of(node)
                 if len(classes) and not needed[classes].any():

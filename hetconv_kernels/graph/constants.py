@@ -66,7 +66,7 @@ def constants(channels: Channels) -> dict[fx.Node, Constant]:
         elif node in channels.wires:
             operand = node.args[0] if node.args else None
             if isinstance(operand, fx.Node) and operand in parts:
-                found[node] = parts[operand][node.args[1]]  # type: ignore[index]
+                found[node] = parts[operand][node.args[1]]
             else:
                 found[node] = _varying(len(channels.wires[node]))
     return found
@@ -96,7 +96,7 @@ def _varying(count: int) -> Constant:
 
 def _layer(layer: Layer, source: Constant) -> Constant:
     folds = foldable(layer, source)
-    known = ~layer.reads()[:, ~folds].any(1)
+    known: BoolArray = ~layer.reads[:, ~folds].any(axis=1)  # type: ignore[assignment]
     if not known.any():
         return _varying(layer.filters)
     value = np.zeros(layer.filters) if layer.bias is None else _array(layer.bias)

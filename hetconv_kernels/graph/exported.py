@@ -34,7 +34,7 @@ def lift(model: nn.Module, inputs: tuple[Any, ...]) -> fx.GraphModule:
     tensors = all(isinstance(x, Tensor) for x in inputs)
     free_batch = tuple({0: torch.export.Dim.AUTO} if x.dim() else {} for x in inputs if tensors)
     program = torch.export.export(model, inputs, dynamic_shapes=free_batch if tensors else None)
-    traced: fx.GraphModule = program.module(check_guards=False)  # type: ignore[assignment]
+    traced: fx.GraphModule = program.module(check_guards=False)
     modules: dict[str, Any] = {}
     for node in traced.graph.nodes:
         owner = _owner(model, node)

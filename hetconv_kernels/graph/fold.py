@@ -7,18 +7,17 @@ import copy
 import operator
 from typing import Any, NamedTuple
 
-import torch
 from torch import fx, nn
 
-from ..nn import FusedConv2d, SupportConv2d, SupportLinear, fuse
+from ..nn import SupportConv2d, fuse
 from ..nn.base import SupportLayer
 from .layout import set_module
-from .names import describe, module_of, name_of
+from .names import module_of, name_of
 from .rules import Keep, _plain_conv2d
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 # Does nothing in evaluation mode.
-_IDLE = frozenset("dropout feature_dropout alpha_dropout identity".split())
+_IDLE = frozenset(["dropout", "feature_dropout", "alpha_dropout", "identity"])
 
 
 class Fused(NamedTuple):
@@ -133,9 +132,7 @@ class _Chain(NamedTuple):
     def shorter(self) -> _Chain:
         """Gives up everything from the sum on."""
         place = self.parts.index("residual")
-        return self._replace(
-            nodes=self.nodes[: place + 1], parts=self.parts[:place], act="none"
-        )
+        return self._replace(nodes=self.nodes[: place + 1], parts=self.parts[:place], act="none")
 
 
 def _chain(conv: fx.Node) -> _Chain:
@@ -145,6 +142,7 @@ def _chain(conv: fx.Node) -> _Chain:
         module = module_of(user)
         summed = _is_sum(user, last)
         act = _activation(user)
+        step: dict[str, Any]
         if type(module) is nn.BatchNorm2d and not chain.parts and module.running_mean is not None:
             step = {"parts": ("bn",), "bn": module}
         elif summed and "residual" not in chain.parts:
@@ -163,7 +161,7 @@ def _is_sum(node: fx.Node, of: fx.Node) -> bool:
     if name_of(node) != "add" or len(others) != 1 or set(node.args) != {of, others[0]}:
         return False
     same = others[0].meta.get("shape") == of.meta.get("shape")
-    return same and node.kwargs.get("alpha", 1) == 1
+    return bool(same and node.kwargs.get("alpha", 1) == 1)
 
 
 def _activation(node: fx.Node) -> str | None:

@@ -12,23 +12,35 @@ from torch import fx, nn
 
 # One value in, one out, the same for every pixel and channel.
 EACH = frozenset(
-    "relu relu6 silu gelu sigmoid tanh hardtanh hardswish hardsigmoid leaky_relu elu celu selu "
-    "softplus mish clamp neg abs dropout feature_dropout alpha_dropout identity contiguous clone "
-    "detach to float".split()
-)
+    (
+        "relu", "relu6", "silu", "gelu", "sigmoid", "tanh", "hardtanh", "hardswish",
+        "hardsigmoid", "leaky_relu", "elu", "celu", "selu", "softplus", "mish", "clamp", "neg",
+        "abs", "dropout", "feature_dropout", "alpha_dropout", "identity", "contiguous", "clone",
+        "detach", "to", "float",
+    )
+)  # fmt: skip
 # Works on every channel by itself and in the same way.
 SPATIAL = frozenset(
-    "max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d lp_pool2d upsample interpolate "
-    "upsample_nearest2d upsample_bilinear2d mean".split()
-)
+    (
+        "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "lp_pool2d",
+        "upsample", "interpolate", "upsample_nearest2d", "upsample_bilinear2d", "mean",
+    )
+)  # fmt: skip
 # Of two tensors, channel by channel (or of one and a number).
-BINARY = frozenset("add sub mul div truediv maximum minimum".split())
+BINARY = frozenset(
+    (
+        "add", "sub", "mul", "div", "truediv", "maximum", "minimum",
+    )
+)  # fmt: skip
 # Puts channels elsewhere and computes nothing.
 MOVES = frozenset(
-    "cat concat flatten view reshape permute transpose chunk split split_with_sizes getitem slice "
-    "select narrow squeeze unsqueeze pad constant_pad_nd expand repeat index_select unflatten "
-    "channel_shuffle".split()
-)
+    (
+        "cat", "concat", "flatten", "view", "reshape", "permute", "transpose", "chunk", "split",
+        "split_with_sizes", "getitem", "slice", "select", "narrow", "squeeze", "unsqueeze",
+        "pad", "constant_pad_nd", "expand", "repeat", "index_select", "unflatten",
+        "channel_shuffle",
+    )
+)  # fmt: skip
 
 _MODULES: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",

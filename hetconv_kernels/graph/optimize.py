@@ -16,11 +16,11 @@ from ..errors import HetconvError
 from ..nn.base import SupportLayer
 from .channels import Channels
 from .check import Match, verify
-from .compact import CompactReport, compact
+from .compact import CompactReport, shrink
 from .fold import Folded, Left, fold
 from .layout import set_module
 from .order import Reordered, order
-from .trace import as_inputs, check_network, trace
+from .trace import as_inputs, check_network
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,9 @@ def optimize(model: nn.Module, example: Any) -> OptimizeReport:
         if result is not None:
             work.root = result
         frozen = tuple(_freeze(work.root))
-    matched = verify(model, work.root, inputs, "optimize")
+    matched = work.match
+    if matched is None or result is None or frozen:
+        matched = verify(model, work.root, inputs, "optimize")
     return OptimizeReport(work.root, tuple(work.parts), tuple(work.untraced), frozen, matched)
 
 
@@ -118,20 +120,19 @@ class _Work:
     root: nn.Module
     parts: list[Part] = field(default_factory=list)
     untraced: list[Left] = field(default_factory=list)
+    match: Match | None = None
 
     def optimize(self, module: nn.Module, name: str, inputs: tuple[Any, ...]) -> nn.Module | None:
         """Optimises a module as a whole, or its children in place; returns what replaces it."""
         try:
-            compacted = compact(module, inputs)
-            traced = trace(compacted.model, inputs)
-        # A part that refuses is left as it is; the whole is compared at the end in any case.
+            compacted, traced = shrink(copy.deepcopy(module), inputs)
+            _, reordered = order(Channels(traced))
+            folded = fold(traced.eval())
+            self.match = verify(module, traced, inputs, "optimize")
         except HetconvError as error:
             self.untraced.append(Left(name, str(error)))
             self._children(module, name, inputs)
             return None
-        _, reordered = order(Channels(traced))
-        folded = fold(traced)
-        traced.eval()
         self.parts.append(Part(name, traced.meta["traced by"], compacted, reordered, folded))
         return traced
 
@@ -177,9 +178,14 @@ def _account(part: Part) -> list[str]:
     where = part.name or "the network"
     lines = [f"{where}, traced by {part.traced_by}"]
     shrunk = part.compacted.shrunk
-    lines.append(f"  {len(shrunk)} layers made smaller" if shrunk else "  no dead channels to remove")
+    lines.append(
+        f"  {len(shrunk)} layers made smaller" if shrunk else "  no dead channels to remove"
+    )
+    reasons: dict[str, list[int]] = {}
     for stayed in part.compacted.stayed:
-        lines.append(f"    {stayed.count} dead channels of {stayed.name} stayed: {stayed.reason}")
+        reasons.setdefault(stayed.reason, []).append(stayed.channels)
+    for reason, dead in reasons.items():
+        lines.append(f"    {sum(dead)} dead channels at {len(dead)} places stayed: {reason}")
     for moved in part.reordered:
         lines.append(
             f"  {moved.channels} channels of {', '.join(moved.layers)} put in order: "

@@ -110,9 +110,7 @@ def _spaces(channels: Channels) -> tuple[list[_Space], dict[fx.Node, list[_Block
             space = _Space(classes, [node], [], np.arange(len(classes)))
             spaces.append(space)
             by_class |= dict.fromkeys(classes.tolist(), space)
-    blocks = {
-        node: _blocks(alias[channels.of(node)], by_class, broken) for node in channels.wires
-    }
+    blocks = {node: _blocks(alias[channels.of(node)], by_class, broken) for node in channels.wires}
     for node, layer in channels.layers.items():
         if (layer.support.uniform_groups or 1) > 1 and not _is_depthwise(layer.support):
             both = (*blocks[node], *blocks[channels.reader(node)])  # its groups are in order

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+from typing import cast
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -39,13 +42,14 @@ class Layer:
             self.support = expanded_weight(module)[1]
         else:
             self.support = Support.dense(self.channels, self.filters, 1)
-        # What `merge` adds to the weights on one channel: (channel, [F, KH, KW]).
-        self._merged: tuple[int, Tensor] | None = None
+        # What `merge` adds to the weights on one channel: (channel, channels, [F, KH, KW]).
+        self._merged: tuple[int, IntArray, Tensor] | None = None
 
     @property
     def merges(self) -> bool:
-        """Whether `merge` can be used: every filter reads every channel anyway."""
-        return isinstance(self.module, nn.Conv2d) and self.module.groups == 1
+        """Whether `merge` can be used: equal groups would not stay equal."""
+        conv = isinstance(self.module, nn.Conv2d | SupportConv2d)
+        return conv and self.support.uniform_groups in (None, 1)
 
     def merge(self, into: int, channels: IntArray, ratios: Tensor) -> None:
         """Lets one channel stand for others that are multiples of it, from the next `take` on.
@@ -58,7 +62,7 @@ class Layer:
         weight = self._dense()
         columns = weight[:, torch.as_tensor(channels, device=weight.device)].double()
         added = torch.einsum("fcyx,c->fyx", columns, ratios.to(weight.device))
-        self._merged = into, added
+        self._merged = into, channels, added
 
     @property
     def padded(self) -> bool:
@@ -78,6 +82,7 @@ class Layer:
         bias: Tensor | None = self.module.bias  # type: ignore[assignment]
         return None if bias is None else bias.detach()
 
+    @cached_property
     def reads(self) -> BoolArray:
         """Tells which filters have a weight other than zero on which channels.  # bool [F, C]"""
         found: BoolArray = self._dense().ne(0).flatten(2).any(2).cpu().numpy()
@@ -109,7 +114,7 @@ class Layer:
             return self.module
         weight = self._dense()
         if self._merged is not None:
-            into, added = self._merged
+            into, others, added = self._merged
             weight = weight.clone(memory_format=torch.preserve_format)
             weight[:, into] = (weight[:, into].double() + added).to(weight.dtype)
         form = memory_format(weight, weight)
@@ -121,7 +126,11 @@ class Layer:
             bias = whole.to(weight.dtype)
         if bias is not None:
             bias = bias.index_select(0, rows)
-        mask = self.support.mask[np.ix_(filters, channels)]
+        mask = self.support.mask
+        if self._merged is not None:
+            mask = mask.copy()
+            mask[:, into] |= mask[:, others].any(1)
+        mask = mask[np.ix_(filters, channels)]
         support = self.support if same else Support.from_mask(mask, self.support.kind)
         return self._build(taken, bias, support)
 
@@ -134,7 +143,7 @@ class Layer:
         elif isinstance(module, nn.Conv2d):
             weight = expanded_weight(module)[0]
         else:
-            weight = module.weight.detach()  # type: ignore[operator, union-attr, assignment]
+            weight = cast(Tensor, module.weight).detach()
         return weight if weight.dim() == 4 else weight[:, :, None, None]
 
     def _build(self, weight: Tensor, bias: Tensor | None, support: Support) -> nn.Module:
@@ -166,7 +175,7 @@ class Layer:
         dense = conv2d(weight, 1)
         if support.is_dense and not more:
             return dense
-        if isinstance(old, HetConv2d) and old.p <= c:
+        if isinstance(old, HetConv2d) and old.p <= c:  # noqa: SIM102
             if support == Support.het(c, f, old.kernel_size, old.p, "blocked"):
                 return HetConv2d.from_conv2d(dense, old.p, "blocked", **more)
         return SupportConv2d.from_conv2d(dense, support, **more)
@@ -193,7 +202,7 @@ def take_norm(norm: Norm, channels: IntArray) -> Norm:
 
 
 def _fill(new: nn.Module, old: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
-    trained = bool(old.weight.requires_grad)  # type: ignore[union-attr]
+    trained = bool(old.weight.requires_grad)
     new.weight = nn.Parameter(weight.contiguous() if weight.dim() < 4 else weight, trained)
     if bias is not None:
         new.bias = nn.Parameter(bias, trained)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -88,8 +89,7 @@ def trace(model: nn.Module, example: Any) -> fx.GraphModule:
         try:
             traced = find(model, inputs)
             _replace_mutated(traced)
-            with torch.no_grad():
-                _Recorder(traced).run(*inputs)
+            record(traced, inputs)
         except FAILURES as error:
             reasons.append(f"{name}: {_first_line(error)}")
         else:
@@ -121,11 +121,23 @@ def _symbolic(model: nn.Module, inputs: tuple[Any, ...]) -> fx.GraphModule:
     return fx.GraphModule(model, graph)
 
 
+@torch.no_grad()
+def record(traced: fx.GraphModule, inputs: tuple[Any, ...]) -> None:
+    """Runs a graph and notes in each node's ``meta`` what it gave.
+
+    Args:
+        traced: the graph.
+        inputs: arguments of its forward; they stay as they are.
+    """
+    _Recorder(traced).run(*copy.deepcopy(inputs))
+
+
 class _Recorder(fx.Interpreter):
     """Runs the graph and notes what each node gives."""
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
+        n.meta.pop("shape", None)
         if isinstance(result, Tensor):
             n.meta["shape"] = tuple(result.shape)
         elif isinstance(result, tuple | list) and all(isinstance(r, Tensor) for r in result):
@@ -141,9 +153,9 @@ def _replace_mutated(traced: fx.GraphModule) -> None:
     for node in traced.graph.nodes:
         if not _in_place(traced, node) or not isinstance(node.args[0], fx.Node):
             continue
-        node.args[0].replace_all_uses_with(
-            node, delete_user_cb=lambda user, node=node: order[user] > order[node]
-        )
+        for user in list(node.args[0].users):
+            if order[user] > order[node]:
+                user.replace_input_with(node.args[0], node)
     traced.recompile()
 
 
@@ -164,4 +176,5 @@ def _in_place(traced: fx.GraphModule, node: fx.Node) -> bool:
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    line = lines[0] if lines else ""
+    return f"{type(error).__name__}: {line if len(line) < 160 else line[:157] + '...'}"
