@@ -28,7 +28,7 @@ from ..masks import IntArray
 from ..nn import SupportConv2d, SupportLinear
 from .convert import _shared_parameters, _what_would_be_lost
 from .layout import adapted
-from .names import BINARY, EACH, MOVES, SPATIAL, describe, module_of, name_of
+from .names import BINARY, EACH, MOVES, SIZES, SPATIAL, describe, module_of, name_of
 from .rules import Keep, _plain
 from .take import Layer, Norm
 
@@ -109,7 +109,7 @@ class Channels:
                 self._freeze(node, "it is a channel of the input")
             return
         operands = [n for n in node.all_input_nodes if n in self.wires or n in self._parts]
-        if not operands:
+        if not operands or ("value" in node.meta and name in SIZES):
             return
         known = shape is not None and (
             self._layer(node)

@@ -59,6 +59,9 @@ def relayout(
             replaced[str(node.target)] = smaller
     changed = False
     for node, move in channels.moves.items():
+        results = () if move.parts else (node,)
+        if all(_unchanged(layout[n], channels.wires[n]) for n in (*move.operands, *results)):
+            continue
         out = None if move.parts else layout[node]
         said = adapted(node, move, [layout[n] for n in move.operands], out)
         assert said is not None, f"{node} was not frozen"
@@ -72,6 +75,10 @@ def relayout(
         set_module(traced, name, module)
     traced.recompile()
     return replaced, changed
+
+
+def _unchanged(order: IntArray, channels: IntArray) -> bool:
+    return np.array_equal(order, np.arange(len(channels)))
 
 
 def set_module(root: nn.Module, name: str, module: nn.Module) -> None:
@@ -109,7 +116,7 @@ def adapted(
     if name in ("pad", "constant_pad_nd"):
         assert out is not None
         return _padded(node, move, source, out, same)
-    whole = np.array_equal(move.source[0], np.arange(len(kept[0]))) and not move.parts
+    whole = np.array_equal(move.source[0], np.arange(len(move.source[0])))
     return same if whole and name in ("permute", "transpose", "squeeze", "unsqueeze") else None
 
 

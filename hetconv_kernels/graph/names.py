@@ -41,6 +41,8 @@ MOVES = frozenset(
         "channel_shuffle",
     )
 )  # fmt: skip
+# Asks how large a tensor is, or where, and not what is in it.
+SIZES = frozenset(("getattr", "size", "dim", "sym_size", "len"))
 
 _MODULES: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",

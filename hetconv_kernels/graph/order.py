@@ -207,8 +207,9 @@ def _compressed(support: Support) -> _Mask | None:
     taps = np.stack([g.mask.reshape(support.channels, -1) for g in groups])  # [groups, C, taps]
     flat = taps.reshape(-1, taps.shape[2])
     kinds = np.unique(flat, axis=0, return_inverse=True)[1].reshape(len(groups), -1)
-    columns = np.unique(kinds.T, axis=0, return_inverse=True)[1].reshape(-1)
-    return _Mask(labels, columns, kinds)
+    _, first, columns = np.unique(kinds.T, axis=0, return_index=True, return_inverse=True)
+    # Numbered in the order in which they come, like the groups of filters.
+    return _Mask(labels, np.argsort(np.argsort(first))[columns.reshape(-1)], kinds)
 
 
 def _runs(values: IntArray) -> int:
