@@ -42,6 +42,17 @@ def as_inputs(example: Any) -> tuple[Any, ...]:
     return inputs
 
 
+def check_plain(model: nn.Module) -> None:
+    """Refuses what is no plain network.
+
+    Raises:
+        InputTypeError: it is no nn.Module, or a scripted or wrapped one.
+    """
+    wrapped = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.jit.ScriptModule)
+    if not isinstance(model, nn.Module) or isinstance(model, wrapped):
+        raise InputTypeError(mismatch("model", type(model).__name__, "a plain nn.Module"))
+
+
 def check_network(model: nn.Module) -> None:
     """Refuses what is no plain network in evaluation mode.
 
@@ -49,9 +60,7 @@ def check_network(model: nn.Module) -> None:
         InputTypeError: it is no nn.Module, or a scripted or wrapped one.
         ArgumentError: a part of it is in training mode.
     """
-    wrapped = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.jit.ScriptModule)
-    if not isinstance(model, nn.Module) or isinstance(model, wrapped):
-        raise InputTypeError(mismatch("model", type(model).__name__, "a plain nn.Module"))
+    check_plain(model)
     training = next((name for name, m in model.named_modules() if m.training), None)
     if training is not None:
         raise ArgumentError(
@@ -109,10 +118,19 @@ class _Tracer(fx.Tracer):
         return isinstance(m, ForcedBackend) or super().is_leaf_module(m, module_qualified_name)
 
 
+def symbolic_graph(model: nn.Module) -> fx.Graph:
+    """Traces a network with torch.fx, the layers of this package being single steps.
+
+    Raises:
+        Whatever torch.fx and the network's own code raise.
+    """
+    return _Tracer().trace(model)
+
+
 def _symbolic(model: nn.Module, inputs: tuple[Any, ...]) -> fx.GraphModule:
     if isinstance(model, ForcedBackend):
         model = nn.Sequential(model)
-    graph = _Tracer().trace(model)
+    graph = symbolic_graph(model)
     # Arguments that are left out keep their defaults: the traced code has to see them constant.
     names = [node for node in graph.nodes if node.op == "placeholder"]
     for node in names[len(inputs) :]:
