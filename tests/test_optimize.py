@@ -27,6 +27,7 @@ def test_equals_the_masked_network(name: str, form: str) -> None:
     report = hk.optimize(model, x)
     assert_same(model, report.model, x)
     assert not kinds(report.model, nn.Conv2d)
+    assert not any(module.training for module in report.model.modules())
     assert (len(kinds(report.model, nn.BatchNorm2d)) > 0) is (name == "densenet")
     text = str(report)
     assert text.startswith("outputs compared: largest error")

@@ -206,7 +206,7 @@ def _replace(
     traced: fx.GraphModule, node: fx.Node, conv: nn.Conv2d | SupportConv2d, chain: _Chain
 ) -> None:
     """Puts one fused layer in the place of a chain: at its end, where all operands are there."""
-    set_module(traced, str(node.target), fuse(conv, chain.bn, chain.act))
+    set_module(traced, str(node.target), fuse(conv, chain.bn, chain.act).eval())
     residual = chain.residual
     data = node.args if residual is None else (*node.args, residual)
     last = chain.nodes[-1]
