@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ._version import __version__
-from .errors import ArgumentError, FileError, HetconvError, InputTypeError, mismatch
+from .errors import ArgumentError, FileError, HetconvError, mismatch
 from .graph.graph_json import graph_from_json, graph_to_json
 from .graph.layer_json import layer_from_json, layer_to_json
 from .graph.layout import set_module
@@ -115,7 +115,7 @@ def load(
     _fill(into, tensors, path)
     for name, described in description["layers"].items():
         if described.get("channels_last"):
-            weight = into.get_submodule(name).weight
+            weight: Any = into.get_submodule(name).weight
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     for name, parameter in into.named_parameters():
         parameter.requires_grad_(name not in fixed)
@@ -126,8 +126,8 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Lists parameters and buffers, each with memory of its own, as safetensors wants."""
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
-    named = [*model.named_parameters(remove_duplicate=False)]
-    named += [(n, b) for n, b in model.named_buffers(remove_duplicate=False)]
+    named: list[tuple[str, Tensor]] = [*model.named_parameters(remove_duplicate=False)]
+    named += model.named_buffers(remove_duplicate=False)
     for name, tensor in named:
         value = tensor.detach()
         if not value.is_meta:
@@ -143,10 +143,10 @@ def _graph(model: nn.Module, layers: Mapping[str, Json]) -> list[Json] | str:
     """Describes the steps of a network, or says why there are none."""
     try:
         graph = model.graph if isinstance(model, fx.GraphModule) else symbolic_graph(model)
-        steps = graph_to_json(graph)  # type: ignore[arg-type]
+        steps = graph_to_json(graph)
     except (HetconvError, *FAILURES) as error:
         return f"{error}"
-    for node in graph.nodes:  # type: ignore[union-attr]
+    for node in graph.nodes:
         if node.op == "call_module" and node.target not in layers:
             kind = type(model.get_submodule(str(node.target))).__name__
             return f"the module {node.target} is a {kind}, which a file cannot describe"
@@ -254,6 +254,6 @@ def _safetensors() -> Any:
         import safetensors.torch
     except ImportError as error:
         raise HetconvError(
-            "saving and loading networks needs safetensors: pip install hetconv-kernels[safetensors]"
+            "saving and loading needs safetensors: pip install hetconv-kernels[safetensors]"
         ) from error
     return safetensors

@@ -34,7 +34,7 @@ def test_one_changed_bias_does_not(scale: float, dtype: torch.dtype) -> None:
     other.fc.bias.data[3] += scale * (1 if dtype == torch.float32 else 1e-8)
     found = match(model, other, (x,))
     assert not found.ok
-    with pytest.raises(VerificationError, match="rewriting changes the outputs .* left as it was"):
+    with pytest.raises(VerificationError, match=r"rewriting changes the outputs .* left as it was"):
         verify(model, other, (x,), "rewriting")
 
 

@@ -106,8 +106,7 @@ def test_a_program_from_a_file_decomposes() -> None:
         torch.testing.assert_close(program.module()(x), model(x))
 
 
-@pytest.mark.parametrize("form", ["layers", "optimized"])
-@pytest.mark.parametrize("name", ["resnet20", "branches"])
+@pytest.mark.parametrize(("name", "form"), [("resnet20", "optimized"), ("branches", "layers")])
 def test_onnx_runtime_gives_the_same(name: str, form: str, tmp_path) -> None:
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")

@@ -37,7 +37,7 @@ def folded(model: nn.Module, x: torch.Tensor | None = None):
     traced = trace(model, x)
     report = fold(traced)
     assert_same(model, traced, x)
-    return traced, {f.name: f.parts for f in report.fused}, {n: r for n, r in report.left}
+    return traced, {f.name: f.parts for f in report.fused}, dict(report.left)
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_a_file_is_replaced_only_when_it_is_whole(tmp_path) -> None:
     path = tmp_path / "net"
     hk.io.save(nn.Sequential(nn.Linear(2, 2)), path)
     before = path.read_bytes()
-    with pytest.raises(ArgumentError, match="values of '0.weight': received none"):
+    with pytest.raises(ArgumentError, match=r"values of '0.weight': received none"):
         hk.io.save(nn.Sequential(nn.Linear(2, 2, device="meta")), path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["net"]

@@ -109,7 +109,7 @@ def test_neither_way_works_and_both_reasons_are_said() -> None:
 
 
 def test_wrong_sizes_are_a_reason_too() -> None:
-    with pytest.raises(TraceError, match="torch.fx: RuntimeError"):
+    with pytest.raises(TraceError, match=r"torch.fx: RuntimeError"):
         trace(nn.Sequential(nn.Conv2d(3, 4, 1)).eval(), torch.randn(1, 5, 2, 2))
 
 
@@ -122,5 +122,5 @@ def test_arguments() -> None:
     check_network(nn.Sequential().eval())
     model = nn.Sequential(nn.Sequential(nn.ReLU())).eval()
     model[0][0].train()
-    with pytest.raises(ArgumentError, match="training mode at '0.0'"):
+    with pytest.raises(ArgumentError, match=r"training mode at '0.0'"):
         check_network(model)

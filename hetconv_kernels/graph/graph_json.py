@@ -25,14 +25,14 @@ from .names import BINARY, EACH, MOVES, SIZES, SPATIAL
 Json = dict[str, Any]
 
 _OPERATORS = (
-    "add sub mul truediv floordiv neg getitem iadd isub imul itruediv mod pow matmul eq ne lt le gt "
-    "ge"
+    "add sub mul truediv floordiv neg getitem iadd isub imul itruediv mod pow matmul eq ne lt le "
+    "gt ge"
 )
 _MORE = frozenset(
     ("softmax", "log_softmax", "sum", "pow", "rsqrt", "sqrt", "exp", "matmul", "layer_norm",
      "group_norm", "batch_norm", "conv2d", "linear", "bmm", "stack", "normalize", "pixel_shuffle",
-     "prelu", "amax", "amin", "max", "min", "swapaxes", "movedim", "t", "hardtanh", "add", "type_as",
-     "numel", "expand_as", "roll", "fprop")
+     "prelu", "amax", "amin", "max", "min", "swapaxes", "movedim", "t", "type_as", "numel",
+     "expand_as", "roll", "fprop")
 )  # fmt: skip
 _NAMES = EACH | SPATIAL | BINARY | MOVES | SIZES | _MORE
 _ATTRIBUTES = frozenset(("shape", "dtype", "device", "ndim"))

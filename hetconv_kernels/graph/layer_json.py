@@ -153,16 +153,14 @@ def _build(
         return module.to(dtype) if "dtype" in described else module
     support = Support.from_json(described["support"])
     if kind is FusedConv2d:
-        geometry = Geometry(
-            support, arguments["stride"], arguments["pads"], arguments["dilation"]
-        )
+        geometry = Geometry(support, arguments["stride"], arguments["pads"], arguments["dilation"])
         weight, shift = (torch.empty(n, dtype=dtype) for n in (support.live, support.filters))
         return FusedConv2d(geometry, weight, shift, arguments["act"], arguments["backend"])
     if kind is HetConv2d or kind is GroupedConv2d:
         layer: SupportConv2d | SupportLinear = kind(dtype=dtype, **arguments)  # type: ignore
         layer._adopt({"support": described["support"]})
     else:
-        layer = kind(dtype=dtype, support=support, **arguments)  # type: ignore[assignment]
+        layer = kind(dtype=dtype, support=support, **arguments)
     return layer.freeze() if described["frozen"] else layer
 
 
