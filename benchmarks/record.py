@@ -22,6 +22,7 @@ import torch
 import hetconv_kernels as hk
 from benchmarks import rig
 from benchmarks.gate import Match
+from benchmarks.networks import NetworkCase
 from hetconv_kernels.roofs import Roofs
 from hetconv_kernels.timing import Timings
 
@@ -107,6 +108,28 @@ DISPATCH_ROW = {
         "timings": _TIMINGS,
     },
 }
+MODEL_ROW = {
+    "type": "object",
+    "required": ["kind", "case", "match", "absent"],
+    "properties": {
+        "kind": {"enum": ["model"]},
+        "case": {"type": "object", "required": ["name", "network", "support", "n", "size"]},
+        "match": _MATCH,
+        # Peers that are not here, by the form that they would have run, with the reason.
+        "absent": {"type": "object"},
+        # All below are absent when the match failed: nothing was timed.
+        "median_s": _NUMBER,
+        "dense": _ESTIMATE,
+        "composition": _ESTIMATE,
+        "bound": {
+            "type": "object",
+            "required": ["dense_layers_s", "our_layers_s", "rest_s", "speedup"],
+            "properties": {"speedup": _NUMBER},
+        },
+        "layers": {"type": "object"},
+        "timings": {"type": "object", "values": _TIMINGS},
+    },
+}
 SCHEMA = {
     "type": "object",
     "required": ["schema", "name", "started", "environment", "roofs", "rows"],
@@ -125,7 +148,7 @@ SCHEMA = {
                 "required": ["macs_per_s", "bytes_per_s", "device", "dtype"],
             },
         },
-        "rows": {"type": "array", "items": {"anyOf": [LAYER_ROW, DISPATCH_ROW]}},
+        "rows": {"type": "array", "items": {"anyOf": [LAYER_ROW, DISPATCH_ROW, MODEL_ROW]}},
     },
 }
 
@@ -292,6 +315,56 @@ def dispatch_row(name: str, backend: str, target_us: float, timings: Timings) ->
         "target_us": target_us,
         "timings": timings.to_dict(),
     }
+
+
+def model_row(
+    case: NetworkCase,
+    match: Match,
+    absent: dict[str, dict[str, str]],
+    timings: dict[str, Timings] | None = None,
+    layers: tuple[dict[str, float], dict[str, float]] | None = None,
+) -> Json:
+    """Makes the row of a network; without timings it says only that it did not match.
+
+    ``bound`` is Amdahl's: what the speed-up over the fastest dense form would be if the network's
+    convolutions took what they take now and everything else what it takes in the eager dense
+    network.
+
+    Args:
+        case: the network.
+        match: with the truth, the worst of all who ran it.
+        absent: by role, who could not run and why.
+        timings: by role, ``dense`` and ``composition``.
+        layers: seconds of each convolution in the eager dense network and in ours.
+    """
+    row: Json = {
+        "kind": "model",
+        "case": case.to_dict(),
+        "match": match.to_dict(),
+        "absent": absent,
+    }
+    if timings is None or layers is None:
+        return row
+    dense_s, our_s = sum(layers[0].values()), sum(layers[1].values())
+    found = {role: _against(timings[role], role) for role in (rig.DENSE, rig.COMPOSITION)}
+    dense = found[rig.DENSE]
+    assert dense is not None
+    rest = max(0.0, timings[rig.DENSE].median(f"{rig.DENSE}:eager") - dense_s)
+    return (
+        row
+        | found
+        | {
+            "median_s": timings[rig.DENSE].median(rig.OURS),
+            "bound": {
+                "dense_layers_s": dense_s,
+                "our_layers_s": our_s,
+                "rest_s": rest,
+                "speedup": dense["median_s"] / (our_s + rest),
+            },
+            "layers": {name: [layers[0].get(name), time] for name, time in layers[1].items()},
+            "timings": {role: timing.to_dict() for role, timing in timings.items()},
+        }
+    )
 
 
 def environment() -> Json:

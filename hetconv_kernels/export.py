@@ -41,12 +41,12 @@ class PlainConv2d(nn.Module):
     `FusedConv2d`.
 
     Attributes:
-        conv: an ``nn.Conv2d`` that pads nothing.
+        conv: an ``nn.Conv2d`` (or what computes as one).
         pads: zeros around the image, in pixels: top, bottom, left, right.
         act: the activation.
     """
 
-    def __init__(self, conv: nn.Conv2d, pads: tuple[int, int, int, int], act: str) -> None:
+    def __init__(self, conv: nn.Module, pads: tuple[int, int, int, int], act: str) -> None:
         super().__init__()
         self.conv, self.pads, self.act = conv, pads, act
 
@@ -81,7 +81,7 @@ def _replaced(module: nn.Module) -> nn.Module:
         symmetric = geometry.symmetric_padding
         conv = _conv2d(geometry, module.weight, module.shift, symmetric or (0, 0))
         pads = (0, 0, 0, 0) if symmetric is not None else geometry.pads
-        return PlainConv2d(conv.train(module.training), pads, module.act)
+        return PlainConv2d(conv, pads, module.act).train(module.training)
     if isinstance(module, SupportConv2d):
         conv = module.to_conv2d()
         groups = module.support.uniform_groups or 1

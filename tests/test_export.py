@@ -44,6 +44,7 @@ def test_layers(kind: str) -> None:
     program = export.decompose(torch.export.export(model, (x,)))
     assert export.support_layers(model) == ["0"]
     assert export.support_layers(plain) == []
+    assert not any(module.training for module in plain.modules())
     found = operators(program)
     assert any("aten.conv2d" in name for name in found)
     assert not any("hetconv" in name for name in found)

@@ -156,12 +156,13 @@ def _build(
         geometry = Geometry(support, arguments["stride"], arguments["pads"], arguments["dilation"])
         weight, shift = (torch.empty(n, dtype=dtype) for n in (support.live, support.filters))
         return FusedConv2d(geometry, weight, shift, arguments["act"], arguments["backend"])
-    if kind is HetConv2d or kind is GroupedConv2d:
-        layer: SupportConv2d | SupportLinear = kind(dtype=dtype, **arguments)  # type: ignore
+    own = kind in (HetConv2d, GroupedConv2d)  # their Support follows from their arguments
+    layer: Any = kind(dtype=dtype, **arguments, **({} if own else {"support": support}))
+    if own:
         layer._adopt({"support": described["support"]})
-    else:
-        layer = kind(dtype=dtype, support=support, **arguments)
-    return layer.freeze() if described["frozen"] else layer
+    if described["frozen"]:
+        layer.freeze()
+    return layer
 
 
 def _is_channels_last(module: nn.Module) -> bool:
