@@ -9,7 +9,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import gate, peers, record, table
+from benchmarks import gate, peers, record, schema, table
 from benchmarks.cases import SupportSpec
 from benchmarks.networks import NETWORKS, NetworkCase, build
 from benchmarks.test_models import _runs, layer_seconds, measure
@@ -65,7 +65,7 @@ def test_row_and_table(monkeypatch, x: torch.Tensor, tmp_path) -> None:
     monkeypatch.setattr(peers, "PEERS", {"eager": peers.eager})
     with torch.no_grad():
         row = measure(SMALL, x, tmp_path, 0.05)
-    assert record.problems(json.loads(json.dumps(row)), record.MODEL_ROW) == []
+    assert schema.problems(json.loads(json.dumps(row)), schema.MODEL_ROW) == []
     assert row["match"]["ok"]
     assert len(row["layers"]) == 19
     header, _, line = table.model_table([row])

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from ..nn.conv import SupportConv2d
 from ..nn.fused import FusedConv2d
@@ -29,11 +30,13 @@ def lift(model: nn.Module, inputs: tuple[Any, ...]) -> fx.GraphModule:
         inputs: arguments of its forward; sizes but the first (the batch) are fixed to theirs.
 
     Raises:
+        TypeError: an input is no tensor.
         Whatever torch.export and the network's own code raise.
     """
-    tensors = all(isinstance(x, Tensor) for x in inputs)
-    free_batch = tuple({0: torch.export.Dim.AUTO} if x.dim() else {} for x in inputs if tensors)
-    program = torch.export.export(model, inputs, dynamic_shapes=free_batch if tensors else None)
+    if not all(isinstance(x, Tensor) for x in inputs):
+        raise TypeError("its inputs are not all tensors")
+    free_batch = tuple({0: torch.export.Dim.AUTO} if x.dim() else {} for x in inputs)
+    program = torch.export.export(model, inputs, dynamic_shapes=free_batch)
     traced: fx.GraphModule = program.module(check_guards=False)
     modules: dict[str, Any] = {}
     for node in traced.graph.nodes:
@@ -51,7 +54,13 @@ def lift(model: nn.Module, inputs: tuple[Any, ...]) -> fx.GraphModule:
         path, _, key = str(node.target).rpartition(".")
         node.target = f"_constant_{place}"
         modules[node.target] = getattr(traced.get_submodule(path), key)
-    return fx.GraphModule(modules, traced.graph)
+    # A plain graph: the exported one takes its outputs apart and its code puts them together.
+    graph = fx.Graph()
+    leaves = graph.graph_copy(traced.graph, {})
+    out_spec = program.call_spec.out_spec
+    assert out_spec is not None
+    graph.output(pytree.tree_unflatten(list(leaves), out_spec))  # type: ignore[arg-type]
+    return fx.GraphModule(modules, graph)
 
 
 def _owner(model: nn.Module, node: fx.Node) -> str | None:
