@@ -155,7 +155,7 @@ def test_dropout_and_identity_go() -> None:
     assert [n.op for n in traced.graph.nodes] == ["placeholder", "call_module", "output"]
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", sorted(NETWORKS.keys() - {"resnet56", "vgg16"}))
 def test_networks(name: str) -> None:
     make, shape = NETWORKS[name]
     torch.manual_seed(0)
