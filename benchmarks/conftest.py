@@ -163,11 +163,11 @@ def pytest_terminal_summary(
                 f"{roof['macs_per_s'] / 1e9:.0f} GMAC/s, {roof['bytes_per_s'] / 1e9:.0f} GB/s"
             )
         terminalreporter.line(
-            "A ratio above 1 means that our layer is faster than the rival of that column."
+            "A ratio above 1 means that ours is faster than the rival of that column."
             if topic != "dispatch"
             else "Extra time of a whole call over nn.Conv2d's, 1×8×2×2."
         )
-        lay_out = table.dispatch_table if topic == "dispatch" else table.layer_table
-        for line in lay_out(rows):
+        tables = {"dispatch": table.dispatch_table, "models": table.model_table}
+        for line in tables.get(topic, table.layer_table)(rows):
             terminalreporter.line(line)
         terminalreporter.line(f"written to {record.path}")

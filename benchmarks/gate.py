@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 # Rounding errors of a sum of d terms grow like sqrt(d)·u: with this factor the bound fails with a
@@ -16,6 +17,7 @@ from torch.nn import functional
 _CERTAINTY = 8.0
 _ACCUMULATOR_ROUNDOFF = 2.0**-24  # fp32 accumulation, which every dtype here has
 _PARTIAL_SUMS = 6.0  # parts of a sum that are rounded on their own stay within 6 sigma of it
+_NETWORK_MARGIN = 16.0
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,22 @@ def truth(
         rounded = 2 * rounding * (value.abs() + _PARTIAL_SUMS * sigma.sqrt())
         bounds.append(accumulated + rounded + tiny)
     return Truth(values, tuple(bounds))
+
+
+def network_match(network: nn.Module, x: Tensor, result: Tensor) -> Match:
+    """Compares a network's result on the first and the last image with the network in float64.
+
+    No bound through tens of layers is tight, so rounding is measured: the largest error may be
+    `_NETWORK_MARGIN` times the largest one that the network itself makes in float32 (other engines
+    use transforms that round more, Winograd's among them), plus some roundings of the result.
+    """
+    images = x[[0, -1]]
+    exact = copy.deepcopy(network).double()(images.double())
+    own = (network(images) - exact).abs().max()
+    allowed = _NETWORK_MARGIN * own + 64 * torch.finfo(x.dtype).eps * exact.abs().max()
+    error = (result[[0, -1]].double() - exact).abs().max()
+    worst = _finite_max(error / allowed)
+    return Match(worst <= 1.0, worst, _finite_max(error))
 
 
 def results_of(call: Callable[[], object]) -> tuple[Tensor, ...]:

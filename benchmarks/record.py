@@ -22,156 +22,12 @@ import torch
 import hetconv_kernels as hk
 from benchmarks import rig
 from benchmarks.gate import Match
+from benchmarks.networks import NetworkCase
+from benchmarks.schema import SCHEMA_VERSION, problems
 from hetconv_kernels.roofs import Roofs
 from hetconv_kernels.timing import Timings
 
-SCHEMA_VERSION = 1
 Json = dict[str, Any]
-
-_NUMBER = {"type": "number"}
-_MAYBE_NUMBER = {"anyOf": [_NUMBER, {"type": "null"}]}
-_STRING = {"type": "string"}
-_ESTIMATE = {
-    "type": "object",
-    "required": ["name", "median_s", "ratio", "low", "high", "confidence"],
-    "properties": {
-        "name": _STRING,
-        "median_s": _NUMBER,
-        "ratio": _NUMBER,
-        "low": _NUMBER,
-        "high": _NUMBER,
-        "confidence": _NUMBER,
-    },
-}
-_MAYBE_ESTIMATE = {"anyOf": [_ESTIMATE, {"type": "null"}]}
-_MATCH = {
-    "type": "object",
-    "required": ["ok", "worst", "max_error"],
-    "properties": {"ok": {"type": "boolean"}, "worst": _MAYBE_NUMBER, "max_error": _MAYBE_NUMBER},
-}
-_VARIANT = {
-    "type": "object",
-    "required": ["median_s", "p20_s", "p80_s", "n", "iterations", "samples_s"],
-    "properties": {"samples_s": {"type": "array", "items": _NUMBER}, "n": {"type": "integer"}},
-}
-_TIMINGS = {
-    "type": "object",
-    "required": ["baseline", "device", "cold", "graph", "clock_resolution_s", "variants"],
-    "properties": {"variants": {"type": "object", "values": _VARIANT}},
-}
-LAYER_ROW = {
-    "type": "object",
-    "required": ["kind", "case", "backend", "support", "macs", "dense_macs", "bytes", "match"],
-    "properties": {
-        "kind": {"enum": ["layer"]},
-        "case": {
-            "type": "object",
-            "required": ["name", "n", "c", "f", "h", "w", "k", "dtype", "expected", "issue"],
-        },
-        "backend": {
-            "type": "object",
-            "required": ["asked", "ran"],
-            "properties": {"asked": _STRING, "ran": _STRING},
-        },
-        "support": {
-            "type": "object",
-            "required": ["kind", "digest", "groups", "live", "density"],
-            "properties": {"digest": _STRING, "live": {"type": "integer"}},
-        },
-        "macs": {"type": "integer"},
-        "dense_macs": {"type": "integer"},
-        "bytes": {"type": "integer"},
-        "match": _MATCH,
-        # All below are absent when the match failed: nothing was timed.
-        "median_s": _NUMBER,
-        "floor_s": _NUMBER,
-        "percent_of_roof": _NUMBER,
-        "dense": _ESTIMATE,
-        "composition": _MAYBE_ESTIMATE,
-        "unfrozen": _MAYBE_ESTIMATE,
-        "prepacked": _MAYBE_ESTIMATE,
-        "verdict": {"enum": ["win", "even", "lose"]},
-        "timings": _TIMINGS,
-    },
-}
-DISPATCH_ROW = {
-    "type": "object",
-    "required": ["kind", "name", "backend", "extra_us", "low_us", "high_us", "target_us"],
-    "properties": {
-        "kind": {"enum": ["dispatch"]},
-        "name": _STRING,
-        "extra_us": _NUMBER,
-        "low_us": _NUMBER,
-        "high_us": _NUMBER,
-        "target_us": _NUMBER,
-        "timings": _TIMINGS,
-    },
-}
-SCHEMA = {
-    "type": "object",
-    "required": ["schema", "name", "started", "environment", "roofs", "rows"],
-    "properties": {
-        "schema": {"enum": [SCHEMA_VERSION]},
-        "name": _STRING,
-        "started": _STRING,
-        "environment": {
-            "type": "object",
-            "required": ["commit", "processor", "threads", "gpu", "torch", "python", "backends"],
-        },
-        "roofs": {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "required": ["macs_per_s", "bytes_per_s", "device", "dtype"],
-            },
-        },
-        "rows": {"type": "array", "items": {"anyOf": [LAYER_ROW, DISPATCH_ROW]}},
-    },
-}
-
-
-def problems(value: Any, schema: Json = SCHEMA, where: str = "$") -> list[str]:
-    """Lists how a value departs from a schema; empty when it does not.
-
-    The schema is the part of JSON Schema that is used here: type, enum, required, properties,
-    items, anyOf, and ``values`` for the schema of every value of a mapping.
-    """
-    if "anyOf" in schema:
-        tries = [problems(value, choice, where) for choice in schema["anyOf"]]
-        return [] if any(not found for found in tries) else min(tries, key=len)
-    if "enum" in schema:
-        known = value in schema["enum"]
-        return [] if known else [f"{where}: {value!r} is none of {schema['enum']}"]
-    if "type" in schema and not _is(value, schema["type"]):
-        return [f"{where}: {type(value).__name__} is no {schema['type']}"]
-    found = [
-        f"{where}: {key!r} is missing" for key in schema.get("required", ()) if key not in value
-    ]
-    if isinstance(value, dict):
-        for key, item in value.items():
-            inner = schema.get("properties", {}).get(key, schema.get("values", {}))
-            found += problems(item, inner, f"{where}.{key}")
-    if isinstance(value, list):
-        for place, item in enumerate(value):
-            found += problems(item, schema.get("items", {}), f"{where}[{place}]")
-    return found
-
-
-def _is(value: object, kind: str) -> bool:
-    kinds: dict[str, Any] = {
-        "object": dict,
-        "array": list,
-        "string": str,
-        "boolean": bool,
-        "null": type(None),
-        "integer": int,
-        "number": int | float,
-    }
-    if isinstance(value, bool) and kind != "boolean":
-        return False
-    # NaN and infinity are no JSON, and no measurement either.
-    finite = not isinstance(value, float) or abs(value) < float("inf")
-    return isinstance(value, kinds[kind]) and finite
 
 
 class Record:
@@ -292,6 +148,56 @@ def dispatch_row(name: str, backend: str, target_us: float, timings: Timings) ->
         "target_us": target_us,
         "timings": timings.to_dict(),
     }
+
+
+def model_row(
+    case: NetworkCase,
+    match: Match,
+    absent: dict[str, dict[str, str]],
+    timings: dict[str, Timings] | None = None,
+    layers: tuple[dict[str, float], dict[str, float]] | None = None,
+) -> Json:
+    """Makes the row of a network; without timings it says only that it did not match.
+
+    ``bound`` is Amdahl's: what the speed-up over the fastest dense form would be if the network's
+    convolutions took what they take now and everything else what it takes in the eager dense
+    network.
+
+    Args:
+        case: the network.
+        match: with the truth, the worst of all who ran it.
+        absent: by role, who could not run and why.
+        timings: by role, ``dense`` and ``composition``.
+        layers: seconds of each convolution in the eager dense network and in ours.
+    """
+    row: Json = {
+        "kind": "model",
+        "case": case.to_dict(),
+        "match": match.to_dict(),
+        "absent": absent,
+    }
+    if timings is None or layers is None:
+        return row
+    dense_s, our_s = sum(layers[0].values()), sum(layers[1].values())
+    found = {role: _against(timings[role], role) for role in (rig.DENSE, rig.COMPOSITION)}
+    dense = found[rig.DENSE]
+    assert dense is not None
+    rest = max(0.0, timings[rig.DENSE].median(f"{rig.DENSE}:eager") - dense_s)
+    return (
+        row
+        | found
+        | {
+            "median_s": timings[rig.DENSE].median(rig.OURS),
+            "bound": {
+                "dense_layers_s": dense_s,
+                "our_layers_s": our_s,
+                "rest_s": rest,
+                "speedup": dense["median_s"] / (our_s + rest),
+            },
+            "layers": {name: [layers[0].get(name), time] for name, time in layers[1].items()},
+            "timings": {role: timing.to_dict() for role, timing in timings.items()},
+        }
+    )
 
 
 def environment() -> Json:

@@ -114,13 +114,21 @@ def _bits(text: str, count: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
 def main() -> None:
     """Makes the file anew, one entry for each self-grouped layer of the cases."""
     from benchmarks.cases import CPU_CASES, GPU_CASES
+    from benchmarks.networks import BUILDERS, NETWORKS, self_grouped_layers
 
+    whole = {
+        shape
+        for case in NETWORKS
+        if case.support.kind == "self_group"
+        for _, shape in self_grouped_layers(case, BUILDERS[case.network]())
+    }
     wanted = sorted(
         {
             (case.support.value, case.c, case.f, case.k, case.support.seed)
             for case in (*CPU_CASES, *GPU_CASES)
             if case.support.kind == "self_group"
         }
+        | whole
         | {SMALL}
     )
     entries = {key(*shape): entry_of(make(*shape)) for shape in wanted}

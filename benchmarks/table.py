@@ -18,6 +18,36 @@ def layer_table(rows: Sequence[Row]) -> list[str]:
     return _lay_out(header, [_layer_line(row) for row in rows])
 
 
+def model_table(rows: Sequence[Row]) -> list[str]:
+    """Lays out network rows; ratios above 1 mean that our network is faster."""
+    header = (
+        "network", "best dense", "ms", "× dense", "interval", "target", "bound", "best compos.",
+        "× compos.", "interval", "target", "absent",
+    )  # fmt: skip
+    return _lay_out(header, [_model_line(row) for row in rows])
+
+
+def _model_line(row: Row) -> tuple[str, ...]:
+    case = row["case"]
+    absent = ", ".join(sorted({name for role in row["absent"].values() for name in role})) or "none"
+    if "dense" not in row:
+        return (case["name"], "MISMATCH", *[""] * 9, absent)
+    cells = [case["name"], row["dense"]["name"].partition(":")[2], f"{row['median_s'] * 1e3:.0f}"]
+    for role in ("dense", "composition"):
+        found, target = row[role], case[f"target_{role}"]
+        if role == "composition":
+            cells.append(found["name"].partition(":")[2])
+        missed = target is not None and found["ratio"] < target
+        cells += [
+            f"{found['ratio']:.2f}",
+            f"[{found['low']:.2f}, {found['high']:.2f}]",
+            "" if target is None else f"{target:g}" + ("  missed" if missed else ""),
+        ]
+        if role == "dense":
+            cells.append(f"{row['bound']['speedup']:.2f}")
+    return (*cells, absent)
+
+
 def dispatch_table(rows: Sequence[Row]) -> list[str]:
     """Lays out dispatch rows: extra microseconds of a call over nn.Conv2d's."""
     header = ("dispatch", "backend", "extra µs", "interval", "target")

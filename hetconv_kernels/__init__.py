@@ -23,7 +23,7 @@ from .info import info
 from .support import Support
 
 if TYPE_CHECKING:
-    from . import models, stats, testing, timing
+    from . import export, io, models, stats, testing, timing
     from .compress import (
         ADMM,
         FilterCorrelation,
@@ -36,7 +36,9 @@ if TYPE_CHECKING:
         compress,
     )
     from .graph import rules
+    from .graph.compact import compact
     from .graph.convert import convert
+    from .graph.optimize import optimize
 
 __all__ = [
     "ADMM",
@@ -50,14 +52,18 @@ __all__ = [
     "WeakSubnetwork",
     "__version__",
     "available_backends",
+    "compact",
     "compress",
     "convert",
     "errors",
     "explain",
+    "export",
     "functional",
     "info",
+    "io",
     "models",
     "nn",
+    "optimize",
     "rules",
     "stats",
     "testing",
@@ -76,9 +82,13 @@ _LAZY = {
     "SelfGrouping": (".compress", "SelfGrouping"),
     "Stability": (".compress", "Stability"),
     "WeakSubnetwork": (".compress", "WeakSubnetwork"),
+    "compact": (".graph.compact", "compact"),
     "compress": (".compress", None),
     "convert": (".graph.convert", "convert"),
+    "export": (".export", None),
+    "io": (".io", None),
     "models": (".models", None),
+    "optimize": (".graph.optimize", "optimize"),
     "rules": (".graph.rules", None),
     "stats": (".stats", None),
     "testing": (".testing", None),

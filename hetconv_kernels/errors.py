@@ -26,6 +26,18 @@ class BackendError(HetconvError, RuntimeError):
     """The backend that was asked for does not exist or cannot run this problem."""
 
 
+class TraceError(HetconvError, RuntimeError):
+    """The graph of a network cannot be found by tracing."""
+
+
+class VerificationError(HetconvError, RuntimeError):
+    """A rewritten network does not compute what the original computes."""
+
+
+class FileError(HetconvError, ValueError):
+    """A file is not one that this package wrote, or it is damaged."""
+
+
 def mismatch(what: str, received: object, expected: object, way_out: str = "") -> str:
     """Returns one sentence in the house form: what, received, expected, way out."""
     text = f"{what}: received {received}, expected {expected}."

@@ -19,6 +19,7 @@ import hetconv_kernels as hk
 from benchmarks import baselines, gate, record, supports, table
 from benchmarks.cases import CPU_CASES, GPU_CASES, GPU_SHAPES, Case, SupportSpec
 from benchmarks.rig import OURS, Rig
+from benchmarks.schema import DISPATCH_ROW
 from hetconv_kernels import timing
 from hetconv_kernels.roofs import Roofs
 from hetconv_kernels.timing import Timings
@@ -340,7 +341,7 @@ def test_dispatch_table_says_when_a_target_is_missed() -> None:
     timings = Timings("dense", times, {"dense": 1, "ours": 1})
     row = record.dispatch_row("without grad", "auto", 4.0, timings)
     assert row["extra_us"] == pytest.approx(7.0)
-    assert record.problems(row, record.DISPATCH_ROW) == []
+    assert record.problems(row, DISPATCH_ROW) == []
     assert table.dispatch_table([row])[2].endswith("≤ 4  missed")
 
 

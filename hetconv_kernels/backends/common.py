@@ -17,6 +17,13 @@ _ACTS = {
     "silu": F.silu,
     "gelu": F.gelu,
 }
+_IN_PLACE = {
+    "none": lambda y: y,
+    "relu": torch.relu_,
+    "relu6": lambda y: F.relu6(y, inplace=True),
+    "silu": lambda y: F.silu(y, inplace=True),
+    "gelu": F.gelu,
+}
 
 
 def epilogue(
@@ -38,6 +45,12 @@ def epilogue(
     if residual is not None:
         y = y + residual
     return _ACTS[act](y).to(dtype)
+
+
+def finish_in_place(y: Tensor, act: str) -> Tensor:
+    """Applies an activation to a tensor that nobody else holds."""
+    finished: Tensor = _IN_PLACE[act](y)
+    return finished
 
 
 def empty(shape: tuple[int, ...], like: Tensor, problem: Problem) -> Tensor:

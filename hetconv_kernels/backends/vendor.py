@@ -17,7 +17,15 @@ from torch import Tensor
 from ..packing import CleanCheck, FrozenCache, dense_weight, own_blocks
 from ..problem import Problem
 from . import Runner
-from .common import crop_image, empty, epilogue, pad_image, to_format, weight_gradient
+from .common import (
+    crop_image,
+    empty,
+    epilogue,
+    finish_in_place,
+    pad_image,
+    to_format,
+    weight_gradient,
+)
 from .rates import DENSE, DTYPE_SPEED, GPU
 
 
@@ -93,8 +101,15 @@ class Vendor:
                 return empty(problem.y_shape, x, problem)
             if uneven:
                 x = pad_image(x, geometry.pads)
-            y = conv2d(x, weight(w), None, stride, padding, dilation, groups)
-            y = epilogue(y, scale, shift, residual, problem.act)
+            if scale is None and dtype.itemsize > 2 and (shift is None or shift.dtype is dtype):
+                # The convolution adds the bias as it writes; what is left works in place.
+                y = conv2d(x, weight(w), shift, stride, padding, dilation, groups)
+                if residual is not None:
+                    y += residual
+                y = finish_in_place(y, problem.act)
+            else:
+                y = conv2d(x, weight(w), None, stride, padding, dilation, groups)
+                y = epilogue(y, scale, shift, residual, problem.act)
             return y.contiguous(memory_format=problem.format)
 
         def run_linear(

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work on whole networks: swap layers by rule."""
+"""Work on whole networks: swap layers, remove dead channels, fuse, order channels."""

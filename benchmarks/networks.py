@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole networks: what is measured, as data, and the forms in which everybody runs them.
+
+(a) *dense* is the network before our layers came in. (b) *composition* computes what ours computes,
+out of PyTorch's own operators: grouped K×K plus 1×1 for HetConv, a gather and a convolution per
+group for self-grouping. Both have their batch normalisation folded and nothing that only training
+needs, so that no rival is slower than its user would make it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import hetconv_kernels as hk
+from benchmarks.baselines import GatherPerGroup, GroupedPlusPointwise
+from benchmarks.cases import Case, SupportSpec
+from benchmarks.supports import self_grouped
+from hetconv_kernels import export, models
+from hetconv_kernels.nn import FusedConv2d
+from hetconv_kernels.packing import dense_weight
+
+BUILDERS: dict[str, Callable[[], nn.Module]] = {
+    "vgg16": models.vgg16,
+    "resnet18": models.resnet18,
+    # For the tests of the benchmarks.
+    "resnet20": models.resnet20,
+}
+
+
+@dataclass(frozen=True)
+class NetworkCase:
+    """One network to measure.
+
+    Attributes:
+        name: unique; the id of the test.
+        network: one of `BUILDERS`.
+        support: ``het`` or ``self_group`` for all its 3×3 convolutions but the stem.
+        n: images.
+        size: their height and width, in pixels.
+        target_dense: the speed-up over the best (a) that is aimed at.
+        target_composition: the same over the best (b).
+        note: what else there is to know.
+    """
+
+    name: str
+    network: str
+    support: SupportSpec
+    n: int = 8
+    size: int = 224
+    target_dense: float | None = None
+    target_composition: float | None = None
+    note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all fields as plain data."""
+        return asdict(self)
+
+
+NETWORKS = (
+    NetworkCase(
+        "vgg16-het4", "vgg16", SupportSpec("het", 4), target_dense=2.5, target_composition=1.1
+    ),
+    NetworkCase(
+        "resnet18-het4", "resnet18", SupportSpec("het", 4), target_dense=2.2, target_composition=1.0
+    ),
+    NetworkCase(
+        "vgg16-sg70", "vgg16", SupportSpec("self_group", 70), target_dense=2.4,
+        note="convolutions only; the fully connected layers stay dense",
+    ),
+)  # fmt: skip
+
+Form = Literal["ours", "dense", "composition"]
+
+
+def build(case: NetworkCase, form: Form, x: Tensor) -> nn.Module:
+    """Builds a case's network in one of its forms, on seeded weights, in evaluation mode."""
+    torch.manual_seed(0)
+    network = BUILDERS[case.network]().eval()
+    if form == "dense":
+        return export.plain(hk.optimize(network, x[:1]).model)
+    sparse = hk.optimize(converted(case, network), x[:1]).model
+    return sparse if form == "ours" else composed(case, sparse)
+
+
+def converted(case: NetworkCase, network: nn.Module) -> nn.Module:
+    """Gives the network's 3×3 convolutions the case's Support, all but the stem."""
+    if case.support.kind == "het":
+        return hk.convert(network, hk.rules.het(case.support.value)).model
+    chosen = {name: self_grouped(*shape) for name, shape in self_grouped_layers(case, network)}
+    return hk.convert(network, hk.rules.supports(chosen)).model
+
+
+def self_grouped_layers(
+    case: NetworkCase, network: nn.Module
+) -> list[tuple[str, tuple[int, int, int, int, int]]]:
+    """Lists the layers that self-grouping changes, with the key of each one's Support."""
+    return [
+        (name, (case.support.value, m.in_channels, m.out_channels, m.kernel_size[0], 0))
+        for name, m in network.named_modules()
+        if isinstance(m, nn.Conv2d) and m.in_channels > 3 and m.kernel_size == (3, 3)
+    ]
+
+
+def composed(case: NetworkCase, network: nn.Module) -> nn.Module:
+    """Replaces every fused layer of a copy by PyTorch's own operators, live weights only."""
+    network = copy.deepcopy(network)
+    for name, module in list(network.named_modules()):
+        if isinstance(module, FusedConv2d):
+            parent, _, key = name.rpartition(".")
+            setattr(network.get_submodule(parent), key, _composed(case, module))
+    return network.eval()
+
+
+def _composed(case: NetworkCase, fused: FusedConv2d) -> nn.Module:
+    support, geometry = fused.support, fused._geometry
+    if support.uniform_groups is not None:
+        return export.plain(fused)
+    f, c, k, _ = support.shape
+    shape = Case("", 1, c, f, 1, 1, k, case.support, stride=geometry.stride[0])
+    weight = dense_weight(support, fused.weight, fused.weight.dtype)
+    inner: nn.Module
+    if case.support.kind == "het":
+        inner = GroupedPlusPointwise(shape, case.support.value, weight)
+        inner.pointwise.bias = nn.Parameter(fused.shift.clone())
+    else:
+        inner = GatherPerGroup(shape, support, weight)
+        for conv, group in zip(inner.convs, support.groups, strict=True):
+            conv.bias = nn.Parameter(fused.shift[torch.from_numpy(group.filters.copy())])
+    return export.PlainConv2d(inner, (0, 0, 0, 0), fused.act)

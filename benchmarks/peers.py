@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who runs a whole network beside us: PyTorch eagerly and compiled, ONNX Runtime, OpenVINO.
+
+ONNX Runtime and OpenVINO are dependencies of this benchmark only (``pip install
+'hetconv-kernels[peers]'``); one that is absent is named in the row. All get the same threads and
+compute in float32.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.baselines import prepacked
+from hetconv_kernels import export
+
+Run = Callable[[], Tensor]
+
+
+class Absent(Exception):
+    """A peer is not installed here, or cannot run this network; the message says which."""
+
+
+def eager(module: nn.Module, x: Tensor, folder: Path) -> Run:
+    """PyTorch as it is, weights and input in channels_last."""
+    module = module.to(memory_format=torch.channels_last)
+    image = x.to(memory_format=torch.channels_last)
+    return lambda: module(image)
+
+
+def compiled(module: nn.Module, x: Tensor, folder: Path) -> Run:
+    """torch.compile with freezing: inductor folds, fuses and packs the weights for oneDNN."""
+    module = module.to(memory_format=torch.channels_last)
+    image = x.to(memory_format=torch.channels_last)
+    fast = prepacked(module, image)
+    return lambda: fast(image)
+
+
+def onnxruntime(module: nn.Module, x: Tensor, folder: Path) -> Run:
+    """ONNX Runtime with all its graph optimisations."""
+    runtime = _library("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Between its turns it must not burn the cores that others are being measured on.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = runtime.InferenceSession(
+        str(_onnx(module, x, folder)), options, providers=["CPUExecutionProvider"]
+    )
+    feed = {session.get_inputs()[0].name: x.contiguous().numpy()}
+    return lambda: torch.from_numpy(session.run(None, feed)[0])
+
+
+def openvino(module: nn.Module, x: Tensor, folder: Path) -> Run:
+    """OpenVINO for latency, in float32 (its default takes bfloat16 where the processor has it)."""
+    runtime = _library("openvino")
+    settings = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+    core = runtime.Core()
+    network = core.read_model(str(_onnx(module, x, folder)))
+    network.reshape(list(x.shape))
+    request = core.compile_model(network, "CPU", settings).create_infer_request()
+    image = x.contiguous().numpy()
+
+    def run() -> Tensor:
+        found = request.infer([image], share_inputs=True, share_outputs=True)
+        return torch.from_numpy(next(iter(found.values())))
+
+    return run
+
+
+PEERS: dict[str, Callable[[nn.Module, Tensor, Path], Run]] = {
+    "eager": eager,
+    "compiled": compiled,
+    "onnxruntime": onnxruntime,
+    "openvino": openvino,
+}
+
+
+def _library(name: str):
+    if importlib.util.find_spec(name) is None:
+        raise Absent(f"{name} is not installed")
+    return importlib.import_module(name)
+
+
+def _onnx(module: nn.Module, x: Tensor, folder: Path) -> Path:
+    """Writes the network once for both that read ONNX."""
+    for needed in ("onnx", "onnxscript"):
+        _library(needed)
+    path = folder / f"{id(module)}.onnx"
+    if not path.exists():
+        export.to_onnx(module, x, path)
+    return path

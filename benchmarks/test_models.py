@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole networks against the dense network and against compositions: correct first, then timed."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks import gate, peers, record
+from benchmarks.networks import NETWORKS, NetworkCase, build
+from benchmarks.rig import COMPOSITION, DENSE, OURS
+from hetconv_kernels import timing
+
+_SAMPLES = 5  # runs of a network for the time of each of its layers
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    full = metafunc.config.getoption("--full")
+    chosen = NETWORKS if full else NETWORKS[1:2]
+    metafunc.parametrize("case", [pytest.param(case, id=case.name) for case in chosen])
+
+
+def test_network(case: NetworkCase, session: Any, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    x = torch.randn(case.n, 3, case.size, case.size)
+    with torch.no_grad():
+        row = measure(case, x, tmp_path, session.seconds)
+    session.record("models").add(row)
+    assert row["match"]["ok"], f"wrong by {row['match']['worst']:.3g} times the bound; not timed"
+
+
+def measure(case: NetworkCase, x: Tensor, folder: Path, seconds: float) -> dict[str, Any]:
+    """Checks and times one network, beside (a) and then beside (b); returns its row."""
+    ours, dense, composition = (build(case, form, x) for form in (OURS, DENSE, COMPOSITION))
+    image = x.to(memory_format=torch.channels_last)
+    timings, absent = {}, {}
+    match = gate.Match(True, 0.0, 0.0)
+    for role, rival, truth_of in ((DENSE, dense, dense), (COMPOSITION, composition, ours)):
+        runs, absent[role] = _runs(role, rival, x, folder)
+        matches = [gate.network_match(truth_of, x, run()) for run in runs.values()]
+        runs[OURS] = lambda: ours(image)
+        matches.append(gate.network_match(ours, x, ours(image)))
+        match = max(match, *matches, key=lambda m: m.worst)
+        if not match.ok:
+            return record.model_row(case, match, absent)
+        timings[role] = timing.interleaved(
+            runs, baseline=f"{role}:eager", target=OURS, rounds=12, warmup=0,
+            max_seconds=4 * seconds,
+        )  # fmt: skip
+    layers = layer_seconds(dense, image), layer_seconds(ours, image)
+    return record.model_row(case, match, absent, timings, layers)
+
+
+def _runs(
+    role: str, module: nn.Module, x: Tensor, folder: Path
+) -> tuple[dict[str, peers.Run], dict[str, str]]:
+    runs, absent = {}, {}
+    for name, start in peers.PEERS.items():
+        try:
+            runs[f"{role}:{name}"] = start(copy.deepcopy(module), x, folder)
+        except peers.Absent as reason:
+            absent[name] = str(reason)
+    return runs, absent
+
+
+def layer_seconds(network: nn.Module, x: Tensor) -> dict[str, float]:
+    """Measures the time of each convolution of a network, as it runs; the median, in seconds.
+
+    A layer is what stands at the name of a convolution: with its bias, sum and activation.
+    """
+    clock, started = timing.clock(x.device), {}
+    samples: dict[str, list[float]] = {}
+    handles = []
+    for name, module in network.named_modules():
+        if type(module).__name__ not in ("FusedConv2d", "PlainConv2d"):
+            continue
+
+        def before(_module: Any, _args: Any, name: str = name) -> None:
+            started[name] = clock()
+
+        def after(_module: Any, _args: Any, _y: Any, name: str = name) -> None:
+            samples.setdefault(name, []).append(clock() - started[name])
+
+        handles += [
+            module.register_forward_pre_hook(before),
+            module.register_forward_hook(after),
+        ]
+    for _ in range(_SAMPLES + 1):
+        network(x)
+    for handle in handles:
+        handle.remove()
+    return {name: sorted(times[1:])[_SAMPLES // 2] for name, times in samples.items()}

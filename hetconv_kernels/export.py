@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ways out of Python: networks in PyTorch's own operators only, and ONNX files of them.
+
+Other hosts do not know this package's operators; they all know ``aten.conv2d``. A weight that does
+not exist becomes a zero, so what leaves is right everywhere, but as slow as the dense convolution
+where the host has nothing better (equal groups stay groups).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .backends.common import pad_image
+from .errors import HetconvError, InputTypeError, TraceError, mismatch
+from .graph.check import verify
+from .graph.trace import FAILURES, as_inputs, check_network
+from .nn import FusedConv2d, GroupedConv2d, SupportConv2d, SupportLinear
+from .nn.base import SupportLayer
+from .packing import dense_weight, own_blocks
+from .problem import Geometry, read_ints
+
+_ACTS = {
+    "none": lambda y: y,
+    "relu": torch.relu,
+    "relu6": lambda y: torch.clamp(y, 0, 6),
+    "silu": F.silu,
+    "gelu": F.gelu,
+}
+
+
+class PlainConv2d(nn.Module):
+    """act(conv(x) + bias + residual) in PyTorch's own operators: what `plain` makes of a
+    `FusedConv2d`.
+
+    Attributes:
+        conv: an ``nn.Conv2d`` (or what computes as one).
+        pads: zeros around the image, in pixels: top, bottom, left, right.
+        act: the activation.
+    """
+
+    def __init__(self, conv: nn.Module, pads: tuple[int, int, int, int], act: str) -> None:
+        super().__init__()
+        self.conv, self.pads, self.act = conv, pads, act
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Convolves, adds and activates.  # [N, C, H, W] -> [N, F, OH, OW]"""
+        y = self.conv(pad_image(x, self.pads) if any(self.pads) else x)
+        return _ACTS[self.act](y if residual is None else y + residual)
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """Copies a network with every layer of this package replaced by PyTorch's own.
+
+    Convolutions become ``nn.Conv2d`` (equal groups stay groups), dead weights zeros; a
+    `FusedConv2d` becomes a `PlainConv2d`, a `SupportLinear` an ``nn.Linear``.
+
+    Args:
+        model: any network.
+
+    Raises:
+        InputTypeError: no nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(mismatch("model", type(model).__name__, "an nn.Module"))
+    return _replaced(copy.deepcopy(model))
+
+
+def _replaced(module: nn.Module) -> nn.Module:
+    if isinstance(module, SupportLinear):
+        return module.to_linear()
+    if isinstance(module, FusedConv2d):
+        geometry = module._geometry
+        symmetric = geometry.symmetric_padding
+        conv = _conv2d(geometry, module.weight, module.shift, symmetric or (0, 0))
+        pads = (0, 0, 0, 0) if symmetric is not None else geometry.pads
+        return PlainConv2d(conv, pads, module.act).train(module.training)
+    if isinstance(module, SupportConv2d):
+        conv = module.to_conv2d()
+        groups = module.support.uniform_groups or 1
+        if groups == 1 or isinstance(module, GroupedConv2d):
+            return conv
+        if module.padding_mode != "zeros" or isinstance(module.padding, str):
+            return conv
+        padding = module._geometry.symmetric_padding
+        assert padding is not None
+        return _conv2d(module._geometry, module.weight, module.bias, padding).train(module.training)
+    for name, child in module._modules.items():
+        if child is not None:
+            module._modules[name] = _replaced(child)
+    return module
+
+
+def _conv2d(
+    geometry: Geometry, weight: Tensor, bias: Tensor | None, padding: tuple[int, int]
+) -> nn.Conv2d:
+    """Makes the ``nn.Conv2d`` of a geometry and a canonical weight, grouped where it is that."""
+    support = geometry.support
+    groups = support.uniform_groups or 1
+    dense = dense_weight(support, weight.detach(), weight.dtype)
+    conv = nn.Conv2d(
+        support.channels, support.filters, support.kernel, geometry.stride, padding,
+        geometry.dilation, groups, bias is not None, device="meta", dtype=weight.dtype,
+    )  # fmt: skip
+    own = own_blocks(dense.contiguous(), groups) if groups > 1 else dense
+    conv.weight = nn.Parameter(own, weight.requires_grad)
+    if bias is not None:
+        conv.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
+    return conv
+
+
+def decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Rewrites an exported program so that it convolves with ``aten.conv2d`` only.
+
+    For programs that are there already; a network is better exported after `plain`, whose weights
+    are dense beforehand and not at every call.
+
+    Args:
+        program: what torch.export gave or loaded.
+
+    """
+    table = torch.export.default_decompositions()
+    for target in list(table):  # only ours: everything else stays as it was exported
+        del table[target]
+    table[torch.ops.hetconv.fprop.default] = _decomposed_fprop
+    return program.run_decompositions(table)
+
+
+def _decomposed_fprop(
+    x: Tensor,
+    w: Tensor,
+    bits: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+    geometry: list[int],
+    backend: int,
+) -> Tensor:
+    """Computes what the operator ``hetconv::fprop`` computes, in aten."""
+    named = read_ints(geometry)
+    shape = (bits.shape[0], *named.columns)
+    groups = 1
+    if w.dim() == 4 and w.shape[1] != shape[1]:  # nn.Conv2d's own weight of equal groups
+        groups, weight = shape[1] // w.shape[1], w
+    else:
+        mask = _unpacked(bits, math.prod(named.columns)).view(shape)
+        if w.dim() == 1:
+            weight = w.new_zeros(shape).masked_scatter(mask, w)
+        else:
+            weight = torch.where(mask, w.reshape(shape), 0.0)
+    top, bottom, left, right = named.pads
+    symmetric = top == bottom and left == right
+    image = x if symmetric else F.pad(x, (left, right, top, bottom))
+    y = torch.conv2d(
+        image,
+        weight.to(x.dtype),
+        None,
+        named.stride,
+        (top, left) if symmetric else (0, 0),
+        named.dilation,
+        groups,
+    )
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = y.to(wide)
+    for vector, combine in ((scale, torch.mul), (shift, torch.add)):
+        if vector is not None:
+            y = combine(y, vector.to(wide)[:, None, None])
+    if residual is not None:
+        y = y + residual
+    return _ACTS[act](y).to(x.dtype)
+
+
+def _unpacked(bits: Tensor, columns: int) -> Tensor:
+    """Unpacks a Support's bits, the lowest first.  # uint8 [F, B] -> bool [F, columns]"""
+    places = torch.arange(8, device=bits.device, dtype=torch.uint8)
+    single = (bits[:, :, None] >> places) & 1
+    return single.flatten(1)[:, :columns] != 0
+
+
+def to_onnx(model: nn.Module, example: Any, path: str | os.PathLike[str]) -> None:
+    """Writes a network as an ONNX file, in operators that every ONNX host has.
+
+    The network is made `plain` and compared with itself before; the batch is dynamic where the
+    network allows it. Needs onnx and onnxscript.
+
+    Args:
+        model: the network, in evaluation mode, of any layers of this package.
+        example: an input, or a tuple of inputs.
+        path: of the file.
+
+    Raises:
+        InputTypeError: no nn.Module, or no tensor in the example.
+        ArgumentError: the network is in training mode.
+        TraceError: torch.export cannot trace it.
+        VerificationError: the plain network differs by more than rounding.
+        HetconvError: onnx or onnxscript is not installed.
+    """
+    check_network(model)
+    inputs = as_inputs(example)
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise HetconvError(
+            "writing ONNX needs onnx and onnxscript: pip install onnx onnxscript"
+        ) from error
+    ours = plain(model)
+    verify(model, ours, inputs, "export.plain")
+    tensors = all(isinstance(x, Tensor) for x in inputs)
+    dynamic = tuple({0: torch.export.Dim.AUTO} if x.dim() else {} for x in inputs if tensors)
+    try:
+        program = torch.export.export(ours, inputs, dynamic_shapes=dynamic if tensors else None)
+        torch.onnx.export(program, f=str(Path(path)), dynamo=True, verbose=False)
+    except FAILURES as error:
+        raise TraceError(f"{type(model).__name__} cannot be exported: {error}") from error
+
+
+def support_layers(model: nn.Module) -> list[str]:
+    """Names the layers of this package that are left in a network."""
+    ours = (SupportLayer, FusedConv2d)
+    return [name for name, module in model.named_modules() if isinstance(module, ours)]

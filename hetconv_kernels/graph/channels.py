@@ -1,0 +1,356 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Channels: which channels of a traced network hang together, and who reads them.
+
+Every channel of every value carries a *wire*. A convolution makes new wires, one for each filter;
+normalisation, activation and pooling pass theirs on; a sum ties the wires of its operands, pair by
+pair; concatenation, flattening, slices and paddings put wires elsewhere (they are run on the
+numbers of the channels, so a flattened channel is H·W features with one wire). Wires that are tied
+are one *class*: such channels can only be removed, or moved, together.
+
+Example: ``y = conv2(relu(conv1(x))) + x`` on two channels. x carries wires 0, 1; conv1 makes 2, 3;
+conv2 makes 4, 5; the sum ties 4 to 0 and 5 to 1. The classes are {0, 4}, {1, 5}, {2} and {3}, and
+the input freezes the first two: only the filters of conv1 can go.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from ..masks import IntArray
+from ..nn import SupportConv2d, SupportLinear
+from .convert import _shared_parameters, _what_would_be_lost
+from .layout import adapted
+from .names import BINARY, EACH, MOVES, SIZES, SPATIAL, describe, module_of, name_of
+from .rules import Keep, _plain
+from .take import Layer, Norm
+
+
+@dataclass(frozen=True)
+class Move:
+    """Where a move takes its channels from.
+
+    Attributes:
+        operands: the nodes that it reads.
+        source: for each channel of the result (of each part, where it gives several) the number of
+            the channel, the operands' counted through; -1 is a channel of zeros.  # int [C]
+        parts: whether it gives several values.
+    """
+
+    operands: tuple[fx.Node, ...]
+    source: tuple[IntArray, ...]
+    parts: bool
+
+
+class Channels:
+    """The channels of a traced network.
+
+    Args:
+        traced: what `trace` gave.
+
+    Attributes:
+        wires: of each node whose value has channels, the wire of each.  # int [C]
+        layers: the convolutions and fully connected layers, by node.
+        norms: the batch normalisations, by node.
+        moves: the moves, by node.
+        channelwise: the other nodes that treat every channel by itself.
+    """
+
+    def __init__(self, traced: fx.GraphModule) -> None:
+        self.traced = traced
+        self.wires: dict[fx.Node, IntArray] = {}
+        self.layers: dict[fx.Node, Layer] = {}
+        self.norms: dict[fx.Node, Norm] = {}
+        self.moves: dict[fx.Node, Move] = {}
+        self.channelwise: set[fx.Node] = set()
+        self._parts: dict[fx.Node, tuple[IntArray, ...]] = {}
+        self._parent: list[int] = []
+        self._frozen: list[tuple[IntArray, str]] = []
+        self._tied: list[tuple[IntArray, IntArray]] = []
+        self._calls = Counter(n.target for n in traced.graph.nodes if n.op == "call_module")
+        self._shared = _shared_parameters(traced)
+        for node in traced.graph.nodes:
+            self._visit(node)
+        self.classes, self.count = self._classes()
+        self.frozen = self._reasons()
+
+    def of(self, node: fx.Node) -> IntArray:
+        """Returns the class of each channel of a node's value.  # int [C]"""
+        return self.classes[self.wires[node]]
+
+    def reader(self, node: fx.Node) -> fx.Node:
+        """Returns the node whose channels a layer or normalisation reads."""
+        operand = node.args[0]
+        assert isinstance(operand, fx.Node)
+        return operand
+
+    def members(self) -> dict[int, list[tuple[str, int]]]:
+        """Lists for each class the channels in it, as (name of the layer, filter)."""
+        found: dict[int, list[tuple[str, int]]] = {}
+        for node in self.layers:
+            for place, number in enumerate(self.of(node)):
+                found.setdefault(int(number), []).append((describe(node), place))
+        return found
+
+    # Walking the graph ------------------------------------------------------------------------
+
+    def _visit(self, node: fx.Node) -> None:
+        name, shape = name_of(node), node.meta.get("shape")
+        if node.op in ("placeholder", "get_attr"):
+            if shape is not None and len(shape) in (2, 4) and node.op == "placeholder":
+                self._new(node, shape[1])
+                self._freeze(node, "it is a channel of the input")
+            return
+        operands = [n for n in node.all_input_nodes if n in self.wires or n in self._parts]
+        if not operands or ("value" in node.meta and name in SIZES):
+            return
+        known = shape is not None and (
+            self._layer(node)
+            or self._channelwise(node, name)
+            or self._binary(node, name, operands)
+            or (name in MOVES and self._move(node, name, operands))
+        )
+        if not known:
+            self._opaque(node, operands)
+
+    def _layer(self, node: fx.Node) -> bool:
+        module = module_of(node)
+        source = node.args[0] if node.args else None
+        if module is None or source not in self.wires:
+            return False
+        assert isinstance(source, fx.Node)
+        size = len(self.wires[source])
+        conv = isinstance(module, nn.Conv2d | SupportConv2d)
+        if conv or isinstance(module, nn.Linear | SupportLinear):
+            rank = 4 if conv else 2
+            layer = Layer(module) if self._is_plain(module) else None
+            if layer is None or len(source.meta["shape"]) != rank or layer.channels != size:
+                return False
+            self.layers[node] = layer
+            self._new(node, layer.filters)
+        elif type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
+            if module.running_mean is None or module.num_features != size:
+                return False
+            self.norms[node] = module  # type: ignore[assignment]
+            self.wires[node] = self.wires[source]
+        else:
+            return False
+        for reason in self._fixed(node, module):
+            self._freeze(node, reason)
+            self._freeze(source, reason)
+        return True
+
+    @staticmethod
+    def _is_plain(module: nn.Module) -> bool:
+        if isinstance(module, SupportConv2d | SupportLinear):
+            return module._owns_weight
+        kind = nn.Conv2d if isinstance(module, nn.Conv2d) else nn.Linear
+        answer = _plain(module, kind)
+        return answer is not None and not isinstance(answer, Keep)
+
+    def _fixed(self, node: fx.Node, module: nn.Module) -> Iterator[str]:
+        """Says why a layer cannot be replaced by a smaller one."""
+        if self._calls[node.target] > 1:
+            yield f"{node.target} is called {self._calls[node.target]} times"
+        for reason in _what_would_be_lost(module, self._shared):
+            yield f"{node.target} stays as it is: {reason}"
+
+    def _channelwise(self, node: fx.Node, name: str) -> bool:
+        sources = [n for n in node.all_input_nodes if n in self.wires]
+        if name in ("pad", "constant_pad_nd") and len(_pads(node)) <= 4:
+            name = "avg_pool2d"  # works on every channel by itself, like a pooling
+        if name not in EACH | SPATIAL or len(sources) != 1 or len(node.all_input_nodes) != 1:
+            return False
+        shape = node.meta["shape"]
+        wires = self.wires[sources[0]]
+        if len(shape) not in (2, 4) or shape[1] != len(wires):
+            return False
+        if name == "mean" and not self._keeps_channels(node, sources[0]):
+            return False
+        self.wires[node] = wires
+        self.channelwise.add(node)
+        return True
+
+    def _keeps_channels(self, node: fx.Node, source: fx.Node) -> bool:
+        numbers = _images(np.arange(len(self.wires[source])), source.meta["shape"]).float()
+        result = call(node, {source: numbers})
+        return torch.equal(result, _images(np.arange(result.shape[1]), result.shape).float())
+
+    def _binary(self, node: fx.Node, name: str, operands: list[fx.Node]) -> bool:
+        tensors = [n for n in node.all_input_nodes if "shape" in n.meta]
+        shape = node.meta["shape"]
+        if name not in BINARY or tensors != operands or any(n in self._parts for n in operands):
+            return False
+        sizes = {len(self.wires[n]) for n in operands}
+        if len(shape) not in (2, 4) or sizes != {shape[1]}:
+            return False
+        if any(len(n.meta["shape"]) != len(shape) for n in operands):
+            return False
+        first = self.wires[operands[0]]
+        for other in operands[1:]:
+            self._tied.append((first, self.wires[other]))
+        self.wires[node] = first
+        self.channelwise.add(node)
+        return True
+
+    # Moves ------------------------------------------------------------------------------------
+
+    def _move(self, node: fx.Node, name: str, operands: list[fx.Node]) -> bool:
+        if any(n in self._parts for n in operands):
+            if node.target is not operator.getitem or not isinstance(node.args[1], int):
+                return False
+            self.wires[node] = self._parts[operands[0]][node.args[1]]
+            return True
+        if any("shape" in n.meta and n not in self.wires for n in node.all_input_nodes):
+            return False
+        if name in ("pad", "constant_pad_nd") and not _pads_with_zeros(node):
+            return False
+        numbers, first = {}, 1
+        for operand in operands:
+            size = len(self.wires[operand])
+            numbers[operand] = _images(np.arange(first, first + size), operand.meta["shape"])
+            first += size
+        result = call(node, numbers)
+        several = isinstance(result, tuple | list)
+        sources = [_numbers_of(part) for part in (result if several else (result,))]
+        if any(source is None for source in sources):
+            return False
+        move = Move(tuple(operands), tuple(s - 1 for s in sources if s is not None), several)
+        read = np.concatenate([self.wires[n] for n in operands])
+        found = tuple(self._carry(read, source) for source in move.source)
+        self.moves[node] = move
+        if several:
+            self._parts[node] = found
+        else:
+            self.wires[node] = found[0]
+        sizes = [np.arange(len(self.wires[n])) for n in operands]
+        if adapted(node, move, sizes, None if several else np.arange(len(found[0]))) is None:
+            self._freeze_wires(np.concatenate(found), f"{describe(node)} counts channels")
+            for operand in operands:
+                self._freeze(operand, f"{describe(node)} counts channels")
+        return True
+
+    def _carry(self, wires: IntArray, source: IntArray) -> IntArray:
+        """Follows a move; channels of zeros get wires of their own."""
+        zeros = source < 0
+        carried = wires[np.where(zeros, 0, source)]
+        carried[zeros] = self._fresh(int(zeros.sum()))
+        return carried
+
+    def _opaque(self, node: fx.Node, operands: list[fx.Node]) -> None:
+        """Freezes what an operation reads and gives when nothing is known about it."""
+        reason = (
+            "it is a channel of the output"
+            if node.op == "output"
+            else f"{describe(node)} may mix its channels"
+        )
+        for operand in operands:
+            self._freeze(operand, reason)
+        shape = node.meta.get("shape")
+        if node.op == "output" or shape is None:
+            return
+        if shape and isinstance(shape[0], tuple):
+            sizes = [s[1] if len(s) in (2, 4) else 0 for s in shape]
+            self._parts[node] = tuple(self._fresh(size) for size in sizes)
+            self._freeze_wires(np.concatenate(self._parts[node]), reason)
+        elif len(shape) in (2, 4):
+            self._new(node, shape[1])
+            self._freeze(node, reason)
+
+    # Wires ------------------------------------------------------------------------------------
+
+    def _fresh(self, count: int) -> IntArray:
+        first = len(self._parent)
+        self._parent.extend(range(first, first + count))
+        return np.arange(first, first + count)
+
+    def _new(self, node: fx.Node, count: int) -> None:
+        self.wires[node] = self._fresh(count)
+
+    def _freeze(self, node: fx.Node, reason: str) -> None:
+        for wires in self._parts.get(node, (self.wires.get(node),)):
+            self._freeze_wires(wires, reason)
+
+    def _freeze_wires(self, wires: IntArray | None, reason: str) -> None:
+        if wires is not None and len(wires):
+            self._frozen.append((wires, reason))
+
+    def _find(self, wire: int) -> int:
+        root = wire
+        while self._parent[root] != root:
+            root = self._parent[root]
+        while self._parent[wire] != root:
+            self._parent[wire], wire = root, self._parent[wire]
+        return root
+
+    def _classes(self) -> tuple[IntArray, int]:
+        for first, second in self._tied:
+            for a, b in zip(first.tolist(), second.tolist(), strict=True):
+                self._parent[self._find(b)] = self._find(a)
+        roots = np.array([self._find(w) for w in range(len(self._parent))], dtype=np.int64)
+        kinds, classes = np.unique(roots, return_inverse=True)
+        return classes, len(kinds)
+
+    def _reasons(self) -> dict[int, str]:
+        """Gives each class that cannot be removed or moved the first reason why."""
+        found: dict[int, str] = {}
+        for wires, reason in self._frozen:
+            for number in np.unique(self.classes[wires]).tolist():
+                found.setdefault(number, reason)
+        return found
+
+
+def call(node: fx.Node, values: dict[fx.Node, Tensor]) -> Any:
+    """Calls what a node calls, on other values of some of its operands."""
+
+    def value(operand: fx.Node) -> Any:
+        if operand in values:
+            return values[operand].clone()  # what works in place must not write to a view
+        return operand.meta["value"]
+
+    args: Any = fx.map_arg(node.args, value)
+    kwargs: Any = fx.map_arg(node.kwargs, value)
+    module = module_of(node)
+    if module is not None:
+        return module(*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
+
+
+def _images(numbers: IntArray, shape: tuple[int, ...]) -> Tensor:
+    """Paints each channel with its number.  # [N, C] or [N, C, H, W]"""
+    column = torch.as_tensor(numbers, dtype=torch.int32)
+    return column.view(1, -1, *[1] * (len(shape) - 2)).expand(shape)
+
+
+def _numbers_of(images: Tensor) -> IntArray | None:
+    """Reads the number of each channel back; None where they are not one to a channel."""
+    if images.dim() not in (2, 4):
+        return None
+    first = images[(slice(0, 1), slice(None), *[slice(0, 1)] * (images.dim() - 2))]
+    if not torch.equal(first.expand_as(images), images):
+        return None
+    return first.flatten().numpy().astype(np.int64)
+
+
+def _pads(node: fx.Node) -> tuple[int, ...]:
+    module = module_of(node)
+    if module is not None:
+        return tuple(module.padding)  # type: ignore[arg-type]
+    return tuple(node.args[1] if len(node.args) > 1 else node.kwargs.get("pad", ()))  # type: ignore
+
+
+def _pads_with_zeros(node: fx.Node) -> bool:
+    given = dict(zip(("input", "pad", "mode", "value"), node.args, strict=False)) | node.kwargs
+    if name_of(node) == "constant_pad_nd":
+        given = {"value": node.args[2] if len(node.args) > 2 else 0}
+    return given.get("mode", "constant") == "constant" and given.get("value") in (None, 0)

@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""compact: removes dead filters and channels from a network, where that is exact."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from .. import stats
+from ..masks import BoolArray
+from ..nn.base import ForcedBackend
+from .channels import Channels
+from .check import Match, verify
+from .constants import Constant, constants, fold, foldable
+from .layout import relayout, set_module
+from .names import describe
+from .trace import as_inputs, check_network, record, trace
+
+
+class Shrunk(NamedTuple):
+    """One layer that is smaller now.
+
+    Attributes:
+        name: of the layer.
+        kind: the class that it has now.
+        filters: before and after.
+        channels: before and after.
+        weights: live weights before and after.
+    """
+
+    name: str
+    kind: str
+    filters: tuple[int, int]
+    channels: tuple[int, int]
+    weights: tuple[int, int]
+
+
+class Stayed(NamedTuple):
+    """Dead channels that had to stay.
+
+    Attributes:
+        name: of the layer.
+        channels: how many.
+        reason: completes "stayed because …".
+    """
+
+    name: str
+    channels: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class CompactReport:
+    """What `compact` did; ``str()`` is a table.
+
+    Attributes:
+        model: the smaller network: of the original's class with its names where only layers had
+            to be replaced, else an ``fx.GraphModule``.
+        shrunk: the layers that are smaller.
+        stayed: dead channels that had to stay, and why.
+        match: how far the outputs are from the original's; None where nothing changed.
+    """
+
+    model: nn.Module
+    shrunk: tuple[Shrunk, ...]
+    stayed: tuple[Stayed, ...]
+    match: Match | None
+
+    def __str__(self) -> str:
+        before = sum(row.weights[0] for row in self.shrunk)
+        after = sum(row.weights[1] for row in self.shrunk)
+        lines = [
+            f"{len(self.shrunk)} layers are smaller; their live weights {before:,} -> {after:,}"
+        ]
+        if self.match is not None:
+            lines.append(f"outputs compared: {self.match}")
+        if self.shrunk:
+            rows = [(s.name, s.kind, *s.filters, *s.channels) for s in self.shrunk]
+            header = ("layer", "is", "filters", "now", "channels", "now")
+            lines += ["", stats.text_table(header, rows)]
+        if self.stayed:
+            lines += [
+                "",
+                stats.text_table(("dead, but stayed", "channels", "because"), self.stayed),
+            ]
+        return "\n".join(lines)
+
+
+def compact(model: nn.Module, example: Any) -> CompactReport:
+    """Removes filters and channels that nothing depends on, and so makes a network smaller.
+
+    A channel goes when every layer that reads it has no weight other than zero on it, or when it is
+    constant and can be folded into the biases of those layers. That holds through residual sums
+    (whose channels go together), concatenations, pooling, flattening (a channel is H·W features),
+    depthwise and grouped layers. The result is exact for every finite input, up to rounding. A
+    constant that is not zero cannot be folded into a zero-padded layer, for at the border its part
+    is another; there one of the constant channels stays and stands for the others, whose weights,
+    in proportion, are added to its own. Layers whose groups become uneven keep a Support; all
+    others are ordinary.
+
+    The original is not touched. The outputs of both are compared on the example and on noise.
+
+    Args:
+        model: the network, in evaluation mode: constants go through batch normalisation.
+        example: an input, or a tuple of inputs.
+
+    Returns:
+        The report, with the smaller network as ``report.model``; it can be trained further.
+
+    Raises:
+        InputTypeError: no nn.Module, or no tensor in the example.
+        ArgumentError: the network is in training mode.
+        TraceError: the network cannot be traced.
+        VerificationError: the outputs differ by more than rounding.
+    """
+    check_network(model)
+    inputs = as_inputs(example)
+    report, _ = shrink(copy.deepcopy(model), inputs)
+    if not report.shrunk:
+        return report
+    return replace(report, match=verify(model, report.model, inputs, "compact"))
+
+
+def shrink(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[CompactReport, fx.GraphModule]:
+    """Does the work of `compact`, on the network itself and without comparing the outputs.
+
+    Returns:
+        The report, and the graph of the smaller network.
+    """
+    traced = trace(model, inputs)
+    channels = Channels(traced)
+    plan = _Plan(channels, constants(channels))
+    layout = {node: np.flatnonzero(plan.kept[channels.of(node)]) for node in channels.wires}
+    shifts = plan.fold()
+    stayed = tuple(plan.stayed())
+    replaced, changed = relayout(channels, layout, shifts)
+    result: nn.Module = traced
+    if (
+        traced.meta["traced by"] == "torch.fx"
+        and not changed
+        and not isinstance(model, ForcedBackend)
+    ):
+        for name, module in replaced.items():
+            set_module(model, name, module)
+        result = model
+    if replaced:
+        record(traced, inputs)
+    traced.eval()
+    return CompactReport(result, tuple(_shrunk(channels, replaced)), stayed, None), traced
+
+
+class _Plan:
+    """What stays of a network's channels.
+
+    Starts with all classes of channels and takes away what no reader needs, until nothing more
+    goes: a filter that is gone reads nothing.
+
+    Attributes:
+        kept: the classes that something depends on.  # bool [classes]
+    """
+
+    def __init__(self, channels: Channels, known: dict[fx.Node, Constant]) -> None:
+        self.channels, self.known = channels, known
+        self.reads = {node: layer.reads for node, layer in channels.layers.items()}
+        self.folds = {
+            node: foldable(layer, known[channels.reader(node)])
+            for node, layer in channels.layers.items()
+        }
+        self.stand_ins = self._stand_ins()
+        self.kept = self._kept()
+
+    def _columns(self, node: fx.Node) -> BoolArray:
+        """Tells which channels a layer's filters that stay read.  # bool [C]"""
+        rows = self.reads[node][self.kept[self.channels.of(node)]]
+        return np.asarray(rows.any(0))
+
+    def _border(self, node: fx.Node) -> BoolArray:
+        """Tells which channels are constants that zero padding keeps from being folded."""
+        constant = self.known[self.channels.reader(node)]
+        return constant.known & ~self.folds[node] & np.isfinite(constant.value)
+
+    def _stand_ins(self) -> dict[fx.Node, int]:
+        """Picks for each padded layer the constant channel that stands for its other ones.
+
+        Constants that are not zero are multiples of one another, borders included: the weights on
+        all of them can be added up on one.
+        """
+        found = {}
+        for node, layer in self.channels.layers.items():
+            border = self._border(node) & self.reads[node].any(0)
+            if layer.merges and border.sum() > 1:
+                value = self.known[self.channels.reader(node)].value
+                found[node] = int(np.where(border, np.abs(value), -1.0).argmax())
+        return found
+
+    def _kept(self) -> BoolArray:
+        channels = self.channels
+        standing = np.zeros(channels.count, bool)
+        for node, place in self.stand_ins.items():
+            standing[channels.of(channels.reader(node))[place]] = True
+        for node in self.stand_ins:
+            mergeable = self._border(node) & ~standing[channels.of(channels.reader(node))]
+            self.folds[node] = self.folds[node] | mergeable
+        fixed = np.zeros(channels.count, bool)
+        fixed[list(channels.frozen)] = True
+        self.kept = np.ones(channels.count, bool)
+        while True:
+            needed = fixed.copy()
+            for node in channels.layers:
+                columns, source = self._columns(node), channels.of(channels.reader(node))
+                needed[source[columns & ~self.folds[node]]] = True
+                if node in self.stand_ins and self._merged(node, columns).any():
+                    needed[source[self.stand_ins[node]]] = True
+            for node in channels.wires:  # no value may be without channels
+                classes = channels.of(node)
+                if len(classes) and not needed[classes].any():
+                    needed[classes[0]] = True
+            needed &= self.kept
+            if np.array_equal(needed, self.kept):
+                return self.kept
+            self.kept = needed
+
+    def _merged(self, node: fx.Node, columns: BoolArray) -> BoolArray:
+        """Tells which of the columns leave a layer only because another stands for them."""
+        constant = self.known[self.channels.reader(node)]
+        own = foldable(self.channels.layers[node], constant)
+        merged: BoolArray = columns & self.folds[node] & ~own
+        return merged
+
+    def fold(self) -> dict[fx.Node, Tensor]:
+        """Puts what goes into what stays: returns shifts of biases, and lets layers merge."""
+        shifts: dict[fx.Node, Tensor] = {}
+        channels = self.channels
+        for node, layer in channels.layers.items():
+            source = channels.reader(node)
+            constant, gone = self.known[source], ~self.kept[channels.of(source)]
+            away = np.flatnonzero(gone & foldable(layer, constant))
+            shift = fold(layer, constant, away)
+            if shift is not None:
+                shifts[node] = shift
+            merged = np.flatnonzero(gone & self._merged(node, self._columns(node)))
+            if len(merged):
+                place = self.stand_ins[node]
+                ratios = constant.value[merged] / constant.value[place]
+                layer.merge(place, merged, torch.as_tensor(ratios))
+        return shifts
+
+    def stayed(self) -> Iterator[Stayed]:
+        """Lists dead channels that stay, with the reason."""
+        channels = self.channels
+        for node, layer in channels.layers.items():
+            classes = channels.of(channels.reader(node))
+            border = self._border(node) & self._columns(node) & self.kept[classes]
+            if layer.padded and border.any():
+                reason = "constant but not zero: its zero padding makes them differ at the border"
+                yield Stayed(f"inputs of {describe(node)}", int(border.sum()), reason)
+            dead = self.known[node].known & self.kept[channels.of(node)]
+            if dead.any():
+                why = {channels.frozen.get(int(c)) for c in channels.of(node)[dead]}
+                reason = "; ".join(sorted(w for w in why if w)) or (
+                    "what they are added to or what reads them is not dead"
+                )
+                yield Stayed(f"filters of {describe(node)}", int(dead.sum()), reason)
+
+
+def _shrunk(channels: Channels, replaced: dict[str, nn.Module]) -> list[Shrunk]:
+    rows = []
+    for node, layer in channels.layers.items():
+        new = replaced.get(str(node.target))
+        if new is None:
+            continue
+        f, c = _sizes(new)
+        weights = (stats.live_weights(layer.module) or 0, stats.live_weights(new) or 0)
+        kind = type(new).__name__
+        rows.append(
+            Shrunk(str(node.target), kind, (layer.filters, f), (layer.channels, c), weights)
+        )
+    return rows
+
+
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    if hasattr(module, "out_channels"):
+        return int(module.out_channels), int(module.in_channels)  # type: ignore[arg-type]
+    return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]

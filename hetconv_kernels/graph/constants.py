@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which channels of a network are constant, whatever the input, and what their value is.
+
+A filter without weights gives its bias at every pixel; normalisation and activation make another
+constant of it. Zero padding is where this ends: a constant that is not zero, padded with zeros,
+is no constant any more, so what a padded layer makes of it varies at the border.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, fx
+
+from ..masks import BoolArray, IntArray
+from .channels import Channels, call
+from .take import Layer, Norm
+
+
+class Constant(NamedTuple):
+    """The constant channels of a value.
+
+    Attributes:
+        known: which channels are constant.  # bool [C]
+        value: what they hold, zero where they vary.  # float64 [C]
+    """
+
+    known: BoolArray
+    value: npt.NDArray[np.float64]
+
+    def take(self, source: IntArray) -> Constant:
+        """Follows a move; the number -1 is a channel of zeros."""
+        zeros = source < 0
+        place = np.where(zeros, 0, source)
+        return Constant(self.known[place] | zeros, np.where(zeros, 0.0, self.value[place]))
+
+
+def constants(channels: Channels) -> dict[fx.Node, Constant]:
+    """Finds the constant channels of every node's value.
+
+    Args:
+        channels: of a traced network in evaluation mode.
+    """
+    found: dict[fx.Node, Constant] = {}
+    parts: dict[fx.Node, tuple[Constant, ...]] = {}
+    for node in channels.traced.graph.nodes:
+        if node in channels.layers:
+            found[node] = _layer(channels.layers[node], found[channels.reader(node)])
+        elif node in channels.norms:
+            found[node] = _norm(channels.norms[node], found[channels.reader(node)])
+        elif node in channels.channelwise:
+            operands = [n for n in node.all_input_nodes if n in channels.wires]
+            found[node] = _channelwise(node, {n: found[n] for n in operands})
+        elif node in channels.moves:
+            move = channels.moves[node]
+            read = [found[n] for n in move.operands]
+            whole = Constant(*(np.concatenate(arrays) for arrays in zip(*read, strict=True)))
+            taken = tuple(whole.take(source) for source in move.source)
+            if move.parts:
+                parts[node] = taken
+            else:
+                found[node] = taken[0]
+        elif node in channels.wires:
+            operand = node.args[0] if node.args else None
+            if isinstance(operand, fx.Node) and operand in parts:
+                found[node] = parts[operand][node.args[1]]
+            else:
+                found[node] = _varying(len(channels.wires[node]))
+    return found
+
+
+def foldable(layer: Layer, constant: Constant) -> BoolArray:
+    """Tells which channels can leave a layer: their part of its result is a constant.  # [C]"""
+    value = constant.value
+    finite = np.isfinite(value)
+    return constant.known & finite & ((value == 0) | (not layer.padded))
+
+
+def fold(layer: Layer, constant: Constant, away: IntArray) -> Tensor | None:
+    """Returns what constant channels add to each filter; None if nothing.  # float64 [F]"""
+    away = away[constant.value[away] != 0]
+    if not len(away):
+        return None
+    values = torch.as_tensor(constant.value[away])
+    sums = layer.sums(away)
+    shift = sums @ values.to(sums.device)
+    return shift if bool(shift.ne(0).any()) else None
+
+
+def _varying(count: int) -> Constant:
+    return Constant(np.zeros(count, bool), np.zeros(count))
+
+
+def _layer(layer: Layer, source: Constant) -> Constant:
+    folds = foldable(layer, source)
+    known: BoolArray = ~layer.reads[:, ~folds].any(axis=1)  # type: ignore[assignment]
+    if not known.any():
+        return _varying(layer.filters)
+    value = np.zeros(layer.filters) if layer.bias is None else _array(layer.bias)
+    shift = fold(layer, source, np.flatnonzero(folds))
+    if shift is not None:
+        value = value + _array(shift)
+    return Constant(known, np.where(known, value, 0.0))
+
+
+def _norm(norm: Norm, source: Constant) -> Constant:
+    mean, variance = _array(norm.running_mean), _array(norm.running_var)
+    value = (source.value - mean) / np.sqrt(variance + norm.eps)
+    if norm.affine:
+        value = value * _array(norm.weight) + _array(norm.bias)
+    return Constant(source.known, np.where(source.known, value, 0.0))
+
+
+def _channelwise(node: fx.Node, operands: dict[fx.Node, Constant]) -> Constant:
+    """Runs the node on images of the constants and looks what comes out."""
+    known = np.logical_and.reduce([c.known for c in operands.values()])
+    if not known.any():
+        return _varying(len(known))
+    images: dict[fx.Node, Any] = {}
+    for operand, constant in operands.items():
+        image = torch.as_tensor(constant.value).view(1, -1, *[1] * (len(_size(operand)) - 2))
+        images[operand] = image.expand(1, -1, *_size(operand)[2:])
+    result = call(node, images).cpu()
+    pixels = result.reshape(*result.shape[:2], -1)
+    first, even = pixels[0, :, 0], (pixels == pixels[:, :, :1]).all(2)[0]
+    known = known & even.numpy()
+    return Constant(known, np.where(known, first.double().numpy(), 0.0))
+
+
+def _size(node: fx.Node) -> tuple[int, ...]:
+    shape: tuple[int, ...] = node.meta["shape"]
+    return shape
+
+
+def _array(tensor: Tensor | None) -> npt.NDArray[np.float64]:
+    assert tensor is not None
+    found: npt.NDArray[np.float64] = tensor.detach().double().cpu().numpy()
+    return found

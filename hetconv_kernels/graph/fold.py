@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""fold: batch normalisation into weights; residual sums and activations into the convolutions."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from typing import Any, NamedTuple
+
+from torch import fx, nn
+
+from ..nn import SupportConv2d, fuse
+from ..nn.base import SupportLayer
+from .layout import set_module
+from .names import module_of, name_of
+from .rules import Keep, _plain_conv2d
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+# Does nothing in evaluation mode.
+_IDLE = frozenset(["dropout", "feature_dropout", "alpha_dropout", "identity"])
+
+
+class Fused(NamedTuple):
+    """One convolution with what became part of it.
+
+    Attributes:
+        name: of the convolution.
+        parts: what it is now, such as ``conv + bn + residual + relu``.
+    """
+
+    name: str
+    parts: str
+
+
+class Left(NamedTuple):
+    """Something that stayed a step of its own.
+
+    Attributes:
+        name: of the module or operation.
+        reason: completes "left alone because …".
+    """
+
+    name: str
+    reason: str
+
+
+class Folded(NamedTuple):
+    """What `fold` did.
+
+    Attributes:
+        fused: the convolutions.
+        left: what could not be folded, and why.
+        removed: how many steps that do nothing in evaluation mode are gone.
+    """
+
+    fused: tuple[Fused, ...]
+    left: tuple[Left, ...]
+    removed: int
+
+
+def fold(traced: fx.GraphModule) -> Folded:
+    """Folds a traced network in place, for inference.
+
+    Each convolution takes over the batch normalisation after it (as scale of its weights and
+    shift), a sum with a tensor of its own size, and a ReLU, ReLU6, SiLU or GELU, as one
+    `FusedConv2d`. Each step is taken over only if nothing else reads what came before it. Where
+    two convolutions meet in a sum, the one with a Support takes it: PyTorch's dense convolution
+    adds in a pass of its own anyway. Layers with a Support that remain are frozen.
+
+    Args:
+        traced: what `trace` gave, in evaluation mode.
+    """
+    removed = _remove_idle(traced)
+    _protect(traced)
+    left: list[Left] = []
+    convs: list[tuple[fx.Node, nn.Conv2d | SupportConv2d]] = []
+    for node in traced.graph.nodes:
+        module = module_of(node)
+        if module is None:
+            continue
+        reason = _why_not(module, node)
+        if reason is not None:
+            left.append(Left(str(node.target), reason))
+        elif isinstance(module, nn.Conv2d | SupportConv2d):
+            convs.append((node, module))
+    # A stable sort: layers with a Support choose first.
+    convs.sort(key=lambda pair: not isinstance(pair[1], SupportConv2d))
+    chosen = [(node, conv, _chain(node)) for node, conv in convs]
+    done: list[Fused] = []
+    taken: set[fx.Node] = set()
+    for node, conv, chain in chosen:
+        while chain.nodes[-1] in taken:  # another convolution has taken the sum
+            chain = chain.shorter()
+        taken.update(chain.nodes)
+        _replace(traced, node, conv, chain)
+        done.append(Fused(str(node.target), " + ".join(("conv", *chain.parts))))
+    traced.graph.eliminate_dead_code()
+    for node in traced.graph.nodes:
+        module = module_of(node)
+        if isinstance(module, _NORMS):
+            left.append(Left(str(node.target), "it does not follow a convolution alone"))
+        elif isinstance(module, SupportLayer) and not module.frozen:
+            module.freeze()
+    traced.delete_all_unused_submodules()
+    traced.recompile()
+    return Folded(tuple(sorted(done, key=lambda f: _place(traced, f.name))), tuple(left), removed)
+
+
+class _Chain(NamedTuple):
+    """A convolution and the steps after it that it can take over.
+
+    Attributes:
+        nodes: the convolution first.
+        parts: names of the other steps.
+        bn: the batch normalisation.
+        act: the activation.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    parts: tuple[str, ...] = ()
+    bn: nn.BatchNorm2d | None = None
+    act: str = "none"
+
+    @property
+    def residual(self) -> fx.Node | None:
+        """What is added, as the graph is now."""
+        if "residual" not in self.parts:
+            return None
+        total = self.nodes[self.parts.index("residual") + 1]
+        return next(n for n in total.all_input_nodes if n not in self.nodes)
+
+    def shorter(self) -> _Chain:
+        """Gives up everything from the sum on."""
+        place = self.parts.index("residual")
+        return self._replace(nodes=self.nodes[: place + 1], parts=self.parts[:place], act="none")
+
+
+def _chain(conv: fx.Node) -> _Chain:
+    chain = _Chain((conv,))
+    while len(chain.nodes[-1].users) == 1 and chain.act == "none":
+        last, user = chain.nodes[-1], next(iter(chain.nodes[-1].users))
+        module = module_of(user)
+        summed = _is_sum(user, last)
+        act = _activation(user)
+        step: dict[str, Any]
+        if type(module) is nn.BatchNorm2d and not chain.parts and module.running_mean is not None:
+            step = {"parts": ("bn",), "bn": module}
+        elif summed and "residual" not in chain.parts:
+            step = {"parts": (*chain.parts, "residual")}
+        elif act is not None:
+            step = {"parts": (*chain.parts, act), "act": act}
+        else:
+            break
+        chain = chain._replace(nodes=(*chain.nodes, user), **step)
+    return chain
+
+
+def _is_sum(node: fx.Node, of: fx.Node) -> bool:
+    """Tells whether a node is the plain sum of a value and another one of its shape."""
+    others = [n for n in node.all_input_nodes if n is not of]
+    if name_of(node) != "add" or len(others) != 1 or set(node.args) != {of, others[0]}:
+        return False
+    same = others[0].meta.get("shape") == of.meta.get("shape")
+    return bool(same and node.kwargs.get("alpha", 1) == 1)
+
+
+def _activation(node: fx.Node) -> str | None:
+    name = name_of(node)
+    module = module_of(node)
+    if name in ("relu", "relu6", "silu"):
+        return name
+    if name == "gelu":
+        exact = getattr(module, "approximate", node.kwargs.get("approximate", "none"))
+        return "gelu" if exact == "none" and len(node.args) == 1 else None
+    if name == "hardtanh":
+        if isinstance(module, nn.Hardtanh):
+            bounds: tuple[Any, ...] = (module.min_val, module.max_val)
+        else:
+            bounds = (
+                *node.args[1:],
+                *(node.kwargs[k] for k in ("min_val", "max_val") if k in node.kwargs),
+            )
+        return "relu6" if tuple(map(float, bounds)) == (0.0, 6.0) else None
+    return None
+
+
+def _why_not(module: nn.Module, node: fx.Node) -> str | None:
+    """Says why a convolution cannot be fused; None also for what is no convolution."""
+    if isinstance(module, nn.Conv2d):
+        answer = _plain_conv2d(module)
+        if isinstance(answer, Keep):
+            return answer.reason
+    elif not isinstance(module, SupportConv2d):
+        return None
+    if module.padding_mode != "zeros":
+        return f"its padding mode is {module.padding_mode}"
+    if isinstance(module, SupportConv2d) and not module._owns_weight:
+        return "its weight is computed by a parametrisation"
+    if len(node.meta.get("shape", ())) != 4:
+        return "its input is a single image"
+    calls = sum(n.op == "call_module" and n.target == node.target for n in node.graph.nodes)
+    return f"it is called {calls} times" if calls > 1 else None
+
+
+def _replace(
+    traced: fx.GraphModule, node: fx.Node, conv: nn.Conv2d | SupportConv2d, chain: _Chain
+) -> None:
+    """Puts one fused layer in the place of a chain: at its end, where all operands are there."""
+    set_module(traced, str(node.target), fuse(conv, chain.bn, chain.act).eval())
+    residual = chain.residual
+    data = node.args if residual is None else (*node.args, residual)
+    last = chain.nodes[-1]
+    with traced.graph.inserting_before(last):
+        new = traced.graph.call_module(str(node.target), data)
+    new.meta["shape"] = last.meta["shape"]
+    last.replace_all_uses_with(new)
+    for old in reversed(chain.nodes):
+        traced.graph.erase_node(old)
+
+
+def _remove_idle(traced: fx.GraphModule) -> int:
+    removed = 0
+    for node in list(traced.graph.nodes):
+        if name_of(node) in _IDLE and node.args and isinstance(node.args[0], fx.Node):
+            node.replace_all_uses_with(node.args[0])
+            traced.graph.erase_node(node)
+            removed += 1
+    return removed
+
+
+def _protect(traced: fx.GraphModule) -> None:
+    """Makes what works in place on a tensor with other readers work out of place.
+
+    A fused layer reads its input later than the convolution did; it must not have changed by then.
+    """
+    for node in traced.graph.nodes:
+        if not node.args or not isinstance(node.args[0], fx.Node) or len(node.args[0].users) < 2:
+            continue
+        module = module_of(node)
+        if module is not None and getattr(module, "inplace", False):
+            own = copy.copy(module)
+            own.inplace = False  # type: ignore[assignment]
+            name = f"{str(node.target).replace('.', '_')}_of_{node.name}"
+            traced.add_submodule(name, own)
+            node.target = name
+        elif node.kwargs.get("inplace"):
+            node.kwargs = {**node.kwargs, "inplace": False}
+        elif node.target is operator.iadd:
+            node.target = operator.add
+    traced.recompile()
+
+
+def _place(traced: fx.GraphModule, name: str) -> int:
+    return [str(node.target) for node in traced.graph.nodes].index(name)

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers as plain data: what a constructor was given, without the weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import FileError, mismatch
+from ..nn import (
+    FusedConv2d,
+    GroupedConv2d,
+    HetConv2d,
+    SelfGroupConv2d,
+    SupportConv2d,
+    SupportLinear,
+)
+from ..problem import Geometry
+from ..support import Support
+
+Json = dict[str, Any]
+
+# The arguments of each class are its attributes of the same names.
+_CONV = (
+    "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups",
+    "padding_mode",
+)  # fmt: skip
+_NORM = ("num_features", "eps", "momentum", "affine", "track_running_stats")
+_PLAIN: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Conv2d: _CONV,
+    nn.Linear: ("in_features", "out_features"),
+    nn.BatchNorm1d: _NORM,
+    nn.BatchNorm2d: _NORM,
+    nn.GroupNorm: ("num_groups", "num_channels", "eps", "affine"),
+    nn.LayerNorm: ("normalized_shape", "eps", "elementwise_affine"),
+    nn.PReLU: ("num_parameters",),
+    nn.ReLU: ("inplace",),
+    nn.ReLU6: ("inplace",),
+    nn.SiLU: ("inplace",),
+    nn.Mish: ("inplace",),
+    nn.Hardswish: ("inplace",),
+    nn.Hardsigmoid: ("inplace",),
+    nn.Hardtanh: ("min_val", "max_val", "inplace"),
+    nn.GELU: ("approximate",),
+    nn.LeakyReLU: ("negative_slope", "inplace"),
+    nn.ELU: ("alpha", "inplace"),
+    nn.Softplus: ("beta", "threshold"),
+    nn.Sigmoid: (),
+    nn.Tanh: (),
+    nn.Softmax: ("dim",),
+    nn.LogSoftmax: ("dim",),
+    nn.Identity: (),
+    nn.Dropout: ("p", "inplace"),
+    nn.Dropout2d: ("p", "inplace"),
+    nn.Flatten: ("start_dim", "end_dim"),
+    nn.MaxPool2d: ("kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode"),
+    nn.AvgPool2d: (
+        "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override",
+    ),
+    nn.AdaptiveAvgPool2d: ("output_size",),
+    nn.AdaptiveMaxPool2d: ("output_size",),
+    nn.Upsample: ("size", "scale_factor", "mode", "align_corners"),
+    nn.ZeroPad2d: ("padding",),
+    nn.ChannelShuffle: ("groups",),
+    nn.PixelShuffle: ("upscale_factor",),
+}  # fmt: skip
+_SUPPORTED: tuple[type[SupportConv2d], ...] = (
+    SupportConv2d,
+    SelfGroupConv2d,
+    HetConv2d,
+    GroupedConv2d,
+)
+_BY_NAME: dict[str, type[nn.Module]] = {
+    kind.__name__: kind for kind in (*_PLAIN, *_SUPPORTED, SupportLinear, FusedConv2d)
+}
+
+
+def layer_to_json(module: nn.Module) -> Json | None:
+    """Describes a layer; None for a class that is not known here."""
+    kind = type(module)
+    described: Json = {"kind": kind.__name__}
+    weight = next((t for t in (*module.parameters(), *module.buffers())), None)
+    if weight is not None:
+        described["dtype"] = str(weight.dtype).removeprefix("torch.")
+    if kind in _PLAIN:
+        described["arguments"] = {name: getattr(module, name) for name in _PLAIN[kind]}
+        if kind in (nn.Conv2d, nn.Linear):
+            described["arguments"]["bias"] = module.bias is not None
+        if kind is nn.Conv2d and _is_channels_last(module):
+            described["channels_last"] = True
+        return described
+    if isinstance(module, FusedConv2d) and kind is FusedConv2d:
+        geometry = module._geometry
+        return described | {
+            "support": geometry.support.to_json(),
+            "arguments": {
+                "stride": geometry.stride,
+                "pads": geometry.pads,
+                "dilation": geometry.dilation,
+                "act": module.act,
+                "backend": module.backend,
+            },
+        }
+    if not isinstance(module, SupportConv2d | SupportLinear) or kind not in _BY_NAME.values():
+        return None
+    if not module._owns_weight:
+        return None
+    names = ("in_features", "out_features") if kind is SupportLinear else _CONV
+    arguments = {name: getattr(module, name) for name in (*names, "backend")}
+    arguments["bias"] = module.bias is not None
+    if isinstance(module, HetConv2d):
+        arguments |= {"p": module.p, "order": module.order}
+    return described | {
+        "support": module.support.to_json(),
+        "arguments": arguments,
+        "frozen": module.frozen,
+        "channels_last": not module.frozen and _is_channels_last(module),
+    }
+
+
+def layer_from_json(described: Json) -> nn.Module:
+    """Builds a layer, without weights (on the meta device), from its description.
+
+    Raises:
+        FileError: the class is unknown or its arguments make no sense.
+    """
+    try:
+        kind = _BY_NAME[described["kind"]]
+        arguments = {name: _tuples(value) for name, value in described["arguments"].items()}
+        dtype = getattr(torch, described.get("dtype", "float32"))
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"{dtype} is no dtype")
+        with torch.device("meta"):
+            return _build(kind, arguments, described, dtype)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise FileError(
+            mismatch(
+                "description of a layer", f"{described!r:.200} ({error!r:.200})", "a known layer"
+            )
+        ) from error
+
+
+def _build(
+    kind: type[nn.Module], arguments: Json, described: Json, dtype: torch.dtype
+) -> nn.Module:
+    if kind in _PLAIN:
+        known = {*_PLAIN[kind], *(("bias",) if kind in (nn.Conv2d, nn.Linear) else ())}
+        if set(arguments) != known:
+            raise ValueError(f"arguments {sorted(arguments)} where {sorted(known)} are expected")
+        module = kind(**arguments)
+        return module.to(dtype) if "dtype" in described else module
+    support = Support.from_json(described["support"])
+    if kind is FusedConv2d:
+        geometry = Geometry(support, arguments["stride"], arguments["pads"], arguments["dilation"])
+        weight, shift = (torch.empty(n, dtype=dtype) for n in (support.live, support.filters))
+        return FusedConv2d(geometry, weight, shift, arguments["act"], arguments["backend"])
+    own = kind in (HetConv2d, GroupedConv2d)  # their Support follows from their arguments
+    layer: Any = kind(dtype=dtype, **arguments, **({} if own else {"support": support}))
+    if own:
+        layer._adopt({"support": described["support"]})
+    if described["frozen"]:
+        layer.freeze()
+    return layer
+
+
+def _is_channels_last(module: nn.Module) -> bool:
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    last = weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+    return last and not weight.is_contiguous()
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""io: networks come back, with their class and without; what is no such file is told apart."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from networks import NETWORKS, interleaved, network
+from torch import nn
+
+import hetconv_kernels as hk
+from hetconv_kernels.errors import ArgumentError, FileError, InputTypeError
+
+safetensors = pytest.importorskip("safetensors", reason="the safetensors extra is not installed")
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+KEY = "hetconv_kernels"
+
+
+def equal(first: nn.Module, second: nn.Module, x: torch.Tensor) -> None:
+    with torch.no_grad():
+        torch.testing.assert_close(first(x), second(x))
+
+
+@pytest.mark.parametrize("form", ["as-it-is", "compact", "het", "optimized"])
+@pytest.mark.parametrize("name", ["resnet20", "densenet", "mobilenet", "branches"])
+def test_without_the_class(name: str, form: str, tmp_path) -> None:
+    model, x = network(name)
+    if form == "compact":
+        model = hk.compact(model, x).model
+    elif form == "het":
+        model = interleaved(model)
+    elif form == "optimized":
+        model = hk.optimize(interleaved(model), x).model
+    hk.io.save(model, tmp_path / "net")
+    loaded = hk.io.load(tmp_path / "net")
+    equal(loaded, model, x)
+    assert not loaded.training
+    assert [p.requires_grad for p in loaded.parameters()] == [
+        p.requires_grad for p in model.parameters()
+    ]
+
+
+def test_into_the_class(tmp_path) -> None:
+    model, x = network("vgg16")
+    smaller = hk.compact(interleaved(model), x).model
+    hk.io.save(smaller, tmp_path / "net")
+    fresh = NETWORKS["vgg16"][0]()
+    loaded = hk.io.load(tmp_path / "net", into=fresh)
+    assert loaded is fresh
+    assert type(loaded) is type(model)
+    equal(loaded, smaller, x)
+    loaded.train()(x).sum().backward()  # it is an ordinary network
+
+
+class Forks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x):
+        return self.conv(x) if x.sum() > 0 else x
+
+
+def test_what_cannot_be_traced_needs_its_class(tmp_path) -> None:
+    model = Forks().train()
+    hk.io.save(model, tmp_path / "net")
+    with pytest.raises(FileError, match=r"holds no steps: .*into=network"):
+        hk.io.load(tmp_path / "net")
+    x = torch.rand(1, 3, 2, 2)
+    loaded = hk.io.load(tmp_path / "net", into=Forks().eval())
+    equal(loaded, model, x)
+    assert loaded.training
+
+
+def test_a_module_that_has_no_description_needs_its_class(tmp_path) -> None:
+    hk.io.save(nn.Sequential(nn.Conv2d(3, 4, 1), nn.LSTM(4, 4)), tmp_path / "net")
+    with pytest.raises(FileError, match="the module 1 is a LSTM"):
+        hk.io.load(tmp_path / "net")
+
+
+def test_frozen_layers_layouts_dtypes_and_ties(tmp_path) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 8, 3, padding=1).to(memory_format=torch.channels_last)
+    het = hk.nn.HetConv2d(8, 8, 3, padding=1, backend="vendor").freeze()
+    twin = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+    twin.weight = conv.weight
+    model = nn.Sequential(conv, het, twin).double().eval()
+    model[0].bias.requires_grad_(False)
+    hk.io.save(model, tmp_path / "net")
+    loaded = hk.io.load(tmp_path / "net")
+    first, second = loaded.get_submodule("0"), loaded.get_submodule("1")
+    assert first.weight.is_contiguous(memory_format=torch.channels_last)
+    assert not first.bias.requires_grad
+    assert (second.frozen, second.backend, second.weight.dim()) == (True, "vendor", 1)
+    assert second.weight.dtype == torch.float64
+    equal(loaded, model, torch.randn(1, 8, 4, 4, dtype=torch.float64))
+
+
+def test_a_file_is_replaced_only_when_it_is_whole(tmp_path) -> None:
+    path = tmp_path / "net"
+    hk.io.save(nn.Sequential(nn.Linear(2, 2)), path)
+    before = path.read_bytes()
+    with pytest.raises(ArgumentError, match=r"values of '0.weight': received none"):
+        hk.io.save(nn.Sequential(nn.Linear(2, 2, device="meta")), path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["net"]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "net.safetensors"
+    torch.manual_seed(0)
+    hk.io.save(nn.Sequential(hk.nn.HetConv2d(8, 8, 3), nn.ReLU()).eval(), path)
+    return path
+
+
+def rewrite(path, change) -> None:
+    """Changes a file's description and weights, as a careful attacker would."""
+    with safetensors.safe_open(str(path), "pt") as file:
+        description = json.loads(file.metadata()[KEY])
+    tensors = load_file(str(path))
+    change(description, tensors)
+    save_file(tensors, str(path), metadata={KEY: json.dumps(description)})
+
+
+@pytest.mark.parametrize("kept", [0, 1, 7, 100, 0.5, 0.99, -1])
+def test_truncated_files(saved, kept: float) -> None:
+    raw = saved.read_bytes()
+    saved.write_bytes(raw[: int(kept * len(raw)) if 0 < kept < 1 else int(kept)])
+    with pytest.raises(FileError, match=r"net.safetensors cannot be loaded: .*expected a file of"):
+        hk.io.load(saved)
+
+
+def test_any_flipped_byte_is_found(saved) -> None:
+    raw = saved.read_bytes()
+    for place in np.random.default_rng(0).integers(0, len(raw), 150):
+        damaged = bytearray(raw)
+        damaged[place] ^= 1 << int(place) % 8
+        saved.write_bytes(bytes(damaged))
+        try:
+            loaded = hk.io.load(saved)
+        except (FileError, ArgumentError):
+            continue
+        # A flip in a name that nobody reads (a version, a class) may pass; the weights may not.
+        saved.write_bytes(raw)
+        good = dict(hk.io.load(saved).state_dict())
+        for key, value in loaded.state_dict().items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(value, good[key])
+
+
+def test_foreign_files(saved, tmp_path) -> None:
+    save_file({"a": torch.ones(2)}, str(tmp_path / "other"))
+    with pytest.raises(FileError, match="another program wrote it"):
+        hk.io.load(tmp_path / "other")
+    torch.save({"a": torch.ones(2)}, tmp_path / "pickled")
+    with pytest.raises(FileError, match="no whole safetensors file"):
+        hk.io.load(tmp_path / "pickled")
+    with pytest.raises(FileNotFoundError):
+        hk.io.load(tmp_path / "nothing")
+    rewrite(saved, lambda d, t: d.update(format="hetconv_kernels.Network/9"))
+    with pytest.raises(FileError, match=r"received hetconv_kernels.Network/9, expected .*/1"):
+        hk.io.load(saved)
+
+
+def _graph(index: int, **change):
+    def apply(description, tensors):
+        description["graph"][index].update(change)
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _graph(1, op="call_function", target="os.system", args=["true"]),
+        _graph(1, op="call_function", target="builtins.eval"),
+        _graph(1, op="call_function", target="aten::from_file.default"),
+        _graph(1, op="call_method", target="__reduce__"),
+        _graph(1, op="call_function", target="getattr", args=[{"node": "input_1"}, "__class__"]),
+        _graph(1, name="x); import os; (y"),
+        _graph(0, target="x=__import__('os')"),
+        _graph(1, target="0); import os #"),
+        _graph(1, args=[{"node": "nobody"}]),
+        _graph(1, args=[{"dtype": "load"}]),
+        _graph(1, target="absent"),
+        lambda d, t: d["layers"]["0"].update(kind="Popen"),
+        lambda d, t: d["layers"]["0"].update(support="{}"),
+        lambda d, t: d["layers"]["0"]["arguments"].update(in_channels=-1),
+        lambda d, t: d["layers"]["1"]["arguments"].update(evil=1),
+        lambda d, t: d["layers"]["0"].update(dtype="nn"),
+        lambda d, t: d.pop("layers"),
+        lambda d, t: d.update(layers=[]),
+        lambda d, t: d.update(graph=[3]),
+        lambda d, t: t.update(more=torch.ones(1)),
+        lambda d, t: t.pop("0.bias"),
+    ],
+)
+def test_changed_files_run_nothing(saved, change) -> None:
+    from hetconv_kernels.io import _digest
+
+    def with_digest(description, tensors):
+        change(description, tensors)
+        description["digest"] = _digest(tensors)
+
+    rewrite(saved, with_digest)
+    with pytest.raises(FileError):
+        hk.io.load(saved)
+
+
+def test_the_wrong_network(saved) -> None:
+    with pytest.raises(ArgumentError, match=r"without the modules \['0', '1'\].*load\(path\)"):
+        hk.io.load(saved, into=nn.ModuleDict({"a": nn.ReLU()}))
+    with pytest.raises(InputTypeError, match="model: received function"):
+        hk.io.save(lambda x: x, saved)

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark of whole networks: everybody computes the same, who is absent is named."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+
+from benchmarks import gate, peers, record, schema, table
+from benchmarks.cases import SupportSpec
+from benchmarks.networks import NETWORKS, NetworkCase, build
+from benchmarks.test_models import _runs, layer_seconds, measure
+from hetconv_kernels import export
+from hetconv_kernels.timing import Timings
+
+SMALL = NetworkCase("small", "resnet20", SupportSpec("het", 2), n=2, size=16, target_dense=2.0)
+
+
+@pytest.fixture(scope="module")
+def x() -> torch.Tensor:
+    return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def test_cases_name_the_papers_networks() -> None:
+    assert [case.name for case in NETWORKS] == ["vgg16-het4", "resnet18-het4", "vgg16-sg70"]
+    assert {(case.n, case.size) for case in NETWORKS} == {(8, 224)}
+
+
+@pytest.mark.parametrize("kind", ["het", "self_group"])
+def test_a_composition_computes_what_ours_computes(kind: str, x: torch.Tensor) -> None:
+    if kind == "self_group":
+        pytest.importorskip("sklearn", reason="no Support of this size is committed")
+    case = NetworkCase("c", "resnet20", SupportSpec(kind, {"het": 2, "self_group": 10}[kind]))
+    with torch.no_grad():
+        ours, composition, dense = (build(case, f, x) for f in ("ours", "composition", "dense"))
+        assert gate.network_match(ours, x, composition(x)).ok
+        assert not gate.network_match(ours, x, dense(x)).ok
+    assert export.support_layers(composition) == export.support_layers(dense) == []
+
+
+@pytest.mark.parametrize("peer", ["eager", "onnxruntime", "openvino"])
+def test_peers_compute_the_network(peer: str, x: torch.Tensor, tmp_path) -> None:
+    with torch.no_grad():
+        dense = build(SMALL, "dense", x)
+        try:
+            run = peers.PEERS[peer](copy.deepcopy(dense), x, tmp_path)
+        except peers.Absent as reason:
+            pytest.skip(str(reason))
+        assert gate.network_match(dense, x, run()).ok
+        assert not gate.network_match(dense, x, run() + 1e-3).ok
+
+
+def test_an_absent_peer_is_named(monkeypatch, x: torch.Tensor, tmp_path) -> None:
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(peers.PEERS, "compiled", peers.eager)
+    runs, absent = _runs("dense", torch.nn.ReLU(), x, tmp_path)
+    assert list(runs) == ["dense:eager", "dense:compiled"]
+    assert absent["openvino"] == "openvino is not installed"
+
+
+def test_row_and_table(monkeypatch, x: torch.Tensor, tmp_path) -> None:
+    monkeypatch.setattr(peers, "PEERS", {"eager": peers.eager})
+    with torch.no_grad():
+        row = measure(SMALL, x, tmp_path, 0.05)
+    assert schema.problems(json.loads(json.dumps(row)), schema.MODEL_ROW) == []
+    assert row["match"]["ok"]
+    assert len(row["layers"]) == 19
+    header, _, line = table.model_table([row])
+    assert header.startswith("network")
+    assert line.startswith("small")
+
+
+def test_the_bound_is_amdahls() -> None:
+    """10 s of which 8 s are layers that now take 2 s: 10 / (2 + 2)."""
+    timings = {
+        role: Timings(f"{role}:eager", {f"{role}:eager": (10.0,) * 6, "ours": (5.0,) * 6}, {})
+        for role in ("dense", "composition")
+    }
+    for timing in timings.values():
+        timing.iterations.update(dict.fromkeys(timing.samples, 1))
+    row = record.model_row(
+        SMALL, gate.Match(True, 0.1, 0.0), {}, timings, ({"a": 5.0, "b": 3.0}, {"a": 1.0, "b": 1.0})
+    )
+    assert row["bound"]["speedup"] == 2.5
+    assert row["dense"]["ratio"] == 2.0
+    assert "2.5" in table.model_table([row])[2]
+
+
+def test_a_row_without_a_match_was_not_timed() -> None:
+    row = record.model_row(SMALL, gate.Match(False, 3.0, 1.0), {"dense": {"openvino": "absent"}})
+    assert "MISMATCH" in table.model_table([row])[2]
+    assert "openvino" in table.model_table([row])[2]
+    assert "median_s" not in row
+
+
+def test_layer_times_are_a_part_of_the_whole(x: torch.Tensor) -> None:
+    with torch.no_grad():
+        ours = build(SMALL, "ours", x)
+        times = layer_seconds(ours, x)
+    assert set(times) == set(export.support_layers(ours))
+    assert all(time > 0 for time in times.values())
