@@ -51,6 +51,9 @@ ENGINE = {
     "pixels": EngineSeconds(8.9e-11, 2.65e-10, 3.3e-9, 7.4e-11, 1.2e-5),
 }
 # These are set by hand from single measurements, not fitted.
+# One image of at most so many elements does not go to oneDNN: seconds per multiply-accumulate on
+# all threads, and per call.
+SMALL_IMAGE, SMALL_MAC, SMALL_CALL = 20480, 1.6e-11, 6e-6
 # A trained weight is packed at each call: seconds per dense weight.
 PACK = 3e-10
 # dgrad runs at a lower rate than fprop with the same multiply-accumulates.

@@ -26,7 +26,7 @@ from .common import (
     to_format,
     weight_gradient,
 )
-from .rates import DENSE, DTYPE_SPEED, GPU
+from .rates import DENSE, DTYPE_SPEED, GPU, SMALL_CALL, SMALL_IMAGE, SMALL_MAC
 
 
 def dense_seconds(problem: Problem, work: float = 1.0, launches: int = 1) -> float:
@@ -44,6 +44,14 @@ def dense_seconds(problem: Problem, work: float = 1.0, launches: int = 1) -> flo
     if problem.device.type != "cpu":
         rate, bandwidth, launch = GPU
         return max(macs / rate, problem.bytes_moved / bandwidth) + launches * launch
+    pixels = problem.height * problem.width
+    if (
+        problem.batch == 1
+        and problem.support.channels * pixels <= SMALL_IMAGE
+        and max(problem.support.kernel) <= 3
+        and work == 1.0
+    ):
+        return macs * SMALL_MAC + launches * SMALL_CALL
     speed = torch.get_num_threads() * DTYPE_SPEED.get(problem.dtype, 1.0)
     weights = math.prod(problem.support.shape) * work
     return (
