@@ -104,6 +104,10 @@ def _engines() -> dict[str, Backend]:
         from .cpu import Cpu
 
         engines["cpu"] = Cpu()
+    if importlib.util.find_spec("triton") is not None:
+        from .triton import Triton
+
+        engines["triton"] = Triton()
     return engines | {"reference": Reference()}
 
 

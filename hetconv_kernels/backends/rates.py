@@ -61,3 +61,5 @@ DTYPE_SPEED = {torch.bfloat16: 2.0, torch.float16: 1.0, torch.float64: 0.5}
 
 # A GPU's dense MAC/s, byte/s and seconds a launch: nominal, nothing was fitted.
 GPU = (1e14, 2e12, 5e-6)
+# A prediction from data-sheet numbers is divided by this share of them that kernels reach.
+GPU_PREDICTION = 0.6

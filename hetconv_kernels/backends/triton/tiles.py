@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiles, the parts they run on, and the cost model that picks one.
+
+The model counts clocks of one multiprocessor: the matrix unit's, those of filling shared memory
+from L2, and a floor for starting a step; waves are whole. Its constants are nominal (data sheets
+and arithmetic): **no GPU has confirmed them yet**.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+
+class Tile(NamedTuple):
+    """The block sizes of one program.
+
+    Attributes:
+        pixels: of a tile; for wgrad the pixels of one turn of its loop.
+        filters: of a tile.
+        channels: of a step; for wgrad of a tile.
+        warps: of 32 threads.
+    """
+
+    pixels: int
+    filters: int
+    channels: int
+    warps: int
+
+
+class Part(NamedTuple):
+    """A GPU, as far as the model knows it.
+
+    Attributes:
+        processors: multiprocessors.
+        clock: in Hz.
+        rate: bf16 multiply-accumulates a clock and multiprocessor; tf32 has half of it.
+        l2: bytes a clock and multiprocessor that L2 supplies.
+        bandwidth: of memory, in bytes per second.
+        shared: bytes of shared memory that one program may have.
+    """
+
+    processors: int
+    clock: float
+    rate: int
+    l2: float
+    bandwidth: float
+    shared: int
+
+
+# By compute capability; others take the nearest one below. The number of multiprocessors is that
+# of the device where there is one.
+PARTS = {
+    (8, 0): Part(108, 1.41e9, 1024, 38, 1.5e12, 163 * 1024),
+    (8, 6): Part(84, 1.7e9, 512, 38, 0.7e12, 99 * 1024),
+    (9, 0): Part(132, 1.75e9, 2048, 38, 3.3e12, 227 * 1024),
+    (10, 0): Part(148, 1.85e9, 4096, 38, 7e12, 227 * 1024),
+    (12, 0): Part(170, 2.4e9, 512, 38, 1.7e12, 99 * 1024),
+}
+
+# The tiles that are shipped, for 16-bit types and for float32.
+HALF_TILES = (
+    Tile(128, 128, 64, 8),
+    Tile(128, 64, 64, 4),
+    Tile(64, 64, 64, 4),
+    Tile(256, 64, 64, 8),
+    Tile(128, 32, 64, 4),
+    Tile(128, 64, 32, 4),
+    Tile(128, 32, 32, 4),
+    Tile(128, 16, 16, 4),
+)
+SINGLE_TILES = (
+    Tile(128, 64, 32, 4),
+    Tile(64, 64, 32, 4),
+    Tile(128, 32, 32, 4),
+    Tile(128, 16, 16, 4),
+)
+# wgrad: jobs of three taps, then of one.
+HALF_FUSED, HALF_ONE = (Tile(64, 64, 64, 4), Tile(64, 32, 32, 4)), (
+    Tile(64, 128, 128, 8),
+    Tile(64, 64, 64, 4),
+    Tile(64, 32, 32, 4),
+)
+SINGLE_FUSED, SINGLE_ONE = (Tile(32, 64, 64, 4), Tile(32, 32, 32, 4)), (
+    Tile(32, 64, 64, 4),
+    Tile(32, 32, 32, 4),
+)
+MAX_STAGES = 4
+# Clocks that a program spends before its first and after its last step.
+PROLOGUE = 1500
+# Clocks that a step takes at least, a warp and scheduler.
+ISSUE = 25
+# Seconds that a launch, and a launch more in the same call, take.
+LAUNCH, NEXT_LAUNCH = 6e-6, 3e-6
+
+
+def part_of(device: torch.device | None = None) -> Part:
+    """Returns what the model knows of a device; of an H100 where there is no GPU."""
+    if device is None or device.type != "cuda" or not torch.cuda.is_available():
+        return PARTS[9, 0]
+    return _part_of(device.index or 0)
+
+
+@cache
+def _part_of(index: int) -> Part:
+    capability = torch.cuda.get_device_capability(index)
+    known = max((c for c in PARTS if c <= capability), default=(8, 0))
+    if capability in ((8, 7), (8, 9)):
+        known = (8, 6)
+    count = torch.cuda.get_device_properties(index).multi_processor_count
+    return PARTS[known]._replace(processors=count)
+
+
+def stages(tile: Tile, itemsize: int, part: Part) -> int:
+    """Returns how many steps of operands fit into shared memory, at most `MAX_STAGES`."""
+    step = (tile.pixels + tile.filters) * tile.channels * itemsize
+    # The result passes through shared memory as well, and barriers want a little.
+    return max(1, min(MAX_STAGES, (part.shared - 2048) // step))
+
+
+def wgrad_stages(tile: Tile, taps: int, itemsize: int, part: Part) -> int:
+    """The same for wgrad, whose step holds one block of dy and one of x for each tap."""
+    step = tile.pixels * (tile.filters + taps * tile.channels) * itemsize
+    return max(1, min(MAX_STAGES - 1, (part.shared - 2048) // step))
+
+
+def step_clocks(rows: int, cols: int, depth: int, warps: int, itemsize: int, part: Part) -> float:
+    """Returns the clocks of one product [rows, depth] · [depth, cols] and of fetching both."""
+    rate = part.rate if itemsize == 2 else part.rate / 2
+    return max(
+        rows * cols * depth / rate,
+        (rows + cols) * depth * itemsize / part.l2,
+        ISSUE * warps,
+    )
+
+
+def fprop_seconds(
+    tile: Tile,
+    pixels: int,
+    segment_steps: float,
+    segments: int,
+    itemsize: int,
+    part: Part,
+    classes: int = 1,
+) -> float:
+    """Predicts the kernel's time.
+
+    Args:
+        tile: its tile.
+        pixels: of the result, all images.
+        segment_steps: steps of all segments (of all classes) together.
+        segments: blocks of filters.
+        itemsize: of the operands, in bytes.
+        part: where.
+        classes: residue classes, each computing its share of the pixels.
+
+    Returns:
+        Seconds, without the launch.
+    """
+    clocks = step_clocks(
+        tile.pixels, tile.filters, tile.channels, tile.warps, itemsize, part
+    )
+    tiles = -(-pixels // (tile.pixels * classes)) * classes
+    programs = tiles * segments
+    average = segment_steps / (segments * classes) * clocks
+    average += PROLOGUE + tile.pixels * tile.filters * itemsize / part.l2
+    waves = programs / part.processors
+    # Short of many waves the last one is waited for in full.
+    waves = -(-programs // part.processors) if waves < 4 else waves + 0.5
+    return waves * average / part.clock
+
+
+def wgrad_seconds(
+    tile: Tile, jobs: int, taps: int, pixels: int, itemsize: int, part: Part
+) -> float:
+    """Predicts the time of one launch of wgrad's kernel, split so that all processors work."""
+    clocks = taps * step_clocks(
+        tile.filters, tile.channels, tile.pixels, tile.warps, itemsize, part
+    )
+    turns = -(-pixels // tile.pixels)
+    cut = splits(jobs, pixels, tile.pixels, part)
+    programs = jobs * cut
+    average = turns / cut * clocks + PROLOGUE
+    return -(-programs // part.processors) * average / part.clock
+
+
+def splits(jobs: int, pixels: int, block: int, part: Part) -> int:
+    """Returns into how many pieces the pixels are cut: two to three programs a processor."""
+    wanted = -(-5 * part.processors // (2 * max(jobs, 1)))
+    # A piece is worth its partial result from some hundred pixels on.
+    return max(1, min(wanted, -(-pixels // max(256, 4 * block)), 256))
