@@ -115,7 +115,7 @@ class Triton:
 
     def wgrad(self, problem: Problem) -> Runner:
         """Prepares dw."""
-        from .calls import WgradCall
+        from .wgrad_calls import WgradCall
 
         return WgradCall(problem, *choice.best_wgrad(problem).tiles).run
 
@@ -123,8 +123,7 @@ class Triton:
 def _call(problem: Problem) -> GatherCall:
     from .calls import GatherCall
 
-    picked = choice.best_gather(problem)
-    return GatherCall(problem, picked.lowering, picked.tile)
+    return GatherCall(problem, choice.best_gather(problem))
 
 
 def _interpreted() -> bool:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from ...problem import Problem
 from .dgrad import dgrad_classes
 from .lowering import Lowering, wgrad_parts
 from .tiles import (
+    BOX_TILES,
     HALF_FUSED,
     HALF_ONE,
     HALF_TILES,
@@ -20,6 +22,7 @@ from .tiles import (
     SINGLE_FUSED,
     SINGLE_ONE,
     SINGLE_TILES,
+    Box,
     Part,
     Tile,
     fprop_seconds,
@@ -28,17 +31,23 @@ from .tiles import (
 )
 
 
+# "gather" or "boxes" leaves only that kernel to choose from; for tests and for tuning.
+ONLY: str | None = None
+
+
 class GatherChoice(NamedTuple):
     """How fprop or dgrad is run.
 
     Attributes:
         tile: of the kernel.
+        box: of the box kernel; None for the one that reads through pointers.
         lowering: for that tile.
         seconds: predicted, for the whole call.
         efficiency: useful over executed multiply-accumulates.
     """
 
     tile: Tile
+    box: Box | None
     lowering: Lowering
     seconds: float
     efficiency: float
@@ -68,14 +77,100 @@ def best_gather(problem: Problem) -> GatherChoice:
     key = ("triton choice", *_key(problem))
     found: GatherChoice | None = problem.support.derived.get(key)
     if found is None:
-        tiles = HALF_TILES if problem.dtype.itemsize == 2 else SINGLE_TILES
-        part = part_of(problem.device)
-        choices = [
-            _gather(problem, tile, reorder, part) for tile in tiles for reorder in (False, True)
-        ]
-        found = min((c for c in choices if c is not None), key=lambda c: c.seconds)
+        found = min(gather_choices(problem), key=lambda c: c.seconds)
         problem.support.derived[key] = found
     return found
+
+
+def gather_choices(problem: Problem) -> list[GatherChoice]:
+    """Lists all ways to run fprop or dgrad, with their predictions."""
+    tiles = HALF_TILES if problem.dtype.itemsize == 2 else SINGLE_TILES
+    part = part_of(problem.device)
+    found = []
+    for reorder in (False, True):
+        for tile in tiles if ONLY != "boxes" else ():
+            found.append(_gather(problem, tile, None, reorder, part))
+        for tile in BOX_TILES if ONLY != "gather" and has_boxes(problem.device) else ():
+            lowering = lowering_of(problem, tile.filters, tile.channels, reorder)
+            for box in boxes_of(problem, tile, lowering.gather is not None):
+                found.append(_gather(problem, tile, box, reorder, part))
+    return [c for c in found if c is not None] or [
+        c for t in tiles if (c := _gather(problem, t, None, False, part)) is not None
+    ]
+
+
+def has_boxes(device: torch.device) -> bool:
+    """Tells whether the box kernel is for this device: Hopper, or the interpreter when asked."""
+    if device.type != "cuda":
+        return ONLY == "boxes"
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
+def box_reasons(problem: Problem, gathered: bool = False) -> list[str]:
+    """Lists why TMA cannot fetch the boxes of a Problem; the pointer kernel then runs it.
+
+    Args:
+        problem: fprop or dgrad.
+        gathered: whether the operand is copied into another order of channels first.
+    """
+    reasons = []
+    item = problem.dtype.itemsize
+    back = problem.verb == "dgrad"
+    shape = problem.y_shape if back else problem.x_shape
+    if item != 2:
+        reasons.append(f"{problem.dtype} is not a 16-bit type.")
+    if shape[1] * item % 16:
+        reasons.append(f"{shape[1]} channels are not a multiple of 16 bytes.")
+    if not problem.channels_last:
+        reasons.append("The result is not channels_last.")
+    n, c, h, w = problem.strides
+    far = [s for s, size in ((n, shape[0]), (h, shape[2]), (w, shape[3])) if size > 1]
+    if not gathered and ((c != 1 and shape[1] > 1) or any(s * item % 16 or s <= 0 for s in far)):
+        reasons.append(f"The operand's strides {problem.strides} are not those of channels_last.")
+    if any(s * item >= 2**40 for s in far) or max(shape) >= 2**31:
+        reasons.append("The operand is beyond the sizes of a descriptor.")
+    return reasons
+
+
+def folds(problem: Problem, tile: Tile, strides: Sequence[int]) -> bool:
+    """Tells whether stride 2 may read through the parity fold.
+
+    It needs an even image, so that a row's parity is a row of the same image; whole blocks of
+    channels, since a tail would read the other parity and not zero; and adjacent pixels.
+    """
+    return (
+        problem.verb == "fprop"
+        and problem.geometry.stride == (2, 2)
+        and problem.height % 2 == problem.width % 2 == 0
+        and problem.support.channels % tile.channels == 0
+        and (strides[3] == problem.support.channels)
+        and (strides[2] == problem.width * problem.support.channels)
+    )
+
+
+def boxes_of(problem: Problem, tile: Tile, gathered: bool = False) -> list[Box]:
+    """Lists the boxes that may be used: the best of each kind, by the pixels that they waste."""
+    if box_reasons(problem, gathered):
+        return []
+    back = problem.verb == "dgrad"
+    n, _, h, w = problem.x_shape if back else problem.y_shape
+    if back:
+        h, w = (-(-size // s) for size, s in zip((h, w), problem.geometry.stride, strict=True))
+    _, c, height, width = problem.x_shape
+    strides = (c * height * width, 1, width * c, c) if gathered else problem.strides
+    steps_one = back or problem.geometry.stride == (1, 1) or folds(problem, tile, strides)
+    edges = [2**k for k in range(9) if 2**k <= tile.pixels]
+    found: list[tuple[int, int, Box]] = []
+    for rows in edges if steps_one else (1,):
+        for cols in edges if steps_one else (1,):
+            images = tile.pixels // (rows * cols)
+            if images < 1 or images > 256:
+                continue
+            box = Box(images, rows, cols)
+            count = -(-n // images) * -(-h // rows) * -(-w // cols)
+            # Among equals the squarest, whose taps share most of what they read.
+            found.append((count, abs(rows - cols), box))
+    return [min(found)[2]] if found else []
 
 
 def lowering_of(problem: Problem, filters: int, channels: int, reorder: bool) -> Lowering:
@@ -89,13 +184,18 @@ def lowering_of(problem: Problem, filters: int, channels: int, reorder: bool) ->
     return found
 
 
-def _gather(problem: Problem, tile: Tile, reorder: bool, part: Part) -> GatherChoice | None:
+def _gather(
+    problem: Problem, tile: Tile, box: Box | None, reorder: bool, part: Part
+) -> GatherChoice | None:
     lowering = lowering_of(problem, tile.filters, tile.channels, reorder)
     if reorder and lowering.gather is None:
         return None  # the same as in the channels' own order
     n, c, h, w = problem.y_shape if problem.verb == "dgrad" else problem.x_shape
     shape = problem.x_shape if problem.verb == "dgrad" else problem.y_shape
     pixels = shape[0] * shape[2] * shape[3]
+    if box is not None:  # those that its tiles cover
+        pixels = tile.pixels * -(-shape[0] // box.images)
+        pixels *= -(-shape[2] // box.rows) * -(-shape[3] // box.cols)
     item = problem.dtype.itemsize
     kernel = fprop_seconds(
         tile, pixels, lowering.steps, lowering.segments, item, part, lowering.classes
@@ -110,7 +210,7 @@ def _gather(problem: Problem, tile: Tile, reorder: bool, part: Part) -> GatherCh
         seconds += kernel  # rows of single elements, not of vectors
     executed = slabs
     efficiency = problem.support.live / executed if executed else 1.0
-    return GatherChoice(tile, lowering, seconds, min(1.0, efficiency))
+    return GatherChoice(tile, box, lowering, seconds, min(1.0, efficiency))
 
 
 def best_wgrad(problem: Problem) -> WgradChoice:
@@ -161,6 +261,8 @@ def _key(problem: Problem) -> tuple[object, ...]:
         problem.width,
         problem.dtype,
         problem.channels_last,
+        problem.strides,
         device,
+        ONLY,
         geometry.tail,
     )

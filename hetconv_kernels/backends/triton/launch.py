@@ -62,38 +62,44 @@ class Launch:
         constants: the kernel's constexpr arguments, in the order of its signature.
         warps: of one program.
         stages: of its pipeline.
+        device: where its arguments are.
     """
 
     def __init__(
-        self, kernel: Any, grid: Sequence[int], constants: Sequence[Any], warps: int, stages: int
+        self,
+        kernel: Any,
+        grid: Sequence[int],
+        constants: Sequence[Any],
+        warps: int,
+        stages: int,
+        device: torch.device,
     ) -> None:
+        self.device = device
         self.kernel, self.constants = kernel, tuple(constants)
         self.grid = (*grid, 1, 1)[:3]
         self.options = {"num_warps": warps, "num_stages": stages}
         self._handles: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, *arguments: Any) -> None:
-        """Launches on the current stream of the device of the first argument."""
-        device = arguments[0].device
+        """Launches on the device's current stream."""
+        device = self.device
         if device.type != "cuda":  # the interpreter
             self.kernel[self.grid](*arguments, *self.constants, **self.options)
             return
         # Triton reads 16-byte vectors only where it was told of the alignment.
-        key = (device.index, *map(_kind, arguments))
+        key = tuple(map(_kind, arguments))
         handle = self._handles.get(key)
         if device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
-                self._start(handle, key, device, arguments)
+                self._start(handle, key, arguments)
         else:
-            self._start(handle, key, device, arguments)
+            self._start(handle, key, arguments)
 
-    def _start(
-        self, handle: Any, key: tuple[Any, ...], device: torch.device, arguments: tuple[Any, ...]
-    ) -> None:
+    def _start(self, handle: Any, key: tuple[Any, ...], arguments: tuple[Any, ...]) -> None:
         if handle is not None:
             handle(*arguments, *self.constants)
             return
-        refuse_capture(device, "A kernel")
+        refuse_capture(self.device, "A kernel")
         compiled = self.kernel[self.grid](*arguments, *self.constants, **self.options)
         self._handles[key] = compiled[self.grid]
 

@@ -30,6 +30,20 @@ class Tile(NamedTuple):
     warps: int
 
 
+class Box(NamedTuple):
+    """The shape of a tile of pixels that is fetched at once, powers of two.
+
+    Attributes:
+        images: in it.
+        rows: of each.
+        cols: of each.
+    """
+
+    images: int
+    rows: int
+    cols: int
+
+
 class Part(NamedTuple):
     """A GPU, as far as the model knows it.
 
@@ -40,6 +54,8 @@ class Part(NamedTuple):
         l2: bytes a clock and multiprocessor that L2 supplies.
         bandwidth: of memory, in bytes per second.
         shared: bytes of shared memory that one program may have.
+        waits: whether products run on while the program goes on (wgmma, tcgen05); their operands
+            then need one buffer more for the same depth.
     """
 
     processors: int
@@ -48,16 +64,17 @@ class Part(NamedTuple):
     l2: float
     bandwidth: float
     shared: int
+    waits: bool
 
 
 # By compute capability; others take the nearest one below. The number of multiprocessors is that
 # of the device where there is one.
 PARTS = {
-    (8, 0): Part(108, 1.41e9, 1024, 38, 1.5e12, 163 * 1024),
-    (8, 6): Part(84, 1.7e9, 512, 38, 0.7e12, 99 * 1024),
-    (9, 0): Part(132, 1.75e9, 2048, 38, 3.3e12, 227 * 1024),
-    (10, 0): Part(148, 1.85e9, 4096, 38, 7e12, 227 * 1024),
-    (12, 0): Part(170, 2.4e9, 512, 38, 1.7e12, 99 * 1024),
+    (8, 0): Part(108, 1.41e9, 1024, 38, 1.5e12, 163 * 1024, False),
+    (8, 6): Part(84, 1.7e9, 512, 38, 0.7e12, 99 * 1024, False),
+    (9, 0): Part(132, 1.75e9, 2048, 38, 3.3e12, 227 * 1024, True),
+    (10, 0): Part(148, 1.85e9, 4096, 38, 7e12, 227 * 1024, True),
+    (12, 0): Part(170, 2.4e9, 512, 38, 1.7e12, 99 * 1024, False),
 }
 
 # The tiles that are shipped, for 16-bit types and for float32.
@@ -70,6 +87,13 @@ HALF_TILES = (
     Tile(128, 64, 32, 4),
     Tile(128, 32, 32, 4),
     Tile(128, 16, 16, 4),
+)
+# The tiles of the box kernel, filters on M; 16-bit types only.
+BOX_TILES = (
+    Tile(256, 64, 64, 4),
+    Tile(128, 64, 64, 4),
+    Tile(128, 128, 64, 8),
+    Tile(256, 128, 64, 8),
 )
 SINGLE_TILES = (
     Tile(128, 64, 32, 4),
@@ -114,16 +138,27 @@ def _part_of(index: int) -> Part:
 
 
 def stages(tile: Tile, itemsize: int, part: Part) -> int:
-    """Returns how many steps of operands fit into shared memory, at most `MAX_STAGES`."""
+    """Returns the depth of the pipeline that fits into shared memory, at most `MAX_STAGES`."""
     step = (tile.pixels + tile.filters) * tile.channels * itemsize
-    # The result passes through shared memory as well, and barriers want a little.
-    return max(1, min(MAX_STAGES, (part.shared - 2048) // step))
+    return _stages(step, MAX_STAGES, part)
+
+
+def box_stages(tile: Tile, itemsize: int, part: Part) -> int:
+    """The same for the box kernel, whose result also leaves through shared memory."""
+    step = (tile.pixels + tile.filters) * tile.channels * itemsize
+    result = tile.pixels * tile.filters * itemsize
+    return _stages(step, MAX_STAGES, part._replace(shared=part.shared - result))
 
 
 def wgrad_stages(tile: Tile, taps: int, itemsize: int, part: Part) -> int:
     """The same for wgrad, whose step holds one block of dy and one of x for each tap."""
     step = tile.pixels * (tile.filters + taps * tile.channels) * itemsize
-    return max(1, min(MAX_STAGES - 1, (part.shared - 2048) // step))
+    return _stages(step, MAX_STAGES - 1, part)
+
+
+def _stages(step: int, most: int, part: Part) -> int:
+    # Barriers want a little of the shared memory.
+    return max(2, min(most, (part.shared - 2048) // step + (not part.waits)))
 
 
 def step_clocks(rows: int, cols: int, depth: int, warps: int, itemsize: int, part: Part) -> float:
