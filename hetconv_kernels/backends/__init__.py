@@ -12,9 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
-from typing import NamedTuple, Protocol
-
-from torch import Tensor
+from typing import Any, NamedTuple, Protocol
 
 from ..errors import BackendError, mismatch
 from ..problem import Problem
@@ -24,7 +22,7 @@ CODES = {"auto": 0, "reference": 1, "vendor": 2, "cpu": 3, "triton": 4, "cuda": 
 NAMES = {code: name for name, code in CODES.items()}
 
 # A prepared primitive: called again and again with the tensors of the problem.
-Runner = Callable[..., Tensor]
+Runner = Callable[..., Any]
 
 # How much faster than `vendor` a prediction must be where nothing was measured on this hardware.
 UNMEASURED_MARGIN = 1.3
@@ -125,9 +123,12 @@ def get_backend(name: str) -> Backend:
     engine = _engines().get(name)
     if engine is None:
         known = "is not built here" if name in CODES else "is unknown"
+        way_out = "`hetconv info` lists what is built."
+        if name == "triton":
+            way_out = "Triton is not installed: pip install 'hetconv-kernels[triton]'."
         raise BackendError(
             f"backend {name!r} {known}; expected one of "
-            f"{', '.join(('auto', *available_backends()))}. `hetconv info` lists what is built."
+            f"{', '.join(('auto', *available_backends()))}. {way_out}"
         )
     return engine
 
@@ -179,6 +180,8 @@ def choose(problem: Problem, code: int) -> Choice:
 
 def _ready(engine: Backend, problem: Problem) -> Choice:
     prepare = {"fprop": engine.fprop, "dgrad": engine.dgrad, "wgrad": engine.wgrad}[problem.verb]
+    if "stats" in problem.epilogue:  # from the accumulators, where an engine can
+        prepare = getattr(engine, "fprop_stats", prepare)
     return Choice(engine, problem, prepare(problem))
 
 

@@ -97,12 +97,18 @@ class Triton:
         """Prepares y = conv(x, w) + shift with Σ y and Σ y² of each filter, from the accumulators.
 
         Returns:
-            A callable (x, w, shift) -> y, Σ y, Σ y².  # [N, F, OH, OW], [F], [F]
+            A callable like fprop's that returns y, Σ y, Σ y².  # [N, F, OH, OW], [F], [F]
         """
         call = _call(problem)
 
-        def run(x: Tensor, w: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-            y, sums = call.run(x, w, None, shift, None, True)
+        def run(
+            x: Tensor,
+            w: Tensor,
+            scale: Tensor | None,
+            shift: Tensor | None,
+            residual: Tensor | None,
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            y, sums = call.run(x, w, scale, shift, residual, True)
             assert sums is not None
             return y, sums[0], sums[1]
 

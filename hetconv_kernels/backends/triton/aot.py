@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from .tiles import (
 )
 
 CAPABILITIES = (80, 90, 100, 120)
+_FROM_SHARED = r"warp_group_dot %.*!ttg\.memdesc<[^>]*> \* !ttg\.memdesc<"
 _ITEM = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
@@ -109,7 +110,8 @@ class Compiled:
         name: of the configuration.
         capability: compute capability, as 90.
         stages: that were asked for.
-        buffers: leading dimensions of the buffers in shared memory, one for each operand.
+        buffers: leading dimensions of the rings of buffers in shared memory, one an operand.
+        from_shared: whether the matrix unit reads both operands from shared memory.
         matrix: matrix instructions, by name.
         copies: asynchronous copies, by name.
         registers: of one thread.
@@ -127,6 +129,7 @@ class Compiled:
     capability: int
     stages: int
     buffers: list[int]
+    from_shared: bool
     matrix: dict[str, int]
     copies: dict[str, int]
     registers: int
@@ -168,7 +171,8 @@ def compile_configuration(configuration: Configuration, capability: int) -> Comp
         name=configuration.name,
         capability=capability,
         stages=depth,
-        buffers=_buffers(compiled.asm["ttgir"]),
+        buffers=_buffers(compiled.asm["ttgir"], configuration),
+        from_shared=bool(re.search(_FROM_SHARED, compiled.asm["ttgir"])),
         matrix=_count(sass, r"\b(HGMMA|UTC[A-Z]*MMA|HMMA)\b"),
         copies=_count(sass, r"\b(LDGSTS|UTMALDG|UBLKCP)\b"),
         registers=usage["REG"],
@@ -185,8 +189,8 @@ def compile_configuration(configuration: Configuration, capability: int) -> Comp
 
 def problems(compiled: Compiled, configuration: Configuration) -> list[str]:
     """Lists what the machine code of a configuration must show and does not."""
-    wanted = {80: "HMMA", 90: "HGMMA", 100: "UTC", 120: "HMMA"}[compiled.capability]
-    if compiled.capability == 90 and not _wide(configuration):
+    wanted = {90: "HGMMA", 100: "UTC"}.get(compiled.capability, "HMMA")
+    if not _wide(configuration):
         wanted = "HMMA"
     found = []
     if not any(name.startswith(wanted) for name in compiled.matrix):
@@ -197,13 +201,16 @@ def problems(compiled: Compiled, configuration: Configuration) -> list[str]:
     if compiled.loads:
         found.append(f"{compiled.loads} synchronous loads in the loop")
     # mma.sync is done with its operands when the next copy starts, and needs one buffer less.
-    ring = compiled.stages - (wanted == "HMMA")
+    # The parts of a split float32 are made in registers, which frees the buffer early too.
+    ring = compiled.stages - (wanted == "HMMA" or configuration.precision == "tf32x3")
     if sum(count >= ring for count in compiled.buffers) < operands:
         found.append(f"{compiled.buffers} buffers for {compiled.stages} stages of {operands}")
     if compiled.stack or compiled.spills or compiled.local:
         found.append(
             f"{compiled.stack} B of stack, {compiled.spills} spills, {compiled.local} local accesses"
         )
+    if configuration.box is not None and not compiled.from_shared:
+        found.append("an operand of the product goes through registers")
     if compiled.shared > compiled.limit:
         found.append(f"{compiled.shared} B of shared memory, {compiled.limit} there")
     return found
@@ -300,10 +307,13 @@ def _source(configuration: Configuration) -> tuple[Any, dict[str, str], dict[str
     return kernel, signature, given, aligned
 
 
-def _buffers(ttgir: str) -> list[int]:
+def _buffers(ttgir: str, configuration: Configuration) -> list[int]:
     """Lists the leading dimensions of the rings of buffers in shared memory."""
-    found = re.findall(r"ttg\.local_alloc\s*:\s*\(\)\s*->\s*!ttg\.memdesc<(\d+)x(\d+)x(\d+)", ttgir)
-    return [int(first) for first, *_ in found]
+    found = re.findall(r"ttg\.local_alloc\s*:\s*\(\)\s*->\s*!ttg\.memdesc<((?:\d+x)+)[bf]", ttgir)
+    shapes = [tuple(map(int, text.rstrip("x").split("x"))) for text in found]
+    tile, box = configuration.tile, configuration.box
+    # The result's own buffer is no ring.
+    return [s[0] for s in shapes if box is None or s != (*box, tile.filters)]
 
 
 def _count(text: str, pattern: str) -> dict[str, int]:
@@ -356,8 +366,10 @@ def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def _chosen(pattern: str) -> Iterator[Configuration]:
-    return (c for c in configurations() if re.search(pattern, c.name))
+def chosen(capability: int, pattern: str = "") -> list[Configuration]:
+    """Lists the configurations that are shipped for a capability; boxes are for Hopper."""
+    shipped = [c for c in configurations() if c.kernel != "boxes" or capability == 90]
+    return [c for c in shipped if re.search(pattern, c.name)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -369,7 +381,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     rows, failed = [], False
     for capability in options.capability or CAPABILITIES:
-        for configuration in _chosen(options.name):
+        for configuration in chosen(capability, options.name):
             compiled = compile_configuration(configuration, capability)
             wrong = problems(compiled, configuration)
             failed |= bool(wrong)

@@ -96,7 +96,7 @@ BOX_TILES = (
     Tile(256, 128, 64, 8),
 )
 SINGLE_TILES = (
-    Tile(128, 64, 32, 4),
+    Tile(128, 64, 32, 8),
     Tile(64, 64, 32, 4),
     Tile(128, 32, 32, 4),
     Tile(128, 16, 16, 4),
@@ -201,10 +201,7 @@ def fprop_seconds(
     programs = tiles * segments
     average = segment_steps / (segments * classes) * clocks
     average += PROLOGUE + tile.pixels * tile.filters * itemsize / part.l2
-    waves = programs / part.processors
-    # Short of many waves the last one is waited for in full.
-    waves = -(-programs // part.processors) if waves < 4 else waves + 0.5
-    return waves * average / part.clock
+    return -(-programs // part.processors) * average / part.clock
 
 
 def wgrad_seconds(
