@@ -84,8 +84,17 @@ format: $(ENV) ## Put the style right
 types: $(ENV) ## Check types: mypy, strict on the core
 	$(PY) -m mypy
 
-aot: ## Compile the Triton kernels ahead of time for every GPU generation, without a GPU
-	@echo "make aot: no Triton kernels are in the tree yet, so there is nothing to compile."
+# The installed Triton and the oldest supported one; what has not changed is not compiled again.
+OLDEST_TRITON := 3.6.0
+aot: $(ENV) build/triton-$(OLDEST_TRITON)/.there ## Compile the Triton kernels for every GPU generation, without a GPU
+	HETCONV_AOT_ALL=1 $(PY) -m pytest -q tests/test_aot.py $(ARGS)
+	HETCONV_AOT_ALL=1 HETCONV_AOT_TRITON=$(CURDIR)/build/triton-$(OLDEST_TRITON) \
+	    $(PY) -m pytest -q tests/test_aot.py $(ARGS)
+
+build/triton-$(OLDEST_TRITON)/.there: | $(ENV)
+	$(PY) -m pip --disable-pip-version-check install --quiet --no-deps --target $(@D) \
+	    triton==$(OLDEST_TRITON)
+	@touch $@
 
 # A second build beside the tree's own; Python itself is not instrumented, hence the preload.
 sanitize: $(ENV) ## Run the tests of the compiled CPU part under the address and undefined sanitizers

@@ -23,7 +23,7 @@ from .info import info
 from .support import Support
 
 if TYPE_CHECKING:
-    from . import compress, models, stats, testing, timing
+    from . import compress, models, stats, testing, timing, tuning
     from .graph import rules
     from .graph.convert import convert
 
@@ -43,6 +43,7 @@ __all__ = [
     "stats",
     "testing",
     "timing",
+    "tuning",
     "use_backend",
     "warmup",
 ]
@@ -56,6 +57,7 @@ _LAZY = {
     "stats": (".stats", None),
     "testing": (".testing", None),
     "timing": (".timing", None),
+    "tuning": (".tuning", None),
 }
 
 

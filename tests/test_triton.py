@@ -121,6 +121,8 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
         monkeypatch.setattr(choice, "part_of", lambda *_: tiles.PARTS[9, 0])
+        # What a user has tuned on this machine is no part of the tests.
+        monkeypatch.setattr("hetconv_kernels.tuning.pick", lambda *_: None)
 
     yield pretend
     from hetconv_kernels.backends import triton as package
@@ -263,3 +265,28 @@ def test_shipped_tiles_fit_every_part(capability: tuple[int, int]) -> None:
     for tile in tiles.HALF_TILES:
         buffers = tiles.stages(tile, 2, part) - (not part.waits)
         assert buffers * (tile.pixels + tile.filters) * tile.channels * 2 <= part.shared
+
+
+def test_an_entry_of_the_table_decides(on_gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hetconv_kernels.backends.triton import table
+
+    on_gpu()
+    p = described(batch=64, device=CUDA)
+    slow = max(choice.gather_choices(p), key=lambda c: c.seconds)
+    assert not Triton().measured(p)
+    entry = {table.key_of(p, (9, 0)): {"name": slow.name, "seconds": 1.0}}
+    monkeypatch.setattr(table, "entries", lambda: entry)
+    assert Triton().measured(p)
+    assert choice.best_gather(p).name == slow.name
+
+
+def test_the_table_names_choices_that_exist() -> None:
+    from hetconv_kernels.backends.triton import table
+
+    names = {
+        table.name_of(tile, None, reorder)
+        for tile in (*tiles.HALF_TILES, *tiles.SINGLE_TILES)
+        for reorder in (False, True)
+    }
+    for entry in table.entries().values():
+        assert entry["name"] in names or " box " in entry["name"]

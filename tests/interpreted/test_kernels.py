@@ -37,7 +37,7 @@ SUPPORTS = {
     "depthwise": hk.Support.grouped(24, 24, 3, 24),
     "pointwise": hk.Support.dense(48, 40, 1),
     "empty": hk.Support.from_mask(torch.zeros(20, 16, 3, 3, dtype=torch.bool).numpy()),
-    "wide": hk.Support.dense(16, 16, (1, 7)),
+    "wide": hk.Support.dense(16, 16, (1, 5)),
 }
 TILE = Tile(32, 16, 16, 4)
 GEOMETRIES = {

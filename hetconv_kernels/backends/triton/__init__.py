@@ -18,7 +18,7 @@ from torch import Tensor
 from ...problem import Problem
 from .. import Runner
 from ..rates import GPU_PREDICTION
-from . import choice
+from . import choice, table
 
 if TYPE_CHECKING:
     from .calls import GatherCall
@@ -71,8 +71,8 @@ class Triton:
         return choice.best(problem).seconds / GPU_PREDICTION
 
     def measured(self, problem: Problem) -> bool:
-        """No GPU has confirmed a prediction yet."""
-        return False
+        """Only where the committed table has such a problem; it has none yet."""
+        return table.look_up(problem) is not None
 
     def efficiency(self, problem: Problem) -> float:
         """Useful over executed multiply-accumulates; filled tiles and merged groups count."""

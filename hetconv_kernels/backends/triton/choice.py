@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 
 from ...plan import Block
 from ...problem import Problem
+from . import table
 from .dgrad import dgrad_classes
 from .lowering import Lowering, wgrad_parts
 from .tiles import (
@@ -33,6 +35,8 @@ from .tiles import (
 
 # "gather" or "boxes" leaves only that kernel to choose from; for tests and for tuning.
 ONLY: str | None = None
+# Choices that tuning measures, of those that are predicted to be best.
+MOST_TUNED = 8
 
 
 class GatherChoice(NamedTuple):
@@ -51,6 +55,11 @@ class GatherChoice(NamedTuple):
     lowering: Lowering
     seconds: float
     efficiency: float
+
+    @property
+    def name(self) -> str:
+        """Its name in tables and measurements."""
+        return table.name_of(self.tile, self.box, self.lowering.gather is not None)
 
 
 class WgradChoice(NamedTuple):
@@ -77,9 +86,37 @@ def best_gather(problem: Problem) -> GatherChoice:
     key = ("triton choice", *_key(problem))
     found: GatherChoice | None = problem.support.derived.get(key)
     if found is None:
-        found = min(gather_choices(problem), key=lambda c: c.seconds)
+        choices = sorted(gather_choices(problem), key=lambda c: c.seconds)
+        named = {c.name: c for c in reversed(choices)}
+        picked = _tuned(problem, choices[:MOST_TUNED]) or table.look_up(problem)
+        found = named.get(picked or "", choices[0])
         problem.support.derived[key] = found
     return found
+
+
+def _tuned(problem: Problem, choices: Sequence[GatherChoice]) -> str | None:
+    """Returns the choice that this user's tuning found best, measuring it where that is on."""
+    if problem.device.type != "cuda" or not problem.batch:
+        return None
+    from ... import tuning  # not needed without a GPU
+
+    key = " ".join(map(str, _key(problem)))
+    candidates = {c.name: functools.partial(_try, problem, c, []) for c in choices}
+    return tuning.pick(key, candidates, problem.device)
+
+
+def _try(problem: Problem, choice: GatherChoice, ready: list[Callable[[], object]]) -> None:
+    """Runs a choice once on random operands, which are made at its first run."""
+    if not ready:
+        from .calls import GatherCall
+
+        call = GatherCall(problem, choice)
+        shape = problem.y_shape if problem.verb == "dgrad" else problem.x_shape
+        like = {"dtype": problem.dtype, "device": problem.device}
+        x = torch.empty_strided(shape, problem.strides, **like).normal_()
+        w = torch.randn(problem.support.shape, **like)
+        ready.append(lambda: call.run(x, w))
+    ready[0]()
 
 
 def gather_choices(problem: Problem) -> list[GatherChoice]:
