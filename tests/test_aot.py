@@ -94,7 +94,7 @@ def test_no_more_than_40_configurations_are_shipped() -> None:
     assert len(names) == len(set(names)) <= 40
 
 
-# The assertions can fail ---------------------------------------------------------------------------
+# The assertions can fail ------------------------------------------------------------------------
 
 GOOD = aot.Compiled(
     name="gather-bf16-128x128x64",

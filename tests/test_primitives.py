@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark of the primitives: it checks before it times, resumes, and refuses without a GPU."""
+"""The benchmark of the primitives checks before it times, resumes, and refuses without a GPU."""
 
 from __future__ import annotations
 

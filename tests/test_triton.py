@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import hetconv_kernels as hk
-from hetconv_kernels import backends, ops
+from hetconv_kernels import ops
 from hetconv_kernels.backends.triton import Triton, choice, dgrad, lowering, tiles
 from hetconv_kernels.errors import BackendError
 from hetconv_kernels.problem import Problem, make_geometry
@@ -184,7 +184,7 @@ def test_residue_classes_share_out_the_taps(taps: int, stride: int, dilation: in
 @pytest.mark.parametrize("pads", [(0, 0), (1, 2), (5, 0)])
 def test_the_classes_of_dgrad_write_every_pixel_once(stride: int, pads: tuple[int, int]) -> None:
     geometry = make_geometry(hk.Support.dense(1, 1, 3), stride, (*pads, 0, 0), 1)
-    rows = [rows for rows, _ in dgrad.dgrad_axes(geometry, (11, 11))][:: stride]
+    rows = [rows for rows, _ in dgrad.dgrad_axes(geometry, (11, 11))][::stride]
     written = sorted(axis.first + i * axis.store for axis in rows for i in range(axis.pixels))
     assert written == list(range(11))
     for axis in rows:
@@ -290,3 +290,45 @@ def test_the_table_names_choices_that_exist() -> None:
     }
     for entry in table.entries().values():
         assert entry["name"] in names or " box " in entry["name"]
+
+
+# Launches -----------------------------------------------------------------------------------------
+
+
+class FakeKernel:
+    """Stands in for a ``triton.jit`` function, and for what it compiles to."""
+
+    def __init__(self) -> None:
+        self.compiled: list[tuple[Any, ...]] = []
+        self.started: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def jit(*arguments: Any, num_warps: int, num_stages: int) -> Any:
+            self.compiled.append((grid, *arguments, num_warps, num_stages))
+            return {grid: lambda *again: self.started.append(again)}
+
+        return jit
+
+
+def test_a_launch_compiles_once_for_each_alignment(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hetconv_kernels.backends.triton import launch
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    capture = {"on": False}
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capture["on"])
+    kernel = FakeKernel()
+    start = launch.Launch(kernel, (3,), (64, True), warps=4, stages=3, device=CUDA)
+    storage = torch.empty(64)
+    whole, odd = storage[:32], storage[1:33]
+    assert whole.data_ptr() % 16 == 0
+    for argument in (whole, whole, odd, whole, odd):
+        start(argument, None, 5)
+    assert [entry[1].data_ptr() for entry in kernel.compiled] == [whole.data_ptr(), odd.data_ptr()]
+    assert kernel.compiled[0][0] == (3, 1, 1)
+    assert kernel.compiled[0][2:] == (None, 5, 64, True, 4, 3)
+    assert len(kernel.started) == 3
+    assert kernel.started[0][1:] == (None, 5, 64, True)
+    capture["on"] = True
+    start(whole, None, 5)
+    with pytest.raises(BackendError, match="while a CUDA graph is captured"):
+        start(whole.double(), None, 5)

@@ -169,7 +169,6 @@ def test_any_number_of_splits_gives_the_same_gradient(
 # Boxes ------------------------------------------------------------------------------------------
 
 
-
 @pytest.mark.parametrize(
     ("support", "box", "where"),
     [

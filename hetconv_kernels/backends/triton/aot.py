@@ -34,6 +34,7 @@ from .tiles import (
     Box,
     Tile,
     box_stages,
+    box_warps,
     stages,
     wgrad_stages,
 )
@@ -53,8 +54,10 @@ class Configuration:
         tile: its tile.
         taps: of one job, for wgrad.
         epilogue: ``plain``, or ``fused``: scale, shift, residual, ReLU and, where pointers are
-            read, channel tails. Boxes are also ``folded`` (stride 2) or ``ragged``, stored by
-            pointers as segments that do not fill their tile are.
+            read, channel tails; ``general``: other activations, statistics, scattered filters, and
+            pixels adjacent in memory instead of channels, for which nothing fast is promised.
+            Boxes are also ``folded`` (stride 2) or ``ragged``, stored by pointers as segments that
+            do not fill their tile are, with statistics.
         precision: of products of float32.
         box: of the box kernel.
     """
@@ -83,6 +86,8 @@ def configurations() -> tuple[Configuration, ...]:
     found = [Configuration("gather", "bf16", t) for t in HALF_TILES]
     found += [Configuration("gather", "bf16", t, epilogue="fused") for t in HALF_TILES[:3]]
     found += [Configuration("gather", "fp16", HALF_TILES[0])]
+    found += [Configuration("gather", "bf16", HALF_TILES[2], epilogue="general")]
+    found += [Configuration("wgrad", "bf16", HALF_ONE[1], epilogue="general")]
     found += [Configuration("gather", "fp32", t) for t in SINGLE_TILES]
     found += [
         Configuration("boxes", "bf16", tile, box=Box(1, 16, tile.pixels // 16))
@@ -158,12 +163,15 @@ def compile_configuration(configuration: Configuration, capability: int) -> Comp
         depth = box_stages(configuration.tile, item, part)
     else:
         depth = stages(configuration.tile, item, part)
+    warps = configuration.tile.warps
+    if configuration.kernel == "boxes":
+        warps = box_warps(configuration.tile, configuration.epilogue != "ragged")
     started = time.perf_counter()
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": configuration.tile.warps, "num_stages": depth},
+        options={"num_warps": warps, "num_stages": depth},
     )
     seconds = time.perf_counter() - started
     sass, usage = _disassemble(compiled.asm["cubin"])
@@ -195,19 +203,21 @@ def problems(compiled: Compiled, configuration: Configuration) -> list[str]:
     found = []
     if not any(name.startswith(wanted) for name in compiled.matrix):
         found.append(f"no {wanted} instruction: {compiled.matrix}")
+    general = configuration.epilogue == "general"
     operands = 1 + configuration.taps if configuration.kernel == "wgrad" else 2
-    if not compiled.copies:
+    if not compiled.copies and not general:
         found.append("no asynchronous copies")
-    if compiled.loads:
+    if compiled.loads and not general:
         found.append(f"{compiled.loads} synchronous loads in the loop")
     # mma.sync is done with its operands when the next copy starts, and needs one buffer less.
     # The parts of a split float32 are made in registers, which frees the buffer early too.
     ring = compiled.stages - (wanted == "HMMA" or configuration.precision == "tf32x3")
-    if sum(count >= ring for count in compiled.buffers) < operands:
+    if sum(count >= ring for count in compiled.buffers) < operands and not general:
         found.append(f"{compiled.buffers} buffers for {compiled.stages} stages of {operands}")
-    if compiled.stack or compiled.spills or compiled.local:
+    if (compiled.stack or compiled.spills or compiled.local) and not general:
         found.append(
-            f"{compiled.stack} B of stack, {compiled.spills} spills, {compiled.local} local accesses"
+            f"{compiled.stack} B of stack, {compiled.spills} spills, "
+            f"{compiled.local} local accesses"
         )
     if configuration.box is not None and not compiled.from_shared:
         found.append("an operand of the product goes through registers")
@@ -231,7 +241,7 @@ def _source(configuration: Configuration) -> tuple[Any, dict[str, str], dict[str
 
     dtype, tile = configuration.dtype, configuration.tile
     unit = 16 // _ITEM[dtype]
-    fused = configuration.epilogue == "fused"
+    fused, general = (configuration.epilogue == name for name in ("fused", "general"))
     constants: dict[str, Any]
     descriptors: dict[str, list[int]] = {}
     if configuration.kernel == "gather":
@@ -240,17 +250,19 @@ def _source(configuration: Configuration) -> tuple[Any, dict[str, str], dict[str
         pointers |= {"rows": "i32", "geometry": "i64"}
         if fused:
             pointers |= {"scale": "fp32", "shift": "fp32", "residual": dtype}
+        if general:
+            pointers |= {"shift": dtype, "sums": "fp32"}
         constants = {
             "BM": tile.pixels,
             "BN": tile.filters,
             "BK": tile.channels,
-            "UNIT": unit,
-            "ROW_UNIT": unit,
-            "LAST": True,
+            "UNIT": 1 if general else unit,
+            "ROW_UNIT": 1 if general else unit,
+            "LAST": not general,
             "PADDED": True,
-            "TAIL": fused,
-            "SCATTER": False,
-            "ACT": "relu" if fused else "none",
+            "TAIL": fused or general,
+            "SCATTER": general,
+            "ACT": "relu" if fused else "gelu" if general else "none",
             "PRECISION": configuration.precision,
             "INTERPRETED": False,
         }
@@ -258,12 +270,16 @@ def _source(configuration: Configuration) -> tuple[Any, dict[str, str], dict[str
         kernel, box = fprop_kernel_boxes, configuration.box
         whole = configuration.epilogue != "ragged"
         folded = configuration.epilogue == "folded"
-        read = [box.images, box.rows, 1, box.cols, tile.channels] if folded else [*box, tile.channels]
+        read = (
+            [box.images, box.rows, 1, box.cols, tile.channels] if folded else [*box, tile.channels]
+        )
         pointers = {"words": "i32", "starts": "i32", "rows": "i32", "geometry": "i64"}
         descriptors = {"xd": read, "wd": [tile.filters, tile.channels]}
         pointers |= {"y": dtype}
         if whole:
             descriptors["yd"] = [*box, tile.filters]
+        else:
+            pointers |= {"sums": "fp32", "residual": dtype}
         if fused:
             descriptors["rd"] = [*box, tile.filters]
             pointers |= {"scale": "fp32", "shift": "fp32"}
@@ -276,8 +292,8 @@ def _source(configuration: Configuration) -> tuple[Any, dict[str, str], dict[str
             "ROW_UNIT": unit,
             "FOLD": folded,
             "WHOLE": whole,
-            "SCATTER": False,
-            "ACT": "relu" if fused else "none",
+            "SCATTER": not whole,
+            "ACT": "relu" if fused else "none" if whole else "silu",
             "INTERPRETED": False,
         }
     else:
@@ -289,11 +305,11 @@ def _source(configuration: Configuration) -> tuple[Any, dict[str, str], dict[str
             "BF": tile.filters,
             "BC": tile.channels,
             "TAPS": configuration.taps,
-            "UNIT": unit,
-            "ROW_UNIT": unit,
-            "LAST_X": True,
-            "LAST_Y": True,
-            "SCATTER": False,
+            "UNIT": 1 if general else unit,
+            "ROW_UNIT": 1 if general else unit,
+            "LAST_X": not general,
+            "LAST_Y": not general,
+            "SCATTER": general,
             "PRECISION": configuration.precision,
             "INTERPRETED": False,
         }

@@ -14,7 +14,7 @@ from .boxes import fprop_kernel_boxes
 from .calls import Bound, unit
 from .choice import folds
 from .launch import Launch, interpreted
-from .tiles import Tile, box_stages
+from .tiles import Tile, box_stages, box_warps
 
 if TYPE_CHECKING:
     from .calls import GatherCall
@@ -35,9 +35,7 @@ class Descriptor:
     ) -> None:
         # An axis of one place is never stepped along; its stride only has to be a legal one.
         legal = 16 // tensor.element_size()
-        used = [
-            stride if size > 1 else legal for size, stride in zip(shape, strides, strict=True)
-        ]
+        used = [stride if size > 1 else legal for size, stride in zip(shape, strides, strict=True)]
         used[-1] = 1
         self._made = TensorDescriptor(tensor, list(shape), used, list(block))
         self._made.base = None
@@ -56,7 +54,9 @@ def bind_boxes(call: GatherCall, x: Tensor, y: Tensor) -> Bound:
     assert box is not None
     axes = call.axes()
     folded = folds(problem, tile, x.stride()) and box.rows * box.cols > 1
-    y_unit = unit(16 // x.element_size(), y, [] if lowering.rows is not None else lowering.plan.segments)
+    y_unit = unit(
+        16 // x.element_size(), y, [] if lowering.rows is not None else lowering.plan.segments
+    )
     spread = any(axis.store != 1 for pair in axes for axis in pair)
     sizes = set((lowering.plan.segments[1:] - lowering.plan.segments[:-1]).tolist())
     # A TMA store has no mask: a segment that is not full would write over the next one's filters.
@@ -93,7 +93,8 @@ def bind_boxes(call: GatherCall, x: Tensor, y: Tensor) -> Bound:
         problem.act,
         interpreted(),
     )
-    launch = Launch(fprop_kernel_boxes, grid, constants, tile.warps, depth, call.device)
+    warps = box_warps(tile, whole)
+    launch = Launch(fprop_kernel_boxes, grid, constants, warps, depth, call.device)
     rows, table = call.rows(y_unit), call.table(x, y, (1, y_unit))
     words, starts = call.words, call.starts
 

@@ -251,7 +251,7 @@ def _aligned(*tensors: Tensor | None) -> bool:
 
 def unit(widest: int, tensor: Tensor, more: Sequence[int] = ()) -> int:
     """Returns what divides a channels_last tensor's channels and strides, at most `widest`."""
-    n, c, h, w = tensor.stride()
+    n, _, h, w = tensor.stride()
     sizes = tensor.shape
     strides = [s for s, size in ((n, sizes[0]), (h, sizes[2]), (w, sizes[3])) if size > 1]
     return gcd(widest, sizes[1], *strides, *(int(value) for value in more))

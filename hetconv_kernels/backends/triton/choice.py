@@ -32,7 +32,6 @@ from .tiles import (
     wgrad_seconds,
 )
 
-
 # "gather" or "boxes" leaves only that kernel to choose from; for tests and for tuning.
 ONLY: str | None = None
 # Choices that tuning measures, of those that are predicted to be best.

@@ -72,7 +72,7 @@ def activate(z, ACT: tl.constexpr):
 
 @triton.jit
 def multiply(a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Adds a · b to acc; the interpreter multiplies bit patterns of bfloat16, so it gets float32."""
+    """Adds a · b to acc. The interpreter multiplies bfloat16's bit patterns: it gets float32."""
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     return tl.dot(a, b, acc, input_precision=PRECISION)

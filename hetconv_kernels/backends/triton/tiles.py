@@ -102,14 +102,20 @@ SINGLE_TILES = (
     Tile(128, 16, 16, 4),
 )
 # wgrad: jobs of three taps, then of one.
-HALF_FUSED, HALF_ONE = (Tile(64, 64, 64, 4), Tile(64, 32, 32, 4)), (
-    Tile(64, 128, 128, 8),
-    Tile(64, 64, 64, 4),
-    Tile(64, 32, 32, 4),
+HALF_FUSED, HALF_ONE = (
+    (Tile(64, 64, 64, 4), Tile(64, 32, 32, 4)),
+    (
+        Tile(64, 128, 128, 8),
+        Tile(64, 64, 64, 4),
+        Tile(64, 32, 32, 4),
+    ),
 )
-SINGLE_FUSED, SINGLE_ONE = (Tile(32, 64, 64, 4), Tile(32, 32, 32, 4)), (
-    Tile(32, 64, 64, 4),
-    Tile(32, 32, 32, 4),
+SINGLE_FUSED, SINGLE_ONE = (
+    (Tile(32, 64, 64, 4), Tile(32, 32, 32, 4)),
+    (
+        Tile(32, 64, 64, 4),
+        Tile(32, 32, 32, 4),
+    ),
 )
 MAX_STAGES = 4
 # Clocks that a program spends before its first and after its last step.
@@ -148,6 +154,11 @@ def box_stages(tile: Tile, itemsize: int, part: Part) -> int:
     step = (tile.pixels + tile.filters) * tile.channels * itemsize
     result = tile.pixels * tile.filters * itemsize
     return _stages(step, MAX_STAGES, part._replace(shared=part.shared - result))
+
+
+def box_warps(tile: Tile, whole: bool) -> int:
+    """Warps of the box kernel: eight where the result leaves through pointers, which are many."""
+    return tile.warps if whole else 8
 
 
 def wgrad_stages(tile: Tile, taps: int, itemsize: int, part: Part) -> int:
@@ -194,9 +205,7 @@ def fprop_seconds(
     Returns:
         Seconds, without the launch.
     """
-    clocks = step_clocks(
-        tile.pixels, tile.filters, tile.channels, tile.warps, itemsize, part
-    )
+    clocks = step_clocks(tile.pixels, tile.filters, tile.channels, tile.warps, itemsize, part)
     tiles = -(-pixels // (tile.pixels * classes)) * classes
     programs = tiles * segments
     average = segment_steps / (segments * classes) * clocks

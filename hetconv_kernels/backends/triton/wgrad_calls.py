@@ -61,9 +61,7 @@ class WgradCall:
         )
         self._size = sum(p.positions.size for p in self.parts)
         grid = (-(-self._places.numel() // _REDUCE_BLOCK),)
-        self._reduce = Launch(
-            reduce_kernel_splits, grid, (_REDUCE_BLOCK,), 4, 1, self._device
-        )
+        self._reduce = Launch(reduce_kernel_splits, grid, (_REDUCE_BLOCK,), 4, 1, self._device)
 
     def run(self, dy: Tensor, x: Tensor) -> Tensor:
         """Computes dw in the problem's canonical form, dead entries zero."""
