@@ -19,6 +19,7 @@ import torch
 
 import hetconv_kernels as hk
 from hetconv_kernels import ops
+from hetconv_kernels.backends import parts
 from hetconv_kernels.backends.triton import Triton, choice, dgrad, lowering, tiles
 from hetconv_kernels.errors import BackendError
 from hetconv_kernels.problem import Problem, make_geometry
@@ -120,7 +121,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
         package._device_reasons.cache_clear()
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-        monkeypatch.setattr(choice, "part_of", lambda *_: tiles.PARTS[9, 0])
+        monkeypatch.setattr(choice, "part_of", lambda *_: parts.PARTS[9, 0])
         # What a user has tuned on this machine is no part of the tests.
         monkeypatch.setattr("hetconv_kernels.tuning.pick", lambda *_: None)
 
@@ -259,9 +260,9 @@ def test_a_prediction_counts_the_gather_of_interleaved_channels(on_gpu) -> None:
     assert Triton().estimate(other) > Triton().estimate(blocked)
 
 
-@pytest.mark.parametrize("capability", tiles.PARTS)
+@pytest.mark.parametrize("capability", parts.PARTS)
 def test_shipped_tiles_fit_every_part(capability: tuple[int, int]) -> None:
-    part = tiles.PARTS[capability]
+    part = parts.PARTS[capability]
     for tile in tiles.HALF_TILES:
         buffers = tiles.stages(tile, 2, part) - (not part.waits)
         assert buffers * (tile.pixels + tile.filters) * tile.channels * 2 <= part.shared

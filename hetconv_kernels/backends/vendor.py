@@ -18,7 +18,8 @@ from ..packing import CleanCheck, FrozenCache, dense_weight, own_blocks
 from ..problem import Problem
 from . import Runner
 from .common import crop_image, empty, epilogue, pad_image, to_format, weight_gradient
-from .rates import DENSE, DTYPE_SPEED, GPU
+from .parts import part_of
+from .rates import DENSE, DTYPE_SPEED, GPU_DENSE, GPU_LAUNCH, GPU_SPEED
 
 
 def dense_seconds(problem: Problem, work: float = 1.0, launches: int = 1) -> float:
@@ -34,8 +35,10 @@ def dense_seconds(problem: Problem, work: float = 1.0, launches: int = 1) -> flo
     """
     macs = problem.dense_macs * work
     if problem.device.type != "cpu":
-        rate, bandwidth, launch = GPU
-        return max(macs / rate, problem.bytes_moved / bandwidth) + launches * launch
+        part = part_of(problem.device)
+        speed = GPU_DENSE * GPU_SPEED.get(problem.dtype, 1.0)
+        compute = macs / (part.processors * part.clock * part.rate * speed)
+        return max(compute, problem.bytes_moved / part.bandwidth) + launches * GPU_LAUNCH
     speed = torch.get_num_threads() * DTYPE_SPEED.get(problem.dtype, 1.0)
     weights = math.prod(problem.support.shape) * work
     return (

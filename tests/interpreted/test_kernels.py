@@ -149,6 +149,22 @@ def test_wgrad_equals_its_plans_run_literally(support: str) -> None:
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("support", ["ragged", "depthwise"])
+def test_a_coarse_lowering_is_the_same_function(support: str) -> None:
+    geometry = make_geometry(SUPPORTS[support], 1, 1)
+    x, w, poisoned, dy = tensors(geometry, torch.float32)
+    for verb, first in (("fprop", x), ("dgrad", dy)):
+        p = problem(verb, geometry, first, first, w, SIZE)
+        fine, _ = gather_call(p, TILE).run(first, poisoned)
+        lowering = choice.lowering_of(p, 16, 16, False, True)
+        assert lowering.gather is lowering.rows is None
+        coarse = GatherCall(p, GatherChoice(TILE, None, lowering, 0.0, 1.0))
+        torch.testing.assert_close(coarse.run(first, poisoned)[0], fine, rtol=1e-4, atol=1e-4)
+    p = problem("wgrad", geometry, dy, x, w, SIZE)
+    fine, coarse = (WgradCall(p, TILE, TILE, flag).run(dy, x) for flag in (False, True))
+    torch.testing.assert_close(coarse, fine, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("splits", [1, 3])
 def test_any_number_of_splits_gives_the_same_gradient(
     splits: int, monkeypatch: pytest.MonkeyPatch

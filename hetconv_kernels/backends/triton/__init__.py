@@ -123,7 +123,8 @@ class Triton:
         """Prepares dw."""
         from .wgrad_calls import WgradCall
 
-        return WgradCall(problem, *choice.best_wgrad(problem).tiles).run
+        picked = choice.best_wgrad(problem)
+        return WgradCall(problem, *picked.tiles, picked.coarse).run
 
 
 def _call(problem: Problem) -> GatherCall:

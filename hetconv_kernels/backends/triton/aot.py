@@ -22,12 +22,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..parts import PARTS
 from .tiles import (
     BOX_TILES,
     HALF_FUSED,
     HALF_ONE,
     HALF_TILES,
-    PARTS,
     SINGLE_FUSED,
     SINGLE_ONE,
     SINGLE_TILES,
@@ -233,7 +233,7 @@ def _wide(configuration: Configuration) -> bool:
     return rows >= 64 and tile.warps % 4 == 0
 
 
-def _source(configuration: Configuration) -> tuple[Any, dict[str, str], dict[str, Any], Any]:
+def _source(configuration: Configuration) -> tuple[Any, Any, Any, Any]:
     """Returns the kernel with its signature, constants and what is known of its arguments."""
     from .boxes import fprop_kernel_boxes
     from .fprop import fprop_kernel_gather

@@ -54,9 +54,8 @@ def bind_boxes(call: GatherCall, x: Tensor, y: Tensor) -> Bound:
     assert box is not None
     axes = call.axes()
     folded = folds(problem, tile, x.stride()) and box.rows * box.cols > 1
-    y_unit = unit(
-        16 // x.element_size(), y, [] if lowering.rows is not None else lowering.plan.segments
-    )
+    heads = lowering.plan.segments.tolist() if lowering.rows is None else []
+    y_unit = unit(16 // x.element_size(), y, heads)
     spread = any(axis.store != 1 for pair in axes for axis in pair)
     sizes = set((lowering.plan.segments[1:] - lowering.plan.segments[:-1]).tolist())
     # A TMA store has no mask: a segment that is not full would write over the next one's filters.

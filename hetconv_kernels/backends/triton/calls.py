@@ -14,12 +14,13 @@ from torch import Tensor
 from ...packing import FrozenCache
 from ...problem import Problem, is_dense_shape
 from ..common import empty
+from ..parts import part_of
 from .choice import GatherChoice
 from .dgrad import Axis, dgrad_axes, fprop_axes, geometry_table
 from .fprop import fprop_kernel_gather, pack_kernel_gather
 from .launch import CONVERSIONS, Launch, capturing, interpreted, pin, upload
 from .lowering import Lowering
-from .tiles import part_of, stages
+from .tiles import stages
 
 _PACK_BLOCK = 1024
 
@@ -209,7 +210,7 @@ class GatherCall:
         last = (x.stride(1) == 1 or x.shape[1] == 1) and (y.stride(1) == 1 or y.shape[1] == 1)
         units = 1, 1
         if last:
-            heads = lowering.plan.segments if lowering.rows is None else []
+            heads = lowering.plan.segments.tolist() if lowering.rows is None else []
             units = unit(widest, x), unit(widest, y, heads)
         axes = self.axes()
         outside = any(

@@ -11,9 +11,12 @@ import torch
 
 from ...plan import Block
 from ...problem import Problem
+from ...support import Support
+from ..parts import Part, part_of
 from . import table
 from .dgrad import dgrad_classes
 from .lowering import Lowering, wgrad_parts
+from .lowering import Part as WgradPart
 from .tiles import (
     BOX_TILES,
     HALF_FUSED,
@@ -25,15 +28,15 @@ from .tiles import (
     SINGLE_ONE,
     SINGLE_TILES,
     Box,
-    Part,
     Tile,
     fprop_seconds,
-    part_of,
     wgrad_seconds,
 )
 
 # "gather" or "boxes" leaves only that kernel to choose from; for tests and for tuning.
 ONLY: str | None = None
+# Ways to lower: whether channels are reordered, and whether all filters read all channels.
+FORMS = ((False, False), (True, False), (False, True))
 # Choices that tuning measures, of those that are predicted to be best.
 MOST_TUNED = 8
 
@@ -58,7 +61,8 @@ class GatherChoice(NamedTuple):
     @property
     def name(self) -> str:
         """Its name in tables and measurements."""
-        return table.name_of(self.tile, self.box, self.lowering.gather is not None)
+        reordered = self.lowering.gather is not None
+        return table.name_of(self.tile, self.box, reordered, self.lowering.coarse)
 
 
 class WgradChoice(NamedTuple):
@@ -66,11 +70,13 @@ class WgradChoice(NamedTuple):
 
     Attributes:
         tiles: of the jobs of three taps, and of those of one.
+        coarse: whether every filter is given all channels.
         seconds: predicted, for the whole call.
         efficiency: useful over executed multiply-accumulates.
     """
 
     tiles: tuple[Tile, Tile]
+    coarse: bool
     seconds: float
     efficiency: float
 
@@ -111,9 +117,9 @@ def _try(problem: Problem, choice: GatherChoice, ready: list[Callable[[], object
 
         call = GatherCall(problem, choice)
         shape = problem.y_shape if problem.verb == "dgrad" else problem.x_shape
-        like = {"dtype": problem.dtype, "device": problem.device}
-        x = torch.empty_strided(shape, problem.strides, **like).normal_()
-        w = torch.randn(problem.support.shape, **like)
+        dtype, device = problem.dtype, problem.device
+        x = torch.empty_strided(shape, problem.strides, dtype=dtype, device=device).normal_()
+        w = torch.randn(problem.support.shape, dtype=dtype, device=device)
         ready.append(lambda: call.run(x, w))
     ready[0]()
 
@@ -123,15 +129,16 @@ def gather_choices(problem: Problem) -> list[GatherChoice]:
     tiles = HALF_TILES if problem.dtype.itemsize == 2 else SINGLE_TILES
     part = part_of(problem.device)
     found = []
-    for reorder in (False, True):
+    forms = [FORMS[0]] if len(problem.support.groups) == 1 else FORMS
+    for form in forms:
         for tile in tiles if ONLY != "boxes" else ():
-            found.append(_gather(problem, tile, None, reorder, part))
+            found.append(_gather(problem, tile, None, form, part))
         for tile in BOX_TILES if ONLY != "gather" and has_boxes(problem.device) else ():
-            lowering = lowering_of(problem, tile.filters, tile.channels, reorder)
+            lowering = lowering_of(problem, tile.filters, tile.channels, *form)
             for box in boxes_of(problem, tile, lowering.gather is not None):
-                found.append(_gather(problem, tile, box, reorder, part))
+                found.append(_gather(problem, tile, box, form, part))
     return [c for c in found if c is not None] or [
-        c for t in tiles if (c := _gather(problem, t, None, False, part)) is not None
+        c for t in tiles if (c := _gather(problem, t, None, FORMS[0], part)) is not None
     ]
 
 
@@ -209,22 +216,24 @@ def boxes_of(problem: Problem, tile: Tile, gathered: bool = False) -> list[Box]:
     return [min(found)[2]] if found else []
 
 
-def lowering_of(problem: Problem, filters: int, channels: int, reorder: bool) -> Lowering:
+def lowering_of(
+    problem: Problem, filters: int, channels: int, reorder: bool, coarse: bool = False
+) -> Lowering:
     """Returns the lowering of fprop or dgrad for slabs of that size; kept with the Support."""
     classes = dgrad_classes(problem.geometry) if problem.verb == "dgrad" else None
-    key = ("triton lowering", filters, channels, reorder, repr(classes))
+    key = ("triton lowering", filters, channels, reorder, coarse, repr(classes))
     found: Lowering | None = problem.support.derived.get(key)
     if found is None:
-        found = Lowering(problem.support, filters, channels, reorder, classes)
+        found = Lowering(problem.support, filters, channels, reorder, classes, coarse)
         problem.support.derived[key] = found
     return found
 
 
 def _gather(
-    problem: Problem, tile: Tile, box: Box | None, reorder: bool, part: Part
+    problem: Problem, tile: Tile, box: Box | None, form: tuple[bool, bool], part: Part
 ) -> GatherChoice | None:
-    lowering = lowering_of(problem, tile.filters, tile.channels, reorder)
-    if reorder and lowering.gather is None:
+    lowering = lowering_of(problem, tile.filters, tile.channels, *form)
+    if form[0] and lowering.gather is None:
         return None  # the same as in the channels' own order
     n, c, h, w = problem.y_shape if problem.verb == "dgrad" else problem.x_shape
     shape = problem.x_shape if problem.verb == "dgrad" else problem.y_shape
@@ -236,6 +245,8 @@ def _gather(
     kernel = fprop_seconds(
         tile, pixels, lowering.steps, lowering.segments, item, part, lowering.classes
     )
+    if box is None and has_boxes(problem.device):
+        kernel *= 1.13  # what descriptors gained on an H100: triton-lang/triton pull 5461
     slabs = lowering.steps * tile.filters * tile.channels
     memory = problem.bytes_moved / part.bandwidth
     seconds = LAUNCH + NEXT_LAUNCH + max(kernel, memory)
@@ -258,7 +269,8 @@ def best_wgrad(problem: Problem) -> WgradChoice:
         part = part_of(problem.device)
         found = min(
             (
-                _wgrad(problem, fused, one, part)
+                _wgrad(problem, fused, one, coarse, part)
+                for coarse in (False, True)
                 for fused in (HALF_FUSED if half else SINGLE_FUSED)
                 for one in (HALF_ONE if half else SINGLE_ONE)
             ),
@@ -268,23 +280,30 @@ def best_wgrad(problem: Problem) -> WgradChoice:
     return found
 
 
-def _wgrad(problem: Problem, fused: Tile, one: Tile, part: Part) -> WgradChoice:
-    blocks = [Block(t.filters, t.channels, align=t.channels) for t in (fused, one)]
-    key = ("triton wgrad", *blocks)
-    support = problem.support
+def parts_of(support: Support, tiles: tuple[Tile, Tile], coarse: bool) -> list[WgradPart]:
+    """Returns the lowering of wgrad for these tiles; kept with the Support."""
+    blocks = [Block(t.filters, t.channels, align=t.channels) for t in tiles]
+    key = ("triton wgrad", coarse, *blocks)
     if key not in support.derived:
-        support.derived[key] = wgrad_parts(support, *blocks)
+        support.derived[key] = wgrad_parts(support, blocks[0], blocks[1], coarse)
+    found: list[WgradPart] = support.derived[key]
+    return found
+
+
+def _wgrad(problem: Problem, fused: Tile, one: Tile, coarse: bool, part: Part) -> WgradChoice:
+    support = problem.support
     oh, ow = problem.output_size
     pixels, item = problem.batch * oh * ow, problem.dtype.itemsize
     kernel, executed = 0.0, 0
-    for p in support.derived[key]:
+    for p in parts_of(support, (fused, one), coarse):
         tile = fused if p.taps == 3 else one
         kernel += wgrad_seconds(tile, len(p.words), p.taps, pixels, item, part) + NEXT_LAUNCH
         executed += p.positions.size
     seconds = LAUNCH + max(kernel, problem.bytes_moved / part.bandwidth)
     if not problem.channels_last:
         seconds += kernel
-    return WgradChoice((fused, one), seconds, support.live / executed if executed else 1.0)
+    efficiency = support.live / executed if executed else 1.0
+    return WgradChoice((fused, one), coarse, seconds, efficiency)
 
 
 def _key(problem: Problem) -> tuple[object, ...]:

@@ -64,6 +64,8 @@ class Lowering:
         reorder: whether channels with the same readers are brought together, at the cost of a
             gather of the activations where that changes their order.
         classes: for dgrad, the residue classes of rows and of columns.
+        coarse: whether all filters read what any of them reads, the rest being explicit zeros;
+            exact for finite values, and faster where many ragged groups fill tiles badly.
 
     Attributes:
         plan: the Plan that this is a form of.
@@ -80,10 +82,13 @@ class Lowering:
         channels: int,
         reorder: bool = True,
         classes: tuple[Sequence[Residue], Sequence[Residue]] | None = None,
+        coarse: bool = False,
     ) -> None:
-        self.support, self.transposed = support, classes is not None
+        self.support, self.transposed, self.coarse = support, classes is not None, coarse
         block = Block(filters, channels, align=channels)
         lowered = support.transpose() if self.transposed else support
+        if coarse:
+            lowered = coarsened(lowered)
         self.plan = Plan(lowered, block, reorder=reorder)
         kh, kw = support.kernel
         steps, self.segments = self.plan.steps, len(self.plan.segments) - 1
@@ -123,7 +128,20 @@ class Lowering:
         found = slab_positions(self.plan)[self._order]
         if self.transposed:
             found = _untransposed(found, self.support)
+        found = _only_live(found, self.support)
         return memory_places(found, self.support, form)
+
+
+def coarsened(support: Support) -> Support:
+    """Returns the Support whose every filter reads what any filter of this one reads."""
+    mask = support.mask
+    return Support.from_mask(np.broadcast_to(mask.any(axis=0), mask.shape), "coarsened")
+
+
+def _only_live(positions: IntArray, support: Support) -> IntArray:
+    """Takes out the positions of dead weights, which a coarsened Plan has slots for."""
+    live = np.flatnonzero(support.mask)
+    return np.where(np.isin(positions, live), positions, -1)
 
 
 def slab_positions(plan: Plan) -> IntArray:
@@ -199,7 +217,7 @@ class Part(NamedTuple):
     positions: IntArray
 
 
-def wgrad_parts(support: Support, fused: Block, single: Block) -> list[Part]:
+def wgrad_parts(support: Support, fused: Block, single: Block, coarse: bool = False) -> list[Part]:
     """Lowers wgrad: whole rows of three taps share their reading of dy, the rest goes tap by tap.
 
     HetConv so becomes its own groups, three taps at a time, and one product for the centre tap of
@@ -209,13 +227,15 @@ def wgrad_parts(support: Support, fused: Block, single: Block) -> list[Part]:
         support: which weights have gradients.
         fused: the slab of jobs of three taps.
         single: the slab of jobs of one tap.
+        coarse: as in `Lowering`.
 
     Returns:
         At most two parts; none for a Support without weights.
     """
-    parts, left = [], support.mask.copy()
+    parts, whole = [], coarsened(support) if coarse else support
+    left = whole.mask.copy()
     if support.kernel[1] == 3:
-        plan = Plan(support, fused, reorder=False)
+        plan = Plan(whole, fused, reorder=False)
         steps = plan.steps
         keys = np.stack([plan.owner, steps["channel"], steps["dy"]], axis=1)
         _, line, size = np.unique(keys, axis=0, return_inverse=True, return_counts=True)
@@ -225,11 +245,13 @@ def wgrad_parts(support: Support, fused: Block, single: Block) -> list[Part]:
         if len(triples):
             positions = slab_positions(plan)[triples]
             left.reshape(-1)[positions[positions >= 0]] = False
+            positions = _only_live(positions, support)
             parts.append(_part(plan, 3, triples[:, 0], positions))
     if left.any():
         plan = Plan(Support.from_mask(left), single, reorder=False)
         every = np.arange(len(plan.steps))
-        parts.append(_part(plan, 1, every, slab_positions(plan)[:, None]))
+        positions = _only_live(slab_positions(plan)[:, None], support)
+        parts.append(_part(plan, 1, every, positions))
     return parts
 
 

@@ -54,9 +54,9 @@ def look_up(problem: Problem) -> str | None:
     return None if entry is None else str(entry["name"])
 
 
-def name_of(tile: Tile, box: Box | None, reorder: bool) -> str:
-    """Names a choice of fprop or dgrad, as ``128x64x64 box 1x8x16 reordered``."""
+def name_of(tile: Tile, box: Box | None, reorder: bool, coarse: bool = False) -> str:
+    """Names a choice of fprop or dgrad, as ``128x64x64 box 1x8x16 reordered`` or ``coarse``."""
     text = f"{tile.pixels}x{tile.filters}x{tile.channels}"
     if box is not None:
         text += " box " + "x".join(map(str, box))
-    return text + (" reordered" if reorder else "")
+    return text + " reordered" * reorder + " coarse" * coarse

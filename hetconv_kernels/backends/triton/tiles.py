@@ -8,10 +8,9 @@ and arithmetic): **no GPU has confirmed them yet**.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
-import torch
+from ..parts import Part
 
 
 class Tile(NamedTuple):
@@ -44,39 +43,6 @@ class Box(NamedTuple):
     cols: int
 
 
-class Part(NamedTuple):
-    """A GPU, as far as the model knows it.
-
-    Attributes:
-        processors: multiprocessors.
-        clock: in Hz.
-        rate: bf16 multiply-accumulates a clock and multiprocessor; tf32 has half of it.
-        l2: bytes a clock and multiprocessor that L2 supplies.
-        bandwidth: of memory, in bytes per second.
-        shared: bytes of shared memory that one program may have.
-        waits: whether products run on while the program goes on (wgmma, tcgen05); their operands
-            then need one buffer more for the same depth.
-    """
-
-    processors: int
-    clock: float
-    rate: int
-    l2: float
-    bandwidth: float
-    shared: int
-    waits: bool
-
-
-# By compute capability; others take the nearest one below. The number of multiprocessors is that
-# of the device where there is one.
-PARTS = {
-    (8, 0): Part(108, 1.41e9, 1024, 38, 1.5e12, 163 * 1024, False),
-    (8, 6): Part(84, 1.7e9, 512, 38, 0.7e12, 99 * 1024, False),
-    (9, 0): Part(132, 1.75e9, 2048, 38, 3.3e12, 227 * 1024, True),
-    (10, 0): Part(148, 1.85e9, 4096, 38, 7e12, 227 * 1024, True),
-    (12, 0): Part(170, 2.4e9, 512, 38, 1.7e12, 99 * 1024, False),
-}
-
 # The tiles that are shipped, for 16-bit types and for float32.
 HALF_TILES = (
     Tile(128, 128, 64, 8),
@@ -102,21 +68,9 @@ SINGLE_TILES = (
     Tile(128, 16, 16, 4),
 )
 # wgrad: jobs of three taps, then of one.
-HALF_FUSED, HALF_ONE = (
-    (Tile(64, 64, 64, 4), Tile(64, 32, 32, 4)),
-    (
-        Tile(64, 128, 128, 8),
-        Tile(64, 64, 64, 4),
-        Tile(64, 32, 32, 4),
-    ),
-)
-SINGLE_FUSED, SINGLE_ONE = (
-    (Tile(32, 64, 64, 4), Tile(32, 32, 32, 4)),
-    (
-        Tile(32, 64, 64, 4),
-        Tile(32, 32, 32, 4),
-    ),
-)
+HALF_FUSED = (Tile(64, 128, 64, 8), Tile(64, 64, 64, 4), Tile(64, 32, 32, 4))
+HALF_ONE = (Tile(64, 128, 128, 8), Tile(64, 64, 64, 4), Tile(64, 32, 32, 4))
+SINGLE_FUSED = SINGLE_ONE = (Tile(32, 64, 64, 4), Tile(32, 32, 32, 4))
 MAX_STAGES = 4
 # Clocks that a program spends before its first and after its last step.
 PROLOGUE = 1500
@@ -124,23 +78,6 @@ PROLOGUE = 1500
 ISSUE = 25
 # Seconds that a launch, and a launch more in the same call, take.
 LAUNCH, NEXT_LAUNCH = 6e-6, 3e-6
-
-
-def part_of(device: torch.device | None = None) -> Part:
-    """Returns what the model knows of a device; of an H100 where there is no GPU."""
-    if device is None or device.type != "cuda" or not torch.cuda.is_available():
-        return PARTS[9, 0]
-    return _part_of(device.index or 0)
-
-
-@cache
-def _part_of(index: int) -> Part:
-    capability = torch.cuda.get_device_capability(index)
-    known = max((c for c in PARTS if c <= capability), default=(8, 0))
-    if capability in ((8, 7), (8, 9)):
-        known = (8, 6)
-    count = torch.cuda.get_device_properties(index).multi_processor_count
-    return PARTS[known]._replace(processors=count)
 
 
 def stages(tile: Tile, itemsize: int, part: Part) -> int:
@@ -217,9 +154,8 @@ def wgrad_seconds(
     tile: Tile, jobs: int, taps: int, pixels: int, itemsize: int, part: Part
 ) -> float:
     """Predicts the time of one launch of wgrad's kernel, split so that all processors work."""
-    clocks = taps * step_clocks(
-        tile.filters, tile.channels, tile.pixels, tile.warps, itemsize, part
-    )
+    rows, cols = tile.filters, taps * tile.channels
+    clocks = step_clocks(rows, cols, tile.pixels, tile.warps, itemsize, part)
     turns = -(-pixels // tile.pixels)
     cut = splits(jobs, pixels, tile.pixels, part)
     programs = jobs * cut

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...plan import Block
 from ...problem import Problem
+from ..parts import Part, part_of
 from .calls import precision, unit
+from .choice import parts_of
 from .launch import Launch, capturing, interpreted, pin, upload
-from .lowering import Int32Array, gradient_places, padded_rows, wgrad_parts
-from .tiles import Part, Tile, part_of, splits, wgrad_stages
+from .lowering import Int32Array, gradient_places, padded_rows
+from .tiles import Tile, splits, wgrad_stages
 from .wgrad import reduce_kernel_splits, wgrad_kernel_gather
 
 _REDUCE_BLOCK = 1024
@@ -28,22 +29,19 @@ class WgradCall:
         problem: what to run.
         fused: tile of the jobs of three taps.
         single: tile of the jobs of one tap.
+        coarse: whether every filter is given all channels.
     """
 
-    def __init__(self, problem: Problem, fused: Tile, single: Tile) -> None:
+    def __init__(self, problem: Problem, fused: Tile, single: Tile, coarse: bool = False) -> None:
         self.problem, self._device = problem, problem.device
         self._part: Part = part_of(problem.device)
-        blocks = [Block(t.filters, t.channels, align=t.channels) for t in (fused, single)]
-        key = ("triton wgrad", *blocks)
         support = problem.support
-        if key not in support.derived:
-            support.derived[key] = wgrad_parts(support, *blocks)
-        self.parts = support.derived[key]
+        self.parts = parts_of(support, (fused, single), coarse)
         self._tiles = {3: fused, 1: single}
         form = "live" if problem.live_weight else "contiguous"
         if form == "contiguous" and problem.channels_last and len(problem.weight_shape) == 4:
             form = "channels_last"
-        places_key = (*key, form, self._device)
+        places_key = ("triton places", fused, single, coarse, form, self._device)
         if places_key not in support.derived:
             places = gradient_places(self.parts, support, form)
             support.derived[places_key] = upload(places, self._device)
@@ -102,7 +100,7 @@ class WgradCall:
             tile = self._tiles[part.taps]
             scattered = not np.array_equal(part.plan.rows, np.arange(len(part.plan.rows)))
             x_unit = unit(widest, x) if last_x else 1
-            heads = [] if scattered else part.plan.segments
+            heads = [] if scattered else part.plan.segments.tolist()
             y_unit = unit(widest, dy, heads) if last_y else 1
             rows: Int32Array = (
                 padded_rows(part.plan)
