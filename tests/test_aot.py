@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from hetconv_kernels.backends.triton import aot
+from hetconv_kernels.backends.triton import aot, shipped
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "aot"
@@ -46,7 +46,7 @@ def rows(capability: int, pattern: str) -> dict[str, dict[str, Any]]:
     """Compiles, in a process without the interpreter, what is not known yet; returns all rows."""
     path = FOLDER / f"sm{capability}-{digest()}.json"
     known = {r["name"]: r for r in json.loads(path.read_text())} if path.exists() else {}
-    names = [c.name for c in aot.chosen(capability, pattern)]
+    names = [c.name for c in shipped.chosen(capability, pattern)]
     missing = [name for name in names if name not in known]
     if missing:
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -76,8 +76,8 @@ def rows(capability: int, pattern: str) -> dict[str, dict[str, Any]]:
     return {name: known[name] for name in names}
 
 
-@pytest.mark.parametrize("configuration", aot.chosen(90), ids=lambda c: c.name)
-def test_hopper(configuration: aot.Configuration) -> None:
+@pytest.mark.parametrize("configuration", shipped.chosen(90), ids=lambda c: c.name)
+def test_hopper(configuration: shipped.Configuration) -> None:
     row = rows(90, "")[configuration.name]
     assert row["problems"] == [], row
 
@@ -90,7 +90,7 @@ def test_other_generations(capability: int) -> None:
 
 
 def test_no_more_than_40_configurations_are_shipped() -> None:
-    names = [c.name for c in aot.configurations()]
+    names = [c.name for c in shipped.configurations()]
     assert len(names) == len(set(names)) <= 40
 
 
@@ -131,7 +131,7 @@ GOOD = aot.Compiled(
     ids=lambda value: str(value) if isinstance(value, str) else "-".join(value),
 )
 def test_lost_speed_is_noticed(change: dict[str, Any], words: str) -> None:
-    configuration = aot.configurations()[0]
+    configuration = shipped.configurations()[0]
     assert configuration.name == GOOD.name
     assert aot.problems(GOOD, configuration) == []
     found = aot.problems(dataclasses.replace(GOOD, **change), configuration)
@@ -140,6 +140,6 @@ def test_lost_speed_is_noticed(change: dict[str, Any], words: str) -> None:
 
 
 def test_a_box_that_goes_through_registers_is_noticed() -> None:
-    boxed = next(c for c in aot.configurations() if c.box is not None)
+    boxed = next(c for c in shipped.configurations() if c.box is not None)
     assert aot.problems(dataclasses.replace(GOOD, from_shared=True), boxed) == []
     assert aot.problems(GOOD, boxed) == ["an operand of the product goes through registers"]
