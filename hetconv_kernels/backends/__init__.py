@@ -21,6 +21,8 @@ from ..problem import Problem
 CODES = {"auto": 0, "reference": 1, "vendor": 2, "cpu": 3, "triton": 4, "cuda": 5}
 NAMES = {code: name for name, code in CODES.items()}
 
+# The device types that backends are for, where it is only one.
+_ONLY_ON = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 # A prepared primitive: called again and again with the tensors of the problem.
 Runner = Callable[..., Any]
 
@@ -109,9 +111,14 @@ def _engines() -> dict[str, Backend]:
     return engines | {"reference": Reference()}
 
 
-def available_backends() -> tuple[str, ...]:
-    """Names the backends that this installation has, in the order in which `auto` asks them."""
-    return tuple(_engines())
+def available_backends(device: str | None = None) -> tuple[str, ...]:
+    """Names the backends that this installation has, in the order in which `auto` asks them.
+
+    Args:
+        device: a device's type; leaves out the backends that are for another one.
+    """
+    names = tuple(_engines())
+    return tuple(n for n in names if device is None or _ONLY_ON.get(n, device) == device)
 
 
 def get_backend(name: str) -> Backend:
