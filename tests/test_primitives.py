@@ -80,3 +80,20 @@ def test_the_quick_table_is_what_the_targets_are_stated_for() -> None:
 def test_without_a_gpu_nothing_is_measured(capsys) -> None:  # type: ignore[no-untyped-def]
     assert primitives.main([]) == 2
     assert "nothing was measured" in capsys.readouterr().out
+
+
+def test_the_table_keeps_what_was_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import tune
+    from hetconv_kernels.backends.triton import table
+
+    cases = [replace(c, device="cpu") for c in GPU_CASES if c.quick][:2]
+    seen = []
+
+    def measure(problem, choices):  # type: ignore[no-untyped-def]
+        seen.append((problem.verb, len(choices)))
+        return choices[-1].name, 1e-5
+
+    found = tune.entries(cases, (9, 0), measure, most=3)
+    assert seen == [("fprop", 3), ("dgrad", 3)] * 2
+    assert set(found) == {table.key_of(p, (9, 0)) for c in cases for p in tune.problems(c)}
+    assert all(entry["seconds"] == 1e-5 for entry in found.values())

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, seed, settings
 # Of all cases; float64, which the engine leaves to others, is one in six.
 MAY_REFUSE = 0.2
 SHARDS = 2
-EXAMPLES = int(os.environ.get("HETCONV_FUZZ", "240")) // SHARDS
+EXAMPLES = int(os.environ.get("HETCONV_FUZZ", "160")) // SHARDS
 
 _poison = properties._poison
 
