@@ -71,7 +71,7 @@ class Packer:
         slabs = torch.empty(shape, dtype=self._dtype, device=self._device)
         if source.numel():
             self._launch(w, source, slabs, source.numel())
-            if w.is_cuda and form == "live" and not capturing(w.device):
+            if w.is_cuda and w.dim() == 1 and not (w.requires_grad or capturing(w.device)):
                 # These are kept, and the next call may come on another stream.
                 torch.cuda.current_stream(w.device).synchronize()
         return slabs
