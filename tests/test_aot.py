@@ -50,7 +50,6 @@ def rows(capability: int, pattern: str) -> dict[str, dict[str, Any]]:
     missing = [name for name in names if name not in known]
     if missing:
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        environment["TRITON_DEFAULT_FP_FUSION"] = "1"
         if OTHER:
             paths = [OTHER, str(ROOT), environment.get("PYTHONPATH", "")]
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))

@@ -304,7 +304,7 @@ class FakeKernel:
         self.started: list[tuple[Any, ...]] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def jit(*arguments: Any, num_warps: int, num_stages: int) -> Any:
+        def jit(*arguments: Any, num_warps: int, num_stages: int, enable_fp_fusion: bool) -> Any:
             self.compiled.append((grid, *arguments, num_warps, num_stages))
             return {grid: lambda *again: self.started.append(again)}
 

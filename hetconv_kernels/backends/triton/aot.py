@@ -95,7 +95,7 @@ def compile_configuration(configuration: Configuration, capability: int) -> Comp
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": warps, "num_stages": depth},
+        options={"num_warps": warps, "num_stages": depth, "enable_fp_fusion": True},
     )
     seconds = time.perf_counter() - started
     sass, usage = _disassemble(compiled.asm["cubin"])

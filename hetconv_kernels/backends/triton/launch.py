@@ -77,7 +77,8 @@ class Launch:
         self.device = device
         self.kernel, self.constants = kernel, tuple(constants)
         self.grid = (*grid, 1, 1)[:3]
-        self.options = {"num_warps": warps, "num_stages": stages}
+        # Fusion is said outright: Triton 3.10 changes its default.
+        self.options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
         self._handles: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, *arguments: Any) -> None:
