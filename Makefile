@@ -34,7 +34,7 @@ PY := $(VENV)/bin/python
 endif
 
 help: ## This list
-	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 env: $(ENV) ## Set everything up in .venv, run nothing
 
@@ -48,7 +48,18 @@ bench: $(ENV) ## Measure the layers; a fair clock needs an otherwise idle machin
 	$(PY) -m hetconv_kernels bench $(ARGS)
 
 # A machine with a GPU often has its own PyTorch and no network: that interpreter is used as it is.
-gpu: ## Run all tests with the GPU's first, then the GPU benchmarks (needs an NVIDIA GPU)
+gpu: ## Run the GPU's tests, then the table of its primitives (needs an NVIDIA GPU)
+	@$(MAKE) --no-print-directory gpu-find GOAL=gpu
+
+# SHARD=i/n measures one of n parts; run again, it goes on where it stopped.
+gpu-full: ## Measure all shapes, batches, Supports and dtypes on the GPU; SHARD=i/n for a part
+	@$(MAKE) --no-print-directory gpu-find GOAL=gpu-full
+
+gpu-sanitize: ## Run the GPU's tests under compute-sanitizer: memcheck, then racecheck
+	@$(MAKE) --no-print-directory gpu-find GOAL=gpu-sanitize
+
+.PHONY: gpu-find gpu-full gpu-sanitize gpu-full-run gpu-sanitize-run
+gpu-find:
 	@found=; has_gpu='import sys, torch; sys.exit(not torch.cuda.is_available())'; \
 	for py in $(if $(filter inplace,$(ENV)),$(PY),python3 $(VENV)/bin/python); do \
 	    if "$$py" -c "$$has_gpu" 2>/dev/null; then found="$$py"; break; fi; \
@@ -57,18 +68,27 @@ gpu: ## Run all tests with the GPU's first, then the GPU benchmarks (needs an NV
 	    $(MAKE) env && $(VENV)/bin/python -c "$$has_gpu" && found=$(VENV)/bin/python; \
 	fi; \
 	if [ -z "$$found" ]; then \
-	    echo "make gpu: no NVIDIA GPU that PyTorch can use was found, so nothing was run. It needs a" \
+	    echo "make $(GOAL): no NVIDIA GPU that PyTorch can use was found, so nothing was run. It needs a" \
 	         "GPU, its driver, and a python3 whose torch.cuda.is_available() is True (or name one:" \
-	         "make gpu PY=/path/to/python). Without a GPU, 'make test' runs everything else." >&2; \
+	         "make $(GOAL) PY=/path/to/python). Without a GPU, 'make test' runs everything else." >&2; \
 	    exit 2; \
 	fi; \
-	echo "make gpu: using $$found"; $(MAKE) gpu-run PY="$$found"
+	echo "make $(GOAL): using $$found"; $(MAKE) $(GOAL)-run PY="$$found"
 
 .PHONY: gpu-run
 gpu-run: inplace
 	$(PY) -m pytest -m gpu
-	$(PY) -m pytest -m "not gpu"
-	$(PY) -m hetconv_kernels bench --gpu $(ARGS)
+	$(PY) -m benchmarks.primitives $(ARGS)
+
+gpu-full-run: inplace
+	$(PY) -m benchmarks.primitives --full --shard $(or $(SHARD),1/1) $(ARGS)
+
+gpu-sanitize-run: inplace
+	for tool in memcheck racecheck; do \
+	    compute-sanitizer --tool $$tool --error-exitcode 1 $(PY) -m pytest -q -m gpu \
+	        tests/test_gpu_triton.py -k "oracle or uneven or epilogue or bit_for_bit" $(ARGS) \
+	        || exit 1; \
+	done
 
 lint: $(ENV) ## Check style: ruff, and clang-format for csrc
 	$(PY) -m ruff check .
@@ -84,8 +104,17 @@ format: $(ENV) ## Put the style right
 types: $(ENV) ## Check types: mypy, strict on the core
 	$(PY) -m mypy
 
-aot: ## Compile the Triton kernels ahead of time for every GPU generation, without a GPU
-	@echo "make aot: no Triton kernels are in the tree yet, so there is nothing to compile."
+# The installed Triton and the oldest supported one; what has not changed is not compiled again.
+OLDEST_TRITON := 3.6.0
+aot: $(ENV) build/triton-$(OLDEST_TRITON)/.there ## Compile the Triton kernels for every GPU generation, without a GPU
+	HETCONV_AOT_ALL=1 $(PY) -m pytest -q tests/test_aot.py $(ARGS)
+	HETCONV_AOT_ALL=1 HETCONV_AOT_TRITON=$(CURDIR)/build/triton-$(OLDEST_TRITON) \
+	    $(PY) -m pytest -q tests/test_aot.py $(ARGS)
+
+build/triton-$(OLDEST_TRITON)/.there: | $(ENV)
+	$(PY) -m pip --disable-pip-version-check install --quiet --no-deps --target $(@D) \
+	    triton==$(OLDEST_TRITON)
+	@touch $@
 
 # Needs no Python: two builds of tests/native, which run side by side.
 sanitize: ## Fuzz the compiled CPU part under the address, leak, undefined and thread sanitizers

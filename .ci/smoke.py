@@ -33,7 +33,7 @@ layer = hk.nn.HetConv2d(8, 16, 3, stride=2, padding=1, p=4)
 x = torch.randn(2, 8, 9, 9, requires_grad=True)
 mask = torch.from_numpy(layer.support.mask.copy())
 truth = F.conv2d(x, layer.weight * mask, layer.bias, stride=2, padding=1)
-for backend in ("auto", *hk.available_backends()):
+for backend in ("auto", *hk.available_backends("cpu")):
     with hk.use_backend(backend):
         y = layer(x)
     torch.testing.assert_close(y, truth, rtol=1e-4, atol=1e-5)

@@ -108,7 +108,9 @@ def keep_freed_memory() -> None:
 def backends(config: pytest.Config) -> list[str]:
     """Names the backends to measure."""
     forced = config.getoption("--backend")
-    engines = [name for name in hk.available_backends() if name not in ("vendor", "reference")]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    built = (*hk.available_backends("cpu"), *hk.available_backends(device))
+    engines = [name for name in dict.fromkeys(built) if name not in ("vendor", "reference")]
     return list(forced or engines or ["vendor"])
 
 

@@ -109,6 +109,26 @@ MODEL_ROW = {
         "timings": {"type": "object", "values": _TIMINGS},
     },
 }
+PRIMITIVE_ROW = {
+    "type": "object",
+    "required": ["kind", "case", "verb", "backend", "macs", "dense_macs", "bytes", "match"],
+    "properties": {
+        "kind": {"enum": ["primitive"]},
+        "verb": {"enum": ["fprop", "dgrad", "wgrad"]},
+        "match": _MATCH,
+        # As in a layer's row, absent when the match failed.
+        **{
+            name: LAYER_ROW["properties"][name]  # type: ignore[index]
+            for name in (
+                "case", "backend", "macs", "dense_macs", "bytes", "median_s", "floor_s",
+                "percent_of_roof", "verdict", "timings",
+            )
+        },
+        "efficiency": _NUMBER,
+        "dense": _ESTIMATE,
+        "composition": _MAYBE_ESTIMATE,
+    },
+}  # fmt: skip
 SCHEMA = {
     "type": "object",
     "required": ["schema", "name", "started", "environment", "roofs", "rows"],
@@ -127,7 +147,10 @@ SCHEMA = {
                 "required": ["macs_per_s", "bytes_per_s", "device", "dtype"],
             },
         },
-        "rows": {"type": "array", "items": {"anyOf": [LAYER_ROW, DISPATCH_ROW, MODEL_ROW]}},
+        "rows": {
+            "type": "array",
+            "items": {"anyOf": [LAYER_ROW, DISPATCH_ROW, MODEL_ROW, PRIMITIVE_ROW]},
+        },
     },
 }
 

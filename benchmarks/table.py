@@ -64,6 +64,35 @@ def dispatch_table(rows: Sequence[Row]) -> list[str]:
     return _lay_out(header, lines)
 
 
+def primitive_table(rows: Sequence[Row]) -> list[str]:
+    """Lays out rows of single primitives: µs beside their floor, and ratios to the rivals."""
+    header = (
+        "case", "verb", "µs", "floor µs", "floor %", "MAC ratio", "efficiency", "× dense",
+        "× compos.", "verdict",
+    )  # fmt: skip
+    lines = []
+    for row in rows:
+        macs = f"{row['dense_macs'] / row['macs']:.2f}"
+        if "dense" not in row:
+            lines.append((row["case"]["name"], row["verb"], "", "", "", macs, "", "", "", "WRONG"))
+            continue
+        lines.append(
+            (
+                row["case"]["name"],
+                row["verb"],
+                f"{row['median_s'] * 1e6:.2f}",
+                f"{row['floor_s'] * 1e6:.2f}",
+                f"{row['percent_of_roof']:.0f}",
+                macs,
+                f"{row['efficiency']:.0%}",
+                f"{row['dense']['ratio']:.2f}",
+                _ratio(row["composition"]),
+                row["verdict"],
+            )
+        )
+    return _lay_out(header, lines)
+
+
 def _layer_line(row: Row) -> tuple[str, ...]:
     asked, ran = row["backend"]["asked"], row["backend"]["ran"]
     name = asked if asked == ran else f"{asked} → {ran}"

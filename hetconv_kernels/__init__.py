@@ -23,7 +23,7 @@ from .info import info
 from .support import Support
 
 if TYPE_CHECKING:
-    from . import export, io, models, stats, testing, timing
+    from . import export, io, models, stats, testing, timing, tuning
     from .compress import (
         ADMM,
         FilterCorrelation,
@@ -68,6 +68,7 @@ __all__ = [
     "stats",
     "testing",
     "timing",
+    "tuning",
     "use_backend",
     "warmup",
 ]
@@ -93,6 +94,7 @@ _LAZY = {
     "stats": (".stats", None),
     "testing": (".testing", None),
     "timing": (".timing", None),
+    "tuning": (".tuning", None),
 }
 
 

@@ -13,6 +13,7 @@ the rest of the call together); tracing, dispatch modes and exported programs go
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -192,11 +193,22 @@ def run_fprop_stats(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes y = conv(x, w) + shift with its per-filter sums, for training-mode BN.
 
+    An engine that can sums while it computes; for the others y is read once more.
+
     Returns:
         y [N, F, OH, OW], Σ y [F] and Σ y² [F], the sums in float32 (float64 for float64).
     """
-    y = run_fprop(x, w, geometry, shift, backend)
-    return y, *channel_statistics(y)
+    extras = None if shift is None else (shift.shape, shift.dtype, shift.device)
+    first = (x.shape, x.stride(), x.dtype, x.device)
+    key = ("stats", *first, w.shape, w.stride(), w.dtype, w.device, backend, extras)
+    choice = geometry.choices.get(key)
+    if choice is None:
+        check_call(geometry, x, w, shift, True)
+        problem = describe("fprop", geometry, x, x, w, tuple(x.shape[2:]), {"shift": shift})
+        problem = replace(problem, epilogue=(*problem.epilogue, "stats"))
+        choice = _remember(geometry, key, problem, backend)
+    result = choice.run(x, w, None, shift, None)
+    return result if isinstance(result, tuple) else (result, *channel_statistics(result))
 
 
 def describe(

@@ -75,6 +75,7 @@ class Plan:
         block: the tile.
         strict: forbids merging groups, covering gaps and widening runs to the alignment: a filter
             then never sees a column that it does not read, whatever non-finite value stands there.
+        reorder: whether channels may be reordered; where not, `cols` is their own order.
 
     Attributes:
         rows: filters in segment order.  # int [F]
@@ -85,11 +86,14 @@ class Plan:
         slab_size: packed weights of all steps together.
     """
 
-    def __init__(self, support: Support, block: Block, strict: bool = False) -> None:
+    def __init__(
+        self, support: Support, block: Block, strict: bool = False, reorder: bool = True
+    ) -> None:
         self.support, self.block, self.strict = support, block, strict
         groups = support.groups
         tap_masks = np.stack([g.mask for g in groups])
-        self.cols: IntArray = _column_order(tap_masks)
+        in_order = np.arange(support.channels)
+        self.cols: IntArray = _column_order(tap_masks) if reorder else in_order
         # Live columns of each group in block order.  # [groups, C, KH, KW]
         live = tap_masks[:, self.cols]
         pieces = [

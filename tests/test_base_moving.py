@@ -62,7 +62,7 @@ def test_freeze_and_thaw_change_nothing_but_the_form(kind: str, dtype: torch.dty
     assert layer.weight.grad is not None
 
 
-@pytest.mark.parametrize("backend", hk.available_backends())
+@pytest.mark.parametrize("backend", hk.available_backends("cpu"))
 @pytest.mark.parametrize("kind", BUILDERS)
 def test_frozen_layers_run_on_every_backend(kind: str, backend: str) -> None:
     layer = build(kind, backend=backend, stride=2)

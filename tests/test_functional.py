@@ -46,7 +46,7 @@ def conv2d(x: Tensor, w: Tensor, *arguments: Any) -> Tensor:
 # Forms of the arguments ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", [None, "auto", *hk.available_backends()])
+@pytest.mark.parametrize("backend", [None, "auto", *hk.available_backends("cpu")])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_equals_conv2d_on_the_masked_weight(dtype: torch.dtype, backend: str | None) -> None:
     x, w, b = image(dtype=dtype), weight(dtype), bias().to(dtype)
@@ -80,7 +80,7 @@ def test_four_pads_are_top_bottom_left_right() -> None:
     torch.testing.assert_close(y, conv2d(padded, weight()))
 
 
-@pytest.mark.parametrize("backend", hk.available_backends())
+@pytest.mark.parametrize("backend", hk.available_backends("cpu"))
 def test_weights_dense_and_live(backend: str) -> None:
     x, w = image(), weight()
     expected = conv2d(x, w, None, 1, 1)
@@ -94,7 +94,7 @@ def test_weights_dense_and_live(backend: str) -> None:
         assert form.dim() == 1 or grad[~LIVE].eq(0).all()
 
 
-@pytest.mark.parametrize("backend", hk.available_backends())
+@pytest.mark.parametrize("backend", hk.available_backends("cpu"))
 def test_grouped_weights_in_the_shape_of_conv2d(backend: str) -> None:
     w = weight()[:, : C // 4].requires_grad_()
     y = support_conv2d(image(), w, GROUPED, bias(), padding=1, backend=backend)
@@ -110,7 +110,7 @@ def test_one_image_without_a_batch_dimension() -> None:
     assert grad.shape == x.shape
 
 
-@pytest.mark.parametrize("backend", hk.available_backends())
+@pytest.mark.parametrize("backend", hk.available_backends("cpu"))
 def test_no_image_at_all(backend: str) -> None:
     x, w = image(0, C, 9, 7).requires_grad_(), weight().requires_grad_()
     b = bias().requires_grad_()
@@ -122,7 +122,7 @@ def test_no_image_at_all(backend: str) -> None:
     assert db.eq(0).all()
 
 
-@pytest.mark.parametrize("backend", hk.available_backends())
+@pytest.mark.parametrize("backend", hk.available_backends("cpu"))
 def test_supports_with_empty_groups(backend: str) -> None:
     """Filters that read nothing give their bias; so does a whole layer of them."""
     nothing = hk.Support.from_mask(np.zeros((F, C, 3, 3), bool))

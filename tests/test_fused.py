@@ -67,7 +67,7 @@ def test_equals_the_parts(kind: str, act: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
-@pytest.mark.parametrize("backend", hk.available_backends())
+@pytest.mark.parametrize("backend", hk.available_backends("cpu"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["conv2d", "support", "grouped"])
 def test_as_accurate_as_the_parts_in_every_dtype(

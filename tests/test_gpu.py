@@ -28,7 +28,7 @@ def engines(geometry: Geometry, x: torch.Tensor, w: torch.Tensor) -> list[str]:
     problem = ops.describe("fprop", geometry, x, x, w, x.shape[2:])
     return [
         name
-        for name in hk.available_backends()
+        for name in hk.available_backends("cuda")
         if not hk.backends.get_backend(name).unsupported_reasons(problem)
     ]
 

@@ -37,7 +37,7 @@ def test_equals_conv2d(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", hk.available_backends())
+@pytest.mark.parametrize("backend", hk.available_backends("cpu"))
 def test_depthwise_on_every_backend_and_dtype(backend: str, dtype: torch.dtype) -> None:
     layer = GroupedConv2d(8, 8, 3, 2, 1, groups=8, dtype=dtype, backend=backend)
     assert_equals_conv2d(layer, image(2, 8, 9, 7, dtype=dtype))

@@ -37,7 +37,7 @@ def data(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", [(IN,), (5, IN), (2, 3, IN), (0, IN), (2, 0, IN), (1, IN)])
-@pytest.mark.parametrize("backend", [None, *hk.available_backends()])
+@pytest.mark.parametrize("backend", [None, *hk.available_backends("cpu")])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_equals_linear(dtype: torch.dtype, backend: str | None, shape: tuple[int, ...]) -> None:
     layer = SupportLinear(IN, OUT, dtype=dtype, support=support(), backend=backend)

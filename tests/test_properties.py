@@ -208,8 +208,8 @@ def _poison():
 
 def _engines() -> list[tuple[str, str]]:
     """Lists every backend, and the native engine once for each instruction set of this machine."""
-    engines = [(name, "") for name in hk.available_backends() if name != "cpu"]
-    if "cpu" in hk.available_backends():
+    engines = [(name, "") for name in hk.available_backends("cpu") if name != "cpu"]
+    if "cpu" in hk.available_backends("cpu"):
         from hetconv_kernels import _cpu
 
         engines += [("cpu", isa) for isa in _cpu.isas()]

@@ -12,9 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
-from typing import NamedTuple, Protocol
-
-from torch import Tensor
+from typing import Any, NamedTuple, Protocol
 
 from ..errors import BackendError, mismatch
 from ..problem import Problem
@@ -23,8 +21,10 @@ from ..problem import Problem
 CODES = {"auto": 0, "reference": 1, "vendor": 2, "cpu": 3, "triton": 4, "cuda": 5}
 NAMES = {code: name for name, code in CODES.items()}
 
+# The device types that backends are for, where it is only one.
+_ONLY_ON = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 # A prepared primitive: called again and again with the tensors of the problem.
-Runner = Callable[..., Tensor]
+Runner = Callable[..., Any]
 
 # How much faster than `vendor` a prediction must be where nothing was measured on this hardware.
 UNMEASURED_MARGIN = 1.3
@@ -104,12 +104,21 @@ def _engines() -> dict[str, Backend]:
         from .cpu import Cpu
 
         engines["cpu"] = Cpu()
+    if importlib.util.find_spec("triton") is not None:
+        from .triton import Triton
+
+        engines["triton"] = Triton()
     return engines | {"reference": Reference()}
 
 
-def available_backends() -> tuple[str, ...]:
-    """Names the backends that this installation has, in the order in which `auto` asks them."""
-    return tuple(_engines())
+def available_backends(device: str | None = None) -> tuple[str, ...]:
+    """Names the backends that this installation has, in the order in which `auto` asks them.
+
+    Args:
+        device: a device's type; leaves out the backends that are for another one.
+    """
+    names = tuple(_engines())
+    return tuple(n for n in names if device is None or _ONLY_ON.get(n, device) == device)
 
 
 def get_backend(name: str) -> Backend:
@@ -121,9 +130,12 @@ def get_backend(name: str) -> Backend:
     engine = _engines().get(name)
     if engine is None:
         known = "is not built here" if name in CODES else "is unknown"
+        way_out = "`hetconv info` lists what is built."
+        if name == "triton":
+            way_out = "Triton is not installed: pip install 'hetconv-kernels[triton]'."
         raise BackendError(
             f"backend {name!r} {known}; expected one of "
-            f"{', '.join(('auto', *available_backends()))}. `hetconv info` lists what is built."
+            f"{', '.join(('auto', *available_backends()))}. {way_out}"
         )
     return engine
 
@@ -175,6 +187,8 @@ def choose(problem: Problem, code: int) -> Choice:
 
 def _ready(engine: Backend, problem: Problem) -> Choice:
     prepare = {"fprop": engine.fprop, "dgrad": engine.dgrad, "wgrad": engine.wgrad}[problem.verb]
+    if "stats" in problem.epilogue:  # from the accumulators, where an engine can
+        prepare = getattr(engine, "fprop_stats", prepare)
     return Choice(engine, problem, prepare(problem))
 
 

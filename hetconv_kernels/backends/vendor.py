@@ -26,7 +26,17 @@ from .common import (
     to_format,
     weight_gradient,
 )
-from .rates import DENSE, DTYPE_SPEED, GPU, SMALL_CALL, SMALL_IMAGE, SMALL_MAC
+from .parts import part_of
+from .rates import (
+    DENSE,
+    DTYPE_SPEED,
+    GPU_DENSE,
+    GPU_LAUNCH,
+    GPU_SPEED,
+    SMALL_CALL,
+    SMALL_IMAGE,
+    SMALL_MAC,
+)
 
 
 def dense_seconds(problem: Problem, work: float = 1.0, launches: int = 1) -> float:
@@ -42,8 +52,10 @@ def dense_seconds(problem: Problem, work: float = 1.0, launches: int = 1) -> flo
     """
     macs = problem.dense_macs * work
     if problem.device.type != "cpu":
-        rate, bandwidth, launch = GPU
-        return max(macs / rate, problem.bytes_moved / bandwidth) + launches * launch
+        part = part_of(problem.device)
+        speed = GPU_DENSE * GPU_SPEED.get(problem.dtype, 1.0)
+        compute = macs / (part.processors * part.clock * part.rate * speed)
+        return max(compute, problem.bytes_moved / part.bandwidth) + launches * GPU_LAUNCH
     pixels = problem.height * problem.width
     if (
         problem.batch == 1

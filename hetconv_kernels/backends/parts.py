@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GPUs by compute capability, from data sheets: what predictions start from, not measured."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+
+class Part(NamedTuple):
+    """A GPU, as far as predictions know it.
+
+    Attributes:
+        processors: multiprocessors.
+        clock: in Hz.
+        rate: bf16 multiply-accumulates a clock and multiprocessor; tf32 has half of it.
+        l2: bytes a clock and multiprocessor that L2 supplies.
+        bandwidth: of memory, in bytes per second.
+        shared: bytes of shared memory that one program may have.
+        waits: whether products run on while the program goes on (wgmma, tcgen05); their operands
+            then need one buffer more for the same depth.
+    """
+
+    processors: int
+    clock: float
+    rate: int
+    l2: float
+    bandwidth: float
+    shared: int
+    waits: bool
+
+
+# By compute capability; others take the nearest one below. The number of multiprocessors is that
+# of the device where there is one.
+PARTS = {
+    (8, 0): Part(108, 1.41e9, 1024, 38, 1.5e12, 163 * 1024, False),
+    (8, 6): Part(84, 1.7e9, 512, 38, 0.7e12, 99 * 1024, False),
+    (9, 0): Part(132, 1.75e9, 2048, 38, 3.3e12, 227 * 1024, True),
+    (10, 0): Part(148, 1.85e9, 4096, 38, 7e12, 227 * 1024, True),
+    (12, 0): Part(170, 2.4e9, 512, 38, 1.7e12, 99 * 1024, False),
+}
+
+
+def part_of(device: torch.device | None = None) -> Part:
+    """Returns what predictions know of a device; of an H100 where there is no GPU."""
+    if device is None or device.type != "cuda" or not torch.cuda.is_available():
+        return PARTS[9, 0]
+    return _part_of(device.index or 0)
+
+
+@cache
+def _part_of(index: int) -> Part:
+    capability = torch.cuda.get_device_capability(index)
+    known = max((c for c in PARTS if c <= capability), default=(8, 0))
+    if capability in ((8, 7), (8, 9)):
+        known = (8, 6)
+    count = torch.cuda.get_device_properties(index).multi_processor_count
+    return PARTS[known]._replace(processors=count)

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`triton`: fprop, dgrad and wgrad on NVIDIA GPUs from sm_80 on, for bf16, fp16 and float32.
+
+Built and checked by the interpreter and by ahead-of-time compilation; **no GPU has measured it**.
+Triton itself is imported when a call is first prepared.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ...problem import Problem
+from .. import Runner
+from ..rates import GPU_PREDICTION
+from . import choice, table
+
+if TYPE_CHECKING:
+    from .calls import GatherCall
+
+_VERSIONS = ((3, 6), (3, 9))
+_MAX_INT = 2**31 - 1
+# Room for tiles, whose numbers are 32-bit integers, beyond the end of a list.
+_ROOM = 2**12
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Triton:
+    """The engine in Triton; its lowerings are kept with the Support that they were made from."""
+
+    name = "triton"
+
+    def unsupported_reasons(self, problem: Problem) -> list[str]:
+        """Refuses other devices, old parts, float64, and sizes beyond the kernels' integers."""
+        reasons = []
+        if problem.device.type == "cuda":
+            reasons += _device_reasons(problem.device.index or 0)
+        elif problem.device.type != "cpu" or not _interpreted():
+            reasons.append(f"The tensors are on {problem.device}, not on an NVIDIA GPU.")
+        if reasons:
+            return reasons
+        reasons += _version_reasons()
+        if problem.dtype not in _DTYPES:
+            reasons.append(f"{problem.dtype} has no matrix instructions that Triton uses.")
+        support = problem.support
+        if max(support.kernel) > 32:
+            reasons.append("The kernel has more than 32 taps along one axis.")
+        if support.channels > 2**24 or support.filters > 2**24:
+            reasons.append("There are more than 2**24 channels or filters.")
+        oh, ow = problem.output_size
+        pixels = max(problem.height * problem.width, oh * ow)
+        if problem.batch * pixels > _MAX_INT - _ROOM:
+            reasons.append("The batch has more than 2**31 - 4097 pixels.")
+        f, c, kh, kw = support.shape
+        if (f + 127) * (c + 127) * kh * kw > _MAX_INT:
+            reasons.append("The packed weights may have more than 2**31 - 1 elements.")
+        if reasons:
+            return reasons
+        span = max(abs(stride) for stride in problem.strides[1:])
+        if span * max(problem.height, problem.width, oh, ow, c, f) > 2**62:
+            reasons.append("The strides of the image are beyond 64-bit addresses.")
+        return reasons
+
+    def estimate(self, problem: Problem) -> float:
+        """Predicts the time by the cost model of `tiles`, in seconds; nominal, not measured."""
+        return choice.best(problem).seconds / GPU_PREDICTION
+
+    def measured(self, problem: Problem) -> bool:
+        """Only where the committed table has such a problem; it has none yet."""
+        return table.look_up(problem) is not None
+
+    def efficiency(self, problem: Problem) -> float:
+        """Useful over executed multiply-accumulates; filled tiles and merged groups count."""
+        return choice.best(problem).efficiency
+
+    def fprop(self, problem: Problem) -> Runner:
+        """Prepares y = act(scale · conv(x, w) + shift + residual)."""
+        call = _call(problem)
+
+        def run(
+            x: Tensor,
+            w: Tensor,
+            scale: Tensor | None,
+            shift: Tensor | None,
+            residual: Tensor | None,
+        ) -> Tensor:
+            return call.run(x, w, scale, shift, residual)[0]
+
+        return run
+
+    def fprop_stats(self, problem: Problem) -> Runner:
+        """Prepares y = conv(x, w) + shift with Σ y and Σ y² of each filter, from the accumulators.
+
+        Returns:
+            A callable like fprop's that returns y, Σ y, Σ y².  # [N, F, OH, OW], [F], [F]
+        """
+        call = _call(problem)
+
+        def run(
+            x: Tensor,
+            w: Tensor,
+            scale: Tensor | None,
+            shift: Tensor | None,
+            residual: Tensor | None,
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            y, sums = call.run(x, w, scale, shift, residual, True)
+            assert sums is not None
+            return y, sums[0], sums[1]
+
+        return run
+
+    def dgrad(self, problem: Problem) -> Runner:
+        """Prepares dx."""
+        call = _call(problem)
+        return lambda dy, w: call.run(dy, w)[0]
+
+    def wgrad(self, problem: Problem) -> Runner:
+        """Prepares dw."""
+        from .wgrad_calls import WgradCall
+
+        picked = choice.best_wgrad(problem)
+        return WgradCall(problem, *picked.tiles, picked.coarse).run
+
+
+def _call(problem: Problem) -> GatherCall:
+    from .calls import GatherCall
+
+    return GatherCall(problem, choice.best_gather(problem))
+
+
+def _interpreted() -> bool:
+    """Whether Triton's interpreter runs kernels on CPU tensors; asked without importing Triton."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _version_reasons() -> list[str]:
+    try:
+        version = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return []  # importable without metadata: a build of its own
+    found = tuple(int(part) for part in version.split(".")[:2])
+    if _VERSIONS[0] <= found <= _VERSIONS[1]:
+        return []
+    return [f"Triton {version} is installed; the engine was checked with 3.6 to 3.9."]
+
+
+@cache
+def _device_reasons(index: int) -> list[str]:
+    if torch.version.hip:
+        return ["This is a ROCm build of PyTorch; the engine was built for NVIDIA GPUs."]
+    capability = torch.cuda.get_device_capability(index)
+    if capability < (8, 0):
+        return [
+            f"Compute capability {capability[0]}.{capability[1]} is below 8.0, which has the "
+            "asynchronous copies that the kernels rest on."
+        ]
+    return []

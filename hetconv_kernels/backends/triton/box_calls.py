@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls of fprop and dgrad on boxes: host descriptors, and which boxes a Problem may use."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .boxes import fprop_kernel_boxes
+from .calls import Bound, unit
+from .choice import folds
+from .launch import Launch, interpreted
+from .tiles import Tile, box_stages, box_warps
+
+if TYPE_CHECKING:
+    from .calls import GatherCall
+
+
+class Descriptor:
+    """Makes the descriptors of one operand; all but the address is checked once.
+
+    Args:
+        tensor: an example.
+        shape: of the view that is read or written.
+        strides: of that view.
+        block: its boxes.
+    """
+
+    def __init__(
+        self, tensor: Tensor, shape: Sequence[int], strides: Sequence[int], block: Sequence[int]
+    ) -> None:
+        # An axis of one place is never stepped along; its stride only has to be a legal one.
+        legal = 16 // tensor.element_size()
+        used = [stride if size > 1 else legal for size, stride in zip(shape, strides, strict=True)]
+        used[-1] = 1
+        self._made = TensorDescriptor(tensor, list(shape), used, list(block))
+        self._made.base = None
+
+    def __call__(self, tensor: Tensor) -> Any:
+        """Returns the descriptor of a tensor laid out like the example."""
+        made = copy.copy(self._made)
+        made.base = tensor
+        return made
+
+
+def bind_boxes(call: GatherCall, x: Tensor, y: Tensor) -> Bound:
+    """Makes what depends on the strides of x: descriptors, table and the kernel's constants."""
+    lowering, problem, choice = call.lowering, call.problem, call.choice
+    tile, box = choice.tile, choice.box
+    assert box is not None
+    axes = call.axes()
+    folded = folds(problem, tile, x.stride()) and box.rows * box.cols > 1
+    heads = lowering.plan.segments.tolist() if lowering.rows is None else []
+    y_unit = unit(16 // x.element_size(), y, heads)
+    spread = any(axis.store != 1 for pair in axes for axis in pair)
+    sizes = set((lowering.plan.segments[1:] - lowering.plan.segments[:-1]).tolist())
+    # A TMA store has no mask: a segment that is not full would write over the next one's filters.
+    whole = sizes == {tile.filters} and lowering.rows is None and not spread
+    n, c, h, w = x.shape
+    x_n, _, x_h, x_w = x.stride()
+    if folded:
+        shape = [n, h // 2, 2, w // 2, 2 * c]
+        strides = [x_n, 2 * x_h, x_h, 2 * x_w, 1]
+        read = Descriptor(x, shape, strides, [box.images, box.rows, 1, box.cols, tile.channels])
+    else:
+        read = Descriptor(x, [n, h, w, c], [x_n, x_h, x_w, 1], [*box, tile.channels])
+    filters = y.shape[1]
+    y_n, _, y_h, y_w = y.stride()
+    places = [y.shape[0], y.shape[2], y.shape[3], filters], [y_n, y_h, y_w, 1]
+    written = Descriptor(y, *places, [*box, tile.filters]) if whole else None
+    slabs_read = _slabs_descriptor(call, tile)
+    tiles = max(
+        -(-problem.batch // box.images) * -(-rows.pixels // box.rows) * -(-cols.pixels // box.cols)
+        for rows, cols in axes
+    )
+    depth = box_stages(tile, x.element_size(), call.part)
+    used = (tile.pixels + tile.filters) * tile.channels * x.element_size() * depth
+    at_once = call.part.processors * max(1, call.part.shared // (used + 16384))
+    grid = (min(tiles * lowering.segments, at_once), len(axes))
+    constants = (
+        *box,
+        tile.filters,
+        tile.channels,
+        y_unit,
+        folded,
+        whole,
+        lowering.rows is not None,
+        problem.act,
+        interpreted(),
+    )
+    warps = box_warps(tile, whole)
+    launch = Launch(fprop_kernel_boxes, grid, constants, warps, depth, call.device)
+    rows, table = call.rows(y_unit), call.table(x, y, (1, y_unit))
+    words, starts = call.words, call.starts
+
+    def start(
+        x: Tensor,
+        slabs: Tensor,
+        y: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        residual: Tensor | None,
+        sums: Tensor | None,
+    ) -> None:
+        yd = None if written is None else written(y)
+        rd = None if written is None or residual is None else written(residual)
+        launch(
+            read(x),
+            slabs_read(slabs),
+            yd,
+            rd,
+            y,
+            words,
+            starts,
+            rows,
+            table,
+            scale,
+            shift,
+            None if written is not None else residual,
+            sums,
+        )
+
+    return Bound(start, tiles)
+
+
+def _slabs_descriptor(call: GatherCall, tile: Tile) -> Descriptor:
+    rows = max(call.lowering.steps, 1) * tile.filters
+    like = call.words.new_empty((rows, tile.channels), dtype=call.problem.dtype)
+    block = [tile.filters, tile.channels]
+    return Descriptor(like, [rows, tile.channels], [tile.channels, 1], block)

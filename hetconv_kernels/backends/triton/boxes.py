@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Hopper kernel of fprop and dgrad: boxes of pixels by TMA, filters on M, pixels on N.
+
+A host descriptor fetches a box of images × rows × columns × channels; what lies outside the image
+reads zero, which is the padding. Reshaped and transposed it stays where it is: both operands feed
+wgmma from shared memory. Boxes of several images fit small planes without waste.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .fprop import activate, multiply
+
+
+@triton.jit
+def fprop_kernel_boxes(
+    xd,
+    wd,
+    yd,
+    rd,
+    y,
+    words,
+    starts,
+    rows,
+    geometry,
+    scale,
+    shift,
+    residual,
+    sums,
+    BI: tl.constexpr,
+    BH: tl.constexpr,
+    BW: tl.constexpr,
+    BF: tl.constexpr,
+    BK: tl.constexpr,
+    ROW_UNIT: tl.constexpr,
+    FOLD: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SCATTER: tl.constexpr,
+    ACT: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Computes tiles of act(scale · conv(x, w) + shift + residual), one after another.
+
+    Args:
+        xd: x as [N, H, W, C] in boxes [BI, BH, BW, BK]; FOLD: as [N, H/2, 2, W/2, 2C].
+        wd: the slabs as [steps · BF, BK], in boxes [BF, BK].
+        yd: y as [N, H, W, F] in boxes [BI, BH, BW, BF], if WHOLE.
+        rd: the residual likewise, or None.
+        y: the result itself.
+        words: channel block, tap row and tap column of each step, and one spare.  # int32
+        starts: first step of each segment of each class, and the end.  # int32
+        rows: filters of each segment: all of them (SCATTER), or the first of each over ROW_UNIT.
+        geometry: `fprop.FIELDS` of each class, and the images.  # int64 [classes, fields]
+        scale: per filter, or None.  # [F]
+        shift: per filter, or None.  # [F]
+        residual: laid out as y, or None.
+        sums: Σ y and Σ y² of each tile of pixels, or None.  # float32 [tiles, 2, F]
+        BI: images of a box.
+        BH: rows of a box.
+        BW: columns of a box.
+        BF: filters of a tile.
+        BK: channels of a step.
+        ROW_UNIT: divides the strides of y and the first filters of segments.
+        FOLD: whether x is read at stride 2 through the parity fold.
+        WHOLE: whether every segment fills its tile and tiles are stored by TMA. A TMA store of a
+            segment that does not would write over the filters of the next.
+        SCATTER: whether a segment's filters are listed one by one.
+        ACT: the activation.
+        INTERPRETED: whether Triton's interpreter runs this.
+    """
+    table = geometry + tl.program_id(1) * 27  # the numbers below are places in FIELDS
+    segments = tl.load(table).to(tl.int32)
+    height = tl.load(table + 1).to(tl.int32)
+    width = tl.load(table + 2).to(tl.int32)
+    images = tl.load(table + 3).to(tl.int32) // (height * width)
+    load_h = tl.load(table + 4).to(tl.int32)
+    load_w = tl.load(table + 5).to(tl.int32)
+    base_h = tl.load(table + 6).to(tl.int32)
+    base_w = tl.load(table + 7).to(tl.int32)
+    tap_h = tl.load(table + 8).to(tl.int32)
+    tap_w = tl.load(table + 9).to(tl.int32)
+    channels = tl.load(table + 24).to(tl.int32)
+    tiles_h = (height + BH - 1) // BH
+    tiles_w = (width + BW - 1) // BW
+    tiles = ((images + BI - 1) // BI) * tiles_h * tiles_w
+
+    for t in tl.range(tl.program_id(0), tiles * segments, tl.num_programs(0)):
+        segment = t % segments
+        block = t // segments
+        first_w = (block % tiles_w) * BW
+        rest = block // tiles_w
+        first_h = (rest % tiles_h) * BH
+        image = (rest // tiles_h) * BI
+        at_h = first_h * load_h + base_h
+        at_w = first_w * load_w + base_w
+        first = tl.program_id(1) * segments + segment
+        start = tl.load(starts + first)
+        end = tl.load(starts + first + 1)
+        acc = tl.zeros((BF, BI * BH * BW), tl.float32)
+        word = tl.load(words + start)
+        for s in range(start, end):
+            following = tl.load(words + s + 1)  # one step ahead, see `fprop`
+            shift_h = ((word >> 5) & 31) * tap_h
+            shift_w = (word & 31) * tap_w
+            c = (word >> 10) * BK
+            if FOLD:
+                # Pixel 2i + q lies at parity q & 1 of place i + (q >> 1), columns side by side.
+                q_h = base_h + shift_h
+                q_w = base_w + shift_w
+                box = xd.load(
+                    [
+                        image,
+                        first_h + (q_h >> 1),
+                        q_h & 1,
+                        first_w + (q_w >> 1),
+                        (q_w & 1) * channels + c,
+                    ]
+                )
+            else:
+                box = xd.load([image, at_h + shift_h, at_w + shift_w, c])
+            b = box.reshape(BI * BH * BW, BK)
+            a = wd.load([s * BF, 0])
+            acc = multiply(a, b.T, acc, "tf32", INTERPRETED)
+            word = following
+
+        # Places in y of the tile's pixels.
+        p = tl.arange(0, BI * BH * BW)
+        n = image + p // (BH * BW)
+        i = first_h + (p // BW) % BH
+        j = first_w + p % BW
+        inside = (n < images) & (i < height) & (j < width)
+        if SCATTER:
+            f = tl.load(rows + segment * BF + tl.arange(0, BF))
+            known = f >= 0
+        else:
+            f = tl.load(rows + segment) * ROW_UNIT + tl.arange(0, BF)
+            known = f < tl.load(rows + segment + 1) * ROW_UNIT
+        if scale is not None:
+            acc = acc * tl.load(scale + f, mask=known, other=0.0).to(tl.float32)[:, None]
+        if shift is not None:
+            acc = acc + tl.load(shift + f, mask=known, other=0.0).to(tl.float32)[:, None]
+        if WHOLE:
+            place = [image, first_h, first_w, tl.load(rows + segment) * ROW_UNIT]
+            if rd is not None:
+                more = rd.load(place).reshape(BI * BH * BW, BF).T
+                acc = acc + more.to(tl.float32)
+            acc = activate(acc, ACT)
+            yd.store(place, acc.to(yd.dtype).T.reshape(BI, BH, BW, BF))
+        else:
+            out_h = i * tl.load(table + 16).to(tl.int32) + tl.load(table + 18).to(tl.int32)
+            out_w = j * tl.load(table + 17).to(tl.int32) + tl.load(table + 19).to(tl.int32)
+            out = (
+                n.to(tl.int64) * tl.load(table + 20)
+                + out_h * tl.load(table + 21)
+                + out_w * tl.load(table + 22)
+            ) * ROW_UNIT
+            target = f[:, None] + out[None, :]
+            written = known[:, None] & inside[None, :]
+            if residual is not None:
+                acc = acc + tl.load(residual + target, mask=written, other=0.0).to(tl.float32)
+            acc = activate(acc, ACT)
+            tl.store(y + target, acc.to(y.dtype.element_ty), mask=written)
+        if sums is not None:
+            counted = tl.where(inside[None, :], acc, 0.0)
+            filters = tl.load(table + 26)
+            part = sums + block.to(tl.int64) * 2 * filters + f
+            tl.store(part, tl.sum(counted, 1), mask=known)
+            tl.store(part + filters, tl.sum(counted * counted, 1), mask=known)

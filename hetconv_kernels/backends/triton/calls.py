@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls of fprop and dgrad: a Problem on its kernel, with its tables on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import gcd
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...packing import FrozenCache
+from ...problem import Problem, is_dense_shape
+from ..common import empty
+from ..parts import part_of
+from .choice import GatherChoice
+from .dgrad import Axis, dgrad_axes, fprop_axes, geometry_table
+from .fprop import fprop_kernel_gather, pack_kernel_gather
+from .launch import CONVERSIONS, Launch, capturing, interpreted, pin, upload
+from .lowering import Lowering
+from .tiles import stages
+
+_PACK_BLOCK = 1024
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products of float32 are made: TF32 where PyTorch's convolutions may, else three TF32s."""
+    if dtype != torch.float32 or torch.backends.cudnn.allow_tf32:
+        return "tf32"
+    return "tf32x3"
+
+
+class Packer:
+    """Packs canonical weights into the slabs of a lowering; keeps those of a frozen weight.
+
+    Args:
+        lowering: whose slabs.
+        device: where the weights are.
+        dtype: of the slabs.
+    """
+
+    def __init__(self, lowering: Lowering, device: torch.device, dtype: torch.dtype) -> None:
+        self._lowering, self._device, self._dtype = lowering, device, dtype
+        self._sources: dict[str, Tensor] = {}
+        size = lowering.steps * lowering.plan.block.filters * lowering.plan.block.channels
+        grid = (-(-size // _PACK_BLOCK),)
+        self._launch = Launch(pack_kernel_gather, grid, (_PACK_BLOCK,), 4, 1, device)
+        self._frozen = FrozenCache(self._pack)
+
+    def __call__(self, w: Tensor) -> Tensor:
+        """Returns the slabs.  # [steps, filters, channels]"""
+        return self._frozen(w)
+
+    def _pack(self, w: Tensor) -> Tensor:
+        lowering = self._lowering
+        if not is_dense_shape(lowering.support, w.shape):
+            form, w = "live", w.contiguous()
+        elif w.dim() == 4 and not w.is_contiguous() and _is_channels_last(w):
+            form = "channels_last"
+        else:
+            form, w = "contiguous", w.contiguous()
+        w = w.resolve_neg()
+        source = self._sources.get(form)
+        if source is None:
+            source = self._sources[form] = upload(lowering.source(form), self._device)
+        pin(self._device, source)
+        # One slab more than there are, so that an empty list of steps has an address.
+        shape = (max(lowering.steps, 1), *source.shape[1:])
+        slabs = torch.empty(shape, dtype=self._dtype, device=self._device)
+        if source.numel():
+            self._launch(w, source, slabs, source.numel())
+            if w.is_cuda and w.dim() == 1 and not (w.requires_grad or capturing(w.device)):
+                # These are kept, and the next call may come on another stream.
+                torch.cuda.current_stream(w.device).synchronize()
+        return slabs
+
+
+class Bound(NamedTuple):
+    """A kernel made ready for operands of certain strides.
+
+    Attributes:
+        start: launches it; takes x, slabs, y, scale, shift, residual and sums.
+        tiles: of pixels, which is what `sums` has lines for.
+    """
+
+    start: Callable[..., None]
+    tiles: int
+
+
+class GatherCall:
+    """fprop or dgrad of a Problem, on pointers or on boxes.
+
+    Args:
+        problem: what to run.
+        choice: tile, lowering and box.
+    """
+
+    def __init__(self, problem: Problem, choice: GatherChoice) -> None:
+        self.problem, self.choice = problem, choice
+        self.lowering = lowering = choice.lowering
+        self.back = problem.verb == "dgrad"
+        self.device = device = problem.device
+        self.part = part_of(device)
+        self.shape = problem.x_shape if self.back else problem.y_shape
+        self.words = upload(lowering.words, device)
+        self.starts = upload(lowering.starts, device)
+        gather = lowering.gather
+        self._gather = None if gather is None else upload(gather, device)
+        key = ("triton packer", device, problem.dtype, id(lowering))
+        packers = problem.support.derived
+        self._packer = packers.setdefault(key, Packer(lowering, device, problem.dtype))
+        self._bound: dict[Any, Bound] = {}
+        self._rows: dict[int, Tensor] = {}
+
+    def run(
+        self,
+        x: Tensor,
+        w: Tensor,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        residual: Tensor | None = None,
+        sums: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Runs the kernel.
+
+        Returns:
+            The result, and Σ and Σ² of each filter when asked for.  # [N, F, OH, OW], [2, F]
+        """
+        y = empty(self.shape, x, self.problem)
+        filters = self.shape[1]
+        if not y.numel():
+            return y, y.new_zeros((2, filters), dtype=torch.float32) if sums else None
+        x = x.resolve_neg()
+        if self._gather is not None:
+            CONVERSIONS["channels gathered into order"] += 1
+            x = x.permute(0, 2, 3, 1).index_select(3, self._gather).permute(0, 3, 1, 2)
+        if residual is not None:
+            residual = self._like(residual)
+        key = (x.stride(), precision(x.dtype), _aligned(x, y, residual))
+        bound = self._bound.get(key)
+        if bound is None:
+            bound = self._bound[key] = self._bind(x, y, key[2])
+        partial = None
+        if sums:
+            shape = (bound.tiles, 2, filters)
+            partial = torch.empty(shape, dtype=torch.float32, device=self.device)
+        slabs = self._packer(w)
+        if capturing(self.device):
+            pin(self.device, self, slabs if w.dim() == 1 else None)
+        scale = None if scale is None else scale.resolve_neg().contiguous()
+        shift = None if shift is None else shift.resolve_neg().contiguous()
+        bound.start(x, slabs, y, scale, shift, residual, partial)
+        return y, None if partial is None else partial.sum(0)
+
+    def axes(self) -> list[tuple[Axis, Axis]]:
+        """Lists what each class reads and writes."""
+        problem = self.problem
+        make = dgrad_axes if self.back else fprop_axes
+        return make(problem.geometry, (problem.height, problem.width))
+
+    @property
+    def image(self) -> tuple[int, int]:
+        """Height and width of the operand that is read."""
+        problem = self.problem
+        return problem.output_size if self.back else (problem.height, problem.width)
+
+    def rows(self, unit: int) -> Tensor:
+        """Returns the table of the segments' filters, the first ones divided by `unit`."""
+        table = self._rows.get(unit)
+        if table is None:
+            rows = self.lowering.rows
+            if rows is None:
+                rows = (self.lowering.plan.segments // unit).astype(np.int32)
+            table = self._rows[unit] = upload(rows, self.device)
+        return table
+
+    def table(self, x: Tensor, y: Tensor, units: tuple[int, int]) -> Tensor:
+        """Makes the geometry table for operands of these strides."""
+        table = geometry_table(
+            self.axes(),
+            self.problem.batch,
+            self.image,
+            self.lowering.segments,
+            x.stride(),
+            y.stride(),
+            units,
+            x.shape[1],
+            y.shape[1],
+        )
+        return upload(table, self.device)
+
+    def _like(self, residual: Tensor) -> Tensor:
+        """Returns the residual in the memory format of y, which the kernel reads it in."""
+        same = residual.resolve_neg().contiguous(memory_format=self.problem.format)
+        if same.data_ptr() != residual.data_ptr():
+            CONVERSIONS["residual brought to the format of y"] += 1
+        return same
+
+    def _bind(self, x: Tensor, y: Tensor, aligned: bool) -> Bound:
+        if self.choice.box is not None and aligned:
+            from .box_calls import bind_boxes  # host descriptors are for Hopper only
+
+            return bind_boxes(self, x, y)
+        return self._bind_pointers(x, y)
+
+    def _bind_pointers(self, x: Tensor, y: Tensor) -> Bound:
+        """Makes what depends on the strides of x: the geometry table and the kernel's constants."""
+        lowering, tile = self.lowering, self.choice.tile
+        widest = 16 // x.element_size()
+        # Channels last also where there is one channel and its stride means nothing.
+        last = (x.stride(1) == 1 or x.shape[1] == 1) and (y.stride(1) == 1 or y.shape[1] == 1)
+        units = 1, 1
+        if last:
+            heads = lowering.plan.segments.tolist() if lowering.rows is None else []
+            units = unit(widest, x), unit(widest, y, heads)
+        axes = self.axes()
+        outside = any(
+            axis.leaves(extent)
+            for pair in axes
+            for axis, extent in zip(pair, self.image, strict=True)
+        )
+        constants = (
+            tile.pixels,
+            tile.filters,
+            tile.channels,
+            *units,
+            last,
+            outside,
+            x.shape[1] % tile.channels != 0,
+            lowering.rows is not None,
+            self.problem.act,
+            precision(x.dtype),
+            interpreted(),
+        )
+        most = max(self.problem.batch * rows.pixels * cols.pixels for rows, cols in axes)
+        tiles = -(-most // tile.pixels)
+        grid = (tiles * lowering.segments, len(axes))
+        depth = stages(tile, x.element_size(), self.part)
+        launch = Launch(fprop_kernel_gather, grid, constants, tile.warps, depth, self.device)
+        rows, table = self.rows(units[1]), self.table(x, y, units)
+        words, starts = self.words, self.starts
+
+        def start(x: Tensor, slabs: Tensor, y: Tensor, *epilogue: Tensor | None) -> None:
+            launch(x, slabs, y, words, starts, rows, table, *epilogue)
+
+        return Bound(start, tiles)
+
+
+def _aligned(*tensors: Tensor | None) -> bool:
+    """Tells whether all begin at a multiple of 16 bytes, as descriptors want it."""
+    return all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
+
+
+def unit(widest: int, tensor: Tensor, more: Sequence[int] = ()) -> int:
+    """Returns what divides a channels_last tensor's channels and strides, at most `widest`."""
+    n, _, h, w = tensor.stride()
+    sizes = tensor.shape
+    strides = [s for s, size in ((n, sizes[0]), (h, sizes[2]), (w, sizes[3])) if size > 1]
+    return gcd(widest, sizes[1], *strides, *(int(value) for value in more))
+
+
+def _is_channels_last(w: Tensor) -> bool:
+    return w.is_contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The portable fprop kernel: pixels on M, filters on N, operands gathered by pointers.
+
+One source serves sm_80 to sm_120. A program computes one tile of pixels × filters from the steps of
+one segment: a step multiplies the activations of one block of channels, shifted by one tap, with
+one packed slab. dgrad is the same kernel on the transposed Support (see `dgrad`).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Bits of a step word, lowest first: tap column, tap row, then the channel block.
+TAP_BITS = 5
+# The fields of one class of the geometry table (see `tables`), in order.
+FIELDS = (
+    "segments",
+    "height",  # pixels that this class computes in one image, rows and columns
+    "width",
+    "pixels",
+    "load_h",  # a pixel (i, j) reads row base_h + i * load_h + tap row * tap_h
+    "load_w",
+    "base_h",
+    "base_w",
+    "tap_h",
+    "tap_w",
+    "image_h",  # of the operand that is read
+    "image_w",
+    "x_n",  # its strides; in units of UNIT but for the channels
+    "x_h",
+    "x_w",
+    "x_c",
+    "store_h",  # and writes row first_h + i * store_h
+    "store_w",
+    "first_h",
+    "first_w",
+    "y_n",  # strides of the result, in units of ROW_UNIT but for the filters
+    "y_h",
+    "y_w",
+    "y_c",
+    "channels",
+    "taps",  # the longer edge of the kernel within this class
+    "filters",
+)
+
+
+@triton.jit
+def pack_kernel_gather(w, source, slabs, size, BLOCK: tl.constexpr):
+    """Packs weights: slabs[i] = w[source[i]], zero where the source is negative."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    place = tl.load(source + at, mask=inside, other=-1)
+    value = tl.load(w + place, mask=place >= 0, other=0.0)
+    tl.store(slabs + at, value.to(slabs.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def activate(z, ACT: tl.constexpr):
+    """Applies an activation in float32."""
+    if ACT == "relu":
+        z = tl.where(z < 0, 0.0, z)  # as PyTorch: NaN stays NaN
+    elif ACT == "relu6":
+        z = tl.where(z < 0, 0.0, z)
+        z = tl.where(z > 6, 6.0, z)
+    elif ACT == "silu":
+        z = z * tl.sigmoid(z)
+    elif ACT == "gelu":
+        z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+    return z
+
+
+@triton.jit
+def multiply(a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Adds a · b to acc. The interpreter multiplies bfloat16's bit patterns: it gets float32."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def fprop_kernel_gather(
+    x,
+    slabs,
+    y,
+    words,
+    starts,
+    rows,
+    geometry,
+    scale,
+    shift,
+    residual,
+    sums,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    UNIT: tl.constexpr,
+    ROW_UNIT: tl.constexpr,
+    LAST: tl.constexpr,
+    PADDED: tl.constexpr,
+    TAIL: tl.constexpr,
+    SCATTER: tl.constexpr,
+    ACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Computes one tile of act(scale · conv(x, w) + shift + residual).
+
+    Args:
+        x: activations, any strides.  # [N, C, H, W]
+        slabs: packed weights.  # [steps, BN, BK]
+        y: result; written where the tile has pixels and filters.
+        words: channel block, tap row and tap column of each step, and one spare.  # int32
+        starts: first step of each segment of each class, and the end.  # int32
+        rows: filters of each segment: all of them (SCATTER), or the first of each over ROW_UNIT.
+        geometry: `FIELDS` of each class.  # int64 [classes, fields]
+        scale: per filter, or None.  # [F]
+        shift: per filter, or None.  # [F]
+        residual: laid out as y, or None.
+        sums: Σ y and Σ y² of each tile of pixels, or None.  # float32 [tiles, 2, F]
+        BM: pixels of a tile.
+        BN: filters of a tile.
+        BK: channels of a step.
+        UNIT: divides all strides of x but that of the channels; its vectors are this wide.
+        ROW_UNIT: the same for y and the first filters of segments.
+        LAST: whether the channels of x, and of y, are adjacent in memory.
+        PADDED: whether a tap may lie outside the image.
+        TAIL: whether the last block of channels is not full.
+        SCATTER: whether a segment's filters are listed one by one.
+        ACT: the activation.
+        PRECISION: of products of float32.
+        INTERPRETED: whether Triton's interpreter runs this.
+    """
+    table = geometry + tl.program_id(1) * 27  # the numbers below are places in FIELDS
+    segments = tl.load(table).to(tl.int32)
+    height = tl.load(table + 1).to(tl.int32)
+    width = tl.load(table + 2).to(tl.int32)
+    pixels = tl.load(table + 3).to(tl.int32)
+    tile = tl.program_id(0)
+    # Segments vary fastest: the programs that read the same pixels run together.
+    segment = tile % segments
+    block = tile // segments
+
+    m = block * BM + tl.arange(0, BM)
+    inside = m < pixels
+    m = tl.minimum(m, pixels - 1)
+    image = m // (height * width)
+    place = m - image * (height * width)
+    i = place // width
+    j = place - i * width
+
+    row = i * tl.load(table + 4).to(tl.int32) + tl.load(table + 6).to(tl.int32)
+    col = j * tl.load(table + 5).to(tl.int32) + tl.load(table + 7).to(tl.int32)
+    tap_h = tl.load(table + 8).to(tl.int32)
+    tap_w = tl.load(table + 9).to(tl.int32)
+    x_h = tl.load(table + 13)
+    x_w = tl.load(table + 14)
+    x_c = tl.load(table + 15)
+    base = (image.to(tl.int64) * tl.load(table + 12) + row * x_h + col * x_w) * UNIT
+    step_h = x_h * tap_h
+    step_w = x_w * tap_w
+    lane = tl.arange(0, BK)
+    if LAST:
+        pointers = x + (base[:, None] + lane[None, :])
+    else:
+        pointers = x + (base[:, None] + lane[None, :] * x_c)
+    channels = tl.load(table + 24).to(tl.int32) * UNIT
+
+    # Bit k says whether tap row (column) k of this pixel lies in the image.
+    rows_seen = tl.zeros((BM,), tl.int32)
+    cols_seen = tl.zeros((BM,), tl.int32)
+    if PADDED:
+        image_h = tl.load(table + 10).to(tl.int32)
+        image_w = tl.load(table + 11).to(tl.int32)
+        for k in range(tl.load(table + 25).to(tl.int32)):
+            at_h = row + k * tap_h
+            at_w = col + k * tap_w
+            rows_seen |= ((at_h >= 0) & (at_h < image_h)).to(tl.int32) << k
+            cols_seen |= ((at_w >= 0) & (at_w < image_w)).to(tl.int32) << k
+
+    first = tl.program_id(1) * segments + segment
+    start = tl.load(starts + first)
+    end = tl.load(starts + first + 1)
+    # A class may have fewer tiles than the grid; such a program computes nothing.
+    end = tl.where(block * BM < pixels, end, start)
+    weights = slabs + start.to(tl.int64) * (BN * BK)
+    weights += tl.arange(0, BN)[:, None] * BK + lane[None, :]
+    acc = tl.zeros((BM, BN), tl.float32)
+    # The word is read one step ahead; read where it is used, it would cost half the pipeline.
+    word = tl.load(words + start)
+    for s in range(start, end):
+        following = tl.load(words + s + 1)
+        tap_row = (word >> 5) & 31
+        tap_col = word & 31
+        channel = (word >> 10) * BK
+        if LAST:
+            offset = (tap_row * step_h + tap_col * step_w) * UNIT + channel
+        else:
+            offset = (tap_row * step_h + tap_col * step_w) * UNIT + channel * x_c
+        if PADDED:
+            seen = ((rows_seen >> tap_row) & (cols_seen >> tap_col) & 1) != 0
+            if TAIL:
+                live = seen[:, None] & (lane < channels - channel)[None, :]
+            else:
+                live = seen[:, None]
+            a = tl.load(pointers + offset, mask=live, other=0.0)
+        elif TAIL:
+            a = tl.load(pointers + offset, mask=(lane < channels - channel)[None, :], other=0.0)
+        else:
+            a = tl.load(pointers + offset)
+        b = tl.load(weights)
+        acc = multiply(a, tl.trans(b), acc, PRECISION, INTERPRETED)
+        weights += BN * BK
+        word = following
+
+    if SCATTER:
+        f = tl.load(rows + segment * BN + tl.arange(0, BN))
+        known = f >= 0
+    else:
+        f = tl.load(rows + segment) * ROW_UNIT + tl.arange(0, BN)
+        known = f < tl.load(rows + segment + 1) * ROW_UNIT
+    out_h = i * tl.load(table + 16).to(tl.int32) + tl.load(table + 18).to(tl.int32)
+    out_w = j * tl.load(table + 17).to(tl.int32) + tl.load(table + 19).to(tl.int32)
+    out = (
+        image.to(tl.int64) * tl.load(table + 20)
+        + out_h * tl.load(table + 21)
+        + out_w * tl.load(table + 22)
+    ) * ROW_UNIT
+    if LAST:
+        target = out[:, None] + f[None, :]
+    else:
+        target = out[:, None] + f[None, :] * tl.load(table + 23)
+    written = inside[:, None] & known[None, :]
+    if scale is not None:
+        acc = acc * tl.load(scale + f, mask=known, other=0.0).to(tl.float32)[None, :]
+    if shift is not None:
+        acc = acc + tl.load(shift + f, mask=known, other=0.0).to(tl.float32)[None, :]
+    if residual is not None:
+        acc = acc + tl.load(residual + target, mask=written, other=0.0).to(tl.float32)
+    acc = activate(acc, ACT)
+    tl.store(y + target, acc.to(y.dtype.element_ty), mask=written)
+    if sums is not None:
+        counted = tl.where(inside[:, None], acc, 0.0)
+        filters = tl.load(table + 26)
+        part = sums + block.to(tl.int64) * 2 * filters + f
+        tl.store(part, tl.sum(counted, 0), mask=known)
+        tl.store(part + filters, tl.sum(counted * counted, 0), mask=known)

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lowering: a Plan as the integer tables that the kernels read, and where each weight is packed.
+
+A step is one tap and one whole block of channels; its slab is [filters, channels]. dgrad lowers the
+transposed Support. At a stride its pixels fall into residue classes: row i of dx meets tap k only
+where (i + pad − d·k) mod stride = 0, so class r has the taps with d·k mod stride = r, and within it
+dx is a stride-1 gather of dy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ...masks import IntArray
+from ...plan import Block, Plan
+from ...support import Support
+
+Int32Array = npt.NDArray[np.int32]
+# Taps along one axis, and channel blocks, that a step word holds.
+MAX_TAPS, MAX_BLOCKS = 32, 2**21
+
+
+class Residue(NamedTuple):
+    """The taps of one residue class along one axis.
+
+    Example: three taps at stride 2 and dilation 1. Class 0 has taps 0 and 2, which read dy at the
+    pixel's own place and one before it; class 1 has tap 1:
+
+        >>> residues(3, 2, 1)
+        [Residue(taps=(0, 2), offset=0, step=1), Residue(taps=(1,), offset=0, step=1)]
+
+    Attributes:
+        taps: ascending.
+        offset: pixel q of the class reads dy at q − offset for its first tap,
+        step: and that much earlier for each further one.
+    """
+
+    taps: tuple[int, ...]
+    offset: int
+    step: int
+
+
+def residues(taps: int, stride: int, dilation: int) -> list[Residue]:
+    """Sorts the taps of one axis into the classes of dgrad, one for each residue of the stride."""
+    step = dilation // int(np.gcd(stride, dilation))
+    classes = []
+    for r in range(stride):
+        own = tuple(k for k in range(taps) if k * dilation % stride == r)
+        classes.append(Residue(own, own[0] * dilation // stride if own else 0, step))
+    return classes
+
+
+class Lowering:
+    """A Support lowered to the tables of fprop's kernel.
+
+    Args:
+        support: what is convolved with; for dgrad the layer's own, which is transposed here.
+        filters: rows of a slab.
+        channels: columns of a slab.
+        reorder: whether channels with the same readers are brought together, at the cost of a
+            gather of the activations where that changes their order.
+        classes: for dgrad, the residue classes of rows and of columns.
+        coarse: whether all filters read what any of them reads, the rest being explicit zeros;
+            exact for finite values, and faster where many ragged groups fill tiles badly.
+
+    Attributes:
+        plan: the Plan that this is a form of.
+        words: channel block << 10 | tap row << 5 | tap column of each step, and a spare word.
+        starts: first step of each segment, class by class, and the end.
+        gather: the order in which channels have to be read, None when it is their own.
+        rows: filters of each segment, -1 filling up; None when they are in their own order.
+    """
+
+    def __init__(
+        self,
+        support: Support,
+        filters: int,
+        channels: int,
+        reorder: bool = True,
+        classes: tuple[Sequence[Residue], Sequence[Residue]] | None = None,
+        coarse: bool = False,
+    ) -> None:
+        self.support, self.transposed, self.coarse = support, classes is not None, coarse
+        block = Block(filters, channels, align=channels)
+        lowered = support.transpose() if self.transposed else support
+        if coarse:
+            lowered = coarsened(lowered)
+        self.plan = Plan(lowered, block, reorder=reorder)
+        kh, kw = support.kernel
+        steps, self.segments = self.plan.steps, len(self.plan.segments) - 1
+        if classes is None:
+            kind, row, col = np.zeros(len(steps), np.int64), steps["dy"], steps["dx"]
+            self.classes = 1
+        else:
+            class_h, place_h = _places(classes[0], kh)
+            class_w, place_w = _places(classes[1], kw)
+            dy, dx = kh - 1 - steps["dy"], kw - 1 - steps["dx"]  # transposing flipped them
+            kind, row, col = class_h[dy] * len(classes[1]) + class_w[dx], place_h[dy], place_w[dx]
+            self.classes = len(classes[0]) * len(classes[1])
+        owner = kind * self.segments + self.plan.owner
+        self._order = np.argsort(owner, kind="stable")
+        blocks = steps["channel"] // channels
+        words = (blocks << 10 | row << 5 | col)[self._order]
+        self.words: Int32Array = np.append(words, 0).astype(np.int32)
+        counts = np.bincount(owner, minlength=self.classes * self.segments)
+        self.starts: Int32Array = np.append(0, np.cumsum(counts)).astype(np.int32)
+        self.gather = _unless_identity(self.plan.cols)
+        self.rows = None if _unless_identity(self.plan.rows) is None else padded_rows(self.plan)
+
+    @property
+    def steps(self) -> int:
+        """How many steps, and slabs, there are."""
+        return len(self.plan.steps)
+
+    def source(self, form: str) -> Int32Array:
+        """Lists where each packed weight lies in the memory of the canonical weight; -1 is a zero.
+
+        Args:
+            form: ``"contiguous"`` or ``"channels_last"`` for a dense weight, or ``"live"``.
+
+        Returns:
+            One place for each element of the slabs.  # int32 [steps, filters, channels]
+        """
+        found = slab_positions(self.plan)[self._order]
+        if self.transposed:
+            found = _untransposed(found, self.support)
+        found = _only_live(found, self.support)
+        return memory_places(found, self.support, form)
+
+
+def coarsened(support: Support) -> Support:
+    """Returns the Support whose every filter reads what any filter of this one reads."""
+    mask = support.mask
+    return Support.from_mask(np.broadcast_to(mask.any(axis=0), mask.shape), "coarsened")
+
+
+def _only_live(positions: IntArray, support: Support) -> IntArray:
+    """Takes out the positions of dead weights, which a coarsened Plan has slots for."""
+    live = np.flatnonzero(support.mask)
+    return np.where(np.isin(positions, live), positions, -1)
+
+
+def slab_positions(plan: Plan) -> IntArray:
+    """Lists the flat dense position of each weight of whole slabs; -1 is a zero.
+
+    # int [steps, filters, channels]
+    """
+    counts = plan.steps["count"].astype(np.int64)
+    found = np.full((len(counts), plan.block.filters, plan.block.channels), -1)
+    step = np.repeat(np.arange(len(counts)), counts)
+    column = np.arange(len(step)) - np.repeat(np.cumsum(counts) - counts, counts)
+    found[step, :, column] = plan.slab_source.reshape(-1, plan.block.filters)
+    return found
+
+
+def memory_places(positions: IntArray, support: Support, form: str) -> Int32Array:
+    """Turns flat dense positions into places in the memory of a canonical weight of that form."""
+    f, c, kh, kw = support.shape
+    if form == "live":
+        place = np.cumsum(support.mask.reshape(-1)) - 1
+    elif form == "channels_last":
+        flat = np.arange(f * kh * kw * c).reshape(f, kh, kw, c)
+        place = flat.transpose(0, 3, 1, 2).reshape(-1)
+    else:
+        place = np.arange(f * c * kh * kw)
+    return np.where(positions < 0, -1, place[positions]).astype(np.int32)
+
+
+def padded_rows(plan: Plan) -> Int32Array:
+    """Lists the filters of each segment, -1 after the last one.  # int32 [segments, filters]"""
+    sizes = np.diff(plan.segments)
+    rows = np.full((len(sizes), plan.block.filters), -1, np.int32)
+    rows[np.arange(plan.block.filters) < sizes[:, None]] = plan.rows
+    return rows
+
+
+def _untransposed(positions: IntArray, support: Support) -> IntArray:
+    """Turns positions in the transposed, flipped weight into those in the weight itself."""
+    f, c, kh, kw = support.shape
+    own = np.arange(f * c * kh * kw).reshape(f, c, kh, kw)
+    flat = np.ascontiguousarray(own.transpose(1, 0, 2, 3)[:, :, ::-1, ::-1]).reshape(-1)
+    return np.where(positions < 0, -1, flat[positions])
+
+
+def _places(classes: Sequence[Residue], taps: int) -> tuple[IntArray, IntArray]:
+    """Returns the class of each tap of an axis, and its place among the taps of that class."""
+    owner, place = np.zeros(taps, np.int64), np.zeros(taps, np.int64)
+    for number, residue in enumerate(classes):
+        for index, tap in enumerate(residue.taps):
+            owner[tap], place[tap] = number, index
+    return owner, place
+
+
+def _unless_identity(order: IntArray) -> IntArray | None:
+    return None if np.array_equal(order, np.arange(len(order))) else order
+
+
+class Part(NamedTuple):
+    """The jobs of one launch of wgrad's kernel.
+
+    Attributes:
+        plan: whose slabs they compute.
+        taps: adjacent tap columns that one job computes together.
+        words: of the first tap of each job, as in `Lowering`.
+        owners: segment of each job.
+        positions: flat dense position of each gradient; -1 is none.  # [jobs, taps, BF, BC]
+    """
+
+    plan: Plan
+    taps: int
+    words: Int32Array
+    owners: Int32Array
+    positions: IntArray
+
+
+def wgrad_parts(support: Support, fused: Block, single: Block, coarse: bool = False) -> list[Part]:
+    """Lowers wgrad: whole rows of three taps share their reading of dy, the rest goes tap by tap.
+
+    HetConv so becomes its own groups, three taps at a time, and one product for the centre tap of
+    the other channels.
+
+    Args:
+        support: which weights have gradients.
+        fused: the slab of jobs of three taps.
+        single: the slab of jobs of one tap.
+        coarse: as in `Lowering`.
+
+    Returns:
+        At most two parts; none for a Support without weights.
+    """
+    parts, whole = [], coarsened(support) if coarse else support
+    left = whole.mask.copy()
+    if support.kernel[1] == 3:
+        plan = Plan(whole, fused, reorder=False)
+        steps = plan.steps
+        keys = np.stack([plan.owner, steps["channel"], steps["dy"]], axis=1)
+        _, line, size = np.unique(keys, axis=0, return_inverse=True, return_counts=True)
+        line = line.reshape(-1)
+        order = np.lexsort((steps["dx"], line))
+        triples = order[size[line[order]] == 3].reshape(-1, 3)
+        if len(triples):
+            positions = slab_positions(plan)[triples]
+            left.reshape(-1)[positions[positions >= 0]] = False
+            positions = _only_live(positions, support)
+            parts.append(_part(plan, 3, triples[:, 0], positions))
+    if left.any():
+        plan = Plan(Support.from_mask(left), single, reorder=False)
+        every = np.arange(len(plan.steps))
+        positions = _only_live(slab_positions(plan)[:, None], support)
+        parts.append(_part(plan, 1, every, positions))
+    return parts
+
+
+def _part(plan: Plan, taps: int, firsts: IntArray, positions: IntArray) -> Part:
+    steps = plan.steps[firsts]
+    words = steps["channel"] // plan.block.channels << 10 | steps["dy"] << 5 | steps["dx"]
+    return Part(plan, taps, words.astype(np.int32), plan.owner[firsts].astype(np.int32), positions)
+
+
+def gradient_places(parts: Sequence[Part], support: Support, form: str) -> Int32Array:
+    """Lists where the gradient of each weight lies among the partials of one split; -1 is dead.
+
+    # int32 [entries of the canonical weight, in the order of its memory]
+    """
+    size = support.live if form == "live" else int(np.prod(support.shape))
+    places = np.full(size, -1, np.int32)
+    before = 0
+    for part in parts:
+        flat = memory_places(part.positions.reshape(-1), support, form)
+        known = flat >= 0
+        places[flat[known]] = before + np.flatnonzero(known)
+        before += flat.size
+    return places

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The portable wgrad kernels: one product dyᵀ·x over pixels for each step, then a fixed-order sum.
+
+The pixels are cut into splits so that all processors have work; each split leaves its own float32
+partial, and `reduce_kernel_splits` adds them in order, so two runs agree bit for bit.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .fprop import multiply
+
+# The fields of the geometry table, in order. Strides are in units of the kernel's UNIT and
+# ROW_UNIT but for those of channels and filters.
+FIELDS = (
+    "height",  # of y, in pixels
+    "width",
+    "pixels",  # of all images
+    "split",  # pixels of one split, a multiple of BP
+    "stride_h",
+    "stride_w",
+    "pad_h",
+    "pad_w",
+    "dilation_h",
+    "dilation_w",
+    "image_h",  # of x
+    "image_w",
+    "x_n",
+    "x_h",
+    "x_w",
+    "x_c",
+    "y_n",
+    "y_h",
+    "y_w",
+    "y_c",
+    "channels",  # in units
+    "filters",
+    "partial",  # float32 values of one split, those of all launches
+    "first",  # those before this launch's
+)
+
+
+@triton.jit
+def wgrad_kernel_gather(
+    dy,
+    x,
+    partials,
+    words,
+    owners,
+    rows,
+    geometry,
+    BP: tl.constexpr,
+    BF: tl.constexpr,
+    BC: tl.constexpr,
+    TAPS: tl.constexpr,
+    UNIT: tl.constexpr,
+    ROW_UNIT: tl.constexpr,
+    LAST_X: tl.constexpr,
+    LAST_Y: tl.constexpr,
+    SCATTER: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Computes the partial gradient of one step's slab, or of TAPS adjacent steps' slabs.
+
+    Args:
+        dy: gradient of y, any strides.  # [N, F, OH, OW]
+        x: activations, any strides.  # [N, C, H, W]
+        partials: result, by split, launch and job.  # float32 [splits, ..., jobs, TAPS, BF, BC]
+        words: channel block, tap row and first tap column of each job (see `fprop`).  # int32
+        owners: segment of each job.  # int32
+        rows: filters of each segment, -1 for none (SCATTER), or the first of each over ROW_UNIT.
+        geometry: `FIELDS`.  # int64
+        BP: pixels of a step of the loop.
+        BF: filters of a slab.
+        BC: channels of a slab.
+        TAPS: adjacent tap columns that share the reading of dy.
+        UNIT: divides all strides of x but that of the channels.
+        ROW_UNIT: the same for dy and the first filters of segments.
+        LAST_X: whether the channels of x are adjacent in memory.
+        LAST_Y: whether the filters of dy are adjacent in memory.
+        SCATTER: whether a segment's filters are listed one by one.
+        PRECISION: of products of float32.
+        INTERPRETED: whether Triton's interpreter runs this.
+    """
+    job = tl.program_id(0)
+    height = tl.load(geometry).to(tl.int32)  # the numbers below are places in FIELDS
+    width = tl.load(geometry + 1).to(tl.int32)
+    pixels = tl.load(geometry + 2).to(tl.int32)
+    split = tl.load(geometry + 3).to(tl.int32)
+    stride_h = tl.load(geometry + 4).to(tl.int32)
+    stride_w = tl.load(geometry + 5).to(tl.int32)
+    dilation_w = tl.load(geometry + 9).to(tl.int32)
+    image_h = tl.load(geometry + 10).to(tl.int32)
+    image_w = tl.load(geometry + 11).to(tl.int32)
+    x_n = tl.load(geometry + 12)
+    x_h = tl.load(geometry + 13)
+    x_w = tl.load(geometry + 14)
+    y_n = tl.load(geometry + 16)
+    y_h = tl.load(geometry + 17)
+    y_w = tl.load(geometry + 18)
+
+    word = tl.load(words + job)
+    segment = tl.load(owners + job)
+    shift_h = ((word >> 5) & 31) * tl.load(geometry + 8).to(tl.int32)
+    shift_h -= tl.load(geometry + 6).to(tl.int32)
+    shift_w = (word & 31) * dilation_w - tl.load(geometry + 7).to(tl.int32)
+    channel = (word >> 10) * BC + tl.arange(0, BC)
+    channel_live = channel < tl.load(geometry + 20).to(tl.int32) * UNIT
+    if SCATTER:
+        f = tl.load(rows + segment * BF + tl.arange(0, BF))
+        known = f >= 0
+    else:
+        f = tl.load(rows + segment) * ROW_UNIT + tl.arange(0, BF)
+        known = f < tl.load(geometry + 21).to(tl.int32) * ROW_UNIT
+    if LAST_Y:
+        dy_lanes = dy + f[:, None]
+    else:
+        dy_lanes = dy + f[:, None] * tl.load(geometry + 19)
+    if LAST_X:
+        x_lanes = x + channel[None, :]
+    else:
+        x_lanes = x + channel[None, :] * tl.load(geometry + 15)
+
+    acc0 = tl.zeros((BF, BC), tl.float32)
+    acc1 = acc0
+    acc2 = acc0
+    low = tl.program_id(1) * split
+    for p in range(low, tl.minimum(low + split, pixels), BP):
+        m = p + tl.arange(0, BP)
+        inside = m < pixels
+        image = m // (height * width)
+        place = m - image * (height * width)
+        i = place // width
+        j = place - i * width
+        at_y = (image.to(tl.int64) * y_n + i * y_h + j * y_w) * ROW_UNIT
+        # Filters on rows: as [pixels, filters] this load would not be pipelined on sm_80.
+        g = tl.load(dy_lanes + at_y[None, :], mask=known[:, None] & inside[None, :], other=0.0)
+        row = i * stride_h + shift_h
+        col = j * stride_w + shift_w
+        row_seen = inside & (row >= 0) & (row < image_h)
+        at_x = (image.to(tl.int64) * x_n + row * x_h + col * x_w) * UNIT
+        seen = row_seen & (col >= 0) & (col < image_w)
+        b = tl.load(x_lanes + at_x[:, None], mask=seen[:, None] & channel_live[None, :], other=0.0)
+        acc0 = multiply(g, b, acc0, PRECISION, INTERPRETED)
+        if TAPS == 3:
+            col += dilation_w
+            seen = row_seen & (col >= 0) & (col < image_w)
+            at_x += (dilation_w * x_w) * UNIT
+            b = tl.load(
+                x_lanes + at_x[:, None], mask=seen[:, None] & channel_live[None, :], other=0.0
+            )
+            acc1 = multiply(g, b, acc1, PRECISION, INTERPRETED)
+            col += dilation_w
+            seen = row_seen & (col >= 0) & (col < image_w)
+            at_x += (dilation_w * x_w) * UNIT
+            b = tl.load(
+                x_lanes + at_x[:, None], mask=seen[:, None] & channel_live[None, :], other=0.0
+            )
+            acc2 = multiply(g, b, acc2, PRECISION, INTERPRETED)
+
+    stride = tl.load(geometry + 22)
+    first = tl.load(geometry + 23)
+    cell = tl.arange(0, BF)[:, None] * BC + tl.arange(0, BC)[None, :]
+    slab = partials + tl.program_id(1) * stride + first + job.to(tl.int64) * (TAPS * BF * BC)
+    tl.store(slab + cell, acc0)
+    if TAPS == 3:
+        tl.store(slab + BF * BC + cell, acc1)
+        tl.store(slab + 2 * BF * BC + cell, acc2)
+
+
+@triton.jit
+def reduce_kernel_splits(partials, places, dw, size, stride, splits, BLOCK: tl.constexpr):
+    """Adds the splits in order and puts each weight's gradient in its place.
+
+    Args:
+        partials: of the splits.  # float32 [splits, stride]
+        places: where each entry of dw lies in a split, -1 for a dead one.  # int32 [size]
+        dw: result, in the order of its memory.
+        size: entries of dw.
+        stride: float32 values of one split.
+        splits: how many.
+        BLOCK: entries of one program.
+    """
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    place = tl.load(places + at, mask=inside, other=-1)
+    total = tl.zeros((BLOCK,), tl.float32)
+    pointers = partials + place
+    for _ in range(splits):
+        total += tl.load(pointers, mask=place >= 0, other=0.0)
+        pointers += stride
+    tl.store(dw + at, total.to(dw.dtype.element_ty), mask=inside)

@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton engine without a GPU: absence, refusals, tables, choice; starts the interpreter."""
+
+from __future__ import annotations
+
+import dataclasses
+import doctest
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import hetconv_kernels as hk
+from hetconv_kernels import ops
+from hetconv_kernels.backends import parts
+from hetconv_kernels.backends.triton import Triton, choice, dgrad, lowering, tiles
+from hetconv_kernels.errors import BackendError
+from hetconv_kernels.problem import Problem, make_geometry
+
+ROOT = Path(__file__).resolve().parents[1]
+INTERPRETED = sorted((ROOT / "tests" / "interpreted").glob("test_*.py"))
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+
+
+def described(verb: str = "fprop", support: hk.Support | None = None, **changes: Any) -> Problem:
+    s = support or hk.Support.het(256, 256, 3, p=4)
+    geometry = make_geometry(s, changes.pop("stride", 1), 1)
+    last = {"memory_format": torch.channels_last}
+    n = changes.pop("batch", 4)
+    x = torch.empty(n, s.channels, 28, 28, dtype=torch.bfloat16, device="meta").to(**last)
+    w = torch.empty(s.shape, dtype=torch.bfloat16, device="meta")
+    dy = torch.empty(n, s.filters, *geometry.output_size(28, 28), device="meta").to(x.dtype)
+    first = x if verb == "fprop" else dy.to(**last)
+    return dataclasses.replace(ops.describe(verb, geometry, first, x, w, (28, 28)), **changes)
+
+
+# The interpreter ----------------------------------------------------------------------------------
+
+
+@needs_triton
+@pytest.mark.parametrize("path", INTERPRETED, ids=lambda path: path.stem)
+def test_in_the_interpreter(path: Path) -> None:
+    """Runs the tests of one file where Triton's interpreter stands in for the GPU."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert re.search(r"\d+ passed", done.stdout), done.stdout
+    assert "skipped" not in done.stdout
+
+
+# Absence and refusals -----------------------------------------------------------------------------
+
+
+def test_without_triton_the_engine_is_absent_and_says_how_to_get_it() -> None:
+    code = (
+        "import sys, importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'triton' else find(name, *rest)\n"
+        "import hetconv_kernels as hk\n"
+        "print(hk.available_backends())\n"
+        "hk.use_backend('triton')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert "triton" not in done.stdout
+    assert "BackendError" in done.stderr
+    assert "pip install 'hetconv-kernels[triton]'" in done.stderr
+
+
+@needs_triton
+def test_choosing_on_a_cpu_does_not_import_triton() -> None:
+    code = (
+        "import sys, torch, hetconv_kernels as hk\n"
+        "before = 'triton' in sys.modules\n"
+        "hk.nn.HetConv2d(4, 4, 3)(torch.randn(1, 4, 5, 5))\n"
+        "print(hk.available_backends(), before or 'triton' not in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env={key: value for key, value in os.environ.items() if key != "HETCONV_BACKEND"},
+    )
+    assert "'triton'" in done.stdout
+    assert done.stdout.strip().endswith("True")
+
+
+@needs_triton
+def test_cpu_tensors_are_refused_by_name() -> None:
+    with pytest.raises(BackendError, match="tensors are on cpu, not on an NVIDIA GPU"):
+        hk.functional.support_conv2d(
+            torch.randn(1, 4, 5, 5), torch.randn(4, 4, 3, 3), hk.Support.dense(4, 4, 3),
+            backend="triton",
+        )  # fmt: skip
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Lets problems claim to be on a GPU of some capability."""
+
+    def pretend(capability: tuple[int, int] = (9, 0)) -> None:
+        from hetconv_kernels.backends import triton as package
+
+        package._device_reasons.cache_clear()
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        monkeypatch.setattr(choice, "part_of", lambda *_: parts.PARTS[9, 0])
+        # What a user has tuned on this machine is no part of the tests.
+        monkeypatch.setattr("hetconv_kernels.tuning.pick", lambda *_: None)
+
+    yield pretend
+    from hetconv_kernels.backends import triton as package
+
+    package._device_reasons.cache_clear()
+
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"dtype": torch.float64}, "float64 has no matrix instructions"),
+        ({"batch": 2**22}, "more than 2\\*\\*31"),
+        ({"device": torch.device("meta")}, "not on an NVIDIA GPU"),
+    ],
+    ids=["dtype", "pixels", "device"],
+)
+def test_problems_beyond_the_engine_are_refused(on_gpu, changes: Any, words: str) -> None:
+    on_gpu()
+    reasons = Triton().unsupported_reasons(described(**{"device": CUDA, **changes}))
+    assert any(re.search(words, reason) for reason in reasons)
+
+
+@pytest.mark.parametrize(("capability", "refused"), [((7, 5), True), ((8, 0), False)])
+def test_old_parts_are_refused(on_gpu, capability: tuple[int, int], refused: bool) -> None:
+    on_gpu(capability)
+    reasons = Triton().unsupported_reasons(described(device=CUDA))
+    assert bool(reasons) == refused
+    assert not refused or "Compute capability 7.5 is below 8.0" in reasons[0]
+
+
+def test_a_table_is_not_made_during_a_capture(on_gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hetconv_kernels.backends.triton import launch
+
+    on_gpu()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(BackendError, match=r"while a CUDA graph is captured.*warmup\(model"):
+        launch.upload(np.zeros(3, np.int32), CUDA)
+
+
+# Lowering -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, 5])
+@pytest.mark.parametrize("dilation", [1, 2, 3, 4])
+@pytest.mark.parametrize("taps", [1, 2, 3, 5, 7])
+def test_residue_classes_share_out_the_taps(taps: int, stride: int, dilation: int) -> None:
+    classes = lowering.residues(taps, stride, dilation)
+    assert sorted(k for c in classes for k in c.taps) == list(range(taps))
+    for r, residue in enumerate(classes):
+        for i, k in enumerate(residue.taps):
+            # q = stride * p + r meets dy row p - (offset + i * step) at tap k.
+            assert (k * dilation - r) == stride * (residue.offset + i * residue.step)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("pads", [(0, 0), (1, 2), (5, 0)])
+def test_the_classes_of_dgrad_write_every_pixel_once(stride: int, pads: tuple[int, int]) -> None:
+    geometry = make_geometry(hk.Support.dense(1, 1, 3), stride, (*pads, 0, 0), 1)
+    rows = [rows for rows, _ in dgrad.dgrad_axes(geometry, (11, 11))][::stride]
+    written = sorted(axis.first + i * axis.store for axis in rows for i in range(axis.pixels))
+    assert written == list(range(11))
+    for axis in rows:
+        for i in range(axis.pixels):
+            for k in range(axis.taps):
+                source = axis.base + i * axis.load + k * axis.tap
+                taps = lowering.residues(3, stride, 1)
+                tap = taps[rows.index(axis)].taps[k]
+                assert source * stride + tap - pads[0] == axis.first + i * axis.store
+
+
+@pytest.mark.parametrize("verb", ["fprop", "dgrad"])
+@pytest.mark.parametrize("form", ["contiguous", "channels_last", "live"])
+def test_every_live_weight_is_packed_once(verb: str, form: str) -> None:
+    s = hk.Support.het(20, 24, 3, p=3, order="interleaved")
+    classes = dgrad.dgrad_classes(make_geometry(s, 2, 1)) if verb == "dgrad" else None
+    found = lowering.Lowering(s, 16, 16, classes=classes).source(form)
+    places = np.sort(found[found >= 0])
+    mask = torch.tensor(s.mask)
+    if form == "live":
+        expected = np.arange(s.live)
+    else:
+        laid = mask.permute(0, 2, 3, 1) if form == "channels_last" else mask
+        expected = np.flatnonzero(laid.contiguous().numpy())
+    np.testing.assert_array_equal(places, expected)
+
+
+@pytest.mark.parametrize("form", ["contiguous", "channels_last", "live"])
+def test_every_live_weight_has_one_gradient(form: str) -> None:
+    s = hk.Support.het(20, 24, 3, p=3)
+    blocks = lowering.Block(16, 16, align=16), lowering.Block(32, 16, align=16)
+    parts = lowering.wgrad_parts(s, *blocks)
+    assert [p.taps for p in parts] == [3, 1]
+    places = lowering.gradient_places(parts, s, form)
+    known = places[places >= 0]
+    assert len(known) == len(set(known.tolist())) == s.live
+
+
+def test_docstring_examples_run() -> None:
+    for module in (lowering, dgrad):
+        outcome = doctest.testmod(module)
+        assert outcome.attempted > 0
+        assert outcome.failed == 0
+
+
+# Choice -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", ["fprop", "dgrad", "wgrad"])
+def test_structure_is_predicted_to_pay(on_gpu, verb: str) -> None:
+    on_gpu()
+    engine = Triton()
+    sparse = described(verb, batch=128, device=CUDA)
+    dense = described(verb, hk.Support.dense(256, 256, 3), batch=128, device=CUDA)
+    assert engine.estimate(sparse) < 0.7 * engine.estimate(dense)
+    assert 0.3 < engine.efficiency(sparse) <= engine.efficiency(dense) == 1
+    assert not engine.measured(sparse)
+
+
+def test_hopper_takes_boxes_and_others_pointers(on_gpu) -> None:
+    for capability, boxed in (((9, 0), True), ((8, 0), False), ((12, 0), False)):
+        on_gpu(capability)
+        found = choice.gather_choices(described(batch=128, device=CUDA))
+        assert any(c.box is not None for c in found) == boxed
+
+
+def test_a_prediction_counts_the_gather_of_interleaved_channels(on_gpu) -> None:
+    on_gpu()
+    interleaved = hk.Support.het(256, 256, 3, p=4, order="interleaved")
+    blocked = described(batch=128, device=CUDA)
+    other = described("fprop", interleaved, batch=128, device=CUDA)
+    assert Triton().estimate(other) > Triton().estimate(blocked)
+
+
+@pytest.mark.parametrize("capability", parts.PARTS)
+def test_shipped_tiles_fit_every_part(capability: tuple[int, int]) -> None:
+    part = parts.PARTS[capability]
+    for tile in tiles.HALF_TILES:
+        buffers = tiles.stages(tile, 2, part) - (not part.waits)
+        assert buffers * (tile.pixels + tile.filters) * tile.channels * 2 <= part.shared
+
+
+def test_an_entry_of_the_table_decides(on_gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hetconv_kernels.backends.triton import table
+
+    on_gpu()
+    p = described(batch=64, device=CUDA)
+    slow = max(choice.gather_choices(p), key=lambda c: c.seconds)
+    assert not Triton().measured(p)
+    entry = {table.key_of(p, (9, 0)): {"name": slow.name, "seconds": 1.0}}
+    monkeypatch.setattr(table, "entries", lambda: entry)
+    assert Triton().measured(p)
+    assert choice.best_gather(p).name == slow.name
+
+
+def test_the_table_names_choices_that_exist() -> None:
+    from hetconv_kernels.backends.triton import table
+
+    names = {
+        table.name_of(tile, None, reorder)
+        for tile in (*tiles.HALF_TILES, *tiles.SINGLE_TILES)
+        for reorder in (False, True)
+    }
+    for entry in table.entries().values():
+        assert entry["name"] in names or " box " in entry["name"]
+
+
+# Launches -----------------------------------------------------------------------------------------
+
+
+class FakeKernel:
+    """Stands in for a ``triton.jit`` function, and for what it compiles to."""
+
+    def __init__(self) -> None:
+        self.compiled: list[tuple[Any, ...]] = []
+        self.started: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def jit(*arguments: Any, num_warps: int, num_stages: int, enable_fp_fusion: bool) -> Any:
+            self.compiled.append((grid, *arguments, num_warps, num_stages))
+            return {grid: lambda *again: self.started.append(again)}
+
+        return jit
+
+
+def test_a_launch_compiles_once_for_each_alignment(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hetconv_kernels.backends.triton import launch
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    capture = {"on": False}
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capture["on"])
+    kernel = FakeKernel()
+    start = launch.Launch(kernel, (3,), (64, True), warps=4, stages=3, device=CUDA)
+    storage = torch.empty(64)
+    whole, odd = storage[:32], storage[1:33]
+    assert whole.data_ptr() % 16 == 0
+    for argument in (whole, whole, odd, whole, odd):
+        start(argument, None, 5)
+    assert [entry[1].data_ptr() for entry in kernel.compiled] == [whole.data_ptr(), odd.data_ptr()]
+    assert kernel.compiled[0][0] == (3, 1, 1)
+    assert kernel.compiled[0][2:] == (None, 5, 64, True, 4, 3)
+    assert len(kernel.started) == 3
+    assert kernel.started[0][1:] == (None, 5, 64, True)
+    capture["on"] = True
+    start(whole, None, 5)
+    with pytest.raises(BackendError, match="while a CUDA graph is captured"):
+        start(whole.double(), None, 5)
