@@ -116,7 +116,8 @@ def test_autocast_is_conv2d_autocast(kind: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         y, expected = layer(image()), twin(layer)(image())
     assert y.dtype == expected.dtype == torch.bfloat16
-    torch.testing.assert_close(y, expected)
+    # An engine may cast the weight and the bias as it packs them, or use them as they are.
+    torch.testing.assert_close(y, expected, rtol=2**-6, atol=2**-6)
     y.float().sum().backward()
     assert layer.weight.grad is not None
     assert layer.weight.grad.dtype == torch.float32

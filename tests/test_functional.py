@@ -313,7 +313,9 @@ def test_autocast_casts_as_conv2d_does() -> None:
         y = support_conv2d(image(), weight(), IRREGULAR, bias(), padding=1)
         expected = conv2d(image(), weight(), bias(), 1, 1)
         assert y.dtype == expected.dtype == torch.bfloat16
-        torch.testing.assert_close(y, expected)
+        # An engine may cast the weight and the bias as it packs them, or use them as they are.
+        size = conv2d(image().abs().float(), weight().abs().float(), bias().abs().float(), 1, 1)
+        assert bool(((y - expected).abs() <= 2**-7 * size).all())
         double = support_conv2d(image().double(), weight().double(), IRREGULAR)
         assert double.dtype == torch.float64
         with torch.autocast("cpu", enabled=False):
