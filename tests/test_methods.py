@@ -14,7 +14,7 @@ from benchmarks import methods
 from hetconv_kernels import compress
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
-RECORD = Path(methods.__file__).parent / "results" / "methods.json"
+RECORD = Path(methods.__file__).with_name("methods-digits.json")
 
 
 def test_quick_run_has_every_method_in_both_forms(tmp_path: Path) -> None:
