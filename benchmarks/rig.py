@@ -133,6 +133,7 @@ class Rig:
             for form in _FORMATS:
                 found[f"{name}:{_SHORT[form]}"] = self._calls(copy.deepcopy(module), form)
         if with_prepacked and not case.training and not case.amp:
+            torch.compiler.reset()  # what earlier cases compiled counts against a limit
             for form, memory_format in _FORMATS.items():
                 module = _formatted(copy.deepcopy(rivals[DENSE]), form)
                 x = self.inputs[0].to(memory_format=memory_format)
