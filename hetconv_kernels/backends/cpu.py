@@ -203,31 +203,11 @@ class Cpu:
 
     @staticmethod
     def _wgrad_plan(problem: Problem, form: str = "auto") -> Any:
-        key = ("cpu wgrad", _ISA, problem.dtype, form, problem.channels_last)
-        plan = problem.support.derived.get(key)
-        if plan is None:
-            plan = problem.support.derived[key] = _cpu.Wgrad(
-                _mask(problem),
-                _name(problem.dtype),
-                _ISA,
-                form,
-                channels_last=problem.channels_last,
-            )
-        return plan
+        return _kept(_cpu.Wgrad, problem, form)
 
     @staticmethod
     def _plan(problem: Problem, form: str = "auto") -> Any:
-        key = ("cpu", _ISA, problem.dtype, form, problem.channels_last)
-        plan = problem.support.derived.get(key)
-        if plan is None:
-            plan = problem.support.derived[key] = _cpu.Plan(
-                _mask(problem),
-                _name(problem.dtype),
-                _ISA,
-                form,
-                channels_last=problem.channels_last,
-            )
-        return plan
+        return _kept(_cpu.Plan, problem, form)
 
     @staticmethod
     def _packer(verb: str, plan: Any, problem: Problem) -> FrozenCache:
@@ -244,6 +224,21 @@ class Cpu:
         key = ("cpu packed", verb, id(plan), dtype, problem.live_weight)
         cache: FrozenCache = support.derived.setdefault(key, FrozenCache(build))
         return cache
+
+
+def _kept(make: Any, problem: Problem, form: str) -> Any:
+    """Returns the engine's lowering of a Support, made by its class once and kept with it."""
+    key = (make, _ISA, problem.dtype, form, problem.channels_last)
+    plan = problem.support.derived.get(key)
+    if plan is None:
+        plan = problem.support.derived[key] = make(
+            _mask(problem),
+            _name(problem.dtype),
+            _ISA,
+            form,
+            channels_last=problem.channels_last,
+        )
+    return plan
 
 
 def _mask(problem: Problem) -> Any:

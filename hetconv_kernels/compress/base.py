@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .. import stats
 from ..errors import ArgumentError, HetconvError, InputTypeError, SpeedupError, mismatch
+from ..graph import compact as compacting
 from ..graph import rules
 from ..graph.convert import convert
 from ..nn import GroupedConv2d, SupportConv2d, SupportLinear
@@ -222,13 +223,9 @@ def _report(
 
 
 def _compacted(model: nn.Module, example: Tensor) -> tuple[nn.Module | None, str]:
-    """Takes removed filters out physically, if the package can; or says why they stay masked."""
+    """Takes removed filters out physically, if that can be done; or says why they stay masked."""
     try:
-        from ..graph.compact import compact  # type: ignore[import-not-found,unused-ignore]
-    except ImportError:
-        return None, "removed filters stay as empty rows of a Support; nothing was taken out"
-    try:
-        small = compact(copy.deepcopy(model).eval(), example).model
+        small = compacting.compact(copy.deepcopy(model).eval(), example).model
     except HetconvError as error:
         return None, f"removed filters stay as empty rows of a Support: {error}"
     return small.train(model.training), ""
