@@ -39,9 +39,9 @@ def test_without_the_class(name: str, form: str, tmp_path) -> None:
     loaded = hk.io.load(tmp_path / "net")
     equal(loaded, model, x)
     assert not loaded.training
-    assert [p.requires_grad for p in loaded.parameters()] == [
-        p.requires_grad for p in model.parameters()
-    ]
+    assert {name: p.requires_grad for name, p in loaded.named_parameters()} == {
+        name: p.requires_grad for name, p in model.named_parameters()
+    }
 
 
 def test_into_the_class(tmp_path) -> None:

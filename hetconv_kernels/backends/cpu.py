@@ -20,11 +20,14 @@ from ..problem import Problem
 from ..support import Support
 from . import Runner
 from .common import empty, to_format
-from .rates import ENGINE, GRADIENT, PACK, VERB, WGRAD
+from .rates import DOUBT, ENGINE, FAR_COMPUTE, FAR_WEIGHT, GRADIENT, PACK, VERB, WGRAD
 
 _MAX_INT = 2**31 - 1
 _MAX_PADDED = 2**30  # along one axis: the engine counts pixels in 32 bits, beyond the edge too
 _MAX_RESIDUES = 4096  # dgrad has a plan for each residue of the stride
+# Bytes: of packed weights that stay in a processor's cache from one band of pixels to the next, and
+# of a band, at most.
+_NEAR, _BAND = 2**24, 2**21
 # The instruction set; "" takes the best one here, or what HETCONV_ISA says.
 _ISA = ""
 _NO_RESIDUAL = (0, 0, 0, 0)
@@ -65,16 +68,22 @@ class Cpu:
             return pixels * wgrad.cost * WGRAD[wgrad.form] / threads + fixed
         plan = self._plan(problem)
         form = ENGINE["filters" if plan.form == "filters" else "pixels"]
-        per_image = problem.batch * plan.cost
-        oh, ow = problem.output_size
+        pixels = problem.batch * math.prod(problem.output_size)
+        one_row = problem.is_linear or (problem.is_pointwise and problem.channels_last)
+        images = 1 if one_row else problem.batch
         compute = (
-            per_image * oh * ow * form.operation
-            + problem.batch * oh * ow * _tile_columns(problem) / 16 * form.load
-            + per_image * form.image
+            pixels * plan.cost * form.operation
+            + pixels * _tile_columns(problem) / 16 * form.load
+            + images * plan.cost * form.image
         )
         packing = 0.0 if problem.live_weight else math.prod(problem.support.shape) * PACK
-        fixed = plan.packed_elements * form.packed + packing + form.call
-        return compute * VERB[problem.verb] / threads + fixed
+        weights = plan.packed_elements * form.packed
+        if plan.packed_elements * 4 > _NEAR:
+            bands = math.ceil(pixels * problem.support.channels * 4 / _BAND)
+            weights = plan.packed_elements * bands * FAR_WEIGHT
+            compute *= FAR_COMPUTE
+        seconds = compute * VERB[problem.verb] / threads + weights + packing + form.call
+        return seconds * (DOUBT if problem.support.is_dense else 1.0)
 
     def measured(self, problem: Problem) -> bool:
         """The seconds were fitted in float32 with AVX-512; elsewhere they are a guess."""
@@ -90,8 +99,8 @@ class Cpu:
         geometry, plan = problem.geometry, self._plan(problem)
         packed = self._packer("fprop", plan, problem)
         wide = torch.promote_types(problem.dtype, torch.float32)
-        size = (problem.batch, problem.height, problem.width)
         padding = (geometry.pads[0], geometry.pads[2])
+        images, row = _sizes(problem), _row_sizes(problem)
         act, run_engine, threads = problem.act, plan.fprop, torch.get_num_threads
 
         def run(
@@ -110,21 +119,25 @@ class Cpu:
                 shift = shift.to(wide).contiguous()
             if residual is not None:
                 residual = residual.resolve_neg()
+            if row is not None and _are_rows(x, y, residual):
+                (size, out_size), strides = row, _row_strides
+            else:
+                (size, out_size), strides = images, Tensor.stride
             run_engine(
                 packed(w),
                 x.data_ptr(),
-                x.stride(),
+                strides(x),
                 size,
                 y.data_ptr(),
-                y.stride(),
-                problem.output_size,
+                strides(y),
+                out_size,
                 geometry.stride,
                 padding,
                 geometry.dilation,
                 0 if scale is None else scale.data_ptr(),
                 0 if shift is None else shift.data_ptr(),
                 0 if residual is None else residual.data_ptr(),
-                _NO_RESIDUAL if residual is None else residual.stride(),
+                _NO_RESIDUAL if residual is None else strides(residual),
                 act,
                 threads(),
             )
@@ -239,6 +252,32 @@ def _kept(make: Any, problem: Problem, form: str) -> Any:
             channels_last=problem.channels_last,
         )
     return plan
+
+
+Sizes = tuple[tuple[int, int, int], tuple[int, int]]
+
+
+def _sizes(problem: Problem) -> Sizes:
+    """Returns the input's images, height and width, and the output's height and width."""
+    return (problem.batch, problem.height, problem.width), problem.output_size
+
+
+def _row_sizes(problem: Problem) -> Sizes | None:
+    """Returns the same where all images can be read as one row of pixels, else None."""
+    pixels = problem.batch * problem.height * problem.width
+    if not problem.is_pointwise or pixels > _MAX_PADDED:
+        return None
+    return (1, 1, pixels), (1, pixels)
+
+
+def _are_rows(*tensors: Tensor | None) -> bool:
+    return all(t is None or t.is_contiguous(memory_format=torch.channels_last) for t in tensors)
+
+
+def _row_strides(image: Tensor) -> tuple[int, int, int, int]:
+    channels = image.shape[1]
+    row = image.numel()
+    return row, 1, row, channels
 
 
 def _mask(problem: Problem) -> Any:

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 from torch import fx, nn
 
-from ..nn import SupportConv2d, fuse
+from ..nn import SupportConv2d, SupportLinear, fuse
 from ..nn.base import SupportLayer
+from ..support import Support
 from .layout import set_module
 from .names import module_of, name_of
 from .rules import Keep, _plain_conv2d
@@ -21,7 +22,7 @@ _IDLE = frozenset(["dropout", "feature_dropout", "alpha_dropout", "identity"])
 
 
 class Fused(NamedTuple):
-    """One convolution with what became part of it.
+    """One layer with what became part of it.
 
     Attributes:
         name: of the convolution.
@@ -48,7 +49,7 @@ class Folded(NamedTuple):
     """What `fold` did.
 
     Attributes:
-        fused: the convolutions.
+        fused: the convolutions and fully-connected layers.
         left: what could not be folded, and why.
         removed: how many steps that do nothing in evaluation mode are gone.
     """
@@ -65,7 +66,8 @@ def fold(traced: fx.GraphModule) -> Folded:
     shift), a sum with a tensor of its own size, and a ReLU, ReLU6, SiLU or GELU, as one
     `FusedConv2d`. Each step is taken over only if nothing else reads what came before it. Where
     two convolutions meet in a sum, the one with a Support takes it: PyTorch's dense convolution
-    adds in a pass of its own anyway. Layers with a Support that remain are frozen.
+    adds in a pass of its own anyway. Layers with a Support that remain are frozen, and so are dense
+    fully-connected layers, whose weights are then laid out for the matrix product only once.
 
     Args:
         traced: what `trace` gave, in evaluation mode.
@@ -94,6 +96,7 @@ def fold(traced: fx.GraphModule) -> Folded:
         taken.update(chain.nodes)
         _replace(traced, node, conv, chain)
         done.append(Fused(str(node.target), " + ".join(("conv", *chain.parts))))
+    done += _freeze_linears(traced)
     traced.graph.eliminate_dead_code()
     for node in traced.graph.nodes:
         module = module_of(node)
@@ -216,6 +219,23 @@ def _replace(
     last.replace_all_uses_with(new)
     for old in reversed(chain.nodes):
         traced.graph.erase_node(old)
+
+
+def _freeze_linears(traced: fx.GraphModule) -> list[Fused]:
+    owners: dict[int, int] = {}
+    for module in traced.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    done: dict[str, Fused] = {}
+    for node in traced.graph.nodes:
+        module = module_of(node)
+        if type(module) is not nn.Linear or owners[id(module.weight)] > 1:
+            continue
+        support = Support.dense(module.in_features, module.out_features, 1)
+        name = str(node.target)
+        set_module(traced, name, SupportLinear.from_linear(module, support).eval().freeze())
+        done[name] = Fused(name, "linear, its weight laid out once")
+    return list(done.values())
 
 
 def _remove_idle(traced: fx.GraphModule) -> int:
