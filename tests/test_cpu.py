@@ -245,7 +245,9 @@ def test_images_of_a_pointwise_layer_are_read_as_one_row_of_pixels(
                 x, weight, geometry, hk.backends.forced_code(), residual=residual, act="relu"
             )
         assert y.is_contiguous(memory_format=torch.channels_last)
-        results.append(y)
+        leaf, dense = x.detach().requires_grad_(), torch.ones(support.shape, requires_grad=True)
+        z = hk.functional.support_conv2d(leaf, dense, support, backend=name)
+        results.append([y, *torch.autograd.grad(z, (leaf, dense), residual)])
     torch.testing.assert_close(*results)
 
 

@@ -8,6 +8,7 @@ of the image as it goes, and writes the result's format; nothing is converted he
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -100,7 +101,7 @@ class Cpu:
         packed = self._packer("fprop", plan, problem)
         wide = torch.promote_types(problem.dtype, torch.float32)
         padding = (geometry.pads[0], geometry.pads[2])
-        images, row = _sizes(problem), _row_sizes(problem)
+        sizes = _sizes(problem)
         act, run_engine, threads = problem.act, plan.fprop, torch.get_num_threads
 
         def run(
@@ -119,10 +120,7 @@ class Cpu:
                 shift = shift.to(wide).contiguous()
             if residual is not None:
                 residual = residual.resolve_neg()
-            if row is not None and _are_rows(x, y, residual):
-                (size, out_size), strides = row, _row_strides
-            else:
-                (size, out_size), strides = images, Tensor.stride
+            size, out_size, strides = sizes(x, y, residual)
             run_engine(
                 packed(w),
                 x.data_ptr(),
@@ -162,19 +160,20 @@ class Cpu:
                 channels_last=problem.channels_last,
             )
         packed = self._packer("dgrad", plan, problem)
-        size = (problem.batch, *problem.output_size)
+        sizes = _sizes(problem)
 
         def run(dy: Tensor, w: Tensor) -> Tensor:
             dx = empty(problem.x_shape, dy, problem)
             dy = dy.resolve_neg()
+            size, out_size, strides = sizes(dx, dy)
             plan.dgrad(
                 packed(w),
                 dy.data_ptr(),
-                dy.stride(),
-                size,
+                strides(dy),
+                (size[0], *out_size),
                 dx.data_ptr(),
-                dx.stride(),
-                (problem.height, problem.width),
+                strides(dx),
+                size[1:],
                 torch.get_num_threads(),
             )
             return dx
@@ -184,7 +183,7 @@ class Cpu:
     def wgrad(self, problem: Problem) -> Runner:
         """Prepares dw."""
         geometry, plan = problem.geometry, self._wgrad_plan(problem)
-        size = (problem.batch, problem.height, problem.width)
+        sizes = _sizes(problem)
         live = _live_index(problem.support) if problem.live_weight else None
         # The engine writes the live entries only, in any layout.
         layout = torch.contiguous_format if problem.live_weight else problem.format
@@ -193,13 +192,14 @@ class Cpu:
             dw = torch.empty(problem.support.shape, dtype=problem.dtype, memory_format=layout)
             dw.zero_()
             dy, x = dy.resolve_neg(), x.resolve_neg()
+            size, out_size, strides = sizes(x, dy)
             plan.wgrad(
                 x.data_ptr(),
-                x.stride(),
+                strides(x),
                 size,
                 dy.data_ptr(),
-                dy.stride(),
-                problem.output_size,
+                strides(dy),
+                out_size,
                 dw.data_ptr(),
                 dw.stride(),
                 geometry.stride,
@@ -254,30 +254,37 @@ def _kept(make: Any, problem: Problem, form: str) -> Any:
     return plan
 
 
-Sizes = tuple[tuple[int, int, int], tuple[int, int]]
+# The input's images, height and width; the output's height and width; what gives strides for them.
+_Sizes = tuple[tuple[int, int, int], tuple[int, int], Callable[[Tensor], tuple[int, ...]]]
 
 
-def _sizes(problem: Problem) -> Sizes:
-    """Returns the input's images, height and width, and the output's height and width."""
-    return (problem.batch, problem.height, problem.width), problem.output_size
+def _sizes(problem: Problem) -> Callable[..., _Sizes]:
+    """Returns what tells how the engine is to read the operands of a call.
 
-
-def _row_sizes(problem: Problem) -> Sizes | None:
-    """Returns the same where all images can be read as one row of pixels, else None."""
+    A pointwise layer has nothing to do with images: where memory allows, all are one row of pixels.
+    """
+    images = (problem.batch, problem.height, problem.width), problem.output_size, _strides
     pixels = problem.batch * problem.height * problem.width
-    if not problem.is_pointwise or pixels > _MAX_PADDED:
-        return None
-    return (1, 1, pixels), (1, pixels)
+    if not problem.is_pointwise or not 0 < pixels <= _MAX_PADDED:
+        return lambda *_: images
+    row = (1, 1, pixels), (1, pixels), _row_strides
+
+    def sizes(*operands: Tensor | None) -> _Sizes:
+        for tensor in operands:
+            if tensor is not None and not tensor.is_contiguous(memory_format=torch.channels_last):
+                return images
+        return row
+
+    return sizes
 
 
-def _are_rows(*tensors: Tensor | None) -> bool:
-    return all(t is None or t.is_contiguous(memory_format=torch.channels_last) for t in tensors)
+def _strides(image: Tensor) -> tuple[int, ...]:
+    return image.stride()
 
 
-def _row_strides(image: Tensor) -> tuple[int, int, int, int]:
-    channels = image.shape[1]
+def _row_strides(image: Tensor) -> tuple[int, ...]:
     row = image.numel()
-    return row, 1, row, channels
+    return row, 1, row, image.shape[1]
 
 
 def _mask(problem: Problem) -> Any:

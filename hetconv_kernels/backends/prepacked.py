@@ -40,7 +40,7 @@ def takes(problem: Problem) -> bool:
         and (problem.channels_last or problem.is_linear)
         and problem.dense_macs >= _LEAST_MACS
         and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and all(hasattr(torch.ops.mkldnn, name) for name in _OPS)
     )
 

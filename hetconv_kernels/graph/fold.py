@@ -223,8 +223,8 @@ def _replace(
 
 def _freeze_linears(traced: fx.GraphModule) -> list[Fused]:
     owners: dict[int, int] = {}
-    for module in traced.modules():
-        for parameter in module.parameters(recurse=False):
+    for owner in traced.modules():
+        for parameter in owner.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     done: dict[str, Fused] = {}
     for node in traced.graph.nodes:
