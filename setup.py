@@ -247,7 +247,7 @@ def through_nvcc(flags: list[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Commands:
-    """How a part is compiled and linked here, `libraries` after the objects, and what is recorded."""
+    """How a part is compiled and linked here (libraries come last), and what is recorded of it."""
 
     compile: list[str]
     link: list[str]

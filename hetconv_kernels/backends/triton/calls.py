@@ -13,12 +13,13 @@ from torch import Tensor
 
 from ...packing import FrozenCache
 from ...problem import Problem, is_dense_shape
+from ..capture import CONVERSIONS, capturing, pin, upload
 from ..common import empty
 from ..parts import part_of
 from .choice import GatherChoice
 from .dgrad import Axis, dgrad_axes, fprop_axes, geometry_table
 from .fprop import fprop_kernel_gather, pack_kernel_gather
-from .launch import CONVERSIONS, Launch, capturing, interpreted, pin, upload
+from .launch import Launch, interpreted
 from .lowering import Lowering
 from .tiles import stages
 
