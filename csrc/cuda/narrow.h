@@ -149,11 +149,15 @@ const char* narrow_reduce(const float* partials, const int32_t* targets, void* d
 const char* narrow_pack(const void* w, DType w_dtype, const int32_t* source, void* slabs,
                         DType dtype, int64_t size, void* stream);
 
+// The blocks that the current device holds at once for each head; 0: it holds none.
+int64_t narrow_blocks(const Narrow& p, DType dtype);
+int64_t narrow_wgrad_blocks(const NarrowWgrad& p, DType dtype);
+
 // Dynamic shared memory of one block, in bytes.
 int64_t narrow_shared_bytes(const Narrow& p);
 int64_t narrow_wgrad_shared_bytes(const NarrowWgrad& p);
 
-// The kernels that are built, ended by null: "narrow_fprop<bf16, resident>", ...
+// The names of the kernels that are built, ended by null.
 const char* const* narrow_kernels();
 
 }  // namespace hetconv::cuda

@@ -163,7 +163,10 @@ def filter_order(support: Support, back: bool) -> tuple[IntArray, BoolArray]:
 
 
 def tile_columns(rows: IntArray, mask: BoolArray) -> BoolArray:
-    """Tells which columns the tiles of eight filters have.  # bool [tiles, C, KH, KW]"""
+    """Tells which columns the tiles of eight filters have; -1 in `rows` is none.
+
+    # bool [tiles, C, KH, KW]
+    """
     padded = np.concatenate([mask, np.zeros_like(mask[:1])])
     return np.any(padded[rows.reshape(-1, LANES)], axis=1)
 
@@ -211,12 +214,12 @@ class _Builder:
     def finish(self, windows: Sequence[Window]) -> Tables:
         """Makes the tables."""
         shape, counts = self._shape, self._counts
-        raw, slot = _odd(counts["raw"]), _odd(counts["slot"]) if self._slots.gather else 0
+        raw, slot = odd_pitch(counts["raw"]), odd_pitch(counts["slot"]) if self._slots.gather else 0
         steps = np.concatenate([np.zeros((0, 2, 2), np.int64), *self._halves])
         offsets = steps[..., 0] * (slot or raw) + steps[..., 1]
         if offsets.max(initial=0) > 0xFFFF:
             raise ArgumentError(mismatch("halo tile", shape, "at most 2**20 bytes"))
-        words = (offsets[:, 0] | offsets[:, 1] << 16).astype(np.uint32).view(np.int32)
+        words = pack_pairs(offsets)[:, 0]
         most = max(len(r) for r in self._rounds)
         end = self._lists_end(most)
         for rounds in self._rounds:
@@ -224,7 +227,6 @@ class _Builder:
         grid = len(windows), len(self._rows)
         halo = [w.halo(shape.height, 1)[0] * w.line(shape.width) for w in windows]
         gathers = np.concatenate([np.zeros((0, LANES), np.int64), *self._gathers])
-        packed = (gathers[:, 0::2] | gathers[:, 1::2] << 16).astype(np.uint32).view(np.int32)
         fields = [w.fields(shape.height, shape.width) for w in windows]
         return Tables(
             classes=np.array(fields, np.int32),
@@ -233,7 +235,7 @@ class _Builder:
             lists=end.reshape(*grid, most, shape.warps_n, -1),
             words=words,
             chunks=np.array(self._chunks, np.int32),
-            slots=packed,
+            slots=pack_pairs(gathers),
             rows=self._rows.astype(np.int32),
             positions=np.concatenate(self._positions),
             shape=shape,
@@ -338,6 +340,11 @@ class _Builder:
         return np.stack(joined).astype(np.int32)
 
 
-def _odd(count: int) -> int:
+def odd_pitch(count: int) -> int:
     """Returns an odd pitch of at least `count`: eight adjacent pixels then meet all banks once."""
     return max(count, 1) | 1
+
+
+def pack_pairs(numbers: IntArray) -> Int32Array:
+    """Packs pairs of 16-bit numbers into words, the first of each in the low half."""
+    return (numbers[..., 0::2] | numbers[..., 1::2] << 16).astype(np.uint32).view(np.int32)
