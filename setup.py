@@ -143,6 +143,10 @@ def mode() -> str:
     return value
 
 
+def wish() -> str:
+    return os.environ.get("HETCONV_CUDA_ARCHS") or "all"
+
+
 def jobs() -> int:
     """Returns how many compilers may run at once: MAX_JOBS, else what cores and memory allow."""
     if os.environ.get("MAX_JOBS"):
@@ -202,7 +206,7 @@ def architectures(compiler: str) -> list[str]:
     Raises:
         PartError: an architecture that was named is not one of `ARCHITECTURES`.
     """
-    wanted = os.environ.get("HETCONV_CUDA_ARCHS", "all").replace(",", " ").split()
+    wanted = wish().replace(",", " ").split()
     if wanted == ["native"]:
         wanted = native_architectures() or ["all"]
     if wanted != ["all"]:
@@ -261,8 +265,7 @@ def commands(part: Part) -> Commands:
     Raises:
         PartError: one is missing.
     """
-    wish = os.environ.get("HETCONV_CUDA_ARCHS", "all")
-    if part.cuda and wish == "none":
+    if part.cuda and wish() == "none":
         raise AbsentError("HETCONV_CUDA_ARCHS=none leaves it out")
     tool = cxx = compiler()
     folders, pybind11_version = includes()
@@ -270,16 +273,12 @@ def commands(part: Part) -> Commands:
     facts: dict[str, object] = {"compiler": first_line(cxx), "pybind11": pybind11_version}
     flags = ["-fPIC", *user]
     if part.cuda:
-        try:
-            tool = [nvcc()]
-        except NoCompilerError as error:
-            if wish in ("all", "native"):
-                raise
-            raise PartError(str(error)) from error
+        tool = [nvcc()]
         names = architectures(tool[0])
         if os.environ.get("CXX"):
             tool += [f"-ccbin={cxx[0]}", *through_nvcc(cxx[1:])]
         flags = [*through_nvcc(flags), *code_flags(names)]
+        flags.append(f"-DHETCONV_ARCHITECTURES={'_'.join(names)}")  # nvcc cuts at commas
         link_user = through_nvcc(link_user)
         facts |= {"nvcc": first_line(tool, "release"), "architectures": names}
     facts |= {"flags": " ".join([part.flags, *user]), "sources": part.digest()}
@@ -335,7 +334,8 @@ class BuildParts(build_ext):
                 stale.unlink(missing_ok=True)
             self.record[part.module] = {"built": False, "reason": str(error)}
             sentence = f"{part.name} was not built: {error}. Without it {part.without}."
-            if mode() == "require" and not isinstance(error, AbsentError):
+            named = wish() not in ("all", "native", "none")
+            if mode() == "require" and (named or not isinstance(error, AbsentError)):
                 raise SystemExit(sentence) from error
             print(sentence, file=sys.stderr, flush=True)
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ...problem import Problem
 from ..capture import capturing, pin, upload
+from ..common import unit
 from ..parts import Part, part_of
-from .calls import precision, unit
+from .calls import precision
 from .choice import parts_of
 from .launch import Launch, interpreted
 from .lowering import Int32Array, gradient_places, padded_rows
