@@ -19,7 +19,7 @@ import torch
 
 import hetconv_kernels as hk
 from hetconv_kernels import ops
-from hetconv_kernels.backends import parts
+from hetconv_kernels.backends import capture, parts
 from hetconv_kernels.backends.triton import Triton, choice, dgrad, lowering, tiles
 from hetconv_kernels.errors import BackendError
 from hetconv_kernels.problem import Problem, make_geometry
@@ -116,9 +116,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Lets problems claim to be on a GPU of some capability."""
 
     def pretend(capability: tuple[int, int] = (9, 0)) -> None:
-        from hetconv_kernels.backends import triton as package
-
-        package._device_reasons.cache_clear()
+        parts.gpu_reasons.cache_clear()
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
         monkeypatch.setattr(choice, "part_of", lambda *_: parts.PARTS[9, 0])
@@ -126,9 +124,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr("hetconv_kernels.tuning.pick", lambda *_: None)
 
     yield pretend
-    from hetconv_kernels.backends import triton as package
-
-    package._device_reasons.cache_clear()
+    parts.gpu_reasons.cache_clear()
 
 
 CUDA = torch.device("cuda", 0)
@@ -158,12 +154,10 @@ def test_old_parts_are_refused(on_gpu, capability: tuple[int, int], refused: boo
 
 
 def test_a_table_is_not_made_during_a_capture(on_gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hetconv_kernels.backends.triton import launch
-
     on_gpu()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(BackendError, match=r"while a CUDA graph is captured.*warmup\(model"):
-        launch.upload(np.zeros(3, np.int32), CUDA)
+        capture.upload(np.zeros(3, np.int32), CUDA)
 
 
 # Lowering -----------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...problem import Problem
 from .. import Runner
+from ..parts import gpu_reasons
 from ..rates import GPU_PREDICTION
 from . import choice, table
 
@@ -39,7 +40,7 @@ class Triton:
         """Refuses other devices, old parts, float64, and sizes beyond the kernels' integers."""
         reasons = []
         if problem.device.type == "cuda":
-            reasons += _device_reasons(problem.device.index or 0)
+            reasons += gpu_reasons(problem.device.index or 0)
         elif problem.device.type != "cpu" or not _interpreted():
             reasons.append(f"The tensors are on {problem.device}, not on an NVIDIA GPU.")
         if reasons:
@@ -148,16 +149,3 @@ def _version_reasons() -> list[str]:
     if _VERSIONS[0] <= found <= _VERSIONS[1]:
         return []
     return [f"Triton {version} is installed; the engine was checked with 3.6 to 3.9."]
-
-
-@cache
-def _device_reasons(index: int) -> list[str]:
-    if torch.version.hip:
-        return ["This is a ROCm build of PyTorch; the engine was built for NVIDIA GPUs."]
-    capability = torch.cuda.get_device_capability(index)
-    if capability < (8, 0):
-        return [
-            f"Compute capability {capability[0]}.{capability[1]} is below 8.0, which has the "
-            "asynchronous copies that the kernels rest on."
-        ]
-    return []

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..common import unit
 from .boxes import fprop_kernel_boxes
-from .calls import Bound, unit
+from .calls import Bound
 from .choice import folds
 from .launch import Launch, interpreted
 from .tiles import Tile, box_stages, box_warps

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from ...problem import Problem
+from ..capture import capturing, pin, upload
+from ..common import unit
 from ..parts import Part, part_of
-from .calls import precision, unit
+from .calls import precision
 from .choice import parts_of
-from .launch import Launch, capturing, interpreted, pin, upload
+from .launch import Launch, interpreted
 from .lowering import Int32Array, gradient_places, padded_rows
 from .tiles import Tile, splits, wgrad_stages
 from .wgrad import reduce_kernel_splits, wgrad_kernel_gather
