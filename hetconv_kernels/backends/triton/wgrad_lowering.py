@@ -44,7 +44,6 @@ class Part(NamedTuple):
         """Filters of each segment, -1 filling up; None when they are in their own order."""
         return None if unless_identity(self.plan.rows) is None else padded_rows(self.plan)
 
-
     def adjacent(self, unit: int) -> bool:
         """Whether every segment's filters are adjacent and begin at a multiple of `unit`.
 
