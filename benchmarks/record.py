@@ -221,13 +221,17 @@ def environment() -> Json:
     }
 
 
+# Results are no part of what is measured; the first row would make every checkout a changed one.
+_CODE = (":/", ":(top,exclude)benchmarks/results")
+
+
 def _commit() -> str | None:
     """Returns the commit of the checkout, with ``+`` when files differ from it."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head, changes = (
             subprocess.run([*git, *command], capture_output=True, text=True, check=True).stdout
-            for command in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", *_CODE])
         )
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -114,7 +114,7 @@ PRIMITIVE_ROW = {
     "required": ["kind", "case", "verb", "backend", "macs", "dense_macs", "bytes", "match"],
     "properties": {
         "kind": {"enum": ["primitive"]},
-        "verb": {"enum": ["fprop", "dgrad", "wgrad"]},
+        "verb": {"enum": ["fprop", "dgrad", "wgrad", "step"]},
         "match": _MATCH,
         # As in a layer's row, absent when the match failed.
         **{
@@ -127,6 +127,7 @@ PRIMITIVE_ROW = {
         "efficiency": _NUMBER,
         "dense": _ESTIMATE,
         "composition": _MAYBE_ESTIMATE,
+        "compiled": _MAYBE_ESTIMATE,
     },
 }  # fmt: skip
 SCHEMA = {

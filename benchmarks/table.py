@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.cases import GPU_TARGETS as TARGETS
+
 Row = dict[str, Any]
 
 
@@ -68,14 +70,17 @@ def primitive_table(rows: Sequence[Row]) -> list[str]:
     """Lays out rows of single primitives: µs beside their floor, and ratios to the rivals."""
     header = (
         "case", "verb", "µs", "floor µs", "floor %", "MAC ratio", "efficiency", "× dense",
-        "× compos.", "verdict",
+        "× compos.", "× compiled", "target", "verdict",
     )  # fmt: skip
     lines = []
     for row in rows:
         macs = f"{row['dense_macs'] / row['macs']:.2f}"
         if "dense" not in row:
-            lines.append((row["case"]["name"], row["verb"], "", "", "", macs, "", "", "", "WRONG"))
+            empty = [""] * 5
+            lines.append((row["case"]["name"], row["verb"], *empty[:3], macs, *empty, "WRONG"))
             continue
+        target = TARGETS.get((row["case"]["name"], row["verb"]))
+        met = target is None or row["dense"]["ratio"] >= target
         lines.append(
             (
                 row["case"]["name"],
@@ -87,6 +92,8 @@ def primitive_table(rows: Sequence[Row]) -> list[str]:
                 f"{row['efficiency']:.0%}",
                 f"{row['dense']['ratio']:.2f}",
                 _ratio(row["composition"]),
+                _ratio(row.get("compiled")),
+                "" if target is None else f"{target:g}" + ("" if met else "  missed"),
                 row["verdict"],
             )
         )

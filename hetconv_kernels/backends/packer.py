@@ -59,7 +59,7 @@ class Packer:
         pin(self._device, source)
         # One slab at least, so that an empty list of steps has an address.
         shape = (max(source.shape[0], 1), *source.shape[1:])
-        slabs = torch.empty(shape, dtype=self._dtype, device=self._device)
+        slabs = torch.empty(shape, dtype=self._dtype, device=w.device)
         if source.numel():
             self._start(w, source, slabs)
             if w.is_cuda and w.dim() == 1 and not (w.requires_grad or capturing(w.device)):

@@ -102,20 +102,17 @@ class GatherCall:
         filters = self.shape[1]
         if not y.numel():
             return y, y.new_zeros((2, filters), dtype=torch.float32) if sums else None
-        x = x.resolve_neg()
-        if self._gather is not None:
-            CONVERSIONS["channels gathered into order"] += 1
-            x = x.permute(0, 2, 3, 1).index_select(3, self._gather).permute(0, 3, 1, 2)
+        x = in_order(x.resolve_neg(), self._gather)
         if residual is not None:
             residual = self._like(residual)
-        key = (x.stride(), precision(x.dtype), _aligned(x, y, residual))
+        key = (x.stride(), precision(x.dtype), aligned(x, y, residual))
         bound = self._bound.get(key)
         if bound is None:
             bound = self._bound[key] = self._bind(x, y, key[2])
         partial = None
         if sums:
             shape = (bound.tiles, 2, filters)
-            partial = torch.empty(shape, dtype=torch.float32, device=self.device)
+            partial = torch.empty(shape, dtype=torch.float32, device=x.device)
         slabs = self._packer(w)
         if capturing(self.device):
             pin(self.device, self, slabs if w.dim() == 1 else None)
@@ -218,6 +215,14 @@ class GatherCall:
         return Bound(start, tiles)
 
 
-def _aligned(*tensors: Tensor | None) -> bool:
+def in_order(x: Tensor, order: Tensor | None) -> Tensor:
+    """Returns an operand with its channels in another order, channels_last; counts the copy."""
+    if order is None:
+        return x
+    CONVERSIONS["channels gathered into order"] += 1
+    return x.permute(0, 2, 3, 1).index_select(3, order).permute(0, 3, 1, 2)
+
+
+def aligned(*tensors: Tensor | None) -> bool:
     """Tells whether all begin at a multiple of 16 bytes, as descriptors want it."""
     return all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
