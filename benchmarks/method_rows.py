@@ -42,14 +42,15 @@ def rows(settings: Settings) -> list[Row]:
     # On the way twice the tolerance is allowed, for stability thrice; the training at the end
     # brings it back.
     saved: dict[str, Any] = {"tolerance": 2 * tolerance, "target": 0.6, "epochs": epochs}
-    by_pairs = saved | {"fraction": 0.1, "pair_epochs": 1, "tune_epochs": short}
+    by_pairs = saved | {"fraction": 0.1, "pair_epochs": 1, "tune_epochs": short,
+                        "episodes": settings.steps}  # fmt: skip
     by_players = saved | {
         "fraction": 0.2, "penalty": 1e-2, "threshold": 0.2, "prune_epochs": 1,
-        "recover_epochs": short,
+        "recover_epochs": short, "rounds": settings.steps,
     }  # fmt: skip
     by_change = saved | {
         "tolerance": 3 * tolerance, "fraction": 0.1, "probe_epochs": 1,
-        "tune_epochs": 2 * short,
+        "tune_epochs": 2 * short, "steps": settings.steps,
     }  # fmt: skip
     eights = {"multiple": 8, "fraction": 0.25}
     pull: dict[str, Any] = {

@@ -109,8 +109,8 @@ def markdown(table: Json) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        "MACs: how many times fewer than dense. Speed-up: measured against the dense network in the "
-        "memory format that suits it best, the median of paired ratios with its interval. "
+        "MACs: how many times fewer than dense. Speed-up: measured against the dense network, each "
+        "in the memory format that suits it best; the median of paired ratios with its interval. "
         "**Bold**: further below dense than the tolerance, or fewer than half of the MACs saved.",
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
@@ -141,7 +141,9 @@ def _quality(record: Json, which: int) -> str:
 
 def _form(record: Json) -> str:
     # The table of speed does not say; its lines of ours name what is ours.
-    paper = record.get("paper", not any(word in record["name"] for word in ("of 8", "of 16")))
+    paper = record.get(
+        "paper", not any(word in record["name"] for word in ("of 8", "of 16", "bands"))
+    )
     return "paper" if paper else "ours"
 
 

@@ -40,7 +40,7 @@ Json = dict[str, Any]
 PARTS = (*PROBLEMS, "speed")
 # Forms of ours that are not trained on the second problem too: they take long, or differ there
 # from another line in nothing that is trained.
-_ONCE = (
+ONCE = (
     "filter correlation, widths of 8",
     "Play and Prune, widths of 8",
     "stability, widths of 8",
@@ -62,7 +62,7 @@ def cases(
         return
     problem = PROBLEMS[part](out / part, quick)
     for row in rows(problem.settings):
-        if part == "digits" or row.name not in _ONCE:
+        if part == "digits" or row.name not in ONCE:
             yield row.name, partial(quality, problem, row, seconds)
 
 
@@ -96,7 +96,9 @@ def speed(network: str, name: str, seconds: float) -> Json:
         build().eval(), speed_methods()[name], example=torch.randn(shape), evaluate=_always,
         skip=skip, progress=False, measure_seconds=seconds,
     )  # fmt: skip
-    return report.to_dict() | {"name": name, "network": network}
+    record = report.to_dict() | {"name": name, "network": network}
+    del record["history"]  # of weights that nobody trained
+    return record
 
 
 def slug(name: str) -> str:

@@ -21,7 +21,15 @@ from hetconv_kernels import models
 from hetconv_kernels.compress.command import accuracy, train, trainer
 from hetconv_kernels.compress.training import Training
 from hetconv_kernels.datasets import Split, digits
-from hetconv_kernels.demo_data import HELD_OUT, SIGMA, TRAINED_ON, Patches, add_noise, photograph, psnr
+from hetconv_kernels.demo_data import (
+    HELD_OUT,
+    SIGMA,
+    TRAINED_ON,
+    Patches,
+    add_noise,
+    photograph,
+    psnr,
+)
 
 # What the accuracy on 500 test images may fall by: five images.
 ACCURACY_TOLERANCE = 0.01
@@ -42,6 +50,7 @@ class Settings:
         tolerance: what the quality may fall by.
         rate: the first learning rate of fine-tuning.
         scratch_rate: that of training anew.
+        steps: of the methods that repeat until the tolerance is spent, at most.
     """
 
     epochs: int
@@ -51,6 +60,7 @@ class Settings:
     tolerance: float
     rate: float
     scratch_rate: float
+    steps: int = 50
 
 
 class Problem:
@@ -102,7 +112,10 @@ class Digits(Problem):
     def __init__(self, folder: Path, quick: bool) -> None:
         super().__init__(folder, quick)
         epochs, dense = (1, 3) if quick else (15, 30)
-        self.settings = Settings(epochs, max(epochs // 3, 1), dense, 2 * epochs, ACCURACY_TOLERANCE, 0.01, 0.1)
+        short, steps = max(epochs // 3, 1), 2 if quick else 50
+        self.settings = Settings(
+            epochs, short, dense, 2 * epochs, ACCURACY_TOLERANCE, 0.01, 0.1, steps
+        )
         data = digits()
         if quick:
             data = dataclasses.replace(data, train=Split(*(t[:256] for t in data.train.tensors)))
@@ -143,14 +156,16 @@ class Denoising(Problem):
         self.steps, self.dense_steps = (2, 2) if quick else (25, 40)
         # From scratch as many batches as the dense network and the training after it together.
         scratch = dense * self.dense_steps // self.steps + epochs
-        short = 1 if quick else 2
-        self.settings = Settings(epochs, short, dense, scratch, PSNR_TOLERANCE, 1e-3, 2e-3)
+        short, steps = (1, 2) if quick else (2, 50)
+        self.settings = Settings(epochs, short, dense, scratch, PSNR_TOLERANCE, 1e-3, 2e-3, steps)
         photo, truth = photograph(TRAINED_ON), photograph(HELD_OUT)
         edge = photo.shape[2] * 3 // 4
         crop = slice(None, 48 if quick else None)
         self.photo, self.validation = photo[:, :, :edge], photo[:, crop, edge:]
         self.truth = truth[:, crop]
-        self.example = add_noise(truth[:, :48, :64] if quick else truth[:, :240, :320], seed=3)[None]
+        self.example = add_noise(truth[:, :48, :64] if quick else truth[:, :240, :320], seed=3)[
+            None
+        ]
 
     @cached_property
     def dense(self) -> nn.Module:
@@ -176,9 +191,11 @@ class Denoising(Problem):
 
     def _training(self, rate: float, steps: int) -> Training:
         return Training(
-            partial(self._batches, steps), train_step=_noise_loss, evaluate=partial(_psnr, self.validation, 1),
+            partial(self._batches, steps),
+            train_step=_noise_loss,
+            evaluate=partial(_psnr, self.validation, 1),
             optimizer=partial(_adam, rate),
-        )  # fmt: skip
+        )
 
     def quality(self, model: nn.Module) -> float:
         """PSNR on the other photograph."""

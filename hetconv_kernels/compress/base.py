@@ -192,15 +192,18 @@ def _report(
         notes.append(why)
     after = result if small is None else small
     difference = clock.difference(run.model, after, run.example)
+    rows = stats.layer_macs(model, run.example), stats.layer_macs(after, run.example)
 
     def times() -> tuple[clock.Whole | None, tuple[LayerReport, ...]]:
         whole = clock.whole(model, after, run.example, seconds) if measure else None
         layouts = whole.layouts if whole else None
-        return whole, clock.layer_reports(model, after, run.example, run.kept, layouts, seconds)
+        return whole, clock.layer_reports(
+            model, after, run.example, rows, run.kept, layouts, seconds
+        )
 
     whole, layers = ranks.from_first(times)
     now = run.training.judge(after)
-    work = [sum(r.macs for r in stats.layer_macs(net, run.example)) for net in (model, after)]
+    work = [sum(row.macs for row in side) for side in rows]
     return CompressionReport(
         model=after,
         method=method.title,
