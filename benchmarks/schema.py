@@ -102,8 +102,9 @@ MODEL_ROW = {
         "composition": _ESTIMATE,
         "bound": {
             "type": "object",
-            "required": ["dense_layers_s", "our_layers_s", "rest_s", "speedup"],
-            "properties": {"speedup": _NUMBER},
+            # Rows of older files have another bound, without "over_best".
+            "required": ["our_layers_s", "rest_s", "speedup"],
+            "properties": {"speedup": _NUMBER, "over_best": _NUMBER},
         },
         "layers": {"type": "object"},
         "timings": {"type": "object", "values": _TIMINGS},
