@@ -46,7 +46,9 @@ def _model_line(row: Row) -> tuple[str, ...]:
             "" if target is None else f"{target:g}" + ("  missed" if missed else ""),
         ]
         if role == "dense":
-            cells.append(f"{row['bound']['speedup']:.2f}")
+            # Older rows have a bound that was none.
+            limit = row["bound"].get("over_best")
+            cells.append("" if limit is None else f"{limit:.2f}")
     return (*cells, absent)
 
 

@@ -14,9 +14,9 @@ from ..nn.base import SupportLayer
 from ..support import Support
 from .layout import set_module
 from .names import module_of, name_of
+from .norms import NORMS, fold_norms
 from .rules import Keep, _plain_conv2d
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 # Does nothing in evaluation mode.
 _IDLE = frozenset(["dropout", "feature_dropout", "alpha_dropout", "identity"])
 
@@ -25,8 +25,8 @@ class Fused(NamedTuple):
     """One layer with what became part of it.
 
     Attributes:
-        name: of the convolution.
-        parts: what it is now, such as ``conv + bn + residual + relu``.
+        name: of the layer.
+        parts: what it is now, such as ``conv + bn + residual + relu`` or ``linear + bn``.
     """
 
     name: str
@@ -67,13 +67,16 @@ def fold(traced: fx.GraphModule) -> Folded:
     `FusedConv2d`. Each step is taken over only if nothing else reads what came before it. Where
     two convolutions meet in a sum, the one with a Support takes it: PyTorch's dense convolution
     adds in a pass of its own anyway. Layers with a Support that remain are frozen, and so are dense
-    fully-connected layers, whose weights are then laid out for the matrix product only once.
+    linear layers, whose weights are then laid out for the matrix product only once. Linear layers
+    take over the normalisation beside them, and convolutions one before them, see `norms`.
 
     Args:
         traced: what `trace` gave, in evaluation mode.
     """
     removed = _remove_idle(traced)
     _protect(traced)
+    beside, unmerged = fold_norms(traced)
+    ahead = {b.layer for b in beside if b.before and b.conv}
     left: list[Left] = []
     convs: list[tuple[fx.Node, nn.Conv2d | SupportConv2d]] = []
     for node in traced.graph.nodes:
@@ -88,20 +91,26 @@ def fold(traced: fx.GraphModule) -> Folded:
     # A stable sort: layers with a Support choose first.
     convs.sort(key=lambda pair: not isinstance(pair[1], SupportConv2d))
     chosen = [(node, conv, _chain(node)) for node, conv in convs]
-    done: list[Fused] = []
+    done = [
+        Fused(b.layer, "bn + linear" if b.before else "linear + bn") for b in beside if not b.conv
+    ]
     taken: set[fx.Node] = set()
     for node, conv, chain in chosen:
         while chain.nodes[-1] in taken:  # another convolution has taken the sum
             chain = chain.shorter()
         taken.update(chain.nodes)
         _replace(traced, node, conv, chain)
-        done.append(Fused(str(node.target), " + ".join(("conv", *chain.parts))))
-    done += _freeze_linears(traced)
+        first = ("bn", "conv") if node.target in ahead else ("conv",)
+        done.append(Fused(str(node.target), " + ".join((*first, *chain.parts))))
+    known = {fused.name for fused in done}
+    done += [Fused(name, "linear") for name in _freeze_linears(traced) if name not in known]
     traced.graph.eliminate_dead_code()
     for node in traced.graph.nodes:
         module = module_of(node)
-        if isinstance(module, _NORMS):
-            left.append(Left(str(node.target), "it does not follow a convolution alone"))
+        if isinstance(module, NORMS):
+            more = unmerged.get(str(node.target))
+            reason = "it does not follow a convolution alone" + (f"; {more}" if more else "")
+            left.append(Left(str(node.target), reason))
         elif isinstance(module, SupportLayer) and not module.frozen:
             module.freeze()
     traced.delete_all_unused_submodules()
@@ -221,21 +230,21 @@ def _replace(
         traced.graph.erase_node(old)
 
 
-def _freeze_linears(traced: fx.GraphModule) -> list[Fused]:
+def _freeze_linears(traced: fx.GraphModule) -> list[str]:
+    """Freezes dense linear layers that share no weight; returns their names."""
     owners: dict[int, int] = {}
     for owner in traced.modules():
         for parameter in owner.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    done: dict[str, Fused] = {}
+    done: list[str] = []
     for node in traced.graph.nodes:
         module = module_of(node)
         if type(module) is not nn.Linear or owners[id(module.weight)] > 1:
             continue
         support = Support.dense(module.in_features, module.out_features, 1)
-        name = str(node.target)
-        set_module(traced, name, SupportLinear.from_linear(module, support).eval().freeze())
-        done[name] = Fused(name, "linear, its weight laid out once")
-    return list(done.values())
+        done.append(str(node.target))
+        set_module(traced, done[-1], SupportLinear.from_linear(module, support).eval().freeze())
+    return done
 
 
 def _remove_idle(traced: fx.GraphModule) -> int:
