@@ -19,6 +19,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -283,7 +284,12 @@ def main(arguments: list[str] | None = None) -> int:
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    tables, record = [], {"format": "hetconv_kernels.methods/1", "environment": environment()}
+    tables = []
+    record: dict[str, Any] = {
+        "format": "hetconv_kernels.methods/1",
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "environment": environment(),
+    }
     if options.part != "speed":
         found, _ = quality(out, options.quick, options.only, options.seconds)
         record["digits"] = found
