@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws idea.svg, the figure of the first page, from real Supports.
 
-    python docs/figure.py
+python docs/figure.py
 """
 
 from __future__ import annotations
@@ -71,9 +71,7 @@ def draw() -> str:
     return "\n".join(parts) + "\n"
 
 
-def _panel(
-    x: int, y: int, title: str, remark: str, support: hk.Support, first: bool
-) -> list[str]:
+def _panel(x: int, y: int, title: str, remark: str, support: hk.Support, first: bool) -> list[str]:
     """Draws one Support with its caption."""
     saved = f"{1 / support.density:.1f}× fewer MACs" if support.density < 1 else "all MACs"
     groups = sum(bool(group.mask.any()) for group in support.groups)
@@ -89,7 +87,7 @@ def _panel(
             f'<text x="{x - 8}" y="{top + KERNEL * F / 2}" font-size="10.5" fill="#607d8b" '
             f'text-anchor="middle" transform="rotate(-90 {x - 8} {top + KERNEL * F / 2})">'
             "filters</text>",
-            f'<text x="{x + KERNEL * C}" y="{top + KERNEL * F + 12}" font-size="10.5" '
+            f'<text x="{x + KERNEL * C}" y="{y + 14}" font-size="10.5" '
             'fill="#607d8b" text-anchor="end">channels →</text>',
         ]
     colour = {f: COLOURS[g] for g, group in enumerate(support.groups) for f in group.filters}

@@ -9,10 +9,12 @@ page shows them without a script and without a network.
 from __future__ import annotations
 
 import html
+import json
 import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,28 +66,43 @@ def network_files() -> str:
     )
 
 
+@cache
 def command_help() -> str:
     """Prints the help of `hetconv` and of each of its commands."""
-    whole = _help()
-    listing = whole.partition("COMMAND\n")[2].partition("\n\n")[0]
-    names = re.findall(r"^    (\w+)", listing, re.M)
-    if not names:
-        raise ValueError(f"hetconv --help names no command:\n{whole}")
-    parts = [f"## hetconv\n\n```text\n{whole}\n```"]
-    parts += [f"## hetconv {name}\n\n```text\n{_help(name)}\n```" for name in names]
-    return "\n\n".join(parts)
-
-
-def _help(*command: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "hetconv_kernels", *command, "--help"],
+        [sys.executable, "-c", HELP],
         cwd=ROOT,
         env={"PATH": "", "COLUMNS": "90", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=True,
     )
-    return done.stdout.partition("\nexit codes:")[0].rstrip() if command else done.stdout.rstrip()
+    texts: dict[str, str] = json.loads(done.stdout)
+    whole = texts.pop("")
+    parts = [f"## hetconv\n\n```text\n{whole}\n```"]
+    for name, text in texts.items():
+        usage = text.partition("\nexit codes:")[0].rstrip()
+        parts.append(f"## hetconv {name}\n\n```text\n{usage}\n```")
+    return "\n\n".join(parts)
+
+
+# One process for all commands, since each would import torch anew.
+HELP = r"""
+import contextlib, io, json, re
+from hetconv_kernels import cli
+
+def text(*command):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert cli.main([*command, "--help"]) == 0
+    return out.getvalue().rstrip()
+
+whole = text()
+listing = whole.partition("COMMAND\n")[2].partition("\n\n")[0]
+names = re.findall(r"^    ([\w-]+)", listing, re.M)
+assert names, whole
+print(json.dumps({"": whole} | {name: text(name) for name in names}))
+"""
 
 
 MADE: dict[str, Callable[..., str]] = {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shapes in docstrings, ``# [N, C, H, W]``, as code: Markdown would take such a line for a title."""
+"""Shapes in docstrings, ``# [N, C, H, W]``, as code: to Markdown they would be titles."""
 
 from __future__ import annotations
 
