@@ -67,7 +67,7 @@ def _names(path: Path, files: dict[str, bytes]) -> list[str]:
         f"WHEEL does not say Root-Is-Purelib: {pure}": f"Root-Is-Purelib: {pure}" in wheel,
         "METADATA names another version": f"\nVersion: {version()}\n" in metadata,
         "METADATA names no licence": "\nLicense-Expression: Apache-2.0\n" in metadata,
-        "METADATA names no Python": "\nRequires-Python: >=" in metadata,
+        "METADATA names no Python": "\nRequires-Python: " in metadata,
         "The licence is missing": f"{info}/licenses/LICENSE" in files,
         "The console script is missing": b"hetconv = "
         in files.get(f"{info}/entry_points.txt", b""),
