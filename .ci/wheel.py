@@ -81,12 +81,16 @@ def _contents(files: dict[str, bytes]) -> list[str]:
     found = [
         f"{name} does not belong in a wheel." for name in sorted(strange) if ".dist" not in name
     ]
-    wanted = {
+    return found + [f"{name} is missing." for name in sorted(wanted() - files.keys())]
+
+
+def wanted() -> set[str]:
+    """Names the files of the package that every wheel has: code, types and data."""
+    return {
         path.relative_to(ROOT).as_posix()
-        for suffix in ("*.py", "*.pyi", "*.json", "py.typed")
-        for path in (ROOT / PACKAGE).rglob(suffix)
-    } - {f"{PACKAGE}/_build.json"}
-    return found + [f"{name} is missing." for name in sorted(wanted - files.keys())]
+        for path in (ROOT / PACKAGE).rglob("*")
+        if path.is_file() and path.suffix not in (".so", ".pyc") and path.name != "_build.json"
+    }
 
 
 def _flags(files: dict[str, bytes]) -> list[str]:
@@ -109,12 +113,20 @@ def _binary(library: Path) -> list[str]:
     found = [f"it needs {name}." for name in needed if not SYSTEM_LIBRARIES.match(name)]
     if "x86-64" not in _objdump("-f", library):
         return found
-    return found + [f"{name} uses AVX." for name in outside(_objdump("-d", library))]
+    strayed, own = outside(_objdump("-d", library))
+    if not own and library.name.startswith("_cpu."):
+        found.append("no function of an instruction set was found: are the symbols gone?")
+    return found + [f"{name} uses AVX and belongs to no instruction set." for name in strayed]
 
 
-def outside(listing: str) -> list[str]:
-    """Names the functions of a disassembly that use AVX and belong to no instruction set."""
-    found, function, inside = [], "", 0
+def outside(listing: str) -> tuple[list[str], int]:
+    """Names the functions of a disassembly that use AVX and belong to no instruction set.
+
+    Returns:
+        Their names, and how many AVX instructions the functions of an instruction set have.
+    """
+    found: list[str] = []
+    function, own = "", 0
     for line in listing.splitlines():
         head = re.match(r"^[0-9a-f]+ <(.+)>:$", line)
         if head:
@@ -124,15 +136,10 @@ def outside(listing: str) -> list[str]:
         mnemonic = columns[2].split(" ")[0] if len(columns) > 2 else ""
         if mnemonic.startswith("v") and mnemonic not in BASELINE:
             if ISA_FUNCTION.search(function):
-                inside += 1
+                own += 1
             elif function not in found:
                 found.append(function)
-    if not inside:
-        return [
-            *found,
-            "No function of an instruction set was found: the symbols are gone, or nothing",
-        ]
-    return found
+    return found, own
 
 
 def needs(library: Path) -> str:

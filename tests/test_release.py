@@ -34,11 +34,7 @@ Files = dict[str, bytes]
 
 def good() -> Files:
     """The files of a wheel without compiled parts that has nothing wrong."""
-    files = {
-        path.relative_to(ROOT).as_posix(): path.read_bytes()
-        for suffix in ("*.py", "*.pyi", "table.json", "py.typed")
-        for path in (ROOT / "hetconv_kernels").rglob(suffix)
-    }
+    files = {name: (ROOT / name).read_bytes() for name in check.wanted()}
     metadata = (
         f"Metadata-Version: 2.4\nName: hetconv-kernels\nVersion: {check.version()}\n"
         "License-Expression: Apache-2.0\nRequires-Python: >=3.11,<3.14\n"
@@ -117,12 +113,20 @@ LISTING = """\
 
 
 def test_avx_outside_of_its_instruction_set_is_found() -> None:
-    assert check.outside(LISTING) == []
+    assert check.outside(LISTING) == ([], 1)
     strayed = LISTING.replace("\tmovaps %xmm1,%xmm0", "\tvmovaps %xmm1,%xmm0")
-    assert check.outside(strayed) == ["_ZNSt6vectorIiE9push_backEv"]
+    assert check.outside(strayed) == (["_ZNSt6vectorIiE9push_backEv"], 1)
     # Without names nothing can be told apart, which is a problem and no pass.
-    assert check.outside(LISTING.replace("_ZN7hetconv4avx25fpropEv", ".text"))
-    assert check.outside("")
+    assert check.outside(LISTING.replace("_ZN7hetconv4avx25fpropEv", ".text")) == ([".text"], 0)
+
+
+def test_a_part_without_its_functions_is_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {"-p": "  NEEDED  libm.so.6\n", "-f": "file format elf64-x86-64", "-d": ""}
+    monkeypatch.setattr(check, "_objdump", lambda option, library: said[option])
+    assert "no function of an instruction set" in check._binary(Path("_cpu.x.so"))[0]
+    assert check._binary(Path("_cuda.x.so")) == []
+    said["-p"] = "  NEEDED  libtorch.so\n"
+    assert check._binary(Path("_cuda.x.so")) == ["it needs libtorch.so."]
 
 
 def test_the_build_of_this_tree_runs_on_every_processor_of_its_kind() -> None:
