@@ -25,6 +25,7 @@ from benchmarks import amdahl, rig
 from benchmarks.gate import Match
 from benchmarks.networks import NetworkCase
 from benchmarks.schema import SCHEMA_VERSION, problems
+from hetconv_kernels.info import processor
 from hetconv_kernels.roofs import Roofs
 from hetconv_kernels.timing import Timings
 
@@ -209,7 +210,7 @@ def environment() -> Json:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "commit": _commit(),
-        "processor": _processor(),
+        "processor": processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -240,12 +241,3 @@ def _commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return head.strip() + ("+" if changes else "")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -9,24 +9,35 @@ from typing import Any
 from benchmarks.cases import GPU_TARGETS as TARGETS
 
 Row = dict[str, Any]
+Cells = tuple[Sequence[str], list[tuple[str, ...]]]  # the header, and the lines
 
 
 def layer_table(rows: Sequence[Row]) -> list[str]:
     """Lays out layer rows; ratios above 1 mean that our layer is faster."""
+    return _lay_out(*layer_cells(rows))
+
+
+def layer_cells(rows: Sequence[Row]) -> Cells:
+    """Returns the texts of `layer_table`."""
     header = (
         "case", "backend", "ms", "roof %", "MAC ratio", "× dense", "interval", "target",
         "× compos.", "unfrozen", "× prepacked", "verdict",
     )  # fmt: skip
-    return _lay_out(header, [_layer_line(row) for row in rows])
+    return header, [_layer_line(row) for row in rows]
 
 
 def model_table(rows: Sequence[Row]) -> list[str]:
     """Lays out network rows; ratios above 1 mean that our network is faster."""
+    return _lay_out(*model_cells(rows))
+
+
+def model_cells(rows: Sequence[Row]) -> Cells:
+    """Returns the texts of `model_table`."""
     header = (
         "network", "best dense", "ms", "× dense", "interval", "target", "bound", "best compos.",
         "× compos.", "interval", "target", "absent",
     )  # fmt: skip
-    return _lay_out(header, [_model_line(row) for row in rows])
+    return header, [_model_line(row) for row in rows]
 
 
 def _model_line(row: Row) -> tuple[str, ...]:
@@ -54,6 +65,11 @@ def _model_line(row: Row) -> tuple[str, ...]:
 
 def dispatch_table(rows: Sequence[Row]) -> list[str]:
     """Lays out dispatch rows: extra microseconds of a call over nn.Conv2d's."""
+    return _lay_out(*dispatch_cells(rows))
+
+
+def dispatch_cells(rows: Sequence[Row]) -> Cells:
+    """Returns the texts of `dispatch_table`."""
     header = ("dispatch", "backend", "extra µs", "interval", "target")
     lines = [
         (
@@ -65,16 +81,21 @@ def dispatch_table(rows: Sequence[Row]) -> list[str]:
         )
         for row in rows
     ]
-    return _lay_out(header, lines)
+    return header, lines
 
 
 def primitive_table(rows: Sequence[Row]) -> list[str]:
     """Lays out rows of single primitives: µs beside their floor, and ratios to the rivals."""
+    return _lay_out(*primitive_cells(rows))
+
+
+def primitive_cells(rows: Sequence[Row]) -> Cells:
+    """Returns the texts of `primitive_table`."""
     header = (
         "case", "verb", "µs", "floor µs", "floor %", "MAC ratio", "efficiency", "× dense",
         "× compos.", "× compiled", "target", "verdict",
     )  # fmt: skip
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for row in rows:
         macs = f"{row['dense_macs'] / row['macs']:.2f}"
         if "dense" not in row:
@@ -99,7 +120,13 @@ def primitive_table(rows: Sequence[Row]) -> list[str]:
                 row["verdict"],
             )
         )
-    return _lay_out(header, lines)
+    return header, lines
+
+
+def markdown(header: Sequence[str], lines: Sequence[Sequence[str]], text: int = 1) -> str:
+    """Lays out a Markdown table: the first `text` columns to the left, the others to the right."""
+    rules = ["---" if place < text else "--:" for place in range(len(header))]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rules, *lines))
 
 
 def _layer_line(row: Row) -> tuple[str, ...]:
