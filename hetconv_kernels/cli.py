@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``hetconv info | explain | demo | compress | bench``.
+"""The command line: ``hetconv info | explain | demo | compress | bench | profile | report``.
 
 Each command imports what it needs when it runs, so that ``hetconv --help`` is quick.
 """
@@ -114,6 +114,20 @@ def _parser(asked: Sequence[str]) -> argparse.ArgumentParser:
     bench.add_argument("--results", type=Path, help="folder for the JSON files")
     bench.add_argument(
         "--isa", choices=tuple(_HELD_TO), help="hold our engine, PyTorch and oneDNN to it"
+    )
+    report = command("report", _report, "results of the benchmarks as one page with figures")
+    report.add_argument(
+        "results",
+        nargs="*",
+        type=Path,
+        help="JSON files, or folders of them (benchmarks/results of the checkout)",
+    )
+    report.add_argument(
+        "-o",
+        "--out",
+        type=Path,
+        default=Path("outputs/report"),
+        help="the .html file, or a folder for report.html and its pictures (outputs/report)",
     )
     bench.epilog = "Other options go to pytest, such as -k 'het4'.\n\n" + _EXIT_CODES
     return parser
@@ -278,6 +292,23 @@ def _bench(options: argparse.Namespace) -> int:
     )
     # pytest: 0 passed, 1 failed, 2 interrupted, 3 internal, 4 usage, 5 nothing collected.
     return {0: OK, 4: USAGE, 5: USAGE}.get(done.returncode, FAILURE)
+
+
+# report ------------------------------------------------------------------------------------------
+
+
+def _report(options: argparse.Namespace) -> int:
+    from .report import write_report
+
+    committed = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+    if not options.results and not committed.is_dir():
+        raise UsageError(
+            "name the results files to report on, such as layers-quick.json; an installed package "
+            "has none of its own."
+        )
+    page, *pictures = write_report(options.results or [committed], options.out)
+    print(f"Wrote {page} and {len(pictures)} pictures beside it.")
+    return OK
 
 
 # output ------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ FAMILY_MARKS = {
     "grouped": ("purple", "^"),
     "learned groups": ("sky", "D"),
     "single weights": ("orange", "P"),
-    "dense": ("dense", "X"),
+    "dense Support": ("dense", "X"),
     "other": ("muted", "v"),
 }
 

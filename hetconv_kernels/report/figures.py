@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import importlib.util
 import io
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,10 @@ from .results import Json, Point, Roof
 
 _MOST_BARS = 40
 _LABELLED_LOSSES = 6
-_RC = {
+# A layer this far below its ceiling stands at the edge of the roofline, with its value: it would
+# press all others together.
+_FAR_BELOW_PERCENT = 3.0
+_RC: Any = {
     "font.family": "sans-serif",
     "font.size": 10,
     "text.parse_math": False,
@@ -107,6 +112,20 @@ def check_matplotlib() -> None:
         )
 
 
+def _styled(draw: Callable[..., Picture]) -> Callable[..., Picture]:
+    """Lets a figure be drawn in the style of the report, and leaves matplotlib's as it was."""
+
+    @functools.wraps(draw)
+    def styled(*args: Any) -> Picture:
+        import matplotlib
+
+        with matplotlib.rc_context(_RC):
+            return draw(*args)
+
+    return styled
+
+
+@_styled
 def scatter(name: str, points: Sequence[Point], where: str) -> Picture:
     """Draws speed-up against MAC ratio, with the line on which all saved work is saved time.
 
@@ -119,7 +138,7 @@ def scatter(name: str, points: Sequence[Point], where: str) -> Picture:
     right = 1.25 * max(point.mac_ratio for point in points)
     top = 1.25 * max(right, *(point.high for point in points))
     bottom = 0.8 * min(0.8, *(point.low for point in points))
-    left = 0.88 * min(1.0, *(point.mac_ratio for point in points))
+    left = 0.75 * min(1.0, *(point.mac_ratio for point in points))
     axes.axhspan(bottom, 1, color=light("loss"), alpha=0.07, linewidth=0)
     axes.plot([left, top], [left, top], color=light("ink"), linewidth=1.2)
     axes.axhline(1, color=light("muted"), linewidth=1.0, linestyle=(0, (4, 3)))
@@ -132,7 +151,7 @@ def scatter(name: str, points: Sequence[Point], where: str) -> Picture:
         )  # fmt: skip
     for point in losses[:_LABELLED_LOSSES]:
         axes.annotate(
-            point.name, (point.mac_ratio, point.speedup), xytext=(11, -4),
+            point.name, (point.mac_ratio, point.speedup), xytext=(0, -10), ha="center", va="top",
             textcoords="offset points", color=light("loss"), fontsize=9,
         )  # fmt: skip
     _log(axes, "xy")
@@ -140,11 +159,8 @@ def scatter(name: str, points: Sequence[Point], where: str) -> Picture:
     axes.set_ylim(bottom, top)
     axes.set_xlabel("MAC ratio: dense ÷ live multiply-accumulates")
     axes.set_ylabel("times faster than the fastest dense convolution")
-    middle = (left * right) ** 0.5
-    axes.text(
-        middle, middle * 1.09, "y = x: all saved work is saved time", rotation_mode="anchor",
-        transform_rotates_text=True, rotation=45, ha="center", fontsize=9,
-    )  # fmt: skip
+    middle = left**0.3 * right**0.7
+    _along(axes, middle, middle, "y = x: all saved work is saved time")
     axes.text(right * 0.98, 1.03, "as fast as dense", ha="right", va="bottom", fontsize=9,
               color=light("muted"))  # fmt: skip
     axes.text(right * 0.98, 0.97, "slower than dense", ha="right", va="top", fontsize=9,
@@ -163,6 +179,7 @@ def scatter(name: str, points: Sequence[Point], where: str) -> Picture:
     )
 
 
+@_styled
 def roofline(name: str, points: Sequence[Point], roof: Roof, where: str) -> Picture:
     """Draws each kernel's rate against its intensity, under the measured ceilings.
 
@@ -175,7 +192,9 @@ def roofline(name: str, points: Sequence[Point], roof: Roof, where: str) -> Pict
     figure, axes = _axes(8.0, 4.8)
     peak, slope = roof.macs_per_s / 1e9, roof.bytes_per_s / 1e9
     ridge = peak / slope
-    left = 0.6 * min(ridge, *(point.intensity for point in points))
+    far = [point for point in points if point.percent_of_roof < _FAR_BELOW_PERCENT]
+    near = [point for point in points if point not in far]
+    left = 0.4 * min(ridge, *(point.intensity for point in points))
     right = 1.8 * max(ridge, *(point.intensity for point in points))
     for share in (1.0, 0.5, 0.25):
         axes.plot(
@@ -186,21 +205,24 @@ def roofline(name: str, points: Sequence[Point], roof: Roof, where: str) -> Pict
         if share < 1:
             axes.text(right * 0.98, share * peak * 0.97, f"{share:.0%} of it", ha="right",
                       va="top", fontsize=8.5, color=light("muted"))  # fmt: skip
-    tips = _marks(axes, name, points, [(p.intensity, p.rate / 1e9) for p in points])
+    bottom = 0.5 * min([0.25 * slope * left, *(point.rate / 1e9 for point in near)])
+    places = [(p.intensity, 1.25 * bottom if p in far else p.rate / 1e9) for p in points]
+    tips = _marks(axes, name, points, places)
+    for point in far:
+        axes.annotate(
+            f"↓ {point.name}: {point.rate / 1e9:.2g} GMAC/s", (point.intensity, 1.25 * bottom),
+            xytext=(8, 0), textcoords="offset points", va="center", fontsize=9,
+            color=light("loss"),
+        )  # fmt: skip
     _log(axes, "xy")
     axes.set_xlim(left, right)
-    rates = [point.rate / 1e9 for point in points]
-    # A layer that is all overhead may lie far below; it is drawn at its place.
-    axes.set_ylim(0.5 * min(*rates, slope * left), 1.9 * peak)
+    axes.set_ylim(bottom, 1.9 * peak)
     axes.set_xlabel("live multiply-accumulates a byte that must move")
     axes.set_ylabel("live GMAC a second")
     axes.text(right * 0.98, peak * 1.04, f"measured arithmetic ceiling, {peak:.0f} GMAC/s",
               ha="right", va="bottom", fontsize=9)  # fmt: skip
     start = (left * ridge) ** 0.5
-    axes.text(
-        start, start * slope * 1.12, f"measured copy, {slope:.0f} GB/s", fontsize=9,
-        rotation_mode="anchor", rotation=45, transform_rotates_text=True, ha="center",
-    )  # fmt: skip
+    _along(axes, start, start * slope, f"measured copy rate, {slope:.0f} GB/s")
     axes.legend(loc="lower right", handletextpad=0.3)
     shares = sorted(point.percent_of_roof for point in points)
     return Picture(
@@ -216,6 +238,7 @@ def roofline(name: str, points: Sequence[Point], roof: Roof, where: str) -> Pict
     )
 
 
+@_styled
 def layer_bars(name: str, row: Json) -> Picture:
     """Draws the time of each convolution of a network, dense and ours, in the network's order."""
     layers = [(layer, *times) for layer, times in row["layers"].items()]
@@ -254,7 +277,7 @@ def layer_bars(name: str, row: Json) -> Picture:
         name,
         f"{case['name']}: time of each layer",
         f"Bars of {len(shown)} convolutions of {case['network']}, batch {case['n']}, "
-        f"{case['size']} pixels: dense and ours side by side. {slower} are slower than dense. "
+        f"{case['size']} pixels: dense and ours side by side. Slower than dense: {slower}. "
         f"All together {_ms(sum(e[1] or 0 for e in layers))} dense and "
         f"{_ms(sum(e[2] for e in layers))} ours.{more}",
         figure,
@@ -263,15 +286,13 @@ def layer_bars(name: str, row: Json) -> Picture:
 
 
 def _axes(width: float, height: float) -> tuple[Any, Any]:
-    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     # A figure of its own, not pyplot's: no global state, no window, no display needed.
-    with matplotlib.rc_context(_RC):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasAgg(figure)
-        return figure, figure.subplots()
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots()
 
 
 def _marks(
@@ -299,6 +320,14 @@ def _marks(
             f"{point.mac_ratio:.2f}, {point.percent_of_roof:.0f} % of the roof"
         )
     return tips
+
+
+def _along(axes: Any, x: float, y: float, text: str) -> None:
+    """Writes a text above a line of proportionality, along it, on logarithmic axes."""
+    axes.text(
+        x, y * 1.09, text, rotation=math.degrees(math.atan2(y, x)), rotation_mode="anchor",
+        transform_rotates_text=True, ha="center", fontsize=9,
+    )  # fmt: skip
 
 
 def _log(axes: Any, which: str) -> None:

@@ -69,7 +69,8 @@ class Page:
         shown = [section for section in sections if section[2]]
         links = "".join(f'<li><a href="#{name}">{title}</a></li>' for name, title, _ in shown)
         parts = "\n".join(
-            f'<section id="{name}"><h2>{title}</h2>\n{text}</section>' for name, title, text in shown
+            f'<section id="{name}"><h2>{title}</h2>\n{text}</section>'
+            for name, title, text in shown
         )
         style = css_variables() + _asset("page.css")
         return f"""<!DOCTYPE html>
@@ -129,7 +130,7 @@ script-src 'unsafe-inline'; img-src data:">
         ]  # fmt: skip
         if ratios:
             share = f"{100 * statistics.median(ratios):.0f} %"
-            tiles.append(("of the saved work is saved time, median layer", share, ""))
+            tiles.append(("of the MAC ratio is reached, median layer", share, ""))
         if "wrong" in verdicts:
             tiles.append(("wrong results, not timed", f"{verdicts.count('wrong')}", "lose"))
         inner = "".join(
@@ -166,11 +167,10 @@ script-src 'unsafe-inline'; img-src data:">
             rows = _network_rows(results)
             if rows:
                 parts.append(_heading(results) + tables.networks(rows))
-            drawn += [
-                self._figure(layer_bars(f"layers-{results.name}-{number}", row))
-                for number, row in enumerate(rows)
-                if row.get("layers")
-            ]
+            for row in rows:
+                if row.get("layers"):
+                    picture = layer_bars(f"layers-{results.name}-{row['case']['name']}", row)
+                    drawn.append(f"<h4>{html.escape(picture.title)}</h4>" + self._figure(picture))
         bound = (
             "<p>The bound is Amdahl's: the speed-up over the fastest dense engine if the "
             "convolutions took what they take now and everything else what it takes in the eager "
@@ -229,8 +229,7 @@ script-src 'unsafe-inline'; img-src data:">
     def _figure(self, picture: Picture) -> str:
         self.pictures.append(picture)
         return (
-            f"<figure>{picture.svg()}<figcaption>{html.escape(picture.title)}. "
-            f"{html.escape(picture.alt)}</figcaption></figure>\n"
+            f"<figure>{picture.svg()}<figcaption>{html.escape(picture.alt)}</figcaption></figure>\n"
         )
 
 

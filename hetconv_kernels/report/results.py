@@ -21,7 +21,7 @@ FAMILIES = {
     "grouped": "grouped",
     "learned_groups": "learned groups",
     "irregular": "single weights",
-    "dense": "dense",
+    "dense": "dense Support",
 }
 _SHOWN_PROBLEMS = 3
 

@@ -49,7 +49,7 @@ LAYER_ROW = {
             "required": ["name", "n", "c", "f", "h", "w", "k", "dtype", "expected", "issue"],
             "properties": {
                 **dict.fromkeys(("name", "dtype", "expected"), _STRING),
-                **dict.fromkeys(("n", "c", "f", "h", "w", "k", "stride"), {"type": "integer"}),
+                **{key: {"type": "integer"} for key in ("n", "c", "f", "h", "w", "k", "stride")},
                 "target": _MAYBE_NUMBER,
                 "issue": {"anyOf": [_STRING, {"type": "null"}]},
                 "support": {

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,8 +51,8 @@ Line = tuple[str, Sequence[Cell]]
 def layers(rows: Sequence[Json]) -> str:
     """Writes the table of timed layers or primitives."""
     header = (
-        "layer", "ran on", "dtype", "ms", "% of roof", "MAC ratio", "× dense", "interval", "target",
-        "× composition", "× unfrozen", "× prepacked", "against dense",
+        "layer", "against dense", "ran on", "dtype", "ms", "% of roof", "MAC ratio", "× dense",
+        "target", "× composition", "× unfrozen", "× prepacked",
     )  # fmt: skip
     return _table("layers", header, [_layer(row) for row in rows])
 
@@ -60,8 +60,8 @@ def layers(rows: Sequence[Json]) -> str:
 def networks(rows: Sequence[Json]) -> str:
     """Writes the table of whole networks and of training steps."""
     header = (
-        "network", "what", "ms", "fastest dense", "× dense", "interval", "target", "bound",
-        "fastest composition", "× composition", "interval", "target", "not here",
+        "network", "what", "ms", "× dense", "over", "target", "bound", "× composition", "over",
+        "target", "not here",
     )  # fmt: skip
     return _table("networks", header, [_network(row) for row in rows])
 
@@ -97,20 +97,20 @@ def _layer(row: Json) -> Line:
         said += ", as expected"
     if verdict == "wrong":
         empty = [_EMPTY] * 2
-        return verdict, [name, on, dtype, *empty, ratio, *[_EMPTY] * 6, Cell(said, mark=mark)]
+        return verdict, [name, Cell(said, mark=mark), on, dtype, *empty, ratio, *[_EMPTY] * 5]
     target = case.get("target")
     missed = target is not None and row["dense"]["ratio"] < target
     cells = [
         name,
+        Cell(said, mark=mark),
         on,
         dtype,
         _number(row["median_s"] * 1e3, "{:.3f}"),
         _number(row["percent_of_roof"], "{:.0f}"),
         ratio,
-        *_ratio_and_interval(row["dense"]),
+        _ratio_and_interval(row["dense"]),
         _EMPTY if target is None else Cell(f"{target:g}{' missed' * missed}", target),
         *(_ratio(row.get(role)) for role in ("composition", "unfrozen", "prepacked")),
-        Cell(said, mark=mark),
     ]
     return verdict, cells
 
@@ -121,19 +121,20 @@ def _network(row: Json) -> Line:
     absent = sorted({n for role in row.get("absent", {}).values() for n in role})
     cells = [Cell(case["name"]), Cell(f"{what}, batch {case['n']}, {case['size']}²")]
     if verdict == "wrong":
-        return verdict, [*cells, Cell(_SIGNS["wrong"][1], mark="lose"), *[_EMPTY] * 10]
+        return verdict, [*cells, Cell(_SIGNS["wrong"][1], mark="lose"), *[_EMPTY] * 8]
     cells.append(_number(row["median_s"] * 1e3, "{:.1f}"))
     for role in ("dense", "composition"):
         found, target = row[role], case.get(f"target_{role}")
         missed = target is not None and found["ratio"] < target
         cells += [
+            _ratio_and_interval(found),
             Cell(found["name"].partition(":")[2] or "eager"),
-            *_ratio_and_interval(found),
             _EMPTY if target is None else Cell(f"{target:g}{' missed' * missed}", target),
         ]
         if role == "dense":
             bound = row.get("bound")
             cells.append(_EMPTY if bound is None else _number(bound["speedup"], "{:.2f}"))
+    verdict = "lose" if lost_to_composition(row) else verdict
     return verdict, [*cells, Cell(", ".join(absent) or "none")]
 
 
@@ -165,9 +166,10 @@ def _ratio(estimate: Json | None) -> Cell:
     return Cell(text, estimate["ratio"], mark="lose" if lost else "")
 
 
-def _ratio_and_interval(estimate: Json) -> tuple[Cell, Cell]:
-    interval = f"[{estimate['low']:.2f}, {estimate['high']:.2f}]"
-    return _ratio(estimate), Cell(interval, estimate["low"])
+def _ratio_and_interval(estimate: Json) -> Cell:
+    ratio = _ratio(estimate)
+    text = f"{ratio.text} [{estimate['low']:.2f}, {estimate['high']:.2f}]"
+    return Cell(text, ratio.key, ratio.mark)
 
 
 def _verdict(estimate: Json) -> str:
@@ -177,9 +179,12 @@ def _verdict(estimate: Json) -> str:
 
 
 def _table(what: str, header: Sequence[str], lines: Sequence[Line]) -> str:
+    columns = zip(*(cells for _, cells in lines), strict=True)
+    numbers = [any(cell.key is not None for cell in column) for column in columns]
     heads = "".join(
-        f'<th scope="col" aria-sort="none"><button type="button">{html.escape(name)}</button></th>'
-        for name in header
+        f'<th scope="col"{_class("number" * number)} aria-sort="none"><button type="button">'
+        f"{html.escape(name)}</button></th>"
+        for name, number in zip(header, numbers, strict=True)
     )
     body = "\n".join(_line(verdict, cells) for verdict, cells in lines)
     return (
@@ -200,10 +205,9 @@ def _class(names: str) -> str:
 
 
 def plain(header: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
-    """Writes a table that is not sorted, such as the one of the files."""
-    cells: Callable[[Sequence[Any]], list[Cell]] = lambda line: [Cell(str(v)) for v in line]
+    """Writes a table that cannot be sorted, such as the one of the files."""
     heads = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in header)
-    body = "\n".join(_line("", cells(line)) for line in lines)
+    body = "\n".join(_line("", [Cell(str(v)) for v in line]) for line in lines)
     return (
         f'<div class="table" role="region" tabindex="0" aria-label="table of files">'
         f"<table><thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>"
