@@ -126,14 +126,17 @@ def test_the_dense_twin_computes_the_same_and_is_timed(layer: nn.Module) -> None
     assert row.dense_seconds is not None
     assert row.speedup is not None
     assert row.speedup[1] <= row.speedup[0] <= row.speedup[2]
-    assert row.dense_macs > row.macs > 0
+    spatial = row.backend == "spatial"  # a frequency layer that convolves with the whole kernel
+    filters = twin(x).shape[1]
+    assert 2 * 30 * filters * 72 == row.dense_macs >= row.macs > 0
+    assert spatial or row.dense_macs > row.macs
 
 
 def test_an_optimised_network_with_sums() -> None:
     torch.manual_seed(0)
     model = hk.convert(hk.models.resnet20().eval(), hk.rules.het(p=4)).model
     x = torch.randn(1, 3, 8, 8)
-    found = measured(hk.optimize(model, x).model, x, dense=True)
+    found = measured(hk.optimize(model, x).model, x)
     assert {la.kind for la in found.layers} >= {"FusedConv2d"}
     assert sum(la.macs for la in found.layers) == hk.stats.macs(model, x)
     assert all(la.why for la in found.layers)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import io, layer_options, models
+from ..backends import backend_code
 from ..errors import ArgumentError, HetconvError, mismatch
 from ..graph.convert import convert
 from ..graph.optimize import optimize
@@ -125,6 +126,7 @@ def target(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
         layer = layer_options.build_layer(options).eval()
         return layer.freeze(), layer_options.build_input(options, options.channels, size)
     device = layer_options.check_device(options.device)
+    backend_code(options.backend)  # refuses an unknown one, also where no layer is ours
     if name in NETWORKS:
         build, (channels, *image) = NETWORKS[name]
         torch.manual_seed(0)

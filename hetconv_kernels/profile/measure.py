@@ -298,6 +298,8 @@ def _dense(
 
 def dense_twin(layer: nn.Module) -> nn.Module:
     """Returns the layer with every weight, dead ones zero, as PyTorch alone computes it."""
+    if isinstance(layer, FrequencyConv2d):
+        return layer.to_conv2d()
     twin: Any = export.plain(layer)
     for name, module in list(twin.named_modules()):
         if isinstance(module, nn.Conv2d) and module.groups > 1:
