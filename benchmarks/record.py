@@ -24,8 +24,8 @@ import hetconv_kernels as hk
 from benchmarks import amdahl, rig
 from benchmarks.gate import Match
 from benchmarks.networks import NetworkCase
-from benchmarks.schema import SCHEMA_VERSION, problems
 from hetconv_kernels.info import processor
+from hetconv_kernels.report.schema import SCHEMA_VERSION, problems
 from hetconv_kernels.roofs import Roofs
 from hetconv_kernels.timing import Timings
 

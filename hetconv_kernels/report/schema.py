@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The schema of results/<name>.json, and the check of a value against it."""
+"""The schema of a results file of the benchmarks, and the check of a value against it."""
 
 from __future__ import annotations
 
@@ -47,6 +47,17 @@ LAYER_ROW = {
         "case": {
             "type": "object",
             "required": ["name", "n", "c", "f", "h", "w", "k", "dtype", "expected", "issue"],
+            "properties": {
+                **dict.fromkeys(("name", "dtype", "expected"), _STRING),
+                **{key: {"type": "integer"} for key in ("n", "c", "f", "h", "w", "k", "stride")},
+                "target": _MAYBE_NUMBER,
+                "issue": {"anyOf": [_STRING, {"type": "null"}]},
+                "support": {
+                    "type": "object",
+                    "required": ["kind"],
+                    "properties": {"kind": _STRING},
+                },
+            },
         },
         "backend": {
             "type": "object",
@@ -92,7 +103,15 @@ MODEL_ROW = {
     "required": ["kind", "case", "match", "absent"],
     "properties": {
         "kind": {"enum": ["model"]},
-        "case": {"type": "object", "required": ["name", "network", "support", "n", "size"]},
+        "case": {
+            "type": "object",
+            "required": ["name", "network", "support", "n", "size"],
+            "properties": {
+                "name": _STRING,
+                "target_dense": _MAYBE_NUMBER,
+                "target_composition": _MAYBE_NUMBER,
+            },
+        },
         "match": _MATCH,
         # Peers that are not here, by the form that they would have run, with the reason.
         "absent": {"type": "object"},
@@ -106,8 +125,24 @@ MODEL_ROW = {
             "required": ["our_layers_s", "rest_s", "speedup"],
             "properties": {"speedup": _NUMBER, "over_best": _NUMBER},
         },
-        "layers": {"type": "object"},
+        # By name: the time in the eager dense network, if it is there, and in ours.
+        "layers": {"type": "object", "values": {"type": "array", "items": _MAYBE_NUMBER}},
         "timings": {"type": "object", "values": _TIMINGS},
+    },
+}
+TRAINING_ROW = {
+    "type": "object",
+    "required": ["kind", "case", "match"],
+    "properties": {
+        "kind": {"enum": ["training"]},
+        "case": MODEL_ROW["properties"]["case"],  # type: ignore[index]
+        "match": _MATCH,
+        # All below are absent when the match failed: nothing was timed.
+        "median_s": _NUMBER,
+        "dense": _ESTIMATE,
+        "composition": _ESTIMATE,
+        "verdict": {"enum": ["win", "even", "lose"]},
+        "timings": _TIMINGS,
     },
 }
 PRIMITIVE_ROW = {
@@ -138,6 +173,8 @@ SCHEMA = {
         "schema": {"enum": [SCHEMA_VERSION]},
         "name": _STRING,
         "started": _STRING,
+        # Absent in files that were written before it was kept.
+        "command": _STRING,
         "environment": {
             "type": "object",
             "required": ["commit", "processor", "threads", "gpu", "torch", "python", "backends"],
@@ -147,11 +184,17 @@ SCHEMA = {
             "items": {
                 "type": "object",
                 "required": ["macs_per_s", "bytes_per_s", "device", "dtype"],
+                "properties": {
+                    "macs_per_s": _NUMBER,
+                    "bytes_per_s": _NUMBER,
+                    "device": _STRING,
+                    "dtype": _STRING,
+                },
             },
         },
         "rows": {
             "type": "array",
-            "items": {"anyOf": [LAYER_ROW, DISPATCH_ROW, MODEL_ROW, PRIMITIVE_ROW]},
+            "items": {"anyOf": [LAYER_ROW, DISPATCH_ROW, MODEL_ROW, TRAINING_ROW, PRIMITIVE_ROW]},
         },
     },
 }
