@@ -36,13 +36,13 @@ class Bench:
         self.support = case.build_support()
         self.geometry = make_geometry(self.support, case.stride, case.k // 2)
         device, self.dtype = torch.device(case.device), getattr(torch, case.dtype)
-        generator = torch.Generator(device).manual_seed(1)
+        torch.manual_seed(1)
         sets = 1
         if device.type == "cuda":
             sets = timing.rotations(case.bytes(self.support.live), device)
 
         def random(*shape: int) -> Tensor:
-            drawn = torch.randn(*shape, generator=generator, device=device).to(self.dtype)
+            drawn = torch.randn(*shape, device=device).to(self.dtype)
             return drawn.contiguous(memory_format=LAST)
 
         self.mask = torch.as_tensor(self.support.mask.copy(), device=device)

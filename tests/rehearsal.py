@@ -40,12 +40,16 @@ class OnCpu(TorchFunctionMode):
         args = tuple(map(_cpu, args))
         name = getattr(func, "__name__", "")
         if name == "randn":
-            kwargs.pop("generator", None)
             return torch.zeros(*args, **kwargs)
-        if name in _UNMADE and args:
+        if name in _UNMADE and _is_image(args[0]):
             like = func(*tree_map_only(torch.Tensor, _meta, args), **kwargs)
             return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
         return func(*args, **kwargs)
+
+
+def _is_image(value: Any) -> bool:
+    first = value[0] if isinstance(value, list | tuple) else value
+    return isinstance(first, torch.Tensor) and first.is_floating_point() and first.dim() == 4
 
 
 def _meta(tensor: torch.Tensor) -> torch.Tensor:
@@ -191,8 +195,6 @@ def rehearsal(
     with monkeypatch.context() as patch:
         for name, stand_in in stand_ins.items():
             patch.setattr(torch.cuda, name, stand_in)
-        generator = torch.Generator
-        patch.setattr(torch, "Generator", lambda *_: generator())
         patch.setattr(ops, "describe", on_gpu)
         for module in (calls, wgrad_calls):
             patch.setattr(module, "upload", checked_upload)
