@@ -117,7 +117,7 @@ types: $(ENV) ## Check types: mypy, strict on the core
 # The installed Triton and the oldest supported one; what has not changed is not compiled again.
 OLDEST_TRITON := 3.6.0
 aot: $(ENV) build/triton-$(OLDEST_TRITON)/.there ## Compile the Triton kernels for every GPU generation, without a GPU
-	HETCONV_AOT_ALL=1 $(PY) -m pytest -q tests/test_aot.py $(ARGS)
+	HETCONV_AOT_ALL=1 $(PY) -m pytest -q tests/test_aot.py tests/test_rehearsal.py $(ARGS)
 	HETCONV_AOT_ALL=1 HETCONV_AOT_TRITON=$(CURDIR)/build/triton-$(OLDEST_TRITON) \
 	    $(PY) -m pytest -q tests/test_aot.py $(ARGS)
 

@@ -330,6 +330,19 @@ def test_a_prediction_counts_the_gather_of_interleaved_channels(on_gpu) -> None:
     assert Triton().estimate(other) > Triton().estimate(blocked)
 
 
+@pytest.mark.parametrize("verb", ["fprop", "wgrad"])
+def test_notes_say_what_an_order_costs(on_gpu, verb: str) -> None:
+    on_gpu()
+    interleaved = hk.Support.het(256, 256, 3, p=4, order="interleaved")
+    notes = Triton().notes(described(verb, interleaved, batch=128, device=CUDA))
+    assert "reordered" in notes[0]
+    assert "copies them together at every call" in notes[1]
+    (only,) = Triton().notes(described(verb, batch=128, device=CUDA))
+    assert "reordered" not in only
+    odd = Triton().notes(described("fprop", hk.Support.dense(36, 32, 3), device=CUDA))
+    assert any("Without TMA: 36 channels are not a multiple of 16 bytes" in n for n in odd)
+
+
 @pytest.mark.parametrize("capability", parts.PARTS)
 def test_shipped_tiles_fit_every_part(capability: tuple[int, int]) -> None:
     part = parts.PARTS[capability]
