@@ -120,6 +120,7 @@ aot: $(ENV) build/triton-$(OLDEST_TRITON)/.there ## Compile the Triton kernels f
 	HETCONV_AOT_ALL=1 $(PY) -m pytest -q tests/test_aot.py tests/test_rehearsal.py $(ARGS)
 	HETCONV_AOT_ALL=1 HETCONV_AOT_TRITON=$(CURDIR)/build/triton-$(OLDEST_TRITON) \
 	    $(PY) -m pytest -q tests/test_aot.py $(ARGS)
+	PYTHONPATH=$(CURDIR)/build/triton-$(OLDEST_TRITON):. $(PY) -m pytest -q tests/test_rehearsal.py $(ARGS)
 
 build/triton-$(OLDEST_TRITON)/.there: | $(ENV)
 	$(PY) -m pip --disable-pip-version-check install --quiet --no-deps --target $(@D) \

@@ -14,7 +14,7 @@ from benchmarks import baselines, gate
 from benchmarks.cases import Case
 from hetconv_kernels import ops, timing
 from hetconv_kernels.packing import dense_weight, live_weight
-from hetconv_kernels.problem import make_geometry
+from hetconv_kernels.problem import Problem, make_geometry
 
 VERBS = ("fprop", "dgrad", "wgrad")
 STEP = "step"  # all three in turn: what a training step runs
@@ -56,6 +56,13 @@ class Bench:
             self.grads.append(self.grads[0].clone(memory_format=torch.preserve_format))
         module, self.compiled = self._composition(), compiled
         self.variants = {verb: dict(self._variants(verb, module)) for verb in (*VERBS, STEP)}
+
+    def described(self, verb: str) -> Problem:
+        """Describes the calls of a verb."""
+        x, dy, w = self.inputs[0], self.grads[0], self.weight
+        first = x if verb == "fprop" else dy
+        second = x if verb == "wgrad" else first
+        return ops.describe(verb, self.geometry, first, second, w, tuple(x.shape[2:]))
 
     def check(self, verb: str) -> gate.Match:
         """Compares all variants of a verb with float64; dead gradients do not count."""

@@ -30,7 +30,7 @@ from benchmarks.bench import STEP, VERBS, Bench
 from benchmarks.cases import GPU_CASES, GPU_SHAPES, Case, het
 from benchmarks.record import Record, verdict
 from benchmarks.table import primitive_table
-from hetconv_kernels import ops, timing
+from hetconv_kernels import timing
 from hetconv_kernels.errors import BackendError
 from hetconv_kernels.roofs import Roofs, measure_roofs
 
@@ -61,9 +61,8 @@ def rows_of(full: bool) -> list[tuple[Case, str]]:
 def measure(bench: Bench, verb: str, backend: str, seconds: float, roofs: Roofs) -> dict[str, Any]:
     """Checks and times one verb of a case, and makes its row."""
     case, live = bench.case, bench.support.live
-    geometry, x = bench.geometry, bench.inputs[0]
     times = len(VERBS) if verb == STEP else 1
-    described = ops.describe("fprop", geometry, x, x, bench.weight, tuple(x.shape[2:]))
+    described = bench.described("fprop" if verb == STEP else verb)
     engine = hk.backends.choose(described, bench.code).backend
     match = bench.check(verb)
     row: dict[str, Any] = {

@@ -27,7 +27,7 @@ _poison = properties._poison
 def case(support: Support, size: tuple[int, int], *where: Any, **more: Any) -> properties.Case:
     geometry = make_geometry(support, *where)
     usual: dict[str, Any] = {
-        "batch": 2,
+        "batch": 1,
         "dtype": torch.float16,
         "layout": "channels_last",
         "bias": True,
@@ -48,19 +48,16 @@ def unequal(*filters: int) -> Support:
 SEEDS = {
     # Taps measured in pixels would wrap in four or five bits: DeepLab's dilations.
     **{
-        f"dilation-{d}": case(Support.het(16, 16, 3, 2), (d + 3, d + 2), 1, d, d)
-        for d in (12, 18, 24, 36)
+        f"dilation-{d}": case(Support.dense(16, 16, (3, 1)), (d + 3, 2), 1, (d, 0), (d, 1), batch=1)
+        for d in (12, 24, 36)
     },
     # A store of a whole tile would write over the next segment's filters: 40 in tiles of 64.
     "segment-of-40": case(unequal(40, 24), (6, 7), 1, 1),
-    "segments-of-40": case(unequal(40, 40, 8), (6, 7), 1, 1),
     # Folded by parity, the tail of the last channel block would read the other parity.
     "parity-tail": case(Support.dense(72, 16, 3), (6, 8), 2, 1),
-    "parity-tail-of-24": case(Support.het(24, 24, 3, 3), (6, 8), 2, 1),
     # And a row of an odd image the next image's.
     "parity-odd-rows": case(Support.dense(64, 16, 3), (7, 8), 2, 1),
     "parity-odd-columns": case(Support.dense(64, 16, 3), (8, 7), 2, 1),
-    "parity-uneven-pads": case(Support.dense(64, 16, 3), (6, 8), 2, (0, 3, 2, 1)),
     # Twelve bytes of channels are no sixteen.
     "channels-of-12": case(Support.dense(12, 20, 3), (6, 7), 1, 1),
     # The interpreter multiplies bit patterns of bfloat16.
