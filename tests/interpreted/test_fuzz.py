@@ -78,6 +78,7 @@ def test_silent_corrupters(name: str, only: str, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(launch.Launch, "__call__", spy)
     properties.refused.clear()
+    SEEDS[name].geometry.choices.clear()  # the other kernel's
     properties._check("triton", SEEDS[name])
     assert not properties.refused
     # Boxes run all of them but the one whose channels no descriptor can have.
