@@ -55,7 +55,15 @@ def rows_of(full: bool) -> list[tuple[Case, str]]:
         for dtype in ("float16", "float32")
         if c.support == het(4)
     ]
-    return [*itertools.product([*wanted, *others], VERBS), *steps]
+    cases = [*wanted, *others]
+    rows = [*itertools.product(cases, VERBS), *steps]
+    return sorted(rows, key=lambda row: cases.index(row[0]))
+
+
+def shard_of(rows: Sequence[tuple[Case, str]], part: int, parts: int) -> list[tuple[Case, str]]:
+    """Returns the rows of every `parts`-th case, so that a case's tensors are made once."""
+    mine = set(list(dict.fromkeys(case for case, _ in rows))[part - 1 :: parts])
+    return [row for row in rows if row[0] in mine]
 
 
 def measure(bench: Bench, verb: str, backend: str, seconds: float, roofs: Roofs) -> dict[str, Any]:
@@ -146,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.backends.cudnn.allow_tf32 = True  # both sides of a float32 row
     name = f"primitives-{'full' if options.full else 'quick'}"
     record = Record(options.results, name if parts == 1 else f"{name}-{part}of{parts}")
-    wanted = rows_of(options.full)[part - 1 :: parts]
+    wanted = shard_of(rows_of(options.full), part, parts)
     return run(record, wanted, options.backend, options.seconds, options.full, options.budget)
 
 

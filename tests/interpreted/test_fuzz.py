@@ -115,4 +115,6 @@ def test_triton_equals_oracle(
     offered = properties.offered["triton"]
     assert offered >= examples
     refused = sum(properties.refused.values())
-    assert refused <= MAY_REFUSE * offered, properties.refused
+    assert all("float64" in reason for _, reason in properties.refused), properties.refused
+    # Of the few cases for boxes more may happen to be float64.
+    assert only or refused <= MAY_REFUSE * offered, properties.refused
