@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-
 Row = dict[str, Any]
 Cells = tuple[Sequence[str], list[tuple[str, ...]]]  # the header, and the lines
 

@@ -13,7 +13,6 @@ import torch
 import hetconv_kernels as hk
 from hetconv_kernels import ops
 from hetconv_kernels.backends import parts
-from hetconv_kernels.backends import triton as package
 from hetconv_kernels.backends.triton import choice, wgrad_choice
 from hetconv_kernels.problem import Problem, make_geometry
 

@@ -155,8 +155,8 @@ def rehearsal(
 
     from benchmarks import cases
     from hetconv_kernels import cache, ops, timing
-    from hetconv_kernels.backends import capture, packer, parts, triton
-    from hetconv_kernels.backends.triton import calls, launch, wgrad_calls
+    from hetconv_kernels.backends import capture, packer, parts
+    from hetconv_kernels.backends.triton import calls, wgrad_calls
 
     made = Rehearsal(capability)
     stream = SimpleNamespace(synchronize=lambda: None, wait_stream=lambda _: None)
