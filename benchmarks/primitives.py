@@ -4,9 +4,10 @@
     python -m benchmarks.primitives [--full] [--shard I/N] [--backend triton] [--seconds S]
 
 Each row is checked against float64 on the first and last image before it is timed: cold L2 by
-rotating buffers, CUDA-graph replays, variants in turns. Rows are written as they finish, and a run
-that was cut short goes on where it stopped; the table comes last. Without ``--full``: 6 shapes ×
-batch 128 × fprop, dgrad, wgrad × four Supports, in bf16.
+rotating buffers, CUDA-graph replays, variants in turns. Our other engines for GPUs that take a row
+are measured in it too. Rows are written as they finish, and a run that was cut short goes on where
+it stopped; the table comes last. Without ``--full``: 6 shapes × batch 128 × fprop, dgrad, wgrad ×
+four Supports, in bf16.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ RESULTS = Path(__file__).parent / "results"
 # Where torch.compile(max-autotune) of the composition is measured as well, with --full.
 COMPILED_SHAPES = ("r50-conv2", "r50-conv3", "r50-conv4", "r50-conv5")
 LAST = torch.channels_last
+# Measured beside the engine that was asked for, where they take a row.
+ENGINES = ("triton", "cuda")
 Call = Callable[[], Any]
 
 
@@ -120,9 +123,11 @@ class Bench:
 
     def _variants(self, verb: str, module: nn.Module | None) -> Iterator[tuple[str, list[Call]]]:
         pairs = list(zip(self.inputs, self.grads, strict=True))
-        yield "ours", [self._ours(verb, x, dy) for x, dy in pairs]
+        yield "ours", [self._ours(verb, x, dy, self.code) for x, dy in pairs]
+        for name, code in self._others(verb):
+            yield f"ours-{name}", [self._ours(verb, x, dy, code) for x, dy in pairs]
         if verb == "fprop":
-            yield "ours-unfrozen", [self._ours("unfrozen", x, dy) for x, dy in pairs]
+            yield "ours-unfrozen", [self._ours("unfrozen", x, dy, self.code) for x, dy in pairs]
         yield "dense", [self._dense(verb, x, dy) for x, dy in pairs]
         if module is None:
             return
@@ -137,8 +142,21 @@ class Bench:
         elif isinstance(module, nn.Conv2d):
             yield "composition", [self._gradients(verb, (module,), x, dy) for x, dy in pairs]
 
-    def _ours(self, verb: str, x: Tensor, dy: Tensor) -> Call:
-        geometry, code, w, live = self.geometry, self.code, self.weight, self.live
+    def _others(self, verb: str) -> Iterator[tuple[str, int]]:
+        """Lists our other engines that take this verb."""
+        x, first = self.inputs[0], self.inputs[0] if verb == "fprop" else self.grads[0]
+        weight = self.live if verb == "fprop" else self.weight
+        size = tuple(x.shape[2:])
+        problem = ops.describe(verb, self.geometry, first, x, weight, size)
+        for name in ENGINES:
+            code = hk.backends.CODES[name]
+            if code == self.code or name not in hk.available_backends(x.device.type):
+                continue
+            if not hk.backends.get_backend(name).unsupported_reasons(problem):
+                yield name, code
+
+    def _ours(self, verb: str, x: Tensor, dy: Tensor, code: int) -> Call:
+        geometry, w, live = self.geometry, self.weight, self.live
         size, shape = tuple(x.shape[2:]), tuple(w.shape)
         if verb == "dgrad":
             return lambda: ops.run_dgrad(dy, w, geometry, size, code)
@@ -231,6 +249,8 @@ def measure(bench: Bench, verb: str, backend: str, seconds: float, roofs: Roofs)
                 "high": ratio.high,
                 "confidence": ratio.confidence,
             }
+    others = {name: f"ours-{name}" for name in ENGINES if f"ours-{name}" in timings.samples}
+    row["engines"] = {name: timings.median(sample) for name, sample in others.items()}
     row["verdict"] = verdict(row["dense"])
     row["timings"] = timings.to_dict()
     return row

@@ -125,6 +125,7 @@ PRIMITIVE_ROW = {
             )
         },
         "efficiency": _NUMBER,
+        "engines": {"type": "object", "values": _NUMBER},
         "dense": _ESTIMATE,
         "composition": _MAYBE_ESTIMATE,
     },

@@ -67,20 +67,21 @@ def dispatch_table(rows: Sequence[Row]) -> list[str]:
 def primitive_table(rows: Sequence[Row]) -> list[str]:
     """Lays out rows of single primitives: µs beside their floor, and ratios to the rivals."""
     header = (
-        "case", "verb", "µs", "floor µs", "floor %", "MAC ratio", "efficiency", "× dense",
-        "× compos.", "verdict",
+        "case", "verb", "µs", "other engines", "floor µs", "floor %", "MAC ratio", "efficiency",
+        "× dense", "× compos.", "verdict",
     )  # fmt: skip
     lines = []
     for row in rows:
         macs = f"{row['dense_macs'] / row['macs']:.2f}"
         if "dense" not in row:
-            lines.append((row["case"]["name"], row["verb"], "", "", "", macs, "", "", "", "WRONG"))
+            lines.append((row["case"]["name"], row["verb"], *[""] * 4, macs, *[""] * 3, "WRONG"))
             continue
         lines.append(
             (
                 row["case"]["name"],
                 row["verb"],
                 f"{row['median_s'] * 1e6:.2f}",
+                ", ".join(f"{n} {s * 1e6:.2f}" for n, s in row.get("engines", {}).items()),
                 f"{row['floor_s'] * 1e6:.2f}",
                 f"{row['percent_of_roof']:.0f}",
                 macs,

@@ -83,6 +83,7 @@ def test_what_it_is_for_is_not_refused(on_gpu, verb: str) -> None:
     [
         ({"device": torch.device("cpu")}, "on cpu, not on an NVIDIA GPU"),
         ({"dtype": torch.float32}, "float32 is neither bfloat16 nor float16"),
+        ({"weight_dtype": torch.float64}, "weight is float64"),
         ({"channels_last": False}, "not channels_last"),
         ({"strides": (864, 54, 9, 1)}, "not channels_last"),
         ({"strides": (1080, 1, 180, 20)}, r"elements apart, not multiples of 8"),

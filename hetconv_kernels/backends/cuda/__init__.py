@@ -46,6 +46,8 @@ class Cuda:
             return reasons
         if problem.dtype not in _DTYPES:
             reasons.append(f"{problem.dtype} is neither bfloat16 nor float16.")
+        if problem.weight_dtype == torch.float64:
+            reasons.append("The weight is float64, which nothing packs into 16 bits.")
         reasons += _layout_reasons(problem)
         oh, ow = problem.output_size
         support = problem.support
