@@ -7,6 +7,8 @@
 // pixels are the sixteen rows of a matrix instruction and filters its eight columns, so a group of
 // eight filters fits exactly. A step is any two slots of eight channels at any two taps; ldmatrix
 // takes an address from every lane, so a step costs one add (see lowering.py).
+#include <type_traits>
+
 #include "epilogue.h"
 #include "halo.h"
 #include "narrow.h"
@@ -218,8 +220,13 @@ struct Columns {
   }
 };
 
+// Two blocks of most threads in the registers, where their number then suffices without spills.
+template <bool kResident, class Activation>
+constexpr int kHeld = kResident && std::is_same_v<Activation, Clamp> ? 2 : 1;
+
 template <class T, bool kResident, class Activation>
-__global__ void __launch_bounds__(kThreads, kResident ? 2 : 1) narrow_fprop_kernel(Narrow p) {
+__global__ void __launch_bounds__(kThreads, kHeld<kResident, Activation>)
+    narrow_fprop_kernel(Narrow p) {
   const int head_index = blockIdx.y, kind = head_index / p.parts, part = head_index % p.parts;
   const int32_t* table = p.classes + kind * kClassFields;
   const int tiles_h = load_table(table + kTilesH), tiles_w = load_table(table + kTilesW);
@@ -233,8 +240,11 @@ __global__ void __launch_bounds__(kThreads, kResident ? 2 : 1) narrow_fprop_kern
   const Layout at(p);
   const uint32_t shared = shared_begin();
   const int load_h = load_table(table + kLoadH), load_w = load_table(table + kLoadW);
-  const Halo halo(load_table(table + kHaloH), load_table(table + kHaloW), load_w, p.image_h,
-                  p.image_w, p.x_h, p.x_w, p.raw_pitch);
+  // Made where it is used: it would only take registers from the products.
+  auto halo = [&] {
+    return Halo(load_table(table + kHaloH), load_table(table + kHaloW), load_w, p.image_h,
+                p.image_w, p.x_h, p.x_w, p.raw_pitch);
+  };
   const char* slabs = static_cast<const char*>(p.slabs) +
                       int64_t(load_table(head + kFragmentBegin)) * kFragmentBytes;
 
@@ -255,11 +265,11 @@ __global__ void __launch_bounds__(kThreads, kResident ? 2 : 1) narrow_fprop_kern
   auto fetch = [&](const Cursor& c, int buffer) {
     const TilePlace tile(c.item, tiles_h, tiles_w, p.tile_h, p.tile_w);
     const int32_t* round = rounds + c.round * kRoundFields;
-    halo.load(static_cast<const char*>(p.x) + int64_t(tile.image) * p.x_n * 2,
-              p.chunks + load_table(round + kChunkBegin), load_table(round + kChunkCount),
-              tile.row * load_h + load_table(table + kBaseH),
-              tile.col * load_w + load_table(table + kBaseW),
-              shared + at.buffers + buffer * at.buffer);
+    halo().load(static_cast<const char*>(p.x) + int64_t(tile.image) * p.x_n * 2,
+                p.chunks + load_table(round + kChunkBegin), load_table(round + kChunkCount),
+                tile.row * load_h + load_table(table + kBaseH),
+                tile.col * load_w + load_table(table + kBaseW),
+                shared + at.buffers + buffer * at.buffer);
   };
   Cursor ahead(rounds, p.round_count, items);
   if (p.buffers == 2 && ahead.next()) fetch(ahead, 0);
@@ -267,13 +277,14 @@ __global__ void __launch_bounds__(kThreads, kResident ? 2 : 1) narrow_fprop_kern
 
   // The pixels of this lane's rows of x: where the tap at the halo's begin reads them.
   const int shift = lane / 16 * 16, pitch = p.slot_pitch ? p.slot_pitch : p.raw_pitch;
+  const int line = (load_table(table + kHaloW) + load_w - 1) / load_w * load_w;
   uint32_t first[2];
 #pragma unroll
   for (int f = 0; f < 2; ++f) {
     int m = (warp_m * 2 + f) * 16 + lane % 16;
     if (m >= p.tile_h * p.tile_w) m = 0;  // computed, not stored
     const int i = m / p.tile_w, j = m - i * p.tile_w;
-    first[f] = uint32_t((i * load_h * halo.line + j) * pitch * 16);
+    first[f] = uint32_t((i * load_h * line + j) * pitch * 16);
   }
 
   int buffer = p.buffers - 1;  // the one in use; the first load changes it to 0
@@ -294,8 +305,8 @@ __global__ void __launch_bounds__(kThreads, kResident ? 2 : 1) narrow_fprop_kern
       uint32_t source = shared + at.buffers + buffer * at.buffer;
       const int slot_count = load_table(round + kSlotCount);
       if (slot_count) {
-        halo.gather(p.slots + load_table(round + kSlotBegin) * 4, slot_count, source, p.slot_pitch,
-                    shared + at.gathered);
+        halo().gather(p.slots + load_table(round + kSlotBegin) * 4, slot_count, source,
+                      p.slot_pitch, shared + at.gathered);
         source = shared + at.gathered;
         barrier();
       }
@@ -318,7 +329,7 @@ __global__ void __launch_bounds__(kThreads, kResident ? 2 : 1) narrow_fprop_kern
       barrier();
     }
     const Activation activate(p.act);
-    const uint32_t line = stage + (warp_m * kWarpPixels + lane / 4) * columns.pitch;
+    const uint32_t top = stage + (warp_m * kWarpPixels + lane / 4) * columns.pitch;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       const int column = warp_n * kWarpFilters + n * 8 + lane % 4 * 2;
@@ -332,7 +343,7 @@ __global__ void __launch_bounds__(kThreads, kResident ? 2 : 1) narrow_fprop_kern
       const bool together = cell1 == cell0 + 2 && cell0 % 4 == 0;
 #pragma unroll
       for (int half = 0; half < 4; ++half) {
-        const uint32_t row = line + half * 8 * columns.pitch;
+        const uint32_t row = top + half * 8 * columns.pitch;
         float v[2] = {acc[half / 2][n][half % 2 * 2], acc[half / 2][n][half % 2 * 2 + 1]};
         v[0] = v[0] * scale[0] + shifts[0];
         v[1] = v[1] * scale[1] + shifts[1];
