@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import sys
@@ -20,7 +21,7 @@ import hetconv_kernels as hk
 from hetconv_kernels import backends, ops
 from hetconv_kernels.backends import capture, common, get_backend, parts
 from hetconv_kernels.backends import cuda as package
-from hetconv_kernels.backends.cuda import Cuda, choice
+from hetconv_kernels.backends.cuda import Cuda, calls, choice
 from hetconv_kernels.errors import BackendError
 from hetconv_kernels.problem import Problem, make_geometry
 from hetconv_kernels.testing import error_bound, oracle
@@ -335,3 +336,24 @@ def test_nothing_is_made_ready_during_a_capture(host, monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(BackendError, match=r"while a CUDA graph is captured.*warmup\(model"):
         Cuda().fprop(problem)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_launches_go_to_the_current_stream_of_the_tensors_device(
+    monkeypatch: pytest.MonkeyPatch, index: int
+) -> None:
+    entered: list[torch.device] = []
+
+    @contextlib.contextmanager
+    def device(entering: torch.device) -> Any:
+        entered.append(entering)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda d: SimpleNamespace(cuda_stream=100 + d.index)
+    )
+    with calls.current(torch.device("cuda", index)) as stream:
+        assert stream == 100 + index
+    assert entered == [torch.device("cuda", 1)] * index
