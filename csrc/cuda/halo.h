@@ -23,7 +23,7 @@ template <class Make> __device__ __forceinline__ void each_cell(int lines, int c
   if (own >= step) return;
   for (int column = int(threadIdx.x) - own * lanes; column < columns; column += lanes) {
     const auto at = make(column);
-#pragma unroll 4
+#pragma unroll 2
     for (int line = own; line < lines; line += step) at(line);
   }
 }
