@@ -20,7 +20,8 @@ TORCH_PIN := $(shell sed -n 's/^torch==/torch==/p' constraints/$(TORCH).txt)
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_INDEX := $(if $(filter cpu,$(TORCH)),--extra-index-url $(TORCH_CPU_INDEX))
 SOURCES := $(shell find csrc -type f 2>/dev/null)
-CXX_SOURCES := $(filter %.h %.cpp %.cu,$(SOURCES)) $(wildcard tests/native/*.h tests/native/*.cpp)
+CXX_SOURCES := $(filter %.h %.cpp %.cu,$(SOURCES)) \
+	$(wildcard $(foreach folder,tests/native tests/native/cuda,$(folder)/*.h $(folder)/*.cpp))
 CLANG_FORMAT ?= $(VENV)/bin/clang-format
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
