@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import doctest
+
 import numpy as np
 import pytest
 
 from hetconv_kernels import Support
 from hetconv_kernels.backends.cuda import slots as slots_module
+from hetconv_kernels.backends.cuda import windows as windows_module
 from hetconv_kernels.backends.cuda.lowering import FRAGMENT, Shape, Tables, lower
 from hetconv_kernels.backends.cuda.slots import RANGES, arrange, ranges
 from hetconv_kernels.backends.cuda.tiles import choose, choose_wgrad, shared_bytes
@@ -210,3 +213,10 @@ def test_channels_that_are_no_multiple_of_eight_are_refused() -> None:
     whole = make_geometry(HET, 1, 1)
     with pytest.raises(ArgumentError, match="pixels of a tile: received 21"):
         lower_wgrad(HET, windows(whole, (8, 8), False)[0], 3, 7)
+
+
+def test_the_worked_examples_hold() -> None:
+    for module in (slots_module, windows_module):
+        outcome = doctest.testmod(module)
+        assert outcome.attempted
+        assert not outcome.failed

@@ -38,7 +38,6 @@ SOFT_LINES, HARD_LINES = 400, 600
 LONGER_FILES = {
     "hetconv_kernels/support.py": "Support with all its constructors, its algebra and its JSON",
     "hetconv_kernels/ops.py": "the schemas of the primitives with their fakes and bodies",
-    "csrc/cuda/narrow_fprop.cu": "one kernel, its layout of shared memory and its launcher",
 }
 
 # A module has tests/test_<its name>.py or test_<its folder>.py; these are tested elsewhere.
