@@ -21,10 +21,15 @@ TORCH_PIN := $(shell sed -n 's/^torch==/torch==/p' constraints/$(TORCH).txt)
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_INDEX := $(if $(filter cpu,$(TORCH)),--extra-index-url $(TORCH_CPU_INDEX))
 SOURCES := $(shell find csrc -type f 2>/dev/null)
-CXX_SOURCES := $(filter %.h %.cpp %.cu,$(SOURCES)) $(wildcard tests/native/*.h tests/native/*.cpp)
+CXX_SOURCES := $(filter %.h %.cpp %.cu,$(SOURCES)) \
+	$(wildcard $(foreach folder,tests/native tests/native/cuda,$(folder)/*.h $(folder)/*.cpp))
 CLANG_FORMAT ?= $(VENV)/bin/clang-format
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
+# In the tree the CUDA part is built for the GPUs of this machine, or for one that tests look at;
+# an installed package is for all.
+IN_TREE := HETCONV_CUDA_ARCHS=$(or $(HETCONV_CUDA_ARCHS),$(if $(shell command -v nvidia-smi \
+	2>/dev/null),native,80))
 
 ifdef PY
 ENV := inplace
@@ -67,7 +72,7 @@ gpu: ## Run the GPU's tests, then the table of its primitives (needs an NVIDIA G
 gpu-full: ## Measure all shapes, batches, Supports and dtypes on the GPU; SHARD=i/n for a part
 	@$(MAKE) --no-print-directory gpu-find GOAL=gpu-full
 
-gpu-sanitize: ## Run the GPU's tests under compute-sanitizer: memcheck, then racecheck
+gpu-sanitize: ## Run the GPU's tests under compute-sanitizer: memcheck, racecheck and synccheck
 	@$(MAKE) --no-print-directory gpu-find GOAL=gpu-sanitize
 
 .PHONY: gpu-find gpu-full gpu-sanitize gpu-full-run gpu-sanitize-run
@@ -106,10 +111,10 @@ gpu-full-run: inplace
 gpu-sanitize-run: inplace
 	@command -v compute-sanitizer >/dev/null || { echo "make gpu-sanitize: compute-sanitizer was not" \
 	    "found, so nothing was run. It comes with the CUDA toolkit; put its folder on PATH." >&2; exit 2; }
-	for tool in memcheck racecheck; do \
+	for tool in memcheck racecheck synccheck; do \
 	    compute-sanitizer --tool $$tool --error-exitcode 1 $(PY) -m pytest -q -m gpu \
-	        tests/test_gpu_triton.py -k "oracle or uneven or epilogue or bit_for_bit" $(ARGS) \
-	        || exit 1; \
+	        tests/test_gpu_triton.py tests/test_gpu_cuda.py tests/test_gpu_engines.py \
+	        -k "oracle or uneven or epilogue or bit_for_bit or tiles" $(ARGS) || exit 1; \
 	done
 
 docs: $(ENV) $(if $(filter inplace,$(ENV)),,$(VENV)/.docs) ## Build the documentation in site/
@@ -140,8 +145,8 @@ types: $(ENV) ## Check types: mypy, strict on the core
 
 # The installed Triton and the oldest supported one; what has not changed is not compiled again.
 OLDEST_TRITON := 3.6.0
-aot: $(ENV) build/triton-$(OLDEST_TRITON)/.there ## Compile the Triton kernels for every GPU generation, without a GPU
-	HETCONV_AOT_ALL=1 $(PY) -m pytest -q tests/test_aot.py tests/test_rehearsal.py $(ARGS)
+aot: $(ENV) build/triton-$(OLDEST_TRITON)/.there ## Compile the kernels for every GPU generation, without a GPU
+	HETCONV_AOT_ALL=1 $(PY) -m pytest -q tests/test_aot.py tests/test_rehearsal.py tests/test_cuda_code.py $(ARGS)
 	HETCONV_AOT_ALL=1 HETCONV_AOT_TRITON=$(CURDIR)/build/triton-$(OLDEST_TRITON) \
 	    $(PY) -m pytest -q tests/test_aot.py $(ARGS)
 	PYTHONPATH=$(CURDIR)/build/triton-$(OLDEST_TRITON):. $(PY) -m pytest -q tests/test_rehearsal.py $(ARGS)
@@ -158,7 +163,8 @@ sanitize: ## Fuzz the compiled CPU part under the address, leak, undefined and t
 # The bindings too. A second build beside the tree's own; Python itself is not instrumented, hence
 # the preload.
 sanitize-python: $(ENV)
-	HETCONV_BUILD=require CXXFLAGS="$(SANITIZE) -O1 -g" LDFLAGS="$(SANITIZE)" \
+	HETCONV_BUILD=require HETCONV_CUDA_ARCHS=none \
+	    CXXFLAGS="$(SANITIZE) -O1 -g" LDFLAGS="$(SANITIZE)" \
 	    $(PY) setup.py --quiet build --build-base build/sanitize --build-lib build/sanitize/lib
 	PYTHONPATH=build/sanitize/lib ASAN_OPTIONS=detect_leaks=0 \
 	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
@@ -193,9 +199,9 @@ $(VENV)/.docs: $(VENV)/.packages
 
 # No stamp while a part is missing, so that installing a compiler is enough to get it.
 $(VENV)/.built: $(VENV)/.packages setup.py $(SOURCES)
-	$(VENV)/bin/python setup.py --quiet build_ext --inplace
+	$(IN_TREE) $(VENV)/bin/python setup.py --quiet build_ext --inplace
 	@grep -q '"built": false' hetconv_kernels/_build.json || touch $@
 
 .PHONY: inplace
 inplace:
-	$(PY) setup.py --quiet build_ext --inplace
+	$(IN_TREE) $(PY) setup.py --quiet build_ext --inplace

@@ -19,6 +19,8 @@ from hetconv_kernels.problem import Problem, make_geometry
 VERBS = ("fprop", "dgrad", "wgrad")
 STEP = "step"  # all three in turn: what a training step runs
 LAST = torch.channels_last
+# Measured beside the engine that was asked for, where they take a row.
+ENGINES = ("triton", "cuda")
 Call = Callable[[], Any]
 
 
@@ -114,9 +116,11 @@ class Bench:
 
     def _variants(self, verb: str, module: nn.Module | None) -> Iterator[tuple[str, list[Call]]]:
         pairs = list(zip(self.inputs, self.grads, strict=True))
-        yield "ours", [self._ours(verb, x, dy) for x, dy in pairs]
+        yield "ours", [self._ours(verb, x, dy, self.code) for x, dy in pairs]
+        for name, code in self._others(verb):
+            yield f"ours-{name}", [self._ours(verb, x, dy, code) for x, dy in pairs]
         if verb == "fprop":
-            yield "ours-unfrozen", [self._ours("unfrozen", x, dy) for x, dy in pairs]
+            yield "ours-unfrozen", [self._ours("unfrozen", x, dy, self.code) for x, dy in pairs]
         yield "dense", [self._dense(verb, x, dy) for x, dy in pairs]
         if module is None:
             return
@@ -135,11 +139,22 @@ class Bench:
                 [self._gradients(verb, module, (module,), x, dy) for x, dy in pairs],
             )
 
-    def _ours(self, verb: str, x: Tensor, dy: Tensor) -> Call:
-        geometry, code, w, live = self.geometry, self.code, self.weight, self.live
+    def _others(self, verb: str) -> Iterator[tuple[str, int]]:
+        """Lists our other engines that take this verb; of a training step, all its verbs."""
+        problems = [self.described(each) for each in (VERBS if verb == STEP else (verb,))]
+        for name in ENGINES:
+            code = hk.backends.CODES[name]
+            if code == self.code or name not in hk.available_backends(self.weight.device.type):
+                continue
+            engine = hk.backends.get_backend(name)
+            if not any(engine.unsupported_reasons(problem) for problem in problems):
+                yield name, code
+
+    def _ours(self, verb: str, x: Tensor, dy: Tensor, code: int) -> Call:
+        geometry, w, live = self.geometry, self.weight, self.live
         size, shape = tuple(x.shape[2:]), tuple(w.shape)
         if verb == STEP:
-            parts = [self._ours(each, x, dy) for each in ("unfrozen", "dgrad", "wgrad")]
+            parts = [self._ours(each, x, dy, code) for each in ("unfrozen", "dgrad", "wgrad")]
             return lambda: tuple(part() for part in parts)
         if verb == "dgrad":
             return lambda: ops.run_dgrad(dy, w, geometry, size, code)

@@ -4,7 +4,8 @@
     python -m benchmarks.primitives [--full] [--shard I/N] [--backend triton] [--budget S]
 
 Each row is checked against float64 (the first and last image; of wgrad some filters) before it is
-timed: cold L2 by rotating buffers, CUDA-graph replays, variants in turns. Rows are written as they
+timed: cold L2 by rotating buffers, CUDA-graph replays, variants in turns. Our other engines
+for GPUs that take a row are measured in it too. Rows are written as they
 finish, and a run that was cut short goes on where it stopped; the table comes last. Without
 ``--full``: 6 shapes × batch 128 × fprop, dgrad, wgrad × four Supports, in bf16, and training steps
 of HetConv with p=4.
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 
 import hetconv_kernels as hk
-from benchmarks.bench import STEP, VERBS, Bench
+from benchmarks.bench import ENGINES, STEP, VERBS, Bench
 from benchmarks.cases import GPU_CASES, GPU_SHAPES, Case, het
 from benchmarks.record import Record, verdict
 from benchmarks.table import primitive_table
@@ -113,6 +114,8 @@ def measure(bench: Bench, verb: str, backend: str, seconds: float, roofs: Roofs)
                 "high": ratio.high,
                 "confidence": ratio.confidence,
             }
+    others = {name: f"ours-{name}" for name in ENGINES if f"ours-{name}" in timings.samples}
+    row["engines"] = {name: timings.median(sample) for name, sample in others.items()}
     row["verdict"] = verdict(row["dense"])
     row["timings"] = timings.to_dict()
     return row

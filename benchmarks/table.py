@@ -92,15 +92,15 @@ def primitive_cells(rows: Sequence[Row]) -> Cells:
     from benchmarks.cases import GPU_TARGETS  # needs PyTorch, which the README's tables do without
 
     header = (
-        "case", "verb", "µs", "floor µs", "floor %", "MAC ratio", "efficiency", "× dense",
-        "× compos.", "× compiled", "target", "verdict",
+        "case", "verb", "µs", "other engines", "floor µs", "floor %", "MAC ratio", "efficiency",
+        "× dense", "× compos.", "× compiled", "target", "verdict",
     )  # fmt: skip
     lines: list[tuple[str, ...]] = []
     for row in rows:
         macs = f"{row['dense_macs'] / row['macs']:.2f}"
         if "dense" not in row:
             empty = [""] * 5
-            lines.append((row["case"]["name"], row["verb"], *empty[:3], macs, *empty, "WRONG"))
+            lines.append((row["case"]["name"], row["verb"], *empty[:4], macs, *empty, "WRONG"))
             continue
         target = GPU_TARGETS.get((row["case"]["name"], row["verb"]))
         met = target is None or row["dense"]["ratio"] >= target
@@ -109,6 +109,7 @@ def primitive_cells(rows: Sequence[Row]) -> Cells:
                 row["case"]["name"],
                 row["verb"],
                 f"{row['median_s'] * 1e6:.2f}",
+                ", ".join(f"{n} {s * 1e6:.2f}" for n, s in row.get("engines", {}).items()),
                 f"{row['floor_s'] * 1e6:.2f}",
                 f"{row['percent_of_roof']:.0f}",
                 macs,

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import sys
@@ -20,7 +21,7 @@ import hetconv_kernels as hk
 from hetconv_kernels import backends, ops
 from hetconv_kernels.backends import capture, common, get_backend, parts
 from hetconv_kernels.backends import cuda as package
-from hetconv_kernels.backends.cuda import Cuda, choice
+from hetconv_kernels.backends.cuda import Cuda, calls, choice
 from hetconv_kernels.errors import BackendError
 from hetconv_kernels.problem import Problem, make_geometry
 from hetconv_kernels.testing import error_bound, oracle
@@ -83,12 +84,13 @@ def test_what_it_is_for_is_not_refused(on_gpu, verb: str) -> None:
     [
         ({"device": torch.device("cpu")}, "on cpu, not on an NVIDIA GPU"),
         ({"dtype": torch.float32}, "float32 is neither bfloat16 nor float16"),
+        ({"weight_dtype": torch.float64}, "weight is float64"),
         ({"channels_last": False}, "not channels_last"),
         ({"strides": (864, 54, 9, 1)}, "not channels_last"),
         ({"strides": (1080, 1, 180, 20)}, r"elements apart, not multiples of 8"),
-        ({"strides": (2**40, 1, 2**33, 16)}, r"more than 2\*\*31 - 1 elements apart"),
-        ({"batch": 2**27}, r"The batch has more than 2\*\*31"),
-        ({"height": 2**14, "width": 2**14}, r"One image has more than 2\*\*31"),
+        ({"strides": (2**40, 1, 2**33, 16)}, r"span more than 2\*\*30 places"),
+        ({"batch": 2**27}, r"The batch has more than 2\*\*30"),
+        ({"height": 2**14, "width": 2**14}, r"One image has more than 2\*\*30"),
         ({"geometry": make_geometry(hk.Support.dense(12, 16, 3))}, "12 channels, which is no"),
         ({"geometry": make_geometry(LONG, 1, (0, 16))}, "more than 32 taps"),
         ({"geometry": make_geometry(hk.Support.dense(256, 256, 3))}, "589824 live weights"),
@@ -334,3 +336,37 @@ def test_nothing_is_made_ready_during_a_capture(host, monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(BackendError, match=r"while a CUDA graph is captured.*warmup\(model"):
         Cuda().fprop(problem)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_launches_go_to_the_current_stream_of_the_tensors_device(
+    monkeypatch: pytest.MonkeyPatch, index: int
+) -> None:
+    entered: list[torch.device] = []
+
+    @contextlib.contextmanager
+    def device(entering: torch.device) -> Any:
+        entered.append(entering)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda d: SimpleNamespace(cuda_stream=100 + d.index)
+    )
+    with calls.current(torch.device("cuda", index)) as stream:
+        assert stream == 100 + index
+    assert entered == [torch.device("cuda", 1)] * index
+
+
+def test_an_operand_that_spans_too_much_is_brought_together(
+    host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, w, _ = operands(GEOMETRY, torch.bfloat16)
+    expected = run("fprop", GEOMETRY, x, x, w, None, None, None)
+    wide = torch.zeros(2, 16, 6, 90, dtype=x.dtype).to(memory_format=LAST)[..., ::10].copy_(x)
+    assert calls.span(wide.shape, wide.stride()) == 16 * 90 * 5 + 160 * 8 + 16
+    for limit, copies in ((10**4, 0), (10**3, 1)):
+        monkeypatch.setattr(calls, "MAX_SPAN", limit)
+        assert torch.equal(run("fprop", GEOMETRY, wide, wide, w, None, None, None), expected)
+        assert sum(capture.CONVERSIONS.values()) == copies

@@ -7,6 +7,7 @@ here uses wgmma or TMA, so none is exempt.
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,7 @@ def test_blocks_of_all_shapes_match_the_oracle(
     shim.run(cases, tmp_path)
 
 
+@cache
 def random_case(seed: int) -> shim.Case:
     """A case that nobody thought of."""
     rng = np.random.default_rng(seed)
@@ -154,7 +156,7 @@ def random_case(seed: int) -> shim.Case:
     return shim.fprop_case(support, geometry, size, batch, dtype, verb == "dgrad", **how)
 
 
-@pytest.mark.parametrize("first", range(0, 120, 20))
+@pytest.mark.parametrize("first", range(0, 80, 20))
 def test_random_cases_match_the_oracle(first: int, tmp_path: Path) -> None:
     shim.run([random_case(seed) for seed in range(first, first + 20)], tmp_path)
 
@@ -185,21 +187,24 @@ def simple(verb: str = "fprop") -> shim.Case:
 
 
 @pytest.mark.parametrize(
-    ("mistake", "at", "said"),
+    ("verb", "mistake", "at", "said"),
     [
-        ("skip-barrier", 0, "race|nobody has written"),
-        ("skip-barrier", 1, "race"),
-        ("skip-barrier", 2, "race"),
-        ("skip-barrier", 3, "race"),
-        ("skip-wait", 0, "copy is on its way"),
-        ("skip-copy", 100, "nobody has written"),
-        ("wrong-address", 1000, "outside of"),
+        ("fprop", "skip-barrier", 0, "race|nobody has written"),  # fetched: compute
+        ("fprop", "skip-barrier", 1, "race"),  # computed: results over the tile
+        ("fprop", "skip-barrier", 2, "race"),  # results: written out
+        ("fprop", "skip-barrier", 3, "race|copy is on its way"),  # written out: fetch
+        ("fprop", "skip-wait", 0, "copy is on its way"),
+        ("fprop", "skip-wait", 1, "copy is on its way"),
+        ("fprop", "skip-copy", 100, "nobody has written"),
+        ("fprop", "wrong-address", 1000, "outside of"),
+        ("wgrad", "skip-barrier", 0, "race|nobody has written"),
+        ("wgrad", "skip-barrier", 1, "race|copy is on its way"),
+        ("wgrad", "skip-wait", 0, "copy is on its way"),
+        ("wgrad", "skip-copy", 100, "nobody has written"),
+        ("wgrad", "wrong-address", 1000, "outside of"),
     ],
 )
-@pytest.mark.parametrize("verb", ["fprop", "wgrad"])
 def test_mistakes_are_found(verb: str, mistake: str, at: int, said: str, tmp_path: Path) -> None:
-    if verb == "wgrad" and (mistake, at) in (("skip-barrier", 2), ("skip-barrier", 3)):
-        at -= 2  # it has two a tile
     done = shim.execute([simple(verb)], tmp_path, (mistake, str(at)))
     assert done.returncode == 3, f"not found: {done.stderr}"
     assert any(words in done.stderr for words in said.split("|")), done.stderr
@@ -224,8 +229,8 @@ def test_a_wrong_weight_is_found(tmp_path: Path) -> None:
 
 def test_geometries_are_not_all_alike() -> None:
     """The random cases reach every verb, and strides, dilations and gathered channels."""
-    cases = [random_case(seed) for seed in range(120)]
-    assert sum(case.numbers["wgrad"] for case in cases) >= 20
+    cases = [random_case(seed) for seed in range(80)]
+    assert sum(case.numbers["wgrad"] for case in cases) >= 15
     fprops = [case for case in cases if not case.numbers["wgrad"]]
     assert {case.numbers["class_count"] > 1 for case in fprops} == {True, False}
     assert {case.numbers["slot_pitch"] > 0 for case in fprops} == {True, False}

@@ -65,3 +65,13 @@ def test_it_follows_use_backend() -> None:
     assert hk.info()["forced_backend"] == "auto"
     with hk.use_backend("reference"):
         assert hk.info()["forced_backend"] == "reference"
+
+
+def test_it_says_what_was_built_and_why_the_rest_was_not() -> None:
+    build = hk.info()["build"]
+    if build is None:
+        pytest.skip("nothing was built here (HETCONV_BUILD=none)")
+    built = sorted(name[1:] for name, facts in build["parts"].items() if facts["built"])
+    assert build["state"] == (" and ".join(built) or "nothing compiled")
+    for facts in build["parts"].values():
+        assert facts["compiler"] if facts["built"] else facts["reason"].strip()

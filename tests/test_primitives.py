@@ -121,6 +121,23 @@ def test_a_wrong_result_is_not_timed(
     assert "median_s" not in row
 
 
+def test_our_other_engines_are_measured_in_the_same_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(primitives, "ENGINES", ("vendor", "reference"))
+    record = Record(tmp_path, "p")
+    assert primitives.run(record, [(TINY, "dgrad")], "vendor", 0.02) == 0
+    (row,) = record.data["rows"]
+    assert list(row["engines"]) == ["reference"]
+    assert row["engines"]["reference"] > 0
+    assert "reference " in capsys.readouterr().out
+    # One that is wrong spoils the row.
+    right = ops.run_dgrad
+    code = primitives.hk.backends.CODES["reference"]
+    monkeypatch.setattr(ops, "run_dgrad", lambda *a: right(*a) * (1.01 if a[-1] == code else 1))
+    assert primitives.run(Record(tmp_path, "q"), [(TINY, "dgrad")], "vendor", 0.02) == 1
+
+
 @pytest.mark.parametrize("kind", ["dense", "grouped", "self_group"])
 def test_every_kind_of_support_has_its_rivals(tmp_path: Path, kind: str) -> None:
     value = {"dense": 1, "grouped": 2, "self_group": 60}[kind]

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import machine_code
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,21 +34,10 @@ echo made > "$2"
 """
 
 
-def load() -> ModuleType:
-    """Imports setup.py without running it."""
-    spec = importlib.util.spec_from_file_location("hetconv_setup", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look annotations up
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def build() -> ModuleType:
     pytest.importorskip("setuptools")
-    return load()
+    return machine_code.build()
 
 
 class Tree:

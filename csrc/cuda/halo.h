@@ -15,6 +15,19 @@ struct Divider {
   }
 };
 
+// Deals the cells of a table to the block's threads, neighbours along a line, and each thread cells
+// of one column: `make(column)` is called for it once, and what that returns for each line.
+template <class Make> __device__ __forceinline__ void each_cell(int lines, int columns, Make make) {
+  const int threads = blockDim.x, lanes = columns < threads ? columns : threads;
+  const int step = threads / lanes, own = int(threadIdx.x) / lanes;
+  if (own >= step) return;
+  for (int column = int(threadIdx.x) - own * lanes; column < columns; column += lanes) {
+    const auto at = make(column);
+#pragma unroll 2
+    for (int line = own; line < lines; line += step) at(line);
+  }
+}
+
 // Halo tiles of one operand. In shared memory a halo row is a line of `line` pixels, its columns by
 // residue of load_w, `split` of each, so that pixels that adjacent outputs read are adjacent.
 struct Halo {
@@ -43,43 +56,43 @@ struct Halo {
   // (row, col) of the image. Zeros outside of it.
   __device__ void load(const char* image, const int32_t* chunks, int count, int row, int col,
                        uint32_t target) const {
-    const Divider by_count(count);
-    const uint32_t total = rows * line * count;
-    for (uint32_t i = threadIdx.x; i < total; i += blockDim.x) {
-      const uint32_t pixel = by_count(i), chunk = i - pixel * count;
-      const uint32_t r = by_line(pixel), place = pixel - r * line;
-      uint32_t c = place;
-      if (load_w != 1) {
-        const uint32_t residue = by_split(place);
-        c = (place - residue * split) * load_w + residue;
-      }
-      const int y = row + int(r), x = col + int(c);
-      const bool valid = uint32_t(y) < uint32_t(image_h) && uint32_t(x) < uint32_t(image_w);
-      const int offset = y * stride_h + x * stride_w + load_table(chunks + chunk) * 8;
-      const char* source = valid ? image + int64_t(offset) * 2 : image;
-      copy_async(target + (pixel * pitch + chunk) * 16, source, valid);
-    }
+    each_cell(rows * line, count, [&](int chunk) {
+      const char* from = image + int64_t(load_table(chunks + chunk)) * 16;
+      const uint32_t to = target + chunk * 16;
+      return [=](int pixel) {
+        const uint32_t r = by_line(pixel), place = pixel - r * line;
+        uint32_t c = place;
+        if (load_w != 1) {
+          const uint32_t residue = by_split(place);
+          c = (place - residue * split) * load_w + residue;
+        }
+        const int y = row + int(r), x = col + int(c);
+        const bool valid = uint32_t(y) < uint32_t(image_h) && uint32_t(x) < uint32_t(image_w);
+        const int offset = valid ? y * stride_h + x * stride_w : 0;
+        copy_async(to + pixel * pitch * 16, from + int64_t(offset) * 2, valid);
+      };
+    });
   }
 
   // Makes slots of eight channels, each from any channels of the raw tile.
   __device__ void gather(const int32_t* slots, int count, uint32_t raw, int slot_pitch,
                          uint32_t target) const {
-    const Divider by_count(count);
-    const uint32_t total = rows * line * count;
-    for (uint32_t i = threadIdx.x; i < total; i += blockDim.x) {
-      const uint32_t pixel = by_count(i), slot = i - pixel * count;
+    each_cell(rows * line, count, [&](int slot) {
       const Quad places = load_table128(slots + slot * 4);
-      const uint32_t from = raw + pixel * pitch * 16;
-      Quad made;
+      const uint32_t to = target + slot * 16;
+      return [=](int pixel) {
+        const uint32_t from = raw + pixel * pitch * 16;
+        Quad made;
 #pragma unroll
-      for (int pair = 0; pair < 4; ++pair) {
-        const uint32_t low = places.v[pair] & 0xFFFF, high = places.v[pair] >> 16;
-        uint32_t v = low == 0xFFFF ? 0 : load_shared16(from + low * 2);
-        if (high != 0xFFFF) v |= load_shared16(from + high * 2) << 16;
-        made.v[pair] = v;
-      }
-      store_shared128(target + (pixel * slot_pitch + slot) * 16, made);
-    }
+        for (int pair = 0; pair < 4; ++pair) {
+          const uint32_t low = places.v[pair] & 0xFFFF, high = places.v[pair] >> 16;
+          uint32_t v = low == 0xFFFF ? 0 : load_shared16(from + low * 2);
+          if (high != 0xFFFF) v |= load_shared16(from + high * 2) << 16;
+          made.v[pair] = v;
+        }
+        store_shared128(to + pixel * slot_pitch * 16, made);
+      };
+    });
   }
 };
 

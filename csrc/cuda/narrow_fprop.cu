@@ -7,10 +7,13 @@
 // pixels are the sixteen rows of a matrix instruction and filters its eight columns, so a group of
 // eight filters fits exactly. A step is any two slots of eight channels at any two taps; ldmatrix
 // takes an address from every lane, so a step costs one add (see lowering.py).
+#include <type_traits>
+
 #include "epilogue.h"
 #include "halo.h"
 #include "narrow.h"
 #include "ptx.h"
+#include "stage.h"
 
 namespace hetconv::cuda {
 namespace {
@@ -25,7 +28,7 @@ struct Layout {
   int lists, words, fragments, buffers, buffer, gathered, total;
 
   __host__ __device__ explicit Layout(const Narrow& p) {
-    const int pixels = p.warps_m * kWarpPixels, stage = pixels * stage_pitch(p);
+    const int pixels = p.warps_m * kWarpPixels, stage = pixels * stage_pitch(p.warps_n);
     const int halo = p.halo_pixels * p.raw_pitch * 16;
     lists = 0;
     words = lists + aligned(p.round_count * p.warps_n * kListFields * 4);
@@ -34,10 +37,6 @@ struct Layout {
     buffer = halo > stage ? halo : stage;
     gathered = buffers + p.buffers * buffer;
     total = gathered + p.halo_pixels * p.slot_pitch * 16;
-  }
-  // Of the results on their way out: from pixel to pixel.
-  static __host__ __device__ int stage_pitch(const Narrow& p) {
-    return p.warps_n * kWarpFilters * 2 + 16;
   }
   static __host__ __device__ int aligned(int bytes) { return (bytes + 15) / 16 * 16; }
 };
@@ -143,83 +142,13 @@ struct Cursor {
   }
 };
 
-// The pixels of y that a tile writes.
-struct Target {
-  int64_t corner;  // the tile's first pixel in y, in elements
-  int rows, cols;  // of the tile that are in y
-  int step_h, step_w;
-
-  __device__ Target(const Narrow& p, const int32_t* table, const TilePlace& tile) {
-    const int store_h = load_table(table + kStoreH), store_w = load_table(table + kStoreW);
-    const int rows_left = load_table(table + kPixelsH) - tile.row;
-    rows = rows_left < p.tile_h ? rows_left : p.tile_h;
-    cols = load_table(table + kPixelsW) - tile.col;
-    step_h = store_h * p.y_h;
-    step_w = store_w * p.y_w;
-    corner = tile.image * p.y_n +
-             int64_t(tile.row * store_h + load_table(table + kFirstH)) * p.y_h +
-             int64_t(tile.col * store_w + load_table(table + kFirstW)) * p.y_w;
-  }
-  // Pixel m of the tile, in elements from the corner; -1 if it is not in y.
-  __device__ int place(int m, int tile_w) const {
-    const int i = m / tile_w, j = m - i * tile_w;
-    return i < rows && j < cols ? i * step_h + j * step_w : -1;
-  }
-};
-
-// Where the filters of a part stand in the staging tile: as in y where 16-byte accesses reach it,
-// else in the order of the part, to be written one by one.
-struct Columns {
-  const int32_t* rows;
-  int first, count, pitch;
-  bool vectors;
-
-  __device__ Columns(const Narrow& p, const int32_t* head, int part)
-      : rows(p.rows + part * p.warps_n * kWarpFilters),
-        first(load_table(head + kFilterFirst)),
-        count(load_table(head + kFilterCount)),
-        pitch(Layout::stage_pitch(p)) {
-    vectors = p.vector_stores && count && (first | count) % 8 == 0;
-  }
-  // The byte of a line that has the part's filter number `column`, which is filter f.
-  __device__ uint32_t cell(int column, int f) const { return (vectors ? f - first : column) * 2; }
-
-  // Brings the residual to the staging tile; zeros for pixels and filters that y has not.
-  __device__ void bring(const Narrow& p, const Target& target, uint32_t stage) const {
-    const uint16_t* from = static_cast<const uint16_t*>(p.residual) + target.corner;
-    const int width = vectors ? count / 8 : p.warps_n * kWarpFilters;
-    for (int i = threadIdx.x; i < p.warps_m * kWarpPixels * width; i += blockDim.x) {
-      const int m = i / width, column = i - m * width, offset = target.place(m, p.tile_w);
-      if (vectors) {
-        Quad q = {};
-        if (offset >= 0) q = load_table128(from + offset + first + column * 8);
-        store_shared128(stage + m * pitch + column * 16, q);
-      } else {
-        const int f = load_table(rows + column);
-        store_shared16(stage + m * pitch + column * 2,
-                       offset >= 0 && f >= 0 ? from[offset + f] : 0);
-      }
-    }
-  }
-
-  // Writes the staging tile to y.
-  __device__ void send(const Narrow& p, const Target& target, uint32_t stage) const {
-    uint16_t* to = static_cast<uint16_t*>(p.y) + target.corner;
-    const int width = vectors ? count / 8 : p.warps_n * kWarpFilters;
-    for (int i = threadIdx.x; i < p.tile_h * p.tile_w * width; i += blockDim.x) {
-      const int m = i / width, column = i - m * width, offset = target.place(m, p.tile_w);
-      if (offset < 0) continue;
-      if (vectors) {
-        store128(to + offset + first + column * 8, load_shared128(stage + m * pitch + column * 16));
-      } else if (const int f = load_table(rows + column); f >= 0) {
-        to[offset + f] = uint16_t(load_shared16(stage + m * pitch + column * 2));
-      }
-    }
-  }
-};
+// Two blocks of most threads in the registers, where their number then suffices without spills.
+template <bool kResident, class Activation>
+constexpr int kHeld = kResident && std::is_same_v<Activation, Clamp> ? 2 : 1;
 
 template <class T, bool kResident, class Activation>
-__global__ void __launch_bounds__(kThreads, kResident ? 2 : 1) narrow_fprop_kernel(Narrow p) {
+__global__ void __launch_bounds__(kThreads, kHeld<kResident, Activation>)
+    narrow_fprop_kernel(Narrow p) {
   const int head_index = blockIdx.y, kind = head_index / p.parts, part = head_index % p.parts;
   const int32_t* table = p.classes + kind * kClassFields;
   const int tiles_h = load_table(table + kTilesH), tiles_w = load_table(table + kTilesW);
@@ -233,8 +162,11 @@ __global__ void __launch_bounds__(kThreads, kResident ? 2 : 1) narrow_fprop_kern
   const Layout at(p);
   const uint32_t shared = shared_begin();
   const int load_h = load_table(table + kLoadH), load_w = load_table(table + kLoadW);
-  const Halo halo(load_table(table + kHaloH), load_table(table + kHaloW), load_w, p.image_h,
-                  p.image_w, p.x_h, p.x_w, p.raw_pitch);
+  // Made where it is used: it would only take registers from the products.
+  auto halo = [&] {
+    return Halo(load_table(table + kHaloH), load_table(table + kHaloW), load_w, p.image_h,
+                p.image_w, p.x_h, p.x_w, p.raw_pitch);
+  };
   const char* slabs = static_cast<const char*>(p.slabs) +
                       int64_t(load_table(head + kFragmentBegin)) * kFragmentBytes;
 
@@ -255,11 +187,11 @@ __global__ void __launch_bounds__(kThreads, kResident ? 2 : 1) narrow_fprop_kern
   auto fetch = [&](const Cursor& c, int buffer) {
     const TilePlace tile(c.item, tiles_h, tiles_w, p.tile_h, p.tile_w);
     const int32_t* round = rounds + c.round * kRoundFields;
-    halo.load(static_cast<const char*>(p.x) + int64_t(tile.image) * p.x_n * 2,
-              p.chunks + load_table(round + kChunkBegin), load_table(round + kChunkCount),
-              tile.row * load_h + load_table(table + kBaseH),
-              tile.col * load_w + load_table(table + kBaseW),
-              shared + at.buffers + buffer * at.buffer);
+    halo().load(static_cast<const char*>(p.x) + int64_t(tile.image) * p.x_n * 2,
+                p.chunks + load_table(round + kChunkBegin), load_table(round + kChunkCount),
+                tile.row * load_h + load_table(table + kBaseH),
+                tile.col * load_w + load_table(table + kBaseW),
+                shared + at.buffers + buffer * at.buffer);
   };
   Cursor ahead(rounds, p.round_count, items);
   if (p.buffers == 2 && ahead.next()) fetch(ahead, 0);
@@ -267,13 +199,14 @@ __global__ void __launch_bounds__(kThreads, kResident ? 2 : 1) narrow_fprop_kern
 
   // The pixels of this lane's rows of x: where the tap at the halo's begin reads them.
   const int shift = lane / 16 * 16, pitch = p.slot_pitch ? p.slot_pitch : p.raw_pitch;
+  const int line = (load_table(table + kHaloW) + load_w - 1) / load_w * load_w;
   uint32_t first[2];
 #pragma unroll
   for (int f = 0; f < 2; ++f) {
     int m = (warp_m * 2 + f) * 16 + lane % 16;
     if (m >= p.tile_h * p.tile_w) m = 0;  // computed, not stored
     const int i = m / p.tile_w, j = m - i * p.tile_w;
-    first[f] = uint32_t((i * load_h * halo.line + j) * pitch * 16);
+    first[f] = uint32_t((i * load_h * line + j) * pitch * 16);
   }
 
   int buffer = p.buffers - 1;  // the one in use; the first load changes it to 0
@@ -294,8 +227,8 @@ __global__ void __launch_bounds__(kThreads, kResident ? 2 : 1) narrow_fprop_kern
       uint32_t source = shared + at.buffers + buffer * at.buffer;
       const int slot_count = load_table(round + kSlotCount);
       if (slot_count) {
-        halo.gather(p.slots + load_table(round + kSlotBegin) * 4, slot_count, source, p.slot_pitch,
-                    shared + at.gathered);
+        halo().gather(p.slots + load_table(round + kSlotBegin) * 4, slot_count, source,
+                      p.slot_pitch, shared + at.gathered);
         source = shared + at.gathered;
         barrier();
       }
@@ -318,7 +251,7 @@ __global__ void __launch_bounds__(kThreads, kResident ? 2 : 1) narrow_fprop_kern
       barrier();
     }
     const Activation activate(p.act);
-    const uint32_t line = stage + (warp_m * kWarpPixels + lane / 4) * columns.pitch;
+    const uint32_t top = stage + (warp_m * kWarpPixels + lane / 4) * columns.pitch;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       const int column = warp_n * kWarpFilters + n * 8 + lane % 4 * 2;
@@ -332,7 +265,7 @@ __global__ void __launch_bounds__(kThreads, kResident ? 2 : 1) narrow_fprop_kern
       const bool together = cell1 == cell0 + 2 && cell0 % 4 == 0;
 #pragma unroll
       for (int half = 0; half < 4; ++half) {
-        const uint32_t row = line + half * 8 * columns.pitch;
+        const uint32_t row = top + half * 8 * columns.pitch;
         float v[2] = {acc[half / 2][n][half % 2 * 2], acc[half / 2][n][half % 2 * 2 + 1]};
         v[0] = v[0] * scale[0] + shifts[0];
         v[1] = v[1] * scale[1] + shifts[1];

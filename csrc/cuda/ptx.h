@@ -34,19 +34,22 @@ __device__ __forceinline__ uint32_t shared_begin() {
 
 __device__ __forceinline__ uint32_t load_shared32(uint32_t address) {
   uint32_t v;
-  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(address));
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
   return v;
 }
 
 __device__ __forceinline__ uint32_t load_shared16(uint32_t address) {
   uint16_t v;
-  asm volatile("ld.shared.b16 %0, [%1];" : "=h"(v) : "r"(address));
+  asm volatile("ld.shared.b16 %0, [%1];" : "=h"(v) : "r"(address) : "memory");
   return v;
 }
 
 __device__ __forceinline__ Pair load_shared64(uint32_t address) {
   Pair p;
-  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(p.v[0]), "=r"(p.v[1]) : "r"(address));
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];"
+               : "=r"(p.v[0]), "=r"(p.v[1])
+               : "r"(address)
+               : "memory");
   return p;
 }
 
@@ -54,7 +57,8 @@ __device__ __forceinline__ Quad load_shared128(uint32_t address) {
   Quad q;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
                : "=r"(q.v[0]), "=r"(q.v[1]), "=r"(q.v[2]), "=r"(q.v[3])
-               : "r"(address));
+               : "r"(address)
+               : "memory");
   return q;
 }
 

@@ -161,6 +161,7 @@ PRIMITIVE_ROW = {
             )
         },
         "efficiency": _NUMBER,
+        "engines": {"type": "object", "values": _NUMBER},
         "dense": _ESTIMATE,
         "composition": _MAYBE_ESTIMATE,
         "compiled": _MAYBE_ESTIMATE,

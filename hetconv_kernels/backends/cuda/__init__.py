@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,14 +18,12 @@ from .. import Runner
 from ..parts import gpu_reasons
 from ..rates import GPU_PREDICTION
 from . import choice
-
-if TYPE_CHECKING:
-    from .calls import NarrowCall
+from .calls import MAX_SPAN, VECTOR, NarrowCall, span
+from .wgrad_calls import WgradCall
 
 _DTYPES = (torch.bfloat16, torch.float16)
-_MAX_INT = 2**31 - 1
-# The kernels' vectors: channels in 16 bytes.
-_VECTOR = 8
+# Tiles of the whole batch are counted in 32 bits, with room for a step beyond the last one.
+_MAX_PIXELS = 2**30
 # Weights stay in shared memory, or are read again for each tile; more of them are no narrow groups.
 _MOST_WEIGHTS = 2**17
 
@@ -46,14 +43,16 @@ class Cuda:
             return reasons
         if problem.dtype not in _DTYPES:
             reasons.append(f"{problem.dtype} is neither bfloat16 nor float16.")
+        if problem.weight_dtype == torch.float64:
+            reasons.append("The weight is float64, which nothing packs into 16 bits.")
         reasons += _layout_reasons(problem)
         oh, ow = problem.output_size
         support = problem.support
-        widest = max(support.channels, support.filters)
-        if max(problem.height * problem.width, oh * ow) * widest > _MAX_INT:
-            reasons.append("One image has more than 2**31 - 1 elements.")
-        if problem.batch * max(problem.height * problem.width, oh * ow) > _MAX_INT:
-            reasons.append("The batch has more than 2**31 - 1 pixels.")
+        pixels = max(problem.height * problem.width, oh * ow)
+        if pixels * max(support.channels, support.filters) > MAX_SPAN:
+            reasons.append("One image has more than 2**30 elements.")
+        if problem.batch * pixels > _MAX_PIXELS:
+            reasons.append("The batch has more than 2**30 pixels.")
         if support.live > _MOST_WEIGHTS:
             reasons.append(
                 f"There are {support.live} live weights; the kernels for narrow groups are for at "
@@ -95,14 +94,10 @@ class Cuda:
 
     def wgrad(self, problem: Problem) -> Runner:
         """Prepares dw."""
-        from .wgrad_calls import WgradCall
-
         return WgradCall(problem, choice.wgrad_choice(problem)).run
 
 
 def _call(problem: Problem) -> NarrowCall:
-    from .calls import NarrowCall
-
     return NarrowCall(problem, choice.gather_choice(problem))
 
 
@@ -115,17 +110,17 @@ def _layout_reasons(problem: Problem) -> list[str]:
         "wgrad": (("channels", support.channels), ("filters", support.filters)),
     }[problem.verb]
     for name, count in read:
-        if count % _VECTOR:
-            reasons.append(f"There are {count} {name}, which is no multiple of {_VECTOR}.")
+        if count % VECTOR:
+            reasons.append(f"There are {count} {name}, which is no multiple of {VECTOR}.")
     shape = problem.x_shape if problem.verb == "fprop" else problem.y_shape
     pairs = list(zip(problem.strides, shape, strict=True))
     apart = [stride for stride, size in (pairs[0], *pairs[2:]) if size > 1]
     if not problem.channels_last or (shape[1] > 1 and problem.strides[1] != 1):
         reasons.append("The operands are not channels_last.")
-    elif any(stride % _VECTOR for stride in apart):
-        reasons.append(f"Pixels lie {apart} elements apart, not multiples of {_VECTOR}.")
-    elif max(apart[1:], default=0) > _MAX_INT:
-        reasons.append("Rows lie more than 2**31 - 1 elements apart.")
+    elif any(stride % VECTOR for stride in apart):
+        reasons.append(f"Pixels lie {apart} elements apart, not multiples of {VECTOR}.")
+    elif span(shape, problem.strides) > MAX_SPAN:
+        reasons.append("The elements of one image span more than 2**30 places.")
     return reasons
 
 

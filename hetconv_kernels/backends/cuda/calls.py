@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,8 @@ from .choice import GatherChoice
 
 # Elements of a 16-byte access.
 VECTOR = 8
+# The kernels count bytes within an image in 32 bits, so its elements must span fewer than these.
+MAX_SPAN = 2**30
 
 
 def engine() -> Any:
@@ -52,13 +54,19 @@ def readable(tensor: Tensor) -> Tensor:
     """
     tensor = tensor.resolve_neg()
     strided = tensor.stride(1) == 1 and unit(VECTOR, tensor) == VECTOR
-    if not strided:
+    if not strided or span(tensor.shape, tensor.stride()) > MAX_SPAN:
         CONVERSIONS["operand brought to channels_last"] += 1
         tensor = torch.empty_like(tensor, memory_format=torch.channels_last).copy_(tensor)
     if tensor.data_ptr() % 16:
         CONVERSIONS["operand brought to an aligned address"] += 1
         tensor = tensor.clone(memory_format=torch.preserve_format)
     return tensor
+
+
+def span(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Returns how many elements lie between the first and the last one of an image, both in."""
+    pairs = zip(shape[1:], strides[1:], strict=True)
+    return 1 + sum((size - 1) * stride for size, stride in pairs if size > 1)
 
 
 def make_packer(problem: Problem, choice: GatherChoice) -> Packer:

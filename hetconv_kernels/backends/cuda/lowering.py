@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ...errors import ArgumentError, mismatch
+from ...errors import ArgumentError, BackendError, mismatch
 from ...masks import BoolArray, IntArray
 from ...support import Support
 from ..triton.lowering import memory_places
@@ -133,6 +133,7 @@ def lower(support: Support, windows: Sequence[Window], shape: Shape, back: bool 
 
     Raises:
         ArgumentError: the number of channels that are read is no multiple of 8.
+        BackendError: a tile with its halo is larger than any shared memory.
     """
     order, mask = filter_order(support, back)
     if mask.shape[1] % LANES:
@@ -218,7 +219,7 @@ class _Builder:
         steps = np.concatenate([np.zeros((0, 2, 2), np.int64), *self._halves])
         offsets = steps[..., 0] * (slot or raw) + steps[..., 1]
         if offsets.max(initial=0) > 0xFFFF:
-            raise ArgumentError(mismatch("halo tile", shape, "at most 2**20 bytes"))
+            raise BackendError(mismatch("halo tile", shape, "at most 2**20 bytes"))
         words = pack_pairs(offsets)[:, 0]
         most = max(len(r) for r in self._rounds)
         end = self._lists_end(most)

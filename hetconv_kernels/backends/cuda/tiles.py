@@ -26,6 +26,7 @@ _WIDTHS = (8, 16, 32)
 _BLOCK_RESERVE = 1024  # bytes of shared memory that the system takes of every block
 _LINE = 128  # bytes of shared memory a clock
 _REGISTERS = 65536
+_WARPS = 16
 _SIZES = np.array([size for _, size in RANGES])
 
 
@@ -74,9 +75,15 @@ def choose(
     """
     filters = support.channels if back else support.filters
     best: Choice | None = None
-    for slots in (64, 8, 4):  # of at most so many at a time, where all do not fit
+    channels = support.filters if back else support.channels
+    for slots in (64, 8, 4):  # at most so many at a time: all, or several rounds of fewer
         for shape in _shapes(windows, filters, slots):
-            tables = lower(support, windows, shape, back)
+            if max(_halo(w, shape.height, shape.width) for w in windows) * 16 > part.shared:
+                continue
+            try:
+                tables = lower(support, windows, shape, back)
+            except BackendError:
+                continue
             for resident, buffers in ((True, 2), (True, 1), (False, 2), (False, 1)):
                 size = shared_bytes(tables, buffers, resident)
                 if size > part.shared:
@@ -84,8 +91,10 @@ def choose(
                 clocks = predicted_clocks(tables, windows, batch, buffers, resident, part)
                 if best is None or clocks < best.clocks:
                     best = Choice(tables, buffers, resident, clocks)
-        if best is not None:
+        if best is not None and (channels <= 64 or slots == 8):
             return best
+    if best is not None:
+        return best
     raise BackendError(
         f"no tile of {support} with its halo fits in {part.shared} bytes of shared memory."
     )
@@ -108,7 +117,7 @@ def predicted_clocks(
     for index, window in enumerate(windows):
         tiles = batch * -(-window.rows.pixels // shape.height)
         tiles *= -(-window.cols.pixels // shape.width)
-        halo = window.halo(shape.height, 1)[0] * window.line(shape.width)
+        halo = _halo(window, shape.height, shape.width)
         for rounds, lists in zip(tables.rounds[index], tables.lists[index], strict=True):
             steps = np.diff(lists[..., :-1]).reshape(-1, len(RANGES)).sum(axis=0)
             chunks, slots = int(rounds[:, 1].sum()), int(rounds[:, 3].sum())
@@ -123,11 +132,12 @@ def predicted_clocks(
             fill = (halo * chunks * 16 + (0 if resident else weights * _LINE)) / part.l2
             size = shared_bytes(tables, buffers, resident) + _BLOCK_RESERVE
             threads = shape.warps_m * shape.warps_n * 32
-            held = min(part.shared // size, _REGISTERS // (128 * threads)) or 1
+            registers = 128 if resident else 192
+            held = min(part.shared // size, _REGISTERS // (registers * threads)) or 1
             moving = max(memory, fill)
             each = max(work, moving) if held * buffers > 1 else work + moving
-            # Fewer than eight warps leave the multiprocessor waiting.
-            each *= max(1.0, 8 / (held * threads / 32))
+            # A warp waits for its own products; fewer than sixteen leave a processor waiting too.
+            each *= max(1.0, _WARPS / (held * threads / 32)) ** 0.5
             total += each * max(tiles / part.processors, 1.0)
     return total
 
@@ -140,14 +150,21 @@ def choose_wgrad(support: Support, window: Window, part: Part) -> tuple[WgradTab
     """
     rows, cols = window.rows.pixels, window.cols.pixels
     for pixels in (128, 64, 32, 16):
-        fitting = [
-            (-(-rows // (pixels // width)) * -(-cols // width), -width, pixels // width, width)
-            for width in (*_WIDTHS, 4)
-            if width <= pixels and pixels // width <= max(rows, 1) * 2
-        ]
+        fitting = []
+        for width in (*_WIDTHS, 4):
+            height = pixels // width
+            if 1 <= height <= max(rows, 1) * 2:
+                halo = _halo(window, height, width)
+                count = -(-rows // height) * -(-cols // width)
+                fitting.append((count * (pixels + halo), -width, height, width))
         for units in (MAX_WARPS * WARP_UNITS, MAX_WARPS, 2):
             for _, _, height, width in sorted(fitting)[:2]:
-                tables = lower_wgrad(support, window, height, width, units)
+                if _halo(window, height, width) * 16 > part.shared:
+                    continue
+                try:
+                    tables = lower_wgrad(support, window, height, width, units)
+                except BackendError:
+                    continue
                 for buffers in (2, 1):
                     if tables.shared_bytes(buffers) <= part.shared // (2 if buffers == 2 else 1):
                         return tables, buffers
@@ -173,12 +190,17 @@ def _shapes(windows: Sequence[Window], filters: int, slots: int) -> Iterator[Sha
                 if height < 1:
                     continue
                 count = -(-rows // height) * -(-cols // width)
-                halo = sum(w.halo(height, 1)[0] * w.line(width) for w in windows) / len(windows)
+                halo = sum(_halo(w, height, width) for w in windows) / len(windows)
                 # A tile whose lines are no multiple of eight meets some banks twice.
                 uneven = 1.0 if width % 8 == 0 else 1.1
                 found.append((count * (pixels * 2 + halo) * uneven, height, width))
             _, height, width = min(found)
             yield Shape(height, width, warps_m, warps_n, slots)
+
+
+def _halo(window: Window, height: int, width: int) -> int:
+    """Returns the pixels that a halo tile takes in shared memory."""
+    return window.halo(height, 1)[0] * window.line(width)
 
 
 def _aligned(size: int) -> int:

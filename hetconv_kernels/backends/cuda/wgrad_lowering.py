@@ -10,10 +10,11 @@ computed and left out of dw.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
-from ...errors import ArgumentError, mismatch
+from ...errors import ArgumentError, BackendError, mismatch
 from ...masks import IntArray
 from ...support import Support
 from ..triton.lowering import memory_places
@@ -89,6 +90,7 @@ def lower_wgrad(
 
     Raises:
         ArgumentError: channels or filters are no multiple of 8, or the tile's pixels none of 16.
+        BackendError: a tile with its halo is larger than any shared memory.
     """
     for name, count, least in (
         ("channels", support.channels, LANES),
@@ -114,7 +116,7 @@ def lower_wgrad(
     most = min(units or MAX_WARPS * WARP_UNITS, MAX_WARPS * WARP_UNITS)
     parts = max(-(-len(found) // most), 1)
     bounds = np.linspace(0, len(found), parts + 1).astype(int)
-    groups = [found[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    groups = [found[a:b] for a, b in pairwise(bounds.tolist())]
     tables = _Parts(x_slots, dy_slots)
     for group in groups:
         tables.add(group, len(tiles))
@@ -127,7 +129,7 @@ def lower_wgrad(
     halves = np.array(tables.halves, np.int64).reshape(-1, UNIT_HALVES, 2)
     words = places[halves[..., 0]] * (pitch[1] or pitch[0]) + halves[..., 1]
     if words.max(initial=0) > 0xFFFF:
-        raise ArgumentError(mismatch("halo tile", (height, width), "at most 2**20 bytes"))
+        raise BackendError(mismatch("halo tile", (height, width), "at most 2**20 bytes"))
     lines = np.concatenate([pack_pairs(words), np.array(tables.tiles).reshape(-1, 2)], axis=1)
     most_units = max(len(group) for group in groups)
     gathers = np.concatenate([np.zeros((0, LANES), np.int64), *tables.gathers])

@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0
+// Results on their way from registers to y, and the residual on its way in: through a staging tile
+// in shared memory, so that device memory sees 16-byte accesses.
+#pragma once
+#include "halo.h"
+#include "narrow.h"
+#include "ptx.h"
+
+namespace hetconv::cuda {
+
+// Bytes of the staging tile from pixel to pixel.
+inline __host__ __device__ int stage_pitch(int warps_n) { return warps_n * kWarpFilters * 2 + 16; }
+
+// The pixels of y that a tile writes.
+struct Target {
+  int64_t corner;  // the tile's first pixel in y, in elements
+  int rows, cols;  // of the tile that are in y
+  int step_h, step_w;
+  Divider by_width;
+
+  __device__ Target(const Narrow& p, const int32_t* table, const TilePlace& tile)
+      : by_width(p.tile_w) {
+    const int store_h = load_table(table + kStoreH), store_w = load_table(table + kStoreW);
+    const int rows_left = load_table(table + kPixelsH) - tile.row;
+    rows = rows_left < p.tile_h ? rows_left : p.tile_h;
+    cols = load_table(table + kPixelsW) - tile.col;
+    step_h = store_h * p.y_h;
+    step_w = store_w * p.y_w;
+    corner = tile.image * p.y_n +
+             int64_t(tile.row * store_h + load_table(table + kFirstH)) * p.y_h +
+             int64_t(tile.col * store_w + load_table(table + kFirstW)) * p.y_w;
+  }
+  // Pixel m of the tile, in elements from the corner; -1 if it is not in y.
+  __device__ int place(int m) const {
+    const int i = int(by_width(m)), j = m - i * int(by_width.by);
+    return i < rows && j < cols ? i * step_h + j * step_w : -1;
+  }
+};
+
+// Where the filters of a part stand in the staging tile: as in y where 16-byte accesses reach it,
+// else in the order of the part, to be written one by one.
+struct Columns {
+  const int32_t* rows;
+  int first, count, pitch, width;
+  bool vectors;
+
+  __device__ Columns(const Narrow& p, const int32_t* head, int part)
+      : rows(p.rows + part * p.warps_n * kWarpFilters),
+        first(load_table(head + kFilterFirst)),
+        count(load_table(head + kFilterCount)),
+        pitch(stage_pitch(p.warps_n)),
+        width(p.warps_n * kWarpFilters) {
+    vectors = p.vector_stores && count && (first | count) % 8 == 0;
+  }
+  // The byte of a line that has the part's filter number `column`, which is filter f.
+  __device__ uint32_t cell(int column, int f) const { return (vectors ? f - first : column) * 2; }
+
+  // Brings the residual to the staging tile; zeros for pixels and filters that y has not.
+  __device__ void bring(const Narrow& p, const Target& target, uint32_t stage) const {
+    const uint16_t* from = static_cast<const uint16_t*>(p.residual) + target.corner;
+    const int pixels = p.warps_m * kWarpPixels;
+    if (vectors) {
+      each_cell(pixels, count / 8, [&](int column) {
+        const uint16_t* own = from + first + column * 8;
+        return [=](int m) {
+          const int offset = target.place(m);
+          Quad q = {};
+          if (offset >= 0) q = load_table128(own + offset);
+          store_shared128(stage + m * pitch + column * 16, q);
+        };
+      });
+    } else {
+      each_cell(pixels, width, [&](int column) {
+        const int f = load_table(rows + column);
+        return [=](int m) {
+          const int offset = target.place(m);
+          const uint16_t v = offset >= 0 && f >= 0 ? from[offset + f] : 0;
+          store_shared16(stage + m * pitch + column * 2, v);
+        };
+      });
+    }
+  }
+
+  // Writes the staging tile to y.
+  __device__ void send(const Narrow& p, const Target& target, uint32_t stage) const {
+    uint16_t* to = static_cast<uint16_t*>(p.y) + target.corner;
+    const int pixels = p.tile_h * p.tile_w;
+    if (vectors) {
+      each_cell(pixels, count / 8, [&](int column) {
+        uint16_t* own = to + first + column * 8;
+        return [=](int m) {
+          const int offset = target.place(m);
+          if (offset >= 0) store128(own + offset, load_shared128(stage + m * pitch + column * 16));
+        };
+      });
+    } else {
+      each_cell(pixels, width, [&](int column) {
+        const int f = load_table(rows + column);
+        return [=](int m) {
+          const int offset = target.place(m);
+          if (offset >= 0 && f >= 0)
+            to[offset + f] = uint16_t(load_shared16(stage + m * pitch + column * 2));
+        };
+      });
+    }
+  }
+};
+
+}  // namespace hetconv::cuda

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What nvcc makes of the kernels of csrc/cuda: registers, spills and machine code, without a GPU.
+
+    python tests/machine_code.py [80 90a ...]
+
+writes what it finds to ``tests/machine_code.json``, which `test_cuda_code` compares with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "build" / "cuda-code"
+EXPECTED = ROOT / "tests" / "machine_code.json"
+_PTXAS = re.compile(
+    r"Function properties for (\S+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, "
+    r"(\d+) bytes spill loads\s+ptxas info\s+: Used (\d+) registers(?:.*?(\d+) bytes smem)?"
+)
+
+
+@dataclass(frozen=True)
+class Code:
+    """What nvcc made of one kernel for one architecture.
+
+    Attributes:
+        name: with its template arguments.
+        architecture: as "90a".
+        registers: of one thread.
+        stack: bytes of local memory of one thread.
+        spills: bytes spilled, stores and loads.
+        shared: bytes of static shared memory.
+        matrix: matrix instructions, by name.
+        copies: asynchronous copies, by name.
+        local: loads and stores of local memory.
+    """
+
+    name: str
+    architecture: str
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+    matrix: dict[str, int]
+    copies: dict[str, int]
+    local: int
+
+
+def problems(code: Code) -> list[str]:
+    """Lists what the machine code of a kernel must show and does not."""
+    found = []
+    if code.name.startswith(("narrow_fprop", "narrow_wgrad")):
+        if "HMMA" not in code.matrix:
+            found.append(f"no HMMA instruction: {code.matrix}")
+        if "LDGSTS" not in code.copies:
+            found.append(f"no asynchronous copies: {code.copies}")
+        if code.registers > 255:
+            found.append(f"{code.registers} registers")
+    if code.stack or code.spills or code.local:
+        found.append(
+            f"{code.stack} B of stack, {code.spills} B of spills, {code.local} local accesses"
+        )
+    return found
+
+
+def regressions(code: Code, expected: dict[str, Any]) -> list[str]:
+    """Lists what has become worse than the committed row; made by the same release of nvcc."""
+    found = []
+    if code.registers > expected["registers"]:
+        found.append(f"{code.registers} registers, {expected['registers']} before")
+    if code.shared != expected["shared"]:
+        found.append(f"{code.shared} B of static shared memory, {expected['shared']} before")
+    for kind in ("matrix", "copies"):
+        mine, theirs = getattr(code, kind), expected[kind]
+        if set(mine) != set(theirs):
+            found.append(f"{kind}: {sorted(mine)}, {sorted(theirs)} before")
+    return found
+
+
+@cache
+def build() -> ModuleType:
+    """Imports setup.py, which has the flags and the architectures."""
+    spec = importlib.util.spec_from_file_location("hetconv_setup_of_code", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look annotations up
+    spec.loader.exec_module(module)
+    return module
+
+
+def absent() -> str:
+    """Says in a sentence what is missing to compile and disassemble; empty when nothing is."""
+    try:
+        build().nvcc()
+    except build().PartError as error:
+        return str(error)
+    if disassembler() is None:
+        return "cuobjdump is neither on the path nor in Triton's package"
+    return "" if shutil.which("c++filt") else "c++filt is not installed"
+
+
+def disassembler() -> str | None:
+    """Finds cuobjdump, which Triton's package brings along."""
+    spec = importlib.util.find_spec("triton")
+    if spec is not None and spec.origin:
+        path = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        if path.exists():
+            return str(path)
+    return shutil.which("cuobjdump")
+
+
+@cache
+def release() -> str:
+    """Returns the release of nvcc, which the numbers depend on."""
+    return str(build().first_line([build().nvcc()], "release"))
+
+
+def rows(architecture: str) -> list[Code]:
+    """Compiles for one architecture what is not known yet; returns a row for each kernel."""
+    part = next(part for part in build().PARTS if part.cuda)
+    sources = [path for path in part.sources() if path.suffix == ".cu"]
+    headers = b"".join(path.read_bytes() for path in part.headers())
+    found = []
+    FOLDER.mkdir(parents=True, exist_ok=True)
+
+    def compiled(source: Path) -> list[dict[str, Any]]:
+        text = headers + source.read_bytes() + f"{part.flags} {release()}".encode()
+        key = hashlib.sha256(text).hexdigest()[:16]
+        path = FOLDER / f"{source.stem}-sm{architecture}-{key}.json"
+        if not path.exists():
+            half = path.with_suffix(f".{os.getpid()}.part")
+            half.write_text(json.dumps([asdict(c) for c in _compile(source, architecture)]))
+            half.replace(path)
+        kept: list[dict[str, Any]] = json.loads(path.read_text())
+        return kept
+
+    with ThreadPoolExecutor(build().jobs()) as pool:
+        for kernels in pool.map(compiled, sources):
+            found += [Code(**kernel) for kernel in kernels]
+    return sorted(found, key=lambda code: code.name)
+
+
+def _compile(source: Path, architecture: str) -> list[Code]:
+    part = next(part for part in build().PARTS if part.cuda)
+    cubin = FOLDER / f"{source.stem}-sm{architecture}-{os.getpid()}.cubin"
+    target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+    command = [build().nvcc(), *part.flags.split(), "-DNDEBUG", target, "-Xptxas=-v"]
+    done = subprocess.run(
+        [*command, "-cubin", str(source), "-o", str(cubin)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    tool = disassembler()
+    assert tool is not None
+    sass = subprocess.run(
+        [tool, "-sass", str(cubin)], capture_output=True, text=True, check=True
+    ).stdout
+    cubin.unlink()
+    return read(architecture, done.stdout + done.stderr, sass)
+
+
+def read(architecture: str, said: str, sass: str) -> list[Code]:
+    """Reads what ptxas said, and the disassembly."""
+    bodies = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", sass, re.S))
+    found = []
+    for name, stack, stores, loads, registers, shared in _PTXAS.findall(said):
+        body = bodies[name]
+        found.append(
+            Code(
+                name=_plain(name),
+                architecture=architecture,
+                registers=int(registers),
+                stack=int(stack),
+                spills=int(stores) + int(loads),
+                shared=int(shared or 0),
+                matrix=_count(body, r"\b(HGMMA|UTC[A-Z]*MMA|HMMA)\b"),
+                copies=_count(body, r"\b(LDGSTS|UTMALDG|UBLKCP)\b"),
+                local=sum(_count(body, r"\b(LDL|STL)\b").values()),
+            )
+        )
+    assert len(found) == len(bodies), (len(found), sorted(bodies))
+    return found
+
+
+def _plain(name: str) -> str:
+    """Returns a kernel's name without namespaces and arguments."""
+    long = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout
+    short = re.sub(r"\(anonymous namespace\)::|hetconv::cuda::|^void ", "", long.strip())
+    return short[: short.rindex("(")]
+
+
+def _count(text: str, pattern: str) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for name in re.findall(pattern, text):
+        counts[name] = counts.get(name, 0) + 1
+    return counts
+
+
+def main() -> None:
+    """Writes the committed rows, of all architectures or of those that are named."""
+    names = sys.argv[1:] or build().ARCHITECTURES
+    table = json.loads(EXPECTED.read_text())["rows"] if EXPECTED.exists() else {}
+    for name in names:
+        kernels = {}
+        for code in rows(name):
+            row = asdict(code)
+            kernels[row.pop("name")] = row
+            print(f"sm_{name} {code.name:<50} {code.registers:>4} registers {problems(code)}")
+        table[name] = kernels
+    text = json.dumps({"nvcc": release(), "rows": table}, indent=1)
+    EXPECTED.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Machine code of the CUDA engine without a GPU, for A100 and H100; `make aot` looks at all.
+
+nvcc compiles every kernel; none may spill, products are matrix instructions, operands come by
+asynchronous copies, and registers do not grow beyond the committed rows of machine_code.json (of
+another release of nvcc only the first three are asked). Results are kept in build/cuda-code by what
+they are made from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from typing import Any
+
+import machine_code
+import pytest
+from machine_code import Code, problems, regressions
+
+EVERYTHING = os.environ.get("HETCONV_AOT_ALL") == "1"
+DEFAULT = ("80", "90a")
+TABLE = json.loads(machine_code.EXPECTED.read_text())
+
+
+@pytest.mark.parametrize("architecture", TABLE["rows"])
+def test_kernels_are_what_they_were(architecture: str) -> None:
+    if reason := machine_code.absent():
+        pytest.skip(reason)
+    if not EVERYTHING and architecture not in DEFAULT:
+        pytest.skip("`make aot` looks at all architectures")
+    found = machine_code.rows(architecture)
+    expected = TABLE["rows"][architecture]
+    assert {code.name for code in found} == set(expected), "python tests/machine_code.py"
+    wrong = {code.name: problems(code) for code in found}
+    if machine_code.release() == TABLE["nvcc"]:
+        for code in found:
+            wrong[code.name] += regressions(code, expected[code.name])
+    assert {name: sentences for name, sentences in wrong.items() if sentences} == {}
+
+
+def test_the_committed_rows_are_of_all_architectures_and_show_no_problem() -> None:
+    pytest.importorskip("setuptools")
+    assert tuple(TABLE["rows"]) == machine_code.build().ARCHITECTURES
+    for kernels in TABLE["rows"].values():
+        for name, row in kernels.items():
+            assert problems(Code(name=name, **row)) == []
+        assert any(name.startswith("narrow_fprop") for name in kernels)
+        assert any(name.startswith("narrow_wgrad") for name in kernels)
+
+
+# The assertions can fail ------------------------------------------------------------------------
+
+GOOD = Code(
+    name="narrow_fprop_kernel<Bfloat, true, Clamp>",
+    architecture="80",
+    registers=128,
+    stack=0,
+    spills=0,
+    shared=0,
+    matrix={"HMMA": 448},
+    copies={"LDGSTS": 3},
+    local=0,
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"matrix": {}}, "no HMMA"),
+        ({"copies": {}}, "no asynchronous copies"),
+        ({"stack": 48}, "48 B of stack"),
+        ({"spills": 8}, "8 B of spills"),
+        ({"local": 2}, "2 local accesses"),
+        ({"registers": 256}, "256 registers"),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else value,
+)
+def test_lost_speed_is_noticed(change: dict[str, Any], words: str) -> None:
+    assert problems(GOOD) == []
+    (found,) = problems(dataclasses.replace(GOOD, **change))
+    assert words in found
+
+
+def test_kernels_without_products_need_neither() -> None:
+    assert problems(dataclasses.replace(GOOD, name="pack_kernel", matrix={}, copies={})) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"registers": 129}, "129 registers, 128 before"),
+        ({"shared": 16}, "16 B of static shared memory"),
+        ({"matrix": {"HMMA": 448, "HGMMA": 1}}, "matrix"),
+        ({"copies": {"UTMALDG": 1}}, "copies"),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else value,
+)
+def test_regressions_are_noticed(change: dict[str, Any], words: str) -> None:
+    expected = dataclasses.asdict(GOOD)
+    assert regressions(GOOD, expected) == []
+    assert regressions(dataclasses.replace(GOOD, registers=100), expected) == []
+    (found,) = regressions(dataclasses.replace(GOOD, **change), expected)
+    assert words in found
+
+
+SAID = """ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_Z6kernelv' for 'sm_80'
+ptxas info    : Function properties for _Z6kernelv
+    48 bytes stack frame, 44 bytes spill stores, 104 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 64 bytes smem, 576 bytes cmem[0]
+"""
+SASS = """
+        Function : _Z6kernelv
+        /*0000*/  LDGSTS.E.BYPASS.128 [R1], [R2.64] ;
+        /*0010*/  HMMA.16816.F32.BF16 R4, R8, R10, R4 ;
+        /*0020*/  STL [R1], R3 ;
+        /*0030*/  HMMA.16816.F32.BF16 R4, R8, R10, R4 ;
+"""
+
+
+def test_what_the_tools_say_is_read() -> None:
+    if not shutil.which("c++filt"):
+        pytest.skip("c++filt is not installed")
+    (code,) = machine_code.read("80", SAID, SASS)
+    assert code == Code(
+        name="kernel",
+        architecture="80",
+        registers=40,
+        stack=48,
+        spills=148,
+        shared=64,
+        matrix={"HMMA": 2},
+        copies={"LDGSTS": 1},
+        local=1,
+    )

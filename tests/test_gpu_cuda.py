@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA engine on a GPU: every form of its tables, both dtypes; see also `test_gpu_engines`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from gpu_layers import compare, compare_huge, operands, poisoned
+
+import hetconv_kernels as hk
+from hetconv_kernels import ops
+from hetconv_kernels.backends import CODES
+from hetconv_kernels.problem import make_geometry
+from hetconv_kernels.testing import error_bound, oracle
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        "cuda" not in hk.available_backends(), reason="hetconv_kernels._cuda is not built here"
+    ),
+]
+
+CODE = CODES["cuda"]
+KEEP = torch.rand(8, 64, generator=torch.Generator().manual_seed(0)) < 0.3
+SUPPORTS = {
+    "het4": hk.Support.het(64, 64, 3, p=4),
+    "het8": hk.Support.het(64, 64, 3, p=8),
+    "wide": hk.Support.het(128, 128, 3, p=8),
+    "interleaved": hk.Support.het(64, 64, 3, p=4, order="interleaved"),
+    "ragged": hk.Support.self_grouped(torch.arange(64) % 8, KEEP.numpy(), 3),
+    "grouped": hk.Support.grouped(64, 128, 3, 8),
+    "five": hk.Support.dense(8, 24, 5),
+    "pointwise": hk.Support.dense(128, 64, 1),
+}
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned() -> Any:
+    with poisoned():
+        yield
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("support", SUPPORTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_primitives_equal_the_oracle(dtype: torch.dtype, support: str, stride: int) -> None:
+    compare(make_geometry(SUPPORTS[support], stride, SUPPORTS[support].kernel[0] // 2), dtype, CODE)
+
+
+@pytest.mark.parametrize("dilation", [2, 5])
+@pytest.mark.parametrize("pads", [0, (3, 1, 0, 2)], ids=str)
+def test_dilations_and_uneven_pads(dilation: int, pads: Any) -> None:
+    compare(make_geometry(SUPPORTS["het8"], 1, pads, dilation), DTYPES[0], CODE, (27, 29))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 65), (7, 7), (130, 2)], ids=str)
+def test_uneven_images(size: tuple[int, int]) -> None:
+    compare(make_geometry(SUPPORTS["het4"], 1, 1), DTYPES[0], CODE, size)
+
+
+def test_filters_that_fill_no_vector() -> None:
+    geometry = make_geometry(hk.Support.het(64, 45, 3, p=4), 1, 1)
+    compare(geometry, DTYPES[0], CODE, verbs=("fprop",))
+
+
+def test_many_tiles_for_each_block() -> None:
+    """Blocks that go on from tile to tile, with copies ahead."""
+    geometry = make_geometry(SUPPORTS["het8"], 1, 1)
+    x, w, _ = operands(geometry, DTYPES[0], n=96, size=(56, 56))
+    y = ops.run_fprop(x, w, geometry, None, CODE)
+    exact = oracle(x.double(), w.double(), geometry)
+    bound = error_bound(oracle(x.double().abs(), w.double().abs(), geometry), 576, x.dtype)
+    assert ((y.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.slow
+def test_more_than_2_to_the_31_elements() -> None:
+    compare_huge(CODE)
