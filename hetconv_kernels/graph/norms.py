@@ -109,8 +109,7 @@ def merged(layer: nn.Module, norm: Norm, before: bool) -> nn.Module:
     wide, old = weight.detach().double(), any_layer.bias
     scale, shift = affine(norm)
     scale, shift = scale.to(wide.device), shift.to(wide.device)
-    bias = torch.zeros_like(wide[(slice(None), *[0] * (wide.dim() - 1))])
-    bias = bias if old is None else old.detach().double()
+    bias = wide.new_zeros(len(wide)) if old is None else old.detach().double()
     ends = [1] * (wide.dim() - 2)
     if before:
         bias = bias + (wide * shift.view(1, -1, *ends)).flatten(1).sum(1)
