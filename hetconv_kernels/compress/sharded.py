@@ -67,7 +67,9 @@ def gathered(model: nn.Module) -> nn.Module:
             memo[id(parameter)] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
     touched = [module for module in modules if _is_touched(module, kind)]
     for module in touched:
-        plain: Any = next(c for c in type(module).__mro__ if kind is None or not issubclass(c, kind))
+        plain: Any = next(
+            c for c in type(module).__mro__ if kind is None or not issubclass(c, kind)
+        )
         memo[id(module)] = plain.__new__(plain)
     for module in touched:
         twin = memo[id(module)]
