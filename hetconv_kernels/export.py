@@ -22,7 +22,7 @@ from .backends.common import pad_image
 from .errors import HetconvError, InputTypeError, TraceError, mismatch
 from .graph.check import verify
 from .graph.trace import FAILURES, as_inputs, check_network
-from .nn import FusedConv2d, GroupedConv2d, SupportConv2d, SupportLinear
+from .nn import FrequencyConv2d, FusedConv2d, GroupedConv2d, SupportConv2d, SupportLinear
 from .nn.base import SupportLayer
 from .packing import dense_weight, own_blocks
 from .problem import Geometry, read_ints
@@ -60,7 +60,8 @@ def plain(model: nn.Module) -> nn.Module:
     """Copies a network with every layer of this package replaced by PyTorch's own.
 
     Convolutions become ``nn.Conv2d`` (equal groups stay groups), dead weights zeros; a
-    `FusedConv2d` becomes a `PlainConv2d`, a `SupportLinear` an ``nn.Linear``.
+    `FusedConv2d` becomes a `PlainConv2d`, a `SupportLinear` an ``nn.Linear``; a `FrequencyConv2d`
+    has its kernels transformed back.
 
     Args:
         model: any network.
@@ -76,6 +77,8 @@ def plain(model: nn.Module) -> nn.Module:
 def _replaced(module: nn.Module) -> nn.Module:
     if isinstance(module, SupportLinear):
         return module.to_linear()
+    if isinstance(module, FrequencyConv2d):
+        return module.to_conv2d()
     if isinstance(module, FusedConv2d):
         geometry = module._geometry
         symmetric = geometry.symmetric_padding
@@ -225,5 +228,9 @@ def to_onnx(model: nn.Module, example: Any, path: str | os.PathLike[str]) -> Non
 
 def support_layers(model: nn.Module) -> list[str]:
     """Names the layers of this package that are left in a network."""
-    ours = (SupportLayer, FusedConv2d)
-    return [name for name, module in model.named_modules() if isinstance(module, ours)]
+    found: list[str] = []
+    for name, module in model.named_modules():
+        part = any(name.startswith(f"{whole}.") for whole in found)
+        if isinstance(module, SupportLayer | FusedConv2d | FrequencyConv2d) and not part:
+            found.append(name)
+    return found

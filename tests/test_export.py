@@ -22,6 +22,11 @@ def operators(program: torch.export.ExportedProgram) -> set[str]:
     return {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
 
 
+def frequency_layer(path: str) -> nn.Module:
+    coefficients = np.random.default_rng(0).random((F, C, 3, 3)) < 0.3
+    return hk.nn.FrequencyConv2d(C, F, 3, padding=1, stride=2, coefficients=coefficients, path=path)
+
+
 LAYERS = {
     **{kind: lambda kind=kind: build(kind, 3, padding=1, stride=2) for kind in BUILDERS},
     "frozen": lambda: build("support", 3).freeze(),
@@ -30,6 +35,7 @@ LAYERS = {
         C, F, 2, padding="same", support=hk.Support.dense(C, F, 2)
     ),
     "reflect": lambda: build("het", 3, padding=1, padding_mode="reflect"),
+    **{path: lambda path=path: frequency_layer(path) for path in ("frequency", "spatial")},
     "fused": lambda: fuse(build("het", 3, padding=1), nn.BatchNorm2d(F).eval(), "silu"),
     "fused-groups": lambda: fuse(nn.Conv2d(C, F, 3, groups=4), act="relu6"),
     "fused-uneven": lambda: fuse(nn.Conv2d(C, F, 2, padding="same"), act="gelu"),

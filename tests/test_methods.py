@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ import hetconv_kernels as hk
 from benchmarks import method_tables, methods
 from benchmarks.method_rows import NETWORKS, rows, speed_methods
 from benchmarks.problems import ACCURACY_TOLERANCE, PROBLEMS, PSNR_TOLERANCE, Settings
-from hetconv_kernels import compress
+from hetconv_kernels import compress, timing
 from hetconv_kernels.report.schema import METHODS_SCHEMA, METHODS_TABLE_SCHEMA, problems
 
 pytest.importorskip("sklearn", reason="the digits and photographs come with scikit-learn")
@@ -26,7 +27,10 @@ FULL = Settings(15, 5, 30, 30, 0.01, 0.01, 0.1)
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
+def small(monkeypatch: Any) -> Iterator[None]:
+    """One thread, and samples of single calls: their times are not looked at."""
+    short = functools.partial(timing.interleaved, min_time=0.0)
+    monkeypatch.setattr(timing, "interleaved", short)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from networks import assert_same, live_norms
@@ -14,13 +15,19 @@ import hetconv_kernels as hk
 from hetconv_kernels.graph.fold import fold
 from hetconv_kernels.graph.norms import affine, merged
 from hetconv_kernels.graph.trace import trace
-from hetconv_kernels.nn import HetConv2d, SupportLinear
+from hetconv_kernels.nn import FrequencyConv2d, HetConv2d, SupportLinear
 
 SUPPORT = hk.Support.from_mask(torch.eye(4).bool().repeat(1, 2)[:, :6, None, None].numpy())
 
 
 def support_linear() -> nn.Module:
     return SupportLinear(6, 4, support=SUPPORT, bias=False)
+
+
+def frequency(path: str) -> nn.Module:
+    """A layer with half of its coefficients, and no bias until the norm brings one."""
+    chosen = np.arange(9).reshape(3, 3) % 2 == np.zeros((6, 4, 1, 1))
+    return FrequencyConv2d(4, 6, 3, padding=1, bias=False, coefficients=chosen, path=path)
 
 
 def folded(*layers: nn.Module, shape: tuple[int, ...]) -> tuple[list[str], dict[str, str], int]:
@@ -65,6 +72,8 @@ def test_linear_layers(layers: Callable[[], tuple[nn.Module, ...]], parts: str) 
             lambda: (nn.BatchNorm2d(4), nn.Conv2d(4, 6, 1, bias=False), nn.BatchNorm2d(6)),
             ["bn + conv + bn"],
         ),
+        (lambda: (frequency("frequency"), nn.BatchNorm2d(6), nn.ReLU()), ["frequency + bn"]),
+        (lambda: (frequency("spatial"), nn.BatchNorm2d(6), nn.ReLU()), ["frequency + bn"]),
         # It goes into what is before it, if it can.
         (
             lambda: (nn.Conv2d(4, 4, 1), nn.Identity(), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)),

@@ -57,7 +57,8 @@ def gathered(model: nn.Module) -> nn.Module:
     modules = list(model.modules())
     for module in modules:
         if kind is not None and isinstance(module, kind):
-            module.reshard()  # after a forward without a backward it may hold whole weights
+            # After a forward without a backward it may hold whole weights.
+            module.reshard()  # type: ignore[operator]
     _check(model, modules, kind)
     memo: dict[int, Any] = {}
     for parameter in model.parameters():  # in the same order on all ranks
@@ -66,7 +67,9 @@ def gathered(model: nn.Module) -> nn.Module:
             memo[id(parameter)] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
     touched = [module for module in modules if _is_touched(module, kind)]
     for module in touched:
-        plain = next(c for c in type(module).__mro__ if kind is None or not issubclass(c, kind))
+        plain: Any = next(
+            c for c in type(module).__mro__ if kind is None or not issubclass(c, kind)
+        )
         memo[id(module)] = plain.__new__(plain)
     for module in touched:
         twin = memo[id(module)]

@@ -76,7 +76,7 @@ def fold(traced: fx.GraphModule) -> Folded:
     removed = _remove_idle(traced)
     _protect(traced)
     beside, unmerged = fold_norms(traced)
-    ahead = {b.layer for b in beside if b.before and b.conv}
+    ahead = {b.layer for b in beside if b.before and b.kind == "conv"}
     left: list[Left] = []
     convs: list[tuple[fx.Node, nn.Conv2d | SupportConv2d]] = []
     for node in traced.graph.nodes:
@@ -92,7 +92,9 @@ def fold(traced: fx.GraphModule) -> Folded:
     convs.sort(key=lambda pair: not isinstance(pair[1], SupportConv2d))
     chosen = [(node, conv, _chain(node)) for node, conv in convs]
     done = [
-        Fused(b.layer, "bn + linear" if b.before else "linear + bn") for b in beside if not b.conv
+        Fused(b.layer, f"bn + {b.kind}" if b.before else f"{b.kind} + bn")
+        for b in beside
+        if b.kind != "conv"
     ]
     taken: set[fx.Node] = set()
     for node, conv, chain in chosen:

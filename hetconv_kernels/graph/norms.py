@@ -3,7 +3,8 @@
 
 In evaluation mode batch normalisation is x·scale + shift, channel by channel. It becomes part
 
-- of a linear layer before it: rows of the weight times scale, bias·scale + shift;
+- of a linear layer or a `FrequencyConv2d` before it: rows of the weight times scale, bias·scale +
+  shift;
 - of a linear layer or a convolution after it: columns of the weight times scale, and the bias grows
   by what the layer makes of the shift. A convolution must not pad: its zeros are not shifted.
 
@@ -19,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from ..nn import GroupedConv2d, SupportConv2d, SupportLinear
+from ..nn import FrequencyConv2d, GroupedConv2d, SupportConv2d, SupportLinear
 from ..nn.base import SupportLayer
 from ..problem import make_geometry
 from ..support import Support
@@ -37,12 +38,12 @@ class Beside(NamedTuple):
     Attributes:
         layer: name of the layer.
         before: whether it stood before the layer.
-        conv: whether the layer is a convolution.
+        kind: ``linear``, ``conv`` or ``frequency``.
     """
 
     layer: str
     before: bool
-    conv: bool
+    kind: str
 
 
 def fold_norms(traced: fx.GraphModule) -> tuple[list[Beside], dict[str, str]]:
@@ -63,7 +64,7 @@ def fold_norms(traced: fx.GraphModule) -> tuple[list[Beside], dict[str, str]]:
             continue
         source = node.args[0]
         user = next(iter(node.users)) if len(node.users) == 1 else None
-        if _is_linear(source) and len(source.users) == 1 and calls[source.target] == 1:
+        if _takes_over(source) and len(source.users) == 1 and calls[source.target] == 1:
             layer, before = source, False
         elif _is_conv(source) and len(source.users) == 1:
             continue  # `fold` does it, or says why not
@@ -80,7 +81,8 @@ def fold_norms(traced: fx.GraphModule) -> tuple[list[Beside], dict[str, str]]:
         set_module(traced, str(layer.target), merged(module, norm, before))  # type: ignore[arg-type]
         node.replace_all_uses_with(source)
         traced.graph.erase_node(node)
-        done.append(Beside(str(layer.target), before, _is_conv(layer)))
+        kind = "conv" if _is_conv(layer) else "linear" if _is_linear(layer) else "frequency"
+        done.append(Beside(str(layer.target), before, kind))
     traced.recompile()
     return done, reasons
 
@@ -91,11 +93,14 @@ def merged(layer: nn.Module, norm: Norm, before: bool) -> nn.Module:
 
     Args:
         layer: an ``nn.Linear``, ``nn.Conv2d`` (groups=1, no padding if the norm is before it) or a
-            layer of this package.
+            layer of this package; a `FrequencyConv2d` only with the norm after it.
         norm: with running statistics.
         before: whether the norm stands before the layer.
     """
     twin = copy.deepcopy(layer)
+    if isinstance(twin, FrequencyConv2d):
+        twin.mix = merged(twin.mix, norm, before)  # type: ignore[assignment]
+        return twin
     frozen = isinstance(twin, SupportLayer) and twin.frozen
     if isinstance(twin, SupportLayer):
         twin.thaw()
@@ -104,8 +109,7 @@ def merged(layer: nn.Module, norm: Norm, before: bool) -> nn.Module:
     wide, old = weight.detach().double(), any_layer.bias
     scale, shift = affine(norm)
     scale, shift = scale.to(wide.device), shift.to(wide.device)
-    bias = torch.zeros_like(wide[(slice(None), *[0] * (wide.dim() - 1))])
-    bias = bias if old is None else old.detach().double()
+    bias = wide.new_zeros(len(wide)) if old is None else old.detach().double()
     ends = [1] * (wide.dim() - 2)
     if before:
         bias = bias + (wide * shift.view(1, -1, *ends)).flatten(1).sum(1)
@@ -143,6 +147,16 @@ def _whole(norm: nn.Module | None, node: fx.Node) -> bool:
 
 def _is_linear(node: object) -> bool:
     return isinstance(node, fx.Node) and _is_plain(module_of(node), nn.Linear, SupportLinear)
+
+
+def _takes_over(node: object) -> bool:
+    """Whether a step is a layer that takes over what follows it; `fold` has the convolutions."""
+    if not isinstance(node, fx.Node) or node.op != "call_module":
+        return False
+    module = module_of(node)
+    if type(module) is FrequencyConv2d:
+        return module.mix._owns_weight
+    return _is_linear(node)
 
 
 def _is_conv(node: object) -> bool:
