@@ -9,7 +9,8 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env test demo bench gpu docs dist lint format types aot sanitize sanitize-python clean
+.PHONY: help env test browser demo bench gpu docs dist lint format types aot sanitize \
+	sanitize-python clean
 
 VENV := .venv
 PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,$(shell \
@@ -40,6 +41,17 @@ env: $(ENV) ## Set everything up in .venv, run nothing
 
 test: $(ENV) ## Run the tests
 	$(PY) -m pytest $(ARGS)
+
+# The report's page is checked in a real browser; tests/test_report_browser.py skips without one.
+browser: ## Install Chromium for the test of the report (needs apt and root; nothing if one is there)
+	@for name in chromium chromium-browser google-chrome; do \
+	    if command -v $$name >/dev/null; then echo "make browser: $$name is there"; exit 0; fi; \
+	done; \
+	if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
+	    echo "make browser: no Chromium was found, and it takes root and apt-get to install one." >&2; \
+	    exit 1; \
+	fi; \
+	apt-get update -q && apt-get install -y -q --no-install-recommends chromium
 
 demo: $(ENV) ## Denoise a photograph with dense, HetConv and self-grouped networks
 	$(PY) -m hetconv_kernels demo $(ARGS)

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.cases import GPU_TARGETS as TARGETS
+
 Row = dict[str, Any]
 Cells = tuple[Sequence[str], list[tuple[str, ...]]]  # the header, and the lines
 
@@ -55,7 +57,9 @@ def _model_line(row: Row) -> tuple[str, ...]:
             "" if target is None else f"{target:g}" + ("  missed" if missed else ""),
         ]
         if role == "dense":
-            cells.append(f"{row['bound']['speedup']:.2f}")
+            # Older rows have a bound that was none.
+            limit = row["bound"].get("over_best")
+            cells.append("" if limit is None else f"{limit:.2f}")
     return (*cells, absent)
 
 
@@ -89,14 +93,17 @@ def primitive_cells(rows: Sequence[Row]) -> Cells:
     """Returns the texts of `primitive_table`."""
     header = (
         "case", "verb", "µs", "floor µs", "floor %", "MAC ratio", "efficiency", "× dense",
-        "× compos.", "verdict",
+        "× compos.", "× compiled", "target", "verdict",
     )  # fmt: skip
     lines: list[tuple[str, ...]] = []
     for row in rows:
         macs = f"{row['dense_macs'] / row['macs']:.2f}"
         if "dense" not in row:
-            lines.append((row["case"]["name"], row["verb"], "", "", "", macs, "", "", "", "WRONG"))
+            empty = [""] * 5
+            lines.append((row["case"]["name"], row["verb"], *empty[:3], macs, *empty, "WRONG"))
             continue
+        target = TARGETS.get((row["case"]["name"], row["verb"]))
+        met = target is None or row["dense"]["ratio"] >= target
         lines.append(
             (
                 row["case"]["name"],
@@ -108,6 +115,8 @@ def primitive_cells(rows: Sequence[Row]) -> Cells:
                 f"{row['efficiency']:.0%}",
                 f"{row['dense']['ratio']:.2f}",
                 _ratio(row["composition"]),
+                _ratio(row.get("compiled")),
+                "" if target is None else f"{target:g}" + ("" if met else "  missed"),
                 row["verdict"],
             )
         )

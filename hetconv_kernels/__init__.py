@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import errors, functional, nn
+from . import errors, functional, nn, ranges
 from ._version import __version__
 from .backends import available_backends, use_backend
 from .explain import explain, warmup
@@ -23,7 +23,7 @@ from .info import info
 from .support import Support
 
 if TYPE_CHECKING:
-    from . import export, io, models, stats, testing, timing, tuning
+    from . import export, io, models, profile, stats, testing, timing, tuning
     from .compress import (
         ADMM,
         FilterCorrelation,
@@ -64,6 +64,8 @@ __all__ = [
     "models",
     "nn",
     "optimize",
+    "profile",
+    "ranges",
     "rules",
     "stats",
     "testing",
@@ -90,6 +92,7 @@ _LAZY = {
     "io": (".io", None),
     "models": (".models", None),
     "optimize": (".graph.optimize", "optimize"),
+    "profile": (".profile", None),
     "rules": (".graph.rules", None),
     "stats": (".stats", None),
     "testing": (".testing", None),

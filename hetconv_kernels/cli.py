@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``hetconv info | explain | demo | compress | bench``.
+"""The command line: ``hetconv info | explain | demo | compress | bench | profile | report``.
 
 Each command imports what it needs when it runs, so that ``hetconv --help`` is quick.
 """
@@ -14,13 +14,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ._version import __version__
-from .errors import HetconvError, mismatch
-
-if TYPE_CHECKING:
-    import torch
+from .errors import HetconvError
 
 OK, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
 _EXIT_CODES = """exit codes:
@@ -29,7 +26,6 @@ _EXIT_CODES = """exit codes:
   2    wrong usage: unknown command or option, a bad value, or a part that is not installed
   130  interrupted
 """
-_DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
 class UsageError(HetconvError):
@@ -96,7 +92,16 @@ def _parser(asked: Sequence[str]) -> argparse.ArgumentParser:
 
     info = command("info", _info, "what is built and found on this machine")
     info.add_argument("--json", action="store_true", help="print JSON")
-    _explain_options(command("explain", _explain, "which backend runs a layer, and why"))
+    explaining = command("explain", _explain, "which backend runs a layer, and why")
+    if asked == ["explain"]:
+        from . import layer_options
+
+        layer_options.add_arguments(explaining)
+    profiling = command("profile", _profile, "where the time of a network or layer goes, and why")
+    if asked == ["profile"]:
+        from .profile import command as module_of_profile
+
+        module_of_profile.add_arguments(profiling)
     demo = command("demo", _demo, "train, compress and time a denoiser on photographs")
     if asked == ["demo"]:
         from . import demo as module
@@ -114,6 +119,20 @@ def _parser(asked: Sequence[str]) -> argparse.ArgumentParser:
     bench.add_argument("--results", type=Path, help="folder for the JSON files")
     bench.add_argument(
         "--isa", choices=tuple(_HELD_TO), help="hold our engine, PyTorch and oneDNN to it"
+    )
+    report = command("report", _report, "results of the benchmarks as one page with figures")
+    report.add_argument(
+        "results",
+        nargs="*",
+        type=Path,
+        help="JSON files, or folders of them (benchmarks/results of the checkout)",
+    )
+    report.add_argument(
+        "-o",
+        "--out",
+        type=Path,
+        default=Path("outputs/report"),
+        help="the .html file, or a folder for report.html and its pictures (outputs/report)",
     )
     bench.epilog = "Other options go to pytest, such as -k 'het4'.\n\n" + _EXIT_CODES
     return parser
@@ -149,48 +168,14 @@ def _flat(value: object, name: str = "") -> list[tuple[str, str]]:
 # explain -----------------------------------------------------------------------------------------
 
 
-def _explain_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--kind", choices=("het", "dense", "grouped", "mask"), default="het")
-    add("--channels", type=int, default=64, help="input channels (64)")
-    add("--filters", type=int, help="output channels (as many as input channels)")
-    add("--kernel", type=int, default=3, help="kernel edge (3)")
-    add("--p", type=int, default=4, help="part of a HetConv, or number of groups (4)")
-    add("--order", choices=("blocked", "interleaved"), default="blocked")
-    add("--density", type=float, default=0.3, help="of a random mask, 0…1 (0.3)")
-    add("--size", type=_size, default=(56, 56), help="input height, or HEIGHTxWIDTH (56)")
-    add("--batch", type=int, default=1, help="images (1)")
-    add("--stride", type=int, default=1)
-    add("--dtype", choices=_DTYPES, default="float32")
-    add("--backend", help="force this backend")
-    add("--device", default="cpu", help="such as cpu or cuda:0")
-    add("--memory-format", choices=("contiguous", "channels_last"), default="contiguous")
-    add("--json", action="store_true", help="print JSON")
-
-
-def _size(text: str) -> tuple[int, int]:
-    height, _, width = text.partition("x")
-    try:
-        return int(height), int(width or height)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither 56 nor 56x48") from None
-
-
 def _explain(options: argparse.Namespace) -> int:
     import torch
 
     from .explain import explain
+    from .layer_options import build_input, build_layer
 
-    layer = _layer(options)
-    formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-    form = formats[options.memory_format]
-    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    shape = (options.batch, options.channels, *options.size)
-    try:
-        x = torch.randn(*shape, device=device, dtype=dtype).to(memory_format=form)
-    except RuntimeError as error:
-        raise HetconvError(f"No input of shape {shape}: {error}") from error
-    layer = layer.to(memory_format=form)  # type: ignore[call-overload]  # torch's stub lacks it
+    layer = build_layer(options)
+    x = build_input(options, options.channels, options.size)
     with torch.no_grad():
         explanation = explain(layer, x)
     if options.json:
@@ -198,42 +183,6 @@ def _explain(options: argparse.Namespace) -> int:
     else:
         _print(str(explanation))
     return OK
-
-
-def _layer(options: argparse.Namespace) -> torch.nn.Module:
-    """Builds the layer that the options describe."""
-    import numpy as np
-    import torch
-
-    from . import Support, nn
-
-    c, k, p = options.channels, options.kernel, options.p
-    f = c if options.filters is None else options.filters
-    try:
-        device = torch.device(options.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that CUDA was compiled in
-        reason = str(error).splitlines()[0]
-        raise HetconvError(f"device {options.device!r} cannot be used: {reason}") from error
-    more: dict[str, Any] = {
-        "bias": True,
-        "device": device,
-        "dtype": getattr(torch, options.dtype),
-        "backend": options.backend,
-    }
-    place = (options.stride, k // 2)
-    if options.kind == "het":
-        return nn.HetConv2d(c, f, k, *place, p=p, order=options.order, **more)
-    if options.kind == "grouped":
-        return nn.GroupedConv2d(c, f, k, *place, groups=p, **more)
-    if options.kind == "dense":
-        return nn.SupportConv2d(c, f, k, *place, support=Support.dense(c, f, k), **more)
-    if not 0 < options.density <= 1:
-        raise HetconvError(mismatch("--density", options.density, "more than 0, at most 1"))
-    if min(c, f, k) < 1:
-        raise HetconvError(mismatch("channels, filters, kernel", (c, f, k), "positive numbers"))
-    mask = np.random.default_rng(0).random((f, c, k, k)) < options.density
-    return nn.SupportConv2d(c, f, k, *place, support=Support.from_mask(mask), **more)
 
 
 # demo, compress, bench ----------------------------------------------------------------------------
@@ -278,6 +227,29 @@ def _bench(options: argparse.Namespace) -> int:
     )
     # pytest: 0 passed, 1 failed, 2 interrupted, 3 internal, 4 usage, 5 nothing collected.
     return {0: OK, 4: USAGE, 5: USAGE}.get(done.returncode, FAILURE)
+
+
+# profile, report ---------------------------------------------------------------------------------
+
+
+def _profile(options: argparse.Namespace) -> int:
+    from .profile import command
+
+    return int(command.run(options, _print))
+
+
+def _report(options: argparse.Namespace) -> int:
+    from .report import write_report
+
+    committed = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+    if not options.results and not committed.is_dir():
+        raise UsageError(
+            "name the results files to report on, such as layers-quick.json; an installed package "
+            "has none of its own."
+        )
+    page, *pictures = write_report(options.results or [committed], options.out)
+    print(f"Wrote {page} and {len(pictures)} pictures beside it.")
+    return OK
 
 
 # output ------------------------------------------------------------------------------------------

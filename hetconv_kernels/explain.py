@@ -142,7 +142,7 @@ def explain(layer: SupportLayer, x: Tensor, measure: bool = True) -> Explanation
         )
     if x.dim() == 3:
         x = x.unsqueeze(0)
-    problem = _problem(layer, x)
+    problem = problem_of(layer, x)
     forced = layer._backend_code()
     chosen = choose(problem, forced).backend.name
     runnable = [n for n in available_backends() if not get_backend(n).unsupported_reasons(problem)]
@@ -231,7 +231,8 @@ def _same_buffers(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(copy)
 
 
-def _problem(layer: SupportConv2d, x: Tensor) -> Problem:
+def problem_of(layer: SupportConv2d, x: Tensor) -> Problem:
+    """Describes the call of a layer on an input.  # [N, C, H, W]"""
     if layer._outer_pads is not None:
         x = nn.functional.pad(x, layer._outer_pads, mode=layer.padding_mode)
     mixed = functional._autocasting(x)

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import ranges
 from .backends import Choice, choose
 from .backends.common import channel_statistics
 from .errors import ArgumentError, BackendError, mismatch
@@ -104,6 +106,8 @@ def run_fprop(
         extras = {"scale": scale, "shift": shift, "residual": residual}
         problem = describe("fprop", geometry, x, x, w, tuple(x.shape[2:]), extras, act)
         choice = _remember(geometry, key, problem, backend)
+    if ranges.active:
+        return ranges.run(choice, x, w, scale, shift, residual)
     return choice.run(x, w, scale, shift, residual)
 
 
@@ -141,6 +145,8 @@ def run_dgrad(
         _check_gradient(geometry, dy, size)
         problem = describe("dgrad", geometry, dy, dy, w, size)
         choice = _remember(geometry, key, problem, backend)
+    if ranges.active:
+        return ranges.run(choice, dy, w)
     return choice.run(dy, w)
 
 
@@ -185,6 +191,8 @@ def run_wgrad(
         like = torch.empty(weight_shape, dtype=dtype, device="meta")
         problem = describe("wgrad", geometry, dy, x, like, tuple(x.shape[2:]))
         choice = _remember(geometry, key, problem, backend)
+    if ranges.active:
+        return ranges.run(choice, dy, x)
     return choice.run(dy, x)
 
 
@@ -207,7 +215,8 @@ def run_fprop_stats(
         problem = describe("fprop", geometry, x, x, w, tuple(x.shape[2:]), {"shift": shift})
         problem = replace(problem, epilogue=(*problem.epilogue, "stats"))
         choice = _remember(geometry, key, problem, backend)
-    result = choice.run(x, w, None, shift, None)
+    run = partial(ranges.run, choice) if ranges.active else choice.run
+    result = run(x, w, None, shift, None)
     return result if isinstance(result, tuple) else (result, *channel_statistics(result))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The schema of results/<name>.json, and the check of a value against it."""
+"""The schema of a results file of the benchmarks, and the check of a value against it."""
 
 from __future__ import annotations
 
@@ -47,6 +47,17 @@ LAYER_ROW = {
         "case": {
             "type": "object",
             "required": ["name", "n", "c", "f", "h", "w", "k", "dtype", "expected", "issue"],
+            "properties": {
+                **dict.fromkeys(("name", "dtype", "expected"), _STRING),
+                **{key: {"type": "integer"} for key in ("n", "c", "f", "h", "w", "k", "stride")},
+                "target": _MAYBE_NUMBER,
+                "issue": {"anyOf": [_STRING, {"type": "null"}]},
+                "support": {
+                    "type": "object",
+                    "required": ["kind"],
+                    "properties": {"kind": _STRING},
+                },
+            },
         },
         "backend": {
             "type": "object",
@@ -92,7 +103,15 @@ MODEL_ROW = {
     "required": ["kind", "case", "match", "absent"],
     "properties": {
         "kind": {"enum": ["model"]},
-        "case": {"type": "object", "required": ["name", "network", "support", "n", "size"]},
+        "case": {
+            "type": "object",
+            "required": ["name", "network", "support", "n", "size"],
+            "properties": {
+                "name": _STRING,
+                "target_dense": _MAYBE_NUMBER,
+                "target_composition": _MAYBE_NUMBER,
+            },
+        },
         "match": _MATCH,
         # Peers that are not here, by the form that they would have run, with the reason.
         "absent": {"type": "object"},
@@ -102,11 +121,28 @@ MODEL_ROW = {
         "composition": _ESTIMATE,
         "bound": {
             "type": "object",
-            "required": ["dense_layers_s", "our_layers_s", "rest_s", "speedup"],
-            "properties": {"speedup": _NUMBER},
+            # Rows of older files have another bound, without "over_best".
+            "required": ["our_layers_s", "rest_s", "speedup"],
+            "properties": {"speedup": _NUMBER, "over_best": _NUMBER},
         },
-        "layers": {"type": "object"},
+        # By name: the time in the eager dense network, if it is there, and in ours.
+        "layers": {"type": "object", "values": {"type": "array", "items": _MAYBE_NUMBER}},
         "timings": {"type": "object", "values": _TIMINGS},
+    },
+}
+TRAINING_ROW = {
+    "type": "object",
+    "required": ["kind", "case", "match"],
+    "properties": {
+        "kind": {"enum": ["training"]},
+        "case": MODEL_ROW["properties"]["case"],  # type: ignore[index]
+        "match": _MATCH,
+        # All below are absent when the match failed: nothing was timed.
+        "median_s": _NUMBER,
+        "dense": _ESTIMATE,
+        "composition": _ESTIMATE,
+        "verdict": {"enum": ["win", "even", "lose"]},
+        "timings": _TIMINGS,
     },
 }
 PRIMITIVE_ROW = {
@@ -114,7 +150,7 @@ PRIMITIVE_ROW = {
     "required": ["kind", "case", "verb", "backend", "macs", "dense_macs", "bytes", "match"],
     "properties": {
         "kind": {"enum": ["primitive"]},
-        "verb": {"enum": ["fprop", "dgrad", "wgrad"]},
+        "verb": {"enum": ["fprop", "dgrad", "wgrad", "step"]},
         "match": _MATCH,
         # As in a layer's row, absent when the match failed.
         **{
@@ -127,6 +163,7 @@ PRIMITIVE_ROW = {
         "efficiency": _NUMBER,
         "dense": _ESTIMATE,
         "composition": _MAYBE_ESTIMATE,
+        "compiled": _MAYBE_ESTIMATE,
     },
 }  # fmt: skip
 SCHEMA = {
@@ -136,6 +173,8 @@ SCHEMA = {
         "schema": {"enum": [SCHEMA_VERSION]},
         "name": _STRING,
         "started": _STRING,
+        # Absent in files that were written before it was kept.
+        "command": _STRING,
         "environment": {
             "type": "object",
             "required": ["commit", "processor", "threads", "gpu", "torch", "python", "backends"],
@@ -145,11 +184,92 @@ SCHEMA = {
             "items": {
                 "type": "object",
                 "required": ["macs_per_s", "bytes_per_s", "device", "dtype"],
+                "properties": {
+                    "macs_per_s": _NUMBER,
+                    "bytes_per_s": _NUMBER,
+                    "device": _STRING,
+                    "dtype": _STRING,
+                },
             },
         },
         "rows": {
             "type": "array",
-            "items": {"anyOf": [LAYER_ROW, DISPATCH_ROW, MODEL_ROW, PRIMITIVE_ROW]},
+            "items": {"anyOf": [LAYER_ROW, DISPATCH_ROW, MODEL_ROW, TRAINING_ROW, PRIMITIVE_ROW]},
+        },
+    },
+}
+
+
+_PAIR = {"type": "array", "items": _NUMBER}
+METHODS_FORMAT = "hetconv_kernels.methods/1"
+# One line of a part: what CompressionReport.to_dict gives, and what the part adds to it.
+METHOD_ROW = {
+    "type": "object",
+    "required": ["name", "method", "settings", "live", "macs", "seconds", "speedup", "layers"],
+    "properties": {
+        "name": _STRING,
+        "method": _STRING,
+        "settings": {"type": "object"},
+        # Each (dense, compressed).
+        "live": _PAIR,
+        "macs": _PAIR,
+        "seconds": _PAIR,
+        # The median of the paired ratios, and its interval.
+        "speedup": _PAIR,
+        # digits and psnr: whether it is the paper's form, (dense, compressed) on unseen data, what
+        # may be lost, and whether it was kept with at most half of the MACs.
+        "paper": {"type": "boolean"},
+        "test_accuracy": _PAIR,
+        "test_psnr": _PAIR,
+        "tolerance": _NUMBER,
+        "macs_saved": _NUMBER,
+        "within": {"type": "boolean"},
+        # speed: which network.
+        "network": _STRING,
+        # How long the line took, with its training; and where and when it was measured.
+        "took_s": _NUMBER,
+        "environment": {"type": "object", "required": ["commit", "threads"]},
+    },
+}
+_METHOD_ROWS = {"type": "array", "items": METHOD_ROW}
+# methods-<part>.json: the lines stand under the name of the part.
+METHODS_SCHEMA = {
+    "type": "object",
+    "required": ["format", "environment", "seconds"],
+    "properties": {
+        "format": {"enum": [METHODS_FORMAT]},
+        "environment": {"type": "object", "required": ["commit", "threads"]},
+        "seconds": _NUMBER,
+        "digits": _METHOD_ROWS,
+        "psnr": _METHOD_ROWS,
+        "speed": _METHOD_ROWS,
+    },
+}
+# methods.json: all parts side by side. A column is "digits", "psnr" or a network of the speed part;
+# a cell has "macs_ratio" (dense / compressed), "seconds", "speedup", and where there is a quality
+# "quality" (dense, compressed), "tolerance", "within".
+METHODS_TABLE_SCHEMA = {
+    "type": "object",
+    "required": ["format", "columns", "rows"],
+    "properties": {
+        "columns": {"type": "array", "items": _STRING},
+        "rows": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["name", "method", "form", "cells"],
+                "properties": {
+                    "form": {"enum": ["paper", "ours"]},
+                    "cells": {
+                        "type": "object",
+                        "values": {
+                            "type": "object",
+                            "required": ["macs_ratio", "seconds", "speedup"],
+                            "properties": {"macs_ratio": _NUMBER, "quality": _PAIR},
+                        },
+                    },
+                },
+            },
         },
     },
 }

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options by which a command line describes one layer and its input."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import nn
+from .errors import HetconvError, mismatch
+from .support import Support
+
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options to a parser."""
+    add = parser.add_argument
+    add("--kind", choices=("het", "dense", "grouped", "mask"), default="het")
+    add("--channels", type=int, default=64, help="input channels (64)")
+    add("--filters", type=int, help="output channels (as many as input channels)")
+    add("--kernel", type=int, default=3, help="kernel edge (3)")
+    add("--p", type=int, default=4, help="part of a HetConv, or number of groups (4)")
+    add("--order", choices=("blocked", "interleaved"), default="blocked")
+    add("--density", type=float, default=0.3, help="of a random mask, 0…1 (0.3)")
+    add("--size", type=_size, default=(56, 56), help="input height, or HEIGHTxWIDTH (56)")
+    add("--batch", type=int, default=1, help="images (1)")
+    add("--stride", type=int, default=1)
+    add("--dtype", choices=DTYPES, default="float32")
+    add("--backend", help="force this backend")
+    add("--device", default="cpu", help="such as cpu or cuda:0")
+    add("--memory-format", choices=tuple(FORMATS), default="contiguous")
+    add("--json", action="store_true", help="print JSON")
+
+
+def build_layer(options: argparse.Namespace) -> nn.SupportConv2d:
+    """Builds the layer that the options describe.
+
+    Raises:
+        HetconvError: the device cannot be used, or a value is out of range.
+    """
+    c, k, p = options.channels, options.kernel, options.p
+    f = c if options.filters is None else options.filters
+    more: dict[str, Any] = {
+        "bias": True,
+        "device": check_device(options.device),
+        "dtype": getattr(torch, options.dtype),
+        "backend": options.backend,
+    }
+    place = (options.stride, k // 2)
+    layer: nn.SupportConv2d
+    if options.kind == "het":
+        layer = nn.HetConv2d(c, f, k, *place, p=p, order=options.order, **more)
+    elif options.kind == "grouped":
+        layer = nn.GroupedConv2d(c, f, k, *place, groups=p, **more)
+    elif options.kind == "dense":
+        layer = nn.SupportConv2d(c, f, k, *place, support=Support.dense(c, f, k), **more)
+    else:
+        if not 0 < options.density <= 1:
+            raise HetconvError(mismatch("--density", options.density, "more than 0, at most 1"))
+        if min(c, f, k) < 1:
+            raise HetconvError(mismatch("channels, filters, kernel", (c, f, k), "positive numbers"))
+        mask = np.random.default_rng(0).random((f, c, k, k)) < options.density
+        layer = nn.SupportConv2d(c, f, k, *place, support=Support.from_mask(mask), **more)
+    return layer.to(memory_format=FORMATS[options.memory_format])  # type: ignore[call-overload]
+
+
+def build_input(options: argparse.Namespace, channels: int, size: tuple[int, int]) -> Tensor:
+    """Draws an input of the options' batch, dtype, device and memory format.  # [N, C, H, W]
+
+    Raises:
+        HetconvError: the device cannot be used, or there is no such shape.
+    """
+    device, dtype = check_device(options.device), getattr(torch, options.dtype)
+    shape = (options.batch, channels, *size)
+    try:
+        x = torch.randn(*shape, device=device, dtype=dtype)
+    except RuntimeError as error:
+        raise HetconvError(f"No input of shape {shape}: {error}") from error
+    return x.to(memory_format=FORMATS[options.memory_format])
+
+
+def check_device(name: str) -> torch.device:
+    """Returns a device that can be used.
+
+    Raises:
+        HetconvError: it cannot.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that CUDA was compiled in
+        reason = str(error).splitlines()[0]
+        raise HetconvError(f"device {name!r} cannot be used: {reason}") from error
+    return device
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    try:
+        return int(height), int(width or height)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither 56 nor 56x48") from None

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``hetconv profile``: the time of a network or a layer, layer by layer, and why."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .. import io, layer_options, models
+from ..backends import backend_code
+from ..errors import ArgumentError, HetconvError, mismatch
+from ..graph.convert import convert
+from ..graph.optimize import optimize
+from ..graph.rules import het
+from ..nn.base import SupportLayer
+from .measure import backends_of, layers_of, profile
+from .timeline import ncu_commands, run_passes, write_proton, write_trace
+
+# name -> the constructor, and the image [C, H, W] that the network is made for
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
+    "lenet5": (models.lenet5, (1, 28, 28)),
+    "digits_net": (models.digits_net, (1, 8, 8)),
+    "dncnn": (models.dncnn, (1, 180, 180)),
+    "vgg16_cifar": (models.vgg16_cifar, (3, 32, 32)),
+    "resnet20": (models.resnet20, (3, 32, 32)),
+    "resnet56": (models.resnet56, (3, 32, 32)),
+    "resnet110": (models.resnet110, (3, 32, 32)),
+    "vgg16": (models.vgg16, (3, 224, 224)),
+    "resnet18": (models.resnet18, (3, 224, 224)),
+    "resnet34": (models.resnet34, (3, 224, 224)),
+    "resnet50": (models.resnet50, (3, 224, 224)),
+    "densenet121": (models.densenet121, (3, 224, 224)),
+    "densenet201": (models.densenet201, (3, 224, 224)),
+    "mobilenet": (models.mobilenet, (3, 224, 224)),
+}
+_SUFFIX = ".safetensors"
+_OF_A_LAYER = ("kind", "channels", "filters", "kernel", "p", "order", "density", "stride")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command to a parser."""
+    add = parser.add_argument
+    add("target", metavar="MODEL|layer",
+        help=f"'layer', described by the options of `hetconv explain`; a network of this package "
+        f"({', '.join(NETWORKS)}); or a {_SUFFIX} file that hetconv_kernels.io wrote")  # fmt: skip
+    layer_options.add_arguments(parser)
+    parser.set_defaults(size=None)
+    add("--het", type=int, metavar="P", help="make the network's convolutions HetConv of part P")
+    add("--optimize", action="store_true", help="freeze, fold and fuse the network first")
+    add("--dense", action="store_true", help="time the dense layer in each place too")
+    add("--rounds", type=int, default=20, help="passes that are timed, at least 5 (20)")
+    add("--seconds", type=float, default=10.0, help="about how long they may take (10)")
+    add("--trace", type=Path, metavar="FILE", help="write a Chrome trace")
+    add("--proton", type=Path, metavar="FILE", help="write a profile of Triton's proton (GPU)")
+    add("--ncu", action="store_true", help="print command lines for Nsight Compute, nothing else")
+    add("--passes", type=int, metavar="N",
+        help="only run N passes, for a profiler from outside")  # fmt: skip
+
+
+def run(options: argparse.Namespace, show: Callable[[str], None]) -> int:
+    """Runs the command.
+
+    Args:
+        options: as `add_arguments` describes them.
+        show: prints a text.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        HetconvError: the target is unknown or cannot be built, or a file cannot be written.
+    """
+    if options.ncu:
+        print("\n".join(_ncu(options)))
+        return 0
+    model, example = target(options)
+    with torch.no_grad():
+        if options.optimize:
+            model = optimize(model, example).model
+        if options.passes is not None:
+            run_passes(model, example, options.passes)
+            return 0
+        found = profile(
+            model, example, dense=options.dense, rounds=options.rounds, max_seconds=options.seconds
+        )
+    if options.json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        show(str(found))
+    if options.trace is not None:
+        path = write_trace(model, example, options.trace)
+        show(f"Wrote {path}: open it at chrome://tracing or ui.perfetto.dev.")
+    if options.proton is not None:
+        path = write_proton(model, example, options.proton)
+        show(f"Wrote {path}: proton-viewer -m time/us {path}")
+    return 0
+
+
+def _ncu(options: argparse.Namespace) -> list[str]:
+    """Makes the command lines; where the device is no GPU they are for a machine that has one."""
+    if torch.device(options.device).type == "cuda":
+        return ncu_commands(described(options), list(backends_of(*target(options)).values()))
+    there = argparse.Namespace(**{**vars(options), "device": "cuda"})
+    return ncu_commands(described(there), [] if options.backend is None else [options.backend])
+
+
+def target(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
+    """Builds what the options name, for inference, and an input for it.
+
+    Raises:
+        HetconvError: the name is unknown, or an option does not fit.
+        FileError: the file is none that `io.save` wrote.
+    """
+    name = options.target
+    if name == "layer":
+        if options.het is not None:
+            raise ArgumentError(
+                mismatch("--het", options.het, "a network", "For one layer use --kind het --p P.")
+            )
+        size = options.size or (56, 56)
+        layer = layer_options.build_layer(options).eval()
+        return layer.freeze(), layer_options.build_input(options, options.channels, size)
+    device = layer_options.check_device(options.device)
+    backend_code(options.backend)  # refuses an unknown one, also where no layer is ours
+    if name in NETWORKS:
+        build, (channels, *image) = NETWORKS[name]
+        torch.manual_seed(0)
+        model = build()
+    elif name.endswith(_SUFFIX):
+        try:
+            model = io.load(name)
+        except FileNotFoundError as error:
+            raise HetconvError(f"{name} is not there.") from error
+        channels, image = _channels(model), [224, 224]
+    else:
+        raise ArgumentError(
+            mismatch(
+                "MODEL", repr(name), f"layer, a {_SUFFIX} file, or one of {', '.join(NETWORKS)}"
+            )
+        )
+    if options.het is not None:
+        model = convert(model, het(options.het)).model
+    form = layer_options.FORMATS[options.memory_format]
+    model = model.eval().to(device, getattr(torch, options.dtype))
+    model = model.to(memory_format=form)  # type: ignore[call-overload]
+    for module in model.modules():
+        if isinstance(module, SupportLayer):
+            module.backend = options.backend
+            module.freeze()
+    height, width = options.size or image
+    return model, layer_options.build_input(options, channels, (height, width))
+
+
+def described(options: argparse.Namespace) -> list[str]:
+    """Lists the arguments that describe the same target again."""
+    found = [options.target]
+    for name in (
+        "kind", "channels", "filters", "kernel", "p", "order", "density", "size", "batch",
+        "stride", "dtype", "backend", "device", "memory_format", "het",
+    ):  # fmt: skip
+        value = getattr(options, name)
+        if value is None or (options.target != "layer" and name in _OF_A_LAYER):
+            continue
+        text = "x".join(map(str, value)) if name == "size" else str(value)
+        found += [f"--{name.replace('_', '-')}", text]
+    return [*found, *["--optimize"] * options.optimize]
+
+
+def _channels(model: nn.Module) -> int:
+    """Returns the channels that the first convolution reads."""
+    for layer in layers_of(model).values():
+        support = getattr(layer, "support", None)
+        channels = getattr(layer, "in_channels", None) or getattr(support, "channels", None)
+        if channels:
+            return int(channels)
+    raise ArgumentError(mismatch("the network", "no convolution", "one that reads images"))

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend runs a layer, and why, in one line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import functional, ops
+from ..backends import NAMES, available_backends, choose, get_backend
+from ..explain import problem_of
+from ..nn import FrequencyConv2d, FusedConv2d, SupportConv2d, SupportLinear
+from ..problem import Problem
+
+
+def backend_and_reason(layer: nn.Module, arguments: tuple[Any, ...]) -> tuple[str, str]:
+    """Names what runs a layer on these arguments, and says why.
+
+    Args:
+        layer: any layer with weights.
+        arguments: of its forward.
+
+    Returns:
+        The backend's name, or ``"torch"``; and a clause.
+    """
+    if isinstance(layer, FrequencyConv2d):
+        return layer.path_for(arguments[0]), "the faster by prediction of its two paths"
+    problem = _problem(layer, arguments)
+    if problem is None:
+        return "torch", "a plain layer of PyTorch"
+    code = layer._backend_code()  # type: ignore[operator]  # only our layers have a problem
+    return reason(problem, code)
+
+
+def reason(problem: Problem, code: int) -> tuple[str, str]:
+    """Names the backend of a problem and says why: forced, or what the others would have taken."""
+    chosen = choose(problem, code).backend.name
+    if NAMES[code] != "auto":
+        return chosen, "forced"
+    said = [f"predicted {_micros(problem, chosen)}"]
+    for name in available_backends(problem.device.type):
+        if name in (chosen, "reference"):
+            continue
+        refusals = get_backend(name).unsupported_reasons(problem)
+        said.append(
+            f"{name} refused: {refusals[0]}" if refusals else f"{name} {_micros(problem, name)}"
+        )
+    return chosen, "; ".join(said)
+
+
+def _problem(layer: nn.Module, arguments: tuple[Any, ...]) -> Problem | None:
+    x = arguments[0]
+    if isinstance(layer, SupportConv2d):
+        return problem_of(layer, x if x.dim() == 4 else x.unsqueeze(0))
+    extras: dict[str, Tensor | None]
+    if isinstance(layer, FusedConv2d):
+        residual = arguments[1] if len(arguments) > 1 else None
+        x = functional._autocast(x) if functional._autocasting(x) else x
+        extras = {"shift": layer.shift, "residual": residual}
+        size = (x.shape[2], x.shape[3])
+        return ops.describe(
+            "fprop", layer._geometry, x, x, layer.weight, size, extras, layer.act
+        )  # fmt: skip
+    if isinstance(layer, SupportLinear):
+        pixels = x.reshape(-1, x.shape[-1], 1, 1)
+        extras = {"shift": layer.bias}
+        return ops.describe("fprop", layer._geometry, pixels, pixels, layer.weight, (1, 1), extras)
+    return None
+
+
+def _micros(problem: Problem, name: str) -> str:
+    engine = get_backend(name)
+    guess = "" if engine.measured(problem) else " (not measured on this hardware)"
+    return f"{engine.estimate(problem) * 1e6:.0f} µs{guess}"

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of the report, as HTML: every row of the files, losses included and marked."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .results import Json, computed_dtype
+
+_SIGNS = {
+    "win": ("win", "▲ faster"),
+    "even": ("even", "≈ the same"),
+    "lose": ("lose", "▼ slower"),
+    "wrong": ("lose", "✕ wrong result, not timed"),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a table.
+
+    Attributes:
+        text: what it says; it is escaped.
+        key: what the column is sorted by; None for the text itself.
+        mark: ``win``, ``even`` or ``lose``, for its colour.
+        link: where it leads; only http and https are followed.
+    """
+
+    text: str
+    key: float | None = None
+    mark: str = ""
+    link: str | None = None
+
+    def html(self, tag: str = "td") -> str:
+        """Writes the cell."""
+        inner = html.escape(self.text)
+        if self.link and self.link.startswith(("https://", "http://")):
+            inner = f'<a href="{html.escape(self.link)}">{inner}</a>'
+        sort = "" if self.key is None else f' data-key="{self.key!r}"'
+        names = " ".join(n for n in ("number" if self.key is not None else "", self.mark) if n)
+        scope = ' scope="row"' if tag == "th" else ""
+        return f"<{tag}{scope}{_class(names)}{sort}>{inner}</{tag}>"
+
+
+Line = tuple[str, Sequence[Cell]]
+
+
+def layers(rows: Sequence[Json]) -> str:
+    """Writes the table of timed layers or primitives."""
+    header = (
+        "layer", "against dense", "ran on", "dtype", "ms", "% of roof", "MAC ratio", "× dense",
+        "target", "× composition", "× unfrozen", "× prepacked",
+    )  # fmt: skip
+    return _table("layers", header, [_layer(row) for row in rows])
+
+
+def networks(rows: Sequence[Json]) -> str:
+    """Writes the table of whole networks and of training steps."""
+    header = (
+        "network", "what", "ms", "× dense", "over", "target", "bound", "× composition", "over",
+        "target", "not here",
+    )  # fmt: skip
+    return _table("networks", header, [_network(row) for row in rows])
+
+
+def dispatch(rows: Sequence[Json]) -> str:
+    """Writes the table of what a call costs beyond the convolution."""
+    header = ("call", "ran on", "extra µs", "interval", "target µs", "target met")
+    return _table("calls", header, [_dispatch(row) for row in rows])
+
+
+def verdict_of(row: Json) -> str:
+    """Says ``win``, ``even``, ``lose`` against dense, or ``wrong`` for a row that did not match."""
+    if not row["match"]["ok"] or "dense" not in row:
+        return "wrong"
+    return _verdict(row["dense"])
+
+
+def lost_to_composition(row: Json) -> bool:
+    """Tells whether the whole interval against the fastest composition lies below 1."""
+    return bool(row.get("composition")) and _verdict(row["composition"]) == "lose"
+
+
+def _layer(row: Json) -> Line:
+    case, verdict = row["case"], verdict_of(row)
+    asked, ran = row["backend"]["asked"], row["backend"]["ran"]
+    verb = f" {row['verb']}" if "verb" in row else ""
+    name = Cell(case["name"] + verb, link=case["issue"])
+    on = Cell(ran if asked == ran else f"{asked} → {ran}")
+    dtype = Cell(computed_dtype(row))
+    ratio = _number(row["dense_macs"] / max(row["macs"], 1), "{:.2f}")
+    mark, said = _SIGNS[verdict]
+    if verdict == "lose" and case["expected"] == "lose":
+        said += ", as expected"
+    if verdict == "wrong":
+        empty = [_EMPTY] * 2
+        return verdict, [name, Cell(said, mark=mark), on, dtype, *empty, ratio, *[_EMPTY] * 5]
+    target = case.get("target")
+    missed = target is not None and row["dense"]["ratio"] < target
+    cells = [
+        name,
+        Cell(said, mark=mark),
+        on,
+        dtype,
+        _number(row["median_s"] * 1e3, "{:.3f}"),
+        _number(row["percent_of_roof"], "{:.0f}"),
+        ratio,
+        _ratio_and_interval(row["dense"]),
+        _EMPTY if target is None else Cell(f"{target:g}{' missed' * missed}", target),
+        *(_ratio(row.get(role)) for role in ("composition", "unfrozen", "prepacked")),
+    ]
+    return verdict, cells
+
+
+def _network(row: Json) -> Line:
+    case, verdict = row["case"], verdict_of(row)
+    what = "inference" if row["kind"] == "model" else "training step"
+    absent = sorted({n for role in row.get("absent", {}).values() for n in role})
+    cells = [Cell(case["name"]), Cell(f"{what}, batch {case['n']}, {case['size']}²")]
+    if verdict == "wrong":
+        return verdict, [*cells, Cell(_SIGNS["wrong"][1], mark="lose"), *[_EMPTY] * 8]
+    cells.append(_number(row["median_s"] * 1e3, "{:.1f}"))
+    for role in ("dense", "composition"):
+        found, target = row[role], case.get(f"target_{role}")
+        missed = target is not None and found["ratio"] < target
+        cells += [
+            _ratio_and_interval(found),
+            Cell(found["name"].partition(":")[2] or "eager"),
+            _EMPTY if target is None else Cell(f"{target:g}{' missed' * missed}", target),
+        ]
+        if role == "dense":
+            bound = row.get("bound")
+            cells.append(_EMPTY if bound is None else _number(bound["speedup"], "{:.2f}"))
+    verdict = "lose" if lost_to_composition(row) else verdict
+    return verdict, [*cells, Cell(", ".join(absent) or "none")]
+
+
+def _dispatch(row: Json) -> Line:
+    met = row["extra_us"] <= row["target_us"]
+    cells = [
+        Cell(row["name"]),
+        Cell(row["backend"]),
+        _number(row["extra_us"], "{:.2f}"),
+        Cell(f"[{row['low_us']:.2f}, {row['high_us']:.2f}]", row["low_us"]),
+        _number(row["target_us"], "{:g}"),
+        Cell("yes" if met else "▼ no", mark="win" if met else "lose"),
+    ]
+    return "win" if met else "lose", cells
+
+
+_EMPTY = Cell("")
+
+
+def _number(value: float, form: str) -> Cell:
+    return Cell(form.format(value), value)
+
+
+def _ratio(estimate: Json | None) -> Cell:
+    if estimate is None:
+        return _EMPTY
+    lost = _verdict(estimate) == "lose"
+    text = f"{estimate['ratio']:.2f}" + " ▼" * lost
+    return Cell(text, estimate["ratio"], mark="lose" if lost else "")
+
+
+def _ratio_and_interval(estimate: Json) -> Cell:
+    ratio = _ratio(estimate)
+    text = f"{ratio.text} [{estimate['low']:.2f}, {estimate['high']:.2f}]"
+    return Cell(text, ratio.key, ratio.mark)
+
+
+def _verdict(estimate: Json) -> str:
+    if estimate["low"] > 1:
+        return "win"
+    return "lose" if estimate["high"] < 1 else "even"
+
+
+def _table(what: str, header: Sequence[str], lines: Sequence[Line]) -> str:
+    columns = zip(*(cells for _, cells in lines), strict=True)
+    numbers = [any(cell.key is not None for cell in column) for column in columns]
+    heads = "".join(
+        f'<th scope="col"{_class("number" * number)} aria-sort="none"><button type="button">'
+        f"{html.escape(name)}</button></th>"
+        for name, number in zip(header, numbers, strict=True)
+    )
+    body = "\n".join(_line(verdict, cells) for verdict, cells in lines)
+    return (
+        f'<div class="table" role="region" tabindex="0" aria-label="table of {html.escape(what)}">'
+        f"<table class=sortable><thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody></table>"
+        "</div>"
+    )
+
+
+def _line(verdict: str, cells: Sequence[Cell]) -> str:
+    first, *rest = cells
+    lost = "lost" if verdict in ("lose", "wrong") else ""
+    return f"<tr{_class(lost)}>{first.html('th')}{''.join(cell.html() for cell in rest)}</tr>"
+
+
+def _class(names: str) -> str:
+    return f' class="{names}"' if names else ""
+
+
+def plain(header: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
+    """Writes a table that cannot be sorted, such as the one of the files."""
+    heads = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in header)
+    body = "\n".join(_line("", [Cell(str(v)) for v in line]) for line in lines)
+    return (
+        f'<div class="table" role="region" tabindex="0" aria-label="table of files">'
+        f"<table><thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>"
+    )

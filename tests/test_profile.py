@@ -1,0 +1,361 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The profile: what it counts, times and explains, and the timelines for other tools."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import hetconv_kernels as hk
+from hetconv_kernels import cli
+from hetconv_kernels.errors import ArgumentError, HetconvError, InputTypeError
+from hetconv_kernels.profile import command, timeline
+from hetconv_kernels.profile.measure import backends_of, dense_twin, layers_of
+from hetconv_kernels.roofs import Roofs
+
+ROOFS = {"float32": Roofs(1e9, 1e9, "cpu", "float32")}
+LOW = np.broadcast_to(np.arange(9).reshape(3, 3) < 4, (8, 8, 3, 3))
+Capture = pytest.CaptureFixture[str]
+
+
+class Slow(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(self.inner(x))
+
+
+def small() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(inplace=True),
+        hk.nn.HetConv2d(8, 8, 3, padding=1, p=4, backend="reference"),
+        nn.ReLU(inplace=True),
+        hk.nn.GroupedConv2d(8, 16, 3, 2, 1, groups=4),
+        nn.Flatten(),
+        nn.Linear(16 * 9, 5),
+    ).eval()
+
+
+def measured(model: nn.Module, x: torch.Tensor, **more: Any) -> hk.profile.Profile:
+    more = {"rounds": 5, "max_seconds": 0.2, "roofs": ROOFS, **more}
+    return hk.profile(model, x, **more)
+
+
+# What it says ------------------------------------------------------------------------------------
+
+
+def test_work_and_bytes_by_hand() -> None:
+    x = torch.randn(2, 3, 6, 6)
+    found = measured(small(), x)
+    stem, het, grouped, linear = found.layers
+    assert [la.name for la in found.layers] == ["0", "3", "5", "7"]
+    assert stem.macs == stem.dense_macs == 2 * 36 * 8 * 27
+    live = 8 * (9 * 2 + 6)
+    assert (het.macs, het.dense_macs) == (2 * 36 * live, 2 * 36 * 8 * 72)
+    assert het.bytes == 4 * (2 * 2 * 8 * 36 + live)
+    assert (grouped.macs, grouped.dense_macs) == (2 * 9 * 16 * 18, 2 * 9 * 16 * 72)
+    assert linear.macs == 2 * 16 * 9 * 5
+    for layer in found.layers:
+        floor = max(layer.macs, layer.bytes) / 1e9
+        assert layer.percent_of_roof == pytest.approx(100 * floor / layer.seconds)
+        assert layer.share == pytest.approx(layer.seconds / found.seconds)
+        assert layer.dense_seconds is None
+    assert 0 < sum(la.seconds for la in found.layers) <= found.seconds * 1.5
+
+
+def test_backend_and_reason() -> None:
+    stem, het, grouped, linear = measured(small(), torch.randn(2, 3, 6, 6)).layers
+    assert (stem.backend, stem.why) == ("torch", "a plain layer of PyTorch")
+    assert (het.backend, het.why) == ("reference", "forced")
+    assert grouped.backend in hk.available_backends("cpu")
+    assert grouped.why.startswith("predicted ")
+    assert linear.backend == "torch"
+    others = set(hk.available_backends("cpu")) - {grouped.backend, "reference"}
+    assert all(name in grouped.why for name in others)
+
+
+def test_calls_of_a_shared_layer_are_summed() -> None:
+    layer = hk.nn.HetConv2d(8, 8, 3, padding=1, p=2)
+    x = torch.randn(1, 8, 5, 5)
+    once, twice = measured(layer, x).layers[0], measured(Slow(layer), x).layers[0]
+    assert (once.calls, twice.calls, twice.name) == (1, 2, "inner")
+    assert (twice.macs, twice.bytes) == (2 * once.macs, 2 * once.bytes)
+    assert once.share == 1
+
+
+def test_the_slow_layer_has_the_time() -> None:
+    class Wait(nn.Conv2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            torch.randn(300, 300) @ torch.randn(300, 300)
+            return super().forward(x)
+
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), Wait(3, 3, 1), nn.Conv2d(3, 3, 1))
+    found = measured(model, torch.randn(1, 3, 4, 4), rounds=9, max_seconds=5)
+    assert max(found.layers, key=lambda la: la.seconds).name == "1"
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        hk.nn.HetConv2d(8, 8, 3, padding=1, p=4),
+        hk.nn.GroupedConv2d(8, 16, 3, padding=1, groups=4),
+        hk.nn.fused.fuse(hk.nn.HetConv2d(8, 8, 3, padding=1, p=4), act="relu"),
+        hk.nn.FrequencyConv2d.from_conv2d(nn.Conv2d(8, 8, 3, padding=1), LOW),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_the_dense_twin_computes_the_same_and_is_timed(layer: nn.Module) -> None:
+    x = torch.randn(2, 8, 6, 5)
+    with torch.no_grad():
+        twin = dense_twin(layer)
+        torch.testing.assert_close(twin(x), layer(x), rtol=1e-4, atol=1e-4)
+    assert all(m.groups == 1 for m in twin.modules() if isinstance(m, nn.Conv2d))
+    (row,) = measured(layer.eval(), x, dense=True).layers
+    assert row.dense_seconds is not None
+    assert row.speedup is not None
+    assert row.speedup[1] <= row.speedup[0] <= row.speedup[2]
+    spatial = row.backend == "spatial"  # a frequency layer that convolves with the whole kernel
+    filters = twin(x).shape[1]
+    assert 2 * 30 * filters * 72 == row.dense_macs >= row.macs > 0
+    assert spatial or row.dense_macs > row.macs
+
+
+def test_an_optimised_network_with_sums() -> None:
+    torch.manual_seed(0)
+    model = hk.convert(hk.models.resnet20().eval(), hk.rules.het(p=4)).model
+    x = torch.randn(1, 3, 8, 8)
+    found = measured(hk.optimize(model, x).model, x)
+    assert {la.kind for la in found.layers} >= {"FusedConv2d"}
+    assert sum(la.macs for la in found.layers) == hk.stats.macs(model, x)
+    assert all(la.why for la in found.layers)
+
+
+def test_nothing_of_the_network_changes() -> None:
+    model = small().train()
+    before = {name: t.clone() for name, t in model.state_dict().items() if torch.is_tensor(t)}
+    measured(model, torch.randn(2, 3, 6, 6), dense=True)
+    assert model.training
+    for name, tensor in model.state_dict().items():
+        if torch.is_tensor(tensor):
+            assert torch.equal(tensor, before[name]), name
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert model[3].backend == "reference"
+
+
+def test_the_table_and_the_data_say_the_same() -> None:
+    found = measured(small(), torch.randn(2, 3, 6, 6), dense=True)
+    text = str(found)
+    for word in ("HetConv2d", "reference", "forced", "everything else", "whole", "1/3.00", "all"):
+        assert word in text
+    data = json.loads(json.dumps(found.to_dict()))
+    assert data["format"] == "hetconv_kernels.profile/1"
+    assert [la["name"] for la in data["layers"]] == ["0", "3", "5", "7"]
+    lost = hk.profile.LayerProfile("a", "B", 1, 1e-3, 1.0, 9, 9, 9, 1.0, "cpu", "", 1e-4,
+                                   (0.1, 0.05, 0.2))  # fmt: skip
+    shown = hk.profile.Profile("M", "x", 1e-3, 0.0, (lost,), {}, 1)
+    assert "0.10× [0.05, 0.20] slower" in str(shown)
+
+
+def test_the_roof_is_measured_when_it_is_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def fake(device: torch.device, dtype: torch.dtype) -> Roofs:
+        asked.append((device.type, dtype))
+        return ROOFS["float32"]
+
+    monkeypatch.setattr("hetconv_kernels.profile.measure.measure_roofs", fake)
+    found = measured(small(), torch.randn(2, 3, 6, 6), roofs=None)
+    assert asked == [("cpu", torch.float32)]
+    assert found.roofs == {"float32": (1e9, 1e9)}
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "more", "error", "said"),
+    [
+        (3, torch.ones(1), {}, InputTypeError, "a plain nn.Module"),
+        (nn.ReLU(), [1], {}, InputTypeError, "received list, expected a tensor"),
+        (nn.ReLU(), torch.ones(1), {}, ArgumentError, "layers with weights"),
+        (nn.Linear(2, 2), torch.ones(1, 2), {"rounds": 4}, ArgumentError, "at least 5"),
+    ],
+)
+def test_bad_input_is_refused(
+    model: Any, example: Any, more: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        measured(model, example, **more)
+
+
+# Timelines ---------------------------------------------------------------------------------------
+
+
+def test_a_trace_has_layers_and_primitives(tmp_path: Path) -> None:
+    path = hk.profile.write_trace(small(), torch.randn(2, 3, 6, 6), tmp_path / "a" / "t.json")
+    events = json.loads(path.read_text())["traceEvents"]
+    names = [event.get("name", "") for event in events if event.get("ph") == "X"]
+    assert sum(name.startswith("hetconv.fprop reference 2x8x6x6") for name in names) == 3
+    assert {"0", "3", "5", "7"} <= set(names)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(HetconvError, match="cannot be written"):
+        hk.profile.write_trace(small(), torch.randn(2, 3, 6, 6), tmp_path / "file" / "t.json")
+
+
+def test_proton_is_refused_where_it_cannot_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    x = torch.randn(2, 3, 6, 6)
+    if timeline.importlib.util.find_spec("triton") is not None:
+        with pytest.raises(HetconvError, match="on cpu: expected a CUDA device"):
+            hk.profile.write_proton(small(), x, tmp_path / "p")
+    monkeypatch.setattr(timeline.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(HetconvError, match=r"pip install 'hetconv-kernels\[triton\]'"):
+        hk.profile.write_proton(small(), x, tmp_path / "p")
+
+
+def test_proton_is_started_around_the_passes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The calls to proton, without a GPU: an example that says it is on one."""
+    said: list[Any] = []
+    proton: Any = ModuleType("triton.profiler")
+    proton.start = lambda name, **more: said.append((name, more["hook"])) or 7
+    proton.finalize = said.append
+    proton.scope = lambda name: torch.autograd.profiler.record_function(name)
+    triton = ModuleType("triton")
+    triton.profiler = proton  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "triton", triton)
+    monkeypatch.setitem(sys.modules, "triton.profiler", proton)
+    monkeypatch.setattr(timeline.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(timeline, "run_passes", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    x = torch.randn(2, 3, 6, 6).as_subclass(OnGpu)
+    path = hk.profile.write_proton(nn.ReLU(), x, tmp_path / "p.hatchet")
+    assert path == tmp_path / "p.hatchet"
+    assert said == [(str(tmp_path / "p"), "triton"), 7]
+
+
+def test_ncu_commands_name_the_kernel_when_there_is_one() -> None:
+    one = hk.profile.ncu_commands(["layer", "--size", "5x6"], ["triton", "torch"])
+    assert all("--kernel-name regex:fprop_kernel" in line for line in one)
+    assert all(line.endswith("profile layer --size 5x6 --passes 1") for line in one)
+    assert not any("kernel-name" in line for line in hk.profile.ncu_commands([], ["vendor"]))
+    assert not any("kernel-name" in line for line in hk.profile.ncu_commands([], []))
+
+
+# The command -------------------------------------------------------------------------------------
+
+SMALL = ["layer", "--channels", "8", "--size", "5x6", "--rounds", "5", "--seconds", "0.1"]
+
+
+@pytest.fixture
+def quick_roofs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "hetconv_kernels.profile.measure.measure_roofs", lambda *_: ROOFS["float32"]
+    )
+
+
+@pytest.mark.usefixtures("quick_roofs")
+def test_a_layer_from_the_command_line(tmp_path: Path, capsys: Capture) -> None:
+    trace = tmp_path / "t.json"
+    assert cli.main(["profile", *SMALL, "--backend", "vendor", "--trace", str(trace)]) == 0
+    text = capsys.readouterr().out
+    assert "HetConv2d on (1, 8, 5, 6)" in text
+    assert "forced" in text
+    assert trace.is_file()
+    assert cli.main(["profile", *SMALL, "--dense", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["layers"]
+    assert row["speedup"] is not None
+
+
+@pytest.mark.usefixtures("quick_roofs")
+def test_a_network_and_a_saved_file(tmp_path: Path, capsys: Capture) -> None:
+    quick = ["--rounds", "5", "--seconds", "0.1", "--json"]
+    assert cli.main(["profile", "digits_net", "--het", "2", "--optimize", *quick]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert any(la["macs"] < la["dense_macs"] for la in data["layers"])
+    pytest.importorskip("safetensors", reason="io needs the safetensors extra")
+    hk.io.save(hk.models.digits_net().eval(), tmp_path / "net.safetensors")
+    path = str(tmp_path / "net.safetensors")
+    assert cli.main(["profile", path, "--size", "8", *quick]) == 0
+    assert "(1, 1, 8, 8)" in json.loads(capsys.readouterr().out)["input"]
+
+
+@pytest.mark.parametrize("name", command.NETWORKS)
+def test_every_network_takes_the_image_it_is_said_to(name: str) -> None:
+    build, image = command.NETWORKS[name]
+    assert hk.stats.macs(build(), image) > 0
+
+
+def test_every_network_of_the_package_can_be_named() -> None:
+    constructors = {n for n in hk.models.__all__ if n.islower()}
+    assert set(command.NETWORKS) == constructors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["resnet19"], "received 'resnet19'"),
+        (["layer", "--het", "4"], "--kind het"),
+        (["gone.safetensors"], "gone.safetensors is not there"),
+        (["resnet20", "--device", "moon"], "cannot be used"),
+        (["resnet20", "--backend", "fast"], "unknown"),
+        ([*SMALL, "--proton", "p"], "expected a CUDA device"),
+    ],
+)
+@pytest.mark.usefixtures("quick_roofs")
+def test_the_command_refuses_in_one_sentence(
+    arguments: list[str], said: str, capsys: Capture
+) -> None:
+    assert cli.main(["profile", *arguments]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("hetconv: ")
+    assert said in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_ncu_lines_describe_the_same_layer(capsys: Capture) -> None:
+    options = ["--kind", "mask", "--channels", "8", "--size", "5x6", "--backend", "triton"]
+    assert cli.main(["profile", "layer", *options, "--ncu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.startswith("#") for line in lines] == [True, False, True, False]
+    for line in lines[1::2]:
+        for part in ("--profile-from-start off", "--kernel-name regex:fprop_kernel", "--size 5x6",
+                     "--device cuda", "--kind mask", "--passes 1"):  # fmt: skip
+            assert part in line
+    assert cli.main(["profile", "resnet20", "--het", "4", "--ncu"]) == 0
+    assert "--kind" not in capsys.readouterr().out
+
+
+def test_passes_only_runs(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    seen: list[int] = []
+    real = hk.nn.HetConv2d.forward
+
+    def counted(self: Any, x: torch.Tensor) -> torch.Tensor:
+        seen.append(x.shape[1])
+        return real(self, x)
+
+    monkeypatch.setattr(hk.nn.HetConv2d, "forward", counted)
+    assert cli.main(["profile", *SMALL, "--passes", "3"]) == 0
+    assert seen == [8] * 5
+    assert capsys.readouterr().out == ""
+
+
+def test_backends_without_timing() -> None:
+    found = backends_of(small(), torch.randn(1, 3, 6, 6))
+    assert list(found) == list(layers_of(small()))
+    assert found["3"] == "reference"

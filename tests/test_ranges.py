@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranges: named while on, absent while off, and one test of an attribute on the way."""
+
+from __future__ import annotations
+
+import dis
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import hetconv_kernels as hk
+from hetconv_kernels import ops, ranges
+from hetconv_kernels.errors import HetconvError
+
+
+def step(backend: str = "reference") -> None:
+    layer = hk.nn.HetConv2d(8, 16, 3, padding=1, p=4, backend=backend)
+    layer(torch.randn(2, 8, 5, 6, requires_grad=True)).sum().backward()
+
+
+def names(profiler: torch.profiler.profile) -> set[str]:
+    return {event.name for event in profiler.events() if event.name.startswith("hetconv.")}
+
+
+@pytest.mark.parametrize("backend", ["reference", "vendor"])
+def test_every_primitive_of_a_step_has_its_range(backend: str) -> None:
+    with torch.profiler.profile() as profiler, ranges.enabled():
+        step(backend)
+    shape = "2x8x5x6 -> 16 k3x3 het(p=4, blocked)"
+    expected = {f"hetconv.{verb} {backend} {shape}" for verb in ("fprop", "dgrad", "wgrad")}
+    assert names(profiler) == expected
+
+
+def test_the_sums_of_normalisation_have_one_too() -> None:
+    layer = hk.nn.HetConv2d(8, 16, 3, padding=1, p=4, bias=False)
+    geometry, x = layer._geometry, torch.randn(2, 8, 5, 6)
+    with torch.no_grad(), torch.profiler.profile() as profiler, ranges.enabled():
+        y, total, _ = ops.run_fprop_stats(x, layer.weight, geometry, None)
+    assert len(names(profiler)) == 1
+    torch.testing.assert_close(total, y.sum((0, 2, 3)), rtol=1e-4, atol=1e-4)
+
+
+def test_off_there_is_none_and_on_is_undone() -> None:
+    with pytest.raises(ZeroDivisionError), ranges.enabled():
+        print(1 / (not ranges.active))
+    assert not ranges.active
+    with torch.profiler.profile() as profiler:
+        step()
+    assert names(profiler) == set()
+
+
+@pytest.mark.parametrize("function", [ops.run_fprop, ops.run_dgrad, ops.run_wgrad])
+def test_off_a_call_pays_for_one_attribute(function: Any) -> None:
+    loads = [i for i in dis.get_instructions(function) if i.argval in ("ranges", "active")]
+    assert [i.argval for i in loads].count("active") == 1
+    before = [i.argval for i in dis.get_instructions(function) if i.offset < loads[0].offset]
+    assert "choices" in before  # it stands after the look-up, where the result is computed
+
+
+def test_nvtx_wraps_the_call_and_is_refused_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        with pytest.raises(HetconvError, match="NVTX ranges need a CUDA device"):
+            ranges.enabled(nvtx=True).__enter__()
+        assert not ranges.active
+    pushed: list[str] = []
+    fake = SimpleNamespace(range_push=pushed.append, range_pop=lambda: pushed.append("pop"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "nvtx", fake)
+    with torch.no_grad(), ranges.enabled(nvtx=True):
+        hk.nn.HetConv2d(8, 8, 1, p=2, backend="vendor")(torch.randn(1, 8, 2, 2))
+    assert len(pushed) == 2
+    assert pushed[0].startswith("hetconv.fprop vendor 1x8x2x2 -> 8 k1x1")
+    assert pushed[1] == "pop"
+
+
+@pytest.mark.parametrize(
+    ("value", "code", "said"),
+    [("profiler", 0, "True"), ("", 0, "False"), ("loud", 1, "received 'loud', expected profiler")],
+)
+def test_the_environment_turns_them_on(value: str, code: int, said: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "from hetconv_kernels import ranges; print(ranges.active)"],
+        env={"HETCONV_RANGES": value, "PYTHONPATH": ":".join(filter(None, sys.path))},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == code
+    assert said in done.stdout + done.stderr

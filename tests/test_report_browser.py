@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report in a real browser, headless Chromium: what it lays out, draws, sorts and loads."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hetconv_kernels.report import write_report
+
+COMMITTED = Path(__file__).parents[1] / "benchmarks" / "results"
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+_PROBE = """
+<script>
+const errors = [];
+addEventListener("error", (event) => errors.push(String(event.message)));
+addEventListener("securitypolicyviolation", (event) => errors.push(event.blockedURI));
+addEventListener("load", () => {
+  const column = (table, place) => [...table.tBodies[0].rows].map((r) => r.cells[place].innerText);
+  const table = document.querySelector("#layers table");
+  const head = [...table.tHead.rows[0].cells].findIndex((th) => th.innerText.startsWith("× dense"));
+  const orders = [column(table, head)];
+  for (let i = 0; i < 2; i++) {
+    table.tHead.rows[0].cells[head].querySelector("button").click();
+    orders.push(column(table, head));
+  }
+  const found = {
+    title: document.title,
+    headings: [...document.querySelectorAll("h2")].map((h) => h.innerText),
+    tables: [...document.querySelectorAll("table")].map((t) => ({
+      rows: t.tBodies[0].rows.length, height: t.getBoundingClientRect().height })),
+    lost: [...document.querySelectorAll("#layers tr.lost > th")].map((th) => ({
+      text: th.innerText, edge: getComputedStyle(th).boxShadow })),
+    figures: [...document.querySelectorAll("figure svg")].map((svg) => {
+      const box = svg.getBoundingClientRect();
+      const marks = [...svg.querySelectorAll(".mark")];
+      return { width: box.width, height: box.height, marks: marks.length,
+        drawn: marks.filter((m) => m.getBoundingClientRect().width > 0).length,
+        said: svg.querySelector("desc").textContent,
+        words: [...svg.querySelectorAll("text")].map((t) => t.textContent) };
+    }),
+    pictures: [...document.querySelectorAll("img.probe")].map((i) => i.naturalWidth),
+    loaded: performance.getEntriesByType("resource").map((r) => r.name)
+      .filter((name) => !name.startsWith("data:")),
+    wide: document.documentElement.scrollWidth - innerWidth,
+    ink: getComputedStyle(document.body).color,
+    page: getComputedStyle(document.body).backgroundColor,
+    orders, errors,
+  };
+  const out = document.createElement("pre");
+  out.id = "probe";
+  out.textContent = JSON.stringify(found);
+  document.body.append(out);
+});
+</script>
+"""
+
+
+def browser() -> str:
+    """Finds Chromium; CI must have one, elsewhere the test is skipped."""
+    found = next(filter(None, map(shutil.which, NAMES)), None)
+    if found is None:
+        reason = f"none of {', '.join(NAMES)} is installed: `make browser` installs one"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return found
+
+
+def encoded(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()
+
+
+def look(page: Path, folder: Path, *options: str) -> dict[str, Any]:
+    """Opens a page with the probe in it and returns what the probe saw."""
+    chromium = browser()
+    text = page.read_text()
+    pictures = "".join(
+        f'<img class="probe" width=9 src="data:image/png;base64,{encoded(p)}">'
+        for p in sorted(page.parent.glob("*.png"))
+    )
+    probed = page.with_name("probed.html")
+    probed.write_text(text.replace("</head>", _PROBE + "</head>").replace("</body>", pictures))
+    profile = folder / "profile"
+    command = [
+        chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-dev-shm-usage", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", f"--user-data-dir={profile}", *options,
+        "--dump-dom", probed.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    seen = re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.S)
+    assert seen, f"the page did not load: {done.stdout[-500:]}\n{done.stderr[-2000:]}"
+    return dict(json.loads(html.unescape(seen[1])))
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_report([COMMITTED], tmp_path_factory.mktemp("report"))[0]
+
+
+@pytest.fixture(scope="module")
+def seen(page: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return look(page, tmp_path_factory.mktemp("browser"), "--window-size=1200,900")
+
+
+def test_tables_and_pictures_are_there_with_a_size(page: Path, seen: dict[str, Any]) -> None:
+    data = [json.loads(file.read_text()) for file in COMMITTED.glob("*.json")]
+    rows = sum(len(one["rows"]) for one in data) + len(data)
+    assert sum(table["rows"] for table in seen["tables"]) == rows
+    assert all(table["height"] > 30 for table in seen["tables"])
+    pictures = list(page.parent.glob("*.png"))
+    assert len(seen["figures"]) == len(pictures) >= 3
+    assert all(f["width"] > 400 and f["height"] > 200 for f in seen["figures"])
+    assert len(seen["pictures"]) == len(pictures)
+    assert all(width > 800 for width in seen["pictures"])
+
+
+def test_every_layer_is_drawn_in_the_scatter_and_under_the_roof(seen: dict[str, Any]) -> None:
+    layers = {
+        file.stem: sum(row["kind"] == "layer" and "dense" in row for row in rows)
+        for file in COMMITTED.glob("*.json")
+        for rows in [json.loads(file.read_text())["rows"]]
+    }
+    for kind in ("Scatter", "Roofline"):
+        drawn = [f["drawn"] for f in seen["figures"] if f["said"].startswith(kind)]
+        assert sum(drawn) == sum(layers.values())
+    assert all(f["drawn"] == f["marks"] > 0 for f in seen["figures"])
+    assert any("y = x: all saved work is saved time" in f["words"] for f in seen["figures"])
+
+
+def test_losses_are_marked_before_the_eye(seen: dict[str, Any]) -> None:
+    lost = {entry["text"] for entry in seen["lost"]}
+    assert {"lose-stem", "lose-tiny"} <= lost
+    assert all("inset" in entry["edge"] for entry in seen["lost"])
+
+
+def test_a_heading_sorts_its_column(seen: dict[str, Any]) -> None:
+    first, up, down = ([float(text.split()[0]) for text in o] for o in seen["orders"])
+    assert sorted(first) == up != first
+    assert down == up[::-1]
+
+
+def test_it_opens_without_a_network_or_an_error(seen: dict[str, Any]) -> None:
+    assert seen["loaded"] == []
+    assert seen["errors"] == []
+    assert len(seen["headings"]) == 6
+
+
+def test_it_fits_a_telephone_and_follows_a_dark_reader(page: Path, tmp_path: Path) -> None:
+    seen = look(
+        page, tmp_path, "--window-size=500,900", "--blink-settings=preferredColorScheme=0"
+    )  # fmt: skip
+    assert seen["wide"] <= 0
+    ink, ground = (sum(map(int, re.findall(r"\d+", seen[k])[:3])) for k in ("ink", "page"))
+    assert ink > 500 > 150 > ground
