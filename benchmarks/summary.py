@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What README and docs say of the committed results, written from the files alone.
-
-Imports neither torch nor the package, so that the docs build without them.
-"""
+"""What README and docs say of the committed results, written from the files alone."""
 
 from __future__ import annotations
 
