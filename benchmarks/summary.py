@@ -215,11 +215,13 @@ def methods_table(part: str = "digits", only_papers: bool = False) -> str:
         if only_papers and not row["paper"]:
             continue
         ratio, low, high = row["speedup"]
+        dense, found = row[key]
+        quality = f"{found:.{digits}f}"
         lines.append(
             (
                 row["name"],
-                "the paper's" if row["paper"] else "ours, for hardware",
-                f"{row[key][1]:.{digits}f}",
+                "paper" if row["paper"] else "ours",
+                f"**{quality}**" if found < dense - row["tolerance"] else quality,
                 f"{row[key][0]:.{digits}f}",
                 f"{100 * row['macs_saved']:.0f} %",
                 _marked({"ratio": ratio}),

@@ -95,6 +95,21 @@ def test_every_method_of_a_part_is_in_its_table(part: str) -> None:
     assert "commit" in summary.methods_provenance(part)
 
 
+def test_a_method_that_costs_too_much_quality_is_bold() -> None:
+    bold = {
+        row["name"]
+        for row in summary.methods()["digits"]["digits"]
+        if row["test_accuracy"][1] < row["test_accuracy"][0] - row["tolerance"]
+    }
+    shown = {
+        line.split("|")[1].strip()
+        for line in summary.methods_table("digits").splitlines()
+        if line.split("|")[3].strip().startswith("**")
+    }
+    assert shown == bold
+    assert bold
+
+
 def test_the_grid_of_methods_says_what_was_saved_and_what_was_gained() -> None:
     first = summary.methods()["speed"]["speed"][0]
     cell = f"{first['speedup'][0]:.2f} of {first['macs'][0] / first['macs'][1]:.2f}"
