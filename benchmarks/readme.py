@@ -21,7 +21,7 @@ END = "<!-- /measured -->"
 def measured() -> str:
     """Composes the section: tables with their hardware, date and commit, losses included."""
     layers, prepacked = summary.results(summary.LAYERS), summary.results(summary.PREPACKED)
-    narrow, methods = summary.results(summary.NARROW), summary.methods()
+    narrow = summary.results(summary.NARROW)
     models = [
         f"`{name}.json`: {summary.provenance(data)}."
         for name, data in summary.all_results().items()
@@ -32,8 +32,10 @@ def measured() -> str:
     against = summary.span(summary.ratios(summary.PREPACKED, "prepacked"))
     held = summary.span(summary.ratios(summary.NARROW, "dense"))
     steps = {
-        kind: summary.span(summary.ratios(summary.LAYERS, "dense", training=True, kind=kind))
-        for kind in ("het", "self_group")
+        kind: summary.span(
+            summary.ratios(summary.LAYERS, "dense", training=True, kind=kind, value=value)
+        )
+        for kind, value in (("het", 4), ("self_group", 70))
     }
     parts = [
         "Layers in float32, batch 8, channels_last, in turn with every rival in one process. Times "
@@ -59,8 +61,12 @@ def measured() -> str:
         "\n".join(models),
         "Every method in its paper's form, on a small network for the digits that scikit-learn "
         "ships; it is too small for some of them to pay:",
-        summary.methods_table(only_papers=True),
-        f"{summary.provenance(methods)}.",
+        summary.methods_table("digits", only_papers=True),
+        f"{summary.methods_provenance('digits')}.",
+        "The same methods on networks of the papers' shapes, untrained, at the papers' rates: "
+        "times faster, of times fewer multiply-accumulates:",
+        summary.methods_grid(),
+        f"{summary.methods_provenance('speed')}.",
         f"{summary.right_picks()} ({summary.provenance(summary.calibration())}.)",
     ]
     return "\n\n".join(parts)

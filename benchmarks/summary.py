@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What README and docs say of the committed results, written from the files alone.
-
-Imports neither torch nor the package, so that the docs build without them.
-"""
+"""What README and docs say of the committed results, written from the files alone."""
 
 from __future__ import annotations
 
@@ -42,9 +39,10 @@ def all_results() -> dict[str, Json]:
 
 
 @cache
-def methods() -> Json:
-    """Reads the table of compression methods."""
-    return _read(HERE / "methods-digits.json")
+def methods() -> dict[str, Json]:
+    """Reads the tables of compression methods that there are, by their part."""
+    files = {part: HERE / f"methods-{part}.json" for part in ("digits", "psnr", "speed")}
+    return {part: _read(path) for part, path in files.items() if path.exists()}
 
 
 @cache
@@ -200,28 +198,87 @@ def networks() -> str:
     return table.markdown(header, lines)
 
 
-def methods_table(only_papers: bool = False) -> str:
-    """Lays out the compression methods on the digits, losses included."""
-    header = (
-        "method", "form", "test accuracy", "of dense", "fewer MACs", "times faster", "interval",
-    )  # fmt: skip
+def methods_table(part: str = "digits", only_papers: bool = False) -> str:
+    """Lays out a table of methods, losses included.
+
+    Args:
+        part: ``"digits"`` or ``"psnr"``, which have a quality, or ``"speed"``.
+        only_papers: leaves out the forms that are ours.
+    """
+    if part == "speed":
+        return _methods_speed()
+    key, name = ("test_psnr", "PSNR, dB") if part == "psnr" else ("test_accuracy", "test accuracy")
+    digits = 2 if part == "psnr" else 3
+    header = ("method", "form", name, "of dense", "fewer MACs", "times faster", "interval")
     lines = []
-    for row in methods()["digits"]:
+    for row in methods()[part][part]:
         if only_papers and not row["paper"]:
             continue
         ratio, low, high = row["speedup"]
+        dense, found = row[key]
+        quality = f"{found:.{digits}f}"
         lines.append(
             (
                 row["name"],
-                "the paper's" if row["paper"] else "ours, for hardware",
-                f"{row['test_accuracy'][1]:.3f}",
-                f"{row['test_accuracy'][0]:.3f}",
+                "paper" if row["paper"] else "ours",
+                f"**{quality}**" if found < dense - row["tolerance"] else quality,
+                f"{row[key][0]:.{digits}f}",
                 f"{100 * row['macs_saved']:.0f} %",
                 _marked({"ratio": ratio}),
                 f"{low:.2f} to {high:.2f}",
             )
         )
     return table.markdown(header, lines, text=2)
+
+
+def _methods_speed() -> str:
+    header = ("network", "method", "times fewer MACs", "times faster", "interval")
+    lines = []
+    for row in methods()["speed"]["speed"]:
+        ratio, low, high = row["speedup"]
+        fewer = row["macs"][0] / row["macs"][1]
+        interval = f"{low:.2f} to {high:.2f}"
+        lines.append(
+            (row["network"], row["name"], f"{fewer:.2f}", _marked({"ratio": ratio}), interval)
+        )
+    return table.markdown(header, lines, text=2)
+
+
+def methods_grid() -> str:
+    """Lays out the speed of the methods, a line a method, a column a network."""
+    rows = methods()["speed"]["speed"]
+    networks_seen = list(dict.fromkeys(row["network"] for row in rows))
+    cells = {
+        (row["name"], row["network"]): f"{_marked({'ratio': row['speedup'][0]})} of "
+        f"{row['macs'][0] / row['macs'][1]:.2f}"
+        for row in rows
+    }
+    names = dict.fromkeys(name for name, _ in cells)
+    lines = [[name, *(cells.get((name, one), "") for one in networks_seen)] for name in names]
+    return table.markdown(["method", *networks_seen], lines)
+
+
+def methods_provenance(part: str) -> str:
+    """Says what a table of methods was measured on; its lines may be of several commits."""
+    data = methods()[part]
+    places = [data | {"environment": row.get("environment", data["environment"])}
+              for row in data[part]]  # fmt: skip
+    return "; ".join(dict.fromkeys(map(provenance, places)))
+
+
+def training_networks() -> str:
+    """Lays out training steps of whole networks."""
+    header = ("network", "dense", "interval", "composition")
+    lines = []
+    for data in all_results().values():
+        for row in data["rows"]:
+            if row["kind"] == "training":
+                case, found = row["case"], row.get("dense")
+                name = f"{case['name']}, {case['n']} images of {case['size']}²"
+                interval = f"{found['low']:.2f} to {found['high']:.2f}" if found else ""
+                ratio = _marked(found) if found else "MISMATCH"
+                lines.append((name, ratio, interval, _marked(row.get("composition"))))
+    return table.markdown(header, lines) if lines else "None is committed yet."
 
 
 def right_picks() -> str:
@@ -247,11 +304,11 @@ def ratios(name: str, rival: str, **case: object) -> list[float]:
     Args:
         name: of the file.
         rival: such as ``"dense"``.
-        **case: leaves out rows whose case has other values; ``kind`` is that of the Support.
+        **case: leaves out rows whose case, or Support, has other values.
     """
     found = []
     for row in results(name)["rows"]:
-        facts = row["case"] | {"kind": row["case"]["support"]["kind"]}
+        facts = row["case"] | row["case"]["support"]
         if row.get(rival) and all(facts[key] == value for key, value in case.items()):
             found.append(row[rival]["ratio"])
     return found

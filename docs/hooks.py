@@ -52,17 +52,33 @@ def other_results() -> str:
     lines = [
         f"- `{name}.json`, {len(data['rows'])} rows: {summary.provenance(data)}."
         for name, data in summary.all_results().items()
-        if name not in shown and not any(row["kind"] == "model" for row in data["rows"])
+        if name not in shown
+        and not any(row["kind"] in ("model", "training") for row in data["rows"])
     ]
     return "\n".join(lines) or "There are no others."
 
 
 def network_files() -> str:
-    """Says what each network was measured on."""
+    """Says what each network was measured on, and its training."""
     return "\n".join(
         f"- `{name}.json`: {summary.provenance(data)}."
         for name, data in summary.all_results().items()
-        if any(row["kind"] == "model" for row in data["rows"])
+        if any(row["kind"] in ("model", "training") for row in data["rows"])
+    )
+
+
+def more_methods() -> str:
+    """Lays out the tables of methods beyond that of the digits, as far as they are committed."""
+    titles = {
+        "psnr": "A small denoiser on the two photographs that scikit-learn ships: PSNR on the one "
+        "that training has not seen.",
+        "speed": "Networks of the papers' shapes, untrained, compressed to the papers' rates: time "
+        "alone.",
+    }
+    return "\n\n".join(
+        f"{title}\n\n{summary.methods_table(part)}\n\n*{summary.methods_provenance(part)}.*"
+        for part, title in titles.items()
+        if part in summary.methods()
     )
 
 
@@ -112,15 +128,17 @@ MADE: dict[str, Callable[..., str]] = {
     "grid": summary.grid,
     "losses": summary.losses,
     "methods": summary.methods_table,
+    "more-methods": more_methods,
     "network-files": network_files,
     "networks": summary.networks,
     "other-results": other_results,
     "provenance": lambda name: f"*{summary.provenance(summary.results(name))}.*",
-    "provenance-of-methods": lambda: f"*{summary.provenance(summary.methods())}.*",
+    "provenance-of-methods": lambda part: f"*{summary.methods_provenance(part)}.*",
     "right-picks": lambda: (
         f"{summary.right_picks()} (*{summary.provenance(summary.calibration())}.*)"
     ),
     "training": summary.training,
+    "training-networks": summary.training_networks,
 }
 
 

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -87,12 +85,57 @@ def test_a_table_in_markdown() -> None:
     assert text.splitlines() == ["| a | b |", "| --- | --: |", "| x | 1 |"]
 
 
-def test_it_needs_neither_torch_nor_the_package() -> None:
-    code = (
-        "import sys; from benchmarks import readme; readme.measured();"
-        "print({'torch', 'hetconv_kernels'} & set(sys.modules))"
+@pytest.mark.parametrize("part", summary.methods())
+def test_every_method_of_a_part_is_in_its_table(part: str) -> None:
+    shown = summary.methods_table(part)
+    for row in summary.methods()[part][part]:
+        assert f"| {row['name']} |" in shown
+        ratio = f"{row['speedup'][0]:.2f}"
+        assert (f"**{ratio}**" if row["speedup"][0] < 1 else f"| {ratio} |") in shown
+    assert "commit" in summary.methods_provenance(part)
+
+
+def test_a_method_that_costs_too_much_quality_is_bold() -> None:
+    bold = {
+        row["name"]
+        for row in summary.methods()["digits"]["digits"]
+        if row["test_accuracy"][1] < row["test_accuracy"][0] - row["tolerance"]
+    }
+    shown = {
+        line.split("|")[1].strip()
+        for line in summary.methods_table("digits").splitlines()
+        if line.split("|")[3].strip().startswith("**")
+    }
+    assert shown == bold
+    assert bold
+
+
+def test_the_grid_of_methods_says_what_was_saved_and_what_was_gained() -> None:
+    first = summary.methods()["speed"]["speed"][0]
+    cell = f"{first['speedup'][0]:.2f} of {first['macs'][0] / first['macs'][1]:.2f}"
+    line = next(
+        x for x in summary.methods_grid().splitlines() if x.startswith("| " + first["name"])
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.stdout.strip() == "set()", done.stderr
+    assert cell in line
+
+
+def test_ratios_are_those_of_the_rows_that_are_asked_for() -> None:
+    rows = summary.results(summary.LAYERS)["rows"]
+    wanted = [
+        row["dense"]["ratio"]
+        for row in rows
+        if row["case"]["training"] and row["case"]["support"]["kind"] == "het"
+    ]
+    assert wanted
+    assert summary.ratios(summary.LAYERS, "dense", training=True, kind="het", value=4) == wanted
+    assert summary.ratios(summary.LAYERS, "dense", training=True, kind="none") == []
+
+
+def test_no_training_step_of_a_network_is_invented() -> None:
+    found = [
+        row
+        for data in summary.all_results().values()
+        for row in data["rows"]
+        if row["kind"] == "training"
+    ]
+    assert summary.training_networks().count("images of") == len(found)
