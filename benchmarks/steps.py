@@ -104,7 +104,7 @@ def step(network: nn.Module, x: Tensor, memory_format: torch.memory_format) -> C
 
 def _passed(network: Any, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     network = network.to(dtype)
-    x = x.to(dtype).requires_grad_()
+    x = x.detach().to(dtype, copy=True).requires_grad_()
     y = network(x)
     y.square().mean().backward()
     return {"y": y.detach(), "dx": x.grad, **dict(_gradients(network))}
