@@ -152,10 +152,10 @@ def _change(name: str, old: Json, new: Json, tolerance: float) -> Change:
     if changed:
         return Change(name, _median(old), _median(new), None, None, changed)
     ours = _between(*(_samples(row) for row in (old, new)))
+    a, b = _beside_dense(old), _beside_dense(new)
     beside = None
-    if "dense" in old and "dense" in new:
-        a, b = old["dense"], new["dense"]  # how many times longer dense takes
-        beside = Interval(b["ratio"] / a["ratio"], b["low"] / a["high"], b["high"] / a["low"])
+    if a is not None and b is not None:
+        beside = Interval(b.value / a.value, b.low / a.high, b.high / a.low)
     verdict = _verdict(ours, beside, tolerance)
     return Change(name, _median(old), _median(new), ours, beside, verdict)
 
@@ -190,6 +190,18 @@ def _verdict(ours: Interval, beside: Interval | None, tolerance: float) -> str:
 def _between(old: Sequence[float], new: Sequence[float]) -> Interval:
     a, b = (median_interval(samples, _CONFIDENCE) for samples in (old, new))
     return Interval(a.value / b.value, a.low / b.high, a.high / b.low)
+
+
+def _beside_dense(row: Json) -> Interval | None:
+    """Returns how many times longer than ours the dense form that ran beside it took."""
+    if "dense" in row:
+        return Interval(row["dense"]["ratio"], row["dense"]["low"], row["dense"]["high"])
+    variants = _timings(row)["variants"]
+    if "dense" not in variants:
+        return None
+    pairs = zip(variants["dense"]["samples_s"], variants[_OURS]["samples_s"], strict=True)
+    found = median_interval([dense / ours for dense, ours in pairs], _CONFIDENCE)
+    return Interval(found.value, found.low, found.high)
 
 
 def _timings(row: Json) -> Json:

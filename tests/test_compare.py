@@ -82,6 +82,16 @@ def test_wide_intervals_hide_nothing_and_accuse_nobody(old: Json) -> None:
     assert compare.compare(old, new, 0.05)[0].verdict != "slower"
 
 
+def test_dispatch_is_compared_beside_dense_too() -> None:
+    old = json.loads((RESULTS / "dispatch-full.json").read_text())
+    for factors, verdict in (((1.6, 1.6), "drift"), ((1.6, 1.0), "slower")):
+        new = copy.deepcopy(old)
+        for name, factor in zip(("ours", "dense"), factors, strict=True):
+            variant = new["rows"][0]["timings"]["variants"][name]
+            variant["samples_s"] = [s * factor for s in variant["samples_s"]]
+        assert compare.compare(old, new, 0.05)[0].verdict == verdict
+
+
 def test_a_wrong_result_fails_and_a_right_one_does_not(tmp_path: Path, old: Json) -> None:
     new = copy.deepcopy(old)
     row = new["rows"][0]
