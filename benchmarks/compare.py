@@ -11,9 +11,11 @@ two ratios are given for each case, old over new, above 1 for faster now: of our
 time as a multiple of the fastest dense form that ran beside it, which such a drift hardly touches.
 A case counts as slower only when the whole interval of both lies below 1 by more than the
 tolerance; the intervals are those of medians, combined so that nothing of the samples is assumed.
+Where dense itself took more than a quarter longer or shorter, the machine was another one in effect:
+the case is called unsteady, and has to be measured again.
 
 Exit status: 0 nothing became slower, 1 something did or gives wrong results now, 2 the files cannot
-be compared.
+be compared, or unsteady cases have to be measured again.
 """
 
 from __future__ import annotations
@@ -38,6 +40,8 @@ VERSIONS = ("torch", "python", "cuda", "cudnn")
 # Each of the two medians at this confidence: their ratio's interval then has 95 % at least.
 _CONFIDENCE = 0.975
 _OURS = "ours"
+# How many times longer or shorter dense may take before a case cannot be judged.
+_STEADY = 1.25
 
 
 class IncomparableError(Exception):
@@ -66,8 +70,8 @@ class Change:
         new_s: in the new one.
         ours: ratio of our times.
         beside_dense: ratio of our times as multiples of dense; None where no dense ran.
-        verdict: ``faster``, ``slower``, ``drift``, ``same``, ``wrong``, ``right again``, or why the
-            case cannot be compared.
+        verdict: ``faster``, ``slower``, ``unsteady``, ``drift``, ``same``, ``wrong``, ``right
+            again``, or why the case cannot be compared.
     """
 
     name: str
@@ -157,6 +161,9 @@ def _change(name: str, old: Json, new: Json, tolerance: float) -> Change:
     if a is not None and b is not None:
         beside = Interval(b.value / a.value, b.low / a.high, b.high / a.low)
     verdict = _verdict(ours, beside, tolerance)
+    if verdict in ("slower", "faster") and beside is not None:
+        dense = beside.value / ours.value  # how many times longer dense takes now
+        verdict = verdict if 1 / _STEADY <= dense <= _STEADY else "unsteady"
     return Change(name, _median(old), _median(new), ours, beside, verdict)
 
 
@@ -222,7 +229,7 @@ def _median(row: Json) -> float | None:
 def table(changes: Sequence[Change]) -> list[str]:
     """Lays out the changes, the slower ones last, where a terminal shows them."""
     header = ("case", "verdict", "old µs", "new µs", "faster now", "beside dense", " ")
-    order = {"slower": 2, "wrong": 2, "faster": 1}
+    order = {"slower": 3, "wrong": 3, "unsteady": 2, "faster": 1}
     lines = [
         (
             c.name,
@@ -276,12 +283,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for difference in (*machines, *differences(old, new, VERSIONS)):
         print(f"WARNING: {difference}. A change may come from this and not from the code.")
     counts = {v: sum(c.verdict == v for c in changes) for v in ("faster", "slower", "wrong")}
+    unsteady = sum(c.verdict == "unsteady" for c in changes)
     drifted = sum(c.verdict == "drift" for c in changes)
     print(
         f"{len(changes)} cases: {counts['faster']} faster, {counts['slower']} slower, "
         f"{counts['wrong']} wrong now, {drifted} whose time changed but not beside dense."
     )
-    return int(any(change.failed for change in changes))
+    if any(change.failed for change in changes):
+        return 1
+    if unsteady:
+        print(f"{unsteady} cases are unsteady: the machine was slower or faster; measure again.")
+    return 2 if unsteady else 0
 
 
 if __name__ == "__main__":

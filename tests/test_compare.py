@@ -51,6 +51,8 @@ def run(tmp_path: Path, old: Json, new: Json, *options: str) -> int:
         (1.5, 1.0, "slower", 1),
         (0.5, 1.0, "faster", 0),
         (1.5, 1.5, "drift", 0),
+        (2.0, 1.4, "unsteady", 2),
+        (0.5, 0.7, "unsteady", 2),
         (1.02, 1.0, "same", 0),
     ],
 )
