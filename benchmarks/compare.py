@@ -11,8 +11,8 @@ two ratios are given for each case, old over new, above 1 for faster now: of our
 time as a multiple of the fastest dense form that ran beside it, which such a drift hardly touches.
 A case counts as slower only when the whole interval of both lies below 1 by more than the
 tolerance; the intervals are those of medians, combined so that nothing of the samples is assumed.
-Where dense itself took more than a quarter longer or shorter, the machine was another one in effect:
-the case is called unsteady, and has to be measured again.
+Where dense itself took more than a quarter longer or shorter, the machine was another one in
+effect: the case is called unsteady, and has to be measured again.
 
 Exit status: 0 nothing became slower, 1 something did or gives wrong results now, 2 the files cannot
 be compared, or unsteady cases have to be measured again.
