@@ -39,7 +39,7 @@ def build(case: NetworkCase) -> dict[str, nn.Module]:
     """Builds the network dense, ours and as a composition, on the same seeded weights."""
     torch.manual_seed(0)
     dense = BUILDERS[case.network]().train()
-    ours = converted(case, dense)
+    ours = converted(case, copy.deepcopy(dense))  # in place otherwise
     return {"dense": dense, "ours": ours, "composition": composed(case, ours)}
 
 
