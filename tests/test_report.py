@@ -175,12 +175,14 @@ def test_every_row_is_in_the_table_and_losses_are_marked() -> None:
     assert 'class="lost"' in lines["bad"]
     assert "2 missed" in lines["bad"]
     assert "▼ slower" in lines["bad"]
-    assert "▼ slower, as expected" in lines["known"]
+    assert "▼ slower (expected)" in lines["known"]
     assert "≈ the same" in lines["same"]
     assert "href" not in lines["same"]
     assert "✕ wrong result" in lines["wrong"]
     cells = {len(re.findall(r"<t[hd][ >]", line)) for line in lines.values()}
     assert cells == {len(re.findall("<button", text))}
+    assert "× composition" in text
+    assert "× prepacked" not in text  # no row has one
 
 
 def test_networks_and_dispatch_have_whole_lines() -> None:
