@@ -9,7 +9,8 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env test browser demo bench gpu lint format types aot sanitize sanitize-python clean
+.PHONY: help env test browser demo bench gpu docs dist lint format types aot sanitize \
+	sanitize-python clean
 
 VENV := .venv
 PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,$(shell \
@@ -101,6 +102,18 @@ gpu-sanitize-run: inplace
 	        || exit 1; \
 	done
 
+docs: $(ENV) $(if $(filter inplace,$(ENV)),,$(VENV)/.docs) ## Build the documentation in site/
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+	@echo "Open site/index.html; its search wants a server: $(PY) -m http.server -d site"
+
+# The wheel is built from the source distribution, so that what is missing in that shows.
+dist: $(ENV) ## Build the source distribution and the wheel in dist/, and check the wheel
+	rm -rf dist *.egg-info
+	$(PY) setup.py --quiet sdist --dist-dir dist
+	$(PY) -m pip --disable-pip-version-check wheel --quiet --no-deps --no-build-isolation \
+	    --wheel-dir dist dist/*.tar.gz
+	$(PY) .ci/wheel.py dist/*.whl
+
 lint: $(ENV) ## Check style: ruff, and clang-format for csrc
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -141,7 +154,7 @@ sanitize-python: $(ENV)
 	    $(PY) -P -m pytest $(or $(ARGS),$(wildcard tests/test_cpu*.py))
 
 clean: ## Remove .venv and everything that was built
-	rm -rf $(VENV) build dist *.egg-info hetconv_kernels/*.so hetconv_kernels/_build.json
+	rm -rf $(VENV) build dist site *.egg-info hetconv_kernels/*.so hetconv_kernels/_build.json
 
 $(VENV)/bin/python:
 	@if [ -z "$(PYTHON)" ]; then \
@@ -161,6 +174,10 @@ $(VENV)/.packages: pyproject.toml constraints/common.txt constraints/$(TORCH).tx
 	        exit 1; }
 	$(PIP) -c constraints/$(TORCH).txt '$(TORCH_PIN)' setuptools wheel pybind11
 	HETCONV_BUILD=none $(PIP) -c constraints/$(TORCH).txt --no-build-isolation -e '.[dev,demo]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.packages
+	HETCONV_BUILD=none $(PIP) -c constraints/$(TORCH).txt --no-build-isolation -e '.[docs]'
 	@touch $@
 
 # No stamp while a part is missing, so that installing a compiler is enough to get it.

@@ -3,14 +3,19 @@
 
 A part is a folder of csrc with its own flags. Every source becomes one object, an ``isa_<name>``
 source with the vector instructions of its name, so that one binary runs on every processor and
-picks its kernels at run time. What was built, and why something was not, is written to
-``hetconv_kernels/_build.json``, which ``hetconv info`` prints.
+picks its kernels at run time; nvcc puts the kernels of all GPU generations into one binary
+likewise. What was built, and why something was not, is written to ``hetconv_kernels/_build.json``,
+which ``hetconv info`` prints.
 
 Environment:
     HETCONV_BUILD: ``auto`` (default) builds what it can, ``none`` builds nothing, ``require`` makes
-        a part that does not build an error.
+        a part that does not build an error. A machine without nvcc is none, unless the next
+        variable names architectures.
+    HETCONV_CUDA_ARCHS: ``all`` (default) or ``none``; ``native`` for the GPUs of this machine; or
+        a list out of `ARCHITECTURES`, as ``80,90a``.
     MAX_JOBS: the number of compilers that run at once; by default limited by cores and memory.
     CXX, CXXFLAGS, LDFLAGS: as everywhere.
+    NVCC, CUDA_HOME: nvcc itself, or the toolkit that has it; else the one on the path.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -37,10 +43,20 @@ MODES = ("auto", "none", "require")
 GIB_PER_JOB = 2  # a source with pybind11 or many templates needs 1 to 1.5 GiB
 AVX2 = "-mavx2 -mfma -mf16c"
 X86 = platform.machine() in ("x86_64", "AMD64")
+# GPU generations that the CUDA part is built for; the newest also as PTX, for those to come.
+ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 
 
 class PartError(Exception):
     """A compiled part cannot be built here; the message is the sentence that the user reads."""
+
+
+class AbsentError(PartError):
+    """It is not wanted, or there is nothing to build it with: a state, not a failure."""
+
+
+class NoCompilerError(AbsentError):
+    """There is nothing to build it with."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +70,7 @@ class Part:
         flags: compiler flags of every source.
         isa_flags: more flags for a source called ``isa_<key>.cpp``; x86-64 only.
         link_flags: linker flags.
+        cuda: whether nvcc compiles and links it.
     """
 
     module: str
@@ -62,13 +79,15 @@ class Part:
     flags: str
     isa_flags: dict[str, str]
     link_flags: str
+    cuda: bool = False
 
     @property
     def name(self) -> str:
         return f"{PACKAGE}.{self.module}"
 
     def sources(self) -> list[Path]:
-        return sorted((ROOT / self.folder).glob("*.cpp"))
+        suffixes = (".cpp", ".cu") if self.cuda else (".cpp",)
+        return sorted(p for p in (ROOT / self.folder).glob("*") if p.suffix in suffixes)
 
     def headers(self) -> list[Path]:
         return sorted((ROOT / self.folder).rglob("*.h"))
@@ -76,6 +95,13 @@ class Part:
     def extra_flags(self, source: Path) -> str:
         isa = source.stem.removeprefix("isa_")
         return self.isa_flags.get(isa, "") if X86 and isa != source.stem else ""
+
+    def digest(self) -> str:
+        """Names the sources by their contents."""
+        digest = hashlib.sha256(self.flags.encode())
+        for path in (*self.sources(), *self.headers()):
+            digest.update(path.name.encode() + path.read_bytes())
+        return digest.hexdigest()[:16]
 
 
 PARTS = (
@@ -97,6 +123,16 @@ PARTS = (
         # By its plain soname, so that a process which also has torch runs one OpenMP, not two.
         link_flags="-fopenmp",
     ),
+    Part(
+        module="_cuda",
+        folder="csrc/cuda",
+        without="the backend 'cuda' is absent and other backends serve every layer on a GPU",
+        flags="-std=c++17 -O3 -Xcompiler=-fvisibility=hidden,-Wall,-Wextra",
+        isa_flags={},
+        # The runtime goes in; the driver is found at run time, so that any machine can import it.
+        link_flags="-cudart=static",
+        cuda=True,
+    ),
 )
 
 
@@ -105,6 +141,10 @@ def mode() -> str:
     if value not in MODES:
         raise SystemExit(f"HETCONV_BUILD: received {value!r}, expected one of {', '.join(MODES)}.")
     return value
+
+
+def wish() -> str:
+    return os.environ.get("HETCONV_CUDA_ARCHS") or "all"
 
 
 def jobs() -> int:
@@ -143,6 +183,116 @@ def includes() -> tuple[list[str], str]:
     return folders, pybind11.__version__
 
 
+def nvcc() -> str:
+    """Returns the command of nvcc: NVCC where it is set, else that of CUDA_HOME, else the path's.
+
+    Raises:
+        NoCompilerError: there is none.
+    """
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    places = [f"{home}/bin/nvcc" for home in (*homes, "/usr/local/cuda") if home]
+    places.insert(len(places) - 1, "nvcc")
+    named = os.environ.get("NVCC")
+    found = next(filter(None, map(shutil.which, [named] if named else places)), None)
+    if found is None:
+        where = f"{named!r}, which NVCC names," if named else "nvcc"
+        raise NoCompilerError(f"{where} was not found (install the CUDA toolkit, or set NVCC)")
+    return found
+
+
+def architectures(compiler: str) -> list[str]:
+    """Returns what to build for: what HETCONV_CUDA_ARCHS says, as far as this nvcc knows it.
+
+    Raises:
+        PartError: an architecture that was named is not one of `ARCHITECTURES`.
+    """
+    wanted = wish().replace(",", " ").split()
+    if wanted == ["native"]:
+        wanted = native_architectures() or ["all"]
+    if wanted != ["all"]:
+        unknown = [name for name in wanted if name not in ARCHITECTURES]
+        if unknown or not wanted:
+            raise PartError(
+                f"HETCONV_CUDA_ARCHS: received {' '.join(unknown) or 'nothing'}, expected all, "
+                f"native, none or some of {', '.join(ARCHITECTURES)}"
+            )
+        return [name for name in ARCHITECTURES if name in wanted]
+    listing = [compiler, "--list-gpu-code"]
+    known = subprocess.run(listing, capture_output=True, text=True, check=False).stdout.split()
+    return [name for name in ARCHITECTURES if f"sm_{name.rstrip('a')}" in known]
+
+
+def native_architectures() -> list[str]:
+    """Lists what suits the GPUs of this machine; nothing where nvidia-smi names none."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return []
+    query = [smi, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    said = subprocess.run(query, capture_output=True, text=True, check=False).stdout
+    suited = set()
+    for gpu in re.findall(r"^(\d+)\.(\d)$", said, re.M):
+        number = int("".join(gpu))
+        older = [a for a in ARCHITECTURES if 0 <= number - int(a.rstrip("a")) <= number % 10]
+        suited.update(older[-1:])
+    return sorted(suited)
+
+
+def code_flags(names: list[str]) -> list[str]:
+    """Returns nvcc's flags for these architectures: machine code of each, PTX of the newest."""
+    flags = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
+    ptx = f"compute_{ARCHITECTURES[-1]}"
+    return flags + [f"-gencode=arch={ptx},code={ptx}"] * (ARCHITECTURES[-1] in names)
+
+
+def through_nvcc(flags: list[str]) -> list[str]:
+    """Returns flags of the host's compiler as nvcc passes them on."""
+    return ["-Xcompiler=" + flag.replace(",", r"\,") for flag in flags]
+
+
+@dataclass(frozen=True)
+class Commands:
+    """How a part is compiled and linked here (libraries come last), and what is recorded of it."""
+
+    compile: list[str]
+    link: list[str]
+    libraries: list[str]
+    facts: dict[str, object]
+
+
+def commands(part: Part) -> Commands:
+    """Finds the compilers of a part.
+
+    Raises:
+        PartError: one is missing.
+    """
+    if part.cuda and wish() == "none":
+        raise AbsentError("HETCONV_CUDA_ARCHS=none leaves it out")
+    tool = cxx = compiler()
+    folders, pybind11_version = includes()
+    user, link_user = (shlex.split(os.environ.get(n, "")) for n in ("CXXFLAGS", "LDFLAGS"))
+    facts: dict[str, object] = {"compiler": first_line(cxx), "pybind11": pybind11_version}
+    flags = ["-fPIC", *user]
+    if part.cuda:
+        tool = [nvcc()]
+        names = architectures(tool[0])
+        if os.environ.get("CXX"):
+            tool += [f"-ccbin={cxx[0]}", *through_nvcc(cxx[1:])]
+        flags = [*through_nvcc(flags), *code_flags(names)]
+        flags.append(f"-DHETCONV_ARCHITECTURES={'_'.join(names)}")  # nvcc cuts at commas
+        link_user = through_nvcc(link_user)
+        facts |= {"nvcc": first_line(tool, "release"), "architectures": names}
+    facts |= {"flags": " ".join([part.flags, *user]), "sources": part.digest()}
+    common = [*tool, "-DNDEBUG", *(f"-I{folder}" for folder in folders), *part.flags.split()]
+    libraries = [*part.link_flags.split(), *link_user]
+    return Commands([*common, *flags], [*tool, "-shared"], libraries, facts)
+
+
+def first_line(command: list[str], word: str = "") -> str:
+    """Returns the line of a compiler's version that has a word in it."""
+    said = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
+    return next((line.strip() for line in said.stdout.splitlines() if word in line), "unknown")
+
+
 def run(command: list[str], what: str) -> None:
     """Runs one compiler or linker command; its warnings and errors go to the terminal."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -150,7 +300,8 @@ def run(command: list[str], what: str) -> None:
     if said:
         print(f"{' '.join(command)}\n{said}", file=sys.stderr, flush=True)
     if done.returncode:
-        raise PartError(f"{command[0]} did not accept {what} (its messages are above)")
+        reason = next((line for line in said.splitlines() if "error" in line.lower()), "no message")
+        raise PartError(f"{command[0]} did not accept {what}: {reason.strip()[:300]}")
 
 
 class BuildParts(build_ext):
@@ -158,12 +309,14 @@ class BuildParts(build_ext):
 
     def run(self) -> None:
         self.record: dict[str, dict[str, object]] = {}
-        inplace = self.inplace  # setuptools clears it while it runs and copies afterwards
+        self.in_tree = self.inplace  # setuptools clears it while it runs and copies afterwards
         super().run()
-        folder = ROOT / PACKAGE if inplace else Path(self.build_lib, PACKAGE)
+        folder = ROOT / PACKAGE if self.in_tree else Path(self.build_lib, PACKAGE)
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"python": platform.python_version(), "parts": self.record}, indent=2)
-        (folder / "_build.json").write_text(text + "\n")
+        built = sorted(name[1:] for name, part in self.record.items() if part["built"])
+        state = " and ".join(built) or "nothing compiled"
+        facts = {"python": platform.python_version(), "state": state, "parts": self.record}
+        (folder / "_build.json").write_text(json.dumps(facts, indent=2) + "\n")
 
     def build_extension(self, ext: Extension) -> None:
         part = next(part for part in PARTS if part.name == ext.name)
@@ -171,49 +324,58 @@ class BuildParts(build_ext):
         try:
             self.record[part.module] = {"built": True, **self.build_part(part, target)}
         except PartError as error:
+            there = ROOT / PACKAGE / target.name
+            before = self.recorded(part) if self.in_tree and there.exists() else {}
+            if isinstance(error, NoCompilerError) and before.get("sources") == part.digest():
+                self.record[part.module] = before  # it came with the tree, built of these sources
+                return
             # An older binary of a source that no longer compiles would be loaded in its stead.
-            for stale in (target, ROOT / PACKAGE / target.name):
+            for stale in (target, there) if self.in_tree else (target,):
                 stale.unlink(missing_ok=True)
             self.record[part.module] = {"built": False, "reason": str(error)}
             sentence = f"{part.name} was not built: {error}. Without it {part.without}."
-            if mode() == "require":
+            named = wish() not in ("all", "native", "none")
+            if mode() == "require" and (named or not isinstance(error, AbsentError)):
                 raise SystemExit(sentence) from error
             print(sentence, file=sys.stderr, flush=True)
 
+    def recorded(self, part: Part) -> dict[str, object]:
+        """Returns what the tree's record says of a part."""
+        try:
+            facts = json.loads((ROOT / PACKAGE / "_build.json").read_text())
+            return dict(facts["parts"][part.module])
+        except (OSError, ValueError, KeyError):
+            return {}
+
     def build_part(self, part: Part, target: Path) -> dict[str, object]:
-        cxx = compiler()
-        folders, pybind11_version = includes()
-        user = shlex.split(os.environ.get("CXXFLAGS", ""))
-        common = [*cxx, "-fPIC", "-DNDEBUG", *(f"-I{folder}" for folder in folders)]
-        common += part.flags.split()
+        found, folder = commands(part), Path(self.build_temp, part.module)
+        folder.mkdir(parents=True, exist_ok=True)
 
         def compile_one(source: Path) -> Path:
-            command = [*common, *part.extra_flags(source).split(), *user]
+            command = [*found.compile, *part.extra_flags(source).split()]
             key = hashlib.sha256(" ".join(command).encode()).hexdigest()[:8]
-            unit = Path(self.build_temp, part.module, f"{source.stem}-{key}.o")
+            unit = folder / f"{source.stem}-{key}.o"
             newest = max(path.stat().st_mtime for path in (source, *part.headers()))
             if self.force or not unit.exists() or unit.stat().st_mtime < newest:
-                unit.parent.mkdir(parents=True, exist_ok=True)
-                run([*command, "-c", str(source), "-o", str(unit)], source.name)
+                threads = [f"--threads={jobs()}"] if source.suffix == ".cu" else []
+                # Whole or not at all: a compiler that is stopped leaves no object to be trusted.
+                half = unit.with_suffix(".part.o")
+                run([*command, *threads, "-c", str(source), "-o", str(half)], source.name)
+                half.replace(unit)
             return unit
 
         with ThreadPoolExecutor(jobs()) as pool:
             units = list(pool.map(compile_one, part.sources()))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        link = [*cxx, "-shared", *map(str, units), *part.link_flags.split()]
-        link += shlex.split(os.environ.get("LDFLAGS", ""))
-        run([*link, "-o", str(target)], target.name)
-        said = subprocess.run([*cxx, "--version"], capture_output=True, text=True, check=False)
-        return {
-            "compiler": said.stdout.partition("\n")[0],
-            "pybind11": pybind11_version,
-            "flags": " ".join([part.flags, *user]),
-            "source_flags": {
-                source.stem: part.extra_flags(source)
-                for source in part.sources()
-                if part.extra_flags(source)
-            },
-        }
+        link = [*found.link, *map(str, units), *found.libraries]
+        linked = folder / "linked.txt"  # by which command the binary was made
+        last = max(unit.stat().st_mtime for unit in units)
+        same = linked.exists() and linked.read_text() == " ".join(link)
+        if self.force or not (same and target.exists() and target.stat().st_mtime >= last):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            run([*link, "-o", str(target)], target.name)
+            linked.write_text(" ".join(link))
+        special = {s.stem: part.extra_flags(s) for s in part.sources() if part.extra_flags(s)}
+        return found.facts | ({"source_flags": special} if special else {})
 
 
 def extensions() -> list[Extension]:
@@ -227,4 +389,5 @@ def extensions() -> list[Extension]:
     ]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildParts})
+if __name__ == "__main__":  # tests import this file
+    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildParts})

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The three primitives on a GPU, one by one, against cuDNN and against compositions.
 
-    python -m benchmarks.primitives [--full] [--shard I/N] [--backend triton] [--seconds S]
+    python -m benchmarks.primitives [--full] [--shard I/N] [--backend triton] [--budget S]
 
-Each row is checked against float64 on the first and last image before it is timed: cold L2 by
-rotating buffers, CUDA-graph replays, variants in turns. Rows are written as they finish, and a run
-that was cut short goes on where it stopped; the table comes last. Without ``--full``: 6 shapes ×
-batch 128 × fprop, dgrad, wgrad × four Supports, in bf16.
+Each row is checked against float64 (the first and last image; of wgrad some filters) before it is
+timed: cold L2 by rotating buffers, CUDA-graph replays, variants in turns. Rows are written as they
+finish, and a run that was cut short goes on where it stopped; the table comes last. Without
+``--full``: 6 shapes × batch 128 × fprop, dgrad, wgrad × four Supports, in bf16, and training steps
+of HetConv with p=4.
 """
 
 from __future__ import annotations
@@ -15,179 +16,53 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+import traceback
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 import hetconv_kernels as hk
-from benchmarks import baselines, gate
+from benchmarks.bench import STEP, VERBS, Bench
 from benchmarks.cases import GPU_CASES, GPU_SHAPES, Case, het
 from benchmarks.record import Record, verdict
 from benchmarks.table import primitive_table
 from hetconv_kernels import ops, timing
 from hetconv_kernels.errors import BackendError
-from hetconv_kernels.packing import dense_weight, live_weight
-from hetconv_kernels.problem import make_geometry
 from hetconv_kernels.roofs import Roofs, measure_roofs
 
-VERBS = ("fprop", "dgrad", "wgrad")
 RESULTS = Path(__file__).parent / "results"
-# Where torch.compile(max-autotune) of the composition is measured as well, with --full.
+# Where torch.compile(max-autotune) of the composition is measured as well, with --full, at p=4.
 COMPILED_SHAPES = ("r50-conv2", "r50-conv3", "r50-conv4", "r50-conv5")
-LAST = torch.channels_last
-Call = Callable[[], Any]
 
 
 def rows_of(full: bool) -> list[tuple[Case, str]]:
     """Lists what is measured: the quick table, or all shapes, batches, Supports and dtypes."""
     wanted = [c for c in GPU_CASES if c.name.rsplit("-", 2)[0].removeprefix("gpu-") in GPU_SHAPES]
     quick = [c for c in wanted if c.quick]
+    # HetConv first: should the time run out, its rows are there.
+    quick.sort(key=lambda c: c.support.kind != "het")
+    steps = [(c, STEP) for c in quick if c.support == het(4)]
     if not full:
-        return list(itertools.product(quick, VERBS))
+        rows = [*itertools.product(quick, VERBS), *steps]
+        return sorted(rows, key=lambda row: quick.index(row[0]))  # the verbs of a case together
     others = [
         replace(c, dtype=dtype, name=f"{c.name}-{dtype}", quick=False)
         for c in quick
         for dtype in ("float16", "float32")
         if c.support == het(4)
     ]
-    return list(itertools.product([*wanted, *others], VERBS))
-
-
-class Bench:
-    """One case: tensors on rotating buffers, our primitives and their rivals.
-
-    Attributes:
-        case: what is measured.
-        support: its Support.
-        variants: verb -> name -> calls; names begin with ``ours``, ``dense`` or ``composition``.
-    """
-
-    def __init__(self, case: Case, backend: str, compiled: bool = False) -> None:
-        self.case, self.code = case, hk.backends.backend_code(backend)
-        self.support = case.build_support()
-        self.geometry = make_geometry(self.support, case.stride, case.k // 2)
-        device, self.dtype = torch.device(case.device), getattr(torch, case.dtype)
-        generator = torch.Generator().manual_seed(1)
-        sets = 1
-        if device.type == "cuda":
-            sets = timing.rotations(case.bytes(self.support.live), device)
-
-        def random(*shape: int) -> Tensor:
-            drawn = torch.randn(*shape, generator=generator).to(device, self.dtype)
-            return drawn.contiguous(memory_format=LAST)
-
-        mask = torch.as_tensor(self.support.mask.copy(), device=device)
-        self.weight = random(case.f, case.c, case.k, case.k) * mask
-        self.live = live_weight(self.support, self.weight)
-        self.inputs = [random(case.n, case.c, case.h, case.w)]
-        self.grads = [random(case.n, case.f, *case.output)]
-        for _ in range(sets - 1):  # the values are the same, the places in memory are not
-            self.inputs.append(self.inputs[0].clone(memory_format=torch.preserve_format))
-            self.grads.append(self.grads[0].clone(memory_format=torch.preserve_format))
-        module, self.compiled = self._composition(), compiled
-        self.variants = {verb: dict(self._variants(verb, module)) for verb in VERBS}
-
-    def check(self, verb: str) -> gate.Match:
-        """Compares all variants of a verb with float64; dead gradients do not count."""
-        case = self.case
-        images: Any = [0, -1] if verb != "wgrad" and case.n > 1 else slice(None)
-        truth = gate.truth(
-            self.inputs[0][images],
-            self.weight,
-            self.grads[0][images],
-            stride=case.stride,
-            padding=case.k // 2,
-            dtype=self.dtype,
-        )
-        place = VERBS.index(verb)
-        value, bound = truth.values[place], truth.bounds[place]
-        if verb == "wgrad":
-            value = dense_weight(self.support, value, value.dtype)
-        matches = []
-        for name, calls in self.variants[verb].items():
-            result = calls[0]()
-            if isinstance(result, tuple):
-                continue  # a composition's gradients of its own, differently shaped weights
-            if verb == "wgrad" and not name.startswith("ours"):
-                result = dense_weight(self.support, result, result.dtype)
-            found = result if verb == "wgrad" else result[images]
-            matches.append(gate.Truth((value,), (bound,)).match((found,)))
-        return max(matches, key=lambda match: match.worst)
-
-    def _variants(self, verb: str, module: nn.Module | None) -> Iterator[tuple[str, list[Call]]]:
-        pairs = list(zip(self.inputs, self.grads, strict=True))
-        yield "ours", [self._ours(verb, x, dy) for x, dy in pairs]
-        if verb == "fprop":
-            yield "ours-unfrozen", [self._ours("unfrozen", x, dy) for x, dy in pairs]
-        yield "dense", [self._dense(verb, x, dy) for x, dy in pairs]
-        if module is None:
-            return
-        if verb == "fprop":
-            yield "composition", [lambda x=x: module(x) for x in self.inputs]
-            if self.compiled:
-                best = torch.compile(module, mode="max-autotune-no-cudagraphs", fullgraph=True)
-                yield "composition-compiled", [lambda x=x: best(x) for x in self.inputs]
-        elif isinstance(module, baselines.GroupedPlusPointwise):
-            convs = (module.grouped, module.pointwise)
-            yield "composition", [self._gradients(verb, convs, x, dy) for x, dy in pairs]
-        elif isinstance(module, nn.Conv2d):
-            yield "composition", [self._gradients(verb, (module,), x, dy) for x, dy in pairs]
-
-    def _ours(self, verb: str, x: Tensor, dy: Tensor) -> Call:
-        geometry, code, w, live = self.geometry, self.code, self.weight, self.live
-        size, shape = tuple(x.shape[2:]), tuple(w.shape)
-        if verb == "dgrad":
-            return lambda: ops.run_dgrad(dy, w, geometry, size, code)
-        if verb == "wgrad":
-            return lambda: ops.run_wgrad(dy, x, geometry, shape, w.dtype, code)
-        weight = w if verb == "unfrozen" else live
-        return lambda: ops.run_fprop(x, weight, geometry, None, code)
-
-    def _dense(self, verb: str, x: Tensor, dy: Tensor) -> Call:
-        case, w = self.case, self.weight
-        if verb == "fprop":
-            return lambda: torch.conv2d(x, w, None, case.stride, case.k // 2)
-        return lambda: self._backward(verb, x, w, dy, case.stride, case.k // 2, 1)
-
-    def _gradients(self, verb: str, convs: Sequence[nn.Conv2d], x: Tensor, dy: Tensor) -> Call:
-        """The gradient of a sum of convolutions of one input, as autograd would compute it."""
-        parts = [(c.weight.detach(), self.case.stride, c.padding[0], c.groups) for c in convs]
-
-        def run() -> Any:
-            found = [self._backward(verb, x, w, dy, s, int(p), g) for w, s, p, g in parts]
-            if verb == "wgrad":
-                return tuple(found)
-            return found[0] if len(found) == 1 else found[0] + found[1]
-
-        return run
-
-    @staticmethod
-    def _backward(
-        verb: str, x: Tensor, w: Tensor, dy: Tensor, stride: int, padding: int, groups: int
-    ) -> Tensor:
-        wanted = (verb == "dgrad", verb == "wgrad", False)
-        found = torch.ops.aten.convolution_backward(
-            dy, x, w, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], groups, wanted
-        )
-        return found[0 if verb == "dgrad" else 1]
-
-    def _composition(self) -> nn.Module | None:
-        found = baselines.compositions(self.case, self.support, self.weight)
-        found.pop("mask-per-call", None)
-        if not found:
-            return None
-        module: nn.Module = next(iter(found.values())).to(memory_format=LAST)  # type: ignore[call-overload]
-        return module.requires_grad_(False)
+    return [*itertools.product([*wanted, *others], VERBS), *steps]
 
 
 def measure(bench: Bench, verb: str, backend: str, seconds: float, roofs: Roofs) -> dict[str, Any]:
     """Checks and times one verb of a case, and makes its row."""
     case, live = bench.case, bench.support.live
     geometry, x = bench.geometry, bench.inputs[0]
+    times = len(VERBS) if verb == STEP else 1
     described = ops.describe("fprop", geometry, x, x, bench.weight, tuple(x.shape[2:]))
     engine = hk.backends.choose(described, bench.code).backend
     match = bench.check(verb)
@@ -197,9 +72,9 @@ def measure(bench: Bench, verb: str, backend: str, seconds: float, roofs: Roofs)
         "verb": verb,
         "backend": {"asked": backend, "ran": engine.name},
         "efficiency": engine.efficiency(described),
-        "macs": case.macs(live),
-        "dense_macs": case.macs(case.f * case.c * case.k**2),
-        "bytes": case.bytes(live),
+        "macs": times * case.macs(live),
+        "dense_macs": times * case.macs(case.f * case.c * case.k**2),
+        "bytes": times * case.bytes(live),
         "match": match.to_dict(),
     }
     if not match.ok:
@@ -217,7 +92,7 @@ def measure(bench: Bench, verb: str, backend: str, seconds: float, roofs: Roofs)
     )
     floor, median = roofs.floor(row["macs"], row["bytes"]), timings.median("ours")
     row |= {"median_s": median, "floor_s": floor, "percent_of_roof": 100 * floor / median}
-    for role in ("dense", "composition"):
+    for role in ("dense", "composition", "compiled"):
         names = [name for name in timings.samples if name.split("-")[0] == role]
         row[role] = None
         if names:
@@ -257,6 +132,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shard", default="1/1", help="I/N: the I-th of N parts")
     parser.add_argument("--backend", default="triton")
     parser.add_argument("--seconds", type=float, default=1.5, help="for one row")
+    parser.add_argument(
+        "--budget", type=float, default=float("inf"), help="seconds after which no row is begun"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -270,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = f"primitives-{'full' if options.full else 'quick'}"
     record = Record(options.results, name if parts == 1 else f"{name}-{part}of{parts}")
     wanted = rows_of(options.full)[part - 1 :: parts]
-    return run(record, wanted, options.backend, options.seconds, options.full)
+    return run(record, wanted, options.backend, options.seconds, options.full, options.budget)
 
 
 def run(
@@ -279,35 +157,71 @@ def run(
     backend: str,
     seconds: float,
     full: bool = False,
+    budget: float = float("inf"),
 ) -> int:
-    """Measures the rows that the record lacks, and prints them all."""
-    done, wrong = resumed(record), 0
+    """Measures the rows that the record lacks, and prints them all; 1 when one went wrong."""
+    done, wrong, started = resumed(record), 0, time.monotonic()
     roofs: dict[str, Roofs] = {}
     todo = [(c, v) for c, v in wanted if (c.name, v) not in done]
+    late: list[str] = []
     for case, pairs in itertools.groupby(todo, key=lambda pair: pair[0]):
+        if time.monotonic() - started > budget:
+            late += [f"{case.name} {verb}" for _, verb in pairs]
+            continue
         if case.dtype not in roofs:
             roofs[case.dtype] = measure_roofs(case.device, getattr(torch, case.dtype))
             record.add_roofs(roofs[case.dtype])
-        compiled = full and case.n == 128 and any(f"-{s}-" in case.name for s in COMPILED_SHAPES)
-        with torch.no_grad():
-            bench = Bench(case, backend, compiled)
-            for _, verb in pairs:
-                try:
-                    row = measure(bench, verb, backend, seconds, roofs[case.dtype])
-                except BackendError as refusal:
-                    print(f"{case.name} {verb}: {refusal}", flush=True)
-                    continue
-                record.add(row)
-                wrong += not row["match"]["ok"]
-                shown = f"{row['median_s'] * 1e6:9.2f} us" if "median_s" in row else "MISMATCH"
-                print(f"{case.name:<36} {verb:<6} {shown}", flush=True)
-        del bench
+        try:
+            wrong += _case(record, case, pairs, backend, seconds, full, roofs[case.dtype])
+        except Exception:  # noqa: BLE001  one row that fails is no reason to lose the others
+            wrong += 1
+            traceback.print_exc(limit=-6, file=sys.stdout)
+            print(f"{case.name}: FAILED", flush=True)
         if case.device == "cuda":
             torch.cuda.empty_cache()
-    for line in primitive_table(record.data["rows"]):
+    for line in [*ceilings(record.data["roofs"]), *primitive_table(record.data["rows"])]:
         print(line)
+    if late:
+        print(f"NOT MEASURED, {budget:.0f} s were over ({len(late)} rows): {', '.join(late)}")
     print(f"written to {record.path}")
     return int(bool(wrong))
+
+
+def _case(
+    record: Record,
+    case: Case,
+    pairs: Iterable[tuple[Case, str]],
+    backend: str,
+    seconds: float,
+    full: bool,
+    roofs: Roofs,
+) -> int:
+    """Measures the rows of one case; returns how many were wrong."""
+    compiled = full and case.n == 128 and case.support == het(4)
+    compiled = compiled and any(f"-{shape}-" in case.name for shape in COMPILED_SHAPES)
+    wrong = 0
+    with torch.no_grad():
+        bench = Bench(case, backend, compiled)
+        for _, verb in pairs:
+            try:
+                row = measure(bench, verb, backend, seconds, roofs)
+            except BackendError as refusal:
+                print(f"{case.name} {verb}: {refusal}", flush=True)
+                continue
+            record.add(row)
+            wrong += not row["match"]["ok"]
+            shown = f"{row['median_s'] * 1e6:9.2f} us" if "median_s" in row else "MISMATCH"
+            print(f"{case.name:<36} {verb:<6} {shown}", flush=True)
+    return wrong
+
+
+def ceilings(roofs: Sequence[dict[str, Any]]) -> list[str]:
+    """Lists the measured ceilings in words; the floors come from them."""
+    return [
+        f"ceilings, {r['dtype']}: {2e-12 * r['macs_per_s']:.1f} TFLOP/s (the best of a product and "
+        f"a convolution), {1e-12 * r['bytes_per_s']:.2f} TB/s (a copy)"
+        for r in roofs
+    ]
 
 
 if __name__ == "__main__":

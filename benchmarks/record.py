@@ -15,6 +15,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ from typing import Any
 import torch
 
 import hetconv_kernels as hk
-from benchmarks import rig
+from benchmarks import amdahl, rig
 from benchmarks.gate import Match
 from benchmarks.networks import NetworkCase
+from hetconv_kernels.info import processor
 from hetconv_kernels.report.schema import SCHEMA_VERSION, problems
 from hetconv_kernels.roofs import Roofs
 from hetconv_kernels.timing import Timings
@@ -160,20 +162,22 @@ def model_row(
     match: Match,
     absent: dict[str, dict[str, str]],
     timings: dict[str, Timings] | None = None,
-    layers: tuple[dict[str, float], dict[str, float]] | None = None,
+    runs: tuple[Sequence[amdahl.Run], Sequence[amdahl.Run]] | None = None,
+    ratios: Mapping[str, float] | None = None,
 ) -> Json:
     """Makes the row of a network; without timings it says only that it did not match.
 
-    ``bound`` is Amdahl's: what the speed-up over the fastest dense form would be if the network's
-    convolutions took what they take now and everything else what it takes in the eager dense
-    network.
+    ``bound`` is Amdahl's, see `amdahl`: its ``speedup`` is over the eager dense network, whose
+    layers were timed; ``over_best`` is over the fastest dense form, from the ratio of the two as
+    they were measured in turns.
 
     Args:
         case: the network.
         match: with the truth, the worst of all who ran it.
         absent: by role, who could not run and why.
         timings: by role, ``dense`` and ``composition``.
-        layers: seconds of each convolution in the eager dense network and in ours.
+        runs: of the eager dense network and of ours, with the time of each convolution.
+        ratios: how many times fewer multiply-accumulates each convolution of ours has.
     """
     row: Json = {
         "kind": "model",
@@ -181,25 +185,26 @@ def model_row(
         "match": match.to_dict(),
         "absent": absent,
     }
-    if timings is None or layers is None:
+    if timings is None or runs is None or ratios is None:
         return row
-    dense_s, our_s = sum(layers[0].values()), sum(layers[1].values())
     found = {role: _against(timings[role], role) for role in (rig.DENSE, rig.COMPOSITION)}
     dense = found[rig.DENSE]
     assert dense is not None
-    rest = max(0.0, timings[rig.DENSE].median(f"{rig.DENSE}:eager") - dense_s)
+    bound = amdahl.bound(runs[0], ratios)
+    eager = timings[rig.DENSE].median(f"{rig.DENSE}:eager")
+    theirs, ours = (amdahl.medians(side) for side in runs)
     return (
         row
         | found
         | {
             "median_s": timings[rig.DENSE].median(rig.OURS),
-            "bound": {
-                "dense_layers_s": dense_s,
-                "our_layers_s": our_s,
-                "rest_s": rest,
-                "speedup": dense["median_s"] / (our_s + rest),
+            "bound": bound
+            | {
+                "our_layers_s": sum(ours.values()),
+                "over_best": bound["speedup"] * dense["median_s"] / eager,
             },
-            "layers": {name: [layers[0].get(name), time] for name, time in layers[1].items()},
+            # Seconds when dense, seconds of ours, and the ratio of their MACs.
+            "layers": {n: [theirs.get(n), time, ratios.get(n)] for n, time in ours.items()},
             "timings": {role: timing.to_dict() for role, timing in timings.items()},
         }
     )
@@ -235,7 +240,7 @@ def environment() -> Json:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "commit": _commit(),
-        "processor": _processor(),
+        "processor": processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -251,23 +256,18 @@ def environment() -> Json:
     }
 
 
+# Results are no part of what is measured; the first row would make every checkout a changed one.
+_CODE = (":/", ":(top,exclude)benchmarks/results")
+
+
 def _commit() -> str | None:
     """Returns the commit of the checkout, with ``+`` when files differ from it."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head, changes = (
             subprocess.run([*git, *command], capture_output=True, text=True, check=True).stdout
-            for command in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", *_CODE])
         )
     except (OSError, subprocess.CalledProcessError):
         return None
     return head.strip() + ("+" if changes else "")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

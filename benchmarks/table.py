@@ -6,25 +6,38 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.cases import GPU_TARGETS as TARGETS
+
 Row = dict[str, Any]
+Cells = tuple[Sequence[str], list[tuple[str, ...]]]  # the header, and the lines
 
 
 def layer_table(rows: Sequence[Row]) -> list[str]:
     """Lays out layer rows; ratios above 1 mean that our layer is faster."""
+    return _lay_out(*layer_cells(rows))
+
+
+def layer_cells(rows: Sequence[Row]) -> Cells:
+    """Returns the texts of `layer_table`."""
     header = (
         "case", "backend", "ms", "roof %", "MAC ratio", "× dense", "interval", "target",
         "× compos.", "unfrozen", "× prepacked", "verdict",
     )  # fmt: skip
-    return _lay_out(header, [_layer_line(row) for row in rows])
+    return header, [_layer_line(row) for row in rows]
 
 
 def model_table(rows: Sequence[Row]) -> list[str]:
     """Lays out network rows; ratios above 1 mean that our network is faster."""
+    return _lay_out(*model_cells(rows))
+
+
+def model_cells(rows: Sequence[Row]) -> Cells:
+    """Returns the texts of `model_table`."""
     header = (
         "network", "best dense", "ms", "× dense", "interval", "target", "bound", "best compos.",
         "× compos.", "interval", "target", "absent",
     )  # fmt: skip
-    return _lay_out(header, [_model_line(row) for row in rows])
+    return header, [_model_line(row) for row in rows]
 
 
 def _model_line(row: Row) -> tuple[str, ...]:
@@ -44,15 +57,22 @@ def _model_line(row: Row) -> tuple[str, ...]:
             "" if target is None else f"{target:g}" + ("  missed" if missed else ""),
         ]
         if role == "dense":
-            cells.append(f"{row['bound']['speedup']:.2f}")
+            # Older rows have a bound that was none.
+            limit = row["bound"].get("over_best")
+            cells.append("" if limit is None else f"{limit:.2f}")
     return (*cells, absent)
 
 
 def training_table(rows: Sequence[Row]) -> list[str]:
     """Lays out training steps of whole networks; ratios above 1 mean that ours is faster."""
+    return _lay_out(*training_cells(rows))
+
+
+def training_cells(rows: Sequence[Row]) -> Cells:
+    """Returns the texts of `training_table`."""
     header = ("network", "fastest dense", "ms", "× dense", "interval", "× compos.", "interval",
               "verdict")  # fmt: skip
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for row in rows:
         if "dense" not in row:
             lines.append((row["case"]["name"], *[""] * 6, "MISMATCH"))
@@ -66,11 +86,16 @@ def training_table(rows: Sequence[Row]) -> list[str]:
              f"{row['dense']['ratio']:.2f}", intervals[0], f"{row['composition']['ratio']:.2f}",
              intervals[1], verdict)
         )  # fmt: skip
-    return _lay_out(header, lines)
+    return header, lines
 
 
 def dispatch_table(rows: Sequence[Row]) -> list[str]:
     """Lays out dispatch rows: extra microseconds of a call over nn.Conv2d's."""
+    return _lay_out(*dispatch_cells(rows))
+
+
+def dispatch_cells(rows: Sequence[Row]) -> Cells:
+    """Returns the texts of `dispatch_table`."""
     header = ("dispatch", "backend", "extra µs", "interval", "target")
     lines = [
         (
@@ -82,21 +107,29 @@ def dispatch_table(rows: Sequence[Row]) -> list[str]:
         )
         for row in rows
     ]
-    return _lay_out(header, lines)
+    return header, lines
 
 
 def primitive_table(rows: Sequence[Row]) -> list[str]:
     """Lays out rows of single primitives: µs beside their floor, and ratios to the rivals."""
+    return _lay_out(*primitive_cells(rows))
+
+
+def primitive_cells(rows: Sequence[Row]) -> Cells:
+    """Returns the texts of `primitive_table`."""
     header = (
         "case", "verb", "µs", "floor µs", "floor %", "MAC ratio", "efficiency", "× dense",
-        "× compos.", "verdict",
+        "× compos.", "× compiled", "target", "verdict",
     )  # fmt: skip
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for row in rows:
         macs = f"{row['dense_macs'] / row['macs']:.2f}"
         if "dense" not in row:
-            lines.append((row["case"]["name"], row["verb"], "", "", "", macs, "", "", "", "WRONG"))
+            empty = [""] * 5
+            lines.append((row["case"]["name"], row["verb"], *empty[:3], macs, *empty, "WRONG"))
             continue
+        target = TARGETS.get((row["case"]["name"], row["verb"]))
+        met = target is None or row["dense"]["ratio"] >= target
         lines.append(
             (
                 row["case"]["name"],
@@ -108,10 +141,18 @@ def primitive_table(rows: Sequence[Row]) -> list[str]:
                 f"{row['efficiency']:.0%}",
                 f"{row['dense']['ratio']:.2f}",
                 _ratio(row["composition"]),
+                _ratio(row.get("compiled")),
+                "" if target is None else f"{target:g}" + ("" if met else "  missed"),
                 row["verdict"],
             )
         )
-    return _lay_out(header, lines)
+    return header, lines
+
+
+def markdown(header: Sequence[str], lines: Sequence[Sequence[str]], text: int = 1) -> str:
+    """Lays out a Markdown table: the first `text` columns to the left, the others to the right."""
+    rules = ["---" if place < text else "--:" for place in range(len(header))]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rules, *lines))
 
 
 def _layer_line(row: Row) -> tuple[str, ...]:

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import gate, peers, record
+from benchmarks import amdahl, gate, peers, record
 from benchmarks.networks import NETWORKS, NetworkCase, build
 from benchmarks.rig import COMPOSITION, DENSE, OURS
 from hetconv_kernels import timing
 
-_SAMPLES = 5  # runs of a network for the time of each of its layers
+_SAMPLES = 7  # runs of a network for the time of each of its layers
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -58,8 +58,10 @@ def measure(
             runs, baseline=f"{role}:eager", target=OURS, rounds=12, warmup=0,
             max_seconds=4 * seconds, benchmark=benchmark if role == DENSE else None,
         )  # fmt: skip
-    layers = layer_seconds(dense, image), layer_seconds(ours, image)
-    return record.model_row(case, match, absent, timings, layers)
+    names = layer_names(ours)
+    runs = [amdahl.hooked_runs(net, image, names, _SAMPLES) for net in (dense, ours)]
+    ratios = amdahl.mac_ratios(dense, ours, image, names)
+    return record.model_row(case, match, absent, timings, (runs[0], runs[1]), ratios)
 
 
 def _runs(
@@ -74,30 +76,10 @@ def _runs(
     return runs, absent
 
 
-def layer_seconds(network: nn.Module, x: Tensor) -> dict[str, float]:
-    """Measures the time of each convolution of a network, as it runs; the median, in seconds.
+def layer_names(network: nn.Module) -> list[str]:
+    """Lists the convolutions of a network, as `optimize` left them or as `export.plain` did.
 
     A layer is what stands at the name of a convolution: with its bias, sum and activation.
     """
-    clock, started = timing.clock(x.device), {}
-    samples: dict[str, list[float]] = {}
-    handles = []
-    for name, module in network.named_modules():
-        if type(module).__name__ not in ("FusedConv2d", "PlainConv2d"):
-            continue
-
-        def before(_module: Any, _args: Any, name: str = name) -> None:
-            started[name] = clock()
-
-        def after(_module: Any, _args: Any, _y: Any, name: str = name) -> None:
-            samples.setdefault(name, []).append(clock() - started[name])
-
-        handles += [
-            module.register_forward_pre_hook(before),
-            module.register_forward_hook(after),
-        ]
-    for _ in range(_SAMPLES + 1):
-        network(x)
-    for handle in handles:
-        handle.remove()
-    return {name: sorted(times[1:])[_SAMPLES // 2] for name, times in samples.items()}
+    kinds = ("FusedConv2d", "PlainConv2d")
+    return [name for name, m in network.named_modules() if type(m).__name__ in kinds]

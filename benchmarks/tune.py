@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures the tiles of the Triton engine on a GPU and writes its committed table.
 
-    python -m benchmarks.tune [--full] [--most N]
+    python -m benchmarks.tune [--full] [--most N] [--budget S]
 
-For each layer of `cases` it times the choices that the cost model thinks best, fprop and dgrad, and
-keeps the fastest in ``hetconv_kernels/backends/triton/table.json``. Entries of other GPUs stay.
+For each layer of `cases` it times the choices that the cost model thinks best, for fprop, dgrad and
+wgrad, and keeps the fastest in ``hetconv_kernels/backends/triton/table.json``, which is written
+after each layer. Entries of other GPUs stay.
 """
 
 from __future__ import annotations
@@ -12,21 +13,22 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
 from benchmarks.cases import GPU_CASES, Case
 from hetconv_kernels import ops, timing
-from hetconv_kernels.backends.triton import choice, table
+from hetconv_kernels.backends.triton import choice, table, wgrad_choice
 from hetconv_kernels.problem import Problem, make_geometry
 
 Fastest = tuple[str, float]
+Entries = dict[str, dict[str, object]]
 
 
 def problems(case: Case) -> list[Problem]:
-    """Describes fprop and dgrad of a case, without memory for its tensors."""
+    """Describes the primitives of a case, without memory for its tensors."""
     support = case.build_support()
     geometry = make_geometry(support, case.stride, case.k // 2)
     device = torch.device(case.device, 0) if case.device == "cuda" else torch.device(case.device)
@@ -34,6 +36,7 @@ def problems(case: Case) -> list[Problem]:
     for verb, shape in (
         ("fprop", (case.n, case.c, case.h, case.w)),
         ("dgrad", (case.n, case.f, *case.output)),
+        ("wgrad", (case.n, case.f, *case.output)),
     ):
         _, c, h, w = shape
         strides = (c * h * w, 1, w * c, c)
@@ -49,47 +52,66 @@ def vars_of(problem: Problem) -> dict[str, object]:
     return {name: getattr(problem, name) for name in problem.__dataclass_fields__}
 
 
+def choices_of(problem: Problem) -> list[choice.Named]:
+    """Lists the ways to run a problem, best predicted first."""
+    gradient = problem.verb == "wgrad"
+    find = wgrad_choice.wgrad_choices if gradient else choice.gather_choices
+    found: list[choice.Named] = sorted(find(problem), key=lambda c: c.seconds)  # type: ignore[operator]
+    return found
+
+
 def entries(
     cases: Iterable[Case],
     capability: tuple[int, int],
-    measure: Callable[[Problem, Sequence[choice.GatherChoice]], Fastest],
+    measure: Callable[[Problem, Sequence[choice.Named]], Fastest],
     most: int,
-) -> dict[str, dict[str, object]]:
-    """Measures cases and returns their entries; of two with one key the slower case decides."""
-    found: dict[str, dict[str, object]] = {}
+) -> Iterator[Entries]:
+    """Measures cases; after each one gives all entries so far.
+
+    Of two problems with one key the slower one decides.
+    """
+    found: Entries = {}
     for case in cases:
         for problem in problems(case):
-            best = sorted(choice.gather_choices(problem), key=lambda c: c.seconds)[:most]
-            name, seconds = measure(problem, best)
+            name, seconds = measure(problem, choices_of(problem)[:most])
             key = table.key_of(problem, capability)
             print(f"{key:<70} {name:<40} {seconds * 1e6:9.2f} us", flush=True)
             if key not in found or float(str(found[key]["seconds"])) < seconds:
                 found[key] = {"name": name, "seconds": seconds}
-    return found
+        yield found
 
 
-def timed(problem: Problem, choices: Sequence[choice.GatherChoice]) -> Fastest:
+def timed(problem: Problem, choices: Sequence[choice.Named]) -> Fastest:
     """Times choices in turns."""
-    calls = {c.name: partial(choice._try, problem, c, []) for c in choices}
+    attempt = wgrad_choice.attempt if problem.verb == "wgrad" else choice.attempt
+    calls = {c.name: attempt(problem, c) for c in choices}  # type: ignore[arg-type]
     timings = timing.interleaved(calls, rounds=9, device=problem.device)
     name = timings.fastest(list(calls))
     return name, timings.median(name)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measures and writes; 2 where there is no GPU."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--full", action="store_true", help="all GPU cases, not the quick ones")
     parser.add_argument("--most", type=int, default=8, help="choices to time, best predicted first")
-    options = parser.parse_args()
+    parser.add_argument(
+        "--budget", type=float, default=float("inf"), help="seconds after which no layer is begun"
+    )
+    options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print(f"torch {torch.__version__} finds no CUDA device: nothing was measured.")
         return 2
     cases = [c for c in GPU_CASES if options.full or c.quick]
-    found = entries(cases, torch.cuda.get_device_capability(), timed, options.most)
-    whole = {**table.entries(), **found}
-    table.PATH.write_text(json.dumps({"entries": dict(sorted(whole.items()))}, indent=1) + "\n")
-    print(f"{len(found)} entries written to {table.PATH.name}")
+    before, started, layers = table.entries(), time.monotonic(), 0
+    found: Entries = {}
+    for found in entries(cases, torch.cuda.get_device_capability(), timed, options.most):
+        layers += 1
+        whole = {"entries": dict(sorted({**before, **found}.items()))}
+        table.PATH.write_text(json.dumps(whole, indent=1) + "\n")
+        if time.monotonic() - started > options.budget:
+            break
+    print(f"{len(found)} entries of {layers} layers (of {len(cases)}) are in {table.PATH.name}")
     return 0
 
 

@@ -16,6 +16,8 @@ import torch
 from ._version import __version__
 from .backends import NAMES, available_backends, forced_code
 
+# Variables that change what is built, chosen, or how many threads compute.
+_VARIABLES = ("HETCONV_", "OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "ATEN_", "TRITON_")
 _LIBRARIES = ("numpy", "triton", "pybind11", "scikit-learn", "matplotlib", "rich", "safetensors")
 
 
@@ -23,19 +25,28 @@ def info() -> dict[str, Any]:
     """Reports versions, devices, backends and how the compiled parts were built.
 
     Returns:
-        A JSON-serialisable dictionary; keys: version, python, platform, torch, libraries, cpu,
-        cuda, backends, forced_backend, extensions, build.
+        A JSON-serialisable dictionary; keys: version, python, platform, libc, torch, torch_cuda,
+        libraries, cpu, cuda, backends, forced_backend, extensions, build, environment. Under build
+        are the compilers and their flags, under cpu the instruction sets of our engine, best first,
+        under environment the variables that are set and matter.
     """
     build = Path(__file__).with_name("_build.json")
     return {
         "version": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "libc": " ".join(platform.libc_ver()).strip() or None,
         "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
         "libraries": {name: _version(name) for name in _LIBRARIES},
         "cpu": {
+            "processor": processor(),
             "capability": torch.backends.cpu.get_cpu_capability(),
+            "engine_isas": _isas(),
             "cores": os.cpu_count(),
+            "usable_cores": len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count(),
             "torch_threads": torch.get_num_threads(),
         },
         "cuda": _cuda(),
@@ -46,7 +57,27 @@ def info() -> dict[str, Any]:
             for name in ("_cpu", "_cuda")
         },
         "build": json.loads(build.read_text()) if build.exists() else None,
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES)},
     }
+
+
+def processor() -> str:
+    """Names the processor as the operating system does."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _isas() -> list[str]:
+    """Lists the instruction sets that our CPU engine can run here, the one it takes first."""
+    if importlib.util.find_spec("hetconv_kernels._cpu") is None:
+        return []
+    from . import _cpu
+
+    return _cpu.isas()
 
 
 def _version(name: str) -> str | None:

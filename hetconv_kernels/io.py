@@ -48,8 +48,10 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     for name, tensor in tensors.items():
         if tensor.is_meta or not isinstance(tensor, Tensor):
             raise ArgumentError(mismatch(f"values of {name!r}", "none", "a tensor with values"))
-    layers = {}
+    layers: dict[str, Json] = {}
     for name, module in model.named_modules():
+        if any(name.startswith(f"{whole}.") for whole in layers):
+            continue  # a part of a layer that is described with its parts
         described = layer_to_json(module)
         if described is not None:
             layers[name] = described

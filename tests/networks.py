@@ -72,12 +72,13 @@ def network(name: str, share: float = 0.4) -> tuple[nn.Module, Tensor]:
 def live_norms(model: nn.Module) -> None:
     """Gives batch normalisations statistics and weights that all matter."""
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             with torch.no_grad():
                 module.running_mean.uniform_(-0.2, 0.2)
                 module.running_var.uniform_(0.5, 1.5)
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.uniform_(-0.5, 0.5)
+                if module.affine:
+                    module.weight.uniform_(0.5, 1.5)
+                    module.bias.uniform_(-0.5, 0.5)
 
 
 def kill(model: nn.Module, share: float) -> None:

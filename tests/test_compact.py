@@ -46,6 +46,16 @@ def test_a_network_without_dead_channels_stays() -> None:
     assert str(report).startswith("0 layers are smaller")
 
 
+@pytest.mark.parametrize("parameters", [1, 4])
+def test_through_a_prelu_that_is_the_same_for_all_channels(parameters: int) -> None:
+    model = chain(0, -3.0)
+    model[1] = nn.PReLU(parameters, init=0.3).eval()
+    x = torch.randn(2, 2, 6, 6)
+    report = hk.compact(model, x)
+    assert_same(model, report.model, x)
+    assert report.model[2].in_channels == (2 if parameters == 1 else 4)
+
+
 def chain(padding: int, bias: float, bn: bool = False) -> nn.Sequential:
     """Two convolutions; filters 1 and 2 of the first have no weights."""
     torch.manual_seed(0)

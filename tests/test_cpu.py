@@ -221,3 +221,42 @@ def test_fused_epilogue(support: str, act: str) -> None:
         for name in ("cpu", "reference")
     ]
     torch.testing.assert_close(*results, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("sliced", [False, True], ids=["whole", "slice"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 6), (5, 6)])
+def test_images_of_a_pointwise_layer_are_read_as_one_row_of_pixels(
+    size: tuple[int, int], sliced: bool
+) -> None:
+    torch.manual_seed(0)
+    support = hk.Support.self_grouped(torch.arange(40) % 5, KEEP.numpy(), 1)
+    geometry, weight = make_geometry(support), torch.randn(support.live)
+    # What is not dense in memory has no such row, and is read image by image.
+    x, residual = (
+        torch.randn(7, 2 * c, *size).to(memory_format=torch.channels_last)[:, ::2]
+        if sliced
+        else torch.randn(7, c, *size).to(memory_format=torch.channels_last)
+        for c in (32, 40)
+    )
+    results = []
+    for name in ("cpu", "reference"):
+        with hk.use_backend(name):
+            y = hk.functional.fused_conv2d(
+                x, weight, geometry, hk.backends.forced_code(), residual=residual, act="relu"
+            )
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        leaf, dense = x.detach().requires_grad_(), torch.ones(support.shape, requires_grad=True)
+        z = hk.functional.support_conv2d(leaf, dense, support, backend=name)
+        results.append([y, *torch.autograd.grad(z, (leaf, dense), residual)])
+    torch.testing.assert_close(*results)
+
+
+def test_a_product_wider_than_a_cores_cache_puts_filters_in_vectors() -> None:
+    forms = []
+    for channels in (1024, 32768):
+        mask = torch.rand(64, channels, 1, 1, generator=torch.Generator().manual_seed(0)) < 0.1
+        geometry = make_geometry(hk.Support.from_mask(mask.numpy()))
+        x, w = torch.empty(8, channels, 1, 1), torch.empty(64, channels, 1, 1)
+        problem = ops.describe("fprop", geometry, x, x, w, (1, 1))
+        forms.append(get_backend("cpu")._plan(problem).form)
+    assert forms == ["pixels", "filters"]

@@ -11,7 +11,7 @@ from torch import nn
 
 from hetconv_kernels.graph.fold import fold
 from hetconv_kernels.graph.trace import trace
-from hetconv_kernels.nn import FusedConv2d, GroupedConv2d, HetConv2d
+from hetconv_kernels.nn import FusedConv2d, GroupedConv2d, HetConv2d, SupportLinear
 
 
 class Net(nn.Module):
@@ -162,8 +162,25 @@ def test_networks(name: str) -> None:
     model = make().eval()
     live_norms(model)
     traced, fused, left = folded(model, torch.randn(2, *shape))
-    convs = sum(isinstance(m, nn.Conv2d) for m in model.modules())
-    assert len(fused) == convs
+    layers = sum(isinstance(m, nn.Conv2d | nn.Linear) for m in model.modules())
+    assert len(fused) == layers
     norms = [name for name, m in traced.named_modules() if isinstance(m, nn.BatchNorm2d)]
     assert set(norms) == set(left)
     assert bool(norms) is (name == "densenet")  # it normalises before its convolutions
+
+
+def test_fully_connected_layers_are_frozen_and_shared_weights_left() -> None:
+    class Fully(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.twice, self.tied = nn.Linear(5, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+            self.other = nn.Linear(4, 4, bias=False)
+            self.other.weight = self.tied.weight
+
+        def forward(self, x):
+            return self.other(self.tied(self.twice(self.twice(self.first(x)))))
+
+    traced, fused, _ = folded(Fully(), torch.randn(2, 3, 5))
+    assert list(fused) == ["first", "twice"]
+    assert all(layer.frozen for layer in kinds(traced, SupportLinear))
+    assert traced.tied.weight is traced.other.weight

@@ -8,6 +8,7 @@ import os
 import platform
 
 import numpy as np
+import pytest
 import torch
 
 import hetconv_kernels as hk
@@ -17,8 +18,8 @@ def test_it_is_json_with_the_promised_keys() -> None:
     facts = hk.info()
     assert json.loads(json.dumps(facts)) == facts
     assert set(facts) == {
-        *("version", "python", "platform", "torch", "libraries", "cpu", "cuda", "backends"),
-        *("forced_backend", "extensions", "build"),
+        *("version", "python", "platform", "libc", "torch", "torch_cuda", "libraries", "cpu"),
+        *("cuda", "backends", "forced_backend", "extensions", "build", "environment"),
     }
     assert set(facts) <= set((hk.info.__doc__ or "").replace(",", " ").replace(".", " ").split())
 
@@ -36,6 +37,28 @@ def test_it_tells_the_truth() -> None:
     assert len(facts["cuda"]) == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
     for name, built in facts["extensions"].items():
         assert not (name.lstrip("_") in facts["backends"] and not built)
+
+
+def test_it_says_which_instructions_the_engine_takes() -> None:
+    isas = hk.info()["cpu"]["engine_isas"]
+    assert bool(isas) == hk.info()["extensions"]["_cpu"]
+    assert set(isas) <= {"avx512", "avx2", "generic"}
+
+
+def test_it_names_the_compiler_of_what_was_built() -> None:
+    build = hk.info()["build"]
+    for part in (build or {"parts": {}})["parts"].values():
+        assert part["compiler"] if part["built"] else part["reason"]
+
+
+def test_it_shows_the_variables_that_matter_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HETCONV_CACHE", "elsewhere")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("SECRET_TOKEN", "hidden")
+    shown = hk.info()["environment"]
+    assert shown["HETCONV_CACHE"] == "elsewhere"
+    assert shown["OMP_NUM_THREADS"] == "3"
+    assert "hidden" not in shown.values()
 
 
 def test_it_follows_use_backend() -> None:

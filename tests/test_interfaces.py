@@ -25,7 +25,7 @@ def test_a_chain_with_a_flatten() -> None:
         "3": (Reader("8", 4),),
         "8": (Reader("10", 1),),
     }
-    assert "output of the network" in found.fixed["10"]
+    assert "channel of the output" in found.fixed["10"]
 
 
 class Branches(nn.Module):
@@ -61,16 +61,54 @@ def test_branches_sums_and_joins() -> None:
         "pooled": (Reader("head", 1),),
     }
     reasons = {
-        "joined": "residual sum",
-        "summed": "residual sum",
+        "joined": "residual sum, with that of 'summed'",
+        "summed": "residual sum, with that of 'joined'",
         "twice": "called 2 times",
-        "normed": "GroupNorm",
-        "head": "output of the network",
+        "normed": "norm may mix its channels",
+        "head": "channel of the output",
         "unused": "called 0 times",
         "depthwise": "channels are those of its input",
     }
     for name, reason in reasons.items():
         assert reason in found.fixed[name], name
+
+
+class Joins(nn.Module):
+    """Concatenations, a sum with itself, and a network that only torch.export can trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("one", "two", "alone", "turned"):
+            setattr(self, name, nn.Conv2d(4, 4, 1))
+        self.act = nn.ReLU()
+        self.wide = nn.Conv2d(8, 4, 1)
+        self.norm = nn.InstanceNorm2d(4)
+        self.last = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.act(self.alone(x))
+        if x.shape[0] == 0:  # torch.fx cannot see this
+            return x
+        x = self.wide(torch.cat([self.one(x), self.two(x)], 1))
+        x = self.turned(x)
+        return self.last(self.norm(x + x.flip(1)))
+
+
+def test_joins_and_a_second_way_to_trace() -> None:
+    found = interfaces(Joins(), 2, 4, 5, 5)
+    assert found.readers == {
+        "alone": (Reader("one", 1), Reader("two", 1)),
+        "wide": (Reader("turned", 1),),
+    }
+    for name in ("one", "two"):
+        assert "concatenation that 'wide' reads" in found.fixed[name]
+    assert "may mix its channels" in found.fixed["turned"]
+
+
+@pytest.mark.parametrize(("parameters", "widths"), [(1, {"0": (Reader("2", 1),)}), (4, {})])
+def test_a_prelu_of_one_parameter_is_the_same_for_all(parameters: int, widths: object) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.PReLU(parameters), nn.Conv2d(4, 2, 1))
+    assert interfaces(model, 1, 2, 3, 3).readers == widths
 
 
 @pytest.mark.parametrize(

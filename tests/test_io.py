@@ -39,9 +39,9 @@ def test_without_the_class(name: str, form: str, tmp_path) -> None:
     loaded = hk.io.load(tmp_path / "net")
     equal(loaded, model, x)
     assert not loaded.training
-    assert [p.requires_grad for p in loaded.parameters()] == [
-        p.requires_grad for p in model.parameters()
-    ]
+    assert {name: p.requires_grad for name, p in loaded.named_parameters()} == {
+        name: p.requires_grad for name, p in model.named_parameters()
+    }
 
 
 def test_into_the_class(tmp_path) -> None:
@@ -54,6 +54,68 @@ def test_into_the_class(tmp_path) -> None:
     assert type(loaded) is type(model)
     equal(loaded, smaller, x)
     loaded.train()(x).sum().backward()  # it is an ordinary network
+
+
+def frequency_layer(path: str = "auto", **keywords) -> hk.nn.FrequencyConv2d:
+    """A layer of three frequencies, of which filters have one, two or all."""
+    torch.manual_seed(3)
+    chosen = np.zeros((6, 4, 3, 3), bool)
+    chosen[:, :, 0, 0] = chosen[::2, :3, 1, 0] = chosen[1, 2, 2, 2] = True
+    conv = nn.Conv2d(4, 6, 3, 2, 1).train(False)
+    layer = hk.nn.FrequencyConv2d.from_conv2d(conv, chosen, path=path, **keywords)
+    layer.bias.data.normal_()
+    return layer
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+@pytest.mark.parametrize("way", ["without", "into-conv", "into-frequency"])
+@pytest.mark.parametrize("path", ["auto", "frequency", "spatial"])
+def test_a_frequency_layer_comes_back_exactly(path: str, way: str, frozen: bool, tmp_path) -> None:
+    layer = frequency_layer(path, backend="reference")
+    layer.mix.backend = "vendor"
+    if frozen:
+        layer.mix.freeze()
+    model = nn.Sequential(nn.ReLU(), layer, nn.BatchNorm2d(6)).eval()
+    hk.io.save(model, tmp_path / "net")
+    into = {
+        "without": lambda: None,
+        "into-conv": lambda: nn.Sequential(nn.ReLU(), nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)),
+        # Of other frequencies than the saved one.
+        "into-frequency": lambda: nn.Sequential(
+            nn.ReLU(), hk.nn.FrequencyConv2d(4, 6, 3, 2, 1), nn.BatchNorm2d(6)
+        ),
+    }[way]()
+    loaded = hk.io.load(tmp_path / "net", into=into)
+    found = loaded.get_submodule("1")
+    assert type(found) is hk.nn.FrequencyConv2d
+    assert found.live_frequencies == layer.live_frequencies == (0, 3, 8)
+    assert found.mix.support == layer.mix.support
+    assert (found.path, found.backend, found.mix.backend) == (path, "reference", "vendor")
+    assert (found.mix.frozen, found.stride, found.padding) == (frozen, (2, 2), layer.padding)
+    for key, value in layer.state_dict().items():
+        same = found.state_dict()[key]
+        assert torch.equal(value, same) if isinstance(value, torch.Tensor) else value == same
+    assert torch.equal(found.basis, layer.basis)
+    x = torch.randn(2, 4, 7, 8)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), model(x))
+    if not frozen:
+        loaded.train()(x).sum().backward()
+        assert found.mix.weight.grad is not None
+
+
+def test_a_pruned_and_a_changed_frequency_layer_come_back(tmp_path) -> None:
+    layer = frequency_layer()
+    fewer = layer.mix.support.mask.copy()
+    fewer[:, ::3] = False  # no coefficient is left at the first frequency; its map stays
+    layer.mix.set_support(hk.Support.from_mask(fewer))
+    model = nn.Sequential(layer.double()).eval()
+    hk.io.save(model, tmp_path / "net")
+    found = hk.io.load(tmp_path / "net").get_submodule("0")
+    assert found.live_frequencies == (0, 3, 8)
+    assert found.mix.support == layer.mix.support
+    x = torch.randn(1, 4, 6, 6, dtype=torch.float64)
+    assert torch.equal(found(x), layer(x))
 
 
 class Forks(nn.Module):
@@ -210,6 +272,26 @@ def test_changed_files_run_nothing(saved, change) -> None:
     rewrite(saved, with_digest)
     with pytest.raises(FileError):
         hk.io.load(saved)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"live_frequencies": [0, 3]},
+        {"live_frequencies": [0, 3, 9]},
+        {"live_frequencies": [-9, 3, 8]},
+        {"live_frequencies": "all"},
+        {"mix_backend": "none such"},
+        {"support": hk.Support.dense(4, 6, 1).to_json()},
+    ],
+    ids=str,
+)
+def test_a_changed_frequency_layer_is_refused(change, tmp_path) -> None:
+    path = tmp_path / "net"
+    hk.io.save(nn.Sequential(frequency_layer()), path)
+    rewrite(path, lambda d, t: d["layers"]["0"].update(change))
+    with pytest.raises(FileError):
+        hk.io.load(path)
 
 
 def test_the_wrong_network(saved) -> None:

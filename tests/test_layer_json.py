@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from layers import BUILDERS, F, build
@@ -32,6 +33,19 @@ MODULES = {
     "support-linear": lambda: SupportLinear(4, 6, support=hk.Support.dense(4, 6, 1)),
     **{kind: lambda kind=kind: build(kind, 3, stride=2, padding=1) for kind in BUILDERS},
     "frozen": lambda: build("support", 3, backend="vendor").freeze(),
+    "frequency": lambda: hk.nn.FrequencyConv2d(
+        4,
+        6,
+        (3, 5),
+        2,
+        "valid",
+        2,
+        bias=False,
+        dtype=torch.half,
+        path="spatial",
+        backend="vendor",
+        coefficients=np.arange(15).reshape(3, 5) % 4 == np.zeros((6, 4, 1, 1)),
+    ),
     "fused": lambda: fuse(build("het", 3, padding="same"), nn.BatchNorm2d(F).eval(), "silu"),
 }
 

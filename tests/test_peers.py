@@ -9,10 +9,10 @@ import json
 import pytest
 import torch
 
-from benchmarks import gate, peers, record, table
+from benchmarks import amdahl, gate, peers, record, table
 from benchmarks.cases import SupportSpec
 from benchmarks.networks import NETWORKS, NetworkCase, build
-from benchmarks.test_models import _runs, layer_seconds, measure
+from benchmarks.test_models import _runs, layer_names, measure
 from hetconv_kernels import export
 from hetconv_kernels.report import schema
 from hetconv_kernels.timing import Timings
@@ -86,20 +86,25 @@ def test_row_and_table(monkeypatch, x: torch.Tensor, tmp_path) -> None:
     assert line.startswith("small")
 
 
-def test_the_bound_is_amdahls() -> None:
-    """10 s of which 8 s are layers that now take 2 s: 10 / (2 + 2)."""
-    timings = {
-        role: Timings(f"{role}:eager", {f"{role}:eager": (10.0,) * 6, "ours": (5.0,) * 6}, {})
-        for role in ("dense", "composition")
-    }
-    for timing in timings.values():
-        timing.iterations.update(dict.fromkeys(timing.samples, 1))
-    row = record.model_row(
-        SMALL, gate.Match(True, 0.1, 0.0), {}, timings, ({"a": 5.0, "b": 3.0}, {"a": 1.0, "b": 1.0})
-    )
-    assert row["bound"]["speedup"] == 2.5
+def test_the_row_has_amdahls_bound() -> None:
+    """Eager takes 10 s in turns with the best dense form, which takes 8 s; by hooks, 20 s."""
+    medians = {"dense:eager": 10.0, "dense:compiled": 8.0, "ours": 4.0}
+    rivals = {"composition:eager": 5.0, "ours": 4.0}
+    timings = {}
+    for role, found in (("dense", medians), ("composition", rivals)):
+        samples = {name: (time,) * 6 for name, time in found.items()}
+        timings[role] = Timings(f"{role}:eager", samples, dict.fromkeys(samples, 1))
+    runs = [amdahl.Run(20.0, {"a": 12.0, "b": 4.0})], [amdahl.Run(9.0, {"a": 4.0, "b": 2.0})]
+    match = gate.Match(True, 0.1, 0.0)
+    row = record.model_row(SMALL, match, {}, timings, runs, {"a": 3.0, "b": 2.0})
+    assert row["bound"] == {
+        "total_s": 20.0, "layers_s": 16.0, "rest_s": 4.0, "speedup": 2.0, "our_layers_s": 6.0,
+        "over_best": 1.6,
+    }  # fmt: skip
+    assert row["layers"] == {"a": [12.0, 4.0, 3.0], "b": [4.0, 2.0, 2.0]}
     assert row["dense"]["ratio"] == 2.0
-    assert "2.5" in table.model_table([row])[2]
+    assert schema.problems(row["bound"], schema.MODEL_ROW["properties"]["bound"]) == []
+    assert "1.60" in table.model_table([row])[2]
 
 
 def test_a_row_without_a_match_was_not_timed() -> None:
@@ -109,9 +114,11 @@ def test_a_row_without_a_match_was_not_timed() -> None:
     assert "median_s" not in row
 
 
-def test_layer_times_are_a_part_of_the_whole(x: torch.Tensor) -> None:
+def test_layers_are_those_that_change(x: torch.Tensor) -> None:
     with torch.no_grad():
-        ours = build(SMALL, "ours", x)
-        times = layer_seconds(ours, x)
-    assert set(times) == set(export.support_layers(ours))
-    assert all(time > 0 for time in times.values())
+        ours, dense = build(SMALL, "ours", x), build(SMALL, "dense", x)
+        names = layer_names(ours)
+        ratios = amdahl.mac_ratios(dense, ours, x, names)
+    assert names == layer_names(dense) == export.support_layers(ours)
+    assert ratios.pop("conv1") == 1
+    assert list(ratios.values()) == pytest.approx([9 / 5] * 18)  # p = 2

@@ -4,15 +4,19 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
+import benchmarks.record
 from benchmarks import primitives
-from benchmarks.cases import GPU_CASES, Case, het
+from benchmarks.cases import GPU_CASES, GPU_TARGETS, Case, het
 from benchmarks.record import Record
+from benchmarks.table import primitive_table
 from hetconv_kernels import ops
 from hetconv_kernels.roofs import Roofs
 
@@ -36,17 +40,82 @@ def test_rows_are_checked_timed_written_and_resumed(tmp_path: Path, capsys) -> N
     again = json.loads((tmp_path / "p.json").read_text())["rows"]
     assert again[:2] == rows
     assert [row["verb"] for row in again] == list(primitives.VERBS)
-    assert "× dense" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "× dense" in shown
+    assert "ceilings, float32: 0.2 TFLOP/s" in shown
+    assert "NOT MEASURED" not in shown
 
 
+def test_a_training_step_is_checked_and_timed(tmp_path: Path) -> None:
+    assert primitives.run(Record(tmp_path, "p"), [(TINY, "step")], "vendor", 0.02) == 0
+    (row,) = json.loads((tmp_path / "p.json").read_text())["rows"]
+    assert row["macs"] == 3 * TINY.macs(TINY.build_support().live)
+    assert row["composition"]["name"] == "composition"
+    assert row["compiled"] is None
+
+
+def test_what_there_is_no_time_for_is_named(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    wanted = [(TINY, "fprop"), (replace(TINY, name="other"), "wgrad")]
+    assert primitives.run(Record(tmp_path, "p"), wanted, "vendor", 0.02, budget=-1) == 0
+    shown = capsys.readouterr().out
+    assert "NOT MEASURED, -1 s were over (2 rows): tiny fprop, other wgrad" in shown
+
+
+def test_a_case_that_fails_does_not_take_the_others_along(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    wanted = [(replace(TINY, name="bad", dtype="int8"), "fprop"), (TINY, "fprop")]
+    assert primitives.run(Record(tmp_path, "p"), wanted, "vendor", 0.02) == 1
+    shown = capsys.readouterr().out
+    assert "bad: FAILED" in shown
+    assert "Traceback" in shown
+    rows = json.loads((tmp_path / "p.json").read_text())["rows"]
+    assert [row["case"]["name"] for row in rows] == ["tiny"]
+
+
+@pytest.mark.parametrize(("ratio", "shown"), [(2.1, "2  "), (1.9, "2  missed")])
+def test_the_table_says_whether_a_target_is_met(tmp_path: Path, ratio: float, shown: str) -> None:
+    record = Record(tmp_path, "p")
+    primitives.run(record, [(TINY, "fprop")], "vendor", 0.02)
+    (row,) = record.data["rows"]
+    row["case"]["name"] = "gpu-r50-conv4-128-het4"
+    row["dense"]["ratio"], row["verdict"] = ratio, "win"
+    line = primitive_table([row])[2]
+    assert shown.strip() in line
+    assert ("missed" in line) == (ratio < 2)
+
+
+def test_results_do_not_make_a_checkout_another_one(tmp_path: Path) -> None:
+    """A run goes on where it stopped only on the same commit; its own rows must not change it."""
+    root = tmp_path / "tree"
+    (root / "benchmarks" / "results").mkdir(parents=True)
+    code = root / "benchmarks" / "code.py"
+    code.write_text("1\n")
+    (root / "benchmarks" / "results" / "old.json").write_text("{}")
+
+    def git(*command: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        words = ["git", *identity, "-C", str(root / "benchmarks"), *command]
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+
+    git("init", "-q", "..")
+    git("add", "..")
+    git("commit", "-qm", "x")
+    status = ("status", "--porcelain", "--", *benchmarks.record._CODE)
+    for name in ("old", "new"):
+        (root / "benchmarks" / "results" / f"{name}.json").write_text("{1}")
+    assert git(*status) == ""
+    code.write_text("2\n")
+    assert "code.py" in git(*status)
+
+
+@pytest.mark.parametrize("asked", ["", "step"], ids=["alone", "step"])
 @pytest.mark.parametrize("verb", primitives.VERBS)
 def test_a_wrong_result_is_not_timed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, asked: str
 ) -> None:
     name = f"run_{verb}"
     right = getattr(ops, name)
     monkeypatch.setattr(ops, name, lambda *a: right(*a) * 1.01)
-    assert primitives.run(Record(tmp_path, "p"), [(TINY, verb)], "vendor", 0.02) == 1
+    assert primitives.run(Record(tmp_path, "p"), [(TINY, asked or verb)], "vendor", 0.02) == 1
     (row,) = json.loads((tmp_path / "p.json").read_text())["rows"]
     assert not row["match"]["ok"]
     assert "median_s" not in row
@@ -65,7 +134,12 @@ def test_every_kind_of_support_has_its_rivals(tmp_path: Path, kind: str) -> None
 
 def test_the_quick_table_is_what_the_targets_are_stated_for() -> None:
     quick = primitives.rows_of(full=False)
-    assert len(quick) == 6 * 4 * 3
+    assert len(quick) == 6 * 4 * 3 + 6
+    assert [verb for _, verb in quick].count("step") == 6
+    assert quick[0][0].support == het(4)
+    cases = [case.name for case, _ in quick]
+    assert sum(a != b for a, b in pairwise(cases)) == 23  # the rows of a case stand together
+    assert {name for name, _ in GPU_TARGETS} <= set(cases)
     assert {case.n for case, _ in quick} == {128}
     assert {case.dtype for case, _ in quick} == {"bfloat16"}
     full = primitives.rows_of(full=True)
@@ -93,7 +167,7 @@ def test_the_table_keeps_what_was_fastest(monkeypatch: pytest.MonkeyPatch) -> No
         seen.append((problem.verb, len(choices)))
         return choices[-1].name, 1e-5
 
-    found = tune.entries(cases, (9, 0), measure, most=3)
-    assert seen == [("fprop", 3), ("dgrad", 3)] * 2
+    *_, found = tune.entries(cases, (9, 0), measure, most=3)
+    assert seen == [("fprop", 3), ("dgrad", 3), ("wgrad", 3)] * 2
     assert set(found) == {table.key_of(p, (9, 0)) for c in cases for p in tune.problems(c)}
     assert all(entry["seconds"] == 1e-5 for entry in found.values())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules about the tree itself: sizes, licence lines, imports, docstrings, a README that runs."""
+"""Rules about the tree itself: sizes, licence lines, imports, docstrings."""
 
 from __future__ import annotations
 
@@ -231,13 +231,6 @@ def test_import_takes_less_than_0_3_s_beyond_torch() -> None:
         assert done.returncode == 0, done.stderr
         seconds.append(float(done.stdout))
     assert min(seconds) < 0.3, f"seconds in fresh interpreters: {seconds}"
-
-
-def test_the_readme_example_runs_as_printed() -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", read("README.md"), re.M | re.S)
-    assert blocks, "README.md has no ```python block"
-    done = run_python("-c", blocks[0])
-    assert done.returncode == 0, done.stderr
 
 
 def test_the_makefile_has_the_commands_that_the_readme_names() -> None:

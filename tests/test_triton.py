@@ -19,8 +19,16 @@ import torch
 
 import hetconv_kernels as hk
 from hetconv_kernels import ops
-from hetconv_kernels.backends import parts
-from hetconv_kernels.backends.triton import Triton, choice, dgrad, lowering, tiles
+from hetconv_kernels.backends import capture, parts
+from hetconv_kernels.backends.triton import (
+    Triton,
+    choice,
+    dgrad,
+    lowering,
+    tiles,
+    wgrad_choice,
+    wgrad_lowering,
+)
 from hetconv_kernels.errors import BackendError
 from hetconv_kernels.problem import Problem, make_geometry
 
@@ -116,19 +124,16 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Lets problems claim to be on a GPU of some capability."""
 
     def pretend(capability: tuple[int, int] = (9, 0)) -> None:
-        from hetconv_kernels.backends import triton as package
-
-        package._device_reasons.cache_clear()
+        parts.gpu_reasons.cache_clear()
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-        monkeypatch.setattr(choice, "part_of", lambda *_: parts.PARTS[9, 0])
+        for module in (choice, wgrad_choice):
+            monkeypatch.setattr(module, "part_of", lambda *_: parts.PARTS[9, 0])
         # What a user has tuned on this machine is no part of the tests.
         monkeypatch.setattr("hetconv_kernels.tuning.pick", lambda *_: None)
 
     yield pretend
-    from hetconv_kernels.backends import triton as package
-
-    package._device_reasons.cache_clear()
+    parts.gpu_reasons.cache_clear()
 
 
 CUDA = torch.device("cuda", 0)
@@ -149,6 +154,24 @@ def test_problems_beyond_the_engine_are_refused(on_gpu, changes: Any, words: str
     assert any(re.search(words, reason) for reason in reasons)
 
 
+@pytest.mark.parametrize(
+    ("stride", "pads", "dilation", "words"),
+    [
+        ((300, 300), 1, 1, "more than 65535 residue classes"),
+        (1, (2**31 - 1, 2**31 - 1, 0, 2), (2**30, 1), "beyond 32-bit places"),
+    ],
+    ids=["classes", "reach"],
+)
+def test_geometries_beyond_the_kernels_integers_are_refused(
+    on_gpu, stride: Any, pads: Any, dilation: Any, words: str
+) -> None:
+    on_gpu()
+    geometry = make_geometry(hk.Support.dense(8, 8, 3), stride, pads, dilation)
+    p = dataclasses.replace(described("dgrad", device=CUDA), geometry=geometry)
+    reasons = Triton().unsupported_reasons(p)
+    assert any(words in reason for reason in reasons), reasons
+
+
 @pytest.mark.parametrize(("capability", "refused"), [((7, 5), True), ((8, 0), False)])
 def test_old_parts_are_refused(on_gpu, capability: tuple[int, int], refused: bool) -> None:
     on_gpu(capability)
@@ -158,12 +181,10 @@ def test_old_parts_are_refused(on_gpu, capability: tuple[int, int], refused: boo
 
 
 def test_a_table_is_not_made_during_a_capture(on_gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hetconv_kernels.backends.triton import launch
-
     on_gpu()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(BackendError, match=r"while a CUDA graph is captured.*warmup\(model"):
-        launch.upload(np.zeros(3, np.int32), CUDA)
+        capture.upload(np.zeros(3, np.int32), CUDA)
 
 
 # Lowering -----------------------------------------------------------------------------------------
@@ -197,6 +218,20 @@ def test_the_classes_of_dgrad_write_every_pixel_once(stride: int, pads: tuple[in
                 assert source * stride + tap - pads[0] == axis.first + i * axis.store
 
 
+def test_a_step_word_refuses_what_it_cannot_hold() -> None:
+    block, row, col = (np.array(v) for v in ([0, 2**21 - 1], [31, 0], [0, 31]))
+    words = lowering.step_words(block, row, col)
+    assert words.dtype == np.int32
+    for found, given in ((words >> 10, block), (words >> 5 & 31, row), (words & 31, col)):
+        np.testing.assert_array_equal(found, given)
+    for place, name in enumerate(("channel block", "tap row", "tap column")):
+        for wrong in (-1, 2**21):
+            numbers = [np.array([0]), np.array([0]), np.array([0])]
+            numbers[place] = np.array([wrong])
+            with pytest.raises(BackendError, match=f"{name} of a step.*expected 0 to"):
+                lowering.step_words(*numbers)
+
+
 @pytest.mark.parametrize("verb", ["fprop", "dgrad"])
 @pytest.mark.parametrize("form", ["contiguous", "channels_last", "live"])
 def test_every_live_weight_is_packed_once(verb: str, form: str) -> None:
@@ -213,13 +248,15 @@ def test_every_live_weight_is_packed_once(verb: str, form: str) -> None:
     np.testing.assert_array_equal(places, expected)
 
 
+@pytest.mark.parametrize("order", ["blocked", "interleaved"])
 @pytest.mark.parametrize("form", ["contiguous", "channels_last", "live"])
-def test_every_live_weight_has_one_gradient(form: str) -> None:
-    s = hk.Support.het(20, 24, 3, p=3)
+def test_every_live_weight_has_one_gradient(form: str, order: str) -> None:
+    s = hk.Support.het(20, 24, 3, p=3, order=order)
     blocks = lowering.Block(16, 16, align=16), lowering.Block(32, 16, align=16)
-    parts = lowering.wgrad_parts(s, *blocks)
-    assert [p.taps for p in parts] == [3, 1]
-    places = lowering.gradient_places(parts, s, form)
+    lowered = wgrad_lowering.WgradLowering(s, *blocks, reorder=order == "interleaved")
+    assert [p.taps for p in lowered.parts] == [3, 1]
+    assert (lowered.channels is None) == (order == "blocked")
+    places = lowered.places(form)
     known = places[places >= 0]
     assert len(known) == len(set(known.tolist())) == s.live
 
@@ -252,6 +289,33 @@ def test_hopper_takes_boxes_and_others_pointers(on_gpu) -> None:
         assert any(c.box is not None for c in found) == boxed
 
 
+def test_wgrad_takes_boxes_on_hopper_that_divide_the_image(on_gpu) -> None:
+    for capability, boxed in (((9, 0), True), ((8, 0), False)):
+        on_gpu(capability)
+        p = described("wgrad", batch=128, device=CUDA)
+        found = {c.box for c in wgrad_choice.wgrad_choices(p)}
+        assert (found != {None}) == boxed
+        for box in found - {None}:
+            assert box.images * box.rows * box.cols == 64
+            assert 28 % box.rows == 28 % box.cols == 0
+    on_gpu()
+    p = described("wgrad", batch=128, device=CUDA, stride=2)
+    assert {c.box for c in wgrad_choice.wgrad_choices(p)} == {None, tiles.Box(64, 1, 1)}
+
+
+def test_wgrad_of_interleaved_channels_is_reordered(on_gpu) -> None:
+    on_gpu()
+    interleaved = hk.Support.het(256, 256, 3, p=4, order="interleaved")
+    p = described("wgrad", interleaved, batch=128, device=CUDA)
+    picked = wgrad_choice.best_wgrad(p)
+    assert picked.name.endswith("reordered")
+    own = [c for c in wgrad_choice.wgrad_choices(p) if "reordered" not in c.name]
+    assert picked.seconds < min(c.seconds for c in own)
+    # It pays for its two gathers out of what it saves.
+    size = picked.lowering.size
+    assert size < 0.5 * min(c.lowering.size for c in own)
+
+
 def test_a_prediction_counts_the_gather_of_interleaved_channels(on_gpu) -> None:
     on_gpu()
     interleaved = hk.Support.het(256, 256, 3, p=4, order="interleaved")
@@ -268,17 +332,42 @@ def test_shipped_tiles_fit_every_part(capability: tuple[int, int]) -> None:
         assert buffers * (tile.pixels + tile.filters) * tile.channels * 2 <= part.shared
 
 
-def test_an_entry_of_the_table_decides(on_gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("verb", ["fprop", "wgrad"])
+def test_an_entry_of_the_table_decides(on_gpu, verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from hetconv_kernels.backends.triton import table
 
     on_gpu()
-    p = described(batch=64, device=CUDA)
-    slow = max(choice.gather_choices(p), key=lambda c: c.seconds)
+    p = described(verb, batch=64, device=CUDA)
+    choices = choice.gather_choices(p) if verb == "fprop" else wgrad_choice.wgrad_choices(p)
+    assert len({c.name for c in choices}) == len(choices)
+    slow = max(choices, key=lambda c: c.seconds)
     assert not Triton().measured(p)
     entry = {table.key_of(p, (9, 0)): {"name": slow.name, "seconds": 1.0}}
     monkeypatch.setattr(table, "entries", lambda: entry)
     assert Triton().measured(p)
-    assert choice.best_gather(p).name == slow.name
+    best = choice.best_gather if verb == "fprop" else wgrad_choice.best_wgrad
+    assert best(p).name == slow.name
+
+
+@pytest.mark.parametrize("verb", ["dgrad", "wgrad"])
+def test_tuning_is_offered_the_best_predictions(
+    on_gpu, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_gpu()
+    offered = {}
+
+    def pick(key: str, candidates: Any, device: Any) -> str:
+        offered[key] = list(candidates)
+        return offered[key][-1]
+
+    monkeypatch.setattr("hetconv_kernels.tuning.pick", pick)
+    p = described(verb, batch=48, device=CUDA)
+    best = choice.best_gather if verb == "dgrad" else wgrad_choice.best_wgrad
+    picked = best(p)
+    ((key, names),) = offered.items()
+    assert key.startswith(verb)
+    assert picked.name == names[-1]
+    assert 2 <= len(names) <= choice.MOST_TUNED
 
 
 def test_the_table_names_choices_that_exist() -> None:

@@ -6,6 +6,14 @@
 #include <stdexcept>
 
 namespace hetconv {
+namespace {
+
+// What a core keeps close, and what a load from beyond costs in vector operations. Set by hand from
+// a matrix product of 25088 channels, 1.6 MB of which are needed at once.
+constexpr size_t kNearBytes = size_t(1) << 20;
+constexpr double kFarLoad = 12;
+
+}  // namespace
 
 Plan::Plan(const uint8_t* mask, int F, int C, int KH, int KW, DType dtype, const Kernels& kernels,
            const std::string& form, bool channels_last)
@@ -134,9 +142,13 @@ double Plan::pixels_cost(bool channels_last) const {
   static const double slow[9] = {0, 2.2, 1.25, 1.1, 1.05, 1.05, 1.05, 1.05, 1.05};
   double total = channels_last ? 3.0 * double(live_.size()) + 3.4 * low_.F
                                : 2.6 * double(live_.size()) + 2.2 * low_.F;
+  // One vector of each plane, for each row of taps: beyond a core's cache every load is a wait.
+  const bool far = live_.size() * size_t(low_.KH) * size_t(kernels_.vector_bytes) > kNearBytes;
   for (const PixelTile& t : tiles_)
-    total += (t.whole_rows ? slow[3] : slow[t.nf]) * t.nf *
-             double(t.ncols + (low_.accumulate ? 12 : 4)) / low_.vl;
+    total += ((t.whole_rows ? slow[3] : slow[t.nf]) * t.nf *
+                  double(t.ncols + (low_.accumulate ? 12 : 4)) +
+              (far ? kFarLoad * t.ncols : 0.0)) /
+             low_.vl;
   return total;
 }
 

@@ -108,6 +108,10 @@ def _engines() -> dict[str, Backend]:
         from .triton import Triton
 
         engines["triton"] = Triton()
+    if importlib.util.find_spec("hetconv_kernels._cuda") is not None:
+        from .cuda import Cuda
+
+        engines["cuda"] = Cuda()
     return engines | {"reference": Reference()}
 
 
@@ -133,6 +137,8 @@ def get_backend(name: str) -> Backend:
         way_out = "`hetconv info` lists what is built."
         if name == "triton":
             way_out = "Triton is not installed: pip install 'hetconv-kernels[triton]'."
+        if name == "cuda":
+            way_out = "nvcc builds it where the package is installed; `hetconv info` says why not."
         raise BackendError(
             f"backend {name!r} {known}; expected one of "
             f"{', '.join(('auto', *available_backends()))}. {way_out}"

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pieces that the engines written in PyTorch share."""
+"""Pieces that several engines share."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from math import gcd
 
 import torch
 import torch.nn.functional as F
@@ -90,3 +93,11 @@ def to_format(problem: Problem, dense: Tensor) -> Tensor:
     if len(problem.weight_shape) == 2:
         return dense.view(problem.weight_shape)
     return dense.contiguous(memory_format=problem.format)
+
+
+def unit(widest: int, tensor: Tensor, more: Sequence[int] = ()) -> int:
+    """Returns what divides a channels_last tensor's channels and strides, at most `widest`."""
+    n, _, h, w = tensor.stride()
+    sizes = tensor.shape
+    strides = [s for s, size in ((n, sizes[0]), (h, sizes[2]), (w, sizes[3])) if size > 1]
+    return gcd(widest, sizes[1], *strides, *(int(value) for value in more))

@@ -8,6 +8,7 @@ of the image as it goes, and writes the result's format; nothing is converted he
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,14 @@ from ..problem import Problem
 from ..support import Support
 from . import Runner
 from .common import empty, to_format
-from .rates import ENGINE, GRADIENT, PACK, VERB, WGRAD
+from .rates import DOUBT, ENGINE, FAR_COMPUTE, FAR_WEIGHT, GRADIENT, PACK, VERB, WGRAD
 
 _MAX_INT = 2**31 - 1
 _MAX_PADDED = 2**30  # along one axis: the engine counts pixels in 32 bits, beyond the edge too
 _MAX_RESIDUES = 4096  # dgrad has a plan for each residue of the stride
+# Bytes: of packed weights that stay in a processor's cache from one band of pixels to the next, and
+# of a band, at most.
+_NEAR, _BAND = 2**24, 2**21
 # The instruction set; "" takes the best one here, or what HETCONV_ISA says.
 _ISA = ""
 _NO_RESIDUAL = (0, 0, 0, 0)
@@ -65,16 +69,22 @@ class Cpu:
             return pixels * wgrad.cost * WGRAD[wgrad.form] / threads + fixed
         plan = self._plan(problem)
         form = ENGINE["filters" if plan.form == "filters" else "pixels"]
-        per_image = problem.batch * plan.cost
-        oh, ow = problem.output_size
+        pixels = problem.batch * math.prod(problem.output_size)
+        one_row = problem.is_linear or (problem.is_pointwise and problem.channels_last)
+        images = 1 if one_row else problem.batch
         compute = (
-            per_image * oh * ow * form.operation
-            + problem.batch * oh * ow * _tile_columns(problem) / 16 * form.load
-            + per_image * form.image
+            pixels * plan.cost * form.operation
+            + pixels * _tile_columns(problem) / 16 * form.load
+            + images * plan.cost * form.image
         )
         packing = 0.0 if problem.live_weight else math.prod(problem.support.shape) * PACK
-        fixed = plan.packed_elements * form.packed + packing + form.call
-        return compute * VERB[problem.verb] / threads + fixed
+        weights = plan.packed_elements * form.packed
+        if plan.packed_elements * 4 > _NEAR:
+            bands = math.ceil(pixels * problem.support.channels * 4 / _BAND)
+            weights = plan.packed_elements * bands * FAR_WEIGHT
+            compute *= FAR_COMPUTE
+        seconds = compute * VERB[problem.verb] / threads + weights + packing + form.call
+        return seconds * (DOUBT if problem.support.is_dense else 1.0)
 
     def measured(self, problem: Problem) -> bool:
         """The seconds were fitted in float32 with AVX-512; elsewhere they are a guess."""
@@ -90,8 +100,8 @@ class Cpu:
         geometry, plan = problem.geometry, self._plan(problem)
         packed = self._packer("fprop", plan, problem)
         wide = torch.promote_types(problem.dtype, torch.float32)
-        size = (problem.batch, problem.height, problem.width)
         padding = (geometry.pads[0], geometry.pads[2])
+        sizes = _sizes(problem)
         act, run_engine, threads = problem.act, plan.fprop, torch.get_num_threads
 
         def run(
@@ -110,21 +120,22 @@ class Cpu:
                 shift = shift.to(wide).contiguous()
             if residual is not None:
                 residual = residual.resolve_neg()
+            size, out_size, strides = sizes(x, y, residual)
             run_engine(
                 packed(w),
                 x.data_ptr(),
-                x.stride(),
+                strides(x),
                 size,
                 y.data_ptr(),
-                y.stride(),
-                problem.output_size,
+                strides(y),
+                out_size,
                 geometry.stride,
                 padding,
                 geometry.dilation,
                 0 if scale is None else scale.data_ptr(),
                 0 if shift is None else shift.data_ptr(),
                 0 if residual is None else residual.data_ptr(),
-                _NO_RESIDUAL if residual is None else residual.stride(),
+                _NO_RESIDUAL if residual is None else strides(residual),
                 act,
                 threads(),
             )
@@ -149,19 +160,20 @@ class Cpu:
                 channels_last=problem.channels_last,
             )
         packed = self._packer("dgrad", plan, problem)
-        size = (problem.batch, *problem.output_size)
+        sizes = _sizes(problem)
 
         def run(dy: Tensor, w: Tensor) -> Tensor:
             dx = empty(problem.x_shape, dy, problem)
             dy = dy.resolve_neg()
+            size, out_size, strides = sizes(dx, dy)
             plan.dgrad(
                 packed(w),
                 dy.data_ptr(),
-                dy.stride(),
-                size,
+                strides(dy),
+                (size[0], *out_size),
                 dx.data_ptr(),
-                dx.stride(),
-                (problem.height, problem.width),
+                strides(dx),
+                size[1:],
                 torch.get_num_threads(),
             )
             return dx
@@ -171,7 +183,7 @@ class Cpu:
     def wgrad(self, problem: Problem) -> Runner:
         """Prepares dw."""
         geometry, plan = problem.geometry, self._wgrad_plan(problem)
-        size = (problem.batch, problem.height, problem.width)
+        sizes = _sizes(problem)
         live = _live_index(problem.support) if problem.live_weight else None
         # The engine writes the live entries only, in any layout.
         layout = torch.contiguous_format if problem.live_weight else problem.format
@@ -180,13 +192,14 @@ class Cpu:
             dw = torch.empty(problem.support.shape, dtype=problem.dtype, memory_format=layout)
             dw.zero_()
             dy, x = dy.resolve_neg(), x.resolve_neg()
+            size, out_size, strides = sizes(x, dy)
             plan.wgrad(
                 x.data_ptr(),
-                x.stride(),
+                strides(x),
                 size,
                 dy.data_ptr(),
-                dy.stride(),
-                problem.output_size,
+                strides(dy),
+                out_size,
                 dw.data_ptr(),
                 dw.stride(),
                 geometry.stride,
@@ -239,6 +252,39 @@ def _kept(make: Any, problem: Problem, form: str) -> Any:
             channels_last=problem.channels_last,
         )
     return plan
+
+
+# The input's images, height and width; the output's height and width; what gives strides for them.
+_Sizes = tuple[tuple[int, int, int], tuple[int, int], Callable[[Tensor], tuple[int, ...]]]
+
+
+def _sizes(problem: Problem) -> Callable[..., _Sizes]:
+    """Returns what tells how the engine is to read the operands of a call.
+
+    A pointwise layer has nothing to do with images: where memory allows, all are one row of pixels.
+    """
+    images = (problem.batch, problem.height, problem.width), problem.output_size, _strides
+    pixels = problem.batch * problem.height * problem.width
+    if not problem.is_pointwise or not 0 < pixels <= _MAX_PADDED:
+        return lambda *_: images
+    row = (1, 1, pixels), (1, pixels), _row_strides
+
+    def sizes(*operands: Tensor | None) -> _Sizes:
+        for tensor in operands:
+            if tensor is not None and not tensor.is_contiguous(memory_format=torch.channels_last):
+                return images
+        return row
+
+    return sizes
+
+
+def _strides(image: Tensor) -> tuple[int, ...]:
+    return image.stride()
+
+
+def _row_strides(image: Tensor) -> tuple[int, ...]:
+    row = image.numel()
+    return row, 1, row, image.shape[1]
 
 
 def _mask(problem: Problem) -> Any:

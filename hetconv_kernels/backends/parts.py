@@ -58,3 +58,17 @@ def _part_of(index: int) -> Part:
         known = (8, 6)
     count = torch.cuda.get_device_properties(index).multi_processor_count
     return PARTS[known]._replace(processors=count)
+
+
+@cache
+def gpu_reasons(index: int) -> list[str]:
+    """Lists, in sentences, why a GPU cannot run kernels that rest on asynchronous copies."""
+    if torch.version.hip:
+        return ["This is a ROCm build of PyTorch; the engine was built for NVIDIA GPUs."]
+    capability = torch.cuda.get_device_capability(index)
+    if capability < (8, 0):
+        return [
+            f"Compute capability {capability[0]}.{capability[1]} is below 8.0, which has the "
+            "asynchronous copies that the kernels rest on."
+        ]
+    return []

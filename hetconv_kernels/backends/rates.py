@@ -13,7 +13,7 @@ class DenseSeconds(NamedTuple):
 
     Attributes:
         mac: per multiply-accumulate, on one thread.
-        weight: per weight, which every call lays out anew.
+        weight: per weight, which a call lays out anew or at least reads.
         byte: per byte of input, output and live weights.
         call: per call.
     """
@@ -51,9 +51,18 @@ ENGINE = {
     "pixels": EngineSeconds(8.9e-11, 2.65e-10, 3.3e-9, 7.4e-11, 1.2e-5),
 }
 # These are set by hand from single measurements, not fitted.
+# A convolution or matrix product whose weight is laid out in advance, and ``torch.nn.functional``'s
+# matrix product, which is not oneDNN's.
+PREPACKED = DenseSeconds(8.8e-12, 1.0e-10, 4.9e-12, 2.7e-5)
+LINEAR = DenseSeconds(2.8e-11, 2.0e-10, 4.9e-12, 6e-6)
 # One image of at most so many elements does not go to oneDNN: seconds per multiply-accumulate on
 # all threads, and per call.
 SMALL_IMAGE, SMALL_MAC, SMALL_CALL = 20480, 1.6e-11, 6e-6
+# Packed weights that come from main memory: seconds per element, on all threads, and how much
+# longer the multiply-adds take.
+FAR_WEIGHT, FAR_COMPUTE = 1.0e-10, 1.7
+# A dense Support saves no work: there a prediction this much better may be chance.
+DOUBT = 1.15
 # A trained weight is packed at each call: seconds per dense weight.
 PACK = 3e-10
 # dgrad runs at a lower rate than fprop with the same multiply-accumulates.

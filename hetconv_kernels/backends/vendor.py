@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..packing import CleanCheck, FrozenCache, dense_weight, own_blocks
 from ..problem import Problem
-from . import Runner
+from . import Runner, prepacked
 from .common import (
     crop_image,
     empty,
@@ -33,6 +33,8 @@ from .rates import (
     GPU_DENSE,
     GPU_LAUNCH,
     GPU_SPEED,
+    LINEAR,
+    PREPACKED,
     SMALL_CALL,
     SMALL_IMAGE,
     SMALL_MAC,
@@ -57,8 +59,10 @@ def dense_seconds(problem: Problem, work: float = 1.0, launches: int = 1) -> flo
         compute = macs / (part.processors * part.clock * part.rate * speed)
         return max(compute, problem.bytes_moved / part.bandwidth) + launches * GPU_LAUNCH
     pixels = problem.height * problem.width
+    rates = PREPACKED if prepacked.takes(problem) else LINEAR if problem.is_linear else DENSE
     if (
-        problem.batch == 1
+        rates is DENSE
+        and problem.batch == 1
         and problem.support.channels * pixels <= SMALL_IMAGE
         and max(problem.support.kernel) <= 3
         and work == 1.0
@@ -67,10 +71,10 @@ def dense_seconds(problem: Problem, work: float = 1.0, launches: int = 1) -> flo
     speed = torch.get_num_threads() * DTYPE_SPEED.get(problem.dtype, 1.0)
     weights = math.prod(problem.support.shape) * work
     return (
-        macs * DENSE.mac / speed
-        + weights * DENSE.weight
-        + problem.bytes_moved * DENSE.byte
-        + launches * DENSE.call
+        macs * rates.mac / speed
+        + weights * rates.weight
+        + problem.bytes_moved * rates.byte
+        + launches * rates.call
     )
 
 
@@ -97,6 +101,29 @@ class Vendor:
 
     def fprop(self, problem: Problem) -> Runner:
         """Prepares y = act(scale · conv(x, w) + shift + residual)."""
+        each_time = self._fprop(problem)
+        if not prepacked.takes(problem):
+            return each_time
+        prepare = prepacked.linear if _is_product(problem) else prepacked.convolution
+        once, dtype = prepare(problem, self._dense(problem)), problem.dtype
+
+        def run(
+            x: Tensor,
+            w: Tensor,
+            scale: None,
+            shift: Tensor | None,
+            residual: Tensor | None,
+        ) -> Tensor:
+            if w.requires_grad or w.is_inference():  # nothing can be kept for such a weight
+                return each_time(x, w, scale, shift, residual)
+            if shift is not None and shift.dtype is not dtype:
+                shift = shift.to(dtype)
+            return once(x, w, shift, residual)
+
+        return run
+
+    def _fprop(self, problem: Problem) -> Runner:
+        """Prepares the same on a weight that may have changed since the last call."""
         geometry, dtype, conv2d = problem.geometry, problem.dtype, torch.conv2d
         padding, uneven = geometry.symmetric_padding or (0, 0), geometry.symmetric_padding is None
         groups = geometry.support.uniform_groups or 1
@@ -142,7 +169,7 @@ class Vendor:
         fused = problem.act != "none" or {"scale", "residual"} & set(problem.epilogue)
         if fused or uneven or not problem.batch:
             return run
-        return run_linear if _is_linear(problem) else run_plain
+        return run_linear if _is_product(problem) else run_plain
 
     def dgrad(self, problem: Problem) -> Runner:
         """Prepares dx."""
@@ -153,7 +180,7 @@ class Vendor:
             top, bottom, left, right = geometry.pads
             height, width = height + top + bottom, width + left + right
         weight = self._weight(problem)
-        if _is_linear(problem):
+        if _is_product(problem):
             return lambda dy, w: (dy.flatten(1) @ weight(w).flatten(1))[:, :, None, None]
 
         def run(dy: Tensor, w: Tensor) -> Tensor:
@@ -187,7 +214,7 @@ class Vendor:
         def gradient(dy: Tensor, x: Tensor) -> Tensor:
             if not problem.batch:
                 return x.new_zeros(shape)
-            if _is_linear(problem):
+            if _is_product(problem):
                 return (dy.flatten(1).T @ x.flatten(1))[:, :, None, None]
             if uneven:
                 x = pad_image(x, geometry.pads)
@@ -219,27 +246,33 @@ class Vendor:
         return run if groups == 1 else run_grouped
 
     @staticmethod
-    def _weight(problem: Problem) -> Callable[[Tensor], Tensor]:
-        """Returns what turns the canonical weight into the one that ``torch.conv2d`` takes."""
+    def _dense(problem: Problem) -> Callable[[Tensor], Tensor]:
+        """Returns what makes the weight that ``torch.conv2d`` takes from the canonical one."""
         support, dtype, layout = problem.support, problem.dtype, problem.format
-        shape = _weight_shape(problem)
-        groups, same = support.uniform_groups, problem.weight_dtype == dtype
-        # An equal grouping's live entries, and a dense weight, are nn.Conv2d's own weight already.
-        whole = groups is not None and (problem.live_weight or support.is_dense)
-        if whole and same and problem.weight_shape == shape:
-            return lambda w: w
+        shape, groups = _weight_shape(problem), support.uniform_groups
 
         def build(w: Tensor) -> Tensor:
             if groups is None:
                 dense = dense_weight(support, w, dtype)
-            elif whole:
+            elif problem.live_weight or support.is_dense:
                 dense = w.to(dtype).reshape(shape)
             else:
                 dense = own_blocks(w.view(support.shape), groups).to(dtype)
             return dense.contiguous(memory_format=layout)
 
+        return build
+
+    def _weight(self, problem: Problem) -> Callable[[Tensor], Tensor]:
+        """Returns the same, without work where the weight is so already or was met before."""
+        support, dtype, shape = problem.support, problem.dtype, _weight_shape(problem)
+        groups, same = support.uniform_groups, problem.weight_dtype == dtype
+        # An equal grouping's live entries, and a dense weight, are nn.Conv2d's own weight already.
+        whole = groups is not None and (problem.live_weight or support.is_dense)
+        if whole and same and problem.weight_shape == shape:
+            return lambda w: w
+        build = self._dense(problem)
         if problem.live_weight:
-            key = ("vendor", dtype, layout)
+            key = ("vendor", dtype, problem.format)
             cache: FrozenCache = support.derived.setdefault(key, FrozenCache(build))
             return cache
         # float64 is for checking (gradcheck writes through .data): there every call masks.
@@ -251,15 +284,9 @@ class Vendor:
         return lambda w: w if clean(w) else build(w)
 
 
-def _is_linear(problem: Problem) -> bool:
-    """Tells whether the call is a matrix product: one pixel, one tap, nothing around."""
-    geometry, support = problem.geometry, problem.support
-    image = (problem.height, problem.width)
-    return (
-        image == support.kernel == (1, 1)
-        and geometry.pads == (0, 0, 0, 0)
-        and support.uniform_groups in (None, 1)
-    )
+def _is_product(problem: Problem) -> bool:
+    """Tells whether one product of matrices computes it."""
+    return problem.is_linear and problem.support.uniform_groups in (None, 1)
 
 
 def _weight_shape(problem: Problem) -> tuple[int, int, int, int]:

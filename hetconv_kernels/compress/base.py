@@ -26,6 +26,7 @@ from . import ranks
 from .progress import Progress
 from .report import CompressionReport, LayerReport
 from .run import CHOSEN, Layer, Run, support_of
+from .sharded import gathered, is_sharded
 from .state import StateFile
 from .training import Data, Evaluate, MakeOptimizer, Training, TrainStep, seeded
 
@@ -106,7 +107,9 @@ def compress(
     and augmentations from torch's, numpy's or Python's global generator, or from the epoch.
 
     Under torch.distributed every rank calls this with its own part of the data and the same
-    ``state`` path. Training is DDP's; what chooses a Support is all-reduced first.
+    ``state`` path. Training is DDP's; what chooses a Support is all-reduced first. A network that
+    FSDP2 has sharded is gathered, so that each rank needs the memory for all of it; the result is
+    plain and equal on all ranks, to be sharded again by ``fully_shard(report.model)``.
 
     Args:
         model: the network, trained; on its device.
@@ -147,6 +150,8 @@ def compress(
         )
     # Whatever is drawn outside of rounds, such as the first batch, leaves no trace either.
     with seeded(seed, torch.device("cpu")):
+        if is_sharded(model):
+            model = gathered(model)
         example = _example(example, training, model)
         dense, first = _densified(model)
         ranks.same_weights(dense)
@@ -192,15 +197,18 @@ def _report(
         notes.append(why)
     after = result if small is None else small
     difference = clock.difference(run.model, after, run.example)
+    rows = stats.layer_macs(model, run.example), stats.layer_macs(after, run.example)
 
     def times() -> tuple[clock.Whole | None, tuple[LayerReport, ...]]:
         whole = clock.whole(model, after, run.example, seconds) if measure else None
         layouts = whole.layouts if whole else None
-        return whole, clock.layer_reports(model, after, run.example, run.kept, layouts, seconds)
+        return whole, clock.layer_reports(
+            model, after, run.example, rows, run.kept, layouts, seconds
+        )
 
     whole, layers = ranks.from_first(times)
     now = run.training.judge(after)
-    work = [sum(r.macs for r in stats.layer_macs(net, run.example)) for net in (model, after)]
+    work = [sum(row.macs for row in side) for side in rows]
     return CompressionReport(
         model=after,
         method=method.title,
@@ -258,10 +266,6 @@ def _check(
 ) -> None:
     if not isinstance(model, nn.Module):
         raise InputTypeError(mismatch("model", type(model).__name__, "an nn.Module"))
-    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
-        raise InputTypeError(
-            mismatch("model", "sharded weights", "the plain network", "Compress before sharding.")
-        )
     if not isinstance(method, Method):
         raise InputTypeError(
             mismatch(

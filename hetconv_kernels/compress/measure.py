@@ -85,6 +85,7 @@ def layer_reports(
     before: nn.Module,
     after: nn.Module,
     example: Tensor,
+    rows: tuple[list[stats.LayerMacs], list[stats.LayerMacs]],
     notes: dict[str, str],
     layouts: tuple[str, str] | None,
     max_seconds: float,
@@ -95,12 +96,12 @@ def layer_reports(
         before: the dense network.
         after: the compressed one.
         example: an input.
+        rows: the work of the layers of both, see `stats.layer_macs`.
         notes: why layers stayed dense, by name.
         layouts: the memory formats in which the networks were fastest; None times nothing.
         max_seconds: about how long all layers together may be timed.
     """
-    old = {row.name: row for row in stats.layer_macs(before, example) if row.dense}
-    new_rows = stats.layer_macs(after, example)
+    old = {row.name: row for row in rows[0] if row.dense}
     modules = dict(after.named_modules())
     gone = [name for name in old if name not in modules]
     changed = [
@@ -118,7 +119,7 @@ def layer_reports(
     reports = []
     for name, row in old.items():
         # A layer may do its work through parts of itself, as FrequencyConv2d does.
-        parts = [r for r in new_rows if r.name == name or r.name.startswith(f"{name}.")]
+        parts = [r for r in rows[1] if r.name == name or r.name.startswith(f"{name}.")]
         seconds, speedup, backend = measured.get(name, (None, None, "torch"))
         reports.append(
             LayerReport(

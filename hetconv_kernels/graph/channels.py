@@ -26,6 +26,7 @@ from torch import Tensor, fx, nn
 
 from ..masks import IntArray
 from ..nn import SupportConv2d, SupportLinear
+from ..support import Support
 from .convert import _shared_parameters, _what_would_be_lost
 from .layout import adapted
 from .names import BINARY, EACH, MOVES, SIZES, SPATIAL, describe, module_of, name_of
@@ -98,6 +99,25 @@ class Channels:
             for place, number in enumerate(self.of(node)):
                 found.setdefault(int(number), []).append((describe(node), place))
         return found
+
+    def through_depthwise(self) -> IntArray:
+        """Renumbers the classes so that a depthwise layer's channel and its filter have one number.
+
+        # int [classes]: the number that stands for each class
+        """
+        alias = np.arange(self.count)
+
+        def find(number: int) -> int:
+            while alias[number] != number:
+                number = int(alias[number])
+            return number
+
+        for node, layer in self.layers.items():
+            if is_depthwise(layer.support):
+                pairs = zip(self.of(self.reader(node)), self.of(node), strict=True)
+                for channel, filter_ in pairs:
+                    alias[find(int(filter_))] = find(int(channel))
+        return np.array([find(number) for number in range(self.count)])
 
     # Walking the graph ------------------------------------------------------------------------
 
@@ -305,6 +325,11 @@ class Channels:
             for number in np.unique(self.classes[wires]).tolist():
                 found.setdefault(number, reason)
         return found
+
+
+def is_depthwise(support: Support) -> bool:
+    """Whether filter i reads channel i alone, for several of them."""
+    return support.uniform_groups == support.channels == support.filters > 1
 
 
 def call(node: fx.Node, values: dict[fx.Node, Tensor]) -> Any:

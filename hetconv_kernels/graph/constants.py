@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from ..masks import BoolArray, IntArray
 from .channels import Channels, call
+from .names import module_of
 from .take import Layer, Norm
 
 
@@ -120,10 +121,13 @@ def _channelwise(node: fx.Node, operands: dict[fx.Node, Constant]) -> Constant:
     if not known.any():
         return _varying(len(known))
     images: dict[fx.Node, Any] = {}
+    module = module_of(node)
+    own = None if module is None else next(module.parameters(), None)  # that of a PReLU
     for operand, constant in operands.items():
         image = torch.as_tensor(constant.value).view(1, -1, *[1] * (len(_size(operand)) - 2))
+        image = image if own is None else image.to(own)
         images[operand] = image.expand(1, -1, *_size(operand)[2:])
-    result = call(node, images).cpu()
+    result = call(node, images).detach().cpu()
     pixels = result.reshape(*result.shape[:2], -1)
     first, even = pixels[0, :, 0], (pixels == pixels[:, :, :1]).all(2)[0]
     known = known & even.numpy()

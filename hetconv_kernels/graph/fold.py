@@ -9,23 +9,24 @@ from typing import Any, NamedTuple
 
 from torch import fx, nn
 
-from ..nn import SupportConv2d, fuse
+from ..nn import SupportConv2d, SupportLinear, fuse
 from ..nn.base import SupportLayer
+from ..support import Support
 from .layout import set_module
 from .names import module_of, name_of
+from .norms import NORMS, fold_norms
 from .rules import Keep, _plain_conv2d
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 # Does nothing in evaluation mode.
 _IDLE = frozenset(["dropout", "feature_dropout", "alpha_dropout", "identity"])
 
 
 class Fused(NamedTuple):
-    """One convolution with what became part of it.
+    """One layer with what became part of it.
 
     Attributes:
-        name: of the convolution.
-        parts: what it is now, such as ``conv + bn + residual + relu``.
+        name: of the layer.
+        parts: what it is now, such as ``conv + bn + residual + relu`` or ``linear + bn``.
     """
 
     name: str
@@ -48,7 +49,7 @@ class Folded(NamedTuple):
     """What `fold` did.
 
     Attributes:
-        fused: the convolutions.
+        fused: the convolutions and fully-connected layers.
         left: what could not be folded, and why.
         removed: how many steps that do nothing in evaluation mode are gone.
     """
@@ -65,13 +66,17 @@ def fold(traced: fx.GraphModule) -> Folded:
     shift), a sum with a tensor of its own size, and a ReLU, ReLU6, SiLU or GELU, as one
     `FusedConv2d`. Each step is taken over only if nothing else reads what came before it. Where
     two convolutions meet in a sum, the one with a Support takes it: PyTorch's dense convolution
-    adds in a pass of its own anyway. Layers with a Support that remain are frozen.
+    adds in a pass of its own anyway. Layers with a Support that remain are frozen, and so are dense
+    linear layers, whose weights are then laid out for the matrix product only once. Linear layers
+    take over the normalisation beside them, and convolutions one before them, see `norms`.
 
     Args:
         traced: what `trace` gave, in evaluation mode.
     """
     removed = _remove_idle(traced)
     _protect(traced)
+    beside, unmerged = fold_norms(traced)
+    ahead = {b.layer for b in beside if b.before and b.conv}
     left: list[Left] = []
     convs: list[tuple[fx.Node, nn.Conv2d | SupportConv2d]] = []
     for node in traced.graph.nodes:
@@ -86,19 +91,26 @@ def fold(traced: fx.GraphModule) -> Folded:
     # A stable sort: layers with a Support choose first.
     convs.sort(key=lambda pair: not isinstance(pair[1], SupportConv2d))
     chosen = [(node, conv, _chain(node)) for node, conv in convs]
-    done: list[Fused] = []
+    done = [
+        Fused(b.layer, "bn + linear" if b.before else "linear + bn") for b in beside if not b.conv
+    ]
     taken: set[fx.Node] = set()
     for node, conv, chain in chosen:
         while chain.nodes[-1] in taken:  # another convolution has taken the sum
             chain = chain.shorter()
         taken.update(chain.nodes)
         _replace(traced, node, conv, chain)
-        done.append(Fused(str(node.target), " + ".join(("conv", *chain.parts))))
+        first = ("bn", "conv") if node.target in ahead else ("conv",)
+        done.append(Fused(str(node.target), " + ".join((*first, *chain.parts))))
+    known = {fused.name for fused in done}
+    done += [Fused(name, "linear") for name in _freeze_linears(traced) if name not in known]
     traced.graph.eliminate_dead_code()
     for node in traced.graph.nodes:
         module = module_of(node)
-        if isinstance(module, _NORMS):
-            left.append(Left(str(node.target), "it does not follow a convolution alone"))
+        if isinstance(module, NORMS):
+            more = unmerged.get(str(node.target))
+            reason = "it does not follow a convolution alone" + (f"; {more}" if more else "")
+            left.append(Left(str(node.target), reason))
         elif isinstance(module, SupportLayer) and not module.frozen:
             module.freeze()
     traced.delete_all_unused_submodules()
@@ -216,6 +228,23 @@ def _replace(
     last.replace_all_uses_with(new)
     for old in reversed(chain.nodes):
         traced.graph.erase_node(old)
+
+
+def _freeze_linears(traced: fx.GraphModule) -> list[str]:
+    """Freezes dense linear layers that share no weight; returns their names."""
+    owners: dict[int, int] = {}
+    for owner in traced.modules():
+        for parameter in owner.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    done: list[str] = []
+    for node in traced.graph.nodes:
+        module = module_of(node)
+        if type(module) is not nn.Linear or owners[id(module.weight)] > 1:
+            continue
+        support = Support.dense(module.in_features, module.out_features, 1)
+        done.append(str(node.target))
+        set_module(traced, done[-1], SupportLinear.from_linear(module, support).eval().freeze())
+    return done
 
 
 def _remove_idle(traced: fx.GraphModule) -> int:

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from ..errors import FileError, mismatch
+from ..masks import BoolArray
 from ..nn import (
+    FrequencyConv2d,
     FusedConv2d,
     GroupedConv2d,
     HetConv2d,
@@ -73,7 +76,8 @@ _SUPPORTED: tuple[type[SupportConv2d], ...] = (
     GroupedConv2d,
 )
 _BY_NAME: dict[str, type[nn.Module]] = {
-    kind.__name__: kind for kind in (*_PLAIN, *_SUPPORTED, SupportLinear, FusedConv2d)
+    kind.__name__: kind
+    for kind in (*_PLAIN, *_SUPPORTED, SupportLinear, FusedConv2d, FrequencyConv2d)
 }
 
 
@@ -103,6 +107,8 @@ def layer_to_json(module: nn.Module) -> Json | None:
                 "backend": module.backend,
             },
         }
+    if isinstance(module, FrequencyConv2d) and kind is FrequencyConv2d:
+        return _frequency_to_json(module, described)
     if not isinstance(module, SupportConv2d | SupportLinear) or kind not in _BY_NAME.values():
         return None
     if not module._owns_weight:
@@ -120,6 +126,22 @@ def layer_to_json(module: nn.Module) -> Json | None:
     }
 
 
+def _frequency_to_json(module: FrequencyConv2d, described: Json) -> Json | None:
+    """Describes the layer with its parts, which have no description of their own."""
+    mix = module.mix
+    if type(mix) is not SupportConv2d or not mix._owns_weight:
+        return None
+    arguments = {name: getattr(module, name) for name in (*_CONV, "path", "backend")}
+    arguments["bias"] = module.bias is not None
+    return described | {
+        "support": mix.support.to_json(),
+        "live_frequencies": list(module.live_frequencies),
+        "mix_backend": mix.backend,
+        "arguments": arguments,
+        "frozen": mix.frozen,
+    }
+
+
 def layer_from_json(described: Json) -> nn.Module:
     """Builds a layer, without weights (on the meta device), from its description.
 
@@ -134,7 +156,7 @@ def layer_from_json(described: Json) -> nn.Module:
             raise TypeError(f"{dtype} is no dtype")
         with torch.device("meta"):
             return _build(kind, arguments, described, dtype)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise FileError(
             mismatch(
                 "description of a layer", f"{described!r:.200} ({error!r:.200})", "a known layer"
@@ -156,12 +178,32 @@ def _build(
         geometry = Geometry(support, arguments["stride"], arguments["pads"], arguments["dilation"])
         weight, shift = (torch.empty(n, dtype=dtype) for n in (support.live, support.filters))
         return FusedConv2d(geometry, weight, shift, arguments["act"], arguments["backend"])
+    if kind is FrequencyConv2d:
+        return _frequency(arguments, described, support, dtype)
     own = kind in (HetConv2d, GroupedConv2d)  # their Support follows from their arguments
     layer: Any = kind(dtype=dtype, **arguments, **({} if own else {"support": support}))
     if own:
         layer._adopt({"support": described["support"]})
     if described["frozen"]:
         layer.freeze()
+    return layer
+
+
+def _frequency(
+    arguments: Json, described: Json, support: Support, dtype: torch.dtype
+) -> FrequencyConv2d:
+    live: list[int] = list(described["live_frequencies"])
+    kernel = arguments["kernel_size"]
+    filters, channels = arguments["out_channels"], arguments["in_channels"]
+    coefficients: BoolArray = np.zeros((filters, channels, *kernel), bool)
+    coefficients.reshape(filters, channels, -1)[:, :, live] = True
+    layer = FrequencyConv2d(dtype=dtype, **arguments, coefficients=coefficients)
+    layer.mix._adopt({"support": described["support"]})
+    if layer.mix.support != support or live != list(layer.live_frequencies):
+        raise ValueError(f"live frequencies {live} and a Support of {support.shape}")
+    layer.mix.backend = described["mix_backend"]
+    if described["frozen"]:
+        layer.mix.freeze()
     return layer
 
 

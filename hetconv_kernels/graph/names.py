@@ -14,9 +14,9 @@ from torch import fx, nn
 EACH = frozenset(
     (
         "relu", "relu6", "silu", "gelu", "sigmoid", "tanh", "hardtanh", "hardswish",
-        "hardsigmoid", "leaky_relu", "elu", "celu", "selu", "softplus", "mish", "clamp", "neg",
-        "abs", "dropout", "feature_dropout", "alpha_dropout", "identity", "contiguous", "clone",
-        "detach", "to", "float",
+        "hardsigmoid", "leaky_relu", "prelu", "elu", "celu", "selu", "softplus", "mish",
+        "clamp", "neg", "abs", "dropout", "feature_dropout", "alpha_dropout", "identity",
+        "contiguous", "clone", "detach", "to", "float",
     )
 )  # fmt: skip
 # Works on every channel by itself and in the same way.
@@ -101,6 +101,8 @@ def module_of(node: fx.Node) -> nn.Module | None:
 def name_of(node: fx.Node) -> str:
     """Returns the common name of what a node does; its op or class where it has none."""
     module = module_of(node)
+    if isinstance(module, nn.PReLU) and module.num_parameters == 1:
+        return "prelu"  # with more parameters it is not the same for every channel
     if module is not None:
         return _MODULES.get(type(module), type(module).__name__)
     if node.op == "call_method":

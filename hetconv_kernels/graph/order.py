@@ -22,7 +22,7 @@ from torch import fx, nn
 
 from ..masks import IntArray
 from ..support import Support
-from .channels import Channels
+from .channels import Channels, is_depthwise
 from .layout import relayout
 from .names import describe
 
@@ -96,7 +96,7 @@ def _spaces(channels: Channels) -> tuple[list[_Space], dict[fx.Node, list[_Block
     """Finds the sets of channels that can be permuted, and where they are in every value."""
     by_class: dict[int, _Space] = {}
     spaces: list[_Space] = []
-    alias = _through_depthwise(channels)
+    alias = channels.through_depthwise()
     frozen = {int(alias[number]) for number in channels.frozen}
     broken: set[int] = set()
     for node in channels.layers:
@@ -112,7 +112,7 @@ def _spaces(channels: Channels) -> tuple[list[_Space], dict[fx.Node, list[_Block
             by_class |= dict.fromkeys(classes.tolist(), space)
     blocks = {node: _blocks(alias[channels.of(node)], by_class, broken) for node in channels.wires}
     for node, layer in channels.layers.items():
-        if (layer.support.uniform_groups or 1) > 1 and not _is_depthwise(layer.support):
+        if (layer.support.uniform_groups or 1) > 1 and not is_depthwise(layer.support):
             both = (*blocks[node], *blocks[channels.reader(node)])  # its groups are in order
             broken.update(id(block.space) for block in both)
     movable = [space for space in spaces if id(space) not in broken]
@@ -126,27 +126,6 @@ def _spaces(channels: Channels) -> tuple[list[_Space], dict[fx.Node, list[_Block
             if block.space is not None:
                 block.space.readers.append((node, block.start, block.width))
     return movable, blocks
-
-
-def _through_depthwise(channels: Channels) -> IntArray:
-    """Numbers the classes so that a depthwise layer's channel and its filter have one number."""
-    alias = np.arange(channels.count)
-
-    def find(number: int) -> int:
-        while alias[number] != number:
-            number = int(alias[number])
-        return number
-
-    for node, layer in channels.layers.items():
-        if _is_depthwise(layer.support):
-            pairs = zip(channels.of(channels.reader(node)), channels.of(node), strict=True)
-            for channel, filter_ in pairs:
-                alias[find(int(filter_))] = find(int(channel))
-    return np.array([find(number) for number in range(channels.count)])
-
-
-def _is_depthwise(support: Support) -> bool:
-    return support.uniform_groups == support.channels == support.filters > 1
 
 
 def _blocks(classes: IntArray, by_class: dict[int, _Space], broken: set[int]) -> list[_Block]:

@@ -121,8 +121,9 @@ MODEL_ROW = {
         "composition": _ESTIMATE,
         "bound": {
             "type": "object",
-            "required": ["dense_layers_s", "our_layers_s", "rest_s", "speedup"],
-            "properties": {"speedup": _NUMBER},
+            # Rows of older files have another bound, without "over_best".
+            "required": ["our_layers_s", "rest_s", "speedup"],
+            "properties": {"speedup": _NUMBER, "over_best": _NUMBER},
         },
         # By name: the time in the eager dense network, if it is there, and in ours.
         "layers": {"type": "object", "values": {"type": "array", "items": _MAYBE_NUMBER}},
@@ -149,7 +150,7 @@ PRIMITIVE_ROW = {
     "required": ["kind", "case", "verb", "backend", "macs", "dense_macs", "bytes", "match"],
     "properties": {
         "kind": {"enum": ["primitive"]},
-        "verb": {"enum": ["fprop", "dgrad", "wgrad"]},
+        "verb": {"enum": ["fprop", "dgrad", "wgrad", "step"]},
         "match": _MATCH,
         # As in a layer's row, absent when the match failed.
         **{
@@ -162,6 +163,7 @@ PRIMITIVE_ROW = {
         "efficiency": _NUMBER,
         "dense": _ESTIMATE,
         "composition": _MAYBE_ESTIMATE,
+        "compiled": _MAYBE_ESTIMATE,
     },
 }  # fmt: skip
 SCHEMA = {
@@ -193,6 +195,81 @@ SCHEMA = {
         "rows": {
             "type": "array",
             "items": {"anyOf": [LAYER_ROW, DISPATCH_ROW, MODEL_ROW, TRAINING_ROW, PRIMITIVE_ROW]},
+        },
+    },
+}
+
+
+_PAIR = {"type": "array", "items": _NUMBER}
+METHODS_FORMAT = "hetconv_kernels.methods/1"
+# One line of a part: what CompressionReport.to_dict gives, and what the part adds to it.
+METHOD_ROW = {
+    "type": "object",
+    "required": ["name", "method", "settings", "live", "macs", "seconds", "speedup", "layers"],
+    "properties": {
+        "name": _STRING,
+        "method": _STRING,
+        "settings": {"type": "object"},
+        # Each (dense, compressed).
+        "live": _PAIR,
+        "macs": _PAIR,
+        "seconds": _PAIR,
+        # The median of the paired ratios, and its interval.
+        "speedup": _PAIR,
+        # digits and psnr: whether it is the paper's form, (dense, compressed) on unseen data, what
+        # may be lost, and whether it was kept with at most half of the MACs.
+        "paper": {"type": "boolean"},
+        "test_accuracy": _PAIR,
+        "test_psnr": _PAIR,
+        "tolerance": _NUMBER,
+        "macs_saved": _NUMBER,
+        "within": {"type": "boolean"},
+        # speed: which network.
+        "network": _STRING,
+        # How long the line took, with its training; and where and when it was measured.
+        "took_s": _NUMBER,
+        "environment": {"type": "object", "required": ["commit", "threads"]},
+    },
+}
+_METHOD_ROWS = {"type": "array", "items": METHOD_ROW}
+# methods-<part>.json: the lines stand under the name of the part.
+METHODS_SCHEMA = {
+    "type": "object",
+    "required": ["format", "environment", "seconds"],
+    "properties": {
+        "format": {"enum": [METHODS_FORMAT]},
+        "environment": {"type": "object", "required": ["commit", "threads"]},
+        "seconds": _NUMBER,
+        "digits": _METHOD_ROWS,
+        "psnr": _METHOD_ROWS,
+        "speed": _METHOD_ROWS,
+    },
+}
+# methods.json: all parts side by side. A column is "digits", "psnr" or a network of the speed part;
+# a cell has "macs_ratio" (dense / compressed), "seconds", "speedup", and where there is a quality
+# "quality" (dense, compressed), "tolerance", "within".
+METHODS_TABLE_SCHEMA = {
+    "type": "object",
+    "required": ["format", "columns", "rows"],
+    "properties": {
+        "columns": {"type": "array", "items": _STRING},
+        "rows": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["name", "method", "form", "cells"],
+                "properties": {
+                    "form": {"enum": ["paper", "ours"]},
+                    "cells": {
+                        "type": "object",
+                        "values": {
+                            "type": "object",
+                            "required": ["macs_ratio", "seconds", "speedup"],
+                            "properties": {"macs_ratio": _NUMBER, "quality": _PAIR},
+                        },
+                    },
+                },
+            },
         },
     },
 }

@@ -133,8 +133,9 @@ def _network(row: Json) -> Line:
             _EMPTY if target is None else Cell(f"{target:g}{' missed' * missed}", target),
         ]
         if role == "dense":
-            bound = row.get("bound")
-            cells.append(_EMPTY if bound is None else _number(bound["speedup"], "{:.2f}"))
+            # Rows of older files have a bound that was none.
+            bound = row.get("bound", {}).get("over_best")
+            cells.append(_EMPTY if bound is None else _number(bound, "{:.2f}"))
     verdict = "lose" if lost_to_composition(row) else verdict
     return verdict, [*cells, Cell(", ".join(absent) or "none")]
 

@@ -14,7 +14,7 @@ from test_kernels import TILE, gather_call, near, problem
 
 import hetconv_kernels as hk
 from hetconv_kernels import ops
-from hetconv_kernels.backends import CODES, choose, get_backend
+from hetconv_kernels.backends import CODES, capture, choose, get_backend
 from hetconv_kernels.backends.common import channel_statistics, epilogue
 from hetconv_kernels.backends.triton import choice, launch
 from hetconv_kernels.backends.triton.lowering import MAX_TAPS
@@ -99,11 +99,11 @@ def test_statistics_come_from_the_engine() -> None:
 def test_a_residual_of_another_format_is_counted() -> None:
     x, w = operands()
     residual = torch.randn(2, 20, 5, 6)
-    launch.CONVERSIONS.clear()
+    capture.CONVERSIONS.clear()
     y = ops.run_fprop(x, w, GEOMETRY, None, CODE, True, None, residual, "none")
     plain = ops.run_fprop(x, w, GEOMETRY, None, CODE)
     torch.testing.assert_close(y, plain + residual)
-    assert sum(launch.CONVERSIONS.values()) == 1
+    assert sum(capture.CONVERSIONS.values()) == 1
 
 
 def test_a_gather_of_channels_is_counted() -> None:
@@ -111,9 +111,9 @@ def test_a_gather_of_channels_is_counted() -> None:
     x, w = torch.randn(1, 32, 5, 6), torch.randn(24, 32, 3, 3)
     p = problem("fprop", geometry, x, x, w, (5, 6))
     for reorder, copies in ((False, 0), (True, 1)):
-        launch.CONVERSIONS.clear()
+        capture.CONVERSIONS.clear()
         gather_call(p, TILE, reorder).run(x, w)
-        assert sum(launch.CONVERSIONS.values()) == copies
+        assert sum(capture.CONVERSIONS.values()) == copies
 
 
 def test_a_frozen_weight_is_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:

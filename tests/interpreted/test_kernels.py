@@ -14,12 +14,13 @@ import torch
 
 import hetconv_kernels as hk
 from hetconv_kernels import ops
-from hetconv_kernels.backends.triton import choice
+from hetconv_kernels.backends.triton import choice, launch, wgrad_choice
 from hetconv_kernels.backends.triton.calls import GatherCall
 from hetconv_kernels.backends.triton.choice import GatherChoice
 from hetconv_kernels.backends.triton.lowering import Lowering
 from hetconv_kernels.backends.triton.tiles import Box, Tile
 from hetconv_kernels.backends.triton.wgrad_calls import WgradCall
+from hetconv_kernels.backends.triton.wgrad_choice import WgradChoice
 from hetconv_kernels.packing import pack_slabs
 from hetconv_kernels.problem import Geometry, Problem, make_geometry
 from hetconv_kernels.testing import error_bound, execute_fprop, execute_wgrad, oracle
@@ -82,6 +83,17 @@ def gather_call(p: Problem, tile: Tile, reorder: bool = True, box: Box | None = 
     return GatherCall(p, GatherChoice(tile, box, lowering, 0.0, 1.0))
 
 
+def wgrad_call(
+    p: Problem,
+    tiles: tuple[Tile, Tile] = (TILE, TILE),
+    reorder: bool = False,
+    coarse: bool = False,
+    box: Box | None = None,
+) -> WgradCall:
+    lowering = wgrad_choice.lowering_of(p.support, tiles, reorder, coarse)
+    return WgradCall(p, WgradChoice(tiles, box, lowering, 0.0, 1.0))
+
+
 @pytest.mark.parametrize("where", GEOMETRIES)
 @pytest.mark.parametrize("support", SUPPORTS)
 def test_all_verbs_equal_the_oracle(support: str, where: str) -> None:
@@ -105,7 +117,7 @@ def test_all_verbs_equal_the_oracle(support: str, where: str) -> None:
     dx, _ = gather_call(problem("dgrad", geometry, dy, dy, w, SIZE), TILE).run(dy, poisoned)
     near(dx, exact[1], size[1], s.filters * taps)
     p = problem("wgrad", geometry, dy, x, w, SIZE)
-    dw = WgradCall(p, Tile(32, 16, 16, 4), Tile(32, 16, 32, 4)).run(dy, x)
+    dw = wgrad_call(p, (Tile(32, 16, 16, 4), Tile(32, 16, 32, 4)), bool(even)).run(dy, x)
     near(dw, exact[2], size[2], dy[:, 0].numel())
 
 
@@ -137,10 +149,9 @@ def test_dgrad_equals_the_plan_of_the_transposed_support(support: str) -> None:
 def test_wgrad_equals_its_plans_run_literally(support: str) -> None:
     geometry = make_geometry(SUPPORTS[support], 1, 1)
     x, w, _, dy = tensors(geometry, torch.float32)
-    tile = Tile(32, 16, 16, 4)
-    call = WgradCall(problem("wgrad", geometry, dy, x, w, SIZE), tile, tile)
+    call = wgrad_call(problem("wgrad", geometry, dy, x, w, SIZE))
     dw = call.run(dy, x)
-    for part in call.parts:
+    for part in call.choice.lowering.parts:
         slabs = execute_wgrad(part.plan, geometry, dy, x)
         source = torch.as_tensor(part.plan.slab_source)
         mine = torch.zeros_like(slabs)
@@ -161,7 +172,7 @@ def test_a_coarse_lowering_is_the_same_function(support: str) -> None:
         coarse = GatherCall(p, GatherChoice(TILE, None, lowering, 0.0, 1.0))
         torch.testing.assert_close(coarse.run(first, poisoned)[0], fine, rtol=1e-4, atol=1e-4)
     p = problem("wgrad", geometry, dy, x, w, SIZE)
-    fine, coarse = (WgradCall(p, TILE, TILE, flag).run(dy, x) for flag in (False, True))
+    fine, coarse = (wgrad_call(p, coarse=flag).run(dy, x) for flag in (False, True))
     torch.testing.assert_close(coarse, fine, rtol=1e-4, atol=1e-4)
 
 
@@ -175,11 +186,30 @@ def test_any_number_of_splits_gives_the_same_gradient(
     x, w, _, dy = tensors(geometry, torch.float32)
     monkeypatch.setattr(wgrad_calls, "splits", lambda *_: splits)
     p = problem("wgrad", geometry, dy, x, w, SIZE)
-    dw, again = (WgradCall(p, TILE, TILE).run(dy, x) for _ in range(2))
+    dw, again = (wgrad_call(p).run(dy, x) for _ in range(2))
     assert torch.equal(dw, again)
     w = w.double().requires_grad_()
     (exact,) = torch.autograd.grad(oracle(x.double(), w, geometry), w, dy.double())
     near(dw, torch.where(torch.tensor(SUPPORTS["het"].mask), exact, 0.0), exact.abs() + 50, 200)
+
+
+@pytest.mark.parametrize(("support", "gathers"), [("interleaved", 2), ("ragged", 2), ("het", 0)])
+def test_wgrad_brings_scattered_groups_together(support: str, gathers: int) -> None:
+    geometry = make_geometry(SUPPORTS[support], 1, 1)
+    x, w, _, dy = tensors(geometry, torch.float32)
+    p = problem("wgrad", geometry, dy, x, w, SIZE)
+    own = wgrad_call(p)
+    together = wgrad_call(p, reorder=True)
+    lowering = together.choice.lowering
+    assert all(part.rows is None for part in lowering.parts)
+    assert any(part.rows is not None for part in own.choice.lowering.parts) == bool(gathers)
+    launch.CONVERSIONS.clear()
+    found = together.run(dy, x)
+    assert sum(launch.CONVERSIONS.values()) == gathers
+    torch.testing.assert_close(found, own.run(dy, x), rtol=1e-4, atol=1e-4)
+    if support == "interleaved":  # three taps of own channels, and the centre tap of the others
+        assert [part.taps for part in lowering.parts] == [3, 1]
+        assert lowering.size < 0.6 * own.choice.lowering.size
 
 
 # Boxes ------------------------------------------------------------------------------------------
@@ -204,6 +234,62 @@ def test_boxes_equal_the_oracle(support: str, box: Box, where: str) -> None:
         pointers, _ = gather_call(p, TILE).run(first, poisoned)
         boxed, _ = gather_call(p, TILE, True, box).run(first, poisoned)
         torch.testing.assert_close(boxed, pointers, rtol=2e-3, atol=2e-3)
+
+
+# A box of filters begins at a multiple of eight.
+ALIGNED = SUPPORTS | {
+    "aligned": hk.Support.het(32, 48, 3, p=3),
+    "interleaved": hk.Support.het(32, 32, 3, p=4, order="interleaved"),
+}
+
+
+@pytest.mark.parametrize(
+    ("support", "box", "where", "reorder"),
+    [
+        ("dense", Box(2, 4, 4), "stride1", False),
+        ("aligned", Box(4, 4, 2), "uneven", False),
+        ("interleaved", Box(8, 2, 2), "stride1", True),
+        ("aligned", Box(32, 1, 1), "stride2", False),
+        ("pointwise", Box(1, 8, 4), "stride1", False),
+    ],
+    ids=str,
+)
+def test_wgrad_by_boxes_equals_the_oracle(
+    support: str, box: Box, where: str, reorder: bool
+) -> None:
+    s = ALIGNED[support]
+    pads, dilation = (1, 1) if where != "uneven" else ((0, 2, 3, 1), (1, 2))
+    geometry = make_geometry(
+        s, 2 if where == "stride2" else 1, pads if s.kernel[0] > 1 else 0, dilation
+    )
+    size = (8, 4)
+    x, w, _, dy = tensors(geometry, torch.float16, size)
+    p = problem("wgrad", geometry, dy, x, w, size)
+    call = wgrad_call(p, reorder=reorder, box=box)
+    launch.CONVERSIONS.clear()
+    boxed = call.run(dy, x)
+    assert [key[3] for key in call._bound] == [True]
+    assert all(part.adjacent(8) for part in call.choice.lowering.parts)
+    assert all(part.adjacent(8) for part in call.choice.lowering.parts)
+    w = w.double().requires_grad_()
+    (exact,) = torch.autograd.grad(oracle(x.double(), w, geometry), w, dy.double())
+    (whole,) = torch.autograd.grad(oracle(x.double().abs(), w, geometry), w, dy.double().abs())
+    near(boxed, torch.where(torch.tensor(s.mask), exact, 0.0), whole, dy[:, 0].numel())
+
+
+def test_wgrad_by_boxes_keeps_infinity_in_its_place() -> None:
+    """A box that reached beyond y would multiply its zeros with what x holds there."""
+    geometry = make_geometry(SUPPORTS["dense"], 1, 1)
+    x, w, _, dy = tensors(geometry, torch.float16, (6, 4))
+    x[0, 3, 5, 3] = float("inf")
+    p = problem("wgrad", geometry, dy, x, w, (6, 4))
+    found = wgrad_choice.best_box((2, 6, 4), 32, True, exact=True)
+    assert found is not None
+    assert 6 % found.rows == 4 % found.cols == 0
+    boxed = wgrad_call(p, box=found).run(dy, x)
+    pointers = wgrad_call(p).run(dy, x)
+    assert torch.equal(boxed.isfinite(), pointers.isfinite())
+    assert boxed.isfinite().any(dim=0)[3].any()
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from functools import cache
 from importlib import metadata
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,8 +18,10 @@ from torch import Tensor
 
 from ...problem import Problem
 from .. import Runner
+from ..parts import gpu_reasons
 from ..rates import GPU_PREDICTION
-from . import choice, table
+from . import choice, table, wgrad_choice
+from .lowering import MAX_TAPS
 
 if TYPE_CHECKING:
     from .calls import GatherCall
@@ -26,7 +29,9 @@ if TYPE_CHECKING:
 _VERSIONS = ((3, 6), (3, 9))
 _MAX_INT = 2**31 - 1
 # Room for tiles, whose numbers are 32-bit integers, beyond the end of a list.
-_ROOM = 2**12
+_ROOM = 2**16
+# dgrad runs one row of the grid for each residue class of the stride; this is CUDA's limit.
+_MOST_CLASSES = 2**16 - 1
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -39,7 +44,7 @@ class Triton:
         """Refuses other devices, old parts, float64, and sizes beyond the kernels' integers."""
         reasons = []
         if problem.device.type == "cuda":
-            reasons += _device_reasons(problem.device.index or 0)
+            reasons += gpu_reasons(problem.device.index or 0)
         elif problem.device.type != "cpu" or not _interpreted():
             reasons.append(f"The tensors are on {problem.device}, not on an NVIDIA GPU.")
         if reasons:
@@ -48,14 +53,22 @@ class Triton:
         if problem.dtype not in _DTYPES:
             reasons.append(f"{problem.dtype} has no matrix instructions that Triton uses.")
         support = problem.support
-        if max(support.kernel) > 32:
-            reasons.append("The kernel has more than 32 taps along one axis.")
+        if max(support.kernel) > MAX_TAPS:
+            reasons.append(f"The kernel has more than {MAX_TAPS} taps along one axis.")
         if support.channels > 2**24 or support.filters > 2**24:
             reasons.append("There are more than 2**24 channels or filters.")
         oh, ow = problem.output_size
         pixels = max(problem.height * problem.width, oh * ow)
         if problem.batch * pixels > _MAX_INT - _ROOM:
-            reasons.append("The batch has more than 2**31 - 4097 pixels.")
+            reasons.append("The batch has more than 2**31 - 65537 pixels.")
+        reach = [p + (k - 1) * d for p, k, d in zip(
+            (max(problem.geometry.pads[:2]), max(problem.geometry.pads[2:])),
+            support.kernel, problem.geometry.dilation, strict=True,
+        )]  # fmt: skip
+        if max(reach) + max(problem.height, problem.width, oh, ow) > _MAX_INT:
+            reasons.append("Padding and dilation reach beyond 32-bit places.")
+        if problem.verb == "dgrad" and prod(problem.geometry.stride) > _MOST_CLASSES:
+            reasons.append(f"The stride has more than {_MOST_CLASSES} residue classes.")
         f, c, kh, kw = support.shape
         if (f + 127) * (c + 127) * kh * kw > _MAX_INT:
             reasons.append("The packed weights may have more than 2**31 - 1 elements.")
@@ -68,7 +81,7 @@ class Triton:
 
     def estimate(self, problem: Problem) -> float:
         """Predicts the time by the cost model of `tiles`, in seconds; nominal, not measured."""
-        return choice.best(problem).seconds / GPU_PREDICTION
+        return _best(problem).seconds / GPU_PREDICTION
 
     def measured(self, problem: Problem) -> bool:
         """Only where the committed table has such a problem; it has none yet."""
@@ -76,7 +89,7 @@ class Triton:
 
     def efficiency(self, problem: Problem) -> float:
         """Useful over executed multiply-accumulates; filled tiles and merged groups count."""
-        return choice.best(problem).efficiency
+        return _best(problem).efficiency
 
     def fprop(self, problem: Problem) -> Runner:
         """Prepares y = act(scale · conv(x, w) + shift + residual)."""
@@ -123,8 +136,13 @@ class Triton:
         """Prepares dw."""
         from .wgrad_calls import WgradCall
 
-        picked = choice.best_wgrad(problem)
-        return WgradCall(problem, *picked.tiles, picked.coarse).run
+        return WgradCall(problem, wgrad_choice.best_wgrad(problem)).run
+
+
+def _best(problem: Problem) -> choice.GatherChoice | wgrad_choice.WgradChoice:
+    if problem.verb == "wgrad":
+        return wgrad_choice.best_wgrad(problem)
+    return choice.best_gather(problem)
 
 
 def _call(problem: Problem) -> GatherCall:
@@ -148,16 +166,3 @@ def _version_reasons() -> list[str]:
     if _VERSIONS[0] <= found <= _VERSIONS[1]:
         return []
     return [f"Triton {version} is installed; the engine was checked with 3.6 to 3.9."]
-
-
-@cache
-def _device_reasons(index: int) -> list[str]:
-    if torch.version.hip:
-        return ["This is a ROCm build of PyTorch; the engine was built for NVIDIA GPUs."]
-    capability = torch.cuda.get_device_capability(index)
-    if capability < (8, 0):
-        return [
-            f"Compute capability {capability[0]}.{capability[1]} is below 8.0, which has the "
-            "asynchronous copies that the kernels rest on."
-        ]
-    return []

@@ -28,6 +28,7 @@ from .tiles import box_stages, box_warps, stages, wgrad_stages
 
 CAPABILITIES = (80, 90, 100, 120)
 _FROM_SHARED = r"warp_group_dot %.*!ttg\.memdesc<[^>]*> \* !ttg\.memdesc<"
+_SECOND_FROM_SHARED = r"warp_group_dot %.*> \* !ttg\.memdesc<"
 _ITEM = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
@@ -40,7 +41,8 @@ class Compiled:
         capability: compute capability, as 90.
         stages: that were asked for.
         buffers: leading dimensions of the rings of buffers in shared memory, one an operand.
-        from_shared: whether the matrix unit reads both operands from shared memory.
+        from_shared: whether the matrix unit reads both operands from shared memory; for wgrad x,
+            since dy is read once for all taps and stays in registers.
         matrix: matrix instructions, by name.
         copies: asynchronous copies, by name.
         registers: of one thread.
@@ -81,7 +83,7 @@ def compile_configuration(configuration: Configuration, capability: int) -> Comp
     kernel, signature, constants, attributes = _source(configuration)
     part = PARTS[divmod(capability, 10)]
     item = _ITEM[configuration.dtype]
-    if configuration.kernel == "wgrad":
+    if configuration.kernel.startswith("wgrad"):
         depth = wgrad_stages(configuration.tile, configuration.taps, item, part)
     elif configuration.kernel == "boxes":
         depth = box_stages(configuration.tile, item, part)
@@ -99,12 +101,14 @@ def compile_configuration(configuration: Configuration, capability: int) -> Comp
     )
     seconds = time.perf_counter() - started
     sass, usage = _disassemble(compiled.asm["cubin"])
+    gradient = configuration.kernel.startswith("wgrad")
+    from_shared = _SECOND_FROM_SHARED if gradient else _FROM_SHARED
     return Compiled(
         name=configuration.name,
         capability=capability,
         stages=depth,
         buffers=_buffers(compiled.asm["ttgir"], configuration),
-        from_shared=bool(re.search(_FROM_SHARED, compiled.asm["ttgir"])),
+        from_shared=bool(re.search(from_shared, compiled.asm["ttgir"])),
         matrix=_count(sass, r"\b(HGMMA|UTC[A-Z]*MMA|HMMA)\b"),
         copies=_count(sass, r"\b(LDGSTS|UTMALDG|UBLKCP)\b"),
         registers=usage["REG"],
@@ -128,7 +132,8 @@ def problems(compiled: Compiled, configuration: Configuration) -> list[str]:
     if not any(name.startswith(wanted) for name in compiled.matrix):
         found.append(f"no {wanted} instruction: {compiled.matrix}")
     general = configuration.epilogue == "general"
-    operands = 1 + configuration.taps if configuration.kernel == "wgrad" else 2
+    gradient = configuration.kernel.startswith("wgrad")
+    operands = 1 + configuration.taps if gradient else 2
     if not compiled.copies and not general:
         found.append("no asynchronous copies")
     if compiled.loads and not general:
@@ -136,7 +141,11 @@ def problems(compiled: Compiled, configuration: Configuration) -> list[str]:
     # mma.sync is done with its operands when the next copy starts, and needs one buffer less.
     # The parts of a split float32 are made in registers, which frees the buffer early too.
     ring = compiled.stages - (wanted == "HMMA" or configuration.precision == "tf32x3")
-    if sum(count >= ring for count in compiled.buffers) < operands and not general:
+    # So does dy, which wgrad's boxes bring to registers.
+    early = gradient and configuration.box is not None
+    full = sum(count >= ring for count in compiled.buffers)
+    present = sum(count >= ring - early for count in compiled.buffers)
+    if (present < operands or full < operands - early) and not general:
         found.append(f"{compiled.buffers} buffers for {compiled.stages} stages of {operands}")
     if (compiled.stack or compiled.spills or compiled.local) and not general:
         found.append(
@@ -153,7 +162,7 @@ def problems(compiled: Compiled, configuration: Configuration) -> list[str]:
 def _wide(configuration: Configuration) -> bool:
     """Whether wgmma takes this tile: 64 rows for four warps."""
     tile = configuration.tile
-    rows = tile.filters if configuration.kernel == "wgrad" else tile.pixels
+    rows = tile.filters if configuration.kernel.startswith("wgrad") else tile.pixels
     return rows >= 64 and tile.warps % 4 == 0
 
 
@@ -162,6 +171,7 @@ def _source(configuration: Configuration) -> tuple[Any, Any, Any, Any]:
     from .boxes import fprop_kernel_boxes
     from .fprop import fprop_kernel_gather
     from .wgrad import wgrad_kernel_gather
+    from .wgrad_boxes import wgrad_kernel_boxes
 
     dtype, tile = configuration.dtype, configuration.tile
     unit = 16 // _ITEM[dtype]
@@ -190,7 +200,8 @@ def _source(configuration: Configuration) -> tuple[Any, Any, Any, Any]:
             "PRECISION": configuration.precision,
             "INTERPRETED": False,
         }
-    elif configuration.box is not None:
+    elif configuration.kernel == "boxes":
+        assert configuration.box is not None
         kernel, box = fprop_kernel_boxes, configuration.box
         whole = configuration.epilogue != "ragged"
         folded = configuration.epilogue == "folded"
@@ -218,6 +229,21 @@ def _source(configuration: Configuration) -> tuple[Any, Any, Any, Any]:
             "WHOLE": whole,
             "SCATTER": not whole,
             "ACT": "relu" if fused else "none" if whole else "silu",
+            "INTERPRETED": False,
+        }
+    elif configuration.box is not None:
+        kernel, box = wgrad_kernel_boxes, configuration.box
+        pointers = {"partials": "fp32", "words": "i32", "owners": "i32", "rows": "i32"}
+        pointers |= {"geometry": "i64"}
+        descriptors = {"dyd": [*box, tile.filters], "xd": [*box, tile.channels]}
+        constants = {
+            "BI": box.images,
+            "BH": box.rows,
+            "BW": box.cols,
+            "BF": tile.filters,
+            "BC": tile.channels,
+            "TAPS": configuration.taps,
+            "ROW_UNIT": unit,
             "INTERPRETED": False,
         }
     else:
@@ -252,8 +278,9 @@ def _buffers(ttgir: str, configuration: Configuration) -> list[int]:
     found = re.findall(r"ttg\.local_alloc\s*:\s*\(\)\s*->\s*!ttg\.memdesc<((?:\d+x)+)[bf]", ttgir)
     shapes = [tuple(map(int, text.rstrip("x").split("x"))) for text in found]
     tile, box = configuration.tile, configuration.box
-    # The result's own buffer is no ring.
-    return [s[0] for s in shapes if box is None or s != (*box, tile.filters)]
+    if configuration.kernel != "boxes" or box is None:
+        return [s[0] for s in shapes]
+    return [s[0] for s in shapes if s != (*box, tile.filters)]  # the result's own is no ring
 
 
 def _count(text: str, pattern: str) -> dict[str, int]:

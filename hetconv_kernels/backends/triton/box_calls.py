@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls of fprop and dgrad on boxes: host descriptors, and which boxes a Problem may use."""
+"""Calls on boxes: the host descriptors of the operands, and the launches that read them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..common import unit
 from .boxes import fprop_kernel_boxes
-from .calls import Bound, unit
+from .calls import Bound
 from .choice import folds
 from .launch import Launch, interpreted
 from .tiles import Tile, box_stages, box_warps
+from .wgrad_boxes import wgrad_kernel_boxes
 
 if TYPE_CHECKING:
     from .calls import GatherCall
+    from .wgrad_calls import Start, WgradCall
+    from .wgrad_lowering import Part as Jobs
 
 
 class Descriptor:
@@ -60,18 +64,14 @@ def bind_boxes(call: GatherCall, x: Tensor, y: Tensor) -> Bound:
     sizes = set((lowering.plan.segments[1:] - lowering.plan.segments[:-1]).tolist())
     # A TMA store has no mask: a segment that is not full would write over the next one's filters.
     whole = sizes == {tile.filters} and lowering.rows is None and not spread
-    n, c, h, w = x.shape
-    x_n, _, x_h, x_w = x.stride()
     if folded:
+        (n, c, h, w), (x_n, _, x_h, x_w) = x.shape, x.stride()
         shape = [n, h // 2, 2, w // 2, 2 * c]
         strides = [x_n, 2 * x_h, x_h, 2 * x_w, 1]
         read = Descriptor(x, shape, strides, [box.images, box.rows, 1, box.cols, tile.channels])
     else:
-        read = Descriptor(x, [n, h, w, c], [x_n, x_h, x_w, 1], [*box, tile.channels])
-    filters = y.shape[1]
-    y_n, _, y_h, y_w = y.stride()
-    places = [y.shape[0], y.shape[2], y.shape[3], filters], [y_n, y_h, y_w, 1]
-    written = Descriptor(y, *places, [*box, tile.filters]) if whole else None
+        read = _image(x, (*box, tile.channels))
+    written = _image(y, (*box, tile.filters)) if whole else None
     slabs_read = _slabs_descriptor(call, tile)
     tiles = max(
         -(-problem.batch // box.images) * -(-rows.pixels // box.rows) * -(-cols.pixels // box.cols)
@@ -125,6 +125,26 @@ def bind_boxes(call: GatherCall, x: Tensor, y: Tensor) -> Bound:
         )
 
     return Bound(start, tiles)
+
+
+def bind_wgrad_boxes(call: WgradCall, jobs: Jobs, dy: Tensor, x: Tensor, before: int) -> Start:
+    """Makes what depends on the strides of dy and x, for one launch of wgrad's jobs."""
+    box, tile = call.choice.box, call.choice.tiles[jobs.taps != 3]
+    assert box is not None
+    y_unit = unit(16 // x.element_size(), dy, jobs.plan.segments.tolist())
+    constants = (*box, tile.filters, tile.channels, jobs.taps, y_unit, interpreted())
+    launch = call.launch(wgrad_kernel_boxes, jobs, tile, constants)
+    n, _, height, width = dy.shape
+    boxes = -(-n // box.images) * (height // box.rows) * (width // box.cols)
+    tables = call.tables(jobs, dy, x, (1, y_unit), call.pieces(boxes), before)
+    dy_read, x_read = _image(dy, (*box, tile.filters)), _image(x, (*box, tile.channels))
+    return lambda dy, x, partials: launch(dy_read(dy), x_read(x), partials, *tables)
+
+
+def _image(x: Tensor, block: Sequence[int]) -> Descriptor:
+    """Describes a channels_last tensor as [N, H, W, C]."""
+    (n, c, h, w), (x_n, _, x_h, x_w) = x.shape, x.stride()
+    return Descriptor(x, [n, h, w, c], [x_n, x_h, x_w, 1], block)
 
 
 def _slabs_descriptor(call: GatherCall, tile: Tile) -> Descriptor:

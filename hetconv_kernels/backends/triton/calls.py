@@ -3,22 +3,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from math import gcd
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...packing import FrozenCache
-from ...problem import Problem, is_dense_shape
-from ..common import empty
+from ...problem import Problem
+from ..capture import CONVERSIONS, capturing, pin, upload
+from ..common import empty, unit
+from ..packer import Packer
 from ..parts import part_of
 from .choice import GatherChoice
 from .dgrad import Axis, dgrad_axes, fprop_axes, geometry_table
 from .fprop import fprop_kernel_gather, pack_kernel_gather
-from .launch import CONVERSIONS, Launch, capturing, interpreted, pin, upload
+from .launch import Launch, interpreted
 from .lowering import Lowering
 from .tiles import stages
 
@@ -32,49 +32,19 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32x3"
 
 
-class Packer:
-    """Packs canonical weights into the slabs of a lowering; keeps those of a frozen weight.
+def make_packer(lowering: Lowering, device: torch.device, dtype: torch.dtype) -> Packer:
+    """Makes what packs canonical weights into the slabs of a lowering.
 
-    Args:
-        lowering: whose slabs.
-        device: where the weights are.
-        dtype: of the slabs.
+    # [steps, filters, channels]
     """
+    size = lowering.steps * lowering.plan.block.filters * lowering.plan.block.channels
+    grid = (-(-size // _PACK_BLOCK),)
+    launch = Launch(pack_kernel_gather, grid, (_PACK_BLOCK,), 4, 1, device)
 
-    def __init__(self, lowering: Lowering, device: torch.device, dtype: torch.dtype) -> None:
-        self._lowering, self._device, self._dtype = lowering, device, dtype
-        self._sources: dict[str, Tensor] = {}
-        size = lowering.steps * lowering.plan.block.filters * lowering.plan.block.channels
-        grid = (-(-size // _PACK_BLOCK),)
-        self._launch = Launch(pack_kernel_gather, grid, (_PACK_BLOCK,), 4, 1, device)
-        self._frozen = FrozenCache(self._pack)
+    def start(w: Tensor, source: Tensor, slabs: Tensor) -> None:
+        launch(w, source, slabs, source.numel())
 
-    def __call__(self, w: Tensor) -> Tensor:
-        """Returns the slabs.  # [steps, filters, channels]"""
-        return self._frozen(w)
-
-    def _pack(self, w: Tensor) -> Tensor:
-        lowering = self._lowering
-        if not is_dense_shape(lowering.support, w.shape):
-            form, w = "live", w.contiguous()
-        elif w.dim() == 4 and not w.is_contiguous() and _is_channels_last(w):
-            form = "channels_last"
-        else:
-            form, w = "contiguous", w.contiguous()
-        w = w.resolve_neg()
-        source = self._sources.get(form)
-        if source is None:
-            source = self._sources[form] = upload(lowering.source(form), self._device)
-        pin(self._device, source)
-        # One slab more than there are, so that an empty list of steps has an address.
-        shape = (max(lowering.steps, 1), *source.shape[1:])
-        slabs = torch.empty(shape, dtype=self._dtype, device=self._device)
-        if source.numel():
-            self._launch(w, source, slabs, source.numel())
-            if w.is_cuda and w.dim() == 1 and not (w.requires_grad or capturing(w.device)):
-                # These are kept, and the next call may come on another stream.
-                torch.cuda.current_stream(w.device).synchronize()
-        return slabs
+    return Packer(lowering.support, lowering.source, start, device, dtype)
 
 
 class Bound(NamedTuple):
@@ -110,7 +80,7 @@ class GatherCall:
         self._gather = None if gather is None else upload(gather, device)
         key = ("triton packer", device, problem.dtype, id(lowering))
         packers = problem.support.derived
-        self._packer = packers.setdefault(key, Packer(lowering, device, problem.dtype))
+        self._packer = packers.setdefault(key, make_packer(lowering, device, problem.dtype))
         self._bound: dict[Any, Bound] = {}
         self._rows: dict[int, Tensor] = {}
 
@@ -132,20 +102,17 @@ class GatherCall:
         filters = self.shape[1]
         if not y.numel():
             return y, y.new_zeros((2, filters), dtype=torch.float32) if sums else None
-        x = x.resolve_neg()
-        if self._gather is not None:
-            CONVERSIONS["channels gathered into order"] += 1
-            x = x.permute(0, 2, 3, 1).index_select(3, self._gather).permute(0, 3, 1, 2)
+        x = in_order(x.resolve_neg(), self._gather)
         if residual is not None:
             residual = self._like(residual)
-        key = (x.stride(), precision(x.dtype), _aligned(x, y, residual))
+        key = (x.stride(), precision(x.dtype), aligned(x, y, residual))
         bound = self._bound.get(key)
         if bound is None:
             bound = self._bound[key] = self._bind(x, y, key[2])
         partial = None
         if sums:
             shape = (bound.tiles, 2, filters)
-            partial = torch.empty(shape, dtype=torch.float32, device=self.device)
+            partial = torch.empty(shape, dtype=torch.float32, device=x.device)
         slabs = self._packer(w)
         if capturing(self.device):
             pin(self.device, self, slabs if w.dim() == 1 else None)
@@ -248,18 +215,14 @@ class GatherCall:
         return Bound(start, tiles)
 
 
-def _aligned(*tensors: Tensor | None) -> bool:
+def in_order(x: Tensor, order: Tensor | None) -> Tensor:
+    """Returns an operand with its channels in another order, channels_last; counts the copy."""
+    if order is None:
+        return x
+    CONVERSIONS["channels gathered into order"] += 1
+    return x.permute(0, 2, 3, 1).index_select(3, order).permute(0, 3, 1, 2)
+
+
+def aligned(*tensors: Tensor | None) -> bool:
     """Tells whether all begin at a multiple of 16 bytes, as descriptors want it."""
     return all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
-
-
-def unit(widest: int, tensor: Tensor, more: Sequence[int] = ()) -> int:
-    """Returns what divides a channels_last tensor's channels and strides, at most `widest`."""
-    n, _, h, w = tensor.stride()
-    sizes = tensor.shape
-    strides = [s for s, size in ((n, sizes[0]), (h, sizes[2]), (w, sizes[3])) if size > 1]
-    return gcd(widest, sizes[1], *strides, *(int(value) for value in more))
-
-
-def _is_channels_last(w: Tensor) -> bool:
-    return w.is_contiguous(memory_format=torch.channels_last)

@@ -1,36 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The choice of a tile and a lowering for a Problem, by the cost model. Imports no Triton."""
+"""The choice of a tile and a lowering for fprop and dgrad, by the cost model. Imports no Triton."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
-from ...plan import Block
 from ...problem import Problem
-from ...support import Support
 from ..parts import Part, part_of
 from . import table
 from .dgrad import dgrad_classes
-from .lowering import Lowering, wgrad_parts
-from .lowering import Part as WgradPart
+from .lowering import Lowering
 from .tiles import (
+    BOX_GAIN,
     BOX_TILES,
-    HALF_FUSED,
-    HALF_ONE,
     HALF_TILES,
     LAUNCH,
     NEXT_LAUNCH,
-    SINGLE_FUSED,
-    SINGLE_ONE,
     SINGLE_TILES,
     Box,
     Tile,
     fprop_seconds,
-    wgrad_seconds,
 )
 
 # "gather" or "boxes" leaves only that kernel to choose from; for tests and for tuning.
@@ -39,6 +32,18 @@ ONLY: str | None = None
 FORMS = ((False, False), (True, False), (False, True))
 # Choices that tuning measures, of those that are predicted to be best.
 MOST_TUNED = 8
+
+
+class Named(Protocol):
+    """A way to run a problem."""
+
+    @property
+    def name(self) -> str:
+        """Its name in tables and measurements."""
+        ...
+
+
+Attempt = Callable[[Problem, Any], Callable[[], object]]
 
 
 class GatherChoice(NamedTuple):
@@ -65,63 +70,63 @@ class GatherChoice(NamedTuple):
         return table.name_of(self.tile, self.box, reordered, self.lowering.coarse)
 
 
-class WgradChoice(NamedTuple):
-    """How wgrad is run.
-
-    Attributes:
-        tiles: of the jobs of three taps, and of those of one.
-        coarse: whether every filter is given all channels.
-        seconds: predicted, for the whole call.
-        efficiency: useful over executed multiply-accumulates.
-    """
-
-    tiles: tuple[Tile, Tile]
-    coarse: bool
-    seconds: float
-    efficiency: float
-
-
-def best(problem: Problem) -> GatherChoice | WgradChoice:
-    """Picks what is predicted to be fastest for a Problem."""
-    return best_wgrad(problem) if problem.verb == "wgrad" else best_gather(problem)
-
-
 def best_gather(problem: Problem) -> GatherChoice:
     """Picks tile and lowering of fprop or dgrad; the answer is kept with the Support."""
-    key = ("triton choice", *_key(problem))
+    key = ("triton choice", *key_of(problem))
     found: GatherChoice | None = problem.support.derived.get(key)
     if found is None:
         choices = sorted(gather_choices(problem), key=lambda c: c.seconds)
-        named = {c.name: c for c in reversed(choices)}
-        picked = _tuned(problem, choices[:MOST_TUNED]) or table.look_up(problem)
-        found = named.get(picked or "", choices[0])
+        found = picked(problem, choices, attempt)
         problem.support.derived[key] = found
     return found
 
 
-def _tuned(problem: Problem, choices: Sequence[GatherChoice]) -> str | None:
+def picked(problem: Problem, choices: Sequence[Named], attempt: Attempt) -> Any:
+    """Returns what was tuned, else what the table has, else the first of the choices.
+
+    Args:
+        problem: what to run.
+        choices: best predicted first.
+        attempt: makes a call that runs a choice once; for tuning.
+    """
+    named = {c.name: c for c in reversed(choices)}
+    name = _tuned(problem, choices[:MOST_TUNED], attempt) or table.look_up(problem)
+    return named.get(name or "", choices[0])
+
+
+def _tuned(problem: Problem, choices: Sequence[Named], attempt: Attempt) -> str | None:
     """Returns the choice that this user's tuning found best, measuring it where that is on."""
     if problem.device.type != "cuda" or not problem.batch:
         return None
     from ... import tuning  # not needed without a GPU
 
-    key = " ".join(map(str, _key(problem)))
-    candidates = {c.name: functools.partial(_try, problem, c, []) for c in choices}
+    key = " ".join(map(str, key_of(problem)))
+    candidates = {c.name: attempt(problem, c) for c in choices}
     return tuning.pick(key, candidates, problem.device)
 
 
-def _try(problem: Problem, choice: GatherChoice, ready: list[Callable[[], object]]) -> None:
-    """Runs a choice once on random operands, which are made at its first run."""
-    if not ready:
-        from .calls import GatherCall
+def attempt(problem: Problem, choice: GatherChoice) -> Callable[[], object]:
+    """Returns a call that runs a choice once on random operands, made at its first run."""
+    ready: list[Callable[[], object]] = []
 
-        call = GatherCall(problem, choice)
-        shape = problem.y_shape if problem.verb == "dgrad" else problem.x_shape
-        dtype, device = problem.dtype, problem.device
-        x = torch.empty_strided(shape, problem.strides, dtype=dtype, device=device).normal_()
-        w = torch.randn(problem.support.shape, dtype=dtype, device=device)
-        ready.append(lambda: call.run(x, w))
-    ready[0]()
+    def run() -> object:
+        if not ready:
+            from .calls import GatherCall
+
+            call = GatherCall(problem, choice)
+            shape = problem.y_shape if problem.verb == "dgrad" else problem.x_shape
+            x = random_operand(problem, shape, problem.strides)
+            w = torch.randn(problem.support.shape, dtype=problem.dtype, device=problem.device)
+            ready.append(lambda: call.run(x, w))
+        return ready[0]()
+
+    return run
+
+
+def random_operand(problem: Problem, shape: Sequence[int], strides: Sequence[int]) -> Tensor:
+    """Makes an operand of those strides on the problem's device."""
+    made = torch.empty_strided(shape, strides, dtype=problem.dtype, device=problem.device)
+    return made.normal_()
 
 
 def gather_choices(problem: Problem) -> list[GatherChoice]:
@@ -156,20 +161,29 @@ def box_reasons(problem: Problem, gathered: bool = False) -> list[str]:
         problem: fprop or dgrad.
         gathered: whether the operand is copied into another order of channels first.
     """
-    reasons = []
-    item = problem.dtype.itemsize
     back = problem.verb == "dgrad"
     shape = problem.y_shape if back else problem.x_shape
-    if item != 2:
-        reasons.append(f"{problem.dtype} is not a 16-bit type.")
-    if shape[1] * item % 16:
-        reasons.append(f"{shape[1]} channels are not a multiple of 16 bytes.")
+    reasons = tensor_reasons(shape, None if gathered else problem.strides, problem.dtype)
     if not problem.channels_last:
         reasons.append("The result is not channels_last.")
-    n, c, h, w = problem.strides
+    return reasons
+
+
+def tensor_reasons(
+    shape: Sequence[int], strides: Sequence[int] | None, dtype: torch.dtype
+) -> list[str]:
+    """Lists why a descriptor cannot describe an operand; strides None are channels_last's own."""
+    item, reasons = dtype.itemsize, []
+    if item != 2:
+        reasons.append(f"{dtype} is not a 16-bit type.")
+    if shape[1] * item % 16:
+        reasons.append(f"{shape[1]} channels are not a multiple of 16 bytes.")
+    _, width = shape[2:]
+    own = (shape[1] * shape[2] * width, 1, width * shape[1], shape[1])
+    n, c, h, w = own if strides is None else strides
     far = [s for s, size in ((n, shape[0]), (h, shape[2]), (w, shape[3])) if size > 1]
-    if not gathered and ((c != 1 and shape[1] > 1) or any(s * item % 16 or s <= 0 for s in far)):
-        reasons.append(f"The operand's strides {problem.strides} are not those of channels_last.")
+    if (c != 1 and shape[1] > 1) or any(s * item % 16 or s <= 0 for s in far):
+        reasons.append(f"The operand's strides {(n, c, h, w)} are not those of channels_last.")
     if any(s * item >= 2**40 for s in far) or max(shape) >= 2**31:
         reasons.append("The operand is beyond the sizes of a descriptor.")
     return reasons
@@ -202,18 +216,34 @@ def boxes_of(problem: Problem, tile: Tile, gathered: bool = False) -> list[Box]:
     _, c, height, width = problem.x_shape
     strides = (c * height * width, 1, width * c, c) if gathered else problem.strides
     steps_one = back or problem.geometry.stride == (1, 1) or folds(problem, tile, strides)
-    edges = [2**k for k in range(9) if 2**k <= tile.pixels]
+    box = best_box((n, h, w), tile.pixels, steps_one)
+    return [] if box is None else [box]
+
+
+def best_box(size: Sequence[int], pixels: int, several: bool, exact: bool = False) -> Box | None:
+    """Returns the box that covers images of a size with the least waste.
+
+    Args:
+        size: images, rows and columns.
+        pixels: of the box, a power of two.
+        several: whether it may hold more than one pixel of an image.
+        exact: whether it has to divide rows and columns.
+
+    Returns:
+        The box; None where a box of that many images is beyond a descriptor's.
+    """
+    n, h, w = size
+    edges = [2**k for k in range(9) if 2**k <= pixels]
     found: list[tuple[int, int, Box]] = []
-    for rows in edges if steps_one else (1,):
-        for cols in edges if steps_one else (1,):
-            images = tile.pixels // (rows * cols)
-            if images < 1 or images > 256:
+    for rows in edges if several else (1,):
+        for cols in edges if several else (1,):
+            images = pixels // (rows * cols)
+            if images < 1 or images > 256 or (exact and (h % rows or w % cols)):
                 continue
-            box = Box(images, rows, cols)
             count = -(-n // images) * -(-h // rows) * -(-w // cols)
             # Among equals the squarest, whose taps share most of what they read.
-            found.append((count, abs(rows - cols), box))
-    return [min(found)[2]] if found else []
+            found.append((count, abs(rows - cols), Box(images, rows, cols)))
+    return min(found)[2] if found else None
 
 
 def lowering_of(
@@ -246,7 +276,7 @@ def _gather(
         tile, pixels, lowering.steps, lowering.segments, item, part, lowering.classes
     )
     if box is None and has_boxes(problem.device):
-        kernel *= 1.13  # what descriptors gained on an H100: triton-lang/triton pull 5461
+        kernel *= BOX_GAIN
     slabs = lowering.steps * tile.filters * tile.channels
     memory = problem.bytes_moved / part.bandwidth
     seconds = LAUNCH + NEXT_LAUNCH + max(kernel, memory)
@@ -260,53 +290,8 @@ def _gather(
     return GatherChoice(tile, box, lowering, seconds, min(1.0, efficiency))
 
 
-def best_wgrad(problem: Problem) -> WgradChoice:
-    """Picks the tiles of wgrad; the answer is kept with the Support."""
-    key = ("triton choice", *_key(problem))
-    found: WgradChoice | None = problem.support.derived.get(key)
-    if found is None:
-        half = problem.dtype.itemsize == 2
-        part = part_of(problem.device)
-        found = min(
-            (
-                _wgrad(problem, fused, one, coarse, part)
-                for coarse in (False, True)
-                for fused in (HALF_FUSED if half else SINGLE_FUSED)
-                for one in (HALF_ONE if half else SINGLE_ONE)
-            ),
-            key=lambda c: c.seconds,
-        )
-        problem.support.derived[key] = found
-    return found
-
-
-def parts_of(support: Support, tiles: tuple[Tile, Tile], coarse: bool) -> list[WgradPart]:
-    """Returns the lowering of wgrad for these tiles; kept with the Support."""
-    blocks = [Block(t.filters, t.channels, align=t.channels) for t in tiles]
-    key = ("triton wgrad", coarse, *blocks)
-    if key not in support.derived:
-        support.derived[key] = wgrad_parts(support, blocks[0], blocks[1], coarse)
-    found: list[WgradPart] = support.derived[key]
-    return found
-
-
-def _wgrad(problem: Problem, fused: Tile, one: Tile, coarse: bool, part: Part) -> WgradChoice:
-    support = problem.support
-    oh, ow = problem.output_size
-    pixels, item = problem.batch * oh * ow, problem.dtype.itemsize
-    kernel, executed = 0.0, 0
-    for p in parts_of(support, (fused, one), coarse):
-        tile = fused if p.taps == 3 else one
-        kernel += wgrad_seconds(tile, len(p.words), p.taps, pixels, item, part) + NEXT_LAUNCH
-        executed += p.positions.size
-    seconds = LAUNCH + max(kernel, problem.bytes_moved / part.bandwidth)
-    if not problem.channels_last:
-        seconds += kernel
-    efficiency = support.live / executed if executed else 1.0
-    return WgradChoice((fused, one), coarse, seconds, efficiency)
-
-
-def _key(problem: Problem) -> tuple[object, ...]:
+def key_of(problem: Problem) -> tuple[object, ...]:
+    """Returns what a choice depends on, beside the Support."""
     geometry = problem.geometry
     device: torch.device = problem.device
     return (

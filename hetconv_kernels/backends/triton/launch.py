@@ -3,19 +3,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...errors import BackendError
-
-# Whole-tensor copies that calls had to make, by reason: a test or a user may look.
-CONVERSIONS: Counter[str] = Counter()
-# What launches under a capture used: the captured graph goes on reading it.
-_pinned: list[Any] = []
+from ..capture import refuse_capture
 
 
 def interpreted() -> bool:
@@ -23,31 +17,6 @@ def interpreted() -> bool:
     from triton import knobs
 
     return bool(knobs.runtime.interpret)
-
-
-def capturing(device: torch.device) -> bool:
-    """Tells whether a CUDA graph is being captured on the current stream."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def refuse_capture(device: torch.device, what: str) -> None:
-    """Refuses to build something while a CUDA graph is being captured.
-
-    Raises:
-        BackendError: a capture is running.
-    """
-    if capturing(device):
-        raise BackendError(
-            f"{what} is met for the first time while a CUDA graph is captured; expected it to be "
-            "ready. Run hetconv_kernels.warmup(model, example) before the capture."
-        )
-
-
-def upload(array: Any, device: torch.device) -> Tensor:
-    """Puts a numpy table on a device, outside inference mode and outside any capture."""
-    refuse_capture(device, "A Plan's table")
-    with torch.inference_mode(False):
-        return torch.as_tensor(array, device=device)
 
 
 class Launch:
@@ -112,9 +81,3 @@ def _kind(argument: Any) -> Any:
     if isinstance(argument, int):
         return argument == 1, argument % 16 == 0, argument > 2**31 - 1
     return type(argument)
-
-
-def pin(device: torch.device, *used: Any) -> None:
-    """Keeps what a launch under capture used for as long as the process lives."""
-    if capturing(device):
-        _pinned.extend(used)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ...errors import BackendError, mismatch
 from ...masks import IntArray
 from ...plan import Block, Plan
 from ...support import Support
@@ -104,12 +105,12 @@ class Lowering:
         owner = kind * self.segments + self.plan.owner
         self._order = np.argsort(owner, kind="stable")
         blocks = steps["channel"] // channels
-        words = (blocks << 10 | row << 5 | col)[self._order]
-        self.words: Int32Array = np.append(words, 0).astype(np.int32)
+        words = step_words(blocks, row, col)[self._order]
+        self.words: Int32Array = np.append(words, np.int32(0))
         counts = np.bincount(owner, minlength=self.classes * self.segments)
         self.starts: Int32Array = np.append(0, np.cumsum(counts)).astype(np.int32)
-        self.gather = _unless_identity(self.plan.cols)
-        self.rows = None if _unless_identity(self.plan.rows) is None else padded_rows(self.plan)
+        self.gather = unless_identity(self.plan.cols)
+        self.rows = None if unless_identity(self.plan.rows) is None else padded_rows(self.plan)
 
     @property
     def steps(self) -> int:
@@ -128,8 +129,32 @@ class Lowering:
         found = slab_positions(self.plan)[self._order]
         if self.transposed:
             found = _untransposed(found, self.support)
-        found = _only_live(found, self.support)
+        found = only_live(found, self.support)
         return memory_places(found, self.support, form)
+
+
+def step_words(block: IntArray, row: IntArray, col: IntArray) -> Int32Array:
+    """Packs channel block << 10 | tap row << 5 | tap column of each step.
+
+    Taps are counted, not measured in pixels: a dilation of any size fits.
+
+    Raises:
+        BackendError: a number is beyond its bits. Packed all the same, it would silently name
+            another place.
+    """
+    limits = (("channel block", block, MAX_BLOCKS), ("tap row", row, MAX_TAPS))
+    for name, values, limit in (*limits, ("tap column", col, MAX_TAPS)):
+        if len(values) and not 0 <= values.min() <= values.max() < limit:
+            raise BackendError(
+                mismatch(
+                    f"{name} of a step",
+                    f"{values.min()} to {values.max()}",
+                    f"0 to {limit - 1}",
+                    "Use backend='auto' or backend='vendor'.",
+                )
+            )
+    words: Int32Array = (block << 10 | row << 5 | col).astype(np.int32)
+    return words
 
 
 def coarsened(support: Support) -> Support:
@@ -138,7 +163,7 @@ def coarsened(support: Support) -> Support:
     return Support.from_mask(np.broadcast_to(mask.any(axis=0), mask.shape), "coarsened")
 
 
-def _only_live(positions: IntArray, support: Support) -> IntArray:
+def only_live(positions: IntArray, support: Support) -> IntArray:
     """Takes out the positions of dead weights, which a coarsened Plan has slots for."""
     live = np.flatnonzero(support.mask)
     return np.where(np.isin(positions, live), positions, -1)
@@ -195,83 +220,6 @@ def _places(classes: Sequence[Residue], taps: int) -> tuple[IntArray, IntArray]:
     return owner, place
 
 
-def _unless_identity(order: IntArray) -> IntArray | None:
+def unless_identity(order: IntArray) -> IntArray | None:
+    """Returns an order; None where it changes nothing."""
     return None if np.array_equal(order, np.arange(len(order))) else order
-
-
-class Part(NamedTuple):
-    """The jobs of one launch of wgrad's kernel.
-
-    Attributes:
-        plan: whose slabs they compute.
-        taps: adjacent tap columns that one job computes together.
-        words: of the first tap of each job, as in `Lowering`.
-        owners: segment of each job.
-        positions: flat dense position of each gradient; -1 is none.  # [jobs, taps, BF, BC]
-    """
-
-    plan: Plan
-    taps: int
-    words: Int32Array
-    owners: Int32Array
-    positions: IntArray
-
-
-def wgrad_parts(support: Support, fused: Block, single: Block, coarse: bool = False) -> list[Part]:
-    """Lowers wgrad: whole rows of three taps share their reading of dy, the rest goes tap by tap.
-
-    HetConv so becomes its own groups, three taps at a time, and one product for the centre tap of
-    the other channels.
-
-    Args:
-        support: which weights have gradients.
-        fused: the slab of jobs of three taps.
-        single: the slab of jobs of one tap.
-        coarse: as in `Lowering`.
-
-    Returns:
-        At most two parts; none for a Support without weights.
-    """
-    parts, whole = [], coarsened(support) if coarse else support
-    left = whole.mask.copy()
-    if support.kernel[1] == 3:
-        plan = Plan(whole, fused, reorder=False)
-        steps = plan.steps
-        keys = np.stack([plan.owner, steps["channel"], steps["dy"]], axis=1)
-        _, line, size = np.unique(keys, axis=0, return_inverse=True, return_counts=True)
-        line = line.reshape(-1)
-        order = np.lexsort((steps["dx"], line))
-        triples = order[size[line[order]] == 3].reshape(-1, 3)
-        if len(triples):
-            positions = slab_positions(plan)[triples]
-            left.reshape(-1)[positions[positions >= 0]] = False
-            positions = _only_live(positions, support)
-            parts.append(_part(plan, 3, triples[:, 0], positions))
-    if left.any():
-        plan = Plan(Support.from_mask(left), single, reorder=False)
-        every = np.arange(len(plan.steps))
-        positions = _only_live(slab_positions(plan)[:, None], support)
-        parts.append(_part(plan, 1, every, positions))
-    return parts
-
-
-def _part(plan: Plan, taps: int, firsts: IntArray, positions: IntArray) -> Part:
-    steps = plan.steps[firsts]
-    words = steps["channel"] // plan.block.channels << 10 | steps["dy"] << 5 | steps["dx"]
-    return Part(plan, taps, words.astype(np.int32), plan.owner[firsts].astype(np.int32), positions)
-
-
-def gradient_places(parts: Sequence[Part], support: Support, form: str) -> Int32Array:
-    """Lists where the gradient of each weight lies among the partials of one split; -1 is dead.
-
-    # int32 [entries of the canonical weight, in the order of its memory]
-    """
-    size = support.live if form == "live" else int(np.prod(support.shape))
-    places = np.full(size, -1, np.int32)
-    before = 0
-    for part in parts:
-        flat = memory_places(part.positions.reshape(-1), support, form)
-        known = flat >= 0
-        places[flat[known]] = before + np.flatnonzero(known)
-        before += flat.size
-    return places

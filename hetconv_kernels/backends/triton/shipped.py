@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 
 from .tiles import (
+    BOX_FUSED,
+    BOX_ONE,
     BOX_TILES,
     HALF_FUSED,
     HALF_ONE,
@@ -24,7 +26,7 @@ class Configuration:
     """One shipped kernel variant.
 
     Attributes:
-        kernel: ``gather`` or ``boxes`` (fprop and dgrad), or ``wgrad``.
+        kernel: ``gather`` or ``boxes`` (fprop and dgrad), ``wgrad`` or ``wgradboxes``.
         dtype: of the operands.
         tile: its tile.
         taps: of one job, for wgrad.
@@ -34,7 +36,7 @@ class Configuration:
             Boxes are also ``folded`` (stride 2) or ``ragged``, stored by pointers as segments that
             do not fill their tile are, with statistics.
         precision: of products of float32.
-        box: of the box kernel.
+        box: of the box kernels.
     """
 
     kernel: str
@@ -77,6 +79,8 @@ def configurations() -> tuple[Configuration, ...]:
     found += [Configuration("gather", "fp32", SINGLE_TILES[0], precision="tf32x3")]
     found += [Configuration("wgrad", "bf16", t, 3) for t in HALF_FUSED]
     found += [Configuration("wgrad", "bf16", t) for t in HALF_ONE]
+    found += [Configuration("wgradboxes", "bf16", t, 3, box=Box(1, 8, 8)) for t in BOX_FUSED]
+    found += [Configuration("wgradboxes", "bf16", t, box=Box(64, 1, 1)) for t in BOX_ONE]
     found += [Configuration("wgrad", "fp32", t, 3) for t in SINGLE_FUSED]
     found += [Configuration("wgrad", "fp32", t) for t in SINGLE_ONE]
     return tuple(found)
@@ -84,5 +88,5 @@ def configurations() -> tuple[Configuration, ...]:
 
 def chosen(capability: int, pattern: str = "") -> list[Configuration]:
     """Lists the configurations that are shipped for a capability; boxes are for Hopper."""
-    shipped = [c for c in configurations() if c.kernel != "boxes" or capability == 90]
+    shipped = [c for c in configurations() if c.box is None or capability == 90]
     return [c for c in shipped if re.search(pattern, c.name)]

@@ -70,12 +70,18 @@ SINGLE_TILES = (
 # wgrad: jobs of three taps, then of one.
 HALF_FUSED = (Tile(64, 128, 64, 8), Tile(64, 64, 64, 4), Tile(64, 32, 32, 4))
 HALF_ONE = (Tile(64, 128, 128, 8), Tile(64, 64, 64, 4), Tile(64, 32, 32, 4))
+# The same for boxes, filters on M; 16-bit types only.
+BOX_FUSED = (Tile(64, 128, 64, 8), Tile(64, 64, 64, 4))
+BOX_ONE = (Tile(64, 128, 128, 8),)
 SINGLE_FUSED = SINGLE_ONE = (Tile(32, 64, 64, 4), Tile(32, 32, 32, 4))
 MAX_STAGES = 4
 # Clocks that a program spends before its first and after its last step.
 PROLOGUE = 1500
 # Clocks that a step takes at least, a warp and scheduler.
 ISSUE = 25
+# How much faster boxes are than pointers on Hopper, for the same tile: what descriptors gained on
+# an H100 (triton-lang/triton pull 5461). And how much slower it is to read filters one by one.
+BOX_GAIN, SCATTERED = 1.13, 4.0
 # Seconds that a launch, and a launch more in the same call, take.
 LAUNCH, NEXT_LAUNCH = 6e-6, 3e-6
 

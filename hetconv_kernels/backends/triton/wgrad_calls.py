@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -11,53 +12,56 @@ import torch
 from torch import Tensor
 
 from ...problem import Problem
+from ..capture import capturing, pin, upload
+from ..common import unit
 from ..parts import Part, part_of
-from .calls import precision, unit
-from .choice import parts_of
-from .launch import Launch, capturing, interpreted, pin, upload
-from .lowering import Int32Array, gradient_places, padded_rows
+from .calls import aligned, in_order, precision
+from .choice import tensor_reasons
+from .launch import Launch, interpreted
+from .lowering import Int32Array
 from .tiles import Tile, splits, wgrad_stages
 from .wgrad import reduce_kernel_splits, wgrad_kernel_gather
+from .wgrad_choice import WgradChoice
+from .wgrad_lowering import Part as Jobs
 
 _REDUCE_BLOCK = 1024
+Start = Callable[[Tensor, Tensor, Tensor], None]
 
 
 class WgradCall:
-    """wgrad of a Problem on `wgrad_kernel_gather`.
+    """wgrad of a Problem, on pointers or on boxes.
 
     Args:
         problem: what to run.
-        fused: tile of the jobs of three taps.
-        single: tile of the jobs of one tap.
-        coarse: whether every filter is given all channels.
+        choice: tiles, lowering and box.
     """
 
-    def __init__(self, problem: Problem, fused: Tile, single: Tile, coarse: bool = False) -> None:
-        self.problem, self._device = problem, problem.device
+    def __init__(self, problem: Problem, choice: WgradChoice) -> None:
+        self.problem, self.choice, self._device = problem, choice, problem.device
         self._part: Part = part_of(problem.device)
-        support = problem.support
-        self.parts = parts_of(support, (fused, single), coarse)
-        self._tiles = {3: fused, 1: single}
+        support, lowering = problem.support, choice.lowering
+        self._tiles = {3: choice.tiles[0], 1: choice.tiles[1]}
         form = "live" if problem.live_weight else "contiguous"
         if form == "contiguous" and problem.channels_last and len(problem.weight_shape) == 4:
             form = "channels_last"
-        places_key = ("triton places", fused, single, coarse, form, self._device)
+        places_key = ("triton places", form, self._device, id(lowering))
         if places_key not in support.derived:
-            places = gradient_places(self.parts, support, form)
-            support.derived[places_key] = upload(places, self._device)
+            support.derived[places_key] = upload(lowering.places(form), self._device)
         self._places = support.derived[places_key]
-        self._bound: dict[Any, list[tuple[Launch, tuple[Tensor, ...]]]] = {}
+        orders = lowering.filters, lowering.channels
+        self._orders = [None if o is None else upload(o, self._device) for o in orders]
+        self._bound: dict[Any, list[Start]] = {}
         oh, ow = problem.output_size
         self._pixels = problem.batch * oh * ow
         # All parts share one number of splits: that of the one with the most jobs.
         self._splits = max(
             [
                 splits(len(p.words), self._pixels, self._tiles[p.taps].pixels, self._part)
-                for p in self.parts
+                for p in lowering.parts
             ],
             default=1,
         )
-        self._size = sum(p.positions.size for p in self.parts)
+        self._size = lowering.size
         grid = (-(-self._places.numel() // _REDUCE_BLOCK),)
         self._reduce = Launch(reduce_kernel_splits, grid, (_REDUCE_BLOCK,), 4, 1, self._device)
 
@@ -70,87 +74,116 @@ class WgradCall:
         dw = torch.empty(
             problem.weight_shape,
             dtype=problem.weight_dtype,
-            device=self._device,
+            device=x.device,
             memory_format=layout,
         )
-        if not self._pixels or not self.parts:
+        if not self._pixels or not self._size:
             return dw.zero_()
-        dy, x = dy.resolve_neg(), x.resolve_neg()
-        key = (dy.stride(), x.stride(), precision(x.dtype))
+        dy, x = map(in_order, (dy.resolve_neg(), x.resolve_neg()), self._orders)
+        key = (dy.stride(), x.stride(), precision(x.dtype), aligned(dy, x))
         bound = self._bound.get(key)
         if bound is None:
-            bound = self._bound[key] = self._bind(dy, x)
+            boxed = (
+                self.choice.box is not None
+                and key[3]
+                and not tensor_reasons(x.shape, x.stride(), x.dtype)
+            )
+            bound = self._bound[key] = self._bind(dy, x, boxed)
         shape = (self._splits, self._size)
-        partials = torch.empty(shape, dtype=torch.float32, device=self._device)
+        partials = torch.empty(shape, dtype=torch.float32, device=x.device)
         if capturing(self._device):
             pin(self._device, self)
-        for launch, tables in bound:
-            launch(dy, x, partials, *tables)
+        for start in bound:
+            start(dy, x, partials)
         self._reduce(partials, self._places, dw, dw.numel(), self._size, self._splits)
         return dw
 
-    def _bind(self, dy: Tensor, x: Tensor) -> list[tuple[Launch, tuple[Tensor, ...]]]:
-        problem, device = self.problem, self._device
-        geometry = problem.geometry
-        widest = 16 // x.element_size()
+    def _bind(self, dy: Tensor, x: Tensor, boxed: bool) -> list[Start]:
+        """Makes what depends on the strides of dy and x, for each launch."""
+        bound: list[Start] = []
+        before = 0
+        for jobs in self.choice.lowering.parts:
+            if boxed and jobs.adjacent(16 // x.element_size()):
+                from .box_calls import bind_wgrad_boxes  # host descriptors are for Hopper only
+
+                bound.append(bind_wgrad_boxes(self, jobs, dy, x, before))
+            else:
+                bound.append(self._bind_pointers(jobs, dy, x, before))
+            before += prod(jobs.positions.shape)
+        return bound
+
+    def _bind_pointers(self, jobs: Jobs, dy: Tensor, x: Tensor, before: int) -> Start:
+        tile, widest = self._tiles[jobs.taps], 16 // x.element_size()
         last_x = x.stride(1) == 1 or x.shape[1] == 1
         last_y = dy.stride(1) == 1 or dy.shape[1] == 1
-        bound, before = [], 0
-        for part in self.parts:
-            tile = self._tiles[part.taps]
-            scattered = not np.array_equal(part.plan.rows, np.arange(len(part.plan.rows)))
-            x_unit = unit(widest, x) if last_x else 1
-            heads = [] if scattered else part.plan.segments.tolist()
-            y_unit = unit(widest, dy, heads) if last_y else 1
-            rows: Int32Array = (
-                padded_rows(part.plan)
-                if scattered
-                else (part.plan.segments // y_unit).astype(np.int32)
-            )
-            block = -(-self._pixels // self._splits)
-            (x_n, x_c, x_h, x_w), (y_n, y_c, y_h, y_w) = x.stride(), dy.stride()
-            table = [
-                *problem.output_size,
-                self._pixels,
-                -(-block // tile.pixels) * tile.pixels,
-                *geometry.stride,
-                geometry.pads[0],
-                geometry.pads[2],
-                *geometry.dilation,
-                problem.height,
-                problem.width,
-                *(stride // x_unit for stride in (x_n, x_h, x_w)),
-                x_c,
-                *(stride // y_unit for stride in (y_n, y_h, y_w)),
-                y_c,
-                x.shape[1] // x_unit,
-                dy.shape[1] // y_unit,
-                self._size,
-                before,
-            ]
-            constants = (
-                tile.pixels,
-                tile.filters,
-                tile.channels,
-                part.taps,
-                x_unit,
-                y_unit,
-                last_x,
-                last_y,
-                scattered,
-                precision(x.dtype),
-                interpreted(),
-            )
-            depth = wgrad_stages(tile, part.taps, x.element_size(), self._part)
-            launch = Launch(
-                wgrad_kernel_gather,
-                (len(part.words), self._splits),
-                constants,
-                tile.warps,
-                depth,
-                device,
-            )
-            arrays = (part.words, part.owners, rows, np.array(table, np.int64))
-            bound.append((launch, tuple(upload(array, device) for array in arrays)))
-            before += prod(part.positions.shape)
-        return bound
+        x_unit = unit(widest, x) if last_x else 1
+        heads = [] if jobs.rows is not None else jobs.plan.segments.tolist()
+        y_unit = unit(widest, dy, heads) if last_y else 1
+        block = -(-self._pixels // self._splits)
+        split = -(-block // tile.pixels) * tile.pixels
+        constants = (
+            tile.pixels,
+            tile.filters,
+            tile.channels,
+            jobs.taps,
+            x_unit,
+            y_unit,
+            last_x,
+            last_y,
+            jobs.rows is not None,
+            precision(x.dtype),
+            interpreted(),
+        )
+        launch = self.launch(wgrad_kernel_gather, jobs, tile, constants)
+        tables = self.tables(jobs, dy, x, (x_unit, y_unit), split, before)
+        return lambda dy, x, partials: launch(dy, x, partials, *tables)
+
+    def launch(self, kernel: Any, jobs: Jobs, tile: Tile, constants: tuple[Any, ...]) -> Launch:
+        """Makes the launch of some jobs."""
+        depth = wgrad_stages(tile, jobs.taps, self.problem.dtype.itemsize, self._part)
+        grid = len(jobs.words), self._splits
+        return Launch(kernel, grid, constants, tile.warps, depth, self._device)
+
+    def pieces(self, number: int) -> int:
+        """Returns how many of a number of boxes one split has."""
+        return -(-number // self._splits)
+
+    def tables(
+        self, jobs: Jobs, dy: Tensor, x: Tensor, units: tuple[int, int], split: int, before: int
+    ) -> tuple[Tensor, ...]:
+        """Makes the tables that a kernel reads: words, owners, rows and `wgrad.FIELDS`.
+
+        Args:
+            jobs: of the launch.
+            dy: an example.
+            x: an example.
+            units: what strides are divided by, of x and of dy; the latter also divides filters.
+            split: pixels, or boxes, of one split.
+            before: float32 values of a split that stand before those of these jobs.
+        """
+        geometry, (x_unit, y_unit) = self.problem.geometry, units
+        rows: Int32Array | None = jobs.rows
+        if rows is None:
+            rows = (jobs.plan.segments // y_unit).astype(np.int32)
+        (x_n, x_c, x_h, x_w), (y_n, y_c, y_h, y_w) = x.stride(), dy.stride()
+        table = [
+            *self.problem.output_size,
+            self._pixels,
+            split,
+            *geometry.stride,
+            geometry.pads[0],
+            geometry.pads[2],
+            *geometry.dilation,
+            self.problem.height,
+            self.problem.width,
+            *(stride // x_unit for stride in (x_n, x_h, x_w)),
+            x_c,
+            *(stride // y_unit for stride in (y_n, y_h, y_w)),
+            y_c,
+            x.shape[1] // x_unit,
+            dy.shape[1] // y_unit,
+            self._size,
+            before,
+        ]
+        arrays = (jobs.words, jobs.owners, rows, np.array(table, np.int64))
+        return tuple(upload(array, self._device) for array in arrays)

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What README and docs say of the committed results, written from the files alone.
+
+Imports neither torch nor the package, so that the docs build without them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from benchmarks import table
+
+Json = dict[str, Any]
+HERE = Path(__file__).resolve().parent
+LAYERS, PREPACKED, NARROW = "layers-full", "layers-full-prepacked", "layers-full-avx2"
+# The columns of the README's table: (kind, value of the Support) and what people call it; the
+# value None is p = C.
+COLUMNS = {
+    ("het", 4): "HetConv p=4",
+    ("het", 8): "p=8",
+    ("het", 16): "p=16",
+    ("het", None): "p=C",
+    ("self_group", 70): "self-group 70 %",
+    ("self_group", 90): "90 %",
+}
+
+
+@cache
+def results(name: str) -> Json:
+    """Reads results/<name>.json."""
+    return _read(HERE / "results" / f"{name}.json")
+
+
+@cache
+def all_results() -> dict[str, Json]:
+    """Reads every committed results file, by name."""
+    return {path.stem: results(path.stem) for path in sorted((HERE / "results").glob("*.json"))}
+
+
+@cache
+def methods() -> Json:
+    """Reads the table of compression methods."""
+    return _read(HERE / "methods-digits.json")
+
+
+@cache
+def calibration() -> Json:
+    """Reads the fit of the predictions, with how they did on layers that they had not seen."""
+    return _read(HERE / "calibration-avx512.json")
+
+
+def _read(path: Path) -> Json:
+    data: Json = json.loads(path.read_text())
+    return data
+
+
+def provenance(data: Json) -> str:
+    """Says what a file was measured on, when, and at which commit."""
+    found = data["environment"]
+    processor = f"{found['threads']} threads of an {found['processor']} ({found['instructions']})"
+    where = found["gpu"] or processor
+    commit = found["commit"] or "unknown"
+    dirty = " with local changes" if commit.endswith("+") else ""
+    day = data.get("started", "")[:10]
+    return (
+        f"{where}, PyTorch {found['torch']}, Python {found['python']}, "
+        f"{day + ', ' if day else ''}commit `{commit[:9]}`{dirty}"
+    )
+
+
+def grid(name: str = LAYERS, rival: str = "dense") -> str:
+    """Lays out the 3×3 layers of the usual networks, one line a size, one column a Support."""
+    cells: dict[tuple[str, str], Json] = {}
+    for row in results(name)["rows"]:
+        column = _column(row)
+        if column and row[rival]:
+            cells[_size(row["case"]), column] = row
+    sizes = list(dict.fromkeys(size for size, _ in cells))
+    names = [name for name in COLUMNS.values() if any(name == column for _, column in cells)]
+    header = ["3×3 layer"]
+    for column in names:
+        saved = [r["dense_macs"] / r["macs"] for (_, c), r in cells.items() if c == column]
+        header.append(f"{column} ({span(saved, 1)})")
+    lines = []
+    for size in sizes:
+        found = [cells.get((size, column)) for column in names]
+        lines.append([size, *(f"{r[rival]['ratio']:.2f}" if r else "" for r in found)])
+    return table.markdown(header, lines)
+
+
+def _column(row: Json) -> str | None:
+    """Names the column that a layer row belongs to: batch 8, 3×3, stride 1, plain float32."""
+    case = row["case"]
+    kind, value = case["support"]["kind"], case["support"]["value"]
+    plain = (
+        (case["n"], case["k"], case["stride"], case["dtype"]) == (8, 3, 1, "float32")
+        and case["c"] == case["f"]
+        and case["name"].split("-")[0] == f"8x{case['c']}x{case['h']}"
+        and case["name"].count("-") == 1  # no variant, such as -nchw or -training
+        and case["c"] * case["h"] == 64 * 56  # the four stages of ResNet and VGG
+        and not case["name"].split("-")[1].startswith("tsg")  # masks of a trained network
+    )
+    if not plain or "dense" not in row:
+        return None
+    if kind == "het" and value == case["c"]:
+        value = None
+    return COLUMNS.get((kind, value))
+
+
+def _size(case: Json) -> str:
+    return f"{case['c']} channels, {case['h']}²"
+
+
+def losses(name: str = LAYERS) -> str:
+    """Lists every layer that was slower than any of its rivals, however little."""
+    header = ("layer", "what it is", "dense", "composition", "while the weights change")
+    lines = []
+    for row in results(name)["rows"]:
+        if "dense" not in row:
+            lines.append((row["case"]["name"], describe(row["case"]), "MISMATCH", "", ""))
+        elif any(row[rival] and row[rival]["ratio"] < 1 for rival in RIVALS):
+            cells = (_marked(row[rival]) for rival in RIVALS)
+            lines.append((row["case"]["name"], describe(row["case"]), *cells))
+    return table.markdown(header, lines, text=2)
+
+
+RIVALS = ("dense", "composition", "unfrozen")
+
+
+def _marked(found: Json | None) -> str:
+    """Writes a ratio, in bold where we are slower."""
+    if found is None:
+        return ""
+    ratio = f"{found['ratio']:.2f}"
+    return f"**{ratio}**" if found["ratio"] < 1 else ratio
+
+
+def describe(case: Json) -> str:
+    """Says what a benchmark case is, with the report that it comes from."""
+    kind, value = case["support"]["kind"], case["support"]["value"]
+    kinds = {
+        "het": f"HetConv p={value}",
+        "self_group": f"self-grouped, {value} % dropped",
+        "trained_group": f"self-grouped on trained weights, {value} % dropped",
+        "irregular": f"single weights, {value} % live",
+        "grouped": f"{value} groups",
+        "learned_groups": f"{value} learned groups",
+        "dense": "dense",
+    }
+    channels = f"{case['c']}" if case["c"] == case["f"] else f"{case['c']} to {case['f']}"
+    size = f"{channels} channels, {case['k']}×{case['k']}, {case['h']}²"
+    parts = [kinds.get(kind, kind), size, "" if case["dtype"] == "float32" else case["dtype"]]
+    parts += ["under autocast" if case["amp"] else "", case["note"]]
+    text = ", ".join(part for part in parts if part)
+    return f"{text} ([report]({case['issue']}))" if case["issue"] else text
+
+
+def training(name: str = LAYERS) -> str:
+    """Lays out the training steps: fprop, dgrad and wgrad together."""
+    header = ("training step", "dense", "interval", "composition")
+    lines = [
+        (
+            describe(row["case"]),
+            f"{row['dense']['ratio']:.2f}",
+            f"{row['dense']['low']:.2f} to {row['dense']['high']:.2f}",
+            _marked(row["composition"]),
+        )
+        for row in results(name)["rows"]
+        if row["case"]["training"] and "dense" in row
+    ]
+    return table.markdown(header, lines)
+
+
+def networks() -> str:
+    """Lays out the whole networks beside the fastest of all engines."""
+    header = (
+        "network", "fastest dense", "times faster", "interval",
+        "fastest composition", "times faster", "interval",
+    )  # fmt: skip
+    lines = []
+    for data in all_results().values():
+        for row in data["rows"]:
+            if row["kind"] != "model":
+                continue
+            case = row["case"]
+            cells = [f"{case['name']}, {case['n']} images of {case['size']}²"]
+            for role in ("dense", "composition"):
+                found = row.get(role)
+                if found is None:
+                    cells += ["", "MISMATCH", ""]
+                    continue
+                engine = found["name"].partition(":")[2]
+                interval = f"{found['low']:.2f} to {found['high']:.2f}"
+                cells += [engine, _marked(found), interval]
+            lines.append(cells)
+    return table.markdown(header, lines)
+
+
+def methods_table(only_papers: bool = False) -> str:
+    """Lays out the compression methods on the digits, losses included."""
+    header = (
+        "method", "form", "test accuracy", "of dense", "fewer MACs", "times faster", "interval",
+    )  # fmt: skip
+    lines = []
+    for row in methods()["digits"]:
+        if only_papers and not row["paper"]:
+            continue
+        ratio, low, high = row["speedup"]
+        lines.append(
+            (
+                row["name"],
+                "the paper's" if row["paper"] else "ours, for hardware",
+                f"{row['test_accuracy'][1]:.3f}",
+                f"{row['test_accuracy'][0]:.3f}",
+                f"{100 * row['macs_saved']:.0f} %",
+                _marked({"ratio": ratio}),
+                f"{low:.2f} to {high:.2f}",
+            )
+        )
+    return table.markdown(header, lines, text=2)
+
+
+def right_picks() -> str:
+    """Says how often `auto` picked the faster backend, on layers that it was not fitted to."""
+    unseen = calibration()["unseen"]
+    return (
+        f"`auto` picked a backend within 5 % of the faster one on "
+        f"{100 * unseen['right_within_5_percent']:.0f} % of {unseen['cases']} layers that its "
+        f"predictions were not fitted to; the worst wrong pick cost {unseen['worst_cost']:.2f}×."
+    )
+
+
+def span(values: Iterable[float], digits: int = 2) -> str:
+    """Writes the least and the largest of some numbers, or the one that they all are."""
+    found = sorted(f"{value:.{digits}f}" for value in values)
+    ordered: Sequence[str] = sorted(set(found), key=float)
+    return ordered[0] if len(ordered) == 1 else f"{ordered[0]} to {ordered[-1]}"
+
+
+def ratios(name: str, rival: str, **case: object) -> list[float]:
+    """Lists how many times faster than a rival the layers of a file were.
+
+    Args:
+        name: of the file.
+        rival: such as ``"dense"``.
+        **case: leaves out rows whose case has other values; ``kind`` is that of the Support.
+    """
+    found = []
+    for row in results(name)["rows"]:
+        facts = row["case"] | {"kind": row["case"]["support"]["kind"]}
+        if row.get(rival) and all(facts[key] == value for key, value in case.items()):
+            found.append(row[rival]["ratio"])
+    return found

@@ -1,0 +1,212 @@
+// SPDX-License-Identifier: Apache-2.0
+// Python face of the CUDA engine: addresses and streams as integers. No torch, no numpy.
+#ifndef HETCONV_HOST
+#include <cuda_runtime_api.h>
+#endif
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "narrow.h"
+
+namespace py = pybind11;
+using namespace hetconv::cuda;
+
+// As a text.
+#define HC_TEXT_OF(x) #x
+#define HC_TEXT(x) HC_TEXT_OF(x)
+
+static DType dtype_named(const std::string& name) {
+  if (name == "float32") return DType::f32;
+  if (name == "float64") return DType::f64;
+  if (name == "bfloat16") return DType::bf16;
+  if (name == "float16") return DType::f16;
+  throw std::invalid_argument("dtype '" + name + "' is not float32, float64, bfloat16 or float16");
+}
+
+static Act act_named(const std::string& name) {
+  if (name.empty() || name == "none") return Act::none;
+  if (name == "relu") return Act::relu;
+  if (name == "relu6") return Act::relu6;
+  if (name == "silu") return Act::silu;
+  if (name == "gelu") return Act::gelu;
+  throw std::invalid_argument("activation '" + name + "' is not none, relu, relu6, silu or gelu");
+}
+
+// Raises the package's own error for what a launcher says.
+static void check(const char* kernel, const char* sentence) {
+  if (sentence == nullptr) return;
+  const py::object error = py::module_::import("hetconv_kernels.errors").attr("BackendError");
+  const std::string message = std::string(kernel) + ": received \"" + sentence +
+                              "\" from the CUDA runtime or the launcher, expected a launch. Use "
+                              "backend='triton' or 'vendor'.";
+  PyErr_SetString(error.ptr(), message.c_str());
+  throw py::error_already_set();
+}
+
+template <class T> static T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
+
+// A field that holds an address.
+template <class C, class T>
+static void address(py::class_<C>& type, const char* name, T C::* field) {
+  type.def_property(
+      name, [field](const C& p) { return reinterpret_cast<uintptr_t>(p.*field); },
+      [field](C& p, uintptr_t value) { p.*field = reinterpret_cast<T>(value); });
+}
+
+#define HC_FIELD(type, Struct, name) type.def_readwrite(#name, &Struct::name)
+#define HC_ADDRESS(type, Struct, name) address(type, #name, &Struct::name)
+
+static void bind_fprop(py::module_& m) {
+  py::class_<Narrow> type(m, "Narrow");
+  type.def(py::init([] { return Narrow{}; }));
+  HC_ADDRESS(type, Narrow, classes);
+  HC_ADDRESS(type, Narrow, heads);
+  HC_ADDRESS(type, Narrow, rounds);
+  HC_ADDRESS(type, Narrow, lists);
+  HC_ADDRESS(type, Narrow, words);
+  HC_ADDRESS(type, Narrow, chunks);
+  HC_ADDRESS(type, Narrow, slots);
+  HC_ADDRESS(type, Narrow, rows);
+  HC_FIELD(type, Narrow, x_n);
+  HC_FIELD(type, Narrow, y_n);
+  HC_FIELD(type, Narrow, x_h);
+  HC_FIELD(type, Narrow, x_w);
+  HC_FIELD(type, Narrow, y_h);
+  HC_FIELD(type, Narrow, y_w);
+  HC_FIELD(type, Narrow, batch);
+  HC_FIELD(type, Narrow, image_h);
+  HC_FIELD(type, Narrow, image_w);
+  HC_FIELD(type, Narrow, class_count);
+  HC_FIELD(type, Narrow, parts);
+  HC_FIELD(type, Narrow, round_count);
+  HC_FIELD(type, Narrow, tile_h);
+  HC_FIELD(type, Narrow, tile_w);
+  HC_FIELD(type, Narrow, warps_m);
+  HC_FIELD(type, Narrow, warps_n);
+  HC_FIELD(type, Narrow, raw_pitch);
+  HC_FIELD(type, Narrow, slot_pitch);
+  HC_FIELD(type, Narrow, halo_pixels);
+  HC_FIELD(type, Narrow, max_words);
+  HC_FIELD(type, Narrow, max_fragments);
+  HC_FIELD(type, Narrow, vector_stores);
+  HC_FIELD(type, Narrow, buffers);
+  HC_FIELD(type, Narrow, resident);
+  HC_FIELD(type, Narrow, blocks);
+  type.def_property(
+      "act", [](const Narrow& p) { return int(p.act); },
+      [](Narrow& p, const std::string& name) { p.act = act_named(name); });
+  type.def_property_readonly("shared_bytes", &narrow_shared_bytes);
+  type.def(
+      "held_blocks",
+      [](const Narrow& p, const std::string& dtype) {
+        return narrow_blocks(p, dtype_named(dtype));
+      },
+      py::arg("dtype"));
+  type.def(
+      "launch",
+      [](Narrow p, const std::string& dtype, uintptr_t x, uintptr_t slabs, uintptr_t y,
+         uintptr_t scale, uintptr_t shift, uintptr_t residual, uintptr_t stream) {
+        p.x = at<void>(x);
+        p.slabs = at<void>(slabs);
+        p.y = at<void>(y);
+        p.scale = at<float>(scale);
+        p.shift = at<float>(shift);
+        p.residual = at<void>(residual);
+        check("narrow_fprop", narrow_fprop(p, dtype_named(dtype), at<void>(stream)));
+      },
+      py::arg("dtype"), py::arg("x"), py::arg("slabs"), py::arg("y"), py::arg("scale"),
+      py::arg("shift"), py::arg("residual"), py::arg("stream"));
+}
+
+static void bind_wgrad(py::module_& m) {
+  py::class_<NarrowWgrad> type(m, "NarrowWgrad");
+  type.def(py::init([] { return NarrowWgrad{}; }));
+  HC_ADDRESS(type, NarrowWgrad, geometry);
+  HC_ADDRESS(type, NarrowWgrad, heads);
+  HC_ADDRESS(type, NarrowWgrad, units);
+  HC_ADDRESS(type, NarrowWgrad, chunks);
+  HC_ADDRESS(type, NarrowWgrad, slots);
+  HC_FIELD(type, NarrowWgrad, x_n);
+  HC_FIELD(type, NarrowWgrad, y_n);
+  HC_FIELD(type, NarrowWgrad, x_h);
+  HC_FIELD(type, NarrowWgrad, x_w);
+  HC_FIELD(type, NarrowWgrad, y_h);
+  HC_FIELD(type, NarrowWgrad, y_w);
+  HC_FIELD(type, NarrowWgrad, batch);
+  HC_FIELD(type, NarrowWgrad, image_h);
+  HC_FIELD(type, NarrowWgrad, image_w);
+  HC_FIELD(type, NarrowWgrad, parts);
+  HC_FIELD(type, NarrowWgrad, unit_count);
+  HC_FIELD(type, NarrowWgrad, tile_h);
+  HC_FIELD(type, NarrowWgrad, tile_w);
+  HC_FIELD(type, NarrowWgrad, warps);
+  HC_FIELD(type, NarrowWgrad, x_pitch);
+  HC_FIELD(type, NarrowWgrad, x_slot_pitch);
+  HC_FIELD(type, NarrowWgrad, dy_pitch);
+  HC_FIELD(type, NarrowWgrad, dy_slot_pitch);
+  HC_FIELD(type, NarrowWgrad, halo_pixels);
+  HC_FIELD(type, NarrowWgrad, buffers);
+  HC_FIELD(type, NarrowWgrad, blocks);
+  type.def_property_readonly("shared_bytes", &narrow_wgrad_shared_bytes);
+  type.def(
+      "held_blocks",
+      [](const NarrowWgrad& p, const std::string& dtype) {
+        return narrow_wgrad_blocks(p, dtype_named(dtype));
+      },
+      py::arg("dtype"));
+  type.def(
+      "launch",
+      [](NarrowWgrad p, const std::string& dtype, uintptr_t x, uintptr_t dy, uintptr_t partials,
+         uintptr_t stream) {
+        p.x = at<void>(x);
+        p.dy = at<void>(dy);
+        p.partials = at<float>(partials);
+        check("narrow_wgrad", narrow_wgrad(p, dtype_named(dtype), at<void>(stream)));
+      },
+      py::arg("dtype"), py::arg("x"), py::arg("dy"), py::arg("partials"), py::arg("stream"));
+}
+
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "The CUDA engine: built, not measured.";
+  bind_fprop(m);
+  bind_wgrad(m);
+  m.def(
+      "reduce",
+      [](uintptr_t partials, uintptr_t targets, uintptr_t dw, int64_t size, int64_t dw_size,
+         int32_t splits, const std::string& dtype, uintptr_t stream) {
+        check("narrow_reduce",
+              narrow_reduce(at<float>(partials), at<int32_t>(targets), at<void>(dw), size, dw_size,
+                            splits, dtype_named(dtype), at<void>(stream)));
+      },
+      py::arg("partials"), py::arg("targets"), py::arg("dw"), py::arg("size"), py::arg("dw_size"),
+      py::arg("splits"), py::arg("dtype"), py::arg("stream"));
+  m.def(
+      "pack",
+      [](uintptr_t w, const std::string& w_dtype, uintptr_t source, uintptr_t slabs,
+         const std::string& dtype, int64_t size, uintptr_t stream) {
+        check("narrow_pack",
+              narrow_pack(at<void>(w), dtype_named(w_dtype), at<int32_t>(source), at<void>(slabs),
+                          dtype_named(dtype), size, at<void>(stream)));
+      },
+      py::arg("w"), py::arg("w_dtype"), py::arg("source"), py::arg("slabs"), py::arg("dtype"),
+      py::arg("size"), py::arg("stream"));
+  m.def("kernels", [] {
+    std::vector<std::string> names;
+    for (const char* const* name = narrow_kernels(); *name != nullptr; ++name)
+      names.push_back(*name);
+    return names;
+  });
+  m.def("architectures", [] { return std::string(HC_TEXT(HETCONV_ARCHITECTURES)); });
+#ifndef HETCONV_HOST  // tests run the kernels on the CPU
+  // As 13000; the driver's is 0 where there is none.
+  m.def("versions", [] {
+    int runtime = 0, driver = 0;
+    cudaRuntimeGetVersion(&runtime);
+    cudaDriverGetVersion(&driver);
+    return std::pair<int, int>(runtime, driver);
+  });
+#endif
+}

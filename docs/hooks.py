@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `mkdocs build` adds to the pages: tables of results, the command line's help, equations.
+
+A page asks for a made part by a comment of its own line, ``<!-- made: losses layers-full -->``: the
+name of a function in `MADE`, then its arguments. Equations in TeX become MathML here, so that a
+page shows them without a script and without a network.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import summary, table  # noqa: E402 (the line above must come first)
+
+MARKER = re.compile(r"^<!-- made: (.+) -->$", re.M)
+EQUATION = re.compile(
+    r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.S
+)  # what pymdownx.arithmatex leaves
+# What a page would load from elsewhere; links that are only followed are fine.
+LOADED = re.compile(
+    r"<(?:script|img|iframe)\b[^>]*\bsrc=[\"']?(https?:)?//"
+    r"|<link\b(?=[^>]*\brel=[\"']?(?:stylesheet|preconnect|icon))[^>]*\bhref=[\"']?(https?:)?//"
+)
+
+
+def cases(name: str) -> str:
+    """Lists every layer of a results file."""
+    header, lines = table.layer_cells(summary.results(name)["rows"])
+    return table.markdown(header, lines, text=2)
+
+
+def dispatch(name: str) -> str:
+    """Lists every dispatch row of a results file."""
+    header, lines = table.dispatch_cells(summary.results(name)["rows"])
+    return table.markdown(header, lines, text=2)
+
+
+def other_results() -> str:
+    """Names the results files that no page has a table of, with what they were measured on."""
+    shown = {summary.LAYERS, summary.PREPACKED, summary.NARROW, "dispatch-full"}
+    lines = [
+        f"- `{name}.json`, {len(data['rows'])} rows: {summary.provenance(data)}."
+        for name, data in summary.all_results().items()
+        if name not in shown and not any(row["kind"] == "model" for row in data["rows"])
+    ]
+    return "\n".join(lines) or "There are no others."
+
+
+def network_files() -> str:
+    """Says what each network was measured on."""
+    return "\n".join(
+        f"- `{name}.json`: {summary.provenance(data)}."
+        for name, data in summary.all_results().items()
+        if any(row["kind"] == "model" for row in data["rows"])
+    )
+
+
+@cache
+def command_help() -> str:
+    """Prints the help of `hetconv` and of each of its commands."""
+    done = subprocess.run(
+        [sys.executable, "-c", HELP],
+        cwd=ROOT,
+        env={"PATH": "", "COLUMNS": "90", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    texts: dict[str, str] = json.loads(done.stdout)
+    whole = texts.pop("")
+    parts = [f"## hetconv\n\n```text\n{whole}\n```"]
+    for name, text in texts.items():
+        usage = text.partition("\nexit codes:")[0].rstrip()
+        parts.append(f"## hetconv {name}\n\n```text\n{usage}\n```")
+    return "\n\n".join(parts)
+
+
+# One process for all commands, since each would import torch anew.
+HELP = r"""
+import contextlib, io, json, re
+from hetconv_kernels import cli
+
+def text(*command):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert cli.main([*command, "--help"]) == 0
+    return out.getvalue().rstrip()
+
+whole = text()
+listing = whole.partition("COMMAND\n")[2].partition("\n\n")[0]
+names = re.findall(r"^    ([\w-]+)", listing, re.M)
+assert names, whole
+print(json.dumps({"": whole} | {name: text(name) for name in names}))
+"""
+
+
+MADE: dict[str, Callable[..., str]] = {
+    "cases": cases,
+    "command-help": command_help,
+    "dispatch": dispatch,
+    "grid": summary.grid,
+    "losses": summary.losses,
+    "methods": summary.methods_table,
+    "network-files": network_files,
+    "networks": summary.networks,
+    "other-results": other_results,
+    "provenance": lambda name: f"*{summary.provenance(summary.results(name))}.*",
+    "provenance-of-methods": lambda: f"*{summary.provenance(summary.methods())}.*",
+    "right-picks": lambda: (
+        f"{summary.right_picks()} (*{summary.provenance(summary.calibration())}.*)"
+    ),
+    "training": summary.training,
+}
+
+
+def with_made_parts(markdown: str) -> str:
+    """Puts the made parts into a page.
+
+    Raises:
+        KeyError: a page asks for something that is not in `MADE`.
+    """
+
+    def made(found: re.Match[str]) -> str:
+        name, *arguments = found[1].split()
+        return MADE[name](*arguments)
+
+    return MARKER.sub(made, markdown)
+
+
+def with_equations(page: str) -> str:
+    """Turns the TeX that arithmatex marked into MathML."""
+    from latex2mathml.converter import convert
+
+    def one(found: re.Match[str]) -> str:
+        block = found[2] == "["
+        drawn: str = convert(html.unescape(found[3]), display="block" if block else "inline")
+        return f'<div class="math-block">{drawn}</div>' if block else drawn
+
+    return EQUATION.sub(one, page)
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Is called by mkdocs with the text of each page."""
+    return with_made_parts(markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Is called by mkdocs with the HTML of each page's text."""
+    return with_equations(html)
+
+
+def on_post_page(output: str, page: Any, **_: Any) -> str:
+    """Is called by mkdocs with each whole page; refuses one that would load from the network."""
+    found = LOADED.search(output)
+    if found:
+        raise ValueError(f"{page.file.src_uri} loads from the network: {found[0]}")
+    return output

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`cuda`: narrow groups on NVIDIA GPUs from sm_80 on, for bf16 and fp16.
+
+A tile of pixels with its halo is brought to shared memory once, and all taps and groups are
+computed from it (``csrc/cuda``). Built and checked on the CPU; **no GPU has measured it**.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ...problem import Problem
+from .. import Runner
+from ..parts import gpu_reasons
+from ..rates import GPU_PREDICTION
+from . import choice
+
+if TYPE_CHECKING:
+    from .calls import NarrowCall
+
+_DTYPES = (torch.bfloat16, torch.float16)
+_MAX_INT = 2**31 - 1
+# The kernels' vectors: channels in 16 bytes.
+_VECTOR = 8
+# Weights stay in shared memory, or are read again for each tile; more of them are no narrow groups.
+_MOST_WEIGHTS = 2**17
+
+
+class Cuda:
+    """The engine of csrc/cuda; its tables are kept with the Support that they were made from."""
+
+    name = "cuda"
+
+    def unsupported_reasons(self, problem: Problem) -> list[str]:
+        """Refuses other devices, dtypes and layouts, odd channels, and sizes beyond 32 bits."""
+        if problem.device.type != "cuda":
+            return [f"The tensors are on {problem.device}, not on an NVIDIA GPU."]
+        index = problem.device.index or 0
+        reasons = gpu_reasons(index) or _build_reasons(index)
+        if reasons:
+            return reasons
+        if problem.dtype not in _DTYPES:
+            reasons.append(f"{problem.dtype} is neither bfloat16 nor float16.")
+        reasons += _layout_reasons(problem)
+        oh, ow = problem.output_size
+        support = problem.support
+        widest = max(support.channels, support.filters)
+        if max(problem.height * problem.width, oh * ow) * widest > _MAX_INT:
+            reasons.append("One image has more than 2**31 - 1 elements.")
+        if problem.batch * max(problem.height * problem.width, oh * ow) > _MAX_INT:
+            reasons.append("The batch has more than 2**31 - 1 pixels.")
+        if support.live > _MOST_WEIGHTS:
+            reasons.append(
+                f"There are {support.live} live weights; the kernels for narrow groups are for at "
+                f"most {_MOST_WEIGHTS}, which shared memory holds."
+            )
+        if max(support.kernel) > 32:
+            reasons.append("The kernel has more than 32 taps along one axis.")
+        if not reasons:
+            found = choice.best(problem)
+            reasons += [f"It cannot be tiled: {found}"] if isinstance(found, str) else []
+        return reasons
+
+    def estimate(self, problem: Problem) -> float:
+        """Predicts the time by the cost model of `tiles`, in seconds; nominal, not measured."""
+        found = choice.best(problem)
+        return float("inf") if isinstance(found, str) else found.seconds / GPU_PREDICTION
+
+    def measured(self, problem: Problem) -> bool:
+        """No measurement has been made of it yet."""
+        return False
+
+    def efficiency(self, problem: Problem) -> float:
+        """Useful over executed multiply-accumulates; filled tiles and half steps count."""
+        found = choice.best(problem)
+        return 0.0 if isinstance(found, str) else found.efficiency
+
+    def fprop(self, problem: Problem) -> Runner:
+        """Prepares y = act(scale · conv(x, w) + shift + residual)."""
+        return _call(problem).run
+
+    def dgrad(self, problem: Problem) -> Runner:
+        """Prepares dx."""
+        call = _call(problem)
+
+        def run(dy: Tensor, w: Tensor) -> Tensor:
+            return call.run(dy, w)
+
+        return run
+
+    def wgrad(self, problem: Problem) -> Runner:
+        """Prepares dw."""
+        from .wgrad_calls import WgradCall
+
+        return WgradCall(problem, choice.wgrad_choice(problem)).run
+
+
+def _call(problem: Problem) -> NarrowCall:
+    from .calls import NarrowCall
+
+    return NarrowCall(problem, choice.gather_choice(problem))
+
+
+def _layout_reasons(problem: Problem) -> list[str]:
+    """Says what 16-byte accesses to channels need and the operands do not have."""
+    support, reasons = problem.support, []
+    read = {
+        "fprop": (("channels", support.channels),),
+        "dgrad": (("filters", support.filters),),
+        "wgrad": (("channels", support.channels), ("filters", support.filters)),
+    }[problem.verb]
+    for name, count in read:
+        if count % _VECTOR:
+            reasons.append(f"There are {count} {name}, which is no multiple of {_VECTOR}.")
+    shape = problem.x_shape if problem.verb == "fprop" else problem.y_shape
+    pairs = list(zip(problem.strides, shape, strict=True))
+    apart = [stride for stride, size in (pairs[0], *pairs[2:]) if size > 1]
+    if not problem.channels_last or (shape[1] > 1 and problem.strides[1] != 1):
+        reasons.append("The operands are not channels_last.")
+    elif any(stride % _VECTOR for stride in apart):
+        reasons.append(f"Pixels lie {apart} elements apart, not multiples of {_VECTOR}.")
+    elif max(apart[1:], default=0) > _MAX_INT:
+        reasons.append("Rows lie more than 2**31 - 1 elements apart.")
+    return reasons
+
+
+@cache
+def _build_reasons(index: int) -> list[str]:
+    """Says what this build lacks for a GPU, or for its driver."""
+    from ... import _cuda
+
+    major, minor = torch.cuda.get_device_capability(index)
+    names = _cuda.architectures().split("_")
+    built = [divmod(int(re.sub(r"\D", "", name)), 10) for name in names]
+    # Machine code runs within its generation; PTX is there for the newest one only.
+    runs = any(a == major and b <= minor for a, b in built) or ((12, 0) in built and major > 12)
+    if not runs:
+        return [
+            f"It was built for compute capabilities {', '.join(names)}, not for {major}.{minor}; "
+            "build it again with HETCONV_CUDA_ARCHS=native."
+        ]
+    runtime, driver = _cuda.versions()
+    if driver // 1000 < runtime // 1000:
+        return [
+            f"The driver is for CUDA {driver // 1000}.{driver % 1000 // 10}, older than the "
+            f"{runtime // 1000}.{runtime % 1000 // 10} that it was built with."
+        ]
+    return []

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls of fprop and dgrad: a Problem on ``narrow_fprop``, with its tables on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...problem import Problem
+from ..capture import CONVERSIONS, capturing, pin, refuse_capture, upload
+from ..common import empty, unit
+from ..packer import Packer
+from .choice import GatherChoice
+
+# Elements of a 16-byte access.
+VECTOR = 8
+
+
+def engine() -> Any:
+    """Returns the compiled part, which only a call needs."""
+    from ... import _cuda
+
+    return _cuda
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Returns a dtype's name as the compiled part knows it."""
+    return str(dtype).removeprefix("torch.")
+
+
+@contextmanager
+def current(device: torch.device) -> Iterator[int]:
+    """Makes a device the current one, and gives its current stream as an integer."""
+    if device.type != "cuda":  # the kernels on the CPU, in tests
+        yield 0
+    elif device.index == torch.cuda.current_device():
+        yield torch.cuda.current_stream(device).cuda_stream
+    else:
+        with torch.cuda.device(device):
+            yield torch.cuda.current_stream(device).cuda_stream
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """Returns an operand that 16-byte accesses read: channels_last, and rightly aligned.
+
+    A Problem knows neither addresses nor the layout of the second operand of wgrad, so what does
+    not fit is copied, and counted in `CONVERSIONS`.
+    """
+    tensor = tensor.resolve_neg()
+    strided = tensor.stride(1) == 1 and unit(VECTOR, tensor) == VECTOR
+    if not strided:
+        CONVERSIONS["operand brought to channels_last"] += 1
+        tensor = torch.empty_like(tensor, memory_format=torch.channels_last).copy_(tensor)
+    if tensor.data_ptr() % 16:
+        CONVERSIONS["operand brought to an aligned address"] += 1
+        tensor = tensor.clone(memory_format=torch.preserve_format)
+    return tensor
+
+
+def make_packer(problem: Problem, choice: GatherChoice) -> Packer:
+    """Makes what packs canonical weights into the slabs of a choice; kept with the Support."""
+    support, device, dtype = problem.support, problem.device, problem.dtype
+    key = ("cuda packer", device, dtype, id(choice.how.tables))
+    packer: Packer | None = support.derived.get(key)
+    if packer is None:
+        module, name = engine(), name_of(dtype)
+
+        def start(w: Tensor, source: Tensor, slabs: Tensor) -> None:
+            with current(device) as stream:
+                module.pack(
+                    w.data_ptr(),
+                    name_of(w.dtype),
+                    source.data_ptr(),
+                    slabs.data_ptr(),
+                    name,
+                    source.numel(),
+                    stream,
+                )
+
+        def source(form: str) -> Any:
+            return choice.how.tables.source(support, form)
+
+        packer = support.derived[key] = Packer(support, source, start, device, dtype)
+    return packer
+
+
+class NarrowCall:
+    """fprop or dgrad of a Problem.
+
+    Args:
+        problem: what to run.
+        choice: how.
+    """
+
+    def __init__(self, problem: Problem, choice: GatherChoice) -> None:
+        self.problem, self.choice, self._device = problem, choice, problem.device
+        back = problem.verb == "dgrad"
+        self._shape = problem.x_shape if back else problem.y_shape
+        self._image = problem.output_size if back else (problem.height, problem.width)
+        self._tables = _uploaded(problem, choice)
+        self._packer = make_packer(problem, choice)
+        self._name = name_of(problem.dtype)
+        self._bound: dict[Any, Any] = {}
+
+    def run(
+        self,
+        x: Tensor,
+        w: Tensor,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """Runs the kernel.  # [N, F, OH, OW]"""
+        y = empty(self._shape, x, self.problem)
+        if not y.numel():
+            return y
+        x = readable(x)
+        if residual is not None:
+            residual = self._like(residual, y)
+        # The per-filter vectors are computed with in float32.
+        scale, shift = (None if v is None else _single(v) for v in (scale, shift))
+        key = (x.stride(), y.stride(), residual is None or residual.data_ptr() % 16 == 0)
+        with current(self._device) as stream:
+            bound = self._bound.get(key)
+            if bound is None:
+                bound = self._bound[key] = self._bind(x, y, key[2])
+            slabs = self._packer(w)
+            if capturing(self._device):
+                pin(self._device, self, slabs if w.dim() == 1 else None)
+            bound.launch(
+                self._name,
+                x.data_ptr(),
+                slabs.data_ptr(),
+                y.data_ptr(),
+                *(0 if v is None else v.data_ptr() for v in (scale, shift, residual)),
+                stream,
+            )
+        return y
+
+    @staticmethod
+    def _like(residual: Tensor, y: Tensor) -> Tensor:
+        """Returns the residual with the strides of y, which the kernel reads it by."""
+        same = residual.resolve_neg()
+        if same.stride() != y.stride():
+            CONVERSIONS["residual brought to the format of y"] += 1
+            same = torch.empty_like(y).copy_(same)
+        return same
+
+    def _bind(self, x: Tensor, y: Tensor, aligned: bool) -> Any:
+        """Fills the kernel's arguments, all but the operands' addresses."""
+        refuse_capture(self._device, "A layout of operands")  # asks the device for its blocks
+        problem, choice, tables = self.problem, self.choice, self.choice.how.tables
+        call = engine().Narrow()
+        for name, table in self._tables.items():
+            setattr(call, name, table.data_ptr())
+        call.x_n, _, call.x_h, call.x_w = strides_of(x)
+        call.y_n, _, call.y_h, call.y_w = strides_of(y)
+        call.batch, (call.image_h, call.image_w) = problem.batch, self._image
+        call.class_count, call.parts, call.round_count = tables.rounds.shape[:3]
+        shape = tables.shape
+        call.tile_h, call.tile_w = shape.height, shape.width
+        call.warps_m, call.warps_n = shape.warps_m, shape.warps_n
+        call.raw_pitch, call.slot_pitch = tables.raw_pitch, tables.slot_pitch
+        call.halo_pixels = tables.halo_pixels
+        call.max_words, call.max_fragments = tables.max_words, tables.max_fragments
+        call.vector_stores = int(aligned and unit(VECTOR, y) == VECTOR)
+        call.buffers, call.resident = choice.how.buffers, int(choice.how.resident)
+        call.act = problem.act
+        call.blocks = call.held_blocks(self._name)
+        return call
+
+
+def strides_of(tensor: Tensor) -> tuple[int, ...]:
+    """Returns the strides, zero along axes of one place, whose strides may be anything."""
+    pairs = zip(tensor.stride(), tensor.shape, strict=True)
+    return tuple(stride if size > 1 else 0 for stride, size in pairs)
+
+
+def _single(vector: Tensor) -> Tensor:
+    return vector.resolve_neg().float().contiguous()
+
+
+def _uploaded(problem: Problem, choice: GatherChoice) -> dict[str, Tensor]:
+    """Returns the tables of a choice on the device; kept with the Support, with the choice."""
+    key = ("cuda tables", problem.device, id(choice.how.tables))
+    # The tables stay with their copies, so that no others get their identity.
+    kept: tuple[Any, dict[str, Tensor]] | None = problem.support.derived.get(key)
+    if kept is None:
+        names = ("classes", "heads", "rounds", "lists", "words", "chunks", "slots", "rows")
+        tables = choice.how.tables
+        found = {name: upload(getattr(tables, name), problem.device) for name in names}
+        kept = problem.support.derived[key] = tables, found
+    return kept[1]

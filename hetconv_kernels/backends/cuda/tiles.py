@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiles of the narrow kernels: which pixels and filters one block has, by predicted clocks.
+
+The model counts clocks of one multiprocessor for one tile: reading and writing shared memory, the
+matrix unit, and device memory, of which the longest counts where blocks or buffers overlap them.
+Its constants are data sheets and arithmetic: **no GPU has confirmed them**.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ...errors import BackendError
+from ...support import Support
+from ..parts import Part
+from .lowering import Shape, Tables, lower
+from .slots import RANGES
+from .wgrad_lowering import WARP_UNITS, WgradTables, lower_wgrad
+from .windows import Window
+
+MAX_WARPS, WARP_PIXELS, WARP_FILTERS = 8, 32, 64
+_WIDTHS = (8, 16, 32)
+_BLOCK_RESERVE = 1024  # bytes of shared memory that the system takes of every block
+_LINE = 128  # bytes of shared memory a clock
+_REGISTERS = 65536
+_SIZES = np.array([size for _, size in RANGES])
+
+
+class Choice(NamedTuple):
+    """What is launched for one call, and what that is predicted to take.
+
+    Attributes:
+        tables: the lowering.
+        buffers: halo tiles in shared memory.
+        resident: whether weights stay in shared memory.
+        clocks: predicted, of the whole call.
+    """
+
+    tables: Tables
+    buffers: int
+    resident: bool
+    clocks: float
+
+
+def shared_bytes(tables: Tables, buffers: int, resident: bool) -> int:
+    """Returns the dynamic shared memory of a block, as the kernel lays it out."""
+    shape = tables.shape
+    lists = _aligned(tables.rounds.shape[2] * shape.warps_n * tables.lists.shape[-1] * 4)
+    words = _aligned((tables.max_words + 1) * 4)
+    stage = shape.warps_m * WARP_PIXELS * (shape.warps_n * WARP_FILTERS * 2 + 16)
+    buffer = max(tables.halo_pixels * tables.raw_pitch * 16, stage)
+    weights = tables.max_fragments * 256 if resident else 0
+    gathered = tables.halo_pixels * tables.slot_pitch * 16
+    return lists + words + weights + buffers * buffer + gathered
+
+
+def choose(
+    support: Support, windows: Sequence[Window], batch: int, back: bool, part: Part
+) -> Choice:
+    """Chooses the tables of fprop or dgrad: the fastest predicted ones that fit.
+
+    Args:
+        support: the layer's own.
+        windows: the classes of pixels.
+        batch: images.
+        back: whether for dgrad.
+        part: the GPU.
+
+    Raises:
+        BackendError: no tile with its halo fits in shared memory.
+    """
+    filters = support.channels if back else support.filters
+    best: Choice | None = None
+    for slots in (64, 8, 4):  # of at most so many at a time, where all do not fit
+        for shape in _shapes(windows, filters, slots):
+            tables = lower(support, windows, shape, back)
+            for resident, buffers in ((True, 2), (True, 1), (False, 2), (False, 1)):
+                size = shared_bytes(tables, buffers, resident)
+                if size > part.shared:
+                    continue
+                clocks = predicted_clocks(tables, windows, batch, buffers, resident, part)
+                if best is None or clocks < best.clocks:
+                    best = Choice(tables, buffers, resident, clocks)
+        if best is not None:
+            return best
+    raise BackendError(
+        f"no tile of {support} with its halo fits in {part.shared} bytes of shared memory."
+    )
+
+
+def predicted_clocks(
+    tables: Tables,
+    windows: Sequence[Window],
+    batch: int,
+    buffers: int,
+    resident: bool,
+    part: Part,
+) -> float:
+    """Predicts the clocks of a call (see the module)."""
+    shape = tables.shape
+    # Instructions for wgmma's successors aside, mma.sync reaches 5/8 of what Hopper's unit does.
+    rate = part.rate * (0.625 if part.waits else 1.0)
+    bytes_a_clock = part.bandwidth / part.processors / part.clock
+    total = 0.0
+    for index, window in enumerate(windows):
+        tiles = batch * -(-window.rows.pixels // shape.height)
+        tiles *= -(-window.cols.pixels // shape.width)
+        halo = window.halo(shape.height, 1)[0] * window.line(shape.width)
+        for rounds, lists in zip(tables.rounds[index], tables.lists[index], strict=True):
+            steps = np.diff(lists[..., :-1]).reshape(-1, len(RANGES)).sum(axis=0)
+            chunks, slots = int(rounds[:, 1].sum()), int(rounds[:, 3].sum())
+            loads = shape.warps_m * 2 * 4 * int(steps.sum())
+            weights = shape.warps_m * 2 * int((steps * _SIZES).sum())
+            moved = halo * chunks * 16 / _LINE + 2 * shape.filters * shape.warps_m * 64 / _LINE
+            gathered = halo * slots / 32 * 14
+            matrix = shape.warps_m * 2 * 2048 / rate * int((steps * _SIZES).sum())
+            work = max(loads + weights + moved + gathered, matrix)
+            used = min(shape.height * shape.width, shape.warps_m * WARP_PIXELS)
+            memory = used * (chunks * 16 + shape.filters * 2) / bytes_a_clock
+            fill = (halo * chunks * 16 + (0 if resident else weights * _LINE)) / part.l2
+            size = shared_bytes(tables, buffers, resident) + _BLOCK_RESERVE
+            threads = shape.warps_m * shape.warps_n * 32
+            held = min(part.shared // size, _REGISTERS // (128 * threads)) or 1
+            moving = max(memory, fill)
+            each = max(work, moving) if held * buffers > 1 else work + moving
+            # Fewer than eight warps leave the multiprocessor waiting.
+            each *= max(1.0, 8 / (held * threads / 32))
+            total += each * max(tiles / part.processors, 1.0)
+    return total
+
+
+def choose_wgrad(support: Support, window: Window, part: Part) -> tuple[WgradTables, int]:
+    """Chooses the tables of wgrad, and how many buffers a block has.
+
+    Raises:
+        BackendError: no tile with its halo fits in shared memory.
+    """
+    rows, cols = window.rows.pixels, window.cols.pixels
+    for pixels in (128, 64, 32, 16):
+        fitting = [
+            (-(-rows // (pixels // width)) * -(-cols // width), -width, pixels // width, width)
+            for width in (*_WIDTHS, 4)
+            if width <= pixels and pixels // width <= max(rows, 1) * 2
+        ]
+        for units in (MAX_WARPS * WARP_UNITS, MAX_WARPS, 2):
+            for _, _, height, width in sorted(fitting)[:2]:
+                tables = lower_wgrad(support, window, height, width, units)
+                for buffers in (2, 1):
+                    if tables.shared_bytes(buffers) <= part.shared // (2 if buffers == 2 else 1):
+                        return tables, buffers
+    raise BackendError(
+        f"no tile of {support} with its halo fits in {part.shared} bytes of shared memory."
+    )
+
+
+def _shapes(windows: Sequence[Window], filters: int, slots: int) -> Iterator[Shape]:
+    """Lists the shapes that are worth a lowering, one for each arrangement of warps."""
+    rows = max(window.rows.pixels for window in windows)
+    cols = max(window.cols.pixels for window in windows)
+    for warps_n in (1, 2, 4):
+        if warps_n > 1 and filters <= warps_n // 2 * WARP_FILTERS:
+            continue
+        for warps_m in (8, 4, 2, 1):
+            if warps_m * warps_n > MAX_WARPS:
+                continue
+            pixels = warps_m * WARP_PIXELS
+            found = []
+            for width in {*_WIDTHS, min(max(cols, 1), 32)}:
+                height = min(pixels // width, max(rows, 1))
+                if height < 1:
+                    continue
+                count = -(-rows // height) * -(-cols // width)
+                halo = sum(w.halo(height, 1)[0] * w.line(width) for w in windows) / len(windows)
+                # A tile whose lines are no multiple of eight meets some banks twice.
+                uneven = 1.0 if width % 8 == 0 else 1.1
+                found.append((count * (pixels * 2 + halo) * uneven, height, width))
+            _, height, width = min(found)
+            yield Shape(height, width, warps_m, warps_n, slots)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 16) * 16

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls of wgrad: a Problem on ``narrow_wgrad`` and ``narrow_reduce``, tables on the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...problem import Problem
+from ..capture import capturing, pin, refuse_capture, upload
+from .calls import current, engine, name_of, readable, strides_of
+from .choice import WgradChoice
+
+# Bytes that partial gradients may take, all blocks together.
+_MOST_PARTIALS = 2**28
+
+
+class WgradCall:
+    """wgrad of a Problem.
+
+    Args:
+        problem: what to run.
+        choice: how.
+    """
+
+    def __init__(self, problem: Problem, choice: WgradChoice) -> None:
+        self.problem, self.choice, self._device = problem, choice, problem.device
+        tables, support = choice.tables, problem.support
+        names = ("geometry", "heads", "units", "chunks", "slots")
+        self._tables = {name: upload(getattr(tables, name), self._device) for name in names}
+        form = "live" if problem.live_weight else "contiguous"
+        if form == "contiguous" and problem.channels_last and len(problem.weight_shape) == 4:
+            form = "channels_last"
+        self._targets = upload(tables.targets(support, form), self._device)
+        self._name, self._bound = name_of(problem.dtype), dict[Any, Any]()
+
+    def run(self, dy: Tensor, x: Tensor) -> Tensor:
+        """Computes dw in the problem's canonical form, dead entries zero."""
+        problem, layout = self.problem, torch.contiguous_format
+        if not problem.live_weight and len(problem.weight_shape) == 4:
+            layout = problem.format
+        dw = torch.empty(
+            problem.weight_shape,
+            dtype=problem.weight_dtype,
+            device=self._device,
+            memory_format=layout,
+        )
+        size = self._targets.numel()
+        if not dy.numel() or not size:
+            return dw.zero_()
+        dy, x = readable(dy), readable(x)
+        key = (dy.stride(), x.stride())
+        with current(self._device) as stream:
+            bound = self._bound.get(key)
+            if bound is None:
+                bound = self._bound[key] = self._bind(dy, x)
+            partials = torch.empty((bound.blocks, size), dtype=torch.float32, device=self._device)
+            if capturing(self._device):
+                pin(self._device, self)
+            bound.launch(self._name, x.data_ptr(), dy.data_ptr(), partials.data_ptr(), stream)
+            engine().reduce(
+                partials.data_ptr(),
+                self._targets.data_ptr(),
+                dw.data_ptr(),
+                size,
+                dw.numel(),
+                bound.blocks,
+                name_of(dw.dtype),
+                stream,
+            )
+        return dw
+
+    def _bind(self, dy: Tensor, x: Tensor) -> Any:
+        """Fills the kernel's arguments, all but the operands' addresses."""
+        refuse_capture(self._device, "A layout of operands")  # asks the device for its blocks
+        problem, tables = self.problem, self.choice.tables
+        call = engine().NarrowWgrad()
+        for name, table in self._tables.items():
+            setattr(call, name, table.data_ptr())
+        call.x_n, _, call.x_h, call.x_w = strides_of(x)
+        call.y_n, _, call.y_h, call.y_w = strides_of(dy)
+        call.batch, call.image_h, call.image_w = problem.batch, problem.height, problem.width
+        call.parts, call.unit_count = len(tables.heads), len(tables.units)
+        call.tile_h, call.tile_w, call.warps = tables.height, tables.width, tables.warps
+        call.x_pitch, call.x_slot_pitch, call.dy_pitch, call.dy_slot_pitch = tables.pitches
+        call.halo_pixels, call.buffers = tables.halo_pixels, self.choice.buffers
+        rows, cols = problem.output_size
+        tiles = problem.batch * -(-rows // tables.height) * -(-cols // tables.width)
+        most = max(1, _MOST_PARTIALS // (4 * self._targets.numel()))
+        call.blocks = min(max(call.held_blocks(self._name), 1), tiles, most)
+        return call

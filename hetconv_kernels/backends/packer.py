@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packing on a GPU: canonical weights brought into the order of an engine's slabs at each call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..packing import FrozenCache
+from ..problem import is_dense_shape
+from ..support import Support
+from .capture import capturing, pin, upload
+
+
+class Packer:
+    """Packs canonical weights into the slabs of a lowering; keeps those of a frozen weight.
+
+    Args:
+        support: the layer's.
+        source: lists, for ``"contiguous"``, ``"channels_last"`` or ``"live"`` weights, where each
+            element of the slabs lies in their memory; -1 is a zero.
+        start: launches the kernel: (w, source, slabs) -> None.
+        device: where the weights are.
+        dtype: of the slabs.
+    """
+
+    def __init__(
+        self,
+        support: Support,
+        source: Callable[[str], Any],
+        start: Callable[[Tensor, Tensor, Tensor], None],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self._support, self._source, self._start = support, source, start
+        self._device, self._dtype = device, dtype
+        self._sources: dict[str, Tensor] = {}
+        self._frozen = FrozenCache(self._pack)
+
+    def __call__(self, w: Tensor) -> Tensor:
+        """Returns the slabs, in the shape of their source."""
+        slabs: Tensor = self._frozen(w)
+        return slabs
+
+    def _pack(self, w: Tensor) -> Tensor:
+        if not is_dense_shape(self._support, w.shape):
+            form, w = "live", w.contiguous()
+        elif w.dim() == 4 and not w.is_contiguous() and _is_channels_last(w):
+            form = "channels_last"
+        else:
+            form, w = "contiguous", w.contiguous()
+        w = w.resolve_neg()
+        source = self._sources.get(form)
+        if source is None:
+            source = self._sources[form] = upload(self._source(form), self._device)
+        pin(self._device, source)
+        # One slab at least, so that an empty list of steps has an address.
+        shape = (max(source.shape[0], 1), *source.shape[1:])
+        slabs = torch.empty(shape, dtype=self._dtype, device=w.device)
+        if source.numel():
+            self._start(w, source, slabs)
+            if w.is_cuda and w.dim() == 1 and not (w.requires_grad or capturing(w.device)):
+                # These are kept, and the next call may come on another stream.
+                torch.cuda.current_stream(w.device).synchronize()
+        return slabs
+
+
+def _is_channels_last(w: Tensor) -> bool:
+    return w.is_contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Hopper kernel of wgrad: boxes of pixels of dy and of x by TMA, one product for each tap.
+
+What lies outside x reads zero, which is the padding; what lies outside dy (a box of images beyond
+the last one) reads zero too and adds nothing. Three taps of a row share one box of dy.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .fprop import multiply
+
+
+@triton.jit
+def wgrad_kernel_boxes(
+    dyd,
+    xd,
+    partials,
+    words,
+    owners,
+    rows,
+    geometry,
+    BI: tl.constexpr,
+    BH: tl.constexpr,
+    BW: tl.constexpr,
+    BF: tl.constexpr,
+    BC: tl.constexpr,
+    TAPS: tl.constexpr,
+    ROW_UNIT: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Computes the partial gradient of one step's slab, or of TAPS adjacent steps' slabs.
+
+    Args:
+        dyd: dy as [N, OH, OW, F] in boxes [BI, BH, BW, BF].
+        xd: x as [N, H, W, C] in boxes [BI, BH, BW, BC].
+        partials: result, by split, launch and job.  # float32 [splits, ..., jobs, TAPS, BF, BC]
+        words: channel block, tap row and first tap column of each job (see `fprop`).  # int32
+        owners: segment of each job.  # int32
+        rows: the first filter of each segment, over ROW_UNIT.  # int32
+        geometry: `wgrad.FIELDS`; a split is so many boxes.  # int64
+        BI: images of a box.
+        BH: rows of a box, a divisor of OH.
+        BW: columns of a box, a divisor of OW.
+        BF: filters of a slab.
+        BC: channels of a slab.
+        TAPS: adjacent tap columns that share the reading of dy.
+        ROW_UNIT: divides the first filters of segments.
+        INTERPRETED: whether Triton's interpreter runs this.
+    """
+    job = tl.program_id(0)
+    height = tl.load(geometry).to(tl.int32)  # the numbers below are places in FIELDS
+    width = tl.load(geometry + 1).to(tl.int32)
+    images = tl.load(geometry + 2).to(tl.int32) // (height * width)
+    split = tl.load(geometry + 3).to(tl.int32)
+    stride_h = tl.load(geometry + 4).to(tl.int32)
+    stride_w = tl.load(geometry + 5).to(tl.int32)
+    dilation_w = tl.load(geometry + 9).to(tl.int32)
+
+    word = tl.load(words + job)
+    shift_h = ((word >> 5) & 31) * tl.load(geometry + 8).to(tl.int32)
+    shift_h -= tl.load(geometry + 6).to(tl.int32)
+    shift_w = (word & 31) * dilation_w - tl.load(geometry + 7).to(tl.int32)
+    c = (word >> 10) * BC
+    f = tl.load(rows + tl.load(owners + job)) * ROW_UNIT
+
+    tiles_h = height // BH
+    tiles_w = width // BW
+    tiles = ((images + BI - 1) // BI) * tiles_h * tiles_w
+    acc0 = tl.zeros((BF, BC), tl.float32)
+    acc1 = acc0
+    acc2 = acc0
+    low = tl.program_id(1) * split
+    for t in range(low, tl.minimum(low + split, tiles)):
+        first_w = (t % tiles_w) * BW
+        rest = t // tiles_w
+        first_h = (rest % tiles_h) * BH
+        image = (rest // tiles_h) * BI
+        g = dyd.load([image, first_h, first_w, f]).reshape(BI * BH * BW, BF).T
+        at_h = first_h * stride_h + shift_h
+        at_w = first_w * stride_w + shift_w
+        b = xd.load([image, at_h, at_w, c]).reshape(BI * BH * BW, BC)
+        acc0 = multiply(g, b, acc0, "tf32", INTERPRETED)
+        if TAPS == 3:
+            b = xd.load([image, at_h, at_w + dilation_w, c]).reshape(BI * BH * BW, BC)
+            acc1 = multiply(g, b, acc1, "tf32", INTERPRETED)
+            b = xd.load([image, at_h, at_w + 2 * dilation_w, c]).reshape(BI * BH * BW, BC)
+            acc2 = multiply(g, b, acc2, "tf32", INTERPRETED)
+
+    stride = tl.load(geometry + 22)
+    first = tl.load(geometry + 23)
+    cell = tl.arange(0, BF)[:, None] * BC + tl.arange(0, BC)[None, :]
+    slab = partials + tl.program_id(1) * stride + first + job.to(tl.int64) * (TAPS * BF * BC)
+    tl.store(slab + cell, acc0)
+    if TAPS == 3:
+        tl.store(slab + BF * BC + cell, acc1)
+        tl.store(slab + 2 * BF * BC + cell, acc2)

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled part of the CUDA engine with its kernels on the CPU, as a Python module.
+
+The kernels and the bindings of csrc/cuda are compiled by g++ against tests/native/cuda, so that the
+whole engine runs on CPU tensors, from the operator to the kernel.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parents[1]
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
+FLAGS += ["-DHETCONV_HOST", "-DHETCONV_ARCHITECTURES=host"]
+
+
+def build() -> Path:
+    """Builds the module once for each state of its sources; returns its path.
+
+    Raises:
+        subprocess.CalledProcessError: the compiler refuses; its words go to the terminal.
+    """
+    import pybind11
+
+    native, own = ROOT / "tests" / "native" / "cuda", ROOT / "csrc" / "cuda"
+    sources = [*sorted(own.glob("narrow*.cu")), own / "bindings.cpp", native / "machine.cpp"]
+    include = [native, own, pybind11.get_include(), sysconfig.get_path("include")]
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    key = hashlib.sha256(" ".join([*FLAGS, pybind11.__version__, suffix]).encode())
+    for path in [*sources, *sorted(own.glob("*.h")), *sorted(native.glob("*.h"))]:
+        key.update(path.read_bytes())
+    folder = ROOT / "build" / "native" / f"module-{key.hexdigest()[:16]}"
+    module = folder / f"_cuda{suffix}"
+    if not module.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        objects = [folder / f"{source.name}.o" for source in sources]
+        for source, made in zip(sources, objects, strict=True):
+            folders = [f"-I{path}" for path in include]
+            command = ["g++", *FLAGS, *folders, "-x", "c++", "-c", source, "-o", made]
+            subprocess.run(command, check=True)
+        # Linked under another name: a half-written module is never found.
+        subprocess.run(["g++", "-shared", *objects, "-o", folder / "linking"], check=True)
+        os.replace(folder / "linking", module)
+    return module
+
+
+def load() -> ModuleType:
+    """Returns the module, built if need be."""
+    spec = importlib.util.spec_from_file_location("hetconv_kernels._cuda", build())
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

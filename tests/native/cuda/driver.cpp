@@ -1,0 +1,172 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs the kernels of csrc/cuda on the CPU, on the cases of a file.
+//
+//   driver CASES RESULTS [MISTAKE AT]
+//
+// CASES is a row of cases, each: the count of numbers, then for each 24 bytes of name and an int64;
+// the count of arrays, then for each 24 bytes of name, an int64 of bytes, and those. A case runs
+// fprop (with packing) or wgrad (with the sum of its partials), and its array `result`, which the
+// kernels write, is appended to RESULTS. All arrays have memory of just their size.
+#include <cstring>
+#include <fstream>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "../../../csrc/cuda/narrow.h"
+#include "machine.h"
+
+using namespace hetconv::cuda;
+
+namespace {
+
+struct Buffer {
+  char* data = nullptr;
+  int64_t size = 0;
+};
+
+struct Case {
+  std::map<std::string, int64_t> numbers;
+  std::map<std::string, Buffer> arrays;
+
+  ~Case() {
+    for (auto& [name, buffer] : arrays) std::free(buffer.data);
+  }
+  int64_t number(const char* name) const {
+    const auto found = numbers.find(name);
+    if (found == numbers.end()) hetconv::host::fail("the case has no number %s", name);
+    return found->second;
+  }
+  template <class T> T* array(const char* name) const {
+    const auto found = arrays.find(name);
+    return found == arrays.end() ? nullptr : reinterpret_cast<T*>(found->second.data);
+  }
+  int64_t size(const char* name) const { return arrays.at(name).size; }
+};
+
+int64_t read_int(std::istream& in) {
+  int64_t v = 0;
+  in.read(reinterpret_cast<char*>(&v), 8);
+  return v;
+}
+
+std::string read_name(std::istream& in) {
+  char name[25] = {};
+  in.read(name, 24);
+  return name;
+}
+
+bool read_case(std::istream& in, Case& c) {
+  const int64_t numbers = read_int(in);
+  if (!in) return false;
+  for (int64_t i = 0; i < numbers; ++i) {
+    const std::string name = read_name(in);
+    c.numbers[name] = read_int(in);
+  }
+  const int64_t arrays = read_int(in);
+  for (int64_t i = 0; i < arrays; ++i) {
+    Buffer& b = c.arrays[read_name(in)];
+    b.size = read_int(in);
+    b.data = static_cast<char*>(std::malloc(size_t(b.size)));
+    in.read(b.data, b.size);
+  }
+  return bool(in);
+}
+
+void check(const char* error) {
+  if (error) hetconv::host::fail("%s", error);
+}
+
+void fprop(const Case& c) {
+  Narrow p{};
+  p.x = c.array<void>("x");
+  p.y = c.array<void>("result");
+  p.residual = c.array<void>("residual");
+  p.scale = c.array<float>("scale");
+  p.shift = c.array<float>("shift");
+  p.classes = c.array<int32_t>("classes");
+  p.heads = c.array<int32_t>("heads");
+  p.rounds = c.array<int32_t>("rounds");
+  p.lists = c.array<int32_t>("lists");
+  p.words = c.array<int32_t>("words");
+  p.chunks = c.array<int32_t>("chunks");
+  p.slots = c.array<int32_t>("slots");
+  p.rows = c.array<int32_t>("rows");
+  p.x_n = c.number("x_n");
+  p.y_n = c.number("y_n");
+#define NUMBER(name) p.name = int32_t(c.number(#name))
+  NUMBER(x_h), NUMBER(x_w), NUMBER(y_h), NUMBER(y_w);
+  NUMBER(batch), NUMBER(image_h), NUMBER(image_w);
+  NUMBER(class_count), NUMBER(parts), NUMBER(round_count);
+  NUMBER(tile_h), NUMBER(tile_w), NUMBER(warps_m), NUMBER(warps_n);
+  NUMBER(raw_pitch), NUMBER(slot_pitch), NUMBER(halo_pixels);
+  NUMBER(max_words), NUMBER(max_fragments), NUMBER(vector_stores);
+  NUMBER(buffers), NUMBER(resident), NUMBER(blocks);
+#undef NUMBER
+  p.act = Act(c.number("act"));
+  const DType dtype = DType(c.number("dtype"));
+  const int64_t shared = c.number("shared");
+  if (narrow_shared_bytes(p) != shared)
+    hetconv::host::fail("%lld bytes of shared memory, the lowering said %lld",
+                        (long long)narrow_shared_bytes(p), (long long)shared);
+  const int64_t packed = c.size("source") / 4;
+  // malloc aligns to 16 bytes, and the sanitizer watches just what was asked for.
+  const std::unique_ptr<void, decltype(&std::free)> slabs(std::malloc(size_t(packed * 2)),
+                                                          std::free);
+  check(narrow_pack(c.array<void>("w"), DType(c.number("w_dtype")), c.array<int32_t>("source"),
+                    slabs.get(), dtype, packed, nullptr));
+  p.slabs = slabs.get();
+  check(narrow_fprop(p, dtype, nullptr));
+}
+
+void wgrad(const Case& c) {
+  NarrowWgrad p{};
+  p.x = c.array<void>("x");
+  p.dy = c.array<void>("dy");
+  p.geometry = c.array<int32_t>("geometry");
+  p.heads = c.array<int32_t>("heads");
+  p.units = c.array<int32_t>("units");
+  p.chunks = c.array<int32_t>("chunks");
+  p.slots = c.array<int32_t>("slots");
+  p.x_n = c.number("x_n");
+  p.y_n = c.number("y_n");
+#define NUMBER(name) p.name = int32_t(c.number(#name))
+  NUMBER(x_h), NUMBER(x_w), NUMBER(y_h), NUMBER(y_w);
+  NUMBER(batch), NUMBER(image_h), NUMBER(image_w), NUMBER(parts), NUMBER(unit_count);
+  NUMBER(tile_h), NUMBER(tile_w), NUMBER(warps);
+  NUMBER(x_pitch), NUMBER(x_slot_pitch), NUMBER(dy_pitch), NUMBER(dy_slot_pitch);
+  NUMBER(halo_pixels), NUMBER(buffers), NUMBER(blocks);
+#undef NUMBER
+  const DType dtype = DType(c.number("dtype"));
+  const int64_t shared = c.number("shared");
+  if (narrow_wgrad_shared_bytes(p) != shared)
+    hetconv::host::fail("%lld bytes of shared memory, the lowering said %lld",
+                        (long long)narrow_wgrad_shared_bytes(p), (long long)shared);
+  const int64_t size = int64_t(p.unit_count) * kUnitValues;
+  std::vector<float> partials(size_t(size * p.blocks), __builtin_nanf(""));
+  p.partials = partials.data();
+  check(narrow_wgrad(p, dtype, nullptr));
+  check(narrow_reduce(p.partials, c.array<int32_t>("targets"), c.array<void>("result"), size,
+                      c.number("dw_size"), p.blocks, DType(c.number("w_dtype")), nullptr));
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  if (count != 3 && count != 5) hetconv::host::fail("usage: driver CASES RESULTS [MISTAKE AT]");
+  if (count == 5) hetconv::host::mistake = {arguments[3], std::atoll(arguments[4])};
+  std::ifstream in(arguments[1], std::ios::binary);
+  std::ofstream out(arguments[2], std::ios::binary);
+  if (!in || !out) hetconv::host::fail("%s or %s cannot be opened", arguments[1], arguments[2]);
+  while (in.peek() != EOF) {
+    Case c;
+    if (!read_case(in, c)) hetconv::host::fail("the file of cases ends in the middle of one");
+    if (c.number("wgrad"))
+      wgrad(c);
+    else
+      fprop(c);
+    out.write(c.array<char>("result"), c.size("result"));
+  }
+  return 0;
+}

@@ -1,0 +1,244 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "machine.h"
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdarg>
+#include <cstring>
+#include <random>
+
+namespace hetconv::host {
+
+Block* block = nullptr;
+Dim block_index, grid_size, block_size;
+Mistake mistake;
+
+namespace {
+
+constexpr size_t kStack = 64 << 10;
+
+// A place to go back to: where a fiber stopped, on its own stack. The builtins switch without the
+// system calls of swapcontext.
+struct Context {
+  ucontext_t begin;
+  void* place[5];
+};
+Context main_context;
+
+}  // namespace
+
+void fail(const char* format, ...) {
+  std::fflush(stdout);
+  std::fprintf(stderr, "block (%u, %u)", block_index.x, block_index.y);
+  if (block) std::fprintf(stderr, " thread %u", block->current().thread.x);
+  std::fprintf(stderr, ": ");
+  va_list arguments;
+  va_start(arguments, format);
+  std::vfprintf(stderr, format, arguments);
+  va_end(arguments);
+  std::fprintf(stderr, "\n");
+  std::_Exit(3);
+}
+
+// No sanitizer in what switches stacks: it would take the jump for one up its own.
+#define SWITCHES __attribute__((noinline, no_sanitize_address))
+
+struct Start {
+  static SWITCHES void enter() {
+    Block& b = *block;
+    b.kernel_();
+    Fiber& own = b.current();
+    if (!own.copies.empty()) fail("ends with copies that it never waited for");
+    own.done = true;
+    --b.left_;
+    if (b.left_ == 0) __builtin_longjmp(main_context.place, 1);
+    b.yield(Waiting::nothing);
+    std::abort();
+  }
+};
+
+Block::Block(int threads, int64_t shared, unsigned seed)
+    : fibers_(threads), warps_((threads + 31) / 32), memory_(shared), granules_((shared + 1) / 2) {
+  // NaN in every format, if anyone should get to see it.
+  std::fill(memory_.begin(), memory_.end(), char(0xFF));
+  if (threads % 32) fail("%d threads are no whole warps", threads);
+  // Which thread runs first between barriers is nobody's promise.
+  for (int i = 0; i < threads; ++i) order_.push_back(i);
+  std::shuffle(order_.begin(), order_.end(), std::mt19937(seed));
+  for (int i = 0; i < threads; ++i) {
+    fibers_[i].thread = {unsigned(i), 0, 0};
+    fibers_[i].stack.reset(new char[kStack]);
+    fibers_[i].context = new Context;
+  }
+}
+
+Block::~Block() {
+  for (Fiber& f : fibers_) delete static_cast<Context*>(f.context);
+}
+
+void Block::run(const std::function<void()>& kernel) {
+  kernel_ = kernel;
+  left_ = int(fibers_.size());
+  block = this;
+  if (__builtin_setjmp(main_context.place) == 0) resume(order_[0]);
+  block = nullptr;
+}
+
+SWITCHES void Block::resume(int next) {
+  now_ = next;
+  Fiber& f = fibers_[next];
+  Context& c = *static_cast<Context*>(f.context);
+  if (f.started) __builtin_longjmp(c.place, 1);
+  f.started = true;
+  getcontext(&c.begin);
+  c.begin.uc_stack.ss_sp = f.stack.get();
+  c.begin.uc_stack.ss_size = kStack;
+  c.begin.uc_link = nullptr;
+  makecontext(&c.begin, Start::enter, 0);
+  setcontext(&c.begin);
+  std::abort();
+}
+
+int Block::next_ready() {
+  const int count = int(order_.size());
+  static thread_local int turn = 0;
+  for (int i = 1; i <= count; ++i) {
+    const int candidate = order_[(turn + i) % count];
+    const Fiber& f = fibers_[candidate];
+    if (!f.done && f.waiting == Waiting::nothing) {
+      turn = (turn + i) % count;
+      return candidate;
+    }
+  }
+  for (const Fiber& f : fibers_)
+    if (!f.done && f.waiting == Waiting::warp)
+      fail("deadlock: thread %u waits for its warp at %s, others are elsewhere", f.thread.x,
+           warps_[f.thread.x / 32].instruction);
+  fail("deadlock: a barrier that not all threads come to");
+}
+
+SWITCHES void Block::yield(Waiting why) {
+  Fiber& own = current();
+  own.waiting = why;
+  const int next = next_ready();
+  if (&fibers_[next] == &own) return;
+  Context& c = *static_cast<Context*>(own.context);
+  if (__builtin_setjmp(c.place) == 0) resume(next);
+}
+
+void Block::barrier() {
+  Fiber& own = current();
+  if (mistake.name == "skip-barrier" && own.barriers++ == mistake.at) return;
+  if (++at_barrier_ == int(fibers_.size())) {
+    at_barrier_ = 0;
+    ++epoch_;
+    for (Fiber& f : fibers_) f.waiting = Waiting::nothing;
+    return;
+  }
+  if (left_ != int(fibers_.size())) fail("a barrier after other threads have ended");
+  yield(Waiting::barrier);
+}
+
+LaneArguments& Block::together(const char* instruction, const LaneArguments& own,
+                               void (*all)(Block&, Warp&)) {
+  const int thread = int(current().thread.x), lane = thread % 32;
+  Warp& warp = warps_[thread / 32];
+  if (warp.arrived && std::strcmp(warp.instruction, instruction))
+    fail("its warp is divided: %s here, %s elsewhere", instruction, warp.instruction);
+  warp.instruction = instruction;
+  warp.lanes[lane] = own;
+  if (++warp.arrived == 32) {
+    all(*this, warp);
+    warp.arrived = 0;
+    const int begin = thread - lane;
+    for (int i = begin; i < begin + 32; ++i) fibers_[i].waiting = Waiting::nothing;
+  } else {
+    yield(Waiting::warp);
+  }
+  return warp.lanes[lane];
+}
+
+void Block::check(uint32_t address, int bytes, const char* what) const {
+  if (address % bytes) fail("%s of %d bytes at %u is not aligned", what, bytes, address);
+  if (int64_t(address) + bytes > int64_t(memory_.size()))
+    fail("%s at %u is outside of %zu bytes of shared memory", what, address, memory_.size());
+}
+
+void Block::read(uint32_t address, void* to, int bytes) {
+  read_as(int(current().thread.x), address, to, bytes);
+}
+
+void Block::read_as(int thread, uint32_t address, void* to, int bytes) {
+  check(address, bytes, "a read");
+  for (uint32_t i = address / 2; i < (address + bytes) / 2; ++i) {
+    Granule& g = granules_[i];
+    if (g.coming) fail("reads shared byte %u while a copy is on its way there", i * 2);
+    if (g.writer < 0) fail("reads shared byte %u, which nobody has written", i * 2);
+    if (g.written == epoch_ && g.writer != thread)
+      fail("race: reads shared byte %u, written by thread %d since the last barrier", i * 2,
+           g.writer);
+    g.many = g.read == epoch_ && (g.many || g.reader != thread);
+    g.read = epoch_;
+    g.reader = thread;
+  }
+  std::memcpy(to, memory_.data() + address, size_t(bytes));
+}
+
+void Block::note_write(int thread, uint32_t address, int bytes) {
+  for (uint32_t i = address / 2; i < (address + bytes) / 2; ++i) {
+    Granule& g = granules_[i];
+    if (g.written == epoch_ && g.writer != thread)
+      fail("race: writes shared byte %u, as thread %d did since the last barrier", i * 2, g.writer);
+    if (g.read == epoch_ && (g.many || g.reader != thread))
+      fail("race: writes shared byte %u, read by thread %d since the last barrier", i * 2,
+           g.reader);
+    g.writer = thread;
+    g.written = epoch_;
+  }
+}
+
+void Block::write(uint32_t address, const void* from, int bytes) {
+  check(address, bytes, "a write");
+  for (uint32_t i = address / 2; i < (address + bytes) / 2; ++i)
+    if (granules_[i].coming) fail("writes shared byte %u while a copy is on its way there", i * 2);
+  note_write(int(current().thread.x), address, bytes);
+  std::memcpy(memory_.data() + address, from, size_t(bytes));
+}
+
+void Block::copy(uint32_t address, const void* source) {
+  if (mistake.name == "skip-copy" && copies_++ == mistake.at) return;
+  check(address, 16, "a copy");
+  if (uintptr_t(source) % 16) fail("a copy from %p, which is not aligned", source);
+  note_write(int(current().thread.x), address, 16);
+  for (uint32_t i = address / 2; i < address / 2 + 8; ++i) {
+    if (granules_[i].coming) fail("copies to shared byte %u twice at a time", i * 2);
+    granules_[i].coming = 1;
+  }
+  current().copies.push_back({address, source, current().groups});
+}
+
+void Block::commit() { ++current().groups; }
+
+void Block::wait(int pending) {
+  Fiber& own = current();
+  if (mistake.name == "skip-wait" && own.waits++ == mistake.at) return;
+  std::vector<Copy> later;
+  for (const Copy& c : own.copies)
+    if (c.group < own.groups - pending)
+      land(own, c);
+    else
+      later.push_back(c);
+  own.copies = later;
+}
+
+void Block::land(Fiber& fiber, const Copy& c) {
+  for (uint32_t i = c.address / 2; i < c.address / 2 + 8; ++i) granules_[i].coming = 0;
+  note_write(int(fiber.thread.x), c.address, 16);
+  if (c.source)
+    std::memcpy(memory_.data() + c.address, c.source, 16);
+  else
+    std::memset(memory_.data() + c.address, 0, 16);
+}
+
+}  // namespace hetconv::host

@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: Apache-2.0
+// A block of CUDA threads on the CPU: one fiber a thread, shared memory that is watched.
+//
+// Every access of shared memory is checked: inside the block's memory, aligned, written before it
+// is read, not while an asynchronous copy is on its way there, and ordered by a barrier against
+// other threads' writes (and a write against their reads). Warp-wide instructions wait until all 32
+// lanes have come to the same one.
+#pragma once
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace hetconv::host {
+
+struct Dim {
+  unsigned x, y, z;
+};
+
+// Ends the process with a sentence.
+[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+// A mistake that the shim makes on purpose, so that a test sees it found.
+struct Mistake {
+  std::string name;  // skip-barrier, skip-wait, skip-copy, wrong-address; else none
+  int64_t at = 0;    // which of the calls (of every thread, for barriers and waits)
+};
+extern Mistake mistake;
+
+struct Copy {
+  uint32_t address;
+  const void* source;  // null: zeros
+  int group;
+};
+
+enum class Waiting { nothing, barrier, warp };
+
+struct Fiber {
+  Dim thread{};
+  Waiting waiting = Waiting::nothing;
+  bool done = false, started = false;
+  int64_t barriers = 0, waits = 0;
+  int groups = 0;  // committed
+  std::vector<Copy> copies;
+  std::unique_ptr<char[]> stack;
+  void* context = nullptr;
+};
+
+// What a lane hands to a warp-wide instruction, and what it gets back.
+struct LaneArguments {
+  uint32_t address = 0;
+  uint32_t a[4] = {}, b[2] = {};
+  float c[4] = {};
+  uint32_t result[4] = {};
+};
+
+struct Warp {
+  const char* instruction = nullptr;
+  int arrived = 0;
+  LaneArguments lanes[32];
+};
+
+class Block {
+ public:
+  Block(int threads, int64_t shared, unsigned seed);
+  ~Block();
+  void run(const std::function<void()>& kernel);
+
+  Fiber& current() { return fibers_[now_]; }
+  int warp_size() const { return 32; }
+
+  void barrier();
+  // Comes together with the other lanes; the last one calls `all` for the warp.
+  LaneArguments& together(const char* instruction, const LaneArguments& own,
+                          void (*all)(Block&, Warp&));
+
+  void read(uint32_t address, void* to, int bytes);
+  // As lane `lane` of the current warp: what a warp-wide load reads.
+  void read_as(int thread, uint32_t address, void* to, int bytes);
+  void write(uint32_t address, const void* from, int bytes);
+  void copy(uint32_t address, const void* source);
+  void commit();
+  void wait(int pending);
+
+ private:
+  struct Granule {  // two bytes
+    int32_t writer = -1, reader = -1;
+    int64_t written = -1, read = -1;  // in which epoch
+    int32_t coming = 0;               // copies on their way
+    bool many = false;                // several threads read it in that epoch
+  };
+
+  void check(uint32_t address, int bytes, const char* what) const;
+  void note_write(int thread, uint32_t address, int bytes);
+  void yield(Waiting why);
+  void resume(int next);
+  int next_ready();
+  void land(Fiber& fiber, const Copy& copy);
+
+  std::vector<Fiber> fibers_;
+  std::vector<Warp> warps_;
+  std::vector<char> memory_;
+  std::vector<Granule> granules_;
+  std::vector<int> order_;
+  std::function<void()> kernel_;
+  int now_ = 0, left_ = 0, at_barrier_ = 0;
+  int64_t epoch_ = 0, copies_ = 0;
+  friend struct Start;
+};
+
+extern Block* block;  // that is running
+extern Dim block_index, grid_size, block_size;
+
+}  // namespace hetconv::host

@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels of csrc/cuda on the CPU: builds tests/native/cuda and runs cases through it.
+
+The very sources of the kernels are compiled by g++ against a header that gives their instructions
+a meaning here (see tests/native/cuda/machine.h).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import struct
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hetconv_kernels import Support
+from hetconv_kernels.backends.cuda.lowering import Shape, Tables, lower
+from hetconv_kernels.backends.cuda.tiles import choose, choose_wgrad, shared_bytes
+from hetconv_kernels.backends.cuda.wgrad_lowering import UNIT_VALUES
+from hetconv_kernels.backends.cuda.windows import windows
+from hetconv_kernels.backends.parts import PARTS
+from hetconv_kernels.problem import Geometry
+from hetconv_kernels.testing import error_bound, oracle
+
+ROOT = Path(__file__).resolve().parents[1]
+CODES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
+ACTS = ("none", "relu", "relu6", "silu", "gelu")
+FLAGS = (
+    "-std=c++17 -O1 -g1 -DHETCONV_HOST -fsanitize=address,undefined -fno-sanitize=vptr "
+    "-fno-sanitize-recover=undefined --param asan-stack=0 -Wall -Wextra -Wno-unknown-pragmas"
+).split()
+
+
+def compiler() -> str | None:
+    """Returns the GCC that builds the shim; None where there is none."""
+    return shutil.which("g++")
+
+
+def build() -> Path:
+    """Builds the driver once for each state of its sources; returns its path.
+
+    Raises:
+        subprocess.CalledProcessError: the compiler refuses; its words go to the terminal.
+    """
+    native = ROOT / "tests" / "native" / "cuda"
+    kernels = sorted((ROOT / "csrc" / "cuda").glob("narrow*.cu"))
+    sources = [*kernels, *sorted(native.glob("*.cpp"))]
+    headers = [*sorted((ROOT / "csrc" / "cuda").glob("*.h")), *sorted(native.glob("*.h"))]
+    key = hashlib.sha256(" ".join(FLAGS).encode())
+    for path in [*sources, *headers]:
+        key.update(path.read_bytes())
+    folder = ROOT / "build" / "native" / f"cuda-{key.hexdigest()[:16]}"
+    driver = folder / "driver"
+    if not driver.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        include = [f"-I{native}", f"-I{ROOT / 'csrc' / 'cuda'}"]
+        objects = []
+        for source in sources:
+            objects.append(folder / f"{source.name}.o")
+            command = ["g++", *FLAGS, *include, "-x", "c++", "-c", source, "-o", objects[-1]]
+            subprocess.run(command, check=True)
+        # Linked under another name: a half-written driver is never found.
+        subprocess.run(["g++", *FLAGS, *objects, "-o", folder / "linking"], check=True)
+        os.replace(folder / "linking", driver)
+    return driver
+
+
+@dataclass
+class Case:
+    """One call: what the driver reads, and what must come back.
+
+    Attributes:
+        name: for messages.
+        numbers: of the launch.
+        arrays: operands and tables; ``result`` is written.
+        expected: the truth, in float64, in the order of the result's memory.
+        bound: the error that is allowed, alike.
+        dtype: of the result.
+    """
+
+    name: str
+    numbers: dict[str, int]
+    arrays: dict[str, Any]
+    expected: Tensor
+    bound: Tensor
+    dtype: torch.dtype
+    zeros: Tensor | None = field(default=None)
+
+    def text(self) -> bytes:
+        """Returns the case in the format of the driver."""
+        parts = [struct.pack("<q", len(self.numbers))]
+        for name, number in self.numbers.items():
+            parts.append(struct.pack("<24sq", name.encode(), int(number)))
+        parts.append(struct.pack("<q", len(self.arrays)))
+        for name, array in self.arrays.items():
+            if isinstance(array, Tensor):
+                array = array.contiguous().view(torch.uint8).numpy()
+            data = np.ascontiguousarray(array).tobytes()
+            parts += [struct.pack("<24sq", name.encode(), len(data)), data]
+        return b"".join(parts)
+
+    def check(self, data: bytes) -> None:
+        """Compares what came back with the truth."""
+        got = torch.frombuffer(bytearray(data), dtype=self.dtype).double()
+        expected = self.expected.reshape(-1)
+        bad = ~((got - expected).abs() <= self.bound.reshape(-1))
+        assert not bad.any(), (
+            f"{self.name}: {int(bad.sum())} of {bad.numel()} differ, "
+            f"first at {int(bad.nonzero()[0])}: {got[bad][:4]} for {expected[bad][:4]}"
+        )
+        if self.zeros is not None:
+            assert not got[self.zeros.reshape(-1)].any(), f"{self.name}: dead entries are not zero"
+
+
+def run(cases: Sequence[Case], folder: Path) -> None:
+    """Runs cases in one process and checks all results."""
+    done = execute(cases, folder)
+    assert done.returncode == 0, done.stderr
+    data = (folder / "results").read_bytes()
+    for case in cases:
+        size = case.expected.numel() * case.dtype.itemsize
+        case.check(data[:size])
+        data = data[size:]
+    assert not data
+
+
+def execute(
+    cases: Sequence[Case], folder: Path, mistake: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
+    """Runs the driver on cases, with a mistake made on purpose or none."""
+    (folder / "cases").write_bytes(b"".join(case.text() for case in cases))
+    command = [build(), folder / "cases", folder / "results", *mistake]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+
+def activate(name: str, v: Tensor) -> Tensor:
+    """Applies an activation of PyTorch."""
+    functions = {
+        "none": lambda t: t,
+        "relu": torch.relu,
+        "relu6": torch.nn.functional.relu6,
+        "silu": torch.nn.functional.silu,
+        "gelu": torch.nn.functional.gelu,
+    }
+    return functions[name](v)
+
+
+def fprop_case(
+    support: Support,
+    geometry: Geometry,
+    size: tuple[int, int],
+    batch: int = 2,
+    dtype: torch.dtype = torch.bfloat16,
+    back: bool = False,
+    act: str = "none",
+    epilogue: Sequence[str] = (),
+    shape: Shape | None = None,
+    buffers: int | None = None,
+    resident: bool | None = None,
+    vectors: bool = True,
+    live: bool = False,
+) -> Case:
+    """Makes a case of fprop or dgrad; what is not given is chosen as for a call."""
+    height, width = size
+    out = geometry.output_size(height, width)
+    f, c = support.filters, support.channels
+    read, written = ((f, *out), (c, *size)) if back else ((c, *size), (f, *out))
+    window = windows(geometry, size, back)
+    part = PARTS[9, 0]
+    if shape is None:
+        choice = choose(support, window, batch, back, part)
+        tables = choice.tables
+        buffers = choice.buffers if buffers is None else buffers
+        resident = choice.resident if resident is None else resident
+    else:
+        tables = lower(support, window, shape, back)
+    buffers, resident = buffers or 1, bool(resident)
+    x = torch.randn(batch, *read).to(dtype)
+    w = torch.randn(support.shape).to(dtype)
+    extras = {name: torch.randn(written[0]) for name in ("scale", "shift") if name in epilogue}
+    if "residual" in epilogue:
+        extras["residual"] = torch.randn(batch, *written).to(dtype)
+    exact, most = (_apply(geometry, t[0], t[1], size, back) for t in ((x, w), (x.abs(), w.abs())))
+    if "scale" in extras:
+        scale = extras["scale"].double()[:, None, None]
+        exact, most = exact * scale, most * scale.abs()
+    if "shift" in extras:
+        shift = extras["shift"].double()[:, None, None]
+        exact, most = exact + shift, most + shift.abs()
+    if "residual" in extras:
+        exact, most = exact + extras["residual"].double(), most + extras["residual"].double().abs()
+    # No activation is steeper than 1.13.
+    bound = 1.2 * error_bound(most, read[0] * int(np.prod(support.kernel)), dtype)
+    expected = activate(act, exact)
+    weight = w[torch.as_tensor(np.array(support.mask))] if live else w
+    form = "live" if live else "contiguous"
+    numbers = {
+        "wgrad": 0,
+        "dtype": CODES[dtype],
+        "w_dtype": CODES[weight.dtype],
+        "act": ACTS.index(act),
+        "x_n": height_width(read),
+        "x_h": read[2] * read[0],
+        "x_w": read[0],
+        "y_n": height_width(written),
+        "y_h": written[2] * written[0],
+        "y_w": written[0],
+        "batch": batch,
+        "image_h": read[1],
+        "image_w": read[2],
+        "vector_stores": int(vectors and written[0] % 8 == 0),
+        "blocks": 2,
+        "shared": shared_bytes(tables, buffers, resident),
+        "buffers": buffers,
+        "resident": int(resident),
+        **table_numbers(tables),
+    }
+    arrays: dict[str, Any] = {
+        "x": last(x),
+        "w": weight,
+        "source": tables.source(support, form),
+        "result": torch.full((batch, *written), torch.nan).to(dtype),
+        **{name: getattr(tables, name) for name in TABLES},
+        **{name: last(t) if t.dim() == 4 else t for name, t in extras.items()},
+    }
+    name = f"{'dgrad' if back else 'fprop'} {support} {geometry} {size} {dtype} {tables.shape}"
+    return Case(f"{name} {act} {epilogue}", numbers, arrays, last(expected), last(bound), dtype)
+
+
+TABLES = ("classes", "heads", "rounds", "lists", "words", "chunks", "slots", "rows")
+
+
+def table_numbers(tables: Tables) -> Mapping[str, int]:
+    """Lists the numbers of a launch that the tables decide."""
+    shape = tables.shape
+    return {
+        "class_count": tables.heads.shape[0],
+        "parts": tables.heads.shape[1],
+        "round_count": tables.rounds.shape[2],
+        "tile_h": shape.height,
+        "tile_w": shape.width,
+        "warps_m": shape.warps_m,
+        "warps_n": shape.warps_n,
+        "raw_pitch": tables.raw_pitch,
+        "slot_pitch": tables.slot_pitch,
+        "halo_pixels": tables.halo_pixels,
+        "max_words": tables.max_words,
+        "max_fragments": tables.max_fragments,
+    }
+
+
+def wgrad_case(
+    support: Support,
+    geometry: Geometry,
+    size: tuple[int, int],
+    batch: int = 2,
+    dtype: torch.dtype = torch.bfloat16,
+    w_dtype: torch.dtype = torch.float32,
+    live: bool = False,
+    buffers: int | None = None,
+) -> Case:
+    """Makes a case of wgrad."""
+    (window,) = windows(geometry, size, False)
+    out = geometry.output_size(*size)
+    f, c = support.filters, support.channels
+    tables, chosen = choose_wgrad(support, window, PARTS[9, 0])
+    buffers = buffers or chosen
+    x = torch.randn(batch, c, *size).to(dtype)
+    dy = torch.randn(batch, f, *out).to(dtype)
+    exact, most = (_wgrad(geometry, *pair) for pair in ((dy, x), (dy.abs(), x.abs())))
+    depth = batch * out[0] * out[1]
+    # Sums are float32, and rounded to the weight's dtype once.
+    bound = error_bound(most, depth, torch.float32)
+    if w_dtype != torch.float32:
+        bound = bound + torch.finfo(w_dtype).eps * exact.abs() + torch.finfo(w_dtype).tiny
+    mask = torch.as_tensor(np.array(support.mask))
+    numbers = {
+        "wgrad": 1,
+        "dtype": CODES[dtype],
+        "w_dtype": CODES[w_dtype],
+        "x_n": height_width((c, *size)),
+        "x_h": size[1] * c,
+        "x_w": c,
+        "y_n": height_width((f, *out)),
+        "y_h": out[1] * f,
+        "y_w": f,
+        "batch": batch,
+        "image_h": size[0],
+        "image_w": size[1],
+        "parts": len(tables.heads),
+        "unit_count": len(tables.units),
+        "tile_h": tables.height,
+        "tile_w": tables.width,
+        "warps": tables.warps,
+        "x_pitch": tables.pitches[0],
+        "x_slot_pitch": tables.pitches[1],
+        "dy_pitch": tables.pitches[2],
+        "dy_slot_pitch": tables.pitches[3],
+        "halo_pixels": tables.halo_pixels,
+        "buffers": buffers,
+        "blocks": 2,
+        "shared": tables.shared_bytes(buffers),
+        "dw_size": support.live if live else mask.numel(),
+    }
+    if live:
+        exact, bound = exact[mask], bound[mask]
+    targets = tables.targets(support, "live" if live else "contiguous")
+    assert len(targets) == len(tables.units) * UNIT_VALUES
+    arrays = {
+        "x": last(x),
+        "dy": last(dy),
+        "targets": targets,
+        "result": torch.full(exact.shape, torch.nan).to(w_dtype),
+        **{
+            name: getattr(tables, name)
+            for name in ("geometry", "heads", "units", "chunks", "slots")
+        },
+    }
+    name = f"wgrad {support} {geometry} {size} {dtype} -> {w_dtype}"
+    return Case(name, numbers, arrays, exact, bound, w_dtype, None if live else ~mask)
+
+
+def last(t: Tensor) -> Tensor:
+    """Returns a tensor in the order of channels_last memory.  # [N, C, H, W] -> [N, H, W, C]"""
+    return t.permute(0, 2, 3, 1).contiguous()
+
+
+def height_width(shape: Sequence[int]) -> int:
+    """Returns the elements of one image."""
+    return int(np.prod(shape))
+
+
+def _apply(geometry: Geometry, x: Tensor, w: Tensor, size: tuple[int, int], back: bool) -> Tensor:
+    x, w = x.double(), w.double()
+    if not back:
+        return oracle(x, w, geometry)
+    image = torch.zeros(len(x), geometry.support.channels, *size, dtype=torch.float64)
+    image.requires_grad_()
+    (dx,) = torch.autograd.grad(oracle(image, w, geometry), image, x)
+    return dx
+
+
+def _wgrad(geometry: Geometry, dy: Tensor, x: Tensor) -> Tensor:
+    w = torch.zeros(geometry.support.shape, dtype=torch.float64, requires_grad=True)
+    (dw,) = torch.autograd.grad(oracle(x.double(), w, geometry), w, dy.double())
+    return dw

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every code block of README and docs runs as printed; what the pages are made of is there.
+
+The Python blocks of a page share one namespace, in order. Of shell blocks the ``hetconv`` lines
+run; of the others it is checked that what they name exists. A block that cannot run here has a
+title that says so to the reader; those are listed in `NOT_RUN`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import runpy
+import shlex
+import sys
+import tomllib
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from hetconv_kernels import cli
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted([ROOT / "README.md", *DOCS.rglob("*.md")])
+NAMES = [path.relative_to(ROOT).as_posix() for path in PAGES]
+FENCE = re.compile(r"^( *)```(\w*)(?: title=\"([^\"]*)\")?\n(.*?)^\1```$", re.M | re.S)
+TITLE = "Not run by the tests: "
+# Blocks that cannot run here, by page, with the reason that the reader sees.
+NOT_RUN = {
+    ("docs/start.md", "needs an NVIDIA GPU"),
+    ("docs/start.md", "starts several processes (tests/test_examples.py does)"),
+    ("docs/backends/triton.md", "needs an NVIDIA GPU"),
+}
+
+
+class Block(NamedTuple):
+    """A fenced block of code."""
+
+    language: str
+    title: str
+    text: str
+    line: int
+
+
+def blocks(path: Path) -> list[Block]:
+    """Lists the fenced blocks of a page."""
+    text = path.read_text()
+    return [
+        Block(found[2], found[3] or "", found[4], text[: found.start()].count("\n") + 2)
+        for found in FENCE.finditer(text)
+    ]
+
+
+@pytest.fixture(autouse=True)
+def somewhere_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Blocks write files; torch's compiler keeps what it made between pages."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HETCONV_BACKEND", raising=False)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=NAMES)
+def test_python_blocks_run_in_order(path: Path) -> None:
+    namespace: dict[str, Any] = {"__name__": "page"}
+    sys.modules["page"] = type(sys)("page")  # dataclasses look their module up
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, under export
+            for block in blocks(path):
+                if block.language == "python" and not block.title.startswith(TITLE):
+                    # The block's line numbers are the page's, so that a failure names its place.
+                    source = "\n" * (block.line - 1) + block.text
+                    exec(compile(source, str(path), "exec"), namespace)
+    finally:
+        del sys.modules["page"]
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=NAMES)
+def test_shell_blocks_run_or_name_what_exists(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for block in blocks(path):
+        if block.language == "bash" and not block.title.startswith(TITLE):
+            for line in filter(None, block.text.splitlines()):
+                command, *arguments = shlex.split(line, comments=True)
+                if command == "hetconv":
+                    assert cli.main(arguments) == cli.OK, f"{line}\n{capsys.readouterr().err}"
+                else:
+                    check_command(command, arguments)
+
+
+def check_command(command: str, arguments: list[str]) -> None:
+    """Checks that a command of a page, which is not run, names what exists."""
+    if command == "make":
+        targets = [word for word in arguments if "=" not in word]
+        makefile = (ROOT / "Makefile").read_text()
+        assert [t for t in targets if not re.search(rf"^{t}:", makefile, re.M)] == []
+    elif command == "python":
+        assert arguments[0] == "-m"
+        assert importlib.util.find_spec(arguments[1]) is not None
+    elif command == "pip":
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        named = re.findall(r"\[([\w,]+)\]", " ".join(arguments))
+        assert set(",".join(named).split(",")) - {""} <= set(extras["optional-dependencies"])
+    else:
+        assert command in ("git", "cd"), f"{command}: no test knows what to make of it"
+
+
+def test_blocks_that_are_not_run_are_these_and_say_why() -> None:
+    found = {
+        (name, block.title.removeprefix(TITLE))
+        for name, path in zip(NAMES, PAGES, strict=True)
+        for block in blocks(path)
+        if block.title
+    }
+    assert found == NOT_RUN
+
+
+def test_every_block_has_a_language_that_is_known() -> None:
+    for path in PAGES:
+        text = path.read_text()
+        assert len(FENCE.findall(text)) * 2 == len(re.findall(r"^ *```", text, re.M)), path
+        assert {block.language for block in blocks(path)} <= {"python", "bash", "text"}, path
+
+
+def test_a_failing_block_fails(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("```python\nx = 1\n```\n\n```python\nassert x == 2\n```\n")
+    with pytest.raises(AssertionError):
+        test_python_blocks_run_in_order(page)
+    with pytest.raises(AssertionError):
+        check_command("make", ["no-such-target"])
+    with pytest.raises(AssertionError):
+        check_command("pip", ["install", "x[no_such_extra]"])
+
+
+# What pages are made of --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hooks() -> dict[str, Any]:
+    return runpy.run_path(str(DOCS / "hooks.py"))
+
+
+@pytest.mark.parametrize("path", PAGES, ids=NAMES)
+def test_every_made_part_can_be_made(path: Path, hooks: dict[str, Any]) -> None:
+    text = path.read_text()
+    asked = re.findall(r"^<!-- made: (.*?) -->$", text, re.M)
+    assert len(asked) == text.count("<!-- made:"), "a marker stands alone on its line"
+    for found in asked:
+        name, *arguments = found.split()
+        assert hooks["MADE"][name](*arguments).strip()
+
+
+def test_an_unknown_part_is_refused(hooks: dict[str, Any]) -> None:
+    with pytest.raises(KeyError, match="no-such-part"):
+        hooks["with_made_parts"]("<!-- made: no-such-part -->")
+
+
+def test_the_help_of_every_command_is_on_the_page(hooks: dict[str, Any]) -> None:
+    text = hooks["command_help"]()
+    for name in ("info", "explain", "demo", "compress", "bench"):
+        assert f"## hetconv {name}\n" in text
+        assert f"usage: hetconv {name}" in text
+
+
+def test_pages_that_load_from_the_network_are_refused(hooks: dict[str, Any]) -> None:
+    pattern = hooks["LOADED"]
+    for bad in (
+        '<script src="https://example.org/x.js">',
+        "<link href=https://example.org/x.css rel=stylesheet>",
+        '<link rel="preconnect" href="//fonts.example.org">',
+        '<img alt="" src="http://example.org/x.png">',
+    ):
+        assert pattern.search(bad)
+    for good in ('<a href="https://example.org">', '<link rel="next" href="https://example.org">'):
+        assert not pattern.search(good)
+
+
+def test_equations_become_mathml(hooks: dict[str, Any]) -> None:
+    pytest.importorskip("latex2mathml", reason="the docs extra is not installed")
+    page = hooks["with_equations"]('<span class="arithmatex">\\(a &lt; b\\)</span>')
+    assert page.startswith("<math")
+    assert "arithmatex" not in page
+
+
+def test_the_figure_is_the_one_that_the_script_draws() -> None:
+    drawn = runpy.run_path(str(DOCS / "figure.py"))["draw"]()
+    assert (DOCS / "idea.svg").read_text() == drawn, "run `python docs/figure.py`"
+
+
+def test_every_page_is_in_the_navigation_and_every_link_leads_somewhere() -> None:
+    config = (ROOT / "mkdocs.yml").read_text()
+    for path in DOCS.rglob("*.md"):
+        assert re.search(rf"\b{path.relative_to(DOCS)}$", config, re.M), path
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
+            assert (path.parent / target).exists(), f"{path}: {target}"
+
+
+def test_shapes_in_docstrings_become_code() -> None:
+    pytest.importorskip("griffe", reason="the docs extra is not installed")
+    pattern = runpy.run_path(str(DOCS / "shapes.py"))["SHAPE"]
+    assert (
+        pattern.sub(r"`\1`", "Convolves.  # [N, C] -> [N, F]") == "Convolves.  `[N, C] -> [N, F]`"
+    )
+    assert pattern.sub(r"`\1`", "# [F]") == "`[F]`"
+    assert pattern.sub(r"`\1`", "mask: which.  # bool [F, C]") == "mask: which.  `bool [F, C]`"
+    assert pattern.sub(r"`\1`", "# A title") == "# A title"

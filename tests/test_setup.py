@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The build of the compiled parts: its states, what it compiles again, and what it links.
+
+A stand-in for nvcc, which writes down its calls, shows the logic everywhere; what the real one made
+is looked at where the CUDA part is built.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NVCC = """#!/bin/sh
+echo "$@" >> "$(dirname "$0")/calls"
+case "$*" in
+    --version) echo "Cuda compilation tools, release 13.0, V13.0.88"; exit;;
+    --list-gpu-code) echo sm_80; echo sm_90; echo sm_120; exit;;
+esac
+[ -z "$REFUSED" ] || { echo "fatal error: unsupported GNU version!"; exit 1; }
+while [ "$1" != -o ]; do shift; done
+echo made > "$2"
+"""
+
+
+def load() -> ModuleType:
+    """Imports setup.py without running it."""
+    spec = importlib.util.spec_from_file_location("hetconv_setup", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look annotations up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def build() -> ModuleType:
+    pytest.importorskip("setuptools")
+    return load()
+
+
+class Tree:
+    """A small tree with a CUDA part, and a stand-in for nvcc beside it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root, self.tools = folder / "tree", folder / "tools"
+        (self.root / "csrc" / "cuda").mkdir(parents=True)
+        (self.root / "hetconv_kernels").mkdir()
+        self.tools.mkdir()
+        for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy(ROOT / name, self.root / name)
+        for name in ("__init__.py", "_version.py"):
+            text = '__version__ = "1.0"\n' if name == "_version.py" else ""
+            (self.root / "hetconv_kernels" / name).write_text(text)
+        for name in ("bindings.cpp", "kernel.cu", "kernel.h"):
+            (self.root / "csrc" / "cuda" / name).write_text("// nothing\n")
+
+    def nvcc(self) -> None:
+        path = self.tools / "nvcc"
+        path.write_text(NVCC)
+        path.chmod(0o755)
+
+    def build(self, **environment: str) -> subprocess.CompletedProcess[str]:
+        (self.tools / "calls").write_text("")
+        kept = {k: v for k, v in os.environ.items() if not re.match("HETCONV|CUDA|NVCC|CXX", k)}
+        kept["NVCC"] = str(self.tools / "nvcc")
+        return subprocess.run(
+            [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],
+            cwd=self.root,
+            env=kept | environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def calls(self) -> list[str]:
+        """Lists what nvcc compiled and linked in the last build."""
+        lines = (self.tools / "calls").read_text().splitlines()
+        return [line for line in lines if " -o " in line]
+
+    @property
+    def facts(self) -> Any:
+        return json.loads((self.root / "hetconv_kernels" / "_build.json").read_text())
+
+    @property
+    def binaries(self) -> list[Path]:
+        return list((self.root / "hetconv_kernels").glob("_cuda*.so"))
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    pytest.importorskip("setuptools")
+    pytest.importorskip("pybind11")
+    if not shutil.which("g++"):
+        pytest.skip("no C++ compiler, which nvcc itself needs")
+    return Tree(tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["auto", "require"])
+def test_a_machine_without_nvcc_is_a_state(tree: Tree, mode: str) -> None:
+    done = tree.build(HETCONV_BUILD=mode)
+    assert done.returncode == 0, done.stderr
+    assert "install the CUDA toolkit" in done.stderr
+    assert "other backends serve every layer on a GPU" in done.stderr
+    assert tree.facts["state"] == "nothing compiled"
+    assert "was not found" in tree.facts["parts"]["_cuda"]["reason"]
+    assert not tree.binaries
+
+
+def test_architectures_that_were_named_are_required(tree: Tree) -> None:
+    done = tree.build(HETCONV_BUILD="require", HETCONV_CUDA_ARCHS="80")
+    assert done.returncode != 0
+    assert "was not found" in done.stderr
+
+
+def test_it_can_be_left_out(tree: Tree) -> None:
+    tree.nvcc()
+    assert tree.build(HETCONV_CUDA_ARCHS="none", HETCONV_BUILD="require").returncode == 0
+    assert tree.facts["parts"]["_cuda"]["reason"] == "HETCONV_CUDA_ARCHS=none leaves it out"
+    assert tree.calls() == []
+
+
+def test_what_is_up_to_date_is_not_compiled_again(tree: Tree) -> None:
+    tree.nvcc()
+    done = tree.build()
+    assert done.returncode == 0, done.stderr
+    assert len(tree.calls()) == 3  # two sources and a binary
+    facts = tree.facts
+    assert facts["state"] == "cuda"
+    assert facts["parts"]["_cuda"]["architectures"] == ["80", "90a", "120"]  # what this nvcc knows
+    assert "release 13.0" in facts["parts"]["_cuda"]["nvcc"]
+    assert len(tree.binaries) == 1
+    assert tree.build().returncode == 0
+    assert tree.calls() == []
+    assert tree.facts == facts
+    source = tree.root / "csrc" / "cuda" / "kernel.cu"
+    os.utime(source, (source.stat().st_mtime + 5,) * 2)
+    tree.build()
+    first, last = tree.calls()
+    assert "kernel.cu" in first
+    assert "-shared" in last
+
+
+def test_kernels_are_compiled_for_what_was_asked(tree: Tree) -> None:
+    tree.nvcc()
+    assert tree.build(HETCONV_CUDA_ARCHS="90a", CXX="g++", MAX_JOBS="3").returncode == 0
+    (kernel,) = (call for call in tree.calls() if "kernel.cu" in call)
+    words = kernel.split()
+    assert [word for word in words if "gencode" in word] == [
+        "-gencode=arch=compute_90a,code=sm_90a"
+    ]
+    assert {"-DNDEBUG", "-ccbin=g++", "--threads=3", "-Xcompiler=-fPIC"} <= set(words)
+    link = tree.calls()[-1].split()
+    assert "-cudart=static" in link
+    assert "-lcuda" not in link
+
+
+def test_a_compiler_that_refuses_is_reported(tree: Tree) -> None:
+    tree.nvcc()
+    tree.build()
+    assert tree.binaries
+    (tree.root / "csrc" / "cuda" / "kernel.cu").write_text("// changed\n")
+    done = tree.build(REFUSED="1", HETCONV_CUDA_ARCHS="80")
+    assert done.returncode == 0
+    assert "unsupported GNU version" in tree.facts["parts"]["_cuda"]["reason"]
+    assert not tree.binaries, "the binary of other sources would be loaded in its stead"
+    assert tree.build(REFUSED="1", HETCONV_BUILD="require").returncode != 0
+
+
+def test_a_binary_that_came_with_the_tree_is_kept_where_there_is_no_nvcc(tree: Tree) -> None:
+    tree.nvcc()
+    tree.build()
+    facts = tree.facts
+    (tree.tools / "nvcc").unlink()
+    shutil.rmtree(tree.root / "build")
+    tree.build()
+    assert tree.binaries
+    assert tree.facts == facts
+    (tree.root / "csrc" / "cuda" / "kernel.h").write_text("// changed\n")
+    tree.build()
+    assert not tree.binaries
+
+
+@pytest.mark.parametrize("wish", ["70", "sm_80", ",", "80,auto"])
+def test_an_unknown_architecture_is_refused(
+    build: ModuleType, wish: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HETCONV_CUDA_ARCHS", wish)
+    with pytest.raises(build.PartError, match=r"HETCONV_CUDA_ARCHS: received .* expected all"):
+        build.architectures("nvcc")
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ("8.0", ["80"]),
+        ("8.7", ["86"]),
+        ("9.0\n9.0", ["90a"]),
+        ("10.3", ["100"]),
+        ("12.1\n8.9", ["120", "89"]),
+        ("7.5", []),
+        ("no devices were found", []),
+    ],
+    ids=repr,
+)
+def test_native_is_what_the_gpus_here_run(
+    build: ModuleType,
+    capabilities: str,
+    expected: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\necho '{capabilities}'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert build.native_architectures() == expected
+
+
+def test_the_newest_architecture_comes_as_ptx_too(build: ModuleType) -> None:
+    flags = build.code_flags(list(build.ARCHITECTURES))
+    assert len(flags) == len(build.ARCHITECTURES) + 1
+    assert flags[-1] == "-gencode=arch=compute_120,code=compute_120"
+    assert not any("code=compute" in flag for flag in build.code_flags(["80", "90a"]))
+
+
+# What the real nvcc made --------------------------------------------------------------------------
+
+
+def binary() -> Path:
+    spec = importlib.util.find_spec("hetconv_kernels._cuda")
+    if spec is None or spec.origin is None:
+        pytest.skip("hetconv_kernels._cuda is not built here")
+    return Path(spec.origin)
+
+
+def test_the_binary_needs_no_driver() -> None:
+    if not shutil.which("readelf"):
+        pytest.skip("readelf is not installed")
+    path = binary()
+    said = subprocess.run(["readelf", "-d", path], capture_output=True, text=True, check=True)
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", said.stdout)
+    assert needed
+    assert [name for name in needed if re.match("libcuda|libtorch|libc10", name)] == []
+
+
+def test_the_binary_imports_without_a_gpu_and_without_torch() -> None:
+    path = binary()
+    code = (
+        "import importlib.util, sys;"
+        f"spec = importlib.util.spec_from_file_location('_cuda', {str(path)!r});"
+        "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module);"
+        "assert 'torch' not in sys.modules;"
+        "maps = open('/proc/self/maps').read(); assert 'libcuda.so' not in maps"
+    )
+    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=hidden, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
