@@ -86,6 +86,18 @@ def test_row_and_table(monkeypatch, x: torch.Tensor, tmp_path) -> None:
     assert line.startswith("small")
 
 
+def test_pytest_benchmark_collects_a_network(
+    request: pytest.FixtureRequest, monkeypatch, x: torch.Tensor, tmp_path
+) -> None:
+    pytest.importorskip("pytest_benchmark", reason="the collector is not installed")
+    benchmark = request.getfixturevalue("benchmark")
+    monkeypatch.setattr(peers, "PEERS", {"eager": peers.eager})
+    with torch.no_grad():
+        row = measure(SMALL, x, tmp_path, 0.05, benchmark)
+    samples = row["timings"]["dense"]["variants"]["ours"]["samples_s"]
+    assert benchmark.stats.stats.rounds == len(samples) >= 6
+
+
 def test_the_row_has_amdahls_bound() -> None:
     """Eager takes 10 s in turns with the best dense form, which takes 8 s; by hooks, 20 s."""
     medians = {"dense:eager": 10.0, "dense:compiled": 8.0, "ours": 4.0}
