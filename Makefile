@@ -88,14 +88,24 @@ gpu-find:
 	echo "make $(GOAL): using $$found"; $(MAKE) $(GOAL)-run PY="$$found"
 
 .PHONY: gpu-run
+# Tests and table together stay below nine minutes: the tests are cut short after TEST_SECONDS, and
+# the table, made even where a test failed, begins no row after GPU_SECONDS; it names what it left.
+TEST_SECONDS ?= 270
+GPU_SECONDS ?= 480
 gpu-run: inplace
-	$(PY) -m pytest -m gpu
-	$(PY) -m benchmarks.primitives $(ARGS)
+	@SECONDS=0; wrong=0; \
+	timeout --signal=INT --kill-after=20 $(TEST_SECONDS) $(PY) -m pytest -m gpu || wrong=$$?; \
+	[ $$wrong != 124 ] || echo "make gpu: the tests were cut short after $(TEST_SECONDS) s"; \
+	echo "make gpu: the tests took $$SECONDS s (exit status $$wrong)"; \
+	$(PY) -m benchmarks.primitives --budget $$(($(GPU_SECONDS) - SECONDS)) $(ARGS) || wrong=$$?; \
+	echo "make gpu: $$SECONDS s in all"; exit $$wrong
 
 gpu-full-run: inplace
 	$(PY) -m benchmarks.primitives --full --shard $(or $(SHARD),1/1) $(ARGS)
 
 gpu-sanitize-run: inplace
+	@command -v compute-sanitizer >/dev/null || { echo "make gpu-sanitize: compute-sanitizer was not" \
+	    "found, so nothing was run. It comes with the CUDA toolkit; put its folder on PATH." >&2; exit 2; }
 	for tool in memcheck racecheck; do \
 	    compute-sanitizer --tool $$tool --error-exitcode 1 $(PY) -m pytest -q -m gpu \
 	        tests/test_gpu_triton.py -k "oracle or uneven or epilogue or bit_for_bit" $(ARGS) \
@@ -131,9 +141,10 @@ types: $(ENV) ## Check types: mypy, strict on the core
 # The installed Triton and the oldest supported one; what has not changed is not compiled again.
 OLDEST_TRITON := 3.6.0
 aot: $(ENV) build/triton-$(OLDEST_TRITON)/.there ## Compile the Triton kernels for every GPU generation, without a GPU
-	HETCONV_AOT_ALL=1 $(PY) -m pytest -q tests/test_aot.py $(ARGS)
+	HETCONV_AOT_ALL=1 $(PY) -m pytest -q tests/test_aot.py tests/test_rehearsal.py $(ARGS)
 	HETCONV_AOT_ALL=1 HETCONV_AOT_TRITON=$(CURDIR)/build/triton-$(OLDEST_TRITON) \
 	    $(PY) -m pytest -q tests/test_aot.py $(ARGS)
+	PYTHONPATH=$(CURDIR)/build/triton-$(OLDEST_TRITON):. $(PY) -m pytest -q tests/test_rehearsal.py $(ARGS)
 
 build/triton-$(OLDEST_TRITON)/.there: | $(ENV)
 	$(PY) -m pip --disable-pip-version-check install --quiet --no-deps --target $(@D) \

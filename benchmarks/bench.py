@@ -14,7 +14,7 @@ from benchmarks import baselines, gate
 from benchmarks.cases import Case
 from hetconv_kernels import ops, timing
 from hetconv_kernels.packing import dense_weight, live_weight
-from hetconv_kernels.problem import make_geometry
+from hetconv_kernels.problem import Problem, make_geometry
 
 VERBS = ("fprop", "dgrad", "wgrad")
 STEP = "step"  # all three in turn: what a training step runs
@@ -36,13 +36,13 @@ class Bench:
         self.support = case.build_support()
         self.geometry = make_geometry(self.support, case.stride, case.k // 2)
         device, self.dtype = torch.device(case.device), getattr(torch, case.dtype)
-        generator = torch.Generator(device).manual_seed(1)
+        torch.manual_seed(1)
         sets = 1
         if device.type == "cuda":
             sets = timing.rotations(case.bytes(self.support.live), device)
 
         def random(*shape: int) -> Tensor:
-            drawn = torch.randn(*shape, generator=generator, device=device).to(self.dtype)
+            drawn = torch.randn(*shape, device=device).to(self.dtype)
             return drawn.contiguous(memory_format=LAST)
 
         self.mask = torch.as_tensor(self.support.mask.copy(), device=device)
@@ -56,6 +56,13 @@ class Bench:
             self.grads.append(self.grads[0].clone(memory_format=torch.preserve_format))
         module, self.compiled = self._composition(), compiled
         self.variants = {verb: dict(self._variants(verb, module)) for verb in (*VERBS, STEP)}
+
+    def described(self, verb: str) -> Problem:
+        """Describes the calls of a verb."""
+        x, dy, w = self.inputs[0], self.grads[0], self.weight
+        first = x if verb == "fprop" else dy
+        second = x if verb == "wgrad" else first
+        return ops.describe(verb, self.geometry, first, second, w, tuple(x.shape[2:]))
 
     def check(self, verb: str) -> gate.Match:
         """Compares all variants of a verb with float64; dead gradients do not count."""

@@ -22,7 +22,7 @@ from benchmarks.baselines import GatherPerGroup, GroupedPlusPointwise
 from benchmarks.cases import Case, SupportSpec
 from benchmarks.supports import self_grouped
 from hetconv_kernels import export, models
-from hetconv_kernels.nn import FusedConv2d
+from hetconv_kernels.nn import FusedConv2d, SupportLinear
 from hetconv_kernels.packing import dense_weight
 
 BUILDERS: dict[str, Callable[[], nn.Module]] = {
@@ -120,9 +120,11 @@ def composed(case: NetworkCase, network: nn.Module) -> nn.Module:
     """Replaces every fused layer of a copy by PyTorch's own operators, live weights only."""
     network = copy.deepcopy(network)
     for name, module in list(network.named_modules()):
+        parent, _, key = name.rpartition(".")
         if isinstance(module, FusedConv2d):
-            parent, _, key = name.rpartition(".")
             setattr(network.get_submodule(parent), key, _composed(case, module))
+        elif isinstance(module, SupportLinear):
+            setattr(network.get_submodule(parent), key, module.to_linear())
     return network.eval()
 
 

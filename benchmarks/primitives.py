@@ -30,7 +30,7 @@ from benchmarks.bench import STEP, VERBS, Bench
 from benchmarks.cases import GPU_CASES, GPU_SHAPES, Case, het
 from benchmarks.record import Record, verdict
 from benchmarks.table import primitive_table
-from hetconv_kernels import ops, timing
+from hetconv_kernels import timing
 from hetconv_kernels.errors import BackendError
 from hetconv_kernels.roofs import Roofs, measure_roofs
 
@@ -55,15 +55,22 @@ def rows_of(full: bool) -> list[tuple[Case, str]]:
         for dtype in ("float16", "float32")
         if c.support == het(4)
     ]
-    return [*itertools.product([*wanted, *others], VERBS), *steps]
+    cases = [*wanted, *others]
+    rows = [*itertools.product(cases, VERBS), *steps]
+    return sorted(rows, key=lambda row: cases.index(row[0]))
+
+
+def shard_of(rows: Sequence[tuple[Case, str]], part: int, parts: int) -> list[tuple[Case, str]]:
+    """Returns the rows of every `parts`-th case, so that a case's tensors are made once."""
+    mine = set(list(dict.fromkeys(case for case, _ in rows))[part - 1 :: parts])
+    return [row for row in rows if row[0] in mine]
 
 
 def measure(bench: Bench, verb: str, backend: str, seconds: float, roofs: Roofs) -> dict[str, Any]:
     """Checks and times one verb of a case, and makes its row."""
     case, live = bench.case, bench.support.live
-    geometry, x = bench.geometry, bench.inputs[0]
     times = len(VERBS) if verb == STEP else 1
-    described = ops.describe("fprop", geometry, x, x, bench.weight, tuple(x.shape[2:]))
+    described = bench.described("fprop" if verb == STEP else verb)
     engine = hk.backends.choose(described, bench.code).backend
     match = bench.check(verb)
     row: dict[str, Any] = {
@@ -147,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.backends.cudnn.allow_tf32 = True  # both sides of a float32 row
     name = f"primitives-{'full' if options.full else 'quick'}"
     record = Record(options.results, name if parts == 1 else f"{name}-{part}of{parts}")
-    wanted = rows_of(options.full)[part - 1 :: parts]
+    wanted = shard_of(rows_of(options.full), part, parts)
     return run(record, wanted, options.backend, options.seconds, options.full, options.budget)
 
 

@@ -29,6 +29,7 @@ class Candidate:
         efficiency: useful over executed multiply-accumulates; None when it cannot run.
         predicted_s: predicted time of one call, in seconds.
         measured_s: median measured time of one call, in seconds; None when not measured.
+        notes: what else the backend says of how it would run it, in sentences.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Candidate:
     efficiency: float | None
     predicted_s: float | None
     measured_s: float | None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ class Explanation:
                 f"{mark} {c.name:<11}{efficiency:>11}{_micros(c.predicted_s):>13}"
                 f"{_micros(c.measured_s):>13}"
             )
+            lines += [f"    {note}" for note in c.notes]
         lines += ["", self._verdict()]
         return "\n".join(lines)
 
@@ -152,6 +155,7 @@ def explain(layer: SupportLayer, x: Tensor, measure: bool = True) -> Explanation
     for name in available_backends():
         engine = get_backend(name)
         reasons = tuple(engine.unsupported_reasons(problem))
+        notes = getattr(engine, "notes", lambda _: ())  # an engine may have more to say
         candidates.append(
             Candidate(
                 name,
@@ -159,6 +163,7 @@ def explain(layer: SupportLayer, x: Tensor, measure: bool = True) -> Explanation
                 None if reasons else engine.efficiency(problem),
                 None if reasons else engine.estimate(problem),
                 measured.get(name),
+                () if reasons else tuple(notes(problem)),
             )
         )
     support = layer.support

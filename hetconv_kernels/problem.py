@@ -263,17 +263,6 @@ class Problem:
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     @property
-    def is_pointwise(self) -> bool:
-        """Whether y is x times a matrix, pixel by pixel: a 1×1 kernel, no stride, no padding."""
-        geometry = self.geometry
-        return self.support.kernel == geometry.stride == (1, 1) and not any(geometry.pads)
-
-    @property
-    def is_linear(self) -> bool:
-        """Whether it is so on images of one pixel, as in a fully-connected layer."""
-        return self.is_pointwise and self.height == self.width == 1
-
-    @property
     def macs(self) -> int:
         """Multiply-accumulates of the live weights, for the whole batch."""
         return self.batch * self.support.macs(*self.output_size)

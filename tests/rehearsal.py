@@ -40,12 +40,16 @@ class OnCpu(TorchFunctionMode):
         args = tuple(map(_cpu, args))
         name = getattr(func, "__name__", "")
         if name == "randn":
-            kwargs.pop("generator", None)
             return torch.zeros(*args, **kwargs)
-        if name in _UNMADE and args:
+        if name in _UNMADE and _is_image(args[0]):
             like = func(*tree_map_only(torch.Tensor, _meta, args), **kwargs)
             return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
         return func(*args, **kwargs)
+
+
+def _is_image(value: Any) -> bool:
+    first = value[0] if isinstance(value, list | tuple) else value
+    return isinstance(first, torch.Tensor) and first.is_floating_point() and first.dim() == 4
 
 
 def _meta(tensor: torch.Tensor) -> torch.Tensor:
@@ -151,8 +155,8 @@ def rehearsal(
 
     from benchmarks import cases
     from hetconv_kernels import cache, ops, timing
-    from hetconv_kernels.backends import parts, triton
-    from hetconv_kernels.backends.triton import calls, launch, wgrad_calls
+    from hetconv_kernels.backends import capture, packer, parts
+    from hetconv_kernels.backends.triton import calls, wgrad_calls
 
     made = Rehearsal(capability)
     stream = SimpleNamespace(synchronize=lambda: None, wait_stream=lambda _: None)
@@ -172,14 +176,14 @@ def rehearsal(
         "graph": made.graph,
         "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
     }
-    described, upload = ops.describe, launch.upload
+    described, upload = ops.describe, capture.upload
     seconds = itertools.count()
 
     def on_gpu(*arguments: Any, **more: Any) -> Any:
         return dataclasses.replace(described(*arguments, **more), device=GPU)
 
     def checked_upload(array: Any, device: torch.device) -> torch.Tensor:
-        launch.refuse_capture(device, "A Plan's table")
+        capture.refuse_capture(device, "A Plan's table")
         return upload(array, torch.device("cpu"))
 
     def clock(device: Any = "cpu") -> timing.Clock:
@@ -187,14 +191,12 @@ def rehearsal(
         return timing.Clock(device, now=ticks, synchronize=lambda: None, resolution=1e-6)
 
     kernels = _kernels()
-    caches = [triton._device_reasons, parts._part_of]
+    caches = [parts.gpu_reasons, parts._part_of]
     with monkeypatch.context() as patch:
         for name, stand_in in stand_ins.items():
             patch.setattr(torch.cuda, name, stand_in)
-        generator = torch.Generator
-        patch.setattr(torch, "Generator", lambda *_: generator())
         patch.setattr(ops, "describe", on_gpu)
-        for module in (calls, wgrad_calls):
+        for module in (calls, wgrad_calls, packer):
             patch.setattr(module, "upload", checked_upload)
         patch.setattr(timing, "clock", clock)
         patch.setattr(timing, "rotations", lambda *_: 2)

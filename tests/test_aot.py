@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -24,7 +25,10 @@ from hetconv_kernels.backends.triton import aot, shipped
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "aot"
-SOURCES = sorted((ROOT / "hetconv_kernels" / "backends" / "triton").glob("*.py"))
+BACKENDS = ROOT / "hetconv_kernels" / "backends"
+# What a configuration and its machine code depend on; and the parts, which say how deep it goes.
+KERNELS = ("fprop", "boxes", "wgrad", "wgrad_boxes", "tiles", "shipped", "aot")
+SOURCES = [*(BACKENDS / "triton" / f"{name}.py" for name in KERNELS), BACKENDS / "parts.py"]
 ONE_TILE = r"^(gather-bf16-128x128x64|wgrad-bf16-64x128x128)$"
 # A Triton beside the installed one, as `make aot` gives the oldest.
 OTHER = os.environ.get("HETCONV_AOT_TRITON", "")
@@ -42,6 +46,27 @@ def digest() -> str:
     return f"{hashlib.sha256(text + version.encode()).hexdigest()[:16]}"
 
 
+def compiled(
+    root: Path, capability: int, expression: str, out: Path
+) -> subprocess.CompletedProcess[str]:
+    """Compiles the kernels of a tree in a process without the interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    paths = [OTHER, str(root), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    return subprocess.run(
+        [
+            sys.executable,
+            *("-m", "hetconv_kernels.backends.triton.aot"),
+            *("--capability", str(capability), "--name", expression, "--out", str(out)),
+        ],
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 def rows(capability: int, pattern: str) -> dict[str, dict[str, Any]]:
     """Compiles, in a process without the interpreter, what is not known yet; returns all rows."""
     path = FOLDER / f"sm{capability}-{digest()}.json"
@@ -49,25 +74,9 @@ def rows(capability: int, pattern: str) -> dict[str, dict[str, Any]]:
     names = [c.name for c in shipped.chosen(capability, pattern)]
     missing = [name for name in names if name not in known]
     if missing:
-        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        if OTHER:
-            paths = [OTHER, str(ROOT), environment.get("PYTHONPATH", "")]
-            environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         FOLDER.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.part")
-        expression = "^(" + "|".join(missing) + ")$"
-        done = subprocess.run(
-            [
-                sys.executable,
-                *("-m", "hetconv_kernels.backends.triton.aot"),
-                *("--capability", str(capability), "--name", expression, "--out", str(part)),
-            ],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = compiled(ROOT, capability, "^(" + "|".join(missing) + ")$", part)
         assert part.exists(), done.stdout + done.stderr
         known |= {r["name"]: r for r in json.loads(part.read_text())}
         part.write_text(json.dumps(list(known.values()), indent=1) + "\n")
@@ -88,9 +97,55 @@ def test_other_generations(capability: int) -> None:
     assert {name: row["problems"] for name, row in found.items() if row["problems"]} == {}
 
 
+def test_the_digest_follows_every_kernel() -> None:
+    for path in (BACKENDS / "triton").glob("*.py"):
+        assert ("@triton.jit" not in path.read_text()) or path in SOURCES, path
+
+
 def test_no_more_than_40_configurations_are_shipped() -> None:
     names = [c.name for c in shipped.configurations()]
     assert len(names) == len(set(names)) <= 40
+
+
+SABOTAGE = {  # file, what is replaced, by what, which configuration
+    "word-read-where-used": (
+        "fprop.py",
+        "        following = tl.load(words + s + 1)\n",
+        "        word = tl.load(words + s)\n        following = word\n",
+        "gather-bf16-128x128x64",
+    ),
+    "offset-without-its-factor": (
+        "fprop.py",
+        "offset = (tap_row * step_h + tap_col * step_w) * UNIT + channel\n",
+        "offset = tap_row * step_h + tap_col * step_w + channel\n",
+        "gather-bf16-128x64x64",
+    ),
+    "box-word-read-where-used": (
+        "boxes.py",
+        "            following = tl.load(words + s + 1)  # one step ahead, see `fprop`\n",
+        "            word = tl.load(words + s)\n            following = word\n",
+        "boxes-bf16-128x64x64-1x16x8",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", SABOTAGE if EVERYTHING else list(SABOTAGE)[:1])
+def test_a_kernel_that_loses_its_pipeline_fails(fault: str, tmp_path: Path) -> None:
+    """Damages a copy of the kernels as a careless change would, and compiles it."""
+    name, right, wrong, configuration = SABOTAGE[fault]
+    package = tmp_path / "hetconv_kernels"
+    shutil.copytree(
+        ROOT / "hetconv_kernels", package, ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
+    path = package / "backends" / "triton" / name
+    text = path.read_text()
+    assert text.count(right) == 1
+    path.write_text(text.replace(right, wrong))
+    part = tmp_path / "rows.json"
+    done = compiled(tmp_path, 90, f"^{configuration}$", part)
+    assert done.returncode == 1, done.stdout + done.stderr
+    (row,) = json.loads(part.read_text())
+    assert any("buffers for" in p or "synchronous" in p for p in row["problems"]), row
 
 
 # The assertions can fail ------------------------------------------------------------------------
@@ -136,6 +191,22 @@ def test_lost_speed_is_noticed(change: dict[str, Any], words: str) -> None:
     found = aot.problems(dataclasses.replace(GOOD, **change), configuration)
     assert len(found) == 1
     assert words in found[0]
+
+
+@pytest.mark.parametrize(("rings", "fine"), [([2, 3, 3, 3], True), ([2, 2, 3, 3], False)])
+def test_wgrads_boxes_need_every_stage_of_x(rings: list[int], fine: bool) -> None:
+    configuration = next(c for c in shipped.configurations() if c.kernel == "wgradboxes")
+    assert configuration.taps == 3
+    found = dataclasses.replace(GOOD, stages=3, buffers=rings, from_shared=True)
+    assert (aot.problems(found, configuration) == []) == fine
+
+
+def test_the_interpreter_is_refused_before_it_compiles_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert aot.main(["--capability", "90"]) == 2
+    assert "unset TRITON_INTERPRET" in capsys.readouterr().out
 
 
 def test_a_box_that_goes_through_registers_is_noticed() -> None:

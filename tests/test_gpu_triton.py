@@ -11,7 +11,7 @@ import torch
 import hetconv_kernels as hk
 from hetconv_kernels import ops
 from hetconv_kernels.backends import CODES, get_backend
-from hetconv_kernels.backends.triton import choice
+from hetconv_kernels.backends.triton import choice, wgrad_choice
 from hetconv_kernels.errors import BackendError
 from hetconv_kernels.problem import Geometry, make_geometry
 from hetconv_kernels.testing import error_bound, oracle
@@ -111,6 +111,25 @@ def test_every_choice_gives_the_same_result() -> None:
     for picked in choice.gather_choices(p):
         y, _ = GatherCall(p, picked).run(x, w)
         assert ((y.double() - exact).abs() <= bound).all(), picked.name
+
+
+def test_every_choice_of_wgrad_gives_the_same_result() -> None:
+    from hetconv_kernels.backends.triton.wgrad_calls import WgradCall
+
+    s = hk.Support.het(128, 128, 3, p=4, order="interleaved")
+    geometry = make_geometry(s, 1, 1)
+    x, w, dy = operands(geometry, torch.bfloat16, size=(14, 14))
+    leaf = w.double().requires_grad_()
+    (exact,) = torch.autograd.grad(oracle(x.double(), leaf, geometry), leaf, dy.double())
+    (whole,) = torch.autograd.grad(
+        oracle(x.double().abs(), leaf, geometry), leaf, dy.double().abs()
+    )
+    exact = torch.where(torch.tensor(s.mask, device="cuda"), exact, 0.0)
+    bound = error_bound(whole, dy[:, 0].numel(), w.dtype)
+    p = ops.describe("wgrad", geometry, dy, x, w, x.shape[2:])
+    for picked in wgrad_choice.wgrad_choices(p):
+        dw = WgradCall(p, picked).run(dy, x)
+        assert ((dw.double() - exact).abs() <= bound).all(), picked.name
 
 
 def test_tf32_follows_the_switch_of_cudnn() -> None:
@@ -251,11 +270,12 @@ def test_tuning_measures_and_keeps(tmp_path: Any, monkeypatch: pytest.MonkeyPatc
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("path", ["gather", "boxes"])
 def test_more_than_2_to_the_31_elements(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if path == "boxes" and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("boxes are for Hopper")
+    if torch.cuda.mem_get_info()[0] < 32 * 2**30:
+        pytest.skip("needs 32 GB of free memory")
     monkeypatch.setattr(choice, "ONLY", path)
     torch.use_deterministic_algorithms(False)
     geometry = make_geometry(hk.Support.het(32, 32, 3, p=2), 1, 1)

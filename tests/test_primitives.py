@@ -150,6 +150,19 @@ def test_the_quick_table_is_what_the_targets_are_stated_for() -> None:
     assert len(full) < 3 * (len(GPU_CASES) + 12)
 
 
+def test_shards_share_out_the_cases() -> None:
+    rows = primitives.rows_of(full=True)
+    shards = [primitives.shard_of(rows, part, 7) for part in range(1, 8)]
+    assert sorted((c.name, v) for shard in shards for c, v in shard) == sorted(
+        (c.name, v) for c, v in rows
+    )
+    names = [{c.name for c, _ in shard} for shard in shards]
+    assert sum(map(len, names)) == len(set().union(*names))
+    for shard in shards:
+        cases = [c.name for c, _ in shard]
+        assert sum(a != b for a, b in pairwise(cases)) == len(set(cases)) - 1
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_nothing_is_measured(capsys) -> None:  # type: ignore[no-untyped-def]
     assert primitives.main([]) == 2

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton engine without a GPU: absence, refusals, tables, choice; starts the interpreter."""
+"""The Triton engine without a GPU: absence, refusals, tables, launches; starts the interpreter."""
 
 from __future__ import annotations
 
@@ -10,45 +10,31 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from pretending import CUDA, described, pretended
 
 import hetconv_kernels as hk
-from hetconv_kernels import ops
-from hetconv_kernels.backends import capture, parts
+from hetconv_kernels.backends import capture
 from hetconv_kernels.backends.triton import (
     Triton,
-    choice,
     dgrad,
     lowering,
-    tiles,
-    wgrad_choice,
     wgrad_lowering,
 )
 from hetconv_kernels.errors import BackendError
-from hetconv_kernels.problem import Problem, make_geometry
+from hetconv_kernels.problem import make_geometry
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERPRETED = sorted((ROOT / "tests" / "interpreted").glob("test_*.py"))
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
 )
-
-
-def described(verb: str = "fprop", support: hk.Support | None = None, **changes: Any) -> Problem:
-    s = support or hk.Support.het(256, 256, 3, p=4)
-    geometry = make_geometry(s, changes.pop("stride", 1), 1)
-    last = {"memory_format": torch.channels_last}
-    n = changes.pop("batch", 4)
-    x = torch.empty(n, s.channels, 28, 28, dtype=torch.bfloat16, device="meta").to(**last)
-    w = torch.empty(s.shape, dtype=torch.bfloat16, device="meta")
-    dy = torch.empty(n, s.filters, *geometry.output_size(28, 28), device="meta").to(x.dtype)
-    first = x if verb == "fprop" else dy.to(**last)
-    return dataclasses.replace(ops.describe(verb, geometry, first, x, w, (28, 28)), **changes)
 
 
 # The interpreter ----------------------------------------------------------------------------------
@@ -120,23 +106,9 @@ def test_cpu_tensors_are_refused_by_name() -> None:
 
 
 @pytest.fixture
-def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Lets problems claim to be on a GPU of some capability."""
-
-    def pretend(capability: tuple[int, int] = (9, 0)) -> None:
-        parts.gpu_reasons.cache_clear()
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-        for module in (choice, wgrad_choice):
-            monkeypatch.setattr(module, "part_of", lambda *_: parts.PARTS[9, 0])
-        # What a user has tuned on this machine is no part of the tests.
-        monkeypatch.setattr("hetconv_kernels.tuning.pick", lambda *_: None)
-
-    yield pretend
-    parts.gpu_reasons.cache_clear()
-
-
-CUDA = torch.device("cuda", 0)
+    yield from pretended(monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -266,120 +238,6 @@ def test_docstring_examples_run() -> None:
         outcome = doctest.testmod(module)
         assert outcome.attempted > 0
         assert outcome.failed == 0
-
-
-# Choice -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("verb", ["fprop", "dgrad", "wgrad"])
-def test_structure_is_predicted_to_pay(on_gpu, verb: str) -> None:
-    on_gpu()
-    engine = Triton()
-    sparse = described(verb, batch=128, device=CUDA)
-    dense = described(verb, hk.Support.dense(256, 256, 3), batch=128, device=CUDA)
-    assert engine.estimate(sparse) < 0.7 * engine.estimate(dense)
-    assert 0.3 < engine.efficiency(sparse) <= engine.efficiency(dense) == 1
-    assert not engine.measured(sparse)
-
-
-def test_hopper_takes_boxes_and_others_pointers(on_gpu) -> None:
-    for capability, boxed in (((9, 0), True), ((8, 0), False), ((12, 0), False)):
-        on_gpu(capability)
-        found = choice.gather_choices(described(batch=128, device=CUDA))
-        assert any(c.box is not None for c in found) == boxed
-
-
-def test_wgrad_takes_boxes_on_hopper_that_divide_the_image(on_gpu) -> None:
-    for capability, boxed in (((9, 0), True), ((8, 0), False)):
-        on_gpu(capability)
-        p = described("wgrad", batch=128, device=CUDA)
-        found = {c.box for c in wgrad_choice.wgrad_choices(p)}
-        assert (found != {None}) == boxed
-        for box in found - {None}:
-            assert box.images * box.rows * box.cols == 64
-            assert 28 % box.rows == 28 % box.cols == 0
-    on_gpu()
-    p = described("wgrad", batch=128, device=CUDA, stride=2)
-    assert {c.box for c in wgrad_choice.wgrad_choices(p)} == {None, tiles.Box(64, 1, 1)}
-
-
-def test_wgrad_of_interleaved_channels_is_reordered(on_gpu) -> None:
-    on_gpu()
-    interleaved = hk.Support.het(256, 256, 3, p=4, order="interleaved")
-    p = described("wgrad", interleaved, batch=128, device=CUDA)
-    picked = wgrad_choice.best_wgrad(p)
-    assert picked.name.endswith("reordered")
-    own = [c for c in wgrad_choice.wgrad_choices(p) if "reordered" not in c.name]
-    assert picked.seconds < min(c.seconds for c in own)
-    # It pays for its two gathers out of what it saves.
-    size = picked.lowering.size
-    assert size < 0.5 * min(c.lowering.size for c in own)
-
-
-def test_a_prediction_counts_the_gather_of_interleaved_channels(on_gpu) -> None:
-    on_gpu()
-    interleaved = hk.Support.het(256, 256, 3, p=4, order="interleaved")
-    blocked = described(batch=128, device=CUDA)
-    other = described("fprop", interleaved, batch=128, device=CUDA)
-    assert Triton().estimate(other) > Triton().estimate(blocked)
-
-
-@pytest.mark.parametrize("capability", parts.PARTS)
-def test_shipped_tiles_fit_every_part(capability: tuple[int, int]) -> None:
-    part = parts.PARTS[capability]
-    for tile in tiles.HALF_TILES:
-        buffers = tiles.stages(tile, 2, part) - (not part.waits)
-        assert buffers * (tile.pixels + tile.filters) * tile.channels * 2 <= part.shared
-
-
-@pytest.mark.parametrize("verb", ["fprop", "wgrad"])
-def test_an_entry_of_the_table_decides(on_gpu, verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hetconv_kernels.backends.triton import table
-
-    on_gpu()
-    p = described(verb, batch=64, device=CUDA)
-    choices = choice.gather_choices(p) if verb == "fprop" else wgrad_choice.wgrad_choices(p)
-    assert len({c.name for c in choices}) == len(choices)
-    slow = max(choices, key=lambda c: c.seconds)
-    assert not Triton().measured(p)
-    entry = {table.key_of(p, (9, 0)): {"name": slow.name, "seconds": 1.0}}
-    monkeypatch.setattr(table, "entries", lambda: entry)
-    assert Triton().measured(p)
-    best = choice.best_gather if verb == "fprop" else wgrad_choice.best_wgrad
-    assert best(p).name == slow.name
-
-
-@pytest.mark.parametrize("verb", ["dgrad", "wgrad"])
-def test_tuning_is_offered_the_best_predictions(
-    on_gpu, verb: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    on_gpu()
-    offered = {}
-
-    def pick(key: str, candidates: Any, device: Any) -> str:
-        offered[key] = list(candidates)
-        return offered[key][-1]
-
-    monkeypatch.setattr("hetconv_kernels.tuning.pick", pick)
-    p = described(verb, batch=48, device=CUDA)
-    best = choice.best_gather if verb == "dgrad" else wgrad_choice.best_wgrad
-    picked = best(p)
-    ((key, names),) = offered.items()
-    assert key.startswith(verb)
-    assert picked.name == names[-1]
-    assert 2 <= len(names) <= choice.MOST_TUNED
-
-
-def test_the_table_names_choices_that_exist() -> None:
-    from hetconv_kernels.backends.triton import table
-
-    names = {
-        table.name_of(tile, None, reorder)
-        for tile in (*tiles.HALF_TILES, *tiles.SINGLE_TILES)
-        for reorder in (False, True)
-    }
-    for entry in table.entries().values():
-        assert entry["name"] in names or " box " in entry["name"]
 
 
 # Launches -----------------------------------------------------------------------------------------

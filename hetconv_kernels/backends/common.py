@@ -79,6 +79,17 @@ def crop_image(x: Tensor, pads: Pads) -> Tensor:
     return x[:, :, top : x.shape[2] - bottom, left : x.shape[3] - right]
 
 
+def is_pointwise(problem: Problem) -> bool:
+    """Tells whether y is x times a matrix, pixel by pixel: a 1×1 kernel, no stride, no padding."""
+    geometry = problem.geometry
+    return geometry.support.kernel == geometry.stride == (1, 1) and not any(geometry.pads)
+
+
+def is_linear(problem: Problem) -> bool:
+    """Tells whether it is so on images of one pixel, as in a fully-connected layer."""
+    return is_pointwise(problem) and problem.height == problem.width == 1
+
+
 def weight_gradient(problem: Problem, dense: Tensor) -> Tensor:
     """Brings a dense weight gradient to the canonical form: dead entries zero, or live only."""
     mask = mask_on(problem.support, dense.device)

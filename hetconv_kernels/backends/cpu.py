@@ -20,7 +20,7 @@ from ..packing import FrozenCache, dense_weight
 from ..problem import Problem
 from ..support import Support
 from . import Runner
-from .common import empty, to_format
+from .common import empty, is_linear, is_pointwise, to_format
 from .rates import DOUBT, ENGINE, FAR_COMPUTE, FAR_WEIGHT, GRADIENT, PACK, VERB, WGRAD
 
 _MAX_INT = 2**31 - 1
@@ -70,7 +70,7 @@ class Cpu:
         plan = self._plan(problem)
         form = ENGINE["filters" if plan.form == "filters" else "pixels"]
         pixels = problem.batch * math.prod(problem.output_size)
-        one_row = problem.is_linear or (problem.is_pointwise and problem.channels_last)
+        one_row = is_linear(problem) or (is_pointwise(problem) and problem.channels_last)
         images = 1 if one_row else problem.batch
         compute = (
             pixels * plan.cost * form.operation
@@ -265,7 +265,7 @@ def _sizes(problem: Problem) -> Callable[..., _Sizes]:
     """
     images = (problem.batch, problem.height, problem.width), problem.output_size, _strides
     pixels = problem.batch * problem.height * problem.width
-    if not problem.is_pointwise or not 0 < pixels <= _MAX_PADDED:
+    if not is_pointwise(problem) or not 0 < pixels <= _MAX_PADDED:
         return lambda *_: images
     row = (1, 1, pixels), (1, pixels), _row_strides
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..packing import FrozenCache
 from ..problem import Problem
-from .common import finish_in_place
+from .common import finish_in_place, is_linear
 
 _OPS = ("_reorder_convolution_weight", "_reorder_linear_weight", "_convolution_pointwise",
         "_linear_pointwise")  # fmt: skip
@@ -37,7 +37,7 @@ def takes(problem: Problem) -> bool:
         and problem.dtype == problem.weight_dtype == torch.float32
         and problem.geometry.symmetric_padding is not None
         and not {"scale", "stats"} & set(problem.epilogue)
-        and (problem.channels_last or problem.is_linear)
+        and (problem.channels_last or is_linear(problem))
         and problem.dense_macs >= _LEAST_MACS
         and torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)

@@ -22,6 +22,7 @@ from .common import (
     empty,
     epilogue,
     finish_in_place,
+    is_linear,
     pad_image,
     to_format,
     weight_gradient,
@@ -59,7 +60,7 @@ def dense_seconds(problem: Problem, work: float = 1.0, launches: int = 1) -> flo
         compute = macs / (part.processors * part.clock * part.rate * speed)
         return max(compute, problem.bytes_moved / part.bandwidth) + launches * GPU_LAUNCH
     pixels = problem.height * problem.width
-    rates = PREPACKED if prepacked.takes(problem) else LINEAR if problem.is_linear else DENSE
+    rates = PREPACKED if prepacked.takes(problem) else LINEAR if is_linear(problem) else DENSE
     if (
         rates is DENSE
         and problem.batch == 1
@@ -286,7 +287,7 @@ class Vendor:
 
 def _is_product(problem: Problem) -> bool:
     """Tells whether one product of matrices computes it."""
-    return problem.is_linear and problem.support.uniform_groups in (None, 1)
+    return is_linear(problem) and problem.support.uniform_groups in (None, 1)
 
 
 def _weight_shape(problem: Problem) -> tuple[int, int, int, int]:

@@ -135,6 +135,17 @@ def test_a_frozen_weight_is_packed_once(monkeypatch: pytest.MonkeyPatch) -> None
     torch.testing.assert_close(ops.run_fprop(x, live, GEOMETRY, None, CODE), 2 * first)
 
 
+def test_explain_says_how_the_engine_would_run_a_layer() -> None:
+    layer = hk.nn.HetConv2d(32, 32, 3, padding=1, p=2)
+    layer.backend = "triton"
+    x = torch.randn(2, 32, 5, 5).contiguous(memory_format=torch.channels_last)
+    found = hk.explain(layer, x, measure=False)
+    (mine,) = [c for c in found.candidates if c.name == "triton"]
+    assert mine.notes
+    assert mine.notes[0] in str(found)
+    assert 0 < mine.efficiency <= 1
+
+
 def test_training_a_layer_reaches_every_primitive() -> None:
     layer = hk.nn.HetConv2d(16, 16, 3, padding=1, p=2)
     x = torch.randn(2, 16, 5, 5, requires_grad=True)

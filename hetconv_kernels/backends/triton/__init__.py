@@ -91,6 +91,25 @@ class Triton:
         """Useful over executed multiply-accumulates; filled tiles and merged groups count."""
         return _best(problem).efficiency
 
+    def notes(self, problem: Problem) -> list[str]:
+        """Says, for `explain`, what is run, and what the problem's order or layout costs."""
+        best = _best(problem)
+        found = [f"It runs tile {best.name}."]
+        if best.reordered:
+            found.append(
+                "Its groups' channels are not adjacent: a gather, counted in "
+                "backends.triton.launch.CONVERSIONS, copies them together at every call."
+            )
+        if best.lowering.coarse:
+            found.append(
+                "Its groups would fill the tiles badly: all filters are given all channels, dead "
+                "weights as zeros."
+            )
+        if choice.has_boxes(problem.device) and best.box is None and problem.verb != "wgrad":
+            reasons = choice.box_reasons(problem, best.reordered)
+            found += [f"Without TMA: {reason}" for reason in reasons]
+        return found
+
     def fprop(self, problem: Problem) -> Runner:
         """Prepares y = act(scale · conv(x, w) + shift + residual)."""
         call = _call(problem)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -340,6 +341,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--name", default="", help="a regular expression that names must match")
     parser.add_argument("--out", type=Path, help="a JSON file to write")
     options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print("The interpreter replaces the compiler: unset TRITON_INTERPRET.")
+        return 2
     rows, failed = [], False
     for capability in options.capability or CAPABILITIES:
         for configuration in chosen(capability, options.name):

@@ -24,8 +24,29 @@ if TYPE_CHECKING:
     from .wgrad_lowering import Part as Jobs
 
 
+# Descriptors that one operand keeps; an allocator gives the same few addresses again and again.
+_MOST_KEPT = 64
+
+
+class Address:
+    """Stands for a tensor in a descriptor that is kept, so that its memory is not.
+
+    Attributes:
+        dtype: of the tensor.
+    """
+
+    __slots__ = ("_place", "dtype")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._place, self.dtype = tensor.data_ptr(), tensor.dtype
+
+    def data_ptr(self) -> int:
+        """Returns where the tensor was."""
+        return self._place
+
+
 class Descriptor:
-    """Makes the descriptors of one operand; all but the address is checked once.
+    """Makes the descriptors of one operand, one for each address; the rest is checked once.
 
     Args:
         tensor: an example.
@@ -43,12 +64,23 @@ class Descriptor:
         used[-1] = 1
         self._made = TensorDescriptor(tensor, list(shape), used, list(block))
         self._made.base = None
+        self._interpreted = interpreted()
+        self._kept: dict[int, Any] = {}
 
     def __call__(self, tensor: Tensor) -> Any:
         """Returns the descriptor of a tensor laid out like the example."""
-        made = copy.copy(self._made)
-        made.base = tensor
-        return made
+        place = tensor.data_ptr()
+        found = self._kept.get(place)
+        if found is None:
+            found = copy.copy(self._made)
+            if self._interpreted:  # it reads the tensor itself
+                found.base = tensor
+                return found
+            found.base = Address(tensor)
+            if len(self._kept) >= _MOST_KEPT:
+                self._kept.clear()
+            self._kept[place] = found
+        return found
 
 
 def bind_boxes(call: GatherCall, x: Tensor, y: Tensor) -> Bound:

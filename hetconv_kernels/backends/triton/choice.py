@@ -66,8 +66,12 @@ class GatherChoice(NamedTuple):
     @property
     def name(self) -> str:
         """Its name in tables and measurements."""
-        reordered = self.lowering.gather is not None
-        return table.name_of(self.tile, self.box, reordered, self.lowering.coarse)
+        return table.name_of(self.tile, self.box, self.reordered, self.lowering.coarse)
+
+    @property
+    def reordered(self) -> bool:
+        """Whether the operand's channels are gathered into another order."""
+        return self.lowering.gather is not None
 
 
 def best_gather(problem: Problem) -> GatherChoice:

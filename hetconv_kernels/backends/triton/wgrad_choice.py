@@ -55,9 +55,12 @@ class WgradChoice(NamedTuple):
         text = " and ".join(sizes)
         if self.box is not None:
             text += " box " + "x".join(map(str, self.box))
-        lowering = self.lowering
-        reordered = lowering.filters is not None or lowering.channels is not None
-        return text + " reordered" * reordered + " coarse" * lowering.coarse
+        return text + " reordered" * self.reordered + " coarse" * self.lowering.coarse
+
+    @property
+    def reordered(self) -> bool:
+        """Whether filters of dy or channels of x are gathered into another order."""
+        return self.lowering.filters is not None or self.lowering.channels is not None
 
 
 def best_wgrad(problem: Problem) -> WgradChoice:
