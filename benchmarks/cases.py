@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 import hetconv_kernels as hk
+from benchmarks.shapes import NETWORK_SHAPES, ODD_SHAPES, SELF_GROUPED
 from benchmarks.supports import self_grouped, trained
 
 Kind = Literal[
@@ -205,6 +206,11 @@ _QUICK = {
     "nni-2225",
     "condensenet-3",
     "pytorch-43544",
+    "densenet-block2-het4",
+    "unet-enc3-het4",
+    "dncnn-patch-het4",
+    "fpn-p5-het4",
+    "odd-97-het4",
 }
 
 
@@ -256,6 +262,13 @@ def _other_cases() -> Iterator[Case]:
         8, 128, 28, SupportSpec("irregular", 50), name="lose-irregular-50",
         expected="lose", note="half of the single weights, no structure",
     )  # fmt: skip
+
+
+def _network_cases() -> Iterator[Case]:
+    for name, (n, c, f, h, w, k, stride) in (NETWORK_SHAPES | ODD_SHAPES).items():
+        for spec in (het(4), *([sg(70)] if name in SELF_GROUPED else [])):
+            yield Case(f"{name}-{spec}", n, c, f, h, w, k, spec, stride=stride)
+    yield Case("densenet-transition1-lg4", 8, 256, 128, 56, 56, 1, SupportSpec("learned_groups", 4))
 
 
 def _reported_cases() -> Iterator[Case]:
@@ -371,5 +384,7 @@ def _collect(cases: Iterator[Case]) -> tuple[Case, ...]:
     return tuple(replace(case, quick=case.quick or case.name in _QUICK) for case in cases)
 
 
-CPU_CASES = _collect(iter((*_table_cases(), *_other_cases(), *_reported_cases())))
+CPU_CASES = _collect(
+    iter((*_table_cases(), *_other_cases(), *_network_cases(), *_reported_cases()))
+)
 GPU_CASES = _collect(_gpu_cases())

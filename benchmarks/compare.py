@@ -11,9 +11,11 @@ two ratios are given for each case, old over new, above 1 for faster now: of our
 time as a multiple of the fastest dense form that ran beside it, which such a drift hardly touches.
 A case counts as slower only when the whole interval of both lies below 1 by more than the
 tolerance; the intervals are those of medians, combined so that nothing of the samples is assumed.
+Where dense itself took more than a quarter longer or shorter, the machine was another one in
+effect: the case is called unsteady, and has to be measured again.
 
 Exit status: 0 nothing became slower, 1 something did or gives wrong results now, 2 the files cannot
-be compared.
+be compared, or unsteady cases have to be measured again.
 """
 
 from __future__ import annotations
@@ -38,6 +40,8 @@ VERSIONS = ("torch", "python", "cuda", "cudnn")
 # Each of the two medians at this confidence: their ratio's interval then has 95 % at least.
 _CONFIDENCE = 0.975
 _OURS = "ours"
+# How many times longer or shorter dense may take before a case cannot be judged.
+_STEADY = 1.25
 
 
 class IncomparableError(Exception):
@@ -66,8 +70,8 @@ class Change:
         new_s: in the new one.
         ours: ratio of our times.
         beside_dense: ratio of our times as multiples of dense; None where no dense ran.
-        verdict: ``faster``, ``slower``, ``drift``, ``same``, ``wrong``, ``right again``, or why the
-            case cannot be compared.
+        verdict: ``faster``, ``slower``, ``unsteady``, ``drift``, ``same``, ``wrong``, ``right
+            again``, or why the case cannot be compared.
     """
 
     name: str
@@ -152,11 +156,14 @@ def _change(name: str, old: Json, new: Json, tolerance: float) -> Change:
     if changed:
         return Change(name, _median(old), _median(new), None, None, changed)
     ours = _between(*(_samples(row) for row in (old, new)))
+    a, b = _beside_dense(old), _beside_dense(new)
     beside = None
-    if "dense" in old and "dense" in new:
-        a, b = old["dense"], new["dense"]  # how many times longer dense takes
-        beside = Interval(b["ratio"] / a["ratio"], b["low"] / a["high"], b["high"] / a["low"])
+    if a is not None and b is not None:
+        beside = Interval(b.value / a.value, b.low / a.high, b.high / a.low)
     verdict = _verdict(ours, beside, tolerance)
+    if verdict in ("slower", "faster") and beside is not None:
+        dense = beside.value / ours.value  # how many times longer dense takes now
+        verdict = verdict if 1 / _STEADY <= dense <= _STEADY else "unsteady"
     return Change(name, _median(old), _median(new), ours, beside, verdict)
 
 
@@ -192,6 +199,18 @@ def _between(old: Sequence[float], new: Sequence[float]) -> Interval:
     return Interval(a.value / b.value, a.low / b.high, a.high / b.low)
 
 
+def _beside_dense(row: Json) -> Interval | None:
+    """Returns how many times longer than ours the dense form that ran beside it took."""
+    if "dense" in row:
+        return Interval(row["dense"]["ratio"], row["dense"]["low"], row["dense"]["high"])
+    variants = _timings(row)["variants"]
+    if "dense" not in variants:
+        return None
+    pairs = zip(variants["dense"]["samples_s"], variants[_OURS]["samples_s"], strict=True)
+    found = median_interval([dense / ours for dense, ours in pairs], _CONFIDENCE)
+    return Interval(found.value, found.low, found.high)
+
+
 def _timings(row: Json) -> Json:
     timings: Json = row["timings"]
     return timings if "variants" in timings else timings["dense"]  # a network has one a role
@@ -210,7 +229,7 @@ def _median(row: Json) -> float | None:
 def table(changes: Sequence[Change]) -> list[str]:
     """Lays out the changes, the slower ones last, where a terminal shows them."""
     header = ("case", "verdict", "old µs", "new µs", "faster now", "beside dense", " ")
-    order = {"slower": 2, "wrong": 2, "faster": 1}
+    order = {"slower": 3, "wrong": 3, "unsteady": 2, "faster": 1}
     lines = [
         (
             c.name,
@@ -264,12 +283,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for difference in (*machines, *differences(old, new, VERSIONS)):
         print(f"WARNING: {difference}. A change may come from this and not from the code.")
     counts = {v: sum(c.verdict == v for c in changes) for v in ("faster", "slower", "wrong")}
+    unsteady = sum(c.verdict == "unsteady" for c in changes)
     drifted = sum(c.verdict == "drift" for c in changes)
     print(
         f"{len(changes)} cases: {counts['faster']} faster, {counts['slower']} slower, "
         f"{counts['wrong']} wrong now, {drifted} whose time changed but not beside dense."
     )
-    return int(any(change.failed for change in changes))
+    if any(change.failed for change in changes):
+        return 1
+    if unsteady:
+        print(f"{unsteady} cases are unsteady: the machine was slower or faster; measure again.")
+    return 2 if unsteady else 0
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import ctypes
 import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,6 +67,11 @@ class Session:
             full_name = f"{topic}-{name or extent}"
             self.records[topic] = Record(self.config.getoption("--results"), full_name)
         return self.records[topic]
+
+    def extra_info(self, benchmark: Any, topic: str, row: dict[str, Any]) -> None:
+        """Gives pytest-benchmark a row, with hardware, versions and commit."""
+        if benchmark is not None:
+            benchmark.extra_info.update(row, environment=self.record(topic).data["environment"])
 
     def ceiling(self, topic: str, device: str, dtype: torch.dtype) -> Roofs:
         """Returns this machine's ceilings in a dtype, measured at their first use."""
@@ -169,7 +175,11 @@ def pytest_terminal_summary(
             if topic != "dispatch"
             else "Extra time of a whole call over nn.Conv2d's, 1×8×2×2."
         )
-        tables = {"dispatch": table.dispatch_table, "models": table.model_table}
+        tables = {
+            "dispatch": table.dispatch_table,
+            "models": table.model_table,
+            "training": table.training_table,
+        }
         for line in tables.get(topic, table.layer_table)(rows):
             terminalreporter.line(line)
         terminalreporter.line(f"written to {record.path}")

@@ -28,8 +28,12 @@ from hetconv_kernels.packing import dense_weight
 BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "vgg16": models.vgg16,
     "resnet18": models.resnet18,
-    # For the tests of the benchmarks.
+    "resnet50": models.resnet50,
+    "densenet121": models.densenet121,
+    "dncnn": models.dncnn,
+    # Trained, and in the tests of the benchmarks.
     "resnet20": models.resnet20,
+    "vgg16_cifar": models.vgg16_cifar,
 }
 
 
@@ -43,6 +47,7 @@ class NetworkCase:
         support: ``het`` or ``self_group`` for all its 3×3 convolutions but the stem.
         n: images.
         size: their height and width, in pixels.
+        channels: of the images.
         target_dense: the speed-up over the best (a) that is aimed at.
         target_composition: the same over the best (b).
         note: what else there is to know.
@@ -53,6 +58,7 @@ class NetworkCase:
     support: SupportSpec
     n: int = 8
     size: int = 224
+    channels: int = 3
     target_dense: float | None = None
     target_composition: float | None = None
     note: str = ""
@@ -73,6 +79,9 @@ NETWORKS = (
         "vgg16-sg70", "vgg16", SupportSpec("self_group", 70), target_dense=2.4,
         note="convolutions only; the fully connected layers stay dense",
     ),
+    NetworkCase("resnet50-het4", "resnet50", SupportSpec("het", 4)),
+    NetworkCase("densenet121-het4", "densenet121", SupportSpec("het", 4)),
+    NetworkCase("dncnn-het4", "dncnn", SupportSpec("het", 4), n=1, size=256, channels=1),
 )  # fmt: skip
 
 Form = Literal["ours", "dense", "composition"]

@@ -12,7 +12,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,6 +32,8 @@ from hetconv_kernels.roofs import Roofs
 from hetconv_kernels.timing import Timings
 
 Json = dict[str, Any]
+# What `hetconv bench --isa` sets, and what forces a backend.
+_HELD = ("HETCONV_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "HETCONV_BACKEND")
 
 
 class Record:
@@ -46,6 +50,7 @@ class Record:
             "schema": SCHEMA_VERSION,
             "name": name,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": command(),
             "environment": environment(),
             "roofs": [],
             "rows": [],
@@ -203,6 +208,31 @@ def model_row(
             "timings": {role: timing.to_dict() for role, timing in timings.items()},
         }
     )
+
+
+def training_row(case: NetworkCase, match: Match, timings: Timings | None = None) -> Json:
+    """Makes the row of a training step; without timings it says only that it did not match."""
+    row: Json = {"kind": "training", "case": case.to_dict(), "match": match.to_dict()}
+    if timings is None:
+        return row
+    dense = _against(timings, rig.DENSE)
+    assert dense is not None
+    return row | {
+        "median_s": timings.median(rig.OURS),
+        "dense": dense,
+        "composition": _against(timings, rig.COMPOSITION),
+        "verdict": verdict(dense),
+        "timings": timings.to_dict(),
+    }
+
+
+def command() -> str:
+    """Writes the command that this process was started by, without paths outside the checkout."""
+    root = str(Path(__file__).resolve().parents[1])
+    held = [f"{name}={os.environ[name]}" for name in _HELD if name in os.environ]
+    words = ["python", *sys.orig_argv[1:]]
+    inside = [w.replace(root + os.sep, "").replace(root, ".") for w in words]
+    return shlex.join([*held, *(Path(w).name if os.path.isabs(w) else w for w in inside)])
 
 
 def environment() -> Json:

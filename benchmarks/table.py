@@ -61,6 +61,32 @@ def _model_line(row: Row) -> tuple[str, ...]:
     return (*cells, absent)
 
 
+def training_table(rows: Sequence[Row]) -> list[str]:
+    """Lays out training steps of whole networks; ratios above 1 mean that ours is faster."""
+    return _lay_out(*training_cells(rows))
+
+
+def training_cells(rows: Sequence[Row]) -> Cells:
+    """Returns the texts of `training_table`."""
+    header = ("network", "fastest dense", "ms", "× dense", "interval", "× compos.", "interval",
+              "verdict")  # fmt: skip
+    lines: list[tuple[str, ...]] = []
+    for row in rows:
+        if "dense" not in row:
+            lines.append((row["case"]["name"], *[""] * 6, "MISMATCH"))
+            continue
+        intervals = [
+            f"[{row[r]['low']:.2f}, {row[r]['high']:.2f}]" for r in ("dense", "composition")
+        ]
+        verdict = row["verdict"].upper() if row["verdict"] == "lose" else row["verdict"]
+        lines.append(
+            (row["case"]["name"], row["dense"]["name"], f"{row['median_s'] * 1e3:.1f}",
+             f"{row['dense']['ratio']:.2f}", intervals[0], f"{row['composition']['ratio']:.2f}",
+             intervals[1], verdict)
+        )  # fmt: skip
+    return header, lines
+
+
 def dispatch_table(rows: Sequence[Row]) -> list[str]:
     """Lays out dispatch rows: extra microseconds of a call over nn.Conv2d's."""
     return _lay_out(*dispatch_cells(rows))

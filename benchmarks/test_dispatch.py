@@ -46,8 +46,7 @@ def test_dispatch(mode: str, engine: str, benchmark: Any, session: Any) -> None:
         )
     torch.set_num_threads(threads)
     row = record.dispatch_row(mode, engine, TARGETS_US[mode], timings)
-    if benchmark is not None:
-        benchmark.extra_info.update(row)
+    session.extra_info(benchmark, "dispatch", row)
     session.record("dispatch").add(row)
     if engine != "reference":  # several operators a call, and never chosen for speed
         assert row["low_us"] <= MARGIN * TARGETS_US[mode]

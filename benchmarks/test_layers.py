@@ -59,6 +59,5 @@ def test_layer(case: Case, backend: str, benchmark: Any, session: Any) -> None:
             benchmark=benchmark,
         )
         row = record.layer_row(bench, match, timings, roofs)
-    if benchmark is not None:
-        benchmark.extra_info.update(row)
+    session.extra_info(benchmark, topic, row)
     session.record(topic).add(row)

@@ -25,17 +25,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("case", [pytest.param(case, id=case.name) for case in chosen])
 
 
-def test_network(case: NetworkCase, session: Any, tmp_path: Path) -> None:
+def test_network(case: NetworkCase, session: Any, benchmark: Any, tmp_path: Path) -> None:
     torch.manual_seed(1)
-    x = torch.randn(case.n, 3, case.size, case.size)
+    x = torch.randn(case.n, case.channels, case.size, case.size)
     with torch.no_grad():
-        row = measure(case, x, tmp_path, session.seconds)
+        row = measure(case, x, tmp_path, session.seconds, benchmark)
+    session.extra_info(benchmark, "models", row)
     session.record("models").add(row)
     assert row["match"]["ok"], f"wrong by {row['match']['worst']:.3g} times the bound; not timed"
 
 
-def measure(case: NetworkCase, x: Tensor, folder: Path, seconds: float) -> dict[str, Any]:
-    """Checks and times one network, beside (a) and then beside (b); returns its row."""
+def measure(
+    case: NetworkCase, x: Tensor, folder: Path, seconds: float, benchmark: Any = None
+) -> dict[str, Any]:
+    """Checks and times one network, beside (a) and then beside (b); returns its row.
+
+    pytest-benchmark, where it is given, collects the rounds beside (a).
+    """
     ours, dense, composition = (build(case, form, x) for form in (OURS, DENSE, COMPOSITION))
     image = x.to(memory_format=torch.channels_last)
     timings, absent = {}, {}
@@ -50,7 +56,7 @@ def measure(case: NetworkCase, x: Tensor, folder: Path, seconds: float) -> dict[
             return record.model_row(case, match, absent)
         timings[role] = timing.interleaved(
             runs, baseline=f"{role}:eager", target=OURS, rounds=12, warmup=0,
-            max_seconds=4 * seconds,
+            max_seconds=4 * seconds, benchmark=benchmark if role == DENSE else None,
         )  # fmt: skip
     names = layer_names(ours)
     runs = [amdahl.hooked_runs(net, image, names, _SAMPLES) for net in (dense, ours)]

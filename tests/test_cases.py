@@ -79,6 +79,26 @@ def test_the_kinds_of_cases_that_must_not_be_missing() -> None:
     assert {(case.n, case.dtype) for case in rows} == {(128, "bfloat16")}
 
 
+@pytest.mark.parametrize("family", ["vgg", "resnet", "densenet", "unet", "dncnn", "fpn", "odd"])
+def test_every_family_of_networks_has_its_shapes(family: str) -> None:
+    cases = [case for case in CPU_CASES if case.name.startswith(f"{family}-")]
+    assert len(cases) >= 2
+    assert all(case.output[0] > 0 for case in cases)
+    assert family in ("vgg", "resnet") or any(case.quick for case in cases)
+    if family == "odd":
+        assert all(case.c % 8 or case.f % 8 for case in cases)
+
+
+def test_a_record_names_its_command_without_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["/usr/bin/python3", "-m", "pytest", str(ROOT / "benchmarks"), "--rootdir", str(ROOT),
+             "--results", "/somewhere/else/r"]  # fmt: skip
+    monkeypatch.setattr(record.sys, "orig_argv", words)
+    monkeypatch.setenv("HETCONV_ISA", "avx2")
+    said = record.command()
+    assert said.startswith("HETCONV_ISA=avx2 ")
+    assert said.endswith("python -m pytest benchmarks --rootdir . --results r")
+
+
 @pytest.mark.parametrize("c", [64, 128, 256, 512])
 def test_the_speed_table_is_whole(c: int) -> None:
     size = {64: 56, 128: 28, 256: 14, 512: 7}[c]

@@ -51,6 +51,8 @@ def run(tmp_path: Path, old: Json, new: Json, *options: str) -> int:
         (1.5, 1.0, "slower", 1),
         (0.5, 1.0, "faster", 0),
         (1.5, 1.5, "drift", 0),
+        (2.0, 1.4, "unsteady", 2),
+        (0.5, 0.7, "unsteady", 2),
         (1.02, 1.0, "same", 0),
     ],
 )
@@ -80,6 +82,16 @@ def test_wide_intervals_hide_nothing_and_accuse_nobody(old: Json) -> None:
         s * (0.5 if i % 2 else 1.5) for i, s in enumerate(samples)
     ]
     assert compare.compare(old, new, 0.05)[0].verdict != "slower"
+
+
+def test_dispatch_is_compared_beside_dense_too() -> None:
+    old = json.loads((RESULTS / "dispatch-full.json").read_text())
+    for factors, verdict in (((1.6, 1.6), "drift"), ((1.6, 1.0), "slower")):
+        new = copy.deepcopy(old)
+        for name, factor in zip(("ours", "dense"), factors, strict=True):
+            variant = new["rows"][0]["timings"]["variants"][name]
+            variant["samples_s"] = [s * factor for s in variant["samples_s"]]
+        assert compare.compare(old, new, 0.05)[0].verdict == verdict
 
 
 def test_a_wrong_result_fails_and_a_right_one_does_not(tmp_path: Path, old: Json) -> None:

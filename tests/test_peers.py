@@ -26,8 +26,20 @@ def x() -> torch.Tensor:
 
 
 def test_cases_name_the_papers_networks() -> None:
-    assert [case.name for case in NETWORKS] == ["vgg16-het4", "resnet18-het4", "vgg16-sg70"]
-    assert {(case.n, case.size) for case in NETWORKS} == {(8, 224)}
+    names = [case.name for case in NETWORKS]
+    assert names[:3] == ["vgg16-het4", "resnet18-het4", "vgg16-sg70"]
+    assert names[3:] == ["resnet50-het4", "densenet121-het4", "dncnn-het4"]
+    assert {(case.n, case.size) for case in NETWORKS[:5]} == {(8, 224)}
+
+
+@pytest.mark.parametrize("case", NETWORKS[3:], ids=lambda case: case.name)
+def test_no_layer_of_ours_is_left_in_a_composition(case: NetworkCase) -> None:
+    image = torch.randn(2, case.channels, 32, 32)
+    with torch.no_grad():
+        ours, composition = (build(case, form, image) for form in ("ours", "composition"))
+        assert gate.network_match(ours, image, composition(image)).ok
+    assert export.support_layers(composition) == []
+    assert len(export.support_layers(ours)) > 10
 
 
 @pytest.mark.parametrize("kind", ["het", "self_group"])
@@ -72,6 +84,18 @@ def test_row_and_table(monkeypatch, x: torch.Tensor, tmp_path) -> None:
     header, _, line = table.model_table([row])
     assert header.startswith("network")
     assert line.startswith("small")
+
+
+def test_pytest_benchmark_collects_a_network(
+    request: pytest.FixtureRequest, monkeypatch, x: torch.Tensor, tmp_path
+) -> None:
+    pytest.importorskip("pytest_benchmark", reason="the collector is not installed")
+    benchmark = request.getfixturevalue("benchmark")
+    monkeypatch.setattr(peers, "PEERS", {"eager": peers.eager})
+    with torch.no_grad():
+        row = measure(SMALL, x, tmp_path, 0.05, benchmark)
+    samples = row["timings"]["dense"]["variants"]["ours"]["samples_s"]
+    assert benchmark.stats.stats.rounds == len(samples) >= 6
 
 
 def test_the_row_has_amdahls_bound() -> None:

@@ -64,8 +64,13 @@ def network(name: str = "net-het4", layers: Json | None = None) -> Json:
         "median_s": 1e-2,
         "dense": estimate(1.5, name="dense:onnxruntime"),
         "composition": estimate(0.7, name="composition:eager"),
-        "bound": {"dense_layers_s": 1, "our_layers_s": 1, "rest_s": 0, "speedup": 1.8},
-        "layers": {"a": [2e-3, 1e-3], "b": [1e-3, 3e-3], "new": [None, 1e-3], **(layers or {})},
+        "bound": {"our_layers_s": 1, "rest_s": 0, "speedup": 1.8, "over_best": 1.7},
+        "layers": {
+            "a": [2e-3, 1e-3, 3.0],
+            "b": [1e-3, 3e-3],
+            "new": [None, 1e-3],
+            **(layers or {}),
+        },
     }
 
 
@@ -175,12 +180,14 @@ def test_every_row_is_in_the_table_and_losses_are_marked() -> None:
     assert 'class="lost"' in lines["bad"]
     assert "2 missed" in lines["bad"]
     assert "▼ slower" in lines["bad"]
-    assert "▼ slower, as expected" in lines["known"]
+    assert "▼ slower (expected)" in lines["known"]
     assert "≈ the same" in lines["same"]
     assert "href" not in lines["same"]
     assert "✕ wrong result" in lines["wrong"]
     cells = {len(re.findall(r"<t[hd][ >]", line)) for line in lines.values()}
     assert cells == {len(re.findall("<button", text))}
+    assert "× composition" in text
+    assert "× prepacked" not in text  # no row has one
 
 
 def test_networks_and_dispatch_have_whole_lines() -> None:
@@ -195,6 +202,10 @@ def test_networks_and_dispatch_have_whole_lines() -> None:
         assert len({len(re.findall(r"<t[hd][ >]", line)) for line in lines}) == 1
     said = tags(tables.networks([network()]))
     assert "0.70 ▼ [0.60, 0.80] eager" in said
+    assert "1.70" in said
+    old = network()
+    del old["bound"]["over_best"]
+    assert "1.80" not in tables.networks([old])  # what older files called a bound was none
     assert "openvino" in said
     assert "▼ no" in tables.dispatch([row])
 

@@ -241,7 +241,7 @@ def roofline(name: str, points: Sequence[Point], roof: Roof, where: str) -> Pict
 @_styled
 def layer_bars(name: str, row: Json) -> Picture:
     """Draws the time of each convolution of a network, dense and ours, in the network's order."""
-    layers = [(layer, *times) for layer, times in row["layers"].items()]
+    layers = [(layer, *times[:2]) for layer, times in row["layers"].items()]
     shown, rest = layers, []
     if len(layers) > _MOST_BARS:
         longest = sorted(layers, key=lambda entry: -max(entry[1] or 0, entry[2]))[:_MOST_BARS]

@@ -172,9 +172,9 @@ script-src 'unsafe-inline'; img-src data:">
                     picture = layer_bars(f"layers-{results.name}-{row['case']['name']}", row)
                     drawn.append(f"<h4>{html.escape(picture.title)}</h4>" + self._figure(picture))
         bound = (
-            "<p>The bound is Amdahl's: the speed-up over the fastest dense engine if the "
-            "convolutions took what they take now and everything else what it takes in the eager "
-            "dense network.</p>"
+            "<p>The bound is Amdahl's: the speed-up over the fastest dense form if every "
+            "convolution took as much less time as it has fewer multiply-accumulates, and "
+            "everything else what it takes in the dense network.</p>"
         )
         if drawn:
             drawn.insert(0, f"<h3>Layer by layer</h3><p>{_READ_BARS}</p>")

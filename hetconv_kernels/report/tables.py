@@ -6,6 +6,7 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 from .results import Json, computed_dtype
@@ -94,7 +95,7 @@ def _layer(row: Json) -> Line:
     ratio = _number(row["dense_macs"] / max(row["macs"], 1), "{:.2f}")
     mark, said = _SIGNS[verdict]
     if verdict == "lose" and case["expected"] == "lose":
-        said += ", as expected"
+        said += " (expected)"
     if verdict == "wrong":
         empty = [_EMPTY] * 2
         return verdict, [name, Cell(said, mark=mark), on, dtype, *empty, ratio, *[_EMPTY] * 5]
@@ -132,8 +133,9 @@ def _network(row: Json) -> Line:
             _EMPTY if target is None else Cell(f"{target:g}{' missed' * missed}", target),
         ]
         if role == "dense":
-            bound = row.get("bound")
-            cells.append(_EMPTY if bound is None else _number(bound["speedup"], "{:.2f}"))
+            # Rows of older files have a bound that was none.
+            bound = row.get("bound", {}).get("over_best")
+            cells.append(_EMPTY if bound is None else _number(bound, "{:.2f}"))
     verdict = "lose" if lost_to_composition(row) else verdict
     return verdict, [*cells, Cell(", ".join(absent) or "none")]
 
@@ -179,14 +181,16 @@ def _verdict(estimate: Json) -> str:
 
 
 def _table(what: str, header: Sequence[str], lines: Sequence[Line]) -> str:
-    columns = zip(*(cells for _, cells in lines), strict=True)
+    columns = list(zip(*(cells for _, cells in lines), strict=True))
+    said = [any(cell.text for cell in column) for column in columns]  # an empty column says nothing
     numbers = [any(cell.key is not None for cell in column) for column in columns]
     heads = "".join(
         f'<th scope="col"{_class("number" * number)} aria-sort="none"><button type="button">'
         f"{html.escape(name)}</button></th>"
-        for name, number in zip(header, numbers, strict=True)
+        for name, number, kept in zip(header, numbers, said, strict=True)
+        if kept
     )
-    body = "\n".join(_line(verdict, cells) for verdict, cells in lines)
+    body = "\n".join(_line(verdict, list(compress(cells, said))) for verdict, cells in lines)
     return (
         f'<div class="table" role="region" tabindex="0" aria-label="table of {html.escape(what)}">'
         f"<table class=sortable><thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody></table>"
