@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 import hetconv_kernels as hk
-from benchmarks.bench import ENGINES, STEP, VERBS, Bench
+from benchmarks.bench import STEP, VERBS, Bench
 from benchmarks.cases import GPU_CASES, GPU_SHAPES, Case, het
 from benchmarks.record import Record, verdict
 from benchmarks.table import primitive_table
@@ -114,8 +114,11 @@ def measure(bench: Bench, verb: str, backend: str, seconds: float, roofs: Roofs)
                 "high": ratio.high,
                 "confidence": ratio.confidence,
             }
-    others = {name: f"ours-{name}" for name in ENGINES if f"ours-{name}" in timings.samples}
-    row["engines"] = {name: timings.median(sample) for name, sample in others.items()}
+    row["engines"] = {
+        name.removeprefix("ours-"): timings.median(name)
+        for name in timings.samples
+        if name.startswith("ours-") and name != "ours-unfrozen"
+    }
     row["verdict"] = verdict(row["dense"])
     row["timings"] = timings.to_dict()
     return row

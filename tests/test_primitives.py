@@ -124,7 +124,7 @@ def test_a_wrong_result_is_not_timed(
 def test_our_other_engines_are_measured_in_the_same_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(primitives, "ENGINES", ("vendor", "reference"))
+    monkeypatch.setattr("benchmarks.bench.ENGINES", ("vendor", "reference"))
     record = Record(tmp_path, "p")
     assert primitives.run(record, [(TINY, "dgrad")], "vendor", 0.02) == 0
     (row,) = record.data["rows"]

@@ -14,7 +14,8 @@ import torch
 
 import hetconv_kernels as hk
 from hetconv_kernels import ops
-from hetconv_kernels.backends.triton import choice, launch, wgrad_choice
+from hetconv_kernels.backends import capture
+from hetconv_kernels.backends.triton import choice, wgrad_choice
 from hetconv_kernels.backends.triton.calls import GatherCall
 from hetconv_kernels.backends.triton.choice import GatherChoice
 from hetconv_kernels.backends.triton.lowering import Lowering
@@ -203,9 +204,9 @@ def test_wgrad_brings_scattered_groups_together(support: str, gathers: int) -> N
     lowering = together.choice.lowering
     assert all(part.rows is None for part in lowering.parts)
     assert any(part.rows is not None for part in own.choice.lowering.parts) == bool(gathers)
-    launch.CONVERSIONS.clear()
+    capture.CONVERSIONS.clear()
     found = together.run(dy, x)
-    assert sum(launch.CONVERSIONS.values()) == gathers
+    assert sum(capture.CONVERSIONS.values()) == gathers
     torch.testing.assert_close(found, own.run(dy, x), rtol=1e-4, atol=1e-4)
     if support == "interleaved":  # three taps of own channels, and the centre tap of the others
         assert [part.taps for part in lowering.parts] == [3, 1]
@@ -266,7 +267,7 @@ def test_wgrad_by_boxes_equals_the_oracle(
     x, w, _, dy = tensors(geometry, torch.float16, size)
     p = problem("wgrad", geometry, dy, x, w, size)
     call = wgrad_call(p, reorder=reorder, box=box)
-    launch.CONVERSIONS.clear()
+    capture.CONVERSIONS.clear()
     boxed = call.run(dy, x)
     assert [key[3] for key in call._bound] == [True]
     assert all(part.adjacent(8) for part in call.choice.lowering.parts)
