@@ -55,8 +55,9 @@ def measured() -> str:
         f"({summary.provenance(prepacked)}). With engine and PyTorch held to AVX2, the "
         f"{len(narrow['rows'])} layers of that run are {held} times faster than dense "
         f"({summary.provenance(narrow)}).",
-        "Whole networks, HetConv p=4, beside PyTorch, torch.compile, ONNX Runtime and OpenVINO; "
-        "the composition is the same network written as grouped + 1×1 convolutions:",
+        "Whole networks, HetConv p=4 (het4) or self-grouped at 70 % (sg70), beside PyTorch, "
+        "torch.compile, ONNX Runtime and OpenVINO; the composition is the same network out of "
+        "PyTorch's own layers: grouped + 1×1, or a gather and a convolution for each group:",
         summary.networks(),
         "\n".join(models),
         "Every method in its paper's form, on a small network for the digits that scikit-learn "
