@@ -31,8 +31,7 @@ def takes(problem: Problem) -> bool:
     """Tells whether a frozen weight of this problem can be laid out for oneDNN in advance."""
     return (
         problem.verb == "fprop"
-        and problem.live_weight
-        and len(problem.weight_shape) == 1
+        and len(problem.weight_shape) == 1  # the live vector
         and problem.device.type == "cpu"
         and problem.dtype == problem.weight_dtype == torch.float32
         and problem.geometry.symmetric_padding is not None

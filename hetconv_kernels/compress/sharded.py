@@ -11,17 +11,8 @@ import torch.distributed as dist
 from torch import nn
 
 from ..errors import InputTypeError, mismatch
+from ..graph.convert import HOOKS
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
 # Tables of what hooks are called with, by the numbers of the hooks.
 _FLAGS = {
     "_forward_hooks_with_kwargs": "_forward_hooks",
@@ -93,7 +84,7 @@ def _check(model: nn.Module, modules: list[nn.Module], kind: type | None) -> Non
     parallel = [
         type(module).__name__
         for module in modules
-        for name in _HOOKS
+        for name in HOOKS
         for hook in vars(module).get(name, {}).values()
         if _home(hook).startswith(_TENSOR_PARALLEL)
     ]
@@ -112,14 +103,14 @@ def _is_touched(module: nn.Module, kind: type | None) -> bool:
     """Whether FSDP2 changed a module's class or put hooks on it."""
     if kind is not None and isinstance(module, kind):
         return True
-    hooks = (hook for name in _HOOKS for hook in vars(module).get(name, {}).values())
+    hooks = (hook for name in HOOKS for hook in vars(module).get(name, {}).values())
     return any(_home(hook).startswith(_FSDP) for hook in hooks)
 
 
 def _own(module: nn.Module, key: str, value: Any) -> Any:
     """Leaves FSDP2's hooks out of an attribute of a module, if it holds hooks."""
     table = _FLAGS.get(key, key)
-    if table not in _HOOKS:
+    if table not in HOOKS:
         return value
     kept = copy.copy(value)
     for number, hook in vars(module)[table].items():

@@ -17,7 +17,8 @@ from .. import stats
 from ..errors import ArgumentError, InputTypeError, mismatch
 from .rules import Keep, Rule
 
-_HOOKS = (
+# Where torch keeps the hooks of a module.
+HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
     "_backward_hooks",
@@ -262,7 +263,7 @@ def _answer(rule: Rule, name: str, module: nn.Module, shared: set[int]) -> nn.Mo
 
 
 def _what_would_be_lost(module: nn.Module, shared: set[int]) -> Iterator[str]:
-    if any(getattr(module, hooks, None) for hooks in _HOOKS):
+    if any(getattr(module, hooks, None) for hooks in HOOKS):
         yield "it has hooks, which a new module would not have; add them after converting"
     for name, parameter in module._parameters.items():
         if parameter is None:
