@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.table import _lay_out
+from benchmarks.table import lay_out
 from hetconv_kernels.report.schema import problems
 from hetconv_kernels.timing import median_interval
 
@@ -242,7 +242,7 @@ def table(changes: Sequence[Change]) -> list[str]:
         )
         for c in sorted(changes, key=lambda change: order.get(change.verdict, 0))
     ]
-    return _lay_out(header, lines)
+    return lay_out(header, lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

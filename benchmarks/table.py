@@ -12,7 +12,7 @@ Cells = tuple[Sequence[str], list[tuple[str, ...]]]  # the header, and the lines
 
 def layer_table(rows: Sequence[Row]) -> list[str]:
     """Lays out layer rows; ratios above 1 mean that our layer is faster."""
-    return _lay_out(*layer_cells(rows))
+    return lay_out(*layer_cells(rows))
 
 
 def layer_cells(rows: Sequence[Row]) -> Cells:
@@ -26,7 +26,7 @@ def layer_cells(rows: Sequence[Row]) -> Cells:
 
 def model_table(rows: Sequence[Row]) -> list[str]:
     """Lays out network rows; ratios above 1 mean that our network is faster."""
-    return _lay_out(*model_cells(rows))
+    return lay_out(*model_cells(rows))
 
 
 def model_cells(rows: Sequence[Row]) -> Cells:
@@ -63,7 +63,7 @@ def _model_line(row: Row) -> tuple[str, ...]:
 
 def training_table(rows: Sequence[Row]) -> list[str]:
     """Lays out training steps of whole networks; ratios above 1 mean that ours is faster."""
-    return _lay_out(*training_cells(rows))
+    return lay_out(*training_cells(rows))
 
 
 def training_cells(rows: Sequence[Row]) -> Cells:
@@ -89,7 +89,7 @@ def training_cells(rows: Sequence[Row]) -> Cells:
 
 def dispatch_table(rows: Sequence[Row]) -> list[str]:
     """Lays out dispatch rows: extra microseconds of a call over nn.Conv2d's."""
-    return _lay_out(*dispatch_cells(rows))
+    return lay_out(*dispatch_cells(rows))
 
 
 def dispatch_cells(rows: Sequence[Row]) -> Cells:
@@ -110,7 +110,7 @@ def dispatch_cells(rows: Sequence[Row]) -> Cells:
 
 def primitive_table(rows: Sequence[Row]) -> list[str]:
     """Lays out rows of single primitives: µs beside their floor, and ratios to the rivals."""
-    return _lay_out(*primitive_cells(rows))
+    return lay_out(*primitive_cells(rows))
 
 
 def primitive_cells(rows: Sequence[Row]) -> Cells:
@@ -186,7 +186,7 @@ def _ratio(estimate: Row | None) -> str:
     return "" if estimate is None else f"{estimate['ratio']:.2f}"
 
 
-def _lay_out(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+def lay_out(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
     """Pads columns; the first two are text, the others numbers on the right."""
     widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
     text = {0, 1, len(header) - 1}
