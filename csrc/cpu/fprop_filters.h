@@ -147,6 +147,7 @@ template <class S, class A> struct FiltersFprop {
     const Out<A> out = out_of<A>(p);
     const bool whole =
         sizeof(S) == sizeof(A) && s.lanes == FT && s.contiguous && p.y.sc == 1 && out.plain();
+    const bool near = s.contiguous && p.y.sc == 1 && (!p.res.data || p.res.sc == 1);
     const int tiles = ceil_div(nc, kMaxPixels), base = nc / tiles, more = nc % tiles;
     const FiltersKernel<A> big =
                                filters_kernel_for<A, NV>(base + 1 <= kMaxPixels ? base + 1 : base),
@@ -156,6 +157,9 @@ template <class S, class A> struct FiltersFprop {
       const int gr = least(group, nr - r0);
       const int64_t at = n * p.y.sn + int64_t(oy + r0) * p.y.sh + int64_t(ox) * p.y.sw;
       const int64_t res_at = n * p.res.sn + int64_t(oy + r0) * p.res.sh + int64_t(ox) * p.res.sw;
+      const S* to = reinterpret_cast<const S*>(p.y.data) + at + filters[0];
+      const S* res =
+          near && p.res.data ? reinterpret_cast<const S*>(p.res.data) + res_at + filters[0] : nullptr;
       for (int r = 0; r < gr; ++r) {
         const A* a = band + (r0 + r) * in_row;
         A* o = whole ? reinterpret_cast<A*>(p.y.data) + at + r * p.y.sh + filters[0]
@@ -163,9 +167,13 @@ template <class S, class A> struct FiltersFprop {
         const int64_t os = whole ? p.y.sw : FT;
         for (int t = 0, c = 0; t < tiles; ++t) {
           const int m = base + (t < more);
-          // The output comes near while it is computed.
-          for (int i = 0; whole && i < m; ++i)
-            for (int j = 0; j < NV; ++j) __builtin_prefetch(o + (c + i) * os + j * VL<A>, 1, 3);
+          // The output, and what is added to it, come near while they are computed.
+          for (int i = 0; near && i < m; ++i)
+            for (int j = 0; j < NV; ++j) {
+              __builtin_prefetch(to + r * p.y.sh + (c + i) * p.y.sw + j * VL<A>, 1, 3);
+              if (res)
+                __builtin_prefetch(res + r * p.res.sh + (c + i) * p.res.sw + j * VL<A>, 0, 3);
+            }
           (t < more ? big : small)(a + c * in_pixel, in_pixel, steps, w, o + c * os, os);
           c += m;
         }

@@ -70,22 +70,54 @@ template <class A>
 using FiltersKernel = void (*)(const A* a, ptrdiff_t ps, const FilterSteps& s, const A* w, A* o,
                                ptrdiff_t os);
 
+// The pixels of a tile by four base pointers and two distances, so that every operand is one address
+// of the processor. The compiler would rather keep each distance in a register of its own, and then
+// in memory: `renew` hides from it that they stay the same.
+template <class A, int MR> struct TilePixels {
+  ptrdiff_t once, thrice;
+  const A* at[(MR + 3) / 4];
+
+  explicit TilePixels(ptrdiff_t ps) : once(ps), thrice(3 * ps) {}
+  HC_INLINE void start(TilePixels& t, const A* p) {
+    asm("" : "+r"(t.once), "+r"(t.thrice));
+    HC_UNROLL for (int g = 0; g < (MR + 3) / 4; ++g) {
+      t.at[g] = g ? t.at[g - 1] + 4 * t.once : p;
+      asm("" : "+r"(t.at[g]));
+    }
+  }
+  HC_INLINE const A* of(const TilePixels& t, int i) {
+    const A* p = t.at[i / 4];
+    return i % 4 == 0 ? p : i % 4 == 1 ? p + t.once : i % 4 == 2 ? p + 2 * t.once : p + t.thrice;
+  }
+};
+
 // a: first pixel in the band, ps: distance of neighbouring pixels, w: packed weights, o: MR rows of
 // NV vectors, os apart.
 template <class A, int MR, int NV>
 static void filters_kernel(const A* a, ptrdiff_t ps, const FilterSteps& s, const A* w, A* o,
                            ptrdiff_t os) {
+  using Tile = TilePixels<A, MR>;
   Vec<A> acc[MR][NV];
-  HC_UNROLL for (int i = 0; i < MR; ++i) HC_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] =
-      Vec<A>{};
   const int* off = s.off;
+  if (s.paired) {
+    A sums[MR * NV * VL<A>];
+    const int* po = off + s.quads + s.singles + s.split * NV;
+    pairs_kernel<A, MR, NV>(a, ps, s, po,
+                            w + (4 * s.quads + s.singles + s.split) * ptrdiff_t(NV * VL<A>), sums);
+    HC_UNROLL for (int i = 0; i < MR; ++i) HC_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] =
+        load<A>(sums + (i * NV + j) * VL<A>);
+  } else {
+    HC_UNROLL for (int i = 0; i < MR; ++i) HC_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] =
+        Vec<A>{};
+  }
+  Tile t(ps);
   for (int q = 0; q < s.quads; ++q) {
-    const A* p = a + off[q];
+    Tile::start(t, a + off[q]);
     HC_UNROLL for (int c = 0; c < 4; ++c) {
       Vec<A> b[NV];
       HC_UNROLL for (int j = 0; j < NV; ++j) b[j] = load<A>(w + (c * NV + j) * VL<A>);
       HC_UNROLL for (int i = 0; i < MR; ++i) {
-        const Vec<A> x = splat<A>(p[i * ps + c]);
+        const Vec<A> x = splat<A>(Tile::of(t, i)[c]);
         HC_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] += x * b[j];
       }
     }
@@ -93,11 +125,11 @@ static void filters_kernel(const A* a, ptrdiff_t ps, const FilterSteps& s, const
   }
   off += s.quads;
   for (int q = 0; q < s.singles; ++q) {
-    const A* p = a + off[q];
+    Tile::start(t, a + off[q]);
     Vec<A> b[NV];
     HC_UNROLL for (int j = 0; j < NV; ++j) b[j] = load<A>(w + j * VL<A>);
     HC_UNROLL for (int i = 0; i < MR; ++i) {
-      const Vec<A> x = splat<A>(p[i * ps]);
+      const Vec<A> x = splat<A>(*Tile::of(t, i));
       HC_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] += x * b[j];
     }
     w += NV * VL<A>;
@@ -105,28 +137,22 @@ static void filters_kernel(const A* a, ptrdiff_t ps, const FilterSteps& s, const
   off += s.singles;
   for (int q = 0; q < s.split; ++q) {
     HC_UNROLL for (int j = 0; j < NV; ++j) {
-      const A* p = a + off[q * NV + j];
+      Tile::start(t, a + off[q * NV + j]);
       const Vec<A> b = load<A>(w + j * VL<A>);
-      HC_UNROLL for (int i = 0; i < MR; ++i) acc[i][j] += splat<A>(p[i * ps]) * b;
+      HC_UNROLL for (int i = 0; i < MR; ++i) acc[i][j] += splat<A>(*Tile::of(t, i)) * b;
     }
     w += NV * VL<A>;
   }
   off += s.split * NV;
-  if (s.paired) {
-    A sums[MR * NV * VL<A>];
-    pairs_kernel<A, MR, NV>(a, ps, s, off, w, sums);
-    HC_UNROLL for (int i = 0; i < MR; ++i) HC_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] +=
-        load<A>(sums + (i * NV + j) * VL<A>);
-    for (int j = 0; j < NV; ++j) {
-      off += s.pairs[j] + 2 * s.halves[j];
-      w += 2 * VL<A> * (s.pairs[j] + s.halves[j]);
-    }
+  for (int j = 0; s.paired && j < NV; ++j) {
+    off += s.pairs[j] + 2 * s.halves[j];
+    w += 2 * VL<A> * (s.pairs[j] + s.halves[j]);
   }
   for (int q = 0; q < s.straight; ++q) {
     HC_UNROLL for (int j = 0; j < NV; ++j) {
-      const A* p = a + off[q * NV + j];
+      Tile::start(t, a + off[q * NV + j]);
       const Vec<A> b = load<A>(w + j * VL<A>);
-      HC_UNROLL for (int i = 0; i < MR; ++i) acc[i][j] += load<A>(p + i * ps) * b;
+      HC_UNROLL for (int i = 0; i < MR; ++i) acc[i][j] += load<A>(Tile::of(t, i)) * b;
     }
     w += NV * VL<A>;
   }
@@ -134,12 +160,12 @@ static void filters_kernel(const A* a, ptrdiff_t ps, const FilterSteps& s, const
   const A* turn = static_cast<const A*>(s.perms);
   for (int q = 0; q < s.turned; ++q) {
     HC_UNROLL for (int j = 0; j < NV; ++j) {
-      const A* p = a + off[q * NV + j];
+      Tile::start(t, a + off[q * NV + j]);
       const Vec<A> b = load<A>(w + j * VL<A>);
       const typename Lane<A>::ivec index =
           (typename Lane<A>::ivec)load<A>(turn + (q * NV + j) * VL<A>);
       HC_UNROLL for (int i = 0; i < MR; ++i) acc[i][j] +=
-          turn_lanes<A>(load<A>(p + i * ps), index) * b;
+          turn_lanes<A>(load<A>(Tile::of(t, i)), index) * b;
     }
     w += NV * VL<A>;
   }
