@@ -3,6 +3,7 @@
 // segments).
 #pragma once
 #include <omp.h>
+#include "ahead.h"
 #include "emit.h"
 #include "micro_filters.h"
 #include "pack.h"
@@ -132,9 +133,28 @@ template <class S, class A> struct FiltersFprop {
     return size_t(scratch_pixels(c)) * 2 * VL<A> * 2 * sizeof(A) + 4 * HETCONV_VECTOR_BYTES;
   }
 
+  // The input of a unit, if its pixels are whole in memory.
+  Ahead ahead_of(int64_t unit, int64_t nb, int64_t strips, int segments) const {
+    Ahead a;
+    if (p.x.sc != 1) return a;
+    const int oy = int(unit / strips % nb) * rows, ox = int(unit % strips) * cols;
+    const int y0 = most(0, oy * p.sh - p.pt),
+              y1 = least(p.H, (oy + rows - 1) * p.sh - p.pt + (L.KH - 1) * p.dh + 1);
+    const int x0 = most(0, ox * p.sw - p.pl),
+              x1 = least(p.W, (ox + cols - 1) * p.sw - p.pl + (L.KW - 1) * p.dw + 1);
+    if (y1 <= y0 || x1 <= x0) return a;
+    a.base =
+        p.x.data + (unit / (nb * strips) * p.x.sn + y0 * p.x.sh + x0 * p.x.sw) * int64_t(sizeof(S));
+    a.pitch = p.x.sh * int64_t(sizeof(S));
+    a.span = ((x1 - x0 - 1) * p.x.sw + p.C) * int64_t(sizeof(S));
+    a.rows = y1 - y0;
+    a.spread(int64_t(segments) * rows * ceil_div(cols, kMaxPixels));
+    return a;
+  }
+
   template <int NV>
   void segment(const FilterSegment& s, const A* band, A* scratch, int64_t n, int oy, int ox, int nr,
-               int nc) {
+               int nc, Ahead& ahead) {
     constexpr int FT = NV * VL<A>;
     const FilterSteps steps{
         off + s.col0,    s.quads,
@@ -174,6 +194,7 @@ template <class S, class A> struct FiltersFprop {
               if (res)
                 __builtin_prefetch(res + r * p.res.sh + (c + i) * p.res.sw + j * VL<A>, 0, 3);
             }
+          Ahead::step<false>(ahead);
           (t < more ? big : small)(a + c * in_pixel, in_pixel, steps, w, o + c * os, os);
           c += m;
         }
@@ -225,12 +246,16 @@ template <class S, class A> struct FiltersFprop {
           pack_channels_last<S, A>(p, x, ya, xa, oy, ox, nr, nc, Cb, band);
         held = unit;
         const int s0 = int(L.count * share / shares), s1 = int(L.count * (share + 1) / shares);
+        const int64_t following = queue.expected(self);
+        Ahead ahead = following >= 0 && following / shares != unit
+                          ? ahead_of(following / shares, nb, strips, s1 - s0)
+                          : Ahead{};
         for (int s = s0; s < s1; ++s) {
           const FilterSegment& g = L.segments[s];
           if (g.nv == 2)
-            segment<2>(g, a, scratch, n, oy, ox, nr, nc);
+            segment<2>(g, a, scratch, n, oy, ox, nr, nc, ahead);
           else
-            segment<1>(g, a, scratch, n, oy, ox, nr, nc);
+            segment<1>(g, a, scratch, n, oy, ox, nr, nc, ahead);
         }
       }
     }
