@@ -76,7 +76,12 @@ template <class S, class A> struct FiltersFprop {
 
   // Picks the band so that it fits its share of the cache.
   void choose_band() {
-    Cb = ceil_div(p.C, VL<A>) * VL<A>;
+    // Lanes that read channels of their own want whole vectors of them; few channels else lie as
+    // close as in memory.
+    bool whole_vectors = p.C >= VL<A>;
+    for (int s = 0; s < L.count && !whole_vectors; ++s)
+      whole_vectors = L.segments[s].straight + L.segments[s].turned > 0;
+    Cb = whole_vectors ? ceil_div(p.C, VL<A>) * VL<A> : p.C;
     if (int64_t(Cb) * sizeof(A) % 1024 == 0)
       Cb += 64 / int(sizeof(A));  // neighbouring pixels in different cache sets
     direct = sizeof(S) == sizeof(A) && p.x.sc == 1 && L.KH == 1 && L.KW == 1 && p.pt <= 0 &&

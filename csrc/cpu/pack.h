@@ -29,10 +29,10 @@ static void pack_run_channels_last(const S* x, int64_t sc, int64_t sh, int64_t s
       int c = 0;
       for (; c < full; c += VL<A>) store<A>(d + c, read<S, A>(x + c));
       if (c < C) {
-        store<A>(d + c, read_n<S, A>(x + c, C - c));
+        store_n<A>(d + c, read_n<S, A>(x + c, C - c), least(VL<A>, Cb - c));
         c += VL<A>;
       }
-      zero_fill(d + c, Cb - c);
+      if (c < Cb) zero_fill(d + c, Cb - c);
     }
   } else if (px == 1) {
     for (int c0 = 0; c0 < Cb; c0 += VL<A>)
