@@ -143,4 +143,4 @@ def _composed(case: NetworkCase, fused: FusedConv2d) -> nn.Module:
         inner = GatherPerGroup(shape, support, weight)
         for conv, group in zip(inner.convs, support.groups, strict=True):
             conv.bias = nn.Parameter(fused.shift[torch.from_numpy(group.filters.copy())])
-    return export.PlainConv2d(inner, (0, 0, 0, 0), fused.act)
+    return export.PlainConv2d(inner, (0, 0, 0, 0), fused.act, fused.pool)

@@ -53,7 +53,8 @@ class Plan:
         residual_strides: Sequence[int] = ...,
         act: str = ...,
         threads: int = ...,
-    ) -> None: ...
+        pool: Sequence[int] | None = ...,
+    ) -> bool: ...
 
 class Wgrad:
     def __init__(

@@ -18,14 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .backends.common import pad_image
+from .backends.common import max_pooled, pad_image
 from .errors import HetconvError, InputTypeError, TraceError, mismatch
 from .graph.check import verify
 from .graph.trace import FAILURES, as_inputs, check_network
 from .nn import FrequencyConv2d, FusedConv2d, GroupedConv2d, SupportConv2d, SupportLinear
 from .nn.base import SupportLayer
 from .packing import dense_weight, own_blocks
-from .problem import Geometry, read_ints
+from .problem import Geometry, Pool, read_ints
 
 _ACTS = {
     "none": lambda y: y,
@@ -37,23 +37,31 @@ _ACTS = {
 
 
 class PlainConv2d(nn.Module):
-    """act(conv(x) + bias + residual) in PyTorch's own operators: what `plain` makes of a
+    """act(conv(x) + bias + residual), pooled, in PyTorch's own operators: what `plain` makes of a
     `FusedConv2d`.
 
     Attributes:
         conv: an ``nn.Conv2d`` (or what computes as one).
         pads: zeros around the image, in pixels: top, bottom, left, right.
         act: the activation.
+        pool: max-pooling of that, or None.
     """
 
-    def __init__(self, conv: nn.Module, pads: tuple[int, int, int, int], act: str) -> None:
+    def __init__(
+        self,
+        conv: nn.Module,
+        pads: tuple[int, int, int, int],
+        act: str,
+        pool: Pool | None = None,
+    ) -> None:
         super().__init__()
-        self.conv, self.pads, self.act = conv, pads, act
+        self.conv, self.pads, self.act, self.pool = conv, pads, act, pool
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Convolves, adds and activates.  # [N, C, H, W] -> [N, F, OH, OW]"""
+        """Convolves, adds, activates and pools.  # [N, C, H, W] -> [N, F, OH, OW]"""
         y = self.conv(pad_image(x, self.pads) if any(self.pads) else x)
-        return _ACTS[self.act](y if residual is None else y + residual)
+        y = _ACTS[self.act](y if residual is None else y + residual)
+        return y if self.pool is None else max_pooled(y, self.pool)
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -84,7 +92,7 @@ def _replaced(module: nn.Module) -> nn.Module:
         symmetric = geometry.symmetric_padding
         conv = _conv2d(geometry, module.weight, module.shift, symmetric or (0, 0))
         pads = (0, 0, 0, 0) if symmetric is not None else geometry.pads
-        return PlainConv2d(conv, pads, module.act).train(module.training)
+        return PlainConv2d(conv, pads, module.act, module.pool).train(module.training)
     if isinstance(module, SupportConv2d):
         conv = module.to_conv2d()
         groups = module.support.uniform_groups or 1

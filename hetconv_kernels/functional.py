@@ -13,9 +13,9 @@ from torch.autograd import profiler as _profiler
 
 from . import backends, ops
 from .autograd import EagerCall, transforms_active
-from .backends.common import channel_statistics, epilogue
+from .backends.common import channel_statistics, epilogue, max_pooled
 from .packing import bits_on
-from .problem import Geometry, check_call, check_kinds, make_geometry
+from .problem import Geometry, Pool, check_call, check_kinds, make_geometry
 from .support import Support
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -95,6 +95,7 @@ def fused_conv2d(
     shift: Tensor | None = None,
     residual: Tensor | None = None,
     act: str = "none",
+    pool: Pool | None = None,
 ) -> Tensor:
     """Computes act(scale · conv(x, weight) + shift + residual) in one pass over the output.
 
@@ -110,9 +111,10 @@ def fused_conv2d(
         shift: per filter (folded batch normalisation, bias).  # [F]
         residual: added before the activation.  # [N, F, OH, OW]
         act: ``"none"``, ``"relu"``, ``"relu6"``, ``"silu"`` or ``"gelu"``.
+        pool: max-pooling of that, or None.
 
     Returns:
-        y.  # [N, F, OH, OW]
+        y, pooled where asked for.  # [N, F, OH, OW]
 
     Raises:
         ArgumentError, InputTypeError, BackendError: as `support_conv2d`.
@@ -129,12 +131,14 @@ def fused_conv2d(
         ops.check_epilogue(geometry, x, scale, residual, act)
         bare = scale is None and residual is None
         y = conv2d(x, weight, shift if bare else None, geometry, backend)
-        return epilogue(y, scale, None if bare else shift, residual, act)
+        y = epilogue(y, scale, None if bare else shift, residual, act)
+        return y if pool is None else max_pooled(y, pool)
     if _traced(x, weight):
         check_kinds(x, weight, shift, mixed)
         bits, ints = _op_arguments(geometry, x)
-        return torch.ops.hetconv.fprop(x, weight, bits, scale, shift, residual, act, ints, backend)
-    return ops.run_fprop(x, weight, geometry, shift, backend, mixed, scale, residual, act)
+        y = torch.ops.hetconv.fprop(x, weight, bits, scale, shift, residual, act, ints, backend)
+        return y if pool is None else max_pooled(y, pool)
+    return ops.run_fprop(x, weight, geometry, shift, backend, mixed, scale, residual, act, pool)
 
 
 def conv2d_stats(

@@ -28,6 +28,7 @@ from .flops import register_flop_formulas
 from .problem import (
     ACTIVATIONS,
     Geometry,
+    Pool,
     Problem,
     check_call,
     check_image,
@@ -66,6 +67,7 @@ def run_fprop(
     scale: Tensor | None = None,
     residual: Tensor | None = None,
     act: str = "none",
+    pool: Pool | None = None,
 ) -> Tensor:
     """Computes y = act(scale · conv(x, w) + shift + residual) with the backend of choice.
 
@@ -79,6 +81,7 @@ def run_fprop(
         scale: per filter.  # [F]
         residual: of y's shape and dtype.  # [N, F, OH, OW]
         act: one of `ACTIVATIONS`.
+        pool: max-pooling of that, or None.
 
     Returns:
         y.  # [N, F, OH, OW]
@@ -95,6 +98,7 @@ def run_fprop(
         backend,
         mixed,
         act,
+        pool,
         None if shift is None else (shift.shape, shift.dtype, shift.device),
         None if scale is None else (scale.shape, scale.device),
         None if residual is None else (residual.shape, residual.dtype, residual.device),
@@ -105,6 +109,9 @@ def run_fprop(
         check_epilogue(geometry, x, scale, residual, act)
         extras = {"scale": scale, "shift": shift, "residual": residual}
         problem = describe("fprop", geometry, x, x, w, tuple(x.shape[2:]), extras, act)
+        if pool is not None:
+            _check_pool(pool, problem.output_size)
+            problem = replace(problem, pool=pool)
         choice = _remember(geometry, key, problem, backend)
     if ranges.active:
         return ranges.run(choice, x, w, scale, shift, residual)
@@ -287,6 +294,13 @@ def check_epilogue(
                     f"the output's {' '.join(map(str, expected))}",
                 )
             )
+
+
+def _check_pool(pool: Pool, size: Sequence[int]) -> None:
+    if min(pool.output_size(*size)) < 1:
+        raise ArgumentError(
+            mismatch("size to be pooled", tuple(size), f"an image that {pool} has a place in")
+        )
 
 
 def _check_gradient(geometry: Geometry, dy: Tensor, size: Sequence[int]) -> None:

@@ -198,6 +198,25 @@ def memory_format(first: Tensor, second: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+class Pool(NamedTuple):
+    """Max-pooling of a convolution's output, as ``nn.MaxPool2d`` does it, without dilation.
+
+    Attributes:
+        kernel: (vertical, horizontal), in pixels.
+        stride: the same.
+        padding: the same, at most half of the kernel.
+    """
+
+    kernel: Pair
+    stride: Pair
+    padding: Pair
+
+    def output_size(self, height: int, width: int) -> Pair:
+        """Returns the pooled height and width of height × width pixels."""
+        (kh, kw), (sh, sw), (ph, pw) = self
+        return (height + 2 * ph - kh) // sh + 1, (width + 2 * pw - kw) // sw + 1
+
+
 @dataclass(frozen=True)
 class Problem:
     """One call of one primitive, free of tensors and of backends.
@@ -216,6 +235,7 @@ class Problem:
         channels_last: the memory format of a 4-D result, as `memory_format` says.
         epilogue: which of scale, shift, residual and stats are asked for, in that order.
         act: the activation, one of `ACTIVATIONS`.
+        pool: what follows the activation, or None.
     """
 
     verb: str
@@ -231,6 +251,7 @@ class Problem:
     channels_last: bool
     epilogue: tuple[str, ...] = ()
     act: str = "none"
+    pool: Pool | None = None
 
     @property
     def support(self) -> Support:

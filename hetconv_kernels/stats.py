@@ -254,6 +254,11 @@ class _Recorder(TorchDispatchMode):
         if weights is not None and (self.fc or not hasattr(module, "in_features")):
             live, dense, filters = weights.live, weights.dense, weights.filters
             values = output.numel()
+            if isinstance(module, FusedConv2d) and module.pool is not None:  # it was larger
+                height, width = args[0].shape[2:]
+                values = (
+                    len(output) * filters * math.prod(module._geometry.output_size(height, width))
+                )
             positions = values // filters
             if isinstance(module, _ConvTransposeNd):
                 positions = args[0].numel() // module.in_channels

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <optional>
 
 #include "dgrad.h"
 #include "wgrad.h"
@@ -157,11 +158,22 @@ static Problem layer(const Lowered& low, const std::array<int64_t, 3>& nhw, cons
   return p;
 }
 
-static void run_fprop(const Plan& plan, const Packed& packed, uintptr_t x, const Strides& xs,
+// Every window must have an output in it.
+static void check_pool(const Pool& q, const Problem& p) {
+  const bool steps = q.sh > 0 && q.sw > 0 && q.Ho >= 0 && q.Wo >= 0;
+  const bool starts = q.pt >= 0 && q.pl >= 0 && q.pt < q.KH && q.pl < q.KW;
+  const bool ends =
+      (q.Ho - 1) * int64_t(q.sh) - q.pt < p.Ho && (q.Wo - 1) * int64_t(q.sw) - q.pl < p.Wo;
+  if (!steps || !starts || !ends)
+    throw std::invalid_argument("a window of the pooling has no output in it");
+}
+
+static bool run_fprop(const Plan& plan, const Packed& packed, uintptr_t x, const Strides& xs,
                       const std::array<int64_t, 3>& nhw, uintptr_t y, const Strides& ys,
                       const Pair& out, const Pair& stride, const Pair& padding,
                       const Pair& dilation, uintptr_t scale, uintptr_t shift, uintptr_t residual,
-                      const Strides& rs, const std::string& act, int threads) {
+                      const Strides& rs, const std::string& act, int threads,
+                      const std::optional<std::array<int, 8>>& pool) {
   Problem p = layer(plan.lowered(), nhw, out, stride, padding, dilation, threads);
   const DType dtype = plan.dtype(), wide = dtype == DType::f64 ? DType::f64 : DType::f32;
   p.x = view("x", x, xs, dtype);
@@ -170,8 +182,15 @@ static void run_fprop(const Plan& plan, const Packed& packed, uintptr_t x, const
   p.scale = reinterpret_cast<const void*>(checked("scale", scale, wide));
   p.shift = reinterpret_cast<const void*>(checked("shift", shift, wide));
   p.act = act_named(act);
+  Pool q{};
+  if (pool) {
+    const std::array<int, 8>& v = *pool;
+    q = Pool{v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]};
+    check_pool(q, p);
+    p.pool = &q;
+  }
   py::gil_scoped_release release;
-  fprop(plan, packed, p);
+  return fprop(plan, packed, p);
 }
 
 static std::unique_ptr<Wgrad> make_wgrad(const py::buffer& mask, const std::string& dtype,
@@ -234,7 +253,7 @@ PYBIND11_MODULE(_cpu, m) {
            py::arg("nhw"), py::arg("y"), py::arg("y_strides"), py::arg("out"), py::arg("stride"),
            py::arg("padding"), py::arg("dilation"), py::arg("scale") = 0, py::arg("shift") = 0,
            py::arg("residual") = 0, py::arg("residual_strides") = Strides{},
-           py::arg("act") = "none", py::arg("threads") = 1);
+           py::arg("act") = "none", py::arg("threads") = 1, py::arg("pool") = py::none());
 
   py::class_<Wgrad>(m, "Wgrad")
       .def(py::init(&make_wgrad), py::arg("mask"), py::arg("dtype") = "float32",

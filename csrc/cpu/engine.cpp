@@ -108,10 +108,10 @@ Packed::Packed(const Plan& plan, const WeightView& w, DType from, int threads)
   plan.kernels().pack[int(plan.dtype())](low, w, from, data_.get(), usable_threads(threads));
 }
 
-void fprop(const Plan& plan, const Packed& packed, Problem p) {
-  if (p.N == 0 || p.F == 0 || p.Ho <= 0 || p.Wo <= 0) return;
+bool fprop(const Plan& plan, const Packed& packed, Problem p) {
+  if (p.N == 0 || p.F == 0 || p.Ho <= 0 || p.Wo <= 0) return true;
   p.threads = usable_threads(p.threads);
-  plan.kernels().fprop[int(plan.dtype())](plan.lowered(), plan.offsets(), p, packed.data());
+  return plan.kernels().fprop[int(plan.dtype())](plan.lowered(), plan.offsets(), p, packed.data());
 }
 
 }  // namespace hetconv

@@ -24,6 +24,7 @@ class Packed {
 };
 
 int usable_threads(int threads);  // one after a fork: the OpenMP runtime's pool does not survive it
-void fprop(const Plan& plan, const Packed& packed, Problem p);
+// False: it cannot be pooled as it is computed, and nothing was written.
+bool fprop(const Plan& plan, const Packed& packed, Problem p);
 
 }  // namespace hetconv

@@ -138,18 +138,16 @@ template <class S, class A> struct FiltersFprop {
     return size_t(scratch_pixels(c)) * 2 * VL<A> * 2 * sizeof(A) + 4 * HETCONV_VECTOR_BYTES;
   }
 
-  // The input of a unit, if its pixels are whole in memory.
-  Ahead ahead_of(int64_t unit, int64_t nb, int64_t strips, int segments) const {
+  // The input of a band, if its pixels are whole in memory, for so many segments to fetch.
+  Ahead input_of(int64_t n, int oy, int ox, int segments) const {
     Ahead a;
     if (p.x.sc != 1) return a;
-    const int oy = int(unit / strips % nb) * rows, ox = int(unit % strips) * cols;
     const int y0 = most(0, oy * p.sh - p.pt),
               y1 = least(p.H, (oy + rows - 1) * p.sh - p.pt + (L.KH - 1) * p.dh + 1);
     const int x0 = most(0, ox * p.sw - p.pl),
               x1 = least(p.W, (ox + cols - 1) * p.sw - p.pl + (L.KW - 1) * p.dw + 1);
     if (y1 <= y0 || x1 <= x0) return a;
-    a.base =
-        p.x.data + (unit / (nb * strips) * p.x.sn + y0 * p.x.sh + x0 * p.x.sw) * int64_t(sizeof(S));
+    a.base = p.x.data + (n * p.x.sn + y0 * p.x.sh + x0 * p.x.sw) * int64_t(sizeof(S));
     a.pitch = p.x.sh * int64_t(sizeof(S));
     a.span = ((x1 - x0 - 1) * p.x.sw + p.C) * int64_t(sizeof(S));
     a.rows = y1 - y0;
@@ -183,8 +181,9 @@ template <class S, class A> struct FiltersFprop {
       const int64_t at = n * p.y.sn + int64_t(oy + r0) * p.y.sh + int64_t(ox) * p.y.sw;
       const int64_t res_at = n * p.res.sn + int64_t(oy + r0) * p.res.sh + int64_t(ox) * p.res.sw;
       const S* to = reinterpret_cast<const S*>(p.y.data) + at + filters[0];
-      const S* res =
-          near && p.res.data ? reinterpret_cast<const S*>(p.res.data) + res_at + filters[0] : nullptr;
+      const S* res = near && p.res.data
+                         ? reinterpret_cast<const S*>(p.res.data) + res_at + filters[0]
+                         : nullptr;
       for (int r = 0; r < gr; ++r) {
         const A* a = band + (r0 + r) * in_row;
         A* o = whole ? reinterpret_cast<A*>(p.y.data) + at + r * p.y.sh + filters[0]
@@ -252,9 +251,11 @@ template <class S, class A> struct FiltersFprop {
         held = unit;
         const int s0 = int(L.count * share / shares), s1 = int(L.count * (share + 1) / shares);
         const int64_t following = queue.expected(self);
-        Ahead ahead = following >= 0 && following / shares != unit
-                          ? ahead_of(following / shares, nb, strips, s1 - s0)
-                          : Ahead{};
+        const int64_t next = following / shares;
+        Ahead ahead;
+        if (following >= 0 && next != unit)
+          ahead = input_of(next / (nb * strips), int(next / strips % nb) * rows,
+                           int(next % strips) * cols, s1 - s0);
         for (int s = s0; s < s1; ++s) {
           const FilterSegment& g = L.segments[s];
           if (g.nv == 2)

@@ -2,6 +2,7 @@
 // The kernel table of one ISA. Included once by each isa_*.cpp, which says what a vector is.
 #include "fprop_filters.h"
 #include "fprop_pixels.h"
+#include "fprop_pooled.h"
 #include "pack_weights.h"
 #include "wgrad_channels.h"
 #include "wgrad_pixels.h"
@@ -10,11 +11,13 @@ namespace hetconv {
 namespace HETCONV_NS {
 
 template <class S, class A>
-static void fprop(const Lowered& L, OffsetCache* cache, const Problem& p, const void* packed) {
+static bool fprop(const Lowered& L, OffsetCache* cache, const Problem& p, const void* packed) {
+  if (p.pool) return L.form == Form::filters && fprop_pooled<S, A>(L, cache, p, packed);
   if (L.form == Form::filters)
     fprop_filters<S, A>(L, cache, p, packed);
   else
     fprop_pixels<S, A>(L, cache, p, packed);
+  return true;
 }
 
 }  // namespace HETCONV_NS

@@ -70,9 +70,9 @@ template <class A>
 using FiltersKernel = void (*)(const A* a, ptrdiff_t ps, const FilterSteps& s, const A* w, A* o,
                                ptrdiff_t os);
 
-// The pixels of a tile by four base pointers and two distances, so that every operand is one address
-// of the processor. The compiler would rather keep each distance in a register of its own, and then
-// in memory: `renew` hides from it that they stay the same.
+// The pixels of a tile by four base pointers and two distances, so that every operand is one
+// address of the processor. The compiler would rather keep each distance in a register of its own,
+// and then in memory: `renew` hides from it that they stay the same.
 template <class A, int MR> struct TilePixels {
   ptrdiff_t once, thrice;
   const A* at[(MR + 3) / 4];

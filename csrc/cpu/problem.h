@@ -17,6 +17,8 @@ constexpr size_t kWgradBytes = 900u << 10;        // bands of input and output g
 constexpr size_t kChannelBandBytes = 640u << 10;  // the same with channels in vectors
 constexpr size_t kSumsBytes = 256u << 10;         // of wgrad that each thread may keep a copy of
 constexpr size_t kTurnBytes = 128u << 10;         // accumulators that wait for their transposition
+constexpr size_t kPooledBytes = 512u << 10;       // outputs that wait to be pooled
+constexpr size_t kPooledBandBytes = 448u << 10;   // the band that they come from
 
 enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 enum class Act : int { none = 0, relu = 1, relu6 = 2, silu = 3, gelu = 4 };
@@ -26,6 +28,13 @@ enum class Form : int { filters = 0, pixels = 1 };
 struct View {
   char* data;
   int64_t sn, sc, sh, sw;
+};
+
+// Max-pooling of what a call computes: y (py, px) is the largest of the outputs (py * sh - pt + ky,
+// px * sw - pl + kx) that exist. NaN wins.
+struct Pool {
+  int KH, KW, sh, sw, pt, pl;
+  int Ho, Wo;  // pooled pixels
 };
 
 // One call. Output (oy, ox), tap (ky, kx) reads input (oy * sh - pt + ky * dh, ox * sw - pl + kx *
@@ -39,6 +48,7 @@ struct Problem {
   const void* shift;  // per filter, accumulation type, or null
   Act act;
   int threads;
+  const Pool* pool;  // or null; then y is pooled, with filters innermost
 };
 
 // One column of the implicit GEMM.
@@ -132,7 +142,8 @@ struct Kernels {
   const int* windows;
   int turns;
   const int* turned_windows;
-  void (*fprop[4])(const Lowered&, OffsetCache*, const Problem&, const void* packed);
+  // False: it cannot be pooled as it is computed, and nothing was written.
+  bool (*fprop[4])(const Lowered&, OffsetCache*, const Problem&, const void* packed);
   void (*pack[4])(const Lowered&, const WeightView&, DType from, void* packed, int threads);
   void (*wgrad_pixels[4])(const Lowered&, OffsetCache*, const Problem&, void* dw,
                           const int64_t* strides);

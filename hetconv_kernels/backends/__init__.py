@@ -8,14 +8,18 @@ chooses and explains; nothing is copied or converted to make a backend fit.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 from ..errors import BackendError, mismatch
 from ..problem import Problem
+from .common import max_pooled
+from .rates import POOL, POOLED
 
 # The integers travel in exported programs: a number, once given, is never reused.
 CODES = {"auto": 0, "reference": 1, "vendor": 2, "cpu": 3, "triton": 4, "cuda": 5}
@@ -44,7 +48,7 @@ class Backend(Protocol):
         ...
 
     def estimate(self, problem: Problem) -> float:
-        """Predicts the time of one call, in seconds."""
+        """Predicts the time of one call, pooling left out, in seconds."""
         ...
 
     def measured(self, problem: Problem) -> bool:
@@ -57,6 +61,8 @@ class Backend(Protocol):
 
     def fprop(self, problem: Problem) -> Runner:
         """Prepares y = act(scale · conv(x, w) + shift + residual).
+
+        An engine with a method ``pools(problem)`` that answers True computes max-pooling of it too.
 
         Returns:
             A callable (x, w, scale, shift, residual) -> y.  # [N, F, OH, OW]
@@ -180,19 +186,36 @@ def choose(problem: Problem, code: int) -> Choice:
             )
         return _ready(engine, problem)
     best = vendor = get_backend("vendor")
-    best_time = vendor.estimate(problem)
+    best_time = predict(vendor, problem)
     for engine in _engines().values():
         if engine.name in ("vendor", "reference") or engine.unsupported_reasons(problem):
             continue
         margin = 1.0 if engine.measured(problem) else UNMEASURED_MARGIN
-        time = engine.estimate(problem) * margin
+        time = predict(engine, problem) * margin
         if time < best_time:
             best, best_time = engine, time
     return _ready(best, problem)
 
 
+def predict(engine: Backend, problem: Problem) -> float:
+    """Predicts the time of one call with all that belongs to it, in seconds."""
+    seconds = engine.estimate(problem)
+    if problem.pool is None or problem.device.type != "cpu":
+        return seconds
+    share = POOLED if _pools(engine, problem) else 1.0
+    return seconds + share * POOL * math.prod(problem.y_shape) * problem.dtype.itemsize
+
+
+def _pools(engine: Backend, problem: Problem) -> bool:
+    pools: Callable[[Problem], bool] | None = getattr(engine, "pools", None)
+    return pools is not None and pools(problem)
+
+
 def _ready(engine: Backend, problem: Problem) -> Choice:
     prepare = {"fprop": engine.fprop, "dgrad": engine.dgrad, "wgrad": engine.wgrad}[problem.verb]
+    if problem.pool is not None and not _pools(engine, problem):
+        run, pool = engine.fprop(replace(problem, pool=None)), problem.pool
+        return Choice(engine, problem, lambda *operands: max_pooled(run(*operands), pool))
     if "stats" in problem.epilogue:  # from the accumulators, where an engine can
         prepare = getattr(engine, "fprop_stats", prepare)
     return Choice(engine, problem, prepare(problem))

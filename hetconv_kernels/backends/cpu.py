@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from ..packing import FrozenCache, dense_weight
 from ..problem import Problem
 from ..support import Support
 from . import Runner
-from .common import empty, is_linear, is_pointwise, to_format
+from .common import empty, is_linear, is_pointwise, max_pooled, to_format
 from .rates import DOUBT, ENGINE, FAR_COMPUTE, FAR_WEIGHT, GRADIENT, PACK, VERB, WGRAD
 
 _MAX_INT = 2**31 - 1
@@ -95,14 +96,23 @@ class Cpu:
         plan = self._plan(problem)
         return min(1.0, plan.useful / plan.cost) if plan.cost else 1.0
 
+    def pools(self, problem: Problem) -> bool:
+        """Whether max-pooling happens while a band of the output is in the cache."""
+        return problem.channels_last and self._plan(problem).form == "filters"
+
     def fprop(self, problem: Problem) -> Runner:
-        """Prepares y = act(scale · conv(x, w) + shift + residual)."""
+        """Prepares y = act(scale · conv(x, w) + shift + residual), and its pooling."""
         geometry, plan = problem.geometry, self._plan(problem)
         packed = self._packer("fprop", plan, problem)
         wide = torch.promote_types(problem.dtype, torch.float32)
         padding = (geometry.pads[0], geometry.pads[2])
         sizes = _sizes(problem)
         act, run_engine, threads = problem.act, plan.fprop, torch.get_num_threads
+        pool, shape, pooling = problem.pool, problem.y_shape, None
+        if pool is not None:
+            pooled_size = pool.output_size(*problem.output_size)
+            shape = (*shape[:2], *pooled_size)
+            pooling = (*pool.kernel, *pool.stride, *pool.padding, *pooled_size)
 
         def run(
             x: Tensor,
@@ -111,7 +121,7 @@ class Cpu:
             shift: Tensor | None,
             residual: Tensor | None,
         ) -> Tensor:
-            y = empty(problem.y_shape, x, problem)
+            y = empty(shape, x, problem)
             x = x.resolve_neg()  # the engine reads memory, where a lazy sign does not show
             # The per-filter vectors are the only operands that are ever converted.
             if scale is not None:
@@ -121,7 +131,7 @@ class Cpu:
             if residual is not None:
                 residual = residual.resolve_neg()
             size, out_size, strides = sizes(x, y, residual)
-            run_engine(
+            done = run_engine(
                 packed(w),
                 x.data_ptr(),
                 strides(x),
@@ -138,8 +148,13 @@ class Cpu:
                 _NO_RESIDUAL if residual is None else strides(residual),
                 act,
                 threads(),
+                pooling,
             )
-            return y
+            if done or pool is None:
+                return y
+            # Not even one row of the pooled image fits in the cache.
+            whole = self.fprop(replace(problem, pool=None))
+            return max_pooled(whole(x, w, scale, shift, residual), pool)
 
         return run
 

@@ -63,6 +63,9 @@ SMALL_IMAGE, SMALL_MAC, SMALL_CALL = 20480, 1.6e-11, 6e-6
 FAR_WEIGHT, FAR_COMPUTE = 1.0e-10, 1.7
 # A dense Support saves no work: there a prediction this much better may be chance.
 DOUBT = 1.15
+# Max-pooling in a pass of its own: per byte of what it reads; and as a share of that, where it is
+# pooled as it is computed.
+POOL, POOLED = 5e-11, 0.2
 # A trained weight is packed at each call: seconds per dense weight.
 PACK = 3e-10
 # dgrad runs at a lower rate than fprop with the same multiply-accumulates.

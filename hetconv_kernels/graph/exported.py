@@ -45,9 +45,12 @@ def lift(model: nn.Module, inputs: tuple[Any, ...]) -> fx.GraphModule:
             continue
         residual = node.args[5] if "fprop" in str(node.target) else None
         modules[owner] = model.get_submodule(owner)
-        with traced.graph.inserting_before(node):
+        # A fused layer's forward may end with pooling, an operator of its own here.
+        pooled = getattr(modules[owner], "pool", None) is not None
+        last = next(iter(node.users)) if pooled else node
+        with traced.graph.inserting_before(last):
             data = (node.args[0],) if residual is None else (node.args[0], residual)
-            node.replace_all_uses_with(traced.graph.call_module(owner, data))
+            last.replace_all_uses_with(traced.graph.call_module(owner, data))
     traced.graph.eliminate_dead_code()
     # What is left of the exported tensors may have names below a layer's: they get names apart.
     for place, node in enumerate(n for n in traced.graph.nodes if n.op == "get_attr"):

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from ..nn import SupportConv2d, SupportLinear, fuse
 from ..nn.base import SupportLayer
+from ..problem import Pool
 from ..support import Support
 from .layout import set_module
 from .names import module_of, name_of
@@ -63,8 +64,8 @@ def fold(traced: fx.GraphModule) -> Folded:
     """Folds a traced network in place, for inference.
 
     Each convolution takes over the batch normalisation after it (as scale of its weights and
-    shift), a sum with a tensor of its own size, and a ReLU, ReLU6, SiLU or GELU, as one
-    `FusedConv2d`. Each step is taken over only if nothing else reads what came before it. Where
+    shift), a sum with a tensor of its own size, a ReLU, ReLU6, SiLU or GELU, and max-pooling, as
+    one `FusedConv2d`. Each step is taken over only if nothing else reads what came before it. Where
     two convolutions meet in a sum, the one with a Support takes it: PyTorch's dense convolution
     adds in a pass of its own anyway. Layers with a Support that remain are frozen, and so are dense
     linear layers, whose weights are then laid out for the matrix product only once. Linear layers
@@ -128,12 +129,14 @@ class _Chain(NamedTuple):
         parts: names of the other steps.
         bn: the batch normalisation.
         act: the activation.
+        pool: the max-pooling, which is the last.
     """
 
     nodes: tuple[fx.Node, ...]
     parts: tuple[str, ...] = ()
     bn: nn.BatchNorm2d | None = None
     act: str = "none"
+    pool: Pool | None = None
 
     @property
     def residual(self) -> fx.Node | None:
@@ -146,18 +149,23 @@ class _Chain(NamedTuple):
     def shorter(self) -> _Chain:
         """Gives up everything from the sum on."""
         place = self.parts.index("residual")
-        return self._replace(nodes=self.nodes[: place + 1], parts=self.parts[:place], act="none")
+        nodes, parts = self.nodes[: place + 1], self.parts[:place]
+        return self._replace(nodes=nodes, parts=parts, act="none", pool=None)
 
 
 def _chain(conv: fx.Node) -> _Chain:
     chain = _Chain((conv,))
-    while len(chain.nodes[-1].users) == 1 and chain.act == "none":
+    while len(chain.nodes[-1].users) == 1 and chain.pool is None:
         last, user = chain.nodes[-1], next(iter(chain.nodes[-1].users))
         module = module_of(user)
         summed = _is_sum(user, last)
-        act = _activation(user)
+        act, pool = _activation(user), _pool(user)
         step: dict[str, Any]
-        if type(module) is nn.BatchNorm2d and not chain.parts and module.running_mean is not None:
+        if pool is not None:
+            step = {"parts": (*chain.parts, "maxpool"), "pool": pool}
+        elif chain.act != "none":
+            break
+        elif type(module) is nn.BatchNorm2d and not chain.parts and module.running_mean is not None:
             step = {"parts": ("bn",), "bn": module}
         elif summed and "residual" not in chain.parts:
             step = {"parts": (*chain.parts, "residual")}
@@ -198,6 +206,27 @@ def _activation(node: fx.Node) -> str | None:
     return None
 
 
+def _pool(node: fx.Node) -> Pool | None:
+    """Returns the max-pooling that a node is; None for another step, or a form we do not have."""
+    if name_of(node) != "max_pool2d":
+        return None
+    names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+    module = module_of(node)
+    if module is not None:
+        found = {name: getattr(module, name) for name in names}
+    else:
+        found = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
+    kernel, stride = found.get("kernel_size"), found.get("stride")
+    pairs = [
+        (v, v) if isinstance(v, int) else tuple(v)  # type: ignore[arg-type]
+        for v in (kernel, stride or kernel, found.get("padding", 0))
+    ]
+    others = found.get("dilation", 1), found.get("ceil_mode"), found.get("return_indices")
+    plain = others[0] in (1, (1, 1), [1, 1]) and not others[1] and not others[2]
+    same = all(len(pair) == 2 and all(isinstance(v, int) for v in pair) for pair in pairs)
+    return Pool(*pairs) if plain and same else None
+
+
 def _why_not(module: nn.Module, node: fx.Node) -> str | None:
     """Says why a convolution cannot be fused; None also for what is no convolution."""
     if isinstance(module, nn.Conv2d):
@@ -220,7 +249,7 @@ def _replace(
     traced: fx.GraphModule, node: fx.Node, conv: nn.Conv2d | SupportConv2d, chain: _Chain
 ) -> None:
     """Puts one fused layer in the place of a chain: at its end, where all operands are there."""
-    set_module(traced, str(node.target), fuse(conv, chain.bn, chain.act).eval())
+    set_module(traced, str(node.target), fuse(conv, chain.bn, chain.act, chain.pool).eval())
     residual = chain.residual
     data = node.args if residual is None else (*node.args, residual)
     last = chain.nodes[-1]

@@ -20,7 +20,7 @@ from ..nn import (
     SupportConv2d,
     SupportLinear,
 )
-from ..problem import Geometry
+from ..problem import Geometry, Pool
 from ..support import Support
 
 Json = dict[str, Any]
@@ -105,6 +105,7 @@ def layer_to_json(module: nn.Module) -> Json | None:
                 "dilation": geometry.dilation,
                 "act": module.act,
                 "backend": module.backend,
+                "pool": module.pool,
             },
         }
     if isinstance(module, FrequencyConv2d) and kind is FrequencyConv2d:
@@ -177,7 +178,9 @@ def _build(
     if kind is FusedConv2d:
         geometry = Geometry(support, arguments["stride"], arguments["pads"], arguments["dilation"])
         weight, shift = (torch.empty(n, dtype=dtype) for n in (support.live, support.filters))
-        return FusedConv2d(geometry, weight, shift, arguments["act"], arguments["backend"])
+        act, backend = arguments["act"], arguments["backend"]
+        pool = None if arguments["pool"] is None else Pool(*arguments["pool"])
+        return FusedConv2d(geometry, weight, shift, act, backend, pool)
     if kind is FrequencyConv2d:
         return _frequency(arguments, described, support, dtype)
     own = kind in (HetConv2d, GroupedConv2d)  # their Support follows from their arguments

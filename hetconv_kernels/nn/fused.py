@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import ArgumentError, InputTypeError, SupportError, mismatch
 from ..functional import fused_conv2d
 from ..packing import bits_on, dense_weight, live_weight
-from ..problem import ACTIVATIONS, Geometry, make_geometry
+from ..problem import ACTIVATIONS, Geometry, Pool, make_geometry
 from ..support import Support
 from .base import ForcedBackend
 from .conv import SupportConv2d, expanded_weight
@@ -20,20 +20,27 @@ from .conv import SupportConv2d, expanded_weight
 class FusedConv2d(ForcedBackend):
     """act(conv(x) + shift + residual), with the scale of batch normalisation in the weight.
 
-    Made by `fuse`. Holds the live weights as a buffer, nothing dense, and does not train.
+    Where it has a `Pool`, that is max-pooled, on a CPU while it is in the cache. Made by `fuse`.
+    Holds the live weights as a buffer, nothing dense, and does not train.
 
     Shape:
-        x [N, C, H, W], residual and output [N, F, OH, OW].
+        x [N, C, H, W], residual [N, F, OH, OW] and output the same, or what pooling makes of it.
     """
 
     weight: Tensor
     shift: Tensor
 
     def __init__(
-        self, geometry: Geometry, weight: Tensor, shift: Tensor, act: str, backend: str | None
+        self,
+        geometry: Geometry,
+        weight: Tensor,
+        shift: Tensor,
+        act: str,
+        backend: str | None,
+        pool: Pool | None = None,
     ) -> None:
         super().__init__()
-        self._geometry, self.act, self.backend = geometry, act, backend
+        self._geometry, self.act, self.backend, self.pool = geometry, act, backend, pool
         self.register_buffer("weight", weight)
         self.register_buffer("shift", shift)
 
@@ -71,20 +78,25 @@ class FusedConv2d(ForcedBackend):
             shift=self.shift,
             residual=residual,
             act=self.act,
+            pool=self.pool,
         )
 
     def extra_repr(self) -> str:
         """Says the Support and the activation."""
         f, c, kh, kw = self.support.shape
+        pool = "" if self.pool is None else f"pool={tuple(self.pool)}, "
         return (
             f"{c}, {f}, kernel_size={(kh, kw)}, stride={self._geometry.stride}, act={self.act}, "
-            f"support={self.support.kind}, density={self.support.density:.3g}"
+            f"{pool}support={self.support.kind}, density={self.support.density:.3g}"
         )
 
 
 @torch.no_grad()
 def fuse(
-    conv: nn.Conv2d | SupportConv2d, bn: nn.BatchNorm2d | None = None, act: str = "none"
+    conv: nn.Conv2d | SupportConv2d,
+    bn: nn.BatchNorm2d | None = None,
+    act: str = "none",
+    pool: Pool | None = None,
 ) -> FusedConv2d:
     """Fuses a convolution with what follows it, for inference; the originals are left alone.
 
@@ -92,9 +104,10 @@ def fuse(
         conv: an ``nn.Conv2d`` or a layer of this package, with zero padding.
         bn: the batch normalisation after it, with running statistics.
         act: ``"none"``, ``"relu"``, ``"relu6"``, ``"silu"`` or ``"gelu"``.
+        pool: max-pooling after that, or None.
 
     Returns:
-        A FusedConv2d that equals ``act(bn(conv(x)) + residual)`` in evaluation mode.
+        A FusedConv2d that equals ``pool(act(bn(conv(x)) + residual))`` in evaluation mode.
 
     Raises:
         InputTypeError: ``conv`` is neither, or ``bn`` is no batch normalisation.
@@ -135,4 +148,4 @@ def fuse(
         shift = shift if bn.bias is None else shift + bn.bias.to(wide)
     scaled = (dense.to(wide) * scale[:, None, None, None]).to(dense.dtype)
     live = live_weight(geometry.support, scaled)
-    return FusedConv2d(geometry, live, shift.to(dense.dtype), act, backend)
+    return FusedConv2d(geometry, live, shift.to(dense.dtype), act, backend, pool)

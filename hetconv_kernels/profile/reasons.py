@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from .. import functional, ops
-from ..backends import NAMES, available_backends, choose, get_backend
+from ..backends import NAMES, available_backends, choose, get_backend, predict
 from ..explain import problem_of
 from ..nn import FrequencyConv2d, FusedConv2d, SupportConv2d, SupportLinear
 from ..problem import Problem
@@ -59,9 +60,10 @@ def _problem(layer: nn.Module, arguments: tuple[Any, ...]) -> Problem | None:
         x = functional._autocast(x) if functional._autocasting(x) else x
         extras = {"shift": layer.shift, "residual": residual}
         size = (x.shape[2], x.shape[3])
-        return ops.describe(
+        found = ops.describe(
             "fprop", layer._geometry, x, x, layer.weight, size, extras, layer.act
         )  # fmt: skip
+        return replace(found, pool=layer.pool)
     if isinstance(layer, SupportLinear):
         pixels = x.reshape(-1, x.shape[-1], 1, 1)
         extras = {"shift": layer.bias}
@@ -72,4 +74,4 @@ def _problem(layer: nn.Module, arguments: tuple[Any, ...]) -> Problem | None:
 def _micros(problem: Problem, name: str) -> str:
     engine = get_backend(name)
     guess = "" if engine.measured(problem) else " (not measured on this hardware)"
-    return f"{engine.estimate(problem) * 1e6:.0f} µs{guess}"
+    return f"{predict(engine, problem) * 1e6:.0f} µs{guess}"
