@@ -3,6 +3,7 @@
 // format.
 #pragma once
 #include <cmath>
+#include <limits>
 #include "vec.h"
 
 namespace hetconv {
@@ -83,6 +84,25 @@ template <class S, class A> struct Lanes {
   }
 };
 
+// One row of pixels of VL neighbouring filters, with nothing but a shift, a residual and a ReLU:
+// what most layers have, without a question for each pixel.
+template <class S, class A>
+static void emit_simple(const Lanes<S, A>& k, const A* acc, ptrdiff_t pitch, int cols, S* y,
+                        int64_t yw, const S* res, int64_t rw) {
+  const A least_value = k.o.act == Act::relu ? A(0) : -std::numeric_limits<A>::infinity();
+  const Vec<A> floor = splat<A>(least_value), shift = k.shift;
+  if (res)
+    for (int c = 0; c < cols; ++c) {
+      const Vec<A> v = load<A>(acc + c * pitch) + shift + read<S, A>(res + c * rw);
+      write<S, A>(y + c * yw, floor > v ? floor : v);
+    }
+  else
+    for (int c = 0; c < cols; ++c) {
+      const Vec<A> v = load<A>(acc + c * pitch) + shift;
+      write<S, A>(y + c * yw, floor > v ? floor : v);
+    }
+}
+
 // Accumulators pixel by pixel, lanes = filters: rows x cols pixels, `pitch` elements apart, to y at
 // element offset `at`.
 template <class S, class A>
@@ -93,6 +113,13 @@ static void emit_pixels(const Out<A>& o, const int* filters, int lanes, bool con
   const S* res = o.res.data ? reinterpret_cast<const S*>(o.res.data) + res_at : nullptr;
   for (int l0 = 0; l0 < lanes; l0 += VL<A>) {
     const Lanes<S, A> k(o, filters + l0, least(VL<A>, lanes - l0), contiguous);
+    if (k.vectors && k.n == VL<A> && !o.scale && (o.act == Act::none || o.act == Act::relu)) {
+      const int f0 = filters[l0];
+      for (int r = 0; r < rows; ++r)
+        emit_simple<S, A>(k, acc + int64_t(r) * cols * pitch + l0, pitch, cols, y + r * o.y.sh + f0,
+                          o.y.sw, res ? res + r * o.res.sh + f0 : nullptr, o.res.sw);
+      continue;
+    }
     for (int r = 0; r < rows; ++r)
       for (int c = 0; c < cols; ++c)
         Lanes<S, A>::put(k, load<A>(acc + (int64_t(r) * cols + c) * pitch + l0),
