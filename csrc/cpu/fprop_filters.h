@@ -12,6 +12,8 @@
 namespace hetconv {
 namespace HETCONV_NS {
 
+constexpr int kTasksPerThread = 32;
+
 // A 1x1 layer over a dense pixel space is one long row of pixels.
 static inline bool rows_are_flat(const View& v, int W) {
   return !v.data || v.sh == int64_t(W) * v.sw;
@@ -38,11 +40,12 @@ static inline Problem flatten_pointwise(const Lowered& L, const Problem& p) {
   return q;
 }
 
-// Shares of the segments so that there are enough tasks for the threads.
+// Shares of the segments, so that the last task to end does not keep the other threads waiting long.
+// A thread that takes several shares of a band packs it once.
 static inline int shares_for(int64_t units, int count, int threads) {
-  if (threads <= 1 || units >= 4 * int64_t(threads)) return 1;
-  return int(most<int64_t>(
-      1, least<int64_t>(count, ceil_div<int64_t>(4 * int64_t(threads), most<int64_t>(units, 1)))));
+  if (threads <= 1) return 1;
+  const int64_t wanted = kTasksPerThread * int64_t(threads);
+  return int(least<int64_t>(count, ceil_div(wanted, most<int64_t>(units, 1))));
 }
 
 template <class A>
