@@ -27,6 +27,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import ArgumentError, InputTypeError, mismatch
+from .problem import Geometry, Pool
 from .support import Support
 
 # What a traced run cannot do with values it does not have; the real run can.
@@ -254,11 +255,10 @@ class _Recorder(TorchDispatchMode):
         if weights is not None and (self.fc or not hasattr(module, "in_features")):
             live, dense, filters = weights.live, weights.dense, weights.filters
             values = output.numel()
-            if isinstance(module, FusedConv2d) and module.pool is not None:  # it was larger
-                height, width = args[0].shape[2:]
-                values = (
-                    len(output) * filters * math.prod(module._geometry.output_size(height, width))
-                )
+            pool, geometry = getattr(module, "pool", None), getattr(module, "_geometry", None)
+            if isinstance(pool, Pool) and isinstance(geometry, Geometry):
+                height, width = args[0].shape[2:]  # its own output was larger
+                values = len(output) * filters * math.prod(geometry.output_size(height, width))
             positions = values // filters
             if isinstance(module, _ConvTransposeNd):
                 positions = args[0].numel() // module.in_channels

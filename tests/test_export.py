@@ -16,6 +16,7 @@ import hetconv_kernels as hk
 from hetconv_kernels import export
 from hetconv_kernels.errors import ArgumentError, InputTypeError
 from hetconv_kernels.nn import FusedConv2d, GroupedConv2d, SupportLinear, fuse
+from hetconv_kernels.problem import Pool
 
 
 def operators(program: torch.export.ExportedProgram) -> set[str]:
@@ -37,6 +38,7 @@ LAYERS = {
     "reflect": lambda: build("het", 3, padding=1, padding_mode="reflect"),
     **{path: lambda path=path: frequency_layer(path) for path in ("frequency", "spatial")},
     "fused": lambda: fuse(build("het", 3, padding=1), nn.BatchNorm2d(F).eval(), "silu"),
+    "fused-pooled": lambda: fuse(nn.Conv2d(C, F, 3), None, "relu", Pool((3, 2), (2, 1), (1, 0))),
     "fused-groups": lambda: fuse(nn.Conv2d(C, F, 3, groups=4), act="relu6"),
     "fused-uneven": lambda: fuse(nn.Conv2d(C, F, 2, padding="same"), act="gelu"),
 }

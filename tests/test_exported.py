@@ -11,6 +11,7 @@ from torch import nn
 import hetconv_kernels as hk
 from hetconv_kernels.graph.exported import lift
 from hetconv_kernels.nn import HetConv2d, fuse
+from hetconv_kernels.problem import Pool
 
 
 def called(model: nn.Module, x: torch.Tensor) -> list[str]:
@@ -30,8 +31,9 @@ def called(model: nn.Module, x: torch.Tensor) -> list[str]:
         hk.nn.GroupedConv2d(4, 4, 3, groups=2),
         HetConv2d(4, 4, 3).freeze(),
         fuse(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4).eval(), "relu"),
+        fuse(nn.Conv2d(4, 4, 3), None, "relu", Pool((2, 2), (1, 1), (0, 0))),
     ],
-    ids=["same", "depthwise", "norm", "het", "grouped", "frozen", "fused"],
+    ids=["same", "depthwise", "norm", "het", "grouped", "frozen", "fused", "pooled"],
 )
 def test_layers_come_back(layer: nn.Module) -> None:
     model = nn.ModuleDict({"inner": layer}).eval()

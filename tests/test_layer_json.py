@@ -8,13 +8,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from layers import BUILDERS, F, build
+from layers import BUILDERS, C, F, build
 from torch import nn
 
 import hetconv_kernels as hk
 from hetconv_kernels.errors import FileError
 from hetconv_kernels.graph.layer_json import layer_from_json, layer_to_json
 from hetconv_kernels.nn import SupportLinear, fuse
+from hetconv_kernels.problem import Pool
 
 MODULES = {
     "conv": lambda: nn.Conv2d(4, 6, (3, 5), 2, (1, 2), 2, 2, False, "reflect", dtype=torch.half),
@@ -46,6 +47,7 @@ MODULES = {
         backend="vendor",
         coefficients=np.arange(15).reshape(3, 5) % 4 == np.zeros((6, 4, 1, 1)),
     ),
+    "pooled": lambda: fuse(nn.Conv2d(C, F, 3), None, "relu", Pool((3, 3), (2, 2), (1, 1))),
     "fused": lambda: fuse(build("het", 3, padding="same"), nn.BatchNorm2d(F).eval(), "silu"),
 }
 

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import hetconv_kernels as hk
 from hetconv_kernels import stats
 from hetconv_kernels.errors import ArgumentError, InputTypeError
+from hetconv_kernels.problem import Pool
 
 
 class Lambda(nn.Module):
@@ -197,6 +198,14 @@ def test_fused_layers_count_their_shift_as_bias():
     assert stats.macs(fused, (8, 6, 6)) == 192 * 16
     assert stats.macs(fused, (8, 6, 6), bias=True) == 192 * 16 + 8 * 16
     assert stats.live_parameters(fused) == 192 + 8
+
+
+def test_pooled_layers_count_what_they_compute_not_what_is_left():
+    conv, pool = hk.nn.HetConv2d(8, 8, 3, p=4, bias=False), Pool((3, 3), (2, 2), (1, 1))
+    pooled = hk.nn.fuse(conv, None, "relu", pool)
+    assert pooled(torch.randn(2, 8, 6, 6)).shape == (2, 8, 2, 2)
+    assert stats.macs(pooled, (2, 8, 6, 6)) == stats.macs(conv, (2, 8, 6, 6)) == 2 * 192 * 16
+    assert stats.macs(pooled, (8, 6, 6), bias=True) == 192 * 16 + 8 * 16
 
 
 def test_networks_that_look_at_values_run_for_real():

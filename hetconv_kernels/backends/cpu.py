@@ -98,7 +98,8 @@ class Cpu:
 
     def pools(self, problem: Problem) -> bool:
         """Whether max-pooling happens while a band of the output is in the cache."""
-        return problem.channels_last and self._plan(problem).form == "filters"
+        pointwise = is_pointwise(problem)  # its rows of pixels are not the image's
+        return not pointwise and problem.channels_last and self._plan(problem).form == "filters"
 
     def fprop(self, problem: Problem) -> Runner:
         """Prepares y = act(scale · conv(x, w) + shift + residual), and its pooling."""

@@ -179,7 +179,7 @@ def _build(
         geometry = Geometry(support, arguments["stride"], arguments["pads"], arguments["dilation"])
         weight, shift = (torch.empty(n, dtype=dtype) for n in (support.live, support.filters))
         act, backend = arguments["act"], arguments["backend"]
-        pool = None if arguments["pool"] is None else Pool(*arguments["pool"])
+        pool = None if arguments["pool"] is None else Pool(*map(tuple, arguments["pool"]))
         return FusedConv2d(geometry, weight, shift, act, backend, pool)
     if kind is FrequencyConv2d:
         return _frequency(arguments, described, support, dtype)

@@ -114,6 +114,38 @@ static std::string compare_planted(const char* what, const Values& got, const Va
 
 static bool strict(const Plan& plan) { return plan.lowered().form == hetconv::Form::pixels; }
 
+// Max-pooling as it is computed gives the largest of what `p` gave, y.
+static std::string check_pooled(const Case& c, const Plan& plan, const Packed& packed, Problem p,
+                                const Values& y) {
+  Random r(c.seed * 3 + 7);
+  const Conv& v = c.conv;
+  hetconv::Pool q{int(pick(r, 1, 4)), int(pick(r, 1, 4)), int(pick(r, 1, 3)), int(pick(r, 1, 3))};
+  q.pt = int(pick(r, 0, q.KH / 2));
+  q.pl = int(pick(r, 0, q.KW / 2));
+  if (v.Ho + 2 * q.pt < q.KH || v.Wo + 2 * q.pl < q.KW) return "";
+  q.Ho = (v.Ho + 2 * q.pt - q.KH) / q.sh + 1;
+  q.Wo = (v.Wo + 2 * q.pl - q.KW) / q.sw + 1;
+  Tensor pooled(r, c.dtype, {v.N, v.F, q.Ho, q.Wo}, false);
+  p.y = pooled.view();
+  p.pool = &q;
+  const bool done = hetconv::fprop(plan, packed, p);
+  if (!pooled.gaps_intact()) return "pooled fprop wrote beside its output";
+  if (!done) return "";
+  const Values got = pooled.read();
+  for (int64_t plane = 0, i = 0; plane < int64_t(v.N) * v.F; ++plane)
+    for (int py = 0; py < q.Ho; ++py)
+      for (int px = 0; px < q.Wo; ++px, ++i) {
+        double largest = -INFINITY;
+        for (int oy = py * q.sh - q.pt; oy < py * q.sh - q.pt + q.KH; ++oy)
+          for (int ox = px * q.sw - q.pl; ox < px * q.sw - q.pl + q.KW; ++ox)
+            if (oy >= 0 && oy < v.Ho && ox >= 0 && ox < v.Wo)
+              largest = std::max(largest, y[size_t((plane * v.Ho + oy) * v.Wo + ox)]);
+        if (got[size_t(i)] != largest)
+          return differ("pooled fprop", size_t(i), got[size_t(i)], largest);
+      }
+  return "";
+}
+
 std::string check_fprop(const Case& c, const Plan& plan) {
   Random r(c.seed * 3 + 1);
   const Conv& v = c.conv;
@@ -177,7 +209,7 @@ std::string check_fprop(const Case& c, const Plan& plan) {
     if (!(std::fabs(got[i] - expected) <= bound) && got[i] != expected)
       return differ("fprop", i, got[i], expected);
   }
-  return "";
+  return check_pooled(c, plan, packed, p, got);
 }
 
 std::string check_dgrad(const Case& c) {
