@@ -18,14 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .backends.common import max_pooled, pad_image
+from .backends.common import pad_image
 from .errors import HetconvError, InputTypeError, TraceError, mismatch
 from .graph.check import verify
 from .graph.trace import FAILURES, as_inputs, check_network
 from .nn import FrequencyConv2d, FusedConv2d, GroupedConv2d, SupportConv2d, SupportLinear
 from .nn.base import SupportLayer
 from .packing import dense_weight, own_blocks
-from .problem import Geometry, Pool, read_ints
+from .pooling import Pool, max_pooled
+from .problem import Geometry, read_ints
 
 _ACTS = {
     "none": lambda y: y,

@@ -13,9 +13,10 @@ from torch.autograd import profiler as _profiler
 
 from . import backends, ops
 from .autograd import EagerCall, transforms_active
-from .backends.common import channel_statistics, epilogue, max_pooled
+from .backends.common import channel_statistics, epilogue
 from .packing import bits_on
-from .problem import Geometry, Pool, check_call, check_kinds, make_geometry
+from .pooling import Pool, max_pooled
+from .problem import Geometry, check_call, check_kinds, make_geometry
 from .support import Support
 
 _PLAIN = (Tensor, torch.nn.Parameter)

@@ -25,10 +25,10 @@ from .backends import Choice, choose
 from .backends.common import channel_statistics
 from .errors import ArgumentError, BackendError, mismatch
 from .flops import register_flop_formulas
+from .pooling import Pool
 from .problem import (
     ACTIVATIONS,
     Geometry,
-    Pool,
     Problem,
     check_call,
     check_image,
@@ -110,7 +110,7 @@ def run_fprop(
         extras = {"scale": scale, "shift": shift, "residual": residual}
         problem = describe("fprop", geometry, x, x, w, tuple(x.shape[2:]), extras, act)
         if pool is not None:
-            _check_pool(pool, problem.output_size)
+            pool.check(*problem.output_size)
             problem = replace(problem, pool=pool)
         choice = _remember(geometry, key, problem, backend)
     if ranges.active:
@@ -294,13 +294,6 @@ def check_epilogue(
                     f"the output's {' '.join(map(str, expected))}",
                 )
             )
-
-
-def _check_pool(pool: Pool, size: Sequence[int]) -> None:
-    if min(pool.output_size(*size)) < 1:
-        raise ArgumentError(
-            mismatch("size to be pooled", tuple(size), f"an image that {pool} has a place in")
-        )
 
 
 def _check_gradient(geometry: Geometry, dy: Tensor, size: Sequence[int]) -> None:

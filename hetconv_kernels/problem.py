@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .errors import ArgumentError, InputTypeError, mismatch
+from .pooling import Pool
 from .support import Support
 
 ACTIVATIONS = ("none", "relu", "relu6", "silu", "gelu")
@@ -196,25 +197,6 @@ def memory_format(first: Tensor, second: Tensor) -> torch.memory_format:
             if operand.dim() == 4 and like_channels_last(operand.shape, operand.stride()):
                 return torch.channels_last
     return torch.contiguous_format
-
-
-class Pool(NamedTuple):
-    """Max-pooling of a convolution's output, as ``nn.MaxPool2d`` does it, without dilation.
-
-    Attributes:
-        kernel: (vertical, horizontal), in pixels.
-        stride: the same.
-        padding: the same, at most half of the kernel.
-    """
-
-    kernel: Pair
-    stride: Pair
-    padding: Pair
-
-    def output_size(self, height: int, width: int) -> Pair:
-        """Returns the pooled height and width of height × width pixels."""
-        (kh, kw), (sh, sw), (ph, pw) = self
-        return (height + 2 * ph - kh) // sh + 1, (width + 2 * pw - kw) // sw + 1
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import ArgumentError, InputTypeError, mismatch
-from .problem import Geometry, Pool
+from .pooling import Pool
+from .problem import Geometry
 from .support import Support
 
 # What a traced run cannot do with values it does not have; the real run can.

@@ -16,7 +16,7 @@ import hetconv_kernels as hk
 from hetconv_kernels import export
 from hetconv_kernels.errors import ArgumentError, InputTypeError
 from hetconv_kernels.nn import FusedConv2d, GroupedConv2d, SupportLinear, fuse
-from hetconv_kernels.problem import Pool
+from hetconv_kernels.pooling import Pool
 
 
 def operators(program: torch.export.ExportedProgram) -> set[str]:

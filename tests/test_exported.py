@@ -11,7 +11,7 @@ from torch import nn
 import hetconv_kernels as hk
 from hetconv_kernels.graph.exported import lift
 from hetconv_kernels.nn import HetConv2d, fuse
-from hetconv_kernels.problem import Pool
+from hetconv_kernels.pooling import Pool
 
 
 def called(model: nn.Module, x: torch.Tensor) -> list[str]:

@@ -15,7 +15,7 @@ import hetconv_kernels as hk
 from hetconv_kernels.errors import FileError
 from hetconv_kernels.graph.layer_json import layer_from_json, layer_to_json
 from hetconv_kernels.nn import SupportLinear, fuse
-from hetconv_kernels.problem import Pool
+from hetconv_kernels.pooling import Pool
 
 MODULES = {
     "conv": lambda: nn.Conv2d(4, 6, (3, 5), 2, (1, 2), 2, 2, False, "reflect", dtype=torch.half),

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import hetconv_kernels as hk
 from hetconv_kernels import stats
 from hetconv_kernels.errors import ArgumentError, InputTypeError
-from hetconv_kernels.problem import Pool
+from hetconv_kernels.pooling import Pool
 
 
 class Lambda(nn.Module):

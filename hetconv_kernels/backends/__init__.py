@@ -17,8 +17,8 @@ from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 from ..errors import BackendError, mismatch
+from ..pooling import max_pooled
 from ..problem import Problem
-from .common import max_pooled
 from .rates import POOL, POOLED
 
 # The integers travel in exported programs: a number, once given, is never reused.

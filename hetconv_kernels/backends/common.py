@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..packing import mask_on
-from ..problem import Pads, Pool, Problem
+from ..problem import Pads, Problem
 
 _ACTS = {
     "none": lambda y: y,
@@ -54,11 +54,6 @@ def finish_in_place(y: Tensor, act: str) -> Tensor:
     """Applies an activation to a tensor that nobody else holds."""
     finished: Tensor = _IN_PLACE[act](y)
     return finished
-
-
-def max_pooled(y: Tensor, pool: Pool) -> Tensor:
-    """Pools a convolution's output in a pass of its own."""
-    return F.max_pool2d(y, pool.kernel, pool.stride, pool.padding)
 
 
 def empty(shape: tuple[int, ...], like: Tensor, problem: Problem) -> Tensor:

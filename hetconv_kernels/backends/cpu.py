@@ -18,10 +18,11 @@ from torch import Tensor
 
 from .. import _cpu
 from ..packing import FrozenCache, dense_weight
+from ..pooling import max_pooled
 from ..problem import Problem
 from ..support import Support
 from . import Runner
-from .common import empty, is_linear, is_pointwise, max_pooled, to_format
+from .common import empty, is_linear, is_pointwise, to_format
 from .rates import DOUBT, ENGINE, FAR_COMPUTE, FAR_WEIGHT, GRADIENT, PACK, VERB, WGRAD
 
 _MAX_INT = 2**31 - 1

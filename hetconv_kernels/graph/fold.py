@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from ..nn import SupportConv2d, SupportLinear, fuse
 from ..nn.base import SupportLayer
-from ..problem import Pool
+from ..pooling import Pool
 from ..support import Support
 from .layout import set_module
 from .names import module_of, name_of

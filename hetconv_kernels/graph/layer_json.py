@@ -20,7 +20,8 @@ from ..nn import (
     SupportConv2d,
     SupportLinear,
 )
-from ..problem import Geometry, Pool
+from ..pooling import Pool
+from ..problem import Geometry
 from ..support import Support
 
 Json = dict[str, Any]

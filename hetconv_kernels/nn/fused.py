@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..errors import ArgumentError, InputTypeError, SupportError, mismatch
 from ..functional import fused_conv2d
 from ..packing import bits_on, dense_weight, live_weight
-from ..problem import ACTIVATIONS, Geometry, Pool, make_geometry
+from ..pooling import Pool
+from ..problem import ACTIVATIONS, Geometry, make_geometry
 from ..support import Support
 from .base import ForcedBackend
 from .conv import SupportConv2d, expanded_weight

@@ -15,7 +15,7 @@ import hetconv_kernels as hk
 from hetconv_kernels.backends import available_backends, choose, get_backend, predict
 from hetconv_kernels.errors import ArgumentError
 from hetconv_kernels.nn import FusedConv2d, HetConv2d, fuse
-from hetconv_kernels.problem import Pool
+from hetconv_kernels.pooling import Pool
 
 POOLS = {
     "vgg": Pool((2, 2), (2, 2), (0, 0)),
