@@ -40,8 +40,8 @@ static inline Problem flatten_pointwise(const Lowered& L, const Problem& p) {
   return q;
 }
 
-// Shares of the segments, so that the last task to end does not keep the other threads waiting long.
-// A thread that takes several shares of a band packs it once.
+// Shares of the segments, so that the last task to end does not keep the other threads waiting
+// long. A thread that takes several shares of a band packs it once.
 static inline int shares_for(int64_t units, int count, int threads) {
   if (threads <= 1) return 1;
   const int64_t wanted = kTasksPerThread * int64_t(threads);
@@ -219,17 +219,42 @@ template <class S, class A> struct FiltersFprop {
     }
   }
 
-  void run(OffsetCache* cache) {
-    choose_band();
+  void find_offsets(OffsetCache* cache) {
     off = direct ? filter_offsets<A>(L, cache, ya, xa, 0, 0)
                  : filter_offsets<A>(L, cache, ya, xa, int64_t(xa.entries) * Cb, Cb);
+  }
+
+  // What `Pooled` needs: bands of whole rows, of as many rows as it wants.
+  bool has_bands() const { return !direct && cols == p.Wo && p.y.sc == 1; }
+  void lay_rows(int r) {
+    rows = r;
+    lay_axes(rows, cols);
+  }
+  size_t room_for_band() const {
+    return ((size_t(ya.entries) * xa.entries * Cb + VL<A>)*sizeof(A) + 63) / 64 * 64;
+  }
+  size_t room_for_scratch() { return scratch_bytes(cols); }
+  void compute_rows(int64_t n, int oy, int nr, A* band, A* scratch, Ahead& ahead) {
+    const S* x = reinterpret_cast<const S*>(p.x.data) + n * p.x.sn;
+    pack_channels_last<S, A>(p, x, ya, xa, oy, 0, nr, cols, Cb, band);
+    for (int s = 0; s < L.count; ++s) {
+      const FilterSegment& g = L.segments[s];
+      if (g.nv == 2)
+        segment<2>(g, band, scratch, n, oy, 0, nr, cols, ahead);
+      else
+        segment<1>(g, band, scratch, n, oy, 0, nr, cols, ahead);
+    }
+  }
+  Ahead input_of_rows(int64_t n, int oy) const { return input_of(n, oy, 0, L.count); }
+
+  void run(OffsetCache* cache) {
+    choose_band();
+    find_offsets(cache);
     const int64_t nb = ceil_div(p.Ho, rows), strips = ceil_div(p.Wo, cols),
                   units = p.N * nb * strips;
     const int shares = shares_for(units, L.count, p.threads);
     const int64_t tasks = units * shares;
-    const size_t band_size = direct ? 0 : (size_t(ya.entries) * xa.entries * Cb + VL<A>)*sizeof(A);
-    const size_t scratch_size = scratch_bytes(cols);
-    const size_t band_room = (band_size + 63) / 64 * 64;
+    const size_t band_room = direct ? 0 : room_for_band(), scratch_size = scratch_bytes(cols);
     Tasks queue(tasks, p.threads);
 #pragma omp parallel num_threads(int(least<int64_t>(p.threads, tasks))) if (p.threads > 1 && \
                                                                                 tasks > 1)
@@ -272,12 +297,14 @@ template <class S, class A> struct FiltersFprop {
 };
 
 template <class S, class A>
+static FiltersFprop<S, A> filters_fprop(const Lowered& L, const Problem& p, const void* packed) {
+  return {L, p, static_cast<const A*>(packed), nullptr, {}, {}, 0, 0, 0, false, 0, 0};
+}
+
+template <class S, class A>
 static void fprop_filters(const Lowered& L, OffsetCache* cache, const Problem& p,
                           const void* packed) {
-  FiltersFprop<S, A> f{
-      L, flatten_pointwise(L, p), static_cast<const A*>(packed), nullptr, {}, {}, 0, 0, 0, false, 0,
-      0};
-  f.run(cache);
+  filters_fprop<S, A>(L, flatten_pointwise(L, p), packed).run(cache);
 }
 
 }  // namespace HETCONV_NS

@@ -294,25 +294,45 @@ template <class S, class A> struct PixelsFprop {
     return a;
   }
 
-  void run(OffsetCache* cache) {
-    choose_band();
+  // After the layout.
+  void find_offsets(OffsetCache* cache) {
     off = pixel_offsets<A>(L, cache, ya, xa, g, direct);
     taps_are_neighbours = !direct && xa.pieces == 1 && xa.step == 1;
     for (int k = 0; k < L.KW && taps_are_neighbours; ++k) {
       tap_shift[k] = xa.start[k] - xa.start[0];
       taps_are_neighbours = tap_shift[k] >= 0 && tap_shift[k] + VL<A> <= spare_vectors() * VL<A>;
     }
+  }
+  size_t room_for_band() const {
+    const size_t slack = size_t(kMostPixelVectors + 1) * VL<A> * sizeof(A) + 64;
+    return direct ? 0 : (band_bytes() + slack + 63) / 64 * 64;
+  }
+  size_t room_for_scratch() const {
+    const int whole = rows * images * g.pitch;
+    return scratch_elements(gather ? least(rows_at_once() * g.pitch, whole) : whole) * sizeof(A) +
+           64;
+  }
+
+  // What `Pooled` needs: bands of whole rows of one image, of as many rows as it wants.
+  bool has_bands() const { return !direct && cols == p.Wo && images == 1 && turn; }
+  void lay_rows(int r) { lay(r, cols, 1, false); }
+  void compute_rows(int64_t n, int oy, int nr, A* band, A* scratch, Ahead& ahead) {
+    pack_planar<S, A>(p, reinterpret_cast<const S*>(p.x.data), Channels{L.live, L.nlive}, ya, xa, g,
+                      n, 1, oy, 0, nr, cols, band);
+    gathered_band(band, scratch, 0, L.count, n, 1, oy, 0, nr, cols, ahead);
+  }
+  Ahead input_of_rows(int64_t, int) const { return Ahead{}; }
+
+  void run(OffsetCache* cache) {
+    choose_band();
+    find_offsets(cache);
     const int64_t blocks = ceil_div<int64_t>(p.N, images), nb = ceil_div(p.Ho, rows),
                   strips = ceil_div(p.Wo, cols);
     const int64_t units = blocks * nb * strips;
     const int shares =
         L.accumulate || units % p.threads == 0 ? 1 : shares_for(units, L.count, p.threads);
     const int64_t tasks = units * shares;
-    const int whole_length = rows * images * g.pitch,
-              length = gather ? least(rows_at_once() * g.pitch, whole_length) : whole_length;
-    const size_t slack = size_t(kMostPixelVectors + 1) * VL<A> * sizeof(A) + 64;
-    const size_t band_room = direct ? 0 : (band_bytes() + slack + 63) / 64 * 64;
-    const size_t scratch_room = scratch_elements(length) * sizeof(A) + 64;
+    const size_t band_room = room_for_band(), scratch_room = room_for_scratch();
     Tasks queue(tasks, p.threads);
 #pragma omp parallel num_threads(int(least<int64_t>(p.threads, tasks))) if (p.threads > 1 && \
                                                                                 tasks > 1)
@@ -369,25 +389,16 @@ template <class S, class A> struct PixelsFprop {
 };
 
 template <class S, class A>
+static PixelsFprop<S, A> pixels_fprop(const Lowered& L, const Problem& p, const void* packed) {
+  return {
+      L,     p, static_cast<const A*>(packed), nullptr, {}, {}, {}, 0, 0, 0, false, false, false, 0,
+      false, {}};
+}
+
+template <class S, class A>
 static void fprop_pixels(const Lowered& L, OffsetCache* cache, const Problem& p,
                          const void* packed) {
-  PixelsFprop<S, A> f{L,
-                      flatten_pointwise(L, p),
-                      static_cast<const A*>(packed),
-                      nullptr,
-                      {},
-                      {},
-                      {},
-                      0,
-                      0,
-                      0,
-                      false,
-                      false,
-                      false,
-                      0,
-                      false,
-                      {}};
-  f.run(cache);
+  pixels_fprop<S, A>(L, flatten_pointwise(L, p), packed).run(cache);
 }
 
 }  // namespace HETCONV_NS

@@ -12,7 +12,7 @@ namespace HETCONV_NS {
 
 template <class S, class A>
 static bool fprop(const Lowered& L, OffsetCache* cache, const Problem& p, const void* packed) {
-  if (p.pool) return L.form == Form::filters && fprop_pooled<S, A>(L, cache, p, packed);
+  if (p.pool) return fprop_pooled<S, A>(L, cache, p, packed);
   if (L.form == Form::filters)
     fprop_filters<S, A>(L, cache, p, packed);
   else

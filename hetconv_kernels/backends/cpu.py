@@ -99,8 +99,8 @@ class Cpu:
 
     def pools(self, problem: Problem) -> bool:
         """Whether max-pooling happens while a band of the output is in the cache."""
-        pointwise = is_pointwise(problem)  # its rows of pixels are not the image's
-        return not pointwise and problem.channels_last and self._plan(problem).form == "filters"
+        # The rows of pixels of a pointwise layer are not the image's.
+        return problem.channels_last and not is_pointwise(problem)
 
     def fprop(self, problem: Problem) -> Runner:
         """Prepares y = act(scale · conv(x, w) + shift + residual), and its pooling."""
