@@ -273,6 +273,31 @@ def test_the_epilogue_is_fused(host, act: str) -> None:
     assert found.is_contiguous(memory_format=LAST)
 
 
+@pytest.mark.parametrize("shifted", [False, True])
+def test_sums_of_batch_normalisation_come_from_the_kernel(
+    host, monkeypatch: pytest.MonkeyPatch, shifted: bool
+) -> None:
+    x, w, _ = operands(GEOMETRY, torch.bfloat16, 3)
+    shift = torch.randn(24).bfloat16() if shifted else None
+    monkeypatch.setattr(Cuda, "unsupported_reasons", lambda *_: [])
+    monkeypatch.setattr(backends, "_engines", lambda: {"cuda": Cuda()})
+    monkeypatch.setattr(ops, "channel_statistics", lambda *_: pytest.fail("y was read again"))
+    found = [ops.run_fprop_stats(x, w, GEOMETRY, shift, 5) for _ in range(2)]
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+    y, total, squares = found[0]
+    bias = None if shift is None else shift.double()
+    exact = oracle(x.double(), w.double(), GEOMETRY, bias)
+    torch.testing.assert_close(y.double(), exact, rtol=1e-2, atol=1e-2)
+    assert total.dtype == squares.dtype == torch.float32
+    torch.testing.assert_close(total.double(), exact.sum((0, 2, 3)), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(squares.double(), exact.square().sum((0, 2, 3)), rtol=1e-5, atol=0)
+    empty = ops.run_fprop_stats(x[:0], w, GEOMETRY, shift, 5)
+    assert [tuple(t.shape) for t in empty] == [(0, 24, 6, 9), (24,), (24,)]
+    assert not empty[1].any()
+    assert not empty[2].any()
+
+
 def test_what_a_problem_cannot_know_is_copied_and_counted(host) -> None:
     x, w, dy = operands(GEOMETRY, torch.bfloat16)
     expected = run("fprop", GEOMETRY, x, x, w, None, None, dy)
@@ -325,9 +350,12 @@ def test_a_launch_that_fails_raises(host) -> None:
     call = host.Narrow()
     call.warps_m, call.warps_n = 9, 1
     with pytest.raises(BackendError, match="a block has 1 to 8 warps"):
-        call.launch("bfloat16", 0, 0, 0, 0, 0, 0, 0)
+        call.launch("bfloat16", 0, 0, 0, 0, 0, 0, 0, 0)
     with pytest.raises(ValueError, match="dtype 'int8'"):
-        call.launch("int8", 0, 0, 0, 0, 0, 0, 0)
+        call.launch("int8", 0, 0, 0, 0, 0, 0, 0, 0)
+    call.warps_m, call.buffers, call.act = 1, 1, "relu"
+    with pytest.raises(BackendError, match=r"sums are of conv\(x, w\) \+ shift only"):
+        call.launch("bfloat16", 0, 0, 0, 0, 0, 0, 1, 0)
 
 
 def test_nothing_is_made_ready_during_a_capture(host, monkeypatch: pytest.MonkeyPatch) -> None:

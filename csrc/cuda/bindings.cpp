@@ -76,6 +76,7 @@ static void bind_fprop(py::module_& m) {
   HC_FIELD(type, Narrow, x_w);
   HC_FIELD(type, Narrow, y_h);
   HC_FIELD(type, Narrow, y_w);
+  HC_FIELD(type, Narrow, filters);
   HC_FIELD(type, Narrow, batch);
   HC_FIELD(type, Narrow, image_h);
   HC_FIELD(type, Narrow, image_w);
@@ -108,17 +109,18 @@ static void bind_fprop(py::module_& m) {
   type.def(
       "launch",
       [](Narrow p, const std::string& dtype, uintptr_t x, uintptr_t slabs, uintptr_t y,
-         uintptr_t scale, uintptr_t shift, uintptr_t residual, uintptr_t stream) {
+         uintptr_t scale, uintptr_t shift, uintptr_t residual, uintptr_t sums, uintptr_t stream) {
         p.x = at<void>(x);
         p.slabs = at<void>(slabs);
         p.y = at<void>(y);
         p.scale = at<float>(scale);
         p.shift = at<float>(shift);
         p.residual = at<void>(residual);
+        p.sums = at<float>(sums);
         check("narrow_fprop", narrow_fprop(p, dtype_named(dtype), at<void>(stream)));
       },
       py::arg("dtype"), py::arg("x"), py::arg("slabs"), py::arg("y"), py::arg("scale"),
-      py::arg("shift"), py::arg("residual"), py::arg("stream"));
+      py::arg("shift"), py::arg("residual"), py::arg("sums"), py::arg("stream"));
 }
 
 static void bind_wgrad(py::module_& m) {
