@@ -33,7 +33,8 @@ def build() -> Path:
     include = [native, own, pybind11.get_include(), sysconfig.get_path("include")]
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     key = hashlib.sha256(" ".join([*FLAGS, pybind11.__version__, suffix]).encode())
-    for path in [*sources, *sorted(own.glob("*.h")), *sorted(native.glob("*.h"))]:
+    headers = [p for folder in (own.parent, own, native) for p in sorted(folder.glob("*.h"))]
+    for path in [*sources, *headers]:
         key.update(path.read_bytes())
     folder = ROOT / "build" / "native" / f"module-{key.hexdigest()[:16]}"
     module = folder / f"_cuda{suffix}"

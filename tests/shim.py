@@ -54,7 +54,9 @@ def build() -> Path:
     native = ROOT / "tests" / "native" / "cuda"
     kernels = sorted((ROOT / "csrc" / "cuda").glob("narrow*.cu"))
     sources = [*kernels, *sorted(native.glob("*.cpp"))]
-    headers = [*sorted((ROOT / "csrc" / "cuda").glob("*.h")), *sorted(native.glob("*.h"))]
+    csrc = ROOT / "csrc"
+    folders = (csrc, csrc / "cuda", native)
+    headers = [path for folder in folders for path in sorted(folder.glob("*.h"))]
     key = hashlib.sha256(" ".join(FLAGS).encode())
     for path in [*sources, *headers]:
         key.update(path.read_bytes())

@@ -10,6 +10,7 @@ import contextlib
 import re
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -385,6 +386,31 @@ def test_launches_go_to_the_current_stream_of_the_tensors_device(
     with calls.current(torch.device("cuda", index)) as stream:
         assert stream == 100 + index
     assert entered == [torch.device("cuda", 1)] * index
+
+
+@pytest.mark.parametrize("verb", ["fprop", "dgrad", "wgrad"])
+def test_images_are_addressed_in_64_bits(
+    host, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, verb: str
+) -> None:
+    """Images 2**31 elements apart, in files of which only the images exist."""
+    x, w, dy = operands(GEOMETRY, torch.bfloat16, 3)
+    first, second = (x, x) if verb == "fprop" else (dy, x)
+    expected = run(verb, GEOMETRY, first, second, w, *[None, None, dy][: 3 * (verb == "fprop")])
+
+    def far_apart(shape: tuple[int, ...], *_: Any) -> torch.Tensor:
+        (n, c, h, width), step = shape, 2**31 + 64
+        path = tmp_path / str(len(list(tmp_path.iterdir())))
+        size = (n - 1) * step + c * h * width
+        memory = torch.from_file(str(path), shared=True, size=size, dtype=torch.bfloat16)
+        return memory.as_strided(shape, (step, 1, width * c, c))
+
+    monkeypatch.setattr(calls, "empty", far_apart)  # for the results of fprop and dgrad
+    far = {id(t): far_apart(t.shape).copy_(t) for t in (x, dy)}
+    more = (None, None, far[id(dy)]) if verb == "fprop" else ()
+    found = run(verb, GEOMETRY, far[id(first)], far[id(second)], w, *more)
+    assert torch.equal(found, expected)
+    assert verb == "wgrad" or found.stride(0) > 2**31
+    assert not capture.CONVERSIONS
 
 
 def test_an_operand_that_spans_too_much_is_brought_together(

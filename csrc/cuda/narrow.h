@@ -7,10 +7,12 @@
 #pragma once
 #include <cstdint>
 
+#include "../types.h"
+
 namespace hetconv::cuda {
 
-enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
-enum class Act : int { none = 0, relu = 1, relu6 = 2, silu = 3, gelu = 4 };
+using hetconv::Act;
+using hetconv::DType;
 
 constexpr int kWarpPixels = 32;   // of one warp's tile: two fragments of sixteen
 constexpr int kWarpFilters = 64;  // of one warp's tile: eight fragments of eight
