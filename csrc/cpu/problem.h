@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../types.h"
+
 namespace hetconv {
 
 constexpr int kMaxKernel = 64;                // taps per axis
@@ -20,8 +22,6 @@ constexpr size_t kTurnBytes = 128u << 10;         // accumulators that wait for 
 constexpr size_t kPooledBytes = 512u << 10;       // outputs that wait to be pooled
 constexpr size_t kPooledBandBytes = 448u << 10;   // the band that they come from
 
-enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
-enum class Act : int { none = 0, relu = 1, relu6 = 2, silu = 3, gelu = 4 };
 enum class Form : int { filters = 0, pixels = 1 };
 
 // A 4-D tensor by address and strides in elements, in the order image, channel, row, column.

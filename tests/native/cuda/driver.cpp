@@ -6,7 +6,8 @@
 // CASES is a row of cases, each: the count of numbers, then for each 24 bytes of name and an int64;
 // the count of arrays, then for each 24 bytes of name, an int64 of bytes, and those. A case runs
 // fprop (with packing) or wgrad (with the sum of its partials), and its array `result`, which the
-// kernels write, is appended to RESULTS. All arrays have memory of just their size.
+// kernels write, is appended to RESULTS, then `sums` if there is one. All arrays have memory of
+// just their size.
 #include <cstring>
 #include <fstream>
 #include <map>
@@ -93,6 +94,7 @@ void fprop(const Case& c) {
   p.chunks = c.array<int32_t>("chunks");
   p.slots = c.array<int32_t>("slots");
   p.rows = c.array<int32_t>("rows");
+  p.sums = c.array<float>("sums");
   p.x_n = c.number("x_n");
   p.y_n = c.number("y_n");
 #define NUMBER(name) p.name = int32_t(c.number(#name))
@@ -102,7 +104,7 @@ void fprop(const Case& c) {
   NUMBER(tile_h), NUMBER(tile_w), NUMBER(warps_m), NUMBER(warps_n);
   NUMBER(raw_pitch), NUMBER(slot_pitch), NUMBER(halo_pixels);
   NUMBER(max_words), NUMBER(max_fragments), NUMBER(vector_stores);
-  NUMBER(buffers), NUMBER(resident), NUMBER(blocks);
+  NUMBER(buffers), NUMBER(resident), NUMBER(blocks), NUMBER(filters);
 #undef NUMBER
   p.act = Act(c.number("act"));
   const DType dtype = DType(c.number("dtype"));
@@ -167,6 +169,7 @@ int main(int count, char** arguments) {
     else
       fprop(c);
     out.write(c.array<char>("result"), c.size("result"));
+    if (c.array<char>("sums")) out.write(c.array<char>("sums"), c.size("sums"));
   }
   return 0;
 }
