@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 import hetconv_kernels as hk
 from hetconv_kernels.backends import available_backends, choose, get_backend, predict
 from hetconv_kernels.errors import ArgumentError
-from hetconv_kernels.nn import FusedConv2d, HetConv2d, fuse
+from hetconv_kernels.nn import FusedConv2d, HetConv2d, SupportConv2d, fuse
 from hetconv_kernels.pooling import Pool
 
 POOLS = {
@@ -33,6 +34,8 @@ SHAPES = [
     (32, 24, 61, 9, 1, 2),
     (64, 64, 9, 2000, 3, 1),
 ]
+# The same where no two filters share a mask, so that pixels lie in vectors.
+RAGGED = [(11, 21, 40, 37, 3, 1), (12, 8, 70, 33, 3, 2)]
 CPU = pytest.mark.skipif("cpu" not in available_backends(), reason="the engine is not built here")
 
 
@@ -40,7 +43,11 @@ def pair(shape: tuple[int, ...], pool: Pool, dtype: torch.dtype) -> tuple[FusedC
     """Builds a fused layer without and with pooling."""
     torch.manual_seed(0)
     c, f, _, _, kernel, stride = shape
-    conv = HetConv2d(c, f, kernel, stride, kernel // 2, p=2 if c % 2 == 0 else 1).to(dtype)
+    if shape in RAGGED:
+        support = hk.Support.from_mask(torch.rand(f, c, kernel, kernel) < 0.3)
+        conv: Any = SupportConv2d(c, f, kernel, stride, kernel // 2, support=support).to(dtype)
+    else:
+        conv = HetConv2d(c, f, kernel, stride, kernel // 2, p=2 if c % 2 == 0 else 1).to(dtype)
     return fuse(conv, None, "relu"), fuse(conv, None, "relu", pool)
 
 
@@ -61,13 +68,17 @@ def assert_same(got: Tensor, want: Tensor) -> None:
 @CPU
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("pool", POOLS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, *RAGGED], ids=str)
 def test_the_engine_pools_as_it_computes(shape, pool: str, dtype: torch.dtype) -> None:
     apart, together = pair(shape, POOLS[pool], dtype)
     x = image(shape, dtype)
     x[0, 0, 0, 0], x[1, 1, 2, 1], x[2, :, 4] = float("nan"), float("inf"), float("-inf")
     with torch.no_grad(), hk.use_backend("cpu"):
         assert_same(together(x), pooled(apart(x), POOLS[pool]))
+    choices = together._geometry.choices.values()
+    forms = {get_backend("cpu")._plan(choice.problem).form for choice in choices}
+    if dtype != torch.float64:  # its vectors are shorter
+        assert forms == {"pixels" if shape in RAGGED else "filters"}
 
 
 @CPU
@@ -100,7 +111,7 @@ def test_every_backend(backend: str, contiguous: bool) -> None:
 
 @CPU
 def test_what_is_pooled_by_the_engine_and_what_that_saves() -> None:
-    """A layer with pixels in vectors, or another memory format, is pooled in a pass of its own."""
+    """Another memory format is pooled in a pass of its own."""
     apart, together = pair(SHAPES[0], POOLS["vgg"], torch.float32)
     x = image(SHAPES[0], torch.float32)
     engine = get_backend("cpu")
