@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,8 @@ def measure(
             runs, baseline=f"{role}:eager", target=OURS, rounds=12, warmup=0,
             max_seconds=4 * seconds, benchmark=benchmark if role == DENSE else None,
         )  # fmt: skip
+        runs.clear()  # they hold several copies of the network each
+        gc.collect()
     names = layer_names(ours)
     runs = [amdahl.hooked_runs(net, image, names, _SAMPLES) for net in (dense, ours)]
     ratios = amdahl.mac_ratios(dense, ours, image, names)
