@@ -156,7 +156,7 @@ def rehearsal(
     from benchmarks import cases
     from hetconv_kernels import cache, ops, timing
     from hetconv_kernels.backends import capture, packer, parts
-    from hetconv_kernels.backends.triton import calls, wgrad_calls
+    from hetconv_kernels.backends.triton import box_calls, calls, wgrad_calls
 
     made = Rehearsal(capability)
     stream = SimpleNamespace(synchronize=lambda: None, wait_stream=lambda _: None)
@@ -199,7 +199,7 @@ def rehearsal(
             patch.setattr(torch.cuda, name, stand_in)
         patch.setattr(ops, "describe", on_gpu)
         patch.setattr("benchmarks.bench.ENGINES", ())  # machine code has no stand-in
-        for module in (calls, wgrad_calls, packer):
+        for module in (calls, box_calls, wgrad_calls, packer):
             patch.setattr(module, "upload", checked_upload)
         patch.setattr(timing, "clock", clock)
         patch.setattr(timing, "rotations", lambda *_: 2)

@@ -23,6 +23,7 @@ import hetconv_kernels as hk
 from hetconv_kernels.backends import capture
 from hetconv_kernels.backends.triton import (
     Triton,
+    borders,
     dgrad,
     lowering,
     wgrad_lowering,
@@ -234,7 +235,7 @@ def test_every_live_weight_has_one_gradient(form: str, order: str) -> None:
 
 
 def test_docstring_examples_run() -> None:
-    for module in (lowering, dgrad):
+    for module in (lowering, dgrad, borders):
         outcome = doctest.testmod(module)
         assert outcome.attempted > 0
         assert outcome.failed == 0

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..capture import upload
 from ..common import unit
+from .borders import borders
 from .boxes import fprop_kernel_boxes
 from .calls import Bound
 from .choice import folds
@@ -88,7 +90,7 @@ def bind_boxes(call: GatherCall, x: Tensor, y: Tensor) -> Bound:
     lowering, problem, choice = call.lowering, call.problem, call.choice
     tile, box = choice.tile, choice.box
     assert box is not None
-    axes = call.axes()
+    axes = call.axes
     folded = folds(problem, tile, x.stride()) and box.rows * box.cols > 1
     heads = lowering.plan.segments.tolist() if lowering.rows is None else []
     y_unit = unit(16 // x.element_size(), y, heads)
@@ -126,8 +128,9 @@ def bind_boxes(call: GatherCall, x: Tensor, y: Tensor) -> Bound:
     )
     warps = box_warps(tile, whole)
     launch = Launch(fprop_kernel_boxes, grid, constants, warps, depth, call.device)
-    rows, table = call.rows(y_unit), call.table(x, y, (1, y_unit))
-    words, starts = call.words, call.starts
+    lists = borders(lowering, axes, call.image, box)
+    rows, table = call.rows(y_unit), call.table(x, y, (1, y_unit), lists.places)
+    words, starts = upload(lists.words, call.device), upload(lists.starts, call.device)
 
     def start(
         x: Tensor,
