@@ -132,8 +132,9 @@ def test_problems_beyond_the_engine_are_refused(on_gpu, changes: Any, words: str
     [
         ((300, 300), 1, 1, "more than 65535 residue classes"),
         (1, (2**31 - 1, 2**31 - 1, 0, 2), (2**30, 1), "beyond 32-bit places"),
+        ((2**31 - 1, 1), 1, 1, "beyond 32-bit places"),
     ],
-    ids=["classes", "reach"],
+    ids=["classes", "reach", "stride"],
 )
 def test_geometries_beyond_the_kernels_integers_are_refused(
     on_gpu, stride: Any, pads: Any, dilation: Any, words: str

@@ -169,9 +169,7 @@ def bind_wgrad_boxes(call: WgradCall, jobs: Jobs, dy: Tensor, x: Tensor, before:
     y_unit = unit(16 // x.element_size(), dy, jobs.plan.segments.tolist())
     constants = (*box, tile.filters, tile.channels, jobs.taps, y_unit, interpreted())
     launch = call.launch(wgrad_kernel_boxes, jobs, tile, constants)
-    n, _, height, width = dy.shape
-    boxes = -(-n // box.images) * (height // box.rows) * (width // box.cols)
-    tables = call.tables(jobs, dy, x, (1, y_unit), call.pieces(boxes), before)
+    tables = call.tables(jobs, dy, x, (1, y_unit), 0, before)
     dy_read, x_read = _image(dy, (*box, tile.filters)), _image(x, (*box, tile.channels))
     return lambda dy, x, partials: launch(dy_read(dy), x_read(x), partials, *tables)
 
