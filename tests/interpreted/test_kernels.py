@@ -281,7 +281,9 @@ def test_wgrad_by_boxes_equals_the_oracle(
 
 
 @pytest.mark.parametrize(
-    ("where", "taps"), [((1, 1, 1), 3), ((1, 4, 3), 3), ((2, 3, 2), (5, 3)), ((3, 2, 1), 5)], ids=str
+    ("where", "taps"),
+    [((1, 1, 1), 3), ((1, 4, 3), 3), ((2, 3, 2), (5, 3)), ((3, 2, 1), 5)],
+    ids=str,
 )
 @pytest.mark.parametrize("box", [Box(16, 1, 1), Box(4, 2, 2)], ids=str)
 def test_wgrad_by_boxes_visits_what_its_taps_see(box: Box, where: Any, taps: Any) -> None:

@@ -91,7 +91,7 @@ def borders(lowering: Lowering, axes: Axes, image: Size, box: Box) -> Borders:
     return Borders(np.append(np.concatenate(words), 0), whole.astype(np.int32), places)
 
 
-def steps_run(lowering: Lowering, axes: Axes, image: Size) -> Callable[[Box], float]:
+def steps_run(lowering: Lowering, axes: Axes, image: Size) -> Callable[[Box], int]:
     """Returns what counts the steps that all tiles of a box run for one block of images.
 
     Those of all segments and classes together; `borders` makes the lists.
@@ -105,13 +105,16 @@ def steps_run(lowering: Lowering, axes: Axes, image: Size) -> Callable[[Box], fl
             seen[key] = axis.seen(edge, size).sum(0)
         return seen[key]
 
-    def count(box: Box) -> float:
-        total = 0.0
+    def count(box: Box) -> int:
+        total = 0
         for steps, (rows, cols) in zip(taps, axes, strict=True):
             if len(axes) > MOST_CLASSES:
-                total += steps.sum() * -(-rows.pixels // box.rows) * -(-cols.pixels // box.cols)
+                total += (
+                    int(steps.sum()) * -(-rows.pixels // box.rows) * -(-cols.pixels // box.cols)
+                )
             else:
-                total += often(rows, box.rows, image[0]) @ steps @ often(cols, box.cols, image[1])
+                seen_h, seen_w = often(rows, box.rows, image[0]), often(cols, box.cols, image[1])
+                total += int(seen_h @ steps @ seen_w)
         return total
 
     return count
