@@ -151,10 +151,19 @@ types: $(ENV) ## Check types: mypy, strict on the core
 # The installed Triton and the oldest supported one; what has not changed is not compiled again.
 OLDEST_TRITON := 3.6.0
 aot: $(ENV) build/triton-$(OLDEST_TRITON)/.there ## Compile the kernels for every GPU generation, without a GPU
-	HETCONV_AOT_ALL=1 $(PY) -m pytest -q tests/test_aot.py tests/test_rehearsal.py tests/test_cuda_code.py $(ARGS)
+	@$(MAKE) --no-print-directory -O -j$(or $(MAX_JOBS),2) aot-newest aot-cuda aot-oldest
+
+.PHONY: aot-newest aot-oldest aot-cuda
+aot-newest:
+	HETCONV_AOT_ALL=1 $(PY) -m pytest -q tests/test_aot.py tests/test_rehearsal.py $(ARGS)
+
+aot-oldest:
 	HETCONV_AOT_ALL=1 HETCONV_AOT_TRITON=$(CURDIR)/build/triton-$(OLDEST_TRITON) \
 	    $(PY) -m pytest -q tests/test_aot.py $(ARGS)
 	PYTHONPATH=$(CURDIR)/build/triton-$(OLDEST_TRITON):. $(PY) -m pytest -q tests/test_rehearsal.py $(ARGS)
+
+aot-cuda:
+	HETCONV_AOT_ALL=1 $(PY) -m pytest -q tests/test_cuda_code.py $(ARGS)
 
 build/triton-$(OLDEST_TRITON)/.there: | $(ENV)
 	$(PY) -m pip --disable-pip-version-check install --quiet --no-deps --target $(@D) \
