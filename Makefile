@@ -113,11 +113,12 @@ gpu-run:
 gpu-full-run: inplace
 	$(PY) -m benchmarks.primitives --full --shard $(or $(SHARD),1/1) $(ARGS)
 
+# Without torch's cache of memory each tensor is an allocation, whose ends memcheck knows.
 gpu-sanitize-run: inplace
 	@command -v compute-sanitizer >/dev/null || { echo "make gpu-sanitize: compute-sanitizer was not" \
 	    "found, so nothing was run. It comes with the CUDA toolkit; put its folder on PATH." >&2; exit 2; }
 	for tool in memcheck racecheck synccheck; do \
-	    compute-sanitizer --tool $$tool --error-exitcode 1 $(PY) -m pytest -q -m gpu \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 $(PY) -m pytest -q -m gpu \
 	        tests/test_gpu_triton.py tests/test_gpu_cuda.py tests/test_gpu_engines.py \
 	        -k "oracle or uneven or epilogue or bit_for_bit or tiles" $(ARGS) || exit 1; \
 	done

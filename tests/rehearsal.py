@@ -112,6 +112,10 @@ class Rehearsal:
 
         return start
 
+    def synchronize(self, *_: Any) -> None:
+        """Stands for waiting for the device, which a capture forbids."""
+        assert not self.capturing
+
     @contextlib.contextmanager
     def graph(self, *_: Any, **__: Any) -> Iterator[None]:
         """Stands for ``torch.cuda.graph``."""
@@ -159,7 +163,7 @@ def rehearsal(
     from hetconv_kernels.backends.triton import box_calls, calls, wgrad_calls
 
     made = Rehearsal(capability)
-    stream = SimpleNamespace(synchronize=lambda: None, wait_stream=lambda _: None)
+    stream = SimpleNamespace(synchronize=made.synchronize, wait_stream=lambda _: None)
     properties = SimpleNamespace(multi_processor_count=132, L2_cache_size=2**20, name="rehearsed")
     stand_ins = {
         "is_available": lambda: True,
@@ -168,7 +172,7 @@ def rehearsal(
         "get_device_name": lambda *_: "rehearsed",
         "current_device": lambda: 0,
         "current_stream": lambda *_: stream,
-        "synchronize": lambda *_: None,
+        "synchronize": made.synchronize,
         "empty_cache": lambda: None,
         "is_current_stream_capturing": lambda: made.capturing,
         "Stream": lambda *_, **__: stream,
