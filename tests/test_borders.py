@@ -70,8 +70,8 @@ def test_tiles_run_the_steps_that_some_pixel_needs(
                     assert len(listed) == (len(own) if cut else len(needed))
                     run, all_steps = run + len(listed), all_steps + len(own)
     count = borders.steps_run(low, axes, image)(box)
-    assert count == (all_steps if cut == "classes" else count)
-    assert count == (run if cut != "words" else count)
+    assert count >= all_steps if cut == "classes" else count <= all_steps
+    assert cut or count == run
 
 
 def _reads(word: int, rows: Any, cols: Any, first: Any, box: Box, image: Any) -> bool:

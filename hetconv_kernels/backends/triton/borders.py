@@ -94,8 +94,12 @@ def borders(lowering: Lowering, axes: Axes, image: Size, box: Box) -> Borders:
 def steps_run(lowering: Lowering, axes: Axes, image: Size) -> Callable[[Box], int]:
     """Returns what counts the steps that all tiles of a box run for one block of images.
 
-    Those of all segments and classes together; `borders` makes the lists.
+    Those of all segments and classes together; `borders` makes the lists. Of very many classes, as
+    a huge stride makes them, the count is a bound.
     """
+    if len(axes) > MOST_CLASSES:
+        height, width = (max(pair[a].pixels for pair in axes) for a in (0, 1))
+        return lambda box: lowering.steps * -(-height // box.rows) * -(-width // box.cols)
     taps = [_taps(lowering, kind, pair) for kind, pair in enumerate(axes)]
     seen: dict[Any, IntArray] = {}
 
@@ -108,13 +112,8 @@ def steps_run(lowering: Lowering, axes: Axes, image: Size) -> Callable[[Box], in
     def count(box: Box) -> int:
         total = 0
         for steps, (rows, cols) in zip(taps, axes, strict=True):
-            if len(axes) > MOST_CLASSES:
-                total += (
-                    int(steps.sum()) * -(-rows.pixels // box.rows) * -(-cols.pixels // box.cols)
-                )
-            else:
-                seen_h, seen_w = often(rows, box.rows, image[0]), often(cols, box.cols, image[1])
-                total += int(seen_h @ steps @ seen_w)
+            seen_h, seen_w = often(rows, box.rows, image[0]), often(cols, box.cols, image[1])
+            total += int(seen_h @ steps @ seen_w)
         return total
 
     return count

@@ -50,8 +50,8 @@ class Address:
 class Descriptor:
     """Makes the descriptors of one operand, one for each address; the rest is checked once.
 
-    Triton's launcher (3.6 to 3.9) encodes them for the hardware at every launch, on the CPU; to hand
-    it encoded ones would mean to replace it. The replay of a CUDA graph encodes nothing.
+    Triton's launcher (3.6 to 3.9) encodes them for the hardware at every launch, on the CPU; to
+    hand it encoded ones would mean to replace it. The replay of a CUDA graph encodes nothing.
 
     Args:
         tensor: an example.
