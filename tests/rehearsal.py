@@ -170,6 +170,7 @@ def rehearsal(
         "get_device_capability": lambda *_: capability,
         "get_device_properties": lambda *_: properties,
         "get_device_name": lambda *_: "rehearsed",
+        "device_count": lambda: 1,
         "current_device": lambda: 0,
         "current_stream": lambda *_: stream,
         "synchronize": made.synchronize,
