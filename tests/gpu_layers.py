@@ -44,10 +44,11 @@ def compare(
     code: int,
     size: tuple[int, int] = (14, 18),
     verbs: tuple[str, ...] = ("fprop", "dgrad", "wgrad"),
+    n: int = 5,
 ) -> None:
     """Compares the primitives of a forced engine with the oracle; dead weights are NaN."""
     s = geometry.support
-    x, w, dy = operands(geometry, dtype, size=size)
+    x, w, dy = operands(geometry, dtype, n, size)
     mask = torch.tensor(s.mask, device="cuda")
 
     def truth(*values: torch.Tensor) -> Any:

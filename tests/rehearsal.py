@@ -112,6 +112,10 @@ class Rehearsal:
 
         return start
 
+    def synchronize(self, *_: Any) -> None:
+        """Stands for waiting for the device, which a capture forbids."""
+        assert not self.capturing
+
     @contextlib.contextmanager
     def graph(self, *_: Any, **__: Any) -> Iterator[None]:
         """Stands for ``torch.cuda.graph``."""
@@ -156,19 +160,20 @@ def rehearsal(
     from benchmarks import cases
     from hetconv_kernels import cache, ops, timing
     from hetconv_kernels.backends import capture, packer, parts
-    from hetconv_kernels.backends.triton import calls, wgrad_calls
+    from hetconv_kernels.backends.triton import box_calls, calls, wgrad_calls
 
     made = Rehearsal(capability)
-    stream = SimpleNamespace(synchronize=lambda: None, wait_stream=lambda _: None)
+    stream = SimpleNamespace(synchronize=made.synchronize, wait_stream=lambda _: None)
     properties = SimpleNamespace(multi_processor_count=132, L2_cache_size=2**20, name="rehearsed")
     stand_ins = {
         "is_available": lambda: True,
         "get_device_capability": lambda *_: capability,
         "get_device_properties": lambda *_: properties,
         "get_device_name": lambda *_: "rehearsed",
+        "device_count": lambda: 1,
         "current_device": lambda: 0,
         "current_stream": lambda *_: stream,
-        "synchronize": lambda *_: None,
+        "synchronize": made.synchronize,
         "empty_cache": lambda: None,
         "is_current_stream_capturing": lambda: made.capturing,
         "Stream": lambda *_, **__: stream,
@@ -187,7 +192,9 @@ def rehearsal(
         return upload(array, torch.device("cpu"))
 
     def clock(device: Any = "cpu") -> timing.Clock:
-        ticks = lambda: 1e-3 * next(seconds)  # noqa: E731
+        # Twice the least length of a sample and a power of two: with a tick of just that length
+        # rounding decided whether the calls of a sample were doubled, again and again.
+        ticks = lambda: next(seconds) / 512  # noqa: E731
         return timing.Clock(device, now=ticks, synchronize=lambda: None, resolution=1e-6)
 
     kernels = _kernels()
@@ -197,7 +204,7 @@ def rehearsal(
             patch.setattr(torch.cuda, name, stand_in)
         patch.setattr(ops, "describe", on_gpu)
         patch.setattr("benchmarks.bench.ENGINES", ())  # machine code has no stand-in
-        for module in (calls, wgrad_calls, packer):
+        for module in (calls, box_calls, wgrad_calls, packer):
             patch.setattr(module, "upload", checked_upload)
         patch.setattr(timing, "clock", clock)
         patch.setattr(timing, "rotations", lambda *_: 2)

@@ -52,6 +52,18 @@ def test_both_kernels_equal_the_oracle(
     compare(make_geometry(SUPPORTS[support], stride, SUPPORTS[support].kernel[0] // 2), dtype, CODE)
 
 
+@pytest.mark.parametrize("size", [(7, 7), (14, 14)], ids=str)
+@pytest.mark.parametrize("support", ["het", "dense"])
+def test_boxes_of_many_images(
+    support: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Most of these tiles are one pixel of many images and skip taps at the border."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("boxes are for Hopper")
+    monkeypatch.setattr(choice, "ONLY", "boxes")
+    compare(make_geometry(SUPPORTS[support], 1, 1), torch.bfloat16, CODE, size, n=130)
+
+
 @pytest.mark.parametrize("dilation", [2, 12])
 @pytest.mark.parametrize("pads", [0, (3, 1, 0, 2)], ids=str)
 def test_dilations_and_uneven_pads(dilation: int, pads: Any) -> None:

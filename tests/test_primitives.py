@@ -71,6 +71,43 @@ def test_a_case_that_fails_does_not_take_the_others_along(tmp_path: Path, capsys
     assert [row["case"]["name"] for row in rows] == ["tiny"]
 
 
+def test_a_case_that_takes_the_gpu_down_is_left_out_by_a_new_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:  # type: ignore[no-untyped-def]
+    bad, good = replace(TINY, name="bad", dtype="int8"), TINY
+    monkeypatch.setattr(primitives, "rows_of", lambda full: [(bad, "fprop"), (good, "fprop")])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "pretended")
+    monkeypatch.setattr(primitives, "usable", lambda device: False)
+    started: list[list[str]] = []
+
+    def exchanged(program: str, command: list[str]) -> None:
+        started.append(command[3:])
+        raise SystemExit
+
+    monkeypatch.setattr(primitives.os, "execv", exchanged)
+    own = ["--backend", "vendor", "--seconds", "0.02", "--budget", "60", "--results", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        primitives.main(own)
+    assert started[0][: len(own)] == own
+    assert started[0][len(own) : -1] == ["--skip", "bad", "--budget"]
+    assert 0 < float(started[0][-1]) <= 60
+    assert primitives.main(started[0]) == 1
+    shown = capsys.readouterr().out
+    assert "FAILED and left out: bad" in shown
+    rows = json.loads((tmp_path / "primitives-quick.json").read_text())["rows"]
+    assert [row["case"]["name"] for row in rows] == ["tiny"]
+
+
+def test_a_device_is_usable_until_it_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    assert primitives.usable("cpu")
+    monkeypatch.setattr(torch, "ones", refuse)
+    assert not primitives.usable("cpu")
+
+
 @pytest.mark.parametrize(("ratio", "shown"), [(2.1, "2  "), (1.9, "2  missed")])
 def test_the_table_says_whether_a_target_is_met(tmp_path: Path, ratio: float, shown: str) -> None:
     record = Record(tmp_path, "p")

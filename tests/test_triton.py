@@ -23,6 +23,7 @@ import hetconv_kernels as hk
 from hetconv_kernels.backends import capture
 from hetconv_kernels.backends.triton import (
     Triton,
+    borders,
     dgrad,
     lowering,
     wgrad_lowering,
@@ -131,8 +132,9 @@ def test_problems_beyond_the_engine_are_refused(on_gpu, changes: Any, words: str
     [
         ((300, 300), 1, 1, "more than 65535 residue classes"),
         (1, (2**31 - 1, 2**31 - 1, 0, 2), (2**30, 1), "beyond 32-bit places"),
+        ((2**31 - 1, 1), 1, 1, "beyond 32-bit places"),
     ],
-    ids=["classes", "reach"],
+    ids=["classes", "reach", "stride"],
 )
 def test_geometries_beyond_the_kernels_integers_are_refused(
     on_gpu, stride: Any, pads: Any, dilation: Any, words: str
@@ -234,7 +236,7 @@ def test_every_live_weight_has_one_gradient(form: str, order: str) -> None:
 
 
 def test_docstring_examples_run() -> None:
-    for module in (lowering, dgrad):
+    for module in (lowering, dgrad, borders):
         outcome = doctest.testmod(module)
         assert outcome.attempted > 0
         assert outcome.failed == 0

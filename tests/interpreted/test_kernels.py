@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 import hetconv_kernels as hk
 from hetconv_kernels import ops
@@ -20,6 +22,7 @@ from hetconv_kernels.backends.triton.calls import GatherCall
 from hetconv_kernels.backends.triton.choice import GatherChoice
 from hetconv_kernels.backends.triton.lowering import Lowering
 from hetconv_kernels.backends.triton.tiles import Box, Tile
+from hetconv_kernels.backends.triton.wgrad_boxes import seen_from, seen_until
 from hetconv_kernels.backends.triton.wgrad_calls import WgradCall
 from hetconv_kernels.backends.triton.wgrad_choice import WgradChoice
 from hetconv_kernels.packing import pack_slabs
@@ -271,11 +274,53 @@ def test_wgrad_by_boxes_equals_the_oracle(
     boxed = call.run(dy, x)
     assert [key[3] for key in call._bound] == [True]
     assert all(part.adjacent(8) for part in call.choice.lowering.parts)
-    assert all(part.adjacent(8) for part in call.choice.lowering.parts)
     w = w.double().requires_grad_()
     (exact,) = torch.autograd.grad(oracle(x.double(), w, geometry), w, dy.double())
     (whole,) = torch.autograd.grad(oracle(x.double().abs(), w, geometry), w, dy.double().abs())
     near(boxed, torch.where(torch.tensor(s.mask), exact, 0.0), whole, dy[:, 0].numel())
+
+
+@pytest.mark.parametrize(
+    ("where", "taps"),
+    [((1, 1, 1), 3), ((1, 4, 3), 3), ((2, 3, 2), (5, 3)), ((3, 2, 1), 5)],
+    ids=str,
+)
+@pytest.mark.parametrize("box", [Box(16, 1, 1), Box(4, 2, 2)], ids=str)
+def test_wgrad_by_boxes_visits_what_its_taps_see(box: Box, where: Any, taps: Any) -> None:
+    """Small images with far taps: some jobs see a part of y, some nothing."""
+    s = hk.Support.dense(16, 16, taps)
+    geometry = make_geometry(s, *where)
+    oh, ow = geometry.output_size(*SIZE)
+    if where[0] > 1 or oh % box.rows or ow % box.cols:
+        box = Box(16, 1, 1)
+    x, w, _, dy = tensors(geometry, torch.float16)
+    boxed = wgrad_call(problem("wgrad", geometry, dy, x, w, SIZE), box=box).run(dy, x)
+    w = w.double().requires_grad_()
+    (exact,) = torch.autograd.grad(oracle(x.double(), w, geometry), w, dy.double())
+    (whole,) = torch.autograd.grad(oracle(x.double().abs(), w, geometry), w, dy.double().abs())
+    near(boxed, exact, whole, dy[:, 0].numel())
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("shift", range(-9, 10, 3))
+def test_the_tiles_that_a_tap_reaches_from(shift: int, stride: int) -> None:
+    found = torch.empty(2, dtype=torch.int32)
+    for edge in (1, 2, 4) if stride == 1 else (1,):
+        for image in (1, 2, 5, 8):
+            bounds_kernel_probe[(1,)](found, shift, image, edge, stride)
+            seen = [
+                t
+                for t in range(32)
+                if any(0 <= (t * edge + i) * stride + shift < image for i in range(edge))
+            ]
+            until = int(found[1])
+            assert seen == list(range(int(found[0]), until)) or (not seen and stride > 1), seen
+
+
+@triton.jit
+def bounds_kernel_probe(found, shift, image, EDGE: tl.constexpr, stride):
+    tl.store(found, seen_from(shift, EDGE, stride))
+    tl.store(found + 1, seen_until(shift, EDGE, stride, image))
 
 
 def test_wgrad_by_boxes_keeps_infinity_in_its_place() -> None:

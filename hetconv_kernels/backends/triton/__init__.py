@@ -61,13 +61,14 @@ class Triton:
         pixels = max(problem.height * problem.width, oh * ow)
         if problem.batch * pixels > _MAX_INT - _ROOM:
             reasons.append("The batch has more than 2**31 - 65537 pixels.")
-        reach = [p + (k - 1) * d for p, k, d in zip(
-            (max(problem.geometry.pads[:2]), max(problem.geometry.pads[2:])),
-            support.kernel, problem.geometry.dilation, strict=True,
+        geometry = problem.geometry
+        reach = [p + (k - 1) * d + s for p, k, d, s in zip(
+            (max(geometry.pads[:2]), max(geometry.pads[2:])),
+            support.kernel, geometry.dilation, geometry.stride, strict=True,
         )]  # fmt: skip
         if max(reach) + max(problem.height, problem.width, oh, ow) > _MAX_INT:
-            reasons.append("Padding and dilation reach beyond 32-bit places.")
-        if problem.verb == "dgrad" and prod(problem.geometry.stride) > _MOST_CLASSES:
+            reasons.append("Padding, dilation and stride reach beyond 32-bit places.")
+        if problem.verb == "dgrad" and prod(geometry.stride) > _MOST_CLASSES:
             reasons.append(f"The stride has more than {_MOST_CLASSES} residue classes.")
         f, c, kh, kw = support.shape
         if (f + 127) * (c + 127) * kh * kw > _MAX_INT:

@@ -137,7 +137,8 @@ def problems(compiled: Compiled, configuration: Configuration) -> list[str]:
     operands = 1 + configuration.taps if gradient else 2
     if not compiled.copies and not general:
         found.append("no asynchronous copies")
-    if compiled.loads and not general:
+    # The word of a step of boxes is itself 64 bits wide.
+    if compiled.loads > (configuration.kernel == "boxes") and not general:
         found.append(f"{compiled.loads} synchronous loads in the loop")
     # mma.sync is done with its operands when the next copy starts, and needs one buffer less.
     # The parts of a split float32 are made in registers, which frees the buffer early too.
@@ -209,7 +210,7 @@ def _source(configuration: Configuration) -> tuple[Any, Any, Any, Any]:
         read = (
             [box.images, box.rows, 1, box.cols, tile.channels] if folded else [*box, tile.channels]
         )
-        pointers = {"words": "i32", "starts": "i32", "rows": "i32", "geometry": "i64"}
+        pointers = {"words": "i64", "starts": "i32", "rows": "i32", "geometry": "i64"}
         descriptors = {"xd": read, "wd": [tile.filters, tile.channels]}
         pointers |= {"y": dtype}
         if whole:

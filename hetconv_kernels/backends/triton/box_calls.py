@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..capture import upload
 from ..common import unit
+from .borders import borders
 from .boxes import fprop_kernel_boxes
 from .calls import Bound
 from .choice import folds
@@ -47,6 +49,9 @@ class Address:
 
 class Descriptor:
     """Makes the descriptors of one operand, one for each address; the rest is checked once.
+
+    Triton's launcher (3.6 to 3.9) encodes them for the hardware at every launch, on the CPU; to
+    hand it encoded ones would mean to replace it. The replay of a CUDA graph encodes nothing.
 
     Args:
         tensor: an example.
@@ -88,7 +93,7 @@ def bind_boxes(call: GatherCall, x: Tensor, y: Tensor) -> Bound:
     lowering, problem, choice = call.lowering, call.problem, call.choice
     tile, box = choice.tile, choice.box
     assert box is not None
-    axes = call.axes()
+    axes = call.axes
     folded = folds(problem, tile, x.stride()) and box.rows * box.cols > 1
     heads = lowering.plan.segments.tolist() if lowering.rows is None else []
     y_unit = unit(16 // x.element_size(), y, heads)
@@ -126,8 +131,9 @@ def bind_boxes(call: GatherCall, x: Tensor, y: Tensor) -> Bound:
     )
     warps = box_warps(tile, whole)
     launch = Launch(fprop_kernel_boxes, grid, constants, warps, depth, call.device)
-    rows, table = call.rows(y_unit), call.table(x, y, (1, y_unit))
-    words, starts = call.words, call.starts
+    lists = borders(lowering, axes, call.image, box)
+    rows, table = call.rows(y_unit), call.table(x, y, (1, y_unit), lists.places)
+    words, starts = upload(lists.words, call.device), upload(lists.starts, call.device)
 
     def start(
         x: Tensor,
@@ -166,9 +172,7 @@ def bind_wgrad_boxes(call: WgradCall, jobs: Jobs, dy: Tensor, x: Tensor, before:
     y_unit = unit(16 // x.element_size(), dy, jobs.plan.segments.tolist())
     constants = (*box, tile.filters, tile.channels, jobs.taps, y_unit, interpreted())
     launch = call.launch(wgrad_kernel_boxes, jobs, tile, constants)
-    n, _, height, width = dy.shape
-    boxes = -(-n // box.images) * (height // box.rows) * (width // box.cols)
-    tables = call.tables(jobs, dy, x, (1, y_unit), call.pieces(boxes), before)
+    tables = call.tables(jobs, dy, x, (1, y_unit), 0, before)
     dy_read, x_read = _image(dy, (*box, tile.filters)), _image(x, (*box, tile.channels))
     return lambda dy, x, partials: launch(dy_read(dy), x_read(x), partials, *tables)
 

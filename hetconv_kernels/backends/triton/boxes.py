@@ -49,8 +49,9 @@ def fprop_kernel_boxes(
         yd: y as [N, H, W, F] in boxes [BI, BH, BW, BF], if WHOLE.
         rd: the residual likewise, or None.
         y: the result itself.
-        words: channel block, tap row and tap column of each step, and one spare.  # int32
-        starts: first step of each segment of each class, and the end.  # int32
+        words: slab, channel block, tap row and tap column of each step, and one spare.  # int64
+        starts: first step of each segment of each list, and the end; then which list the tiles of
+            a row and of a column run (see `borders`).  # int32
         rows: filters of each segment: all of them (SCATTER), or the first of each over ROW_UNIT.
         geometry: `fprop.FIELDS` of each class, and the images.  # int64 [classes, fields]
         scale: per filter, or None.  # [F]
@@ -70,7 +71,7 @@ def fprop_kernel_boxes(
         ACT: the activation.
         INTERPRETED: whether Triton's interpreter runs this.
     """
-    table = geometry + tl.program_id(1) * 27  # the numbers below are places in FIELDS
+    table = geometry + tl.program_id(1) * 28  # the numbers below are places in FIELDS
     segments = tl.load(table).to(tl.int32)
     height = tl.load(table + 1).to(tl.int32)
     width = tl.load(table + 2).to(tl.int32)
@@ -85,26 +86,30 @@ def fprop_kernel_boxes(
     tiles_h = (height + BH - 1) // BH
     tiles_w = (width + BW - 1) // BW
     tiles = ((images + BI - 1) // BI) * tiles_h * tiles_w
+    lists = starts + tl.load(table + 27)
 
     for t in tl.range(tl.program_id(0), tiles * segments, tl.num_programs(0)):
         segment = t % segments
         block = t // segments
-        first_w = (block % tiles_w) * BW
+        place_w = block % tiles_w
+        first_w = place_w * BW
         rest = block // tiles_w
-        first_h = (rest % tiles_h) * BH
+        place_h = rest % tiles_h
+        first_h = place_h * BH
         image = (rest // tiles_h) * BI
         at_h = first_h * load_h + base_h
         at_w = first_w * load_w + base_w
-        first = tl.program_id(1) * segments + segment
+        number = tl.load(lists + place_h) + tl.load(lists + tiles_h + place_w)
+        first = number * segments + segment
         start = tl.load(starts + first)
         end = tl.load(starts + first + 1)
         acc = tl.zeros((BF, BI * BH * BW), tl.float32)
         word = tl.load(words + start)
         for s in range(start, end):
             following = tl.load(words + s + 1)  # one step ahead, see `fprop`
-            shift_h = ((word >> 5) & 31) * tap_h
-            shift_w = (word & 31) * tap_w
-            c = (word >> 10) * BK
+            shift_h = ((word >> 5) & 31).to(tl.int32) * tap_h
+            shift_w = (word & 31).to(tl.int32) * tap_w
+            c = ((word >> 10) & 0x1FFFFF).to(tl.int32) * BK
             if FOLD:
                 # Pixel 2i + q lies at parity q & 1 of place i + (q >> 1), columns side by side.
                 q_h = base_h + shift_h
@@ -121,7 +126,7 @@ def fprop_kernel_boxes(
             else:
                 box = xd.load([image, at_h + shift_h, at_w + shift_w, c])
             b = box.reshape(BI * BH * BW, BK)
-            a = wd.load([s * BF, 0])
+            a = wd.load([(word >> 32).to(tl.int32) * BF, 0])
             acc = multiply(a, b.T, acc, "tf32", INTERPRETED)
             word = following
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from ..common import empty, unit
 from ..packer import Packer
 from ..parts import part_of
 from .choice import GatherChoice
-from .dgrad import Axis, dgrad_axes, fprop_axes, geometry_table
+from .dgrad import axes_of, geometry_table
 from .fprop import fprop_kernel_gather, pack_kernel_gather
 from .launch import Launch, interpreted
 from .lowering import Lowering
@@ -74,6 +74,7 @@ class GatherCall:
         self.device = device = problem.device
         self.part = part_of(device)
         self.shape = problem.x_shape if self.back else problem.y_shape
+        self.axes, self.image = axes_of(problem)
         self.words = upload(lowering.words, device)
         self.starts = upload(lowering.starts, device)
         gather = lowering.gather
@@ -121,18 +122,6 @@ class GatherCall:
         bound.start(x, slabs, y, scale, shift, residual, partial)
         return y, None if partial is None else partial.sum(0)
 
-    def axes(self) -> list[tuple[Axis, Axis]]:
-        """Lists what each class reads and writes."""
-        problem = self.problem
-        make = dgrad_axes if self.back else fprop_axes
-        return make(problem.geometry, (problem.height, problem.width))
-
-    @property
-    def image(self) -> tuple[int, int]:
-        """Height and width of the operand that is read."""
-        problem = self.problem
-        return problem.output_size if self.back else (problem.height, problem.width)
-
     def rows(self, unit: int) -> Tensor:
         """Returns the table of the segments' filters, the first ones divided by `unit`."""
         table = self._rows.get(unit)
@@ -143,10 +132,12 @@ class GatherCall:
             table = self._rows[unit] = upload(rows, self.device)
         return table
 
-    def table(self, x: Tensor, y: Tensor, units: tuple[int, int]) -> Tensor:
+    def table(
+        self, x: Tensor, y: Tensor, units: tuple[int, int], lists: Sequence[int] | None = None
+    ) -> Tensor:
         """Makes the geometry table for operands of these strides."""
         table = geometry_table(
-            self.axes(),
+            self.axes,
             self.problem.batch,
             self.image,
             self.lowering.segments,
@@ -155,6 +146,7 @@ class GatherCall:
             units,
             x.shape[1],
             y.shape[1],
+            lists,
         )
         return upload(table, self.device)
 
@@ -182,7 +174,7 @@ class GatherCall:
         if last:
             heads = lowering.plan.segments.tolist() if lowering.rows is None else []
             units = unit(widest, x), unit(widest, y, heads)
-        axes = self.axes()
+        axes = self.axes
         outside = any(
             axis.leaves(extent)
             for pair in axes

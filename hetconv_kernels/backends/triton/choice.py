@@ -12,7 +12,8 @@ from torch import Tensor
 from ...problem import Problem
 from ..parts import Part, part_of
 from . import table
-from .dgrad import dgrad_classes
+from .borders import steps_run
+from .dgrad import axes_of, dgrad_classes
 from .lowering import Lowering
 from .tiles import (
     BOX_GAIN,
@@ -32,6 +33,8 @@ ONLY: str | None = None
 FORMS = ((False, False), (True, False), (False, True))
 # Choices that tuning measures, of those that are predicted to be best.
 MOST_TUNED = 8
+# A box that is nearer to a square is taken for at most so many times the steps.
+NEAR = 1.05
 
 
 class Named(Protocol):
@@ -144,8 +147,9 @@ def gather_choices(problem: Problem) -> list[GatherChoice]:
             found.append(_gather(problem, tile, None, form, part))
         for tile in BOX_TILES if ONLY != "gather" and has_boxes(problem.device) else ():
             lowering = lowering_of(problem, tile.filters, tile.channels, *form)
-            for box in boxes_of(problem, tile, lowering.gather is not None):
-                found.append(_gather(problem, tile, box, form, part))
+            work = steps_run(lowering, *axes_of(problem))
+            for box in boxes_of(problem, tile, lowering.gather is not None, work):
+                found.append(_gather(problem, tile, box, form, part, work(box)))
     return [c for c in found if c is not None] or [
         c for t in tiles if (c := _gather(problem, t, None, FORMS[0], part)) is not None
     ]
@@ -209,8 +213,13 @@ def folds(problem: Problem, tile: Tile, strides: Sequence[int]) -> bool:
     )
 
 
-def boxes_of(problem: Problem, tile: Tile, gathered: bool = False) -> list[Box]:
-    """Lists the boxes that may be used: the best of each kind, by the pixels that they waste."""
+def boxes_of(
+    problem: Problem,
+    tile: Tile,
+    gathered: bool = False,
+    work: Callable[[Box], float] | None = None,
+) -> list[Box]:
+    """Lists the boxes that may be used: the best one, if any; see `best_box`."""
     if box_reasons(problem, gathered):
         return []
     back = problem.verb == "dgrad"
@@ -220,11 +229,17 @@ def boxes_of(problem: Problem, tile: Tile, gathered: bool = False) -> list[Box]:
     _, c, height, width = problem.x_shape
     strides = (c * height * width, 1, width * c, c) if gathered else problem.strides
     steps_one = back or problem.geometry.stride == (1, 1) or folds(problem, tile, strides)
-    box = best_box((n, h, w), tile.pixels, steps_one)
+    box = best_box((n, h, w), tile.pixels, steps_one, work=work)
     return [] if box is None else [box]
 
 
-def best_box(size: Sequence[int], pixels: int, several: bool, exact: bool = False) -> Box | None:
+def best_box(
+    size: Sequence[int],
+    pixels: int,
+    several: bool,
+    exact: bool = False,
+    work: Callable[[Box], float] | None = None,
+) -> Box | None:
     """Returns the box that covers images of a size with the least waste.
 
     Args:
@@ -232,22 +247,27 @@ def best_box(size: Sequence[int], pixels: int, several: bool, exact: bool = Fals
         pixels: of the box, a power of two.
         several: whether it may hold more than one pixel of an image.
         exact: whether it has to divide rows and columns.
+        work: counts the steps of all tiles of one block of images; None if every tile has as many.
 
     Returns:
         The box; None where a box of that many images is beyond a descriptor's.
     """
     n, h, w = size
     edges = [2**k for k in range(9) if 2**k <= pixels]
-    found: list[tuple[int, int, Box]] = []
+    found: list[tuple[float, int, Box]] = []
     for rows in edges if several else (1,):
         for cols in edges if several else (1,):
             images = pixels // (rows * cols)
             if images < 1 or images > 256 or (exact and (h % rows or w % cols)):
                 continue
-            count = -(-n // images) * -(-h // rows) * -(-w // cols)
-            # Among equals the squarest, whose taps share most of what they read.
-            found.append((count, abs(rows - cols), Box(images, rows, cols)))
-    return min(found)[2] if found else None
+            box = Box(images, rows, cols)
+            each = -(-h // rows) * -(-w // cols) if work is None else work(box)
+            found.append((-(-n // images) * each, abs(rows - cols), box))
+    if not found:
+        return None
+    # Among near equals the squarest, whose taps share most of what they read.
+    most = min(found)[0] * (1.0 if work is None else NEAR)
+    return min((shape, box) for cost, shape, box in found if cost <= most)[1]
 
 
 def lowering_of(
@@ -264,21 +284,29 @@ def lowering_of(
 
 
 def _gather(
-    problem: Problem, tile: Tile, box: Box | None, form: tuple[bool, bool], part: Part
+    problem: Problem,
+    tile: Tile,
+    box: Box | None,
+    form: tuple[bool, bool],
+    part: Part,
+    work: float = 0.0,
 ) -> GatherChoice | None:
     lowering = lowering_of(problem, tile.filters, tile.channels, *form)
     if form[0] and lowering.gather is None:
         return None  # the same as in the channels' own order
     n, c, h, w = problem.y_shape if problem.verb == "dgrad" else problem.x_shape
     shape = problem.x_shape if problem.verb == "dgrad" else problem.y_shape
-    pixels = shape[0] * shape[2] * shape[3]
-    if box is not None:  # those that its tiles cover
+    pixels, steps = shape[0] * shape[2] * shape[3], float(lowering.steps)
+    if box is not None:  # those that its tiles cover; some of which skip steps
+        places = [
+            -(-rows.pixels // box.rows) * -(-cols.pixels // box.cols)
+            for rows, cols in axes_of(problem)[0]
+        ]
+        steps = work * len(places) / max(1, sum(places))
         pixels = tile.pixels * -(-shape[0] // box.images)
         pixels *= -(-shape[2] // box.rows) * -(-shape[3] // box.cols)
     item = problem.dtype.itemsize
-    kernel = fprop_seconds(
-        tile, pixels, lowering.steps, lowering.segments, item, part, lowering.classes
-    )
+    kernel = fprop_seconds(tile, pixels, steps, lowering.segments, item, part, lowering.classes)
     if box is None and has_boxes(problem.device):
         kernel *= BOX_GAIN
     slabs = lowering.steps * tile.filters * tile.channels

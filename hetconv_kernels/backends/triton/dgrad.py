@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from ...masks import IntArray
-from ...problem import Geometry
+from ...problem import Geometry, Problem
 from .lowering import Residue, residues
 
 Size = tuple[int, int]
@@ -51,6 +52,22 @@ class Axis(NamedTuple):
         low = self.base + min(0, reach)
         high = self.base + (self.pixels - 1) * self.load + max(0, reach)
         return low < 0 or high >= image
+
+    def seen(self, edge: int, image: int) -> npt.NDArray[np.bool_]:
+        """Tells which taps may read inside an image of that many places, for tiles of pixels.
+
+        Args:
+            edge: pixels of a tile; the last one may have fewer.
+            image: places.
+
+        Returns:
+            False where no pixel of a tile has that tap inside.  # bool [tiles, taps]
+        """
+        first = np.arange(0, self.pixels, edge)[:, None]
+        last = np.minimum(first + edge, self.pixels) - 1
+        shift = self.base + self.tap * np.arange(self.taps)
+        inside: npt.NDArray[np.bool_] = first * self.load + shift < image
+        return inside & (last * self.load + shift >= 0)
 
 
 def fprop_axes(geometry: Geometry, size: Size) -> list[tuple[Axis, Axis]]:
@@ -103,6 +120,14 @@ def dgrad_axes(geometry: Geometry, size: Size) -> list[tuple[Axis, Axis]]:
     return [(rows, cols) for rows in axes[0] for cols in axes[1]]
 
 
+def axes_of(problem: Problem) -> tuple[list[tuple[Axis, Axis]], Size]:
+    """Returns the classes of fprop or dgrad, and height and width of the operand that is read."""
+    size = problem.height, problem.width
+    if problem.verb == "dgrad":
+        return dgrad_axes(problem.geometry, size), problem.output_size
+    return fprop_axes(problem.geometry, size), size
+
+
 def geometry_table(
     axes: Sequence[tuple[Axis, Axis]],
     batch: int,
@@ -113,6 +138,7 @@ def geometry_table(
     units: tuple[int, int],
     channels: int,
     filters: int,
+    lists: Sequence[int] | None = None,
 ) -> IntArray:
     """Makes the table that the kernel reads (see `fprop.FIELDS`).
 
@@ -126,6 +152,7 @@ def geometry_table(
         units: what strides, channels and first filters are divided by, for each of the two.
         channels: of the operand that is read.
         filters: of the result.
+        lists: of boxes, where the lists of each class are found (see `borders`).
 
     Returns:
         One line for each class.  # int64 [classes, fields]
@@ -133,7 +160,7 @@ def geometry_table(
     (x_n, x_c, x_h, x_w), (y_n, y_c, y_h, y_w) = read, written
     x_unit, y_unit = units
     lines = []
-    for rows, cols in axes:
+    for (rows, cols), place in zip(axes, lists or [0] * len(axes), strict=True):
         pixels = batch * rows.pixels * cols.pixels
         lines.append(
             [
@@ -163,6 +190,7 @@ def geometry_table(
                 channels // x_unit,
                 max(rows.taps, cols.taps),
                 filters,
+                place,
             ]
         )
     return np.array(lines, np.int64)

@@ -42,6 +42,7 @@ FIELDS = (
     "channels",
     "taps",  # the longer edge of the kernel within this class
     "filters",
+    "lists",  # of boxes: where the lists of its tiles are found, see `borders`
 )
 
 
@@ -131,7 +132,7 @@ def fprop_kernel_gather(
         PRECISION: of products of float32.
         INTERPRETED: whether Triton's interpreter runs this.
     """
-    table = geometry + tl.program_id(1) * 27  # the numbers below are places in FIELDS
+    table = geometry + tl.program_id(1) * 28  # the numbers below are places in FIELDS
     segments = tl.load(table).to(tl.int32)
     height = tl.load(table + 1).to(tl.int32)
     width = tl.load(table + 2).to(tl.int32)

@@ -2,7 +2,8 @@
 """The Hopper kernel of wgrad: boxes of pixels of dy and of x by TMA, one product for each tap.
 
 What lies outside x reads zero, which is the padding; what lies outside dy (a box of images beyond
-the last one) reads zero too and adds nothing. Three taps of a row share one box of dy.
+the last one) reads zero too and adds nothing. Three taps of a row share one box of dy. Boxes none
+of whose pixels has a job's taps inside x are not visited.
 """
 
 from __future__ import annotations
@@ -11,6 +12,18 @@ import triton
 import triton.language as tl
 
 from .fprop import multiply
+
+
+@triton.jit
+def seen_from(shift, edge, stride):
+    """Returns the first tile of `edge` places with one that `shift` brings to 0 or beyond."""
+    return (tl.maximum(-shift - (edge - 1) * stride, 0) + edge * stride - 1) // (edge * stride)
+
+
+@triton.jit
+def seen_until(shift, edge, stride, image):
+    """Returns the tile after the last one with a place that `shift` leaves below `image`."""
+    return (tl.maximum(image - shift, 0) + edge * stride - 1) // (edge * stride)
 
 
 @triton.jit
@@ -40,7 +53,7 @@ def wgrad_kernel_boxes(
         words: channel block, tap row and first tap column of each job (see `fprop`).  # int32
         owners: segment of each job.  # int32
         rows: the first filter of each segment, over ROW_UNIT.  # int32
-        geometry: `wgrad.FIELDS`; a split is so many boxes.  # int64
+        geometry: `wgrad.FIELDS`; boxes are split evenly here.  # int64
         BI: images of a box.
         BH: rows of a box, a divisor of OH.
         BW: columns of a box, a divisor of OW.
@@ -54,10 +67,11 @@ def wgrad_kernel_boxes(
     height = tl.load(geometry).to(tl.int32)  # the numbers below are places in FIELDS
     width = tl.load(geometry + 1).to(tl.int32)
     images = tl.load(geometry + 2).to(tl.int32) // (height * width)
-    split = tl.load(geometry + 3).to(tl.int32)
     stride_h = tl.load(geometry + 4).to(tl.int32)
     stride_w = tl.load(geometry + 5).to(tl.int32)
     dilation_w = tl.load(geometry + 9).to(tl.int32)
+    image_h = tl.load(geometry + 10).to(tl.int32)
+    image_w = tl.load(geometry + 11).to(tl.int32)
 
     word = tl.load(words + job)
     shift_h = ((word >> 5) & 31) * tl.load(geometry + 8).to(tl.int32)
@@ -66,17 +80,23 @@ def wgrad_kernel_boxes(
     c = (word >> 10) * BC
     f = tl.load(rows + tl.load(owners + job)) * ROW_UNIT
 
-    tiles_h = height // BH
-    tiles_w = width // BW
+    # The rectangle of tiles that this job's taps reach x from.
+    from_h = seen_from(shift_h, BH, stride_h)
+    from_w = seen_from(shift_w + (TAPS - 1) * dilation_w, BW, stride_w)
+    until_h = tl.minimum(seen_until(shift_h, BH, stride_h, image_h), height // BH)
+    until_w = tl.minimum(seen_until(shift_w, BW, stride_w, image_w), width // BW)
+    tiles_h = tl.maximum(until_h - from_h, 0)
+    tiles_w = tl.maximum(until_w - from_w, 0)
     tiles = ((images + BI - 1) // BI) * tiles_h * tiles_w
+    split = (tiles + tl.num_programs(1) - 1) // tl.num_programs(1)
     acc0 = tl.zeros((BF, BC), tl.float32)
     acc1 = acc0
     acc2 = acc0
     low = tl.program_id(1) * split
     for t in range(low, tl.minimum(low + split, tiles)):
-        first_w = (t % tiles_w) * BW
+        first_w = (from_w + t % tiles_w) * BW
         rest = t // tiles_w
-        first_h = (rest % tiles_h) * BH
+        first_h = (from_h + rest % tiles_h) * BH
         image = (rest // tiles_h) * BI
         g = dyd.load([image, first_h, first_w, f]).reshape(BI * BH * BW, BF).T
         at_h = first_h * stride_h + shift_h

@@ -144,10 +144,6 @@ class WgradCall:
         grid = len(jobs.words), self._splits
         return Launch(kernel, grid, constants, tile.warps, depth, self._device)
 
-    def pieces(self, number: int) -> int:
-        """Returns how many of a number of boxes one split has."""
-        return -(-number // self._splits)
-
     def tables(
         self, jobs: Jobs, dy: Tensor, x: Tensor, units: tuple[int, int], split: int, before: int
     ) -> tuple[Tensor, ...]:
@@ -158,7 +154,7 @@ class WgradCall:
             dy: an example.
             x: an example.
             units: what strides are divided by, of x and of dy; the latter also divides filters.
-            split: pixels, or boxes, of one split.
+            split: pixels of one split; boxes are split by the kernel.
             before: float32 values of a split that stand before those of these jobs.
         """
         geometry, (x_unit, y_unit) = self.problem.geometry, units
