@@ -51,13 +51,15 @@ struct Ring {
   }
 };
 
-struct Rings {
-  Ring halo, slabs[kWarpgroups];
+// The barriers in shared memory: of the halo's ring, then of the slabs' of each warpgroup.
+struct Barriers {
+  uint32_t begin;
+  int stages, slots;
 
-  __device__ Rings(const Wide& p, uint32_t barriers)
-      : halo(barriers, p.stages),
-        slabs{Ring(barriers + p.stages * 16, p.slots),
-              Ring(barriers + p.stages * 16 + p.slots * 16, p.slots)} {}
+  __device__ Ring halo() const { return Ring(begin, stages); }
+  __device__ Ring slabs(int group) const {
+    return Ring(begin + (stages + group * slots) * 16, slots);
+  }
 };
 
 // What a block computes at a time: a tile of a class, with the filters of a pair.
@@ -159,23 +161,26 @@ template <int kPixels> struct HaloBringer {
 };
 
 // Brings the slabs of both warpgroups, step by step, with one thread.
-__device__ void bring_slabs(const Wide& p, uint32_t slabs, Rings rings, int first, int step,
-                            int rank) {
+__device__ void bring_slabs(const Wide& p, uint32_t slabs, const Barriers& barriers, int first,
+                            int step, int rank) {
   const char* source = static_cast<const char*>(p.slabs);
+  Ring rings[kWarpgroups] = {barriers.slabs(0), barriers.slabs(1)};
   Item item;
   for (int index = first; item.find(p, index, rank); index += step) {
     const int32_t* block = p.blocks + load_table(item.head + kBlockBegin) * kBlockFields;
     const int count = load_table(item.head + kBlockCount);
     for (int b = 0; b < count; ++b, block += kBlockFields) {
       int begin[kWarpgroups], steps[kWarpgroups];
+#pragma unroll
       for (int w = 0; w < kWarpgroups; ++w) {
         begin[w] = load_table(block + kStepBegin + 2 * w);
         steps[w] = load_table(block + kStepCount + 2 * w);
       }
       for (int s = 0; s < steps[0] || s < steps[1]; ++s) {
+#pragma unroll
         for (int w = 0; w < kWarpgroups; ++w) {
           if (s >= steps[w]) continue;
-          Ring& ring = rings.slabs[w];
+          Ring& ring = rings[w];
           phase_wait(ring.emptied(), ring.parity ^ 1);
           phase_expect(ring.filled(), kSlabBytes);
           const uint32_t to = slabs + (w * p.slots + ring.at) * kSlotBytes;
@@ -335,10 +340,10 @@ template <class T, int kPixels, class Activation> struct Results {
 
 // Computes one segment of every item.
 template <class T, int kPixels, class Activation>
-__device__ void compute(const Wide& p, uint32_t shared, const Layout& at, Rings rings, int group,
-                        int first, int step, int rank) {
+__device__ void compute(const Wide& p, uint32_t shared, const Layout& at, const Barriers& barriers,
+                        int group, int first, int step, int rank) {
   const int thread = int(threadIdx.x) % kGroupThreads, lane = thread % 32;
-  Ring halo = rings.halo, ring = rings.slabs[group];
+  Ring halo = barriers.halo(), ring = barriers.slabs(group);
   const uint32_t slabs = shared + at.slabs + group * p.slots * kSlotBytes;
   const Results<T, kPixels, Activation> results{
       p, shared + at.staged + uint32_t(group) * 2 * kStagedBytes, group, thread};
@@ -395,18 +400,21 @@ __global__ void __launch_bounds__(kThreads, 1) wide_fprop_kernel(Wide p) {
 #ifdef HETCONV_WGMMA
   const Layout at(p);
   const uint32_t shared = shared_begin();
-  const Rings rings(p, shared + at.barriers);
+  const Barriers barriers{shared + at.barriers, p.stages, p.slots};
   const int rank = p.cluster == 1 ? 0 : int(cluster_rank());
   const int first = int(blockIdx.x) / p.cluster, step = int(gridDim.x) / p.cluster;
   if (threadIdx.x == 0) {
+    const Ring halo = barriers.halo();
     for (int i = 0; i < p.stages; ++i) {
-      phase_init(rings.halo.full + i * 8, kHaloThreads);
-      phase_init(rings.halo.empty + i * 8, 4 * kWarpgroups);
+      phase_init(halo.full + i * 8, kHaloThreads);
+      phase_init(halo.empty + i * 8, 4 * kWarpgroups);
     }
-    for (int i = 0; i < p.slots * kWarpgroups; ++i) {
-      const Ring& ring = rings.slabs[i / p.slots];
-      phase_init(ring.full + i % p.slots * 8, 1);
-      phase_init(ring.empty + i % p.slots * 8, 4 * p.cluster);
+    for (int group = 0; group < kWarpgroups; ++group) {
+      const Ring slabs = barriers.slabs(group);
+      for (int i = 0; i < p.slots; ++i) {
+        phase_init(slabs.full + i * 8, 1);
+        phase_init(slabs.empty + i * 8, 4 * p.cluster);
+      }
     }
     phase_init_done();
   }
@@ -419,12 +427,12 @@ __global__ void __launch_bounds__(kThreads, 1) wide_fprop_kernel(Wide p) {
     fewer_registers<kBringRegisters>();
     if (warp)
       HaloBringer<kPixels>{p, shared + at.halo, at.stage, int(threadIdx.x) - 32}.run(
-          rings.halo, first, step, rank);
+          barriers.halo(), first, step, rank);
     else if (threadIdx.x == 0)
-      bring_slabs(p, shared + at.slabs, rings, first, step, rank);
+      bring_slabs(p, shared + at.slabs, barriers, first, step, rank);
   } else {
     more_registers<kComputeRegisters>();
-    compute<T, kPixels, Activation>(p, shared, at, rings, warp / 4 - 1, first, step, rank);
+    compute<T, kPixels, Activation>(p, shared, at, barriers, warp / 4 - 1, first, step, rank);
   }
   // Nobody leaves while another block may still copy to its shared memory or arrive there.
   if (p.cluster != 1) cluster_barrier();
