@@ -121,7 +121,7 @@ def chosen(geometry: Geometry, size: tuple[int, int], batch: int, back: bool) ->
     classes, every = wide_windows(geometry, size, back)
     read = geometry.output_size(*size) if back else size
     image = -(-read[0] // every[0]), -(-read[1] // every[1])
-    return choose_wide(geometry.support, classes, image, batch, back, PART), every
+    return choose_wide(lower(geometry.support, classes, back), classes, image, batch, PART), every
 
 
 
@@ -298,8 +298,9 @@ def test_a_stride_of_three_is_refused_where_pixels_between_are_read() -> None:
 def test_too_large_a_halo_and_too_many_steps_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     geometry = make_geometry(Support.dense(8, 8, 3), 1, 900, 900)
     classes, _ = wide_windows(geometry, (2000, 2000), False)
-    with pytest.raises(BackendError, match=r"no tile of .* fits in"):
-        choose_wide(geometry.support, classes, (2000, 2000), 1, False, PART)
+    tables = lower(geometry.support, classes)
+    with pytest.raises(BackendError, match=r"no tile with its halo.* fits in 232448 bytes"):
+        choose_wide(tables, classes, (2000, 2000), 1, PART)
     monkeypatch.setattr(wide_lowering, "_MOST_STEPS", 8)
     with pytest.raises(BackendError, match="steps of wide groups: received 9, expected at most 8"):
         lower(geometry.support, classes)

@@ -14,11 +14,10 @@ from typing import NamedTuple
 import numpy as np
 
 from ...errors import BackendError
-from ...support import Support
 from ..parts import Part
 from ..triton.lowering import Int32Array
 from .eights import EIGHT
-from .wide_lowering import COLUMNS, SLAB, WideTables, lower
+from .wide_lowering import COLUMNS, SLAB, WideTables
 from .windows import Window
 
 # As in wide.h: pixels of a tile, most first; and blocks of threads that share slabs.
@@ -78,33 +77,29 @@ class WideTiling(NamedTuple):
 
 
 def choose_wide(
-    support: Support,
+    tables: WideTables,
     classes: Sequence[Window],
     image: tuple[int, int],
     batch: int,
-    back: bool,
     part: Part,
 ) -> WideTiling:
-    """Chooses the tables of fprop or dgrad: the fastest predicted ones that fit.
+    """Chooses the tile of fprop or dgrad: the fastest predicted one that fits.
 
     Args:
-        support: the layer's own.
+        tables: the lowering.
         classes: the classes of pixels.
         image: rows and columns of the operand that is read.
         batch: images.
-        back: whether for dgrad.
         part: the GPU.
 
     Raises:
-        ArgumentError: channels or filters are no multiple of 8.
-        BackendError: no tile with its halo fits in shared memory, or there are too many steps.
+        BackendError: no tile with its halo fits in shared memory.
     """
-    tables = lower(support, classes, back)
     found = list(tilings(tables, classes, image, batch, part))
     if not found:
         raise BackendError(
-            f"no tile of {support} with its halo and two slabs for each warpgroup fits in "
-            f"{part.shared} bytes of shared memory."
+            f"no tile with its halo, and two slabs for each warpgroup, fits in {part.shared} bytes "
+            "of shared memory."
         )
     return min(found, key=lambda tiling: tiling.clocks)
 
@@ -134,8 +129,9 @@ def class_lines(classes: Sequence[Window], pixels: int, height: int, batch: int)
     Example: four images of 7 × 7 pixels, with 3 × 3 taps and padding 1, stand in one tile of 32
     rows, 8 apart, so that one row of zeros is the padding below one and above the next:
 
+        >>> from hetconv_kernels import Support
+        >>> from hetconv_kernels.backends.cuda.windows import windows
         >>> from hetconv_kernels.problem import make_geometry
-        >>> from .windows import windows
         >>> found = windows(make_geometry(Support.dense(64, 64, 3), 1, 1), (7, 7), False)
         >>> class_lines(found, 256, 7, 128)[0, :6].tolist()
         [7, 7, 1, 1, 4, 8]
