@@ -97,10 +97,15 @@ def test_what_it_is_for_is_not_refused(on_gpu, verb: str) -> None:
     ids=lambda value: "" if isinstance(value, dict) else value[:30],
 )
 def test_problems_beyond_the_engine_are_refused(on_gpu, changes: Any, words: str) -> None:
-
     on_gpu()
     reasons = Cuda().unsupported_reasons(described(**changes))
     assert any(re.search(words, reason) for reason in reasons), reasons
+
+
+def test_a_refusal_does_not_last(on_gpu) -> None:
+    on_gpu()
+    assert Cuda().unsupported_reasons(described(dtype=torch.float32))
+    assert Cuda().unsupported_reasons(described()) == []
 
 
 def test_each_verb_asks_for_vectors_of_what_it_reads(on_gpu) -> None:

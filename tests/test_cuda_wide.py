@@ -124,8 +124,6 @@ def chosen(geometry: Geometry, size: tuple[int, int], batch: int, back: bool) ->
     return choose_wide(lower(geometry.support, classes, back), classes, image, batch, PART), every
 
 
-
-
 @pytest.mark.parametrize("back", [False, True], ids=["fprop", "dgrad"])
 @pytest.mark.parametrize("case", [c for c in GPU_CASES if c.n == 128], ids=lambda case: case.name)
 def test_tables_of_benchmarks_pass_the_check(case: Case, back: bool) -> None:
@@ -150,7 +148,7 @@ def test_tables_of_pointwise_layers_pass_the_check(layer: tuple[int, ...], back:
     assert len(tiling.tables.steps) * 4096 == c * f
 
 
-# What the check would find -------------------------------------------------------------------------
+# What the check would find -----------------------------------------------------------------------
 
 
 def broken(tiling: WideTiling, mistake: str) -> WideTiling:
@@ -208,7 +206,7 @@ def test_a_mistake_in_the_tables_is_found(mistake: str) -> None:
         wide_twin.check(broken(tiling, mistake), geometry, size, 8, False)
 
 
-# How filters and channels are put together ---------------------------------------------------------
+# How filters and channels are put together -------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -275,7 +273,7 @@ def test_long_and_short_blocks_alternate() -> None:
     assert sums[0] > sums[1]
 
 
-# Refusals ------------------------------------------------------------------------------------------
+# Refusals ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("back", [False, True])
@@ -306,7 +304,7 @@ def test_too_large_a_halo_and_too_many_steps_are_refused(monkeypatch: pytest.Mon
         lower(geometry.support, classes)
 
 
-# Predictions ---------------------------------------------------------------------------------------
+# Predictions -------------------------------------------------------------------------------------
 
 
 def test_fewer_weights_are_predicted_to_take_less() -> None:

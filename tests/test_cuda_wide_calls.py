@@ -24,6 +24,7 @@ from hetconv_kernels import backends, ops
 from hetconv_kernels.backends import capture, common, parts
 from hetconv_kernels.backends import cuda as package
 from hetconv_kernels.backends.cuda import Cuda, choice
+from hetconv_kernels.backends.vendor import Vendor
 from hetconv_kernels.errors import BackendError
 from hetconv_kernels.problem import Geometry, Problem, make_geometry
 from hetconv_kernels.testing import error_bound, oracle
@@ -33,7 +34,7 @@ DENSE = hk.Support.dense(256, 256, 3)
 HET8 = hk.Support.het(64, 64, 3, p=8)
 
 
-# Choice --------------------------------------------------------------------------------------------
+# Choice ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -149,16 +150,16 @@ def test_unmeasured_it_has_to_be_predicted_to_win_by_a_margin(
     """`auto` treats it as every engine that no GPU has measured."""
     on_gpu()
     problem = described("fprop", hk.Support.het(256, 256, 3, p=2))
-    engine, vendor = Cuda(), backends.get_backend("vendor")
+    engine, vendor = Cuda(), Vendor()
     monkeypatch.setattr(backends, "_engines", lambda: {"vendor": vendor, "cuda": engine})
     monkeypatch.setattr(Cuda, "fprop", lambda *_: None)
-    monkeypatch.setattr(type(vendor), "fprop", lambda *_: None)
+    monkeypatch.setattr(Vendor, "fprop", lambda *_: None)
     for share, name in ((1.2, "vendor"), (1.4, "cuda")):
         monkeypatch.setattr(Cuda, "estimate", lambda _, p, s=share: vendor.estimate(p) / s)
         assert backends.choose(problem, 0).backend.name == name
 
 
-# Calls, with the kernel on the CPU -----------------------------------------------------------------
+# Calls, with the kernel on the CPU ---------------------------------------------------------------
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from hetconv_kernels.backends.cuda.wide_tiles import WideTiling
 from hetconv_kernels.problem import Geometry
 
 
-
 class Line(NamedTuple):
     """A line of ``classes``; the attributes are its fields."""
 
@@ -195,7 +194,7 @@ def check(
     assert tables.blocks[:, [9, 11]].sum() == len(tables.steps), "steps of blocks"
     assert tables.heads[..., 1].sum() == len(tables.blocks), "blocks of heads"
     chunks = tables.blocks[:, :8]
-    assert -1 <= chunks.min(initial=0)
+    assert chunks.min(initial=0) >= -1
     limit = support.filters if back else support.channels
     assert chunks.max(initial=-1) * 8 < limit, "channels"
     seen = np.zeros(written, int)
@@ -230,7 +229,7 @@ def _taps_of(tiling: WideTiling, index: int, line: Line) -> set[tuple[int, int, 
     for begin, count in tables.heads[index]:
         own = np.isin(tables.block, np.arange(begin, begin + count))
         for tap, step in set(zip(tables.tap[own], tables.steps[own], strict=True)):
-            assert 0 <= step, "address"
+            assert step >= 0, "address"
             assert step + reach < line.halo_h * line.row_pitch, "address"
             row, place = divmod(int(step), line.row_pitch)
             assert place in column, "a column that nothing is brought to"
@@ -290,9 +289,7 @@ def _check_axis(
     return np.array(places, int)
 
 
-def _check_taps(
-    geometry: Geometry, pixel: tuple[int, int], tiling: WideTiling, index: int
-) -> None:
+def _check_taps(geometry: Geometry, pixel: tuple[int, int], tiling: WideTiling, index: int) -> None:
     """Checks that a class of dgrad has no tap of another, given one of its pixels."""
     kh, kw = geometry.support.kernel
     own = {

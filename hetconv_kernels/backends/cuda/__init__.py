@@ -38,7 +38,7 @@ class Cuda:
         if problem.device.type != "cuda":
             return [f"The tensors are on {problem.device}, not on an NVIDIA GPU."]
         index = problem.device.index or 0
-        reasons = gpu_reasons(index) or _build_reasons(index)
+        reasons = list(gpu_reasons(index) or _build_reasons(index))  # these are kept: a copy
         if reasons:
             return reasons
         if problem.dtype not in _DTYPES:

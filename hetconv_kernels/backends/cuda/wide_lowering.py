@@ -3,7 +3,7 @@
 
 Filters come in *runs* of eight that follow each other in memory, eight runs make a *segment* of 64,
 the rows of one matrix instruction, and two segments a *pair*, one for each warpgroup of a block of
-threads. Channels come in *chunks* of eight, and eight chunks that a pair needs make a *block*, whose
+threads. Channels come in *chunks* of eight, and eight chunks that a pair needs make a *block* whose
 halo is brought to shared memory once. A *step* is one segment, one block and one tap: 64 × 64
 weights, of which dead ones are zeros. Runs and chunks stand together so that steps are few.
 
@@ -173,7 +173,7 @@ def lower(support: Support, classes: Sequence[Window], back: bool = False) -> Wi
             raise ArgumentError(mismatch(name, count, f"a multiple of {EIGHT}", 'backend="triton"'))
     runs, chunks = mask.shape[0] // EIGHT, mask.shape[1] // EIGHT
     # Which runs read which chunks at which taps.
-    live = mask.reshape(runs, EIGHT, chunks, EIGHT, -1).any(axis=(1, 3))
+    live = np.any(mask.reshape(runs, EIGHT, chunks, EIGHT, -1), axis=(1, 3))
     segments = eights(live, _segment_cost)
     needs = np.stack([live[members].any(axis=0) for members in segments])
     pairs = _paired(needs)
@@ -215,7 +215,7 @@ def _paired(needs: BoolArray) -> list[tuple[int, int]]:
 
     # bool [segments, chunks, taps]
     """
-    steps, chunks = _segment_cost(needs), needs.any(axis=2)
+    steps, chunks = _segment_cost(needs), np.any(needs, axis=2)
     left = list(np.argsort(-steps, kind="stable"))
     found = []
     while left:
@@ -249,8 +249,8 @@ class _Builder:
         sets = [read[members] for members in eights(own[read], _block_cost)]
         pair = len(self._heads)
         self._heads.append([len(self._blocks), len(sets)])
-        for members in _in_turn(sets, [own[members].any(axis=0) for members in sets]):
-            together = own[members].any(axis=0)
+        for members in _in_turn(sets, [np.any(own[members], axis=0) for members in sets]):
+            together = np.any(own[members], axis=0)
             line = [*members.tolist(), *[-1] * (EIGHT - len(members))]
             for side in range(2):
                 taps = np.flatnonzero(together[side])
@@ -291,7 +291,8 @@ def _in_turn(sets: Sequence[IntArray], needs: Sequence[BoolArray]) -> list[IntAr
     for.
     """
     steps = np.array([need.sum(axis=1) for need in needs], np.int64).reshape(-1, 2)
-    left, found, ahead = list(range(len(sets))), [], 0
+    found: list[IntArray] = []
+    left, ahead = list(range(len(sets))), 0
     while left:
         totals = steps[left].sum(axis=1)
         wanted = totals.max() if len(found) % 2 == 0 else totals.min()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiles of the wide kernel: how many pixels, and what is held in shared memory, by predicted clocks.
+"""Tiles of the wide kernel: pixels, and what shared memory holds, by predicted clocks.
 
 The model counts, for one tile of two segments, clocks of the matrix unit, of shared memory's port
 and of what L2 supplies, of which the longest counts; then whole rounds of tiles over the
