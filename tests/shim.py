@@ -52,7 +52,7 @@ def build() -> Path:
         subprocess.CalledProcessError: the compiler refuses; its words go to the terminal.
     """
     native = ROOT / "tests" / "native" / "cuda"
-    kernels = sorted((ROOT / "csrc" / "cuda").glob("narrow*.cu"))
+    kernels = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     sources = [*kernels, *sorted(native.glob("*.cpp"))]
     headers = [*sorted((ROOT / "csrc" / "cuda").glob("*.h")), *sorted(native.glob("*.h"))]
     key = hashlib.sha256(" ".join(FLAGS).encode())
@@ -85,6 +85,9 @@ class Case:
         expected: the truth, in float64, in the order of the result's memory.
         bound: the error that is allowed, alike.
         dtype: of the result.
+        zeros: where the result must be zero.
+        sums: of the results and their squares over each filter, the error that is allowed, and
+            into how many lines the kernel splits them.  # [2, F], [2, F]
     """
 
     name: str
@@ -94,6 +97,13 @@ class Case:
     bound: Tensor
     dtype: torch.dtype
     zeros: Tensor | None = field(default=None)
+    sums: tuple[Tensor, Tensor, int] | None = field(default=None)
+
+    @property
+    def size(self) -> int:
+        """Bytes that come back."""
+        size = self.expected.numel() * self.dtype.itemsize
+        return size + (self.sums[0].numel() * self.sums[2] * 4 if self.sums else 0)
 
     def text(self) -> bytes:
         """Returns the case in the format of the driver."""
@@ -110,7 +120,8 @@ class Case:
 
     def check(self, data: bytes) -> None:
         """Compares what came back with the truth."""
-        got = torch.frombuffer(bytearray(data), dtype=self.dtype).double()
+        count = self.expected.numel()
+        got = torch.frombuffer(bytearray(data), dtype=self.dtype, count=count).double()
         expected = self.expected.reshape(-1)
         bad = ~((got - expected).abs() <= self.bound.reshape(-1))
         assert not bad.any(), (
@@ -119,26 +130,32 @@ class Case:
         )
         if self.zeros is not None:
             assert not got[self.zeros.reshape(-1)].any(), f"{self.name}: dead entries are not zero"
+        if self.sums is not None:
+            exact, allowed, lines = self.sums
+            kept = bytearray(data[count * self.dtype.itemsize :])
+            sums = torch.frombuffer(kept, dtype=torch.float32).double()
+            sums = sums.view(lines, *exact.shape).sum(0)
+            bad = ~((sums - exact).abs() <= allowed)
+            assert not bad.any(), f"{self.name}: sums {sums[bad][:4]} for {exact[bad][:4]}"
 
 
-def run(cases: Sequence[Case], folder: Path) -> None:
+def run(cases: Sequence[Case], folder: Path, seed: int = 0) -> None:
     """Runs cases in one process and checks all results."""
-    done = execute(cases, folder)
+    done = execute(cases, folder, seed=seed)
     assert done.returncode == 0, done.stderr
     data = (folder / "results").read_bytes()
     for case in cases:
-        size = case.expected.numel() * case.dtype.itemsize
-        case.check(data[:size])
-        data = data[size:]
+        case.check(data[: case.size])
+        data = data[case.size :]
     assert not data
 
 
 def execute(
-    cases: Sequence[Case], folder: Path, mistake: Sequence[str] = ()
+    cases: Sequence[Case], folder: Path, mistake: Sequence[str] = (), seed: int = 0
 ) -> subprocess.CompletedProcess[str]:
-    """Runs the driver on cases, with a mistake made on purpose or none."""
+    """Runs the driver on cases, with a mistake made on purpose or none; `seed` orders threads."""
     (folder / "cases").write_bytes(b"".join(case.text() for case in cases))
-    command = [build(), folder / "cases", folder / "results", *mistake]
+    command = [build(), folder / "cases", folder / "results", str(seed), *mistake]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 
@@ -204,7 +221,7 @@ def fprop_case(
     weight = w[torch.as_tensor(np.array(support.mask))] if live else w
     form = "live" if live else "contiguous"
     numbers = {
-        "wgrad": 0,
+        "kind": 0,
         "dtype": CODES[dtype],
         "w_dtype": CODES[weight.dtype],
         "act": ACTS.index(act),
@@ -285,7 +302,7 @@ def wgrad_case(
         bound = bound + torch.finfo(w_dtype).eps * exact.abs() + torch.finfo(w_dtype).tiny
     mask = torch.as_tensor(np.array(support.mask))
     numbers = {
-        "wgrad": 1,
+        "kind": 1,
         "dtype": CODES[dtype],
         "w_dtype": CODES[w_dtype],
         "x_n": height_width((c, *size)),

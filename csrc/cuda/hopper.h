@@ -76,11 +76,13 @@ __device__ __forceinline__ void phase_arrive(uint32_t address) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address) : "memory");
 }
 
-// Arrives at the barrier that lies at `address` of another block of the cluster, or of this one.
+// Arrives at the barrier that lies at `address` of another block of the cluster, or of this one. It
+// says that wgmma has read a slot, which is all it orders: hence no wider a scope than the default,
+// whose fences of all memory at every step would be dear (CUTLASS does the same).
 __device__ __forceinline__ void phase_arrive_at(uint32_t address, uint32_t rank) {
   asm volatile(
       "{\n\t.reg .b32 there;\n\tmapa.shared::cluster.u32 there, %0, %1;\n\t"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n\t}" ::"r"(address),
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n\t}" ::"r"(address),
       "r"(rank)
       : "memory");
 }
@@ -96,7 +98,7 @@ __device__ __forceinline__ bool phase_ended(uint32_t address, uint32_t parity) {
   uint32_t ended;
   asm volatile(
       "{\n\t.reg .pred p;\n\t"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\t"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
       "selp.u32 %0, 1, 0, p;\n\t}"
       : "=r"(ended)
       : "r"(address), "r"(parity)
