@@ -96,10 +96,10 @@ def wide_case(
 @pytest.mark.parametrize("back", [False, True], ids=["fprop", "dgrad"])
 @pytest.mark.parametrize("name", [n for n in LAYERS if n != "no-weights"])
 def test_it_equals_the_oracle(name: str, back: bool, tmp_path: Path) -> None:
-    """The largest and the smallest tile, in clusters of one and of two."""
+    """The largest tile, and for dgrad the smallest one in clusters of two; for some layers both."""
     found, every = tiled(name, back)
-    chosen = [found[0], found[-1]]
-    assert [t.shape.cluster for t in chosen] == [1, 2]
+    chosen = found[0 :: len(found) - 1] if name in ("het4", "stride") else [found[-int(back)]]
+    assert {t.shape.cluster for t in chosen} == ({1, 2} if len(chosen) == 2 else {1 + back})
     shim.run([wide_case(name, back, tiling, every) for tiling in chosen], tmp_path)
 
 
@@ -107,13 +107,14 @@ def test_it_equals_the_oracle(name: str, back: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_its_epilogue_equals_the_oracle(dtype: torch.dtype, tmp_path: Path) -> None:
     cases = []
-    for name, act in (("het4", "relu"), ("ragged", "gelu"), ("stride", "none")):
+    for name, act in (("het4", "relu"), ("stride", "gelu")):
         found, every = tiled(name, False)
-        for tiling in (found[0], found[-1]):
-            for epilogue in (("scale", "shift", "residual"), ("shift", "sums")):
-                cases.append(
-                    wide_case(name, False, tiling, every, dtype=dtype, act=act, epilogue=epilogue)
-                )
+        for tiling, epilogue in (
+            (found[0], ("scale", "shift", "residual")),
+            (found[-1], ("shift", "sums")),
+        ):
+            how: dict[str, Any] = {"dtype": dtype, "act": act, "epilogue": epilogue}
+            cases.append(wide_case(name, False, tiling, every, **how))
     shim.run(cases, tmp_path)
 
 
