@@ -29,7 +29,8 @@ def build() -> Path:
     import pybind11
 
     native, own = ROOT / "tests" / "native" / "cuda", ROOT / "csrc" / "cuda"
-    sources = [*sorted(own.glob("narrow*.cu")), own / "bindings.cpp", native / "machine.cpp"]
+    machine = [native / f"{name}.cpp" for name in ("machine", "hopper_machine", "order")]
+    sources = [*sorted(own.glob("*.cu")), own / "bindings.cpp", *machine]
     include = [native, own, pybind11.get_include(), sysconfig.get_path("include")]
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     key = hashlib.sha256(" ".join([*FLAGS, pybind11.__version__, suffix]).encode())

@@ -203,10 +203,17 @@ int main(int count, char** arguments) {
     Case c;
     if (!read_case(in, c)) hetconv::host::fail("the file of cases ends in the middle of one");
     switch (c.number("kind")) {
-      case 0: fprop(c); break;
-      case 1: wgrad(c); break;
-      case 2: wide_case(c); break;
-      default: hetconv::host::fail("kind is 0: fprop, 1: wgrad or 2: wide");
+      case 0:
+        fprop(c);
+        break;
+      case 1:
+        wgrad(c);
+        break;
+      case 2:
+        wide_case(c);
+        break;
+      default:
+        hetconv::host::fail("kind is 0: fprop, 1: wgrad or 2: wide");
     }
     for (const char* name : {"result", "sums"})
       if (c.array<char>(name)) out.write(c.array<char>(name), c.size(name));

@@ -105,7 +105,8 @@ void Hopper::phase_init(uint32_t address, int count) {
 }
 
 void Hopper::settle(Block& at, uint32_t address, Phase& p) {
-  if (p.bytes < 0 && p.pending == 0) fail("more bytes came to the barrier at %u than expected", address);
+  if (p.bytes < 0 && p.pending == 0)
+    fail("more bytes came to the barrier at %u than expected", address);
   if (p.pending || p.bytes) return;
   ++p.ended;
   p.pending = p.count;
