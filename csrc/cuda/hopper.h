@@ -25,12 +25,6 @@ __device__ __forceinline__ int warp_index() {
   return __shfl_sync(0xFFFFFFFF, int(threadIdx.x) / 32, 0);
 }
 
-// The sum over the four lanes 4g ... 4g + 3, in the same order for all.
-__device__ __forceinline__ float sum_of_four(float v) {
-  v += __shfl_xor_sync(0xFFFFFFFF, v, 1);
-  return v + __shfl_xor_sync(0xFFFFFFFF, v, 2);
-}
-
 #ifdef HETCONV_WGMMA
 
 // The registers of a thread, from here on; all warps of a warpgroup come here.

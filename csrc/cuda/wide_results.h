@@ -8,6 +8,12 @@
 
 namespace hetconv::cuda::wide {
 
+// The sum over the four lanes 4g ... 4g + 3, in the same order for all.
+__device__ __forceinline__ float sum_of_four(float v) {
+  v += shuffle_xor(v, 1);
+  return v + shuffle_xor(v, 2);
+}
+
 // The rows and columns of a tile that are in y.
 struct Pixels {
   int64_t corner;  // of the tile's first image in y, in elements

@@ -83,6 +83,14 @@ class Cuda:
         """Prepares y = act(scale · conv(x, w) + shift + residual)."""
         return _call(problem).run
 
+    def fprop_stats(self, problem: Problem) -> Runner:
+        """Prepares y = conv(x, w) + shift with Σ y and Σ y² of each filter, from the accumulators.
+
+        Returns:
+            A callable like fprop's that returns y, Σ y, Σ y².  # [N, F, OH, OW], [F], [F]
+        """
+        return _call(problem).run_stats
+
     def dgrad(self, problem: Problem) -> Runner:
         """Prepares dx."""
         call = _call(problem)

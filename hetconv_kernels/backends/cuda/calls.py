@@ -112,6 +112,8 @@ class NarrowCall:
         self._tables = _uploaded(problem, choice)
         self._packer = make_packer(problem, choice)
         self._name = name_of(problem.dtype)
+        rows, cols = choice.how.tables.classes[0, 2:4].tolist()
+        self._tiles = problem.batch * rows * cols  # of the first class, the only one of fprop
         self._bound: dict[Any, Any] = {}
 
     def run(
@@ -123,9 +125,31 @@ class NarrowCall:
         residual: Tensor | None = None,
     ) -> Tensor:
         """Runs the kernel.  # [N, F, OH, OW]"""
+        return self._run(x, w, scale, shift, residual, False)[0]
+
+    def run_stats(
+        self, x: Tensor, w: Tensor, _scale: None, shift: Tensor | None, _residual: None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Runs the kernel; sums y and y² from the accumulators.  # [N, F, OH, OW], [F], [F]"""
+        y, partial = self._run(x, w, None, shift, None, True)
+        assert partial is not None
+        total, squares = partial.sum(0)
+        return y, total, squares
+
+    def _run(
+        self,
+        x: Tensor,
+        w: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        residual: Tensor | None,
+        stats: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns the result, and each block's sums when asked for.  # [blocks, 2, F]"""
         y = empty(self._shape, x, self.problem)
+        filters = self._shape[1]
         if not y.numel():
-            return y
+            return y, y.new_zeros((1, 2, filters), dtype=torch.float32) if stats else None
         x = readable(x)
         if residual is not None:
             residual = self._like(residual, y)
@@ -139,15 +163,19 @@ class NarrowCall:
             slabs = self._packer(w)
             if capturing(self._device):
                 pin(self._device, self, slabs if w.dim() == 1 else None)
+            sums = None
+            if stats:
+                shape = (min(bound.blocks, self._tiles), 2, filters)
+                sums = torch.empty(shape, dtype=torch.float32, device=self._device)
             bound.launch(
                 self._name,
                 x.data_ptr(),
                 slabs.data_ptr(),
                 y.data_ptr(),
-                *(0 if v is None else v.data_ptr() for v in (scale, shift, residual)),
+                *(0 if v is None else v.data_ptr() for v in (scale, shift, residual, sums)),
                 stream,
             )
-        return y
+        return y, sums
 
     @staticmethod
     def _like(residual: Tensor, y: Tensor) -> Tensor:
@@ -168,6 +196,7 @@ class NarrowCall:
         call.x_n, _, call.x_h, call.x_w = strides_of(x)
         call.y_n, _, call.y_h, call.y_w = strides_of(y)
         call.batch, (call.image_h, call.image_w) = problem.batch, self._image
+        call.filters = self._shape[1]
         call.class_count, call.parts, call.round_count = tables.rounds.shape[:3]
         shape = tables.shape
         call.tile_h, call.tile_w = shape.height, shape.width
