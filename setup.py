@@ -90,7 +90,8 @@ class Part:
         return sorted(p for p in (ROOT / self.folder).glob("*") if p.suffix in suffixes)
 
     def headers(self) -> list[Path]:
-        return sorted((ROOT / self.folder).rglob("*.h"))
+        own = (ROOT / self.folder).rglob("*.h")
+        return sorted((*own, *(ROOT / self.folder).parent.glob("*.h")))  # and what engines share
 
     def extra_flags(self, source: Path) -> str:
         isa = source.stem.removeprefix("isa_")

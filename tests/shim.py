@@ -54,7 +54,9 @@ def build() -> Path:
     native = ROOT / "tests" / "native" / "cuda"
     kernels = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     sources = [*kernels, *sorted(native.glob("*.cpp"))]
-    headers = [*sorted((ROOT / "csrc" / "cuda").glob("*.h")), *sorted(native.glob("*.h"))]
+    csrc = ROOT / "csrc"
+    folders = (csrc, csrc / "cuda", native)
+    headers = [path for folder in folders for path in sorted(folder.glob("*.h"))]
     key = hashlib.sha256(" ".join(FLAGS).encode())
     for path in [*sources, *headers]:
         key.update(path.read_bytes())
@@ -86,8 +88,8 @@ class Case:
         bound: the error that is allowed, alike.
         dtype: of the result.
         zeros: where the result must be zero.
-        sums: of the results and their squares over each filter, the error that is allowed, and
-            into how many lines the kernel splits them.  # [2, F], [2, F]
+        sums: of the results and their squares over each filter, and the error that is allowed,
+            where they are asked for; the kernel's come in lines to be summed.  # [2, F], [2, F]
     """
 
     name: str
@@ -97,13 +99,7 @@ class Case:
     bound: Tensor
     dtype: torch.dtype
     zeros: Tensor | None = field(default=None)
-    sums: tuple[Tensor, Tensor, int] | None = field(default=None)
-
-    @property
-    def size(self) -> int:
-        """Bytes that come back."""
-        size = self.expected.numel() * self.dtype.itemsize
-        return size + (self.sums[0].numel() * self.sums[2] * 4 if self.sums else 0)
+    sums: tuple[Tensor, Tensor] | None = None
 
     def text(self) -> bytes:
         """Returns the case in the format of the driver."""
@@ -120,23 +116,21 @@ class Case:
 
     def check(self, data: bytes) -> None:
         """Compares what came back with the truth."""
-        count = self.expected.numel()
-        got = torch.frombuffer(bytearray(data), dtype=self.dtype, count=count).double()
+        size = self.expected.numel() * self.dtype.itemsize
+        got = torch.frombuffer(bytearray(data[:size]), dtype=self.dtype).double()
         expected = self.expected.reshape(-1)
         bad = ~((got - expected).abs() <= self.bound.reshape(-1))
         assert not bad.any(), (
             f"{self.name}: {int(bad.sum())} of {bad.numel()} differ, "
             f"first at {int(bad.nonzero()[0])}: {got[bad][:4]} for {expected[bad][:4]}"
         )
+        if self.sums is not None:
+            lines = torch.frombuffer(bytearray(data[size:]), dtype=torch.float32).double()
+            exact, most = self.sums
+            error = (lines.view(-1, *exact.shape).sum(0) - exact).abs()
+            assert (error <= most).all(), f"{self.name}: sums differ by {error.max()}"
         if self.zeros is not None:
             assert not got[self.zeros.reshape(-1)].any(), f"{self.name}: dead entries are not zero"
-        if self.sums is not None:
-            exact, allowed, lines = self.sums
-            kept = bytearray(data[count * self.dtype.itemsize :])
-            sums = torch.frombuffer(kept, dtype=torch.float32).double()
-            sums = sums.view(lines, *exact.shape).sum(0)
-            bad = ~((sums - exact).abs() <= allowed)
-            assert not bad.any(), f"{self.name}: sums {sums[bad][:4]} for {exact[bad][:4]}"
 
 
 def run(cases: Sequence[Case], folder: Path, seed: int = 0) -> None:
@@ -145,8 +139,11 @@ def run(cases: Sequence[Case], folder: Path, seed: int = 0) -> None:
     assert done.returncode == 0, done.stderr
     data = (folder / "results").read_bytes()
     for case in cases:
-        case.check(data[: case.size])
-        data = data[case.size :]
+        size = case.expected.numel() * case.dtype.itemsize
+        if case.sums is not None:
+            size += 4 * case.arrays["sums"].numel()
+        case.check(data[:size])
+        data = data[size:]
     assert not data
 
 
@@ -185,6 +182,7 @@ def fprop_case(
     resident: bool | None = None,
     vectors: bool = True,
     live: bool = False,
+    stats: bool = False,
 ) -> Case:
     """Makes a case of fprop or dgrad; what is not given is chosen as for a call."""
     height, width = size
@@ -236,6 +234,7 @@ def fprop_case(
         "image_w": read[2],
         "vector_stores": int(vectors and written[0] % 8 == 0),
         "blocks": 2,
+        "filters": written[0],
         "shared": shared_bytes(tables, buffers, resident),
         "buffers": buffers,
         "resident": int(resident),
@@ -249,8 +248,19 @@ def fprop_case(
         **{name: getattr(tables, name) for name in TABLES},
         **{name: last(t) if t.dim() == 4 else t for name, t in extras.items()},
     }
+    sums = None
+    if stats:
+        tiles = batch * int(np.prod(tables.classes[0, 2:4]))
+        arrays["sums"] = torch.full((min(2, tiles), 2, written[0]), torch.nan)
+        places = batch * int(np.prod(written[1:]))
+        depth = places + read[0] * int(np.prod(support.kernel))
+        pairs = [(v.sum((0, 2, 3)), v.square().sum((0, 2, 3))) for v in (expected, most)]
+        exact_sums, sizes = (torch.stack(pair) for pair in pairs)
+        sums = exact_sums, error_bound(sizes, 2 * depth, torch.float32)
     name = f"{'dgrad' if back else 'fprop'} {support} {geometry} {size} {dtype} {tables.shape}"
-    return Case(f"{name} {act} {epilogue}", numbers, arrays, last(expected), last(bound), dtype)
+    return Case(
+        f"{name} {act} {epilogue}", numbers, arrays, last(expected), last(bound), dtype, None, sums
+    )
 
 
 WGRAD_TABLES = ("geometry", "heads", "units", "chunks", "slots")

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hetconv_kernels as hk
 from hetconv_kernels import backends, ops
@@ -16,6 +17,7 @@ from hetconv_kernels.backends import Choice, choose, get_backend
 from hetconv_kernels.errors import BackendError
 from hetconv_kernels.packing import FrozenCache
 from hetconv_kernels.problem import Problem, make_geometry
+from hetconv_kernels.testing import oracle
 
 
 def problem(verb: str = "fprop", **changes: object) -> Problem:
@@ -197,6 +199,38 @@ def test_vendor_runs_an_equal_grouping_as_a_grouped_convolution() -> None:
     for weight in (w, live, live.view(-1)):
         y = ops.run_fprop(x, weight, geometry)
         torch.testing.assert_close(y, truth)
+
+
+class Strides(TorchDispatchMode):
+    """Notes the strides of the gradients that PyTorch is asked for, and stops at one bar 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[list[int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func is torch.ops.aten.convolution_backward.default:
+            self.seen.append(args[4])
+            assert args[4] == [1, 1], "oneDNN may crash"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("pads", [0, 1, (3, 0, 0, 0)], ids=str)
+@pytest.mark.parametrize("support", [hk.Support.dense(9, 14, 1), hk.Support.grouped(8, 12, 1, 2)])
+def test_vendor_keeps_strided_pointwise_gradients_in_bfloat16_from_onednn(support, pads) -> None:
+    """`convolution_backward` of x [3, 9, 8, 17], w [14, 9, 1, 1], stride (2, 1) crashed (3.12)."""
+    geometry = make_geometry(support, (2, 1), pads)
+    size = 8, 17
+    x = torch.randn(3, support.channels, *size).bfloat16()
+    dy = torch.randn(3, support.filters, *geometry.output_size(*size)).bfloat16()
+    x, dy = (t.to(memory_format=torch.channels_last) for t in (x, dy))
+    w = torch.zeros(support.shape, dtype=torch.float64, requires_grad=True)
+    with Strides() as mode:
+        code = backends.backend_code("vendor")
+        dw = ops.run_wgrad(dy, x, geometry, support.shape, x.dtype, code)
+    assert mode.seen == [[1, 1]]
+    (exact,) = torch.autograd.grad(oracle(x.double(), w, geometry), w, dy.double())
+    torch.testing.assert_close(dw.double(), exact, rtol=1e-2, atol=1e-2)
 
 
 def test_a_frozen_weight_is_expanded_once() -> None:

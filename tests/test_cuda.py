@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import shutil
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import cuda_host
 import pytest
 import torch
+from cuda_host import operands, run
 
 import hetconv_kernels as hk
 from hetconv_kernels import backends, ops
@@ -202,31 +202,7 @@ def importable() -> bool:
 
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Puts the module whose kernels run on the CPU in the place of the compiled part."""
-    pytest.importorskip("pybind11")
-    if not shutil.which("g++"):
-        pytest.skip("g++ is not installed here")
-    module = cuda_host.load()
-    monkeypatch.setitem(sys.modules, "hetconv_kernels._cuda", module)
-    monkeypatch.setattr(hk, "_cuda", module, raising=False)
-    monkeypatch.setattr(choice, "ONLY", "narrow")  # test_cuda_wide_calls has the wide kernel
-    capture.CONVERSIONS.clear()
-    return module
-
-
-def operands(geometry: Any, dtype: torch.dtype, n: int = 2) -> tuple[torch.Tensor, ...]:
-    s = geometry.support
-    shapes = (n, s.channels, 6, 9), s.shape, (n, s.filters, *geometry.output_size(6, 9))
-    x, w, dy = (torch.randn(*shape).to(dtype) for shape in shapes)
-    return x.to(memory_format=LAST), w, dy.to(memory_format=LAST)
-
-
-def run(verb: str, geometry: Any, first: Any, second: Any, w: Any, *more: Any, **how: Any) -> Any:
-    """Prepares a primitive on the host's kernels, past the refusal of CPU tensors, and calls it."""
-    problem = ops.describe(verb, geometry, first, second, w, (6, 9), **how)
-    engine = Cuda()
-    prepare = {"fprop": engine.fprop, "dgrad": engine.dgrad, "wgrad": engine.wgrad}[verb]
-    return prepare(problem)(first, second if verb == "wgrad" else w, *more)
+    return cuda_host.install(monkeypatch)
 
 
 def near(found: torch.Tensor, exact: Any, sizes: Any, depth: int, dtype: torch.dtype) -> None:
@@ -330,9 +306,12 @@ def test_a_launch_that_fails_raises(host) -> None:
     call = host.Narrow()
     call.warps_m, call.warps_n = 9, 1
     with pytest.raises(BackendError, match="a block has 1 to 8 warps"):
-        call.launch("bfloat16", 0, 0, 0, 0, 0, 0, 0)
+        call.launch("bfloat16", 0, 0, 0, 0, 0, 0, 0, 0)
     with pytest.raises(ValueError, match="dtype 'int8'"):
-        call.launch("int8", 0, 0, 0, 0, 0, 0, 0)
+        call.launch("int8", 0, 0, 0, 0, 0, 0, 0, 0)
+    call.warps_m, call.buffers, call.act = 1, 1, "relu"
+    with pytest.raises(BackendError, match=r"sums are of conv\(x, w\) \+ shift only"):
+        call.launch("bfloat16", 0, 0, 0, 0, 0, 0, 1, 0)
 
 
 def test_nothing_is_made_ready_during_a_capture(host, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,16 +342,3 @@ def test_launches_go_to_the_current_stream_of_the_tensors_device(
     with calls.current(torch.device("cuda", index)) as stream:
         assert stream == 100 + index
     assert entered == [torch.device("cuda", 1)] * index
-
-
-def test_an_operand_that_spans_too_much_is_brought_together(
-    host, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    x, w, _ = operands(GEOMETRY, torch.bfloat16)
-    expected = run("fprop", GEOMETRY, x, x, w, None, None, None)
-    wide = torch.zeros(2, 16, 6, 90, dtype=x.dtype).to(memory_format=LAST)[..., ::10].copy_(x)
-    assert calls.span(wide.shape, wide.stride()) == 16 * 90 * 5 + 160 * 8 + 16
-    for limit, copies in ((10**4, 0), (10**3, 1)):
-        monkeypatch.setattr(calls, "MAX_SPAN", limit)
-        assert torch.equal(run("fprop", GEOMETRY, wide, wide, w, None, None, None), expected)
-        assert sum(capture.CONVERSIONS.values()) == copies

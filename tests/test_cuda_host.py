@@ -92,6 +92,38 @@ def test_epilogues_match_the_oracle(filters: int, tmp_path: Path) -> None:
     shim.run(cases, tmp_path)
 
 
+STATS = {
+    "edges": (SAME, Shape(5, 7, 2, 1, 3)),
+    "columns-of-warps": (make_geometry(Support.het(64, 128, 3, p=4), 1, 1), Shape(4, 8, 1, 2, 4)),
+    "parts": (make_geometry(Support.het(16, 136, 3, p=2), 2, 1), Shape(4, 8, 1, 1, 64)),
+    "scattered": (make_geometry(masked(24, 16, (3, 3), 0.2), 1, 1), Shape(4, 16, 2, 1, 64)),
+    "odd": (make_geometry(Support.het(16, 13, 3, p=2), 1, 1), Shape(4, 8, 4, 1, 64)),
+    "one-tile": (make_geometry(Support.dense(8, 8, 1)), Shape(16, 16, 8, 1, 64)),
+}
+
+
+@pytest.mark.parametrize("name", STATS)
+def test_sums_of_batch_normalisation_match_the_oracle(name: str, tmp_path: Path) -> None:
+    """Also on the edges of images, for idle rows, and where a block has no tile."""
+    geometry, shape = STATS[name]
+    cases = []
+    for index, dtype in enumerate(DTYPES):
+        how = {"dtype": dtype, "shape": shape, "buffers": 1 + index, "resident": bool(index)}
+        how |= {"stats": True, "epilogue": ("shift",) * index}
+        batch = 1 if name == "one-tile" else 3
+        cases.append(shim.fprop_case(geometry.support, geometry, (9, 11), batch, **how))
+    assert (name == "one-tile") == (len(cases[0].arrays["sums"]) == 1)
+    shim.run(cases, tmp_path)
+
+
+def test_a_wrong_sum_is_found(tmp_path: Path) -> None:
+    case = shim.fprop_case(HET, SAME, (9, 11), shape=Shape(5, 7, 2, 1, 3), stats=True)
+    assert case.sums is not None
+    case.sums[0][1, 5] *= 1.001
+    with pytest.raises(AssertionError, match="sums differ"):
+        shim.run([case], tmp_path)
+
+
 @pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize("buffers", [1, 2])
 def test_blocks_of_all_shapes_match_the_oracle(
@@ -163,12 +195,14 @@ def test_random_cases_match_the_oracle(first: int, tmp_path: Path) -> None:
 
 def test_two_runs_agree_bit_for_bit(tmp_path: Path) -> None:
     """Whatever order the threads of a block run in: the second run has another one."""
-    case = shim.wgrad_case(HET, SAME, (8, 10))
-    found = []
-    for seed in range(2):
-        assert shim.execute([case], tmp_path, seed=seed).returncode == 0
-        found.append((tmp_path / "results").read_bytes())
-    assert found[0] == found[1]
+    stats = shim.fprop_case(HET, SAME, (8, 10), stats=True)
+    for case in (shim.wgrad_case(HET, SAME, (8, 10)), shim.fprop_case(HET, SAME, (8, 10)), stats):
+        found = []
+        for seed in range(2):
+            done = shim.execute([case], tmp_path, seed=seed)
+            assert done.returncode == 0, done.stderr
+            found.append((tmp_path / "results").read_bytes())
+        assert found[0] == found[1]
 
 
 # The shim can fail ------------------------------------------------------------------------------

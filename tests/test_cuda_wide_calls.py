@@ -7,10 +7,9 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import sys
 from collections.abc import Iterator
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import cuda_host
@@ -163,17 +162,8 @@ def test_unmeasured_it_has_to_be_predicted_to_win_by_a_margin(
 
 
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Puts the module whose kernels run on the CPU in the place of the compiled part."""
-    pytest.importorskip("pybind11")
-    if not shutil.which("g++"):
-        pytest.skip("g++ is not installed here")
-    module = cuda_host.load()
-    monkeypatch.setitem(sys.modules, "hetconv_kernels._cuda", module)
-    monkeypatch.setattr(hk, "_cuda", module, raising=False)
-    monkeypatch.setattr(choice, "ONLY", "wide")
-    capture.CONVERSIONS.clear()
-    return module
+def host(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return cuda_host.install(monkeypatch, "wide")
 
 
 def self_grouped() -> hk.Support:

@@ -47,7 +47,7 @@ def test_epilogue_and_statistics(engine: str) -> None:
     geometry = make_geometry(SUPPORTS[engine], 1, 1)
     x, w, dy = operands(geometry, torch.bfloat16)
     filters = geometry.support.filters
-    scale, shift = (torch.randn(filters, device="cuda") for _ in range(2))
+    scale, shift = torch.randn(2, filters, device="cuda").bfloat16()
     y = ops.run_fprop(x, w, geometry, shift, CODES[engine], True, scale, dy, "relu")
     exact = oracle(x.double(), w.double(), geometry)
     fused = torch.relu(exact * scale[:, None, None] + shift[:, None, None] + dy.double())

@@ -5,6 +5,7 @@
 
 #include <array>
 
+#include "../names.h"
 #include "dgrad.h"
 #include "wgrad.h"
 
@@ -13,23 +14,6 @@ using namespace hetconv;
 
 using Pair = std::array<int, 2>;
 using Strides = std::array<int64_t, 4>;
-
-static DType dtype_named(const std::string& name) {
-  if (name == "float32") return DType::f32;
-  if (name == "float64") return DType::f64;
-  if (name == "bfloat16") return DType::bf16;
-  if (name == "float16") return DType::f16;
-  throw std::invalid_argument("dtype '" + name + "' is not float32, float64, bfloat16 or float16");
-}
-
-static Act act_named(const std::string& name) {
-  if (name.empty() || name == "none") return Act::none;
-  if (name == "relu") return Act::relu;
-  if (name == "relu6") return Act::relu6;
-  if (name == "silu") return Act::silu;
-  if (name == "gelu") return Act::gelu;
-  throw std::invalid_argument("activation '" + name + "' is not none, relu, relu6, silu or gelu");
-}
 
 // Raises the package's own error for what a user can cause.
 [[noreturn]] static void refuse(const std::string& message) {

@@ -333,8 +333,8 @@ template <class S, class A> struct PixelsFprop {
         if (direct) {
           a = reinterpret_cast<const A*>(x + n0 * p.x.sn + ox);
         } else if (held != unit) {
-          pack_planar<S, A>(p, x, Channels{L.live, L.nlive, nullptr}, ya, xa, g, n0, nm, oy, ox, nr,
-                            nc, band);
+          pack_planar<S, A>(p, x, Channels{L.live, L.nlive}, ya, xa, g, n0, nm, oy, ox, nr, nc,
+                            band);
         }
         held = unit;
         const int64_t following = queue.expected(self);

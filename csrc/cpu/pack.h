@@ -98,12 +98,10 @@ struct Planar {
   int64_t row, piece, plane;  // strides in elements
 };
 
-// Which channels to pack, ascending, and into which plane each goes (null: the i-th into plane i).
+// Which channels to pack, ascending; the i-th goes into plane i.
 struct Channels {
   const int* live;
   int n;
-  const int* planes;
-  int place(int i) const { return planes ? planes[i] : i; }
 };
 
 // One row piece, channels innermost in memory: whole vectors along channels, transposed. The valid
@@ -130,9 +128,9 @@ static void turn_planar_row(const S* src, int64_t px, int C, const Channels& fro
       transpose<A>(r);
       for (; i < from.n && from.live[i] < c0 + VL<A>; ++i) {
         if (m == VL<A>)
-          store<A>(d + from.place(i) * plane + j0, r[from.live[i] - c0]);
+          store<A>(d + i * plane + j0, r[from.live[i] - c0]);
         else
-          store_n<A>(d + from.place(i) * plane + j0, r[from.live[i] - c0], m);
+          store_n<A>(d + i * plane + j0, r[from.live[i] - c0], m);
       }
     }
   }
@@ -172,7 +170,7 @@ static void pack_planar(const Problem& p, const S* x, const Channels& from, cons
           for (int m = 0; m < g.images; ++m) {
             A* d = band + u * g.piece + (yp.e0 + i) * g.row + int64_t(m) * g.pitch;
             if (blank || m >= images) {
-              for (int c = c0; c < c1; ++c) zero_fill(d + from.place(c) * g.plane, g.pitch);
+              for (int c = c0; c < c1; ++c) zero_fill(d + c * g.plane, g.pitch);
               continue;
             }
             const S* src = x + (n0 + m) * p.x.sn + int64_t(iy) * p.x.sh +
@@ -180,11 +178,10 @@ static void pack_planar(const Problem& p, const S* x, const Channels& from, cons
             if (turn)
               turn_planar_row<S, A>(src, px, p.C, from, lo, hi, d, g.plane);
             else
-              copy_row<S, A>(src + from.live[c0] * p.x.sc, px, hi - lo,
-                             d + from.place(c0) * g.plane + lo);
+              copy_row<S, A>(src + from.live[c0] * p.x.sc, px, hi - lo, d + c0 * g.plane + lo);
             for (int c = c0; c < c1; ++c) {
-              zero_fill(d + from.place(c) * g.plane, lo);
-              zero_fill(d + from.place(c) * g.plane + hi, g.pitch - hi);
+              zero_fill(d + c * g.plane, lo);
+              zero_fill(d + c * g.plane + hi, g.pitch - hi);
             }
           }
         }

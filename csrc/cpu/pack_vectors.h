@@ -67,8 +67,8 @@ static void pack_planes(const Problem& p, const S* x, const int* order, int coun
                         int64_t n0, int images, int oy, int ox, int rows, int cols, A* scratch,
                         A* band) {
   if (p.x.sc != 1)
-    return pack_planar<S, A>(p, x, Channels{order, count, nullptr}, ya, xa, g, n0, images, oy, ox,
-                             rows, cols, band);
+    return pack_planar<S, A>(p, x, Channels{order, count}, ya, xa, g, n0, images, oy, ox, rows,
+                             cols, band);
   for (int c = 0; c < p.C; c += VL<A>) {
     const int run = least(VL<A>, p.C - c);
     bool any = false;

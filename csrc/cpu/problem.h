@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../types.h"
+
 namespace hetconv {
 
 constexpr int kMaxKernel = 64;                // taps per axis
@@ -18,8 +20,6 @@ constexpr size_t kChannelBandBytes = 640u << 10;  // the same with channels in v
 constexpr size_t kSumsBytes = 256u << 10;         // of wgrad that each thread may keep a copy of
 constexpr size_t kTurnBytes = 128u << 10;         // accumulators that wait for their transposition
 
-enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
-enum class Act : int { none = 0, relu = 1, relu6 = 2, silu = 3, gelu = 4 };
 enum class Form : int { filters = 0, pixels = 1 };
 
 // A 4-D tensor by address and strides in elements, in the order image, channel, row, column.

@@ -2,11 +2,11 @@
 // The instructions of Hopper that the wide kernel is made of, each as one small function.
 //
 // They exist in sm_90a machine code only: where HETCONV_WGMMA is not defined, kernels are built
-// without a body, and never launched. What is taken on trust, as no GPU has run them: the meaning of
-// an operand's descriptor (PTX ISA "Strides" and "Canonical Layouts" of wgmma: without swizzling and
-// K-major, LBO leads from the first eight of sixteen k to the second, SBO from eight rows to the
-// next eight, any start that is a multiple of 16 bytes will do, and the base offset is 0), and that
-// fence.proxy.async between a thread's ordinary writes and its arrival at a barrier makes them
+// without a body, and never launched. What is taken on trust, as no GPU has run them: the meaning
+// of an operand's descriptor (PTX ISA "Strides" and "Canonical Layouts" of wgmma: without swizzling
+// and K-major, LBO leads from the first eight of sixteen k to the second, SBO from eight rows to
+// the next eight, any start that is a multiple of 16 bytes will do, and the base offset is 0), and
+// that fence.proxy.async between a thread's ordinary writes and its arrival at a barrier makes them
 // visible to the wgmma of those who waited there.
 #pragma once
 #include "ptx.h"
@@ -23,12 +23,6 @@ namespace hetconv::cuda {
 // Which warp this is, known to be the same in all its lanes.
 __device__ __forceinline__ int warp_index() {
   return __shfl_sync(0xFFFFFFFF, int(threadIdx.x) / 32, 0);
-}
-
-// The sum over the four lanes 4g ... 4g + 3, in the same order for all.
-__device__ __forceinline__ float sum_of_four(float v) {
-  v += __shfl_xor_sync(0xFFFFFFFF, v, 1);
-  return v + __shfl_xor_sync(0xFFFFFFFF, v, 2);
 }
 
 #ifdef HETCONV_WGMMA
@@ -55,9 +49,9 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return rank;
 }
 
-// All threads of the cluster.
+// All threads of the cluster, which may come here one by one.
 __device__ __forceinline__ void cluster_barrier() {
-  asm volatile("barrier.cluster.arrive.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive;\n\tbarrier.cluster.wait;" ::: "memory");
 }
 
 // Barriers that count arrivals and bytes ---------------------------------------------------------
@@ -107,8 +101,7 @@ __device__ __forceinline__ bool phase_ended(uint32_t address, uint32_t parity) {
 }
 
 __device__ __forceinline__ void phase_wait(uint32_t address, uint32_t parity) {
-  while (!phase_ended(address, parity)) {
-  }
+  while (!phase_ended(address, parity)) {}
 }
 
 // Copies -----------------------------------------------------------------------------------------
@@ -144,10 +137,10 @@ __device__ __forceinline__ void fence_async() {
 // Writes four 8 x 8 matrices of 16-bit numbers, each transposed: lane 8m + i names where row i of
 // matrix m is to be, which is column i of the fragments.
 __device__ __forceinline__ void store_matrices_transposed(uint32_t address, const Quad& q) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                   address),
-               "r"(q.v[0]), "r"(q.v[1]), "r"(q.v[2]), "r"(q.v[3])
-               : "memory");
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+      "r"(q.v[0]), "r"(q.v[1]), "r"(q.v[2]), "r"(q.v[3])
+      : "memory");
 }
 
 // Before the first product of registers that were written otherwise.

@@ -7,10 +7,12 @@
 #pragma once
 #include <cstdint>
 
+#include "../types.h"
+
 namespace hetconv::cuda {
 
-enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
-enum class Act : int { none = 0, relu = 1, relu6 = 2, silu = 3, gelu = 4 };
+using hetconv::Act;
+using hetconv::DType;
 
 constexpr int kWarpPixels = 32;   // of one warp's tile: two fragments of sixteen
 constexpr int kWarpFilters = 64;  // of one warp's tile: eight fragments of eight
@@ -64,6 +66,7 @@ struct Narrow {
   const void* slabs;     // packed weights, see `narrow_pack`
   const float* scale;    // [F] or null
   const float* shift;    // [F] or null
+  float* sums;           // of y and of its squares [min(blocks, tiles), 2, filters], or null
 
   const int32_t* classes;  // [class_count, kClassFields]
   const int32_t* heads;    // [class_count, parts, kHeadFields]
@@ -77,6 +80,7 @@ struct Narrow {
   int64_t x_n, y_n;
   int32_t x_h, x_w, y_h, y_w;
   int32_t batch, image_h, image_w;  // of x
+  int32_t filters;                  // of y
   int32_t class_count, parts, round_count;
   int32_t tile_h, tile_w;    // pixels of a tile; at most warps_m * kWarpPixels together
   int32_t warps_m, warps_n;  // at most kMaxWarps together

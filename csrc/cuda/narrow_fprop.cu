@@ -14,6 +14,7 @@
 #include "narrow.h"
 #include "ptx.h"
 #include "stage.h"
+#include "sums.h"
 
 namespace hetconv::cuda {
 namespace {
@@ -25,7 +26,7 @@ constexpr int kFragmentBytes = 256;
 
 // Where things lie in shared memory, in bytes from its begin.
 struct Layout {
-  int lists, words, fragments, buffers, buffer, gathered, total;
+  int lists, words, fragments, buffers, buffer, gathered, sums, total;
 
   __host__ __device__ explicit Layout(const Narrow& p) {
     const int pixels = p.warps_m * kWarpPixels, stage = pixels * stage_pitch(p.warps_n);
@@ -36,7 +37,8 @@ struct Layout {
     buffers = fragments + (p.resident ? p.max_fragments * kFragmentBytes : 0);
     buffer = halo > stage ? halo : stage;
     gathered = buffers + p.buffers * buffer;
-    total = gathered + p.halo_pixels * p.slot_pitch * 16;
+    sums = gathered + p.halo_pixels * p.slot_pitch * 16;
+    total = sums + Sums::bytes(p.warps_m, p.warps_n);
   }
   static __host__ __device__ int aligned(int bytes) { return (bytes + 15) / 16 * 16; }
 };
@@ -183,6 +185,9 @@ __global__ void __launch_bounds__(kThreads, kHeld<kResident, Activation>)
     for (int i = threadIdx.x; i < pieces; i += blockDim.x)
       copy_async(shared + at.fragments + i * 16, slabs + i * 16, true);
   }
+  const Sums sums(p, shared + at.sums);
+  const bool counts = std::is_same_v<Activation, Clamp> && p.sums;
+  if (counts) sums.clear();
 
   auto fetch = [&](const Cursor& c, int buffer) {
     const TilePlace tile(c.item, tiles_h, tiles_w, p.tile_h, p.tile_w);
@@ -251,6 +256,7 @@ __global__ void __launch_bounds__(kThreads, kHeld<kResident, Activation>)
       barrier();
     }
     const Activation activate(p.act);
+    if (counts) sums.add(p, target, columns.rows, acc, warp_m, warp_n, lane);
     const uint32_t top = stage + (warp_m * kWarpPixels + lane / 4) * columns.pitch;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
@@ -292,6 +298,7 @@ __global__ void __launch_bounds__(kThreads, kHeld<kResident, Activation>)
     barrier();  // the next tile may be fetched to where the results were
   }
   copy_wait<0>();
+  if (counts) sums.send(p, Columns(p, head, part).rows);
 }
 
 using Kernel = void (*)(Narrow);
@@ -328,6 +335,8 @@ const char* narrow_fprop(const Narrow& p, DType dtype, void* stream) {
     return "a block has 1 to 8 warps";
   if (p.tile_h * p.tile_w > p.warps_m * kWarpPixels) return "the tile has more pixels than rows";
   if (p.buffers != 1 && p.buffers != 2) return "there are one or two buffers";
+  if (p.sums && (p.act != Act::none || p.scale || p.residual || p.class_count != 1))
+    return "sums are of conv(x, w) + shift only";
   const int64_t blocks = p.blocks ? p.blocks : narrow_blocks(p, dtype);
   if (blocks < 1) return "the device cannot hold a block of this shape";
   return launch(kernel, p, blocks, int64_t(p.class_count) * p.parts, threads_of(p),

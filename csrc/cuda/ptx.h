@@ -179,7 +179,15 @@ template <> __device__ __forceinline__ float widen<Half>(uint32_t bits) {
   return v;
 }
 
+__device__ __forceinline__ float as_float(uint32_t bits) { return __uint_as_float(bits); }
+__device__ __forceinline__ uint32_t as_bits(float v) { return __float_as_uint(v); }
+
 __device__ __forceinline__ uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
+
+// The number of lane (own ^ mask); all lanes of the warp call it.
+__device__ __forceinline__ float shuffle_xor(float v, int mask) {
+  return __shfl_xor_sync(0xFFFFFFFFu, v, mask);
+}
 
 // Device memory ----------------------------------------------------------------------------------
 

@@ -19,15 +19,15 @@ namespace hetconv::cuda {
 
 namespace wide {
 
-constexpr int kColumns = 8;           // of a tile
-constexpr int kChunks = 8;            // of eight channels, of one block
-constexpr int kFilters = 64;          // of a segment
-constexpr int kSlab = 64 * 64;        // elements of a slab: the weights of one step
+constexpr int kColumns = 8;     // of a tile
+constexpr int kChunks = 8;      // of eight channels, of one block
+constexpr int kFilters = 64;    // of a segment
+constexpr int kSlab = 64 * 64;  // elements of a slab: the weights of one step
 constexpr int kSlabBytes = kSlab * 2;
-constexpr int kRuns = 8;              // of eight filters, of a segment
-constexpr int kWarpgroups = 2;        // that compute, each one segment
-constexpr int kStagedPixels = 32;     // on their way to y at a time, of each warpgroup
-constexpr int kStagedPitch = 144;     // bytes from one to the next of them
+constexpr int kRuns = 8;           // of eight filters, of a segment
+constexpr int kWarpgroups = 2;     // that compute, each one segment
+constexpr int kStagedPixels = 32;  // on their way to y at a time, of each warpgroup
+constexpr int kStagedPitch = 144;  // bytes from one to the next of them
 constexpr int kMostShared = 227 * 1024;
 
 // Fields of a line of `classes`.
@@ -46,19 +46,19 @@ constexpr int kMostShared = 227 * 1024;
 enum ClassField {
   kPixelsH,  // pixels that the class computes in one image
   kPixelsW,
-  kTilesH,       // tiles that a stack of images is cut into; 1 if there are several images
+  kTilesH,  // tiles that a stack of images is cut into; 1 if there are several images
   kTilesW,
-  kImages,       // of a stack; 1 or more. Stacks end with the batch, the last one may be short
-  kImagePitch,   // tile rows from an image to the next; at least pixels / 8 if there is but one
-  kLoadH,        // 1 or 2: tile row i, tap t reads halo row i * load_h + t
+  kImages,      // of a stack; 1 or more. Stacks end with the batch, the last one may be short
+  kImagePitch,  // tile rows from an image to the next; at least pixels / 8 if there is but one
+  kLoadH,       // 1 or 2: tile row i, tap t reads halo row i * load_h + t
   kLoadW,
-  kBaseH,        // row of the image at halo row 0 of the first tile
+  kBaseH,  // row of the image at halo row 0 of the first tile
   kBaseW,
-  kHaloH,        // rows of the halo in shared memory: (pixels / 8 - 1) * load_h + taps' reach
-  kHaloW,        // columns: 7 * load_w + taps' reach
-  kRowPitch,     // 16-byte units from a halo row to the next of the same plane
-  kColHalf,      // where columns of the second residue begin in a halo row; 0 if load_w is 1
-  kStoreH,       // pixel (i, j) of an image is written to row first_h + i * store_h
+  kHaloH,     // rows of the halo in shared memory: (pixels / 8 - 1) * load_h + taps' reach
+  kHaloW,     // columns: 7 * load_w + taps' reach
+  kRowPitch,  // 16-byte units from a halo row to the next of the same plane
+  kColHalf,   // where columns of the second residue begin in a halo row; 0 if load_w is 1
+  kStoreH,    // pixel (i, j) of an image is written to row first_h + i * store_h
   kStoreW,
   kFirstH,
   kFirstW,

@@ -94,8 +94,7 @@ class Cuda:
 
     def fprop(self, problem: Problem) -> Runner:
         """Prepares y = act(scale · conv(x, w) + shift + residual)."""
-        call = _call(problem)
-        return lambda x, w, scale, shift, residual: call.run(x, w, scale, shift, residual)[0]
+        return _call(problem).run
 
     def fprop_stats(self, problem: Problem) -> Runner:
         """Prepares y = conv(x, w) + shift with Σ y and Σ y² of each filter, from the accumulators.
@@ -103,25 +102,16 @@ class Cuda:
         Returns:
             A callable like fprop's that returns y, Σ y, Σ y².  # [N, F, OH, OW], [F], [F]
         """
-        call = _call(problem)
-
-        def run(
-            x: Tensor,
-            w: Tensor,
-            scale: Tensor | None,
-            shift: Tensor | None,
-            residual: Tensor | None,
-        ) -> tuple[Tensor, Tensor, Tensor]:
-            y, sums = call.run(x, w, scale, shift, residual, True)
-            assert sums is not None
-            return y, sums[0], sums[1]
-
-        return run
+        return _call(problem).run_stats
 
     def dgrad(self, problem: Problem) -> Runner:
         """Prepares dx."""
         call = _call(problem)
-        return lambda dy, w: call.run(dy, w)[0]
+
+        def run(dy: Tensor, w: Tensor) -> Tensor:
+            return call.run(dy, w)
+
+        return run
 
     def wgrad(self, problem: Problem) -> Runner:
         """Prepares dw."""

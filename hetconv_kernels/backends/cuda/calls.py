@@ -13,7 +13,7 @@ from torch import Tensor
 from ...problem import Problem
 from ...support import Support
 from ..capture import CONVERSIONS, capturing, pin, refuse_capture, upload
-from ..common import channel_statistics, empty, unit
+from ..common import empty, unit
 from ..packer import Packer
 from .choice import GatherChoice
 
@@ -122,11 +122,11 @@ class Bound(NamedTuple):
     Attributes:
         launch: takes the dtype, addresses of x, slabs, y, scale, shift, residual and sums, and the
             stream.
-        tiles: which `sums` has lines for; 0: the kernel has no sums, y is read once more for them.
+        lines: of `sums`, each for a part of the pixels.
     """
 
     launch: Callable[..., None]
-    tiles: int
+    lines: int
 
 
 class GatherCall:
@@ -153,46 +153,60 @@ class GatherCall:
         scale: Tensor | None = None,
         shift: Tensor | None = None,
         residual: Tensor | None = None,
-        sums: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Runs the kernel.
+    ) -> Tensor:
+        """Runs the kernel.  # [N, F, OH, OW]"""
+        return self._run(x, w, scale, shift, residual, False)[0]
 
-        Returns:
-            The result, and Σ and Σ² of each filter when asked for.  # [N, F, OH, OW], [2, F]
-        """
+    def run_stats(
+        self, x: Tensor, w: Tensor, _scale: None, shift: Tensor | None, _residual: None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Runs the kernel; sums y and y² from the accumulators.  # [N, F, OH, OW], [F], [F]"""
+        y, partial = self._run(x, w, None, shift, None, True)
+        assert partial is not None
+        total, squares = partial.sum(0)
+        return y, total, squares
+
+    def _run(
+        self,
+        x: Tensor,
+        w: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        residual: Tensor | None,
+        stats: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns the result, and partial sums when asked for.  # [lines, 2, F]"""
         y = empty(self._shape, x, self.problem)
         filters = self._shape[1]
         if not y.numel():
-            return y, y.new_zeros((2, filters), dtype=torch.float32) if sums else None
+            return y, y.new_zeros((1, 2, filters), dtype=torch.float32) if stats else None
         x = self.seen(readable(x))
         if residual is not None:
             residual = self.like(residual, y)
         # The per-filter vectors are computed with in float32.
         scale, shift = (None if v is None else _single(v) for v in (scale, shift))
         key = (x.stride(), y.stride(), residual is None or residual.data_ptr() % 16 == 0)
-        partial = None
         with current(self._device) as stream:
             bound = self._bound.get(key)
             if bound is None:
                 refuse_capture(self._device, "A layout of operands")  # asks the device for blocks
                 bound = self._bound[key] = self.bind(x, y, key[2])
-            if sums and bound.tiles:
-                shape = (bound.tiles, 2, filters)
-                partial = torch.empty(shape, dtype=torch.float32, device=x.device)
             slabs = self._packer(w)
             if capturing(self._device):
                 pin(self._device, self, slabs if w.dim() == 1 else None)
+            sums = None
+            if stats:
+                shape = (bound.lines, 2, filters)
+                sums = torch.empty(shape, dtype=torch.float32, device=self._device)
             bound.launch(
                 self._name,
                 x.data_ptr(),
                 slabs.data_ptr(),
                 y.data_ptr(),
-                *(0 if v is None else v.data_ptr() for v in (scale, shift, residual, partial)),
+                *(0 if v is None else v.data_ptr() for v in (scale, shift, residual, sums)),
                 stream,
             )
-        if sums:
-            found = torch.stack(channel_statistics(y)) if partial is None else partial.sum(0)
-        return y, found if sums else None
+        return y, sums
 
     def seen(self, x: Tensor) -> Tensor:
         """Returns the pixels of an operand that the kernel reads."""
@@ -234,6 +248,7 @@ class NarrowCall(GatherCall):
         call.x_n, _, call.x_h, call.x_w = strides_of(x)
         call.y_n, _, call.y_h, call.y_w = strides_of(y)
         call.batch, (call.image_h, call.image_w) = problem.batch, self._image
+        call.filters = self._shape[1]
         call.class_count, call.parts, call.round_count = tables.rounds.shape[:3]
         shape = tables.shape
         call.tile_h, call.tile_w = shape.height, shape.width
@@ -245,7 +260,8 @@ class NarrowCall(GatherCall):
         call.buffers, call.resident = choice.how.buffers, int(choice.how.resident)
         call.act = problem.act
         call.blocks = call.held_blocks(self._name)
-        return Bound(lambda *given: call.launch(*given[:-2], given[-1]), 0)
+        rows, cols = tables.classes[0, 2:4].tolist()  # of the first class, the only one of fprop
+        return Bound(call.launch, min(call.blocks, problem.batch * rows * cols))
 
 
 def strides_of(tensor: Tensor) -> tuple[int, ...]:

@@ -55,7 +55,8 @@ def shared_bytes(tables: Tables, buffers: int, resident: bool) -> int:
     buffer = max(tables.halo_pixels * tables.raw_pitch * 16, stage)
     weights = tables.max_fragments * 256 if resident else 0
     gathered = tables.halo_pixels * tables.slot_pitch * 16
-    return lists + words + weights + buffers * buffer + gathered
+    sums = shape.warps_m * shape.warps_n * WARP_FILTERS * 8
+    return lists + words + weights + buffers * buffer + gathered + sums
 
 
 def choose(

@@ -113,6 +113,7 @@ void fprop(const Case& c) {
   p.chunks = c.array<int32_t>("chunks");
   p.slots = c.array<int32_t>("slots");
   p.rows = c.array<int32_t>("rows");
+  p.sums = c.array<float>("sums");
   p.x_n = c.number("x_n");
   p.y_n = c.number("y_n");
 #define NUMBER(name) p.name = int32_t(c.number(#name))
@@ -122,7 +123,7 @@ void fprop(const Case& c) {
   NUMBER(tile_h), NUMBER(tile_w), NUMBER(warps_m), NUMBER(warps_n);
   NUMBER(raw_pitch), NUMBER(slot_pitch), NUMBER(halo_pixels);
   NUMBER(max_words), NUMBER(max_fragments), NUMBER(vector_stores);
-  NUMBER(buffers), NUMBER(resident), NUMBER(blocks);
+  NUMBER(buffers), NUMBER(resident), NUMBER(blocks), NUMBER(filters);
 #undef NUMBER
   p.act = Act(c.number("act"));
   const DType dtype = DType(c.number("dtype"));
@@ -203,10 +204,17 @@ int main(int count, char** arguments) {
     Case c;
     if (!read_case(in, c)) hetconv::host::fail("the file of cases ends in the middle of one");
     switch (c.number("kind")) {
-      case 0: fprop(c); break;
-      case 1: wgrad(c); break;
-      case 2: wide_case(c); break;
-      default: hetconv::host::fail("kind is 0: fprop, 1: wgrad or 2: wide");
+      case 0:
+        fprop(c);
+        break;
+      case 1:
+        wgrad(c);
+        break;
+      case 2:
+        wide_case(c);
+        break;
+      default:
+        hetconv::host::fail("kind is 0: fprop, 1: wgrad or 2: wide");
     }
     for (const char* name : {"result", "sums"})
       if (c.array<char>(name)) out.write(c.array<char>(name), c.size(name));

@@ -64,13 +64,15 @@ void Hopper::say(const char* wrong, const Block& at, uint32_t address, int other
 void Hopper::read(Block& at, int thread, uint32_t address, int bytes) {
   if (bytes != 16) fail("reads %d bytes of shared memory, which is watched by 16", bytes);
   int other = 0;
-  say(order_.read(cell(at, address), member(at, thread), other), at, address, other);
+  const char* wrong = order_.read(cell(at, address), member(at, thread), other);
+  say(wrong, at, address, other);
 }
 
 void Hopper::write(Block& at, int thread, uint32_t address, int bytes) {
   if (bytes != 16) fail("writes %d bytes of shared memory, which is watched by 16", bytes);
   int other = 0;
-  say(order_.write(cell(at, address), member(at, thread), other), at, address, other);
+  const char* wrong = order_.write(cell(at, address), member(at, thread), other);
+  say(wrong, at, address, other);
 }
 
 void Hopper::coming(Block& at, uint32_t address, bool is) { cell(at, address).coming = is; }
@@ -103,7 +105,8 @@ void Hopper::phase_init(uint32_t address, int count) {
 }
 
 void Hopper::settle(Block& at, uint32_t address, Phase& p) {
-  if (p.bytes < 0 && p.pending == 0) fail("more bytes came to the barrier at %u than expected", address);
+  if (p.bytes < 0 && p.pending == 0)
+    fail("more bytes came to the barrier at %u than expected", address);
   if (p.pending || p.bytes) return;
   ++p.ended;
   p.pending = p.count;
@@ -211,8 +214,10 @@ void Hopper::copy(uint32_t address, const void* source, uint32_t bytes, uint32_t
     w.block->check(address, bytes, 16, "a bulk copy");
     phase(*w.block, barrier);
     int other = 0;
-    for (uint32_t i = 0; i < bytes; i += 16)
-      say(order_.copied_by(cell(*w.block, address + i), me(), other), *w.block, address + i, other);
+    for (uint32_t i = 0; i < bytes; i += 16) {
+      const char* wrong = order_.copied_by(cell(*w.block, address + i), me(), other);
+      say(wrong, *w.block, address + i, other);
+    }
     bulks_.push_back({w.block, address, static_cast<const char*>(source), bytes, barrier});
   }
 }
@@ -302,8 +307,9 @@ void Hopper::read_operand(Warpgroup&, const Product& p, bool b, int starter) {
       if (address + 16 > block->size())
         fail("a product reads shared byte %lld, which is outside of %lld", (long long)address,
              (long long)block->size());
-      say(order_.read_by(cell(*block, uint32_t(address)), engine, member(*block, starter), other),
-          *block, uint32_t(address), other);
+      Cell& read = cell(*block, uint32_t(address));
+      const char* wrong = order_.read_by(read, engine, member(*block, starter), other);
+      say(wrong, *block, uint32_t(address), other);
     }
 }
 

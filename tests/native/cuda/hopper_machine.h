@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a Hopper GPU has beside: barriers of phases, bulk copies, matrix products of a warpgroup with
-// operands in shared memory, and clusters of blocks.
+// What a Hopper GPU has beside: barriers of phases, bulk copies, matrix products of a warpgroup
+// with operands in shared memory, and clusters of blocks.
 //
 // Copies land when somebody waits for them and nobody else can go on, or by lot. Products are
 // computed when their group is waited for: until then their accumulators are NaN, and an operand
@@ -38,7 +38,8 @@ class Hopper {
   void phase_wait(uint32_t address, uint32_t parity);
 
   // To each block of the cluster whose bit is set.
-  void copy(uint32_t address, const void* source, uint32_t bytes, uint32_t barrier, uint32_t blocks);
+  void copy(uint32_t address, const void* source, uint32_t bytes, uint32_t barrier,
+            uint32_t blocks);
   void fence();
 
   void named_barrier(int name, int threads);
@@ -51,8 +52,8 @@ class Hopper {
   void products_wait(int pending);
 
   bool land_one();
-  void ends();           // the current thread
-  void finish() const;   // all threads have
+  void ends();          // the current thread
+  void finish() const;  // all threads have
   std::string state(const Block& at, uint32_t address) const;
 
  private:

@@ -11,22 +11,6 @@ namespace hetconv::cuda {
 
 inline int warp_index() { return int(threadIdx.x) / 32; }
 
-inline float sum_of_four(float v) {
-  host::LaneArguments own;
-  own.c[0] = v;
-  return host::block
-      ->together("sum_of_four", own,
-                 [](host::Block&, host::Warp& warp) {
-                   float sums[32];
-                   for (int lane = 0; lane < 32; ++lane) {
-                     auto at = [&](int other) { return warp.lanes[lane ^ other].c[0]; };
-                     sums[lane] = (at(0) + at(1)) + (at(2) + at(3));
-                   }
-                   for (int lane = 0; lane < 32; ++lane) warp.lanes[lane].c[0] = sums[lane];
-                 })
-      .c[0];
-}
-
 template <int kCount> void fewer_registers() {}
 template <int kCount> void more_registers() {}
 

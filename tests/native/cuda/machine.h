@@ -5,8 +5,8 @@
 // is read, not while an asynchronous copy is on its way there, and ordered by a barrier against
 // other threads' writes (and a write against their reads). Warp-wide instructions wait until all 32
 // lanes have come to the same one. Blocks of a cluster run together, a lone block is a cluster of
-// one; which thread goes on where several can is drawn by lot. What only Hopper has is in hopper_machine.h
-// and watched by order.h instead.
+// one; which thread goes on where several can is drawn by lot. What only Hopper has is in
+// hopper_machine.h and watched by order.h instead.
 #pragma once
 #include <cstdint>
 #include <cstdio>
@@ -27,8 +27,9 @@ struct Dim {
 
 // A mistake that the shim makes on purpose, so that a test sees it found.
 struct Mistake {
-  std::string name;  // skip-barrier, skip-wait, skip-copy, wrong-address, or one of hopper_machine.h
-  int64_t at = 0;    // which of the calls (of every thread, for barriers and waits)
+  std::string
+      name;        // skip-barrier, skip-wait, skip-copy, wrong-address, or one of hopper_machine.h
+  int64_t at = 0;  // which of the calls (of every thread, for barriers and waits)
 };
 extern Mistake mistake;
 
@@ -46,7 +47,7 @@ struct Fiber {
   bool done = false, started = false;
   int64_t barriers = 0, waits = 0, phases = 0, fences = 0, products = 0;
   uint32_t place = 0;  // the barrier that it waits at
-  int groups = 0;  // committed
+  int groups = 0;      // committed
   std::vector<Copy> copies;
   std::unique_ptr<char[]> stack;
   void* context = nullptr;

@@ -75,7 +75,8 @@ const char* Order::read_by(Cell& cell, int engine, int starter, int& other) {
   if (cell.coming) return "multiplies %s while a copy is on its way there";
   if (cell.closed) return "multiplies %s, where a barrier lies";
   if (cell.writer < 0) return "multiplies %s, which nobody has written";
-  if (!knows(starter, cell.writer, cell.written)) return "race: multiplies %s, not ordered after %s";
+  if (!knows(starter, cell.writer, cell.written))
+    return "race: multiplies %s, not ordered after %s";
   if (!cell.engine && !fenced(starter, cell.writer, cell.written))
     return "multiplies %s without a fence after %s";
   remember(cell, engine);
@@ -87,7 +88,8 @@ const char* Order::copied_by(Cell& cell, int starter, int& other) {
   if (cell.coming) return "copies to %s twice at a time";
   if (cell.closed) return "copies to %s, where a barrier lies";
   if (cell.writer >= 0) {
-    if (!knows(starter, cell.writer, cell.written)) return "race: copies to %s, not ordered after %s";
+    if (!knows(starter, cell.writer, cell.written))
+      return "race: copies to %s, not ordered after %s";
     if (!cell.engine && !fenced(starter, cell.writer, cell.written))
       return "copies to %s without a fence after %s";
   }

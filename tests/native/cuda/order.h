@@ -3,8 +3,9 @@
 // one, handed on by barriers. An access that is not ordered against a write is a race, whatever
 // order the threads happened to run in.
 //
-// Beside threads there are engines: the matrix products of a warpgroup, and the copies that count at
-// a barrier. What a thread writes, the engines see once it has fenced and they know of the fence.
+// Beside threads there are engines: the matrix products of a warpgroup, and the copies that count
+// at a barrier. What a thread writes, the engines see once it has fenced and they know of the
+// fence.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls of the CUDA engine with its kernels on the CPU: statistics, and operands far apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import cuda_host
+import pytest
+import torch
+from cuda_host import operands, run
+
+import hetconv_kernels as hk
+from hetconv_kernels import backends, ops
+from hetconv_kernels.backends import capture
+from hetconv_kernels.backends.cuda import Cuda, calls
+from hetconv_kernels.problem import make_geometry
+from hetconv_kernels.testing import oracle
+
+GEOMETRY = make_geometry(hk.Support.het(16, 24, 3, p=2), 1, 1)
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return cuda_host.install(monkeypatch)
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_sums_of_batch_normalisation_come_from_the_kernel(
+    host, monkeypatch: pytest.MonkeyPatch, shifted: bool
+) -> None:
+    x, w, _ = operands(GEOMETRY, torch.bfloat16, 3)
+    shift = torch.randn(24).bfloat16() if shifted else None
+    monkeypatch.setattr(Cuda, "unsupported_reasons", lambda *_: [])
+    monkeypatch.setattr(backends, "_engines", lambda: {"cuda": Cuda()})
+    monkeypatch.setattr(ops, "channel_statistics", lambda *_: pytest.fail("y was read again"))
+    found = [ops.run_fprop_stats(x, w, GEOMETRY, shift, 5) for _ in range(2)]
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+    y, total, squares = found[0]
+    bias = None if shift is None else shift.double()
+    exact = oracle(x.double(), w.double(), GEOMETRY, bias)
+    torch.testing.assert_close(y.double(), exact, rtol=1e-2, atol=1e-2)
+    assert total.dtype == squares.dtype == torch.float32
+    torch.testing.assert_close(total.double(), exact.sum((0, 2, 3)), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(squares.double(), exact.square().sum((0, 2, 3)), rtol=1e-5, atol=0)
+    empty = ops.run_fprop_stats(x[:0], w, GEOMETRY, shift, 5)
+    assert [tuple(t.shape) for t in empty] == [(0, 24, 6, 9), (24,), (24,)]
+    assert not empty[1].any()
+    assert not empty[2].any()
+
+
+@pytest.mark.parametrize("verb", ["fprop", "dgrad", "wgrad"])
+def test_images_are_addressed_in_64_bits(
+    host, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, verb: str
+) -> None:
+    """Images 2**31 elements apart, in files of which only the images exist."""
+    x, w, dy = operands(GEOMETRY, torch.bfloat16, 3)
+    first, second = (x, x) if verb == "fprop" else (dy, x)
+    expected = run(verb, GEOMETRY, first, second, w, *[None, None, dy][: 3 * (verb == "fprop")])
+
+    def far_apart(shape: tuple[int, ...], *_: Any) -> torch.Tensor:
+        (n, c, h, width), step = shape, 2**31 + 64
+        path = tmp_path / str(len(list(tmp_path.iterdir())))
+        size = (n - 1) * step + c * h * width
+        memory = torch.from_file(str(path), shared=True, size=size, dtype=torch.bfloat16)
+        return memory.as_strided(shape, (step, 1, width * c, c))
+
+    monkeypatch.setattr(calls, "empty", far_apart)  # for the results of fprop and dgrad
+    far = {id(t): far_apart(t.shape).copy_(t) for t in (x, dy)}
+    more = (None, None, far[id(dy)]) if verb == "fprop" else ()
+    found = run(verb, GEOMETRY, far[id(first)], far[id(second)], w, *more)
+    assert torch.equal(found, expected)
+    assert verb == "wgrad" or found.stride(0) > 2**31
+    assert not capture.CONVERSIONS
+
+
+def test_an_operand_that_spans_too_much_is_brought_together(
+    host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, w, _ = operands(GEOMETRY, torch.bfloat16)
+    expected = run("fprop", GEOMETRY, x, x, w, None, None, None)
+    wide = (
+        torch.zeros(2, 16, 6, 90, dtype=x.dtype)
+        .to(memory_format=torch.channels_last)[..., ::10]
+        .copy_(x)
+    )
+    assert calls.span(wide.shape, wide.stride()) == 16 * 90 * 5 + 160 * 8 + 16
+    for limit, copies in ((10**4, 0), (10**3, 1)):
+        monkeypatch.setattr(calls, "MAX_SPAN", limit)
+        assert torch.equal(run("fprop", GEOMETRY, wide, wide, w, None, None, None), expected)
+        assert sum(capture.CONVERSIONS.values()) == copies
