@@ -24,7 +24,7 @@ from .wide_lowering import WideTables, lower, wide_windows
 from .wide_tiles import WideTiling, choose_wide
 from .windows import windows
 
-# "narrow" or "wide" leaves only that kernel to choose from; for tests and for tuning.
+# "narrow" or "wide" leaves fprop and dgrad only that kernel; for tests and for tuning.
 ONLY: str | None = None
 # Seconds that a launch more in the same call takes.
 _NEXT_LAUNCH = 3e-6
@@ -132,7 +132,7 @@ def _found(problem: Problem) -> AnyChoice | str:
         ("narrow", _narrow_reason(problem), narrow),
         ("wide", _wide_reason(problem), _wide),
     ):
-        if ONLY not in (None, name):
+        if problem.verb != "wgrad" and ONLY not in (None, name):
             continue
         if not reason:
             try:
