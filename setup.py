@@ -31,7 +31,7 @@ import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -71,6 +71,7 @@ class Part:
         isa_flags: more flags for a source called ``isa_<key>.cpp``; x86-64 only.
         link_flags: linker flags.
         cuda: whether nvcc compiles and links it.
+        only: sources that hold kernels of some architectures only, and of which.
     """
 
     module: str
@@ -80,6 +81,7 @@ class Part:
     isa_flags: dict[str, str]
     link_flags: str
     cuda: bool = False
+    only: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -96,6 +98,14 @@ class Part:
     def extra_flags(self, source: Path) -> str:
         isa = source.stem.removeprefix("isa_")
         return self.isa_flags.get(isa, "") if X86 and isa != source.stem else ""
+
+    def suited(self, source: Path, names: list[str]) -> list[str]:
+        """Returns those architectures that a source has kernels of.
+
+        Where there is none, one that it is compiled for nevertheless: its launchers are needed.
+        """
+        own = [name for name in names if name in self.only.get(source.stem, names)]
+        return own or names[:1]
 
     def digest(self) -> str:
         """Names the sources by their contents."""
@@ -133,6 +143,8 @@ PARTS = (
         # The runtime goes in; the driver is found at run time, so that any machine can import it.
         link_flags="-cudart=static",
         cuda=True,
+        # wgmma is in no other machine code.
+        only={"wide_fprop": ("90a",)},
     ),
 )
 
@@ -258,6 +270,7 @@ class Commands:
     link: list[str]
     libraries: list[str]
     facts: dict[str, object]
+    architectures: list[str]
 
 
 def commands(part: Part) -> Commands:
@@ -272,20 +285,20 @@ def commands(part: Part) -> Commands:
     folders, pybind11_version = includes()
     user, link_user = (shlex.split(os.environ.get(n, "")) for n in ("CXXFLAGS", "LDFLAGS"))
     facts: dict[str, object] = {"compiler": first_line(cxx), "pybind11": pybind11_version}
-    flags = ["-fPIC", *user]
+    flags, names = ["-fPIC", *user], []
     if part.cuda:
         tool = [nvcc()]
         names = architectures(tool[0])
         if os.environ.get("CXX"):
             tool += [f"-ccbin={cxx[0]}", *through_nvcc(cxx[1:])]
-        flags = [*through_nvcc(flags), *code_flags(names)]
+        flags = through_nvcc(flags)
         flags.append(f"-DHETCONV_ARCHITECTURES={'_'.join(names)}")  # nvcc cuts at commas
         link_user = through_nvcc(link_user)
         facts |= {"nvcc": first_line(tool, "release"), "architectures": names}
     facts |= {"flags": " ".join([part.flags, *user]), "sources": part.digest()}
     common = [*tool, "-DNDEBUG", *(f"-I{folder}" for folder in folders), *part.flags.split()]
     libraries = [*part.link_flags.split(), *link_user]
-    return Commands([*common, *flags], [*tool, "-shared"], libraries, facts)
+    return Commands([*common, *flags], [*tool, "-shared"], libraries, facts, names)
 
 
 def first_line(command: list[str], word: str = "") -> str:
@@ -354,6 +367,8 @@ class BuildParts(build_ext):
 
         def compile_one(source: Path) -> Path:
             command = [*found.compile, *part.extra_flags(source).split()]
+            if source.suffix == ".cu":
+                command += code_flags(part.suited(source, found.architectures))
             key = hashlib.sha256(" ".join(command).encode()).hexdigest()[:8]
             unit = folder / f"{source.stem}-{key}.o"
             newest = max(path.stat().st_mtime for path in (source, *part.headers()))
