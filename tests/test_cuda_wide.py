@@ -117,6 +117,31 @@ def test_small_layers_pass_the_check(name: str, back: bool, batch: int) -> None:
         wide_twin.check(tiling, geometry, size, batch, back, every)
 
 
+@pytest.mark.parametrize("seed", range(24))
+def test_random_layers_pass_the_check_and_mean_the_convolution(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(seed)
+    geometry = None
+    while geometry is None:
+        kernel, size = rng.integers(1, 5, 2), rng.integers(1, 24, 2)
+        stride, dilation = rng.integers(1, 3, 2), rng.integers(1, 4, 2)
+        pads = rng.integers(0, 5, 4)
+        reach = (kernel - 1) * dilation + 1
+        if (size + pads[::2] + pads[1::2] >= reach).all():
+            c, f = 8 * rng.integers(1, 12, 2)
+            rows = rng.random((rng.integers(1, 6), c, *kernel)) < rng.choice([0.1, 0.5, 1.0])
+            support = Support.from_mask(rows[np.sort(rng.integers(0, len(rows), f))])
+            geometry = make_geometry(support, stride.tolist(), pads.tolist(), dilation.tolist())
+    monkeypatch.setitem(LAYERS, "random", (geometry, (int(size[0]), int(size[1]))))
+    for back in (False, True):
+        found, every = tiled("random", back)
+        for tiling in found:
+            wide_twin.check(tiling, geometry, LAYERS["random"][1], 5, back, every)
+        y, exact, _ = executed("random", back, found[0], every)
+        assert (y == exact).all()
+
+
 def chosen(geometry: Geometry, size: tuple[int, int], batch: int, back: bool) -> Any:
     classes, every = wide_windows(geometry, size, back)
     read = geometry.output_size(*size) if back else size
@@ -302,6 +327,13 @@ def test_too_large_a_halo_and_too_many_steps_are_refused(monkeypatch: pytest.Mon
     monkeypatch.setattr(wide_lowering, "_MOST_STEPS", 8)
     with pytest.raises(BackendError, match="steps of wide groups: received 9, expected at most 8"):
         lower(geometry.support, classes)
+
+
+def test_more_tiles_than_32_bits_count_are_refused() -> None:
+    geometry = make_geometry(Support.dense(8, 8, 1))
+    with pytest.raises(BackendError, match="with at most 1073741824 tiles"):
+        chosen(geometry, (1, 1), 2**37, False)
+    assert chosen(geometry, (1, 1), 2**30, False)[0].classes[0, 4] == 32
 
 
 # Predictions -------------------------------------------------------------------------------------

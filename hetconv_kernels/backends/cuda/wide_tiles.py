@@ -29,8 +29,8 @@ _LINE = 128  # bytes of shared memory a clock
 _DEEP = 4
 # Clocks in which both warpgroups bring 32 pixels from their registers to y, and of starting to.
 _STAGE_CLOCKS, _FINISH_CLOCKS = 120.0, 300.0
-# Tiles whose rounds are counted one by one.
-_COUNTED = 2**16
+# Tiles whose rounds are counted one by one; and those, times pairs, that a 32-bit integer counts.
+_COUNTED, _MOST = 2**16, 2**30
 
 
 class WideShape(NamedTuple):
@@ -99,7 +99,7 @@ def choose_wide(
     if not found:
         raise BackendError(
             f"no tile with its halo, and two slabs for each warpgroup, fits in {part.shared} bytes "
-            "of shared memory."
+            f"of shared memory, with at most {_MOST} tiles."
         )
     return min(found, key=lambda tiling: tiling.clocks)
 
@@ -115,7 +115,7 @@ def tilings(
     for pixels in PIXELS:
         lines = class_lines(classes, pixels, image[0], batch)
         shape = _held(pixels, plane_pitch(lines), part.shared)
-        if shape is None:
+        if shape is None or sum(tile_counts(lines, batch)) * len(tables.rows) > _MOST:
             continue
         for cluster in CLUSTERS:
             own = shape._replace(cluster=cluster)
