@@ -221,7 +221,7 @@ def read(architecture: str, said: str, sass: str) -> list[Code]:
 def _plain(name: str) -> str:
     """Returns a kernel's name without namespaces and arguments."""
     long = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout
-    short = re.sub(r"\(anonymous namespace\)::|hetconv::cuda::|^void ", "", long.strip())
+    short = re.sub(r"\(anonymous namespace\)::|hetconv::cuda::|wide::|^void ", "", long.strip())
     return short[: short.rindex("(")]
 
 

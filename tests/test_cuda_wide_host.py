@@ -111,8 +111,8 @@ def simple(cluster: int = 1) -> shim.Case:
 @pytest.mark.parametrize(
     ("mistake", "at", "said"),
     [
-        ("skip-phase", 0, "nobody has written|copy is on its way"),  # halo or slab: multiply
-        ("skip-phase", 1, "nobody has written|copy is on its way|not ordered"),
+        ("skip-phase", 0, "race|nobody has written|copy is on its way"),  # halo or slab: multiply
+        ("skip-phase", 1, "race|nobody has written|copy is on its way"),
         ("skip-phase", 9, "race|copy is on its way"),
         ("skip-arrive", 0, "deadlock"),
         ("skip-arrive", 5, "deadlock"),
@@ -123,7 +123,7 @@ def simple(cluster: int = 1) -> shim.Case:
         ("skip-named", 1, "race"),  # residual: added
         ("skip-named", 2, "race"),  # results: written out
         ("skip-bulk", 3, "deadlock"),
-        ("skip-wait", 0, "copy is on its way"),
+        ("skip-wait", 0, "race|copy is on its way"),
         ("skip-copy", 100, "nobody has written"),
         ("wrong-operand", 7, "nobody has written|outside of|not ordered|where a barrier lies"),
         ("wrong-address", 0, "outside of"),
@@ -136,6 +136,21 @@ def test_mistakes_are_found(
     done = shim.execute([simple(cluster)], tmp_path, (mistake, str(at)))
     assert done.returncode == 3, f"not found: {done.stderr}"
     assert any(words in done.stderr for words in said.split("|")), done.stderr
+
+
+def test_results_wait_for_those_of_the_tile_before(tmp_path: Path) -> None:
+    """Seven parts take turns in two buffers, so that the next tile begins where the last ended."""
+    case = wide_case(Layer(dense(64, 64), (29, 8)), pixels=224, grid=1)
+    done = shim.execute([case], tmp_path, ("skip-named", "8"))
+    assert done.returncode == 3
+    assert "race" in done.stderr, done.stderr
+
+
+def test_leaving_a_cluster_too_early_is_found(tmp_path: Path) -> None:
+    """Only where a block runs ahead of the other, which few seeds make it do."""
+    case = wide_case(Layer(dense(64, 64), (8, 8)), 2, cluster=2, grid=2)
+    found = [shim.execute([case], tmp_path, ("skip-cluster", "1"), seed) for seed in range(12)]
+    assert any("which has ended" in done.stderr for done in found)
 
 
 def test_reading_past_the_end_of_a_tensor_is_found(tmp_path: Path) -> None:

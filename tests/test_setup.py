@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -53,8 +54,8 @@ class Tree:
         for name in ("__init__.py", "_version.py"):
             text = '__version__ = "1.0"\n' if name == "_version.py" else ""
             (self.root / "hetconv_kernels" / name).write_text(text)
-        for name in ("bindings.cpp", "kernel.cu", "kernel.h"):
-            (self.root / "csrc" / "cuda" / name).write_text("// nothing\n")
+        for name in ("cuda/bindings.cpp", "cuda/kernel.cu", "cuda/kernel.h", "names.h"):
+            (self.root / "csrc" / name).write_text("// nothing\n")
 
     def nvcc(self) -> None:
         path = self.tools / "nvcc"
@@ -140,6 +141,10 @@ def test_what_is_up_to_date_is_not_compiled_again(tree: Tree) -> None:
     first, last = tree.calls()
     assert "kernel.cu" in first
     assert "-shared" in last
+    shared = tree.root / "csrc" / "names.h"  # of all engines
+    os.utime(shared, (time.time() + 5,) * 2)
+    tree.build()
+    assert len(tree.calls()) == 3
 
 
 def test_kernels_are_compiled_for_what_was_asked(tree: Tree) -> None:

@@ -212,10 +212,9 @@ class Vendor:
         padding, uneven = geometry.symmetric_padding or (0, 0), geometry.symmetric_padding is None
         groups, shape = support.uniform_groups or 1, _weight_shape(problem)
         stride, (step_h, step_w) = geometry.stride, geometry.stride
-        # oneDNN 3.12's own choice of these pixels, for 1×1 gradients in bfloat16, goes beyond the
-        # end of its memory at some sizes: a segmentation fault, or a wrong result.
-        sliced = problem.device.type == "cpu" and problem.dtype == torch.bfloat16
-        sliced = sliced and support.kernel == (1, 1) and stride != (1, 1)
+        # oneDNN 3.12's own choice of these pixels, for gradients of strided 1×1 kernels in float32
+        # and bfloat16, goes beyond the end of its memory at some sizes: it crashes, or is wrong.
+        sliced = problem.device.type == "cpu" and support.kernel == (1, 1) and stride != (1, 1)
         if sliced:
             uneven, stride, padding = any(geometry.pads), (1, 1), (0, 0)
 

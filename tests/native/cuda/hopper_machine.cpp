@@ -188,6 +188,7 @@ void Hopper::named_barrier(int name, int threads) {
 }
 
 void Hopper::cluster_barrier() {
+  if (mistake.name == "skip-cluster" && block->current().barriers++ == mistake.at) return;
   if (++at_cluster_ < threads_ * int(watched_.size())) return block->yield(Waiting::cluster);
   at_cluster_ = 0;
   Clock all(order_.of(0).size(), 0);
@@ -224,7 +225,9 @@ void Hopper::copy(uint32_t address, const void* source, uint32_t bytes, uint32_t
 
 bool Hopper::land_one() {
   if (bulks_.empty()) return false;
-  const size_t drawn = draw(unsigned(bulks_.size()));
+  size_t drawn = draw(unsigned(bulks_.size()));
+  for (int again = 0; again < 8 && !favours(*bulks_[drawn].to); ++again)
+    drawn = draw(unsigned(bulks_.size()));
   std::swap(bulks_[drawn], bulks_.back());
   const Bulk bulk = bulks_.back();
   bulks_.pop_back();

@@ -6,8 +6,8 @@
 // computed when their group is waited for: until then their accumulators are NaN, and an operand
 // that is overwritten too early spoils them. Which accesses are ordered is watched by order.h.
 // Mistakes that can be made on purpose, `at` counting the calls of every thread: skip-phase (a wait
-// for a phase), skip-arrive, skip-fence, skip-products-wait, skip-named, wrong-operand; and
-// skip-bulk, which counts copies.
+// for a phase), skip-arrive, skip-fence, skip-products-wait, skip-named, skip-cluster,
+// wrong-operand; and skip-bulk, which counts copies.
 #pragma once
 #include <map>
 

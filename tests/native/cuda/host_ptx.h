@@ -179,7 +179,7 @@ inline uint32_t multiply_high(uint32_t a, uint32_t b) { return uint32_t(uint64_t
 inline void shuffle_all(host::Block&, host::Warp& warp) {
   for (int lane = 0; lane < 32; ++lane) {
     host::LaneArguments& own = warp.lanes[lane];
-    if (own.address != warp.lanes[0].address) host::fail("a shuffle of divided opinions");
+    if (own.address != warp.lanes[0].address) host::fail("lanes shuffle by different masks");
     own.c[1] = warp.lanes[lane ^ int(own.address)].c[0];
   }
 }

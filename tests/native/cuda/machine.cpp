@@ -42,7 +42,7 @@ struct Turns {
   std::vector<Block*> blocks;
   std::function<void()> kernel;
   std::mt19937 lot;
-  int left = 0;
+  int left = 0, favoured = -1;
 
   Place take() {
     // Copies land late: when nobody can go on without them, or by lot.
@@ -50,7 +50,9 @@ struct Turns {
     if (hopper && draw(16) == 0) hopper->land_one();
     while (ready.empty())
       if (!hopper || !hopper->land_one()) deadlock();
-    const size_t drawn = lot() % ready.size();
+    size_t drawn = lot() % ready.size();
+    for (int again = 0; again < 8 && !favours(*ready[drawn].block); ++again)
+      drawn = lot() % ready.size();
     std::swap(ready[drawn], ready.back());
     const Place next = ready.back();
     ready.pop_back();
@@ -79,6 +81,8 @@ struct Turns {
 static Turns turns;
 
 unsigned draw(unsigned count) { return unsigned(turns.lot()) % count; }
+
+bool favours(const Block& b) { return turns.favoured < 0 || turns.favoured == b.rank(); }
 
 void fail(const char* format, ...) {
   std::fflush(stdout);
@@ -136,6 +140,7 @@ Block::~Block() {
 
 void run(const std::vector<Block*>& blocks, unsigned seed, const std::function<void()>& kernel) {
   turns.lot.seed(seed);
+  turns.favoured = int(seed % (blocks.size() + 1)) - 1;
   turns.blocks = blocks;
   turns.kernel = kernel;
   turns.ready.clear();

@@ -131,6 +131,9 @@ void run(const std::vector<Block*>& blocks, unsigned seed, const std::function<v
 // A number below `count`, drawn by lot.
 unsigned draw(unsigned count);
 
+// Whether a block of a cluster is to run ahead; by some seeds one is.
+bool favours(const Block& b);
+
 extern Block* block;  // that is running
 extern Dim block_index, grid_size, block_size;
 extern unsigned seed;  // of the lots
