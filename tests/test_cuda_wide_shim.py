@@ -88,7 +88,7 @@ def wide_case(
         arrays["sums"] = torch.full((tiles, 2, written[0]), torch.nan)
         exact = torch.stack([expected.sum((0, 2, 3)), expected.square().sum((0, 2, 3))])
         squares = (2 * expected.abs() + bound) * bound
-        case.sums = exact, torch.stack([bound.sum((0, 2, 3)), squares.sum((0, 2, 3))]), tiles
+        case.sums = exact, torch.stack([bound.sum((0, 2, 3)), squares.sum((0, 2, 3))])
     return case
 
 
@@ -115,7 +115,7 @@ def test_its_epilogue_equals_the_oracle(dtype: torch.dtype, tmp_path: Path) -> N
         ):
             how: dict[str, Any] = {"dtype": dtype, "act": act, "epilogue": epilogue}
             cases.append(wide_case(name, False, tiling, every, **how))
-    shim.run(cases, tmp_path)
+    shim.run(cases, tmp_path, seed=7)
 
 
 @needs_compiler
