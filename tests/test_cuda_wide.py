@@ -327,6 +327,13 @@ def test_too_large_a_halo_and_too_many_steps_are_refused(monkeypatch: pytest.Mon
         lower(geometry.support, classes)
 
 
+def test_a_halo_beyond_32_bits_is_refused_too() -> None:
+    """Its size would wrap to one that fits."""
+    geometry = make_geometry(Support.dense(8, 8, 3), 1, 2**29, 2**29)
+    with pytest.raises(BackendError, match=r"no tile with its halo"):
+        chosen(geometry, (64, 64), 1, False)
+
+
 def test_more_tiles_than_32_bits_count_are_refused() -> None:
     geometry = make_geometry(Support.dense(8, 8, 1))
     with pytest.raises(BackendError, match="with at most 1073741824 tiles"):

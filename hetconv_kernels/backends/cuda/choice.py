@@ -195,7 +195,8 @@ def _wide(problem: Problem, part: Part) -> WideChoice:
         tables = problem.support.derived[key] = lower(problem.support, classes, back)
     how = choose_wide(tables, classes, image, problem.batch, part)
     seconds = _whole(problem, how.clocks, tables.size, part)
-    return WideChoice(how, every, seconds, min(1.0, problem.macs / max(how.executed, 1)))
+    efficiency = min(1.0, problem.macs / how.executed) if how.executed else 1.0
+    return WideChoice(how, every, seconds, efficiency)
 
 
 def _whole(problem: Problem, clocks: float, packed: int, part: Part) -> float:

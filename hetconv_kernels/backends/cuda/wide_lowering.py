@@ -38,10 +38,10 @@ from .windows import Window, windows
 
 # As in wide.h.
 COLUMNS, SLAB = 8, 64 * 64
-# Fields of a line of `blocks`: eight chunks, then begin and count of steps of each warpgroup.
-_STEP_BEGIN = EIGHT
+# Where a line of `blocks` has how many steps each warpgroup runs.
+STEP_COUNTS = [EIGHT + 1, EIGHT + 3]
 _MOST_STEPS = (2**31 - 1) // SLAB
-# What bringing a block's halo to shared memory costs, in steps: both wait for L2.
+# What bringing a block's halo to shared memory costs, in steps; by arithmetic, not measured.
 _HALO_STEPS = 2.0
 # Steps whose packed weights are listed at a time.
 _LISTED = 256
@@ -55,7 +55,7 @@ class WideTables:
         heads: first block and count of a class and pair.  # int32 [classes, pairs, 2]
         blocks: channel / 8 of eight chunks, -1 for none; then first step and count of each of the
             two warpgroups.  # int32 [blocks, 12]
-        steps: the pixel that the tile's first pixel reads.  # int32 [steps]
+        steps: the pixel of the halo that the tile's first pixel reads.  # int32 [steps]
         rows: the first filter of each run, -1 for none.  # int32 [pairs, 2, 8]
         segment: whose step it is, counting through `rows`.  # int [steps]
         block: on which block.  # int [steps]
@@ -274,7 +274,7 @@ class _Builder:
         steps = np.array(self._steps, np.int64).reshape(-1, 4)
         return WideTables(
             heads=np.array(self._heads, np.int32).reshape(classes, len(rows), 2),
-            blocks=np.array(self._blocks, np.int32).reshape(-1, _STEP_BEGIN + 4),
+            blocks=np.array(self._blocks, np.int32).reshape(-1, EIGHT + 4),
             steps=steps[:, 0].astype(np.int32),
             rows=rows,
             segment=steps[:, 1] % (2 * len(rows)),

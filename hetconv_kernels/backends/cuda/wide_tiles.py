@@ -14,10 +14,11 @@ from typing import NamedTuple
 import numpy as np
 
 from ...errors import BackendError
+from ...masks import IntArray
 from ..parts import Part
 from ..triton.lowering import Int32Array
 from .eights import EIGHT
-from .wide_lowering import COLUMNS, SLAB, WideTables
+from .wide_lowering import COLUMNS, SLAB, STEP_COUNTS, WideTables
 from .windows import Window
 
 # As in wide.h: pixels of a tile, most first; and blocks of threads that share slabs.
@@ -117,13 +118,14 @@ def tilings(
         shape = _held(pixels, plane_pitch(lines), part.shared)
         if shape is None or sum(tile_counts(lines, batch)) * len(tables.rows) > _MOST:
             continue
+        fields = lines.astype(np.int32)  # which holds all that fits in shared memory
         for cluster in CLUSTERS:
             own = shape._replace(cluster=cluster)
             clocks, executed = predicted_clocks(tables, lines, batch, own, part)
-            yield WideTiling(tables, lines, own, clocks, executed)
+            yield WideTiling(tables, fields, own, clocks, executed)
 
 
-def class_lines(classes: Sequence[Window], pixels: int, height: int, batch: int) -> Int32Array:
+def class_lines(classes: Sequence[Window], pixels: int, height: int, batch: int) -> IntArray:
     """Makes the lines of ``classes`` of wide.h for tiles of that many pixels.
 
     Example: four images of 7 × 7 pixels, with 3 × 3 taps and padding 1, stand in one tile of 32
@@ -143,7 +145,7 @@ def class_lines(classes: Sequence[Window], pixels: int, height: int, batch: int)
         batch: images.
 
     Returns:
-        One line for each class.  # int32 [classes, 18]
+        One line for each class.  # int64 [classes, 18]
     """
     high, lines = pixels // COLUMNS, []
     for window in classes:
@@ -165,10 +167,10 @@ def class_lines(classes: Sequence[Window], pixels: int, height: int, batch: int)
                 *fields[10:],
             ]
         )
-    return np.array(lines, np.int32)
+    return np.array(lines, np.int64)
 
 
-def plane_pitch(classes: Int32Array) -> int:
+def plane_pitch(classes: IntArray) -> int:
     """Returns the pitch of planes: room for every halo, and 1 beyond a multiple of eight.
 
     So the eight chunks of a pixel, written together, meet all banks once.
@@ -177,13 +179,13 @@ def plane_pitch(classes: Int32Array) -> int:
     return -(-(most - 1) // 8) * 8 + 1
 
 
-def tile_counts(classes: Int32Array, batch: int) -> list[int]:
+def tile_counts(classes: IntArray | Int32Array, batch: int) -> list[int]:
     """Returns the tiles of each class."""
     return [-(-batch // images) * h * w for h, w, images in classes[:, 2:5].tolist()]
 
 
 def predicted_clocks(
-    tables: WideTables, classes: Int32Array, batch: int, shape: WideShape, part: Part
+    tables: WideTables, classes: IntArray, batch: int, shape: WideShape, part: Part
 ) -> tuple[float, int]:
     """Predicts the clocks of a call (see the module), and counts its multiply-accumulates."""
     pixels, cluster = shape.pixels, shape.cluster
@@ -195,7 +197,7 @@ def predicted_clocks(
         halo = int(line[10] * line[11]) * 128
         costs = []
         for (begin, count), written in zip(heads.tolist(), stored.tolist(), strict=True):
-            steps = int(tables.blocks[begin : begin + count, [9, 11]].sum())
+            steps = int(tables.blocks[begin : begin + count, STEP_COUNTS].sum())
             macs = steps * SLAB * pixels
             executed += tiles * macs
             read = steps * 4 * (2 + pixels / 32) * 1024
