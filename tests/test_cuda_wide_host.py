@@ -130,9 +130,7 @@ def simple(cluster: int = 1) -> shim.Case:
     ],
 )
 @pytest.mark.parametrize("cluster", [1, 2])
-def test_mistakes_are_found(
-    mistake: str, at: int, said: str, cluster: int, tmp_path: Path
-) -> None:
+def test_mistakes_are_found(mistake: str, at: int, said: str, cluster: int, tmp_path: Path) -> None:
     done = shim.execute([simple(cluster)], tmp_path, (mistake, str(at)))
     assert done.returncode == 3, f"not found: {done.stderr}"
     assert any(words in done.stderr for words in said.split("|")), done.stderr

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cases of the wide kernel for `shim`, with tables that are made here, by the words of wide.h alone.
+"""Cases of the wide kernel for `shim`, with tables that are made here by the words of wide.h.
 
 The engine's own tables come from `wide_lowering`; these are another reading of the same header, so
 that a mistake in both is needed for a wrong one to pass. Segments and blocks are 64 filters and
@@ -222,9 +222,7 @@ def _tables(
     }
 
 
-def _slab(
-    mask: np.ndarray, back: bool, segment: int, block: int, ky: int, kx: int
-) -> np.ndarray:
+def _slab(mask: np.ndarray, back: bool, segment: int, block: int, ky: int, kx: int) -> np.ndarray:
     """Lists where one step's weights lie in the dense weight."""
     k, half, f8, f1, c1 = np.ix_(*(range(n) for n in (4, 2, 8, 8, 8)))
     f, c = 64 * segment + f8 * 8 + f1, 64 * block + k * 16 + half * 8 + c1

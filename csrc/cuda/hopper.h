@@ -25,8 +25,6 @@ __device__ __forceinline__ int warp_index() {
   return __shfl_sync(0xFFFFFFFF, int(threadIdx.x) / 32, 0);
 }
 
-#ifdef HETCONV_WGMMA
-
 // The registers of a thread, from here on; all warps of a warpgroup come here.
 template <int kCount> __device__ __forceinline__ void fewer_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
@@ -211,8 +209,6 @@ HC_PRODUCTS(Half, "f16")
 #undef HC_PRODUCTS
 #undef HC_PRODUCT
 // clang-format on
-
-#endif  // HETCONV_WGMMA
 
 // Describes an operand in shared memory: from eight rows to the next and from the first eight k to
 // the second in units of 16 bytes; without swizzling.
