@@ -60,7 +60,7 @@ def test_primitives_equal_the_oracle(dtype: torch.dtype, support: str, stride: i
 @pytest.mark.parametrize("cluster", wide_tiles.CLUSTERS)
 @pytest.mark.parametrize("pixels", wide_tiles.PIXELS)
 @pytest.mark.parametrize("size", [(7, 7), (14, 14), (3, 65), (37, 20)], ids=str)
-def test_every_tile(
+def test_tiles_of_every_size(
     monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], pixels: int, cluster: int
 ) -> None:
     """A Support of its own each time: what is chosen is kept with it."""
