@@ -56,6 +56,7 @@ LAYERS: dict[str, tuple[Geometry, tuple[int, int]]] = {
     "pointwise-stride-3": (make_geometry(Support.dense(16, 16, 1), 3, 3), (8, 13)),
     "dilated": (make_geometry(Support.dense(16, 24, 3), 1, 2, (2, 3)), (8, 12)),
     "uneven-padding": (make_geometry(Support.dense(8, 16, (3, 1)), 1, (2, 0)), (5, 17)),
+    "one-row": (make_geometry(Support.dense(16, 8, 3), (2, 1), (2, 3, 1, 3), 2), (1, 13)),
     "no-weights": (make_geometry(Support.from_mask(np.zeros((16, 8, 3, 3), bool)), 1, 1), (7, 7)),
 }
 ALL = [(name, back) for name in LAYERS for back in (False, True)]

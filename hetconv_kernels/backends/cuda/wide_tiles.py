@@ -156,7 +156,9 @@ def class_lines(classes: Sequence[Window], pixels: int, height: int, batch: int)
         # Rows of an image, and what it reads below, belong to the next one only if both are zeros.
         apart = max(height - base, (rows - 1) * load + reach + min(base, 0), rows * load)
         pitch = -(-apart // load)
-        images = 1 if rows > high else min(max(batch, 1), 1 + (high - rows) // pitch)
+        images = 1
+        if 0 < rows <= high:
+            images = min(max(batch, 1), 1 + (high - rows) // pitch)
         line, step = window.line(COLUMNS), window.cols.load
         lines.append(
             [
