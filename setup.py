@@ -100,12 +100,8 @@ class Part:
         return self.isa_flags.get(isa, "") if X86 and isa != source.stem else ""
 
     def suited(self, source: Path, names: list[str]) -> list[str]:
-        """Returns those architectures that a source has kernels of.
-
-        Where there is none, one that it is compiled for nevertheless: its launchers are needed.
-        """
-        own = [name for name in names if name in self.only.get(source.stem, names)]
-        return own or names[:1]
+        """Lists which architectures it has kernels of, one at least: its launchers are needed."""
+        return [n for n in names if n in self.only.get(source.stem, names)] or names[:1]
 
     def digest(self) -> str:
         """Names the sources by their contents."""
@@ -143,8 +139,7 @@ PARTS = (
         # The runtime goes in; the driver is found at run time, so that any machine can import it.
         link_flags="-cudart=static",
         cuda=True,
-        # wgmma is in no other machine code.
-        only={"wide_fprop": ("90a",)},
+        only={"wide_fprop": ("90a",)},  # wgmma is in no other machine code
     ),
 )
 
@@ -166,8 +161,7 @@ def jobs() -> int:
         return max(1, int(os.environ["MAX_JOBS"]))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:
-        meminfo = Path("/proc/meminfo").read_text()
-        free_kib = int(meminfo.split("MemAvailable:")[1].split()[0])
+        free_kib = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
     except (OSError, IndexError, ValueError):
         return 1
     return max(1, min(cores or 1, free_kib // (GIB_PER_JOB * 1024**2)))
@@ -291,8 +285,8 @@ def commands(part: Part) -> Commands:
         names = architectures(tool[0])
         if os.environ.get("CXX"):
             tool += [f"-ccbin={cxx[0]}", *through_nvcc(cxx[1:])]
-        flags = through_nvcc(flags)
-        flags.append(f"-DHETCONV_ARCHITECTURES={'_'.join(names)}")  # nvcc cuts at commas
+        archs = "_".join(names)  # nvcc cuts at commas
+        flags = [*through_nvcc(flags), f"-DHETCONV_ARCHITECTURES={archs}"]
         link_user = through_nvcc(link_user)
         facts |= {"nvcc": first_line(tool, "release"), "architectures": names}
     facts |= {"flags": " ".join([part.flags, *user]), "sources": part.digest()}
@@ -366,9 +360,8 @@ class BuildParts(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
 
         def compile_one(source: Path) -> Path:
-            command = [*found.compile, *part.extra_flags(source).split()]
-            if source.suffix == ".cu":
-                command += code_flags(part.suited(source, found.architectures))
+            codes = code_flags(part.suited(source, found.architectures))
+            command = [*found.compile, *part.extra_flags(source).split(), *codes]
             key = hashlib.sha256(" ".join(command).encode()).hexdigest()[:8]
             unit = folder / f"{source.stem}-{key}.o"
             newest = max(path.stat().st_mtime for path in (source, *part.headers()))
@@ -398,9 +391,7 @@ def extensions() -> list[Extension]:
     """Returns the parts whose sources are in the tree; each may be missing in the end."""
     parts = [part for part in PARTS if mode() != "none" and part.sources()]
     return [
-        Extension(
-            part.name, [str(path.relative_to(ROOT)) for path in part.sources()], optional=True
-        )
+        Extension(part.name, [str(p.relative_to(ROOT)) for p in part.sources()], optional=True)
         for part in parts
     ]
 

@@ -87,6 +87,48 @@ def test_layers_match_the_oracle(tmp_path: Path) -> None:
     shim.run([make() for make in CASES.values()], tmp_path)
 
 
+def random_case(seed: int) -> shim.Case:
+    """A case that nobody thought of; its blocks of weights are live by lot, some filters dead."""
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    filters, channels = (8 * int(n) for n in rng.integers(1, 20, 2))
+    kernel = int(rng.choice([1, 2, 3, 3, 3, 5]))
+    shape = -(-filters // 8), -(-channels // 32), kernel, kernel
+    live = rng.random(shape) < rng.uniform(0.05, 1.0)
+    mask = live.repeat(8, axis=0).repeat(32, axis=1)[:filters, :channels]
+    mask[0, 0, 0, 0] = True
+    padding = int(rng.integers(0, kernel // 2 + 1))
+    sizes = [int(n) for n in rng.integers(kernel, 20, 2)]
+    layer = Layer(mask, (sizes[0], sizes[1]), int(rng.choice([1, 1, 2])), padding)
+    asked = [name for name in EPILOGUE if rng.integers(2)]
+    cluster = int(rng.integers(1, 3))
+    return wide_case(
+        layer,
+        int(rng.integers(1, 5)),
+        (torch.bfloat16, torch.float16)[int(rng.integers(2))],
+        back=bool(rng.integers(2)),
+        act=str(rng.choice(shim.ACTS)),
+        epilogue=tuple(asked),
+        pixels=int(rng.choice([64, 64, 128, 224])) if layer.stride == 1 else 64,
+        images=int(rng.integers(1, 5)),
+        stages=int(rng.integers(1, 3)),
+        slots=int(rng.integers(2, 4)),
+        cluster=cluster,
+        grid=cluster * int(rng.integers(1, 4)),
+    )
+
+
+def test_random_cases_match_the_oracle(tmp_path: Path) -> None:
+    cases = [random_case(seed) for seed in range(24)]
+    shim.run(cases, tmp_path, seed=5)
+    numbers = [case.numbers for case in cases]
+    assert {n["cluster"] for n in numbers} == {1, 2}
+    assert {n["class_count"] for n in numbers} >= {1, 4}
+    assert {n["pixels"] for n in numbers} >= {64, 128, 224}
+    stacks = {int(images) for case in cases for images in case.arrays["classes"][:, 4]}
+    assert len(stacks) > 1
+
+
 def test_two_runs_agree_bit_for_bit(tmp_path: Path) -> None:
     """Whatever order the threads run in and the copies land in: every seed has another one."""
     torch.manual_seed(0)

@@ -2,12 +2,18 @@
 // The instructions of Hopper that the wide kernel is made of, each as one small function.
 //
 // They exist in sm_90a machine code only: where HETCONV_WGMMA is not defined, kernels are built
-// without a body, and never launched. What is taken on trust, as no GPU has run them: the meaning
-// of an operand's descriptor (PTX ISA "Strides" and "Canonical Layouts" of wgmma: without swizzling
-// and K-major, LBO leads from the first eight of sixteen k to the second, SBO from eight rows to
-// the next eight, any start that is a multiple of 16 bytes will do, and the base offset is 0), and
-// that fence.proxy.async between a thread's ordinary writes and its arrival at a barrier makes them
-// visible to the wgmma of those who waited there.
+// without a body, and never launched.
+//
+// What is taken on trust, as no GPU has run them:
+//  - an operand's descriptor: PTX ISA, "Strides" and "Canonical Layouts" of wgmma. Without
+//  swizzling
+//    and K-major, LBO leads from the first eight of sixteen k to the second and SBO from eight rows
+//    to the next eight, eight rows are 128 bytes, and they may begin at any multiple of 16 bytes;
+//    the base offset, which is about swizzling, is 0.
+//  - that fence.proxy.async, between the end of a thread's copies and its arrival at a barrier,
+//    makes them visible to the wgmma of those who wait there; and that wgmma, once waited for, has
+//    read its operands, so that they may be overwritten in either way after an arrival.
+//  - that bytes of a multicast may count at a barrier before its own block expects them.
 #pragma once
 #include "ptx.h"
 #ifdef HETCONV_HOST
