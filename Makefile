@@ -119,7 +119,7 @@ gpu-sanitize-run: inplace
 	    "found, so nothing was run. It comes with the CUDA toolkit; put its folder on PATH." >&2; exit 2; }
 	for tool in memcheck racecheck synccheck; do \
 	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 $(PY) -m pytest -q -m gpu \
-	        tests/test_gpu_triton.py tests/test_gpu_cuda.py tests/test_gpu_engines.py \
+	        tests/test_gpu_triton.py tests/test_gpu_cuda*.py tests/test_gpu_engines.py \
 	        -k "oracle or uneven or epilogue or bit_for_bit or tiles" $(ARGS) || exit 1; \
 	done
 

@@ -31,7 +31,7 @@ import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -71,6 +71,7 @@ class Part:
         isa_flags: more flags for a source called ``isa_<key>.cpp``; x86-64 only.
         link_flags: linker flags.
         cuda: whether nvcc compiles and links it.
+        only: sources that hold kernels of some architectures only, and of which.
     """
 
     module: str
@@ -80,6 +81,7 @@ class Part:
     isa_flags: dict[str, str]
     link_flags: str
     cuda: bool = False
+    only: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -96,6 +98,10 @@ class Part:
     def extra_flags(self, source: Path) -> str:
         isa = source.stem.removeprefix("isa_")
         return self.isa_flags.get(isa, "") if X86 and isa != source.stem else ""
+
+    def suited(self, source: Path, names: list[str]) -> list[str]:
+        """Lists which architectures it has kernels of, one at least: its launchers are needed."""
+        return [n for n in names if n in self.only.get(source.stem, names)] or names[:1]
 
     def digest(self) -> str:
         """Names the sources by their contents."""
@@ -133,6 +139,7 @@ PARTS = (
         # The runtime goes in; the driver is found at run time, so that any machine can import it.
         link_flags="-cudart=static",
         cuda=True,
+        only={"wide_fprop": ("90a",)},  # wgmma is in no other machine code
     ),
 )
 
@@ -154,8 +161,7 @@ def jobs() -> int:
         return max(1, int(os.environ["MAX_JOBS"]))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:
-        meminfo = Path("/proc/meminfo").read_text()
-        free_kib = int(meminfo.split("MemAvailable:")[1].split()[0])
+        free_kib = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
     except (OSError, IndexError, ValueError):
         return 1
     return max(1, min(cores or 1, free_kib // (GIB_PER_JOB * 1024**2)))
@@ -258,6 +264,7 @@ class Commands:
     link: list[str]
     libraries: list[str]
     facts: dict[str, object]
+    architectures: list[str]
 
 
 def commands(part: Part) -> Commands:
@@ -272,20 +279,20 @@ def commands(part: Part) -> Commands:
     folders, pybind11_version = includes()
     user, link_user = (shlex.split(os.environ.get(n, "")) for n in ("CXXFLAGS", "LDFLAGS"))
     facts: dict[str, object] = {"compiler": first_line(cxx), "pybind11": pybind11_version}
-    flags = ["-fPIC", *user]
+    flags, names = ["-fPIC", *user], []
     if part.cuda:
         tool = [nvcc()]
         names = architectures(tool[0])
         if os.environ.get("CXX"):
             tool += [f"-ccbin={cxx[0]}", *through_nvcc(cxx[1:])]
-        flags = [*through_nvcc(flags), *code_flags(names)]
-        flags.append(f"-DHETCONV_ARCHITECTURES={'_'.join(names)}")  # nvcc cuts at commas
+        archs = "_".join(names)  # nvcc cuts at commas
+        flags = [*through_nvcc(flags), f"-DHETCONV_ARCHITECTURES={archs}"]
         link_user = through_nvcc(link_user)
         facts |= {"nvcc": first_line(tool, "release"), "architectures": names}
     facts |= {"flags": " ".join([part.flags, *user]), "sources": part.digest()}
     common = [*tool, "-DNDEBUG", *(f"-I{folder}" for folder in folders), *part.flags.split()]
     libraries = [*part.link_flags.split(), *link_user]
-    return Commands([*common, *flags], [*tool, "-shared"], libraries, facts)
+    return Commands([*common, *flags], [*tool, "-shared"], libraries, facts, names)
 
 
 def first_line(command: list[str], word: str = "") -> str:
@@ -353,7 +360,8 @@ class BuildParts(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
 
         def compile_one(source: Path) -> Path:
-            command = [*found.compile, *part.extra_flags(source).split()]
+            codes = code_flags(part.suited(source, found.architectures))
+            command = [*found.compile, *part.extra_flags(source).split(), *codes]
             key = hashlib.sha256(" ".join(command).encode()).hexdigest()[:8]
             unit = folder / f"{source.stem}-{key}.o"
             newest = max(path.stat().st_mtime for path in (source, *part.headers()))
@@ -383,9 +391,7 @@ def extensions() -> list[Extension]:
     """Returns the parts whose sources are in the tree; each may be missing in the end."""
     parts = [part for part in PARTS if mode() != "none" and part.sources()]
     return [
-        Extension(
-            part.name, [str(path.relative_to(ROOT)) for path in part.sources()], optional=True
-        )
+        Extension(part.name, [str(p.relative_to(ROOT)) for p in part.sources()], optional=True)
         for part in parts
     ]
 

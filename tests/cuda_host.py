@@ -24,7 +24,7 @@ import torch
 import hetconv_kernels as hk
 from hetconv_kernels import ops
 from hetconv_kernels.backends import capture
-from hetconv_kernels.backends.cuda import Cuda
+from hetconv_kernels.backends.cuda import Cuda, choice
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
@@ -40,7 +40,8 @@ def build() -> Path:
     import pybind11
 
     native, own = ROOT / "tests" / "native" / "cuda", ROOT / "csrc" / "cuda"
-    sources = [*sorted(own.glob("narrow*.cu")), own / "bindings.cpp", native / "machine.cpp"]
+    machine = [native / f"{name}.cpp" for name in ("machine", "hopper_machine", "order")]
+    sources = [*sorted(own.glob("*.cu")), own / "bindings.cpp", *machine]
     include = [native, own, pybind11.get_include(), sysconfig.get_path("include")]
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     key = hashlib.sha256(" ".join([*FLAGS, pybind11.__version__, suffix]).encode())
@@ -72,14 +73,15 @@ def load() -> ModuleType:
     return module
 
 
-def install(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Puts the module in the place of the compiled part, for one test."""
+def install(monkeypatch: pytest.MonkeyPatch, groups: str = "narrow") -> ModuleType:
+    """Puts the module in the place of the compiled part, and leaves one kernel, for one test."""
     pytest.importorskip("pybind11")
     if not shutil.which("g++"):
         pytest.skip("g++ is not installed here")
     module = load()
     monkeypatch.setitem(sys.modules, "hetconv_kernels._cuda", module)
     monkeypatch.setattr(hk, "_cuda", module, raising=False)
+    monkeypatch.setattr(choice, "ONLY", groups)
     capture.CONVERSIONS.clear()
     return module
 

@@ -30,6 +30,8 @@ _PTXAS = re.compile(
     r"Function properties for (\S+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, "
     r"(\d+) bytes spill loads\s+ptxas info\s+: Used (\d+) registers(?:.*?(\d+) bytes smem)?"
 )
+# With more, no block of three warpgroups starts; they exchange registers afterwards.
+_WIDE_REGISTERS = 168
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Code:
         matrix: matrix instructions, by name.
         copies: asynchronous copies, by name.
         local: loads and stores of local memory.
+        described: HGMMA whose operands both lie in shared memory.
+        losses: warnings of ptxas, such as that wgmma is serialized.
     """
 
     name: str
@@ -57,6 +61,8 @@ class Code:
     matrix: dict[str, int]
     copies: dict[str, int]
     local: int
+    described: int = 0
+    losses: int = 0
 
 
 def problems(code: Code) -> list[str]:
@@ -69,6 +75,15 @@ def problems(code: Code) -> list[str]:
             found.append(f"no asynchronous copies: {code.copies}")
         if code.registers > 255:
             found.append(f"{code.registers} registers")
+    if code.name.startswith("wide_fprop"):
+        if not code.described or code.described != code.matrix.get("HGMMA"):
+            found.append(f"{code.described} HGMMA of operands in shared memory: {code.matrix}")
+        if not {"LDGSTS", "UBLKCP"} <= set(code.copies):
+            found.append(f"no asynchronous and bulk copies: {code.copies}")
+        if code.registers > _WIDE_REGISTERS:
+            found.append(f"{code.registers} registers")
+    if code.losses:
+        found.append(f"{code.losses} warnings of lost speed")
     if code.stack or code.spills or code.local:
         found.append(
             f"{code.stack} B of stack, {code.spills} B of spills, {code.local} local accesses"
@@ -83,6 +98,8 @@ def regressions(code: Code, expected: dict[str, Any]) -> list[str]:
         found.append(f"{code.registers} registers, {expected['registers']} before")
     if code.shared != expected["shared"]:
         found.append(f"{code.shared} B of static shared memory, {expected['shared']} before")
+    if code.described != expected.get("described", 0):
+        found.append(f"{code.described} HGMMA of shared operands, {expected['described']} before")
     for kind in ("matrix", "copies"):
         mine, theirs = getattr(code, kind), expected[kind]
         if set(mine) != set(theirs):
@@ -133,6 +150,7 @@ def rows(architecture: str) -> list[Code]:
     """Compiles for one architecture what is not known yet; returns a row for each kernel."""
     part = next(part for part in build().PARTS if part.cuda)
     sources = [path for path in part.sources() if path.suffix == ".cu"]
+    sources = [path for path in sources if architecture in part.only.get(path.stem, architecture)]
     headers = b"".join(path.read_bytes() for path in part.headers())
     found = []
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -192,6 +210,8 @@ def read(architecture: str, said: str, sass: str) -> list[Code]:
                 matrix=_count(body, r"\b(HGMMA|UTC[A-Z]*MMA|HMMA)\b"),
                 copies=_count(body, r"\b(LDGSTS|UTMALDG|UBLKCP)\b"),
                 local=sum(_count(body, r"\b(LDL|STL)\b").values()),
+                described=len(re.findall(r"\bHGMMA\S* R\d+, gdesc\[", body)),
+                losses=len(re.findall(rf"^ptxas .*(?:warn|Potential).*{name}.*$", said, re.M)),
             )
         )
     assert len(found) == len(bodies), (len(found), sorted(bodies))
@@ -201,7 +221,7 @@ def read(architecture: str, said: str, sass: str) -> list[Code]:
 def _plain(name: str) -> str:
     """Returns a kernel's name without namespaces and arguments."""
     long = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout
-    short = re.sub(r"\(anonymous namespace\)::|hetconv::cuda::|^void ", "", long.strip())
+    short = re.sub(r"\(anonymous namespace\)::|hetconv::cuda::|wide::|^void ", "", long.strip())
     return short[: short.rindex("(")]
 
 

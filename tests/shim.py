@@ -52,7 +52,7 @@ def build() -> Path:
         subprocess.CalledProcessError: the compiler refuses; its words go to the terminal.
     """
     native = ROOT / "tests" / "native" / "cuda"
-    kernels = sorted((ROOT / "csrc" / "cuda").glob("narrow*.cu"))
+    kernels = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     sources = [*kernels, *sorted(native.glob("*.cpp"))]
     csrc = ROOT / "csrc"
     folders = (csrc, csrc / "cuda", native)
@@ -87,6 +87,9 @@ class Case:
         expected: the truth, in float64, in the order of the result's memory.
         bound: the error that is allowed, alike.
         dtype: of the result.
+        zeros: where the result must be zero.
+        sums: of the results and their squares over each filter, and the error that is allowed,
+            where they are asked for; the kernel's come in lines to be summed.  # [2, F], [2, F]
     """
 
     name: str
@@ -96,7 +99,6 @@ class Case:
     bound: Tensor
     dtype: torch.dtype
     zeros: Tensor | None = field(default=None)
-    # Exact sums of y and y² by filter, and their bounds, where they are asked for.  # [2, F] each
     sums: tuple[Tensor, Tensor] | None = None
 
     def text(self) -> bytes:
@@ -131,9 +133,9 @@ class Case:
             assert not got[self.zeros.reshape(-1)].any(), f"{self.name}: dead entries are not zero"
 
 
-def run(cases: Sequence[Case], folder: Path) -> None:
+def run(cases: Sequence[Case], folder: Path, seed: int = 0) -> None:
     """Runs cases in one process and checks all results."""
-    done = execute(cases, folder)
+    done = execute(cases, folder, seed=seed)
     assert done.returncode == 0, done.stderr
     data = (folder / "results").read_bytes()
     for case in cases:
@@ -146,11 +148,11 @@ def run(cases: Sequence[Case], folder: Path) -> None:
 
 
 def execute(
-    cases: Sequence[Case], folder: Path, mistake: Sequence[str] = ()
+    cases: Sequence[Case], folder: Path, mistake: Sequence[str] = (), seed: int = 0
 ) -> subprocess.CompletedProcess[str]:
-    """Runs the driver on cases, with a mistake made on purpose or none."""
+    """Runs the driver on cases, with a mistake made on purpose or none; `seed` orders threads."""
     (folder / "cases").write_bytes(b"".join(case.text() for case in cases))
-    command = [build(), folder / "cases", folder / "results", *mistake]
+    command = [build(), folder / "cases", folder / "results", str(seed), *mistake]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 
@@ -217,7 +219,7 @@ def fprop_case(
     weight = w[torch.as_tensor(np.array(support.mask))] if live else w
     form = "live" if live else "contiguous"
     numbers = {
-        "wgrad": 0,
+        "kind": 0,
         "dtype": CODES[dtype],
         "w_dtype": CODES[weight.dtype],
         "act": ACTS.index(act),
@@ -310,7 +312,7 @@ def wgrad_case(
         bound = bound + torch.finfo(w_dtype).eps * exact.abs() + torch.finfo(w_dtype).tiny
     mask = torch.as_tensor(np.array(support.mask))
     numbers = {
-        "wgrad": 1,
+        "kind": 1,
         "dtype": CODES[dtype],
         "w_dtype": CODES[w_dtype],
         "x_n": height_width((c, *size)),

@@ -43,6 +43,7 @@ def test_kernels_are_what_they_were(architecture: str) -> None:
 def test_the_committed_rows_are_of_all_architectures_and_show_no_problem() -> None:
     pytest.importorskip("setuptools")
     assert tuple(TABLE["rows"]) == machine_code.build().ARCHITECTURES
+    assert any(name.startswith("wide_fprop") for name in TABLE["rows"]["90a"])
     for kernels in TABLE["rows"].values():
         for name, row in kernels.items():
             assert problems(Code(name=name, **row)) == []
@@ -83,6 +84,35 @@ def test_lost_speed_is_noticed(change: dict[str, Any], words: str) -> None:
     assert words in found
 
 
+WIDE = dataclasses.replace(
+    GOOD,
+    name="wide_fprop_kernel<Bfloat, 256, Clamp>",
+    architecture="90a",
+    registers=168,
+    matrix={"HGMMA": 4},
+    copies={"LDGSTS": 1, "UBLKCP": 4},
+    described=4,
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"described": 0}, "0 HGMMA of operands in shared memory"),
+        ({"matrix": {"HMMA": 4}, "described": 0}, "0 HGMMA of operands in shared memory"),
+        ({"copies": {"LDGSTS": 1}}, "no asynchronous and bulk copies"),
+        ({"copies": {"UBLKCP": 1}}, "no asynchronous and bulk copies"),
+        ({"registers": 176}, "176 registers"),
+        ({"losses": 1}, "1 warnings of lost speed"),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else value,
+)
+def test_lost_speed_of_wide_groups_is_noticed(change: dict[str, Any], words: str) -> None:
+    assert problems(WIDE) == []
+    (found,) = problems(dataclasses.replace(WIDE, **change))
+    assert words in found
+
+
 def test_kernels_without_products_need_neither() -> None:
     assert problems(dataclasses.replace(GOOD, name="pack_kernel", matrix={}, copies={})) == []
 
@@ -106,6 +136,8 @@ def test_regressions_are_noticed(change: dict[str, Any], words: str) -> None:
 
 
 SAID = """ptxas info    : 0 bytes gmem
+ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized \
+due to insufficient register resources for the wgmma pipeline in function '_Z6kernelv'
 ptxas info    : Compiling entry function '_Z6kernelv' for 'sm_80'
 ptxas info    : Function properties for _Z6kernelv
     48 bytes stack frame, 44 bytes spill stores, 104 bytes spill loads
@@ -117,6 +149,8 @@ SASS = """
         /*0010*/  HMMA.16816.F32.BF16 R4, R8, R10, R4 ;
         /*0020*/  STL [R1], R3 ;
         /*0030*/  HMMA.16816.F32.BF16 R4, R8, R10, R4 ;
+        /*0040*/  HGMMA.64x256x16.F32.BF16 R24, gdesc[UR16], R24, gsb0 ;
+        /*0050*/  HGMMA.64x256x16.F32.BF16 R24, R4, gdesc[UR16], R24, gsb0 ;
 """
 
 
@@ -131,7 +165,9 @@ def test_what_the_tools_say_is_read() -> None:
         stack=48,
         spills=148,
         shared=64,
-        matrix={"HMMA": 2},
+        matrix={"HMMA": 2, "HGMMA": 2},
         copies={"LDGSTS": 1},
         local=1,
+        described=1,
+        losses=1,
     )

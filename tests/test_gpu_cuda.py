@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA engine on a GPU: every form of its tables, both dtypes; see also `test_gpu_engines`."""
+"""The CUDA engine's kernels for narrow groups on a GPU: every form of their tables, both dtypes.
+
+`test_gpu_cuda_wide` has the kernel for wide groups; see also `test_gpu_engines`.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from gpu_layers import compare, compare_huge, operands, poisoned
 import hetconv_kernels as hk
 from hetconv_kernels import ops
 from hetconv_kernels.backends import CODES
+from hetconv_kernels.backends.cuda import choice
 from hetconv_kernels.problem import make_geometry
 from hetconv_kernels.testing import error_bound, oracle
 
@@ -38,7 +42,8 @@ DTYPES = [torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(autouse=True)
-def _poisoned() -> Any:
+def _narrow(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(choice, "ONLY", "narrow")
     with poisoned():
         yield
 

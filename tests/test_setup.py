@@ -161,6 +161,23 @@ def test_kernels_are_compiled_for_what_was_asked(tree: Tree) -> None:
     assert "-lcuda" not in link
 
 
+def test_a_source_of_one_architecture_is_built_for_no_other(tree: Tree) -> None:
+    tree.nvcc()
+    (tree.root / "csrc" / "cuda" / "wide_fprop.cu").write_text("// nothing\n")
+    built = {}
+    for wish in ("80,90a", "80"):
+        assert tree.build(HETCONV_CUDA_ARCHS=wish).returncode == 0
+        for call in tree.calls():
+            codes = re.findall(r",code=(\w+)", call)
+            built |= {
+                (wish, name): codes for name in ("wide_fprop", "kernel") if f"/{name}.cu" in call
+            }
+    assert built["80,90a", "wide_fprop"] == ["sm_90a"]
+    assert built["80,90a", "kernel"] == ["sm_80", "sm_90a"]
+    # Without a kernel, for what it launches nothing on.
+    assert built["80", "wide_fprop"] == built["80", "kernel"] == ["sm_80"]
+
+
 def test_a_compiler_that_refuses_is_reported(tree: Tree) -> None:
     tree.nvcc()
     tree.build()

@@ -11,6 +11,7 @@
 
 #include "../names.h"
 #include "narrow.h"
+#include "wide.h"
 
 namespace py = pybind11;
 using namespace hetconv;
@@ -156,10 +157,62 @@ static void bind_wgrad(py::module_& m) {
       py::arg("dtype"), py::arg("x"), py::arg("dy"), py::arg("partials"), py::arg("stream"));
 }
 
+static void bind_wide(py::module_& m) {
+  py::class_<Wide> type(m, "Wide");
+  type.def(py::init([] { return Wide{}; }));
+  HC_ADDRESS(type, Wide, classes);
+  HC_ADDRESS(type, Wide, heads);
+  HC_ADDRESS(type, Wide, blocks);
+  HC_ADDRESS(type, Wide, steps);
+  HC_ADDRESS(type, Wide, rows);
+  HC_FIELD(type, Wide, x_n);
+  HC_FIELD(type, Wide, y_n);
+  HC_FIELD(type, Wide, x_h);
+  HC_FIELD(type, Wide, x_w);
+  HC_FIELD(type, Wide, y_h);
+  HC_FIELD(type, Wide, y_w);
+  HC_FIELD(type, Wide, batch);
+  HC_FIELD(type, Wide, image_h);
+  HC_FIELD(type, Wide, image_w);
+  HC_FIELD(type, Wide, filters);
+  HC_FIELD(type, Wide, class_count);
+  HC_FIELD(type, Wide, pairs);
+  HC_FIELD(type, Wide, pixels);
+  HC_FIELD(type, Wide, plane_pitch);
+  HC_FIELD(type, Wide, stages);
+  HC_FIELD(type, Wide, slots);
+  HC_FIELD(type, Wide, cluster);
+  HC_FIELD(type, Wide, grid);
+  type.def_property(
+      "act", [](const Wide& p) { return int(p.act); },
+      [](Wide& p, const std::string& name) { p.act = act_named(name); });
+  type.def_property_readonly("shared_bytes", &wide_shared_bytes);
+  type.def(
+      "held_blocks",
+      [](const Wide& p, const std::string& dtype) { return wide_blocks(p, dtype_named(dtype)); },
+      py::arg("dtype"));
+  type.def(
+      "launch",
+      [](Wide p, const std::string& dtype, uintptr_t x, uintptr_t slabs, uintptr_t y,
+         uintptr_t scale, uintptr_t shift, uintptr_t residual, uintptr_t sums, uintptr_t stream) {
+        p.x = at<void>(x);
+        p.slabs = at<void>(slabs);
+        p.y = at<void>(y);
+        p.scale = at<float>(scale);
+        p.shift = at<float>(shift);
+        p.residual = at<void>(residual);
+        p.sums = at<float>(sums);
+        check("wide_fprop", wide_fprop(p, dtype_named(dtype), at<void>(stream)));
+      },
+      py::arg("dtype"), py::arg("x"), py::arg("slabs"), py::arg("y"), py::arg("scale"),
+      py::arg("shift"), py::arg("residual"), py::arg("sums"), py::arg("stream"));
+}
+
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "The CUDA engine: built, not measured.";
   bind_fprop(m);
   bind_wgrad(m);
+  bind_wide(m);
   m.def(
       "reduce",
       [](uintptr_t partials, uintptr_t targets, uintptr_t dw, int64_t size, int64_t dw_size,
@@ -184,6 +237,7 @@ PYBIND11_MODULE(_cuda, m) {
     std::vector<std::string> names;
     for (const char* const* name = narrow_kernels(); *name != nullptr; ++name)
       names.push_back(*name);
+    names.push_back("wide_fprop");
     return names;
   });
   m.def("architectures", [] { return std::string(HC_TEXT(HETCONV_ARCHITECTURES)); });

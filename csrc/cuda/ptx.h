@@ -11,6 +11,9 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <map>
+#include <mutex>
+#include <utility>
 
 namespace hetconv::cuda {
 
@@ -215,11 +218,22 @@ inline const char* error_text(cudaError_t error) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-// Lets a kernel have that much dynamic shared memory; more than 48 KiB must be asked for.
+// Lets a kernel have that much dynamic shared memory; more than 48 KiB must be asked for, which is
+// done once for each kernel and device.
 template <class P> const char* allow_shared(void (*kernel)(P), int64_t shared) {
   if (shared <= 48 * 1024) return nullptr;
-  return error_text(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                         cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
+  static std::mutex mutex;
+  static std::map<std::pair<void (*)(P), int>, int64_t> allowed;
+  int device = 0;
+  if (const char* error = error_text(cudaGetDevice(&device))) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  int64_t& most = allowed[{kernel, device}];
+  if (shared <= most) return nullptr;
+  const cudaError_t error =
+      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                           cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+  if (error == cudaSuccess) most = shared;
+  return error_text(error);
 }
 
 // The blocks of a kernel that the current device holds at once; 0 if it holds none.

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`cuda`: narrow groups on NVIDIA GPUs from sm_80 on, for bf16 and fp16.
+"""`cuda`: narrow groups on NVIDIA GPUs from sm_80 on, and wide ones on Hopper; bf16 and fp16.
 
 A tile of pixels with its halo is brought to shared memory once, and all taps and groups are
-computed from it (``csrc/cuda``). Built and checked on the CPU; **no GPU has measured it**.
+computed from it (``csrc/cuda``): by mma.sync where groups are narrow, by wgmma, which only compute
+capability 9.0 has, where they are wide. Built and checked on the CPU; **no GPU has measured it**.
 """
 
 from __future__ import annotations
@@ -20,12 +21,11 @@ from ..rates import GPU_PREDICTION
 from . import choice
 from .calls import MAX_SPAN, VECTOR, NarrowCall, span
 from .wgrad_calls import WgradCall
+from .wide_calls import WideCall
 
 _DTYPES = (torch.bfloat16, torch.float16)
 # Tiles of the whole batch are counted in 32 bits, with room for a step beyond the last one.
 _MAX_PIXELS = 2**30
-# Weights stay in shared memory, or are read again for each tile; more of them are no narrow groups.
-_MOST_WEIGHTS = 2**17
 
 
 class Cuda:
@@ -38,7 +38,7 @@ class Cuda:
         if problem.device.type != "cuda":
             return [f"The tensors are on {problem.device}, not on an NVIDIA GPU."]
         index = problem.device.index or 0
-        reasons = gpu_reasons(index) or _build_reasons(index)
+        reasons = list(gpu_reasons(index) or _build_reasons(index))  # these are kept: a copy
         if reasons:
             return reasons
         if problem.dtype not in _DTYPES:
@@ -53,20 +53,15 @@ class Cuda:
             reasons.append("One image has more than 2**30 elements.")
         if problem.batch * pixels > _MAX_PIXELS:
             reasons.append("The batch has more than 2**30 pixels.")
-        if support.live > _MOST_WEIGHTS:
-            reasons.append(
-                f"There are {support.live} live weights; the kernels for narrow groups are for at "
-                f"most {_MOST_WEIGHTS}, which shared memory holds."
-            )
         if max(support.kernel) > 32:
             reasons.append("The kernel has more than 32 taps along one axis.")
         if not reasons:
             found = choice.best(problem)
-            reasons += [f"It cannot be tiled: {found}"] if isinstance(found, str) else []
+            reasons += [found] if isinstance(found, str) else []
         return reasons
 
     def estimate(self, problem: Problem) -> float:
-        """Predicts the time by the cost model of `tiles`, in seconds; nominal, not measured."""
+        """Predicts the time by the cost models of the tiles, in seconds; nominal, not measured."""
         found = choice.best(problem)
         return float("inf") if isinstance(found, str) else found.seconds / GPU_PREDICTION
 
@@ -78,6 +73,24 @@ class Cuda:
         """Useful over executed multiply-accumulates; filled tiles and half steps count."""
         found = choice.best(problem)
         return 0.0 if isinstance(found, str) else found.efficiency
+
+    def notes(self, problem: Problem) -> list[str]:
+        """Says, for `explain`, which kernel is run, and with what tile."""
+        found = choice.best(problem)
+        if isinstance(found, choice.WideChoice):
+            shape = found.how.shape
+            return [
+                f"It runs the kernel for wide groups: tiles of {shape.pixels} pixels by 2 x 64 "
+                f"filters, {shape.stages} halos and 2 x {shape.slots} slabs in shared memory, "
+                f"clusters of {shape.cluster}."
+            ]
+        if isinstance(found, choice.GatherChoice):
+            tile = found.how.tables.shape
+            return [
+                f"It runs the kernel for narrow groups: tiles of {tile.height} x {tile.width} "
+                f"pixels by {tile.filters} filters."
+            ]
+        return ["It runs the kernel for narrow groups."]
 
     def fprop(self, problem: Problem) -> Runner:
         """Prepares y = act(scale · conv(x, w) + shift + residual)."""
@@ -105,8 +118,11 @@ class Cuda:
         return WgradCall(problem, choice.wgrad_choice(problem)).run
 
 
-def _call(problem: Problem) -> NarrowCall:
-    return NarrowCall(problem, choice.gather_choice(problem))
+def _call(problem: Problem) -> NarrowCall | WideCall:
+    found = choice.gather_choice(problem)
+    if isinstance(found, choice.WideChoice):
+        return WideCall(problem, found)
+    return NarrowCall(problem, found)
 
 
 def _layout_reasons(problem: Problem) -> list[str]:

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls of fprop and dgrad: a Problem on ``narrow_fprop``, with its tables on the device."""
+"""Calls of fprop and dgrad: what both kernels share, and a Problem on ``narrow_fprop``."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ...problem import Problem
+from ...support import Support
 from ..capture import CONVERSIONS, capturing, pin, refuse_capture, upload
 from ..common import empty, unit
 from ..packer import Packer
@@ -69,10 +70,18 @@ def span(shape: Sequence[int], strides: Sequence[int]) -> int:
     return 1 + sum((size - 1) * stride for size, stride in pairs if size > 1)
 
 
-def make_packer(problem: Problem, choice: GatherChoice) -> Packer:
-    """Makes what packs canonical weights into the slabs of a choice; kept with the Support."""
+class Source(Protocol):
+    """Tables that say where each packed weight comes from."""
+
+    def source(self, support: Support, form: str) -> Any:
+        """Lists where each packed weight lies in the memory of a canonical weight."""
+        ...
+
+
+def make_packer(problem: Problem, tables: Source) -> Packer:
+    """Makes what packs canonical weights into the slabs of some tables; kept with the Support."""
     support, device, dtype = problem.support, problem.device, problem.dtype
-    key = ("cuda packer", device, dtype, id(choice.how.tables))
+    key = ("cuda packer", device, dtype, id(tables))
     packer: Packer | None = support.derived.get(key)
     if packer is None:
         module, name = engine(), name_of(dtype)
@@ -90,31 +99,52 @@ def make_packer(problem: Problem, choice: GatherChoice) -> Packer:
                 )
 
         def source(form: str) -> Any:
-            return choice.how.tables.source(support, form)
+            return tables.source(support, form)
 
         packer = support.derived[key] = Packer(support, source, start, device, dtype)
     return packer
 
 
-class NarrowCall:
-    """fprop or dgrad of a Problem.
+def uploaded(problem: Problem, tables: Any, names: Sequence[str]) -> dict[str, Tensor]:
+    """Returns tables on the device; kept with the Support."""
+    key = ("cuda tables", problem.device, id(tables))
+    # The tables stay with their copies, so that no others get their identity.
+    kept: tuple[Any, dict[str, Tensor]] | None = problem.support.derived.get(key)
+    if kept is None:
+        found = {name: upload(getattr(tables, name), problem.device) for name in names}
+        kept = problem.support.derived[key] = tables, found
+    return kept[1]
+
+
+class Bound(NamedTuple):
+    """A kernel made ready for operands of certain strides.
+
+    Attributes:
+        launch: takes the dtype, addresses of x, slabs, y, scale, shift, residual and sums, and the
+            stream.
+        lines: of `sums`, each for a part of the pixels.
+    """
+
+    launch: Callable[..., None]
+    lines: int
+
+
+class GatherCall:
+    """fprop or dgrad of a Problem: what the kernels for narrow and for wide groups share.
 
     Args:
         problem: what to run.
-        choice: how.
+        tables: the lowering.
     """
 
-    def __init__(self, problem: Problem, choice: GatherChoice) -> None:
-        self.problem, self.choice, self._device = problem, choice, problem.device
+    def __init__(self, problem: Problem, tables: Source) -> None:
+        self.problem, self._device = problem, problem.device
         back = problem.verb == "dgrad"
         self._shape = problem.x_shape if back else problem.y_shape
         self._image = problem.output_size if back else (problem.height, problem.width)
-        self._tables = _uploaded(problem, choice)
-        self._packer = make_packer(problem, choice)
+        self._packer = make_packer(problem, tables)
         self._name = name_of(problem.dtype)
-        rows, cols = choice.how.tables.classes[0, 2:4].tolist()
-        self._tiles = problem.batch * rows * cols  # of the first class, the only one of fprop
-        self._bound: dict[Any, Any] = {}
+        self._bound: dict[Any, Bound] = {}
 
     def run(
         self,
@@ -145,27 +175,28 @@ class NarrowCall:
         residual: Tensor | None,
         stats: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns the result, and each block's sums when asked for.  # [blocks, 2, F]"""
+        """Returns the result, and partial sums when asked for.  # [lines, 2, F]"""
         y = empty(self._shape, x, self.problem)
         filters = self._shape[1]
         if not y.numel():
             return y, y.new_zeros((1, 2, filters), dtype=torch.float32) if stats else None
-        x = readable(x)
+        x = self.seen(readable(x))
         if residual is not None:
-            residual = self._like(residual, y)
+            residual = self.like(residual, y)
         # The per-filter vectors are computed with in float32.
         scale, shift = (None if v is None else _single(v) for v in (scale, shift))
         key = (x.stride(), y.stride(), residual is None or residual.data_ptr() % 16 == 0)
         with current(self._device) as stream:
             bound = self._bound.get(key)
             if bound is None:
-                bound = self._bound[key] = self._bind(x, y, key[2])
+                refuse_capture(self._device, "A layout of operands")  # asks the device for blocks
+                bound = self._bound[key] = self.bind(x, y, key[2])
             slabs = self._packer(w)
             if capturing(self._device):
                 pin(self._device, self, slabs if w.dim() == 1 else None)
             sums = None
             if stats:
-                shape = (min(bound.blocks, self._tiles), 2, filters)
+                shape = (bound.lines, 2, filters)
                 sums = torch.empty(shape, dtype=torch.float32, device=self._device)
             bound.launch(
                 self._name,
@@ -177,8 +208,11 @@ class NarrowCall:
             )
         return y, sums
 
-    @staticmethod
-    def _like(residual: Tensor, y: Tensor) -> Tensor:
+    def seen(self, x: Tensor) -> Tensor:
+        """Returns the pixels of an operand that the kernel reads."""
+        return x
+
+    def like(self, residual: Tensor, y: Tensor) -> Tensor:
         """Returns the residual with the strides of y, which the kernel reads it by."""
         same = residual.resolve_neg()
         if same.stride() != y.stride():
@@ -186,9 +220,27 @@ class NarrowCall:
             same = torch.empty_like(y).copy_(same)
         return same
 
-    def _bind(self, x: Tensor, y: Tensor, aligned: bool) -> Any:
+    def bind(self, x: Tensor, y: Tensor, aligned: bool) -> Bound:
         """Fills the kernel's arguments, all but the operands' addresses."""
-        refuse_capture(self._device, "A layout of operands")  # asks the device for its blocks
+        raise NotImplementedError
+
+
+class NarrowCall(GatherCall):
+    """fprop or dgrad of a Problem by the kernel for narrow groups.
+
+    Args:
+        problem: what to run.
+        choice: how.
+    """
+
+    def __init__(self, problem: Problem, choice: GatherChoice) -> None:
+        super().__init__(problem, choice.how.tables)
+        self.choice = choice
+        names = ("classes", "heads", "rounds", "lists", "words", "chunks", "slots", "rows")
+        self._tables = uploaded(problem, choice.how.tables, names)
+
+    def bind(self, x: Tensor, y: Tensor, aligned: bool) -> Bound:
+        """Fills the kernel's arguments, all but the operands' addresses."""
         problem, choice, tables = self.problem, self.choice, self.choice.how.tables
         call = engine().Narrow()
         for name, table in self._tables.items():
@@ -208,7 +260,8 @@ class NarrowCall:
         call.buffers, call.resident = choice.how.buffers, int(choice.how.resident)
         call.act = problem.act
         call.blocks = call.held_blocks(self._name)
-        return call
+        rows, cols = tables.classes[0, 2:4].tolist()  # of the first class, the only one of fprop
+        return Bound(call.launch, min(call.blocks, problem.batch * rows * cols))
 
 
 def strides_of(tensor: Tensor) -> tuple[int, ...]:
@@ -219,16 +272,3 @@ def strides_of(tensor: Tensor) -> tuple[int, ...]:
 
 def _single(vector: Tensor) -> Tensor:
     return vector.resolve_neg().float().contiguous()
-
-
-def _uploaded(problem: Problem, choice: GatherChoice) -> dict[str, Tensor]:
-    """Returns the tables of a choice on the device; kept with the Support, with the choice."""
-    key = ("cuda tables", problem.device, id(choice.how.tables))
-    # The tables stay with their copies, so that no others get their identity.
-    kept: tuple[Any, dict[str, Tensor]] | None = problem.support.derived.get(key)
-    if kept is None:
-        names = ("classes", "heads", "rounds", "lists", "words", "chunks", "slots", "rows")
-        tables = choice.how.tables
-        found = {name: upload(getattr(tables, name), problem.device) for name in names}
-        kept = problem.support.derived[key] = tables, found
-    return kept[1]

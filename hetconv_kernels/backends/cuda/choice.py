@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The choice of tables for a Problem, kept with the Support, and what it is predicted to take.
+"""The choice of a kernel and its tables for a Problem, and what it is predicted to take.
 
-The clocks come from `tiles`; here the launch, packing and device memory are added. All constants
-are data sheets and arithmetic: **no GPU has confirmed them**.
+fprop and dgrad have a kernel for narrow groups, and on Hopper one for wide groups; the one that is
+predicted to be faster is taken. The clocks come from `tiles` and `wide_tiles`; here the launch,
+packing and device memory are added. All constants are data sheets and arithmetic: **no GPU has
+confirmed them**. What was chosen is kept with the Support.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
+
+import torch
 
 from ...errors import ArgumentError, BackendError
 from ...problem import Problem
@@ -15,12 +20,19 @@ from ..parts import Part, part_of
 from ..rates import GPU_LAUNCH
 from .tiles import Choice, choose, choose_wgrad
 from .wgrad_lowering import UNIT_VALUES, WgradTables
+from .wide_lowering import WideTables, lower, wide_windows
+from .wide_tiles import WideTiling, choose_wide
 from .windows import windows
 
+# "narrow" or "wide" leaves fprop and dgrad only that kernel; for tests and for tuning.
+ONLY: str | None = None
 # Seconds that a launch more in the same call takes.
 _NEXT_LAUNCH = 3e-6
 # Clocks in which a unit of wgrad reads one pixel of both operands from shared memory.
 _UNIT_READS = 1.25
+# The kernels for narrow groups keep weights in shared memory, or read them again for each tile;
+# more of them are no narrow groups.
+_MOST_WEIGHTS = 2**17
 
 
 class GatherChoice(NamedTuple):
@@ -33,6 +45,22 @@ class GatherChoice(NamedTuple):
     """
 
     how: Choice
+    seconds: float
+    efficiency: float
+
+
+class WideChoice(NamedTuple):
+    """How fprop or dgrad is run by the kernel for wide groups.
+
+    Attributes:
+        how: tables, and what a block of threads holds.
+        every: which rows and columns the operand that is read is taken at: each n-th.
+        seconds: predicted, for the whole call.
+        efficiency: useful over executed multiply-accumulates.
+    """
+
+    how: WideTiling
+    every: tuple[int, int]
     seconds: float
     efficiency: float
 
@@ -53,33 +81,31 @@ class WgradChoice(NamedTuple):
     efficiency: float
 
 
-def best(problem: Problem) -> GatherChoice | WgradChoice | str:
-    """Picks how a Problem is run, or says in a sentence why it cannot be; kept with the Support."""
+AnyChoice = GatherChoice | WideChoice | WgradChoice
+
+
+def best(problem: Problem) -> AnyChoice | str:
+    """Picks how a Problem is run, or says in sentences why it cannot be; kept with the Support."""
     geometry = problem.geometry
     key = (
-        "cuda choice",
+        *("cuda choice", ONLY),
         *(problem.verb, problem.dtype, problem.device, problem.batch),
         *(problem.height, problem.width, geometry.tail),
     )
-    found: GatherChoice | WgradChoice | str | None = problem.support.derived.get(key)
+    found: AnyChoice | str | None = problem.support.derived.get(key)
     if found is None:
-        part = part_of(problem.device)
-        try:
-            found = _wgrad(problem, part) if problem.verb == "wgrad" else _gather(problem, part)
-        except (ArgumentError, BackendError) as error:
-            found = str(error)
-        problem.support.derived[key] = found
+        found = problem.support.derived[key] = _found(problem)
     return found
 
 
-def gather_choice(problem: Problem) -> GatherChoice:
+def gather_choice(problem: Problem) -> GatherChoice | WideChoice:
     """Picks how fprop or dgrad is run.
 
     Raises:
         BackendError: no tile fits.
     """
     found = best(problem)
-    if not isinstance(found, GatherChoice):
+    if not isinstance(found, GatherChoice | WideChoice):
         raise BackendError(str(found))
     return found
 
@@ -96,16 +122,88 @@ def wgrad_choice(problem: Problem) -> WgradChoice:
     return found
 
 
+def _found(problem: Problem) -> AnyChoice | str:
+    """Returns the fastest predicted way of those that can be, or why none can."""
+    part = part_of(problem.device)
+    narrow: Callable[[Problem, Part], AnyChoice] = _wgrad if problem.verb == "wgrad" else _gather
+    ways: list[AnyChoice] = []
+    sentences = []
+    for name, reason, make in (
+        ("narrow", _narrow_reason(problem), narrow),
+        ("wide", _wide_reason(problem), _wide),
+    ):
+        if problem.verb != "wgrad" and ONLY not in (None, name):
+            continue
+        if not reason:
+            try:
+                ways.append(make(problem, part))
+                continue
+            except (ArgumentError, BackendError) as error:
+                reason = str(error)
+        sentences.append(f"The kernel for {name} groups: {reason}")
+    return min(ways, key=lambda way: way.seconds) if ways else " ".join(sentences)
+
+
+def _narrow_reason(problem: Problem) -> str:
+    """Says why the kernels for narrow groups are not for a Problem; empty when they are."""
+    if problem.support.live <= _MOST_WEIGHTS:
+        return ""
+    return (
+        f"there are {problem.support.live} live weights, and shared memory holds at most "
+        f"{_MOST_WEIGHTS}."
+    )
+
+
+def _wide_reason(problem: Problem) -> str:
+    """Says why the kernel for wide groups is not for a Problem; empty when it is."""
+    if problem.verb == "wgrad":
+        return "it has no wgrad; backend='triton' has one."
+    if problem.device.type != "cuda":  # the kernels on the CPU, in tests
+        return ""
+    capability = torch.cuda.get_device_capability(problem.device.index or 0)
+    if capability != (9, 0):
+        return (
+            "it is machine code for compute capability 9.0 alone (wgmma, sm_90a), and this is "
+            f"{capability[0]}.{capability[1]}."
+        )
+    from ... import _cuda
+
+    built = _cuda.architectures()
+    if "90a" not in built.split("_"):
+        return f"it was built for {built}, without 90a; build it with HETCONV_CUDA_ARCHS=90a."
+    return ""
+
+
 def _gather(problem: Problem, part: Part) -> GatherChoice:
     back = problem.verb == "dgrad"
     size = problem.height, problem.width
     how = choose(problem.support, windows(problem.geometry, size, back), problem.batch, back, part)
     packed = how.tables.positions.size
-    memory = problem.bytes_moved / part.bandwidth
-    seconds = GPU_LAUNCH + max(how.clocks / part.clock, memory)
-    # Weights are packed at each call: read, looked up and written.
-    seconds += _NEXT_LAUNCH + packed * (2 * problem.dtype.itemsize + 4) / part.bandwidth
+    seconds = _whole(problem, how.clocks, packed, part)
     return GatherChoice(how, seconds, min(1.0, problem.support.live / max(packed, 1)))
+
+
+def _wide(problem: Problem, part: Part) -> WideChoice:
+    back, size = problem.verb == "dgrad", (problem.height, problem.width)
+    classes, every = wide_windows(problem.geometry, size, back)
+    read = problem.output_size if back else size
+    image = -(-read[0] // every[0]), -(-read[1] // every[1])
+    # Neither images nor tiles matter to the tables, so that packed weights serve all of them.
+    key = ("cuda wide tables", back, problem.geometry.tail)
+    tables: WideTables | None = problem.support.derived.get(key)
+    if tables is None:
+        tables = problem.support.derived[key] = lower(problem.support, classes, back)
+    how = choose_wide(tables, classes, image, problem.batch, part)
+    seconds = _whole(problem, how.clocks, tables.size, part)
+    efficiency = min(1.0, problem.macs / how.executed) if how.executed else 1.0
+    return WideChoice(how, every, seconds, efficiency)
+
+
+def _whole(problem: Problem, clocks: float, packed: int, part: Part) -> float:
+    """Returns the seconds of fprop or dgrad, with the launch and packing of so many weights."""
+    seconds = GPU_LAUNCH + max(clocks / part.clock, problem.bytes_moved / part.bandwidth)
+    # Weights are packed at each call: read, looked up and written.
+    return seconds + _NEXT_LAUNCH + packed * (2 * problem.dtype.itemsize + 4) / part.bandwidth
 
 
 def _wgrad(problem: Problem, part: Part) -> WgradChoice:

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs the kernels of csrc/cuda on the CPU, on the cases of a file.
 //
-//   driver CASES RESULTS [MISTAKE AT]
+//   driver CASES RESULTS [SEED [MISTAKE AT]]
 //
 // CASES is a row of cases, each: the count of numbers, then for each 24 bytes of name and an int64;
 // the count of arrays, then for each 24 bytes of name, an int64 of bytes, and those. A case runs
-// fprop (with packing) or wgrad (with the sum of its partials), and its array `result`, which the
-// kernels write, is appended to RESULTS, then `sums` if there is one. All arrays have memory of
-// just their size.
+// fprop of narrow or wide groups (with packing) or wgrad (with the sum of its partials), as its
+// number `kind` says, and its array `result`, which the kernels write, is appended to RESULTS, then
+// `sums` where there is one. All arrays have memory of just their size.
 #include <cstring>
 #include <fstream>
 #include <map>
@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "../../../csrc/cuda/narrow.h"
+#include "../../../csrc/cuda/wide.h"
 #include "machine.h"
 
 using namespace hetconv::cuda;
@@ -79,6 +80,24 @@ void check(const char* error) {
   if (error) hetconv::host::fail("%s", error);
 }
 
+void check_shared(const Case& c, int64_t found) {
+  const int64_t said = c.number("shared");
+  if (found != said)
+    hetconv::host::fail("%lld bytes of shared memory, the lowering said %lld", (long long)found,
+                        (long long)said);
+}
+
+using Slabs = std::unique_ptr<void, decltype(&std::free)>;
+
+// malloc aligns to 16 bytes, and the sanitizer watches just what was asked for.
+Slabs packed(const Case& c, DType dtype) {
+  const int64_t size = c.size("source") / 4;
+  Slabs slabs(std::malloc(size_t(size * 2)), std::free);
+  check(narrow_pack(c.array<void>("w"), DType(c.number("w_dtype")), c.array<int32_t>("source"),
+                    slabs.get(), dtype, size, nullptr));
+  return slabs;
+}
+
 void fprop(const Case& c) {
   Narrow p{};
   p.x = c.array<void>("x");
@@ -108,18 +127,39 @@ void fprop(const Case& c) {
 #undef NUMBER
   p.act = Act(c.number("act"));
   const DType dtype = DType(c.number("dtype"));
-  const int64_t shared = c.number("shared");
-  if (narrow_shared_bytes(p) != shared)
-    hetconv::host::fail("%lld bytes of shared memory, the lowering said %lld",
-                        (long long)narrow_shared_bytes(p), (long long)shared);
-  const int64_t packed = c.size("source") / 4;
-  // malloc aligns to 16 bytes, and the sanitizer watches just what was asked for.
-  const std::unique_ptr<void, decltype(&std::free)> slabs(std::malloc(size_t(packed * 2)),
-                                                          std::free);
-  check(narrow_pack(c.array<void>("w"), DType(c.number("w_dtype")), c.array<int32_t>("source"),
-                    slabs.get(), dtype, packed, nullptr));
+  check_shared(c, narrow_shared_bytes(p));
+  const Slabs slabs = packed(c, dtype);
   p.slabs = slabs.get();
   check(narrow_fprop(p, dtype, nullptr));
+}
+
+void wide_case(const Case& c) {
+  Wide p{};
+  p.x = c.array<void>("x");
+  p.y = c.array<void>("result");
+  p.residual = c.array<void>("residual");
+  p.scale = c.array<float>("scale");
+  p.shift = c.array<float>("shift");
+  p.sums = c.array<float>("sums");
+  p.classes = c.array<int32_t>("classes");
+  p.heads = c.array<int32_t>("heads");
+  p.blocks = c.array<int32_t>("blocks");
+  p.steps = c.array<int32_t>("steps");
+  p.rows = c.array<int32_t>("rows");
+  p.x_n = c.number("x_n");
+  p.y_n = c.number("y_n");
+#define NUMBER(name) p.name = int32_t(c.number(#name))
+  NUMBER(x_h), NUMBER(x_w), NUMBER(y_h), NUMBER(y_w);
+  NUMBER(batch), NUMBER(image_h), NUMBER(image_w), NUMBER(filters);
+  NUMBER(class_count), NUMBER(pairs), NUMBER(pixels), NUMBER(plane_pitch);
+  NUMBER(stages), NUMBER(slots), NUMBER(cluster), NUMBER(grid);
+#undef NUMBER
+  p.act = Act(c.number("act"));
+  const DType dtype = DType(c.number("dtype"));
+  check_shared(c, wide_shared_bytes(p));
+  const Slabs slabs = packed(c, dtype);
+  p.slabs = slabs.get();
+  check(wide_fprop(p, dtype, nullptr));
 }
 
 void wgrad(const Case& c) {
@@ -141,10 +181,7 @@ void wgrad(const Case& c) {
   NUMBER(halo_pixels), NUMBER(buffers), NUMBER(blocks);
 #undef NUMBER
   const DType dtype = DType(c.number("dtype"));
-  const int64_t shared = c.number("shared");
-  if (narrow_wgrad_shared_bytes(p) != shared)
-    hetconv::host::fail("%lld bytes of shared memory, the lowering said %lld",
-                        (long long)narrow_wgrad_shared_bytes(p), (long long)shared);
+  check_shared(c, narrow_wgrad_shared_bytes(p));
   const int64_t size = int64_t(p.unit_count) * kUnitValues;
   std::vector<float> partials(size_t(size * p.blocks), __builtin_nanf(""));
   p.partials = partials.data();
@@ -156,20 +193,31 @@ void wgrad(const Case& c) {
 }  // namespace
 
 int main(int count, char** arguments) {
-  if (count != 3 && count != 5) hetconv::host::fail("usage: driver CASES RESULTS [MISTAKE AT]");
-  if (count == 5) hetconv::host::mistake = {arguments[3], std::atoll(arguments[4])};
+  if (count < 3 || count == 5 || count > 6)
+    hetconv::host::fail("usage: driver CASES RESULTS [SEED [MISTAKE AT]]");
+  if (count > 3) hetconv::host::seed = unsigned(std::atoi(arguments[3]));
+  if (count == 6) hetconv::host::mistake = {arguments[4], std::atoll(arguments[5])};
   std::ifstream in(arguments[1], std::ios::binary);
   std::ofstream out(arguments[2], std::ios::binary);
   if (!in || !out) hetconv::host::fail("%s or %s cannot be opened", arguments[1], arguments[2]);
   while (in.peek() != EOF) {
     Case c;
     if (!read_case(in, c)) hetconv::host::fail("the file of cases ends in the middle of one");
-    if (c.number("wgrad"))
-      wgrad(c);
-    else
-      fprop(c);
-    out.write(c.array<char>("result"), c.size("result"));
-    if (c.array<char>("sums")) out.write(c.array<char>("sums"), c.size("sums"));
+    switch (c.number("kind")) {
+      case 0:
+        fprop(c);
+        break;
+      case 1:
+        wgrad(c);
+        break;
+      case 2:
+        wide_case(c);
+        break;
+      default:
+        hetconv::host::fail("kind is 0: fprop, 1: wgrad or 2: wide");
+    }
+    for (const char* name : {"result", "sums"})
+      if (c.array<char>(name)) out.write(c.array<char>(name), c.size(name));
   }
   return 0;
 }

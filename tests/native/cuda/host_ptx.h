@@ -224,8 +224,8 @@ const char* launch(void (*kernel)(P), P p, int64_t blocks_x, int64_t blocks_y, i
   host::block_size = {unsigned(threads), 1, 1};
   for (unsigned y = 0; y < blocks_y; ++y)
     for (unsigned x = 0; x < blocks_x; ++x) {
-      host::block_index = {x, y, 0};
-      host::Block(threads, shared, x + 31 * y).run([&] { kernel(p); });
+      host::Block own(threads, shared, {x, y, 0});
+      host::run({&own}, host::seed + x + 31 * y, [&] { kernel(p); });
     }
   return nullptr;
 }

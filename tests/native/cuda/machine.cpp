@@ -8,10 +8,13 @@
 #include <cstring>
 #include <random>
 
+#include "hopper_machine.h"
+
 namespace hetconv::host {
 
 Block* block = nullptr;
 Dim block_index, grid_size, block_size;
+unsigned seed = 0;
 Mistake mistake;
 
 namespace {
@@ -26,7 +29,60 @@ struct Context {
 };
 Context main_context;
 
+struct Place {
+  Block* block;
+  int thread;
+};
+
 }  // namespace
+
+// Whose turn is next: any thread that waits for nothing.
+struct Turns {
+  std::vector<Place> ready;
+  std::vector<Block*> blocks;
+  std::function<void()> kernel;
+  std::mt19937 lot;
+  int left = 0, favoured = -1;
+
+  Place take() {
+    // Copies land late: when nobody can go on without them, or by lot.
+    Hopper* hopper = blocks[0]->hopper;
+    if (hopper && draw(16) == 0) hopper->land_one();
+    while (ready.empty())
+      if (!hopper || !hopper->land_one()) deadlock();
+    size_t drawn = lot() % ready.size();
+    for (int again = 0; again < 8 && !favours(*ready[drawn].block); ++again)
+      drawn = lot() % ready.size();
+    std::swap(ready[drawn], ready.back());
+    const Place next = ready.back();
+    ready.pop_back();
+    return next;
+  }
+
+  [[noreturn]] void deadlock() const {
+    for (Block* b : blocks)
+      for (const Fiber& f : b->fibers_) {
+        if (f.done || f.waiting == Waiting::barrier) continue;
+        const unsigned t = f.thread.x;
+        if (f.waiting == Waiting::warp)
+          fail("deadlock: thread %u waits for its warp at %s, others are elsewhere", t,
+               b->warps_[t / 32].instruction);
+        if (f.waiting == Waiting::phase)
+          fail("deadlock: thread %u of block %d waits for a phase of the barrier at %u, %s", t,
+               b->rank_, f.place, b->hopper->state(*b, f.place).c_str());
+        fail("deadlock: thread %u of block %d waits for %s", t, b->rank_,
+             f.waiting == Waiting::warpgroup ? "its warpgroup"
+             : f.waiting == Waiting::named   ? "a named barrier"
+                                             : "its cluster");
+      }
+    fail("deadlock: a barrier that not all threads come to");
+  }
+};
+static Turns turns;
+
+unsigned draw(unsigned count) { return unsigned(turns.lot()) % count; }
+
+bool favours(const Block& b) { return turns.favoured < 0 || turns.favoured == b.rank(); }
 
 void fail(const char* format, ...) {
   std::fflush(stdout);
@@ -47,25 +103,30 @@ void fail(const char* format, ...) {
 struct Start {
   static SWITCHES void enter() {
     Block& b = *block;
-    b.kernel_();
+    turns.kernel();
     Fiber& own = b.current();
     if (!own.copies.empty()) fail("ends with copies that it never waited for");
+    if (b.hopper) b.hopper->ends();
     own.done = true;
     --b.left_;
-    if (b.left_ == 0) __builtin_longjmp(main_context.place, 1);
+    if (--turns.left == 0) __builtin_longjmp(main_context.place, 1);
     b.yield(Waiting::nothing);
     std::abort();
   }
+  static SWITCHES void begin(Block* b, int thread) { b->resume(thread); }
 };
 
-Block::Block(int threads, int64_t shared, unsigned seed)
-    : fibers_(threads), warps_((threads + 31) / 32), memory_(shared), granules_((shared + 1) / 2) {
+Block::Block(int threads, int64_t shared, Dim index, int rank)
+    : index(index),
+      fibers_(threads),
+      warps_((threads + 31) / 32),
+      memory_(shared),
+      granules_((shared + 1) / 2),
+      left_(threads),
+      rank_(rank) {
   // NaN in every format, if anyone should get to see it.
   std::fill(memory_.begin(), memory_.end(), char(0xFF));
   if (threads % 32) fail("%d threads are no whole warps", threads);
-  // Which thread runs first between barriers is nobody's promise.
-  for (int i = 0; i < threads; ++i) order_.push_back(i);
-  std::shuffle(order_.begin(), order_.end(), std::mt19937(seed));
   for (int i = 0; i < threads; ++i) {
     fibers_[i].thread = {unsigned(i), 0, 0};
     fibers_[i].stack.reset(new char[kStack]);
@@ -77,16 +138,25 @@ Block::~Block() {
   for (Fiber& f : fibers_) delete static_cast<Context*>(f.context);
 }
 
-void Block::run(const std::function<void()>& kernel) {
-  kernel_ = kernel;
-  left_ = int(fibers_.size());
-  block = this;
-  if (__builtin_setjmp(main_context.place) == 0) resume(order_[0]);
+void run(const std::vector<Block*>& blocks, unsigned seed, const std::function<void()>& kernel) {
+  turns.lot.seed(seed);
+  turns.favoured = int(seed % (blocks.size() + 1)) - 1;
+  turns.blocks = blocks;
+  turns.kernel = kernel;
+  turns.ready.clear();
+  turns.left = 0;
+  for (Block* b : blocks)
+    for (int i = 0; i < b->threads(); ++i) turns.ready.push_back({b, i}), ++turns.left;
+  static Place first;
+  first = turns.take();
+  if (__builtin_setjmp(main_context.place) == 0) Start::begin(first.block, first.thread);
   block = nullptr;
 }
 
 SWITCHES void Block::resume(int next) {
   now_ = next;
+  block = this;
+  block_index = index;
   Fiber& f = fibers_[next];
   Context& c = *static_cast<Context*>(f.context);
   if (f.started) __builtin_longjmp(c.place, 1);
@@ -100,31 +170,18 @@ SWITCHES void Block::resume(int next) {
   std::abort();
 }
 
-int Block::next_ready() {
-  const int count = int(order_.size());
-  static thread_local int turn = 0;
-  for (int i = 1; i <= count; ++i) {
-    const int candidate = order_[(turn + i) % count];
-    const Fiber& f = fibers_[candidate];
-    if (!f.done && f.waiting == Waiting::nothing) {
-      turn = (turn + i) % count;
-      return candidate;
-    }
-  }
-  for (const Fiber& f : fibers_)
-    if (!f.done && f.waiting == Waiting::warp)
-      fail("deadlock: thread %u waits for its warp at %s, others are elsewhere", f.thread.x,
-           warps_[f.thread.x / 32].instruction);
-  fail("deadlock: a barrier that not all threads come to");
+void Block::wake(int thread) {
+  fibers_[thread].waiting = Waiting::nothing;
+  turns.ready.push_back({this, thread});
 }
 
 SWITCHES void Block::yield(Waiting why) {
   Fiber& own = current();
   own.waiting = why;
-  const int next = next_ready();
-  if (&fibers_[next] == &own) return;
+  const Place next = turns.take();
+  if (next.block == this && &fibers_[next.thread] == &own) return;
   Context& c = *static_cast<Context*>(own.context);
-  if (__builtin_setjmp(c.place) == 0) resume(next);
+  if (__builtin_setjmp(c.place) == 0) next.block->resume(next.thread);
 }
 
 void Block::barrier() {
@@ -133,7 +190,9 @@ void Block::barrier() {
   if (++at_barrier_ == int(fibers_.size())) {
     at_barrier_ = 0;
     ++epoch_;
-    for (Fiber& f : fibers_) f.waiting = Waiting::nothing;
+    if (hopper) hopper->all_know(*this);
+    for (Fiber& f : fibers_)
+      if (f.waiting == Waiting::barrier) wake(int(f.thread.x));
     return;
   }
   if (left_ != int(fibers_.size())) fail("a barrier after other threads have ended");
@@ -152,15 +211,17 @@ LaneArguments& Block::together(const char* instruction, const LaneArguments& own
     all(*this, warp);
     warp.arrived = 0;
     const int begin = thread - lane;
-    for (int i = begin; i < begin + 32; ++i) fibers_[i].waiting = Waiting::nothing;
+    for (int i = begin; i < begin + 32; ++i)
+      if (i != thread) wake(i);
   } else {
     yield(Waiting::warp);
   }
   return warp.lanes[lane];
 }
 
-void Block::check(uint32_t address, int bytes, const char* what) const {
-  if (address % bytes) fail("%s of %d bytes at %u is not aligned", what, bytes, address);
+void Block::check(uint32_t address, int64_t bytes, int alignment, const char* what) const {
+  if (address % alignment)
+    fail("%s of %lld bytes at %u is not aligned", what, (long long)bytes, address);
   if (int64_t(address) + bytes > int64_t(memory_.size()))
     fail("%s at %u is outside of %zu bytes of shared memory", what, address, memory_.size());
 }
@@ -170,7 +231,12 @@ void Block::read(uint32_t address, void* to, int bytes) {
 }
 
 void Block::read_as(int thread, uint32_t address, void* to, int bytes) {
-  check(address, bytes, "a read");
+  check(address, bytes, bytes, "a read");
+  if (hopper) {
+    hopper->read(*this, thread, address, bytes);
+    std::memcpy(to, memory_.data() + address, size_t(bytes));
+    return;
+  }
   for (uint32_t i = address / 2; i < (address + bytes) / 2; ++i) {
     Granule& g = granules_[i];
     if (g.coming) fail("reads shared byte %u while a copy is on its way there", i * 2);
@@ -186,6 +252,7 @@ void Block::read_as(int thread, uint32_t address, void* to, int bytes) {
 }
 
 void Block::note_write(int thread, uint32_t address, int bytes) {
+  if (hopper) return hopper->write(*this, thread, address, bytes);
   for (uint32_t i = address / 2; i < (address + bytes) / 2; ++i) {
     Granule& g = granules_[i];
     if (g.written == epoch_ && g.writer != thread)
@@ -199,18 +266,23 @@ void Block::note_write(int thread, uint32_t address, int bytes) {
 }
 
 void Block::write(uint32_t address, const void* from, int bytes) {
-  check(address, bytes, "a write");
+  write_as(int(current().thread.x), address, from, bytes);
+}
+
+void Block::write_as(int thread, uint32_t address, const void* from, int bytes) {
+  check(address, bytes, bytes, "a write");
   for (uint32_t i = address / 2; i < (address + bytes) / 2; ++i)
     if (granules_[i].coming) fail("writes shared byte %u while a copy is on its way there", i * 2);
-  note_write(int(current().thread.x), address, bytes);
+  note_write(thread, address, bytes);
   std::memcpy(memory_.data() + address, from, size_t(bytes));
 }
 
 void Block::copy(uint32_t address, const void* source) {
   if (mistake.name == "skip-copy" && copies_++ == mistake.at) return;
-  check(address, 16, "a copy");
+  check(address, 16, 16, "a copy");
   if (uintptr_t(source) % 16) fail("a copy from %p, which is not aligned", source);
   note_write(int(current().thread.x), address, 16);
+  if (hopper) hopper->coming(*this, address, true);
   for (uint32_t i = address / 2; i < address / 2 + 8; ++i) {
     if (granules_[i].coming) fail("copies to shared byte %u twice at a time", i * 2);
     granules_[i].coming = 1;
@@ -234,6 +306,7 @@ void Block::wait(int pending) {
 
 void Block::land(Fiber& fiber, const Copy& c) {
   for (uint32_t i = c.address / 2; i < c.address / 2 + 8; ++i) granules_[i].coming = 0;
+  if (hopper) hopper->coming(*this, c.address, false);
   note_write(int(fiber.thread.x), c.address, 16);
   if (c.source)
     std::memcpy(memory_.data() + c.address, c.source, 16);

@@ -4,7 +4,9 @@
 // Every access of shared memory is checked: inside the block's memory, aligned, written before it
 // is read, not while an asynchronous copy is on its way there, and ordered by a barrier against
 // other threads' writes (and a write against their reads). Warp-wide instructions wait until all 32
-// lanes have come to the same one.
+// lanes have come to the same one. Blocks of a cluster run together, a lone block is a cluster of
+// one; which thread goes on where several can is drawn by lot. What only Hopper has is in
+// hopper_machine.h and watched by order.h instead.
 #pragma once
 #include <cstdint>
 #include <cstdio>
@@ -25,8 +27,9 @@ struct Dim {
 
 // A mistake that the shim makes on purpose, so that a test sees it found.
 struct Mistake {
-  std::string name;  // skip-barrier, skip-wait, skip-copy, wrong-address; else none
-  int64_t at = 0;    // which of the calls (of every thread, for barriers and waits)
+  std::string
+      name;        // skip-barrier, skip-wait, skip-copy, wrong-address, or one of hopper_machine.h
+  int64_t at = 0;  // which of the calls (of every thread, for barriers and waits)
 };
 extern Mistake mistake;
 
@@ -36,14 +39,15 @@ struct Copy {
   int group;
 };
 
-enum class Waiting { nothing, barrier, warp };
+enum class Waiting { nothing, barrier, warp, warpgroup, phase, named, cluster };
 
 struct Fiber {
   Dim thread{};
   Waiting waiting = Waiting::nothing;
   bool done = false, started = false;
-  int64_t barriers = 0, waits = 0;
-  int groups = 0;  // committed
+  int64_t barriers = 0, waits = 0, phases = 0, fences = 0, products = 0;
+  uint32_t place = 0;  // the barrier that it waits at
+  int groups = 0;      // committed
   std::vector<Copy> copies;
   std::unique_ptr<char[]> stack;
   void* context = nullptr;
@@ -63,14 +67,20 @@ struct Warp {
   LaneArguments lanes[32];
 };
 
+class Hopper;
+
 class Block {
  public:
-  Block(int threads, int64_t shared, unsigned seed);
+  Block(int threads, int64_t shared, Dim index, int rank = 0);
   ~Block();
-  void run(const std::function<void()>& kernel);
 
   Fiber& current() { return fibers_[now_]; }
-  int warp_size() const { return 32; }
+  Fiber& fiber(int thread) { return fibers_[thread]; }
+  int threads() const { return int(fibers_.size()); }
+  int left() const { return left_; }
+  int rank() const { return rank_; }
+  char* memory(uint32_t address) { return memory_.data() + address; }
+  int64_t size() const { return int64_t(memory_.size()); }
 
   void barrier();
   // Comes together with the other lanes; the last one calls `all` for the warp.
@@ -81,9 +91,17 @@ class Block {
   // As lane `lane` of the current warp: what a warp-wide load reads.
   void read_as(int thread, uint32_t address, void* to, int bytes);
   void write(uint32_t address, const void* from, int bytes);
+  void write_as(int thread, uint32_t address, const void* from, int bytes);
   void copy(uint32_t address, const void* source);
   void commit();
   void wait(int pending);
+
+  void check(uint32_t address, int64_t bytes, int alignment, const char* what) const;
+  void yield(Waiting why);
+  void wake(int thread);
+
+  const Dim index;
+  Hopper* hopper = nullptr;  // that watches instead
 
  private:
   struct Granule {  // two bytes
@@ -93,25 +111,31 @@ class Block {
     bool many = false;                // several threads read it in that epoch
   };
 
-  void check(uint32_t address, int bytes, const char* what) const;
   void note_write(int thread, uint32_t address, int bytes);
-  void yield(Waiting why);
   void resume(int next);
-  int next_ready();
   void land(Fiber& fiber, const Copy& copy);
 
   std::vector<Fiber> fibers_;
   std::vector<Warp> warps_;
   std::vector<char> memory_;
   std::vector<Granule> granules_;
-  std::vector<int> order_;
-  std::function<void()> kernel_;
-  int now_ = 0, left_ = 0, at_barrier_ = 0;
+  int now_ = 0, left_ = 0, at_barrier_ = 0, rank_;
   int64_t epoch_ = 0, copies_ = 0;
   friend struct Start;
+  friend struct Turns;
 };
+
+// Runs blocks together until all their threads have ended.
+void run(const std::vector<Block*>& blocks, unsigned seed, const std::function<void()>& kernel);
+
+// A number below `count`, drawn by lot.
+unsigned draw(unsigned count);
+
+// Whether a block of a cluster is to run ahead; by some seeds one is.
+bool favours(const Block& b);
 
 extern Block* block;  // that is running
 extern Dim block_index, grid_size, block_size;
+extern unsigned seed;  // of the lots
 
 }  // namespace hetconv::host

@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: Apache-2.0
+// Launcher of the kernel for wide groups (64 filters and more) on Hopper, compute capability 9.0.
+// Plain C++: no CUDA, no torch.
+//
+// A tile is 8 columns of pixels wide and `pixels` / 8 rows high. Its halo of 64 channels (a block)
+// is brought to shared memory once, as planes: [chunk of eight channels][halo pixel], 16 bytes
+// each. Eight neighbouring pixels of a halo row are then eight rows of a matrix operand wherever
+// they begin, so every tap reads the same halo from another address. Filters come in segments of
+// 64, two at a time (a pair), one for each of the two warpgroups that compute.
+//
+// Everything irregular is decided before, in tables. All pointers are device pointers, all strides
+// count elements, activations are channels_last (stride 1 between channels).
+#pragma once
+#include <cstdint>
+
+#include "narrow.h"
+
+namespace hetconv::cuda {
+
+namespace wide {
+
+constexpr int kColumns = 8;     // of a tile
+constexpr int kChunks = 8;      // of eight channels, of one block
+constexpr int kFilters = 64;    // of a segment
+constexpr int kSlab = 64 * 64;  // elements of a slab: the weights of one step
+constexpr int kSlabBytes = kSlab * 2;
+constexpr int kRuns = 8;           // of eight filters, of a segment
+constexpr int kWarpgroups = 2;     // that compute, each one segment
+constexpr int kStagedPixels = 32;  // on their way to y at a time, of each warpgroup
+constexpr int kStagedPitch = 144;  // bytes from one to the next of them
+constexpr int kMostShared = 227 * 1024;
+
+// Fields of a line of `classes`.
+//
+// Tile row i of a class is row i % image_pitch of image i / image_pitch of the tile's stack, and
+// a pixel of y where that is less than pixels_h (with one image: i, counted from the tile's first
+// row). Halo row r is read by tile row i's tap number t (from the halo's begin) where
+// r = i * load_h + t. In shared memory it belongs to image min(r / (image_pitch * load_h), images
+// - 1) of the stack, and is row base_h + (tile's first row) * load_h + (r less that image's first
+// halo row) of it; zeros where that is outside of [0, image_h). So images of a stack share the
+// padding rows between them; for that,
+//   image_pitch * load_h >= image_h - base_h, and
+//   image_pitch * load_h >= (pixels_h - 1) * load_h + taps' reach + min(base_h, 0)
+// where there are several. Halo column c is column base_w + (tile's first column) * load_w + c of
+// the image and lies at place (c % load_w) * col_half + c / load_w of the halo row.
+enum ClassField {
+  kPixelsH,  // pixels that the class computes in one image
+  kPixelsW,
+  kTilesH,  // tiles that a stack of images is cut into; 1 if there are several images
+  kTilesW,
+  kImages,      // of a stack; 1 or more. Stacks end with the batch, the last one may be short
+  kImagePitch,  // tile rows from an image to the next; at least pixels / 8 if there is but one
+  kLoadH,       // 1 or 2: tile row i, tap t reads halo row i * load_h + t
+  kLoadW,
+  kBaseH,  // row of the image at halo row 0 of the first tile
+  kBaseW,
+  kHaloH,     // rows of the halo in shared memory: (pixels / 8 - 1) * load_h + taps' reach
+  kHaloW,     // columns: 7 * load_w + taps' reach
+  kRowPitch,  // 16-byte units from a halo row to the next of the same plane
+  kColHalf,   // where columns of the second residue begin in a halo row; 0 if load_w is 1
+  kStoreH,    // pixel (i, j) of an image is written to row first_h + i * store_h
+  kStoreW,
+  kFirstH,
+  kFirstW,
+  kClassFields
+};
+
+// Fields of a line of `heads`, one for each class and pair.
+enum HeadField { kBlockBegin, kBlockCount, kHeadFields };
+
+// Fields of a line of `blocks`: the channels of the chunks, divided by eight, -1: zeros; and for
+// each warpgroup which steps it runs on them, none or more. Blocks follow each other in a head,
+// and the steps of a warpgroup follow each other in a block.
+enum BlockField {
+  kChunk = 0,
+  kStepBegin = kChunks,  // of warpgroup 0; of warpgroup 1 two further
+  kStepCount,
+  kBlockFields = kChunks + 2 * kWarpgroups
+};
+
+}  // namespace wide
+
+// y = act(scale * conv(x, w) + shift + residual); dgrad is the same on the transposed Support.
+struct Wide {
+  const void* x;         // [batch, image_h, image_w, C]; 16-byte aligned, strides multiples of 8
+  void* y;               // [batch, OH, OW, F]; the same
+  const void* residual;  // strided and aligned as y, or null
+  // Packed weights by `narrow_pack`: 4096 elements for each line of `steps`,
+  // [k of 16: 4][half of it: 2][filter / 8: 8][filter % 8: 8][channel % 8: 8].  16-byte aligned
+  const void* slabs;
+  const float* scale;  // [F] or null
+  const float* shift;  // [F] or null
+  // Sums of y and y^2 of each filter, before rounding to 16 bits, over each tile; or null.
+  // [tiles of all classes, 2, F], the tiles in order of class, stack, row, column.
+  float* sums;
+
+  const int32_t* classes;  // [class_count, kClassFields]
+  const int32_t* heads;    // [class_count, pairs, kHeadFields]
+  const int32_t* blocks;   // [.., kBlockFields]
+  // 16-byte units from a plane's begin to what the first pixel of a tile reads at the step's tap.
+  const int32_t* steps;
+  // [pairs, kWarpgroups, kRuns]: the first of eight filters that follow each other in y, a multiple
+  // of eight; -1: none, what is computed for them is not stored.
+  const int32_t* rows;
+
+  int64_t x_n, y_n;
+  int32_t x_h, x_w, y_h, y_w;       // within an image 32 bits suffice for an element's bytes
+  int32_t batch, image_h, image_w;  // of x
+  int32_t filters;                  // F, for `sums`
+  int32_t class_count, pairs;
+  int32_t pixels;       // of a tile: 64, 128, 224 or 256
+  int32_t plane_pitch;  // 16-byte units from a chunk's plane to the next, 1 more than a multiple of
+                        // 8; every class's halo_h * row_pitch is at most that
+  int32_t stages;       // halo blocks in shared memory: 1 or more, 2 to load ahead
+  int32_t slots;        // slabs in shared memory, of each warpgroup
+  int32_t cluster;      // blocks of threads that share slabs: 1 or 2
+  int32_t grid;         // blocks of threads, a multiple of cluster; 0: as many as are held at once
+  Act act;
+};
+
+// Each returns null, or a sentence that says what is wrong. `stream` is a cudaStream_t.
+const char* wide_fprop(const Wide& p, DType dtype, void* stream);
+
+// The blocks of threads that the current device holds at once; 0: none, or not compute
+// capability 9.0.
+int64_t wide_blocks(const Wide& p, DType dtype);
+
+// Dynamic shared memory of one block, in bytes: stages * plane_pitch * 128, then slots * 2 *
+// kSlabBytes, 4 * kStagedPixels * kStagedPitch for results, and 16 * (stages + 2 * slots) for
+// barriers.
+int64_t wide_shared_bytes(const Wide& p);
+
+}  // namespace hetconv::cuda

@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: Apache-2.0
+// fprop and dgrad for wide groups on Hopper: the halo of a tile is brought to shared memory once,
+// and all taps are computed from it by wgmma, filters by pixels.
+//
+// A block is persistent and has one warpgroup that brings (three warps the halo, one thread the
+// slabs of weights) and two that compute, each one segment of 64 filters on the same halo. In a
+// cluster two blocks compute two tiles of the same filters, and each brings one half of every slab
+// for both.
+#include "epilogue.h"
+#include "hopper.h"
+#include "wide.h"
+#include "wide_bring.h"
+#include "wide_results.h"
+#include "wide_work.h"
+
+namespace hetconv::cuda {
+namespace wide {
+namespace {
+
+// Computes one segment of every item.
+template <class T, int kPixels, class Activation>
+__device__ void compute(const Wide& p, uint32_t shared, const Layout& at, const Barriers& barriers,
+                        int group, int first, int step, int rank) {
+  const int thread = int(threadIdx.x) % kGroupThreads, lane = thread % 32;
+  Ring halo = barriers.halo(), ring = barriers.slabs(group);
+  const uint32_t slabs = shared + at.slabs + group * p.slots * kSlotBytes;
+  const Results<T, kPixels, Activation> results{
+      p, shared + at.staged + uint32_t(group) * 2 * kStagedBytes, group, thread};
+  // Gives a slot back, to both blocks of a cluster as each brings half of what comes next.
+  auto release = [&](uint32_t barrier) {
+    if (lane) return;
+    if (p.cluster == 1) {
+      phase_arrive(barrier);
+    } else {
+      phase_arrive_at(barrier, 0);
+      phase_arrive_at(barrier, 1);
+    }
+  };
+  Item item;
+  for (int index = first; item.find(p, index, rank); index += step) {
+    const int32_t* block = p.blocks + load_table(item.head + kBlockBegin) * kBlockFields;
+    const int count = load_table(item.head + kBlockCount);
+    const uint32_t next_rows =
+        uint32_t(load_table(item.table + kLoadH) * load_table(item.table + kRowPitch));
+    float acc[kPixels / 2] = {};
+    for (int b = 0; b < count; ++b, block += kBlockFields, halo.advance()) {
+      const int32_t* windows = p.steps + load_table(block + kStepBegin + 2 * group);
+      const int steps = load_table(block + kStepCount + 2 * group);
+      const uint32_t planes = shared + at.halo + halo.at * at.stage;
+      phase_wait(halo.filled(), halo.parity);
+      uint32_t before = 0;  // the barrier of the slot of the step before
+      for (int s = 0; s < steps; ++s, ring.advance()) {
+        const uint32_t window = uint32_t(load_table(windows + s));
+        const uint64_t a = operand(slabs + ring.at * kSlotBytes, 64, 8);
+        const uint64_t x = operand(planes + window * 16, uint32_t(p.plane_pitch), next_rows);
+        phase_wait(ring.filled(), ring.parity);
+        hold_registers(acc);
+        products_begin();
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+          product<T, kPixels>(acc, a + k * (kSlabBytes / 4 / 16), x + k * 2 * p.plane_pitch);
+        products_commit();
+        products_wait<1>();
+        hold_registers(acc);
+        if (before) release(before);
+        before = ring.emptied();
+      }
+      products_wait<0>();
+      hold_registers(acc);
+      if (before) release(before);
+      if (lane == 0) phase_arrive(halo.emptied());
+    }
+    results.send(acc, item);
+  }
+}
+
+template <class T, int kPixels, class Activation>
+__global__ void __launch_bounds__(kThreads, 1) wide_fprop_kernel(Wide p) {
+#ifdef HETCONV_WGMMA
+  const Layout at(p);
+  const uint32_t shared = shared_begin();
+  const Barriers barriers{shared + at.barriers, p.stages, p.slots};
+  const int rank = p.cluster == 1 ? 0 : int(cluster_rank());
+  const int first = int(blockIdx.x) / p.cluster, step = int(gridDim.x) / p.cluster;
+  if (threadIdx.x == 0) {
+    const Ring halo = barriers.halo();
+    for (int i = 0; i < p.stages; ++i) {
+      phase_init(halo.full + i * 8, kHaloThreads);
+      phase_init(halo.empty + i * 8, 4 * kWarpgroups);
+    }
+    for (int group = 0; group < kWarpgroups; ++group) {
+      const Ring slabs = barriers.slabs(group);
+      for (int i = 0; i < p.slots; ++i) {
+        phase_init(slabs.full + i * 8, 1);
+        phase_init(slabs.empty + i * 8, 4 * p.cluster);
+      }
+    }
+    phase_init_done();
+  }
+  if (p.cluster == 1)
+    barrier();
+  else
+    cluster_barrier();
+  const int warp = warp_index();
+  if (warp < 4) {
+    fewer_registers<kBringRegisters>();
+    if (warp)
+      HaloBringer<kPixels>{p, shared + at.halo, at.stage, int(threadIdx.x) - 32}.run(
+          barriers.halo(), first, step, rank);
+    else if (threadIdx.x == 0)
+      bring_slabs(p, shared + at.slabs, barriers, first, step, rank);
+  } else {
+    more_registers<kComputeRegisters>();
+    compute<T, kPixels, Activation>(p, shared, at, barriers, warp / 4 - 1, first, step, rank);
+  }
+  // Nobody leaves while another block may still copy to its shared memory or arrive there.
+  if (p.cluster != 1) cluster_barrier();
+#endif
+}
+
+using Kernel = void (*)(Wide);
+
+template <class T, int kPixels> Kernel pick(Act act) {
+  const bool smooth = act == Act::silu || act == Act::gelu;
+  return smooth ? wide_fprop_kernel<T, kPixels, Smooth> : wide_fprop_kernel<T, kPixels, Clamp>;
+}
+
+template <class T> Kernel pick(const Wide& p) {
+  switch (p.pixels) {
+    case 64:
+      return pick<T, 64>(p.act);
+    case 128:
+      return pick<T, 128>(p.act);
+    case 224:
+      return pick<T, 224>(p.act);
+    case 256:
+      return pick<T, 256>(p.act);
+    default:
+      return nullptr;
+  }
+}
+
+Kernel pick(const Wide& p, DType dtype) {
+  if (dtype == DType::bf16) return pick<Bfloat>(p);
+  return dtype == DType::f16 ? pick<Half>(p) : nullptr;
+}
+
+}  // namespace
+}  // namespace wide
+
+using wide::kThreads;
+using wide::Layout;
+using wide::pick;
+
+int64_t wide_shared_bytes(const Wide& p) { return Layout(p).total; }
+
+int64_t wide_blocks(const Wide& p, DType dtype) {
+  const wide::Kernel kernel = pick(p, dtype);
+  if (!kernel || !is_capability(9, 0)) return 0;
+  return held_clustered(kernel, kThreads, wide_shared_bytes(p), p.cluster);
+}
+
+const char* wide_fprop(const Wide& p, DType dtype, void* stream) {
+  const wide::Kernel kernel = pick(p, dtype);
+  if (!kernel) return "the wide kernels are built for bf16 and fp16, 64, 128, 224 or 256 pixels";
+  if (!is_capability(9, 0)) return "the wide kernels are built for compute capability 9.0 only";
+  if (p.cluster != 1 && p.cluster != 2) return "a cluster has one or two blocks";
+  if (p.stages < 1 || p.slots < 2) return "there are one or more stages and two or more slots";
+  if (p.plane_pitch % 8 != 1) return "the plane pitch is one more than a multiple of eight";
+  if (wide_shared_bytes(p) > wide::kMostShared) return "the rings do not fit into shared memory";
+  const int64_t blocks = p.grid ? p.grid : wide_blocks(p, dtype);
+  if (blocks < 1) return "the device cannot hold a block of this shape";
+  if (blocks % p.cluster) return "the grid is no multiple of the cluster";
+  return launch_clustered(kernel, p, blocks, kThreads, wide_shared_bytes(p), p.cluster, stream);
+}
+
+}  // namespace hetconv::cuda

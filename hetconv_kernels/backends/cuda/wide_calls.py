@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls of fprop and dgrad on ``wide_fprop``: what differs from those of narrow groups."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...problem import Problem
+from ..capture import CONVERSIONS, upload
+from .calls import Bound, GatherCall, engine, strides_of, uploaded
+from .choice import WideChoice
+from .wide_tiles import tile_counts
+
+
+class WideCall(GatherCall):
+    """fprop or dgrad of a Problem by the kernel for wide groups.
+
+    Args:
+        problem: what to run.
+        choice: how.
+    """
+
+    def __init__(self, problem: Problem, choice: WideChoice) -> None:
+        tables = choice.how.tables
+        super().__init__(problem, tables)
+        self.choice = choice
+        self._tables = uploaded(problem, tables, ("heads", "blocks", "steps", "rows"))
+        self._classes = upload(choice.how.classes, problem.device)
+
+    def seen(self, x: Tensor) -> Tensor:
+        """Returns the pixels of an operand that the kernel reads: each n-th, as one image."""
+        rows, cols = self.choice.every
+        return x[:, :, ::rows, ::cols]
+
+    def like(self, residual: Tensor, y: Tensor) -> Tensor:
+        """Returns the residual with the strides of y, and at an address for 16-byte accesses."""
+        same = super().like(residual, y)
+        if same.data_ptr() % 16:
+            CONVERSIONS["residual brought to an aligned address"] += 1
+            same = same.clone(memory_format=torch.preserve_format)
+        return same
+
+    def bind(self, x: Tensor, y: Tensor, aligned: bool) -> Bound:
+        """Fills the kernel's arguments, all but the operands' addresses."""
+        how, batch = self.choice.how, self.problem.batch
+        call = engine().Wide()
+        call.classes = self._classes.data_ptr()
+        for name, table in self._tables.items():
+            setattr(call, name, table.data_ptr())
+        call.x_n, _, call.x_h, call.x_w = strides_of(x)
+        call.y_n, _, call.y_h, call.y_w = strides_of(y)
+        call.batch, call.filters = batch, y.shape[1]
+        call.image_h, call.image_w = x.shape[2:]
+        call.class_count, call.pairs = how.tables.heads.shape[:2]
+        shape = how.shape
+        call.pixels, call.plane_pitch = shape.pixels, shape.plane_pitch
+        call.stages, call.slots, call.cluster = shape.stages, shape.slots, shape.cluster
+        call.act = self.problem.act
+        call.grid = call.held_blocks(self._name)
+        return Bound(call.launch, sum(tile_counts(how.classes, batch)))

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiles of the wide kernel: pixels, and what shared memory holds, by predicted clocks.
+
+The model counts, for one tile of two segments, clocks of the matrix unit, of shared memory's port
+and of what L2 supplies, of which the longest counts; then whole rounds of tiles over the
+multiprocessors. Its constants are data sheets and arithmetic: **no GPU has confirmed them**.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ...errors import BackendError
+from ...masks import IntArray
+from ..parts import Part
+from ..triton.lowering import Int32Array
+from .eights import EIGHT
+from .wide_lowering import COLUMNS, SLAB, STEP_COUNTS, WideTables
+from .windows import Window
+
+# As in wide.h: pixels of a tile, most first; and blocks of threads that share slabs.
+PIXELS, CLUSTERS = (256, 224, 128, 64), (1, 2)
+_STAGES, _SLOTS = (3, 2, 1), (8, 6, 5, 4, 3, 2)
+_PLANES, _WARPGROUPS, _STAGED = 8, 2, 4 * 32 * 144
+_LINE = 128  # bytes of shared memory a clock
+# Slabs in flight that cover what L2 takes to answer: 64 KB of two warpgroups.
+_DEEP = 4
+# Clocks in which both warpgroups bring 32 pixels from their registers to y, and of starting to.
+_STAGE_CLOCKS, _FINISH_CLOCKS = 120.0, 300.0
+# Tiles whose rounds are counted one by one; and those, times pairs, that a 32-bit integer counts.
+_COUNTED, _MOST = 2**16, 2**30
+
+
+class WideShape(NamedTuple):
+    """What one block of threads holds.
+
+    Attributes:
+        pixels: of a tile, one of `PIXELS`.
+        plane_pitch: 16-byte units from a chunk's halo to the next.
+        stages: halos in shared memory.
+        slots: slabs in shared memory, of each warpgroup.
+        cluster: blocks of threads that share slabs.
+    """
+
+    pixels: int
+    plane_pitch: int
+    stages: int
+    slots: int
+    cluster: int
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory, as the kernel lays it out."""
+        halos = self.stages * _PLANES * self.plane_pitch * 16
+        slabs = self.slots * _WARPGROUPS * SLAB * 2
+        return halos + slabs + _STAGED + 16 * (self.stages + 2 * self.slots)
+
+
+class WideTiling(NamedTuple):
+    """What is launched for one call, and what that is predicted to take.
+
+    Attributes:
+        tables: the lowering.
+        classes: their lines.  # int32 [classes, 18]
+        shape: of a block of threads.
+        clocks: predicted, of the whole call.
+        executed: multiply-accumulates that the matrix unit does, of the whole call.
+    """
+
+    tables: WideTables
+    classes: Int32Array
+    shape: WideShape
+    clocks: float
+    executed: int
+
+
+def choose_wide(
+    tables: WideTables,
+    classes: Sequence[Window],
+    image: tuple[int, int],
+    batch: int,
+    part: Part,
+) -> WideTiling:
+    """Chooses the tile of fprop or dgrad: the fastest predicted one that fits.
+
+    Args:
+        tables: the lowering.
+        classes: the classes of pixels.
+        image: rows and columns of the operand that is read.
+        batch: images.
+        part: the GPU.
+
+    Raises:
+        BackendError: no tile with its halo fits in shared memory.
+    """
+    found = list(tilings(tables, classes, image, batch, part))
+    if not found:
+        raise BackendError(
+            f"no tile with its halo, and two slabs for each warpgroup, fits in {part.shared} bytes "
+            f"of shared memory, with at most {_MOST} tiles."
+        )
+    return min(found, key=lambda tiling: tiling.clocks)
+
+
+def tilings(
+    tables: WideTables,
+    classes: Sequence[Window],
+    image: tuple[int, int],
+    batch: int,
+    part: Part,
+) -> Iterator[WideTiling]:
+    """Lists all tiles that fit, with their predictions; arguments as `choose_wide`."""
+    for pixels in PIXELS:
+        lines = class_lines(classes, pixels, image[0], batch)
+        shape = _held(pixels, plane_pitch(lines), part.shared)
+        if shape is None or sum(tile_counts(lines, batch)) * len(tables.rows) > _MOST:
+            continue
+        fields = lines.astype(np.int32)  # which holds all that fits in shared memory
+        for cluster in CLUSTERS:
+            own = shape._replace(cluster=cluster)
+            clocks, executed = predicted_clocks(tables, lines, batch, own, part)
+            yield WideTiling(tables, fields, own, clocks, executed)
+
+
+def class_lines(classes: Sequence[Window], pixels: int, height: int, batch: int) -> IntArray:
+    """Makes the lines of ``classes`` of wide.h for tiles of that many pixels.
+
+    Example: four images of 7 × 7 pixels, with 3 × 3 taps and padding 1, stand in one tile of 32
+    rows, 8 apart, so that one row of zeros is the padding below one and above the next:
+
+        >>> from hetconv_kernels import Support
+        >>> from hetconv_kernels.backends.cuda.windows import windows
+        >>> from hetconv_kernels.problem import make_geometry
+        >>> found = windows(make_geometry(Support.dense(64, 64, 3), 1, 1), (7, 7), False)
+        >>> class_lines(found, 256, 7, 128)[0, :6].tolist()
+        [7, 7, 1, 1, 4, 8]
+
+    Args:
+        classes: the classes of pixels.
+        pixels: of a tile.
+        height: rows of the operand that is read.
+        batch: images.
+
+    Returns:
+        One line for each class.  # int64 [classes, 18]
+    """
+    high, lines = pixels // COLUMNS, []
+    for window in classes:
+        rows = window.rows.pixels
+        fields = window.fields(high, COLUMNS)
+        load, base = fields[4], fields[6]
+        reach = window.halo(1, 1)[0]
+        # Rows of an image, and what it reads below, belong to the next one only if both are zeros.
+        apart = max(height - base, (rows - 1) * load + reach + min(base, 0), rows * load)
+        pitch = -(-apart // load)
+        images = 1
+        if 0 < rows <= high:
+            images = min(max(batch, 1), 1 + (high - rows) // pitch)
+        line, step = window.line(COLUMNS), window.cols.load
+        lines.append(
+            [
+                *fields[:4],
+                *(images, pitch if images > 1 else high),
+                *fields[4:10],
+                *(line, line // step if step > 1 else 0),
+                *fields[10:],
+            ]
+        )
+    return np.array(lines, np.int64)
+
+
+def plane_pitch(classes: IntArray) -> int:
+    """Returns the pitch of planes: room for every halo, and 1 beyond a multiple of eight.
+
+    So the eight chunks of a pixel, written together, meet all banks once.
+    """
+    most = int((classes[:, 10] * classes[:, 12]).max())
+    return -(-(most - 1) // 8) * 8 + 1
+
+
+def tile_counts(classes: IntArray | Int32Array, batch: int) -> list[int]:
+    """Returns the tiles of each class."""
+    return [-(-batch // images) * h * w for h, w, images in classes[:, 2:5].tolist()]
+
+
+def predicted_clocks(
+    tables: WideTables, classes: IntArray, batch: int, shape: WideShape, part: Part
+) -> tuple[float, int]:
+    """Predicts the clocks of a call (see the module), and counts its multiply-accumulates."""
+    pixels, cluster = shape.pixels, shape.cluster
+    # Bytes that a pair writes.
+    stored = (tables.rows >= 0).sum(axis=(1, 2)) * EIGHT * pixels * 2
+    finish = _FINISH_CLOCKS + _STAGE_CLOCKS * pixels / 32
+    spans, executed = [], 0
+    for line, heads, tiles in zip(classes, tables.heads, tile_counts(classes, batch), strict=True):
+        halo = int(line[10] * line[11]) * 128
+        costs = []
+        for (begin, count), written in zip(heads.tolist(), stored.tolist(), strict=True):
+            steps = int(tables.blocks[begin : begin + count, STEP_COUNTS].sum())
+            macs = steps * SLAB * pixels
+            executed += tiles * macs
+            read = steps * 4 * (2 + pixels / 32) * 1024
+            moved = steps * SLAB * 2 + count * halo
+            port = (read + moved + 2 * written) / _LINE
+            fill = (moved - steps * SLAB * 2 * (1 - 1 / cluster) + written) / part.l2
+            busy = max(macs / part.rate, port) + finish
+            # With one halo in shared memory nothing is fetched while it is computed.
+            costs.append(max(busy, fill) if shape.stages > 1 else busy + count * halo / part.l2)
+        spans.append((-(-tiles // cluster), np.array(costs)))
+    return _rounds(spans, max(part.processors // cluster, 1)), executed
+
+
+def _rounds(spans: Sequence[tuple[int, np.ndarray]], processors: int) -> float:
+    """Returns the clocks of the busiest processor, tiles going to them in turn."""
+    total = sum(count * len(costs) for count, costs in spans)
+    if not total:
+        return 0.0
+    if total > _COUNTED:
+        return float(sum(count * costs.sum() for count, costs in spans)) / processors
+    each = np.concatenate([np.tile(costs, count) for count, costs in spans])
+    each = np.append(each, np.zeros(-len(each) % processors))
+    return float(each.reshape(-1, processors).sum(axis=0).max())
+
+
+def _held(pixels: int, pitch: int, shared: int) -> WideShape | None:
+    """Returns what fits in shared memory: two halos and four slabs first, then more of both."""
+    fitting = [shape for shape in _shapes(pixels, pitch) if shape.shared_bytes <= shared]
+    if not fitting:
+        return None
+    return max(fitting, key=lambda s: (min(s.stages, 2), min(s.slots, _DEEP), s.stages, s.slots))
+
+
+def _shapes(pixels: int, pitch: int) -> Iterator[WideShape]:
+    for stages in _STAGES:
+        for slots in _SLOTS:
+            yield WideShape(pixels, pitch, stages, slots, 1)

@@ -1,0 +1,397 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "hopper_machine.h"
+
+#include <cmath>
+#include <cstring>
+
+namespace hetconv::host {
+
+namespace {
+
+constexpr int kMostPhases = 128;  // of a cluster
+
+int64_t field(uint64_t operand, int bit) { return int64_t(operand >> bit & 0x3FFF) * 16; }
+
+// Where row and half of a k of 16 lie, as the descriptor says.
+int64_t row_address(uint64_t operand, int row, int half) {
+  return field(operand, 0) + row / 8 * field(operand, 32) + row % 8 * 16 +
+         half * field(operand, 16);
+}
+
+}  // namespace
+
+Hopper::Hopper(const std::vector<Block*>& blocks)
+    : threads_(blocks[0]->threads()),
+      engines_(int(blocks.size()) * threads_),
+      order_(engines_ + int(blocks.size()) * (threads_ / 128) + kMostPhases) {
+  for (Block* b : blocks) {
+    watched_.push_back({b, std::vector<Cell>(size_t(b->size() / 16)), {}, {}, {}});
+    watched_.back().warpgroups.resize(size_t(threads_ / 128));
+    b->hopper = this;
+  }
+}
+
+int Hopper::me() const { return member(*block, int(block->current().thread.x)); }
+
+int Hopper::engine_of(const Block& at, int warpgroup) const {
+  return engines_ + at.rank() * (threads_ / 128) + warpgroup;
+}
+
+std::string Hopper::name(int who) const {
+  if (who < engines_)
+    return "thread " + std::to_string(who % threads_) + " of block " +
+           std::to_string(who / threads_);
+  const int products = int(watched_.size()) * (threads_ / 128);
+  if (who < engines_ + products)
+    return "the products of warpgroup " + std::to_string((who - engines_) % (threads_ / 128));
+  return "a bulk copy";
+}
+
+void Hopper::say(const char* wrong, const Block& at, uint32_t address, int other) const {
+  if (!wrong) return;
+  const std::string where =
+      "shared byte " + std::to_string(address) + " of block " + std::to_string(at.rank());
+  std::string text = wrong;
+  for (const std::string& word : {where, name(other)}) {
+    const size_t found = text.find("%s");
+    if (found != std::string::npos) text.replace(found, 2, word);
+  }
+  fail("%s", text.c_str());
+}
+
+// Shared memory ----------------------------------------------------------------------------------
+
+void Hopper::read(Block& at, int thread, uint32_t address, int bytes) {
+  if (bytes != 16) fail("reads %d bytes of shared memory, which is watched by 16", bytes);
+  int other = 0;
+  const char* wrong = order_.read(cell(at, address), member(at, thread), other);
+  say(wrong, at, address, other);
+}
+
+void Hopper::write(Block& at, int thread, uint32_t address, int bytes) {
+  if (bytes != 16) fail("writes %d bytes of shared memory, which is watched by 16", bytes);
+  int other = 0;
+  const char* wrong = order_.write(cell(at, address), member(at, thread), other);
+  say(wrong, at, address, other);
+}
+
+void Hopper::coming(Block& at, uint32_t address, bool is) { cell(at, address).coming = is; }
+
+void Hopper::fence() {
+  Fiber& own = block->current();
+  if (mistake.name == "skip-fence" && own.fences++ == mistake.at) return;
+  order_.fence(me());
+}
+
+// Barriers ---------------------------------------------------------------------------------------
+
+Hopper::Phase& Hopper::phase(const Block& at, uint32_t address) {
+  auto& phases = watched_[size_t(at.rank())].phases;
+  const auto found = phases.find(address);
+  if (found == phases.end()) fail("no barrier was made at %u of block %d", address, at.rank());
+  return found->second;
+}
+
+void Hopper::phase_init(uint32_t address, int count) {
+  block->check(address, 8, 8, "a barrier");
+  Watched& own = watched_[size_t(block->rank())];
+  if (own.phases.count(address)) fail("a barrier is made at %u twice", address);
+  if (++phases_ > kMostPhases) fail("more than %d barriers", kMostPhases);
+  Phase& p = own.phases[address];
+  p.count = p.pending = count;
+  p.engine = engines_ + int(watched_.size()) * (threads_ / 128) + phases_ - 1;
+  p.arrived = p.known = Clock(order_.of(0).size(), 0);
+  cell(*block, address).closed = true;
+}
+
+void Hopper::settle(Block& at, uint32_t address, Phase& p) {
+  if (p.bytes < 0 && p.pending == 0)
+    fail("more bytes came to the barrier at %u than expected", address);
+  if (p.pending || p.bytes) return;
+  ++p.ended;
+  p.pending = p.count;
+  Order::join(p.known, p.arrived);
+  std::vector<Waiter> waiters;
+  waiters.swap(p.waiters);
+  for (const Waiter& w : waiters)
+    if (has_ended(p, w.parity))
+      at.wake(w.thread);
+    else
+      p.waiters.push_back(w);
+}
+
+void Hopper::phase_arrive(uint32_t address, uint32_t rank, uint32_t expected) {
+  Fiber& own = block->current();
+  if (mistake.name == "skip-arrive" && !expected && own.fences++ == mistake.at) return;
+  if (rank >= watched_.size()) fail("the cluster has no block %u", rank);
+  Watched& there = watched_[rank];
+  if (there.block->left() == 0) fail("arrives at a barrier of block %u, which has ended", rank);
+  Phase& p = phase(*there.block, address);
+  if (p.pending == 0) fail("more than %d arrivals at the barrier at %u", p.count, address);
+  Order::join(p.arrived, order_.of(me()));
+  order_.tick(me());
+  p.bytes += expected;
+  --p.pending;
+  settle(*there.block, address, p);
+}
+
+bool Hopper::phase_ended(uint32_t address, uint32_t parity) {
+  const Phase& p = phase(*block, address);
+  if (!has_ended(p, parity)) return false;
+  Order::join(order_.of(me()), p.known);
+  return true;
+}
+
+void Hopper::phase_wait(uint32_t address, uint32_t parity) {
+  Fiber& own = block->current();
+  if (mistake.name == "skip-phase" && own.phases++ == mistake.at) return;
+  Phase& p = phase(*block, address);
+  while (!has_ended(p, parity)) {
+    own.place = address;
+    p.waiters.push_back({int(own.thread.x), parity});
+    block->yield(Waiting::phase);
+  }
+  Order::join(order_.of(me()), p.known);
+}
+
+std::string Hopper::state(const Block& at, uint32_t address) const {
+  const Phase& p = watched_[size_t(at.rank())].phases.at(address);
+  return "which lacks " + std::to_string(p.pending) + " arrivals and " + std::to_string(p.bytes) +
+         " bytes";
+}
+
+void Hopper::all_know(Block& at) {
+  Clock all(order_.of(0).size(), 0);
+  for (int t = 0; t < threads_; ++t) Order::join(all, order_.of(member(at, t)));
+  for (int t = 0; t < threads_; ++t) {
+    order_.of(member(at, t)) = all;
+    order_.tick(member(at, t));
+  }
+}
+
+void Hopper::named_barrier(int name, int threads) {
+  Fiber& own = block->current();
+  if (mistake.name == "skip-named" && own.barriers++ == mistake.at) return;
+  if (name < 1 || name > 15) fail("a barrier has a number from 1 to 15, not %d", name);
+  Named& barrier = watched_[size_t(block->rank())].named[name];
+  barrier.threads.push_back(int(own.thread.x));
+  if (int(barrier.threads.size()) < threads) return block->yield(Waiting::named);
+  std::vector<int> all;
+  all.swap(barrier.threads);
+  Clock known(order_.of(0).size(), 0);
+  for (int t : all) Order::join(known, order_.of(member(*block, t)));
+  for (int t : all) {
+    order_.of(member(*block, t)) = known;
+    order_.tick(member(*block, t));
+    if (t != int(own.thread.x)) block->wake(t);
+  }
+}
+
+void Hopper::cluster_barrier() {
+  if (mistake.name == "skip-cluster" && block->current().barriers++ == mistake.at) return;
+  if (++at_cluster_ < threads_ * int(watched_.size())) return block->yield(Waiting::cluster);
+  at_cluster_ = 0;
+  Clock all(order_.of(0).size(), 0);
+  for (int i = 0; i < engines_; ++i) Order::join(all, order_.of(i));
+  for (int i = 0; i < engines_; ++i) {
+    order_.of(i) = all;
+    order_.tick(i);
+  }
+  for (Watched& w : watched_)
+    for (int t = 0; t < threads_; ++t)
+      if (w.block->fiber(t).waiting == Waiting::cluster) w.block->wake(t);
+}
+
+// Copies -----------------------------------------------------------------------------------------
+
+void Hopper::copy(uint32_t address, const void* source, uint32_t bytes, uint32_t barrier,
+                  uint32_t blocks) {
+  if (mistake.name == "skip-bulk" && copies_++ == mistake.at) return;
+  if (bytes % 16 || uintptr_t(source) % 16)
+    fail("a bulk copy of %u bytes from %p, which is not aligned to 16", bytes, source);
+  if (blocks >> watched_.size()) fail("the cluster has no such blocks: %u", blocks);
+  for (Watched& w : watched_) {
+    if (!(blocks >> w.block->rank() & 1)) continue;
+    w.block->check(address, bytes, 16, "a bulk copy");
+    phase(*w.block, barrier);
+    int other = 0;
+    for (uint32_t i = 0; i < bytes; i += 16) {
+      const char* wrong = order_.copied_by(cell(*w.block, address + i), me(), other);
+      say(wrong, *w.block, address + i, other);
+    }
+    bulks_.push_back({w.block, address, static_cast<const char*>(source), bytes, barrier});
+  }
+}
+
+bool Hopper::land_one() {
+  if (bulks_.empty()) return false;
+  size_t drawn = draw(unsigned(bulks_.size()));
+  for (int again = 0; again < 8 && !favours(*bulks_[drawn].to); ++again)
+    drawn = draw(unsigned(bulks_.size()));
+  std::swap(bulks_[drawn], bulks_.back());
+  const Bulk bulk = bulks_.back();
+  bulks_.pop_back();
+  if (bulk.to->left() == 0) fail("a copy comes to block %d, which has ended", bulk.to->rank());
+  std::memcpy(bulk.to->memory(bulk.address), bulk.source, bulk.bytes);
+  Phase& p = phase(*bulk.to, bulk.barrier);
+  for (uint32_t i = 0; i < bulk.bytes; i += 16)
+    order_.landed(cell(*bulk.to, bulk.address + i), p.engine);
+  const uint32_t now = order_.of(p.engine)[size_t(p.engine)];
+  p.arrived[size_t(p.engine)] = now;
+  order_.tick(p.engine);
+  p.bytes -= bulk.bytes;
+  settle(*bulk.to, bulk.barrier, p);
+  return true;
+}
+
+// Products ---------------------------------------------------------------------------------------
+
+Hopper::Warpgroup& Hopper::group() {
+  return watched_[size_t(block->rank())].warpgroups[block->current().thread.x / 128];
+}
+
+// Whether this lane is the last of its warpgroup to come to an instruction.
+bool Hopper::together(Warpgroup& group, const char* instruction) {
+  if (group.arrived && std::strcmp(group.instruction, instruction))
+    fail("its warpgroup is divided: %s here, %s elsewhere", instruction, group.instruction);
+  group.instruction = instruction;
+  if (++group.arrived == 128) {
+    group.arrived = 0;
+    return true;
+  }
+  block->yield(Waiting::warpgroup);
+  return false;
+}
+
+void Hopper::release(Warpgroup&) {
+  const int own = int(block->current().thread.x), begin = own / 128 * 128;
+  for (int t = begin; t < begin + 128; ++t)
+    if (t != own) block->wake(t);
+}
+
+void Hopper::products_begin() { group().lanes[block->current().thread.x % 128].begun = true; }
+
+void Hopper::product(float* d, const Product& own) {
+  Warpgroup& g = group();
+  Fiber& fiber = block->current();
+  Lane& lane = g.lanes[fiber.thread.x % 128];
+  if (!lane.begun) fail("a product without products_begin after other uses of its registers");
+  lane.own = own;
+  lane.d = d;
+  if (mistake.name == "wrong-operand" && fiber.products++ == mistake.at) lane.own.b ^= 0x2000;
+  if (!together(g, "product")) return;
+  for (const Lane& other : g.lanes)
+    if (other.own.a != lane.own.a || other.own.b != lane.own.b || other.groups != lane.groups)
+      fail("the lanes of a warpgroup differ in a product's operands or its group");
+  for (Lane& each : g.lanes)
+    if (each.kept.empty()) {
+      each.kept.assign(each.d, each.d + own.columns / 2);
+      std::fill(each.d, each.d + own.columns / 2, NAN);
+    }
+  // Any lane may start it: another one each time is asked for what it knows.
+  const int starter = int(fiber.thread.x) / 128 * 128 + g.checked++ * 37 % 128;
+  read_operand(g, lane.own, false, starter);
+  read_operand(g, lane.own, true, starter);
+  g.pending.push_back({lane.own, lane.groups});
+  release(g);
+}
+
+// The reading itself is done when the product is; here only who reads what is noted.
+void Hopper::read_operand(Warpgroup&, const Product& p, bool b, int starter) {
+  const uint64_t operand = b ? p.b : p.a;
+  if (operand >> 46 || (operand >> 14 & 3) || (operand >> 30 & 3))
+    fail("an operand's descriptor %llx has bits that say swizzling or nothing",
+         (unsigned long long)operand);
+  const int rows = b ? p.columns : 64, engine = engine_of(*block, starter / 128);
+  int other = 0;
+  for (int row = 0; row < rows; ++row)
+    for (int half = 0; half < 2; ++half) {
+      const int64_t address = row_address(operand, row, half);
+      if (address + 16 > block->size())
+        fail("a product reads shared byte %lld, which is outside of %lld", (long long)address,
+             (long long)block->size());
+      Cell& read = cell(*block, uint32_t(address));
+      const char* wrong = order_.read_by(read, engine, member(*block, starter), other);
+      say(wrong, *block, uint32_t(address), other);
+    }
+}
+
+void Hopper::products_commit() {
+  const int thread = int(block->current().thread.x);
+  Warpgroup& g = group();
+  ++g.lanes[thread % 128].groups;
+  // The last lane to commit ends the group's time.
+  int least = g.lanes[0].groups;
+  for (const Lane& lane : g.lanes) least = lane.groups < least ? lane.groups : least;
+  if (least == int(g.times.size())) return;
+  const int engine = engine_of(*block, thread / 128);
+  g.times.push_back(order_.of(engine)[size_t(engine)]);
+  order_.tick(engine);
+}
+
+void Hopper::products_wait(int pending) {
+  Fiber& own = block->current();
+  if (mistake.name == "skip-products-wait" && own.waits++ == mistake.at) return;
+  Warpgroup& g = group();
+  g.lanes[own.thread.x % 128].pending = pending;
+  if (!together(g, "products_wait")) return;
+  const int ended = int(g.times.size()) - pending;  // groups
+  std::vector<Pending> later;
+  for (const Pending& p : g.pending)
+    if (p.group < ended)
+      multiply(g, p.product);
+    else
+      later.push_back(p);
+  g.pending = later;
+  const int begin = int(own.thread.x) / 128 * 128, engine = engine_of(*block, begin / 128);
+  for (int i = 0; i < 128; ++i) {
+    Lane& lane = g.lanes[i];
+    if (lane.pending != pending || lane.groups != g.lanes[0].groups)
+      fail("the lanes of a warpgroup wait for different products");
+    if (ended > 0) {
+      uint32_t& known = order_.of(member(*block, begin + i))[size_t(engine)];
+      const uint32_t time = g.times[size_t(ended - 1)];
+      known = known < time ? time : known;
+    }
+    if (later.empty() && !lane.kept.empty()) {
+      std::copy(lane.kept.begin(), lane.kept.end(), lane.d);
+      lane.kept.clear();
+      lane.begun = false;
+    }
+  }
+  release(g);
+}
+
+void Hopper::multiply(Warpgroup& g, const Product& p) {
+  static thread_local float a[64][16], b[256][16];
+  auto fetch = [&](uint64_t operand, int rows, float (*to)[16]) {
+    for (int row = 0; row < rows; ++row)
+      for (int half = 0; half < 2; ++half) {
+        uint16_t bits[8];
+        std::memcpy(bits, block->memory(uint32_t(row_address(operand, row, half))), 16);
+        for (int i = 0; i < 8; ++i) to[row][half * 8 + i] = p.widen(bits[i]);
+      }
+  };
+  fetch(p.a, 64, a);
+  fetch(p.b, p.columns, b);
+  for (int row = 0; row < 64; ++row)
+    for (int column = 0; column < p.columns; ++column) {
+      float sum = 0;
+      for (int k = 0; k < 16; ++k) sum += a[row][k] * b[column][k];
+      const int lane = row / 16 * 32 + row % 8 * 4 + column % 8 / 2;
+      g.lanes[lane].kept[size_t(column / 8 * 4 + row % 16 / 8 * 2 + column % 2)] += sum;
+    }
+}
+
+// Ends -------------------------------------------------------------------------------------------
+
+void Hopper::ends() {
+  const Lane& lane = group().lanes[block->current().thread.x % 128];
+  if (!lane.kept.empty()) fail("ends with products that it never waited for");
+}
+
+void Hopper::finish() const {
+  if (!bulks_.empty()) fail("%zu bulk copies are on their way when all has ended", bulks_.size());
+}
+
+}  // namespace hetconv::host

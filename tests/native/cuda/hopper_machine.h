@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a Hopper GPU has beside: barriers of phases, bulk copies, matrix products of a warpgroup
+// with operands in shared memory, and clusters of blocks.
+//
+// Copies land when somebody waits for them and nobody else can go on, or by lot. Products are
+// computed when their group is waited for: until then their accumulators are NaN, and an operand
+// that is overwritten too early spoils them. Which accesses are ordered is watched by order.h.
+// Mistakes that can be made on purpose, `at` counting the calls of every thread: skip-phase (a wait
+// for a phase), skip-arrive, skip-fence, skip-products-wait, skip-named, skip-cluster,
+// wrong-operand; and skip-bulk, which counts copies.
+#pragma once
+#include <map>
+
+#include "machine.h"
+#include "order.h"
+
+namespace hetconv::host {
+
+// d += a * b of a warpgroup; see product() in csrc/cuda/hopper.h.
+struct Product {
+  int columns;
+  uint64_t a, b;
+  float (*widen)(uint32_t);
+};
+
+class Hopper {
+ public:
+  explicit Hopper(const std::vector<Block*>& blocks);
+
+  // Shared memory, 16 bytes at a time.
+  void read(Block& at, int thread, uint32_t address, int bytes);
+  void write(Block& at, int thread, uint32_t address, int bytes);
+  void coming(Block& at, uint32_t address, bool is);
+
+  void phase_init(uint32_t address, int count);
+  void phase_arrive(uint32_t address, uint32_t rank, uint32_t expected = 0);
+  bool phase_ended(uint32_t address, uint32_t parity);
+  void phase_wait(uint32_t address, uint32_t parity);
+
+  // To each block of the cluster whose bit is set.
+  void copy(uint32_t address, const void* source, uint32_t bytes, uint32_t barrier,
+            uint32_t blocks);
+  void fence();
+
+  void named_barrier(int name, int threads);
+  void cluster_barrier();
+  void all_know(Block& at);  // what any of its threads knows
+
+  void products_begin();
+  void product(float* d, const Product& own);
+  void products_commit();
+  void products_wait(int pending);
+
+  bool land_one();
+  void ends();          // the current thread
+  void finish() const;  // all threads have
+  std::string state(const Block& at, uint32_t address) const;
+
+ private:
+  struct Waiter {
+    int thread;
+    uint32_t parity;
+  };
+  struct Phase {
+    int count = 0, pending = 0, engine = 0;
+    int64_t bytes = 0, ended = 0;
+    Clock arrived, known;
+    std::vector<Waiter> waiters;
+  };
+  struct Bulk {
+    Block* to;
+    uint32_t address;
+    const char* source;
+    uint32_t bytes, barrier;
+  };
+  struct Named {
+    std::vector<int> threads;
+  };
+  struct Lane {
+    bool begun = false;
+    int groups = 0;
+    float* d = nullptr;
+    Product own{};
+    int pending = 0;
+    std::vector<float> kept;  // the accumulators, while products are on their way
+  };
+  struct Pending {
+    Product product;
+    int group;
+  };
+  struct Warpgroup {
+    const char* instruction = nullptr;
+    int arrived = 0, checked = 0;
+    Lane lanes[128];
+    std::vector<Pending> pending;
+    std::vector<uint32_t> times;  // of the groups, on the engine's clock
+  };
+  struct Watched {
+    Block* block;
+    std::vector<Cell> cells;
+    std::map<uint32_t, Phase> phases;
+    std::map<int, Named> named;
+    std::vector<Warpgroup> warpgroups;
+  };
+
+  int me() const;
+  int member(const Block& at, int thread) const { return at.rank() * threads_ + thread; }
+  int engine_of(const Block& at, int warpgroup) const;
+  std::string name(int who) const;
+  void say(const char* wrong, const Block& at, uint32_t address, int other) const;
+  Cell& cell(const Block& at, uint32_t address) {
+    return watched_[size_t(at.rank())].cells[address / 16];
+  }
+  Phase& phase(const Block& at, uint32_t address);
+  void settle(Block& at, uint32_t address, Phase& p);
+  bool has_ended(const Phase& p, uint32_t parity) const {
+    return (uint64_t(p.ended) & 1) != parity;
+  }
+  Warpgroup& group();
+  bool together(Warpgroup& group, const char* instruction);
+  void release(Warpgroup& group);
+  void read_operand(Warpgroup& group, const Product& p, bool b, int starter);
+  void multiply(Warpgroup& group, const Product& p);
+
+  int threads_, engines_, phases_ = 0, at_cluster_ = 0;
+  int64_t copies_ = 0;
+  std::vector<Watched> watched_;
+  std::vector<Bulk> bulks_;
+  Order order_;
+};
+
+}  // namespace hetconv::host
