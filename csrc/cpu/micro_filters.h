@@ -72,7 +72,7 @@ using FiltersKernel = void (*)(const A* a, ptrdiff_t ps, const FilterSteps& s, c
 
 // The pixels of a tile by four base pointers and two distances, so that every operand is one
 // address of the processor. The compiler would rather keep each distance in a register of its own,
-// and then in memory: `renew` hides from it that they stay the same.
+// and then in memory: `start` hides from it that they stay the same.
 template <class A, int MR> struct TilePixels {
   ptrdiff_t once, thrice;
   const A* at[(MR + 3) / 4];
