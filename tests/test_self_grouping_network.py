@@ -11,9 +11,10 @@ import torch
 from compressing import check_kills, run, tiny
 from torch import nn
 
+from hetconv_kernels.backends import available_backends, get_backend
 from hetconv_kernels.compress import SelfGrouping
 from hetconv_kernels.compress import self_grouping as sg
-from hetconv_kernels.errors import ArgumentError
+from hetconv_kernels.errors import ArgumentError, BackendError
 from hetconv_kernels.support import Support
 
 pytest.importorskip("sklearn", reason="k-means comes from scikit-learn")
@@ -137,6 +138,30 @@ def test_tiles_stay_together_from_step_to_step() -> None:
     for group in groups:
         channels = group.mask.any((1, 2)).reshape(4, 4)
         assert (channels.all(1) == channels.any(1)).all()
+
+
+@pytest.mark.parametrize("backend", available_backends())
+def test_groups_match_the_tiles_of_a_backend(backend: str) -> None:
+    grain = getattr(get_backend(backend), "grain", None)
+    if grain is None:
+        with pytest.raises(ArgumentError, match="expected one with tiles"):
+            SelfGrouping.matched(backend)
+        return
+    method = SelfGrouping.matched(backend, target=0.5, clusters=2, epochs=0)
+    assert (method.tile, method.granularity, method.target) == (*grain, 0.5)
+    assert SelfGrouping.matched(backend, tile=5).tile == 5
+    tile, run_length = grain
+    model = nn.Sequential(nn.Conv2d(4 * run_length, 2 * tile, 3), nn.ReLU())
+    report = run(method, model, example=torch.randn(1, 4 * run_length, 5, 5), eval_data=None)
+    for group in report.model[0].support.groups:
+        assert len(group.filters) % tile == 0
+        channels = group.mask.any((1, 2)).reshape(4, run_length)
+        assert (channels.all(1) == channels.any(1)).all()
+
+
+def test_no_tiles_of_an_unknown_backend() -> None:
+    with pytest.raises(BackendError, match="'tpu' is unknown"):
+        SelfGrouping.matched("tpu")
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,9 @@ UNMEASURED_MARGIN = 1.3
 class Backend(Protocol):
     """What every engine offers.
 
+    An engine whose tiles have sizes may say them in an attribute ``grain``: the filters and the
+    channels that groups should have multiples of.
+
     Attributes:
         name: one of `CODES`.
     """

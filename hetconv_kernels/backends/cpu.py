@@ -41,6 +41,12 @@ class Cpu:
 
     name = "cpu"
 
+    @property
+    def grain(self) -> tuple[int, int]:
+        """Two vectors of float32 filters, and the four channels that are read together."""
+        lanes = {"avx512": 16, "avx2": 8}.get(_cpu.isas()[0], 4)
+        return 2 * lanes, 4
+
     def unsupported_reasons(self, problem: Problem) -> list[str]:
         """Refuses what does not lie in main memory, and sizes beyond the engine's integers."""
         reasons = []

@@ -22,6 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from ..backends import get_backend
 from ..errors import ArgumentError, HetconvError, SupportError, mismatch
 from ..masks import BoolArray, IntArray
 from ..support import Support
@@ -81,6 +82,27 @@ class SelfGrouping(Method):
             check_count(name, getattr(self, name), least)
         if self.schedule not in ("G", "LG"):
             raise ArgumentError(mismatch("schedule", repr(self.schedule), "'G' or 'LG'"))
+
+    @classmethod
+    def matched(cls, backend: str, **settings: Any) -> SelfGrouping:
+        """Makes the method with groups that match the tiles of a backend. Ours, not the paper's.
+
+        Args:
+            backend: the name of one that is built here and has tiles.
+            settings: the other attributes; ``granularity`` and ``tile`` win over the backend's.
+
+        Raises:
+            BackendError: there is no such backend in this installation.
+            ArgumentError: it has no tiles, or a setting is out of range.
+        """
+        grain = getattr(get_backend(backend), "grain", None)
+        if grain is None:
+            raise ArgumentError(
+                mismatch("backend", repr(backend), "one with tiles: 'cpu', 'triton' or 'cuda'",
+                         "The others compute every group as part of a dense layer.")
+            )  # fmt: skip
+        tile, granularity = grain
+        return cls(**({"tile": tile, "granularity": granularity} | settings))
 
     def leaves_out(self, name: str, layer: Layer) -> str | None:
         """Leaves out the stem, as the paper does."""

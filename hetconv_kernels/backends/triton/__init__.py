@@ -39,6 +39,8 @@ class Triton:
     """The engine in Triton; its lowerings are kept with the Support that they were made from."""
 
     name = "triton"
+    # Filters of a tile and channels of a step at the full rate of the matrix unit.
+    grain = (64, 64)
 
     def unsupported_reasons(self, problem: Problem) -> list[str]:
         """Refuses other devices, old parts, float64, and sizes beyond the kernels' integers."""
