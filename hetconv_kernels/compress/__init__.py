@@ -18,7 +18,8 @@ from .het import Het
 from .play_and_prune import PlayAndPrune
 from .report import CompressionReport, LayerReport, compare
 from .run import Run
-from .self_grouping import SelfGrouping, self_group
+from .self_grouping import self_group
+from .self_grouping_network import SelfGrouping
 from .stability import Stability
 from .wsp import WeakSubnetwork
 
