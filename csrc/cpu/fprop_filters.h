@@ -71,11 +71,11 @@ template <class S, class A> struct FiltersFprop {
   const Lowered& L;
   Problem p;
   const A* packed;
-  const int* off;
-  Axis ya, xa;
-  int Cb, rows, cols;  // of a band
-  bool direct;
-  int64_t in_row, in_pixel;  // input distance of neighbouring output rows and pixels
+  const int* off = nullptr;
+  Axis ya{}, xa{};
+  int Cb = 0, rows = 0, cols = 0;  // of a band
+  bool direct = false;
+  int64_t in_row = 0, in_pixel = 0;  // input distance of neighbouring output rows and pixels
 
   // Picks the band so that it fits its share of the cache.
   void choose_band() {
@@ -298,7 +298,7 @@ template <class S, class A> struct FiltersFprop {
 
 template <class S, class A>
 static FiltersFprop<S, A> filters_fprop(const Lowered& L, const Problem& p, const void* packed) {
-  return {L, p, static_cast<const A*>(packed), nullptr, {}, {}, 0, 0, 0, false, 0, 0};
+  return {L, p, static_cast<const A*>(packed)};
 }
 
 template <class S, class A>

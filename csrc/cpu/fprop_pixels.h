@@ -48,16 +48,16 @@ template <class S, class A> struct PixelsFprop {
   const Lowered& L;
   Problem p;
   const A* packed;
-  const int* off;
-  Axis ya, xa;
-  Planar g;
-  int rows, cols, images;  // of a band
-  bool direct, turn;       // read x in place; the output wants filters innermost
-  bool gather;  // all filters of a few rows wait in the scratch: to be turned, or because tiles
-                // accumulate
-  double macs_per_pixel;
-  bool taps_are_neighbours;  // tap k reads tap_shift[k] entries after tap 0, in one piece
-  int tap_shift[kMaxKernel];
+  const int* off = nullptr;
+  Axis ya{}, xa{};
+  Planar g{};
+  int rows = 0, cols = 0, images = 0;  // of a band
+  bool direct = false, turn = false;   // read x in place; the output wants filters innermost
+  bool gather = false;  // all filters of a few rows wait in the scratch: to be turned, or because
+                        // tiles accumulate
+  double macs_per_pixel = 0;
+  bool taps_are_neighbours = false;  // tap k reads tap_shift[k] entries after tap 0, in one piece
+  int tap_shift[kMaxKernel] = {};
 
   void lay(int r, int c, int m, bool copies) {
     rows = r;
@@ -390,9 +390,7 @@ template <class S, class A> struct PixelsFprop {
 
 template <class S, class A>
 static PixelsFprop<S, A> pixels_fprop(const Lowered& L, const Problem& p, const void* packed) {
-  return {
-      L,     p, static_cast<const A*>(packed), nullptr, {}, {}, {}, 0, 0, 0, false, false, false, 0,
-      false, {}};
+  return {L, p, static_cast<const A*>(packed)};
 }
 
 template <class S, class A>
