@@ -294,7 +294,6 @@ template <class S, class A> struct PixelsFprop {
     return a;
   }
 
-  // After the layout.
   void find_offsets(OffsetCache* cache) {
     off = pixel_offsets<A>(L, cache, ya, xa, g, direct);
     taps_are_neighbours = !direct && xa.pieces == 1 && xa.step == 1;
@@ -350,12 +349,11 @@ template <class S, class A> struct PixelsFprop {
                   nm = int(least<int64_t>(images, p.N - n0));
         const S* x = reinterpret_cast<const S*>(p.x.data);
         const A* a = band;
-        if (direct) {
+        if (direct)
           a = reinterpret_cast<const A*>(x + n0 * p.x.sn + ox);
-        } else if (held != unit) {
+        else if (held != unit)
           pack_planar<S, A>(p, x, Channels{L.live, L.nlive}, ya, xa, g, n0, nm, oy, ox, nr, nc,
                             band);
-        }
         held = unit;
         const int64_t following = queue.expected(self);
         Ahead ahead = following >= 0 && following / shares != unit
