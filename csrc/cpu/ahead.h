@@ -32,5 +32,16 @@ struct Ahead {
   }
 };
 
+// The input pixels of a band of rows x cols outputs from (oy, ox): rows [y0, y1), columns [x0, x1).
+struct Rectangle {
+  int y0, y1, x0, x1;
+  bool empty() const { return y1 <= y0 || x1 <= x0; }
+};
+HC_INLINE Rectangle input_pixels(const Problem& p, int oy, int ox, int rows, int cols) {
+  return {
+      most(0, oy * p.sh - p.pt), least(p.H, (oy + rows - 1) * p.sh - p.pt + (p.KH - 1) * p.dh + 1),
+      most(0, ox * p.sw - p.pl), least(p.W, (ox + cols - 1) * p.sw - p.pl + (p.KW - 1) * p.dw + 1)};
+}
+
 }  // namespace HETCONV_NS
 }  // namespace hetconv

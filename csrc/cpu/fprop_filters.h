@@ -145,15 +145,12 @@ template <class S, class A> struct FiltersFprop {
   Ahead input_of(int64_t n, int oy, int ox, int segments) const {
     Ahead a;
     if (p.x.sc != 1) return a;
-    const int y0 = most(0, oy * p.sh - p.pt),
-              y1 = least(p.H, (oy + rows - 1) * p.sh - p.pt + (L.KH - 1) * p.dh + 1);
-    const int x0 = most(0, ox * p.sw - p.pl),
-              x1 = least(p.W, (ox + cols - 1) * p.sw - p.pl + (L.KW - 1) * p.dw + 1);
-    if (y1 <= y0 || x1 <= x0) return a;
-    a.base = p.x.data + (n * p.x.sn + y0 * p.x.sh + x0 * p.x.sw) * int64_t(sizeof(S));
+    const Rectangle r = input_pixels(p, oy, ox, rows, cols);
+    if (r.empty()) return a;
+    a.base = p.x.data + (n * p.x.sn + r.y0 * p.x.sh + r.x0 * p.x.sw) * int64_t(sizeof(S));
     a.pitch = p.x.sh * int64_t(sizeof(S));
-    a.span = ((x1 - x0 - 1) * p.x.sw + p.C) * int64_t(sizeof(S));
-    a.rows = y1 - y0;
+    a.span = ((r.x1 - r.x0 - 1) * p.x.sw + p.C) * int64_t(sizeof(S));
+    a.rows = r.y1 - r.y0;
     a.spread(int64_t(segments) * rows * ceil_div(cols, kMaxPixels));
     return a;
   }

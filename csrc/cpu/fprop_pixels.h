@@ -280,15 +280,12 @@ template <class S, class A> struct PixelsFprop {
     if (p.x.sw != 1 || L.nlive == 0) return a;
     const int64_t n0 = unit / (nb * strips) * images;
     const int oy = int(unit / strips % nb) * rows, ox = int(unit % strips) * cols;
-    const int y0 = most(0, oy * p.sh - p.pt),
-              y1 = least(p.H, (oy + rows - 1) * p.sh - p.pt + (L.KH - 1) * p.dh + 1);
-    const int x0 = most(0, ox * p.sw - p.pl),
-              x1 = least(p.W, (ox + cols - 1) * p.sw - p.pl + (L.KW - 1) * p.dw + 1);
-    if (y1 <= y0 || x1 <= x0) return a;
-    a.base = p.x.data + (n0 * p.x.sn + y0 * p.x.sh + x0) * int64_t(sizeof(S));
+    const Rectangle r = input_pixels(p, oy, ox, rows, cols);
+    if (r.empty()) return a;
+    a.base = p.x.data + (n0 * p.x.sn + r.y0 * p.x.sh + r.x0) * int64_t(sizeof(S));
     a.which = L.live;
     a.pitch = p.x.sc * int64_t(sizeof(S));
-    a.span = ((y1 - y0 - 1) * p.x.sh + (x1 - x0)) * int64_t(sizeof(S));
+    a.span = ((r.y1 - r.y0 - 1) * p.x.sh + (r.x1 - r.x0)) * int64_t(sizeof(S));
     a.rows = L.nlive;
     a.spread(calls_for(L.count / shares, rows * images * g.pitch));
     return a;
