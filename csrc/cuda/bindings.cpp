@@ -45,6 +45,37 @@ static void address(py::class_<C>& type, const char* name, T C::* field) {
 #define HC_FIELD(type, Struct, name) type.def_readwrite(#name, &Struct::name)
 #define HC_ADDRESS(type, Struct, name) address(type, #name, &Struct::name)
 
+// What the calls of fprop and dgrad have in common: C is Narrow or Wide.
+template <class C>
+static void bind_call(py::class_<C>& type, const char* name, int64_t (*shared_bytes)(const C&),
+                      int64_t (*blocks)(const C&, DType),
+                      const char* (*start)(const C&, DType, void*)) {
+  type.def_property(
+      "act", [](const C& p) { return int(p.act); },
+      [](C& p, const std::string& act) { p.act = act_named(act); });
+  type.def_property_readonly("shared_bytes", shared_bytes);
+  type.def(
+      "held_blocks",
+      [blocks](const C& p, const std::string& dtype) { return blocks(p, dtype_named(dtype)); },
+      py::arg("dtype"));
+  type.def(
+      "launch",
+      [name, start](C p, const std::string& dtype, uintptr_t x, uintptr_t slabs, uintptr_t y,
+                    uintptr_t scale, uintptr_t shift, uintptr_t residual, uintptr_t sums,
+                    uintptr_t stream) {
+        p.x = at<void>(x);
+        p.slabs = at<void>(slabs);
+        p.y = at<void>(y);
+        p.scale = at<float>(scale);
+        p.shift = at<float>(shift);
+        p.residual = at<void>(residual);
+        p.sums = at<float>(sums);
+        check(name, start(p, dtype_named(dtype), at<void>(stream)));
+      },
+      py::arg("dtype"), py::arg("x"), py::arg("slabs"), py::arg("y"), py::arg("scale"),
+      py::arg("shift"), py::arg("residual"), py::arg("sums"), py::arg("stream"));
+}
+
 static void bind_fprop(py::module_& m) {
   py::class_<Narrow> type(m, "Narrow");
   type.def(py::init([] { return Narrow{}; }));
@@ -82,31 +113,7 @@ static void bind_fprop(py::module_& m) {
   HC_FIELD(type, Narrow, buffers);
   HC_FIELD(type, Narrow, resident);
   HC_FIELD(type, Narrow, blocks);
-  type.def_property(
-      "act", [](const Narrow& p) { return int(p.act); },
-      [](Narrow& p, const std::string& name) { p.act = act_named(name); });
-  type.def_property_readonly("shared_bytes", &narrow_shared_bytes);
-  type.def(
-      "held_blocks",
-      [](const Narrow& p, const std::string& dtype) {
-        return narrow_blocks(p, dtype_named(dtype));
-      },
-      py::arg("dtype"));
-  type.def(
-      "launch",
-      [](Narrow p, const std::string& dtype, uintptr_t x, uintptr_t slabs, uintptr_t y,
-         uintptr_t scale, uintptr_t shift, uintptr_t residual, uintptr_t sums, uintptr_t stream) {
-        p.x = at<void>(x);
-        p.slabs = at<void>(slabs);
-        p.y = at<void>(y);
-        p.scale = at<float>(scale);
-        p.shift = at<float>(shift);
-        p.residual = at<void>(residual);
-        p.sums = at<float>(sums);
-        check("narrow_fprop", narrow_fprop(p, dtype_named(dtype), at<void>(stream)));
-      },
-      py::arg("dtype"), py::arg("x"), py::arg("slabs"), py::arg("y"), py::arg("scale"),
-      py::arg("shift"), py::arg("residual"), py::arg("sums"), py::arg("stream"));
+  bind_call(type, "narrow_fprop", &narrow_shared_bytes, &narrow_blocks, &narrow_fprop);
 }
 
 static void bind_wgrad(py::module_& m) {
@@ -183,29 +190,7 @@ static void bind_wide(py::module_& m) {
   HC_FIELD(type, Wide, slots);
   HC_FIELD(type, Wide, cluster);
   HC_FIELD(type, Wide, grid);
-  type.def_property(
-      "act", [](const Wide& p) { return int(p.act); },
-      [](Wide& p, const std::string& name) { p.act = act_named(name); });
-  type.def_property_readonly("shared_bytes", &wide_shared_bytes);
-  type.def(
-      "held_blocks",
-      [](const Wide& p, const std::string& dtype) { return wide_blocks(p, dtype_named(dtype)); },
-      py::arg("dtype"));
-  type.def(
-      "launch",
-      [](Wide p, const std::string& dtype, uintptr_t x, uintptr_t slabs, uintptr_t y,
-         uintptr_t scale, uintptr_t shift, uintptr_t residual, uintptr_t sums, uintptr_t stream) {
-        p.x = at<void>(x);
-        p.slabs = at<void>(slabs);
-        p.y = at<void>(y);
-        p.scale = at<float>(scale);
-        p.shift = at<float>(shift);
-        p.residual = at<void>(residual);
-        p.sums = at<float>(sums);
-        check("wide_fprop", wide_fprop(p, dtype_named(dtype), at<void>(stream)));
-      },
-      py::arg("dtype"), py::arg("x"), py::arg("slabs"), py::arg("y"), py::arg("scale"),
-      py::arg("shift"), py::arg("residual"), py::arg("sums"), py::arg("stream"));
+  bind_call(type, "wide_fprop", &wide_shared_bytes, &wide_blocks, &wide_fprop);
 }
 
 PYBIND11_MODULE(_cuda, m) {
