@@ -121,6 +121,7 @@ class Cpu:
             pooled_size = pool.output_size(*problem.output_size)
             shape = (*shape[:2], *pooled_size)
             pooling = (*pool.kernel, *pool.stride, *pool.padding, *pooled_size)
+            whole = self.fprop(replace(problem, pool=None))
 
         def run(
             x: Tensor,
@@ -161,7 +162,6 @@ class Cpu:
             if done or pool is None:
                 return y
             # Not even one row of the pooled image fits in the cache.
-            whole = self.fprop(replace(problem, pool=None))
             return max_pooled(whole(x, w, scale, shift, residual), pool)
 
         return run

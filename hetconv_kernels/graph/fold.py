@@ -212,14 +212,14 @@ def _pool(node: fx.Node) -> Pool | None:
         return None
     names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
     module = module_of(node)
-    if module is not None:
-        found = {name: getattr(module, name) for name in names}
-    else:
-        found = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
-    kernel, stride = found.get("kernel_size"), found.get("stride")
+    given: Any = node.args[1:] if module is None else [getattr(module, name) for name in names]
+    found = dict(zip(names, given, strict=False))
+    if module is None:
+        found |= node.kwargs
+    kernel = found["kernel_size"]
     pairs = [
-        (v, v) if isinstance(v, int) else tuple(v)  # type: ignore[arg-type]
-        for v in (kernel, stride or kernel, found.get("padding", 0))
+        (v, v) if isinstance(v, int) else tuple(v)
+        for v in (kernel, found.get("stride") or kernel, found.get("padding", 0))
     ]
     others = found.get("dilation", 1), found.get("ceil_mode"), found.get("return_indices")
     plain = others[0] in (1, (1, 1), [1, 1]) and not others[1] and not others[2]
