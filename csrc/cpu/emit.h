@@ -56,10 +56,19 @@ template <class S, class A> struct Lanes {
   Lanes(const Out<A>& out, const int* f, int count, bool contiguous)
       : o(out), filters(f), n(count), scale(splat<A>(A(1))), shift{} {
     vectors = contiguous && o.y.sc == 1 && (!o.res.data || o.res.sc == 1);
-    if (o.scale)
-      for (int l = 0; l < n; ++l) scale[l] = o.scale[filters[l]];
-    if (o.shift)
-      for (int l = 0; l < n; ++l) shift[l] = o.shift[filters[l]];
+    if (o.scale) scale = of_filters(o.scale, contiguous);
+    if (o.shift) shift = of_filters(o.shift, contiguous);
+  }
+  Vec<A> of_filters(const A* values, bool contiguous) const {
+    if (contiguous) return load_n<A>(values + filters[0], n);
+    Vec<A> v = {};
+    for (int l = 0; l < n; ++l) v[l] = values[filters[l]];
+    return v;
+  }
+  // Whether there is nothing but a shift, a residual and a ReLU, for a whole vector: what most
+  // layers have. `Simple` then asks nothing for each pixel.
+  bool simple() const {
+    return vectors && n == VL<A> && !o.scale && (o.act == Act::none || o.act == Act::relu);
   }
   // y, res: the pixel at filter 0; res may be null.
   HC_INLINE void put(const Lanes& k, Vec<A> v, S* y, const S* res) {
@@ -84,24 +93,18 @@ template <class S, class A> struct Lanes {
   }
 };
 
-// One row of pixels of VL neighbouring filters, with nothing but a shift, a residual and a ReLU:
-// what most layers have, without a question for each pixel.
-template <class S, class A>
-static void emit_simple(const Lanes<S, A>& k, const A* acc, ptrdiff_t pitch, int cols, S* y,
-                        int64_t yw, const S* res, int64_t rw) {
-  const A least_value = k.o.act == Act::relu ? A(0) : -std::numeric_limits<A>::infinity();
-  const Vec<A> floor = splat<A>(least_value), shift = k.shift;
-  if (res)
-    for (int c = 0; c < cols; ++c) {
-      const Vec<A> v = load<A>(acc + c * pitch) + shift + read<S, A>(res + c * rw);
-      write<S, A>(y + c * yw, floor > v ? floor : v);
-    }
-  else
-    for (int c = 0; c < cols; ++c) {
-      const Vec<A> v = load<A>(acc + c * pitch) + shift;
-      write<S, A>(y + c * yw, floor > v ? floor : v);
-    }
-}
+template <class S, class A> struct Simple {
+  Vec<A> floor, shift;
+
+  explicit Simple(const Lanes<S, A>& k)
+      : floor(splat<A>(k.o.act == Act::relu ? A(0) : -std::numeric_limits<A>::infinity())),
+        shift(k.shift) {}
+  HC_INLINE void put(const Simple& k, Vec<A> v, S* y, const S* res) {
+    v += k.shift;
+    if (res) v += read<S, A>(res);
+    write<S, A>(y, k.floor > v ? k.floor : v);
+  }
+};
 
 // Accumulators pixel by pixel, lanes = filters: rows x cols pixels, `pitch` elements apart, to y at
 // element offset `at`.
@@ -113,11 +116,20 @@ static void emit_pixels(const Out<A>& o, const int* filters, int lanes, bool con
   const S* res = o.res.data ? reinterpret_cast<const S*>(o.res.data) + res_at : nullptr;
   for (int l0 = 0; l0 < lanes; l0 += VL<A>) {
     const Lanes<S, A> k(o, filters + l0, least(VL<A>, lanes - l0), contiguous);
-    if (k.vectors && k.n == VL<A> && !o.scale && (o.act == Act::none || o.act == Act::relu)) {
-      const int f0 = filters[l0];
-      for (int r = 0; r < rows; ++r)
-        emit_simple<S, A>(k, acc + int64_t(r) * cols * pitch + l0, pitch, cols, y + r * o.y.sh + f0,
-                          o.y.sw, res ? res + r * o.res.sh + f0 : nullptr, o.res.sw);
+    if (k.simple()) {
+      const Simple<S, A> e(k);
+      for (int r = 0; r < rows; ++r) {
+        const A* own = acc + int64_t(r) * cols * pitch + l0;
+        S* to = y + r * o.y.sh + filters[l0];
+        if (res) {
+          const S* more = res + r * o.res.sh + filters[l0];
+          for (int c = 0; c < cols; ++c)
+            Simple<S, A>::put(e, load<A>(own + c * pitch), to + c * o.y.sw, more + c * o.res.sw);
+        } else {
+          for (int c = 0; c < cols; ++c)
+            Simple<S, A>::put(e, load<A>(own + c * pitch), to + c * o.y.sw, nullptr);
+        }
+      }
       continue;
     }
     for (int r = 0; r < rows; ++r)
@@ -132,24 +144,36 @@ static void emit_pixels(const Out<A>& o, const int* filters, int lanes, bool con
 // one row of pixels, to an output with filters innermost. order (or null): which row of
 // accumulators is that of filters[i].
 template <class S, class A>
-static void emit_turned(const Out<A>& o, const int* filters, int count, bool contiguous,
+static __attribute__((noinline)) void emit_turned(const Out<A>& o, const int* filters, int count, bool contiguous,
                         const int* order, const A* acc, ptrdiff_t pitch, int cols, int64_t at,
                         int64_t res_at) {
   S* y = reinterpret_cast<S*>(o.y.data) + at;
   const S* res = o.res.data ? reinterpret_cast<const S*>(o.res.data) + res_at : nullptr;
-  for (int c0 = 0; c0 < cols; c0 += VL<A>)
-    for (int l0 = 0; l0 < count; l0 += VL<A>) {
-      const Lanes<S, A> k(o, filters + l0, least(VL<A>, count - l0), contiguous);
+  for (int l0 = 0; l0 < count; l0 += VL<A>) {
+    const Lanes<S, A> k(o, filters + l0, least(VL<A>, count - l0), contiguous);
+    const Simple<S, A> e(k);
+    const bool simple = k.simple();
+    const A* from[VL<A>];
+    for (int i = 0; i < VL<A>; ++i) {
+      const int l = least(l0 + i, count - 1);
+      from[i] = acc + (order ? order[l] : l) * pitch;
+    }
+    for (int c0 = 0; c0 < cols; c0 += VL<A>) {
       Vec<A> r[VL<A>];
-      HC_UNROLL for (int i = 0; i < VL<A>; ++i) {
-        const int l = least(l0 + i, count - 1);
-        r[i] = load<A>(acc + (order ? order[l] : l) * pitch + c0);
-      }
+      HC_UNROLL for (int i = 0; i < VL<A>; ++i) r[i] = load<A>(from[i] + c0);
       transpose<A>(r);
       const int m = least(VL<A>, cols - c0);
+      S* to = y + c0 * o.y.sw;
+      if (simple && !res && m == VL<A>) {
+        to += filters[l0];
+        HC_UNROLL for (int j = 0; j < VL<A>; ++j)
+            Simple<S, A>::put(e, r[j], to + j * o.y.sw, nullptr);
+        continue;
+      }
       for (int j = 0; j < m; ++j)
-        Lanes<S, A>::put(k, r[j], y + (c0 + j) * o.y.sw, res ? res + (c0 + j) * o.res.sw : nullptr);
+        Lanes<S, A>::put(k, r[j], to + j * o.y.sw, res ? res + (c0 + j) * o.res.sw : nullptr);
     }
+  }
 }
 
 // Accumulators of one filter as rows of pixels, `pitch` elements from row to row.

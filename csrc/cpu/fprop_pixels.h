@@ -5,19 +5,10 @@
 #include "ahead.h"
 #include "fprop_filters.h"
 #include "micro_pixels.h"
+#include "pixel_bands.h"
 
 namespace hetconv {
 namespace HETCONV_NS {
-
-// Entries to keep of a row: the zeros right of one row may be the zeros left of the next.
-static inline int shared_gap_pitch(const Problem& p, const Axis& xa, int cols) {
-  if (xa.pieces != 1) return xa.piece[0].len;
-  const Piece& piece = xa.piece[0];
-  if (cols != p.Wo) return piece.len;
-  int lo, hi;
-  inside(-p.pl + piece.rel, piece.istride, piece.len, p.W, &lo, &hi);
-  return most(cols, piece.len - least(lo, piece.len - hi));
-}
 
 template <class A>
 static const int* pixel_offsets(const Lowered& L, OffsetCache* cache, const Axis& ya,
@@ -44,124 +35,18 @@ static const int* pixel_offsets(const Lowered& L, OffsetCache* cache, const Axis
   return offsets_keep(cache, key, off);
 }
 
-template <class S, class A> struct PixelsFprop {
-  const Lowered& L;
-  Problem p;
+template <class S, class A> struct PixelsFprop : PixelBands<S, A> {
+  using Base = PixelBands<S, A>;
+  using Base::at_once, Base::cols, Base::direct, Base::g, Base::gather, Base::halves, Base::images,
+      Base::L, Base::length_of, Base::p, Base::rows, Base::swept, Base::turn, Base::wide_for,
+      Base::xa, Base::ya;
   const A* packed;
   const int* off = nullptr;
-  Axis ya{}, xa{};
-  Planar g{};
-  int rows = 0, cols = 0, images = 0;  // of a band
-  bool direct = false, turn = false;   // read x in place; the output wants filters innermost
-  bool gather = false;  // all filters of a few rows wait in the scratch: to be turned, or because
-                        // tiles accumulate
-  double macs_per_pixel = 0;
   bool taps_are_neighbours = false;  // tap k reads tap_shift[k] entries after tap 0, in one piece
   int tap_shift[kMaxKernel] = {};
 
-  void lay(int r, int c, int m, bool copies) {
-    rows = r;
-    cols = c;
-    images = m;
-    axis_phases(&ya, L.KH, p.sh, p.dh, r);
-    if (ya.entries > L.KH * r) axis_copies(&ya, L.KH, p.sh, p.dh, r);
-    if (copies)
-      axis_copies(&xa, L.KW, p.sw, p.dw, c);
-    else
-      axis_phases(&xa, L.KW, p.sw, p.dw, c);
-    if (xa.entries > L.KW * c) axis_copies(&xa, L.KW, p.sw, p.dw, c);
-    int longest = 0;
-    for (int u = 0; u < xa.pieces; ++u) longest = most(longest, xa.piece[u].len);
-    g.pitch = xa.pieces == 1 ? shared_gap_pitch(p, xa, c) : longest;
-    g.images = m;
-    g.spill = longest - g.pitch;
-    g.row = int64_t(m) * g.pitch;
-    g.piece = ya.entries * g.row;
-    g.plane = ceil_div<int64_t>(xa.pieces * g.piece + g.spill, VL<A>) * VL<A>;
-    if (g.plane * sizeof(A) % 1024 == 0) g.plane += 64 / int(sizeof(A));
-  }
-  size_t band_bytes() const { return size_t(g.plane) * L.nlive * sizeof(A); }
-  // Elements of a filter's row; many filters cannot afford more than the vector that is read over.
-  int spare_vectors() const { return gather && L.F > 512 ? 1 : kMostPixelVectors; }
-  ptrdiff_t wide_for(int pixels) const {
-    return ptrdiff_t(ceil_div(pixels, VL<A>) + spare_vectors()) * VL<A>;
-  }
-  size_t scratch_elements(int pixels) const {
-    return size_t((gather ? L.F : kMaxPixelFilters) + kMaxPixelFilters) * size_t(wide_for(pixels));
-  }
-
-  void choose_band() {
-    turn = p.y.sw != 1 && p.y.sc == 1;
-    gather = turn || L.accumulate;
-    direct =
-        sizeof(S) == sizeof(A) && p.x.sw == 1 && L.KH == 1 && L.KW == 1 && p.H == 1 && p.Ho == 1 &&
-        p.sw == 1 && p.pl == 0 && p.pt == 0 && p.W == p.Wo && p.W >= (p.N > 1 ? 128 : VL<A>) &&
-        p.x.sc * p.C < (int64_t(1) << 31) &&
-        (!L.accumulate || p.W % VL<A> == 0);  // the last vectors overlap: they would be added twice
-    if (direct) {
-      g = Planar{1, 0, 0, 0, 0, p.x.sc};
-      rows = images = 1;
-      const int64_t want = most<int64_t>(256, int64_t(kBandBytes / sizeof(A)) / most(1, L.nlive));
-      const int64_t room =
-          gather ? int64_t((kWorkspaceBytes / 2) / sizeof(A)) / (2 * L.F) - 2 * wide_for(0) : want;
-      const int64_t fewest = L.F > 512 ? VL<A> : 128;
-      int64_t strips = ceil_div<int64_t>(p.Wo, most(fewest, least(want, room)));
-      if (p.N * strips < 2 * p.threads) strips = least<int64_t>(most(1, p.Wo / 128), strips * 2);
-      cols = ceil_div<int>(ceil_div<int64_t>(p.Wo, strips), VL<A>) * VL<A>;
-      if (p.Wo % cols != 0 && p.Wo % cols < VL<A>)
-        cols += VL<A>;  // the last strip must fill one vector
-      g.pitch = cols = least(cols, p.Wo);
-      return;
-    }
-    cols = p.Wo;
-    lay(1, cols, 1, false);
-    while (cols > 64 && (band_bytes() > kWorkspaceBytes / 2 ||
-                         scratch_elements(g.pitch) * sizeof(A) > kWorkspaceBytes / 3))
-      lay(1, cols = ceil_div(cols, 2), 1, false);
-    while (cols > 1 &&
-           band_bytes() + scratch_elements(g.pitch) * sizeof(A) > kWorkspaceBytes - 2048)
-      lay(1, cols = ceil_div(cols, 2), 1, false);
-    int r = 1;
-    while (r < p.Ho && cols == p.Wo) {
-      lay(r + 1, cols, 1, false);
-      if (band_bytes() > kBandBytes || (r + 1) * g.pitch > 2048) break;
-      ++r;
-    }
-    int bands = ceil_div(p.Ho, r);
-    if (p.N * bands * ceil_div(p.Wo, cols) < p.threads) bands = least(p.Ho, 2 * bands);
-    r = ceil_div(p.Ho, bands);
-    lay(r, cols, 1, false);
-    if (r < p.Ho || cols < p.Wo || p.Ho * p.Wo > 1024) return;
-    // Small images: how many side by side, and whether each horizontal tap has its own copy (then
-    // no gap between rows).
-    double macs = 0;
-    for (int t = 0; t < L.count; ++t) macs += double(L.tiles[t].nf) * L.tiles[t].ncols;
-    macs_per_pixel = macs;
-    double best = cost();
-    int best_m = 1;
-    bool best_copies = false;
-    for (int m = 1; m <= p.N && m * r * p.Wo <= 2048; ++m) {
-      if (ceil_div<int64_t>(p.N, m) < p.threads && m > 1) break;
-      for (int copies = 0; copies < 2; ++copies) {
-        lay(r, cols, m, copies);
-        if (band_bytes() > kImageBlockBytes) continue;
-        const double c = cost() * double(ceil_div<int64_t>(p.N, m) * m) / double(p.N);
-        if (c < best) {
-          best = c;
-          best_m = m;
-          best_copies = copies;
-        }
-      }
-    }
-    lay(r, cols, best_m, best_copies);
-  }
-  // Cycles per useful pixel: whole vectors of multiply-adds, and packing.
-  double cost() const {
-    const int nvec = ceil_div(rows * images * g.pitch, VL<A>), tiles = ceil_div(nvec, 3);
-    const double work = nvec + 0.12 * (3 * tiles - nvec);
-    return (work * macs_per_pixel / 2 + 0.35 * double(g.plane) * L.nlive) /
-           (double(rows) * images * p.Wo);
-  }
+  PixelsFprop(const Lowered& lowered, const Problem& problem, const A* weights)
+      : Base(lowered, problem), packed(weights) {}
 
   // All pixels [0, length) of one tile of filters, to rows of `wide` elements. A tile of few
   // filters would wait for its loads: where it has whole kernel rows and neighbouring taps read
@@ -221,26 +106,29 @@ template <class S, class A> struct PixelsFprop {
     const bool whole = t0 == 0 && t1 == L.count;
     const int f0 = L.accumulate ? 0 : L.tiles[t0].filter0;
     const int nf = L.accumulate ? L.F : L.tiles[t1 - 1].filter0 + L.tiles[t1 - 1].nf - f0;
-    const int units = nr * images, at_once = rows_at_once();
+    const int units = nr * images;
     for (int u0 = 0; u0 < units; u0 += at_once) {
-      const int nu = least(at_once, units - u0), length = direct ? nc : nu * g.pitch;
-      const ptrdiff_t wide = wide_for(length);
+      const int nu = least(at_once, units - u0);
+      const ptrdiff_t wide = wide_for(length_of(nu, nc));
       A* spare = scratch + nf * wide;
       if (L.accumulate) zero_fill(scratch, int64_t(nf) * wide);
       Ahead written;
       if (turn && images == 1) {
-        written.base = output_at(n0, oy + u0, ox);
+        const int part = halves ? 2 : 1;
+        written.base = output_at(n0, (oy + u0) / part, ox / part);
         written.pitch = p.y.sh * int64_t(sizeof(S));
-        written.span = nc * p.y.sw * int64_t(sizeof(S));
-        written.rows = nu;
-        written.spread(calls_for(t1 - t0, length));
+        written.span = nc / part * p.y.sw * int64_t(sizeof(S));
+        written.rows = nu / part;
+        written.spread(calls_for(t1 - t0, length_of(nu, nc)));
       }
       for (int t = t0; t < t1; ++t) {
         const PixelTile& k = L.tiles[t];
         const bool add = L.accumulate != 0;
-        tile(k, a + int64_t(u0) * g.pitch, length,
-             add ? scratch : scratch + int64_t(k.filter0 - f0) * wide, wide,
-             add ? L.filters + k.filter0 : L.identity, spare, ahead, written);
+        A* o = add ? scratch : scratch + int64_t(k.filter0 - f0) * wide;
+        const int* to = add ? L.filters + k.filter0 : L.identity;
+        for (int u = 0; u < nu; u += swept)
+          tile(k, a + int64_t(u0 + u) * g.pitch, length_of(least(swept, nu - u), nc),
+               o + int64_t(u) * g.pitch, wide, to, spare, ahead, written);
       }
       const int* order = whole && !L.accumulate ? L.ascending : nullptr;
       for (int u = 0; u < nu;) {
@@ -269,10 +157,6 @@ template <class S, class A> struct PixelsFprop {
   int64_t calls_for(int tiles, int length) const {
     return int64_t(tiles) * ceil_div(length, 4 * VL<A>);
   }
-  int rows_at_once() const {
-    const int64_t pixels = int64_t((turn ? kTurnBytes : 2 * kTurnBytes) / sizeof(A)) / most(1, L.F);
-    return direct ? 1 : most(1, int(least<int64_t>(pixels, 1024)) / g.pitch);
-  }
 
   // The input of a unit, if it is channel-planar in memory.
   Ahead ahead_of(int64_t unit, int64_t nb, int64_t strips, int shares) const {
@@ -296,22 +180,24 @@ template <class S, class A> struct PixelsFprop {
     taps_are_neighbours = !direct && xa.pieces == 1 && xa.step == 1;
     for (int k = 0; k < L.KW && taps_are_neighbours; ++k) {
       tap_shift[k] = xa.start[k] - xa.start[0];
-      taps_are_neighbours = tap_shift[k] >= 0 && tap_shift[k] + VL<A> <= spare_vectors() * VL<A>;
+      taps_are_neighbours =
+          tap_shift[k] >= 0 && tap_shift[k] + VL<A> <= this->spare_vectors() * VL<A>;
     }
   }
   size_t room_for_band() const {
     const size_t slack = size_t(kMostPixelVectors + 1) * VL<A> * sizeof(A) + 64;
-    return direct ? 0 : (band_bytes() + slack + 63) / 64 * 64;
+    return direct ? 0 : (this->band_bytes() + slack + 63) / 64 * 64;
   }
   size_t room_for_scratch() const {
-    const int whole = rows * images * g.pitch;
-    return scratch_elements(gather ? least(rows_at_once() * g.pitch, whole) : whole) * sizeof(A) +
-           64;
+    return this->scratch_elements(length_of(at_once, cols)) * sizeof(A) + 64;
   }
 
   // What `Pooled` needs: bands of whole rows of one image, of as many rows as it wants.
   bool has_bands() const { return !direct && cols == p.Wo && images == 1 && turn; }
-  void lay_rows(int r) { lay(r, cols, 1, false); }
+  void lay_rows(int r) {
+    this->lay(r, cols, 1, false);
+    this->choose_rows_at_once();
+  }
   void compute_rows(int64_t n, int oy, int nr, A* band, A* scratch, Ahead& ahead) {
     pack_planar<S, A>(p, reinterpret_cast<const S*>(p.x.data), Channels{L.live, L.nlive}, ya, xa, g,
                       n, 1, oy, 0, nr, cols, band);
@@ -320,7 +206,7 @@ template <class S, class A> struct PixelsFprop {
   Ahead input_of_rows(int64_t, int) const { return Ahead{}; }
 
   void run(OffsetCache* cache) {
-    choose_band();
+    this->choose_band();
     find_offsets(cache);
     const int64_t blocks = ceil_div<int64_t>(p.N, images), nb = ceil_div(p.Ho, rows),
                   strips = ceil_div(p.Wo, cols);
@@ -362,7 +248,7 @@ template <class S, class A> struct PixelsFprop {
             gathered_band(a, scratch, t0, t1, n0, nm, oy, ox, nr, nc, ahead);
           continue;
         }
-        const int n = direct ? nc : nr * images * g.pitch;
+        const int n = length_of(nr * images, nc);
         const ptrdiff_t wide = wide_for(n);
         for (int t = t0; t < t1; ++t) {
           Ahead written;

@@ -1,0 +1,207 @@
+// SPDX-License-Identifier: Apache-2.0
+// How fprop with pixels in vectors cuts its output: bands of rows, strips of columns, small images
+// side by side, and the rows that are computed together.
+//
+// Rows lie one after another in a packed band, so that a vector of pixels goes over their ends; the
+// fewer vectors the rows of a sweep need, the less is computed for nothing. Example: rows of 56
+// pixels, 57 apart, by vectors of 16: one takes 4 vectors (56 of 64 lanes used), two take 8, three
+// take 11 (168 of 176).
+#pragma once
+#include "axis.h"
+#include "micro_pixels.h"
+#include "pack.h"
+#include "plan.h"
+
+namespace hetconv {
+namespace HETCONV_NS {
+
+// Entries to keep of a row: the zeros right of one row may be the zeros left of the next.
+static inline int shared_gap_pitch(const Problem& p, const Axis& xa, int cols) {
+  if (xa.pieces != 1) return xa.piece[0].len;
+  const Piece& piece = xa.piece[0];
+  if (cols != p.Wo) return piece.len;
+  int lo, hi;
+  inside(-p.pl + piece.rel, piece.istride, piece.len, p.W, &lo, &hi);
+  return most(cols, piece.len - least(lo, piece.len - hi));
+}
+
+template <class S, class A> struct PixelBands {
+  const Lowered& L;
+  Problem p;
+  Axis ya{}, xa{};
+  Planar g{};
+  int rows = 0, cols = 0, images = 0;  // of a band
+  int swept = 1, at_once = 1;  // rows that a tile of filters computes in one go, and rows whose
+                               // filters wait together
+  bool direct = false, turn = false;  // read x in place; the output wants filters innermost
+  bool gather = false;  // all filters of a few rows wait in the scratch: to be turned, or because
+                        // tiles accumulate
+  bool halves = false;  // the waiting rows are pooled, 2 x 2
+  double macs_per_pixel = 0;
+
+  PixelBands(const Lowered& lowered, const Problem& problem) : L(lowered), p(problem) {
+    for (int t = 0; t < L.count; ++t) macs_per_pixel += double(L.tiles[t].nf) * L.tiles[t].ncols;
+  }
+
+  void lay(int r, int c, int m, bool copies) {
+    rows = r;
+    cols = c;
+    images = m;
+    axis_phases(&ya, L.KH, p.sh, p.dh, r);
+    if (ya.entries > L.KH * r) axis_copies(&ya, L.KH, p.sh, p.dh, r);
+    if (copies)
+      axis_copies(&xa, L.KW, p.sw, p.dw, c);
+    else
+      axis_phases(&xa, L.KW, p.sw, p.dw, c);
+    if (xa.entries > L.KW * c) axis_copies(&xa, L.KW, p.sw, p.dw, c);
+    int longest = 0;
+    for (int u = 0; u < xa.pieces; ++u) longest = most(longest, xa.piece[u].len);
+    g.pitch = xa.pieces == 1 ? shared_gap_pitch(p, xa, c) : longest;
+    g.images = m;
+    g.spill = longest - g.pitch;
+    g.row = int64_t(m) * g.pitch;
+    g.piece = ya.entries * g.row;
+    g.plane = ceil_div<int64_t>(xa.pieces * g.piece + g.spill, VL<A>) * VL<A>;
+    if (g.plane * sizeof(A) % 1024 == 0) g.plane += 64 / int(sizeof(A));
+  }
+  size_t band_bytes() const { return size_t(g.plane) * L.nlive * sizeof(A); }
+  // Elements of a filter's row; many filters cannot afford more than the vector that is read over.
+  int spare_vectors() const { return gather && L.F > 512 ? 1 : kMostPixelVectors; }
+  ptrdiff_t wide_for(int pixels) const {
+    return ptrdiff_t(ceil_div(pixels, VL<A>) + spare_vectors()) * VL<A>;
+  }
+  size_t scratch_elements(int pixels) const {
+    return size_t((gather ? L.F : kMaxPixelFilters) + kMaxPixelFilters) * size_t(wide_for(pixels));
+  }
+
+
+  // Pixels from the first of `units` rows to the last.
+  int length_of(int units, int nc) const { return direct ? nc : (units - 1) * g.pitch + nc; }
+
+  // Vectors of multiply-adds of `units` rows, swept `u` at a time; tiles of three are best.
+  double work_of(int units, int u) const {
+    const auto sweep = [&](int n) {
+      const int nvec = ceil_div(length_of(n, cols), VL<A>), tiles = ceil_div(nvec, 3);
+      return nvec + 0.12 * (3 * tiles - nvec);
+    };
+    return units / u * sweep(u) + (units % u ? sweep(units % u) : 0.0);
+  }
+  // How many rows of a band are swept together, and wait together.
+  void choose_rows_at_once() {
+    const int units = rows * images, step = halves ? 2 : 1;
+    swept = at_once = direct ? 1 : units;
+    if (direct || !gather) return;
+    const int64_t room = int64_t((turn ? kTurnBytes : 2 * kTurnBytes) / sizeof(A)) / most(1, L.F);
+    const int limit = most(step, least(units, int(least<int64_t>(room, 1024)) / g.pitch));
+    double best = -1;
+    for (int u = 1; u <= limit; ++u) {
+      const int waiting = u % step ? step * u : u;
+      // Sums are added to what is there: no sweep may touch the rows of another.
+      if (waiting > limit || (L.accumulate && waiting != u)) continue;
+      const double work = work_of(units, u);
+      if (best >= 0 && work >= best) continue;
+      best = work;
+      swept = u;
+      at_once = waiting;
+    }
+  }
+  // Cycles per useful pixel: whole vectors of multiply-adds, and packing.
+  double cost() const {
+    const int bands = ceil_div(p.Ho, rows), last = p.Ho - (bands - 1) * rows;
+    const double packing = 0.35 * double(g.plane) * L.nlive, halo = p.KH - 1;
+    const double whole = work_of(rows * images, swept) * macs_per_pixel / 2 + packing;
+    const double rest = work_of(last * images, swept) * macs_per_pixel / 2 +
+                        packing * (last + halo) / (rows + halo);
+    return ((bands - 1) * whole + rest) * ceil_div(p.Wo, cols) /
+           (double(p.Ho) * images * p.Wo);
+  }
+
+  void choose_band() {
+    turn = p.y.sw != 1 && p.y.sc == 1;
+    gather = turn || L.accumulate;
+    direct =
+        sizeof(S) == sizeof(A) && p.x.sw == 1 && L.KH == 1 && L.KW == 1 && p.H == 1 && p.Ho == 1 &&
+        p.sw == 1 && p.pl == 0 && p.pt == 0 && p.W == p.Wo && p.W >= (p.N > 1 ? 128 : VL<A>) &&
+        p.x.sc * p.C < (int64_t(1) << 31) &&
+        (!L.accumulate || p.W % VL<A> == 0);  // the last vectors overlap: they would be added twice
+    if (direct)
+      choose_strips();
+    else
+      choose_rows();
+  }
+
+ private:
+  void choose_strips() {
+    g = Planar{1, 0, 0, 0, 0, p.x.sc};
+    rows = images = swept = at_once = 1;
+    const int64_t want = most<int64_t>(256, int64_t(kBandBytes / sizeof(A)) / most(1, L.nlive));
+    const int64_t room =
+        gather ? int64_t((kWorkspaceBytes / 2) / sizeof(A)) / (2 * L.F) - 2 * wide_for(0) : want;
+    const int64_t fewest = L.F > 512 ? VL<A> : 128;
+    int64_t strips = ceil_div<int64_t>(p.Wo, most(fewest, least(want, room)));
+    if (p.N * strips < 2 * p.threads) strips = least<int64_t>(most(1, p.Wo / 128), strips * 2);
+    cols = ceil_div<int>(ceil_div<int64_t>(p.Wo, strips), VL<A>) * VL<A>;
+    if (p.Wo % cols != 0 && p.Wo % cols < VL<A>) cols += VL<A>;  // the last must fill one vector
+    g.pitch = cols = least(cols, p.Wo);
+  }
+  // Lays a band and returns its cost.
+  double lay_out(int r, int c, int m, bool copies) {
+    lay(r, c, m, copies);
+    choose_rows_at_once();
+    return cost();
+  }
+  // A width of strips that keeps what is pooled together.
+  int even(int c) const { return halves ? ceil_div(c, 2) * 2 : c; }
+
+  void choose_rows() {
+    const int step = halves ? 2 : 1;
+    cols = p.Wo;
+    lay(step, cols, 1, false);
+    while (cols > 64 && (band_bytes() > kWorkspaceBytes / 2 ||
+                         scratch_elements(step * g.pitch) * sizeof(A) > kWorkspaceBytes / 3))
+      lay(step, even(ceil_div(cols, 2)), 1, false);
+    while (cols > step &&
+           band_bytes() + scratch_elements(step * g.pitch) * sizeof(A) > kWorkspaceBytes - 2048)
+      lay(step, even(ceil_div(cols, 2)), 1, false);
+    // Narrow strips take more rows, and so pack fewer rows twice; where channels are planes in
+    // memory they would read pieces of their rows.
+    const int widest = cols, strips = ceil_div(p.Wo, cols);
+    double best = -1;
+    int best_r = step, best_c = cols;
+    for (int s = strips; s == strips || (p.x.sw != 1 && p.Wo / s >= 64); ++s) {
+      const int c = least(widest, even(ceil_div(p.Wo, s)));
+      for (int r = step; r <= p.Ho; r += step) {
+        const double each = lay_out(r, c, 1, false);
+        if (r > step && (band_bytes() > kPlanarBandBytes || r * g.pitch > 2048)) break;
+        if (best >= 0 && each >= best) continue;
+        best = each;
+        best_r = r;
+        best_c = c;
+      }
+    }
+    const int bands = ceil_div(p.Ho, best_r);
+    if (p.N * bands * ceil_div(p.Wo, best_c) < p.threads)
+      best_r = even(ceil_div(p.Ho, least(p.Ho, 2 * bands)));
+    best = lay_out(best_r, best_c, 1, false);
+    if (best_r < p.Ho || best_c < p.Wo || p.Ho * p.Wo > 1024 || halves) return;
+    // Small images: how many side by side, and whether each horizontal tap has its own copy (then
+    // no gap between rows).
+    int best_m = 1;
+    bool best_copies = false;
+    for (int m = 1; m <= p.N && m * best_r * p.Wo <= 2048; ++m) {
+      if (ceil_div<int64_t>(p.N, m) < p.threads && m > 1) break;
+      for (int copies = 0; copies < 2; ++copies) {
+        const double c = lay_out(best_r, best_c, m, copies) *
+                         double(ceil_div<int64_t>(p.N, m) * m) / double(p.N);
+        if (band_bytes() > kImageBlockBytes || c >= best) continue;
+        best = c;
+        best_m = m;
+        best_copies = copies;
+      }
+    }
+    lay_out(best_r, best_c, best_m, best_copies);
+  }
+};
+
+}  // namespace HETCONV_NS
+}  // namespace hetconv
