@@ -176,6 +176,27 @@ static __attribute__((noinline)) void emit_turned(const Out<A>& o, const int* fi
   }
 }
 
+// The larger lanes; NaN wins.
+template <class A> HC_INLINE Vec<A> larger(Vec<A> a, Vec<A> b) {
+  const Vec<A> m = a > b ? a : b;
+  return a != a ? a : m;
+}
+// Max-pooling, 2 x 2, of two rows of accumulators, `pitch` apart and readable up to the next
+// multiple of 2 VL: `pixels` results, where the first row was.
+template <class A> static void pool_in_place(A* rows, ptrdiff_t pitch, int pixels) {
+  const auto lanes = std::make_integer_sequence<int, VL<A>>();
+  for (int c = 0; c < pixels; c += VL<A>) {
+    const A* at = rows + 2 * c;
+    const Vec<A> a = larger<A>(load<A>(at), load<A>(at + pitch)),
+                 b = larger<A>(load<A>(at + VL<A>), load<A>(at + pitch + VL<A>));
+    const Vec<A> m = larger<A>(every_other<A, 0>(a, b, lanes), every_other<A, 1>(a, b, lanes));
+    if (c + VL<A> <= pixels)
+      store<A>(rows + c, m);
+    else
+      store_n<A>(rows + c, m, pixels - c);
+  }
+}
+
 // Accumulators of one filter as rows of pixels, `pitch` elements from row to row.
 template <class S, class A>
 static void emit_rows(const Out<A>& o, int filter, const A* acc, ptrdiff_t pitch, int rows,

@@ -130,18 +130,24 @@ template <class S, class A> struct PixelsFprop : PixelBands<S, A> {
           tile(k, a + int64_t(u0 + u) * g.pitch, length_of(least(swept, nu - u), nc),
                o + int64_t(u) * g.pitch, wide, to, spare, ahead, written);
       }
+      const int* filters = whole ? L.identity : L.filters + f0;
       const int* order = whole && !L.accumulate ? L.ascending : nullptr;
-      for (int u = 0; u < nu;) {
+      for (int u = 0; halves && u < nu; u += 2) {
+        A* row = scratch + int64_t(u) * g.pitch;
+        for (int l = 0; l < nf; ++l) pool_in_place<A>(row + l * wide, g.pitch, nc / 2);
+        emit_turned<S, A>(out, filters, nf, whole, order, row, wide, nc / 2,
+                          pixel_of(p.y, n0, (oy + u0 + u) / 2, ox / 2), 0);
+      }
+      for (int u = 0; !halves && u < nu;) {
         // Rows of one image follow one another; with several images side by side each row is its
         // own run.
         const int r = (u0 + u) / images, m = (u0 + u) % images,
                   run = images == 1 && !turn ? nu - u : 1;
-        const int64_t at = (n0 + m) * p.y.sn + int64_t(oy + r) * p.y.sh + int64_t(ox) * p.y.sw;
-        const int64_t res_at =
-            (n0 + m) * p.res.sn + int64_t(oy + r) * p.res.sh + int64_t(ox) * p.res.sw;
+        const int64_t at = pixel_of(p.y, n0 + m, oy + r, ox),
+                      res_at = pixel_of(p.res, n0 + m, oy + r, ox);
         if (m < nm && turn)
-          emit_turned<S, A>(out, whole ? L.identity : L.filters + f0, nf, whole, order,
-                            scratch + int64_t(u) * g.pitch, wide, nc, at, res_at);
+          emit_turned<S, A>(out, filters, nf, whole, order, scratch + int64_t(u) * g.pitch, wide,
+                            nc, at, res_at);
         else if (m < nm)
           for (int f = 0; f < nf; ++f)
             emit_rows<S, A>(out, f, scratch + f * wide + int64_t(u) * g.pitch, g.pitch, run, nc, at,
@@ -150,8 +156,11 @@ template <class S, class A> struct PixelsFprop : PixelBands<S, A> {
       }
     }
   }
+  static int64_t pixel_of(const View& v, int64_t n, int y, int x) {
+    return n * v.sn + y * v.sh + x * v.sw;
+  }
   char* output_at(int64_t n, int oy, int ox) const {
-    return p.y.data + (n * p.y.sn + oy * p.y.sh + ox * p.y.sw) * int64_t(sizeof(S));
+    return p.y.data + pixel_of(p.y, n, oy, ox) * int64_t(sizeof(S));
   }
   // Micro-kernel calls of a share of the tiles, roughly.
   int64_t calls_for(int tiles, int length) const {
@@ -207,6 +216,10 @@ template <class S, class A> struct PixelsFprop : PixelBands<S, A> {
 
   void run(OffsetCache* cache) {
     this->choose_band();
+    run_bands(cache);
+  }
+  // After the choice of a band.
+  void run_bands(OffsetCache* cache) {
     find_offsets(cache);
     const int64_t blocks = ceil_div<int64_t>(p.N, images), nb = ceil_div(p.Ho, rows),
                   strips = ceil_div(p.Wo, cols);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // fprop with max-pooling: a band of outputs is pooled while it is near, and never goes to memory.
-// Tasks are (image, band of pooled rows).
+// Tasks are (image, band of pooled rows). Pixels in vectors that are pooled 2 x 2 do not come here
+// as outputs: their accumulators are pooled first (see `PixelBands::choose_halves`).
 #pragma once
 #include <limits>
 #include "fprop_filters.h"
@@ -129,6 +130,11 @@ static bool fprop_pooled(const Lowered& L, OffsetCache* cache, const Problem& p,
                          const void* packed) {
   if (L.form == Form::filters)
     return Pooled<S, A, FiltersFprop<S, A>>(filters_fprop<S, A>(L, p, packed)).run(cache);
+  PixelsFprop<S, A> form = pixels_fprop<S, A>(L, p, packed);
+  if (form.choose_halves()) {
+    form.run_bands(cache);
+    return true;
+  }
   return Pooled<S, A, PixelsFprop<S, A>>(pixels_fprop<S, A>(L, p, packed)).run(cache);
 }
 

@@ -130,6 +130,27 @@ template <class S, class A> struct PixelBands {
       choose_rows();
   }
 
+  // Chooses a band whose accumulators are pooled 2 x 2 before anything else happens to them; false:
+  // that is not this pooling, gives another result, or does not fit. A shift and a ReLU keep the
+  // order of numbers, so that the largest may be taken first.
+  bool choose_halves() {
+    const Pool& q = *p.pool;
+    const bool square = q.KH == 2 && q.KW == 2 && q.sh == 2 && q.sw == 2 && q.pt == 0 && q.pl == 0;
+    const bool ordered = p.act == Act::none || p.act == Act::relu || p.act == Act::relu6;
+    if (!square || !ordered || p.scale || p.res.data || p.y.sc != 1) return false;
+    const Problem before = p;
+    p.Ho = 2 * q.Ho;
+    p.Wo = 2 * q.Wo;
+    halves = true;
+    choose_band();
+    if (!direct && turn && band_bytes() + scratch_elements(length_of(at_once, cols)) * sizeof(A) +
+                                   2048 <= kWorkspaceBytes)
+      return true;
+    halves = false;
+    p = before;
+    return false;
+  }
+
  private:
   void choose_strips() {
     g = Planar{1, 0, 0, 0, 0, p.x.sc};
