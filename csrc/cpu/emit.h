@@ -149,22 +149,19 @@ static __attribute__((noinline)) void emit_turned(const Out<A>& o, const int* fi
                         int64_t res_at) {
   S* y = reinterpret_cast<S*>(o.y.data) + at;
   const S* res = o.res.data ? reinterpret_cast<const S*>(o.res.data) + res_at : nullptr;
-  for (int l0 = 0; l0 < count; l0 += VL<A>) {
-    const Lanes<S, A> k(o, filters + l0, least(VL<A>, count - l0), contiguous);
-    const Simple<S, A> e(k);
-    const bool simple = k.simple();
-    const A* from[VL<A>];
-    for (int i = 0; i < VL<A>; ++i) {
-      const int l = least(l0 + i, count - 1);
-      from[i] = acc + (order ? order[l] : l) * pitch;
-    }
-    for (int c0 = 0; c0 < cols; c0 += VL<A>) {
+  for (int c0 = 0; c0 < cols; c0 += VL<A>)
+    for (int l0 = 0; l0 < count; l0 += VL<A>) {
+      const Lanes<S, A> k(o, filters + l0, least(VL<A>, count - l0), contiguous);
       Vec<A> r[VL<A>];
-      HC_UNROLL for (int i = 0; i < VL<A>; ++i) r[i] = load<A>(from[i] + c0);
+      HC_UNROLL for (int i = 0; i < VL<A>; ++i) {
+        const int l = least(l0 + i, count - 1);
+        r[i] = load<A>(acc + (order ? order[l] : l) * pitch + c0);
+      }
       transpose<A>(r);
       const int m = least(VL<A>, cols - c0);
       S* to = y + c0 * o.y.sw;
-      if (simple && !res && m == VL<A>) {
+      if (m == VL<A> && !res && k.simple()) {
+        const Simple<S, A> e(k);
         to += filters[l0];
         HC_UNROLL for (int j = 0; j < VL<A>; ++j)
             Simple<S, A>::put(e, r[j], to + j * o.y.sw, nullptr);
@@ -173,7 +170,6 @@ static __attribute__((noinline)) void emit_turned(const Out<A>& o, const int* fi
       for (int j = 0; j < m; ++j)
         Lanes<S, A>::put(k, r[j], to + j * o.y.sw, res ? res + (c0 + j) * o.res.sw : nullptr);
     }
-  }
 }
 
 // The larger lanes; NaN wins.

@@ -78,11 +78,12 @@ template <class S, class A> struct PixelBands {
   // Pixels from the first of `units` rows to the last.
   int length_of(int units, int nc) const { return direct ? nc : (units - 1) * g.pitch + nc; }
 
-  // Vectors of multiply-adds of `units` rows, swept `u` at a time; tiles of three are best.
+  // Vectors of multiply-adds of `units` rows, swept `u` at a time. Tiles of three vectors are best,
+  // and each sweep reads the weights anew.
   double work_of(int units, int u) const {
     const auto sweep = [&](int n) {
       const int nvec = ceil_div(length_of(n, cols), VL<A>), tiles = ceil_div(nvec, 3);
-      return nvec + 0.12 * (3 * tiles - nvec);
+      return nvec + 0.12 * (3 * tiles - nvec) + 0.25;
     };
     return units / u * sweep(u) + (units % u ? sweep(units % u) : 0.0);
   }
@@ -105,15 +106,19 @@ template <class S, class A> struct PixelBands {
       at_once = waiting;
     }
   }
-  // Cycles per useful pixel: whole vectors of multiply-adds, and packing.
+  // Cycles until the last thread is done: whole vectors of multiply-adds, packing, and a part of a
+  // band for what a thread waits for others.
   double cost() const {
     const int bands = ceil_div(p.Ho, rows), last = p.Ho - (bands - 1) * rows;
+    const double pairs = double(ceil_div<int64_t>(p.N, images)) * ceil_div(p.Wo, cols);
     const double packing = 0.35 * double(g.plane) * L.nlive, halo = p.KH - 1;
     const double whole = work_of(rows * images, swept) * macs_per_pixel / 2 + packing;
     const double rest = work_of(last * images, swept) * macs_per_pixel / 2 +
                         packing * (last + halo) / (rows + halo);
-    return ((bands - 1) * whole + rest) * ceil_div(p.Wo, cols) /
-           (double(p.Ho) * images * p.Wo);
+    const double all = pairs * ((bands - 1) * whole + rest) / p.threads;
+    if (p.threads == 1) return all;
+    const int64_t wholes = int64_t(pairs) * (last == rows ? bands : bands - 1);
+    return most(all, double(ceil_div<int64_t>(wholes, p.threads)) * whole) + 0.25 * whole;
   }
 
   void choose_band() {
@@ -212,8 +217,7 @@ template <class S, class A> struct PixelBands {
     for (int m = 1; m <= p.N && m * best_r * p.Wo <= 2048; ++m) {
       if (ceil_div<int64_t>(p.N, m) < p.threads && m > 1) break;
       for (int copies = 0; copies < 2; ++copies) {
-        const double c = lay_out(best_r, best_c, m, copies) *
-                         double(ceil_div<int64_t>(p.N, m) * m) / double(p.N);
+        const double c = lay_out(best_r, best_c, m, copies);
         if (band_bytes() > kImageBlockBytes || c >= best) continue;
         best = c;
         best_m = m;

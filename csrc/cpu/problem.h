@@ -18,8 +18,8 @@ constexpr size_t kImageBlockBytes = 640u << 10;   // small images side by side i
 constexpr size_t kWgradBytes = 900u << 10;        // bands of input and output gradient together
 constexpr size_t kChannelBandBytes = 640u << 10;  // the same with channels in vectors
 constexpr size_t kSumsBytes = 256u << 10;         // of wgrad that each thread may keep a copy of
-constexpr size_t kPlanarBandBytes = 448u << 10;   // a packed band with pixels in vectors
-constexpr size_t kTurnBytes = 320u << 10;         // accumulators that wait for their transposition
+constexpr size_t kPlanarBandBytes = 512u << 10;   // a packed band with pixels in vectors
+constexpr size_t kTurnBytes = 384u << 10;         // accumulators that wait for their transposition
 constexpr size_t kPooledBytes = 512u << 10;       // outputs that wait to be pooled
 constexpr size_t kPooledBandBytes = 448u << 10;   // the band that they come from
 
