@@ -221,11 +221,8 @@ template <class S, class A> struct PixelsFprop : PixelBands<S, A> {
   // After the choice of a band.
   void run_bands(OffsetCache* cache) {
     find_offsets(cache);
-    const int64_t blocks = ceil_div<int64_t>(p.N, images), nb = ceil_div(p.Ho, rows),
-                  strips = ceil_div(p.Wo, cols);
-    const int64_t units = blocks * nb * strips;
-    const int shares =
-        L.accumulate || units % p.threads == 0 ? 1 : shares_for(units, L.count, p.threads);
+    const int64_t nb = ceil_div(p.Ho, rows), strips = ceil_div(p.Wo, cols), units = this->units();
+    const int shares = this->shares_tiles() ? shares_for(units, L.count, p.threads) : 1;
     const int64_t tasks = units * shares;
     const size_t band_room = room_for_band(), scratch_room = room_for_scratch();
     Tasks queue(tasks, p.threads);

@@ -106,6 +106,14 @@ template <class S, class A> struct PixelBands {
       at_once = waiting;
     }
   }
+  int64_t units() const {
+    return ceil_div<int64_t>(p.N, images) * ceil_div(p.Ho, rows) * ceil_div(p.Wo, cols);
+  }
+  // Whether the tiles of a band are shared among threads, because a few bands do not share out
+  // evenly. Filters are then written in smaller pieces.
+  bool shares_tiles() const {
+    return !L.accumulate && units() % p.threads != 0 && units() < 8 * p.threads;
+  }
   // Cycles until the last thread is done: whole vectors of multiply-adds, packing, and a part of a
   // band for what a thread waits for others.
   double cost() const {
@@ -118,7 +126,9 @@ template <class S, class A> struct PixelBands {
     const double all = pairs * ((bands - 1) * whole + rest) / p.threads;
     if (p.threads == 1) return all;
     const int64_t wholes = int64_t(pairs) * (last == rows ? bands : bands - 1);
-    return most(all, double(ceil_div<int64_t>(wholes, p.threads)) * whole) + 0.25 * whole;
+    const double time =
+        most(all, double(ceil_div<int64_t>(wholes, p.threads)) * whole) + 0.15 * whole;
+    return shares_tiles() && turn ? 1.1 * time : time;
   }
 
   void choose_band() {
