@@ -104,8 +104,7 @@ template <class S, class A> struct FiltersFprop {
       while (cols > 1 && band_bytes(1, cols) + scratch_bytes(cols) >
                              kWorkspaceBytes * (cols > kMaxPixels ? 3 : 4) / 4 - 1024)
         cols = ceil_div(cols, 2);
-      if (cols == p.Wo)
-        while (rows < p.Ho && band_bytes(rows + 1, cols) <= kBandBytes) ++rows;
+      if (cols == p.Wo) choose_rows();
     }
     // Enough bands for every thread, and of equal height.
     const int64_t strips = ceil_div(p.Wo, cols);
@@ -115,6 +114,22 @@ template <class S, class A> struct FiltersFprop {
     if (p.N * strips * bands < p.threads) bands = least<int64_t>(p.Ho, bands * 2);
     rows = int(ceil_div<int64_t>(p.Ho, bands));
     if (!direct) lay_axes(rows, cols);
+  }
+  // As many rows as fit, in strips that are narrow enough for the least packing: rows that bands
+  // share are packed twice. Whole rows are what pooling needs, and what planes want.
+  void choose_rows() {
+    double least_packed = 0;
+    const bool strips = p.x.sc == 1 && p.y.sc == 1 && !p.pool;
+    for (int s = 1; s == 1 || (strips && p.Wo / s >= 64); ++s) {
+      const int c = ceil_div(p.Wo, s);
+      int r = 1;
+      while (r < p.Ho && band_bytes(r + 1, c) <= kBandBytes) ++r;
+      const double packed = double(band_bytes(r, c)) / (double(r) * c);
+      if (s > 1 && packed > 0.9 * least_packed) continue;
+      least_packed = packed;
+      rows = r;
+      cols = c;
+    }
   }
   void lay_axes(int r, int c) {
     axis_shared(&ya, L.KH, p.sh, p.dh, r);
