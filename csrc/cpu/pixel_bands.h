@@ -74,7 +74,6 @@ template <class S, class A> struct PixelBands {
     return size_t((gather ? L.F : kMaxPixelFilters) + kMaxPixelFilters) * size_t(wide_for(pixels));
   }
 
-
   // Pixels from the first of `units` rows to the last.
   int length_of(int units, int nc) const { return direct ? nc : (units - 1) * g.pitch + nc; }
 
@@ -158,8 +157,9 @@ template <class S, class A> struct PixelBands {
     p.Wo = 2 * q.Wo;
     halves = true;
     choose_band();
-    if (!direct && turn && band_bytes() + scratch_elements(length_of(at_once, cols)) * sizeof(A) +
-                                   2048 <= kWorkspaceBytes)
+    if (!direct && turn &&
+        band_bytes() + scratch_elements(length_of(at_once, cols)) * sizeof(A) + 2048 <=
+            kWorkspaceBytes)
       return true;
     halves = false;
     p = before;
@@ -200,11 +200,12 @@ template <class S, class A> struct PixelBands {
            band_bytes() + scratch_elements(step * g.pitch) * sizeof(A) > kWorkspaceBytes - 2048)
       lay(step, even(ceil_div(cols, 2)), 1, false);
     // Narrow strips take more rows, and so pack fewer rows twice; where channels are planes in
-    // memory they would read pieces of their rows.
+    // memory they would read pieces of their rows, and `Pooled` wants whole ones.
+    const bool narrow = p.x.sw != 1 && (!p.pool || halves);
     const int widest = cols, strips = ceil_div(p.Wo, cols);
     double best = -1;
     int best_r = step, best_c = cols;
-    for (int s = strips; s == strips || (p.x.sw != 1 && p.Wo / s >= 64); ++s) {
+    for (int s = strips; s == strips || (narrow && p.Wo / s >= 64); ++s) {
       const int c = least(widest, even(ceil_div(p.Wo, s)));
       for (int r = step; r <= p.Ho; r += step) {
         const double each = lay_out(r, c, 1, false);
