@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Halos as boxes that TMA cuts out of a tensor: which box, and where it may lie.
+// Tiles as boxes that TMA cuts out of a tensor: which box, and where it may lie.
 #pragma once
 #include "bulk.h"
 #include "narrow.h"
@@ -18,6 +18,7 @@ struct NarrowBoxes : Narrow {
 struct WgradBoxes : NarrowWgrad {
   TensorMap x_map, dy_map;
 };
+static_assert(alignof(NarrowBoxes) % 64 == 0 && alignof(WgradBoxes) % 64 == 0);
 
 // Images of 16-bit numbers in channels_last order, and the boxes that are cut out of them.
 struct Boxed {

@@ -118,18 +118,21 @@ template <class T, class P> __device__ __forceinline__ void compute(const P& p) 
     if (ahead) {
       buffer = 1 - buffer;
       if (item + int(gridDim.x) < items) fetch(item + gridDim.x, 1 - buffer);
+      if constexpr (!kBoxes) {
+        copy_commit();
+        copy_wait<1>();
+      }
     } else {
       fetch(item, 0);
+      if constexpr (!kBoxes) {
+        copy_commit();
+        copy_wait<0>();
+      }
     }
     if constexpr (kBoxes) {
       parity ^= buffer == 0;
       phase_wait(shared + at.phases + buffer * 8, parity);
     } else {
-      copy_commit();
-      if (ahead)
-        copy_wait<1>();
-      else
-        copy_wait<0>();
       barrier();
     }
     uint32_t x = shared + buffer * at.buffer, dy = x + at.dy;
