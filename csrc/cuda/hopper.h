@@ -15,7 +15,7 @@
 //    read its operands, so that they may be overwritten in either way after an arrival.
 //  - that bytes of a multicast may count at a barrier before its own block expects them.
 #pragma once
-#include "ptx.h"
+#include "bulk.h"
 #ifdef HETCONV_HOST
 #include "host_hopper.h"
 #else
@@ -58,22 +58,6 @@ __device__ __forceinline__ void cluster_barrier() {
   asm volatile("barrier.cluster.arrive;\n\tbarrier.cluster.wait;" ::: "memory");
 }
 
-// Barriers that count arrivals and bytes ---------------------------------------------------------
-
-// A phase ends after `count` arrivals and all bytes that are expected in it.
-__device__ __forceinline__ void phase_init(uint32_t address, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address), "r"(count) : "memory");
-}
-
-// Makes inits visible to the copying engine and to the cluster.
-__device__ __forceinline__ void phase_init_done() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-
-__device__ __forceinline__ void phase_arrive(uint32_t address) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address) : "memory");
-}
-
 // Arrives at the barrier that lies at `address` of another block of the cluster, or of this one. It
 // says that wgmma has read a slot, which is all it orders: hence no wider a scope than the default,
 // whose fences of all memory at every step would be dear (CUTLASS does the same).
@@ -83,29 +67,6 @@ __device__ __forceinline__ void phase_arrive_at(uint32_t address, uint32_t rank)
       "mbarrier.arrive.shared::cluster.b64 _, [there];\n\t}" ::"r"(address),
       "r"(rank)
       : "memory");
-}
-
-// Arrives, and has the phase wait for that many bytes more.
-__device__ __forceinline__ void phase_expect(uint32_t address, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes)
-               : "memory");
-}
-
-// Whether the phase of that parity has ended; the one before the first counts as odd and ended.
-__device__ __forceinline__ bool phase_ended(uint32_t address, uint32_t parity) {
-  uint32_t ended;
-  asm volatile(
-      "{\n\t.reg .pred p;\n\t"
-      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
-      "selp.u32 %0, 1, 0, p;\n\t}"
-      : "=r"(ended)
-      : "r"(address), "r"(parity)
-      : "memory");
-  return ended;
-}
-
-__device__ __forceinline__ void phase_wait(uint32_t address, uint32_t parity) {
-  while (!phase_ended(address, parity)) {}
 }
 
 // Copies -----------------------------------------------------------------------------------------
@@ -128,12 +89,6 @@ __device__ __forceinline__ void copy_bulk_to(uint32_t address, const void* sourc
       "[%0], [%1], %2, [%3], %4;" ::"r"(address),
       "l"(source), "r"(bytes), "r"(barrier), "h"(uint16_t(blocks))
       : "memory");
-}
-
-// Orders this thread's earlier accesses of shared memory before what wgmma and bulk copies do after
-// the thread's next arrival.
-__device__ __forceinline__ void fence_async() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // Matrices ---------------------------------------------------------------------------------------
@@ -223,15 +178,6 @@ __device__ __forceinline__ uint64_t operand(uint32_t address, uint32_t next_k, u
 }
 
 // Launches (host) --------------------------------------------------------------------------------
-
-// Whether the current device is of that compute capability.
-inline bool is_capability(int major, int minor) {
-  int device = 0, found[2] = {};
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&found[0], cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&found[1], cudaDevAttrComputeCapabilityMinor, device);
-  return found[0] == major && found[1] == minor;
-}
 
 // A launch of blocks in clusters; the attribute must live as long as the configuration.
 struct ClusterLaunch {

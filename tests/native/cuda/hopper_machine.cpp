@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "hopper_machine.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -20,13 +21,15 @@ int64_t row_address(uint64_t operand, int row, int half) {
 
 }  // namespace
 
-Hopper::Hopper(const std::vector<Block*>& blocks)
+Hopper::Hopper(const std::vector<Block*>& blocks, int grain)
     : threads_(blocks[0]->threads()),
+      groups_((threads_ + 127) / 128),
       engines_(int(blocks.size()) * threads_),
-      order_(engines_ + int(blocks.size()) * (threads_ / 128) + kMostPhases) {
+      grain_(grain),
+      order_(engines_ + int(blocks.size()) * groups_ + kMostPhases) {
   for (Block* b : blocks) {
-    watched_.push_back({b, std::vector<Cell>(size_t(b->size() / 16)), {}, {}, {}});
-    watched_.back().warpgroups.resize(size_t(threads_ / 128));
+    watched_.push_back({b, std::vector<Cell>(size_t(b->size() / grain)), {}, {}, {}});
+    watched_.back().warpgroups.resize(size_t(groups_));
     b->hopper = this;
   }
 }
@@ -34,16 +37,16 @@ Hopper::Hopper(const std::vector<Block*>& blocks)
 int Hopper::me() const { return member(*block, int(block->current().thread.x)); }
 
 int Hopper::engine_of(const Block& at, int warpgroup) const {
-  return engines_ + at.rank() * (threads_ / 128) + warpgroup;
+  return engines_ + at.rank() * groups_ + warpgroup;
 }
 
 std::string Hopper::name(int who) const {
   if (who < engines_)
     return "thread " + std::to_string(who % threads_) + " of block " +
            std::to_string(who / threads_);
-  const int products = int(watched_.size()) * (threads_ / 128);
+  const int products = int(watched_.size()) * groups_;
   if (who < engines_ + products)
-    return "the products of warpgroup " + std::to_string((who - engines_) % (threads_ / 128));
+    return "the products of warpgroup " + std::to_string((who - engines_) % groups_);
   return "a bulk copy";
 }
 
@@ -62,20 +65,26 @@ void Hopper::say(const char* wrong, const Block& at, uint32_t address, int other
 // Shared memory ----------------------------------------------------------------------------------
 
 void Hopper::read(Block& at, int thread, uint32_t address, int bytes) {
-  if (bytes != 16) fail("reads %d bytes of shared memory, which is watched by 16", bytes);
-  int other = 0;
-  const char* wrong = order_.read(cell(at, address), member(at, thread), other);
-  say(wrong, at, address, other);
+  if (bytes % grain_) fail("reads %d bytes of shared memory, watched by %d", bytes, grain_);
+  each_cell(at, address, uint32_t(bytes), [&](Cell& read, uint32_t place) {
+    int other = 0;
+    const char* wrong = order_.read(read, member(at, thread), other);
+    say(wrong, at, place, other);
+  });
 }
 
 void Hopper::write(Block& at, int thread, uint32_t address, int bytes) {
-  if (bytes != 16) fail("writes %d bytes of shared memory, which is watched by 16", bytes);
-  int other = 0;
-  const char* wrong = order_.write(cell(at, address), member(at, thread), other);
-  say(wrong, at, address, other);
+  if (bytes % grain_) fail("writes %d bytes of shared memory, watched by %d", bytes, grain_);
+  each_cell(at, address, uint32_t(bytes), [&](Cell& written, uint32_t place) {
+    int other = 0;
+    const char* wrong = order_.write(written, member(at, thread), other);
+    say(wrong, at, place, other);
+  });
 }
 
-void Hopper::coming(Block& at, uint32_t address, bool is) { cell(at, address).coming = is; }
+void Hopper::coming(Block& at, uint32_t address, bool is) {
+  each_cell(at, address, 16, [&](Cell& cell, uint32_t) { cell.coming = is; });
+}
 
 void Hopper::fence() {
   Fiber& own = block->current();
@@ -99,9 +108,9 @@ void Hopper::phase_init(uint32_t address, int count) {
   if (++phases_ > kMostPhases) fail("more than %d barriers", kMostPhases);
   Phase& p = own.phases[address];
   p.count = p.pending = count;
-  p.engine = engines_ + int(watched_.size()) * (threads_ / 128) + phases_ - 1;
+  p.engine = engines_ + int(watched_.size()) * groups_ + phases_ - 1;
   p.arrived = p.known = Clock(order_.of(0).size(), 0);
-  cell(*block, address).closed = true;
+  each_cell(*block, address, 8, [](Cell& cell, uint32_t) { cell.closed = true; });
 }
 
 void Hopper::settle(Block& at, uint32_t address, Phase& p) {
@@ -127,6 +136,7 @@ void Hopper::phase_arrive(uint32_t address, uint32_t rank, uint32_t expected) {
   Watched& there = watched_[rank];
   if (there.block->left() == 0) fail("arrives at a barrier of block %u, which has ended", rank);
   Phase& p = phase(*there.block, address);
+  if (expected && mistake.name == "wrong-bytes" && expected_++ == mistake.at) expected += 16;
   if (p.pending == 0) fail("more than %d arrivals at the barrier at %u", p.count, address);
   Order::join(p.arrived, order_.of(me()));
   order_.tick(me());
@@ -200,48 +210,6 @@ void Hopper::cluster_barrier() {
   for (Watched& w : watched_)
     for (int t = 0; t < threads_; ++t)
       if (w.block->fiber(t).waiting == Waiting::cluster) w.block->wake(t);
-}
-
-// Copies -----------------------------------------------------------------------------------------
-
-void Hopper::copy(uint32_t address, const void* source, uint32_t bytes, uint32_t barrier,
-                  uint32_t blocks) {
-  if (mistake.name == "skip-bulk" && copies_++ == mistake.at) return;
-  if (bytes % 16 || uintptr_t(source) % 16)
-    fail("a bulk copy of %u bytes from %p, which is not aligned to 16", bytes, source);
-  if (blocks >> watched_.size()) fail("the cluster has no such blocks: %u", blocks);
-  for (Watched& w : watched_) {
-    if (!(blocks >> w.block->rank() & 1)) continue;
-    w.block->check(address, bytes, 16, "a bulk copy");
-    phase(*w.block, barrier);
-    int other = 0;
-    for (uint32_t i = 0; i < bytes; i += 16) {
-      const char* wrong = order_.copied_by(cell(*w.block, address + i), me(), other);
-      say(wrong, *w.block, address + i, other);
-    }
-    bulks_.push_back({w.block, address, static_cast<const char*>(source), bytes, barrier});
-  }
-}
-
-bool Hopper::land_one() {
-  if (bulks_.empty()) return false;
-  size_t drawn = draw(unsigned(bulks_.size()));
-  for (int again = 0; again < 8 && !favours(*bulks_[drawn].to); ++again)
-    drawn = draw(unsigned(bulks_.size()));
-  std::swap(bulks_[drawn], bulks_.back());
-  const Bulk bulk = bulks_.back();
-  bulks_.pop_back();
-  if (bulk.to->left() == 0) fail("a copy comes to block %d, which has ended", bulk.to->rank());
-  std::memcpy(bulk.to->memory(bulk.address), bulk.source, bulk.bytes);
-  Phase& p = phase(*bulk.to, bulk.barrier);
-  for (uint32_t i = 0; i < bulk.bytes; i += 16)
-    order_.landed(cell(*bulk.to, bulk.address + i), p.engine);
-  const uint32_t now = order_.of(p.engine)[size_t(p.engine)];
-  p.arrived[size_t(p.engine)] = now;
-  order_.tick(p.engine);
-  p.bytes -= bulk.bytes;
-  settle(*bulk.to, bulk.barrier, p);
-  return true;
 }
 
 // Products ---------------------------------------------------------------------------------------

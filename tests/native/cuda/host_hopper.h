@@ -3,7 +3,7 @@
 #pragma once
 #include <memory>
 
-#include "hopper_machine.h"
+#include "host_bulk.h"
 
 #define HETCONV_WGMMA
 
@@ -14,27 +14,13 @@ inline int warp_index() { return int(threadIdx.x) / 32; }
 template <int kCount> void fewer_registers() {}
 template <int kCount> void more_registers() {}
 
-inline host::Hopper& hopper() { return *host::block->hopper; }
-
 inline void barrier_of(int name, int threads) { hopper().named_barrier(name, threads); }
 inline uint32_t cluster_rank() { return uint32_t(host::block->rank()); }
 inline void cluster_barrier() { hopper().cluster_barrier(); }
 
-inline void phase_init(uint32_t address, int count) { hopper().phase_init(address, count); }
-inline void phase_init_done() {}
-inline void phase_arrive(uint32_t address) {
-  hopper().phase_arrive(address, uint32_t(host::block->rank()));
-}
 inline void phase_arrive_at(uint32_t address, uint32_t rank) {
   hopper().phase_arrive(address, rank);
 }
-inline void phase_expect(uint32_t address, uint32_t bytes) {
-  hopper().phase_arrive(address, uint32_t(host::block->rank()), bytes);
-}
-inline bool phase_ended(uint32_t address, uint32_t parity) {
-  return hopper().phase_ended(address, parity);
-}
-inline void phase_wait(uint32_t address, uint32_t parity) { hopper().phase_wait(address, parity); }
 
 inline void copy_bulk(uint32_t address, const void* source, uint32_t bytes, uint32_t barrier) {
   hopper().copy(address, source, bytes, barrier, 1u << host::block->rank());
@@ -43,7 +29,6 @@ inline void copy_bulk_to(uint32_t address, const void* source, uint32_t bytes, u
                          uint32_t blocks) {
   hopper().copy(address, source, bytes, barrier, blocks);
 }
-inline void fence_async() { hopper().fence(); }
 
 inline void store_matrices_transposed(uint32_t address, const Quad& q) {
   host::LaneArguments own;
@@ -77,8 +62,6 @@ inline uint64_t operand(uint32_t address, uint32_t next_k, uint32_t next_rows) {
 }
 
 // Launches ---------------------------------------------------------------------------------------
-
-inline bool is_capability(int, int) { return true; }
 
 template <class P> int64_t held_clustered(void (*)(P), int, int64_t, int cluster) {
   return 2 * cluster;
