@@ -216,12 +216,6 @@ HC_PRODUCTS(Half, "f16")
 #undef HC_PRODUCT
 // clang-format on
 
-// Describes an operand in shared memory: from eight rows to the next and from the first eight k to
-// the second in units of 16 bytes; without swizzling.
-__device__ __forceinline__ uint64_t operand(uint32_t address, uint32_t next_k, uint32_t next_rows) {
-  return uint64_t(next_rows) << 32 | (next_k << 16 | address >> 4);
-}
-
 // Launches (host) --------------------------------------------------------------------------------
 
 // Whether the current device is of that compute capability.
@@ -273,3 +267,15 @@ const char* launch_clustered(void (*kernel)(P), P p, int64_t blocks, int threads
 
 }  // namespace hetconv::cuda
 #endif
+
+namespace hetconv::cuda {
+
+// Describes an operand in shared memory: from eight rows to the next and from the first eight k to
+// the second in units of 16 bytes; without swizzling. Of the address, 18 bits are meant (PTX ISA,
+// "matrix-descriptor-encode"): in a cluster the block's rank is above them, and would change
+// next_k.
+__device__ __forceinline__ uint64_t operand(uint32_t address, uint32_t next_k, uint32_t next_rows) {
+  return uint64_t(next_rows) << 32 | (next_k << 16 | (address & 0x3FFFF) >> 4);
+}
+
+}  // namespace hetconv::cuda

@@ -27,10 +27,10 @@ class Hopper {
  public:
   explicit Hopper(const std::vector<Block*>& blocks);
 
-  // Shared memory, 16 bytes at a time.
-  void read(Block& at, int thread, uint32_t address, int bytes);
-  void write(Block& at, int thread, uint32_t address, int bytes);
-  void coming(Block& at, uint32_t address, bool is);
+  // Shared memory, 16 bytes at a time; offsets from the block's begin.
+  void read(Block& at, int thread, uint32_t offset, int bytes);
+  void write(Block& at, int thread, uint32_t offset, int bytes);
+  void coming(Block& at, uint32_t offset, bool is);
 
   void phase_init(uint32_t address, int count);
   void phase_arrive(uint32_t address, uint32_t rank, uint32_t expected = 0);
@@ -54,7 +54,7 @@ class Hopper {
   bool land_one();
   void ends();          // the current thread
   void finish() const;  // all threads have
-  std::string state(const Block& at, uint32_t address) const;
+  std::string state(const Block& at, uint32_t offset) const;
 
  private:
   struct Waiter {
@@ -69,9 +69,9 @@ class Hopper {
   };
   struct Bulk {
     Block* to;
-    uint32_t address;
+    uint32_t offset;
     const char* source;
-    uint32_t bytes, barrier;
+    uint32_t bytes, barrier;  // which is an offset too
   };
   struct Named {
     std::vector<int> threads;
@@ -107,12 +107,15 @@ class Hopper {
   int member(const Block& at, int thread) const { return at.rank() * threads_ + thread; }
   int engine_of(const Block& at, int warpgroup) const;
   std::string name(int who) const;
-  void say(const char* wrong, const Block& at, uint32_t address, int other) const;
-  Cell& cell(const Block& at, uint32_t address) {
-    return watched_[size_t(at.rank())].cells[address / 16];
+  void say(const char* wrong, const Block& at, uint32_t offset, int other) const;
+  Cell& cell(const Block& at, uint32_t offset) {
+    return watched_[size_t(at.rank())].cells[offset / 16];
   }
-  Phase& phase(const Block& at, uint32_t address);
-  void settle(Block& at, uint32_t address, Phase& p);
+  static uint32_t barrier_offset(uint32_t address) {
+    return block->offset(address, 8, 8, "a barrier");
+  }
+  Phase& phase(const Block& at, uint32_t offset);
+  void settle(Block& at, uint32_t offset, Phase& p);
   bool has_ended(const Phase& p, uint32_t parity) const {
     return (uint64_t(p.ended) & 1) != parity;
   }

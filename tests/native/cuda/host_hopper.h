@@ -71,11 +71,6 @@ template <class T, int kColumns> void product(float (&d)[kColumns / 2], uint64_t
   hopper().product(d, {kColumns, a, b, widen<T>});
 }
 
-inline uint64_t operand(uint32_t address, uint32_t next_k, uint32_t next_rows) {
-  if (address % 16) host::fail("an operand at %u, which is not aligned", address);
-  return uint64_t(next_rows) << 32 | (next_k << 16 | address >> 4);
-}
-
 // Launches ---------------------------------------------------------------------------------------
 
 inline bool is_capability(int, int) { return true; }
