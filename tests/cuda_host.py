@@ -40,7 +40,7 @@ def build() -> Path:
     import pybind11
 
     native, own = ROOT / "tests" / "native" / "cuda", ROOT / "csrc" / "cuda"
-    machine = [native / f"{name}.cpp" for name in ("machine", "hopper_machine", "order")]
+    machine = [path for path in sorted(native.glob("*.cpp")) if path.stem != "driver"]
     sources = [*sorted(own.glob("*.cu")), own / "bindings.cpp", *machine]
     include = [native, own, pybind11.get_include(), sysconfig.get_path("include")]
     suffix = sysconfig.get_config_var("EXT_SUFFIX")

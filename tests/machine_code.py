@@ -46,7 +46,7 @@ class Code:
         spills: bytes spilled, stores and loads.
         shared: bytes of static shared memory.
         matrix: matrix instructions, by name.
-        copies: asynchronous copies, by name.
+        copies: asynchronous copies, by name; ARRIVES has a barrier count their end.
         local: loads and stores of local memory.
         described: HGMMA whose operands both lie in shared memory.
         losses: warnings of ptxas, such as that wgmma is serialized.
@@ -80,6 +80,8 @@ def problems(code: Code) -> list[str]:
             found.append(f"{code.described} HGMMA of operands in shared memory: {code.matrix}")
         if not {"LDGSTS", "UBLKCP"} <= set(code.copies):
             found.append(f"no asynchronous and bulk copies: {code.copies}")
+        if "ARRIVES" not in code.copies:
+            found.append(f"copies whose end a barrier does not count by itself: {code.copies}")
         if code.registers > _WIDE_REGISTERS:
             found.append(f"{code.registers} registers")
     if code.losses:
@@ -208,7 +210,7 @@ def read(architecture: str, said: str, sass: str) -> list[Code]:
                 spills=int(stores) + int(loads),
                 shared=int(shared or 0),
                 matrix=_count(body, r"\b(HGMMA|UTC[A-Z]*MMA|HMMA)\b"),
-                copies=_count(body, r"\b(LDGSTS|UTMALDG|UBLKCP)\b"),
+                copies=_count(body, r"\b(LDGSTS|UTMALDG|UBLKCP|ARRIVES)\b"),
                 local=sum(_count(body, r"\b(LDL|STL)\b").values()),
                 described=len(re.findall(r"\bHGMMA\S* R\d+, gdesc\[", body)),
                 losses=len(re.findall(rf"^ptxas .*(?:warn|Potential).*{name}.*$", said, re.M)),

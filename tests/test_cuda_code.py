@@ -90,7 +90,7 @@ WIDE = dataclasses.replace(
     architecture="90a",
     registers=168,
     matrix={"HGMMA": 4},
-    copies={"LDGSTS": 1, "UBLKCP": 4},
+    copies={"LDGSTS": 1, "UBLKCP": 4, "ARRIVES": 1},
     described=4,
 )
 
@@ -100,8 +100,9 @@ WIDE = dataclasses.replace(
     [
         ({"described": 0}, "0 HGMMA of operands in shared memory"),
         ({"matrix": {"HMMA": 4}, "described": 0}, "0 HGMMA of operands in shared memory"),
-        ({"copies": {"LDGSTS": 1}}, "no asynchronous and bulk copies"),
-        ({"copies": {"UBLKCP": 1}}, "no asynchronous and bulk copies"),
+        ({"copies": {"LDGSTS": 1, "ARRIVES": 1}}, "no asynchronous and bulk copies"),
+        ({"copies": {"UBLKCP": 1, "ARRIVES": 1}}, "no asynchronous and bulk copies"),
+        ({"copies": {"LDGSTS": 1, "UBLKCP": 4}}, "whose end a barrier does not count"),
         ({"registers": 176}, "176 registers"),
         ({"losses": 1}, "1 warnings of lost speed"),
     ],

@@ -165,7 +165,6 @@ def simple(cluster: int = 1) -> shim.Case:
         ("skip-named", 1, "race"),  # residual: added
         ("skip-named", 2, "race"),  # results: written out
         ("skip-bulk", 3, "deadlock"),
-        ("skip-wait", 0, "race|copy is on its way"),
         ("skip-copy", 100, "nobody has written"),
         ("wrong-operand", 7, "nobody has written|outside of|not ordered|where a barrier lies"),
         ("wrong-address", 0, "outside of"),
@@ -184,6 +183,11 @@ def test_results_wait_for_those_of_the_tile_before(tmp_path: Path) -> None:
     done = shim.execute([case], tmp_path, ("skip-named", "8"))
     assert done.returncode == 3
     assert "race" in done.stderr, done.stderr
+
+
+def test_ending_before_its_copies_is_found(tmp_path: Path) -> None:
+    done = shim.execute([simple()], tmp_path, ("skip-wait", "0"))
+    assert "ends with copies that it never waited for" in done.stderr
 
 
 def test_leaving_a_cluster_too_early_is_found(tmp_path: Path) -> None:

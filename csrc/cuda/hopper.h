@@ -10,9 +10,14 @@
 //    and K-major, LBO leads from the first eight of sixteen k to the second and SBO from eight rows
 //    to the next eight, eight rows are 128 bytes, and they may begin at any multiple of 16 bytes;
 //    the base offset, which is about swizzling, is 0.
-//  - that fence.proxy.async, between the end of a thread's copies and its arrival at a barrier,
-//    makes them visible to the wgmma of those who wait there; and that wgmma, once waited for, has
-//    read its operands, so that they may be overwritten in either way after an arrival.
+//  - that the threads of a warpgroup see what copy_async brought once they have waited for the
+//    barrier that counts it, and that fence.proxy.async in all of them, between that and wgmma,
+//    makes wgmma see it: cp.async writes as threads do (the generic proxy), wgmma reads through the
+//    async proxy, and a fence is to lie on the way from the one to the other, in the block of the
+//    latter (PTX ISA, "Causality order" and "Async proxy"; Lustig et al., ISCA 2022, section 5.4).
+//    Writers cannot fence: they go on while their copies are on their way.
+//  - that wgmma, once waited for, has read its operands, so that they may be overwritten in either
+//    way after an arrival.
 //  - that bytes of a multicast may count at a barrier before its own block expects them.
 #pragma once
 #include "ptx.h"
@@ -91,21 +96,19 @@ __device__ __forceinline__ void phase_expect(uint32_t address, uint32_t bytes) {
                : "memory");
 }
 
-// Whether the phase of that parity has ended; the one before the first counts as odd and ended.
-__device__ __forceinline__ bool phase_ended(uint32_t address, uint32_t parity) {
-  uint32_t ended;
-  asm volatile(
-      "{\n\t.reg .pred p;\n\t"
-      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
-      "selp.u32 %0, 1, 0, p;\n\t}"
-      : "=r"(ended)
-      : "r"(address), "r"(parity)
-      : "memory");
-  return ended;
-}
-
+// Waits for the end of the phase of that parity; the one before the first counts as odd and ended.
+// try_wait may itself wait for some time, so it is no way to look and do something else meanwhile.
 __device__ __forceinline__ void phase_wait(uint32_t address, uint32_t parity) {
-  while (!phase_ended(address, parity)) {}
+  uint32_t ended;
+  do {
+    asm volatile(
+        "{\n\t.reg .pred p;\n\t"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
+        "selp.u32 %0, 1, 0, p;\n\t}"
+        : "=r"(ended)
+        : "r"(address), "r"(parity)
+        : "memory");
+  } while (!ended);
 }
 
 // Copies -----------------------------------------------------------------------------------------
@@ -130,8 +133,15 @@ __device__ __forceinline__ void copy_bulk_to(uint32_t address, const void* sourc
       : "memory");
 }
 
-// Orders this thread's earlier accesses of shared memory before what wgmma and bulk copies do after
-// the thread's next arrival.
+// Has the barrier count an arrival of this thread once all its copy_async so far have ended, while
+// it goes on. Without .noinc the count would be raised first, and this be no arrival of those that
+// phase_init counts.
+__device__ __forceinline__ void copy_arrive(uint32_t address) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(address) : "memory");
+}
+
+// Orders what this thread did or waited for in shared memory before what wgmma and bulk copies,
+// which see it another way, do after it.
 __device__ __forceinline__ void fence_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }

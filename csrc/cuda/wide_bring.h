@@ -36,35 +36,21 @@ template <int kPixels> struct HaloBringer {
       const int place = load_w == 1 ? c : (c & 1) * half + (c >> 1);
       copy_async(to + (r * row_pitch + place) * 16, from + offset * 2, valid);
     }
-    copy_commit();
-  }
-
-  // The copies are ordinary writes, and wgmma reads by another way: hence the fence by each writer
-  // once its copies have ended, before it arrives.
-  template <int kPending> __device__ void finish(uint32_t barrier) const {
-    copy_wait<kPending>();
-    fence_async();
-    phase_arrive(barrier);
   }
 
   __device__ void run(Ring ring, int first, int step, int rank) const {
-    uint32_t started = 0;  // the barrier of the block whose copies are on their way
     Item item;
     for (int index = first; item.find(p, index, rank); index += step) {
       const int32_t* block = p.blocks + load_table(item.head + kBlockBegin) * kBlockFields;
       const int count = load_table(item.head + kBlockCount);
       for (int b = 0; b < count; ++b, block += kBlockFields, ring.advance()) {
-        if (started && !phase_ended(ring.emptied(), ring.parity ^ 1)) {
-          finish<0>(started);
-          started = 0;
-        }
         phase_wait(ring.emptied(), ring.parity ^ 1);
         start(item, block, ring.at);
-        if (started) finish<1>(started);
-        started = ring.filled();
+        copy_arrive(ring.filled());
       }
     }
-    if (started) finish<0>(started);
+    copy_commit();
+    copy_wait<0>();  // no thread ends before its copies
   }
 };
 

@@ -48,6 +48,7 @@ __device__ void compute(const Wide& p, uint32_t shared, const Layout& at, const 
       const int steps = load_table(block + kStepCount + 2 * group);
       const uint32_t planes = shared + at.halo + halo.at * at.stage;
       phase_wait(halo.filled(), halo.parity);
+      fence_async();        // here, as those who copied are further on already
       uint32_t before = 0;  // the barrier of the slot of the step before
       for (int s = 0; s < steps; ++s, ring.advance()) {
         const uint32_t window = uint32_t(load_table(windows + s));

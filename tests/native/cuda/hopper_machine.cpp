@@ -137,13 +137,6 @@ void Hopper::phase_arrive(uint32_t address, uint32_t rank, uint32_t expected) {
   settle(*there.block, offset, p);
 }
 
-bool Hopper::phase_ended(uint32_t address, uint32_t parity) {
-  const Phase& p = phase(*block, barrier_offset(address));
-  if (!has_ended(p, parity)) return false;
-  Order::join(order_.of(me()), p.known);
-  return true;
-}
-
 void Hopper::phase_wait(uint32_t address, uint32_t parity) {
   Fiber& own = block->current();
   if (mistake.name == "skip-phase" && own.phases++ == mistake.at) return;
@@ -203,50 +196,6 @@ void Hopper::cluster_barrier() {
   for (Watched& w : watched_)
     for (int t = 0; t < threads_; ++t)
       if (w.block->fiber(t).waiting == Waiting::cluster) w.block->wake(t);
-}
-
-// Copies -----------------------------------------------------------------------------------------
-
-void Hopper::copy(uint32_t address, const void* source, uint32_t bytes, uint32_t barrier,
-                  uint32_t blocks) {
-  if (mistake.name == "skip-bulk" && copies_++ == mistake.at) return;
-  if (bytes % 16 || uintptr_t(source) % 16)
-    fail("a bulk copy of %u bytes from %p, which is not aligned to 16", bytes, source);
-  if (blocks >> watched_.size()) fail("the cluster has no such blocks: %u", blocks);
-  // Addresses of this block; the others have the copy and its barrier as far from their begin.
-  const uint32_t offset = block->offset(address, bytes, 16, "a bulk copy");
-  const uint32_t counts = barrier_offset(barrier);
-  for (Watched& w : watched_) {
-    if (!(blocks >> w.block->rank() & 1)) continue;
-    phase(*w.block, counts);
-    int other = 0;
-    for (uint32_t i = 0; i < bytes; i += 16) {
-      const char* wrong = order_.copied_by(cell(*w.block, offset + i), me(), other);
-      say(wrong, *w.block, offset + i, other);
-    }
-    bulks_.push_back({w.block, offset, static_cast<const char*>(source), bytes, counts});
-  }
-}
-
-bool Hopper::land_one() {
-  if (bulks_.empty()) return false;
-  size_t drawn = draw(unsigned(bulks_.size()));
-  for (int again = 0; again < 8 && !favours(*bulks_[drawn].to); ++again)
-    drawn = draw(unsigned(bulks_.size()));
-  std::swap(bulks_[drawn], bulks_.back());
-  const Bulk bulk = bulks_.back();
-  bulks_.pop_back();
-  if (bulk.to->left() == 0) fail("a copy comes to block %d, which has ended", bulk.to->rank());
-  std::memcpy(bulk.to->memory(bulk.offset), bulk.source, bulk.bytes);
-  Phase& p = phase(*bulk.to, bulk.barrier);
-  for (uint32_t i = 0; i < bulk.bytes; i += 16)
-    order_.landed(cell(*bulk.to, bulk.offset + i), p.engine);
-  const uint32_t now = order_.of(p.engine)[size_t(p.engine)];
-  p.arrived[size_t(p.engine)] = now;
-  order_.tick(p.engine);
-  p.bytes -= bulk.bytes;
-  settle(*bulk.to, bulk.barrier, p);
-  return true;
 }
 
 // Products ---------------------------------------------------------------------------------------

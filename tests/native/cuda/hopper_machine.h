@@ -2,7 +2,8 @@
 // What a Hopper GPU has beside: barriers of phases, bulk copies, matrix products of a warpgroup
 // with operands in shared memory, and clusters of blocks.
 //
-// Copies land when somebody waits for them and nobody else can go on, or by lot. Products are
+// Copies land when somebody waits for them and nobody else can go on, or by lot; also a thread's
+// own that a barrier waits for. Products are
 // computed when their group is waited for: until then their accumulators are NaN, and an operand
 // that is overwritten too early spoils them. Which accesses are ordered is watched by order.h.
 // Mistakes that can be made on purpose, `at` counting the calls of every thread: skip-phase (a wait
@@ -34,12 +35,15 @@ class Hopper {
 
   void phase_init(uint32_t address, int count);
   void phase_arrive(uint32_t address, uint32_t rank, uint32_t expected = 0);
-  bool phase_ended(uint32_t address, uint32_t parity);
   void phase_wait(uint32_t address, uint32_t parity);
 
   // To each block of the cluster whose bit is set.
   void copy(uint32_t address, const void* source, uint32_t bytes, uint32_t barrier,
             uint32_t blocks);
+  // Has the barrier count an arrival once all copies of this thread have ended.
+  void arrive_copied(uint32_t address);
+  // Waits for copies of this thread that were committed before that many groups were.
+  void copies_wait(int before);
   void fence();
 
   void named_barrier(int name, int threads);
@@ -72,6 +76,13 @@ class Hopper {
     uint32_t offset;
     const char* source;
     uint32_t bytes, barrier;  // which is an offset too
+  };
+  struct Awaited {
+    Block* at;
+    int thread;
+    uint32_t barrier;
+    bool landed;
+    std::vector<Copy> copies;
   };
   struct Named {
     std::vector<int> threads;
@@ -116,6 +127,9 @@ class Hopper {
   }
   Phase& phase(const Block& at, uint32_t offset);
   void settle(Block& at, uint32_t offset, Phase& p);
+  void tell(Phase& p);
+  void land_bulk(size_t index);
+  void land_copies(size_t index);
   bool has_ended(const Phase& p, uint32_t parity) const {
     return (uint64_t(p.ended) & 1) != parity;
   }
@@ -129,6 +143,7 @@ class Hopper {
   int64_t copies_ = 0;
   std::vector<Watched> watched_;
   std::vector<Bulk> bulks_;
+  std::vector<Awaited> awaited_;
   Order order_;
 };
 

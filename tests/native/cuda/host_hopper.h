@@ -31,9 +31,6 @@ inline void phase_arrive_at(uint32_t address, uint32_t rank) {
 inline void phase_expect(uint32_t address, uint32_t bytes) {
   hopper().phase_arrive(address, uint32_t(host::block->rank()), bytes);
 }
-inline bool phase_ended(uint32_t address, uint32_t parity) {
-  return hopper().phase_ended(address, parity);
-}
 inline void phase_wait(uint32_t address, uint32_t parity) { hopper().phase_wait(address, parity); }
 
 inline void copy_bulk(uint32_t address, const void* source, uint32_t bytes, uint32_t barrier) {
@@ -43,6 +40,7 @@ inline void copy_bulk_to(uint32_t address, const void* source, uint32_t bytes, u
                          uint32_t blocks) {
   hopper().copy(address, source, bytes, barrier, blocks);
 }
+inline void copy_arrive(uint32_t address) { hopper().arrive_copied(address); }
 inline void fence_async() { hopper().fence(); }
 
 inline void store_matrices_transposed(uint32_t address, const Quad& q) {

@@ -73,6 +73,7 @@ struct Turns {
         fail("deadlock: thread %u of block %d waits for %s", t, b->rank_,
              f.waiting == Waiting::warpgroup ? "its warpgroup"
              : f.waiting == Waiting::named   ? "a named barrier"
+             : f.waiting == Waiting::copies  ? "its copies"
                                              : "its cluster");
       }
     fail("deadlock: a barrier that not all threads come to");
@@ -105,7 +106,7 @@ struct Start {
     Block& b = *block;
     turns.kernel();
     Fiber& own = b.current();
-    if (!own.copies.empty()) fail("ends with copies that it never waited for");
+    if (!own.copies.empty() || own.awaited) fail("ends with copies that it never waited for");
     if (b.hopper) b.hopper->ends();
     own.done = true;
     --b.left_;
@@ -305,12 +306,17 @@ void Block::wait(int pending) {
     else
       later.push_back(c);
   own.copies = later;
+  if (hopper) hopper->copies_wait(own.groups - pending);
 }
 
 void Block::land(Fiber& fiber, const Copy& c) {
-  for (uint32_t i = c.offset / 2; i < c.offset / 2 + 8; ++i) granules_[i].coming = 0;
   if (hopper) hopper->coming(*this, c.offset, false);
   note_write(int(fiber.thread.x), c.offset, 16);
+  put(c);
+}
+
+void Block::put(const Copy& c) {
+  for (uint32_t i = c.offset / 2; i < c.offset / 2 + 8; ++i) granules_[i].coming = 0;
   if (c.source)
     std::memcpy(memory(c.offset), c.source, 16);
   else

@@ -44,7 +44,7 @@ struct Copy {
   int group;
 };
 
-enum class Waiting { nothing, barrier, warp, warpgroup, phase, named, cluster };
+enum class Waiting { nothing, barrier, warp, warpgroup, phase, named, cluster, copies };
 
 struct Fiber {
   Dim thread{};
@@ -53,6 +53,7 @@ struct Fiber {
   int64_t barriers = 0, waits = 0, phases = 0, fences = 0, products = 0;
   uint32_t place = 0;  // the barrier that it waits at
   int groups = 0;      // committed
+  int awaited = 0;     // copies that barriers wait for, sets of them
   std::vector<Copy> copies;
   std::unique_ptr<char[]> stack;
   void* context = nullptr;
@@ -101,6 +102,7 @@ class Block {
   void copy(uint32_t address, const void* source);
   void commit();
   void wait(int pending);
+  void put(const Copy& copy);  // to memory
 
   // Returns how far from the begin an address is; all bytes from there on must be this block's.
   uint32_t offset(uint32_t address, int64_t bytes, int alignment, const char* what) const;
