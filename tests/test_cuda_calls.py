@@ -92,3 +92,13 @@ def test_an_operand_that_spans_too_much_is_brought_together(
         monkeypatch.setattr(calls, "MAX_SPAN", limit)
         assert torch.equal(run("fprop", GEOMETRY, wide, wide, w, None, None, None), expected)
         assert sum(capture.CONVERSIONS.values()) == copies
+
+
+@pytest.mark.parametrize(("heads", "blocks"), [(1, 3), (2, 1), (3, 1), (4, 1)])
+def test_blocks_of_all_heads_are_held_at_once(host, heads: int, blocks: int) -> None:
+    """More would wait for the others to end, with as much work; three are held on the CPU."""
+    narrow, wgrad = host.Narrow(), host.NarrowWgrad()
+    for call in (narrow, wgrad):
+        call.parts, call.buffers = heads, 1
+    narrow.class_count, narrow.warps_m, narrow.warps_n, wgrad.warps = 1, 1, 1, 1
+    assert [call.held_blocks("bfloat16") for call in (narrow, wgrad)] == [blocks, blocks]

@@ -7,6 +7,7 @@
 // pixels are the sixteen rows of a matrix instruction and filters its eight columns, so a group of
 // eight filters fits exactly. A step is any two slots of eight channels at any two taps; ldmatrix
 // takes an address from every lane, so a step costs one add (see lowering.py).
+#include <algorithm>
 #include <type_traits>
 
 #include "epilogue.h"
@@ -325,7 +326,8 @@ int64_t narrow_blocks(const Narrow& p, DType dtype) {
   const Kernel kernel = pick(p, dtype);
   const int64_t held = kernel ? held_blocks(kernel, threads_of(p), narrow_shared_bytes(p)) : 0;
   const int64_t heads = int64_t(p.class_count) * p.parts;
-  return held ? (held + heads - 1) / heads : 0;
+  // Rounded down: blocks of a second wave, each with a whole share of the tiles, double the time.
+  return held ? std::max<int64_t>(held / heads, 1) : 0;
 }
 
 const char* narrow_fprop(const Narrow& p, DType dtype, void* stream) {

@@ -6,6 +6,8 @@
 // filters its eight columns, pixels what is summed over; both operands are transposed as they are
 // read. A block keeps its part of the gradient in registers over all its tiles and leaves one
 // float32 partial; `narrow_reduce` adds those in order, so two runs agree bit for bit.
+#include <algorithm>
+
 #include "halo.h"
 #include "narrow.h"
 #include "ptx.h"
@@ -163,7 +165,7 @@ int64_t narrow_wgrad_blocks(const NarrowWgrad& p, DType dtype) {
   const Kernel kernel = pick(dtype);
   if (!kernel) return 0;
   const int64_t held = held_blocks(kernel, p.warps * 32, narrow_wgrad_shared_bytes(p));
-  return held ? (held + p.parts - 1) / p.parts : 0;
+  return held ? std::max<int64_t>(held / p.parts, 1) : 0;  // rounded as in narrow_fprop.cu
 }
 
 const char* narrow_wgrad(const NarrowWgrad& p, DType dtype, void* stream) {
