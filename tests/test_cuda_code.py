@@ -92,6 +92,7 @@ WIDE = dataclasses.replace(
     matrix={"HGMMA": 4},
     copies={"LDGSTS": 1, "UBLKCP": 4, "ARRIVES": 1},
     described=4,
+    turn=12.5,
 )
 
 
@@ -103,6 +104,7 @@ WIDE = dataclasses.replace(
         ({"copies": {"LDGSTS": 1, "ARRIVES": 1}}, "no asynchronous and bulk copies"),
         ({"copies": {"UBLKCP": 1, "ARRIVES": 1}}, "no asynchronous and bulk copies"),
         ({"copies": {"LDGSTS": 1, "UBLKCP": 4}}, "whose end a barrier does not count"),
+        ({"turn": 53.0}, "53.0 instructions for each asynchronous copy"),
         ({"registers": 176}, "176 registers"),
         ({"losses": 1}, "1 warnings of lost speed"),
     ],
@@ -152,6 +154,8 @@ SASS = """
         /*0030*/  HMMA.16816.F32.BF16 R4, R8, R10, R4 ;
         /*0040*/  HGMMA.64x256x16.F32.BF16 R24, gdesc[UR16], R24, gsb0 ;
         /*0050*/  HGMMA.64x256x16.F32.BF16 R24, R4, gdesc[UR16], R24, gsb0 ;
+        /*0060*/  @!P0 BRA 0x10 ;
+        /*0070*/  @!UP0 BRA 0x0 ;
 """
 
 
@@ -171,4 +175,5 @@ def test_what_the_tools_say_is_read() -> None:
         local=1,
         described=1,
         losses=1,
+        turn=8.0,
     )

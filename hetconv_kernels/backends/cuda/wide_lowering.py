@@ -41,7 +41,8 @@ COLUMNS, SLAB = 8, 64 * 64
 # Where a line of `blocks` has how many steps each warpgroup runs.
 STEP_COUNTS = [EIGHT + 1, EIGHT + 3]
 _MOST_STEPS = (2**31 - 1) // SLAB
-# What bringing a block's halo to shared memory costs, in steps; by arithmetic, not measured.
+# What bringing a block's halo to shared memory costs, in steps of one segment: L2 takes as long as
+# two, the warps that bring it as long as one or two. By arithmetic, not measured.
 _HALO_STEPS = 2.0
 # Steps whose packed weights are listed at a time.
 _LISTED = 256

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiles of the wide kernel: pixels, and what shared memory holds, by predicted clocks.
 
-The model counts, for one tile of two segments, clocks of the matrix unit, of shared memory's port
-and of what L2 supplies, of which the longest counts; then whole rounds of tiles over the
-multiprocessors. Its constants are data sheets and arithmetic: **no GPU has confirmed them**.
+The model counts, for one tile of two segments, clocks of the matrix unit, of shared memory's port,
+of what L2 supplies and of the warps that bring halos, of which the longest counts; then whole
+rounds of tiles over the multiprocessors. Its constants are data sheets and arithmetic: **no GPU has
+confirmed them**.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ _LINE = 128  # bytes of shared memory a clock
 _DEEP = 4
 # Clocks in which both warpgroups bring 32 pixels from their registers to y, and of starting to.
 _STAGE_CLOCKS, _FINISH_CLOCKS = 120.0, 300.0
+# Columns of a halo that are brought side by side, and the instructions of each warp, a clock each:
+# for a pixel in every column, and to begin a halo. Counted in machine code (nvcc 13.0).
+_LANES, _PIECE_CLOCKS, _BEGIN_CLOCKS = 12, 12.5, 150.0
 # Tiles whose rounds are counted one by one; and those, times pairs, that a 32-bit integer counts.
 _COUNTED, _MOST = 2**16, 2**30
 
@@ -102,7 +106,8 @@ def choose_wide(
             f"no tile with its halo, and two slabs for each warpgroup, fits in {part.shared} bytes "
             f"of shared memory, with at most {_MOST} tiles."
         )
-    return min(found, key=lambda tiling: tiling.clocks)
+    # Among equals clusters of two, which ask L2 for half of the slabs.
+    return min(found, key=lambda tiling: (tiling.clocks, -tiling.shape.cluster))
 
 
 def tilings(
@@ -197,6 +202,7 @@ def predicted_clocks(
     spans, executed = [], 0
     for line, heads, tiles in zip(classes, tables.heads, tile_counts(classes, batch), strict=True):
         halo = int(line[10] * line[11]) * 128
+        bring = bring_clocks(int(line[10]), int(line[11]))
         costs = []
         for (begin, count), written in zip(heads.tolist(), stored.tolist(), strict=True):
             steps = int(tables.blocks[begin : begin + count, STEP_COUNTS].sum())
@@ -208,9 +214,34 @@ def predicted_clocks(
             fill = (moved - steps * SLAB * 2 * (1 - 1 / cluster) + written) / part.l2
             busy = max(macs / part.rate, port) + finish
             # With one halo in shared memory nothing is fetched while it is computed.
-            costs.append(max(busy, fill) if shape.stages > 1 else busy + count * halo / part.l2)
+            if shape.stages > 1:
+                costs.append(max(busy, fill, count * bring))
+            else:
+                costs.append(busy + count * max(halo / part.l2, bring))
         spans.append((-(-tiles // cluster), np.array(costs)))
     return _rounds(spans, max(part.processors // cluster, 1)), executed
+
+
+def bring_clocks(rows: int, cols: int) -> float:
+    """Predicts the clocks in which the three warps bring a halo of one block, as the kernel does.
+
+    Twelve columns at a time, a pixel of each in turn; six and fewer that are left over have several
+    of their rows at a time.
+
+    Example: 30 rows of 10 columns are 30 turns, 17 columns are 30 and, two rows at a time, 15:
+
+        >>> bring_clocks(30, 10), bring_clocks(30, 17)
+        (525.0, 712.5)
+
+    Args:
+        rows: of the halo.
+        cols: of the halo.
+    """
+    turns = cols // _LANES * rows
+    left = cols % _LANES
+    if left:
+        turns += -(-rows // (_LANES // left))
+    return turns * _PIECE_CLOCKS + _BEGIN_CLOCKS
 
 
 def _rounds(spans: Sequence[tuple[int, np.ndarray]], processors: int) -> float:

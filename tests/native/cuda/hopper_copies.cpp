@@ -59,7 +59,7 @@ void Hopper::arrive_copied(uint32_t address) {
   phase(*block, offset);
   awaited_.push_back({block, int(own.thread.x), offset, false, {}});
   awaited_.back().copies.swap(own.copies);
-  ++own.awaited;
+  own.awaited += !awaited_.back().copies.empty();
 }
 
 void Hopper::copies_wait(int before) {
@@ -93,7 +93,7 @@ void Hopper::land_copies(size_t index) {
   --p.pending;
   settle(*own.at, own.barrier, p);
   Fiber& fiber = own.at->fiber(own.thread);
-  --fiber.awaited;
+  fiber.awaited -= !own.copies.empty();
   if (fiber.waiting == Waiting::copies) own.at->wake(own.thread);
 }
 
