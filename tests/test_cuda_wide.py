@@ -197,6 +197,10 @@ def broken(tiling: WideTiling, mistake: str) -> WideTiling:
             heads = tables.heads.copy()
             heads[0, 0, 1] -= 1
             return tiling._replace(tables=replace(tables, heads=heads))
+        case "border-left-out":
+            blocks[0, 14] += 1
+        case "border-below-left-out":
+            blocks[-1, 13] += 1
         case "base":
             classes[0, 8] += 1
         case "images-too-near":
@@ -215,7 +219,8 @@ def broken(tiling: WideTiling, mistake: str) -> WideTiling:
 
 MISTAKES = (
     *("step", "far-step", "taps-swapped", "channel", "run-twice", "step-left-out"),
-    *("block-left-out", "base", "images-too-near", "tile-left-out", "first", "halo", "pitch"),
+    *("border-left-out", "border-below-left-out", "block-left-out", "base", "tile-left-out"),
+    *("images-too-near", "first", "halo", "pitch"),
 )
 
 
@@ -250,6 +255,15 @@ def test_whole_groups_waste_nothing(support: Support, steps: int) -> None:
         tables = lower(support, classes, back)
         assert len(tables.steps) == steps
         assert tables.size == support.live
+
+
+def test_blocks_of_the_tap_in_the_middle_bring_nothing_around_the_tile() -> None:
+    classes, _ = wide_windows(make_geometry(Support.het(256, 256, 3, p=4), 1, 1), (14, 14), False)
+    blocks = lower(Support.het(256, 256, 3, p=4), classes).blocks
+    few = blocks[:, [9, 11]].sum(axis=1) == 2
+    assert few.sum() == 4
+    assert (blocks[few, 12:] == 1).all()
+    assert (blocks[~few, 12:] == 0).all()
 
 
 def test_runs_of_one_group_stand_together_wherever_they_are() -> None:
@@ -392,8 +406,8 @@ def test_pixels_in_turn_are_counted_as_the_kernel_takes_them() -> None:
                 if first < step and column < width:
                     turns += len(range(first, rows, step))
             most = max(most, turns)
-        found = wide_tiles.bring_clocks(rows, cols) - wide_tiles._BEGIN_CLOCKS
-        assert found == most * wide_tiles._PIECE_CLOCKS
+        (found,) = wide_tiles.bring_clocks(np.array([rows]), np.array([cols]))
+        assert found == most * wide_tiles._PIECE_CLOCKS + wide_tiles._BEGIN_CLOCKS
 
 
 def test_among_equals_two_blocks_share_slabs() -> None:

@@ -23,12 +23,14 @@ template <int kPixels> struct HaloBringer {
     const int load_h = load_table(table + kLoadH), load_w = load_table(table + kLoadW);
     const int images = load_table(table + kImages);
     const int image_rows = load_table(table + kImagePitch) * load_h;
-    const int rows = load_table(table + kHaloH), cols = load_table(table + kHaloW);
+    const int rows = load_table(table + kHaloH) - load_table(block + kUnreadBottom);
+    const int cols = load_table(table + kHaloW) - load_table(block + kUnreadRight);
+    const int unread = load_table(block + kUnreadTop);
     const int pitch = load_table(table + kRowPitch) * 16, half = load_table(table + kColHalf);
     const int top = load_table(table + kBaseH) + item.row * (kPixels / kColumns) * load_h;
     const int left = load_table(table + kBaseW) + item.col * load_w;
     const uint32_t plane = shared + stage * stage_bytes + chunk * p.plane_pitch * 16;
-    for (int band = 0; band < cols; band += kLanes) {
+    for (int band = load_table(block + kUnreadLeft); band < cols; band += kLanes) {
       const int width = cols - band < kLanes ? cols - band : kLanes;
       int column = band + lane, first = 0, step = 1;
       if (width <= kLanes / 2) {
@@ -48,11 +50,12 @@ template <int kPixels> struct HaloBringer {
         const bool there = inside && image < p.batch;
         const char* from =
             static_cast<const char*>(p.x) + (image < p.batch ? image * p.x_n * 2 : 0);
-        uint32_t offset = uint32_t(top + first) * p.x_h + uint32_t(x) * p.x_w;
+        const int begin = first + (nth ? 0 : unread);
+        uint32_t offset = uint32_t(top + begin) * p.x_h + uint32_t(x) * p.x_w;
         offset = (offset + channels * 8) * 2;
-        uint32_t to = plane + (nth * image_rows + first) * pitch + place * 16;
+        uint32_t to = plane + (nth * image_rows + begin) * pitch + place * 16;
 #pragma unroll 4
-        for (int y = top + first; y < end; y += step) {
+        for (int y = top + begin; y < end; y += step) {
           copy_async(to, from + offset, there && uint32_t(y) < uint32_t(p.image_h));
           offset += ahead;
           to += step * pitch;

@@ -13,13 +13,14 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from ...errors import BackendError
 from ...masks import IntArray
 from ..parts import Part
 from ..triton.lowering import Int32Array
 from .eights import EIGHT
-from .wide_lowering import COLUMNS, SLAB, STEP_COUNTS, WideTables
+from .wide_lowering import COLUMNS, SLAB, STEP_COUNTS, UNREAD, WideTables
 from .windows import Window
 
 # As in wide.h: pixels of a tile, most first; and blocks of threads that share slabs.
@@ -201,47 +202,50 @@ def predicted_clocks(
     finish = _FINISH_CLOCKS + _STAGE_CLOCKS * pixels / 32
     spans, executed = [], 0
     for line, heads, tiles in zip(classes, tables.heads, tile_counts(classes, batch), strict=True):
-        halo = int(line[10] * line[11]) * 128
-        bring = bring_clocks(int(line[10]), int(line[11]))
+        unread = tables.blocks[:, UNREAD]
+        rows = int(line[10]) - unread[:, :2].sum(axis=1)
+        cols = int(line[11]) - unread[:, 2:].sum(axis=1)
+        halos, bringing = rows * cols * 128, bring_clocks(rows, cols)
         costs = []
         for (begin, count), written in zip(heads.tolist(), stored.tolist(), strict=True):
             steps = int(tables.blocks[begin : begin + count, STEP_COUNTS].sum())
             macs = steps * SLAB * pixels
             executed += tiles * macs
+            halo = int(halos[begin : begin + count].sum())
+            bring = float(bringing[begin : begin + count].sum())
             read = steps * 4 * (2 + pixels / 32) * 1024
-            moved = steps * SLAB * 2 + count * halo
+            moved = steps * SLAB * 2 + halo
             port = (read + moved + 2 * written) / _LINE
             fill = (moved - steps * SLAB * 2 * (1 - 1 / cluster) + written) / part.l2
             busy = max(macs / part.rate, port) + finish
             # With one halo in shared memory nothing is fetched while it is computed.
             if shape.stages > 1:
-                costs.append(max(busy, fill, count * bring))
+                costs.append(max(busy, fill, bring))
             else:
-                costs.append(busy + count * max(halo / part.l2, bring))
+                costs.append(busy + max(halo / part.l2, bring))
         spans.append((-(-tiles // cluster), np.array(costs)))
     return _rounds(spans, max(part.processors // cluster, 1)), executed
 
 
-def bring_clocks(rows: int, cols: int) -> float:
-    """Predicts the clocks in which the three warps bring a halo of one block, as the kernel does.
+def bring_clocks(rows: IntArray, cols: IntArray) -> npt.NDArray[np.float64]:
+    """Predicts the clocks in which the three warps bring halos of one block, as the kernel does.
 
     Twelve columns at a time, a pixel of each in turn; six and fewer that are left over have several
     of their rows at a time.
 
     Example: 30 rows of 10 columns are 30 turns, 17 columns are 30 and, two rows at a time, 15:
 
-        >>> bring_clocks(30, 10), bring_clocks(30, 17)
-        (525.0, 712.5)
+        >>> bring_clocks(np.array([30, 30]), np.array([10, 17])).tolist()
+        [525.0, 712.5]
 
     Args:
-        rows: of the halo.
-        cols: of the halo.
+        rows: of each halo.  # [halos]
+        cols: of each halo.  # [halos]
     """
-    turns = cols // _LANES * rows
     left = cols % _LANES
-    if left:
-        turns += -(-rows // (_LANES // left))
-    return turns * _PIECE_CLOCKS + _BEGIN_CLOCKS
+    at_a_time = _LANES // np.maximum(left, 1)
+    turns = cols // _LANES * rows + np.where(left > 0, -(-rows // at_a_time), 0)
+    return turns.astype(np.float64) * _PIECE_CLOCKS + _BEGIN_CLOCKS
 
 
 def _rounds(spans: Sequence[tuple[int, np.ndarray]], processors: int) -> float:
