@@ -48,7 +48,7 @@ __device__ void compute(const Wide& p, uint32_t shared, const Layout& at, const 
     // these would wait for that very halo's place: with one stage, and after a block without a
     // step.
     uint32_t slot = 0, place = 0;
-    auto give_back = [&] {
+    auto let_go = [&] {
       if (slot) release(slot);
       if (place && lane == 0) phase_arrive(place);
       slot = place = 0;
@@ -56,7 +56,7 @@ __device__ void compute(const Wide& p, uint32_t shared, const Layout& at, const 
     auto finish = [&] {
       products_wait<0>();
       hold_registers(acc);
-      give_back();
+      let_go();
     };
     for (int b = 0; b < count; ++b, block += kBlockFields, halo.advance()) {
       const int32_t* windows = p.steps + load_table(block + kStepBegin + 2 * group);
@@ -77,7 +77,7 @@ __device__ void compute(const Wide& p, uint32_t shared, const Layout& at, const 
         products_commit();
         products_wait<1>();
         hold_registers(acc);
-        give_back();
+        let_go();
         slot = ring.emptied();
       }
       if (!steps) finish();
