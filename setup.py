@@ -139,7 +139,7 @@ PARTS = (
         # The runtime goes in; the driver is found at run time, so that any machine can import it.
         link_flags="-cudart=static",
         cuda=True,
-        only={"wide_fprop": ("90a",)},  # wgmma is in no other machine code
+        only={"wide_fprop": ("90a",), "narrow_boxes": ("90a", "100", "120")},  # wgmma; TMA
     ),
 )
 

@@ -38,6 +38,11 @@ class Narrow:
     buffers: int
     resident: int
     blocks: int
+    filters: int
+    channels: int
+    boxes: int
+    box_h: list[int]
+    box_w: list[int]
     def __init__(self) -> None: ...
     @property
     def act(self) -> int: ...
@@ -55,6 +60,7 @@ class Narrow:
         scale: int,
         shift: int,
         residual: int,
+        sums: int,
         stream: int,
     ) -> None: ...
 
@@ -85,6 +91,13 @@ class NarrowWgrad:
     halo_pixels: int
     buffers: int
     blocks: int
+    boxes: int
+    channels: int
+    filters: int
+    dy_h: int
+    dy_w: int
+    halo_h: int
+    halo_w: int
     def __init__(self) -> None: ...
     @property
     def shared_bytes(self) -> int: ...
@@ -105,5 +118,6 @@ def pack(
     w: int, w_dtype: str, source: int, slabs: int, dtype: str, size: int, stream: int
 ) -> None: ...
 def kernels() -> list[str]: ...
+def no_boxes() -> str: ...
 def architectures() -> str: ...
 def versions() -> tuple[int, int]: ...

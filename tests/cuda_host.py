@@ -27,7 +27,7 @@ from hetconv_kernels.backends import capture
 from hetconv_kernels.backends.cuda import Cuda, choice
 
 ROOT = Path(__file__).resolve().parents[1]
-FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-Wno-psabi"]
 FLAGS += ["-DHETCONV_HOST", "-DHETCONV_ARCHITECTURES=host"]
 
 

@@ -30,6 +30,7 @@ _PTXAS = re.compile(
     r"Function properties for (\S+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, "
     r"(\d+) bytes spill loads\s+ptxas info\s+: Used (\d+) registers(?:.*?(\d+) bytes smem)?"
 )
+BOXES = ("narrow_boxes", "wgrad_boxes")  # kernels whose tiles TMA brings
 # With more, no block of three warpgroups starts; they exchange registers afterwards.
 _WIDE_REGISTERS = 168
 # Instructions that a halo's copies may take, each, beside products that wait for them.
@@ -73,10 +74,13 @@ class Code:
 def problems(code: Code) -> list[str]:
     """Lists what the machine code of a kernel must show and does not."""
     found = []
-    if code.name.startswith(("narrow_fprop", "narrow_wgrad")):
+    if code.name.startswith(("narrow_fprop", "narrow_wgrad", *BOXES)):
         if "HMMA" not in code.matrix:
             found.append(f"no HMMA instruction: {code.matrix}")
-        if "LDGSTS" not in code.copies:
+        if code.name.startswith(BOXES):
+            if "UTMALDG" not in code.copies:
+                found.append(f"no copies of boxes by TMA: {code.copies}")
+        elif "LDGSTS" not in code.copies:
             found.append(f"no asynchronous copies: {code.copies}")
         if code.registers > 255:
             found.append(f"{code.registers} registers")
@@ -155,11 +159,30 @@ def release() -> str:
     return str(build().first_line([build().nvcc()], "release"))
 
 
+def sources_of(architecture: str) -> list[Path]:
+    """Lists the sources that have kernels for an architecture."""
+    part = next(part for part in build().PARTS if part.cuda)
+    sources: list[Path] = [path for path in part.sources() if path.suffix == ".cu"]
+    return [path for path in sources if architecture in part.only.get(path.stem, architecture)]
+
+
+def digest(architecture: str) -> str:
+    """Names by their contents the sources and flags that an architecture's rows are made from."""
+    part = next(part for part in build().PARTS if part.cuda)
+    found = hashlib.sha256(part.flags.encode())
+    for path in (*sources_of(architecture), *part.headers()):
+        found.update(f"{path.name} {bare(path.read_text())}".encode())
+    return found.hexdigest()[:16]
+
+
+def bare(text: str) -> str:
+    """Returns C++ without comments and spaces, which no compiler reads."""
+    return "".join(re.sub(r"//[^\n]*", "", text).split())
+
+
 def rows(architecture: str) -> list[Code]:
     """Compiles for one architecture what is not known yet; returns a row for each kernel."""
-    part = next(part for part in build().PARTS if part.cuda)
-    sources = [path for path in part.sources() if path.suffix == ".cu"]
-    sources = [path for path in sources if architecture in part.only.get(path.stem, architecture)]
+    part, sources = next(part for part in build().PARTS if part.cuda), sources_of(architecture)
     headers = b"".join(path.read_bytes() for path in part.headers())
     found = []
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -246,7 +269,8 @@ def _turn(body: str) -> float:
 def _plain(name: str) -> str:
     """Returns a kernel's name without namespaces and arguments."""
     long = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout
-    short = re.sub(r"\(anonymous namespace\)::|hetconv::cuda::|wide::|^void ", "", long.strip())
+    spaces = r"\(anonymous namespace\)::|hetconv::cuda::|(wide|narrow|wgrad)::|^void "
+    short = re.sub(spaces, "", long.strip())
     return short[: short.rindex("(")]
 
 
@@ -260,15 +284,16 @@ def _count(text: str, pattern: str) -> dict[str, int]:
 def main() -> None:
     """Writes the committed rows, of all architectures or of those that are named."""
     names = sys.argv[1:] or build().ARCHITECTURES
-    table = json.loads(EXPECTED.read_text())["rows"] if EXPECTED.exists() else {}
+    known = json.loads(EXPECTED.read_text()) if EXPECTED.exists() else {}
+    table, sources = known.get("rows", {}), known.get("sources", {})
     for name in names:
         kernels = {}
         for code in rows(name):
             row = asdict(code)
             kernels[row.pop("name")] = row
             print(f"sm_{name} {code.name:<50} {code.registers:>4} registers {problems(code)}")
-        table[name] = kernels
-    text = json.dumps({"nvcc": release(), "rows": table}, indent=1)
+        table[name], sources[name] = kernels, digest(name)
+    text = json.dumps({"nvcc": release(), "sources": sources, "rows": table}, indent=1)
     EXPECTED.write_text(text + "\n")
 
 

@@ -36,7 +36,7 @@ ACTS = ("none", "relu", "relu6", "silu", "gelu")
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined"]
 # Stacks of fibers are not what the sanitizer expects of a stack.
 SANITIZE += ["--param", "asan-stack=0"]
-WARN = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+WARN = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"]
 FLAGS = ["-std=c++17", "-O1", "-g1", "-DHETCONV_HOST", *SANITIZE, *WARN]
 
 
@@ -180,11 +180,15 @@ def fprop_case(
     shape: Shape | None = None,
     buffers: int | None = None,
     resident: bool | None = None,
+    boxes: bool = False,
     vectors: bool = True,
     live: bool = False,
     stats: bool = False,
 ) -> Case:
-    """Makes a case of fprop or dgrad; what is not given is chosen as for a call."""
+    """Makes a case of fprop or dgrad; what is not given is chosen as for a call.
+
+    Halos are brought by cp.async, or with `boxes` by TMA where the tables allow it.
+    """
     height, width = size
     out = geometry.output_size(height, width)
     f, c = support.filters, support.channels
@@ -199,6 +203,7 @@ def fprop_case(
     else:
         tables = lower(support, window, shape, back)
     buffers, resident = buffers or 1, bool(resident)
+    boxes = boxes and not tables.no_boxes
     x = torch.randn(batch, *read).to(dtype)
     w = torch.randn(support.shape).to(dtype)
     extras = {name: torch.randn(written[0]) for name in ("scale", "shift") if name in epilogue}
@@ -235,9 +240,11 @@ def fprop_case(
         "vector_stores": int(vectors and written[0] % 8 == 0),
         "blocks": 2,
         "filters": written[0],
-        "shared": shared_bytes(tables, buffers, resident),
+        "channels": read[0],
+        "shared": shared_bytes(tables, buffers, resident, boxes),
         "buffers": buffers,
         "resident": int(resident),
+        "boxes": int(boxes),
         **table_numbers(tables),
     }
     arrays: dict[str, Any] = {
@@ -245,6 +252,7 @@ def fprop_case(
         "w": weight,
         "source": tables.source(support, form),
         "result": torch.full((batch, *written), torch.nan).to(dtype),
+        "halos": tables.halos,
         **{name: getattr(tables, name) for name in TABLES},
         **{name: last(t) if t.dim() == 4 else t for name, t in extras.items()},
     }
@@ -295,13 +303,14 @@ def wgrad_case(
     w_dtype: torch.dtype = torch.float32,
     live: bool = False,
     buffers: int | None = None,
+    boxes: bool = False,
 ) -> Case:
-    """Makes a case of wgrad."""
+    """Makes a case of wgrad; with `boxes` TMA brings its tiles where the tables allow it."""
     (window,) = windows(geometry, size, False)
     out = geometry.output_size(*size)
     f, c = support.filters, support.channels
-    tables, chosen = choose_wgrad(support, window, PARTS[9, 0])
-    buffers = buffers or chosen
+    tables, chosen, _ = choose_wgrad(support, window, PARTS[9, 0])
+    buffers, boxes = buffers or chosen, boxes and not tables.no_boxes
     x = torch.randn(batch, c, *size).to(dtype)
     dy = torch.randn(batch, f, *out).to(dtype)
     exact, most = (_wgrad(geometry, *pair) for pair in ((dy, x), (dy.abs(), x.abs())))
@@ -336,7 +345,14 @@ def wgrad_case(
         "halo_pixels": tables.halo_pixels,
         "buffers": buffers,
         "blocks": 2,
-        "shared": tables.shared_bytes(buffers),
+        "shared": tables.shared_bytes(buffers, boxes),
+        "boxes": int(boxes),
+        "channels": c,
+        "filters": f,
+        "dy_h": out[0],
+        "dy_w": out[1],
+        "halo_h": int(tables.geometry[8]),
+        "halo_w": int(tables.geometry[9]),
         "dw_size": support.live if live else mask.numel(),
     }
     if live:

@@ -56,10 +56,14 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
         package._build_reasons.cache_clear()
 
     def pretend(
-        capability: tuple[int, int] = (9, 0), built: str = "80_90a_120", driver: int = 13000
+        capability: tuple[int, int] = (9, 0),
+        built: str = "80_90a_120",
+        driver: int = 13000,
+        boxes: str = "",
     ) -> None:
         clear()
         fake = SimpleNamespace(architectures=lambda: built, versions=lambda: (13000, driver))
+        fake.no_boxes = lambda: boxes
         monkeypatch.setitem(sys.modules, "hetconv_kernels._cuda", fake)
         monkeypatch.setattr(hk, "_cuda", fake, raising=False)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
@@ -141,6 +145,33 @@ def test_a_build_for_other_gpus_is_refused(
     reasons = Cuda().unsupported_reasons(described())
     assert bool(reasons) == bool(words)
     assert words in " ".join(reasons)
+
+
+@pytest.mark.parametrize(
+    ("verb", "stride", "capability", "boxes", "words"),
+    [
+        ("fprop", 1, (9, 0), "", "brought by TMA."),
+        ("dgrad", 2, (12, 0), "", "brought by TMA."),
+        ("wgrad", 1, (9, 0), "", "brought by TMA."),
+        ("fprop", 2, (9, 0), "", "not by TMA: adjacent outputs do not read adjacent columns."),
+        ("wgrad", 2, (9, 0), "", "not by TMA: adjacent outputs do not read adjacent columns."),
+        ("dgrad", 3, (9, 0), "", "not by TMA: 9 classes of pixels need more than 4 tensor maps."),
+        ("fprop", 1, (8, 9), "", "TMA came with compute capability 9.0, and this is 8.9."),
+        ("wgrad", 1, (8, 9), "", "TMA came with compute capability 9.0, and this is 8.9."),
+        ("fprop", 1, (9, 0), "the driver encodes no tensor maps", "encodes no tensor maps."),
+    ],
+    ids=str,
+)
+def test_what_brings_tiles_is_said(
+    on_gpu, verb: str, stride: int, capability: tuple[int, int], boxes: str, words: str
+) -> None:
+    on_gpu(capability, boxes=boxes)
+    support = hk.Support.het(16, 24, 3, p=2)
+    support.derived.clear()  # choices are kept there
+    (note,) = Cuda().notes(described(verb, make_geometry(support, stride, 1)))
+    assert note.startswith("It runs the kernel for narrow groups: tiles of ")
+    assert note.endswith(words)
+    assert ("cp.async" in note) != (words == "brought by TMA.")
 
 
 def test_too_large_a_halo_is_a_reason(on_gpu, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,7 +340,10 @@ def test_a_launch_that_fails_raises(host) -> None:
         call.launch("bfloat16", 0, 0, 0, 0, 0, 0, 0, 0)
     with pytest.raises(ValueError, match="dtype 'int8'"):
         call.launch("int8", 0, 0, 0, 0, 0, 0, 0, 0)
-    call.warps_m, call.buffers, call.act = 1, 1, "relu"
+    call.warps_m, call.buffers, call.boxes, call.class_count, call.blocks = 1, 1, 1, 1, 1
+    with pytest.raises(BackendError, match="the driver refuses a tensor map"):
+        call.launch("bfloat16", 0, 0, 0, 0, 0, 0, 0, 0)
+    call.act = "relu"
     with pytest.raises(BackendError, match=r"sums are of conv\(x, w\) \+ shift only"):
         call.launch("bfloat16", 0, 0, 0, 0, 0, 0, 1, 0)
 

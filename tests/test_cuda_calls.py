@@ -15,7 +15,8 @@ from cuda_host import operands, run
 import hetconv_kernels as hk
 from hetconv_kernels import backends, ops
 from hetconv_kernels.backends import capture
-from hetconv_kernels.backends.cuda import Cuda, calls
+from hetconv_kernels.backends.cuda import Cuda, calls, wgrad_calls
+from hetconv_kernels.backends.cuda.boxes import boxable
 from hetconv_kernels.problem import make_geometry
 from hetconv_kernels.testing import oracle
 
@@ -142,3 +143,46 @@ def test_what_is_made_for_one_call_is_told_to_nobody(host, monkeypatch: pytest.M
     assert torch.equal(run("fprop", GEOMETRY, x, x, w, None, None, None), found)
     assert len(told) == 9  # the tables
     assert not {t.dtype for t in told} - {torch.int32}
+
+
+def test_boxes_are_cut_out_of_axes_that_hold_each_other() -> None:
+    def laid(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+        return boxable(torch.empty_strided(shape, strides, device="meta"))
+
+    assert laid((2, 16, 6, 9), (864, 1, 144, 16))
+    assert laid((2, 16, 6, 9), (2000, 1, 216, 24))
+    assert laid((1, 16, 6, 9), (0, 1, 144, 16))
+    assert laid((2, 16, 6, 1), (96, 1, 16, 0))
+    assert not laid((2, 16, 6, 9), (0, 1, 144, 16))  # one image, expanded
+    assert not laid((2, 16, 6, 9), (864, 1, 16, 96))  # rows and columns exchanged
+    assert not laid((2, 16, 6, 9), (864, 1, 144, 8))
+    assert not laid((2, 16, 6, 9), (2**39, 1, 144, 16))
+
+
+@pytest.mark.parametrize("verb", ["fprop", "dgrad", "wgrad"])
+def test_what_is_no_box_comes_by_cp_async(host, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+    x, w, dy = operands(GEOMETRY, torch.bfloat16)
+    found, ways = [], []
+    for allowed in (True, False):
+
+        def told(tensor: torch.Tensor, allowed: bool = allowed) -> bool:
+            ways.append(boxable(tensor))
+            return allowed and ways[-1]
+
+        monkeypatch.setattr(calls, "boxable", told)
+        monkeypatch.setattr(wgrad_calls, "boxable", told)
+        first, second = (x, x) if verb == "fprop" else (dy, x)
+        found.append(run(verb, GEOMETRY, first, second, w, *[None] * 3 * (verb == "fprop")))
+    assert ways
+    assert all(ways)
+    assert torch.equal(*found)
+
+
+def test_an_image_for_all_of_a_batch_is_no_box(host) -> None:
+    x, w, dy = operands(GEOMETRY, torch.bfloat16)
+    one = x[:1].expand(2, -1, -1, -1)
+    copied = one.clone(memory_format=torch.channels_last)
+    assert [boxable(t) for t in (one, copied)] == [False, True]
+    found = [run("wgrad", GEOMETRY, dy, t, w) for t in (one, copied)]
+    assert torch.equal(*found)
+    assert not capture.CONVERSIONS

@@ -17,7 +17,7 @@ from typing import Any
 
 import machine_code
 import pytest
-from machine_code import Code, problems, regressions
+from machine_code import BOXES, Code, problems, regressions
 
 EVERYTHING = os.environ.get("HETCONV_AOT_ALL") == "1"
 DEFAULT = ("80", "90a")
@@ -40,6 +40,19 @@ def test_kernels_are_what_they_were(architecture: str) -> None:
     assert {name: sentences for name, sentences in wrong.items() if sentences} == {}
 
 
+def test_the_committed_rows_are_of_these_sources() -> None:
+    """Of the architectures that are not compiled here, too."""
+    pytest.importorskip("setuptools")
+    found = {name: machine_code.digest(name) for name in TABLE["rows"]}
+    assert found == TABLE["sources"], "csrc/cuda has changed: run python tests/machine_code.py"
+
+
+def test_what_no_compiler_reads_is_no_change_of_a_source() -> None:
+    text = "int a = 1;  // one\nint b;\n"
+    assert machine_code.bare(text) == machine_code.bare("// No\nint a =\n    1;\nint b;")
+    assert machine_code.bare(text) != machine_code.bare(text.replace("1", "2"))
+
+
 def test_the_committed_rows_are_of_all_architectures_and_show_no_problem() -> None:
     pytest.importorskip("setuptools")
     assert tuple(TABLE["rows"]) == machine_code.build().ARCHITECTURES
@@ -49,6 +62,9 @@ def test_the_committed_rows_are_of_all_architectures_and_show_no_problem() -> No
             assert problems(Code(name=name, **row)) == []
         assert any(name.startswith("narrow_fprop") for name in kernels)
         assert any(name.startswith("narrow_wgrad") for name in kernels)
+    for architecture, kernels in TABLE["rows"].items():
+        brought = {name.split("_kernel")[0] for name in kernels if name.startswith(BOXES)}
+        assert brought == (set(BOXES) if architecture in ("90a", "100", "120") else set())
 
 
 # The assertions can fail ------------------------------------------------------------------------
@@ -82,6 +98,14 @@ def test_lost_speed_is_noticed(change: dict[str, Any], words: str) -> None:
     assert problems(GOOD) == []
     (found,) = problems(dataclasses.replace(GOOD, **change))
     assert words in found
+
+
+@pytest.mark.parametrize("name", BOXES)
+def test_boxes_come_by_tma(name: str) -> None:
+    boxes = dataclasses.replace(GOOD, name=f"{name}_kernel<Half>", copies={"UTMALDG": 2})
+    assert problems(boxes) == []
+    (found,) = problems(dataclasses.replace(boxes, copies={"LDGSTS": 3}))
+    assert "no copies of boxes by TMA" in found
 
 
 WIDE = dataclasses.replace(

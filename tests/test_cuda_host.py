@@ -2,7 +2,7 @@
 """The narrow CUDA kernels, compiled for the CPU (see `shim`), against the oracle.
 
 What this cannot see is what only a GPU does: timing, and the encodings of instructions. No kernel
-here uses wgmma or TMA, so none is exempt.
+here uses wgmma or TMA, so none is exempt; `test_cuda_boxes` has those whose halos TMA brings.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def test_blocks_of_all_shapes_match_the_oracle(
 
 
 @cache
-def random_case(seed: int) -> shim.Case:
+def random_case(seed: int, boxes: bool = False) -> shim.Case:
     """A case that nobody thought of."""
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
@@ -179,8 +179,9 @@ def random_case(seed: int) -> shim.Case:
     verb = rng.choice(["fprop", "dgrad", "wgrad"])
     if verb == "wgrad":
         w_dtype = dtype if rng.integers(2) else torch.float32
-        return shim.wgrad_case(support, geometry, size, batch, dtype, w_dtype, live, buffers)
+        return shim.wgrad_case(support, geometry, size, batch, dtype, w_dtype, live, buffers, boxes)
     how: dict[str, object] = {"buffers": buffers, "resident": bool(rng.integers(2)), "live": live}
+    how["boxes"] = boxes
     if verb == "fprop":
         how["act"] = str(rng.choice(shim.ACTS))
         asked = [n for n in ("scale", "shift", "residual") if rng.integers(2)]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import doctest
+from typing import Any
 
 import numpy as np
 import pytest
@@ -185,12 +186,52 @@ def test_chosen_tiles_fit(name: str, part: tuple[int, int]) -> None:
     found = windows(geometry, (28, 28), False)
     choice = choose(geometry.support, found, 8, False, PARTS[part])
     shape = choice.tables.shape
-    assert shared_bytes(choice.tables, choice.buffers, choice.resident) <= PARTS[part].shared
+    for boxes in (False, not choice.no_boxes):
+        size = shared_bytes(choice.tables, choice.buffers, choice.resident, boxes)
+        assert size <= PARTS[part].shared
     assert shape.height * shape.width <= shape.warps_m * 32
     assert shape.warps_m * shape.warps_n <= 8
-    tables, buffers = choose_wgrad(geometry.support, found[0], PARTS[part])
-    assert tables.shared_bytes(buffers) <= PARTS[part].shared
+    tables, buffers, why = choose_wgrad(geometry.support, found[0], PARTS[part])
+    assert tables.shared_bytes(buffers, not why) <= PARTS[part].shared
     assert tables.height * tables.width % 16 == 0
+
+
+@pytest.mark.parametrize(
+    ("support", "how", "shape", "back", "words"),
+    [
+        (HET, (1, 1), SHAPE, False, ""),
+        (HET, ((2, 1), 1), SHAPE, False, ""),
+        (HET, ((1, 2), 1), SHAPE, False, "adjacent outputs do not read adjacent columns"),
+        (HET, (2, 1), SHAPE, True, ""),
+        (HET, (3, 1), SHAPE, True, "9 classes of pixels need more than 4 tensor maps"),
+        (Support.dense(248, 8, 1), (1,), SHAPE, False, ""),
+        (Support.dense(256, 8, 1), (1,), SHAPE, False, "264 places along one axis"),
+        (Support.dense(256, 8, 1), (1,), SHAPE._replace(slots=8), False, ""),
+        (Support.dense(8, 8, (1, 27)), (1, (0, 130), (1, 10)), SHAPE, False, "276 places"),
+    ],
+    ids=str,
+)
+def test_boxes_are_what_a_tensor_map_takes(
+    support: Support, how: Any, shape: Shape, back: bool, words: str
+) -> None:
+    found = windows(make_geometry(support, *how), (19, 30), back)
+    tables = lower(support, found, shape, back)
+    assert (tables.no_boxes == "") == (words == "")
+    assert words in tables.no_boxes
+    for window, sides in zip(found, tables.halos, strict=True):
+        assert tuple(sides) == window.halo(shape.height, shape.width)
+
+
+def test_channels_apart_are_no_box() -> None:
+    mask = np.zeros((8, 24, 1, 1), bool)
+    mask[:, :8] = mask[:, 16:] = True
+    support = Support.from_mask(mask)
+    geometry = make_geometry(support)
+    found = windows(geometry, (9, 9), False)
+    words = "channels that are read together are not adjacent"
+    assert lower(support, found, SHAPE).no_boxes == words
+    assert lower(support, found, SHAPE._replace(slots=1)).no_boxes == ""
+    assert lower_wgrad(support, found[0], 8, 16).no_boxes == words
 
 
 def test_what_does_not_fit_is_refused() -> None:

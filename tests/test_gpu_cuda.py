@@ -15,7 +15,7 @@ from gpu_layers import compare, compare_huge, operands, poisoned
 import hetconv_kernels as hk
 from hetconv_kernels import ops
 from hetconv_kernels.backends import CODES
-from hetconv_kernels.backends.cuda import choice
+from hetconv_kernels.backends.cuda import Cuda, calls, choice, wgrad_calls
 from hetconv_kernels.problem import make_geometry
 from hetconv_kernels.testing import error_bound, oracle
 
@@ -79,6 +79,26 @@ def test_many_tiles_for_each_block() -> None:
     exact = oracle(x.double(), w.double(), geometry)
     bound = error_bound(oracle(x.double().abs(), w.double().abs(), geometry), 576, x.dtype)
     assert ((y.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("support", ["het8", "wide", "interleaved"])
+@pytest.mark.parametrize("verb", ["fprop", "dgrad", "wgrad"])
+def test_tma_brings_what_cp_async_does(
+    monkeypatch: pytest.MonkeyPatch, verb: str, support: str
+) -> None:
+    """Bit for bit; on a GPU without TMA both are cp.async."""
+    geometry, size = make_geometry(SUPPORTS[support], 1, 1), (27, 29)
+    x, w, dy = operands(geometry, DTYPES[0], n=8, size=size)
+    first, second = (x, w) if verb == "fprop" else (dy, x if verb == "wgrad" else w)
+    problem = ops.describe(verb, geometry, first, x, w, size)
+    found = []
+    for _ in range(2):
+        engine = Cuda()
+        prepare = {"fprop": engine.fprop, "dgrad": engine.dgrad, "wgrad": engine.wgrad}[verb]
+        found.append(prepare(problem)(first, second))
+        for module in (calls, wgrad_calls):
+            monkeypatch.setattr(module, "boxable", lambda _: False)
+    assert torch.equal(*found)
 
 
 @pytest.mark.slow

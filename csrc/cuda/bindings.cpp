@@ -113,6 +113,10 @@ static void bind_fprop(py::module_& m) {
   HC_FIELD(type, Narrow, buffers);
   HC_FIELD(type, Narrow, resident);
   HC_FIELD(type, Narrow, blocks);
+  HC_FIELD(type, Narrow, channels);
+  HC_FIELD(type, Narrow, boxes);
+  HC_FIELD(type, Narrow, box_h);
+  HC_FIELD(type, Narrow, box_w);
   bind_call(type, "narrow_fprop", &narrow_shared_bytes, &narrow_blocks, &narrow_fprop);
 }
 
@@ -145,6 +149,13 @@ static void bind_wgrad(py::module_& m) {
   HC_FIELD(type, NarrowWgrad, halo_pixels);
   HC_FIELD(type, NarrowWgrad, buffers);
   HC_FIELD(type, NarrowWgrad, blocks);
+  HC_FIELD(type, NarrowWgrad, boxes);
+  HC_FIELD(type, NarrowWgrad, channels);
+  HC_FIELD(type, NarrowWgrad, filters);
+  HC_FIELD(type, NarrowWgrad, dy_h);
+  HC_FIELD(type, NarrowWgrad, dy_w);
+  HC_FIELD(type, NarrowWgrad, halo_h);
+  HC_FIELD(type, NarrowWgrad, halo_w);
   type.def_property_readonly("shared_bytes", &narrow_wgrad_shared_bytes);
   type.def(
       "held_blocks",
@@ -224,6 +235,10 @@ PYBIND11_MODULE(_cuda, m) {
       names.push_back(*name);
     names.push_back("wide_fprop");
     return names;
+  });
+  m.def("no_boxes", [] {
+    const char* reason = narrow_no_boxes();
+    return std::string(reason ? reason : "");
   });
   m.def("architectures", [] { return std::string(HC_TEXT(HETCONV_ARCHITECTURES)); });
 #ifndef HETCONV_HOST  // tests run the kernels on the CPU

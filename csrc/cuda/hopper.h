@@ -20,7 +20,7 @@
 //    way after an arrival.
 //  - that bytes of a multicast may count at a barrier before its own block expects them.
 #pragma once
-#include "ptx.h"
+#include "bulk.h"
 #ifdef HETCONV_HOST
 #include "host_hopper.h"
 #else
@@ -63,22 +63,6 @@ __device__ __forceinline__ void cluster_barrier() {
   asm volatile("barrier.cluster.arrive;\n\tbarrier.cluster.wait;" ::: "memory");
 }
 
-// Barriers that count arrivals and bytes ---------------------------------------------------------
-
-// A phase ends after `count` arrivals and all bytes that are expected in it.
-__device__ __forceinline__ void phase_init(uint32_t address, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address), "r"(count) : "memory");
-}
-
-// Makes inits visible to the copying engine and to the cluster.
-__device__ __forceinline__ void phase_init_done() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-
-__device__ __forceinline__ void phase_arrive(uint32_t address) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address) : "memory");
-}
-
 // Arrives at the barrier that lies at `address` of another block of the cluster, or of this one. It
 // says that wgmma has read a slot, which is all it orders: hence no wider a scope than the default,
 // whose fences of all memory at every step would be dear (CUTLASS does the same).
@@ -88,27 +72,6 @@ __device__ __forceinline__ void phase_arrive_at(uint32_t address, uint32_t rank)
       "mbarrier.arrive.shared::cluster.b64 _, [there];\n\t}" ::"r"(address),
       "r"(rank)
       : "memory");
-}
-
-// Arrives, and has the phase wait for that many bytes more.
-__device__ __forceinline__ void phase_expect(uint32_t address, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes)
-               : "memory");
-}
-
-// Waits for the end of the phase of that parity; the one before the first counts as odd and ended.
-// try_wait may itself wait for some time, so it is no way to look and do something else meanwhile.
-__device__ __forceinline__ void phase_wait(uint32_t address, uint32_t parity) {
-  uint32_t ended;
-  do {
-    asm volatile(
-        "{\n\t.reg .pred p;\n\t"
-        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
-        "selp.u32 %0, 1, 0, p;\n\t}"
-        : "=r"(ended)
-        : "r"(address), "r"(parity)
-        : "memory");
-  } while (!ended);
 }
 
 // Copies -----------------------------------------------------------------------------------------
@@ -138,12 +101,6 @@ __device__ __forceinline__ void copy_bulk_to(uint32_t address, const void* sourc
 // phase_init counts.
 __device__ __forceinline__ void copy_arrive(uint32_t address) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(address) : "memory");
-}
-
-// Orders what this thread did or waited for in shared memory before what wgmma and bulk copies,
-// which see it another way, do after it.
-__device__ __forceinline__ void fence_async() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // Matrices ---------------------------------------------------------------------------------------
@@ -227,15 +184,6 @@ HC_PRODUCTS(Half, "f16")
 // clang-format on
 
 // Launches (host) --------------------------------------------------------------------------------
-
-// Whether the current device is of that compute capability.
-inline bool is_capability(int major, int minor) {
-  int device = 0, found[2] = {};
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&found[0], cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&found[1], cudaDevAttrComputeCapabilityMinor, device);
-  return found[0] == major && found[1] == minor;
-}
 
 // A launch of blocks in clusters; the attribute must live as long as the configuration.
 struct ClusterLaunch {

@@ -5,6 +5,7 @@
 // tables, and its docstring gives their meaning with an example. All pointers are device pointers,
 // all strides count elements, activations are channels_last (stride 1 between channels).
 #pragma once
+#include <array>
 #include <cstdint>
 
 #include "../types.h"
@@ -17,6 +18,7 @@ using hetconv::DType;
 constexpr int kWarpPixels = 32;   // of one warp's tile: two fragments of sixteen
 constexpr int kWarpFilters = 64;  // of one warp's tile: eight fragments of eight
 constexpr int kMaxWarps = 8;      // of one block
+constexpr int kMostBoxes = 4;     // classes of pixels whose halos TMA can bring
 constexpr int kLists = 15;        // step lists of one warp column: 1 of 64 filters, 2 of 32, ...
 
 // Fields of a line of `classes`.
@@ -79,8 +81,8 @@ struct Narrow {
 
   int64_t x_n, y_n;
   int32_t x_h, x_w, y_h, y_w;
-  int32_t batch, image_h, image_w;  // of x
-  int32_t filters;                  // of y
+  int32_t batch, image_h, image_w, channels;  // of x
+  int32_t filters;                            // of y
   int32_t class_count, parts, round_count;
   int32_t tile_h, tile_w;    // pixels of a tile; at most warps_m * kWarpPixels together
   int32_t warps_m, warps_n;  // at most kMaxWarps together
@@ -93,6 +95,8 @@ struct Narrow {
   int32_t buffers;           // 1, or 2: the next halo tile is fetched while this one is computed
   int32_t resident;          // whether a head's weights stay in shared memory
   int32_t blocks;            // for each head; 0: as many as the device holds at once
+  int32_t boxes;             // whether TMA brings the halos; else cp.async does
+  std::array<int32_t, kMostBoxes> box_h, box_w;  // the halo of each class, if it does
   Act act;
 };
 
@@ -138,6 +142,9 @@ struct NarrowWgrad {
   int32_t halo_pixels;
   int32_t buffers;
   int32_t blocks;  // for each part: the number of partials
+  int32_t boxes;   // whether TMA brings the tiles; else cp.async does
+  // If it does, for the tensor maps; else anything.
+  int32_t channels, filters, dy_h, dy_w, halo_h, halo_w;
 };
 
 // Each returns null, or a sentence that says what is wrong. `stream` is a cudaStream_t.
@@ -156,6 +163,9 @@ const char* narrow_pack(const void* w, DType w_dtype, const int32_t* source, voi
 // The blocks that the current device holds at once for each head; 0: it holds none.
 int64_t narrow_blocks(const Narrow& p, DType dtype);
 int64_t narrow_wgrad_blocks(const NarrowWgrad& p, DType dtype);
+
+// Why TMA can bring no halos, whatever the device; null if it can.
+const char* narrow_no_boxes();
 
 // Dynamic shared memory of one block, in bytes.
 int64_t narrow_shared_bytes(const Narrow& p);

@@ -171,14 +171,14 @@ int64_t wide_shared_bytes(const Wide& p) { return Layout(p).total; }
 
 int64_t wide_blocks(const Wide& p, DType dtype) {
   const wide::Kernel kernel = pick(p, dtype);
-  if (!kernel || !is_capability(9, 0)) return 0;
+  if (!kernel || capability() != 90) return 0;
   return held_clustered(kernel, kThreads, wide_shared_bytes(p), p.cluster);
 }
 
 const char* wide_fprop(const Wide& p, DType dtype, void* stream) {
   const wide::Kernel kernel = pick(p, dtype);
   if (!kernel) return "the wide kernels are built for bf16 and fp16, 64, 128, 224 or 256 pixels";
-  if (!is_capability(9, 0)) return "the wide kernels are built for compute capability 9.0 only";
+  if (capability() != 90) return "the wide kernels are built for compute capability 9.0 only";
   if (p.cluster != 1 && p.cluster != 2) return "a cluster has one or two blocks";
   if (p.stages < 1 || p.slots < 2) return "there are one or more stages and two or more slots";
   if (p.plane_pitch % 8 != 1) return "the plane pitch is one more than a multiple of eight";

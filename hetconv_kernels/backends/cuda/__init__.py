@@ -87,12 +87,14 @@ class Cuda:
                 f"clusters of {shape.cluster}."
             ]
         if isinstance(found, choice.GatherChoice):
-            tile = found.how.tables.shape
-            return [
-                f"It runs the kernel for narrow groups: tiles of {tile.height} x {tile.width} "
-                f"pixels by {tile.filters} filters."
-            ]
-        return ["It runs the kernel for narrow groups."]
+            tile, why = found.how.tables.shape, found.how.no_boxes
+            size = f"{tile.height} x {tile.width} pixels by {tile.filters} filters"
+        elif isinstance(found, choice.WgradChoice):
+            size, why = f"{found.tables.height} x {found.tables.width} pixels", found.no_boxes
+        else:
+            return []
+        way = f"cp.async, not by TMA: {why}" if why else "TMA"
+        return [f"It runs the kernel for narrow groups: tiles of {size}, brought by {way}."]
 
     def fprop(self, problem: Problem) -> Runner:
         """Prepares y = act(scale · conv(x, w) + shift + residual)."""

@@ -15,6 +15,7 @@ from ...support import Support
 from ..capture import CONVERSIONS, Kept, capturing, pin, refuse_capture, upload
 from ..common import empty, unit
 from ..packer import Packer
+from .boxes import MOST_BOXES, boxable
 from .choice import GatherChoice
 
 # Elements of a 16-byte access.
@@ -251,7 +252,7 @@ class NarrowCall(GatherCall):
         call.x_n, _, call.x_h, call.x_w = strides_of(x)
         call.y_n, _, call.y_h, call.y_w = strides_of(y)
         call.batch, (call.image_h, call.image_w) = problem.batch, self._image
-        call.filters = self._shape[1]
+        call.filters, call.channels = self._shape[1], x.shape[1]
         call.class_count, call.parts, call.round_count = tables.rounds.shape[:3]
         shape = tables.shape
         call.tile_h, call.tile_w = shape.height, shape.width
@@ -261,6 +262,10 @@ class NarrowCall(GatherCall):
         call.max_words, call.max_fragments = tables.max_words, tables.max_fragments
         call.vector_stores = int(aligned and unit(VECTOR, y) == VECTOR)
         call.buffers, call.resident = choice.how.buffers, int(choice.how.resident)
+        if not choice.how.no_boxes and boxable(x):
+            call.boxes = 1
+            spare = [0] * (MOST_BOXES - len(tables.halos))
+            call.box_h, call.box_w = ([*sides, *spare] for sides in tables.halos.T.tolist())
         call.act = problem.act
         call.blocks = call.held_blocks(self._name)
         rows, cols = tables.classes[0, 2:4].tolist()  # of the first class, the only one of fprop

@@ -71,12 +71,14 @@ class WgradChoice(NamedTuple):
     Attributes:
         tables: the lowering.
         buffers: tiles of both operands in shared memory.
+        no_boxes: why TMA does not bring them; empty where it does.
         seconds: predicted, for the whole call.
         efficiency: useful over executed multiply-accumulates.
     """
 
     tables: WgradTables
     buffers: int
+    no_boxes: str
     seconds: float
     efficiency: float
 
@@ -174,10 +176,23 @@ def _wide_reason(problem: Problem) -> str:
     return ""
 
 
+def _no_boxes(problem: Problem) -> str:
+    """Says why a device or its driver has no TMA; empty where they have."""
+    if problem.device.type != "cuda":  # the kernels on the CPU, in tests
+        return ""
+    major, minor = torch.cuda.get_device_capability(problem.device.index or 0)
+    if major < 9:
+        return f"TMA came with compute capability 9.0, and this is {major}.{minor}"
+    from ... import _cuda
+
+    return str(_cuda.no_boxes())
+
+
 def _gather(problem: Problem, part: Part) -> GatherChoice:
     back = problem.verb == "dgrad"
     size = problem.height, problem.width
-    how = choose(problem.support, windows(problem.geometry, size, back), problem.batch, back, part)
+    found = windows(problem.geometry, size, back)
+    how = choose(problem.support, found, problem.batch, back, part, _no_boxes(problem))
     packed = how.tables.positions.size
     seconds = _whole(problem, how.clocks, packed, part)
     return GatherChoice(how, seconds, min(1.0, problem.support.live / max(packed, 1)))
@@ -208,7 +223,7 @@ def _whole(problem: Problem, clocks: float, packed: int, part: Part) -> float:
 
 def _wgrad(problem: Problem, part: Part) -> WgradChoice:
     (window,) = windows(problem.geometry, (problem.height, problem.width), False)
-    tables, buffers = choose_wgrad(problem.support, window, part)
+    tables, buffers, why = choose_wgrad(problem.support, window, part, _no_boxes(problem))
     units = tables.positions.size // UNIT_VALUES
     pixels = tables.height * tables.width
     rows, cols = problem.output_size
@@ -220,6 +235,5 @@ def _wgrad(problem: Problem, part: Part) -> WgradChoice:
     partials = part.processors * tables.positions.size * 8 / part.bandwidth
     memory = problem.bytes_moved / part.bandwidth
     seconds = GPU_LAUNCH + 2 * _NEXT_LAUNCH + max(compute, memory) + partials
-    return WgradChoice(
-        tables, buffers, seconds, min(1.0, problem.support.live / max(tables.positions.size, 1))
-    )
+    efficiency = min(1.0, problem.support.live / max(tables.positions.size, 1))
+    return WgradChoice(tables, buffers, why, seconds, efficiency)

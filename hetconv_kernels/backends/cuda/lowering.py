@@ -12,6 +12,11 @@ has 64 filters and runs fifteen step lists, one for each such range, widest firs
 word, the places of its two halves in the halo tile in units of 16 bytes, first in the low 16 bits.
 
 dgrad is the same on the transposed Support, one class of pixels for each residue of the stride.
+
+A halo is brought chunk by chunk by cp.async, or from compute capability 9.0 on by TMA, as one box
+of ``raw_pitch`` chunks from the round's first one (see `boxes`). What the box has beyond the
+round's own chunks, zeros at the end of a pixel and else their neighbours, fills the place that the
+odd pitch leaves free, so the same words fit both.
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ from ...errors import ArgumentError, BackendError, mismatch
 from ...masks import BoolArray, IntArray
 from ...support import Support
 from ..triton.lowering import memory_places
+from .boxes import HALO, MOST_BOXES, refusal
 from .slots import LANES, RANGES, WARP_TILES, Slots, arrange, ranges
 from .windows import Window
 
@@ -103,6 +109,19 @@ class Tables:
     def max_fragments(self) -> int:
         """The most fragments of any head."""
         return int(self.heads[..., 3].max())
+
+    @property
+    def halos(self) -> Int32Array:
+        """The halo of each class, rows and columns.  # int32 [classes, 2]"""
+        return self.classes[:, HALO]
+
+    @property
+    def no_boxes(self) -> str:
+        """Says why TMA cannot bring the halos as boxes; empty if it can."""
+        if len(self.classes) > MOST_BOXES:
+            return f"{len(self.classes)} classes of pixels need more than {MOST_BOXES} tensor maps"
+        loads = self.rounds.reshape(-1, 4)[:, :2].tolist()
+        return refusal(self.classes, self.halos, self.raw_pitch, self.chunks, loads)
 
     def source(self, support: Support, form: str) -> Int32Array:
         """Lists where each packed weight lies in the memory of the canonical weight; -1 is a zero.

@@ -16,6 +16,7 @@ import numpy as np
 from ...errors import BackendError
 from ...support import Support
 from ..parts import Part
+from .boxes import BOX_GRAIN, aligned
 from .lowering import Shape, Tables, lower
 from .slots import RANGES
 from .wgrad_lowering import WARP_UNITS, WgradTables, lower_wgrad
@@ -37,30 +38,39 @@ class Choice(NamedTuple):
         tables: the lowering.
         buffers: halo tiles in shared memory.
         resident: whether weights stay in shared memory.
+        no_boxes: why TMA does not bring halos; empty where it does.
         clocks: predicted, of the whole call.
     """
 
     tables: Tables
     buffers: int
     resident: bool
+    no_boxes: str
     clocks: float
 
 
-def shared_bytes(tables: Tables, buffers: int, resident: bool) -> int:
+def shared_bytes(tables: Tables, buffers: int, resident: bool, boxes: bool) -> int:
     """Returns the dynamic shared memory of a block, as the kernel lays it out."""
-    shape = tables.shape
-    lists = _aligned(tables.rounds.shape[2] * shape.warps_n * tables.lists.shape[-1] * 4)
-    words = _aligned((tables.max_words + 1) * 4)
+    shape, grain = tables.shape, BOX_GRAIN if boxes else 16
+    lists = aligned(tables.rounds.shape[2] * shape.warps_n * tables.lists.shape[-1] * 4)
+    words = aligned((tables.max_words + 1) * 4)
     stage = shape.warps_m * WARP_PIXELS * (shape.warps_n * WARP_FILTERS * 2 + 16)
     buffer = max(tables.halo_pixels * tables.raw_pitch * 16, stage)
     weights = tables.max_fragments * 256 if resident else 0
     gathered = tables.halo_pixels * tables.slot_pitch * 16
     sums = shape.warps_m * shape.warps_n * WARP_FILTERS * 8
-    return lists + words + weights + buffers * buffer + gathered + sums
+    first = aligned(lists + words + weights, grain)
+    phases = 16 if boxes else 0
+    return first + buffers * aligned(buffer, grain) + gathered + sums + phases
 
 
 def choose(
-    support: Support, windows: Sequence[Window], batch: int, back: bool, part: Part
+    support: Support,
+    windows: Sequence[Window],
+    batch: int,
+    back: bool,
+    part: Part,
+    no_boxes: str = "",
 ) -> Choice:
     """Chooses the tables of fprop or dgrad: the fastest predicted ones that fit.
 
@@ -70,6 +80,7 @@ def choose(
         batch: images.
         back: whether for dgrad.
         part: the GPU.
+        no_boxes: why it has no TMA; empty if it has.
 
     Raises:
         BackendError: no tile with its halo fits in shared memory.
@@ -85,13 +96,14 @@ def choose(
                 tables = lower(support, windows, shape, back)
             except BackendError:
                 continue
+            why = no_boxes or tables.no_boxes
             for resident, buffers in ((True, 2), (True, 1), (False, 2), (False, 1)):
-                size = shared_bytes(tables, buffers, resident)
+                size = shared_bytes(tables, buffers, resident, not why)
                 if size > part.shared:
                     continue
-                clocks = predicted_clocks(tables, windows, batch, buffers, resident, part)
+                clocks = predicted_clocks(tables, windows, batch, buffers, resident, part, size)
                 if best is None or clocks < best.clocks:
-                    best = Choice(tables, buffers, resident, clocks)
+                    best = Choice(tables, buffers, resident, why, clocks)
         if best is not None and (channels <= 64 or slots == 8):
             return best
     if best is not None:
@@ -108,8 +120,9 @@ def predicted_clocks(
     buffers: int,
     resident: bool,
     part: Part,
+    size: int,
 ) -> float:
-    """Predicts the clocks of a call (see the module)."""
+    """Predicts the clocks of a call (see the module) whose blocks have `size` bytes."""
     shape = tables.shape
     # Instructions for wgmma's successors aside, mma.sync reaches 5/8 of what Hopper's unit does.
     rate = part.rate * (0.625 if part.waits else 1.0)
@@ -131,10 +144,10 @@ def predicted_clocks(
             used = min(shape.height * shape.width, shape.warps_m * WARP_PIXELS)
             memory = used * (chunks * 16 + shape.filters * 2) / bytes_a_clock
             fill = (halo * chunks * 16 + (0 if resident else weights * _LINE)) / part.l2
-            size = shared_bytes(tables, buffers, resident) + _BLOCK_RESERVE
             threads = shape.warps_m * shape.warps_n * 32
             registers = 128 if resident else 192
-            held = min(part.shared // size, _REGISTERS // (registers * threads)) or 1
+            fitting = part.shared // (size + _BLOCK_RESERVE)
+            held = min(fitting, _REGISTERS // (registers * threads)) or 1
             moving = max(memory, fill)
             each = max(work, moving) if held * buffers > 1 else work + moving
             # A warp waits for its own products; fewer than sixteen leave a processor waiting too.
@@ -143,8 +156,16 @@ def predicted_clocks(
     return total
 
 
-def choose_wgrad(support: Support, window: Window, part: Part) -> tuple[WgradTables, int]:
-    """Chooses the tables of wgrad, and how many buffers a block has.
+def choose_wgrad(
+    support: Support, window: Window, part: Part, no_boxes: str = ""
+) -> tuple[WgradTables, int, str]:
+    """Chooses the tables of wgrad, how many buffers a block has, and why TMA does not fill them.
+
+    Args:
+        support: the layer's own.
+        window: the class of pixels of fprop.
+        part: the GPU.
+        no_boxes: why it has no TMA; empty if it has.
 
     Raises:
         BackendError: no tile with its halo fits in shared memory.
@@ -166,9 +187,11 @@ def choose_wgrad(support: Support, window: Window, part: Part) -> tuple[WgradTab
                     tables = lower_wgrad(support, window, height, width, units)
                 except BackendError:
                     continue
+                why = no_boxes or tables.no_boxes
                 for buffers in (2, 1):
-                    if tables.shared_bytes(buffers) <= part.shared // (2 if buffers == 2 else 1):
-                        return tables, buffers
+                    most = part.shared // (2 if buffers == 2 else 1)
+                    if tables.shared_bytes(buffers, not why) <= most:
+                        return tables, buffers, why
     raise BackendError(
         f"no tile of {support} with its halo fits in {part.shared} bytes of shared memory."
     )
@@ -202,7 +225,3 @@ def _shapes(windows: Sequence[Window], filters: int, slots: int) -> Iterator[Sha
 def _halo(window: Window, height: int, width: int) -> int:
     """Returns the pixels that a halo tile takes in shared memory."""
     return window.halo(height, 1)[0] * window.line(width)
-
-
-def _aligned(size: int) -> int:
-    return -(-size // 16) * 16

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...problem import Problem
 from ..capture import Kept, capturing, pin, refuse_capture, upload
+from .boxes import HALO, boxable
 from .calls import current, engine, name_of, readable, strides_of
 from .choice import WgradChoice
 
@@ -88,6 +89,10 @@ class WgradCall:
         call.tile_h, call.tile_w, call.warps = tables.height, tables.width, tables.warps
         call.x_pitch, call.x_slot_pitch, call.dy_pitch, call.dy_slot_pitch = tables.pitches
         call.halo_pixels, call.buffers = tables.halo_pixels, self.choice.buffers
+        if not self.choice.no_boxes and boxable(x) and boxable(dy):
+            call.boxes, call.channels, call.filters = 1, x.shape[1], dy.shape[1]
+            call.dy_h, call.dy_w = problem.output_size
+            call.halo_h, call.halo_w = tables.geometry[HALO].tolist()
         rows, cols = problem.output_size
         tiles = problem.batch * -(-rows // tables.height) * -(-cols // tables.width)
         most = max(1, _MOST_PARTIALS // (4 * self._targets.numel()))

@@ -18,6 +18,7 @@ from ...errors import ArgumentError, BackendError, mismatch
 from ...masks import IntArray
 from ...support import Support
 from ..triton.lowering import memory_places
+from .boxes import BOX_GRAIN, HALO, aligned, refusal
 from .lowering import NO_CHANNEL, Int32Array, filter_order, odd_pitch, pack_pairs, tile_columns
 from .slots import LANES, Slots, arrange
 from .windows import Window
@@ -56,12 +57,22 @@ class WgradTables:
     pitches: tuple[int, int, int, int]
     halo_pixels: int
 
-    def shared_bytes(self, buffers: int) -> int:
+    def shared_bytes(self, buffers: int, boxes: bool) -> int:
         """Returns the dynamic shared memory of a block, as the kernel lays it out."""
         x, x_slot, dy, dy_slot = self.pitches
-        pixels = self.height * self.width
-        raw = self.halo_pixels * x + pixels * dy
-        return 16 * (buffers * raw + self.halo_pixels * x_slot + pixels * dy_slot)
+        pixels, grain = self.height * self.width, BOX_GRAIN if boxes else 16
+        raw = aligned(self.halo_pixels * x * 16, grain) + aligned(pixels * dy * 16, grain)
+        slots = 16 * (self.halo_pixels * x_slot + pixels * dy_slot)
+        return buffers * raw + slots + (16 if boxes else 0)
+
+    @property
+    def no_boxes(self) -> str:
+        """Says why TMA cannot bring the tiles as boxes; empty if it can."""
+        classes, tile = self.geometry[None], np.array([[self.height, self.width]], np.int32)
+        x, dy = self.heads[:, 0:2].tolist(), self.heads[:, 4:6].tolist()
+        return refusal(classes, classes[:, HALO], self.pitches[0], self.chunks, x) or refusal(
+            classes, tile, self.pitches[2], self.chunks, dy
+        )
 
     def targets(self, support: Support, form: str) -> Int32Array:
         """Lists where each number of a partial belongs in the memory of dw; -1 is nowhere.

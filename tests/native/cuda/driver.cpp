@@ -124,7 +124,11 @@ void fprop(const Case& c) {
   NUMBER(raw_pitch), NUMBER(slot_pitch), NUMBER(halo_pixels);
   NUMBER(max_words), NUMBER(max_fragments), NUMBER(vector_stores);
   NUMBER(buffers), NUMBER(resident), NUMBER(blocks), NUMBER(filters);
+  NUMBER(channels), NUMBER(boxes);
 #undef NUMBER
+  const int32_t* halo = c.array<int32_t>("halos");
+  for (int i = 0; p.boxes && i < p.class_count && i < kMostBoxes; ++i, halo += 2)
+    p.box_h[i] = halo[0], p.box_w[i] = halo[1];
   p.act = Act(c.number("act"));
   const DType dtype = DType(c.number("dtype"));
   check_shared(c, narrow_shared_bytes(p));
@@ -178,7 +182,8 @@ void wgrad(const Case& c) {
   NUMBER(batch), NUMBER(image_h), NUMBER(image_w), NUMBER(parts), NUMBER(unit_count);
   NUMBER(tile_h), NUMBER(tile_w), NUMBER(warps);
   NUMBER(x_pitch), NUMBER(x_slot_pitch), NUMBER(dy_pitch), NUMBER(dy_slot_pitch);
-  NUMBER(halo_pixels), NUMBER(buffers), NUMBER(blocks);
+  NUMBER(halo_pixels), NUMBER(buffers), NUMBER(blocks), NUMBER(boxes);
+  NUMBER(channels), NUMBER(filters), NUMBER(dy_h), NUMBER(dy_w), NUMBER(halo_h), NUMBER(halo_w);
 #undef NUMBER
   const DType dtype = DType(c.number("dtype"));
   check_shared(c, narrow_wgrad_shared_bytes(p));

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "hopper_machine.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -21,13 +22,15 @@ int64_t row_offset(uint64_t operand, int row, int half) {
 
 }  // namespace
 
-Hopper::Hopper(const std::vector<Block*>& blocks)
+Hopper::Hopper(const std::vector<Block*>& blocks, int grain)
     : threads_(blocks[0]->threads()),
+      groups_((threads_ + 127) / 128),
       engines_(int(blocks.size()) * threads_),
-      order_(engines_ + int(blocks.size()) * (threads_ / 128) + kMostPhases) {
+      grain_(grain),
+      order_(engines_ + int(blocks.size()) * groups_ + kMostPhases) {
   for (Block* b : blocks) {
-    watched_.push_back({b, std::vector<Cell>(size_t(b->size() / 16)), {}, {}, {}});
-    watched_.back().warpgroups.resize(size_t(threads_ / 128));
+    watched_.push_back({b, std::vector<Cell>(size_t(b->size() / grain)), {}, {}, {}});
+    watched_.back().warpgroups.resize(size_t(groups_));
     b->hopper = this;
   }
 }
@@ -35,16 +38,16 @@ Hopper::Hopper(const std::vector<Block*>& blocks)
 int Hopper::me() const { return member(*block, int(block->current().thread.x)); }
 
 int Hopper::engine_of(const Block& at, int warpgroup) const {
-  return engines_ + at.rank() * (threads_ / 128) + warpgroup;
+  return engines_ + at.rank() * groups_ + warpgroup;
 }
 
 std::string Hopper::name(int who) const {
   if (who < engines_)
     return "thread " + std::to_string(who % threads_) + " of block " +
            std::to_string(who / threads_);
-  const int products = int(watched_.size()) * (threads_ / 128);
+  const int products = int(watched_.size()) * groups_;
   if (who < engines_ + products)
-    return "the products of warpgroup " + std::to_string((who - engines_) % (threads_ / 128));
+    return "the products of warpgroup " + std::to_string((who - engines_) % groups_);
   return "a bulk copy";
 }
 
@@ -63,20 +66,26 @@ void Hopper::say(const char* wrong, const Block& at, uint32_t offset, int other)
 // Shared memory ----------------------------------------------------------------------------------
 
 void Hopper::read(Block& at, int thread, uint32_t offset, int bytes) {
-  if (bytes != 16) fail("reads %d bytes of shared memory, which is watched by 16", bytes);
-  int other = 0;
-  const char* wrong = order_.read(cell(at, offset), member(at, thread), other);
-  say(wrong, at, offset, other);
+  if (bytes % grain_) fail("reads %d bytes of shared memory, watched by %d", bytes, grain_);
+  each_cell(at, offset, uint32_t(bytes), [&](Cell& read, uint32_t place) {
+    int other = 0;
+    const char* wrong = order_.read(read, member(at, thread), other);
+    say(wrong, at, place, other);
+  });
 }
 
 void Hopper::write(Block& at, int thread, uint32_t offset, int bytes) {
-  if (bytes != 16) fail("writes %d bytes of shared memory, which is watched by 16", bytes);
-  int other = 0;
-  const char* wrong = order_.write(cell(at, offset), member(at, thread), other);
-  say(wrong, at, offset, other);
+  if (bytes % grain_) fail("writes %d bytes of shared memory, watched by %d", bytes, grain_);
+  each_cell(at, offset, uint32_t(bytes), [&](Cell& written, uint32_t place) {
+    int other = 0;
+    const char* wrong = order_.write(written, member(at, thread), other);
+    say(wrong, at, place, other);
+  });
 }
 
-void Hopper::coming(Block& at, uint32_t offset, bool is) { cell(at, offset).coming = is; }
+void Hopper::coming(Block& at, uint32_t offset, bool is) {
+  each_cell(at, offset, 16, [&](Cell& cell, uint32_t) { cell.coming = is; });
+}
 
 void Hopper::fence() {
   Fiber& own = block->current();
@@ -100,9 +109,9 @@ void Hopper::phase_init(uint32_t address, int count) {
   if (++phases_ > kMostPhases) fail("more than %d barriers", kMostPhases);
   Phase& p = own.phases[offset];
   p.count = p.pending = count;
-  p.engine = engines_ + int(watched_.size()) * (threads_ / 128) + phases_ - 1;
+  p.engine = engines_ + int(watched_.size()) * groups_ + phases_ - 1;
   p.arrived = p.known = Clock(order_.of(0).size(), 0);
-  cell(*block, offset).closed = true;
+  each_cell(*block, offset, 8, [](Cell& cell, uint32_t) { cell.closed = true; });
 }
 
 void Hopper::settle(Block& at, uint32_t offset, Phase& p) {
@@ -129,6 +138,7 @@ void Hopper::phase_arrive(uint32_t address, uint32_t rank, uint32_t expected) {
   if (there.block->left() == 0) fail("arrives at a barrier of block %u, which has ended", rank);
   const uint32_t offset = barrier_offset(address);  // the same in every block
   Phase& p = phase(*there.block, offset);
+  if (expected && mistake.name == "wrong-bytes" && expected_++ == mistake.at) expected += 16;
   if (p.pending == 0) fail("more than %d arrivals at the barrier at %u", p.count, offset);
   Order::join(p.arrived, order_.of(me()));
   order_.tick(me());

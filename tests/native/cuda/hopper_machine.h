@@ -8,7 +8,8 @@
 // that is overwritten too early spoils them. Which accesses are ordered is watched by order.h.
 // Mistakes that can be made on purpose, `at` counting the calls of every thread: skip-phase (a wait
 // for a phase), skip-arrive, skip-fence, skip-products-wait, skip-named, skip-cluster,
-// wrong-operand; and skip-bulk, which counts copies.
+// wrong-operand; skip-bulk, and of boxes wrong-corner and wrong-place, which count copies; and
+// wrong-bytes, which counts what threads say that they expect.
 #pragma once
 #include <map>
 
@@ -26,12 +27,13 @@ struct Product {
 
 class Hopper {
  public:
-  explicit Hopper(const std::vector<Block*>& blocks);
+  // Accesses of shared memory are multiples of `grain` bytes.
+  explicit Hopper(const std::vector<Block*>& blocks, int grain = 16);
 
-  // Shared memory, 16 bytes at a time; offsets from the block's begin.
+  // Shared memory; offsets from the block's begin.
   void read(Block& at, int thread, uint32_t offset, int bytes);
   void write(Block& at, int thread, uint32_t offset, int bytes);
-  void coming(Block& at, uint32_t offset, bool is);
+  void coming(Block& at, uint32_t offset, bool is);  // 16 bytes
 
   void phase_init(uint32_t address, int count);
   void phase_arrive(uint32_t address, uint32_t rank, uint32_t expected = 0);
@@ -40,6 +42,8 @@ class Hopper {
   // To each block of the cluster whose bit is set.
   void copy(uint32_t address, const void* source, uint32_t bytes, uint32_t barrier,
             uint32_t blocks);
+  // A box of a tensor, to the block itself.
+  void copy_box(uint32_t address, const void* map, const int (&corner)[4], uint32_t barrier);
   // Has the barrier count an arrival once all copies of this thread have ended.
   void arrive_copied(uint32_t address);
   // Waits for copies of this thread that were committed before that many groups were.
@@ -76,6 +80,7 @@ class Hopper {
     uint32_t offset;
     const char* source;
     uint32_t bytes, barrier;  // which is an offset too
+    std::vector<char> made;   // where `source` is no memory of the device
   };
   struct Awaited {
     Block* at;
@@ -120,8 +125,13 @@ class Hopper {
   std::string name(int who) const;
   void say(const char* wrong, const Block& at, uint32_t offset, int other) const;
   Cell& cell(const Block& at, uint32_t offset) {
-    return watched_[size_t(at.rank())].cells[offset / 16];
+    return watched_[size_t(at.rank())].cells[offset / uint32_t(grain_)];
   }
+  // Calls for each cell of a range, with its offset.
+  template <class Do> void each_cell(const Block& at, uint32_t offset, uint32_t bytes, Do act) {
+    for (uint32_t i = 0; i < bytes; i += uint32_t(grain_)) act(cell(at, offset + i), offset + i);
+  }
+  void start(Bulk&& bulk);
   static uint32_t barrier_offset(uint32_t address) {
     return block->offset(address, 8, 8, "a barrier");
   }
@@ -139,8 +149,8 @@ class Hopper {
   void read_operand(Warpgroup& group, const Product& p, bool b, int starter);
   void multiply(Warpgroup& group, const Product& p);
 
-  int threads_, engines_, phases_ = 0, at_cluster_ = 0;
-  int64_t copies_ = 0;
+  int threads_, groups_, engines_, grain_, phases_ = 0, at_cluster_ = 0;
+  int64_t copies_ = 0, expected_ = 0;
   std::vector<Watched> watched_;
   std::vector<Bulk> bulks_;
   std::vector<Awaited> awaited_;

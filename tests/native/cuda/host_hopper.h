@@ -3,7 +3,7 @@
 #pragma once
 #include <memory>
 
-#include "hopper_machine.h"
+#include "host_bulk.h"
 
 #define HETCONV_WGMMA
 
@@ -14,24 +14,13 @@ inline int warp_index() { return int(threadIdx.x) / 32; }
 template <int kCount> void fewer_registers() {}
 template <int kCount> void more_registers() {}
 
-inline host::Hopper& hopper() { return *host::block->hopper; }
-
 inline void barrier_of(int name, int threads) { hopper().named_barrier(name, threads); }
 inline uint32_t cluster_rank() { return uint32_t(host::block->rank()); }
 inline void cluster_barrier() { hopper().cluster_barrier(); }
 
-inline void phase_init(uint32_t address, int count) { hopper().phase_init(address, count); }
-inline void phase_init_done() {}
-inline void phase_arrive(uint32_t address) {
-  hopper().phase_arrive(address, uint32_t(host::block->rank()));
-}
 inline void phase_arrive_at(uint32_t address, uint32_t rank) {
   hopper().phase_arrive(address, rank);
 }
-inline void phase_expect(uint32_t address, uint32_t bytes) {
-  hopper().phase_arrive(address, uint32_t(host::block->rank()), bytes);
-}
-inline void phase_wait(uint32_t address, uint32_t parity) { hopper().phase_wait(address, parity); }
 
 inline void copy_bulk(uint32_t address, const void* source, uint32_t bytes, uint32_t barrier) {
   hopper().copy(address, source, bytes, barrier, 1u << host::block->rank());
@@ -41,7 +30,6 @@ inline void copy_bulk_to(uint32_t address, const void* source, uint32_t bytes, u
   hopper().copy(address, source, bytes, barrier, blocks);
 }
 inline void copy_arrive(uint32_t address) { hopper().arrive_copied(address); }
-inline void fence_async() { hopper().fence(); }
 
 inline void store_matrices_transposed(uint32_t address, const Quad& q) {
   host::LaneArguments own;
@@ -70,8 +58,6 @@ template <class T, int kColumns> void product(float (&d)[kColumns / 2], uint64_t
 }
 
 // Launches ---------------------------------------------------------------------------------------
-
-inline bool is_capability(int, int) { return true; }
 
 template <class P> int64_t held_clustered(void (*)(P), int, int64_t, int cluster) {
   return 2 * cluster;

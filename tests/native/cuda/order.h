@@ -17,7 +17,7 @@ namespace hetconv::host {
 // What one knows of every member: the time up to which, then the time up to which it is fenced.
 using Clock = std::vector<uint32_t>;
 
-// Sixteen bytes of shared memory, the unit that is watched.
+// A piece of shared memory, the unit that is watched: two bytes or sixteen.
 struct Cell {
   int32_t writer = -1;
   uint32_t written = 0;
