@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -33,6 +33,9 @@ _PTXAS = re.compile(
 BOXES = ("narrow_boxes", "wgrad_boxes")  # kernels whose tiles TMA brings
 # With more, no block of three warpgroups starts; they exchange registers afterwards.
 _WIDE_REGISTERS = 168
+# Instructions that a halo's copies may take, each, beside products that wait for them.
+_WIDE_TURN = 16.0
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?(.*?);")
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,11 @@ class Code:
         spills: bytes spilled, stores and loads.
         shared: bytes of static shared memory.
         matrix: matrix instructions, by name.
-        copies: asynchronous copies, by name.
+        copies: asynchronous copies, by name; ARRIVES has a barrier count their end.
         local: loads and stores of local memory.
         described: HGMMA whose operands both lie in shared memory.
         losses: warnings of ptxas, such as that wgmma is serialized.
+        turn: instructions for each LDGSTS of the shortest loop that has one; 0 without such.
     """
 
     name: str
@@ -64,6 +68,7 @@ class Code:
     local: int
     described: int = 0
     losses: int = 0
+    turn: float = 0.0
 
 
 def problems(code: Code) -> list[str]:
@@ -84,6 +89,10 @@ def problems(code: Code) -> list[str]:
             found.append(f"{code.described} HGMMA of operands in shared memory: {code.matrix}")
         if not {"LDGSTS", "UBLKCP"} <= set(code.copies):
             found.append(f"no asynchronous and bulk copies: {code.copies}")
+        if "ARRIVES" not in code.copies:
+            found.append(f"copies whose end a barrier does not count by itself: {code.copies}")
+        if not 0 < code.turn <= _WIDE_TURN:
+            found.append(f"{code.turn} instructions for each asynchronous copy")
         if code.registers > _WIDE_REGISTERS:
             found.append(f"{code.registers} registers")
     if code.losses:
@@ -179,7 +188,8 @@ def rows(architecture: str) -> list[Code]:
     FOLDER.mkdir(parents=True, exist_ok=True)
 
     def compiled(source: Path) -> list[dict[str, Any]]:
-        text = headers + source.read_bytes() + f"{part.flags} {release()}".encode()
+        what = [part.flags, release(), *(field.name for field in fields(Code))]
+        text = headers + source.read_bytes() + " ".join(what).encode()
         key = hashlib.sha256(text).hexdigest()[:16]
         path = FOLDER / f"{source.stem}-sm{architecture}-{key}.json"
         if not path.exists():
@@ -231,14 +241,29 @@ def read(architecture: str, said: str, sass: str) -> list[Code]:
                 spills=int(stores) + int(loads),
                 shared=int(shared or 0),
                 matrix=_count(body, r"\b(HGMMA|UTC[A-Z]*MMA|HMMA)\b"),
-                copies=_count(body, r"\b(LDGSTS|UTMALDG|UBLKCP)\b"),
+                copies=_count(body, r"\b(LDGSTS|UTMALDG|UBLKCP|ARRIVES)\b"),
                 local=sum(_count(body, r"\b(LDL|STL)\b").values()),
                 described=len(re.findall(r"\bHGMMA\S* R\d+, gdesc\[", body)),
+                turn=_turn(body),
                 losses=len(re.findall(rf"^ptxas .*(?:warn|Potential).*{name}.*$", said, re.M)),
             )
         )
     assert len(found) == len(bodies), (len(found), sorted(bodies))
     return found
+
+
+def _turn(body: str) -> float:
+    """Counts the instructions for each LDGSTS in the shortest loop that has one."""
+    listed = [(int(place, 16), text) for place, text in _INSTRUCTION.findall(body)]
+    found = []
+    for end, text in listed:
+        jump = re.match(r"BRA\b.*?0x([0-9a-f]+)", text)
+        if jump and (begin := int(jump[1], 16)) <= end:
+            loop = [text for place, text in listed if begin <= place <= end]
+            copies = sum(text.startswith("LDGSTS") for text in loop)
+            if copies:
+                found.append((len(loop), copies))
+    return min(found)[0] / min(found)[1] if found else 0.0
 
 
 def _plain(name: str) -> str:

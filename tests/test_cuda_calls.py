@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import cuda_host
@@ -93,6 +93,56 @@ def test_an_operand_that_spans_too_much_is_brought_together(
         monkeypatch.setattr(calls, "MAX_SPAN", limit)
         assert torch.equal(run("fprop", GEOMETRY, wide, wide, w, None, None, None), expected)
         assert sum(capture.CONVERSIONS.values()) == copies
+
+
+@pytest.mark.parametrize(("heads", "blocks"), [(1, 3), (2, 1), (3, 1), (4, 1)])
+def test_blocks_of_all_heads_are_held_at_once(host, heads: int, blocks: int) -> None:
+    """More would wait for the others to end, with as much work; three are held on the CPU."""
+    narrow, wgrad = host.Narrow(), host.NarrowWgrad()
+    for call in (narrow, wgrad):
+        call.parts, call.buffers = heads, 1
+    narrow.class_count, narrow.warps_m, narrow.warps_n, wgrad.warps = 1, 1, 1, 1
+    assert [call.held_blocks("bfloat16") for call in (narrow, wgrad)] == [blocks, blocks]
+
+
+@pytest.mark.parametrize(("verb", "tables"), [("fprop", 8), ("dgrad", 8), ("wgrad", 6)])
+def test_every_stream_that_reads_what_is_kept_is_told_to_the_allocator(
+    host, monkeypatch: pytest.MonkeyPatch, verb: str, tables: int
+) -> None:
+    """Once a stream: the tables, and the slabs of a frozen weight with where they come from."""
+    geometry = make_geometry(hk.Support.het(16, 24, 3, p=2), 1, 1)  # nothing is kept with it yet
+    x, w, dy = operands(geometry, torch.bfloat16)
+    frozen = w[torch.tensor(geometry.support.mask)]
+    first, second = (x, x) if verb == "fprop" else (dy, x)
+    stream = SimpleNamespace(cuda_stream=1)
+    told: list[tuple[int, int]] = []
+    monkeypatch.setattr(capture, "_lent_to", lambda _: stream)
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda t, s: told.append((s.cuda_stream, t.data_ptr()))
+    )
+    engine = Cuda()
+    problem = ops.describe(verb, geometry, first, second, frozen, (6, 9))
+    call = {"fprop": engine.fprop, "dgrad": engine.dgrad, "wgrad": engine.wgrad}[verb](problem)
+    more = (None, None, None) if verb == "fprop" else ()
+    kept = tables + 2 * (verb != "wgrad")
+    for number in (1, 1, 2, 1):
+        stream.cuda_stream = number
+        call(first, second if verb == "wgrad" else frozen, *more)
+    # Where slabs come from is read by the stream that packs them only.
+    assert [sum(s == n for s, _ in told) for n in (1, 2)] == [kept, kept - (verb != "wgrad")]
+    assert {p for s, p in told if s == 2} <= {p for s, p in told if s == 1}
+
+
+def test_what_is_made_for_one_call_is_told_to_nobody(host, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w, _ = operands(GEOMETRY, torch.bfloat16)
+    found = run("fprop", GEOMETRY, x, x, w, None, None, None)
+    assert capture._lent_to(x.device) is None
+    told: list[torch.Tensor] = []
+    monkeypatch.setattr(capture, "_lent_to", lambda _: SimpleNamespace(cuda_stream=1))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda t, _: told.append(t))
+    assert torch.equal(run("fprop", GEOMETRY, x, x, w, None, None, None), found)
+    assert len(told) == 9  # the tables
+    assert not {t.dtype for t in told} - {torch.int32}
 
 
 def test_boxes_are_cut_out_of_axes_that_hold_each_other() -> None:

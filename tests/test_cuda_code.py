@@ -114,8 +114,9 @@ WIDE = dataclasses.replace(
     architecture="90a",
     registers=168,
     matrix={"HGMMA": 4},
-    copies={"LDGSTS": 1, "UBLKCP": 4},
+    copies={"LDGSTS": 1, "UBLKCP": 4, "ARRIVES": 1},
     described=4,
+    turn=12.5,
 )
 
 
@@ -124,8 +125,10 @@ WIDE = dataclasses.replace(
     [
         ({"described": 0}, "0 HGMMA of operands in shared memory"),
         ({"matrix": {"HMMA": 4}, "described": 0}, "0 HGMMA of operands in shared memory"),
-        ({"copies": {"LDGSTS": 1}}, "no asynchronous and bulk copies"),
-        ({"copies": {"UBLKCP": 1}}, "no asynchronous and bulk copies"),
+        ({"copies": {"LDGSTS": 1, "ARRIVES": 1}}, "no asynchronous and bulk copies"),
+        ({"copies": {"UBLKCP": 1, "ARRIVES": 1}}, "no asynchronous and bulk copies"),
+        ({"copies": {"LDGSTS": 1, "UBLKCP": 4}}, "whose end a barrier does not count"),
+        ({"turn": 53.0}, "53.0 instructions for each asynchronous copy"),
         ({"registers": 176}, "176 registers"),
         ({"losses": 1}, "1 warnings of lost speed"),
     ],
@@ -175,6 +178,8 @@ SASS = """
         /*0030*/  HMMA.16816.F32.BF16 R4, R8, R10, R4 ;
         /*0040*/  HGMMA.64x256x16.F32.BF16 R24, gdesc[UR16], R24, gsb0 ;
         /*0050*/  HGMMA.64x256x16.F32.BF16 R24, R4, gdesc[UR16], R24, gsb0 ;
+        /*0060*/  @!P0 BRA 0x10 ;
+        /*0070*/  @!UP0 BRA 0x0 ;
 """
 
 
@@ -194,4 +199,5 @@ def test_what_the_tools_say_is_read() -> None:
         local=1,
         described=1,
         losses=1,
+        turn=8.0,
     )

@@ -197,6 +197,10 @@ def broken(tiling: WideTiling, mistake: str) -> WideTiling:
             heads = tables.heads.copy()
             heads[0, 0, 1] -= 1
             return tiling._replace(tables=replace(tables, heads=heads))
+        case "border-left-out":
+            blocks[0, 14] += 1
+        case "border-below-left-out":
+            blocks[-1, 13] += 1
         case "base":
             classes[0, 8] += 1
         case "images-too-near":
@@ -215,7 +219,8 @@ def broken(tiling: WideTiling, mistake: str) -> WideTiling:
 
 MISTAKES = (
     *("step", "far-step", "taps-swapped", "channel", "run-twice", "step-left-out"),
-    *("block-left-out", "base", "images-too-near", "tile-left-out", "first", "halo", "pitch"),
+    *("border-left-out", "border-below-left-out", "block-left-out", "base", "tile-left-out"),
+    *("images-too-near", "first", "halo", "pitch"),
 )
 
 
@@ -250,6 +255,15 @@ def test_whole_groups_waste_nothing(support: Support, steps: int) -> None:
         tables = lower(support, classes, back)
         assert len(tables.steps) == steps
         assert tables.size == support.live
+
+
+def test_blocks_of_the_tap_in_the_middle_bring_nothing_around_the_tile() -> None:
+    classes, _ = wide_windows(make_geometry(Support.het(256, 256, 3, p=4), 1, 1), (14, 14), False)
+    blocks = lower(Support.het(256, 256, 3, p=4), classes).blocks
+    few = blocks[:, [9, 11]].sum(axis=1) == 2
+    assert few.sum() == 4
+    assert (blocks[few, 12:] == 1).all()
+    assert (blocks[~few, 12:] == 0).all()
 
 
 def test_runs_of_one_group_stand_together_wherever_they_are() -> None:
@@ -340,37 +354,6 @@ def test_more_tiles_than_32_bits_count_are_refused() -> None:
     with pytest.raises(BackendError, match="with at most 1073741824 tiles"):
         chosen(geometry, (1, 1), 2**37, False)
     assert chosen(geometry, (1, 1), 2**30, False)[0].classes[0, 4] == 32
-
-
-# Predictions -------------------------------------------------------------------------------------
-
-
-def test_fewer_weights_are_predicted_to_take_less() -> None:
-    clocks = []
-    for support in (Support.dense(256, 256, 3), *(Support.het(256, 256, 3, p=p) for p in (2, 4))):
-        tiling, _ = chosen(make_geometry(support, 1, 1), (14, 14), 128, False)
-        clocks.append(tiling.clocks)
-        assert tiling.executed >= 128 * support.macs(14, 14)
-        assert tiling.clocks * PART.processors * PART.rate >= tiling.executed
-    assert clocks == sorted(clocks, reverse=True)
-    assert clocks[0] > 2 * clocks[2]
-
-
-def test_rounds_count_the_busiest_processor() -> None:
-    spans = [(5, np.array([1.0, 2.0])), (1, np.array([4.0]))]
-    # In turn over three: 1 2 1 | 2 1 2 | 1 2 1 | 2 4 0.
-    assert wide_tiles._rounds(spans, 3) == 9.0
-    assert wide_tiles._rounds([], 3) == 0.0
-    many = [(2**16, np.array([3.0, 1.0]))]
-    assert wide_tiles._rounds(many, 4) == 2**16
-
-
-def test_tiles_on_small_images_are_filled() -> None:
-    """Four images of 7 × 7 in 32 rows, two of 14 × 14; 28 rows fill a tile of 224."""
-    for size, shape, images in ((7, 256, 4), (14, 256, 2), (28, 224, 1), (56, 224, 1)):
-        geometry = make_geometry(Support.dense(512, 512, 3), 1, 1)
-        tiling, _ = chosen(geometry, (size, size), 128, False)
-        assert (tiling.shape.pixels, tiling.classes[0, 4]) == (shape, images)
 
 
 def test_the_worked_examples_hold() -> None:

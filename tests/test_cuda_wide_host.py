@@ -35,6 +35,14 @@ def dense(filters: int, channels: int, kernel: int = 3) -> np.ndarray:
     return np.ones((filters, channels, kernel, kernel), bool)
 
 
+def scattered(*taps: tuple[int, int]) -> np.ndarray:
+    """Returns a mask whose blocks of 64 channels have one tap of 3x3 each."""
+    mask = np.zeros((64, 64 * len(taps), 3, 3), bool)
+    for block, tap in enumerate(taps):
+        mask[:, 64 * block : 64 * block + 64, tap[0], tap[1]] = True
+    return mask
+
+
 CASES: dict[str, Callable[[], shim.Case]] = {
     "two segments, two blocks": lambda: wide_case(
         Layer(het(128, 128, 2), (10, 11)), epilogue=EPILOGUE
@@ -59,6 +67,18 @@ CASES: dict[str, Callable[[], shim.Case]] = {
         Layer(het(128, 128, 2), (7, 7)), 3, pixels=128, images=4, epilogue=EPILOGUE
     ),
     "stride": lambda: wide_case(Layer(dense(64, 64), (13, 17), 2), epilogue=EPILOGUE),
+    "one tap a block": lambda: wide_case(
+        Layer(scattered((1, 1), (0, 2), (2, 0), (1, 2)), (10, 11)), stages=1, epilogue=EPILOGUE
+    ),
+    "one tap a block, stacked": lambda: wide_case(
+        Layer(scattered((2, 1), (0, 0), (1, 1)), (5, 6)), 5, pixels=128, images=3
+    ),
+    "one tap a block, stride": lambda: wide_case(
+        Layer(scattered((2, 2), (1, 1), (0, 1)), (13, 17), 2), cluster=2
+    ),
+    "one tap a block, dgrad": lambda: wide_case(
+        Layer(scattered((2, 2), (1, 1), (0, 1)), (9, 12), 2), back=True
+    ),
     "stride, stacked": lambda: wide_case(Layer(dense(64, 64), (7, 6), 2), 4, images=3),
     "dgrad": lambda: wide_case(Layer(het(128, 64, 2), (7, 9)), back=True),
     "dgrad, four classes": lambda: wide_case(
@@ -165,7 +185,6 @@ def simple(cluster: int = 1) -> shim.Case:
         ("skip-named", 1, "race"),  # residual: added
         ("skip-named", 2, "race"),  # results: written out
         ("skip-bulk", 3, "deadlock"),
-        ("skip-wait", 0, "race|copy is on its way"),
         ("skip-copy", 100, "nobody has written"),
         ("wrong-operand", 7, "nobody has written|outside of|not ordered|where a barrier lies"),
         ("wrong-address", 0, "outside of"),
@@ -184,6 +203,11 @@ def test_results_wait_for_those_of_the_tile_before(tmp_path: Path) -> None:
     done = shim.execute([case], tmp_path, ("skip-named", "8"))
     assert done.returncode == 3
     assert "race" in done.stderr, done.stderr
+
+
+def test_ending_before_its_copies_is_found(tmp_path: Path) -> None:
+    done = shim.execute([simple()], tmp_path, ("skip-wait", "0"))
+    assert "ends with copies that it never waited for" in done.stderr
 
 
 def test_leaving_a_cluster_too_early_is_found(tmp_path: Path) -> None:
@@ -208,8 +232,12 @@ def test_reading_past_the_end_of_a_tensor_is_found(tmp_path: Path) -> None:
         ("steps", lambda t: t[::-1], "differ"),
         ("rows", lambda t: t[:, ::-1], "differ"),
         ("source", lambda t: np.roll(t, 1), "differ"),
+        ("blocks", lambda t: t + (np.arange(16) == 14), "nobody has written|differ"),
     ],
-    ids=["windows outside of the halo", "taps exchanged", "segments exchanged", "weights moved"],
+    ids=[
+        *("windows outside of the halo", "taps exchanged", "segments exchanged", "weights moved"),
+        "a column that is read not brought",
+    ],
 )
 def test_wrong_tables_are_found(
     table: str, change: Callable[[np.ndarray], np.ndarray], said: str, tmp_path: Path

@@ -212,7 +212,7 @@ def _tables(
                             steps.append(y * row_pitch + column)
                             source.append(_slab(mask, back, segment, block, ky, kx))
                     line += [begin, len(steps) - begin]
-                lines["blocks"].append(line)
+                lines["blocks"].append([*line, *_unread(mask, pair, block, rows, cols)])
     first = np.arange(pairs * 16).reshape(pairs, 2, 8) * 8
     return {
         **{name: np.array(table, np.int32) for name, table in lines.items()},
@@ -220,6 +220,21 @@ def _tables(
         "rows": np.where(first < filters, first, -1).astype(np.int32),
         "source": np.concatenate(source).astype(np.int32),
     }
+
+
+def _unread(mask: np.ndarray, pair: int, block: int, rows: Axis, cols: Axis) -> list[int]:
+    """Counts rows above and below, columns left and right, that no weight of a block is for."""
+    live = mask[128 * pair : 128 * pair + 128, 64 * block : 64 * block + 64]
+    found = []
+    for axis, others, along in ((rows, cols, 0), (cols, rows, 1)):
+        read = [
+            offset
+            for k, offset in axis.taps
+            for other, _ in others.taps
+            if live[:, :, *((k, other) if along == 0 else (other, k))].any()
+        ]
+        found += [min(read), axis.reach - 1 - max(read)] if read else [0, 0]
+    return found
 
 
 def _slab(mask: np.ndarray, back: bool, segment: int, block: int, ky: int, kx: int) -> np.ndarray:

@@ -102,7 +102,7 @@ def execute(tiling: WideTiling, x: np.ndarray, slabs: np.ndarray, y: np.ndarray)
             for (begin, count), rows in zip(heads, tables.rows, strict=True):
                 acc = np.zeros((2, 8, 8, high, 8))
                 for block in tables.blocks[begin : begin + count]:
-                    halo = _halo(tiling, line, tile, block[:8], x)
+                    halo = _halo(tiling, line, tile, block, x)
                     for side in range(2):
                         first, steps = block[8 + 2 * side : 10 + 2 * side]
                         for step in range(first, first + steps):
@@ -112,21 +112,25 @@ def execute(tiling: WideTiling, x: np.ndarray, slabs: np.ndarray, y: np.ndarray)
     return np.array(sums).reshape(-1, 2, y.shape[3])
 
 
-def _halo(tiling: WideTiling, line: Line, tile: Tile, chunks: np.ndarray, x: np.ndarray) -> object:
+def _halo(tiling: WideTiling, line: Line, tile: Tile, block: np.ndarray, x: np.ndarray) -> object:
     """Brings a block's halo to planes; what nothing is brought to is NaN.  # [8, pitch, 8]"""
+    chunks, (top, bottom, left, right) = block[:8], block[12:16]
+    brought = slice(left, line.halo_w - right)
     batch, height, width, _ = x.shape
     high = tiling.shape.pixels // 8
     planes = np.full((8, tiling.shape.plane_pitch, 8), np.nan)
     columns = line.base_w + tile.col * 8 * line.load_w + np.arange(line.halo_w)
     images, rows = halo_rows(line, high, tile.row)
     for r, (image, row) in enumerate(zip(images, rows, strict=True)):
+        if not top <= r < line.halo_h - bottom:
+            continue
         image += tile.stack * line.images
         for chunk, plane in zip(chunks, planes, strict=True):
             cells = np.zeros((line.halo_w, 8))
             if chunk >= 0 and image < batch and 0 <= row < height:
                 inside = (columns >= 0) & (columns < width)
                 cells[inside] = x[image, row, columns[inside], chunk * 8 : chunk * 8 + 8]
-            plane[r * line.row_pitch + places(line)] = cells
+            plane[r * line.row_pitch + places(line)[brought]] = cells[brought]
     return planes
 
 
@@ -190,7 +194,7 @@ def check(
     assert (np.sort(packed[packed >= 0]) == np.flatnonzero(support.mask)).all(), "live weights"
     runs = tables.rows[tables.rows >= 0]
     assert sorted(runs) == list(range(0, support.channels if back else support.filters, 8)), "runs"
-    assert (np.diff(tables.blocks[:, 8:].reshape(-1, 2)[:, 0]) >= 0).all(), "order of steps"
+    assert (np.diff(tables.blocks[:, 8:12].reshape(-1, 2)[:, 0]) >= 0).all(), "order of steps"
     assert tables.blocks[:, [9, 11]].sum() == len(tables.steps), "steps of blocks"
     assert tables.heads[..., 1].sum() == len(tables.blocks), "blocks of heads"
     chunks = tables.blocks[:, :8]
@@ -228,6 +232,7 @@ def _taps_of(tiling: WideTiling, index: int, line: Line) -> set[tuple[int, int, 
     reach = (tiling.shape.pixels // 8 - 1) * line.load_h * line.row_pitch + 7
     for begin, count in tables.heads[index]:
         own = np.isin(tables.block, np.arange(begin, begin + count))
+        _check_borders(tiling, line, begin, count, column)
         for tap, step in set(zip(tables.tap[own], tables.steps[own], strict=True)):
             assert step >= 0, "address"
             assert step + reach < line.halo_h * line.row_pitch, "address"
@@ -235,6 +240,21 @@ def _taps_of(tiling: WideTiling, index: int, line: Line) -> set[tuple[int, int, 
             assert place in column, "a column that nothing is brought to"
             found.add((int(tap), row, column[place]))
     return found
+
+
+def _check_borders(
+    tiling: WideTiling, line: Line, begin: int, count: int, column: dict[int, int]
+) -> None:
+    """Checks that no step reads what is not brought of its block's halo."""
+    tables, high = tiling.tables, tiling.shape.pixels // 8
+    for block in range(begin, begin + count):
+        top, bottom, left, right = tables.blocks[block, 12:16].tolist()
+        assert min(top, bottom, left, right) >= 0, "borders"
+        for step in tables.steps[tables.block == block].tolist():
+            row, place = divmod(step, line.row_pitch)
+            assert top <= row < line.halo_h - bottom - (high - 1) * line.load_h, "rows brought"
+            col = column[place]
+            assert left <= col < line.halo_w - right - 7 * line.load_w, "columns brought"
 
 
 def _check_axis(

@@ -48,25 +48,23 @@ __device__ __forceinline__ void phase_expect(uint32_t address, uint32_t bytes) {
                : "memory");
 }
 
-// Whether the phase of that parity has ended; the one before the first counts as odd and ended.
-__device__ __forceinline__ bool phase_ended(uint32_t address, uint32_t parity) {
-  uint32_t ended;
-  asm volatile(
-      "{\n\t.reg .pred p;\n\t"
-      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
-      "selp.u32 %0, 1, 0, p;\n\t}"
-      : "=r"(ended)
-      : "r"(address), "r"(parity)
-      : "memory");
-  return ended;
-}
-
+// Waits for the end of the phase of that parity; the one before the first counts as odd and ended.
+// try_wait may itself wait for some time, so it is no way to look and do something else meanwhile.
 __device__ __forceinline__ void phase_wait(uint32_t address, uint32_t parity) {
-  while (!phase_ended(address, parity)) {}
+  uint32_t ended;
+  do {
+    asm volatile(
+        "{\n\t.reg .pred p;\n\t"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
+        "selp.u32 %0, 1, 0, p;\n\t}"
+        : "=r"(ended)
+        : "r"(address), "r"(parity)
+        : "memory");
+  } while (!ended);
 }
 
-// Orders this thread's earlier accesses of shared memory before what wgmma and bulk copies do after
-// the thread's next arrival.
+// Orders what this thread did or waited for in shared memory before what wgmma and bulk copies,
+// which see it another way, do after it.
 __device__ __forceinline__ void fence_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }

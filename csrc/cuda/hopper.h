@@ -10,9 +10,14 @@
 //    and K-major, LBO leads from the first eight of sixteen k to the second and SBO from eight rows
 //    to the next eight, eight rows are 128 bytes, and they may begin at any multiple of 16 bytes;
 //    the base offset, which is about swizzling, is 0.
-//  - that fence.proxy.async, between the end of a thread's copies and its arrival at a barrier,
-//    makes them visible to the wgmma of those who wait there; and that wgmma, once waited for, has
-//    read its operands, so that they may be overwritten in either way after an arrival.
+//  - that the threads of a warpgroup see what copy_async brought once they have waited for the
+//    barrier that counts it, and that fence.proxy.async in all of them, between that and wgmma,
+//    makes wgmma see it: cp.async writes as threads do (the generic proxy), wgmma reads through the
+//    async proxy, and a fence is to lie on the way from the one to the other, in the block of the
+//    latter (PTX ISA, "Causality order" and "Async proxy"; Lustig et al., ISCA 2022, section 5.4).
+//    Writers cannot fence: they go on while their copies are on their way.
+//  - that wgmma, once waited for, has read its operands, so that they may be overwritten in either
+//    way after an arrival.
 //  - that bytes of a multicast may count at a barrier before its own block expects them.
 #pragma once
 #include "bulk.h"
@@ -89,6 +94,13 @@ __device__ __forceinline__ void copy_bulk_to(uint32_t address, const void* sourc
       "[%0], [%1], %2, [%3], %4;" ::"r"(address),
       "l"(source), "r"(bytes), "r"(barrier), "h"(uint16_t(blocks))
       : "memory");
+}
+
+// Has the barrier count an arrival of this thread once all its copy_async so far have ended, while
+// it goes on. Without .noinc the count would be raised first, and this be no arrival of those that
+// phase_init counts.
+__device__ __forceinline__ void copy_arrive(uint32_t address) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(address) : "memory");
 }
 
 // Matrices ---------------------------------------------------------------------------------------
@@ -171,12 +183,6 @@ HC_PRODUCTS(Half, "f16")
 #undef HC_PRODUCT
 // clang-format on
 
-// Describes an operand in shared memory: from eight rows to the next and from the first eight k to
-// the second in units of 16 bytes; without swizzling.
-__device__ __forceinline__ uint64_t operand(uint32_t address, uint32_t next_k, uint32_t next_rows) {
-  return uint64_t(next_rows) << 32 | (next_k << 16 | address >> 4);
-}
-
 // Launches (host) --------------------------------------------------------------------------------
 
 // A launch of blocks in clusters; the attribute must live as long as the configuration.
@@ -219,3 +225,15 @@ const char* launch_clustered(void (*kernel)(P), P p, int64_t blocks, int threads
 
 }  // namespace hetconv::cuda
 #endif
+
+namespace hetconv::cuda {
+
+// Describes an operand in shared memory: from eight rows to the next and from the first eight k to
+// the second in units of 16 bytes; without swizzling. Of the address, 18 bits are meant (PTX ISA,
+// "matrix-descriptor-encode"): in a cluster the block's rank is above them, and would change
+// next_k.
+__device__ __forceinline__ uint64_t operand(uint32_t address, uint32_t next_k, uint32_t next_rows) {
+  return uint64_t(next_rows) << 32 | (next_k << 16 | (address & 0x3FFFF) >> 4);
+}
+
+}  // namespace hetconv::cuda

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // wgrad for narrow groups, with tiles that cp.async brings, and the launchers of both ways;
 // wgrad_kernel.h has the program.
+#include <algorithm>
+
 #include "wgrad_kernel.h"
 
 namespace hetconv::cuda {
@@ -30,7 +32,7 @@ int64_t narrow_wgrad_blocks(const NarrowWgrad& p, DType dtype) {
   if (!kernel) return 0;
   const int64_t held = p.boxes ? wgrad::held_boxes(p, dtype)
                                : held_blocks(kernel, p.warps * 32, narrow_wgrad_shared_bytes(p));
-  return held ? (held + p.parts - 1) / p.parts : 0;
+  return held ? std::max<int64_t>(held / p.parts, 1) : 0;  // rounded as in narrow_fprop.cu
 }
 
 const char* narrow_wgrad(const NarrowWgrad& p, DType dtype, void* stream) {

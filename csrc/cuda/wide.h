@@ -68,14 +68,19 @@ enum ClassField {
 // Fields of a line of `heads`, one for each class and pair.
 enum HeadField { kBlockBegin, kBlockCount, kHeadFields };
 
-// Fields of a line of `blocks`: the channels of the chunks, divided by eight, -1: zeros; and for
-// each warpgroup which steps it runs on them, none or more. Blocks follow each other in a head,
-// and the steps of a warpgroup follow each other in a block.
+// Fields of a line of `blocks`: the channels of the chunks, divided by eight, -1: zeros; for each
+// warpgroup which steps it runs on them, none or more; and how many rows and columns along the
+// borders of the halo none of these steps reads, which are not brought. Blocks follow each other in
+// a head, and the steps of a warpgroup follow each other in a block.
 enum BlockField {
   kChunk = 0,
   kStepBegin = kChunks,  // of warpgroup 0; of warpgroup 1 two further
   kStepCount,
-  kBlockFields = kChunks + 2 * kWarpgroups
+  kUnreadTop = kChunks + 2 * kWarpgroups,
+  kUnreadBottom,
+  kUnreadLeft,
+  kUnreadRight,
+  kBlockFields
 };
 
 }  // namespace wide

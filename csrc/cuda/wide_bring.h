@@ -12,59 +12,71 @@ template <int kPixels> struct HaloBringer {
   uint32_t shared;
   int stage_bytes, thread;
 
-  // Starts copying one block for an item; every thread has one chunk of some pixels.
+  // Starts copying one block for an item. Every thread has one chunk of the pixels of a column, and
+  // walks down the images with nothing to divide: a narrow last band of columns has several of its
+  // rows at a time.
   __device__ void start(const Item& item, const int32_t* block, int stage) const {
+    constexpr int kLanes = kHaloThreads / kChunks;
     const int32_t* table = item.table;
-    const int chunk = thread % kChunks, channels = load_table(block + kChunk + chunk);
+    const int chunk = thread % kChunks, lane = thread / kChunks;
+    const int channels = load_table(block + kChunk + chunk);
     const int load_h = load_table(table + kLoadH), load_w = load_table(table + kLoadW);
     const int images = load_table(table + kImages);
     const int image_rows = load_table(table + kImagePitch) * load_h;
-    const int cols = load_table(table + kHaloW), pixels = load_table(table + kHaloH) * cols;
-    const int row_pitch = load_table(table + kRowPitch), half = load_table(table + kColHalf);
+    const int rows = load_table(table + kHaloH) - load_table(block + kUnreadBottom);
+    const int cols = load_table(table + kHaloW) - load_table(block + kUnreadRight);
+    const int unread = load_table(block + kUnreadTop);
+    const int pitch = load_table(table + kRowPitch) * 16, half = load_table(table + kColHalf);
     const int top = load_table(table + kBaseH) + item.row * (kPixels / kColumns) * load_h;
     const int left = load_table(table + kBaseW) + item.col * load_w;
-    const char* from = static_cast<const char*>(p.x) + int64_t(channels < 0 ? 0 : channels) * 16;
-    const uint32_t to = shared + stage * stage_bytes + chunk * p.plane_pitch * 16;
-    const Divider by_cols(cols), by_image(image_rows);
-    for (int pixel = thread / kChunks; pixel < pixels; pixel += kHaloThreads / kChunks) {
-      const int r = int(by_cols(pixel)), c = pixel - r * cols;
-      const int nth = int(by_image(r)), part = nth < images ? nth : images - 1;
-      const int y = top + r - part * image_rows, x = left + c, image = item.image + part;
-      const bool valid = channels >= 0 && image < p.batch && uint32_t(y) < uint32_t(p.image_h) &&
-                         uint32_t(x) < uint32_t(p.image_w);
-      const int64_t offset = valid ? image * p.x_n + (y * p.x_h + x * p.x_w) : 0;
-      const int place = load_w == 1 ? c : (c & 1) * half + (c >> 1);
-      copy_async(to + (r * row_pitch + place) * 16, from + offset * 2, valid);
+    const uint32_t plane = shared + stage * stage_bytes + chunk * p.plane_pitch * 16;
+    for (int band = load_table(block + kUnreadLeft); band < cols; band += kLanes) {
+      const int width = cols - band < kLanes ? cols - band : kLanes;
+      int column = band + lane, first = 0, step = 1;
+      if (width <= kLanes / 2) {
+        step = kLanes / width;
+        first = lane / width;
+        column -= first * width;
+      }
+      if (first >= step || column >= cols) continue;
+      const int place = half ? (column & 1) * half + (column >> 1) : column, x = left + column;
+      const bool inside = channels >= 0 && uint32_t(x) < uint32_t(p.image_w);
+      const uint32_t ahead = uint32_t(step) * p.x_h * 2;
+      for (int nth = 0; nth < images; ++nth) {
+        const int image = item.image + nth;
+        // In rows of the image. Bytes from its begin need 32 bits, and are right modulo 2^32 where
+        // there is a pixel to be read.
+        const int end = top + (nth + 1 < images ? image_rows : rows - nth * image_rows);
+        const bool there = inside && image < p.batch;
+        const char* from =
+            static_cast<const char*>(p.x) + (image < p.batch ? image * p.x_n * 2 : 0);
+        const int begin = first + (nth ? 0 : unread);
+        uint32_t offset = uint32_t(top + begin) * p.x_h + uint32_t(x) * p.x_w;
+        offset = (offset + channels * 8) * 2;
+        uint32_t to = plane + (nth * image_rows + begin) * pitch + place * 16;
+#pragma unroll 4
+        for (int y = top + begin; y < end; y += step) {
+          copy_async(to, from + offset, there && uint32_t(y) < uint32_t(p.image_h));
+          offset += ahead;
+          to += step * pitch;
+        }
+      }
     }
-    copy_commit();
-  }
-
-  // The copies are ordinary writes, and wgmma reads by another way: hence the fence by each writer
-  // once its copies have ended, before it arrives.
-  template <int kPending> __device__ void finish(uint32_t barrier) const {
-    copy_wait<kPending>();
-    fence_async();
-    phase_arrive(barrier);
   }
 
   __device__ void run(Ring ring, int first, int step, int rank) const {
-    uint32_t started = 0;  // the barrier of the block whose copies are on their way
     Item item;
     for (int index = first; item.find(p, index, rank); index += step) {
       const int32_t* block = p.blocks + load_table(item.head + kBlockBegin) * kBlockFields;
       const int count = load_table(item.head + kBlockCount);
       for (int b = 0; b < count; ++b, block += kBlockFields, ring.advance()) {
-        if (started && !phase_ended(ring.emptied(), ring.parity ^ 1)) {
-          finish<0>(started);
-          started = 0;
-        }
         phase_wait(ring.emptied(), ring.parity ^ 1);
         start(item, block, ring.at);
-        if (started) finish<1>(started);
-        started = ring.filled();
+        copy_arrive(ring.filled());
       }
     }
-    if (started) finish<0>(started);
+    copy_commit();
+    copy_wait<0>();  // no thread ends before its copies
   }
 };
 

@@ -43,12 +43,27 @@ __device__ void compute(const Wide& p, uint32_t shared, const Layout& at, const 
     const uint32_t next_rows =
         uint32_t(load_table(item.table + kLoadH) * load_table(item.table + kRowPitch));
     float acc[kPixels / 2] = {};
+    // The barriers of the slot and of the halo that the last products read. They are given back
+    // once the next products are on their way, which those of the next block may be, but not where
+    // these would wait for that very halo's place: with one stage, and after a block without a
+    // step.
+    uint32_t slot = 0, place = 0;
+    auto let_go = [&] {
+      if (slot) release(slot);
+      if (place && lane == 0) phase_arrive(place);
+      slot = place = 0;
+    };
+    auto finish = [&] {
+      products_wait<0>();
+      hold_registers(acc);
+      let_go();
+    };
     for (int b = 0; b < count; ++b, block += kBlockFields, halo.advance()) {
       const int32_t* windows = p.steps + load_table(block + kStepBegin + 2 * group);
       const int steps = load_table(block + kStepCount + 2 * group);
       const uint32_t planes = shared + at.halo + halo.at * at.stage;
       phase_wait(halo.filled(), halo.parity);
-      uint32_t before = 0;  // the barrier of the slot of the step before
+      fence_async();  // here, as those who copied are further on already
       for (int s = 0; s < steps; ++s, ring.advance()) {
         const uint32_t window = uint32_t(load_table(windows + s));
         const uint64_t a = operand(slabs + ring.at * kSlotBytes, 64, 8);
@@ -62,14 +77,14 @@ __device__ void compute(const Wide& p, uint32_t shared, const Layout& at, const 
         products_commit();
         products_wait<1>();
         hold_registers(acc);
-        if (before) release(before);
-        before = ring.emptied();
+        let_go();
+        slot = ring.emptied();
       }
-      products_wait<0>();
-      hold_registers(acc);
-      if (before) release(before);
-      if (lane == 0) phase_arrive(halo.emptied());
+      if (!steps) finish();
+      place = halo.emptied();
+      if (!steps || p.stages == 1) finish();
     }
+    finish();
     results.send(acc, item);
   }
 }

@@ -9,7 +9,7 @@ namespace hetconv::cuda::wide {
 constexpr int kGroupThreads = 128;
 constexpr int kThreads = kGroupThreads * (1 + kWarpgroups);
 constexpr int kHaloThreads = kGroupThreads - 32;
-constexpr int kBringRegisters = 40, kComputeRegisters = 232;  // 128 * (40 + 2 * 232) of 65536
+constexpr int kBringRegisters = 56, kComputeRegisters = 224;  // 128 * (56 + 2 * 224) of 65536
 constexpr int kStagedBytes = kStagedPixels * kStagedPitch;
 constexpr int kSlotBytes = kSlabBytes;
 

@@ -46,3 +46,34 @@ def pin(device: torch.device, *used: Any) -> None:
     """Keeps what a launch under capture used for as long as the process lives."""
     if capturing(device):
         _pinned.extend(used)
+
+
+class Kept:
+    """Tensors on a device that outlive a call, and the streams that use them.
+
+    Freed memory is handed out again on the stream that it was allocated on, as soon as it is free:
+    the allocator has to know of other streams whose kernels may still be reading it.
+
+    Args:
+        tensors: what is kept.
+    """
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self.tensors = tensors
+        self._streams: set[int] = set()
+
+    def lend(self, device: torch.device) -> None:
+        """Has the current stream of the device use them; said to the allocator once a stream."""
+        stream = _lent_to(device)
+        if stream is None or stream.cuda_stream in self._streams:
+            return
+        for tensor in self.tensors:
+            tensor.record_stream(stream)
+        self._streams.add(stream.cuda_stream)
+
+
+def _lent_to(device: torch.device) -> torch.cuda.Stream | None:
+    """Returns the current stream; None on the CPU, and under a capture, which pins what it uses."""
+    if device.type != "cuda" or capturing(device):
+        return None
+    return torch.cuda.current_stream(device)

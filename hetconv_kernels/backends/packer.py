@@ -12,7 +12,7 @@ from torch import Tensor
 from ..packing import FrozenCache
 from ..problem import is_dense_shape
 from ..support import Support
-from .capture import capturing, pin, upload
+from .capture import Kept, capturing, pin, upload
 
 
 class Packer:
@@ -37,13 +37,16 @@ class Packer:
     ) -> None:
         self._support, self._source, self._start = support, source, start
         self._device, self._dtype = device, dtype
-        self._sources: dict[str, Tensor] = {}
-        self._frozen = FrozenCache(self._pack)
+        self._sources: dict[str, Kept] = {}
+        self._frozen = FrozenCache(lambda w: Kept(self._pack(w)))
 
     def __call__(self, w: Tensor) -> Tensor:
         """Returns the slabs, in the shape of their source."""
-        slabs: Tensor = self._frozen(w)
-        return slabs
+        if w.dim() != 1 or w.requires_grad:  # of this call alone
+            return self._pack(w)
+        kept: Kept = self._frozen(w)
+        kept.lend(self._device)
+        return kept.tensors[0]
 
     def _pack(self, w: Tensor) -> Tensor:
         if not is_dense_shape(self._support, w.shape):
@@ -55,13 +58,16 @@ class Packer:
         w = w.resolve_neg()
         source = self._sources.get(form)
         if source is None:
-            source = self._sources[form] = upload(self._source(form), self._device)
+            source = Kept(upload(self._source(form), self._device))
+            self._sources[form] = source
         pin(self._device, source)
+        source.lend(self._device)
+        table = source.tensors[0]
         # One slab at least, so that an empty list of steps has an address.
-        shape = (max(source.shape[0], 1), *source.shape[1:])
+        shape = (max(table.shape[0], 1), *table.shape[1:])
         slabs = torch.empty(shape, dtype=self._dtype, device=w.device)
-        if source.numel():
-            self._start(w, source, slabs)
+        if table.numel():
+            self._start(w, table, slabs)
             if w.is_cuda and w.dim() == 1 and not (w.requires_grad or capturing(w.device)):
                 # These are kept, and the next call may come on another stream.
                 torch.cuda.current_stream(w.device).synchronize()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...problem import Problem
 from ...support import Support
-from ..capture import CONVERSIONS, capturing, pin, refuse_capture, upload
+from ..capture import CONVERSIONS, Kept, capturing, pin, refuse_capture, upload
 from ..common import empty, unit
 from ..packer import Packer
 from .boxes import MOST_BOXES, boxable
@@ -146,6 +146,7 @@ class GatherCall:
         self._packer = make_packer(problem, tables)
         self._name = name_of(problem.dtype)
         self._bound: dict[Any, Bound] = {}
+        self._kept = Kept()
 
     def run(
         self,
@@ -193,6 +194,7 @@ class GatherCall:
                 refuse_capture(self._device, "A layout of operands")  # asks the device for blocks
                 bound = self._bound[key] = self.bind(x, y, key[2])
             slabs = self._packer(w)
+            self._kept.lend(self._device)
             if capturing(self._device):
                 pin(self._device, self, slabs if w.dim() == 1 else None)
             sums = None
@@ -239,6 +241,7 @@ class NarrowCall(GatherCall):
         self.choice = choice
         names = ("classes", "heads", "rounds", "lists", "words", "chunks", "slots", "rows")
         self._tables = uploaded(problem, choice.how.tables, names)
+        self._kept = Kept(*self._tables.values())
 
     def bind(self, x: Tensor, y: Tensor, aligned: bool) -> Bound:
         """Fills the kernel's arguments, all but the operands' addresses."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...problem import Problem
-from ..capture import capturing, pin, refuse_capture, upload
+from ..capture import Kept, capturing, pin, refuse_capture, upload
 from .boxes import HALO, boxable
 from .calls import current, engine, name_of, readable, strides_of
 from .choice import WgradChoice
@@ -35,6 +35,7 @@ class WgradCall:
         if form == "contiguous" and problem.channels_last and len(problem.weight_shape) == 4:
             form = "channels_last"
         self._targets = upload(tables.targets(support, form), self._device)
+        self._kept = Kept(*self._tables.values(), self._targets)
         self._name, self._bound = name_of(problem.dtype), dict[Any, Any]()
 
     def run(self, dy: Tensor, x: Tensor) -> Tensor:
@@ -58,6 +59,7 @@ class WgradCall:
             if bound is None:
                 bound = self._bound[key] = self._bind(dy, x)
             partials = torch.empty((bound.blocks, size), dtype=torch.float32, device=self._device)
+            self._kept.lend(self._device)
             if capturing(self._device):
                 pin(self._device, self)
             bound.launch(self._name, x.data_ptr(), dy.data_ptr(), partials.data_ptr(), stream)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ...problem import Problem
-from ..capture import CONVERSIONS, upload
+from ..capture import CONVERSIONS, Kept, upload
 from .calls import Bound, GatherCall, engine, strides_of, uploaded
 from .choice import WideChoice
 from .wide_tiles import tile_counts
@@ -27,6 +27,7 @@ class WideCall(GatherCall):
         self.choice = choice
         self._tables = uploaded(problem, tables, ("heads", "blocks", "steps", "rows"))
         self._classes = upload(choice.how.classes, problem.device)
+        self._kept = Kept(*self._tables.values(), self._classes)
 
     def seen(self, x: Tensor) -> Tensor:
         """Returns the pixels of an operand that the kernel reads: each n-th, as one image."""

@@ -40,8 +40,10 @@ from .windows import Window, windows
 COLUMNS, SLAB = 8, 64 * 64
 # Where a line of `blocks` has how many steps each warpgroup runs.
 STEP_COUNTS = [EIGHT + 1, EIGHT + 3]
+UNREAD = slice(EIGHT + 4, EIGHT + 8)
 _MOST_STEPS = (2**31 - 1) // SLAB
-# What bringing a block's halo to shared memory costs, in steps; by arithmetic, not measured.
+# What bringing a block's halo to shared memory costs, in steps of one segment: L2 takes as long as
+# two, the warps that bring it as long as one or two. By arithmetic, not measured.
 _HALO_STEPS = 2.0
 # Steps whose packed weights are listed at a time.
 _LISTED = 256
@@ -54,7 +56,8 @@ class WideTables:
     Attributes:
         heads: first block and count of a class and pair.  # int32 [classes, pairs, 2]
         blocks: channel / 8 of eight chunks, -1 for none; then first step and count of each of the
-            two warpgroups.  # int32 [blocks, 12]
+            two warpgroups; then rows and columns of the halo that no step reads, at the top, at the
+            bottom, on the left and on the right.  # int32 [blocks, 16]
         steps: the pixel of the halo that the tile's first pixel reads.  # int32 [steps]
         rows: the first filter of each run, -1 for none.  # int32 [pairs, 2, 8]
         segment: whose step it is, counting through `rows`.  # int [steps]
@@ -252,6 +255,7 @@ class _Builder:
         for members in _in_turn(sets, [np.any(own[members], axis=0) for members in sets]):
             together = np.any(own[members], axis=0)
             line = [*members.tolist(), *[-1] * (EIGHT - len(members))]
+            unread = window.unread([window.taps[i] for i in np.flatnonzero(together.any(axis=0))])
             for side in range(2):
                 taps = np.flatnonzero(together[side])
                 line += [len(self._steps), len(taps)]
@@ -259,7 +263,7 @@ class _Builder:
                     tap = window.taps[index]
                     place = window.place(tap, COLUMNS)
                     self._steps.append((place, 2 * pair + side, len(self._blocks), flat[index]))
-            self._blocks.append(line)
+            self._blocks.append([*line, *unread])
 
     def finish(self, classes: int, rows: Int32Array, back: bool) -> WideTables:
         """Makes the tables.
@@ -274,7 +278,7 @@ class _Builder:
         steps = np.array(self._steps, np.int64).reshape(-1, 4)
         return WideTables(
             heads=np.array(self._heads, np.int32).reshape(classes, len(rows), 2),
-            blocks=np.array(self._blocks, np.int32).reshape(-1, EIGHT + 4),
+            blocks=np.array(self._blocks, np.int32).reshape(-1, EIGHT + 8),
             steps=steps[:, 0].astype(np.int32),
             rows=rows,
             segment=steps[:, 1] % (2 * len(rows)),

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiles of the wide kernel: pixels, and what shared memory holds, by predicted clocks.
 
-The model counts, for one tile of two segments, clocks of the matrix unit, of shared memory's port
-and of what L2 supplies, of which the longest counts; then whole rounds of tiles over the
-multiprocessors. Its constants are data sheets and arithmetic: **no GPU has confirmed them**.
+The model counts, for one tile of two segments, clocks of the matrix unit, of shared memory's port,
+of what L2 supplies and of the warps that bring halos, of which the longest counts; then whole
+rounds of tiles over the multiprocessors. Its constants are data sheets and arithmetic: **no GPU has
+confirmed them**.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from ...errors import BackendError
 from ...masks import IntArray
 from ..parts import Part
 from ..triton.lowering import Int32Array
 from .eights import EIGHT
-from .wide_lowering import COLUMNS, SLAB, STEP_COUNTS, WideTables
+from .wide_lowering import COLUMNS, SLAB, STEP_COUNTS, UNREAD, WideTables
 from .windows import Window
 
 # As in wide.h: pixels of a tile, most first; and blocks of threads that share slabs.
@@ -30,6 +32,9 @@ _LINE = 128  # bytes of shared memory a clock
 _DEEP = 4
 # Clocks in which both warpgroups bring 32 pixels from their registers to y, and of starting to.
 _STAGE_CLOCKS, _FINISH_CLOCKS = 120.0, 300.0
+# Columns of a halo that are brought side by side, and the instructions of each warp, a clock each:
+# for a pixel in every column, and to begin a halo. Counted in machine code (nvcc 13.0).
+_LANES, _PIECE_CLOCKS, _BEGIN_CLOCKS = 12, 12.5, 150.0
 # Tiles whose rounds are counted one by one; and those, times pairs, that a 32-bit integer counts.
 _COUNTED, _MOST = 2**16, 2**30
 
@@ -102,7 +107,8 @@ def choose_wide(
             f"no tile with its halo, and two slabs for each warpgroup, fits in {part.shared} bytes "
             f"of shared memory, with at most {_MOST} tiles."
         )
-    return min(found, key=lambda tiling: tiling.clocks)
+    # Among equals clusters of two, which ask L2 for half of the slabs.
+    return min(found, key=lambda tiling: (tiling.clocks, -tiling.shape.cluster))
 
 
 def tilings(
@@ -196,21 +202,50 @@ def predicted_clocks(
     finish = _FINISH_CLOCKS + _STAGE_CLOCKS * pixels / 32
     spans, executed = [], 0
     for line, heads, tiles in zip(classes, tables.heads, tile_counts(classes, batch), strict=True):
-        halo = int(line[10] * line[11]) * 128
+        unread = tables.blocks[:, UNREAD]
+        rows = int(line[10]) - unread[:, :2].sum(axis=1)
+        cols = int(line[11]) - unread[:, 2:].sum(axis=1)
+        halos, bringing = rows * cols * 128, bring_clocks(rows, cols)
         costs = []
         for (begin, count), written in zip(heads.tolist(), stored.tolist(), strict=True):
             steps = int(tables.blocks[begin : begin + count, STEP_COUNTS].sum())
             macs = steps * SLAB * pixels
             executed += tiles * macs
+            halo = int(halos[begin : begin + count].sum())
+            bring = float(bringing[begin : begin + count].sum())
             read = steps * 4 * (2 + pixels / 32) * 1024
-            moved = steps * SLAB * 2 + count * halo
+            moved = steps * SLAB * 2 + halo
             port = (read + moved + 2 * written) / _LINE
             fill = (moved - steps * SLAB * 2 * (1 - 1 / cluster) + written) / part.l2
             busy = max(macs / part.rate, port) + finish
             # With one halo in shared memory nothing is fetched while it is computed.
-            costs.append(max(busy, fill) if shape.stages > 1 else busy + count * halo / part.l2)
+            if shape.stages > 1:
+                costs.append(max(busy, fill, bring))
+            else:
+                costs.append(busy + max(halo / part.l2, bring))
         spans.append((-(-tiles // cluster), np.array(costs)))
     return _rounds(spans, max(part.processors // cluster, 1)), executed
+
+
+def bring_clocks(rows: IntArray, cols: IntArray) -> npt.NDArray[np.float64]:
+    """Predicts the clocks in which the three warps bring halos of one block, as the kernel does.
+
+    Twelve columns at a time, a pixel of each in turn; six and fewer that are left over have several
+    of their rows at a time.
+
+    Example: 30 rows of 10 columns are 30 turns, 17 columns are 30 and, two rows at a time, 15:
+
+        >>> bring_clocks(np.array([30, 30]), np.array([10, 17])).tolist()
+        [525.0, 712.5]
+
+    Args:
+        rows: of each halo.  # [halos]
+        cols: of each halo.  # [halos]
+    """
+    left = cols % _LANES
+    at_a_time = _LANES // np.maximum(left, 1)
+    turns = cols // _LANES * rows + np.where(left > 0, -(-rows // at_a_time), 0)
+    return turns.astype(np.float64) * _PIECE_CLOCKS + _BEGIN_CLOCKS
 
 
 def _rounds(spans: Sequence[tuple[int, np.ndarray]], processors: int) -> float:

@@ -62,6 +62,24 @@ class Window(NamedTuple):
         line, load = self.line(width), self.cols.load
         return tap.row * line + tap.col % load * (line // load) + tap.col // load
 
+    def unread(self, taps: Sequence[Tap]) -> tuple[int, int, int, int]:
+        """Counts what none of these taps reads of a halo: rows above and below, columns beside.
+
+        Example: the tap in the middle of 3 × 3 needs nothing around the tile:
+
+            >>> from hetconv_kernels import Support
+            >>> from hetconv_kernels.problem import make_geometry
+            >>> (window,) = windows(make_geometry(Support.dense(8, 8, 3), 1, 1), (56, 56), False)
+            >>> window.unread(window.taps[4:5]), window.unread(window.taps[:4])
+            ((1, 1, 1, 1), (0, 1, 0, 0))
+        """
+        found: list[int] = []
+        for places, size in zip(
+            ([tap.row for tap in taps], [tap.col for tap in taps]), self.halo(1, 1), strict=True
+        ):
+            found += [min(places), size - 1 - max(places)]
+        return found[0], found[1], found[2], found[3]
+
     def fields(self, height: int, width: int) -> list[int]:
         """Lists the fields of a line of ``classes`` in narrow.h."""
         rows, cols = self.rows, self.cols

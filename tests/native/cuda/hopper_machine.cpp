@@ -13,10 +13,11 @@ constexpr int kMostPhases = 128;  // of a cluster
 
 int64_t field(uint64_t operand, int bit) { return int64_t(operand >> bit & 0x3FFF) * 16; }
 
-// Where row and half of a k of 16 lie, as the descriptor says.
-int64_t row_address(uint64_t operand, int row, int half) {
+// Where row and half of a k of 16 lie from the block's begin, as the descriptor says: its fields
+// have no room for a rank.
+int64_t row_offset(uint64_t operand, int row, int half) {
   return field(operand, 0) + row / 8 * field(operand, 32) + row % 8 * 16 +
-         half * field(operand, 16);
+         half * field(operand, 16) - kReserved;
 }
 
 }  // namespace
@@ -50,10 +51,10 @@ std::string Hopper::name(int who) const {
   return "a bulk copy";
 }
 
-void Hopper::say(const char* wrong, const Block& at, uint32_t address, int other) const {
+void Hopper::say(const char* wrong, const Block& at, uint32_t offset, int other) const {
   if (!wrong) return;
   const std::string where =
-      "shared byte " + std::to_string(address) + " of block " + std::to_string(at.rank());
+      "shared byte " + std::to_string(offset) + " of block " + std::to_string(at.rank());
   std::string text = wrong;
   for (const std::string& word : {where, name(other)}) {
     const size_t found = text.find("%s");
@@ -64,26 +65,26 @@ void Hopper::say(const char* wrong, const Block& at, uint32_t address, int other
 
 // Shared memory ----------------------------------------------------------------------------------
 
-void Hopper::read(Block& at, int thread, uint32_t address, int bytes) {
+void Hopper::read(Block& at, int thread, uint32_t offset, int bytes) {
   if (bytes % grain_) fail("reads %d bytes of shared memory, watched by %d", bytes, grain_);
-  each_cell(at, address, uint32_t(bytes), [&](Cell& read, uint32_t place) {
+  each_cell(at, offset, uint32_t(bytes), [&](Cell& read, uint32_t place) {
     int other = 0;
     const char* wrong = order_.read(read, member(at, thread), other);
     say(wrong, at, place, other);
   });
 }
 
-void Hopper::write(Block& at, int thread, uint32_t address, int bytes) {
+void Hopper::write(Block& at, int thread, uint32_t offset, int bytes) {
   if (bytes % grain_) fail("writes %d bytes of shared memory, watched by %d", bytes, grain_);
-  each_cell(at, address, uint32_t(bytes), [&](Cell& written, uint32_t place) {
+  each_cell(at, offset, uint32_t(bytes), [&](Cell& written, uint32_t place) {
     int other = 0;
     const char* wrong = order_.write(written, member(at, thread), other);
     say(wrong, at, place, other);
   });
 }
 
-void Hopper::coming(Block& at, uint32_t address, bool is) {
-  each_cell(at, address, 16, [&](Cell& cell, uint32_t) { cell.coming = is; });
+void Hopper::coming(Block& at, uint32_t offset, bool is) {
+  each_cell(at, offset, 16, [&](Cell& cell, uint32_t) { cell.coming = is; });
 }
 
 void Hopper::fence() {
@@ -94,28 +95,28 @@ void Hopper::fence() {
 
 // Barriers ---------------------------------------------------------------------------------------
 
-Hopper::Phase& Hopper::phase(const Block& at, uint32_t address) {
+Hopper::Phase& Hopper::phase(const Block& at, uint32_t offset) {
   auto& phases = watched_[size_t(at.rank())].phases;
-  const auto found = phases.find(address);
-  if (found == phases.end()) fail("no barrier was made at %u of block %d", address, at.rank());
+  const auto found = phases.find(offset);
+  if (found == phases.end()) fail("no barrier was made at %u of block %d", offset, at.rank());
   return found->second;
 }
 
 void Hopper::phase_init(uint32_t address, int count) {
-  block->check(address, 8, 8, "a barrier");
+  const uint32_t offset = barrier_offset(address);
   Watched& own = watched_[size_t(block->rank())];
-  if (own.phases.count(address)) fail("a barrier is made at %u twice", address);
+  if (own.phases.count(offset)) fail("a barrier is made at %u twice", offset);
   if (++phases_ > kMostPhases) fail("more than %d barriers", kMostPhases);
-  Phase& p = own.phases[address];
+  Phase& p = own.phases[offset];
   p.count = p.pending = count;
   p.engine = engines_ + int(watched_.size()) * groups_ + phases_ - 1;
   p.arrived = p.known = Clock(order_.of(0).size(), 0);
-  each_cell(*block, address, 8, [](Cell& cell, uint32_t) { cell.closed = true; });
+  each_cell(*block, offset, 8, [](Cell& cell, uint32_t) { cell.closed = true; });
 }
 
-void Hopper::settle(Block& at, uint32_t address, Phase& p) {
+void Hopper::settle(Block& at, uint32_t offset, Phase& p) {
   if (p.bytes < 0 && p.pending == 0)
-    fail("more bytes came to the barrier at %u than expected", address);
+    fail("more bytes came to the barrier at %u than expected", offset);
   if (p.pending || p.bytes) return;
   ++p.ended;
   p.pending = p.count;
@@ -135,37 +136,32 @@ void Hopper::phase_arrive(uint32_t address, uint32_t rank, uint32_t expected) {
   if (rank >= watched_.size()) fail("the cluster has no block %u", rank);
   Watched& there = watched_[rank];
   if (there.block->left() == 0) fail("arrives at a barrier of block %u, which has ended", rank);
-  Phase& p = phase(*there.block, address);
+  const uint32_t offset = barrier_offset(address);  // the same in every block
+  Phase& p = phase(*there.block, offset);
   if (expected && mistake.name == "wrong-bytes" && expected_++ == mistake.at) expected += 16;
-  if (p.pending == 0) fail("more than %d arrivals at the barrier at %u", p.count, address);
+  if (p.pending == 0) fail("more than %d arrivals at the barrier at %u", p.count, offset);
   Order::join(p.arrived, order_.of(me()));
   order_.tick(me());
   p.bytes += expected;
   --p.pending;
-  settle(*there.block, address, p);
-}
-
-bool Hopper::phase_ended(uint32_t address, uint32_t parity) {
-  const Phase& p = phase(*block, address);
-  if (!has_ended(p, parity)) return false;
-  Order::join(order_.of(me()), p.known);
-  return true;
+  settle(*there.block, offset, p);
 }
 
 void Hopper::phase_wait(uint32_t address, uint32_t parity) {
   Fiber& own = block->current();
   if (mistake.name == "skip-phase" && own.phases++ == mistake.at) return;
-  Phase& p = phase(*block, address);
+  const uint32_t offset = barrier_offset(address);
+  Phase& p = phase(*block, offset);
   while (!has_ended(p, parity)) {
-    own.place = address;
+    own.place = offset;
     p.waiters.push_back({int(own.thread.x), parity});
     block->yield(Waiting::phase);
   }
   Order::join(order_.of(me()), p.known);
 }
 
-std::string Hopper::state(const Block& at, uint32_t address) const {
-  const Phase& p = watched_[size_t(at.rank())].phases.at(address);
+std::string Hopper::state(const Block& at, uint32_t offset) const {
+  const Phase& p = watched_[size_t(at.rank())].phases.at(offset);
   return "which lacks " + std::to_string(p.pending) + " arrivals and " + std::to_string(p.bytes) +
          " bytes";
 }
@@ -274,13 +270,13 @@ void Hopper::read_operand(Warpgroup&, const Product& p, bool b, int starter) {
   int other = 0;
   for (int row = 0; row < rows; ++row)
     for (int half = 0; half < 2; ++half) {
-      const int64_t address = row_address(operand, row, half);
-      if (address + 16 > block->size())
-        fail("a product reads shared byte %lld, which is outside of %lld", (long long)address,
+      const int64_t offset = row_offset(operand, row, half);
+      if (offset < 0 || offset + 16 > block->size())
+        fail("a product reads shared byte %lld, which is outside of %lld", (long long)offset,
              (long long)block->size());
-      Cell& read = cell(*block, uint32_t(address));
+      Cell& read = cell(*block, uint32_t(offset));
       const char* wrong = order_.read_by(read, engine, member(*block, starter), other);
-      say(wrong, *block, uint32_t(address), other);
+      say(wrong, *block, uint32_t(offset), other);
     }
 }
 
@@ -336,7 +332,7 @@ void Hopper::multiply(Warpgroup& g, const Product& p) {
     for (int row = 0; row < rows; ++row)
       for (int half = 0; half < 2; ++half) {
         uint16_t bits[8];
-        std::memcpy(bits, block->memory(uint32_t(row_address(operand, row, half))), 16);
+        std::memcpy(bits, block->memory(uint32_t(row_offset(operand, row, half))), 16);
         for (int i = 0; i < 8; ++i) to[row][half * 8 + i] = p.widen(bits[i]);
       }
   };

@@ -2,7 +2,8 @@
 // What a Hopper GPU has beside: barriers of phases, bulk copies, matrix products of a warpgroup
 // with operands in shared memory, and clusters of blocks.
 //
-// Copies land when somebody waits for them and nobody else can go on, or by lot. Products are
+// Copies land when somebody waits for them and nobody else can go on, or by lot; also a thread's
+// own that a barrier waits for. Products are
 // computed when their group is waited for: until then their accumulators are NaN, and an operand
 // that is overwritten too early spoils them. Which accesses are ordered is watched by order.h.
 // Mistakes that can be made on purpose, `at` counting the calls of every thread: skip-phase (a wait
@@ -29,14 +30,13 @@ class Hopper {
   // Accesses of shared memory are multiples of `grain` bytes.
   explicit Hopper(const std::vector<Block*>& blocks, int grain = 16);
 
-  // Shared memory.
-  void read(Block& at, int thread, uint32_t address, int bytes);
-  void write(Block& at, int thread, uint32_t address, int bytes);
-  void coming(Block& at, uint32_t address, bool is);  // 16 bytes
+  // Shared memory; offsets from the block's begin.
+  void read(Block& at, int thread, uint32_t offset, int bytes);
+  void write(Block& at, int thread, uint32_t offset, int bytes);
+  void coming(Block& at, uint32_t offset, bool is);  // 16 bytes
 
   void phase_init(uint32_t address, int count);
   void phase_arrive(uint32_t address, uint32_t rank, uint32_t expected = 0);
-  bool phase_ended(uint32_t address, uint32_t parity);
   void phase_wait(uint32_t address, uint32_t parity);
 
   // To each block of the cluster whose bit is set.
@@ -44,6 +44,10 @@ class Hopper {
             uint32_t blocks);
   // A box of a tensor, to the block itself.
   void copy_box(uint32_t address, const void* map, const int (&corner)[4], uint32_t barrier);
+  // Has the barrier count an arrival once all copies of this thread have ended.
+  void arrive_copied(uint32_t address);
+  // Waits for copies of this thread that were committed before that many groups were.
+  void copies_wait(int before);
   void fence();
 
   void named_barrier(int name, int threads);
@@ -58,7 +62,7 @@ class Hopper {
   bool land_one();
   void ends();          // the current thread
   void finish() const;  // all threads have
-  std::string state(const Block& at, uint32_t address) const;
+  std::string state(const Block& at, uint32_t offset) const;
 
  private:
   struct Waiter {
@@ -73,10 +77,17 @@ class Hopper {
   };
   struct Bulk {
     Block* to;
-    uint32_t address;
+    uint32_t offset;
     const char* source;
-    uint32_t bytes, barrier;
-    std::vector<char> made;  // where `source` is no memory of the device
+    uint32_t bytes, barrier;  // which is an offset too
+    std::vector<char> made;   // where `source` is no memory of the device
+  };
+  struct Awaited {
+    Block* at;
+    int thread;
+    uint32_t barrier;
+    bool landed;
+    std::vector<Copy> copies;
   };
   struct Named {
     std::vector<int> threads;
@@ -112,17 +123,23 @@ class Hopper {
   int member(const Block& at, int thread) const { return at.rank() * threads_ + thread; }
   int engine_of(const Block& at, int warpgroup) const;
   std::string name(int who) const;
-  void say(const char* wrong, const Block& at, uint32_t address, int other) const;
-  Cell& cell(const Block& at, uint32_t address) {
-    return watched_[size_t(at.rank())].cells[address / uint32_t(grain_)];
+  void say(const char* wrong, const Block& at, uint32_t offset, int other) const;
+  Cell& cell(const Block& at, uint32_t offset) {
+    return watched_[size_t(at.rank())].cells[offset / uint32_t(grain_)];
   }
-  // Calls for each cell of a range, with its address.
-  template <class Do> void each_cell(const Block& at, uint32_t address, uint32_t bytes, Do act) {
-    for (uint32_t i = 0; i < bytes; i += uint32_t(grain_)) act(cell(at, address + i), address + i);
+  // Calls for each cell of a range, with its offset.
+  template <class Do> void each_cell(const Block& at, uint32_t offset, uint32_t bytes, Do act) {
+    for (uint32_t i = 0; i < bytes; i += uint32_t(grain_)) act(cell(at, offset + i), offset + i);
   }
   void start(Bulk&& bulk);
-  Phase& phase(const Block& at, uint32_t address);
-  void settle(Block& at, uint32_t address, Phase& p);
+  static uint32_t barrier_offset(uint32_t address) {
+    return block->offset(address, 8, 8, "a barrier");
+  }
+  Phase& phase(const Block& at, uint32_t offset);
+  void settle(Block& at, uint32_t offset, Phase& p);
+  void tell(Phase& p);
+  void land_bulk(size_t index);
+  void land_copies(size_t index);
   bool has_ended(const Phase& p, uint32_t parity) const {
     return (uint64_t(p.ended) & 1) != parity;
   }
@@ -136,6 +153,7 @@ class Hopper {
   int64_t copies_ = 0, expected_ = 0;
   std::vector<Watched> watched_;
   std::vector<Bulk> bulks_;
+  std::vector<Awaited> awaited_;
   Order order_;
 };
 

@@ -20,9 +20,6 @@ inline void phase_arrive(uint32_t address) {
 inline void phase_expect(uint32_t address, uint32_t bytes) {
   hopper().phase_arrive(address, uint32_t(host::block->rank()), bytes);
 }
-inline bool phase_ended(uint32_t address, uint32_t parity) {
-  return hopper().phase_ended(address, parity);
-}
 inline void phase_wait(uint32_t address, uint32_t parity) { hopper().phase_wait(address, parity); }
 inline void fence_async() { hopper().fence(); }
 

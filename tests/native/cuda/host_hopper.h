@@ -29,6 +29,7 @@ inline void copy_bulk_to(uint32_t address, const void* source, uint32_t bytes, u
                          uint32_t blocks) {
   hopper().copy(address, source, bytes, barrier, blocks);
 }
+inline void copy_arrive(uint32_t address) { hopper().arrive_copied(address); }
 
 inline void store_matrices_transposed(uint32_t address, const Quad& q) {
   host::LaneArguments own;
@@ -54,11 +55,6 @@ template <int kCount> void hold_registers(float (&)[kCount]) {}
 
 template <class T, int kColumns> void product(float (&d)[kColumns / 2], uint64_t a, uint64_t b) {
   hopper().product(d, {kColumns, a, b, widen<T>});
-}
-
-inline uint64_t operand(uint32_t address, uint32_t next_k, uint32_t next_rows) {
-  if (address % 16) host::fail("an operand at %u, which is not aligned", address);
-  return uint64_t(next_rows) << 32 | (next_k << 16 | address >> 4);
 }
 
 // Launches ---------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ struct Pair {
   uint32_t v[2];
 };
 
-inline uint32_t shared_begin() { return 0; }
+inline uint32_t shared_begin() { return host::block->begin(); }
 
 inline uint32_t load_shared32(uint32_t address) {
   uint32_t v;

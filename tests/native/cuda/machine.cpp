@@ -73,6 +73,7 @@ struct Turns {
         fail("deadlock: thread %u of block %d waits for %s", t, b->rank_,
              f.waiting == Waiting::warpgroup ? "its warpgroup"
              : f.waiting == Waiting::named   ? "a named barrier"
+             : f.waiting == Waiting::copies  ? "its copies"
                                              : "its cluster");
       }
     fail("deadlock: a barrier that not all threads come to");
@@ -105,7 +106,7 @@ struct Start {
     Block& b = *block;
     turns.kernel();
     Fiber& own = b.current();
-    if (!own.copies.empty()) fail("ends with copies that it never waited for");
+    if (!own.copies.empty() || own.awaited) fail("ends with copies that it never waited for");
     if (b.hopper) b.hopper->ends();
     own.done = true;
     --b.left_;
@@ -219,11 +220,14 @@ LaneArguments& Block::together(const char* instruction, const LaneArguments& own
   return warp.lanes[lane];
 }
 
-void Block::check(uint32_t address, int64_t bytes, int alignment, const char* what) const {
+uint32_t Block::offset(uint32_t address, int64_t bytes, int alignment, const char* what) const {
   if (address % alignment)
     fail("%s of %lld bytes at %u is not aligned", what, (long long)bytes, address);
-  if (int64_t(address) + bytes > int64_t(memory_.size()))
-    fail("%s at %u is outside of %zu bytes of shared memory", what, address, memory_.size());
+  const int64_t offset = int64_t(address) - begin();
+  if (offset < 0 || offset + bytes > int64_t(memory_.size()))
+    fail("%s at %lld is outside of %zu bytes of shared memory", what, (long long)offset,
+         memory_.size());
+  return uint32_t(offset);
 }
 
 void Block::read(uint32_t address, void* to, int bytes) {
@@ -231,13 +235,13 @@ void Block::read(uint32_t address, void* to, int bytes) {
 }
 
 void Block::read_as(int thread, uint32_t address, void* to, int bytes) {
-  check(address, bytes, bytes, "a read");
+  const uint32_t begin = offset(address, bytes, bytes, "a read");
   if (hopper) {
-    hopper->read(*this, thread, address, bytes);
-    std::memcpy(to, memory_.data() + address, size_t(bytes));
+    hopper->read(*this, thread, begin, bytes);
+    std::memcpy(to, memory(begin), size_t(bytes));
     return;
   }
-  for (uint32_t i = address / 2; i < (address + bytes) / 2; ++i) {
+  for (uint32_t i = begin / 2; i < (begin + bytes) / 2; ++i) {
     Granule& g = granules_[i];
     if (g.coming) fail("reads shared byte %u while a copy is on its way there", i * 2);
     if (g.writer < 0) fail("reads shared byte %u, which nobody has written", i * 2);
@@ -248,12 +252,12 @@ void Block::read_as(int thread, uint32_t address, void* to, int bytes) {
     g.read = epoch_;
     g.reader = thread;
   }
-  std::memcpy(to, memory_.data() + address, size_t(bytes));
+  std::memcpy(to, memory(begin), size_t(bytes));
 }
 
-void Block::note_write(int thread, uint32_t address, int bytes) {
-  if (hopper) return hopper->write(*this, thread, address, bytes);
-  for (uint32_t i = address / 2; i < (address + bytes) / 2; ++i) {
+void Block::note_write(int thread, uint32_t offset, int bytes) {
+  if (hopper) return hopper->write(*this, thread, offset, bytes);
+  for (uint32_t i = offset / 2; i < (offset + bytes) / 2; ++i) {
     Granule& g = granules_[i];
     if (g.written == epoch_ && g.writer != thread)
       fail("race: writes shared byte %u, as thread %d did since the last barrier", i * 2, g.writer);
@@ -270,24 +274,24 @@ void Block::write(uint32_t address, const void* from, int bytes) {
 }
 
 void Block::write_as(int thread, uint32_t address, const void* from, int bytes) {
-  check(address, bytes, bytes, "a write");
-  for (uint32_t i = address / 2; i < (address + bytes) / 2; ++i)
+  const uint32_t begin = offset(address, bytes, bytes, "a write");
+  for (uint32_t i = begin / 2; i < (begin + bytes) / 2; ++i)
     if (granules_[i].coming) fail("writes shared byte %u while a copy is on its way there", i * 2);
-  note_write(thread, address, bytes);
-  std::memcpy(memory_.data() + address, from, size_t(bytes));
+  note_write(thread, begin, bytes);
+  std::memcpy(memory(begin), from, size_t(bytes));
 }
 
 void Block::copy(uint32_t address, const void* source) {
   if (mistake.name == "skip-copy" && copies_++ == mistake.at) return;
-  check(address, 16, 16, "a copy");
+  const uint32_t begin = offset(address, 16, 16, "a copy");
   if (uintptr_t(source) % 16) fail("a copy from %p, which is not aligned", source);
-  note_write(int(current().thread.x), address, 16);
-  if (hopper) hopper->coming(*this, address, true);
-  for (uint32_t i = address / 2; i < address / 2 + 8; ++i) {
+  note_write(int(current().thread.x), begin, 16);
+  if (hopper) hopper->coming(*this, begin, true);
+  for (uint32_t i = begin / 2; i < begin / 2 + 8; ++i) {
     if (granules_[i].coming) fail("copies to shared byte %u twice at a time", i * 2);
     granules_[i].coming = 1;
   }
-  current().copies.push_back({address, source, current().groups});
+  current().copies.push_back({begin, source, current().groups});
 }
 
 void Block::commit() { ++current().groups; }
@@ -302,16 +306,21 @@ void Block::wait(int pending) {
     else
       later.push_back(c);
   own.copies = later;
+  if (hopper) hopper->copies_wait(own.groups - pending);
 }
 
 void Block::land(Fiber& fiber, const Copy& c) {
-  for (uint32_t i = c.address / 2; i < c.address / 2 + 8; ++i) granules_[i].coming = 0;
-  if (hopper) hopper->coming(*this, c.address, false);
-  note_write(int(fiber.thread.x), c.address, 16);
+  if (hopper) hopper->coming(*this, c.offset, false);
+  note_write(int(fiber.thread.x), c.offset, 16);
+  put(c);
+}
+
+void Block::put(const Copy& c) {
+  for (uint32_t i = c.offset / 2; i < c.offset / 2 + 8; ++i) granules_[i].coming = 0;
   if (c.source)
-    std::memcpy(memory_.data() + c.address, c.source, 16);
+    std::memcpy(memory(c.offset), c.source, 16);
   else
-    std::memset(memory_.data() + c.address, 0, 16);
+    std::memset(memory(c.offset), 0, 16);
 }
 
 }  // namespace hetconv::host

@@ -33,13 +33,18 @@ struct Mistake {
 };
 extern Mistake mistake;
 
+// Where a block's shared memory begins, as on sm_90: after a reserved KiB, and in a cluster with
+// the block's rank from bit 24 on.
+constexpr uint32_t kReserved = 1024;
+constexpr int kRankBit = 24;
+
 struct Copy {
-  uint32_t address;
+  uint32_t offset;
   const void* source;  // null: zeros
   int group;
 };
 
-enum class Waiting { nothing, barrier, warp, warpgroup, phase, named, cluster };
+enum class Waiting { nothing, barrier, warp, warpgroup, phase, named, cluster, copies };
 
 struct Fiber {
   Dim thread{};
@@ -48,6 +53,7 @@ struct Fiber {
   int64_t barriers = 0, waits = 0, phases = 0, fences = 0, products = 0;
   uint32_t place = 0;  // the barrier that it waits at
   int groups = 0;      // committed
+  int awaited = 0;     // copies that barriers wait for, sets of them
   std::vector<Copy> copies;
   std::unique_ptr<char[]> stack;
   void* context = nullptr;
@@ -79,7 +85,8 @@ class Block {
   int threads() const { return int(fibers_.size()); }
   int left() const { return left_; }
   int rank() const { return rank_; }
-  char* memory(uint32_t address) { return memory_.data() + address; }
+  uint32_t begin() const { return uint32_t(rank_) << kRankBit | kReserved; }
+  char* memory(uint32_t offset) { return memory_.data() + offset; }
   int64_t size() const { return int64_t(memory_.size()); }
 
   void barrier();
@@ -95,8 +102,10 @@ class Block {
   void copy(uint32_t address, const void* source);
   void commit();
   void wait(int pending);
+  void put(const Copy& copy);  // to memory
 
-  void check(uint32_t address, int64_t bytes, int alignment, const char* what) const;
+  // Returns how far from the begin an address is; all bytes from there on must be this block's.
+  uint32_t offset(uint32_t address, int64_t bytes, int alignment, const char* what) const;
   void yield(Waiting why);
   void wake(int thread);
 
@@ -111,7 +120,7 @@ class Block {
     bool many = false;                // several threads read it in that epoch
   };
 
-  void note_write(int thread, uint32_t address, int bytes);
+  void note_write(int thread, uint32_t offset, int bytes);
   void resume(int next);
   void land(Fiber& fiber, const Copy& copy);
 

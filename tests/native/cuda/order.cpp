@@ -5,8 +5,7 @@
 
 namespace hetconv::host {
 
-Order::Order(int members)
-    : clocks_(size_t(members), Clock(size_t(members), 0)), fences_(size_t(members)) {
+Order::Order(int members) : clocks_(size_t(members), Clock(2 * size_t(members), 0)) {
   // Nobody knows of what was done at the time 1 and later.
   for (int i = 0; i < members; ++i) clocks_[size_t(i)][size_t(i)] = 1;
 }
@@ -19,8 +18,10 @@ void Order::join(Clock& to, const Clock& from) {
 }
 
 void Order::fence(int who) {
+  Clock& own = of(who);
+  const size_t members = own.size() / 2;
+  std::copy(own.begin(), own.begin() + members, own.begin() + members);
   tick(who);
-  fences_[size_t(who)].push_back(of(who)[size_t(who)]);
 }
 
 bool Order::knows(int who, int other, uint32_t when) const {
@@ -28,9 +29,7 @@ bool Order::knows(int who, int other, uint32_t when) const {
 }
 
 bool Order::fenced(int who, int writer, uint32_t when) const {
-  const std::vector<uint32_t>& fences = fences_[size_t(writer)];
-  const auto next = std::upper_bound(fences.begin(), fences.end(), when);
-  return next != fences.end() && knows(who, writer, *next);
+  return clocks_[size_t(who)][clocks_.size() + size_t(writer)] >= when;
 }
 
 void Order::remember(Cell& cell, int who) {
@@ -101,12 +100,12 @@ const char* Order::copied_by(Cell& cell, int starter, int& other) {
   return nullptr;
 }
 
-void Order::landed(Cell& cell, int engine) {
+void Order::landed(Cell& cell, int engine, bool bulk) {
   cell.coming = false;
   cell.readers.clear();
   cell.writer = engine;
   cell.written = of(engine)[size_t(engine)];
-  cell.engine = true;
+  cell.engine = bulk;
 }
 
 }  // namespace hetconv::host

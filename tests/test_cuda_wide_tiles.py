@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tiles of the wide CUDA kernel are predicted to take, and which are chosen."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from test_cuda_wide import PART, chosen
+
+from hetconv_kernels import Support
+from hetconv_kernels.backends.cuda import wide_tiles
+from hetconv_kernels.backends.cuda.wide_lowering import lower, wide_windows
+from hetconv_kernels.backends.cuda.wide_tiles import tilings
+from hetconv_kernels.problem import make_geometry
+
+
+def test_fewer_weights_are_predicted_to_take_less() -> None:
+    clocks = []
+    for support in (Support.dense(256, 256, 3), *(Support.het(256, 256, 3, p=p) for p in (2, 4))):
+        tiling, _ = chosen(make_geometry(support, 1, 1), (14, 14), 128, False)
+        clocks.append(tiling.clocks)
+        assert tiling.executed >= 128 * support.macs(14, 14)
+        assert tiling.clocks * PART.processors * PART.rate >= tiling.executed
+    assert clocks == sorted(clocks, reverse=True)
+    assert clocks[0] > 2 * clocks[2]
+
+
+def test_rounds_count_the_busiest_processor() -> None:
+    spans = [(5, np.array([1.0, 2.0])), (1, np.array([4.0]))]
+    # In turn over three: 1 2 1 | 2 1 2 | 1 2 1 | 2 4 0.
+    assert wide_tiles._rounds(spans, 3) == 9.0
+    assert wide_tiles._rounds([], 3) == 0.0
+    many = [(2**16, np.array([3.0, 1.0]))]
+    assert wide_tiles._rounds(many, 4) == 2**16
+
+
+def test_bringing_halos_counts_where_a_block_has_few_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the 53 instructions for a pixel that there once were, one tap is brought too slowly."""
+    layers = [Support.dense(256, 64, 1), Support.dense(256, 256, 3)]
+    clocks = []
+    for piece in (wide_tiles._PIECE_CLOCKS, 53.0):
+        monkeypatch.setattr(wide_tiles, "_PIECE_CLOCKS", piece)
+        geometries = [make_geometry(s, 1, s.kernel[0] // 2) for s in layers]
+        clocks.append([chosen(g, (14, 14), 128, False)[0].clocks for g in geometries])
+    assert clocks[1][0] > 1.4 * clocks[0][0]
+    assert clocks[1][1] == clocks[0][1]
+
+
+def test_pixels_in_turn_are_counted_as_the_kernel_takes_them() -> None:
+    """Against its loops, written out: bands of twelve columns, their rows by each lane's step."""
+    for rows, cols in ((8, 8), (30, 10), (34, 17), (13, 12), (9, 15), (1, 25)):
+        most = 0
+        for lane in range(12):
+            turns = 0
+            for band in range(0, cols, 12):
+                width = min(cols - band, 12)
+                step = 12 // width if width <= 6 else 1
+                first, column = divmod(lane, width) if width <= 6 else (0, lane)
+                if first < step and column < width:
+                    turns += len(range(first, rows, step))
+            most = max(most, turns)
+        (found,) = wide_tiles.bring_clocks(np.array([rows]), np.array([cols]))
+        assert found == most * wide_tiles._PIECE_CLOCKS + wide_tiles._BEGIN_CLOCKS
+
+
+def test_among_equals_two_blocks_share_slabs() -> None:
+    """Where arithmetic is all that counts, clusters change nothing that is predicted."""
+    geometry = make_geometry(Support.dense(256, 256, 3), 1, 1)
+    classes, _ = wide_windows(geometry, (14, 14), False)
+    found = list(tilings(lower(geometry.support, classes), classes, (14, 14), 264, PART))
+    best = min(t.clocks for t in found)
+    assert {t.shape.cluster for t in found if t.clocks == best} == {1, 2}
+    assert chosen(geometry, (14, 14), 264, False)[0].shape.cluster == 2
+
+
+def test_tiles_on_small_images_are_filled() -> None:
+    """Four images of 7 × 7 in 32 rows, two of 14 × 14; 28 rows fill a tile of 224."""
+    for size, shape, images in ((7, 256, 4), (14, 256, 2), (28, 224, 1), (56, 224, 1)):
+        geometry = make_geometry(Support.dense(512, 512, 3), 1, 1)
+        tiling, _ = chosen(geometry, (size, size), 128, False)
+        assert (tiling.shape.pixels, tiling.classes[0, 4]) == (shape, images)
