@@ -206,13 +206,15 @@ def warmup(model: nn.Module, *inputs: Any, backward: bool = False) -> None:
         outputs = model(*inputs)
         if backward:
             results = outputs if isinstance(outputs, tuple | list) else (outputs,)
-            total = sum(t.sum() for t in results if isinstance(t, Tensor) and t.requires_grad)
+            results = [t for t in results if isinstance(t, Tensor) and t.requires_grad]
             wanted = [p for p in model.parameters() if p.requires_grad]
-            if not isinstance(total, Tensor):
+            if not results:
                 raise ArgumentError(
                     "warmup(backward=True): no output of the model needs a gradient."
                 )
-            torch.autograd.grad(total, wanted, allow_unused=True)
+            # Laid out like the outputs, as a loss makes them; those of a sum would be expanded.
+            ones = [torch.ones_like(t) for t in results]
+            torch.autograd.grad(results, wanted, ones, allow_unused=True)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from importlib import metadata
@@ -157,7 +158,7 @@ def pick(
         device: where they run.
 
     Returns:
-        A name; None when nothing was measured and tuning is off.
+        A name; None when nothing was measured: tuning is off, or no candidate runs here.
     """
     kept = store(device)
     entry = kept.get(key)
@@ -167,7 +168,20 @@ def pick(
         return None
     from .timing import interleaved  # only where something is measured
 
-    timings = interleaved(dict(candidates), rounds=7, warmup=2, device=device)
-    name = timings.fastest(list(candidates))
+    running = {name: call for name, call in candidates.items() if _runs(name, call)}
+    if not running:
+        return None
+    timings = interleaved(running, rounds=7, warmup=2, device=device)
+    name = timings.fastest(list(running))
     kept.put(key, {"name": name, "seconds": timings.median(name)})
     return name
+
+
+def _runs(name: str, call: Callable[[], object]) -> bool:
+    """Runs a candidate once; one that needs more than the device has is left out."""
+    try:
+        call()
+    except Exception as error:  # noqa: BLE001 compilers and drivers have types of their own
+        warnings.warn(f"Tuning leaves {name} out: {error}", RuntimeWarning, stacklevel=3)
+        return False
+    return True

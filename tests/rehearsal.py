@@ -163,7 +163,9 @@ def rehearsal(
     from hetconv_kernels.backends.triton import box_calls, calls, wgrad_calls
 
     made = Rehearsal(capability)
-    stream = SimpleNamespace(synchronize=made.synchronize, wait_stream=lambda _: None)
+    stream = SimpleNamespace(
+        synchronize=made.synchronize, wait_stream=lambda _: None, cuda_stream=0
+    )
     properties = SimpleNamespace(multi_processor_count=132, L2_cache_size=2**20, name="rehearsed")
     stand_ins = {
         "is_available": lambda: True,
@@ -202,6 +204,7 @@ def rehearsal(
     with monkeypatch.context() as patch:
         for name, stand_in in stand_ins.items():
             patch.setattr(torch.cuda, name, stand_in)
+        patch.setattr(torch.Tensor, "record_stream", lambda *_: None)
         patch.setattr(ops, "describe", on_gpu)
         patch.setattr("benchmarks.bench.ENGINES", ())  # machine code has no stand-in
         for module in (calls, box_calls, wgrad_calls, packer):

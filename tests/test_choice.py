@@ -8,11 +8,19 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from pretending import CUDA, described, pretended
 
 import hetconv_kernels as hk
 from hetconv_kernels.backends import parts
-from hetconv_kernels.backends.triton import Triton, choice, table, tiles, wgrad_choice
+from hetconv_kernels.backends.triton import (
+    Triton,
+    calls,
+    choice,
+    table,
+    tiles,
+    wgrad_choice,
+)
 from hetconv_kernels.backends.triton.shipped import configurations
 
 
@@ -156,3 +164,27 @@ def test_the_table_names_choices_that_exist() -> None:
         match = NAME.fullmatch(entry["name"])
         assert match, key
         assert {match[1], match[2] or match[1]} <= shipped, key
+
+
+def test_operands_of_any_strides_are_drawn() -> None:
+    """The gradient of a sum is expanded: strides of zero."""
+    for strides in ((0, 0, 0, 0), (96, 1, 48, 16), (0, 1, 48, 16)):
+        made = choice.random_operand(described(), (2, 16, 2, 3), strides)
+        assert made.shape == (2, 16, 2, 3)
+        assert made.stride() == strides
+
+
+@pytest.mark.parametrize("switch", ["old", "new"])
+def test_both_switches_of_tf32_are_read(switch: str) -> None:
+    convolutions: Any = torch.backends.cudnn.conv
+    before = convolutions.fp32_precision
+    try:
+        for allowed in (True, False):
+            if switch == "old":
+                torch.backends.cudnn.allow_tf32 = allowed
+            else:  # after which reading the old one is an error
+                convolutions.fp32_precision = "tf32" if allowed else "ieee"
+            assert calls.precision(torch.float32) == ("tf32" if allowed else "tf32x3")
+            assert calls.precision(torch.bfloat16) == "tf32"
+    finally:
+        convolutions.fp32_precision = before

@@ -15,7 +15,7 @@ from gpu_layers import compare, compare_huge, operands, poisoned
 import hetconv_kernels as hk
 from hetconv_kernels import ops
 from hetconv_kernels.backends import CODES
-from hetconv_kernels.backends.cuda import Cuda, calls, choice, wgrad_calls
+from hetconv_kernels.backends.cuda import Cuda, choice
 from hetconv_kernels.problem import make_geometry
 from hetconv_kernels.testing import error_bound, oracle
 
@@ -92,12 +92,11 @@ def test_tma_brings_what_cp_async_does(
     first, second = (x, w) if verb == "fprop" else (dy, x if verb == "wgrad" else w)
     problem = ops.describe(verb, geometry, first, x, w, size)
     found = []
-    for _ in range(2):
+    for boxes in (True, False):
+        monkeypatch.setattr(choice, "BOXES", boxes)
         engine = Cuda()
         prepare = {"fprop": engine.fprop, "dgrad": engine.dgrad, "wgrad": engine.wgrad}[verb]
         found.append(prepare(problem)(first, second))
-        for module in (calls, wgrad_calls):
-            monkeypatch.setattr(module, "boxable", lambda _: False)
     assert torch.equal(*found)
 
 

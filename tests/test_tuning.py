@@ -105,6 +105,17 @@ def test_the_fastest_is_picked_once_and_kept(fake_gpu: tuning.Store) -> None:
     assert tuning.pick("key", {"other": calls.clear}, CPU) is None
 
 
+def test_a_candidate_that_does_not_run_is_left_out(fake_gpu: tuning.Store) -> None:
+    def too_large() -> None:
+        raise RuntimeError("out of resources: shared memory")
+
+    with tuning.tune():
+        with pytest.warns(RuntimeWarning, match="leaves large out: out of resources"):
+            assert tuning.pick("a", {"large": too_large, "small": lambda: None}, CPU) == "small"
+        with pytest.warns(RuntimeWarning, match="leaves large out"):
+            assert tuning.pick("b", {"large": too_large}, CPU) is None
+
+
 def test_tune_is_a_switch_with_a_scope() -> None:
     assert not tuning._enabled
     with tuning.tune():

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tiles as boxes that TMA cuts out of a tensor: which box, and where it may lie.
 #pragma once
+#include <cstdio>
+
 #include "bulk.h"
 #include "narrow.h"
 
@@ -47,11 +49,18 @@ inline const char* encode(TensorMap& map, const Boxed& of) {
   const cuuint32_t box[4] = {cuuint32_t(of.box_channels), cuuint32_t(of.box_cols),
                              cuuint32_t(of.box_rows), 1};
   const cuuint32_t each[4] = {1, 1, 1, 1};
-  const CUresult result =
-      encoder(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, const_cast<void*>(of.base), sizes, strides,
-              box, each, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE,
-              CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? nullptr : "the driver refuses a tensor map of these operands";
+  const auto encoded = [&] {
+    return encoder(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, const_cast<void*>(of.base), sizes,
+                   strides, box, each, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE,
+                   CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult result = encoded();
+  if (result == CUDA_ERROR_INVALID_CONTEXT && bind_context()) result = encoded();
+  if (result == CUDA_SUCCESS) return nullptr;
+  static thread_local char text[96];
+  std::snprintf(text, sizeof text, "the driver refuses a tensor map of these operands, error %d",
+                int(result));
+  return text;
 }
 
 // Why no boxes can be brought: by the driver, and on the current device; null if they can.

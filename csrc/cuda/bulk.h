@@ -123,6 +123,13 @@ inline TensorMapEncoder tensor_map_encoder() {
   return found;
 }
 
+// Gives this thread the context of the current device: a thread that no call of the runtime has
+// reached yet has none, and the driver wants one.
+inline bool bind_context() {
+  int device = 0;
+  return cudaGetDevice(&device) == cudaSuccess && cudaSetDevice(device) == cudaSuccess;
+}
+
 // A launch of a kernel with bulk copies, which the host's kernels are watched for.
 template <class P>
 const char* launch_bulk(void (*kernel)(P), const P& p, int64_t blocks_x, int64_t blocks_y,

@@ -206,6 +206,7 @@ __device__ __forceinline__ void compute(const P& p) {
     if (threadIdx.x == 0) {
       for (int i = 0; i < p.buffers; ++i) phase_init(shared + at.phases + i * 8, 1);
       phase_init_done();
+      fence_async();
     }
   }
   const Sums sums(p, shared + at.sums);
@@ -213,6 +214,7 @@ __device__ __forceinline__ void compute(const P& p) {
   if (counts) sums.clear();
 
   auto fetch = [&](const Cursor& c, int buffer) {
+    if (kBoxes && threadIdx.x) return;  // one thread asks for all of a box
     const TilePlace tile(c.item, tiles_h, tiles_w, p.tile_h, p.tile_w);
     const int32_t* round = rounds + c.round * kRoundFields;
     const int32_t* chunks = p.chunks + load_table(round + kChunkBegin);
@@ -220,7 +222,6 @@ __device__ __forceinline__ void compute(const P& p) {
     const int col = tile.col * load_w + load_table(table + kBaseW);
     const uint32_t to = shared + at.buffers + buffer * at.buffer;
     if constexpr (kBoxes) {
-      if (threadIdx.x) return;
       const uint32_t phase = shared + at.phases + buffer * 8;
       const int pixels = load_table(table + kHaloH) * load_table(table + kHaloW);
       phase_expect(phase, pixels * p.raw_pitch * 16);

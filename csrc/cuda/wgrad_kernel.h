@@ -63,10 +63,10 @@ template <class T, class P> __device__ __forceinline__ void compute(const P& p) 
   const Divider by_width(p.tile_w);
 
   auto fetch = [&](int item, int buffer) {
+    if (kBoxes && threadIdx.x) return;  // one thread asks for all of a box
     const TilePlace tile(item, tiles_h, tiles_w, p.tile_h, p.tile_w);
     const uint32_t to = shared + buffer * at.buffer;
     if constexpr (kBoxes) {
-      if (threadIdx.x) return;
       const uint32_t phase = shared + at.phases + buffer * 8;
       phase_expect(phase,
                    (halo.rows * halo.cols * p.x_pitch + own.rows * own.cols * p.dy_pitch) * 16);
@@ -107,6 +107,7 @@ template <class T, class P> __device__ __forceinline__ void compute(const P& p) 
     if (threadIdx.x == 0) {
       for (int i = 0; i < p.buffers; ++i) phase_init(shared + at.phases + i * 8, 1);
       phase_init_done();
+      fence_async();
     }
     barrier();
   }

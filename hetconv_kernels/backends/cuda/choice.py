@@ -26,6 +26,8 @@ from .windows import windows
 
 # "narrow" or "wide" leaves fprop and dgrad only that kernel; for tests and for tuning.
 ONLY: str | None = None
+# Whether TMA may bring tiles; for tests and for comparisons with cp.async.
+BOXES = True
 # Seconds that a launch more in the same call takes.
 _NEXT_LAUNCH = 3e-6
 # Clocks in which a unit of wgrad reads one pixel of both operands from shared memory.
@@ -90,7 +92,7 @@ def best(problem: Problem) -> AnyChoice | str:
     """Picks how a Problem is run, or says in sentences why it cannot be; kept with the Support."""
     geometry = problem.geometry
     key = (
-        *("cuda choice", ONLY),
+        *("cuda choice", ONLY, BOXES),
         *(problem.verb, problem.dtype, problem.device, problem.batch),
         *(problem.height, problem.width, geometry.tail),
     )
@@ -178,6 +180,8 @@ def _wide_reason(problem: Problem) -> str:
 
 def _no_boxes(problem: Problem) -> str:
     """Says why a device or its driver has no TMA; empty where they have."""
+    if not BOXES:
+        return "TMA is switched off"
     if problem.device.type != "cuda":  # the kernels on the CPU, in tests
         return ""
     major, minor = torch.cuda.get_device_capability(problem.device.index or 0)

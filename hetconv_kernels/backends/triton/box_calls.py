@@ -63,10 +63,13 @@ class Descriptor:
     def __init__(
         self, tensor: Tensor, shape: Sequence[int], strides: Sequence[int], block: Sequence[int]
     ) -> None:
-        # An axis of one place is never stepped along; its stride only has to be a legal one.
+        # An axis of one place is never stepped along; its stride only has to be a legal one: 16
+        # bytes, and beyond the axes inside.
         legal = 16 // tensor.element_size()
-        used = [stride if size > 1 else legal for size, stride in zip(shape, strides, strict=True)]
-        used[-1] = 1
+        used, inner = [1], shape[-1]
+        for size, stride in zip(reversed(shape[:-1]), reversed(strides[:-1]), strict=True):
+            used.insert(0, stride if size > 1 else -(-inner // legal) * legal)
+            inner = used[0] * size
         self._made = TensorDescriptor(tensor, list(shape), used, list(block))
         self._made.base = None
         self._interpreted = interpreted()

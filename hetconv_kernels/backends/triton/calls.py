@@ -27,9 +27,9 @@ _PACK_BLOCK = 1024
 
 def precision(dtype: torch.dtype) -> str:
     """How products of float32 are made: TF32 where PyTorch's convolutions may, else three TF32s."""
-    if dtype != torch.float32 or torch.backends.cudnn.allow_tf32:
-        return "tf32"
-    return "tf32x3"
+    # `allow_tf32` raises once a user has set one of the newer switches, which know of the old one.
+    convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    return "tf32" if dtype != torch.float32 or convolutions.fp32_precision == "tf32" else "tf32x3"
 
 
 def make_packer(lowering: Lowering, device: torch.device, dtype: torch.dtype) -> Packer:

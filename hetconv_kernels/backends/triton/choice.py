@@ -131,9 +131,10 @@ def attempt(problem: Problem, choice: GatherChoice) -> Callable[[], object]:
 
 
 def random_operand(problem: Problem, shape: Sequence[int], strides: Sequence[int]) -> Tensor:
-    """Makes an operand of those strides on the problem's device."""
-    made = torch.empty_strided(shape, strides, dtype=problem.dtype, device=problem.device)
-    return made.normal_()
+    """Makes an operand of those strides, zeros among them, on the problem's device."""
+    own = [1 if stride == 0 else size for size, stride in zip(shape, strides, strict=True)]
+    made = torch.empty_strided(own, strides, dtype=problem.dtype, device=problem.device)
+    return made.normal_().expand(*shape)
 
 
 def gather_choices(problem: Problem) -> list[GatherChoice]:
