@@ -14,8 +14,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import shim
-import torch
-from test_cuda_host import DTYPES, HET, LAYERS, SIZES, STATS, ragged, random_case
+from test_cuda_host import (
+    DTYPES,
+    HET,
+    LAYERS,
+    SIZES,
+    STATS,
+    blocks,
+    epilogues,
+    random_case,
+    stats,
+)
 
 from hetconv_kernels import Support
 from hetconv_kernels.backends.cuda.lowering import Shape
@@ -47,19 +56,11 @@ def test_layers_match_the_oracle(name: str, tmp_path: Path) -> None:
     shim.run(cases, tmp_path)
 
 
-def epilogues(boxes: bool) -> list[shim.Case]:
+def all_kinds(boxes: bool) -> list[shim.Case]:
     """Cases of all epilogues, and of wgrad; with the same operands each time."""
-    parts = [("scale",), ("shift",), ("residual",), ("scale", "shift", "residual"), ("residual",)]
     cases = []
     for filters in (64, 20, 136):
-        geometry = make_geometry(Support.het(16, filters, 3, p=2), 1, 1)
-        shape = Shape(4, 8, 1, 1, 64) if filters == 136 else None
-        for index, (act, epilogue) in enumerate(zip(shim.ACTS, parts, strict=True)):
-            torch.manual_seed(index)
-            how = {"dtype": DTYPES[index % 2], "act": act, "epilogue": epilogue, "shape": shape}
-            how |= {"vectors": index != 3, "buffers": 1 + index % 2, "resident": index % 2 == 0}
-            how |= {"boxes": boxes}
-            cases.append(shim.fprop_case(geometry.support, geometry, (5, 11), **how))
+        cases += epilogues(make_geometry(Support.het(16, filters, 3, p=2), 1, 1), boxes)
     for buffers in (1, 2):
         how = {"buffers": buffers, "boxes": boxes}
         cases.append(shim.wgrad_case(HET, LAYERS["het8"], (24, 24), 1, **how))
@@ -67,19 +68,14 @@ def epilogues(boxes: bool) -> list[shim.Case]:
 
 
 def test_epilogues_match_the_oracle(tmp_path: Path) -> None:
-    cases = epilogues(True)
+    cases = all_kinds(True)
     assert all(case.numbers["boxes"] for case in cases)
     shim.run(cases, tmp_path)
 
 
 @pytest.mark.parametrize("name", STATS)
 def test_sums_of_batch_normalisation_match_the_oracle(name: str, tmp_path: Path) -> None:
-    geometry, shape = STATS[name]
-    cases = []
-    for index, dtype in enumerate(DTYPES):
-        how = {"dtype": dtype, "shape": shape, "buffers": 1 + index, "resident": bool(index)}
-        how |= {"stats": True, "epilogue": ("shift",) * index, "boxes": True}
-        cases.append(shim.fprop_case(geometry.support, geometry, (9, 11), 3, **how))
+    cases = stats(name, boxes=True)
     assert all(case.numbers["boxes"] == (name != "parts") for case in cases)  # that has a stride
     shim.run(cases, tmp_path)
 
@@ -90,18 +86,7 @@ def test_blocks_of_all_shapes_match_the_oracle(
     buffers: int, resident: bool, tmp_path: Path
 ) -> None:
     """Also where a box brings neighbours of a round's channels, which nobody reads."""
-    cases = []
-    for support, shape in (
-        (HET, Shape(8, 16, 4, 1, 64)),
-        (HET, Shape(5, 7, 2, 1, 3)),
-        (Support.het(64, 128, 3, p=4), Shape(4, 8, 1, 2, 4)),
-        (Support.het(64, 40, 3, p=4, order="interleaved"), Shape(4, 8, 1, 1, 3)),
-        (ragged(64, 64, 4, 0.3), Shape(4, 8, 2, 1, 2)),
-    ):
-        geometry = make_geometry(support, 1, 1)
-        how = {"shape": shape, "buffers": buffers, "resident": resident, "boxes": True}
-        cases.append(shim.fprop_case(support, geometry, (9, 17), 1, **how))
-        cases.append(shim.fprop_case(support, make_geometry(support, (2, 1), 1), (9, 17), 1, **how))
+    cases = blocks((2, 1), buffers=buffers, resident=resident, boxes=True)
     assert sum(case.numbers["boxes"] for case in cases) >= 8
     assert {case.numbers["slot_pitch"] > 0 for case in cases if case.numbers["boxes"]} == {
         True,
@@ -126,7 +111,7 @@ def test_both_ways_and_all_orders_agree_bit_for_bit(tmp_path: Path) -> None:
     """TMA brings what cp.async does, whatever order threads run in and boxes land in."""
     found = set()
     for boxes, seed in ((False, 0), (True, 0), (True, 1), (True, 2)):
-        done = shim.execute(epilogues(boxes), tmp_path, seed=seed)
+        done = shim.execute(all_kinds(boxes), tmp_path, seed=seed)
         assert done.returncode == 0, done.stderr
         found.add((tmp_path / "results").read_bytes())
     assert len(found) == 1

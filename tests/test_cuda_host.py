@@ -78,18 +78,24 @@ def test_layers_match_the_oracle(name: str, tmp_path: Path) -> None:
     shim.run(cases, tmp_path)
 
 
+def epilogues(geometry: Geometry, boxes: bool = False) -> list[shim.Case]:
+    """Cases of all epilogues; with the same operands each time."""
+    parts = [("scale",), ("shift",), ("residual",), ("scale", "shift", "residual"), ("residual",)]
+    shape = Shape(4, 8, 1, 1, 64) if geometry.support.filters == 136 else None
+    cases = []
+    for index, (act, epilogue) in enumerate(zip(shim.ACTS, parts, strict=True)):
+        torch.manual_seed(index)
+        how = {"dtype": DTYPES[index % 2], "act": act, "epilogue": epilogue, "shape": shape}
+        how |= {"vectors": index != 3, "buffers": 1 + index % 2, "resident": index % 2 == 0}
+        cases.append(shim.fprop_case(geometry.support, geometry, (5, 11), boxes=boxes, **how))
+    return cases
+
+
 @pytest.mark.parametrize("filters", [64, 24, 20, 13, 136])
 def test_epilogues_match_the_oracle(filters: int, tmp_path: Path) -> None:
     """Also with filters that 16-byte accesses do not reach, and with several parts of them."""
-    geometry = make_geometry(Support.het(16, filters, 3, p=2, order="interleaved"), 1, 1)
-    parts = [("scale",), ("shift",), ("residual",), ("scale", "shift", "residual"), ("residual",)]
-    shape = Shape(4, 8, 1, 1, 64) if filters == 136 else None
-    cases = []
-    for index, (act, epilogue) in enumerate(zip(shim.ACTS, parts, strict=True)):
-        how = {"dtype": DTYPES[index % 2], "act": act, "epilogue": epilogue, "shape": shape}
-        how |= {"vectors": index != 3, "buffers": 1 + index % 2, "resident": index % 2 == 0}
-        cases.append(shim.fprop_case(geometry.support, geometry, (5, 11), **how))
-    shim.run(cases, tmp_path)
+    support = Support.het(16, filters, 3, p=2, order="interleaved")
+    shim.run(epilogues(make_geometry(support, 1, 1)), tmp_path)
 
 
 STATS = {
@@ -102,16 +108,21 @@ STATS = {
 }
 
 
-@pytest.mark.parametrize("name", STATS)
-def test_sums_of_batch_normalisation_match_the_oracle(name: str, tmp_path: Path) -> None:
-    """Also on the edges of images, for idle rows, and where a block has no tile."""
+def stats(name: str, batch: int = 3, boxes: bool = False) -> list[shim.Case]:
+    """Cases that sum for batch normalisation."""
     geometry, shape = STATS[name]
     cases = []
     for index, dtype in enumerate(DTYPES):
         how = {"dtype": dtype, "shape": shape, "buffers": 1 + index, "resident": bool(index)}
-        how |= {"stats": True, "epilogue": ("shift",) * index}
-        batch = 1 if name == "one-tile" else 3
+        how |= {"stats": True, "epilogue": ("shift",) * index, "boxes": boxes}
         cases.append(shim.fprop_case(geometry.support, geometry, (9, 11), batch, **how))
+    return cases
+
+
+@pytest.mark.parametrize("name", STATS)
+def test_sums_of_batch_normalisation_match_the_oracle(name: str, tmp_path: Path) -> None:
+    """Also on the edges of images, for idle rows, and where a block has no tile."""
+    cases = stats(name, 1 if name == "one-tile" else 3)
     assert (name == "one-tile") == (len(cases[0].arrays["sums"]) == 1)
     shim.run(cases, tmp_path)
 
@@ -124,26 +135,32 @@ def test_a_wrong_sum_is_found(tmp_path: Path) -> None:
         shim.run([case], tmp_path)
 
 
+BLOCKS = [
+    (HET, Shape(8, 16, 4, 1, 64)),
+    (HET, Shape(5, 7, 2, 1, 3)),
+    (Support.het(64, 128, 3, p=4), Shape(4, 8, 1, 2, 4)),
+    (Support.het(64, 128, 3, p=4), Shape(4, 8, 1, 1, 4)),
+    (Support.het(64, 40, 3, p=4, order="interleaved"), Shape(4, 8, 1, 1, 3)),
+    (ragged(64, 64, 4, 0.3), Shape(4, 8, 2, 1, 2)),
+]
+
+
+def blocks(stride: tuple[int, int], **how: object) -> list[shim.Case]:
+    """Cases of blocks of all shapes, each with a stride of 1 and with that one."""
+    return [
+        shim.fprop_case(support, make_geometry(support, each, 1), (9, 17), 1, shape=shape, **how)
+        for support, shape in BLOCKS
+        for each in ((1, 1), stride)
+    ]
+
+
 @pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize("buffers", [1, 2])
 def test_blocks_of_all_shapes_match_the_oracle(
     buffers: int, resident: bool, tmp_path: Path
 ) -> None:
     """Tiles whose lines are no multiple of eight, idle rows, and channels in several rounds."""
-    cases = []
-    for support, shape in (
-        (HET, Shape(8, 16, 4, 1, 64)),
-        (HET, Shape(5, 7, 2, 1, 3)),
-        (Support.het(64, 128, 3, p=4), Shape(4, 8, 1, 2, 4)),
-        (Support.het(64, 128, 3, p=4), Shape(4, 8, 1, 1, 4)),
-        (Support.het(64, 40, 3, p=4, order="interleaved"), Shape(4, 8, 1, 1, 3)),
-        (ragged(64, 64, 4, 0.3), Shape(4, 8, 2, 1, 2)),
-    ):
-        how = {"shape": shape, "buffers": buffers, "resident": resident}
-        geometry = make_geometry(support, 1, 1)
-        cases.append(shim.fprop_case(support, geometry, (9, 17), 1, **how))
-        cases.append(shim.fprop_case(support, make_geometry(support, 2, 1), (9, 17), 1, **how))
-    shim.run(cases, tmp_path)
+    shim.run(blocks((2, 2), buffers=buffers, resident=resident), tmp_path)
 
 
 @cache
@@ -196,8 +213,8 @@ def test_random_cases_match_the_oracle(first: int, tmp_path: Path) -> None:
 
 def test_two_runs_agree_bit_for_bit(tmp_path: Path) -> None:
     """Whatever order the threads of a block run in: the second run has another one."""
-    stats = shim.fprop_case(HET, SAME, (8, 10), stats=True)
-    for case in (shim.wgrad_case(HET, SAME, (8, 10)), shim.fprop_case(HET, SAME, (8, 10)), stats):
+    summed = shim.fprop_case(HET, SAME, (8, 10), stats=True)
+    for case in (shim.wgrad_case(HET, SAME, (8, 10)), shim.fprop_case(HET, SAME, (8, 10)), summed):
         found = []
         for seed in range(2):
             done = shim.execute([case], tmp_path, seed=seed)

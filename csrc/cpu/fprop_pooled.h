@@ -22,15 +22,13 @@ static void pool_rows(const Problem& p, const S* rows, int first, int64_t n, int
       S* to = reinterpret_cast<S*>(p.y.data) + n * p.y.sn + py * p.y.sh + px * p.y.sw;
       for (int f = 0; f < p.F; f += VL<A>) {
         const int lanes = least(VL<A>, p.F - f);
-        Vec<A> largest = splat<A>(-std::numeric_limits<A>::infinity()), nan = largest;
+        Vec<A> largest = splat<A>(-std::numeric_limits<A>::infinity());
         for (int y = y0; y < y1; ++y)
           for (int x = x0; x < x1; ++x) {
             const S* at = rows + (y - first) * pitch + int64_t(x) * p.F + f;
             const Vec<A> v = lanes == VL<A> ? read<S, A>(at) : read_n<S, A>(at, lanes);
-            largest = largest > v ? largest : v;
-            nan = v != v ? v : nan;
+            largest = larger<A>(v, largest);
           }
-        largest = nan != nan ? nan : largest;
         if (lanes == VL<A>)
           write<S, A>(to + f, largest);
         else
@@ -135,7 +133,7 @@ static bool fprop_pooled(const Lowered& L, OffsetCache* cache, const Problem& p,
     form.run_bands(cache);
     return true;
   }
-  return Pooled<S, A, PixelsFprop<S, A>>(pixels_fprop<S, A>(L, p, packed)).run(cache);
+  return Pooled<S, A, PixelsFprop<S, A>>(form).run(cache);
 }
 
 }  // namespace HETCONV_NS

@@ -65,22 +65,22 @@ void Hopper::say(const char* wrong, const Block& at, uint32_t offset, int other)
 
 // Shared memory ----------------------------------------------------------------------------------
 
-void Hopper::read(Block& at, int thread, uint32_t offset, int bytes) {
-  if (bytes % grain_) fail("reads %d bytes of shared memory, watched by %d", bytes, grain_);
-  each_cell(at, offset, uint32_t(bytes), [&](Cell& read, uint32_t place) {
+void Hopper::access(Block& at, int thread, uint32_t offset, int bytes, const char* verb,
+                    const char* (Order::*check)(Cell&, int, int&)) {
+  if (bytes % grain_) fail("%s %d bytes of shared memory, watched by %d", verb, bytes, grain_);
+  each_cell(at, offset, uint32_t(bytes), [&](Cell& cell, uint32_t place) {
     int other = 0;
-    const char* wrong = order_.read(read, member(at, thread), other);
+    const char* wrong = (order_.*check)(cell, member(at, thread), other);
     say(wrong, at, place, other);
   });
 }
 
+void Hopper::read(Block& at, int thread, uint32_t offset, int bytes) {
+  access(at, thread, offset, bytes, "reads", &Order::read);
+}
+
 void Hopper::write(Block& at, int thread, uint32_t offset, int bytes) {
-  if (bytes % grain_) fail("writes %d bytes of shared memory, watched by %d", bytes, grain_);
-  each_cell(at, offset, uint32_t(bytes), [&](Cell& written, uint32_t place) {
-    int other = 0;
-    const char* wrong = order_.write(written, member(at, thread), other);
-    say(wrong, at, place, other);
-  });
+  access(at, thread, offset, bytes, "writes", &Order::write);
 }
 
 void Hopper::coming(Block& at, uint32_t offset, bool is) {

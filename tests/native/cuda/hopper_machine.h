@@ -123,6 +123,8 @@ class Hopper {
   int member(const Block& at, int thread) const { return at.rank() * threads_ + thread; }
   int engine_of(const Block& at, int warpgroup) const;
   std::string name(int who) const;
+  void access(Block& at, int thread, uint32_t offset, int bytes, const char* verb,
+              const char* (Order::*check)(Cell&, int, int&));
   void say(const char* wrong, const Block& at, uint32_t offset, int other) const;
   Cell& cell(const Block& at, uint32_t offset) {
     return watched_[size_t(at.rank())].cells[offset / uint32_t(grain_)];
