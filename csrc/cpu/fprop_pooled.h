@@ -22,13 +22,16 @@ static void pool_rows(const Problem& p, const S* rows, int first, int64_t n, int
       S* to = reinterpret_cast<S*>(p.y.data) + n * p.y.sn + py * p.y.sh + px * p.y.sw;
       for (int f = 0; f < p.F; f += VL<A>) {
         const int lanes = least(VL<A>, p.F - f);
-        Vec<A> largest = splat<A>(-std::numeric_limits<A>::infinity());
+        // NaN is kept apart, unlike in `larger`: many pixels make a long chain.
+        Vec<A> largest = splat<A>(-std::numeric_limits<A>::infinity()), nan = largest;
         for (int y = y0; y < y1; ++y)
           for (int x = x0; x < x1; ++x) {
             const S* at = rows + (y - first) * pitch + int64_t(x) * p.F + f;
             const Vec<A> v = lanes == VL<A> ? read<S, A>(at) : read_n<S, A>(at, lanes);
-            largest = larger<A>(v, largest);
+            largest = largest > v ? largest : v;
+            nan = v != v ? v : nan;
           }
+        largest = nan != nan ? nan : largest;
         if (lanes == VL<A>)
           write<S, A>(to + f, largest);
         else
