@@ -11,7 +11,7 @@ from torch import nn
 
 import hetconv_kernels as hk
 from benchmarks.problems import Settings
-from hetconv_kernels.compress import Method
+from hetconv_kernels.compression import Method
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from hetconv_kernels import models
-from hetconv_kernels.compress.command import accuracy, train, trainer
-from hetconv_kernels.compress.training import Training
+from hetconv_kernels.compression.command import accuracy, train, trainer
+from hetconv_kernels.compression.training import Training
 from hetconv_kernels.datasets import Split, digits
 from hetconv_kernels.demo_data import (
     HELD_OUT,

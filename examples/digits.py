@@ -65,7 +65,7 @@ def main() -> None:
         )
         print(report, "\n")
         reports.append(report)
-    print(hk.compress.compare(reports, list(methods)))
+    print(hk.compression.compare(reports, list(methods)))
 
 
 if __name__ == "__main__":

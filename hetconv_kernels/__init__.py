@@ -23,8 +23,8 @@ from .info import info
 from .support import Support
 
 if TYPE_CHECKING:
-    from . import export, io, models, profile, stats, testing, timing, tuning
-    from .compress import (
+    from . import compression, export, io, models, profiling, stats, testing, timing, tuning
+    from .compression import (
         ADMM,
         FilterCorrelation,
         FrequencyPruning,
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .graph.compact import compact
     from .graph.convert import convert
     from .graph.optimize import optimize
+    from .profiling import profile
 
 __all__ = [
     "ADMM",
@@ -54,6 +55,7 @@ __all__ = [
     "available_backends",
     "compact",
     "compress",
+    "compression",
     "convert",
     "errors",
     "explain",
@@ -65,6 +67,7 @@ __all__ = [
     "nn",
     "optimize",
     "profile",
+    "profiling",
     "ranges",
     "rules",
     "stats",
@@ -77,22 +80,24 @@ __all__ = [
 
 # Loaded when first asked for, so that importing stays cheap: name -> (module, attribute).
 _LAZY = {
-    "ADMM": (".compress", "ADMM"),
-    "FilterCorrelation": (".compress", "FilterCorrelation"),
-    "FrequencyPruning": (".compress", "FrequencyPruning"),
-    "Het": (".compress", "Het"),
-    "PlayAndPrune": (".compress", "PlayAndPrune"),
-    "SelfGrouping": (".compress", "SelfGrouping"),
-    "Stability": (".compress", "Stability"),
-    "WeakSubnetwork": (".compress", "WeakSubnetwork"),
+    "ADMM": (".compression", "ADMM"),
+    "FilterCorrelation": (".compression", "FilterCorrelation"),
+    "FrequencyPruning": (".compression", "FrequencyPruning"),
+    "Het": (".compression", "Het"),
+    "PlayAndPrune": (".compression", "PlayAndPrune"),
+    "SelfGrouping": (".compression", "SelfGrouping"),
+    "Stability": (".compression", "Stability"),
+    "WeakSubnetwork": (".compression", "WeakSubnetwork"),
     "compact": (".graph.compact", "compact"),
-    "compress": (".compress", None),
+    "compress": (".compression", "compress"),
+    "compression": (".compression", None),
     "convert": (".graph.convert", "convert"),
     "export": (".export", None),
     "io": (".io", None),
     "models": (".models", None),
     "optimize": (".graph.optimize", "optimize"),
-    "profile": (".profile", None),
+    "profile": (".profiling", "profile"),
+    "profiling": (".profiling", None),
     "rules": (".graph.rules", None),
     "stats": (".stats", None),
     "testing": (".testing", None),

@@ -99,9 +99,9 @@ def _parser(asked: Sequence[str]) -> argparse.ArgumentParser:
         layer_options.add_arguments(explaining)
     profiling = command("profile", _profile, "where the time of a network or layer goes, and why")
     if asked == ["profile"]:
-        from .profile import command as module_of_profile
+        from .profiling import command as profiling_command
 
-        module_of_profile.add_arguments(profiling)
+        profiling_command.add_arguments(profiling)
     demo = command("demo", _demo, "train, compress and time a denoiser on photographs")
     if asked == ["demo"]:
         from . import demo as module
@@ -109,7 +109,7 @@ def _parser(asked: Sequence[str]) -> argparse.ArgumentParser:
         module.add_arguments(demo)
     compress = command("compress", _compress, "compress a network by one of eight methods")
     if asked == ["compress"]:
-        from .compress import command as compressing
+        from .compression import command as compressing
 
         compressing.add_arguments(compress)
     bench = command("bench", _bench, "measure this machine (a front to benchmarks/ of a checkout)")
@@ -195,7 +195,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _compress(options: argparse.Namespace) -> int:
-    from .compress import command
+    from .compression import command
 
     return int(command.run(options))
 
@@ -233,7 +233,7 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _profile(options: argparse.Namespace) -> int:
-    from .profile import command
+    from .profiling import command
 
     return int(command.run(options, _print))
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from . import stats, timing
 from ._version import __version__
 from .backends import use_backend
-from .compress.self_grouping import self_group
+from .compression.self_grouping import self_group
 from .demo_data import (
     HELD_OUT,
     SIGMA,

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import hetconv_kernels as hk
-from hetconv_kernels.compress import Method, Run
-from hetconv_kernels.compress.state import StateFile
+from hetconv_kernels.compression import Method, Run
+from hetconv_kernels.compression.state import StateFile
 
 
 class Killed(BaseException):

@@ -19,8 +19,8 @@ from compressing import batches, tiny
 from torch import Tensor, nn
 
 import hetconv_kernels as hk
-from hetconv_kernels.compress.run import Run
-from hetconv_kernels.compress.sharded import gathered, is_sharded
+from hetconv_kernels.compression.run import Run
+from hetconv_kernels.compression.sharded import gathered, is_sharded
 from hetconv_kernels.errors import HetconvError
 
 if dist.is_available() and dist.is_gloo_available():
@@ -28,7 +28,7 @@ if dist.is_available() and dist.is_gloo_available():
     from torch.distributed.fsdp import FSDPModule, fully_shard
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-METHOD = hk.compress.PlayAndPrune(
+METHOD = hk.compression.PlayAndPrune(
     tolerance=0.02, prune_epochs=1, recover_epochs=1, epochs=1, rounds=2, threshold=0.3,
     fraction=0.3,
 )  # fmt: skip
@@ -113,12 +113,12 @@ def _die(rank: int, die_at: int) -> None:
 def _others(rank: int, model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
     """A rank whose choice is not the others', and a search with draws of its own."""
     found: dict[str, Any] = {}
-    other = hk.compress.WeakSubnetwork(0.6 if rank else 0.2, epochs=0)
+    other = hk.compression.WeakSubnetwork(0.6 if rank else 0.2, epochs=0)
     try:
         hk.compress(model, other, measure=False, **options)
     except HetconvError as error:
         found["differ"] = str(error)
-    pruning = hk.compress.FrequencyPruning(search_epochs=2, epochs=0, decay=1.0)
+    pruning = hk.compression.FrequencyPruning(search_epochs=2, epochs=0, decay=1.0)
     layer = hk.compress(model, pruning, measure=False, **options).model[3]
     found["frequency"] = layer.mix.support.digest, layer.mix.weight.sum().item()
     return found
@@ -159,7 +159,7 @@ def _compressed(model: nn.Module, x: Tensor, options: dict[str, Any]) -> dict[st
     }
     for method in (
         hk.SelfGrouping(target=0.5, step=0.25, clusters=3, epochs=1),
-        hk.compress.WeakSubnetwork(0.6, epochs=1),
+        hk.compression.WeakSubnetwork(0.6, epochs=1),
     ):
         one, two = (
             hk.compress(net, method, measure=False, **options)

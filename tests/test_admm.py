@@ -12,7 +12,7 @@ import torch
 from compressing import check_kills, run
 from torch import nn
 
-from hetconv_kernels.compress import ADMM, Run
+from hetconv_kernels.compression import ADMM, Run
 from hetconv_kernels.errors import ArgumentError
 
 

@@ -11,8 +11,8 @@ import torch
 from test_datasets import write_cifar
 
 from hetconv_kernels.cli import main
-from hetconv_kernels.compress import ADMM, SelfGrouping
-from hetconv_kernels.compress.command import METHODS, build
+from hetconv_kernels.compression import ADMM, SelfGrouping
+from hetconv_kernels.compression.command import METHODS, build
 from hetconv_kernels.errors import ArgumentError
 from hetconv_kernels.models import digits_net
 

@@ -14,7 +14,7 @@ from compressing import Columns, assert_same_network, batches, run, tiny
 from torch import nn
 
 import hetconv_kernels as hk
-from hetconv_kernels.compress import Het, Run, WeakSubnetwork, compare
+from hetconv_kernels.compression import Het, Run, WeakSubnetwork, compare
 from hetconv_kernels.errors import (
     ArgumentError,
     HetconvError,

@@ -12,9 +12,9 @@ import torch
 from compressing import check_kills, run
 from torch import nn
 
-from hetconv_kernels.compress import FilterCorrelation
-from hetconv_kernels.compress import correlation as module
-from hetconv_kernels.compress.scores import correlation, outgoing, pair_correlation
+from hetconv_kernels.compression import FilterCorrelation
+from hetconv_kernels.compression import correlation as module
+from hetconv_kernels.compression.scores import correlation, outgoing, pair_correlation
 from hetconv_kernels.errors import ArgumentError
 
 # Filter 1 is twice filter 0: ρ = 1. Centred, filter 2 is (1, −1, 0) and filter 0 (−1, 0, 1), both

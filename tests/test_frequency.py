@@ -15,8 +15,8 @@ from layers import through_file
 from torch import nn
 
 import hetconv_kernels as hk
-from hetconv_kernels.compress import FrequencyPruning
-from hetconv_kernels.compress import frequency as search
+from hetconv_kernels.compression import FrequencyPruning
+from hetconv_kernels.compression import frequency as search
 from hetconv_kernels.errors import ArgumentError, InputTypeError, SupportError
 from hetconv_kernels.nn.frequency import FrequencyConv2d, dct, dct_basis, idct
 

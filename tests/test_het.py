@@ -14,7 +14,7 @@ from layers import C, F, assert_equals_conv2d, image
 from torch import Tensor, nn
 
 import hetconv_kernels as hk
-from hetconv_kernels.compress import Het
+from hetconv_kernels.compression import Het
 from hetconv_kernels.errors import ArgumentError, InputTypeError, SupportError
 from hetconv_kernels.nn import HetConv2d, SupportConv2d, fold_het
 from hetconv_kernels.support import Support

@@ -10,7 +10,7 @@ from compressing import tiny
 from torch import nn
 
 from hetconv_kernels import models
-from hetconv_kernels.compress.interfaces import Interfaces, Reader, find_interfaces
+from hetconv_kernels.compression.interfaces import Interfaces, Reader, find_interfaces
 
 
 def interfaces(model: nn.Module, *shape: int) -> Interfaces:

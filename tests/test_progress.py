@@ -7,7 +7,7 @@ import io
 
 import pytest
 
-from hetconv_kernels.compress.progress import Progress
+from hetconv_kernels.compression.progress import Progress
 
 
 class Terminal(io.StringIO):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hetconv_kernels.compress.projections import keep_largest, project
+from hetconv_kernels.compression.projections import keep_largest, project
 from hetconv_kernels.errors import ArgumentError
 
 # Two filters, three channels, two taps.

@@ -13,7 +13,7 @@ import rank_worker
 import torch
 import torch.distributed as dist
 
-from hetconv_kernels.compress import ranks
+from hetconv_kernels.compression import ranks
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo"

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hetconv_kernels.compress.schedule import rising, step_decay, weakest
+from hetconv_kernels.compression.schedule import rising, step_decay, weakest
 from hetconv_kernels.errors import ArgumentError
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from hetconv_kernels.compress import scores
+from hetconv_kernels.compression import scores
 from hetconv_kernels.errors import ArgumentError
 
 WEIGHT = torch.tensor([[[[1.0, -2]], [[0, 3]]], [[[-4, 0]], [[0.5, 0.5]]]])

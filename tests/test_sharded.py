@@ -9,7 +9,7 @@ import pytest
 import torch
 from compressing import assert_same_network, tiny
 
-from hetconv_kernels.compress.sharded import gathered, is_sharded
+from hetconv_kernels.compression.sharded import gathered, is_sharded
 from hetconv_kernels.errors import InputTypeError
 
 

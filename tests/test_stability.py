@@ -11,8 +11,8 @@ import torch
 from compressing import check_kills, run
 from torch import nn
 
-from hetconv_kernels.compress import Stability
-from hetconv_kernels.compress.scores import instability
+from hetconv_kernels.compression import Stability
+from hetconv_kernels.compression.scores import instability
 from hetconv_kernels.errors import ArgumentError
 
 

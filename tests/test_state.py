@@ -15,7 +15,7 @@ import torch
 from compressing import Columns, Killed, assert_same_network, check_kills, killed_at, run, tiny
 from torch import nn
 
-from hetconv_kernels.compress import Het, Run
+from hetconv_kernels.compression import Het, Run
 from hetconv_kernels.errors import ArgumentError, HetconvError
 
 
@@ -63,7 +63,7 @@ import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import torch
 from compressing import run
-from hetconv_kernels.compress import Het
+from hetconv_kernels.compression import Het
 
 def train_step(model, batch):
     train_step.calls += 1

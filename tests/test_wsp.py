@@ -11,8 +11,8 @@ import torch
 from compressing import check_kills, run, tiny
 from torch import nn
 
-from hetconv_kernels.compress import WeakSubnetwork
-from hetconv_kernels.compress.wsp import fit_width, weak_channels
+from hetconv_kernels.compression import WeakSubnetwork
+from hetconv_kernels.compression.wsp import fit_width, weak_channels
 from hetconv_kernels.errors import ArgumentError
 
 # Four channels between two 1×1 convolutions. Outgoing scores (rows of FIRST): 1, 2, 3, 4.

@@ -3,12 +3,8 @@
 
     report = hk.compress(model, hk.SelfGrouping(target=0.7), data=batches, evaluate=accuracy)
 
-The package itself is the function: ``hk.compress(...)`` is `hk.compress.compress(...)`.
+`hk.compress` is the function; the methods stand in `hk` and here, what they are made of here.
 """
-
-import sys
-from types import ModuleType
-from typing import Any
 
 from .admm import ADMM
 from .base import Method, compress
@@ -40,14 +36,3 @@ __all__ = [
     "compress",
     "self_group",
 ]
-
-
-class _CallablePackage(ModuleType):
-    """A package that can be called as its main function."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> CompressionReport:
-        """Compresses a network, see `compress`."""
-        return compress(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _CallablePackage

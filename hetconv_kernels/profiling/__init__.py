@@ -6,10 +6,6 @@
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
-from typing import Any
-
 from .measure import profile
 from .record import LayerProfile, Profile
 from .timeline import ncu_commands, write_proton, write_trace
@@ -22,14 +18,3 @@ __all__ = [
     "write_proton",
     "write_trace",
 ]
-
-
-class _CallablePackage(ModuleType):
-    """A package that can be called as its main function."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Profile:
-        """Profiles a network, see `profile`."""
-        return profile(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _CallablePackage
