@@ -223,7 +223,7 @@ def to_groups(dense: DnCNN) -> DnCNN:
 
 
 def _converted(dense: DnCNN, rule: rules.Rule) -> DnCNN:
-    return _channels_last(cast(DnCNN, convert(dense, rule, inplace=False).model))
+    return _channels_last(cast(DnCNN, convert(dense, rule).model))
 
 
 def _channels_last(model: DnCNN) -> DnCNN:
@@ -280,7 +280,7 @@ def _measure(
 
 def _difference(name: str, network: nn.Module, x: Tensor, y: Tensor) -> float:
     """Compares a network's output with that of the same network made of masked nn.Conv2d."""
-    twin = convert(network, rules.dense(), inplace=False).model
+    twin = convert(network, rules.dense()).model
     difference = float((twin(x) - y).abs().max())
     if not difference <= _TOLERANCE:
         raise HetconvError(

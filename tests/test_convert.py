@@ -32,7 +32,7 @@ def masked(model: nn.Module, report: ConversionReport) -> nn.Module:
 def test_report_lists_what_was_swapped_and_why_not():
     model = two_convs()
     first, last = model[0], model[2]
-    report = hk.convert(model, rules.het(p=4))
+    report = hk.convert(model, rules.het(p=4), inplace=True)
     assert report.model is model
     assert [(s.name, s.before, s.after) for s in report.swapped] == [("0", first, model[0])]
     assert type(model[0]) is hk.nn.HetConv2d
@@ -55,7 +55,7 @@ def test_converted_networks_equal_the_masked_ones(name):
     torch.manual_seed(0)
     model = SMALL[name]().eval()
     rule = rules.first_of(rules.grouped(), rules.het(p=4))
-    report = hk.convert(model, rule, inplace=False)
+    report = hk.convert(model, rule)
     assert report.swapped
     hets = [s for s in report.swapped if isinstance(s.after, hk.nn.HetConv2d)]
     expected = masked(model, ConversionReport(model, tuple(hets), ()))
@@ -64,27 +64,38 @@ def test_converted_networks_equal_the_masked_ones(name):
         torch.testing.assert_close(report.model(x), expected(x), rtol=1e-4, atol=1e-5)
 
 
-def test_a_copy_leaves_the_original_alone():
+def test_the_given_network_is_left_alone_by_default():
     model = two_convs()
     twin = copy.deepcopy(model)
-    report = hk.convert(model, rules.het(p=4), inplace=False)
+    report = hk.convert(model, rules.het(p=4))
     assert report.model is not model
     assert type(model[0]) is nn.Conv2d
     for new, old in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(new, old)
 
 
+def test_a_converted_copy_may_be_trained_without_moving_the_given_one():
+    model = two_convs()
+    before = copy.deepcopy(model.state_dict())
+    converted = hk.convert(model, rules.het(p=4)).model
+    with torch.no_grad():
+        for parameter in converted.parameters():
+            parameter.add_(1)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_in_place_leaves_the_old_weights_alone():
     conv = nn.Conv2d(8, 8, 3)
     weight = conv.weight.detach().clone()
-    hk.convert(nn.Sequential(conv), rules.het(p=4))
+    hk.convert(nn.Sequential(conv), rules.het(p=4), inplace=True)
     assert torch.equal(conv.weight, weight)
 
 
 def test_the_network_itself_may_be_the_layer():
     conv = nn.Conv2d(8, 8, 3)
-    report = hk.convert(conv, rules.het(p=4))
+    report = hk.convert(conv, rules.het(p=4), inplace=True)
     assert type(report.model) is hk.nn.HetConv2d
+    assert type(hk.convert(conv, rules.het(p=4)).model) is hk.nn.HetConv2d
     assert report.swapped == (("", conv, report.model),)
     assert "(the model)" in str(report)
     assert report.macs((8, 5, 5)) == (576 * 9, 192 * 9)
@@ -94,6 +105,7 @@ def test_a_shared_module_is_swapped_once_at_every_place():
     conv = nn.Conv2d(8, 8, 3, padding=1)
     model = nn.ModuleDict({"a": conv, "b": nn.ModuleList([conv]), "c": nn.Conv2d(8, 8, 3)})
     report = hk.convert(model, rules.het(p=4))
+    model = report.model
     assert [s.name for s in report.swapped] == ["a", "b.0", "c"]
     assert model["a"] is model["b"][0]
     assert type(model["a"]) is hk.nn.HetConv2d
@@ -107,6 +119,7 @@ def test_a_shared_block_is_entered_once():
     block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1))
     model = nn.Sequential(block, block)
     report = hk.convert(model, rules.het(p=4))
+    model = report.model
     assert [s.name for s in report.swapped] == ["0.0"]
     assert model[0] is model[1]
     assert report.macs((8, 5, 5)) == (2 * 576 * 25, 2 * 192 * 25)
@@ -155,7 +168,7 @@ def test_hooks_are_never_lost(kind):
     model = two_convs()
     conv = model[0]
     HOOKS[kind](conv)
-    report = hk.convert(model, rules.het(p=4))
+    report = hk.convert(model, rules.het(p=4), inplace=True)
     assert model[0] is conv
     assert not report.swapped
     assert "hooks, which a new" in report.kept[0].reason
@@ -165,6 +178,7 @@ def test_tied_weights_stay_tied():
     model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
     model[1].weight = model[0].weight
     report = hk.convert(model, rules.het(p=4))
+    model = report.model
     assert [s.name for s in report.swapped] == ["2"]
     assert [k.name for k in report.kept] == ["0", "1"]
     assert "its weight is shared with another module" in report.kept[0].reason
@@ -190,6 +204,7 @@ def test_a_rule_may_replace_a_whole_block():
         return nn.Sequential(nn.Identity()) if name == "0" else None
 
     report = hk.convert(model, rule)
+    model = report.model
     assert isinstance(model[0][0], nn.Identity)
     assert not model[0].training
     assert not model[0][0].training
@@ -203,7 +218,7 @@ def test_a_rule_that_fails_leaves_the_network_as_it_was():
     layers = list(model)
     chosen = {"0": hk.Support.het(8, 8, 3), "1": hk.Support.het(8, 4, 3)}
     with pytest.raises(SupportError):
-        hk.convert(model, rules.supports(chosen))
+        hk.convert(model, rules.supports(chosen), inplace=True)
     assert list(model) == layers
 
 
@@ -238,9 +253,9 @@ def test_a_module_given_back_unchanged_is_kept():
 
 def test_there_and_back_again():
     model = two_convs()
-    expected = masked(model, hk.convert(model, rules.het(p=4), inplace=False))
-    hk.convert(model, rules.het(p=4))
-    report = hk.convert(model, rules.dense())
+    expected = masked(model, hk.convert(model, rules.het(p=4)))
+    report = hk.convert(hk.convert(model, rules.het(p=4)).model, rules.dense())
+    model = report.model
     assert type(model[0]) is nn.Conv2d
     assert report.parameters() == (200 + 72, 584 + 72)
     x = torch.randn(1, 8, 6, 6)
@@ -248,16 +263,14 @@ def test_there_and_back_again():
 
 
 def test_conversion_trains_and_saves():
-    model = two_convs()
-    hk.convert(model, rules.het(p=4))
+    model = hk.convert(two_convs(), rules.het(p=4)).model
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
     x = torch.randn(2, 8, 6, 6)
     before = model(x).square().mean()
     before.backward()
     optimiser.step()
     assert model(x).square().mean() < before
-    again = two_convs()
-    hk.convert(again, rules.het(p=4))
+    again = hk.convert(two_convs(), rules.het(p=4)).model
     again.load_state_dict(model.state_dict())
     torch.testing.assert_close(again(x), model(x))
 

@@ -162,7 +162,7 @@ def test_backend_option_forces_the_sparse_layers(tmp_path: Path) -> None:
 def test_a_network_that_computes_something_else_is_not_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def off_by_one(network: torch.nn.Module, rule: Any, inplace: bool = True) -> Any:
+    def off_by_one(network: torch.nn.Module, rule: Any, inplace: bool = False) -> Any:
         report = convert(network, rule, inplace)
         if isinstance(rule, type(rules.dense())) and rule.__qualname__.startswith("dense"):
             next(iter(report.model.parameters())).data.add_(1)

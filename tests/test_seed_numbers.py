@@ -38,7 +38,7 @@ def test_dense_vgg16_cifar(vgg):
 @pytest.mark.parametrize("order", ["blocked", "interleaved"])
 @pytest.mark.parametrize("p", VGG16_CIFAR_MEGAMACS)
 def test_hetconv_vgg16_cifar(vgg, p, order):
-    report = hk.convert(vgg, hk.rules.het(p=p, order=order), inplace=False)
+    report = hk.convert(vgg, hk.rules.het(p=p, order=order))
     assert len(report.swapped) == 12
     assert [kept.name for kept in report.kept] == ["features.0"]
     found = stats.macs(report.model, (3, 32, 32))

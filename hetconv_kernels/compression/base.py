@@ -188,7 +188,7 @@ def _report(
 ) -> CompressionReport:
     """Converts the masked network, checks it, and measures it beside the given one."""
     run.model.train(model.training)
-    result = convert(run.model, method.rule(run), inplace=False).model
+    result = convert(run.model, method.rule(run)).model
     notes = list(run.notes)
     small, why = (
         _compacted(result, run.example) if compact and method.removes_filters else (None, "")
@@ -315,7 +315,7 @@ def _densified(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
             mask = torch.from_numpy(module.support.mask.copy()).to(module.weight.device)
             shape = mask.shape if isinstance(module, SupportConv2d) else mask.shape[:2]
             masks[name] = mask.reshape(shape)
-    return convert(model, rules.dense(), inplace=False).model, masks
+    return convert(model, rules.dense()).model, masks
 
 
 def _digest(model: nn.Module) -> str:
@@ -336,7 +336,7 @@ def _candidates(
     every = {name: module for name, module in model.named_modules() if isinstance(module, Layer)}
     # convert says what it would refuse at the end: hooks, shared weights, subclasses, groups.
     possible = {name: m for name, m in every.items() if getattr(m, "groups", 1) == 1}
-    trial = convert(model, rules.supports({n: _full(m) for n, m in possible.items()}), False)
+    trial = convert(model, rules.supports({n: _full(m) for n, m in possible.items()}))
     kept = {found.name: found.reason for found in trial.kept}
     layers = {}
     for name, module in every.items():

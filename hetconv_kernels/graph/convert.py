@@ -62,8 +62,8 @@ class ConversionReport:
     """What `convert` did; ``str()`` is a table.
 
     Attributes:
-        model: the converted network. It is another object than the one given when that was copied
-            (``inplace=False``) or was itself a layer to swap.
+        model: the converted network: a copy, or with ``inplace=True`` the given object, unless that was
+            itself a layer to swap.
         swapped: the places that changed; a module shared by several places is listed at each.
         kept: the places that a rule considered and left alone.
     """
@@ -138,9 +138,10 @@ class ConversionReport:
         return "\n".join(lines)
 
 
-def convert(model: nn.Module, rule: Rule, inplace: bool = True) -> ConversionReport:
-    """Swaps the modules of a network for which a rule has a replacement.
+def convert(model: nn.Module, rule: Rule, inplace: bool = False) -> ConversionReport:
+    """Swaps the modules of a network for which a rule has a replacement, in a copy of it.
 
+    The given network is not changed, unless by ``inplace=True``; the result is ``report.model``.
     All replacements are made before the first is put in place, so an error leaves the network as
     it was. Mode (train or eval) and ``requires_grad`` carry over. A module that stands at several
     places is swapped once, at all of them. Modules with hooks, and layers that share a parameter
@@ -150,7 +151,8 @@ def convert(model: nn.Module, rule: Rule, inplace: bool = True) -> ConversionRep
     Args:
         model: the network; when it is itself a layer to swap, the result is ``report.model`` only.
         rule: see `hetconv_kernels.rules`; any callable ``(name, module) -> module | Keep | None``.
-        inplace: False works on a deep copy.
+        inplace: True changes the given network itself instead of a deep copy, which saves its
+            memory; when an error is raised it is as it was.
 
     Raises:
         InputTypeError: ``model`` is no nn.Module, is scripted or wrapped for data parallelism,

@@ -144,7 +144,7 @@ def target(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
             )
         )
     if options.het is not None:
-        model = convert(model, het(options.het)).model
+        model = convert(model, het(options.het), inplace=True).model
     form = layer_options.FORMATS[options.memory_format]
     model = model.eval().to(device, getattr(torch, options.dtype))
     model = model.to(memory_format=form)  # type: ignore[call-overload]

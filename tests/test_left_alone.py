@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""No public function that takes a network changes it, unless it is asked to."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import hetconv_kernels as hk
+from hetconv_kernels.compression import Het
+from hetconv_kernels.graph.convert import HOOKS
+
+X = (2, 4, 6, 6)
+
+# What is done with a network; the names are those of the public functions.
+CALLS: dict[str, Callable[[nn.Module, Tensor, Path], Any]] = {
+    "compact": lambda m, x, _: hk.compact(m, x),
+    "compress": lambda m, x, _: hk.compress(
+        m, Het(p=2, epochs=0, stem=True), example=x, measure=False, progress=False
+    ),
+    "convert": lambda m, x, _: hk.convert(m, hk.rules.het(p=2)),
+    "explain": lambda m, x, _: hk.explain(m[0], x, measure=False),
+    "export.plain": lambda m, x, _: hk.export.plain(m),
+    "export.support_layers": lambda m, x, _: hk.export.support_layers(m),
+    "io.save": lambda m, x, folder: hk.io.save(m, folder / "m.safetensors"),
+    "optimize": lambda m, x, _: hk.optimize(m, x),
+    "profile": lambda m, x, _: hk.profile(m, x, rounds=5, max_seconds=0.1),
+    "profiling.write_trace": lambda m, x, folder: hk.profiling.write_trace(m, x, folder / "t"),
+    "stats.layer_macs": lambda m, x, _: hk.stats.layer_macs(m, x),
+    "stats.live_parameters": lambda m, x, _: hk.stats.live_parameters(m),
+    "stats.live_weights": lambda m, x, _: hk.stats.live_weights(m),
+    "stats.macs": lambda m, x, _: hk.stats.macs(m, x),
+    "warmup": lambda m, x, _: hk.warmup(m, x),
+}
+# Public functions of networks that are not called here, each with the reason.
+ELSEWHERE = {
+    "export.to_onnx": "tests/test_export.py; it works on what export.plain returns",
+    "profiling.write_proton": "needs a GPU; it only calls the network",
+}
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    support = hk.Support.het(4, 8, 3, p=2)
+    layers = (
+        hk.nn.SupportConv2d(4, 8, 3, padding=1, support=support),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 3),
+    )
+    return nn.Sequential(*layers).eval()
+
+
+def described(model: nn.Module) -> list[Any]:
+    """Lists what a user could find changed: objects, modes, hooks, weights and their places."""
+    found: list[Any] = []
+    for name, module in model.named_modules():
+        hooks = [len(getattr(module, kind, None) or ()) for kind in HOOKS]
+        frozen = getattr(module, "frozen", None)
+        found.append((name, id(module), type(module), module.training, hooks, frozen))
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        found.append((name, id(tensor), tensor.data_ptr(), tensor.requires_grad, tensor.tolist()))
+        found.append((name, tensor.stride(), tensor.dtype, tensor.grad is None))
+    return found
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_given_network_is_the_same_afterwards(name: str, tmp_path: Path) -> None:
+    model = network()
+    before = described(model)
+    CALLS[name](model, torch.randn(X), tmp_path)
+    assert described(model) == before
+
+
+def test_the_comparison_notices_a_conversion_in_place() -> None:
+    model = network()
+    before = described(model)
+    hk.convert(model, hk.rules.het(p=2), inplace=True)
+    assert described(model) != before
+
+
+def functions_of_networks() -> Iterator[str]:
+    """Lists the public functions whose first argument is a network or a layer."""
+    for name in hk.__all__:
+        value = getattr(hk, name)
+        inside = {name: value}
+        if isinstance(value, types.ModuleType):
+            if value.__name__ in ("hetconv_kernels.testing", "hetconv_kernels.compression"):
+                continue
+            inside = {
+                f"{name}.{key}": item
+                for key, item in vars(value).items()
+                if getattr(item, "__module__", "").startswith(value.__name__)
+            }
+        for full, item in inside.items():
+            if not inspect.isfunction(item) or full.split(".")[-1].startswith("_"):
+                continue
+            first = next(iter(inspect.signature(item).parameters.values()), None)
+            if first is not None and first.annotation in ("nn.Module", "SupportLayer"):
+                yield full
+
+
+def test_every_public_function_of_a_network_is_tried() -> None:
+    found = set(functions_of_networks())
+    assert found >= {"convert", "optimize", "compact", "compress", "profile", "explain"}
+    missing = found - {"profiling.profile"} - set(CALLS) - set(ELSEWHERE)
+    assert not missing, "call them in CALLS, or say in ELSEWHERE why not"
