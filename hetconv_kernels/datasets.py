@@ -46,21 +46,35 @@ class Split:
         """Cuts the images into batches, in order."""
         return list(zip(self.images.split(size), self.labels.split(size), strict=True))
 
-    def shuffled(
-        self, size: int, augment: Callable[[Tensor], Tensor] | None = None
-    ) -> Callable[[int], list[Batch]]:
+    def shuffled(self, size: int, augment: Callable[[Tensor], Tensor] | None = None) -> Shuffled:
         """Returns what `hk.compress` takes as ``data``: batches in a new order each epoch.
 
         Orders and augmentations are drawn from torch's global generator, which `hk.compress`
         seeds. A batch of one image at the end is left out: BatchNorm cannot train on it.
         """
+        return Shuffled(self, size, augment)
 
-        def epoch(number: int) -> list[Batch]:
-            order = torch.randperm(len(self)).split(size)
-            batches = [(self.images[i], self.labels[i]) for i in order if len(i) > 1]
-            return [(x if augment is None else augment(x), y) for x, y in batches]
 
-        return epoch
+@dataclass(frozen=True)
+class Shuffled:
+    """Batches in a new order each epoch; call it with the epoch's number.
+
+    Attributes:
+        split: the images.
+        size: of a batch.
+        augment: changes the images of a batch; None leaves them.
+    """
+
+    split: Split
+    size: int
+    augment: Callable[[Tensor], Tensor] | None = None
+
+    def __call__(self, epoch: int) -> list[Batch]:
+        """Draws the batches of an epoch from torch's global generator."""
+        images, labels = self.split.tensors
+        order = torch.randperm(len(self.split)).split(self.size)
+        batches = [(images[i], labels[i]) for i in order if len(i) > 1]
+        return [(x if self.augment is None else self.augment(x), y) for x, y in batches]
 
 
 @dataclass(frozen=True)

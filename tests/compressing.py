@@ -72,6 +72,7 @@ def batches(epoch: int = 0) -> list[tuple[Tensor, Tensor]]:
 def run(method: Any, model: nn.Module | None = None, **keywords: Any) -> Any:
     """Compresses the tiny network, or another one, quietly and without timing."""
     with torch.random.fork_rng():
+        torch.manual_seed(0)  # a state is of one set of data, also in another process
         judged, example = batches(), torch.randn(4, 5, 6, 6)
     arguments = {
         "data": batches,

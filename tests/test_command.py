@@ -114,3 +114,32 @@ def test_mistakes_are_one_sentence(
 def test_unknown_methods_are_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compress", "magic"]) == 2
     assert "self-grouping" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "which", "what"),
+    [
+        (["--learning-rate", "0.02"], "digits_net", "training.optimizer.groups.0.lr"),
+        (["--batch", "32"], "digits_net", "training.data.size"),
+        (["--seed", "1"], "digits_net", "seed"),
+        (["--train-epochs", "2"], "digits_net", "epochs"),
+        (["--learning-rate", "0.02"], "wsp", "training.optimizer.groups.0.lr"),
+        (["--batch", "32"], "wsp", "training.data.size"),
+        (["--set", "percentile=0.5"], "wsp", "method.percentile"),
+    ],
+)
+def test_a_changed_option_never_returns_the_result_of_another(
+    words: list[str], which: str, what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = tmp_path / "net.pt"
+    if which == "wsp":  # with weights given, the dense network has no state
+        torch.save(digits_net().state_dict(), weights)
+    given = ["--weights", str(weights)] if which == "wsp" else []
+    first = ["compress", "wsp", "--set", "epochs=1", "--train-epochs", "1", "--no-measure", *given,
+             "--out", str(tmp_path)]  # fmt: skip
+    assert main(first) == 0
+    capsys.readouterr()
+    assert main([*first, *words]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"hetconv: {what}")
+    assert f"{which}.state.pt" in error

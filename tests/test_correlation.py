@@ -81,7 +81,7 @@ def test_an_episode_end_to_end() -> None:
     x = torch.randn(1, 3, 2, 2)
     report = run(method, network(), example=x, evaluate=lambda m: 1.0, compact=False)
     rounds = {entry["what"]: entry["result"] for entry in report.history}
-    assert rounds["pairs 1"] == {"0": [[0, 1]]}
+    assert rounds["pairs 1"]["pairs"] == {"0": [[0, 1]]}
     assert rounds["drop 1"]["removed"] == {"0": 1}
     alive = [False, True, True, True]
     assert report.model[0].support.mask.any(axis=(1, 2, 3)).tolist() == alive

@@ -12,7 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from compressing import Columns, Killed, assert_same_network, check_kills, killed_at, run, tiny
+from compressing import (
+    Columns,
+    Killed,
+    assert_same_network,
+    batches,
+    check_kills,
+    killed_at,
+    run,
+    tiny,
+)
 from torch import nn
 
 from hetconv_kernels.compression import Het, Run
@@ -96,9 +105,9 @@ def test_a_process_that_is_really_killed_continues(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ({"method": Columns(keep=2)}, "method"),
+        ({"method": Columns(keep=2, epochs=1)}, "method.keep"),
         ({"seed": 1}, "seed"),
-        ({"model": nn.Sequential(nn.Conv2d(5, 7, 3))}, "layers"),
+        ({"model": nn.Sequential(nn.Conv2d(5, 7, 3))}, "layers.0"),
         ({"model": tiny(seed=1)}, "weights at the start"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -108,7 +117,7 @@ def test_a_state_of_another_run_is_refused(
 ) -> None:
     run(Columns(epochs=1), state=tmp_path / "state.pt")
     arguments = {"method": Columns(epochs=1), "state": tmp_path / "state.pt"} | change
-    with pytest.raises(ArgumentError, match=f"^{what} of the state"):
+    with pytest.raises(ArgumentError, match=f"^{what}.* of the state"):
         run(**arguments)
 
 
@@ -149,3 +158,47 @@ def test_a_journal_of_other_rounds_is_refused(tmp_path: Path) -> None:
         run(Columns(), state=tmp_path / "state.pt")
     with pytest.raises(HetconvError, match="round 1 of the state"):
         run(Renamed(), state=tmp_path / "state.pt")
+
+
+def sgd(rate: float, momentum: float = 0.0) -> Any:
+    return lambda parameters: torch.optim.SGD(parameters, rate, momentum=momentum)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"optimizer": sgd(0.02)}, r"training\.optimizer\.groups\.0\.lr"),
+        ({"optimizer": sgd(0.01, 0.5)}, r"training\.optimizer\.groups\.0\.momentum"),
+        ({"optimizer": torch.optim.AdamW}, r"training\.optimizer"),
+        ({"data": [(torch.ones(4, 5, 6, 6), torch.tensor([0, 1, 2, 0]))] * 2}, r"training\.data"),
+        ({"data": lambda epoch: batches(epoch)[:1] * 2}, None),  # its code is not looked into
+        ({"data": lambda epoch: [(x[:5], y[:5]) for x, y in batches()]}, r"training\.data"),
+        ({"eval_data": batches()[:1]}, r"training\.eval_data"),
+        ({"example": torch.randn(2, 5, 6, 6)}, r"training\.example\.shape\.0"),
+        ({"key": {"temperature": 2.0}}, r"key\.temperature"),
+        ({"key": {"teacher": torch.ones(3)}}, r"key\.teacher"),
+    ],
+    ids=["rate", "momentum", "optimizer", "data", "code", "batch", "eval", "example", "key",
+         "tensor"],
+)  # fmt: skip
+def test_a_state_is_refused_when_anything_that_decides_the_result_changed(
+    change: dict[str, Any], what: str | None, tmp_path: Path
+) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        same: dict[str, Any] = {"optimizer": sgd(0.01), "state": tmp_path / "state.pt"}
+        run(Columns(epochs=1), **same)
+        if what is None:
+            run(Columns(epochs=1), **(same | change))
+            return
+        with pytest.raises(ArgumentError, match=f"^{what}.* of the state"):
+            run(Columns(epochs=1), **(same | change))
+
+
+def test_the_state_of_an_earlier_version_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "state.pt"
+    run(Columns(epochs=1), state=path)
+    content = torch.load(path, weights_only=True)
+    torch.save(content | {"format": "hetconv_kernels.compress/1"}, path)
+    with pytest.raises(HetconvError, match=r"format of the state .*received hetconv_kernels\.com"):
+        run(Columns(epochs=1), state=path)

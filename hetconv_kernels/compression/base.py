@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
@@ -23,6 +22,7 @@ from ..nn import GroupedConv2d, SupportConv2d, SupportLinear
 from ..support import Support
 from . import measure as clock
 from . import ranks
+from .identity import described, digest, identity_of, weights_of
 from .progress import Progress
 from .report import CompressionReport, LayerReport
 from .run import CHOSEN, Layer, Run, support_of
@@ -93,6 +93,7 @@ def compress(
     skip: Sequence[str] = (),
     seed: int = 0,
     state: str | os.PathLike[str] | None = None,
+    key: Mapping[str, object] | None = None,
     progress: bool = True,
     measure: bool = True,
     measure_seconds: float = 10.0,
@@ -125,7 +126,10 @@ def compress(
         skip: names of layers to leave alone; patterns such as ``"*.downsample.*"`` work. A layer
             that reads removed filters loses those inputs all the same.
         seed: of everything that is drawn.
-        state: a file to save the state in after each round, and to continue from.
+        state: a file to save the state in after each round, and to continue from. It is refused
+            when the method, seed, network, data, optimiser's settings or ``key`` are others.
+        key: whatever else decides the result and is not seen from here, such as the settings of
+            ``train_step``: numbers, text, tensors, and containers of them.
         progress: whether to show the rounds.
         measure: whether to time the network before and after, and its layers.
         measure_seconds: about how long that may take, for the whole and for the layers each.
@@ -161,7 +165,9 @@ def compress(
             "seed": seed,
             "layers": {name: list(layer.weight.shape) for name, layer in layers.items()},
             "parameters": {name: list(p.shape) for name, p in dense.named_parameters()},
-            "weights at the start": _digest(dense),
+            "weights at the start": digest(weights_of(dense)),
+            "training": identity_of(training, dense, example),
+            "key": described(dict(key or {})),
         }
         shown = Progress(progress and ranks.rank() == 0)
         try:
@@ -316,17 +322,6 @@ def _densified(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
             shape = mask.shape if isinstance(module, SupportConv2d) else mask.shape[:2]
             masks[name] = mask.reshape(shape)
     return convert(model, rules.dense()).model, masks
-
-
-def _digest(model: nn.Module) -> str:
-    """Hashes all weights and buffers: a state continues the network that it began with."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, value in model.state_dict().items():
-        if isinstance(value, Tensor):
-            digest.update(name.encode())
-            raw = value.detach().cpu().contiguous().flatten().view(torch.uint8)
-            digest.update(raw.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _candidates(

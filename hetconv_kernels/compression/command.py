@@ -28,6 +28,7 @@ from . import (
     WeakSubnetwork,
     compress,
 )
+from .identity import digest, identity_of, weights_of
 from .progress import Progress
 from .state import StateFile
 from .training import Training, seeded
@@ -233,13 +234,20 @@ def train(
 
     example = next(iter(training.batches(0)))[0][:2]
     device = next(model.parameters()).device
-    identity = {"dense": type(model).__name__, "epochs": epochs, "seed": seed}
+    training = dataclasses.replace(training, optimizer=faster)
+    identity = {
+        "dense": type(model).__name__,
+        "parameters": {name: list(p.shape) for name, p in model.named_parameters()},
+        "weights at the start": digest(weights_of(model)),
+        "epochs": epochs,
+        "seed": seed,
+        "training": identity_of(training, model, None),
+    }
     shown = Progress()
     try:
         run = Run(
-            model, {}, {}, {}, example.to(device), dataclasses.replace(training, optimizer=faster),
-            seed, StateFile(state, identity), shown,
-        )  # fmt: skip
+            model, {}, {}, {}, example.to(device), training, seed, StateFile(state, identity), shown
+        )
         run.train("dense", epochs)
     finally:
         shown.close()

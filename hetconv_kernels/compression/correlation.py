@@ -13,7 +13,7 @@ from torch import Tensor
 from ..masks import BoolArray
 from .base import Method
 from .run import Run
-from .schedule import check_count, check_fraction, check_positive, weakest
+from .schedule import check_count, check_fraction, check_positive, removable, share
 from .scores import FloatArray, correlation, outgoing, pair_correlation
 from .tolerance import Goal, until
 from .wsp import check_interfaces
@@ -46,7 +46,7 @@ class FilterCorrelation(Method):
         target: the fraction of MACs that is enough; the episodes end there too.
         episodes: at most so many.
         epochs: of training at the end.
-        multiple: what remaining widths are rounded up to a multiple of.
+        multiple: what remaining widths are multiples of; what does not go at once goes later.
         least: filters that every layer keeps.
 
     Raises:
@@ -89,11 +89,14 @@ class FilterCorrelation(Method):
 
     def run(self, run: Run) -> None:
         """Repeats episodes, takes back one that costs too much, trains at the end."""
-        until(run, self._goal(), lambda number: self._episode(run, number))
+        owed: dict[str, int] = {}
+        until(run, self._goal(), lambda number: self._episode(run, number, owed))
         run.train("global", self.epochs)
 
-    def _episode(self, run: Run, number: int) -> bool:
-        pairs: dict[str, list[Pair]] = run.round(f"pairs {number}", lambda: self._pairs(run))
+    def _episode(self, run: Run, number: int, owed: dict[str, int]) -> bool:
+        chosen = run.round(f"pairs {number}", lambda: self._pairs(run, owed))
+        owed.update(chosen["owed"])
+        pairs: dict[str, list[Pair]] = chosen["pairs"]
         if not any(pairs.values()):
             return False
 
@@ -105,30 +108,29 @@ class FilterCorrelation(Method):
         run.train(f"tune {number}", self.tune_epochs)
         return bool(sum(removed["removed"].values()))
 
-    def _pairs(self, run: Run) -> dict[str, list[Pair]]:
+    def _pairs(self, run: Run, owed: dict[str, int]) -> dict[str, Any]:
+        """Chooses as many pairs as filters can go, so that widths fit and none is trained idly."""
+        widths = {name: int(run.alive(name).sum()) for name in run.interfaces.readers}
+        counts, owed = share(widths, self.fraction, owed, self.multiple, self.least)
         found = {}
-        for name in run.interfaces.readers:
-            alive = run.alive(name)
-            count = max(int(self.fraction * alive.sum()), 1)
-            found[name] = most_correlated(
-                correlation(run.weight(name)), alive, count, self.least_correlation
+        for name, count in counts.items():
+            pairs = most_correlated(
+                correlation(run.weight(name)), run.alive(name), count, self.least_correlation
             )
-        return found
+            going = removable(widths[name], len(pairs), self.multiple, self.least)
+            found[name] = pairs[:going]
+            owed[name] += count - going
+        return {"pairs": found, "owed": owed}
 
     def _drop(self, run: Run, pairs: dict[str, list[Pair]]) -> dict[str, Any]:
         removed = {}
         for name, chosen in pairs.items():
             if not chosen:
                 continue
-            alive, norms = run.alive(name), outgoing(run.weight(name))
-            smaller = smaller_members(chosen, norms)
-            # The members in the order of their pairs, so that rounding keeps the least correlated.
-            scores = np.full(len(alive), np.inf)
-            scores[smaller] = np.arange(len(smaller))
-            filters = weakest(scores, alive, len(smaller), self.multiple, self.least)
-            filters &= np.isfinite(scores)
+            filters = np.zeros(len(run.alive(name)), bool)
+            filters[smaller_members(chosen, outgoing(run.weight(name)))] = True
             run.remove(name, filters)
-            removed[name] = int(filters.sum())
+            removed[name] = len(chosen)
         return {"macs": run.macs(), "removed": removed}
 
 

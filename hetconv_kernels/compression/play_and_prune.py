@@ -49,7 +49,7 @@ class PlayAndPrune(Method):
         rounds: at most so many.
         target: the fraction of MACs that is enough; pruning ends there too.
         epochs: of training at the end.
-        multiple: what remaining widths are rounded up to a multiple of.
+        multiple: what remaining widths are multiples of; what does not go in one round goes later.
         least: filters that every layer keeps.
 
     Raises:
@@ -97,9 +97,10 @@ class PlayAndPrune(Method):
         dense = run.round("work at the start", run.macs)
         first = run.round("first thresholds", lambda: self._first(run))
         pressure = 1.0
+        owed: dict[str, int] = {}
         for number in range(1, self.rounds + 1):
             run.round(f"keep before {number}", lambda: run.snapshot("good"))
-            chosen = run.round(f"choose {number}", lambda: self._choose(run))
+            chosen = run.round(f"choose {number}", partial(self._choose, run, owed))
             strength = self.penalty * pressure
 
             def penalty(chosen: Any = chosen, strength: float = strength) -> Tensor:
@@ -108,6 +109,7 @@ class PlayAndPrune(Method):
             run.train(f"press {number}", self.prune_epochs, penalty, decay=False)
             limits = {name: self.delta * pressure * limit for name, limit in first.items()}
             done = run.round(f"drop {number}", partial(self._drop, run, limits))
+            owed = done["owed"]
             run.train(f"recover {number}", self.recover_epochs, decay=False)
             accuracy = run.evaluate(f"accuracy after {number}")
             assert accuracy is not None
@@ -129,25 +131,28 @@ class PlayAndPrune(Method):
             for name in run.interfaces.readers
         }
 
-    def _choose(self, run: Run) -> dict[str, list[int]]:
+    def _choose(self, run: Run, owed: dict[str, int]) -> dict[str, list[int]]:
+        """Chooses whom to press: a fraction, and those whom a multiple held back last time."""
         chosen = {}
         for name in run.interfaces.readers:
             alive = run.alive(name)
-            count = max(int(self.fraction * alive.sum()), 1)
+            count = owed.get(name, 0) + max(int(self.fraction * alive.sum()), 1)
             chosen[name] = np.flatnonzero(
                 weakest(mean_norms(run, name), alive, count, least=self.least)
             ).tolist()
         return chosen
 
     def _drop(self, run: Run, limits: dict[str, float]) -> dict[str, Any]:
-        removed = {}
+        removed, owed = {}, {}
         for name, limit in limits.items():
             norms, alive = mean_norms(run, name), run.alive(name)
             under: BoolArray = (norms < limit) & alive
             filters = weakest(norms, alive, int(under.sum()), self.multiple, self.least) & under
             run.remove(name, filters)
             removed[name] = int(filters.sum())
-        return {"macs": run.macs(), "removed": removed}
+            # A filter under its limit that stays is not pressed for in vain: the next are too.
+            owed[name] = int(under.sum()) - removed[name]
+        return {"macs": run.macs(), "removed": removed, "owed": owed}
 
 
 def headroom(accuracy: float, baseline: float, tolerance: float) -> float:

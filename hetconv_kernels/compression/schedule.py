@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from ..errors import ArgumentError, mismatch
@@ -74,14 +76,67 @@ def weakest(
         alive: which are still there.  # bool [F]
         count: how many to remove.
         multiple: what the remaining width is to be a multiple of.
-        least: filters that always remain; raised to ``multiple``.
+        least: filters that always remain; raised to a multiple of ``multiple``.
 
     Returns:
         Which filters to remove.  # bool [F]
     """
-    width = int(alive.sum())
-    remaining = max(-(-(width - count) // multiple) * multiple, least, min(multiple, width))
     remove = np.zeros(len(alive), bool)
     order = np.argsort(np.where(alive, scores, np.inf), kind="stable")
-    remove[order[: max(width - remaining, 0)]] = True
+    remove[order[: removable(int(alive.sum()), count, multiple, least)]] = True
     return remove
+
+
+def removable(width: int, count: int, multiple: int = 1, least: int = 1) -> int:
+    """Returns how many of ``count`` filters may go so that a layer's width fits.
+
+    >>> removable(20, 3, multiple=8), removable(20, 4, multiple=8), removable(20, 15, multiple=8)
+    (0, 4, 12)
+
+    Args:
+        width: filters that are there.
+        count: how many are to go.
+        multiple: what the remaining width is to be a multiple of.
+        least: filters that always remain; raised to a multiple of ``multiple``.
+    """
+    floor = -(-max(least, 1) // multiple) * multiple
+    remaining = max(-(-(width - count) // multiple) * multiple, floor)
+    return max(width - remaining, 0)
+
+
+def share(
+    widths: Mapping[str, int],
+    fraction: float,
+    owed: Mapping[str, int],
+    multiple: int = 1,
+    least: int = 1,
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Divides what one step is to remove into what goes now and what is owed to the next step.
+
+    A step asks for a fraction of each layer, at least one filter. Where the width has to be a
+    multiple, that rarely goes in one step, and what is left over is added in the next: a layer
+    loses its fraction a step on average, whatever the multiple. A step in which no layer could
+    lose anything would change nothing, so the asking is repeated until one can.
+
+    >>> share({"a": 16}, 0.25, {}, multiple=8), share({"a": 16, "b": 64}, 0.125, {}, multiple=8)
+    (({'a': 8}, {'a': 0}), ({'a': 0, 'b': 8}, {'a': 2, 'b': 0}))
+
+    Args:
+        widths: filters that are there, by name of the layer.
+        fraction: of them to remove in a step.
+        owed: what the last step left over.
+        multiple: what remaining widths are to be multiples of.
+        least: filters that every layer keeps.
+
+    Returns:
+        How many filters go now, and how many are owed; nothing goes only where no layer can lose
+        any more.
+    """
+    most = {name: removable(width, width, multiple, least) for name, width in widths.items()}
+    due = {name: owed.get(name, 0) for name in widths}
+    while True:
+        for name, width in widths.items():
+            due[name] = min(due[name] + max(int(fraction * width), 1), most[name])
+        now = {name: removable(w, due[name], multiple, least) for name, w in widths.items()}
+        if any(now.values()) or due == most:
+            return now, {name: due[name] - now[name] for name in widths}

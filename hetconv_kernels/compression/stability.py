@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import ArgumentError, mismatch
 from .base import Method
 from .run import Run
-from .schedule import check_count, check_fraction, check_positive, weakest
+from .schedule import check_count, check_fraction, check_positive, share, weakest
 from .scores import instability, outgoing
 from .tolerance import Goal, until
 from .wsp import check_interfaces
@@ -47,7 +47,7 @@ class Stability(Method):
         target: the fraction of MACs that is enough; the steps end there too.
         steps: at most so many.
         epochs: of training at the end.
-        multiple: what remaining widths are rounded up to a multiple of.
+        multiple: what remaining widths are multiples of; what does not go in one step goes later.
         least: filters that every layer keeps.
 
     Raises:
@@ -93,10 +93,11 @@ class Stability(Method):
 
     def run(self, run: Run) -> None:
         """Repeats steps, takes back one that costs too much, trains at the end."""
-        until(run, self._goal(), lambda number: self._step(run, number))
+        owed: dict[str, int] = {}
+        until(run, self._goal(), lambda number: self._step(run, number, owed))
         run.train("global", self.epochs)
 
-    def _step(self, run: Run, number: int) -> bool:
+    def _step(self, run: Run, number: int, owed: dict[str, int]) -> bool:
         run.round(f"same point {number}", lambda: run.snapshot("point"))
         with run.same_draws():
 
@@ -107,7 +108,8 @@ class Stability(Method):
         run.round(f"remember {number}", lambda: self._remember(run))
         with run.same_draws():
             run.train(f"without {number}", self.probe_epochs, decay=False)
-        done = run.round(f"drop {number}", lambda: self._drop(run))
+        done = run.round(f"drop {number}", lambda: self._drop(run, owed))
+        owed.update(done["owed"])
         run.train(f"tune {number}", self.tune_epochs)
         return bool(sum(done["removed"].values()))
 
@@ -117,20 +119,18 @@ class Stability(Method):
         run.revert("point")
         run.forget("point")
 
-    def _drop(self, run: Run) -> dict[str, Any]:
-        removed = {}
+    def _drop(self, run: Run, owed: dict[str, int]) -> dict[str, Any]:
+        widths = {name: int(run.alive(name).sum()) for name in run.interfaces.readers}
+        removed, owed = share(widths, self.fraction, owed, self.multiple, self.least)
         for name in run.interfaces.readers:
             plain, alive = run.weight(name), run.alive(name)
             if self.score == "norm":
                 scores = outgoing(plain)
             else:
                 scores = -instability(plain, run.tensors[f"with/{name}"])
-            count = max(int(self.fraction * alive.sum()), 1)
-            filters = weakest(np.asarray(scores), alive, count, self.multiple, self.least)
-            run.remove(name, filters)
-            removed[name] = int(filters.sum())
+            run.remove(name, weakest(np.asarray(scores), alive, removed[name]))
         run.forget("with")
-        return {"macs": run.macs(), "removed": removed}
+        return {"macs": run.macs(), "removed": removed, "owed": owed}
 
 
 def regulariser(run: Run, kind: str) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 
 from ..errors import ArgumentError, HetconvError, mismatch
 
-_FORMAT = "hetconv_kernels.compress/1"
+_FORMAT = "hetconv_kernels.compress/2"
 
 
 class StateFile:
@@ -27,8 +27,8 @@ class StateFile:
 
     Args:
         path: of the file; None keeps nothing.
-        identity: plain data that a saved state must have been made with: the method, the seed and
-            the shapes of the network.
+        identity: plain data that a saved state must have been made with: all that decides the
+            result.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, identity: dict[str, Any]) -> None:
@@ -63,7 +63,7 @@ class StateFile:
 
         Raises:
             HetconvError: the file is damaged or something else.
-            ArgumentError: it belongs to another method, seed or network.
+            ArgumentError: it belongs to another run: method, seed, network, data or optimiser.
         """
         if self.path is None or not self.path.exists():
             return None
@@ -97,15 +97,29 @@ class StateFile:
         keys = sorted({*identity, *self.identity})
         wrong = [key for key in keys if identity.get(key) != self.identity.get(key)]
         if wrong:
-            key = wrong[0]
+            found, wanted = identity.get(wrong[0]), self.identity.get(wrong[0])
+            path, found, wanted = _apart(wrong[0], found, wanted)
             raise ArgumentError(
                 mismatch(
-                    f"{key} of the state {self.path}",
-                    _short(identity.get(key)),
-                    _short(self.identity.get(key)),
+                    f"{path} of the state {self.path}",
+                    _short(found),
+                    _short(wanted),
                     "Call with what the state was made with, or name another file.",
                 )
             )
+
+
+def _apart(path: str, found: Any, wanted: Any) -> tuple[str, Any, Any]:
+    """Goes down to the first place where two descriptions differ; its path, and what is there."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in sorted({*found, *wanted}):
+            if found.get(key) != wanted.get(key):
+                return _apart(f"{path}.{key}", found.get(key), wanted.get(key))
+    if isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):
+        for number, (one, two) in enumerate(zip(found, wanted, strict=True)):
+            if one != two:
+                return _apart(f"{path}.{number}", one, two)
+    return path, found, wanted
 
 
 def _short(value: object) -> str:

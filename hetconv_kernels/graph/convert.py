@@ -62,8 +62,8 @@ class ConversionReport:
     """What `convert` did; ``str()`` is a table.
 
     Attributes:
-        model: the converted network: a copy, or with ``inplace=True`` the given object, unless that was
-            itself a layer to swap.
+        model: the converted network: a copy, or with ``inplace=True`` the given object, unless
+            that was itself a layer to swap.
         swapped: the places that changed; a module shared by several places is listed at each.
         kept: the places that a rule considered and left alone.
     """
