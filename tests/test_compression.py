@@ -25,8 +25,7 @@ from hetconv_kernels.errors import (
 from hetconv_kernels.nn import HetConv2d, SelfGroupConv2d, SupportLinear
 
 
-def test_the_package_is_the_function() -> None:
-    assert callable(hk.compress)
+def test_compress_is_a_function_of_the_package() -> None:
     report = hk.compress(tiny(), Columns(epochs=0), example=torch.randn(2, 5, 6, 6), measure=False,
                          progress=False)  # fmt: skip
     assert report.method == "columns"
