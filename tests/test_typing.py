@@ -22,8 +22,15 @@ from test_repository import modules
 import hetconv_kernels as hk
 
 ROOT = Path(__file__).parents[1]
-FLAGS = ("--follow-imports=silent", "--no-error-summary", "--hide-error-context",
-         "--strict-equality", "--check-untyped-defs", "--warn-unreachable", "--allow-redefinition")  # fmt: skip
+FLAGS = (
+    "--follow-imports=silent",
+    "--no-error-summary",
+    "--hide-error-context",
+    "--strict-equality",
+    "--check-untyped-defs",
+    "--warn-unreachable",
+    "--allow-redefinition",
+)
 
 
 def check(folder: Path) -> list[str]:

@@ -166,9 +166,10 @@ def compress(
             "layers": {name: list(layer.weight.shape) for name, layer in layers.items()},
             "parameters": {name: list(p.shape) for name, p in dense.named_parameters()},
             "weights at the start": digest(weights_of(dense)),
-            "training": identity_of(training, dense, example),
-            "key": described(dict(key or {})),
         }
+        if state is not None:  # reads the data and calls the user's functions
+            identity["training"] = identity_of(training, dense, example)
+            identity["key"] = described(dict(key or {}))
         shown = Progress(progress and ranks.rank() == 0)
         try:
             file = StateFile(state, identity)

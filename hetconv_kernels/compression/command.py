@@ -241,7 +241,7 @@ def train(
         "weights at the start": digest(weights_of(model)),
         "epochs": epochs,
         "seed": seed,
-        "training": identity_of(training, model, None),
+        "training": None if state is None else identity_of(training, model, None),
     }
     shown = Progress()
     try:
