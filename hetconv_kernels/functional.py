@@ -57,9 +57,13 @@ def support_conv2d(
         InputTypeError: a dtype that is not supported, or a mix of dtypes without autocast.
         BackendError: the forced backend cannot run this call.
     """
-    cached = isinstance(support, Support) and not torch.compiler.is_compiling()
-    build = _geometry if cached else make_geometry
-    geometry = build(support, _key(stride), _key(padding), _key(dilation))
+    if torch.compiler.is_compiling() or not isinstance(support, Support):
+        geometry = make_geometry(support, stride, padding, dilation)
+    else:
+        try:
+            geometry = _geometry(support, _key(stride), _key(padding), _key(dilation))
+        except TypeError:  # what cannot be hashed is no valid argument either, and is refused here
+            geometry = make_geometry(support, stride, padding, dilation)
     return conv2d(x, weight, bias, geometry, backends.backend_code(backend))
 
 

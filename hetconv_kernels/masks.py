@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import SupportError, mismatch
+from .integers import is_integer
 
 BoolArray = npt.NDArray[np.bool_]
 IntArray = npt.NDArray[np.int64]
@@ -42,7 +43,7 @@ def kernel_pair(kernel: int | Sequence[int]) -> tuple[int, int]:
         SupportError: not one or two positive integers.
     """
     pair = tuple(kernel) if isinstance(kernel, tuple | list) else (kernel, kernel)
-    if len(pair) != 2 or not all(isinstance(k, int | np.integer) and k >= 1 for k in pair):
+    if len(pair) != 2 or not all(is_integer(k) and k >= 1 for k in pair):
         raise SupportError(mismatch("kernel size", kernel, "one or two positive integers"))
     return int(pair[0]), int(pair[1])
 
@@ -64,7 +65,7 @@ def mask_shape(C: int, F: int, kernel: int | Sequence[int]) -> tuple[int, int, i
         SupportError: one is not a positive integer, or a mask of them has too many entries.
     """
     for name, size in (("C", C), ("F", F)):
-        if not isinstance(size, int | np.integer) or size < 1:
+        if not is_integer(size) or size < 1:
             raise SupportError(mismatch(name, size, "a positive integer"))
     shape = (int(F), int(C), *kernel_pair(kernel))
     check_entries(math.prod(shape))

@@ -12,17 +12,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .errors import ArgumentError, InputTypeError, mismatch
+from .integers import INT32_MAX, as_pair
 from .pooling import Pool
 from .support import Support
 
 ACTIVATIONS = ("none", "relu", "relu6", "silu", "gelu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_INT32_MAX = 2**31 - 1
 
 Pair = tuple[int, int]
 Pads = tuple[int, int, int, int]
@@ -133,7 +132,7 @@ def make_geometry(
         raise InputTypeError(
             mismatch("support", type(support).__name__, "a Support", "See Support.from_mask.")
         )
-    strides, (dy, dx) = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
+    strides, (dy, dx) = as_pair("stride", stride, 1), as_pair("dilation", dilation, 1)
     kh, kw = support.kernel
     # One tap has nothing to dilate; told so, PyTorch's bf16 convolution crashes on some shapes.
     dilations = (1 if kh == 1 else dy, 1 if kw == 1 else dx)
@@ -155,22 +154,9 @@ def _pads(
         total_y, total_x = (d * (k - 1) for d, k in zip(dilations, support.kernel, strict=True))
         return total_y // 2, total_y - total_y // 2, total_x // 2, total_x - total_x // 2
     if isinstance(padding, tuple | list) and len(padding) == 4:
-        return *_pair("padding", padding[:2], 0), *_pair("padding", padding[2:], 0)
-    vertical, horizontal = _pair("padding", padding, 0)
+        return *as_pair("padding", padding[:2], 0), *as_pair("padding", padding[2:], 0)
+    vertical, horizontal = as_pair("padding", padding, 0)
     return vertical, vertical, horizontal, horizontal
-
-
-def _pair(name: str, value: int | Sequence[int], least: int) -> Pair:
-    pair = tuple(value) if isinstance(value, tuple | list) else (value,)
-    if (
-        len(pair) not in (1, 2)
-        or not all(isinstance(v, int | np.integer) and not isinstance(v, bool) for v in pair)
-        or not all(least <= v <= _INT32_MAX for v in pair)
-    ):
-        raise ArgumentError(
-            mismatch(name, value, f"one or two integers from {least} to {_INT32_MAX}")
-        )
-    return int(pair[0]), int(pair[-1])
 
 
 def like_channels_last(shape: Sequence[int], stride: Sequence[int]) -> bool:
@@ -376,12 +362,12 @@ def check_image(geometry: Geometry, height: int, width: int) -> None:
         ArgumentError: the output would have no pixels, or more in a row than an int32 counts.
     """
     oh, ow = geometry.output_size(height, width)
-    if max(oh, ow) > _INT32_MAX:
+    if max(oh, ow) > INT32_MAX:
         raise ArgumentError(
             mismatch(
                 "output size",
                 f"{oh}x{ow} for pads {geometry.pads}",
-                f"at most {_INT32_MAX} pixels in a row",
+                f"at most {INT32_MAX} pixels in a row",
             )
         )
     if height < 1 or width < 1 or oh < 1 or ow < 1:

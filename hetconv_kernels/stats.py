@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
@@ -26,7 +27,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .errors import ArgumentError, InputTypeError, mismatch
+from .errors import ArgumentError, HetconvError, InputTypeError, mismatch
+from .integers import is_integer
 from .pooling import Pool
 from .problem import Geometry
 from .support import Support
@@ -87,7 +89,8 @@ def macs(
         bn: whether batch normalisation counts, one MAC (scale and shift) for each output value.
 
     Raises:
-        ArgumentError: a size is not positive, or a lazy layer has no weights yet.
+        ArgumentError: a size is not positive, the network cannot run on such an input, or a lazy
+            layer has no weights yet.
         InputTypeError: ``model`` is not a plain nn.Module; scripted ones cannot be observed.
     """
     return sum(row.macs for row in layer_macs(model, input_size, fc=fc, bias=bias, bn=bn))
@@ -182,11 +185,12 @@ def _input(
     device = tensors[0].device if tensors else torch.get_default_device()
     if isinstance(input_size, Tensor):
         return list(input_size.shape), input_size.dtype, device
-    shape = list(input_size)
-    if not shape or not all(isinstance(s, int) and s > 0 for s in shape):
+    sizes = list(input_size) if isinstance(input_size, Sequence | np.ndarray) else []
+    if not sizes or not all(is_integer(s) and s > 0 for s in sizes):
         raise ArgumentError(
             mismatch("input_size", input_size, "positive integers such as (3, 224, 224)")
         )
+    shape = [int(size) for size in sizes]
     return ([1, *shape] if len(shape) in (1, 3) else shape), dtype, device
 
 
@@ -225,7 +229,16 @@ def _observe(model: nn.Module, x: Tensor, fc: bool, bias: bool, bn: bool) -> lis
             for handle in handles:
                 stack.callback(handle.remove)
         stack.enter_context(recorder)
-        model(x)
+        try:
+            model(x)
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, (HetconvError, NotImplementedError, *_NEEDS_VALUES)):
+                raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ArgumentError(
+                mismatch("input", f"{x.dtype} {list(x.shape)}", "one that the network takes")
+                + f" It says: {reason}"
+            ) from error
     return list(recorder.rows.values())
 
 

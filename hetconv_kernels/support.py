@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import SupportError, mismatch
+from .integers import is_integer
 from .masks import (
     BoolArray,
     IntArray,
@@ -139,7 +140,7 @@ class Support:
             SupportError: ``groups`` does not divide both C and F.
         """
         _, _, kh, kw = mask_shape(C, F, kernel)
-        whole = isinstance(groups, int | np.integer) and groups >= 1
+        whole = is_integer(groups) and groups >= 1
         if not whole or C % groups or F % groups:
             raise SupportError(
                 mismatch(
@@ -185,7 +186,7 @@ class Support:
                     "Use Support.from_mask to say which tap the 1×1 part sits on.",
                 )
             )
-        if not isinstance(p, int | np.integer) or not 1 <= p <= C:
+        if not is_integer(p) or not 1 <= p <= C:
             raise SupportError(mismatch("p of a HetConv", p, f"an integer from 1 to C={C}"))
         if order == "interleaved":
             full = (np.arange(C) - np.arange(F)[:, None]) % p == 0
@@ -310,7 +311,15 @@ class Support:
         return g if same else None
 
     def macs(self, height: int, width: int) -> int:
-        """Counts multiply-accumulates for one image with an output of height × width pixels."""
+        """Counts multiply-accumulates for one image with an output of height × width pixels.
+
+        Raises:
+            SupportError: a size that is no integer of at least 0.
+        """
+        if not (is_integer(height) and is_integer(width) and min(height, width) >= 0):
+            raise SupportError(
+                mismatch("size of the output", (height, width), "integers, at least 0")
+            )
         return self.live * int(height) * int(width)
 
     # Algebra --------------------------------------------------------------------------------

@@ -161,7 +161,7 @@ def test_counting_leaves_no_trace():
 
 def test_flags_come_back_when_the_network_fails():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(5, 4, 3))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ArgumentError, match="to have 5 channels"):
         stats.macs(model, (3, 9, 9))
     assert all(m.training for m in model.modules())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

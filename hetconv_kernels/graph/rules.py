@@ -16,6 +16,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import ArgumentError, InputTypeError, SupportError, mismatch
+from ..integers import is_integer
 from ..nn import (
     FusedConv2d,
     GroupedConv2d,
@@ -67,7 +68,7 @@ def het(p: int = 4, order: str = "blocked", skip_stem: bool = True, min_channels
         ArgumentError: p or ``min_channels`` is not a positive integer, or an unknown order.
     """
     for name, value in (("p of a HetConv", p), ("min_channels", min_channels)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not is_integer(value) or value < 1:
             raise ArgumentError(mismatch(name, value, "a positive integer"))
     if order not in ("blocked", "interleaved"):
         raise ArgumentError(mismatch("order", repr(order), "'blocked' or 'interleaved'"))

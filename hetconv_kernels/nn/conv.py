@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError, InputTypeError, SupportError, mismatch
 from ..functional import conv2d
+from ..integers import as_count
 from ..masks import kernel_pair
 from ..packing import bits_on, dense_weight
 from ..problem import Geometry, make_geometry
@@ -69,6 +70,8 @@ class SupportConv2d(SupportLayer):
         kernel = kernel_pair(kernel_size)
         if not isinstance(support, Support):
             raise InputTypeError(mismatch("support", type(support).__name__, "a Support"))
+        in_channels = as_count("in_channels", in_channels)
+        out_channels = as_count("out_channels", out_channels)
         if support.shape != (out_channels, in_channels, *kernel):
             raise SupportError(
                 mismatch(
@@ -82,7 +85,7 @@ class SupportConv2d(SupportLayer):
                 mismatch("padding_mode", repr(padding_mode), f"one of {', '.join(_PADDING_MODES)}")
             )
         self._check_groups(groups)
-        if not isinstance(padding, int | str) and len(padding) > 2:
+        if isinstance(padding, tuple | list) and len(padding) > 2:
             raise ArgumentError(
                 mismatch("padding of a layer", padding, "one number, a pair, 'same' or 'valid'")
             )
@@ -227,4 +230,5 @@ def expanded_weight(conv: nn.Conv2d) -> tuple[Tensor, Support]:
 
 
 def _as_pair(value: int | Sequence[int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[-1])
+    pair = tuple(value) if isinstance(value, tuple | list) else (value,)
+    return int(pair[0]), int(pair[-1])

@@ -135,8 +135,9 @@ class FrequencyConv2d(ForcedBackend):
             )
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel
         self.groups, self.padding_mode, self.path = groups, padding_mode, path
-        self.padding = padding
         self._spatial = make_geometry(dense, stride, padding, dilation)
+        given = self._spatial.symmetric_padding or self._spatial.pads
+        self.padding: str | tuple[int, ...] = padding if isinstance(padding, str) else given
         self.stride, self.dilation = self._spatial.stride, self._spatial.dilation
         self._paths: dict[Any, str] = {}
         self._spatial_weight: tuple[Any, Tensor] | None = None

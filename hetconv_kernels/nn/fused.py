@@ -41,6 +41,8 @@ class FusedConv2d(ForcedBackend):
         pool: Pool | None = None,
     ) -> None:
         super().__init__()
+        if pool is not None:
+            pool.check_values()
         self._geometry, self.act, self.backend, self.pool = geometry, act, backend, pool
         self.register_buffer("weight", weight)
         self.register_buffer("shift", shift)
