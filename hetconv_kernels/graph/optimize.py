@@ -20,6 +20,7 @@ from .compact import CompactReport, shrink
 from .fold import Folded, Left, fold
 from .layout import set_module
 from .order import Reordered, order
+from .planned import planned
 from .trace import as_inputs, check_network
 
 
@@ -134,7 +135,7 @@ class _Work:
             self._children(module, name, inputs)
             return None
         self.parts.append(Part(name, traced.meta["traced by"], compacted, reordered, folded))
-        return traced
+        return planned(traced)
 
     def _children(self, module: nn.Module, name: str, inputs: tuple[Any, ...]) -> None:
         """Optimises the children that are called once, on what they are called with."""

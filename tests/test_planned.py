@@ -1,0 +1,427 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Planned memory: the same numbers, nothing allocated in a steady call, nothing stale."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import resource
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F_
+from networks import NETWORKS, network
+from torch import Tensor, nn
+
+import hetconv_kernels as hk
+from hetconv_kernels import arena, io
+from hetconv_kernels.backends import available_backends
+from hetconv_kernels.graph import planned as module
+from hetconv_kernels.graph.planned import PlannedNetwork, plan_memory, release_memory
+
+pytestmark = pytest.mark.skipif(
+    "cpu" not in available_backends(), reason="the engine that plans is not built here"
+)
+PAGE = resource.getpagesize()
+
+
+@pytest.fixture(autouse=True)
+def engine() -> Any:
+    """All layers on the engine whose results are planned."""
+    with hk.use_backend("cpu"):
+        yield
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fills the arena with NaN at the beginning of every call."""
+    start = arena.Arena.start
+
+    def start_with_nan(self: arena.Arena) -> None:
+        start(self)
+        for place in self._tensors:
+            if place is not None and place.dtype.is_floating_point:
+                place.fill_(torch.nan)
+
+    monkeypatch.setattr(arena.Arena, "start", start_with_nan)
+
+
+def optimized(model: nn.Module, x: Tensor) -> PlannedNetwork:
+    fast = hk.optimize(model.eval(), x).model
+    assert isinstance(fast, PlannedNetwork)
+    return fast
+
+
+def unplanned(fast: nn.Module) -> nn.Module:
+    plain = copy.deepcopy(fast)
+    assert plan_memory(plain, False)
+    return plain
+
+
+def arenas(fast: nn.Module) -> list[arena.Arena]:
+    plans = fast.__dict__["_memory"]._plans.values()
+    return [one for plan in plans for one in plan._idle]
+
+
+def small(*layers: nn.Module) -> tuple[nn.Module, Tensor]:
+    found = [nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), *layers]
+    return nn.Sequential(*found), torch.randn(2, 4, 6, 6)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_call_equals_the_network_without_a_plan(name: str, poisoned: None) -> None:
+    model, x = network(name, share=0.0)
+    fast = optimized(model, x)
+    plain = unplanned(fast)
+    with torch.no_grad():
+        for batch in (x, x[:1], 2 * x, x[:1], x):
+            assert torch.equal(fast(batch), plain(batch))
+            assert torch.equal(fast(batch), plain(batch))
+    assert len(arenas(fast)) == 2
+    assert all(one.whole for one in arenas(fast))
+
+
+def test_results_are_the_callers_own() -> None:
+    fast = optimized(*small())
+    inputs = [torch.randn(2, 4, 6, 6) for _ in range(4)]
+    with torch.no_grad():
+        first = [fast(x) for x in inputs]
+        kept = [y.clone() for y in first]
+        again = [fast(x) for x in inputs]
+    assert all(torch.equal(a, b) for a, b in zip(first, kept, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert len({y.data_ptr() for y in first + again}) == 8
+
+
+class Returns(nn.Module):
+    """A network that returns what its steps gave, in several ways."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = form
+        self.one, self.two = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.three = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        first = self.one(x)
+        second = self.two(first)
+        third = self.three(second)
+        if self.form == "view":
+            return first.flatten(1)[:, 3:], third
+        if self.form == "nested":
+            return {"features": [first, (second,)], "out": third}
+        if self.form == "chunk":
+            left, right = first.chunk(2, 1)
+            return self.three(torch.cat([right, left], 1)), left
+        if self.form == "in place":
+            seen = first[:, :4]
+            seen.mul_(2)
+            return third + self.three(first)
+        return self.three(first + second.permute(0, 1, 3, 2))
+
+
+@pytest.mark.parametrize("form", ["view", "nested", "chunk", "in place", "late"])
+def test_views_returned_and_late_readers_keep_their_memory(form: str, poisoned: None) -> None:
+    fast = optimized(Returns(form), torch.randn(2, 4, 6, 6))
+    plain = unplanned(fast)
+    inputs = [torch.randn(2, 4, 6, 6) for _ in range(4)]
+    with torch.no_grad():
+        found = [fast(x) for x in inputs]
+        for result, x in zip(found, inputs, strict=True):
+            torch.testing.assert_close(result, plain(x), rtol=0, atol=0)
+
+
+def large() -> tuple[PlannedNetwork, Tensor]:
+    layers = [hk.nn.HetConv2d(32, 32, 3, padding=1, p=4) for _ in range(6)]
+    x = torch.randn(1, 32, 160, 160).to(memory_format=torch.channels_last)
+    return optimized(nn.Sequential(*layers), x), x
+
+
+def faults_of(call: Callable[[], object]) -> int:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    call()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def test_a_steady_call_allocates_its_result_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fast, x = large()
+    with torch.no_grad():
+        fast(x), fast(x)
+        asked = []
+        fresh = torch.empty
+        monkeypatch.setattr(torch, "empty", lambda *a, **k: asked.append(a[0]) or fresh(*a, **k))
+        fast(x)
+    assert asked == [(1, 32, 160, 160)]
+
+
+def test_a_steady_call_faults_on_no_page_but_those_of_its_result() -> None:
+    fast, x = large()
+    with torch.no_grad():
+        fast(x), fast(x)
+        faults = min(faults_of(lambda: fast(x)) for _ in range(5))
+    assert faults <= x.numel() * 4 // PAGE + 64  # of six results of that size
+
+
+def test_two_places_serve_a_chain() -> None:
+    fast, x = large()
+    with torch.no_grad():
+        fast(x), fast(x)
+    (one,) = arenas(fast)
+    assert one.bytes == 2 * x.numel() * 4
+
+
+def test_each_running_call_has_an_arena_of_its_own(poisoned: None) -> None:
+    fast, x = large()
+    plain = unplanned(fast)
+    inputs = [torch.randn_like(x) for _ in range(4)]
+    wrong: list[int] = []
+    with torch.no_grad():
+        truth = [plain(one) for one in inputs]
+        fast(x)
+
+    def serve(number: int) -> None:
+        with torch.no_grad():
+            for _ in range(6):
+                if not torch.equal(fast(inputs[number]), truth[number]):
+                    wrong.append(number)
+
+    threads = [threading.Thread(target=serve, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert 1 <= len(arenas(fast)) <= 4
+
+
+def test_an_exception_half_way_leaves_nothing_behind() -> None:
+    class Fragile(nn.Module):
+        broken = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if Fragile.broken:
+                raise RuntimeError("half way")
+            return x
+
+    checked = Fragile().forward
+    model, x = small()
+    fast = optimized(model, x)
+    graph = fast.graph
+    first = next(n for n in graph.nodes if n.op == "call_module")
+    with graph.inserting_after(first):
+        step = graph.call_function(checked, (first,))
+    first.replace_all_uses_with(step, delete_user_cb=lambda user: user is not step)
+    fast.recompile()
+    plain = unplanned(fast)
+    with torch.no_grad():
+        fast(x), fast(x)
+        Fragile.broken = True
+        with pytest.raises(RuntimeError, match="half way"):
+            fast(x)
+        Fragile.broken = False
+        assert arena._thread.placement is None
+        assert torch.equal(fast(x), plain(x))
+    assert len(arenas(fast)) == 1
+
+
+def test_what_a_hook_keeps_stays_as_it_was() -> None:
+    fast = optimized(*small())
+    kept: list[Tensor] = []
+    layer = next(m for m in fast.modules() if isinstance(m, hk.nn.FusedConv2d))
+    inputs = [torch.randn(2, 4, 6, 6) for _ in range(3)]
+    with torch.no_grad():
+        fast(inputs[0]), fast(inputs[0])
+        handle = layer.register_forward_hook(lambda m, args, out: kept.append(out))
+        for x in inputs:
+            fast(x)
+        handle.remove()
+        truth = [layer(x) for x in inputs]
+    assert all(torch.equal(a, b) for a, b in zip(kept, truth, strict=True))
+
+
+def test_gradients_of_the_input_are_right_after_planned_calls() -> None:
+    model, x = small()
+    fast = optimized(model, x)
+    with torch.no_grad():
+        fast(x), fast(x)
+    own, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    fast(own).square().sum().backward()
+    model(theirs).square().sum().backward()
+    torch.testing.assert_close(own.grad, theirs.grad)
+
+
+def test_without_parameters_that_train_no_grad_is_not_needed() -> None:
+    fast, x = large()
+    fast(x), fast(x)
+    assert len(arenas(fast)) == 1
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("first", [torch.no_grad, torch.inference_mode])
+def test_an_arena_made_in_one_mode_serves_the_other(first: Any, mode: Any, poisoned: None) -> None:
+    model, x = small(nn.ReLU(inplace=True), nn.Conv2d(8, 4, 1))
+    fast = optimized(model, x)
+    plain = unplanned(fast)
+    with first():
+        fast(x), fast(x)
+    with mode():
+        assert torch.equal(fast(x), plain(x))
+    assert all(one.whole for one in arenas(fast))
+
+
+def test_shapes_dtypes_and_threads_have_plans_of_their_own_and_few_are_kept(
+    poisoned: None,
+) -> None:
+    fast = optimized(*small())
+    plain = unplanned(fast)
+    threads = torch.get_num_threads()
+    with torch.no_grad():
+        for size in (*range(4, 4 + 2 * module.MOST_PLANS), 5):
+            x = torch.randn(1, 4, size, 7)
+            for image in (x, x.to(memory_format=torch.channels_last)):
+                assert torch.equal(fast(image), plain(image))
+                assert torch.equal(fast(image), plain(image))
+        try:
+            torch.set_num_threads(1)
+            assert torch.equal(fast(x), plain(x))
+        finally:
+            torch.set_num_threads(threads)
+    assert len(fast.__dict__["_memory"]._plans) == module.MOST_PLANS
+
+
+def test_another_backend_is_planned_anew_and_gives_its_own_numbers(poisoned: None) -> None:
+    fast = optimized(*small())
+    plain = unplanned(fast)
+    x = torch.randn(2, 4, 6, 6)
+    with torch.no_grad():
+        fast(x), fast(x)
+        for name in ("vendor", "reference", "auto", "cpu"):
+            with hk.use_backend(name):
+                assert torch.equal(fast(x), plain(x))
+                assert torch.equal(fast(x), plain(x))
+
+
+def test_a_layer_that_is_given_another_engine_is_a_surprise_that_costs_nothing(
+    poisoned: None,
+) -> None:
+    fast = optimized(*small())
+    plain = unplanned(fast)
+    x = torch.randn(2, 4, 6, 6)
+    with torch.no_grad():
+        fast(x), fast(x)
+        for network_ in (fast, plain):
+            next(
+                m for m in network_.modules() if isinstance(m, hk.nn.FusedConv2d)
+            ).backend = "reference"
+        for _ in range(3):
+            assert torch.equal(fast(x), plain(x))
+    assert all(one.whole for one in arenas(fast))
+
+
+def test_memory_is_given_back_on_request_and_taken_again() -> None:
+    fast, x = large()
+    with torch.no_grad():
+        first = fast(x), fast(x)
+        assert release_memory(fast) == 2 * x.numel() * 4
+        assert release_memory(fast) == 0
+        assert torch.equal(fast(x), first[1])
+    assert len(arenas(fast)) == 1
+
+
+def test_planning_can_be_switched_off_and_on() -> None:
+    fast, x = large()
+    assert plan_memory(fast, False) == 1
+    with torch.no_grad():
+        fast(x), fast(x)
+        assert release_memory(fast) == 0
+        assert plan_memory(fast) == 1
+        fast(x), fast(x)
+    assert len(arenas(fast)) == 1
+
+
+def test_a_copy_or_an_unpickled_network_has_no_part_in_the_arena() -> None:
+    fast, x = large()
+    with torch.no_grad():
+        truth = fast(x)
+        fast(x)
+        for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+            assert other is not fast
+            assert torch.equal(other(x), truth)
+            assert torch.equal(other(x), truth)
+
+
+def test_a_saved_network_computes_the_same(tmp_path: Any) -> None:
+    pytest.importorskip("safetensors")
+    fast, x = large()
+    io.save(fast, tmp_path / "network.safetensors")
+    loaded = io.load(tmp_path / "network.safetensors")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), fast(x))
+
+
+def test_compiled_and_exported_networks_take_no_place_in_the_arena() -> None:
+    model, x = small()
+    fast = optimized(model, x)
+    with torch.no_grad():
+        truth = fast(x)
+        fast(x)
+        compiled = torch.compile(fast, backend="eager", fullgraph=True)
+        exported = torch.export.export(fast, (x,)).module()
+        for form in (compiled, exported):
+            first, second = form(x), form(2 * x)
+            torch.testing.assert_close(first, truth)
+            assert not torch.equal(first, second)
+    assert len(arenas(fast)) == 1
+
+
+def test_a_step_that_may_hide_a_tensor_is_not_planned() -> None:
+    class Box:
+        def __init__(self, value: Tensor) -> None:
+            self.value = value
+
+    model, x = small()
+    fast = optimized(model, x)
+    graph = fast.graph
+    (output,) = (n for n in graph.nodes if n.op == "output")
+    first = next(n for n in graph.nodes if n.op == "call_module")
+    with graph.inserting_after(first):
+        hidden = graph.call_function(Box, (first,))
+    with graph.inserting_before(output):
+        seen = graph.call_function(getattr, (hidden, "value"))
+    output.args = ((output.args[0], seen),)
+    fast.recompile()
+    with torch.no_grad():
+        results = [fast(k * x) for k in range(1, 5)]
+        layer = fast.get_submodule(str(first.target))
+        for k, (_, kept) in enumerate(results, 1):
+            assert torch.equal(kept, layer(k * x))
+    assert not arenas(fast)
+
+
+def test_the_demo_of_an_activation_read_again_later_is_not_overwritten(poisoned: None) -> None:
+    class UNet(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(4))
+            self.up = nn.ModuleList(nn.Conv2d(8, 4, 3, padding=1) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            kept = []
+            for layer in self.down:
+                x = F_.relu(layer(x))
+                kept.append(x)
+            for layer in self.up:
+                x = F_.relu(layer(torch.cat([x, kept.pop()], 1)))
+            return x
+
+    x = torch.randn(2, 4, 8, 8)
+    fast = optimized(UNet(), x)
+    plain = unplanned(fast)
+    with torch.no_grad():
+        for k in range(4):
+            assert torch.equal(fast(k * x), plain(k * x))
