@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .graph.compact import compact
     from .graph.convert import convert
     from .graph.optimize import optimize
+    from .graph.planned import plan_memory, release_memory
 
 __all__ = [
     "ADMM",
@@ -64,8 +65,10 @@ __all__ = [
     "models",
     "nn",
     "optimize",
+    "plan_memory",
     "profile",
     "ranges",
+    "release_memory",
     "rules",
     "stats",
     "testing",
@@ -92,7 +95,9 @@ _LAZY = {
     "io": (".io", None),
     "models": (".models", None),
     "optimize": (".graph.optimize", "optimize"),
+    "plan_memory": (".graph.planned", "plan_memory"),
     "profile": (".profile", None),
+    "release_memory": (".graph.planned", "release_memory"),
     "rules": (".graph.rules", None),
     "stats": (".stats", None),
     "testing": (".testing", None),

@@ -81,7 +81,8 @@ def optimize(model: nn.Module, example: Any) -> OptimizeReport:
     convolutions; layers with a Support are frozen. Where the network cannot be traced, its parts
     are tried, down to single layers. The outputs of the result are compared with the original's.
 
-    The original is not touched. The result does not train.
+    The original is not touched. The result does not train. Where it could be traced it recycles the
+    memory of its activations, see `PlannedNetwork`.
 
     Args:
         model: the network, in evaluation mode.
