@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 import resource
 import threading
 from collections.abc import Callable
@@ -14,65 +12,29 @@ import pytest
 import torch
 import torch.nn.functional as F_
 from networks import NETWORKS, network
+from planning import (  # noqa: F401
+    arenas,
+    engine,
+    large,
+    needs_engine,
+    optimized,
+    poisoned,
+    small,
+    unplanned,
+)
 from torch import Tensor, nn
 
 import hetconv_kernels as hk
-from hetconv_kernels import arena, io
-from hetconv_kernels.backends import available_backends
+from hetconv_kernels import arena
 from hetconv_kernels.graph import planned as module
-from hetconv_kernels.graph.planned import PlannedNetwork, plan_memory, release_memory
 
-pytestmark = pytest.mark.skipif(
-    "cpu" not in available_backends(), reason="the engine that plans is not built here"
-)
+pytestmark = needs_engine
 PAGE = resource.getpagesize()
 
 
-@pytest.fixture(autouse=True)
-def engine() -> Any:
-    """All layers on the engine whose results are planned."""
-    with hk.use_backend("cpu"):
-        yield
-
-
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fills the arena with NaN at the beginning of every call."""
-    start = arena.Arena.start
-
-    def start_with_nan(self: arena.Arena) -> None:
-        start(self)
-        for place in self._tensors:
-            if place is not None and place.dtype.is_floating_point:
-                place.fill_(torch.nan)
-
-    monkeypatch.setattr(arena.Arena, "start", start_with_nan)
-
-
-def optimized(model: nn.Module, x: Tensor) -> PlannedNetwork:
-    fast = hk.optimize(model.eval(), x).model
-    assert isinstance(fast, PlannedNetwork)
-    return fast
-
-
-def unplanned(fast: nn.Module) -> nn.Module:
-    plain = copy.deepcopy(fast)
-    assert plan_memory(plain, False)
-    return plain
-
-
-def arenas(fast: nn.Module) -> list[arena.Arena]:
-    plans = fast.__dict__["_memory"]._plans.values()
-    return [one for plan in plans for one in plan._idle]
-
-
-def small(*layers: nn.Module) -> tuple[nn.Module, Tensor]:
-    found = [nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), *layers]
-    return nn.Sequential(*found), torch.randn(2, 4, 6, 6)
-
-
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_call_equals_the_network_without_a_plan(name: str, poisoned: None) -> None:
+@pytest.mark.usefixtures("poisoned")
+def test_every_call_equals_the_network_without_a_plan(name: str) -> None:
     model, x = network(name, share=0.0)
     fast = optimized(model, x)
     plain = unplanned(fast)
@@ -124,7 +86,8 @@ class Returns(nn.Module):
 
 
 @pytest.mark.parametrize("form", ["view", "nested", "chunk", "in place", "late"])
-def test_views_returned_and_late_readers_keep_their_memory(form: str, poisoned: None) -> None:
+@pytest.mark.usefixtures("poisoned")
+def test_views_returned_and_late_readers_keep_their_memory(form: str) -> None:
     fast = optimized(Returns(form), torch.randn(2, 4, 6, 6))
     plain = unplanned(fast)
     inputs = [torch.randn(2, 4, 6, 6) for _ in range(4)]
@@ -132,12 +95,6 @@ def test_views_returned_and_late_readers_keep_their_memory(form: str, poisoned: 
         found = [fast(x) for x in inputs]
         for result, x in zip(found, inputs, strict=True):
             torch.testing.assert_close(result, plain(x), rtol=0, atol=0)
-
-
-def large() -> tuple[PlannedNetwork, Tensor]:
-    layers = [hk.nn.HetConv2d(32, 32, 3, padding=1, p=4) for _ in range(6)]
-    x = torch.randn(1, 32, 160, 160).to(memory_format=torch.channels_last)
-    return optimized(nn.Sequential(*layers), x), x
 
 
 def faults_of(call: Callable[[], object]) -> int:
@@ -175,7 +132,8 @@ def test_two_places_serve_a_chain() -> None:
     assert one.bytes == 2 * x.numel() * 4
 
 
-def test_each_running_call_has_an_arena_of_its_own(poisoned: None) -> None:
+@pytest.mark.usefixtures("poisoned")
+def test_each_running_call_has_an_arena_of_its_own() -> None:
     fast, x = large()
     plain = unplanned(fast)
     inputs = [torch.randn_like(x) for _ in range(4)]
@@ -263,7 +221,8 @@ def test_without_parameters_that_train_no_grad_is_not_needed() -> None:
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("first", [torch.no_grad, torch.inference_mode])
-def test_an_arena_made_in_one_mode_serves_the_other(first: Any, mode: Any, poisoned: None) -> None:
+@pytest.mark.usefixtures("poisoned")
+def test_an_arena_made_in_one_mode_serves_the_other(first: Any, mode: Any) -> None:
     model, x = small(nn.ReLU(inplace=True), nn.Conv2d(8, 4, 1))
     fast = optimized(model, x)
     plain = unplanned(fast)
@@ -274,9 +233,8 @@ def test_an_arena_made_in_one_mode_serves_the_other(first: Any, mode: Any, poiso
     assert all(one.whole for one in arenas(fast))
 
 
-def test_shapes_dtypes_and_threads_have_plans_of_their_own_and_few_are_kept(
-    poisoned: None,
-) -> None:
+@pytest.mark.usefixtures("poisoned")
+def test_shapes_dtypes_and_threads_have_plans_of_their_own_and_few_are_kept() -> None:
     fast = optimized(*small())
     plain = unplanned(fast)
     threads = torch.get_num_threads()
@@ -294,7 +252,8 @@ def test_shapes_dtypes_and_threads_have_plans_of_their_own_and_few_are_kept(
     assert len(fast.__dict__["_memory"]._plans) == module.MOST_PLANS
 
 
-def test_another_backend_is_planned_anew_and_gives_its_own_numbers(poisoned: None) -> None:
+@pytest.mark.usefixtures("poisoned")
+def test_another_backend_is_planned_anew_and_gives_its_own_numbers() -> None:
     fast = optimized(*small())
     plain = unplanned(fast)
     x = torch.randn(2, 4, 6, 6)
@@ -306,9 +265,8 @@ def test_another_backend_is_planned_anew_and_gives_its_own_numbers(poisoned: Non
                 assert torch.equal(fast(x), plain(x))
 
 
-def test_a_layer_that_is_given_another_engine_is_a_surprise_that_costs_nothing(
-    poisoned: None,
-) -> None:
+@pytest.mark.usefixtures("poisoned")
+def test_a_layer_that_is_given_another_engine_is_a_surprise_that_costs_nothing() -> None:
     fast = optimized(*small())
     plain = unplanned(fast)
     x = torch.randn(2, 4, 6, 6)
@@ -321,62 +279,6 @@ def test_a_layer_that_is_given_another_engine_is_a_surprise_that_costs_nothing(
         for _ in range(3):
             assert torch.equal(fast(x), plain(x))
     assert all(one.whole for one in arenas(fast))
-
-
-def test_memory_is_given_back_on_request_and_taken_again() -> None:
-    fast, x = large()
-    with torch.no_grad():
-        first = fast(x), fast(x)
-        assert release_memory(fast) == 2 * x.numel() * 4
-        assert release_memory(fast) == 0
-        assert torch.equal(fast(x), first[1])
-    assert len(arenas(fast)) == 1
-
-
-def test_planning_can_be_switched_off_and_on() -> None:
-    fast, x = large()
-    assert plan_memory(fast, False) == 1
-    with torch.no_grad():
-        fast(x), fast(x)
-        assert release_memory(fast) == 0
-        assert plan_memory(fast) == 1
-        fast(x), fast(x)
-    assert len(arenas(fast)) == 1
-
-
-def test_a_copy_or_an_unpickled_network_has_no_part_in_the_arena() -> None:
-    fast, x = large()
-    with torch.no_grad():
-        truth = fast(x)
-        fast(x)
-        for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
-            assert other is not fast
-            assert torch.equal(other(x), truth)
-            assert torch.equal(other(x), truth)
-
-
-def test_a_saved_network_computes_the_same(tmp_path: Any) -> None:
-    pytest.importorskip("safetensors")
-    fast, x = large()
-    io.save(fast, tmp_path / "network.safetensors")
-    loaded = io.load(tmp_path / "network.safetensors")
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(x), fast(x))
-
-
-def test_compiled_and_exported_networks_take_no_place_in_the_arena() -> None:
-    model, x = small()
-    fast = optimized(model, x)
-    with torch.no_grad():
-        truth = fast(x)
-        fast(x)
-        compiled = torch.compile(fast, backend="eager", fullgraph=True)
-        exported = torch.export.export(fast, (x,)).module()
-        for form in (compiled, exported):
-            first, second = form(x), form(2 * x)
-            torch.testing.assert_close(first, truth)
-            assert not torch.equal(first, second)
-    assert len(arenas(fast)) == 1
 
 
 def test_a_step_that_may_hide_a_tensor_is_not_planned() -> None:
@@ -403,7 +305,8 @@ def test_a_step_that_may_hide_a_tensor_is_not_planned() -> None:
     assert not arenas(fast)
 
 
-def test_the_demo_of_an_activation_read_again_later_is_not_overwritten(poisoned: None) -> None:
+@pytest.mark.usefixtures("poisoned")
+def test_the_demo_of_an_activation_read_again_later_is_not_overwritten() -> None:
     class UNet(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -67,7 +67,7 @@ class PlannedNetwork(fx.GraphModule):
             with placing(arena):
                 result = super().__call__(*args)
         finally:
-            plan.give_back(arena)
+            plan.put_back(arena)
         if not arena.whole:
             memory.forget(signature)
         return result
@@ -119,7 +119,7 @@ class _Plan:
         arena.start()
         return arena
 
-    def give_back(self, arena: Arena) -> None:
+    def put_back(self, arena: Arena) -> None:
         self._idle.append(arena)
 
     def release(self) -> int:
