@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .graph.compact import compact
     from .graph.convert import convert
     from .graph.optimize import optimize
+    from .graph.planned import plan_memory, release_memory
     from .profiling import profile
 
 __all__ = [
@@ -66,9 +67,11 @@ __all__ = [
     "models",
     "nn",
     "optimize",
+    "plan_memory",
     "profile",
     "profiling",
     "ranges",
+    "release_memory",
     "rules",
     "stats",
     "testing",
@@ -98,6 +101,8 @@ _LAZY = {
     "optimize": (".graph.optimize", "optimize"),
     "profile": (".profiling", "profile"),
     "profiling": (".profiling", None),
+    "plan_memory": (".graph.planned", "plan_memory"),
+    "release_memory": (".graph.planned", "release_memory"),
     "rules": (".graph.rules", None),
     "stats": (".stats", None),
     "testing": (".testing", None),

@@ -23,8 +23,8 @@ import torch
 
 import hetconv_kernels as hk
 from hetconv_kernels import ops
-from hetconv_kernels.backends import capture
 from hetconv_kernels.backends.cuda import Cuda, choice
+from hetconv_kernels.backends.gpu import capture
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-Wno-psabi"]

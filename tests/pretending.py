@@ -12,7 +12,7 @@ import torch
 
 import hetconv_kernels as hk
 from hetconv_kernels import ops
-from hetconv_kernels.backends import parts
+from hetconv_kernels.backends.gpu import devices
 from hetconv_kernels.backends.triton import choice, wgrad_choice
 from hetconv_kernels.problem import Problem, make_geometry
 
@@ -36,13 +36,13 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretend]:
     """Gives a call that lets problems claim to be on a GPU of some capability."""
 
     def pretend(capability: tuple[int, int] = (9, 0)) -> None:
-        parts.gpu_reasons.cache_clear()
+        devices.gpu_reasons.cache_clear()
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
         for module in (choice, wgrad_choice):
-            monkeypatch.setattr(module, "part_of", lambda *_: parts.PARTS[9, 0])
+            monkeypatch.setattr(module, "spec_of", lambda *_: devices.GPU_SPECS[9, 0])
         # What a user has tuned on this machine is no part of the tests.
         monkeypatch.setattr("hetconv_kernels.tuning.pick", lambda *_: None)
 
     yield pretend
-    parts.gpu_reasons.cache_clear()
+    devices.gpu_reasons.cache_clear()

@@ -159,7 +159,7 @@ def rehearsal(
 
     from benchmarks import cases
     from hetconv_kernels import cache, ops, timing
-    from hetconv_kernels.backends import capture, packer, parts
+    from hetconv_kernels.backends.gpu import capture, devices, packer
     from hetconv_kernels.backends.triton import box_calls, calls, wgrad_calls
 
     made = Rehearsal(capability)
@@ -200,7 +200,7 @@ def rehearsal(
         return timing.Clock(device, now=ticks, synchronize=lambda: None, resolution=1e-6)
 
     kernels = _kernels()
-    caches = [parts.gpu_reasons, parts._part_of]
+    caches = [devices.gpu_reasons, devices._spec_of]
     with monkeypatch.context() as patch:
         for name, stand_in in stand_ins.items():
             patch.setattr(torch.cuda, name, stand_in)

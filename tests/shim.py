@@ -26,7 +26,7 @@ from hetconv_kernels.backends.cuda.lowering import Shape, Tables, lower
 from hetconv_kernels.backends.cuda.tiles import choose, choose_wgrad, shared_bytes
 from hetconv_kernels.backends.cuda.wgrad_lowering import UNIT_VALUES
 from hetconv_kernels.backends.cuda.windows import windows
-from hetconv_kernels.backends.parts import PARTS
+from hetconv_kernels.backends.gpu.devices import GPU_SPECS
 from hetconv_kernels.problem import Geometry
 from hetconv_kernels.testing import error_bound, oracle
 
@@ -194,7 +194,7 @@ def fprop_case(
     f, c = support.filters, support.channels
     read, written = ((f, *out), (c, *size)) if back else ((c, *size), (f, *out))
     window = windows(geometry, size, back)
-    part = PARTS[9, 0]
+    part = GPU_SPECS[9, 0]
     if shape is None:
         choice = choose(support, window, batch, back, part)
         tables = choice.tables
@@ -309,7 +309,7 @@ def wgrad_case(
     (window,) = windows(geometry, size, False)
     out = geometry.output_size(*size)
     f, c = support.filters, support.channels
-    tables, chosen, _ = choose_wgrad(support, window, PARTS[9, 0])
+    tables, chosen, _ = choose_wgrad(support, window, GPU_SPECS[9, 0])
     buffers, boxes = buffers or chosen, boxes and not tables.no_boxes
     x = torch.randn(batch, c, *size).to(dtype)
     dy = torch.randn(batch, f, *out).to(dtype)

@@ -26,9 +26,12 @@ from hetconv_kernels.backends.triton import aot, shipped
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "aot"
 BACKENDS = ROOT / "hetconv_kernels" / "backends"
-# What a configuration and its machine code depend on; and the parts, which say how deep it goes.
+# What a configuration and its machine code depend on; and the devices, which say how deep it goes.
 KERNELS = ("fprop", "boxes", "wgrad", "wgrad_boxes", "tiles", "shipped", "aot")
-SOURCES = [*(BACKENDS / "triton" / f"{name}.py" for name in KERNELS), BACKENDS / "parts.py"]
+SOURCES = [
+    *(BACKENDS / "triton" / f"{name}.py" for name in KERNELS),
+    BACKENDS / "gpu" / "devices.py",
+]
 ONE_TILE = r"^(gather-bf16-128x128x64|wgrad-bf16-64x128x128)$"
 # A Triton beside the installed one, as `make aot` gives the oldest.
 OTHER = os.environ.get("HETCONV_AOT_TRITON", "")

@@ -10,7 +10,8 @@ import torch
 
 import hetconv_kernels as hk
 from hetconv_kernels import ops
-from hetconv_kernels.backends.triton import borders, choice, dgrad, lowering
+from hetconv_kernels.backends.gpu import axes as gpu_axes
+from hetconv_kernels.backends.triton import borders, choice, lowering
 from hetconv_kernels.backends.triton.tiles import Box, Tile
 from hetconv_kernels.problem import Problem, make_geometry
 
@@ -43,8 +44,8 @@ def test_tiles_run_the_steps_that_some_pixel_needs(
     if cut:
         monkeypatch.setattr(borders, f"MOST_{cut.upper()}", 0)
     p = described(verb, SCATTERED, 8, where, (5, 7))
-    axes, image = dgrad.axes_of(p)
-    classes = dgrad.dgrad_classes(p.geometry) if verb == "dgrad" else None
+    axes, image = gpu_axes.axes_of(p)
+    classes = gpu_axes.dgrad_classes(p.geometry) if verb == "dgrad" else None
     low = lowering.Lowering(SCATTERED, 16, 16, classes=classes)
     found = borders.borders(low, axes, image, box)
     run, all_steps = 0, 0
@@ -90,7 +91,7 @@ def _reads(word: int, rows: Any, cols: Any, first: Any, box: Box, image: Any) ->
 @pytest.mark.parametrize(("size", "taps"), [(7, 7.37), (14, 8.16), (28, 8.58)])
 def test_batch_major_boxes_skip_taps_at_the_border(size: int, taps: float) -> None:
     p = described("fprop", hk.Support.dense(8, 8, 3), 128, (1, 1), (size, size))
-    axes, image = dgrad.axes_of(p)
+    axes, image = gpu_axes.axes_of(p)
     low = lowering.Lowering(p.support, 8, 8)
     run = borders.steps_run(low, axes, image)(Box(128, 1, 1))
     assert run / size**2 == pytest.approx(taps, abs=0.005)
@@ -101,7 +102,7 @@ def test_boxes_are_chosen_by_the_steps_that_their_tiles_run() -> None:
     for size in (7, 14, 56):
         p = described("fprop", hk.Support.dense(64, 64, 3), 128, (1, 1), (size, size))
         low = choice.lowering_of(p, 64, 64, False)
-        work = borders.steps_run(low, *dgrad.axes_of(p))
+        work = borders.steps_run(low, *gpu_axes.axes_of(p))
         chosen[size] = choice.boxes_of(p, Tile(128, 64, 64, 4), False, work)
     assert chosen[7] == chosen[14] == [Box(128, 1, 1)]
     # Where little is skipped the pixels of a box are neighbours.

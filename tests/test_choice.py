@@ -12,7 +12,7 @@ import torch
 from pretending import CUDA, described, pretended
 
 import hetconv_kernels as hk
-from hetconv_kernels.backends import parts
+from hetconv_kernels.backends.gpu import devices
 from hetconv_kernels.backends.triton import (
     Triton,
     calls,
@@ -96,9 +96,9 @@ def test_notes_say_what_an_order_costs(on_gpu, verb: str) -> None:
     assert any("Without TMA: 36 channels are not a multiple of 16 bytes" in n for n in odd)
 
 
-@pytest.mark.parametrize("capability", parts.PARTS)
+@pytest.mark.parametrize("capability", devices.GPU_SPECS)
 def test_shipped_tiles_fit_every_part(capability: tuple[int, int]) -> None:
-    part = parts.PARTS[capability]
+    part = devices.GPU_SPECS[capability]
     for tile in tiles.HALF_TILES:
         buffers = tiles.stages(tile, 2, part) - (not part.waits)
         assert buffers * (tile.pixels + tile.filters) * tile.channels * 2 <= part.shared

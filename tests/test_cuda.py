@@ -19,9 +19,10 @@ from cuda_host import operands, run
 
 import hetconv_kernels as hk
 from hetconv_kernels import backends, ops
-from hetconv_kernels.backends import capture, common, get_backend, parts
+from hetconv_kernels.backends import common, get_backend
 from hetconv_kernels.backends import cuda as package
 from hetconv_kernels.backends.cuda import Cuda, calls, choice
+from hetconv_kernels.backends.gpu import capture, devices
 from hetconv_kernels.errors import BackendError
 from hetconv_kernels.problem import Problem, make_geometry
 from hetconv_kernels.testing import error_bound, oracle
@@ -52,7 +53,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Lets problems claim to be on a GPU, with a build for some architectures and a driver."""
 
     def clear() -> None:
-        parts.gpu_reasons.cache_clear()
+        devices.gpu_reasons.cache_clear()
         package._build_reasons.cache_clear()
 
     def pretend(
@@ -67,7 +68,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setitem(sys.modules, "hetconv_kernels._cuda", fake)
         monkeypatch.setattr(hk, "_cuda", fake, raising=False)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-        monkeypatch.setattr(choice, "part_of", lambda *_: parts.PARTS[9, 0])
+        monkeypatch.setattr(choice, "spec_of", lambda *_: devices.GPU_SPECS[9, 0])
 
     yield pretend
     clear()
@@ -176,8 +177,8 @@ def test_what_brings_tiles_is_said(
 
 def test_too_large_a_halo_is_a_reason(on_gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     on_gpu()
-    small = parts.PARTS[9, 0]._replace(shared=4096)
-    monkeypatch.setattr(choice, "part_of", lambda *_: small)
+    small = devices.GPU_SPECS[9, 0]._replace(shared=4096)
+    monkeypatch.setattr(choice, "spec_of", lambda *_: small)
     geometry = make_geometry(hk.Support.het(64, 64, 3, p=8), 1, 1)
     problem = described(geometry=geometry)
     (reason,) = Cuda().unsupported_reasons(problem)

@@ -14,9 +14,9 @@ from cuda_host import operands, run
 
 import hetconv_kernels as hk
 from hetconv_kernels import backends, ops
-from hetconv_kernels.backends import capture
 from hetconv_kernels.backends.cuda import Cuda, calls, wgrad_calls
 from hetconv_kernels.backends.cuda.boxes import boxable
+from hetconv_kernels.backends.gpu import capture
 from hetconv_kernels.problem import make_geometry
 from hetconv_kernels.testing import oracle
 

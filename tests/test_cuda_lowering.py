@@ -17,7 +17,7 @@ from hetconv_kernels.backends.cuda.slots import RANGES, arrange, ranges
 from hetconv_kernels.backends.cuda.tiles import choose, choose_wgrad, shared_bytes
 from hetconv_kernels.backends.cuda.wgrad_lowering import UNIT_VALUES, lower_wgrad
 from hetconv_kernels.backends.cuda.windows import Window, windows
-from hetconv_kernels.backends.parts import PARTS
+from hetconv_kernels.backends.gpu.devices import GPU_SPECS
 from hetconv_kernels.errors import ArgumentError, BackendError
 from hetconv_kernels.problem import Geometry, make_geometry
 
@@ -179,20 +179,20 @@ def test_channels_stand_as_they_are_where_that_is_as_good() -> None:
     assert slots_module.LANES == 8
 
 
-@pytest.mark.parametrize("part", PARTS, ids=lambda part: f"sm_{part[0]}{part[1]}")
+@pytest.mark.parametrize("part", GPU_SPECS, ids=lambda part: f"sm_{part[0]}{part[1]}")
 @pytest.mark.parametrize("name", ["het8", "wide", "ragged"])
 def test_chosen_tiles_fit(name: str, part: tuple[int, int]) -> None:
     geometry = LAYERS[name]
     found = windows(geometry, (28, 28), False)
-    choice = choose(geometry.support, found, 8, False, PARTS[part])
+    choice = choose(geometry.support, found, 8, False, GPU_SPECS[part])
     shape = choice.tables.shape
     for boxes in (False, not choice.no_boxes):
         size = shared_bytes(choice.tables, choice.buffers, choice.resident, boxes)
-        assert size <= PARTS[part].shared
+        assert size <= GPU_SPECS[part].shared
     assert shape.height * shape.width <= shape.warps_m * 32
     assert shape.warps_m * shape.warps_n <= 8
-    tables, buffers, why = choose_wgrad(geometry.support, found[0], PARTS[part])
-    assert tables.shared_bytes(buffers, not why) <= PARTS[part].shared
+    tables, buffers, why = choose_wgrad(geometry.support, found[0], GPU_SPECS[part])
+    assert tables.shared_bytes(buffers, not why) <= GPU_SPECS[part].shared
     assert tables.height * tables.width % 16 == 0
 
 
@@ -238,9 +238,9 @@ def test_what_does_not_fit_is_refused() -> None:
     geometry = make_geometry(Support.dense(8, 8, 3), 1, 900, 900)
     found = windows(geometry, (2000, 2000), False)
     with pytest.raises(BackendError, match=r"no tile of .* fits in"):
-        choose(geometry.support, found, 1, False, PARTS[8, 6])
+        choose(geometry.support, found, 1, False, GPU_SPECS[8, 6])
     with pytest.raises(BackendError, match=r"no tile of .* fits in"):
-        choose_wgrad(geometry.support, found[0], PARTS[8, 6])
+        choose_wgrad(geometry.support, found[0], GPU_SPECS[8, 6])
 
 
 def test_channels_that_are_no_multiple_of_eight_are_refused() -> None:

@@ -20,12 +20,12 @@ from hetconv_kernels import Support
 from hetconv_kernels.backends.cuda import eights, wide_lowering, wide_tiles
 from hetconv_kernels.backends.cuda.wide_lowering import lower, wide_windows
 from hetconv_kernels.backends.cuda.wide_tiles import WideTiling, choose_wide, tilings
-from hetconv_kernels.backends.parts import PARTS
+from hetconv_kernels.backends.gpu.devices import GPU_SPECS
 from hetconv_kernels.errors import ArgumentError, BackendError
 from hetconv_kernels.problem import Geometry, make_geometry
 from hetconv_kernels.testing import oracle
 
-PART = PARTS[9, 0]
+PART = GPU_SPECS[9, 0]
 
 
 def ragged(filters: int, channels: int, groups: int, kernel: int = 3) -> Support:

@@ -20,9 +20,10 @@ import torch
 
 import hetconv_kernels as hk
 from hetconv_kernels import backends, ops
-from hetconv_kernels.backends import capture, common, parts
+from hetconv_kernels.backends import common
 from hetconv_kernels.backends import cuda as package
 from hetconv_kernels.backends.cuda import Cuda, choice
+from hetconv_kernels.backends.gpu import capture, devices
 from hetconv_kernels.backends.vendor import Vendor
 from hetconv_kernels.errors import BackendError
 from hetconv_kernels.problem import Geometry, Problem, make_geometry
@@ -41,7 +42,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Lets problems claim to be on a GPU, with a build for some architectures."""
 
     def clear() -> None:
-        parts.gpu_reasons.cache_clear()
+        devices.gpu_reasons.cache_clear()
         package._build_reasons.cache_clear()
 
     def pretend(capability: tuple[int, int] = (9, 0), built: str = "80_90a_100_120") -> None:
@@ -51,7 +52,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         monkeypatch.setitem(sys.modules, "hetconv_kernels._cuda", fake)
         monkeypatch.setattr(hk, "_cuda", fake, raising=False)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-        monkeypatch.setattr(choice, "part_of", lambda *_: parts.PARTS[9, 0])
+        monkeypatch.setattr(choice, "spec_of", lambda *_: devices.GPU_SPECS[9, 0])
 
     yield pretend
     clear()
@@ -75,7 +76,7 @@ def test_wide_groups_run_on_hopper(on_gpu, verb: str) -> None:
     assert note.startswith("It runs the kernel for wide groups: tiles of 224 pixels")
     assert 0.8 < engine.efficiency(problem) <= 1
     assert not engine.measured(problem)
-    roof = problem.macs / (parts.PARTS[9, 0].rate * 132 * parts.PARTS[9, 0].clock)
+    roof = problem.macs / (devices.GPU_SPECS[9, 0].rate * 132 * devices.GPU_SPECS[9, 0].clock)
     assert roof < engine.estimate(problem) < 4 * roof
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F_
 from networks import NETWORKS, assert_same, kinds, live_norms
 from torch import nn
 
+import hetconv_kernels as hk
 from hetconv_kernels.graph.fold import fold
 from hetconv_kernels.graph.trace import trace
 from hetconv_kernels.nn import FusedConv2d, GroupedConv2d, HetConv2d, SupportLinear
@@ -197,3 +198,22 @@ def test_fully_connected_layers_are_frozen_and_shared_weights_left() -> None:
     assert list(fused) == ["first", "twice"]
     assert all(layer.frozen for layer in kinds(traced, SupportLinear))
     assert traced.tied.weight is traced.other.weight
+
+
+def test_layers_whose_result_nothing_reads_are_gone() -> None:
+    class Unread(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            first = self.one(x)
+            self.head(torch.relu(self.two(first)).mean((2, 3)))
+            return first
+
+    model, x = Unread().eval(), torch.randn(2, 3, 6, 6)
+    report = hk.optimize(model, x)
+    torch.testing.assert_close(report.model(x), model(x))
+    assert [name for name, _ in report.model.named_children()] == ["one"]
+    assert [fused.name for part in report.parts for fused in part.folded.fused] == ["one"]

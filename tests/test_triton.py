@@ -20,11 +20,10 @@ import torch
 from pretending import CUDA, described, pretended
 
 import hetconv_kernels as hk
-from hetconv_kernels.backends import capture
+from hetconv_kernels.backends.gpu import axes, capture
 from hetconv_kernels.backends.triton import (
     Triton,
     borders,
-    dgrad,
     lowering,
     wgrad_lowering,
 )
@@ -168,7 +167,7 @@ def test_a_table_is_not_made_during_a_capture(on_gpu, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("dilation", [1, 2, 3, 4])
 @pytest.mark.parametrize("taps", [1, 2, 3, 5, 7])
 def test_residue_classes_share_out_the_taps(taps: int, stride: int, dilation: int) -> None:
-    classes = lowering.residues(taps, stride, dilation)
+    classes = axes.residues(taps, stride, dilation)
     assert sorted(k for c in classes for k in c.taps) == list(range(taps))
     for r, residue in enumerate(classes):
         for i, k in enumerate(residue.taps):
@@ -180,14 +179,14 @@ def test_residue_classes_share_out_the_taps(taps: int, stride: int, dilation: in
 @pytest.mark.parametrize("pads", [(0, 0), (1, 2), (5, 0)])
 def test_the_classes_of_dgrad_write_every_pixel_once(stride: int, pads: tuple[int, int]) -> None:
     geometry = make_geometry(hk.Support.dense(1, 1, 3), stride, (*pads, 0, 0), 1)
-    rows = [rows for rows, _ in dgrad.dgrad_axes(geometry, (11, 11))][::stride]
+    rows = [rows for rows, _ in axes.dgrad_axes(geometry, (11, 11))][::stride]
     written = sorted(axis.first + i * axis.store for axis in rows for i in range(axis.pixels))
     assert written == list(range(11))
     for axis in rows:
         for i in range(axis.pixels):
             for k in range(axis.taps):
                 source = axis.base + i * axis.load + k * axis.tap
-                taps = lowering.residues(3, stride, 1)
+                taps = axes.residues(3, stride, 1)
                 tap = taps[rows.index(axis)].taps[k]
                 assert source * stride + tap - pads[0] == axis.first + i * axis.store
 
@@ -210,7 +209,7 @@ def test_a_step_word_refuses_what_it_cannot_hold() -> None:
 @pytest.mark.parametrize("form", ["contiguous", "channels_last", "live"])
 def test_every_live_weight_is_packed_once(verb: str, form: str) -> None:
     s = hk.Support.het(20, 24, 3, p=3, order="interleaved")
-    classes = dgrad.dgrad_classes(make_geometry(s, 2, 1)) if verb == "dgrad" else None
+    classes = axes.dgrad_classes(make_geometry(s, 2, 1)) if verb == "dgrad" else None
     found = lowering.Lowering(s, 16, 16, classes=classes).source(form)
     places = np.sort(found[found >= 0])
     mask = torch.tensor(s.mask)
@@ -236,7 +235,7 @@ def test_every_live_weight_has_one_gradient(form: str, order: str) -> None:
 
 
 def test_docstring_examples_run() -> None:
-    for module in (lowering, dgrad, borders):
+    for module in (axes, borders):
         outcome = doctest.testmod(module)
         assert outcome.attempted > 0
         assert outcome.failed == 0

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..arena import allocate
 from ..packing import mask_on
 from ..problem import Pads, Problem
 
@@ -57,8 +58,11 @@ def finish_in_place(y: Tensor, act: str) -> Tensor:
 
 
 def empty(shape: tuple[int, ...], like: Tensor, problem: Problem) -> Tensor:
-    """Allocates a result in the problem's memory format, with the dtype and device of `like`."""
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=problem.format)
+    """Allocates a result in the problem's memory format, with the dtype and device of `like`.
+
+    In a call with a plan of memory (see `arena`) it lies where that says.
+    """
+    return allocate(problem, shape, like.dtype, like.device, problem.format)
 
 
 def channel_statistics(y: Tensor) -> tuple[Tensor, Tensor]:

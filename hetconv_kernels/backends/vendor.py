@@ -27,7 +27,7 @@ from .common import (
     to_format,
     weight_gradient,
 )
-from .parts import part_of
+from .gpu.devices import spec_of
 from .rates import (
     DENSE,
     DTYPE_SPEED,
@@ -55,10 +55,10 @@ def dense_seconds(problem: Problem, work: float = 1.0, launches: int = 1) -> flo
     """
     macs = problem.dense_macs * work
     if problem.device.type != "cpu":
-        part = part_of(problem.device)
+        spec = spec_of(problem.device)
         speed = GPU_DENSE * GPU_SPEED.get(problem.dtype, 1.0)
-        compute = macs / (part.processors * part.clock * part.rate * speed)
-        return max(compute, problem.bytes_moved / part.bandwidth) + launches * GPU_LAUNCH
+        compute = macs / (spec.processors * spec.clock * spec.rate * speed)
+        return max(compute, problem.bytes_moved / spec.bandwidth) + launches * GPU_LAUNCH
     pixels = problem.height * problem.width
     rates = PREPACKED if prepacked.takes(problem) else LINEAR if is_linear(problem) else DENSE
     if (

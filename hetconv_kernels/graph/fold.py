@@ -118,7 +118,10 @@ def fold(traced: fx.GraphModule) -> Folded:
             module.freeze()
     traced.delete_all_unused_submodules()
     traced.recompile()
-    return Folded(tuple(sorted(done, key=lambda f: _place(traced, f.name))), tuple(left), removed)
+    places = {str(node.target): place for place, node in enumerate(traced.graph.nodes)}
+    # What nothing reads is gone.
+    done = sorted((f for f in done if f.name in places), key=lambda f: places[f.name])
+    return Folded(tuple(done), tuple(left), removed)
 
 
 class _Chain(NamedTuple):
@@ -308,7 +311,3 @@ def _protect(traced: fx.GraphModule) -> None:
         elif node.target is operator.iadd:
             node.target = operator.add
     traced.recompile()
-
-
-def _place(traced: fx.GraphModule, name: str) -> int:
-    return [str(node.target) for node in traced.graph.nodes].index(name)

@@ -20,6 +20,7 @@ from .compact import CompactReport, shrink
 from .fold import Folded, Left, fold
 from .layout import set_module
 from .order import Reordered, order
+from .planned import planned
 from .trace import as_inputs, check_network
 
 
@@ -80,7 +81,8 @@ def optimize(model: nn.Module, example: Any) -> OptimizeReport:
     convolutions; layers with a Support are frozen. Where the network cannot be traced, its parts
     are tried, down to single layers. The outputs of the result are compared with the original's.
 
-    The original is not touched. The result does not train.
+    The original is not touched. The result does not train. Where it could be traced it recycles the
+    memory of its activations, see `PlannedNetwork`.
 
     Args:
         model: the network, in evaluation mode.
@@ -134,7 +136,7 @@ class _Work:
             self._children(module, name, inputs)
             return None
         self.parts.append(Part(name, traced.meta["traced by"], compacted, reordered, folded))
-        return traced
+        return planned(traced)
 
     def _children(self, module: nn.Module, name: str, inputs: tuple[Any, ...]) -> None:
         """Optimises the children that are called once, on what they are called with."""

@@ -18,7 +18,7 @@ def pytest_ignore_collect(collection_path) -> bool | None:  # type: ignore[no-un
 @pytest.fixture(autouse=True)
 def few_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets the cost model see a small part, so that it prefers few programs, which cost most."""
-    from hetconv_kernels.backends import parts
+    from hetconv_kernels.backends.gpu import devices
 
-    small = parts.PARTS[9, 0]._replace(processors=2)
-    monkeypatch.setitem(parts.PARTS, (9, 0), small)
+    small = devices.GPU_SPECS[9, 0]._replace(processors=2)
+    monkeypatch.setitem(devices.GPU_SPECS, (9, 0), small)

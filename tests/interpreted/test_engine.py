@@ -14,8 +14,9 @@ from test_kernels import TILE, gather_call, near, problem
 
 import hetconv_kernels as hk
 from hetconv_kernels import ops
-from hetconv_kernels.backends import CODES, capture, choose, get_backend
+from hetconv_kernels.backends import CODES, choose, get_backend
 from hetconv_kernels.backends.common import channel_statistics, epilogue
+from hetconv_kernels.backends.gpu import capture
 from hetconv_kernels.backends.triton import choice, launch
 from hetconv_kernels.backends.triton.lowering import MAX_TAPS
 from hetconv_kernels.backends.triton.tiles import Box

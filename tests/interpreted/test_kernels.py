@@ -16,7 +16,7 @@ import triton.language as tl
 
 import hetconv_kernels as hk
 from hetconv_kernels import ops
-from hetconv_kernels.backends import capture
+from hetconv_kernels.backends.gpu import capture
 from hetconv_kernels.backends.triton import choice, wgrad_choice
 from hetconv_kernels.backends.triton.calls import GatherCall
 from hetconv_kernels.backends.triton.choice import GatherChoice

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...problem import Problem
 from .. import Runner
-from ..parts import gpu_reasons
+from ..gpu.devices import gpu_reasons
 from ..rates import GPU_PREDICTION
 from . import choice
 from .calls import MAX_SPAN, VECTOR, NarrowCall, span

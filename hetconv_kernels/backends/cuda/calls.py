@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ...problem import Problem
 from ...support import Support
-from ..capture import CONVERSIONS, Kept, capturing, pin, refuse_capture, upload
 from ..common import empty, unit
-from ..packer import Packer
+from ..gpu.capture import CONVERSIONS, Kept, capturing, pin, refuse_capture, upload
+from ..gpu.packer import Packer
 from .boxes import MOST_BOXES, boxable
 from .choice import GatherChoice
 

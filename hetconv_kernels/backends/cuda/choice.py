@@ -16,7 +16,7 @@ import torch
 
 from ...errors import ArgumentError, BackendError
 from ...problem import Problem
-from ..parts import Part, part_of
+from ..gpu.devices import GpuSpec, spec_of
 from ..rates import GPU_LAUNCH
 from .tiles import Choice, choose, choose_wgrad
 from .wgrad_lowering import UNIT_VALUES, WgradTables
@@ -128,8 +128,8 @@ def wgrad_choice(problem: Problem) -> WgradChoice:
 
 def _found(problem: Problem) -> AnyChoice | str:
     """Returns the fastest predicted way of those that can be, or why none can."""
-    part = part_of(problem.device)
-    narrow: Callable[[Problem, Part], AnyChoice] = _wgrad if problem.verb == "wgrad" else _gather
+    spec = spec_of(problem.device)
+    narrow: Callable[[Problem, GpuSpec], AnyChoice] = _wgrad if problem.verb == "wgrad" else _gather
     ways: list[AnyChoice] = []
     sentences = []
     for name, reason, make in (
@@ -140,7 +140,7 @@ def _found(problem: Problem) -> AnyChoice | str:
             continue
         if not reason:
             try:
-                ways.append(make(problem, part))
+                ways.append(make(problem, spec))
                 continue
             except (ArgumentError, BackendError) as error:
                 reason = str(error)
@@ -192,17 +192,17 @@ def _no_boxes(problem: Problem) -> str:
     return str(_cuda.no_boxes())
 
 
-def _gather(problem: Problem, part: Part) -> GatherChoice:
+def _gather(problem: Problem, spec: GpuSpec) -> GatherChoice:
     back = problem.verb == "dgrad"
     size = problem.height, problem.width
     found = windows(problem.geometry, size, back)
-    how = choose(problem.support, found, problem.batch, back, part, _no_boxes(problem))
+    how = choose(problem.support, found, problem.batch, back, spec, _no_boxes(problem))
     packed = how.tables.positions.size
-    seconds = _whole(problem, how.clocks, packed, part)
+    seconds = _whole(problem, how.clocks, packed, spec)
     return GatherChoice(how, seconds, min(1.0, problem.support.live / max(packed, 1)))
 
 
-def _wide(problem: Problem, part: Part) -> WideChoice:
+def _wide(problem: Problem, spec: GpuSpec) -> WideChoice:
     back, size = problem.verb == "dgrad", (problem.height, problem.width)
     classes, every = wide_windows(problem.geometry, size, back)
     read = problem.output_size if back else size
@@ -212,32 +212,32 @@ def _wide(problem: Problem, part: Part) -> WideChoice:
     tables: WideTables | None = problem.support.derived.get(key)
     if tables is None:
         tables = problem.support.derived[key] = lower(problem.support, classes, back)
-    how = choose_wide(tables, classes, image, problem.batch, part)
-    seconds = _whole(problem, how.clocks, tables.size, part)
+    how = choose_wide(tables, classes, image, problem.batch, spec)
+    seconds = _whole(problem, how.clocks, tables.size, spec)
     efficiency = min(1.0, problem.macs / how.executed) if how.executed else 1.0
     return WideChoice(how, every, seconds, efficiency)
 
 
-def _whole(problem: Problem, clocks: float, packed: int, part: Part) -> float:
+def _whole(problem: Problem, clocks: float, packed: int, spec: GpuSpec) -> float:
     """Returns the seconds of fprop or dgrad, with the launch and packing of so many weights."""
-    seconds = GPU_LAUNCH + max(clocks / part.clock, problem.bytes_moved / part.bandwidth)
+    seconds = GPU_LAUNCH + max(clocks / spec.clock, problem.bytes_moved / spec.bandwidth)
     # Weights are packed at each call: read, looked up and written.
-    return seconds + _NEXT_LAUNCH + packed * (2 * problem.dtype.itemsize + 4) / part.bandwidth
+    return seconds + _NEXT_LAUNCH + packed * (2 * problem.dtype.itemsize + 4) / spec.bandwidth
 
 
-def _wgrad(problem: Problem, part: Part) -> WgradChoice:
+def _wgrad(problem: Problem, spec: GpuSpec) -> WgradChoice:
     (window,) = windows(problem.geometry, (problem.height, problem.width), False)
-    tables, buffers, why = choose_wgrad(problem.support, window, part, _no_boxes(problem))
+    tables, buffers, why = choose_wgrad(problem.support, window, spec, _no_boxes(problem))
     units = tables.positions.size // UNIT_VALUES
     pixels = tables.height * tables.width
     rows, cols = problem.output_size
     tiles = problem.batch * -(-rows // tables.height) * -(-cols // tables.width)
-    rate = part.rate * (0.625 if part.waits else 1.0)
+    rate = spec.rate * (0.625 if spec.waits else 1.0)
     clocks = units * pixels * max(UNIT_VALUES / rate, _UNIT_READS)
     moved = len(tables.chunks) * 16 * (tables.halo_pixels + pixels) / 128
-    compute = (clocks + moved) * max(tiles / part.processors, 1.0) / part.clock
-    partials = part.processors * tables.positions.size * 8 / part.bandwidth
-    memory = problem.bytes_moved / part.bandwidth
+    compute = (clocks + moved) * max(tiles / spec.processors, 1.0) / spec.clock
+    partials = spec.processors * tables.positions.size * 8 / spec.bandwidth
+    memory = problem.bytes_moved / spec.bandwidth
     seconds = GPU_LAUNCH + 2 * _NEXT_LAUNCH + max(compute, memory) + partials
     efficiency = min(1.0, problem.support.live / max(tables.positions.size, 1))
     return WgradChoice(tables, buffers, why, seconds, efficiency)

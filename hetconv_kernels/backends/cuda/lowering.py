@@ -26,17 +26,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from ...errors import ArgumentError, BackendError, mismatch
-from ...masks import BoolArray, IntArray
+from ...masks import BoolArray, Int32Array, IntArray
 from ...support import Support
-from ..triton.lowering import memory_places
+from ..gpu.places import memory_places
 from .boxes import HALO, MOST_BOXES, refusal
 from .slots import LANES, RANGES, WARP_TILES, Slots, arrange, ranges
 from .windows import Window
-
-Int32Array = npt.NDArray[np.int32]
 
 FRAGMENT = 128  # packed weights of one tile in one step
 NO_CHANNEL = 0xFFFF  # in `slots`: a zero

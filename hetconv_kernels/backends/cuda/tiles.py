@@ -15,7 +15,7 @@ import numpy as np
 
 from ...errors import BackendError
 from ...support import Support
-from ..parts import Part
+from ..gpu.devices import GpuSpec
 from .boxes import BOX_GRAIN, aligned
 from .lowering import Shape, Tables, lower
 from .slots import RANGES
@@ -69,7 +69,7 @@ def choose(
     windows: Sequence[Window],
     batch: int,
     back: bool,
-    part: Part,
+    spec: GpuSpec,
     no_boxes: str = "",
 ) -> Choice:
     """Chooses the tables of fprop or dgrad: the fastest predicted ones that fit.
@@ -79,7 +79,7 @@ def choose(
         windows: the classes of pixels.
         batch: images.
         back: whether for dgrad.
-        part: the GPU.
+        spec: the GPU.
         no_boxes: why it has no TMA; empty if it has.
 
     Raises:
@@ -90,7 +90,7 @@ def choose(
     channels = support.filters if back else support.channels
     for slots in (64, 8, 4):  # at most so many at a time: all, or several rounds of fewer
         for shape in _shapes(windows, filters, slots):
-            if max(_halo(w, shape.height, shape.width) for w in windows) * 16 > part.shared:
+            if max(_halo(w, shape.height, shape.width) for w in windows) * 16 > spec.shared:
                 continue
             try:
                 tables = lower(support, windows, shape, back)
@@ -99,9 +99,9 @@ def choose(
             why = no_boxes or tables.no_boxes
             for resident, buffers in ((True, 2), (True, 1), (False, 2), (False, 1)):
                 size = shared_bytes(tables, buffers, resident, not why)
-                if size > part.shared:
+                if size > spec.shared:
                     continue
-                clocks = predicted_clocks(tables, windows, batch, buffers, resident, part, size)
+                clocks = predicted_clocks(tables, windows, batch, buffers, resident, spec, size)
                 if best is None or clocks < best.clocks:
                     best = Choice(tables, buffers, resident, why, clocks)
         if best is not None and (channels <= 64 or slots == 8):
@@ -109,7 +109,7 @@ def choose(
     if best is not None:
         return best
     raise BackendError(
-        f"no tile of {support} with its halo fits in {part.shared} bytes of shared memory."
+        f"no tile of {support} with its halo fits in {spec.shared} bytes of shared memory."
     )
 
 
@@ -119,14 +119,14 @@ def predicted_clocks(
     batch: int,
     buffers: int,
     resident: bool,
-    part: Part,
+    spec: GpuSpec,
     size: int,
 ) -> float:
     """Predicts the clocks of a call (see the module) whose blocks have `size` bytes."""
     shape = tables.shape
     # Instructions for wgmma's successors aside, mma.sync reaches 5/8 of what Hopper's unit does.
-    rate = part.rate * (0.625 if part.waits else 1.0)
-    bytes_a_clock = part.bandwidth / part.processors / part.clock
+    rate = spec.rate * (0.625 if spec.waits else 1.0)
+    bytes_a_clock = spec.bandwidth / spec.processors / spec.clock
     total = 0.0
     for index, window in enumerate(windows):
         tiles = batch * -(-window.rows.pixels // shape.height)
@@ -143,28 +143,28 @@ def predicted_clocks(
             work = max(loads + weights + moved + gathered, matrix)
             used = min(shape.height * shape.width, shape.warps_m * WARP_PIXELS)
             memory = used * (chunks * 16 + shape.filters * 2) / bytes_a_clock
-            fill = (halo * chunks * 16 + (0 if resident else weights * _LINE)) / part.l2
+            fill = (halo * chunks * 16 + (0 if resident else weights * _LINE)) / spec.l2
             threads = shape.warps_m * shape.warps_n * 32
             registers = 128 if resident else 192
-            fitting = part.shared // (size + _BLOCK_RESERVE)
+            fitting = spec.shared // (size + _BLOCK_RESERVE)
             held = min(fitting, _REGISTERS // (registers * threads)) or 1
             moving = max(memory, fill)
             each = max(work, moving) if held * buffers > 1 else work + moving
             # A warp waits for its own products; fewer than sixteen leave a processor waiting too.
             each *= max(1.0, _WARPS / (held * threads / 32)) ** 0.5
-            total += each * max(tiles / part.processors, 1.0)
+            total += each * max(tiles / spec.processors, 1.0)
     return total
 
 
 def choose_wgrad(
-    support: Support, window: Window, part: Part, no_boxes: str = ""
+    support: Support, window: Window, spec: GpuSpec, no_boxes: str = ""
 ) -> tuple[WgradTables, int, str]:
     """Chooses the tables of wgrad, how many buffers a block has, and why TMA does not fill them.
 
     Args:
         support: the layer's own.
         window: the class of pixels of fprop.
-        part: the GPU.
+        spec: the GPU.
         no_boxes: why it has no TMA; empty if it has.
 
     Raises:
@@ -181,7 +181,7 @@ def choose_wgrad(
                 fitting.append((count * (pixels + halo), -width, height, width))
         for units in (MAX_WARPS * WARP_UNITS, MAX_WARPS, 2):
             for _, _, height, width in sorted(fitting)[:2]:
-                if _halo(window, height, width) * 16 > part.shared:
+                if _halo(window, height, width) * 16 > spec.shared:
                     continue
                 try:
                     tables = lower_wgrad(support, window, height, width, units)
@@ -189,11 +189,11 @@ def choose_wgrad(
                     continue
                 why = no_boxes or tables.no_boxes
                 for buffers in (2, 1):
-                    most = part.shared // (2 if buffers == 2 else 1)
+                    most = spec.shared // (2 if buffers == 2 else 1)
                     if tables.shared_bytes(buffers, not why) <= most:
                         return tables, buffers, why
     raise BackendError(
-        f"no tile of {support} with its halo fits in {part.shared} bytes of shared memory."
+        f"no tile of {support} with its halo fits in {spec.shared} bytes of shared memory."
     )
 
 

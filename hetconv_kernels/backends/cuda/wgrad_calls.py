@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...problem import Problem
-from ..capture import Kept, capturing, pin, refuse_capture, upload
+from ..gpu.capture import Kept, capturing, pin, refuse_capture, upload
 from .boxes import HALO, boxable
 from .calls import current, engine, name_of, readable, strides_of
 from .choice import WgradChoice

@@ -17,7 +17,7 @@ import numpy as np
 from ...errors import ArgumentError, BackendError, mismatch
 from ...masks import IntArray
 from ...support import Support
-from ..triton.lowering import memory_places
+from ..gpu.places import memory_places
 from .boxes import BOX_GRAIN, HALO, aligned, refusal
 from .lowering import NO_CHANNEL, Int32Array, filter_order, odd_pitch, pack_pairs, tile_columns
 from .slots import LANES, Slots, arrange

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ...problem import Problem
-from ..capture import CONVERSIONS, Kept, upload
+from ..gpu.capture import CONVERSIONS, Kept, upload
 from .calls import Bound, GatherCall, engine, strides_of, uploaded
 from .choice import WideChoice
 from .wide_tiles import tile_counts

@@ -29,10 +29,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...errors import ArgumentError, BackendError, mismatch
-from ...masks import BoolArray, IntArray
+from ...masks import BoolArray, Int32Array, IntArray
 from ...problem import Geometry
 from ...support import Support
-from ..triton.lowering import Int32Array, memory_places
+from ..gpu.places import memory_places
 from .eights import EIGHT, eights
 from .windows import Window, windows
 

@@ -16,9 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import BackendError
-from ...masks import IntArray
-from ..parts import Part
-from ..triton.lowering import Int32Array
+from ...masks import Int32Array, IntArray
+from ..gpu.devices import GpuSpec
 from .eights import EIGHT
 from .wide_lowering import COLUMNS, SLAB, STEP_COUNTS, UNREAD, WideTables
 from .windows import Window
@@ -87,7 +86,7 @@ def choose_wide(
     classes: Sequence[Window],
     image: tuple[int, int],
     batch: int,
-    part: Part,
+    spec: GpuSpec,
 ) -> WideTiling:
     """Chooses the tile of fprop or dgrad: the fastest predicted one that fits.
 
@@ -96,15 +95,15 @@ def choose_wide(
         classes: the classes of pixels.
         image: rows and columns of the operand that is read.
         batch: images.
-        part: the GPU.
+        spec: the GPU.
 
     Raises:
         BackendError: no tile with its halo fits in shared memory.
     """
-    found = list(tilings(tables, classes, image, batch, part))
+    found = list(tilings(tables, classes, image, batch, spec))
     if not found:
         raise BackendError(
-            f"no tile with its halo, and two slabs for each warpgroup, fits in {part.shared} bytes "
+            f"no tile with its halo, and two slabs for each warpgroup, fits in {spec.shared} bytes "
             f"of shared memory, with at most {_MOST} tiles."
         )
     # Among equals clusters of two, which ask L2 for half of the slabs.
@@ -116,18 +115,18 @@ def tilings(
     classes: Sequence[Window],
     image: tuple[int, int],
     batch: int,
-    part: Part,
+    spec: GpuSpec,
 ) -> Iterator[WideTiling]:
     """Lists all tiles that fit, with their predictions; arguments as `choose_wide`."""
     for pixels in PIXELS:
         lines = class_lines(classes, pixels, image[0], batch)
-        shape = _held(pixels, plane_pitch(lines), part.shared)
+        shape = _held(pixels, plane_pitch(lines), spec.shared)
         if shape is None or sum(tile_counts(lines, batch)) * len(tables.rows) > _MOST:
             continue
         fields = lines.astype(np.int32)  # which holds all that fits in shared memory
         for cluster in CLUSTERS:
             own = shape._replace(cluster=cluster)
-            clocks, executed = predicted_clocks(tables, lines, batch, own, part)
+            clocks, executed = predicted_clocks(tables, lines, batch, own, spec)
             yield WideTiling(tables, fields, own, clocks, executed)
 
 
@@ -193,7 +192,7 @@ def tile_counts(classes: IntArray | Int32Array, batch: int) -> list[int]:
 
 
 def predicted_clocks(
-    tables: WideTables, classes: IntArray, batch: int, shape: WideShape, part: Part
+    tables: WideTables, classes: IntArray, batch: int, shape: WideShape, spec: GpuSpec
 ) -> tuple[float, int]:
     """Predicts the clocks of a call (see the module), and counts its multiply-accumulates."""
     pixels, cluster = shape.pixels, shape.cluster
@@ -216,15 +215,15 @@ def predicted_clocks(
             read = steps * 4 * (2 + pixels / 32) * 1024
             moved = steps * SLAB * 2 + halo
             port = (read + moved + 2 * written) / _LINE
-            fill = (moved - steps * SLAB * 2 * (1 - 1 / cluster) + written) / part.l2
-            busy = max(macs / part.rate, port) + finish
+            fill = (moved - steps * SLAB * 2 * (1 - 1 / cluster) + written) / spec.l2
+            busy = max(macs / spec.rate, port) + finish
             # With one halo in shared memory nothing is fetched while it is computed.
             if shape.stages > 1:
                 costs.append(max(busy, fill, bring))
             else:
-                costs.append(busy + max(halo / part.l2, bring))
+                costs.append(busy + max(halo / spec.l2, bring))
         spans.append((-(-tiles // cluster), np.array(costs)))
-    return _rounds(spans, max(part.processors // cluster, 1)), executed
+    return _rounds(spans, max(spec.processors // cluster, 1)), executed
 
 
 def bring_clocks(rows: IntArray, cols: IntArray) -> npt.NDArray[np.float64]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ...problem import Geometry
-from ..triton.dgrad import Axis, dgrad_axes, dgrad_classes, fprop_axes
+from ..gpu.axes import Axis, dgrad_axes, dgrad_classes, fprop_axes
 
 
 class Tap(NamedTuple):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...problem import Problem
 from .. import Runner
-from ..parts import gpu_reasons
+from ..gpu.devices import gpu_reasons
 from ..rates import GPU_PREDICTION
 from . import choice, table, wgrad_choice
 from .lowering import MAX_TAPS

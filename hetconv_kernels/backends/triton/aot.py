@@ -5,7 +5,7 @@
 
 Each configuration says what its machine code must show, and `problems` lists where it does not: the
 matrix instruction of its path, asynchronous copies of both operands, every stage of the pipeline
-for both, no spills, no local memory, shared memory within the part's limit.
+for both, no spills, no local memory, shared memory within the device's limit.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..parts import PARTS
+from ..gpu.devices import GPU_SPECS
 from .shipped import Configuration, chosen
 from .tiles import box_stages, box_warps, stages, wgrad_stages
 
@@ -51,7 +51,7 @@ class Compiled:
         spills: bytes spilled.
         local: loads and stores of local memory.
         shared: bytes of shared memory.
-        limit: of shared memory on this part.
+        limit: of shared memory on this spec.
         loads: synchronous loads from global memory inside the loop that multiplies.
         seconds: that compiling took.
         triton: version.
@@ -82,14 +82,14 @@ def compile_configuration(configuration: Configuration, capability: int) -> Comp
     from triton.compiler import ASTSource
 
     kernel, signature, constants, attributes = _source(configuration)
-    part = PARTS[divmod(capability, 10)]
+    spec = GPU_SPECS[divmod(capability, 10)]
     item = _ITEM[configuration.dtype]
     if configuration.kernel.startswith("wgrad"):
-        depth = wgrad_stages(configuration.tile, configuration.taps, item, part)
+        depth = wgrad_stages(configuration.tile, configuration.taps, item, spec)
     elif configuration.kernel == "boxes":
-        depth = box_stages(configuration.tile, item, part)
+        depth = box_stages(configuration.tile, item, spec)
     else:
-        depth = stages(configuration.tile, item, part)
+        depth = stages(configuration.tile, item, spec)
     warps = configuration.tile.warps
     if configuration.kernel == "boxes":
         warps = box_warps(configuration.tile, configuration.epilogue != "ragged")
@@ -117,7 +117,7 @@ def compile_configuration(configuration: Configuration, capability: int) -> Comp
         spills=int(getattr(compiled.metadata, "n_spills", 0) or 0),
         local=sum(_count(sass, r"\b(LDL|STL)\b").values()),
         shared=compiled.metadata.shared,
-        limit=part.shared,
+        limit=spec.shared,
         loads=_loads_in_loop(sass),
         seconds=round(seconds, 2),
         triton=triton.__version__,

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ...masks import IntArray
-from .dgrad import Axis, Size
-from .lowering import Int32Array, Lowering
+from ...masks import Int32Array, IntArray
+from ..gpu.axes import Axis, Size
+from .lowering import Lowering
 from .tiles import Box
 
 Int64Array = npt.NDArray[np.int64]
@@ -33,7 +33,7 @@ class Borders(NamedTuple):
 
         >>> from hetconv_kernels import Support
         >>> from hetconv_kernels.problem import make_geometry
-        >>> from .dgrad import fprop_axes
+        >>> from ..gpu.axes import fprop_axes
         >>> geometry = make_geometry(Support.dense(8, 8, (1, 3)), 1, (0, 1))
         >>> lowering = Lowering(geometry.support, 8, 8)
         >>> found = borders(lowering, fprop_axes(geometry, (1, 3)), (1, 3), Box(4, 1, 1))

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..capture import upload
 from ..common import unit
+from ..gpu.capture import upload
 from .borders import borders
 from .boxes import fprop_kernel_boxes
 from .calls import Bound
@@ -23,7 +23,7 @@ from .wgrad_boxes import wgrad_kernel_boxes
 if TYPE_CHECKING:
     from .calls import GatherCall
     from .wgrad_calls import Start, WgradCall
-    from .wgrad_lowering import Part as Jobs
+    from .wgrad_lowering import Jobs
 
 
 # Descriptors that one operand keeps; an allocator gives the same few addresses again and again.
@@ -117,9 +117,9 @@ def bind_boxes(call: GatherCall, x: Tensor, y: Tensor) -> Bound:
         -(-problem.batch // box.images) * -(-rows.pixels // box.rows) * -(-cols.pixels // box.cols)
         for rows, cols in axes
     )
-    depth = box_stages(tile, x.element_size(), call.part)
+    depth = box_stages(tile, x.element_size(), call.spec)
     used = (tile.pixels + tile.filters) * tile.channels * x.element_size() * depth
-    at_once = call.part.processors * max(1, call.part.shared // (used + 16384))
+    at_once = call.spec.processors * max(1, call.spec.shared // (used + 16384))
     grid = (min(tiles * lowering.segments, at_once), len(axes))
     constants = (
         *box,

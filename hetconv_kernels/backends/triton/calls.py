@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from ...problem import Problem
-from ..capture import CONVERSIONS, capturing, pin, upload
 from ..common import empty, unit
-from ..packer import Packer
-from ..parts import part_of
+from ..gpu.axes import axes_of
+from ..gpu.capture import CONVERSIONS, capturing, pin, upload
+from ..gpu.devices import spec_of
+from ..gpu.packer import Packer
 from .choice import GatherChoice
-from .dgrad import axes_of, geometry_table
 from .fprop import fprop_kernel_gather, pack_kernel_gather
+from .geometry import geometry_table
 from .launch import Launch, interpreted
 from .lowering import Lowering
 from .tiles import stages
@@ -72,7 +73,7 @@ class GatherCall:
         self.lowering = lowering = choice.lowering
         self.back = problem.verb == "dgrad"
         self.device = device = problem.device
-        self.part = part_of(device)
+        self.spec = spec_of(device)
         self.shape = problem.x_shape if self.back else problem.y_shape
         self.axes, self.image = axes_of(problem)
         self.words = upload(lowering.words, device)
@@ -196,7 +197,7 @@ class GatherCall:
         most = max(self.problem.batch * rows.pixels * cols.pixels for rows, cols in axes)
         tiles = -(-most // tile.pixels)
         grid = (tiles * lowering.segments, len(axes))
-        depth = stages(tile, x.element_size(), self.part)
+        depth = stages(tile, x.element_size(), self.spec)
         launch = Launch(fprop_kernel_gather, grid, constants, tile.warps, depth, self.device)
         rows, table = self.rows(units[1]), self.table(x, y, units)
         words, starts = self.words, self.starts

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ...problem import Problem
-from ..parts import Part, part_of
+from ..gpu.axes import axes_of, dgrad_classes
+from ..gpu.devices import GpuSpec, spec_of
 from . import table
 from .borders import steps_run
-from .dgrad import axes_of, dgrad_classes
 from .lowering import Lowering
 from .tiles import (
     BOX_GAIN,
@@ -140,19 +140,19 @@ def random_operand(problem: Problem, shape: Sequence[int], strides: Sequence[int
 def gather_choices(problem: Problem) -> list[GatherChoice]:
     """Lists all ways to run fprop or dgrad, with their predictions."""
     tiles = HALF_TILES if problem.dtype.itemsize == 2 else SINGLE_TILES
-    part = part_of(problem.device)
+    spec = spec_of(problem.device)
     found = []
     forms = [FORMS[0]] if len(problem.support.groups) == 1 else FORMS
     for form in forms:
         for tile in tiles if ONLY != "boxes" else ():
-            found.append(_gather(problem, tile, None, form, part))
+            found.append(_gather(problem, tile, None, form, spec))
         for tile in BOX_TILES if ONLY != "gather" and has_boxes(problem.device) else ():
             lowering = lowering_of(problem, tile.filters, tile.channels, *form)
             work = steps_run(lowering, *axes_of(problem))
             for box in boxes_of(problem, tile, lowering.gather is not None, work):
-                found.append(_gather(problem, tile, box, form, part, work(box)))
+                found.append(_gather(problem, tile, box, form, spec, work(box)))
     return [c for c in found if c is not None] or [
-        c for t in tiles if (c := _gather(problem, t, None, FORMS[0], part)) is not None
+        c for t in tiles if (c := _gather(problem, t, None, FORMS[0], spec)) is not None
     ]
 
 
@@ -289,7 +289,7 @@ def _gather(
     tile: Tile,
     box: Box | None,
     form: tuple[bool, bool],
-    part: Part,
+    spec: GpuSpec,
     work: float = 0.0,
 ) -> GatherChoice | None:
     lowering = lowering_of(problem, tile.filters, tile.channels, *form)
@@ -307,15 +307,15 @@ def _gather(
         pixels = tile.pixels * -(-shape[0] // box.images)
         pixels *= -(-shape[2] // box.rows) * -(-shape[3] // box.cols)
     item = problem.dtype.itemsize
-    kernel = fprop_seconds(tile, pixels, steps, lowering.segments, item, part, lowering.classes)
+    kernel = fprop_seconds(tile, pixels, steps, lowering.segments, item, spec, lowering.classes)
     if box is None and has_boxes(problem.device):
         kernel *= BOX_GAIN
     slabs = lowering.steps * tile.filters * tile.channels
-    memory = problem.bytes_moved / part.bandwidth
+    memory = problem.bytes_moved / spec.bandwidth
     seconds = LAUNCH + NEXT_LAUNCH + max(kernel, memory)
-    seconds += slabs * (2 * item + 4) / part.bandwidth
+    seconds += slabs * (2 * item + 4) / spec.bandwidth
     if lowering.gather is not None:
-        seconds += NEXT_LAUNCH + 2 * n * c * h * w * item / part.bandwidth
+        seconds += NEXT_LAUNCH + 2 * n * c * h * w * item / spec.bandwidth
     if not problem.channels_last:
         seconds += kernel  # rows of single elements, not of vectors
     executed = slabs

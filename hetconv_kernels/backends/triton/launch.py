@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..capture import refuse_capture
+from ..gpu.capture import refuse_capture
 
 
 def interpreted() -> bool:

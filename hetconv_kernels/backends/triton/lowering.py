@@ -10,49 +10,18 @@ dx is a stride-1 gather of dy.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from ...errors import BackendError, mismatch
-from ...masks import IntArray
+from ...masks import Int32Array, IntArray
 from ...plan import Block, Plan
 from ...support import Support
+from ..gpu.axes import Residue
+from ..gpu.places import memory_places
 
-Int32Array = npt.NDArray[np.int32]
 # Taps along one axis, and channel blocks, that a step word holds.
 MAX_TAPS, MAX_BLOCKS = 32, 2**21
-
-
-class Residue(NamedTuple):
-    """The taps of one residue class along one axis.
-
-    Example: three taps at stride 2 and dilation 1. Class 0 has taps 0 and 2, which read dy at the
-    pixel's own place and one before it; class 1 has tap 1:
-
-        >>> residues(3, 2, 1)
-        [Residue(taps=(0, 2), offset=0, step=1), Residue(taps=(1,), offset=0, step=1)]
-
-    Attributes:
-        taps: ascending.
-        offset: pixel q of the class reads dy at q − offset for its first tap,
-        step: and that much earlier for each further one.
-    """
-
-    taps: tuple[int, ...]
-    offset: int
-    step: int
-
-
-def residues(taps: int, stride: int, dilation: int) -> list[Residue]:
-    """Sorts the taps of one axis into the classes of dgrad, one for each residue of the stride."""
-    step = dilation // int(np.gcd(stride, dilation))
-    classes = []
-    for r in range(stride):
-        own = tuple(k for k in range(taps) if k * dilation % stride == r)
-        classes.append(Residue(own, own[0] * dilation // stride if own else 0, step))
-    return classes
 
 
 class Lowering:
@@ -180,19 +149,6 @@ def slab_positions(plan: Plan) -> IntArray:
     column = np.arange(len(step)) - np.repeat(np.cumsum(counts) - counts, counts)
     found[step, :, column] = plan.slab_source.reshape(-1, plan.block.filters)
     return found
-
-
-def memory_places(positions: IntArray, support: Support, form: str) -> Int32Array:
-    """Turns flat dense positions into places in the memory of a canonical weight of that form."""
-    f, c, kh, kw = support.shape
-    if form == "live":
-        place = np.cumsum(support.mask.reshape(-1)) - 1
-    elif form == "channels_last":
-        flat = np.arange(f * kh * kw * c).reshape(f, kh, kw, c)
-        place = flat.transpose(0, 3, 1, 2).reshape(-1)
-    else:
-        place = np.arange(f * c * kh * kw)
-    return np.where(positions < 0, -1, place[positions]).astype(np.int32)
 
 
 def padded_rows(plan: Plan) -> Int32Array:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..parts import Part
+from ..gpu.devices import GpuSpec
 
 
 class Tile(NamedTuple):
@@ -86,17 +86,17 @@ BOX_GAIN, SCATTERED = 1.13, 4.0
 LAUNCH, NEXT_LAUNCH = 6e-6, 3e-6
 
 
-def stages(tile: Tile, itemsize: int, part: Part) -> int:
+def stages(tile: Tile, itemsize: int, spec: GpuSpec) -> int:
     """Returns the depth of the pipeline that fits into shared memory, at most `MAX_STAGES`."""
     step = (tile.pixels + tile.filters) * tile.channels * itemsize
-    return _stages(step, MAX_STAGES, part)
+    return _stages(step, MAX_STAGES, spec)
 
 
-def box_stages(tile: Tile, itemsize: int, part: Part) -> int:
+def box_stages(tile: Tile, itemsize: int, spec: GpuSpec) -> int:
     """The same for the box kernel, whose result also leaves through shared memory."""
     step = (tile.pixels + tile.filters) * tile.channels * itemsize
     result = tile.pixels * tile.filters * itemsize
-    return _stages(step, MAX_STAGES, part._replace(shared=part.shared - result))
+    return _stages(step, MAX_STAGES, spec._replace(shared=spec.shared - result))
 
 
 def box_warps(tile: Tile, whole: bool) -> int:
@@ -104,23 +104,25 @@ def box_warps(tile: Tile, whole: bool) -> int:
     return tile.warps if whole else 8
 
 
-def wgrad_stages(tile: Tile, taps: int, itemsize: int, part: Part) -> int:
+def wgrad_stages(tile: Tile, taps: int, itemsize: int, spec: GpuSpec) -> int:
     """The same for wgrad, whose step holds one block of dy and one of x for each tap."""
     step = tile.pixels * (tile.filters + taps * tile.channels) * itemsize
-    return _stages(step, MAX_STAGES - 1, part)
+    return _stages(step, MAX_STAGES - 1, spec)
 
 
-def _stages(step: int, most: int, part: Part) -> int:
+def _stages(step: int, most: int, spec: GpuSpec) -> int:
     # Barriers want a little of the shared memory.
-    return max(2, min(most, (part.shared - 2048) // step + (not part.waits)))
+    return max(2, min(most, (spec.shared - 2048) // step + (not spec.waits)))
 
 
-def step_clocks(rows: int, cols: int, depth: int, warps: int, itemsize: int, part: Part) -> float:
+def step_clocks(
+    rows: int, cols: int, depth: int, warps: int, itemsize: int, spec: GpuSpec
+) -> float:
     """Returns the clocks of one product [rows, depth] · [depth, cols] and of fetching both."""
-    rate = part.rate if itemsize == 2 else part.rate / 2
+    rate = spec.rate if itemsize == 2 else spec.rate / 2
     return max(
         rows * cols * depth / rate,
-        (rows + cols) * depth * itemsize / part.l2,
+        (rows + cols) * depth * itemsize / spec.l2,
         ISSUE * warps,
     )
 
@@ -131,7 +133,7 @@ def fprop_seconds(
     segment_steps: float,
     segments: int,
     itemsize: int,
-    part: Part,
+    spec: GpuSpec,
     classes: int = 1,
 ) -> float:
     """Predicts the kernel's time.
@@ -142,35 +144,35 @@ def fprop_seconds(
         segment_steps: steps of all segments (of all classes) together.
         segments: blocks of filters.
         itemsize: of the operands, in bytes.
-        part: where.
+        spec: where.
         classes: residue classes, each computing its share of the pixels.
 
     Returns:
         Seconds, without the launch.
     """
-    clocks = step_clocks(tile.pixels, tile.filters, tile.channels, tile.warps, itemsize, part)
+    clocks = step_clocks(tile.pixels, tile.filters, tile.channels, tile.warps, itemsize, spec)
     tiles = -(-pixels // (tile.pixels * classes)) * classes
     programs = tiles * segments
     average = segment_steps / (segments * classes) * clocks
-    average += PROLOGUE + tile.pixels * tile.filters * itemsize / part.l2
-    return -(-programs // part.processors) * average / part.clock
+    average += PROLOGUE + tile.pixels * tile.filters * itemsize / spec.l2
+    return -(-programs // spec.processors) * average / spec.clock
 
 
 def wgrad_seconds(
-    tile: Tile, jobs: int, taps: int, pixels: int, itemsize: int, part: Part
+    tile: Tile, jobs: int, taps: int, pixels: int, itemsize: int, spec: GpuSpec
 ) -> float:
     """Predicts the time of one launch of wgrad's kernel, split so that all processors work."""
     rows, cols = tile.filters, taps * tile.channels
-    clocks = step_clocks(rows, cols, tile.pixels, tile.warps, itemsize, part)
+    clocks = step_clocks(rows, cols, tile.pixels, tile.warps, itemsize, spec)
     turns = -(-pixels // tile.pixels)
-    cut = splits(jobs, pixels, tile.pixels, part)
+    cut = splits(jobs, pixels, tile.pixels, spec)
     programs = jobs * cut
     average = turns / cut * clocks + PROLOGUE
-    return -(-programs // part.processors) * average / part.clock
+    return -(-programs // spec.processors) * average / spec.clock
 
 
-def splits(jobs: int, pixels: int, block: int, part: Part) -> int:
+def splits(jobs: int, pixels: int, block: int, spec: GpuSpec) -> int:
     """Returns into how many pieces the pixels are cut: two to three programs a processor."""
-    wanted = -(-5 * part.processors // (2 * max(jobs, 1)))
+    wanted = -(-5 * spec.processors // (2 * max(jobs, 1)))
     # A piece is worth its partial result from some hundred pixels on.
     return max(1, min(wanted, -(-pixels // max(256, 4 * block)), 256))

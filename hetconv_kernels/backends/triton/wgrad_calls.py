@@ -11,18 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...masks import Int32Array
 from ...problem import Problem
-from ..capture import capturing, pin, upload
 from ..common import unit
-from ..parts import Part, part_of
+from ..gpu.capture import capturing, pin, upload
+from ..gpu.devices import GpuSpec, spec_of
 from .calls import aligned, in_order, precision
 from .choice import tensor_reasons
 from .launch import Launch, interpreted
-from .lowering import Int32Array
 from .tiles import Tile, splits, wgrad_stages
 from .wgrad import reduce_kernel_splits, wgrad_kernel_gather
 from .wgrad_choice import WgradChoice
-from .wgrad_lowering import Part as Jobs
+from .wgrad_lowering import Jobs
 
 _REDUCE_BLOCK = 1024
 Start = Callable[[Tensor, Tensor, Tensor], None]
@@ -38,7 +38,7 @@ class WgradCall:
 
     def __init__(self, problem: Problem, choice: WgradChoice) -> None:
         self.problem, self.choice, self._device = problem, choice, problem.device
-        self._part: Part = part_of(problem.device)
+        self._spec: GpuSpec = spec_of(problem.device)
         support, lowering = problem.support, choice.lowering
         self._tiles = {3: choice.tiles[0], 1: choice.tiles[1]}
         form = "live" if problem.live_weight else "contiguous"
@@ -56,7 +56,7 @@ class WgradCall:
         # All parts share one number of splits: that of the one with the most jobs.
         self._splits = max(
             [
-                splits(len(p.words), self._pixels, self._tiles[p.taps].pixels, self._part)
+                splits(len(p.words), self._pixels, self._tiles[p.taps].pixels, self._spec)
                 for p in lowering.parts
             ],
             default=1,
@@ -140,7 +140,7 @@ class WgradCall:
 
     def launch(self, kernel: Any, jobs: Jobs, tile: Tile, constants: tuple[Any, ...]) -> Launch:
         """Makes the launch of some jobs."""
-        depth = wgrad_stages(tile, jobs.taps, self.problem.dtype.itemsize, self._part)
+        depth = wgrad_stages(tile, jobs.taps, self.problem.dtype.itemsize, self._spec)
         grid = len(jobs.words), self._splits
         return Launch(kernel, grid, constants, tile.warps, depth, self._device)
 

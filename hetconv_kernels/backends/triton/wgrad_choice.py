@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ...plan import Block
 from ...problem import Problem
 from ...support import Support
-from ..parts import Part, part_of
+from ..gpu.devices import GpuSpec, spec_of
 from . import choice
 from .choice import FORMS, best_box, has_boxes, picked, random_operand, tensor_reasons
 from .tiles import (
@@ -97,7 +97,7 @@ def attempt(problem: Problem, choice: WgradChoice) -> Callable[[], object]:
 
 def wgrad_choices(problem: Problem) -> list[WgradChoice]:
     """Lists all ways to run wgrad, with their predictions."""
-    half, part = problem.dtype.itemsize == 2, part_of(problem.device)
+    half, spec = problem.dtype.itemsize == 2, spec_of(problem.device)
     pointers = list(product(*((HALF_FUSED, HALF_ONE) if half else (SINGLE_FUSED, SINGLE_ONE))))
     boxed = [] if choice.ONLY == "gather" else list(product(BOX_FUSED, BOX_ONE))
     found = []
@@ -105,12 +105,12 @@ def wgrad_choices(problem: Problem) -> list[WgradChoice]:
         for tiles in boxed:
             box = wgrad_box(problem, tiles[0].pixels, reorder)
             if box is not None:
-                found.append(_wgrad(problem, tiles, box, (reorder, coarse), part))
+                found.append(_wgrad(problem, tiles, box, (reorder, coarse), spec))
         for tiles in pointers if choice.ONLY != "boxes" else ():
-            found.append(_wgrad(problem, tiles, None, (reorder, coarse), part))
+            found.append(_wgrad(problem, tiles, None, (reorder, coarse), spec))
     kept = [c for c in found if c is not None]
     return kept or [
-        c for tiles in pointers if (c := _wgrad(problem, tiles, None, FORMS[0], part)) is not None
+        c for tiles in pointers if (c := _wgrad(problem, tiles, None, FORMS[0], spec)) is not None
     ]
 
 
@@ -146,7 +146,7 @@ def _wgrad(
     tiles: tuple[Tile, Tile],
     box: Box | None,
     form: tuple[bool, bool],
-    part: Part,
+    spec: GpuSpec,
 ) -> WgradChoice | None:
     lowering = lowering_of(problem.support, tiles, *form)
     moved = [order is not None for order in (lowering.filters, lowering.channels)]
@@ -161,15 +161,15 @@ def _wgrad(
     kernel, executed = 0.0, 0
     for jobs in lowering.parts:
         tile = tiles[jobs.taps != 3]
-        seconds = wgrad_seconds(tile, len(jobs.words), jobs.taps, covered, item, part)
+        seconds = wgrad_seconds(tile, len(jobs.words), jobs.taps, covered, item, spec)
         kernel += seconds * (1.0 if jobs.rows is None else SCATTERED) + NEXT_LAUNCH
         executed += jobs.positions.size
     if box is None and has_boxes(problem.device):
         kernel *= BOX_GAIN
-    seconds = LAUNCH + max(kernel, problem.bytes_moved / part.bandwidth)
+    seconds = LAUNCH + max(kernel, problem.bytes_moved / spec.bandwidth)
     for gathered, shape in zip(moved, (problem.y_shape, problem.x_shape), strict=True):
         n, c, h, w = shape
-        seconds += gathered * (NEXT_LAUNCH + 2 * n * c * h * w * item / part.bandwidth)
+        seconds += gathered * (NEXT_LAUNCH + 2 * n * c * h * w * item / spec.bandwidth)
     if not problem.channels_last:
         seconds += kernel
     efficiency = problem.support.live / executed if executed else 1.0

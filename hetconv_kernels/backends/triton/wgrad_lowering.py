@@ -7,13 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...masks import IntArray
+from ...masks import Int32Array, IntArray
 from ...plan import Block, Plan
 from ...support import Support
+from ..gpu.places import memory_places
 from .lowering import (
-    Int32Array,
     coarsened,
-    memory_places,
     only_live,
     padded_rows,
     slab_positions,
@@ -22,7 +21,7 @@ from .lowering import (
 )
 
 
-class Part(NamedTuple):
+class Jobs(NamedTuple):
     """The jobs of one launch of wgrad's kernel.
 
     Attributes:
@@ -118,7 +117,7 @@ class WgradLowering:
             before += flat.size
         return places
 
-    def _lower(self, whole: Support, fused: Block, single: Block) -> list[Part]:
+    def _lower(self, whole: Support, fused: Block, single: Block) -> list[Jobs]:
         parts, left = [], whole.mask.copy()
         if whole.kernel[1] == 3:
             plan = Plan(whole, fused, reorder=False)
@@ -138,8 +137,8 @@ class WgradLowering:
             parts.append(self._part(plan, 1, np.arange(len(plan.steps)), positions))
         return parts
 
-    def _part(self, plan: Plan, taps: int, firsts: IntArray, positions: IntArray) -> Part:
+    def _part(self, plan: Plan, taps: int, firsts: IntArray, positions: IntArray) -> Jobs:
         steps = plan.steps[firsts]
         words = step_words(steps["channel"] // plan.block.channels, steps["dy"], steps["dx"])
         own = only_live(np.where(positions < 0, -1, self._flat[positions]), self.support)
-        return Part(plan, taps, words, plan.owner[firsts].astype(np.int32), own)
+        return Jobs(plan, taps, words, plan.owner[firsts].astype(np.int32), own)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import BackendError
+from ...errors import BackendError
 
 # Whole-tensor copies that calls had to make, by reason: a test or a user may look.
 CONVERSIONS: Counter[str] = Counter()

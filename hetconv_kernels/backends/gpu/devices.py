@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 
-class Part(NamedTuple):
+class GpuSpec(NamedTuple):
     """A GPU, as far as predictions know it.
 
     Attributes:
@@ -34,30 +34,30 @@ class Part(NamedTuple):
 
 # By compute capability; others take the nearest one below. The number of multiprocessors is that
 # of the device where there is one.
-PARTS = {
-    (8, 0): Part(108, 1.41e9, 1024, 38, 1.5e12, 163 * 1024, False),
-    (8, 6): Part(84, 1.7e9, 512, 38, 0.7e12, 99 * 1024, False),
-    (9, 0): Part(132, 1.75e9, 2048, 38, 3.3e12, 227 * 1024, True),
-    (10, 0): Part(148, 1.85e9, 4096, 38, 7e12, 227 * 1024, True),
-    (12, 0): Part(170, 2.4e9, 512, 38, 1.7e12, 99 * 1024, False),
+GPU_SPECS = {
+    (8, 0): GpuSpec(108, 1.41e9, 1024, 38, 1.5e12, 163 * 1024, False),
+    (8, 6): GpuSpec(84, 1.7e9, 512, 38, 0.7e12, 99 * 1024, False),
+    (9, 0): GpuSpec(132, 1.75e9, 2048, 38, 3.3e12, 227 * 1024, True),
+    (10, 0): GpuSpec(148, 1.85e9, 4096, 38, 7e12, 227 * 1024, True),
+    (12, 0): GpuSpec(170, 2.4e9, 512, 38, 1.7e12, 99 * 1024, False),
 }
 
 
-def part_of(device: torch.device | None = None) -> Part:
+def spec_of(device: torch.device | None = None) -> GpuSpec:
     """Returns what predictions know of a device; of an H100 where there is no GPU."""
     if device is None or device.type != "cuda" or not torch.cuda.is_available():
-        return PARTS[9, 0]
-    return _part_of(device.index or 0)
+        return GPU_SPECS[9, 0]
+    return _spec_of(device.index or 0)
 
 
 @cache
-def _part_of(index: int) -> Part:
+def _spec_of(index: int) -> GpuSpec:
     capability = torch.cuda.get_device_capability(index)
-    known = max((c for c in PARTS if c <= capability), default=(8, 0))
+    known = max((c for c in GPU_SPECS if c <= capability), default=(8, 0))
     if capability in ((8, 7), (8, 9)):
         known = (8, 6)
     count = torch.cuda.get_device_properties(index).multi_processor_count
-    return PARTS[known]._replace(processors=count)
+    return GPU_SPECS[known]._replace(processors=count)
 
 
 @cache

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..packing import FrozenCache
-from ..problem import is_dense_shape
-from ..support import Support
+from ...packing import FrozenCache
+from ...problem import is_dense_shape
+from ...support import Support
 from .capture import Kept, capturing, pin, upload
 
 

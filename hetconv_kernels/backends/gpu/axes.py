@@ -1,23 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Geometry tables: where the tiles of fprop's kernel read and write, for fprop and for dgrad.
+"""Axes: which places the pixels and taps of fprop and of dgrad read and write, by rows and columns.
 
-dgrad is fprop's kernel on the transposed Support. Each residue class of the stride (see `lowering`)
-is a stride-1 gather of dy whose pixels are written `stride` apart; one launch runs all of them.
+dgrad is fprop on the transposed Support. At a stride its pixels fall into residue classes: row i of
+dx meets tap k only where (i + pad − d·k) mod stride = 0, so class r has the taps with
+d·k mod stride = r, and within it dx is a stride-1 gather of dy whose pixels are written ``stride``
+apart; one launch runs all classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from ...masks import IntArray
 from ...problem import Geometry, Problem
-from .lowering import Residue, residues
 
 Size = tuple[int, int]
+
+
+class Residue(NamedTuple):
+    """The taps of one residue class along one axis.
+
+    Example: three taps at stride 2 and dilation 1. Class 0 has taps 0 and 2, which read dy at the
+    pixel's own place and one before it; class 1 has tap 1:
+
+        >>> residues(3, 2, 1)
+        [Residue(taps=(0, 2), offset=0, step=1), Residue(taps=(1,), offset=0, step=1)]
+
+    Attributes:
+        taps: ascending.
+        offset: pixel q of the class reads dy at q − offset for its first tap,
+        step: and that much earlier for each further one.
+    """
+
+    taps: tuple[int, ...]
+    offset: int
+    step: int
+
+
+def residues(taps: int, stride: int, dilation: int) -> list[Residue]:
+    """Sorts the taps of one axis into the classes of dgrad, one for each residue of the stride."""
+    step = dilation // int(np.gcd(stride, dilation))
+    classes = []
+    for r in range(stride):
+        own = tuple(k for k in range(taps) if k * dilation % stride == r)
+        classes.append(Residue(own, own[0] * dilation // stride if own else 0, step))
+    return classes
 
 
 class Axis(NamedTuple):
@@ -126,71 +155,3 @@ def axes_of(problem: Problem) -> tuple[list[tuple[Axis, Axis]], Size]:
     if problem.verb == "dgrad":
         return dgrad_axes(problem.geometry, size), problem.output_size
     return fprop_axes(problem.geometry, size), size
-
-
-def geometry_table(
-    axes: Sequence[tuple[Axis, Axis]],
-    batch: int,
-    image: Size,
-    segments: int,
-    read: Sequence[int],
-    written: Sequence[int],
-    units: tuple[int, int],
-    channels: int,
-    filters: int,
-    lists: Sequence[int] | None = None,
-) -> IntArray:
-    """Makes the table that the kernel reads (see `fprop.FIELDS`).
-
-    Args:
-        axes: of each class.
-        batch: images.
-        image: height and width of the operand that is read.
-        segments: blocks of filters.
-        read: strides of that operand, as torch gives them.
-        written: strides of the result.
-        units: what strides, channels and first filters are divided by, for each of the two.
-        channels: of the operand that is read.
-        filters: of the result.
-        lists: of boxes, where the lists of each class are found (see `borders`).
-
-    Returns:
-        One line for each class.  # int64 [classes, fields]
-    """
-    (x_n, x_c, x_h, x_w), (y_n, y_c, y_h, y_w) = read, written
-    x_unit, y_unit = units
-    lines = []
-    for (rows, cols), place in zip(axes, lists or [0] * len(axes), strict=True):
-        pixels = batch * rows.pixels * cols.pixels
-        lines.append(
-            [
-                segments,
-                max(rows.pixels, 1),
-                max(cols.pixels, 1),
-                pixels,
-                rows.load,
-                cols.load,
-                rows.base,
-                cols.base,
-                rows.tap,
-                cols.tap,
-                *image,
-                x_n // x_unit,
-                x_h // x_unit,
-                x_w // x_unit,
-                x_c,
-                rows.store,
-                cols.store,
-                rows.first,
-                cols.first,
-                y_n // y_unit,
-                y_h // y_unit,
-                y_w // y_unit,
-                y_c,
-                channels // x_unit,
-                max(rows.taps, cols.taps),
-                filters,
-                place,
-            ]
-        )
-    return np.array(lines, np.int64)

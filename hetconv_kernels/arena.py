@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arena: results of the engines at planned places of one buffer, instead of fresh memory.
+
+An engine asks `allocate` for the memory of its result. Outside a planned call that is
+``torch.empty``. Inside one, the thread's `Placement` answers: while a call is recorded it notes
+who asked and for how much; afterwards it gives each result, in the order in which they were asked
+for, the place that the plan has for it. Recycling memory is what saves the page faults of fresh
+outputs, which on large images take as long as the convolutions do.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# Places begin at multiples of this many bytes: a cache line, and the widest vector.
+ALIGNMENT = 64
+
+
+class Placement(Protocol):
+    """What decides where a result lies, in the thread that it is current in."""
+
+    def place(
+        self, owner: object, shape: Sequence[int], dtype: torch.dtype, layout: torch.memory_format
+    ) -> Tensor:
+        """Returns uninitialised memory for a result of that shape."""
+        ...
+
+
+class _Thread(threading.local):
+    placement: Placement | None = None
+
+
+_thread = _Thread()
+
+
+def allocate(
+    owner: object,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    layout: torch.memory_format,
+) -> Tensor:
+    """Returns uninitialised memory for a result.
+
+    Args:
+        owner: who asks: the same object in every call with operands of the same kind.
+        shape: of the result.
+        dtype: of the result.
+        device: where it has to be; only results on the CPU are planned.
+        layout: its memory format.
+    """
+    placement = _thread.placement
+    if placement is None or device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device, memory_format=layout)
+    return placement.place(owner, shape, dtype, layout)
+
+
+@contextmanager
+def placing(placement: Placement | None) -> Iterator[None]:
+    """Makes a placement (None: plain allocation) that of this thread, inside a ``with``."""
+    before = _thread.placement
+    _thread.placement = placement
+    try:
+        yield
+    finally:
+        _thread.placement = before
+
+
+@dataclass(frozen=True)
+class Lifetime:
+    """One result of an engine in the course of a network.
+
+    Attributes:
+        owner: who asked for it.
+        shape: of the result.
+        dtype: of the result.
+        layout: its memory format.
+        born: the step in which it is computed.
+        dies: the last step that reads it, or a view of it.
+        escapes: whether the network returns it, or a view of it: its memory is the caller's then.
+    """
+
+    owner: object
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    layout: torch.memory_format
+    born: int
+    dies: int
+    escapes: bool
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+        elements = 1
+        for size in self.shape:
+            elements *= size
+        return elements * self.dtype.itemsize
+
+
+def pack(lifetimes: Sequence[Lifetime]) -> tuple[tuple[int, ...], int]:
+    """Finds places so that results which live at the same time do not overlap.
+
+    The largest first, each at the lowest place that is free for as long as it lives.
+
+    Example: a chain of three layers of 64 bytes each, the second reading the first, the third the
+    second. Two places are enough, by turns:
+
+        >>> chain = [
+        ...     Lifetime(None, (16,), torch.float32, torch.contiguous_format, i, i + 1, False)
+        ...     for i in range(3)
+        ... ]
+        >>> pack(chain)
+        ((0, 64, 0), 128)
+
+    Returns:
+        The first byte of each, -1 for those that escape; and the size of the arena in bytes.
+    """
+    places = [-1] * len(lifetimes)
+    kept = [i for i, life in enumerate(lifetimes) if not life.escapes]
+    size = 0
+    for i in sorted(kept, key=lambda i: -lifetimes[i].bytes):
+        mine = lifetimes[i]
+        near = sorted(
+            (places[j], _aligned(lifetimes[j].bytes))
+            for j in kept
+            if places[j] >= 0 and lifetimes[j].born <= mine.dies and mine.born <= lifetimes[j].dies
+        )
+        at = 0
+        for start, length in near:
+            if start - at >= mine.bytes:
+                break
+            at = max(at, start + length)
+        places[i] = at
+        size = max(size, at + _aligned(mine.bytes))
+    return tuple(places), size
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+class Arena:
+    """The buffer of one running call, and a tensor at each of its places.
+
+    Args:
+        lifetimes: of the results, in the order in which they are asked for.
+    """
+
+    def __init__(self, lifetimes: Sequence[Lifetime]) -> None:
+        self.lifetimes = tuple(lifetimes)
+        places, self.bytes = pack(self.lifetimes)
+        # Outside inference mode, so that any later call may use it.
+        with torch.inference_mode(False):
+            whole = torch.empty(self.bytes + ALIGNMENT, dtype=torch.uint8)
+            first = -whole.data_ptr() % ALIGNMENT
+            self._tensors = [
+                None if at < 0 else _tensor(whole, first + at, life)
+                for at, life in zip(places, self.lifetimes, strict=True)
+            ]
+        self._next = 0
+        self.fits = True
+
+    def start(self) -> None:
+        """Begins a call."""
+        self._next = 0
+        self.fits = True
+
+    @property
+    def whole(self) -> bool:
+        """Whether the call asked for just the results that were planned."""
+        return self.fits and self._next == len(self.lifetimes)
+
+    def place(
+        self, owner: object, shape: Sequence[int], dtype: torch.dtype, layout: torch.memory_format
+    ) -> Tensor:
+        """Returns the next result's place; fresh memory from the first surprise on."""
+        index = self._next
+        if self.fits and index < len(self.lifetimes):
+            self._next = index + 1
+            life = self.lifetimes[index]
+            if life.owner is owner and life.shape == tuple(shape):
+                planned = self._tensors[index]
+                if planned is not None:
+                    return planned.detach()
+                return torch.empty(shape, dtype=dtype, memory_format=layout)
+        self.fits = False
+        return torch.empty(shape, dtype=dtype, memory_format=layout)
+
+
+def _tensor(whole: Tensor, first: int, life: Lifetime) -> Tensor:
+    flat = whole[first : first + life.bytes].view(life.dtype)
+    like = torch.empty(life.shape, device="meta", memory_format=life.layout)
+    return flat.as_strided(life.shape, like.stride())
+
+
+class Asked(NamedTuple):
+    """A result that was asked for."""
+
+    owner: object
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    layout: torch.memory_format
+    storage: StorageWeakRef
+
+
+class Recorder:
+    """Notes the results that are asked for in one call, all of them in fresh memory.
+
+    Attributes:
+        asked: of each result its owner, shape, dtype, layout and storage, in order.
+    """
+
+    def __init__(self) -> None:
+        self.asked: list[Asked] = []
+
+    def place(
+        self, owner: object, shape: Sequence[int], dtype: torch.dtype, layout: torch.memory_format
+    ) -> Tensor:
+        """Returns fresh memory, and notes it."""
+        result = torch.empty(shape, dtype=dtype, memory_format=layout)
+        # Weak, so that recording takes no more memory than the call; and while it is held, no other
+        # storage has its identity.
+        storage = StorageWeakRef(result.untyped_storage())
+        self.asked.append(Asked(owner, tuple(shape), dtype, layout, storage))
+        return result

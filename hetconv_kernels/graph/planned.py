@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PlannedNetwork: an optimised network whose layers write into one arena of planned memory."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules import module as torch_module
+from torch.utils import _pytree as pytree
+
+from ..arena import Arena, Lifetime, Recorder, placing
+from ..backends import forced_code
+from ..functional import _traced
+
+# Signatures of inputs whose plans are kept; the one that was not used for longest goes first.
+MOST_PLANS = 8
+# A network that keeps asking for other results than were recorded is not planned any more.
+_MOST_SURPRISES = 16
+# What a step may give beside tensors; anything else could hide one.
+_PLAIN: tuple[type, ...] = (
+    int,
+    float,
+    complex,
+    bool,
+    str,
+    type(None),
+    torch.dtype,
+    torch.device,
+    torch.layout,
+)
+_PLAIN += (torch.memory_format, slice, range, type(...))
+
+
+class PlannedNetwork(fx.GraphModule):
+    """A traced network that recycles the memory of its activations.
+
+    The first call with inputs of some signature (shapes, strides, dtypes, number of threads) is
+    recorded: who needs memory, for how long. Every further one finds each result of an engine of
+    this package a place in one arena, so that a steady call allocates nothing but what it returns
+    (and what layers of torch allocate), and meets no page fault. The numbers are the same.
+
+    What is returned never lies in the arena. Calls at the same time, in several threads, have an
+    arena each. `plan_memory` switches it off, `release_memory` gives the memory back. Calls that
+    want gradients, that are traced or compiled, or whose modules have hooks, are not planned.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the network."""
+        memory = self.__dict__.get("_memory")
+        if memory is None or kwargs or torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)
+        signature = memory.signature(self, args)
+        if signature is None:
+            return super().__call__(*args)
+        plan = memory.plan(signature)
+        if plan is None:
+            return memory.record(self, signature, args)
+        if plan.lifetimes is None:
+            return super().__call__(*args)
+        arena = plan.take()
+        try:
+            with placing(arena):
+                result = super().__call__(*args)
+        finally:
+            plan.put_back(arena)
+        if not arena.whole:
+            memory.forget(signature)
+        return result
+
+
+def planned(traced: fx.GraphModule) -> PlannedNetwork:
+    """Makes a traced network one that recycles memory; they share their modules."""
+    network = PlannedNetwork(traced, traced.graph)
+    network.meta.update(traced.meta)
+    network.train(traced.training)
+    network.__dict__["_memory"] = _Memory()
+    return network
+
+
+def plan_memory(network: nn.Module, on: bool = True) -> int:
+    """Switches the planning of memory on or off, in a network and in all of its parts.
+
+    Returns:
+        How many parts it was switched in; 0 for a network that `optimize` could not trace.
+    """
+    parts = [m for m in network.modules() if isinstance(m, PlannedNetwork)]
+    for part in parts:
+        part.__dict__["_memory"] = _Memory() if on else None
+    return len(parts)
+
+
+def release_memory(network: nn.Module) -> int:
+    """Frees the arenas of a network; the next call takes new ones.
+
+    Returns:
+        The number of bytes that were freed. Arenas of calls that are running are not among them.
+    """
+    memories = [m.__dict__.get("_memory") for m in network.modules()]
+    return sum(m.release() for m in memories if isinstance(m, _Memory))
+
+
+class _Plan:
+    """The lifetimes of one signature's results (None: not known), and the arenas not in use."""
+
+    def __init__(self, lifetimes: list[Lifetime] | None) -> None:
+        self.lifetimes = lifetimes
+        self._idle: list[Arena] = []
+
+    def take(self) -> Arena:
+        try:
+            arena = self._idle.pop()
+        except IndexError:
+            arena = Arena(self.lifetimes or [])
+        arena.start()
+        return arena
+
+    def put_back(self, arena: Arena) -> None:
+        self._idle.append(arena)
+
+    def release(self) -> int:
+        freed = 0
+        while self._idle:
+            freed += self._idle.pop().bytes
+        return freed
+
+
+class _Memory:
+    """The plans of a network; a copied or unpickled network starts without any."""
+
+    def __init__(self) -> None:
+        self._plans: OrderedDict[Any, _Plan] = OrderedDict()
+        self._lock = threading.Lock()
+        self._watched: tuple[Any, ...] | None = None
+        self._surprises = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Memory:
+        return _Memory()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Memory, ()
+
+    def signature(self, network: PlannedNetwork, args: tuple[Any, ...]) -> Any:
+        """Returns what a plan depends on; None where this call must not be planned."""
+        if self._surprises > _MOST_SURPRISES:
+            return None
+        parts: list[Any] = []
+        wants_gradient = False
+        for value in args:
+            if isinstance(value, Tensor):
+                if value.device.type != "cpu" or _traced(value, value):
+                    return None
+                parts.append((value.shape, value.stride(), value.dtype))
+                wants_gradient |= value.requires_grad
+            elif isinstance(value, int | float | str | bool | None):
+                parts.append((type(value), value))
+            else:
+                return None  # containers of tensors
+        if self._watched is None:
+            self._watched = _watched(network)
+        hooks, parameters, modules = self._watched
+        if any(hooks) or torch_module._has_any_global_hook():
+            return None
+        if torch.is_grad_enabled() and (wants_gradient or any(p.requires_grad for p in parameters)):
+            return None
+        if any(m.training for m in modules):
+            return None
+        cast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
+        return (*parts, torch.get_num_threads(), forced_code(), cast)
+
+    def plan(self, signature: Any) -> _Plan | None:
+        with self._lock:
+            plan = self._plans.get(signature)
+            if plan is not None:
+                self._plans.move_to_end(signature)
+            return plan
+
+    def record(self, network: PlannedNetwork, signature: Any, args: tuple[Any, ...]) -> Any:
+        """Runs the network step by step and makes the plan of this signature."""
+        run = _Recording(network)
+        result = run.run(*args)
+        with self._lock:
+            self._plans[signature] = _Plan(run.lifetimes(result))
+            while len(self._plans) > MOST_PLANS:
+                self._plans.popitem(last=False)
+        return result
+
+    def forget(self, signature: Any) -> None:
+        """Drops a plan that a call did not keep to: an engine was chosen anew."""
+        with self._lock:
+            self._plans.pop(signature, None)
+            self._surprises += 1
+
+    def release(self) -> int:
+        with self._lock:
+            return sum(plan.release() for plan in self._plans.values())
+
+
+def _watched(network: nn.Module) -> tuple[Any, ...]:
+    """Returns the dictionaries of hooks, the parameters and the modules of a network."""
+    modules = list(network.modules())
+    hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
+    return hooks, list(network.parameters()), modules
+
+
+class _Recording(fx.Interpreter):
+    """Runs the steps of a network and notes which results of engines each one may touch."""
+
+    def __init__(self, network: PlannedNetwork) -> None:
+        super().__init__(network)
+        self.recorder = Recorder()
+        self._place = {node: i for i, node in enumerate(network.graph.nodes)}
+        self._born: list[int] = []
+        self._dies: list[int] = []
+        self._opaque = False
+        self._numbers: dict[int, int] = {}  # of results, by the identity of their storage
+
+    def run_node(self, n: fx.Node) -> Any:
+        with placing(self.recorder):
+            value = super().run_node(n)
+        here = self._place[n]
+        for number in range(len(self._born), len(self.recorder.asked)):
+            self._numbers[self.recorder.asked[number].storage.cdata] = number
+            self._born.append(here)
+            self._dies.append(here)
+        last = max((self._place[user] for user in n.users), default=here)
+        for number in self._results_in(value):
+            self._dies[number] = max(self._dies[number], last)
+        return value
+
+    def lifetimes(self, returned: Any) -> list[Lifetime] | None:
+        """Lists the results as they were asked for; None where a step may hide a tensor."""
+        if self._opaque:
+            return None
+        kept = set(self._results_in(returned))
+        return [
+            Lifetime(a.owner, a.shape, a.dtype, a.layout, born, dies, number in kept)
+            for number, (a, born, dies) in enumerate(
+                zip(self.recorder.asked, self._born, self._dies, strict=True)
+            )
+        ]
+
+    def _results_in(self, value: Any) -> Iterator[int]:
+        for leaf in pytree.tree_leaves(value):
+            if isinstance(leaf, Tensor):
+                number = self._numbers.get(leaf.untyped_storage()._cdata)
+                if number is not None:
+                    yield number
+            elif not isinstance(leaf, _PLAIN):
+                self._opaque = True

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark of planned memory: its rows compare the same numbers, and tell what they are."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from torch import nn
+
+from benchmarks import memory
+from hetconv_kernels.backends import available_backends
+
+
+@pytest.mark.skipif("cpu" not in available_backends(), reason="the engine is not built here")
+def test_a_row_compares_equal_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def network() -> nn.Module:
+        return nn.Sequential(*(nn.Conv2d(16, 16, 3, padding=1) for _ in range(4)))
+
+    case: dict[str, Any] = {"small": (network, (1, 16, 96, 96), 4)}
+    monkeypatch.setattr(memory, "CASES", case)
+    row = memory.measure("small", 0.1)
+    assert row == json.loads(json.dumps(row))
+    assert row["equal"]
+    assert row["arena_bytes"] == 2 * 16 * 96 * 96 * 4
+    assert row["page_faults"]["planned"] <= row["page_faults"]["plain"]
+    assert 0 < row["speedup"]["low"] <= row["speedup"]["ratio"] <= row["speedup"]["high"]
