@@ -286,6 +286,8 @@ class Vendor:
         whole = groups is not None and (problem.live_weight or support.is_dense)
         if whole and same and problem.weight_shape == shape:
             return lambda w: w
+        if whole and same and (problem.format == torch.contiguous_format or shape[2:] == (1, 1)):
+            return lambda w: w.reshape(shape)
         build = self._dense(problem)
         if not problem.frozen_weight:
             return Pack(build, "vendor")
