@@ -37,6 +37,7 @@ class Bench:
         self.case, self.code = case, hk.backends.backend_code(backend)
         self.support = case.build_support()
         self.geometry = make_geometry(self.support, case.stride, case.k // 2)
+        self.frozen = make_geometry(self.support, case.stride, case.k // 2, frozen=True)
         device, self.dtype = torch.device(case.device), getattr(torch, case.dtype)
         torch.manual_seed(1)
         sets = 1
@@ -160,8 +161,9 @@ class Bench:
             return lambda: ops.run_dgrad(dy, w, geometry, size, code)
         if verb == "wgrad":
             return lambda: ops.run_wgrad(dy, x, geometry, shape, w.dtype, code)
-        weight = w if verb == "unfrozen" else live
-        return lambda: ops.run_fprop(x, weight, geometry, None, code)
+        if verb == "unfrozen":
+            return lambda: ops.run_fprop(x, w, geometry, None, code)
+        return lambda: ops.run_fprop(x, live, self.frozen, None, code)
 
     def _dense(self, verb: str, x: Tensor, dy: Tensor) -> Call:
         case, w = self.case, self.weight

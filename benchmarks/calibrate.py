@@ -74,7 +74,7 @@ def layers(count: int) -> list[tuple[hk.Support, int, int, int]]:
 def measure(support: hk.Support, n: int, side: int, stride: int, rounds: int) -> Row:
     """Times one layer on both backends, interleaved, on the frozen weight."""
     kernel = support.kernel[0]
-    geometry = make_geometry(support, stride, kernel // 2)
+    geometry = make_geometry(support, stride, kernel // 2, frozen=True)
     x = torch.randn(n, support.channels, side, side).contiguous(memory_format=torch.channels_last)
     w = torch.randn(support.live) / 10
     problem = ops.describe("fprop", geometry, x, x, w, (side, side))

@@ -8,7 +8,6 @@ where the host has nothing better (equal groups stay groups).
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from .backends.common import pad_image
 from .errors import HetconvError, InputTypeError, TraceError, mismatch
 from .graph.check import verify
+from .graph.copying import copied
 from .graph.trace import FAILURES, as_inputs, check_network
 from .nn import FrequencyConv2d, FusedConv2d, GroupedConv2d, SupportConv2d, SupportLinear
 from .nn.base import SupportLayer
@@ -80,7 +80,7 @@ def plain(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise InputTypeError(mismatch("model", type(model).__name__, "an nn.Module"))
-    return _replaced(copy.deepcopy(model))
+    return _replaced(copied(model))
 
 
 def _replaced(module: nn.Module) -> nn.Module:

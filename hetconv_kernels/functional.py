@@ -81,8 +81,8 @@ def conv2d(
         x = _autocast(x)
     if _traced(x, weight):
         check_kinds(x, weight, bias, mixed)
-        bits, ints = _op_arguments(geometry, x)
-        return torch.ops.hetconv.fprop(x, weight, bits, None, bias, None, "none", ints, backend)
+        bits, ints, code = _op_arguments(geometry, x, backend)
+        return torch.ops.hetconv.fprop(x, weight, bits, None, bias, None, "none", ints, code)
     if torch.is_grad_enabled() or transforms_active():
         # A wrong rank is refused by the checks in the call.
         height, width = x.shape[2:] if x.dim() == 4 else (0, 0)
@@ -140,8 +140,8 @@ def fused_conv2d(
         return y if pool is None else max_pooled(y, pool)
     if _traced(x, weight):
         check_kinds(x, weight, shift, mixed)
-        bits, ints = _op_arguments(geometry, x)
-        y = torch.ops.hetconv.fprop(x, weight, bits, scale, shift, residual, act, ints, backend)
+        bits, ints, code = _op_arguments(geometry, x, backend)
+        y = torch.ops.hetconv.fprop(x, weight, bits, scale, shift, residual, act, ints, code)
         return y if pool is None else max_pooled(y, pool)
     return ops.run_fprop(x, weight, geometry, shift, backend, mixed, scale, residual, act, pool)
 
@@ -157,8 +157,8 @@ def conv2d_stats(
         y [N, F, OH, OW], Σ y [F] and Σ y² [F], the sums in float32 (float64 for float64).
     """
     if _traced(x, weight):
-        bits, ints = _op_arguments(geometry, x)
-        return torch.ops.hetconv.fprop_stats(x, weight, bits, bias, ints, backend)
+        bits, ints, code = _op_arguments(geometry, x, backend)
+        return torch.ops.hetconv.fprop_stats(x, weight, bits, bias, ints, code)
     if torch.is_grad_enabled() or transforms_active():
         y = conv2d(x, weight, bias, geometry, backend)
         return y, *channel_statistics(y)
@@ -177,9 +177,10 @@ def _traced(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _op_arguments(geometry: Geometry, x: Tensor) -> tuple[Tensor, list[int]]:
-    """Returns what stands for a Geometry in an operator's arguments."""
-    return bits_on(geometry.support, x.device), geometry.ints(x.shape[2], x.shape[3])
+def _op_arguments(geometry: Geometry, x: Tensor, backend: int) -> tuple[Tensor, list[int], int]:
+    """Returns what stands for a Geometry and a backend's code in an operator's arguments."""
+    code = backend + backends.FROZEN if geometry.frozen else backend
+    return bits_on(geometry.support, x.device), geometry.ints(x.shape[2], x.shape[3]), code
 
 
 def _autocasting(x: Tensor) -> bool:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import ranges
-from .backends import Choice, choose
+from .backends import FROZEN, Choice, choose
 from .backends.common import channel_statistics
 from .errors import ArgumentError, BackendError, mismatch
 from .flops import register_flop_formulas
@@ -51,7 +51,7 @@ _SCHEMAS = (
 
 # Signatures kept for one layer, and layers kept by their integers; past that they start afresh.
 _MAX_SIGNATURES = 1024
-_geometries: dict[tuple[int, ...], Geometry] = {}
+_geometries: dict[tuple[bool, tuple[int, ...]], Geometry] = {}
 
 
 # Eager bodies -----------------------------------------------------------------------------------
@@ -307,15 +307,20 @@ def _check_gradient(geometry: Geometry, dy: Tensor, size: Sequence[int]) -> None
 # Operators --------------------------------------------------------------------------------------
 
 
-def geometry_of(bits: Tensor, ints: Sequence[int]) -> Geometry:
+def geometry_of(bits: Tensor, ints: Sequence[int], frozen: bool = False) -> Geometry:
     """Returns the Geometry that an operator's integers name.
+
+    Args:
+        bits: the bit-packed mask.  # uint8 [F, ceil(C·KH·KW/8)]
+        ints: what `Geometry.ints` lists.
+        frozen: whether the weight is a frozen layer's.
 
     Raises:
         BackendError: the Support is unknown here and would have to be read during CUDA-graph
             capture.
         ArgumentError: the mask does not have the digest that the integers carry.
     """
-    key = tuple(ints[2:])
+    key = frozen, tuple(ints[2:])
     geometry = _geometries.get(key)
     if geometry is None:
         named = read_ints(ints)
@@ -326,7 +331,7 @@ def geometry_of(bits: Tensor, ints: Sequence[int]) -> Geometry:
             )
         if len(_geometries) >= _MAX_SIGNATURES:
             _geometries.clear()
-        geometry = Geometry(support, named.stride, named.pads, named.dilation)
+        geometry = Geometry(support, named.stride, named.pads, named.dilation, frozen)
         _geometries[key] = geometry
     return geometry
 
@@ -351,7 +356,8 @@ def _fprop(
     geometry: Sequence[int],
     backend: int,
 ) -> Tensor:
-    layer = geometry_of(support, geometry)
+    frozen, backend = divmod(backend, FROZEN)
+    layer = geometry_of(support, geometry, bool(frozen))
     return run_fprop(x, w, layer, shift, backend, True, scale, residual, act)
 
 
@@ -363,11 +369,13 @@ def _fprop_stats(
     geometry: Sequence[int],
     backend: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return run_fprop_stats(x, w, geometry_of(support, geometry), shift, backend)
+    frozen, backend = divmod(backend, FROZEN)
+    return run_fprop_stats(x, w, geometry_of(support, geometry, bool(frozen)), shift, backend)
 
 
 def _dgrad(dy: Tensor, w: Tensor, support: Tensor, geometry: Sequence[int], backend: int) -> Tensor:
-    return run_dgrad(dy, w, geometry_of(support, geometry), geometry[:2], backend)
+    frozen, backend = divmod(backend, FROZEN)
+    return run_dgrad(dy, w, geometry_of(support, geometry, bool(frozen)), geometry[:2], backend)
 
 
 def _wgrad(
@@ -380,7 +388,7 @@ def _wgrad(
     backend: int,
 ) -> Tensor:
     layer = geometry_of(support, geometry)
-    return run_wgrad(dy, x, layer, tuple(weight_shape), dtype, backend)
+    return run_wgrad(dy, x, layer, tuple(weight_shape), dtype, backend % FROZEN)
 
 
 def _check_traced(name: str, x: Tensor, channels: int, geometry: Sequence[int]) -> None:

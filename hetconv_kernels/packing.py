@@ -11,13 +11,13 @@ derives from it is private to the engine and kept only while the weight is uncha
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .plan import Plan
 from .problem import is_dense_shape
@@ -116,105 +116,140 @@ def pack_slabs(plan: Plan, w: Tensor) -> Tensor:
     return flat.masked_fill(source < 0, 0)
 
 
-# Fused optimisers, and those that write through ``.data``, change a weight and not its version.
-_optimizer_steps = 0
+class Packed(NamedTuple):
+    """One packing of a weight while `watched`.
 
-
-def _count_step(*_: object) -> None:
-    global _optimizer_steps
-    _optimizer_steps += 1
-
-
-register_optimizer_step_post_hook(_count_step)
-
-
-class _Entry(NamedTuple):
-    owner: weakref.ref[Tensor]
-    stamp: tuple[int, int, int]
-    value: Any
-
-
-class _PerWeight:
-    """Remembers one value for each weight, for as long as the weight is unchanged.
-
-    Unchanged means the same tensor object, storage address and in-place version and, if it is
-    trainable, no step of any optimiser since. Any other write through ``weight.data`` goes unseen,
-    as it does for autograd.
+    Attributes:
+        engine: what asked for it.
+        seconds: that it took.
     """
 
-    def __init__(self) -> None:
-        self._entries: dict[int, _Entry] = {}
-
-    def _recall(self, w: Tensor) -> Any:
-        entry = self._entries.get(id(w))
-        if entry is not None and entry.owner() is w and entry.stamp == _stamp(w):
-            return entry.value
-        return None
-
-    def _remember(self, w: Tensor, value: Any) -> None:
-        if w.is_inference():  # no version to tell changes by
-            return
-        key = id(w)
-        owner = weakref.ref(w, lambda _: self._entries.pop(key, None))
-        self._entries[key] = _Entry(owner, _stamp(w), value)
+    engine: str
+    seconds: float
 
 
-def _stamp(w: Tensor) -> tuple[int, int, int]:
-    return w._version, w.data_ptr(), _optimizer_steps if w.requires_grad else 0
+# Those who watch; none of them outside of `explain`, `profile` and tests.
+_watchers: list[list[Packed]] = []
 
 
-class FrozenCache(_PerWeight):
-    """Keeps what an engine derives from a frozen weight, the live vector that `freeze` leaves.
+@contextmanager
+def watched() -> Iterator[list[Packed]]:
+    """Lists what is packed meanwhile, by all threads: weights brought into an engine's own form."""
+    seen: list[Packed] = []
+    _watchers.append(seen)
+    try:
+        yield seen
+    finally:
+        _watchers[:] = [others for others in _watchers if others is not seen]
 
-    Trainable weights are derived anew at each call: their writers (optimisers, averaging, FSDP) do
-    not always leave a trace, and a stale copy would be silently wrong.
+
+class Pack:
+    """Derives an engine's form of a weight, at each call.
 
     Args:
         build: makes the derived value from a weight; not a view of it, which would keep it alive.
+        engine: whose form it is.
     """
 
-    def __init__(self, build: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self._build = build
+    def __init__(self, build: Callable[[Tensor], Any], engine: str) -> None:
+        self._build, self._engine = build, engine
 
     def __call__(self, w: Tensor) -> Any:
         """Returns the derived value of w."""
-        if w.dim() != 1 or w.requires_grad:
+        if not _watchers:
             return self._build(w)
-        value = self._recall(w)
-        if value is None:
-            value = self._build(w)
-            if not (w.is_cuda and torch.cuda.is_current_stream_capturing()):
-                self._remember(w, value)
+        from .timing import clock  # not needed to import the package
+
+        now = clock(w.device)
+        began = now()
+        value = self._build(w)
+        one = Packed(self._engine, now() - began)
+        for seen in _watchers:
+            seen.append(one)
         return value
 
 
-class CleanCheck(_PerWeight):
-    """Knows which dense weights already are zero at every dead entry, and can be used as they are.
+class _Entry(NamedTuple):
+    storage: weakref.ref[torch.UntypedStorage]
+    tensor: int
+    version: int
+    value: Any
 
-    Layers keep their weights so, and optimisers, averaging and sharding preserve it. What is kept
-    is a verdict and not a copy: nothing goes stale but the verdict itself. Asking a GPU costs a
-    synchronisation, so there it is asked only of a weight that is met for the third time.
 
-    Args:
-        support: which entries are live.
+class FrozenCache(Pack):
+    """Keeps what an engine derives from the weight of a frozen layer while that is unchanged.
+
+    Unchanged means the same tensor on the same storage, at the same place in it and of the same
+    in-place version. The storage is known by itself, not by its address, which the allocator gives
+    to others; nothing refers to the tensor (``torch.utils.swap_tensors`` would refuse it), and what
+    is kept goes with the storage. Not seen are writes into that storage which leave no version:
+    through ``.data``, NumPy, or another tensor that shares the memory but not the version.
+
+    A weight that is trained, and an inference tensor, which has no version, are derived anew at
+    each call: a stale copy would be silently wrong. Frozen layers have neither (`owned`).
     """
 
-    def __init__(self, support: Support) -> None:
-        super().__init__()
-        self._support = support
+    def __init__(self, build: Callable[[Tensor], Any], engine: str) -> None:
+        super().__init__(build, engine)
+        # By address: one for each place in memory, however many tensors there were on it.
+        self._entries: dict[int, _Entry] = {}
 
-    def __call__(self, w: Tensor) -> bool:
-        """Tells whether the dense weight w can be used without masking."""
-        seen: int | bool | None = self._recall(w)
-        if isinstance(seen, bool):
-            return seen
-        met = (seen or 0) + 1
-        if w.is_cuda and (met < 3 or torch.cuda.is_current_stream_capturing()):
-            self._remember(w, met)
-            return False
-        dense = w.detach().view(self._support.shape)
-        # 1 > 0 where a weight that is not zero stands at a dead entry.
-        clean = not bool((dense.ne(0) > _mask_like(self._support, dense)).any())
-        self._remember(w, clean)
-        return clean
+    def __call__(self, w: Tensor) -> Any:
+        """Returns the derived value of w."""
+        value = self.recall(w)
+        if value is None:
+            value = super().__call__(w)
+            if not (
+                w.requires_grad
+                or w.is_inference()
+                or (w.is_cuda and torch.cuda.is_current_stream_capturing())
+            ):
+                self._remember(w, value)
+        return value
+
+    def recall(self, w: Tensor) -> Any:
+        """Returns what is kept of w, None if nothing is."""
+        entry = self._entries.get(w.data_ptr())
+        if (
+            entry is not None
+            and entry.storage() is w.untyped_storage()
+            and entry.tensor == w._cdata
+            and entry.version == w._version
+            and not w.requires_grad
+        ):
+            return entry.value
+        return None
+
+    def forget(self, w: Tensor) -> None:
+        """Drops what is kept of the memory that w has."""
+        self._entries.pop(w.data_ptr(), None)
+
+    def _remember(self, w: Tensor, value: Any) -> None:
+        key, entries = w.data_ptr(), self._entries
+
+        def gone(reference: weakref.ref[torch.UntypedStorage]) -> None:
+            entry = entries.get(key)
+            if entry is not None and entry.storage is reference:
+                del entries[key]
+
+        storage = weakref.ref(w.untyped_storage(), gone)
+        entries[key] = _Entry(storage, w._cdata, w._version, value)
+
+
+def owned(w: Tensor) -> Tensor:
+    """Returns a frozen weight as a tensor whose changes show: a copy of an inference tensor.
+
+    Networks that were made, moved or copied under ``torch.inference_mode()`` have inference
+    tensors, which have no version; no packed form of them could be kept.
+    """
+    if not w.is_inference() or w.is_meta:
+        return w
+    with torch.inference_mode(False), torch.no_grad():
+        return w.clone(memory_format=torch.preserve_format)
+
+
+def forget(support: Support, w: Tensor) -> None:
+    """Drops what engines keep of a weight, after a write that leaves no trace."""
+    for value in list(support.derived.values()):
+        if hasattr(value, "forget"):
+            value.forget(w)

@@ -39,12 +39,15 @@ class Geometry:
         stride: (vertical, horizontal), in pixels.
         pads: zeros around the image, in pixels: top, bottom, left, right.
         dilation: (vertical, horizontal), in pixels.
+        frozen: whether the weights are a frozen layer's: then engines keep what they derive from
+            them (see `packing.FrozenCache`).
     """
 
     support: Support
     stride: Pair
     pads: Pads
     dilation: Pair
+    frozen: bool = False
 
     # What `ints` lists after the image.
     tail: tuple[int, ...] = field(init=False, repr=False)
@@ -71,7 +74,7 @@ class Geometry:
         return self  # immutable
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Geometry, (self.support, self.stride, self.pads, self.dilation)
+        return Geometry, (self.support, self.stride, self.pads, self.dilation, self.frozen)
 
     def ints(self, height: int, width: int) -> list[int]:
         """Lists H, W, C, KH, KW, stride (2), pads (4), dilation (2) and the Support's digest."""
@@ -114,6 +117,7 @@ def make_geometry(
     stride: int | Sequence[int] = 1,
     padding: int | str | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
+    frozen: bool = False,
 ) -> Geometry:
     """Builds a Geometry from arguments in the form of ``nn.Conv2d``.
 
@@ -123,6 +127,7 @@ def make_geometry(
         padding: one number, a pair, four numbers (top, bottom, left, right), ``"same"`` or
             ``"valid"``.
         dilation: one number or a pair, in pixels.
+        frozen: whether the weights are a frozen layer's.
 
     Raises:
         InputTypeError: ``support`` is not a Support.
@@ -136,7 +141,8 @@ def make_geometry(
     kh, kw = support.kernel
     # One tap has nothing to dilate; told so, PyTorch's bf16 convolution crashes on some shapes.
     dilations = (1 if kh == 1 else dy, 1 if kw == 1 else dx)
-    return Geometry(support, strides, _pads(support, strides, padding, dilations), dilations)
+    pads = _pads(support, strides, padding, dilations)
+    return Geometry(support, strides, pads, dilations, frozen)
 
 
 def _pads(
@@ -230,6 +236,11 @@ class Problem:
     def live_weight(self) -> bool:
         """Whether the weight holds only live entries, in Support order, instead of dense."""
         return not is_dense_shape(self.support, self.weight_shape)
+
+    @property
+    def frozen_weight(self) -> bool:
+        """Whether the weight is a frozen layer's, so that what is derived from it is kept."""
+        return self.geometry.frozen and len(self.weight_shape) == 1
 
     @cached_property
     def output_size(self) -> Pair:

@@ -110,7 +110,7 @@ def test_every_stream_that_reads_what_is_kept_is_told_to_the_allocator(
     host, monkeypatch: pytest.MonkeyPatch, verb: str, tables: int
 ) -> None:
     """Once a stream: the tables, and the slabs of a frozen weight with where they come from."""
-    geometry = make_geometry(hk.Support.het(16, 24, 3, p=2), 1, 1)  # nothing is kept with it yet
+    geometry = make_geometry(hk.Support.het(16, 24, 3, p=2), 1, 1, frozen=True)
     x, w, dy = operands(geometry, torch.bfloat16)
     frozen = w[torch.tensor(geometry.support.mask)]
     first, second = (x, x) if verb == "fprop" else (dy, x)

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -48,7 +46,7 @@ def test_a_frozen_weight_gives_what_conv2d_gives(
 ) -> None:
     torch.manual_seed(0)
     padding = support.kernel[0] // 2 * dilation
-    geometry = make_geometry(support, stride, padding, dilation)
+    geometry = make_geometry(support, stride, padding, dilation, frozen=True)
     x = image(3, support.channels, size, size)
     live = torch.randn(support.live)
     assert prepacked.takes(problem(geometry, x, live)), "the test would show nothing"
@@ -70,7 +68,7 @@ def test_a_frozen_weight_gives_what_conv2d_gives(
 
 def kept(layer: hk.nn.SupportConv2d, weight: Tensor) -> list[object]:
     caches = [v for v in layer.support.derived.values() if isinstance(v, FrozenCache)]
-    return [v for v in (c._recall(weight) for c in caches) if v is not None]
+    return [v for v in (c.recall(weight) for c in caches) if v is not None]
 
 
 def layer_and_image() -> tuple[hk.nn.SupportConv2d, Tensor]:
@@ -107,19 +105,13 @@ def test_another_batch_and_image_size_use_the_same_layout() -> None:
     assert [id(v) for v in kept(layer, layer.weight)] == [id(v) for v in before]
 
 
-@pytest.mark.parametrize("kind", ["trainable", "inference"])
-def test_a_weight_for_which_nothing_can_be_kept_goes_the_plain_way(
-    kind: str, monkeypatch: pytest.MonkeyPatch
+def test_a_frozen_weight_that_is_trained_after_all_goes_the_plain_way(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     layer, x = layer_and_image()
     dense = layer.dense_weight()
     layer.freeze()
-    if kind == "trainable":
-        layer.weight.requires_grad_()
-    else:
-        with torch.inference_mode():
-            layer = copy.deepcopy(layer)
-            layer.weight = torch.nn.Parameter(layer.weight.clone(), requires_grad=False)
+    layer.weight.requires_grad_()
     monkeypatch.setattr(
         torch.ops.mkldnn, "_reorder_convolution_weight", lambda *_: pytest.fail("laid out")
     )
@@ -129,14 +121,16 @@ def test_a_weight_for_which_nothing_can_be_kept_goes_the_plain_way(
 
 def test_what_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     support = hk.Support.dense(32, 64, 3)
-    geometry = make_geometry(support, 1, 1)
+    geometry = make_geometry(support, 1, 1, frozen=True)
     x, live = image(2, 32, 20, 20), torch.randn(support.live)
     assert prepacked.takes(problem(geometry, x, live))
     assert not prepacked.takes(problem(geometry, x, live.view(support.shape))), "trainable form"
     assert not prepacked.takes(problem(geometry, x.contiguous(), live)), "contiguous images"
     assert not prepacked.takes(problem(geometry, x.double(), live.double()))
     assert not prepacked.takes(problem(geometry, image(2, 32, 5, 5), live)), "too little work"
-    uneven = make_geometry(support, 1, (1, 0, 0, 1))
+    uneven = make_geometry(support, 1, (1, 0, 0, 1), frozen=True)
     assert not prepacked.takes(problem(uneven, x, live))
+    trained = make_geometry(support, 1, 1)
+    assert not prepacked.takes(problem(trained, x, live)), "not of a frozen layer"
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert not prepacked.takes(problem(geometry, x, live))

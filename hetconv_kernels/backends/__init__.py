@@ -24,6 +24,8 @@ from .rates import POOL, POOLED
 # The integers travel in exported programs: a number, once given, is never reused.
 CODES = {"auto": 0, "reference": 1, "vendor": 2, "cpu": 3, "triton": 4, "cuda": 5}
 NAMES = {code: name for name, code in CODES.items()}
+# Added to a code that travels with the weight of a frozen layer, of which engines may keep forms.
+FROZEN = 256
 
 # The device types that backends are for, where it is only one.
 _ONLY_ON = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}

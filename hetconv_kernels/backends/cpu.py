@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import _cpu
-from ..packing import FrozenCache, dense_weight
+from ..packing import FrozenCache, Pack, dense_weight
 from ..pooling import max_pooled
 from ..problem import Problem
 from ..support import Support
@@ -85,7 +85,7 @@ class Cpu:
             + pixels * _tile_columns(problem) / 16 * form.load
             + images * plan.cost * form.image
         )
-        packing = 0.0 if problem.live_weight else math.prod(problem.support.shape) * PACK
+        packing = 0.0 if problem.frozen_weight else math.prod(problem.support.shape) * PACK
         weights = plan.packed_elements * form.packed
         if plan.packed_elements * 4 > _NEAR:
             bands = math.ceil(pixels * problem.support.channels * 4 / _BAND)
@@ -246,7 +246,7 @@ class Cpu:
         return _kept(_cpu.Plan, problem, form)
 
     @staticmethod
-    def _packer(verb: str, plan: Any, problem: Problem) -> FrozenCache:
+    def _packer(verb: str, plan: Any, problem: Problem) -> Pack:
         """Returns what packs a canonical weight for a plan, and keeps the form of a frozen one."""
         support, dtype = problem.support, problem.weight_dtype
 
@@ -257,8 +257,10 @@ class Cpu:
                 dense.data_ptr(), dense.stride(), _name(dtype), torch.get_num_threads()
             )
 
-        key = ("cpu packed", verb, id(plan), dtype, problem.live_weight)
-        cache: FrozenCache = support.derived.setdefault(key, FrozenCache(build))
+        if not problem.frozen_weight:
+            return Pack(build, "cpu")
+        key = ("cpu packed", verb, id(plan), dtype)
+        cache: FrozenCache = support.derived.setdefault(key, FrozenCache(build, "cpu"))
         return cache
 
 

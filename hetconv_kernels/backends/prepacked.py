@@ -31,7 +31,7 @@ def takes(problem: Problem) -> bool:
     """Tells whether a frozen weight of this problem can be laid out for oneDNN in advance."""
     return (
         problem.verb == "fprop"
-        and len(problem.weight_shape) == 1  # the live vector
+        and problem.frozen_weight
         and problem.device.type == "cpu"
         and problem.dtype == problem.weight_dtype == torch.float32
         and problem.geometry.symmetric_padding is not None
@@ -91,7 +91,7 @@ def linear(problem: Problem, dense: Callable[[Tensor], Tensor]) -> Finish:
 
 def _kept(problem: Problem, key: object, pack: Callable[[Tensor], Tensor]) -> FrozenCache:
     cache: FrozenCache = problem.support.derived.setdefault(
-        ("onednn", key, problem.channels_last), FrozenCache(pack)
+        ("onednn", key, problem.channels_last), FrozenCache(pack, "vendor")
     )
     return cache
 

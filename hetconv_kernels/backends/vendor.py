@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vendor`: PyTorch's own convolution (oneDNN, cuDNN) on the masked dense weight.
 
-It is the promise that `auto` is never slower than what the user had: a weight whose dead entries
-are zero, as the layers keep theirs, is passed on as it is, so a call is one ``torch.conv2d``.
+It is the promise that `auto` is never slower than what the user had: a frozen weight is laid out
+once, and that of an equal grouping or of a dense Support is passed on as it is, so a call is one
+``torch.conv2d``. Any other weight is masked at each call, since its dead entries may hold anything.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..packing import CleanCheck, FrozenCache, dense_weight, own_blocks
+from ..packing import FrozenCache, Pack, dense_weight, own_blocks
 from ..problem import Problem
 from . import Runner, prepacked
 from .common import (
@@ -35,6 +36,7 @@ from .rates import (
     GPU_LAUNCH,
     GPU_SPEED,
     LINEAR,
+    PACK,
     PREPACKED,
     SMALL_CALL,
     SMALL_IMAGE,
@@ -90,7 +92,11 @@ class Vendor:
 
     def estimate(self, problem: Problem) -> float:
         """Predicts the time of the dense (or equally grouped) convolution, in seconds."""
-        return dense_seconds(problem, work=1 / (problem.support.uniform_groups or 1))
+        seconds = dense_seconds(problem, work=1 / (problem.support.uniform_groups or 1))
+        masks = problem.verb != "wgrad" and problem.support.uniform_groups is None
+        if masks and not problem.frozen_weight and problem.device.type == "cpu":
+            seconds += math.prod(problem.support.shape) * PACK
+        return seconds
 
     def measured(self, problem: Problem) -> bool:
         """The rates were fitted on CPUs, in float32; elsewhere they are nominal."""
@@ -267,30 +273,27 @@ class Vendor:
                 dense = w.to(dtype).reshape(shape)
             else:
                 dense = own_blocks(w.view(support.shape), groups).to(dtype)
-            return dense.contiguous(memory_format=layout)
+            # PyTorch lays out a weight that it gets for one call by itself.
+            return dense.contiguous(memory_format=layout) if problem.frozen_weight else dense
 
         return build
 
     def _weight(self, problem: Problem) -> Callable[[Tensor], Tensor]:
-        """Returns the same, without work where the weight is so already or was met before."""
+        """Returns the same, without work where the weight is so already or is frozen."""
         support, dtype, shape = problem.support, problem.dtype, _weight_shape(problem)
         groups, same = support.uniform_groups, problem.weight_dtype == dtype
         # An equal grouping's live entries, and a dense weight, are nn.Conv2d's own weight already.
         whole = groups is not None and (problem.live_weight or support.is_dense)
         if whole and same and problem.weight_shape == shape:
             return lambda w: w
+        if whole and same and (problem.format == torch.contiguous_format or shape[2:] == (1, 1)):
+            return lambda w: w.reshape(shape)
         build = self._dense(problem)
-        if problem.live_weight:
-            key = ("vendor", dtype, problem.format)
-            cache: FrozenCache = support.derived.setdefault(key, FrozenCache(build))
-            return cache
-        # float64 is for checking (gradcheck writes through .data): there every call masks.
-        if groups is not None or not same or dtype == torch.float64:
-            return build
-        clean: CleanCheck = support.derived.setdefault("clean", CleanCheck(support))
-        if problem.weight_shape != shape:
-            return lambda w: w.view(shape) if clean(w) else build(w)
-        return lambda w: w if clean(w) else build(w)
+        if not problem.frozen_weight:
+            return Pack(build, "vendor")
+        key = ("vendor", dtype, problem.format)
+        cache: FrozenCache = support.derived.setdefault(key, FrozenCache(build, "vendor"))
+        return cache
 
 
 def _is_product(problem: Problem) -> bool:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from ..errors import ArgumentError, HetconvError, InputTypeError, SpeedupError, 
 from ..graph import compact as compacting
 from ..graph import rules
 from ..graph.convert import convert
+from ..graph.copying import copied
 from ..nn import GroupedConv2d, SupportConv2d, SupportLinear
 from ..support import Support
 from . import measure as clock
@@ -240,7 +242,7 @@ def _report(
 def _compacted(model: nn.Module, example: Tensor) -> tuple[nn.Module | None, str]:
     """Takes removed filters out physically, if that can be done; or says why they stay masked."""
     try:
-        small = compacting.compact(copy.deepcopy(model).eval(), example).model
+        small = compacting.compact(copied(model).eval(), example).model
     except HetconvError as error:
         return None, f"removed filters stay as empty rows of a Support: {error}"
     return small.train(model.training), ""

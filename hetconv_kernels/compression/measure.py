@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from .. import ops, stats, timing
 from ..backends import choose
 from ..errors import HetconvError
 from ..explain import explain
+from ..graph.copying import copied, settle
 from ..nn import FrequencyConv2d, SupportConv2d, SupportLinear
 from ..nn.base import SupportLayer
 from .report import LayerReport
@@ -33,7 +33,8 @@ class Whole(NamedTuple):
 
 def for_inference(model: nn.Module) -> nn.Module:
     """Copies a network for inference: evaluation mode, layers with a Support frozen."""
-    twin = copy.deepcopy(model).eval().requires_grad_(False)
+    twin = copied(model).eval().requires_grad_(False)
+    settle(twin)
     for module in twin.modules():
         if isinstance(module, SupportLayer):
             module.freeze()

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import InputTypeError, mismatch
 from ..graph.convert import HOOKS
+from ..graph.copying import copied
 
 # Tables of what hooks are called with, by the numbers of the hooks.
 _FLAGS = {
@@ -67,8 +68,7 @@ def gathered(model: nn.Module) -> nn.Module:
         for key, value in vars(module).items():
             if not key.startswith(_STATE):
                 twin.__dict__[key] = copy.deepcopy(_own(module, key, value), memo)
-    result: nn.Module = copy.deepcopy(model, memo)
-    return result
+    return copied(model, memo)
 
 
 def _check(model: nn.Module, modules: list[nn.Module], kind: type | None) -> None:

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from ..errors import VerificationError
 from ..stats import live_weights
 from ..testing import error_bound
+from .copying import copied
 
 
 class Match(NamedTuple):
@@ -54,9 +55,9 @@ def match(before: nn.Module, after: nn.Module, inputs: tuple[Any, ...]) -> Match
         after: the new network.
         inputs: arguments of the forward.
     """
-    exact = copy.deepcopy(before).double()
+    exact = copied(before).double()
     dtype = next((t.dtype for t in _floats(tuple(before.parameters()))), torch.float32)
-    coarse = copy.deepcopy(before).float() if dtype == torch.float64 else before
+    coarse = copied(before).float() if dtype == torch.float64 else before
     depth = max((_depth(module) for module in before.modules()), default=1)
     worst = Match(0.0, 0.0, 0.0)
     for given in (inputs, _noise(inputs)):

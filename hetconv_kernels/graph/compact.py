@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from ..nn.base import ForcedBackend
 from .channels import Channels
 from .check import Match, verify
 from .constants import Constant, constants, fold, foldable
+from .copying import copied
 from .layout import relayout, set_module
 from .names import describe
 from .trace import as_inputs, check_network, record, trace
@@ -121,7 +121,7 @@ def compact(model: nn.Module, example: Any) -> CompactReport:
     """
     check_network(model)
     inputs = as_inputs(example)
-    report, _ = shrink(copy.deepcopy(model), inputs)
+    report, _ = shrink(copied(model), inputs)
     if not report.shrunk:
         return report
     return replace(report, match=verify(model, report.model, inputs, "compact"))

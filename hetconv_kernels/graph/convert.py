@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import stats
 from ..errors import ArgumentError, InputTypeError, mismatch
+from .copying import copied
 from .rules import Keep, Rule
 
 # Where torch keeps the hooks of a module.
@@ -161,7 +161,7 @@ def convert(model: nn.Module, rule: Rule, inplace: bool = False) -> ConversionRe
     """
     _check(model, rule)
     if not inplace:
-        model = copy.deepcopy(model)
+        model = copied(model)
     shared = _shared_parameters(model)
     answers: dict[int, nn.Module | Keep | None] = {}
     swaps: list[tuple[Swap, nn.Module | None, str]] = []

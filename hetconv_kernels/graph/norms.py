@@ -13,7 +13,6 @@ What follows a convolution is `fold`'s, which takes the activation along.
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from typing import NamedTuple
 
@@ -24,6 +23,7 @@ from ..nn import FrequencyConv2d, GroupedConv2d, SupportConv2d, SupportLinear
 from ..nn.base import SupportLayer
 from ..problem import make_geometry
 from ..support import Support
+from .copying import copied
 from .layout import set_module
 from .names import module_of
 from .rules import Keep, _plain
@@ -97,7 +97,7 @@ def merged(layer: nn.Module, norm: Norm, before: bool) -> nn.Module:
         norm: with running statistics.
         before: whether the norm stands before the layer.
     """
-    twin = copy.deepcopy(layer)
+    twin = copied(layer)
     if isinstance(twin, FrequencyConv2d):
         twin.mix = merged(twin.mix, norm, before)  # type: ignore[assignment]
         return twin

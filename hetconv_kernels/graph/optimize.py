@@ -17,6 +17,7 @@ from ..nn.base import SupportLayer
 from .channels import Channels
 from .check import Match, verify
 from .compact import CompactReport, shrink
+from .copying import copied, settle
 from .fold import Folded, Left, fold
 from .layout import set_module
 from .order import Reordered, order
@@ -53,6 +54,8 @@ class OptimizeReport:
         untraced: the modules that could not be traced, and why.
         frozen: layers outside of all parts that were frozen.
         match: how far the outputs are from the original's.
+        settled: weights that a parametrisation, pruning or a norm computed at each call, and that
+            are ordinary ones now.
     """
 
     model: nn.Module
@@ -60,11 +63,14 @@ class OptimizeReport:
     untraced: tuple[Left, ...]
     frozen: tuple[str, ...]
     match: Match
+    settled: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"outputs compared: {self.match}"]
         for part in self.parts:
             lines += ["", *_account(part)]
+        if self.settled:
+            lines += ["", f"computed once and for all: {', '.join(self.settled)}"]
         if self.frozen:
             lines += ["", f"frozen, as they are: {', '.join(self.frozen)}"]
         if self.untraced:
@@ -76,7 +82,8 @@ class OptimizeReport:
 def optimize(model: nn.Module, example: Any) -> OptimizeReport:
     """Makes a trained network fast for inference.
 
-    In turn: `compact` removes dead channels; `order` rearranges channels so that groups are
+    In turn: weights that are computed at each call (parametrised, pruned, normed) become ordinary
+    ones; `compact` removes dead channels; `order` rearranges channels so that groups are
     contiguous; `fold` takes batch normalisation, residual sums and activations into the
     convolutions; layers with a Support are frozen. Where the network cannot be traced, its parts
     are tried, down to single layers. The outputs of the result are compared with the original's.
@@ -99,7 +106,8 @@ def optimize(model: nn.Module, example: Any) -> OptimizeReport:
     """
     check_network(model)
     inputs = as_inputs(example)
-    work = _Work(copy.deepcopy(model))
+    work = _Work(copied(model))
+    settled = settle(work.root)
     with torch.no_grad():
         result = work.optimize(work.root, "", inputs)
         if result is not None:
@@ -108,7 +116,8 @@ def optimize(model: nn.Module, example: Any) -> OptimizeReport:
     matched = work.match
     if matched is None or result is None or frozen:
         matched = verify(model, work.root, inputs, "optimize")
-    return OptimizeReport(work.root, tuple(work.parts), tuple(work.untraced), frozen, matched)
+    parts, untraced = tuple(work.parts), tuple(work.untraced)
+    return OptimizeReport(work.root, parts, untraced, frozen, matched, settled)
 
 
 @dataclass
@@ -127,7 +136,7 @@ class _Work:
     def optimize(self, module: nn.Module, name: str, inputs: tuple[Any, ...]) -> nn.Module | None:
         """Optimises a module as a whole, or its children in place; returns what replaces it."""
         try:
-            compacted, traced = shrink(copy.deepcopy(module), inputs)
+            compacted, traced = shrink(copied(module), inputs)
             _, reordered = order(Channels(traced))
             folded = fold(traced.eval())
             self.match = verify(module, traced, inputs, "optimize")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..errors import InputTypeError, SupportError, mismatch
-from ..packing import bits_on, dense_weight, live_weight, mask_on
+from ..packing import bits_on, dense_weight, forget, live_weight, mask_on, owned
 from ..problem import Geometry, memory_format
 from ..support import Support
 
@@ -47,7 +48,6 @@ class SupportLayer(ForcedBackend):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
-    frozen: bool = False
 
     _geometry: Geometry
     # Layers whose Support follows from their arguments refuse a checkpoint that contradicts it.
@@ -61,6 +61,11 @@ class SupportLayer(ForcedBackend):
     @support.setter
     def support(self, support: Support) -> None:
         self.set_support(support)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether only the live weights are left, see `freeze`."""
+        return self._geometry.frozen
 
     @property
     def _dense_shape(self) -> tuple[int, ...]:
@@ -151,13 +156,22 @@ class SupportLayer(ForcedBackend):
     def freeze(self) -> Self:
         """Keeps only the live vector, for inference; engines then keep their packed form of it.
 
+        It is packed anew when the weight is another tensor, has another storage, or was written to
+        in place: by ``copy_``, ``load_state_dict``, ``to``, an assignment to ``weight.data``. Not
+        seen is a write into its memory past PyTorch's version counter: ``weight.data.mul_(2)``, one
+        through NumPy, or through a tensor whose memory the weight was given by ``weight.data = t``,
+        as ``vector_to_parameters`` does. Call freeze() again after such a write. Layers that are
+        not frozen keep nothing and see every write.
+
         Returns:
             The layer itself.
 
         Raises:
             SupportError: the weight is parametrised.
         """
-        if not self.frozen:
+        if self.frozen:
+            forget(self.support, self.weight)
+        else:
             if not self._owns_weight:
                 raise SupportError(
                     "the weight of this layer is computed by a parametrisation; freeze() expects a "
@@ -165,9 +179,12 @@ class SupportLayer(ForcedBackend):
                     "(or torch.nn.utils.prune.remove) first."
                 )
             self._weight_trained = self.weight.requires_grad
-            self._weight_format = memory_format(self.weight, self.weight)
-            self.weight = nn.Parameter(self._to_live(self.weight.detach()), requires_grad=False)
-            self.frozen = True
+            # Not the memory format itself, which cannot be pickled.
+            last = memory_format(self.weight, self.weight) == torch.channels_last
+            self._weight_channels_last = last
+            live = self._to_live(self.weight.detach())
+            self.weight = nn.Parameter(owned(live), requires_grad=False)
+            self._geometry = replace(self._geometry, frozen=True)
         return self
 
     def thaw(self) -> Self:
@@ -178,8 +195,9 @@ class SupportLayer(ForcedBackend):
         """
         if self.frozen:
             dense = self._to_dense(self.weight.detach())
-            dense = dense.contiguous(memory_format=self._weight_format)
-            self.frozen = False
+            if self._weight_channels_last:
+                dense = dense.contiguous(memory_format=torch.channels_last)
+            self._geometry = replace(self._geometry, frozen=False)
             self.weight = nn.Parameter(dense, requires_grad=self._weight_trained)
         return self
 
@@ -227,7 +245,24 @@ class SupportLayer(ForcedBackend):
         super()._apply(fn, recurse)
         # The mask bits follow the weight here, so that no call has to move them.
         bits_on(self.support, self.weight.device)
+        if self.frozen and self._owns_weight:
+            self._frozen_weight()
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # copies and pickles
+        if self.__dict__.pop("frozen", False):  # where older pickles have it
+            self._geometry = replace(self._geometry, frozen=True)
+        if self.frozen and self._owns_weight:
+            self._frozen_weight()
+
+    def _frozen_weight(self) -> Tensor:
+        """Returns the weight of a frozen layer, made anew first where it is an inference tensor."""
+        weight = self.weight
+        if weight.is_inference() and not weight.is_meta and self._owns_weight:
+            with torch.inference_mode(False):
+                weight = self.weight = nn.Parameter(owned(weight), weight.requires_grad)
+        return weight
 
     def get_extra_state(self) -> dict[str, str]:
         """Saves the Support beside the weight."""

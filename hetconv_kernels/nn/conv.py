@@ -133,7 +133,9 @@ class SupportConv2d(SupportLayer):
         """Convolves.  # [N, C, H, W] -> [N, F, OH, OW]"""
         if self._outer_pads is not None:
             x = F.pad(x, self._outer_pads, mode=self.padding_mode)
-        return conv2d(x, self.weight, self.bias, self._geometry, self._backend_code())
+        geometry = self._geometry
+        weight = self._frozen_weight() if geometry.frozen else self.weight
+        return conv2d(x, weight, self.bias, geometry, self._backend_code())
 
     @classmethod
     def from_conv2d(cls, conv: nn.Conv2d, support: Support, **kwargs: Any) -> Self:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
@@ -17,6 +18,7 @@ from ..backends import choose
 from ..errors import ArgumentError, InputTypeError, SupportError, mismatch
 from ..functional import conv2d
 from ..masks import kernel_pair
+from ..packing import FrozenCache, dense_weight, owned
 from ..problem import Geometry, make_geometry
 from ..support import Support
 from .base import ForcedBackend
@@ -138,9 +140,9 @@ class FrequencyConv2d(ForcedBackend):
         self._spatial = make_geometry(dense, stride, padding, dilation)
         given = self._spatial.symmetric_padding or self._spatial.pads
         self.padding: str | tuple[int, ...] = padding if isinstance(padding, str) else given
+        self._spatial_frozen = replace(self._spatial, frozen=True)
         self.stride, self.dilation = self._spatial.stride, self._spatial.dilation
         self._paths: dict[Any, str] = {}
-        self._spatial_weight: tuple[Any, Tensor] | None = None
         self._build(chosen, bias, device, dtype)
         self.backend = backend
         self.reset_parameters()
@@ -164,8 +166,9 @@ class FrequencyConv2d(ForcedBackend):
             self._spatial.pads,
             self._spatial.dilation,
         )
+        self._transform_frozen = replace(self._transform, frozen=True)
         basis = dct_basis(self.kernel_size)[live].repeat(c, 1, 1)[:, None]
-        self.register_buffer("basis", basis.to(self.mix.weight), persistent=False)
+        self.register_buffer("basis", owned(basis.to(self.mix.weight)), persistent=False)
         self._paths.clear()
 
     @property
@@ -196,40 +199,64 @@ class FrequencyConv2d(ForcedBackend):
         """Convolves.  # [N, C, H, W] -> [N, F, OH, OW]"""
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
+        kept, code, bias = self._keeps(), self._backend_code(), self.mix.bias
         if self.path_for(x) == "frequency":
             # Not a Parameter: the transform is fixed, and its gradient is not computed.
-            maps = conv2d(x, self.basis.to(x.dtype), None, self._transform, self._backend_code())
+            if kept and self.basis.dtype == x.dtype:
+                maps = conv2d(x, self._kept_basis(), None, self._transform_frozen, code)
+            else:
+                maps = conv2d(x, self.basis.to(x.dtype), None, self._transform, code)
             return self.mix(maps)
-        return conv2d(x, self.spatial_weight(), self.mix.bias, self._spatial, self._backend_code())
+        if kept:
+            return conv2d(x, self._kept_spatial_weight(), bias, self._spatial_frozen, code)
+        return conv2d(x, self._transformed(self._masked()), bias, self._spatial, code)
+
+    def _keeps(self) -> bool:
+        """Tells whether derived weights are kept: those of a frozen layer, in an ordinary call."""
+        return self.mix.frozen and not (
+            torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+        )
+
+    def _kept_basis(self) -> Tensor:
+        """Returns the transform's weights as the live vector of its Support."""
+        if self.basis.is_inference():
+            self.basis = owned(self.basis)
+        cache: FrozenCache = self._transform.support.derived.setdefault(
+            "basis", FrozenCache(lambda basis: owned(basis.flatten().clone()), "frequency")
+        )
+        flat: Tensor = cache(self.basis)
+        return flat
+
+    def _kept_spatial_weight(self) -> Tensor:
+        """Returns the frozen spatial weight as the live vector of a dense Support, kept."""
+        key = ("spatial weight", self.in_channels, self.kernel_size, self.live_frequencies)
+        support, channels = self.mix.support, self.in_channels
+        cache: FrozenCache | None = support.derived.get(key)
+        if cache is None:
+            images = dct_basis(self.kernel_size)[list(self.live_frequencies)]
+
+            def build(live: Tensor) -> Tensor:
+                dense = dense_weight(support, live.detach(), live.dtype)
+                return owned(_to_spatial(dense, channels, images).flatten())
+
+            cache = support.derived[key] = FrozenCache(build, "frequency")
+        flat: Tensor = cache(self.mix._frozen_weight())
+        return flat
 
     def spatial_weight(self) -> Tensor:
-        """Transforms the coefficients back; kept until they change.  # [F, C, KH, KW]"""
-        weight = self.mix.weight
-        if weight.is_inference() or (torch.is_grad_enabled() and weight.requires_grad):
-            return self._transformed(weight)
-        key = (weight._version, id(weight))
-        if self._spatial_weight is None or self._spatial_weight[0] != key:
-            spatial = self._transformed(weight.detach())
-            if type(spatial) is not Tensor:  # a traced call, such as that of `stats.macs`
-                return spatial
-            self._spatial_weight = key, spatial
-        return self._spatial_weight[1]
+        """Transforms the coefficients back.  # [F, C, KH, KW]"""
+        return self._transformed(self._masked())
 
-    def _transformed(self, weight: Tensor) -> Tensor:
-        f, count = self.out_channels, len(self.live_frequencies)
-        if self.mix.frozen:
-            masked = self.mix.dense_weight()
-        elif self.mix.support.is_dense:
-            masked = weight
-        else:
-            masked = weight * self.mix._mask(weight.device)
-        terms = masked.reshape(f, self.in_channels, count, 1, 1).unbind(2)
-        images = self.basis[:count, 0].to(weight.dtype).unbind(0)
-        # Sums of scaled images: not a product that would count as work of the convolution.
-        total = terms[0] * images[0]
-        for term, image in zip(terms[1:], images[1:], strict=True):
-            total = total + term * image
-        return total
+    def _masked(self) -> Tensor:
+        """Returns the coefficients with zeros where none exist; gradients go through."""
+        mix = self.mix
+        if mix.frozen:
+            return mix.dense_weight()
+        weight = mix.weight
+        return weight if mix.support.is_dense else weight * mix._mask(weight.device)
+
+    def _transformed(self, masked: Tensor) -> Tensor:
+        return _to_spatial(masked, self.in_channels, self.basis[: len(self.live_frequencies), 0])
 
     def path_for(self, x: Tensor) -> str:
         """Says which way an input goes: ``"frequency"`` or ``"spatial"``; predicted for auto."""
@@ -296,7 +323,7 @@ class FrequencyConv2d(ForcedBackend):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        self._spatial_weight = None
+        self.basis = owned(self.basis)
         return self
 
     def get_extra_state(self) -> dict[str, list[int]]:
@@ -335,6 +362,20 @@ class FrequencyConv2d(ForcedBackend):
             f"stride={self.stride}, frequencies={len(self.live_frequencies)} of "
             f"{math.prod(self.kernel_size)}, path={self.path!r}"
         )
+
+
+def _to_spatial(masked: Tensor, channels: int, images: Tensor) -> Tensor:
+    """Sums the images of the frequencies, scaled by their coefficients.
+
+    # [F, C·frequencies, 1, 1], [frequencies, KH, KW] -> [F, C, KH, KW]
+    """
+    terms = masked.reshape(len(masked), channels, len(images), 1, 1).unbind(2)
+    # Sums of scaled images: not a product that would count as work of the convolution.
+    scaled = images.to(masked).unbind(0)
+    total = terms[0] * scaled[0]
+    for term, image in zip(terms[1:], scaled[1:], strict=True):
+        total = total + term * image
+    return total
 
 
 __all__ = ["PATHS", "FrequencyConv2d", "dct", "dct_basis", "idct"]

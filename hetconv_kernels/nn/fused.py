@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError, InputTypeError, SupportError, mismatch
 from ..functional import fused_conv2d
-from ..packing import bits_on, dense_weight, live_weight
+from ..packing import bits_on, dense_weight, forget, live_weight, owned
 from ..pooling import Pool
 from ..problem import ACTIVATIONS, Geometry, make_geometry
 from ..support import Support
@@ -22,7 +23,9 @@ class FusedConv2d(ForcedBackend):
     """act(conv(x) + shift + residual), with the scale of batch normalisation in the weight.
 
     Where it has a `Pool`, that is max-pooled, on a CPU while it is in the cache. Made by `fuse`.
-    Holds the live weights as a buffer, nothing dense, and does not train.
+    Holds the live weights as a buffer, nothing dense, and does not train. It is frozen: engines
+    keep their packed form of the weight, and what ``SupportConv2d.freeze`` says of writes that are
+    not seen holds here too; `freeze` after such a write.
 
     Shape:
         x [N, C, H, W], residual [N, F, OH, OW] and output the same, or what pooling makes of it.
@@ -43,9 +46,10 @@ class FusedConv2d(ForcedBackend):
         super().__init__()
         if pool is not None:
             pool.check_values()
-        self._geometry, self.act, self.backend, self.pool = geometry, act, backend, pool
-        self.register_buffer("weight", weight)
-        self.register_buffer("shift", shift)
+        self._geometry = replace(geometry, frozen=True)
+        self.act, self.backend, self.pool = act, backend, pool
+        self.register_buffer("weight", owned(weight))
+        self.register_buffer("shift", owned(shift))
 
     @property
     def support(self) -> Support:
@@ -55,7 +59,26 @@ class FusedConv2d(ForcedBackend):
     def _apply(self, fn: Any, recurse: bool = True) -> FusedConv2d:
         super()._apply(fn, recurse)
         bits_on(self.support, self.weight.device)
+        self._frozen_weight()
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # copies and pickles
+        if not self._geometry.frozen:  # older pickles
+            self._geometry = replace(self._geometry, frozen=True)
+        self._frozen_weight()
+
+    def freeze(self) -> FusedConv2d:
+        """Lets engines pack the weight anew, after a write to it that leaves no trace."""
+        forget(self.support, self.weight)
+        return self
+
+    def _frozen_weight(self) -> Tensor:
+        """Returns the weight, made anew first where it is an inference tensor."""
+        weight = self.weight
+        if weight.is_inference() and not weight.is_meta:
+            weight = self.weight = owned(weight)
+        return weight
 
     def get_extra_state(self) -> dict[str, str]:
         """Saves the Support beside the weight."""
@@ -75,7 +98,7 @@ class FusedConv2d(ForcedBackend):
         """Convolves and applies the epilogue in one pass.  # [N, C, H, W] -> [N, F, OH, OW]"""
         return fused_conv2d(
             x,
-            self.weight,
+            self._frozen_weight(),
             self._geometry,
             self._backend_code(),
             shift=self.shift,

@@ -81,7 +81,9 @@ class SupportLinear(SupportLayer):
                 mismatch("input features", tuple(x.shape), f"[..., {self.in_features}]")
             )
         pixels = x.reshape(-1, self.in_features, 1, 1)
-        y = conv2d(pixels, self.weight, self.bias, self._geometry, self._backend_code())
+        geometry = self._geometry
+        weight = self._frozen_weight() if geometry.frozen else self.weight
+        y = conv2d(pixels, weight, self.bias, geometry, self._backend_code())
         return y.reshape(*x.shape[:-1], self.out_features)
 
     @classmethod

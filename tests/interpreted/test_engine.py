@@ -128,12 +128,13 @@ def test_a_frozen_weight_is_packed_once(monkeypatch: pytest.MonkeyPatch) -> None
         original(self, *arguments)
 
     monkeypatch.setattr(launch.Launch, "__call__", spy)
-    first = ops.run_fprop(x, live, GEOMETRY, None, CODE)
-    again = ops.run_fprop(x, live, GEOMETRY, None, CODE)
+    frozen = make_geometry(S, 1, 1, frozen=True)
+    first = ops.run_fprop(x, live, frozen, None, CODE)
+    again = ops.run_fprop(x, live, frozen, None, CODE)
     assert torch.equal(first, again)
     assert packed.count("pack_kernel_gather") == 1
     live.mul_(2)
-    torch.testing.assert_close(ops.run_fprop(x, live, GEOMETRY, None, CODE), 2 * first)
+    torch.testing.assert_close(ops.run_fprop(x, live, frozen, None, CODE), 2 * first)
 
 
 def test_explain_says_how_the_engine_would_run_a_layer() -> None:

@@ -102,7 +102,7 @@ def make_packer(problem: Problem, tables: Source) -> Packer:
         def source(form: str) -> Any:
             return tables.source(support, form)
 
-        packer = support.derived[key] = Packer(support, source, start, device, dtype)
+        packer = support.derived[key] = Packer(support, source, start, device, dtype, "cuda")
     return packer
 
 
@@ -193,10 +193,11 @@ class GatherCall:
             if bound is None:
                 refuse_capture(self._device, "A layout of operands")  # asks the device for blocks
                 bound = self._bound[key] = self.bind(x, y, key[2])
-            slabs = self._packer(w)
+            frozen = self.problem.frozen_weight
+            slabs = self._packer(w, frozen)
             self._kept.lend(self._device)
             if capturing(self._device):
-                pin(self._device, self, slabs if w.dim() == 1 else None)
+                pin(self._device, self, slabs if frozen else None)
             sums = None
             if stats:
                 shape = (bound.lines, 2, filters)

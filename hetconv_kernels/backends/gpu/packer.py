@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...packing import FrozenCache
+from ...packing import FrozenCache, Pack
 from ...problem import is_dense_shape
 from ...support import Support
 from .capture import Kept, capturing, pin, upload
@@ -25,6 +25,7 @@ class Packer:
         start: launches the kernel: (w, source, slabs) -> None.
         device: where the weights are.
         dtype: of the slabs.
+        engine: which engine's slabs.
     """
 
     def __init__(
@@ -34,21 +35,28 @@ class Packer:
         start: Callable[[Tensor, Tensor, Tensor], None],
         device: torch.device,
         dtype: torch.dtype,
+        engine: str,
     ) -> None:
         self._support, self._source, self._start = support, source, start
         self._device, self._dtype = device, dtype
         self._sources: dict[str, Kept] = {}
-        self._frozen = FrozenCache(lambda w: Kept(self._pack(w)))
+        self._once = Pack(self._pack, engine)
+        self._frozen = FrozenCache(lambda w: Kept(self._pack(w, True)), engine)
 
-    def __call__(self, w: Tensor) -> Tensor:
-        """Returns the slabs, in the shape of their source."""
-        if w.dim() != 1 or w.requires_grad:  # of this call alone
-            return self._pack(w)
+    def __call__(self, w: Tensor, frozen: bool) -> Tensor:
+        """Returns the slabs, in the shape of their source; those of a frozen weight are kept."""
+        if not frozen or w.requires_grad:  # of this call alone
+            slabs: Tensor = self._once(w)
+            return slabs
         kept: Kept = self._frozen(w)
         kept.lend(self._device)
         return kept.tensors[0]
 
-    def _pack(self, w: Tensor) -> Tensor:
+    def forget(self, w: Tensor) -> None:
+        """Drops what is kept of the memory that w has."""
+        self._frozen.forget(w)
+
+    def _pack(self, w: Tensor, kept: bool = False) -> Tensor:
         if not is_dense_shape(self._support, w.shape):
             form, w = "live", w.contiguous()
         elif w.dim() == 4 and not w.is_contiguous() and _is_channels_last(w):
@@ -68,7 +76,7 @@ class Packer:
         slabs = torch.empty(shape, dtype=self._dtype, device=w.device)
         if table.numel():
             self._start(w, table, slabs)
-            if w.is_cuda and w.dim() == 1 and not (w.requires_grad or capturing(w.device)):
+            if kept and w.is_cuda and not capturing(w.device):
                 # These are kept, and the next call may come on another stream.
                 torch.cuda.current_stream(w.device).synchronize()
         return slabs

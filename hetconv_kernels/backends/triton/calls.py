@@ -45,7 +45,7 @@ def make_packer(lowering: Lowering, device: torch.device, dtype: torch.dtype) ->
     def start(w: Tensor, source: Tensor, slabs: Tensor) -> None:
         launch(w, source, slabs, source.numel())
 
-    return Packer(lowering.support, lowering.source, start, device, dtype)
+    return Packer(lowering.support, lowering.source, start, device, dtype, "triton")
 
 
 class Bound(NamedTuple):
@@ -115,9 +115,10 @@ class GatherCall:
         if sums:
             shape = (bound.tiles, 2, filters)
             partial = torch.empty(shape, dtype=torch.float32, device=x.device)
-        slabs = self._packer(w)
+        frozen = self.problem.frozen_weight
+        slabs = self._packer(w, frozen)
         if capturing(self.device):
-            pin(self.device, self, slabs if w.dim() == 1 else None)
+            pin(self.device, self, slabs if frozen else None)
         scale = None if scale is None else scale.resolve_neg().contiguous()
         shift = None if shift is None else shift.resolve_neg().contiguous()
         bound.start(x, slabs, y, scale, shift, residual, partial)
