@@ -16,16 +16,20 @@ Each primitive has a ctx-style Function here for the fast path, a setup_context-
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import Function
 from torch.autograd import forward_ad as _forward_ad
 
 from . import ops
-from .backends.common import epilogue
+from .backends.common import channel_statistics, epilogue
+from .observers import functionalised, has_values, observed
+from .packing import bits_on
 from .problem import Geometry
 
 Grads = tuple[Tensor | None, ...]
@@ -36,8 +40,34 @@ def transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active() or _forward_ad._current_level >= 0
 
 
+def through_operator(x: Tensor, *others: Tensor | None) -> bool:
+    """Tells whether a call goes to ``torch.ops.hetconv`` here and now.
+
+    A twin comes before an observer, for the operators know no levels; it asks again below them.
+    """
+    if not observed(x, *others):
+        return False
+    if torch.compiler.is_compiling() or not transforms_active():
+        return True
+    return functionalised(x, *others)
+
+
+def _through_operator_now(first: Tensor, *others: Tensor | None) -> bool:
+    """Tells the same of a call that a gradient makes, maybe when a transform is over.
+
+    The operands that it kept may then be wrappers of a level that is dead, without memory.
+    """
+    if through_operator(first, *others):
+        return True
+    return not transforms_active() and not has_values(first, *others)
+
+
 class EagerCall(NamedTuple):
-    """One call in eager mode: the layer, its input size in pixels, and the forced backend."""
+    """One call in eager mode: the layer, its input size in pixels, and the forced backend.
+
+    A gradient can be computed before other eyes than its output: every primitive asks anew whether
+    it is observed.
+    """
 
     geometry: Geometry
     size: tuple[int, int]
@@ -46,6 +76,12 @@ class EagerCall(NamedTuple):
 
     def fprop(self, x: Tensor, w: Tensor, shift: Tensor | None = None) -> Tensor:
         """Computes y = conv(x, w) + shift, recorded for differentiation where needed."""
+        if _through_operator_now(x, w, shift):
+            return self.through_ops(x).fprop(x, w, shift)
+        return self.eager_fprop(x, w, shift)
+
+    def eager_fprop(self, x: Tensor, w: Tensor, shift: Tensor | None = None) -> Tensor:
+        """Does what `fprop` does, where it is known that the call is not observed."""
         if transforms_active():
             from . import transforms  # rarely needed
 
@@ -58,6 +94,8 @@ class EagerCall(NamedTuple):
 
     def dgrad(self, dy: Tensor, w: Tensor) -> Tensor:
         """Computes dx, recorded for differentiation where needed."""
+        if _through_operator_now(dy, w):
+            return self.through_ops(dy).dgrad(dy, w)
         if transforms_active():
             from . import transforms  # rarely needed
 
@@ -68,6 +106,8 @@ class EagerCall(NamedTuple):
 
     def wgrad(self, dy: Tensor, x: Tensor, like: WeightKind) -> Tensor:
         """Computes dw, recorded for differentiation where needed."""
+        if _through_operator_now(dy, x):
+            return self.through_ops(dy).wgrad(dy, x, like)
         if transforms_active():
             from . import transforms  # rarely needed
 
@@ -75,6 +115,11 @@ class EagerCall(NamedTuple):
         if torch.is_grad_enabled() and (dy.requires_grad or x.requires_grad):
             return Wgrad.apply(dy, x, like, self)
         return ops.run_wgrad(dy, x, self.geometry, like.shape, like.dtype, self.backend)
+
+    def through_ops(self, first: Tensor) -> OpCall:
+        """Returns the same call through the operators, for a first operand's device."""
+        bits = bits_on(self.geometry.support, first.device)
+        return OpCall(bits, self.geometry.ints(*self.size), self.backend)
 
 
 class OpCall(NamedTuple):
@@ -84,10 +129,10 @@ class OpCall(NamedTuple):
     ints: Sequence[int]
     backend: int
 
-    def fprop(self, x: Tensor, w: Tensor) -> Tensor:
-        """Computes y = conv(x, w)."""
+    def fprop(self, x: Tensor, w: Tensor, shift: Tensor | None = None) -> Tensor:
+        """Computes y = conv(x, w) + shift."""
         return torch.ops.hetconv.fprop(
-            x, w, self.bits, None, None, None, "none", self.ints, self.backend
+            x, w, self.bits, None, shift, None, "none", self.ints, self.backend
         )
 
     def dgrad(self, dy: Tensor, w: Tensor) -> Tensor:
@@ -223,7 +268,9 @@ def _act_backward(dy: Tensor, z: Tensor, act: str) -> Tensor:
 
 def _op_fprop_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, w, bits, scale, shift, residual, act, ints, backend = inputs
-    ctx.call, ctx.weight, ctx.act = OpCall(bits, ints, backend), WeightKind(w.shape, w.dtype), act
+    # The integers of a JIT trace are constants: the size of the image is that of this call.
+    ctx.call = OpCall(bits, (*x.shape[2:], *ints[2:]), backend)
+    ctx.weight, ctx.act = WeightKind(w.shape, w.dtype), act
     ctx.save_for_backward(x, w, scale, shift, residual)
 
 
@@ -247,7 +294,8 @@ def _op_fprop_backward(ctx: Any, dy: Tensor) -> Grads:
 
 def _op_stats_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, w, bits, shift, ints, backend = inputs
-    ctx.call, ctx.weight = OpCall(bits, ints, backend), WeightKind(w.shape, w.dtype)
+    ctx.call = OpCall(bits, (*x.shape[2:], *ints[2:]), backend)
+    ctx.weight = WeightKind(w.shape, w.dtype)
     ctx.save_for_backward(x, w, shift, output[0])
 
 
@@ -282,12 +330,89 @@ def _op_wgrad_backward(ctx: Any, g: Tensor) -> Grads:
     return *_wgrad_grads(ctx, g, ctx.needs_input_grad), None, None, None, None, None
 
 
-for _name, _setup, _backward in (
-    ("fprop", _op_fprop_setup, _op_fprop_backward),
-    ("fprop_stats", _op_stats_setup, _op_stats_backward),
-    ("dgrad", _op_dgrad_setup, _op_dgrad_backward),
-    ("wgrad", _op_wgrad_setup, _op_wgrad_backward),
+# Forward mode through the ops: torch.library knows none, and would drop the tangents silently ---
+
+
+def _dual(run: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
+    """Runs a bilinear operator on dual tensors."""
+    (pa, ta), (pb, tb) = _unpacked(a), _unpacked(b)
+    y = run(pa, pb)
+    parts = [run(ta, pb)] if ta is not None else []
+    parts += [run(pa, tb)] if tb is not None else []
+    return y if not parts else _forward_ad.make_dual(y, sum(parts[1:], parts[0]), level=0)
+
+
+def _unpacked(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
+    primal, tangent = _forward_ad.unpack_dual(tensor, level=0)
+    return primal, tangent
+
+
+def _dual_fprop(
+    x: Tensor,
+    w: Tensor,
+    bits: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+    ints: Sequence[int],
+    backend: int,
+) -> Tensor:
+    y = _dual(OpCall(bits, ints, backend).fprop, x, w)
+    return epilogue(y, scale, shift, residual, act)
+
+
+def _dual_fprop_stats(
+    x: Tensor, w: Tensor, bits: Tensor, shift: Tensor | None, ints: Sequence[int], backend: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = _dual_fprop(x, w, bits, None, shift, None, "none", ints, backend)
+    return y, *channel_statistics(y)
+
+
+def _dual_dgrad(dy: Tensor, w: Tensor, bits: Tensor, ints: Sequence[int], backend: int) -> Tensor:
+    return _dual(OpCall(bits, ints, backend).dgrad, dy, w)
+
+
+def _dual_wgrad(
+    dy: Tensor,
+    x: Tensor,
+    bits: Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    ints: Sequence[int],
+    backend: int,
+) -> Tensor:
+    call, like = OpCall(bits, ints, backend), WeightKind(tuple(shape), dtype)
+    return _dual(partial(call.wgrad, like=like), dy, x)
+
+
+def _with_tangents(reverse: Callable[..., Any], dual: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes the kernel of an Autograd key of the one for reverse mode and the one for dual tensors.
+
+    Args:
+        reverse: called with the key set and the operator's arguments.
+        dual: called with the operator's arguments where one of them has a tangent.
+    """
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        if transforms_active() and any(
+            isinstance(a, Tensor) and a.is_floating_point() and _unpacked(a)[1] is not None
+            for a in args
+        ):
+            return dual(*args)
+        return reverse(keyset, *args)
+
+    return kernel
+
+
+for _name, _setup, _backward, _dual_form in (
+    ("fprop", _op_fprop_setup, _op_fprop_backward, _dual_fprop),
+    ("fprop_stats", _op_stats_setup, _op_stats_backward, _dual_fprop_stats),
+    ("dgrad", _op_dgrad_setup, _op_dgrad_backward, _dual_dgrad),
+    ("wgrad", _op_wgrad_setup, _op_wgrad_backward, _dual_wgrad),
 ):
-    torch.library.register_autograd(
-        f"hetconv::{_name}", _backward, setup_context=_setup, lib=ops._LIBRARY
+    # What torch.library.register_autograd does, but for the tangents.
+    _reverse = make_autograd_impl(
+        getattr(torch.ops.hetconv, _name).default, Info(_backward, _setup)
     )
+    ops._LIBRARY.impl(_name, _with_tangents(_reverse, _dual_form), "Autograd", with_keyset=True)

@@ -9,17 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import profiler as _profiler
 
 from . import backends, ops
-from .autograd import EagerCall, transforms_active
-from .backends.common import channel_statistics, epilogue
-from .packing import bits_on
+from .autograd import EagerCall, through_operator, transforms_active
+from .backends.common import channel_statistics, epilogue, pad_image
+from .observers import sizes
+from .packing import bits_on, mask_on
 from .pooling import Pool, max_pooled
-from .problem import Geometry, check_call, check_kinds, make_geometry
+from .problem import Geometry, check_call, check_kinds, is_dense_shape, make_geometry
 from .support import Support
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def support_conv2d(
@@ -79,14 +77,13 @@ def conv2d(
     mixed = _autocasting(x)
     if mixed:
         x = _autocast(x)
-    if _traced(x, weight):
+    if through_operator(x, weight, bias):
         check_kinds(x, weight, bias, mixed)
-        bits, ints, code = _op_arguments(geometry, x, backend)
-        return torch.ops.hetconv.fprop(x, weight, bits, None, bias, None, "none", ints, code)
+        return _operator(x, weight, geometry, backend, None, bias, None, "none")
     if torch.is_grad_enabled() or transforms_active():
         # A wrong rank is refused by the checks in the call.
         height, width = x.shape[2:] if x.dim() == 4 else (0, 0)
-        return EagerCall(geometry, (height, width), backend, mixed).fprop(x, weight, bias)
+        return EagerCall(geometry, (height, width), backend, mixed).eager_fprop(x, weight, bias)
     return ops.run_fprop(x, weight, geometry, bias, backend, mixed)
 
 
@@ -138,10 +135,9 @@ def fused_conv2d(
         y = conv2d(x, weight, shift if bare else None, geometry, backend)
         y = epilogue(y, scale, None if bare else shift, residual, act)
         return y if pool is None else max_pooled(y, pool)
-    if _traced(x, weight):
+    if through_operator(x, weight, *extras):
         check_kinds(x, weight, shift, mixed)
-        bits, ints, code = _op_arguments(geometry, x, backend)
-        y = torch.ops.hetconv.fprop(x, weight, bits, scale, shift, residual, act, ints, code)
+        y = _operator(x, weight, geometry, backend, scale, shift, residual, act)
         return y if pool is None else max_pooled(y, pool)
     return ops.run_fprop(x, weight, geometry, shift, backend, mixed, scale, residual, act, pool)
 
@@ -156,7 +152,7 @@ def conv2d_stats(
     Returns:
         y [N, F, OH, OW], Σ y [F] and Σ y² [F], the sums in float32 (float64 for float64).
     """
-    if _traced(x, weight):
+    if through_operator(x, weight, bias):
         bits, ints, code = _op_arguments(geometry, x, backend)
         return torch.ops.hetconv.fprop_stats(x, weight, bits, bias, ints, code)
     if torch.is_grad_enabled() or transforms_active():
@@ -165,22 +161,42 @@ def conv2d_stats(
     return ops.run_fprop_stats(x, weight, geometry, bias, backend)
 
 
-def _traced(x: Tensor, weight: Tensor) -> bool:
-    """Tells whether the call has to be seen by a tracer, a dispatch mode or a tensor subclass."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or type(x) not in _PLAIN
-        or type(weight) not in _PLAIN
-        or x.is_meta
-        or _profiler._is_profiler_enabled
-    )
+def _operator(
+    x: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    backend: int,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+) -> Tensor:
+    """Calls the operator; for the ONNX exporter that traces, PyTorch's own, all that it knows."""
+    if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+        dense = _gathered(geometry.support, weight.to(x.dtype))
+        padding = geometry.symmetric_padding
+        image = pad_image(x, geometry.pads) if padding is None else x
+        y = torch.conv2d(image, dense, None, geometry.stride, padding or 0, geometry.dilation)
+        return epilogue(y, scale, shift, residual, act)
+    bits, ints, code = _op_arguments(geometry, x, backend)
+    return torch.ops.hetconv.fprop(x, weight, bits, scale, shift, residual, act, ints, code)
+
+
+def _gathered(support: Support, weight: Tensor) -> Tensor:
+    """Expands a canonical weight by one gather, which every ONNX host has.  # [F, C, KH, KW]"""
+    mask = mask_on(support, weight.device)
+    if is_dense_shape(support, weight.shape):
+        return torch.where(
+            mask, weight.reshape(support.shape), torch.zeros_like(mask, dtype=weight.dtype)
+        )
+    places = mask.flatten().cumsum(0).masked_fill(~mask.flatten(), 0)
+    return torch.nn.functional.pad(weight.flatten(), (1, 0))[places].reshape(support.shape)
 
 
 def _op_arguments(geometry: Geometry, x: Tensor, backend: int) -> tuple[Tensor, list[int], int]:
     """Returns what stands for a Geometry and a backend's code in an operator's arguments."""
     code = backend + backends.FROZEN if geometry.frozen else backend
-    return bits_on(geometry.support, x.device), geometry.ints(x.shape[2], x.shape[3]), code
+    return bits_on(geometry.support, x.device), geometry.ints(*sizes(x)[2:]), code
 
 
 def _autocasting(x: Tensor) -> bool:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .observers import untraced
 from .plan import Plan
 from .problem import is_dense_shape
 from .support import Support
@@ -54,8 +55,8 @@ def mask_on(
 
 
 def _constant(array: object, device: torch.device) -> Tensor:
-    # Outside inference mode, so that the tensor can be used anywhere later.
-    with torch.inference_mode(False):
+    # Outside inference mode and JIT traces, so that the tensor can be used anywhere later.
+    with torch.inference_mode(False), untraced():
         return torch.as_tensor(np.array(array), device=device)
 
 

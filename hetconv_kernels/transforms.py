@@ -17,6 +17,7 @@ from torch.autograd import Function
 
 from . import ops
 from .autograd import Dgrad, EagerCall, Fprop, WeightKind, Wgrad, keep_fprop, keep_pair
+from .observers import has_values, observed
 
 
 def _add(*terms: Tensor | None) -> Tensor | None:
@@ -52,6 +53,8 @@ class FpropTwin(Function):
     @staticmethod
     def forward(x: Tensor, w: Tensor, shift: Tensor | None, call: EagerCall) -> Tensor:
         """Runs the engine."""
+        if observed(x, w, shift) or not has_values(x, w, shift):
+            return call.through_ops(x).fprop(x, w, shift)
         return ops.run_fprop(x, w, call.geometry, shift, call.backend, call.mixed)
 
     @staticmethod
@@ -94,6 +97,8 @@ class DgradTwin(Function):
     @staticmethod
     def forward(dy: Tensor, w: Tensor, call: EagerCall) -> Tensor:
         """Runs the engine."""
+        if observed(dy, w) or not has_values(dy, w):
+            return call.through_ops(dy).dgrad(dy, w)
         return ops.run_dgrad(dy, w, call.geometry, call.size, call.backend)
 
     @staticmethod
@@ -126,6 +131,8 @@ class WgradTwin(Function):
     @staticmethod
     def forward(dy: Tensor, x: Tensor, like: WeightKind, call: EagerCall) -> Tensor:
         """Runs the engine."""
+        if observed(dy, x) or not has_values(dy, x):
+            return call.through_ops(dy).wgrad(dy, x, like)
         return ops.run_wgrad(dy, x, call.geometry, like.shape, like.dtype, call.backend)
 
     @staticmethod

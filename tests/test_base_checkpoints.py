@@ -179,8 +179,11 @@ def test_conflicting_checkpoints(layer: Any, saved: Any, message: str, frozen: b
         ({"support": IRREGULAR.to_json().replace('"digest": "', '"digest": "0')}, "digest"),
         ({"mask": 1}, "extra state: received dict, expected what get_extra_state saved"),
         ("text", "received str"),
+        (torch.tensor([7, 8], dtype=torch.uint8), "extra state: received JSONDecodeError"),
+        (torch.full((9,), float("nan")), "extra state"),
+        (torch.full((2, 3), 255, dtype=torch.uint8), "extra state"),
     ],
-    ids=["not-json", "digest", "other-keys", "not-a-dict"],
+    ids=["not-json", "digest", "other-keys", "not-a-dict", "tensor", "nan", "ones"],
 )
 def test_damaged_checkpoints(extra: Any, message: str) -> None:
     layer = build("support")

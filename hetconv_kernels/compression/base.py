@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from ..arena import Arena, Lifetime, Recorder, placing
 from ..backends import forced_code
-from ..functional import _traced
+from ..observers import observed
 
 # Signatures of inputs whose plans are kept; the one that was not used for longest goes first.
 MOST_PLANS = 8
@@ -152,7 +152,7 @@ class _Memory:
         wants_gradient = False
         for value in args:
             if isinstance(value, Tensor):
-                if value.device.type != "cpu" or _traced(value, value):
+                if value.device.type != "cpu" or observed(value):
                     return None
                 parts.append((value.shape, value.stride(), value.dtype))
                 wants_gradient |= value.requires_grad

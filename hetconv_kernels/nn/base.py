@@ -15,6 +15,7 @@ from ..errors import InputTypeError, SupportError, mismatch
 from ..packing import bits_on, dense_weight, forget, live_weight, mask_on, owned
 from ..problem import Geometry, memory_format
 from ..support import Support
+from .extra_state import described_by, extra_state
 
 
 class ForcedBackend(nn.Module):
@@ -264,9 +265,9 @@ class SupportLayer(ForcedBackend):
                 weight = self.weight = nn.Parameter(owned(weight), weight.requires_grad)
         return weight
 
-    def get_extra_state(self) -> dict[str, str]:
-        """Saves the Support beside the weight."""
-        return {"support": self.support.to_json()}
+    def get_extra_state(self) -> Tensor:
+        """Saves the Support beside the weight, as a tensor.  # uint8"""
+        return extra_state({"support": self.support.to_json()})
 
     def set_extra_state(self, state: Any) -> None:
         """Is done by `_load_from_state_dict`, which needs the Support before the weight."""
@@ -295,11 +296,7 @@ class SupportLayer(ForcedBackend):
 
     def _adopt(self, extra: Any) -> None:
         """Takes over a saved Support, unless it contradicts the layer."""
-        if not isinstance(extra, dict) or "support" not in extra:
-            raise SupportError(
-                mismatch("extra state", type(extra).__name__, "what get_extra_state saved")
-            )
-        saved = Support.from_json(extra["support"])
+        saved = Support.from_json(described_by(extra, "support"))
         self._check_support(saved)
         if saved != self.support:
             # The live vector of a frozen layer changes its length with the Support.

@@ -18,11 +18,13 @@ from ..backends import choose
 from ..errors import ArgumentError, InputTypeError, SupportError, mismatch
 from ..functional import conv2d
 from ..masks import kernel_pair
+from ..observers import observed, sizes
 from ..packing import FrozenCache, dense_weight, owned
 from ..problem import Geometry, make_geometry
 from ..support import Support
 from .base import ForcedBackend
 from .conv import SupportConv2d
+from .extra_state import described_by, extra_state
 
 PATHS = ("auto", "frequency", "spatial")
 Band = tuple[int, int]
@@ -213,9 +215,7 @@ class FrequencyConv2d(ForcedBackend):
 
     def _keeps(self) -> bool:
         """Tells whether derived weights are kept: those of a frozen layer, in an ordinary call."""
-        return self.mix.frozen and not (
-            torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-        )
+        return self.mix.frozen and not observed(self.mix.weight)
 
     def _kept_basis(self) -> Tensor:
         """Returns the transform's weights as the live vector of its Support."""
@@ -262,10 +262,11 @@ class FrequencyConv2d(ForcedBackend):
         """Says which way an input goes: ``"frequency"`` or ``"spatial"``; predicted for auto."""
         if self.path != "auto":
             return self.path
-        key = (*x.shape, x.dtype, x.device, x.is_contiguous(), self._backend_code())
+        shape = sizes(x)
+        key = (*shape, x.dtype, x.device, x.is_contiguous(), self._backend_code())
         if key not in self._paths:
-            size = self._transform.output_size(x.shape[2], x.shape[3])
-            maps = x.new_empty((len(x), self._transform.support.filters, *size))
+            size = self._transform.output_size(shape[2], shape[3])
+            maps = x.new_empty((shape[0], self._transform.support.filters, *size))
             there = self._predicted(self._transform, x, self.basis)
             there += self._predicted(self.mix._geometry, maps, self.mix.weight)
             plain = self._predicted(self._spatial, x, x.new_empty(self._spatial.support.shape))
@@ -273,7 +274,7 @@ class FrequencyConv2d(ForcedBackend):
         return self._paths[key]
 
     def _predicted(self, geometry: Geometry, x: Tensor, weight: Tensor) -> float:
-        size = (x.shape[2], x.shape[3])
+        size = (sizes(x)[2], sizes(x)[3])
         problem = ops.describe("fprop", geometry, x, x, weight, size, {})
         return choose(problem, self._backend_code()).backend.estimate(problem)
 
@@ -326,17 +327,17 @@ class FrequencyConv2d(ForcedBackend):
         self.basis = owned(self.basis)
         return self
 
-    def get_extra_state(self) -> dict[str, list[int]]:
-        """Saves which frequencies are live."""
-        return {"live_frequencies": list(self.live_frequencies)}
+    def get_extra_state(self) -> Tensor:
+        """Saves which frequencies are live, as a tensor.  # uint8"""
+        return extra_state({"live_frequencies": list(self.live_frequencies)})
 
     def set_extra_state(self, state: Any) -> None:
         """Is done by `_load_from_state_dict`, before the parts are loaded."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         state = state_dict.get(prefix + "_extra_state")
-        if isinstance(state, dict) and "live_frequencies" in state:
-            self._adopt([int(i) for i in state["live_frequencies"]])
+        if state is not None:
+            self._adopt([int(i) for i in described_by(state, "live_frequencies")])
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _adopt(self, live: list[int]) -> None:

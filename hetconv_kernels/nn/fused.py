@@ -17,6 +17,7 @@ from ..problem import ACTIVATIONS, Geometry, make_geometry
 from ..support import Support
 from .base import ForcedBackend
 from .conv import SupportConv2d, expanded_weight
+from .extra_state import described_by, extra_state
 
 
 class FusedConv2d(ForcedBackend):
@@ -80,9 +81,9 @@ class FusedConv2d(ForcedBackend):
             weight = self.weight = owned(weight)
         return weight
 
-    def get_extra_state(self) -> dict[str, str]:
-        """Saves the Support beside the weight."""
-        return {"support": self.support.to_json()}
+    def get_extra_state(self) -> Tensor:
+        """Saves the Support beside the weight, as a tensor.  # uint8"""
+        return extra_state({"support": self.support.to_json()})
 
     def set_extra_state(self, state: Any) -> None:
         """Refuses weights of another Support: live vectors of one length are not interchangeable.
@@ -90,7 +91,7 @@ class FusedConv2d(ForcedBackend):
         Raises:
             SupportError: the checkpoint has another Support.
         """
-        saved = Support.from_json(state["support"])
+        saved = Support.from_json(described_by(state, "support"))
         if saved != self.support:
             raise SupportError(mismatch("Support of the checkpoint", saved, self.support))
 
