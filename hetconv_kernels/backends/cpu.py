@@ -44,7 +44,7 @@ class Cpu:
     @property
     def grain(self) -> tuple[int, int]:
         """Two vectors of float32 filters, and the four channels that are read together."""
-        lanes = {"avx512": 16, "avx2": 8}.get(_cpu.isas()[0], 4)
+        lanes = {"avx512bf16": 16, "avx512": 16, "avx2": 8}.get(_cpu.isas()[0], 4)
         return 2 * lanes, 4
 
     def unsupported_reasons(self, problem: Problem) -> list[str]:
@@ -96,7 +96,7 @@ class Cpu:
 
     def measured(self, problem: Problem) -> bool:
         """The seconds were fitted in float32 with AVX-512; elsewhere they are a guess."""
-        return problem.dtype == torch.float32 and self._plan(problem).isa == "avx512"
+        return problem.dtype == torch.float32 and self._plan(problem).isa.startswith("avx512")
 
     def efficiency(self, problem: Problem) -> float:
         """Useful over weighted vector operations; moving data and slower forms count as work."""
