@@ -83,6 +83,9 @@ template <class A> struct FilterColumns {
             s.pairs,         s.halves,
             s.paired() != 0, L.perms ? reinterpret_cast<const A*>(L.perms) + s.perm0 : nullptr};
   }
+  // Whether the kernel itself can write whole vectors of filters with this epilogue, and where to.
+  static bool finishes(const FilterSteps&, const Out<A>&, int) { return false; }
+  template <class S> static void place(const FilterSteps&, S*, const S*) {}
   template <int NV> static FiltersKernel<A> kernel(int mr) { return filters_kernel_for<A, NV>(mr); }
 };
 
@@ -194,13 +197,14 @@ template <class S, class A, class K = FilterColumns<A>> struct FiltersFprop {
   void segment(const Segment& s, const Band* band, A* scratch, int64_t n, int oy, int ox, int nr,
                int nc, Ahead& ahead) {
     constexpr int FT = NV * VL<A>;
-    const auto steps = K::steps(L, s, off);
+    auto steps = K::steps(L, s, off);
     const A* w = packed + s.w0;
     const int* filters = L.filters + s.filter0;
     const Out<A> out = out_of<A>(p);
     const bool whole =
         sizeof(S) == sizeof(A) && s.lanes == FT && s.contiguous && p.y.sc == 1 && out.plain();
     const bool near = s.contiguous && p.y.sc == 1 && (!p.res.data || p.res.sc == 1);
+    const bool finished = near && s.lanes == FT && K::finishes(steps, out, filters[0]);
     const int tiles = ceil_div(nc, kMaxPixels), base = nc / tiles, more = nc % tiles;
     const auto big = K::template kernel<NV>(base + 1 <= kMaxPixels ? base + 1 : base),
                small = K::template kernel<NV>(base);
@@ -209,7 +213,7 @@ template <class S, class A, class K = FilterColumns<A>> struct FiltersFprop {
       const int gr = least(group, nr - r0);
       const int64_t at = n * p.y.sn + int64_t(oy + r0) * p.y.sh + int64_t(ox) * p.y.sw;
       const int64_t res_at = n * p.res.sn + int64_t(oy + r0) * p.res.sh + int64_t(ox) * p.res.sw;
-      const S* to = reinterpret_cast<const S*>(p.y.data) + at + filters[0];
+      S* to = reinterpret_cast<S*>(p.y.data) + at + filters[0];
       const S* res = near && p.res.data
                          ? reinterpret_cast<const S*>(p.res.data) + res_at + filters[0]
                          : nullptr;
@@ -228,11 +232,14 @@ template <class S, class A, class K = FilterColumns<A>> struct FiltersFprop {
                 __builtin_prefetch(res + r * p.res.sh + (c + i) * p.res.sw + j * VL<A>, 0, 3);
             }
           Ahead::step<false>(ahead);
+          if (finished)
+            K::place(steps, to + r * p.y.sh + c * p.y.sw,
+                     res ? res + r * p.res.sh + c * p.res.sw : nullptr);
           (t < more ? big : small)(a + c * in_pixel, in_pixel, steps, w, o + c * os, os);
           c += m;
         }
       }
-      if (whole) continue;
+      if (whole || finished) continue;
       if (p.y.sc == 1 || p.y.sw != 1) {
         emit_pixels<S, A>(out, filters, s.lanes, s.contiguous, scratch, FT, gr, nc, at, res_at);
       } else {
