@@ -20,6 +20,7 @@ static Kernels with_bf16(Kernels k) {
   k.name = "avx512bf16";
   k.fprop[int(DType::bf16)] = kernels_avx512bf16.fprop;
   k.pack[int(DType::bf16)] = kernels_avx512bf16.pack;
+  k.wgrad_channels[int(DType::bf16)] = kernels_avx512bf16.wgrad_channels;
   k.pairs = true;
   return k;
 }

@@ -6,6 +6,7 @@
 #include "isa.h"
 #include "micro_pairs.h"
 #include "pack_pairs.h"
+#include "twin_images.h"
 
 namespace hetconv {
 namespace HETCONV_NS {
@@ -40,7 +41,8 @@ struct PairColumns {
 }  // namespace HETCONV_NS
 
 extern const Bf16Kernels kernels_avx512bf16 = {
-    avx512bf16::fprop<avx512bf16::bf16, float, avx512bf16::PairColumns>, avx512bf16::pack_pairs};
+    avx512bf16::fprop<avx512bf16::bf16, float, avx512bf16::PairColumns>, avx512bf16::pack_pairs,
+    avx512bf16::wgrad_twins};
 
 }  // namespace hetconv
 #endif

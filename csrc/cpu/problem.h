@@ -176,6 +176,7 @@ struct Kernels {
 struct Bf16Kernels {
   bool (*fprop)(const Lowered&, OffsetCache*, const Problem&, const void* packed);
   void (*pack)(const Lowered&, const WeightView&, DType from, void* packed, int threads);
+  void (*wgrad_channels)(const ChannelLowered&, const Problem&, void* dw, const int64_t* strides);
 };
 
 extern const Kernels kernels_generic;

@@ -265,6 +265,20 @@ template <class S, class A> HC_INLINE void write_n(S* p, Vec<A> v, int n) {
     for (int i = 0; i < n; ++i) p[i] = Narrow<S>::of(v[i]);
 }
 
+// ---- where packing reads from ----
+// A tensor by the address of its first element, and a place in one image. A storage type of which
+// several images are read at once has its own.
+template <class S> struct Storage {
+  using Images = const S*;
+  using Source = const S*;
+};
+template <class S> using Images = typename Storage<S>::Images;
+template <class S> using Source = typename Storage<S>::Source;
+template <class S> HC_INLINE const S* image_of(const S* x, int64_t n, int64_t stride) {
+  return x + n * stride;
+}
+HC_INLINE const void* address(const void* p) { return p; }
+
 // ---- transposition of a VL x VL block held in vectors: log2(VL) rounds that swap off-diagonal
 // blocks ----
 template <class A, int H> HC_INLINE void swap_blocks(Vec<A>* r) {
