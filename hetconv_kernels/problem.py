@@ -336,7 +336,8 @@ def check_kinds(x: Tensor, weight: Tensor, bias: Tensor | None, mixed: bool) -> 
                 "Cast one of them, or use torch.autocast.",
             )
         )
-    if bias is not None and bias.dtype not in (x.dtype, weight.dtype):
+    wide = torch.promote_types(x.dtype, torch.float32)  # what sums are kept in
+    if bias is not None and bias.dtype not in (x.dtype, weight.dtype, wide):
         raise InputTypeError(mismatch("bias dtype", bias.dtype, f"the weight's, {weight.dtype}"))
     if weight.device != x.device or (bias is not None and bias.device != x.device):
         raise ArgumentError(

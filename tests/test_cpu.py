@@ -119,7 +119,7 @@ def test_one_openmp_runtime_is_mapped_and_it_is_torchs() -> None:
     assert len(mapped) == 1, mapped
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "generic", "sse9"])
+@pytest.mark.parametrize("isa", ["avx512bf16", "avx512", "avx2", "generic", "sse9"])
 def test_the_environment_forces_an_instruction_set(isa: str) -> None:
     from hetconv_kernels import _cpu
 

@@ -42,7 +42,7 @@ def test_it_tells_the_truth() -> None:
 def test_it_says_which_instructions_the_engine_takes() -> None:
     isas = hk.info()["cpu"]["engine_isas"]
     assert bool(isas) == hk.info()["extensions"]["_cpu"]
-    assert set(isas) <= {"avx512", "avx2", "generic"}
+    assert set(isas) <= {"avx512bf16", "avx512", "avx2", "generic"}
 
 
 def test_it_names_the_compiler_of_what_was_built() -> None:

@@ -14,13 +14,30 @@ namespace hetconv {
 
 // ---- which ISA ----
 
+#if defined(__x86_64__)
+// AVX-512, but for what bfloat16 has of its own.
+static Kernels with_bf16(Kernels k) {
+  k.name = "avx512bf16";
+  k.fprop[int(DType::bf16)] = kernels_avx512bf16.fprop;
+  k.pack[int(DType::bf16)] = kernels_avx512bf16.pack;
+  k.wgrad_channels[int(DType::bf16)] = kernels_avx512bf16.wgrad_channels;
+  k.pairs = true;
+  return k;
+}
+#endif
+
 static std::vector<const Kernels*> machine_isas() {
   std::vector<const Kernels*> found;
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    if (__builtin_cpu_supports("avx512bf16")) {
+      static const Kernels bf16 = with_bf16(kernels_avx512);
+      found.push_back(&bf16);
+    }
     found.push_back(&kernels_avx512);
+  }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
     found.push_back(&kernels_avx2);
 #endif
@@ -35,8 +52,8 @@ std::vector<const Kernels*> available_isas() {
   for (const Kernels* k : found)
     if (std::strcmp(k->name, forced) == 0) return {k};
   throw std::invalid_argument(std::string("HETCONV_ISA is '") + forced +
-                              "', which this machine cannot run; expected avx512, avx2 or generic "
-                              "(unset it to choose the best)");
+                              "', which this machine cannot run; expected avx512bf16, avx512, "
+                              "avx2 or generic (unset it to choose the best)");
 }
 
 const Kernels& isa_named(const std::string& name) {
@@ -44,7 +61,8 @@ const Kernels& isa_named(const std::string& name) {
   for (const Kernels* k : machine_isas())
     if (name == k->name) return *k;
   throw std::invalid_argument("isa '" + name +
-                              "' is not one that this machine can run: avx512, avx2, generic");
+                              "' is not one that this machine can run: avx512bf16, avx512, avx2, "
+                              "generic");
 }
 
 // ---- threads ----

@@ -67,7 +67,31 @@ static const int* filter_offsets(const Lowered& L, OffsetCache* cache, const Axi
   return offsets_keep(cache, key, off);
 }
 
-template <class S, class A> struct FiltersFprop {
+// What FiltersFprop multiplies: here columns of a band of the accumulation type.
+template <class A> struct FilterColumns {
+  using Band = A;
+  using Segment = FilterSegment;
+  static const Segment* segments(const Lowered& L) { return L.segments; }
+  // Lanes that read channels of their own want whole vectors of them.
+  static bool reads_vectors(const Segment& s) { return s.straight + s.turned > 0; }
+  // Whether it may read pixels of C channels where they lie.
+  static bool in_place(int C, bool /*vectors*/) { return C % VL<A> == 0; }
+  static FilterSteps steps(const Lowered& L, const Segment& s, const int* off) {
+    return {off + s.col0,    s.quads,
+            s.singles,       s.split,
+            s.straight,      s.turned,
+            s.pairs,         s.halves,
+            s.paired() != 0, L.perms ? reinterpret_cast<const A*>(L.perms) + s.perm0 : nullptr};
+  }
+  // Whether the kernel itself can write whole vectors of filters with this epilogue, and where to.
+  static bool finishes(const FilterSteps&, const Out<A>&, int) { return false; }
+  template <class S> static void place(const FilterSteps&, S*, const S*) {}
+  template <int NV> static FiltersKernel<A> kernel(int mr) { return filters_kernel_for<A, NV>(mr); }
+};
+
+template <class S, class A, class K = FilterColumns<A>> struct FiltersFprop {
+  using Band = typename K::Band;
+  using Segment = typename K::Segment;
   const Lowered& L;
   Problem p;
   const A* packed;
@@ -79,16 +103,15 @@ template <class S, class A> struct FiltersFprop {
 
   // Picks the band so that it fits its share of the cache.
   void choose_band() {
-    // Lanes that read channels of their own want whole vectors of them; few channels else lie as
-    // close as in memory.
-    bool whole_vectors = p.C >= VL<A>;
-    for (int s = 0; s < L.count && !whole_vectors; ++s)
-      whole_vectors = L.segments[s].straight + L.segments[s].turned > 0;
-    Cb = whole_vectors ? ceil_div(p.C, VL<A>) * VL<A> : p.C;
-    if (int64_t(Cb) * sizeof(A) % 1024 == 0)
-      Cb += 64 / int(sizeof(A));  // neighbouring pixels in different cache sets
-    direct = sizeof(S) == sizeof(A) && p.x.sc == 1 && L.KH == 1 && L.KW == 1 && p.pt <= 0 &&
-             p.pl <= 0 && p.C % VL<A> == 0 && (p.Ho - 1) * p.sh - p.pt < p.H &&
+    // Few channels lie as close as in memory, but for what a column reads at once.
+    bool vectors = false;
+    for (int s = 0; s < L.count && !vectors; ++s) vectors = K::reads_vectors(K::segments(L)[s]);
+    const int unit = vectors ? VL<Band> : p.C >= VL<A> ? VL<A> : int(sizeof(A) / sizeof(Band));
+    Cb = ceil_div(p.C, unit) * unit;
+    if (int64_t(Cb) * sizeof(Band) % 1024 == 0)
+      Cb += 64 / int(sizeof(Band));  // neighbouring pixels in different cache sets
+    direct = sizeof(S) == sizeof(Band) && p.x.sc == 1 && L.KH == 1 && L.KW == 1 && p.pt <= 0 &&
+             p.pl <= 0 && K::in_place(p.C, vectors) && (p.Ho - 1) * p.sh - p.pt < p.H &&
              (p.Wo - 1) * p.sw - p.pl < p.W;
     cols = p.Wo;
     if (direct) {
@@ -96,7 +119,7 @@ template <class S, class A> struct FiltersFprop {
       axis_shared(&xa, 1, 1, 1, 1);
       in_row = p.sh * p.x.sh;
       in_pixel = p.sw * p.x.sw;
-      const int64_t pixels = most<int64_t>(kMaxPixels, int64_t(kBandBytes / sizeof(A)) / p.C);
+      const int64_t pixels = most<int64_t>(kMaxPixels, int64_t(kBandBytes / sizeof(Band)) / p.C);
       cols = int(least<int64_t>(p.Wo, pixels));
       rows = int(most<int64_t>(1, least<int64_t>(p.Ho, pixels / cols)));
     } else {
@@ -144,7 +167,7 @@ template <class S, class A> struct FiltersFprop {
         least<int64_t>((r - 1) * int64_t(p.sh) + (L.KH - 1) * int64_t(p.dh) + 1, int64_t(L.KH) * r);
     const int64_t w =
         least<int64_t>((c - 1) * int64_t(p.sw) + (L.KW - 1) * int64_t(p.dw) + 1, int64_t(L.KW) * c);
-    return size_t(h * w * Cb) * sizeof(A);
+    return size_t(h * w * Cb) * sizeof(Band);
   }
   // Long runs where the output has pixels innermost: each filter's plane is far from the next.
   int emit_rows_at_once(int c) const {
@@ -171,36 +194,31 @@ template <class S, class A> struct FiltersFprop {
   }
 
   template <int NV>
-  void segment(const FilterSegment& s, const A* band, A* scratch, int64_t n, int oy, int ox, int nr,
+  void segment(const Segment& s, const Band* band, A* scratch, int64_t n, int oy, int ox, int nr,
                int nc, Ahead& ahead) {
     constexpr int FT = NV * VL<A>;
-    const FilterSteps steps{
-        off + s.col0,    s.quads,
-        s.singles,       s.split,
-        s.straight,      s.turned,
-        s.pairs,         s.halves,
-        s.paired() != 0, L.perms ? reinterpret_cast<const A*>(L.perms) + s.perm0 : nullptr};
+    auto steps = K::steps(L, s, off);
     const A* w = packed + s.w0;
     const int* filters = L.filters + s.filter0;
     const Out<A> out = out_of<A>(p);
     const bool whole =
         sizeof(S) == sizeof(A) && s.lanes == FT && s.contiguous && p.y.sc == 1 && out.plain();
     const bool near = s.contiguous && p.y.sc == 1 && (!p.res.data || p.res.sc == 1);
+    const bool finished = near && s.lanes == FT && K::finishes(steps, out, filters[0]);
     const int tiles = ceil_div(nc, kMaxPixels), base = nc / tiles, more = nc % tiles;
-    const FiltersKernel<A> big =
-                               filters_kernel_for<A, NV>(base + 1 <= kMaxPixels ? base + 1 : base),
-                           small = filters_kernel_for<A, NV>(base);
+    const auto big = K::template kernel<NV>(base + 1 <= kMaxPixels ? base + 1 : base),
+               small = K::template kernel<NV>(base);
     const int group = emit_rows_at_once(nc);
     for (int r0 = 0; r0 < nr; r0 += group) {
       const int gr = least(group, nr - r0);
       const int64_t at = n * p.y.sn + int64_t(oy + r0) * p.y.sh + int64_t(ox) * p.y.sw;
       const int64_t res_at = n * p.res.sn + int64_t(oy + r0) * p.res.sh + int64_t(ox) * p.res.sw;
-      const S* to = reinterpret_cast<const S*>(p.y.data) + at + filters[0];
+      S* to = reinterpret_cast<S*>(p.y.data) + at + filters[0];
       const S* res = near && p.res.data
                          ? reinterpret_cast<const S*>(p.res.data) + res_at + filters[0]
                          : nullptr;
       for (int r = 0; r < gr; ++r) {
-        const A* a = band + (r0 + r) * in_row;
+        const Band* a = band + (r0 + r) * in_row;
         A* o = whole ? reinterpret_cast<A*>(p.y.data) + at + r * p.y.sh + filters[0]
                      : scratch + int64_t(r) * nc * FT;
         const int64_t os = whole ? p.y.sw : FT;
@@ -214,11 +232,14 @@ template <class S, class A> struct FiltersFprop {
                 __builtin_prefetch(res + r * p.res.sh + (c + i) * p.res.sw + j * VL<A>, 0, 3);
             }
           Ahead::step<false>(ahead);
+          if (finished)
+            K::place(steps, to + r * p.y.sh + c * p.y.sw,
+                     res ? res + r * p.res.sh + c * p.res.sw : nullptr);
           (t < more ? big : small)(a + c * in_pixel, in_pixel, steps, w, o + c * os, os);
           c += m;
         }
       }
-      if (whole) continue;
+      if (whole || finished) continue;
       if (p.y.sc == 1 || p.y.sw != 1) {
         emit_pixels<S, A>(out, filters, s.lanes, s.contiguous, scratch, FT, gr, nc, at, res_at);
       } else {
@@ -243,14 +264,14 @@ template <class S, class A> struct FiltersFprop {
     lay_axes(rows, cols);
   }
   size_t room_for_band() const {
-    return ((size_t(ya.entries) * xa.entries * Cb + VL<A>)*sizeof(A) + 63) / 64 * 64;
+    return ((size_t(ya.entries) * xa.entries * Cb + VL<Band>)*sizeof(Band) + 63) / 64 * 64;
   }
   size_t room_for_scratch() { return scratch_bytes(cols); }
-  void compute_rows(int64_t n, int oy, int nr, A* band, A* scratch, Ahead& ahead) {
+  void compute_rows(int64_t n, int oy, int nr, Band* band, A* scratch, Ahead& ahead) {
     const S* x = reinterpret_cast<const S*>(p.x.data) + n * p.x.sn;
-    pack_channels_last<S, A>(p, x, ya, xa, oy, 0, nr, cols, Cb, band);
+    pack_channels_last<S, Band>(p, x, ya, xa, oy, 0, nr, cols, Cb, band);
     for (int s = 0; s < L.count; ++s) {
-      const FilterSegment& g = L.segments[s];
+      const Segment& g = K::segments(L)[s];
       if (g.nv == 2)
         segment<2>(g, band, scratch, n, oy, 0, nr, cols, ahead);
       else
@@ -272,7 +293,7 @@ template <class S, class A> struct FiltersFprop {
                                                                                 tasks > 1)
     {
       char* room = static_cast<char*>(workspace(band_room + scratch_size));
-      A* band = reinterpret_cast<A*>(room);
+      Band* band = reinterpret_cast<Band*>(room);
       A* scratch = reinterpret_cast<A*>(room + band_room);
       int64_t held = -1;
       const int self = omp_get_thread_num();
@@ -282,12 +303,12 @@ template <class S, class A> struct FiltersFprop {
         const int oy = int(unit / strips % nb) * rows, ox = int(unit % strips) * cols;
         const int nr = least(rows, p.Ho - oy), nc = least(cols, p.Wo - ox);
         const S* x = reinterpret_cast<const S*>(p.x.data) + n * p.x.sn;
-        const A* a = band;
+        const Band* a = band;
         if (direct)
-          a = reinterpret_cast<const A*>(x + int64_t(oy * p.sh - p.pt) * p.x.sh +
-                                         int64_t(ox * p.sw - p.pl) * p.x.sw);
+          a = reinterpret_cast<const Band*>(x + int64_t(oy * p.sh - p.pt) * p.x.sh +
+                                            int64_t(ox * p.sw - p.pl) * p.x.sw);
         else if (held != unit)
-          pack_channels_last<S, A>(p, x, ya, xa, oy, ox, nr, nc, Cb, band);
+          pack_channels_last<S, Band>(p, x, ya, xa, oy, ox, nr, nc, Cb, band);
         held = unit;
         const int s0 = int(L.count * share / shares), s1 = int(L.count * (share + 1) / shares);
         const int64_t following = queue.expected(self);
@@ -297,7 +318,7 @@ template <class S, class A> struct FiltersFprop {
           ahead = input_of(next / (nb * strips), int(next / strips % nb) * rows,
                            int(next % strips) * cols, s1 - s0);
         for (int s = s0; s < s1; ++s) {
-          const FilterSegment& g = L.segments[s];
+          const Segment& g = K::segments(L)[s];
           if (g.nv == 2)
             segment<2>(g, a, scratch, n, oy, ox, nr, nc, ahead);
           else
@@ -308,15 +329,15 @@ template <class S, class A> struct FiltersFprop {
   }
 };
 
-template <class S, class A>
-static FiltersFprop<S, A> filters_fprop(const Lowered& L, const Problem& p, const void* packed) {
+template <class S, class A, class K = FilterColumns<A>>
+static FiltersFprop<S, A, K> filters_fprop(const Lowered& L, const Problem& p, const void* packed) {
   return {L, p, static_cast<const A*>(packed)};
 }
 
-template <class S, class A>
+template <class S, class A, class K = FilterColumns<A>>
 static void fprop_filters(const Lowered& L, OffsetCache* cache, const Problem& p,
                           const void* packed) {
-  filters_fprop<S, A>(L, flatten_pointwise(L, p), packed).run(cache);
+  filters_fprop<S, A, K>(L, flatten_pointwise(L, p), packed).run(cache);
 }
 
 }  // namespace HETCONV_NS

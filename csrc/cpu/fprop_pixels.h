@@ -37,6 +37,7 @@ static const int* pixel_offsets(const Lowered& L, OffsetCache* cache, const Axis
 
 template <class S, class A> struct PixelsFprop : PixelBands<S, A> {
   using Base = PixelBands<S, A>;
+  using Band = A;
   using Base::at_once, Base::cols, Base::direct, Base::g, Base::gather, Base::halves, Base::images,
       Base::L, Base::length_of, Base::p, Base::rows, Base::swept, Base::turn, Base::wide_for,
       Base::xa, Base::ya;

@@ -89,7 +89,7 @@ template <class S, class A, class Form> struct Pooled : Form {
                                                                                 tasks > 1)
     {
       char* memory = static_cast<char*>(workspace(bytes));
-      A* band = reinterpret_cast<A*>(memory);
+      auto* band = reinterpret_cast<typename Form::Band*>(memory);
       S* output = reinterpret_cast<S*>(memory + this->room_for_band());
       A* scratch = reinterpret_cast<A*>(memory + this->room_for_band() + room_for_outputs());
       Form mine(*this);  // writes its outputs to this thread's memory
@@ -126,11 +126,11 @@ template <class S, class A, class Form> struct Pooled : Form {
 
 // False: a band would not fit, or the layer is not computed in bands of whole rows; nothing was
 // written.
-template <class S, class A>
+template <class S, class A, class K = FilterColumns<A>>
 static bool fprop_pooled(const Lowered& L, OffsetCache* cache, const Problem& p,
                          const void* packed) {
   if (L.form == Form::filters)
-    return Pooled<S, A, FiltersFprop<S, A>>(filters_fprop<S, A>(L, p, packed)).run(cache);
+    return Pooled<S, A, FiltersFprop<S, A, K>>(filters_fprop<S, A, K>(L, p, packed)).run(cache);
   PixelsFprop<S, A> form = pixels_fprop<S, A>(L, p, packed);
   if (form.choose_halves()) {
     form.run_bands(cache);

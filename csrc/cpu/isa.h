@@ -10,11 +10,11 @@
 namespace hetconv {
 namespace HETCONV_NS {
 
-template <class S, class A>
+template <class S, class A, class K = FilterColumns<A>>
 static bool fprop(const Lowered& L, OffsetCache* cache, const Problem& p, const void* packed) {
-  if (p.pool) return fprop_pooled<S, A>(L, cache, p, packed);
+  if (p.pool) return fprop_pooled<S, A, K>(L, cache, p, packed);
   if (L.form == Form::filters)
-    fprop_filters<S, A>(L, cache, p, packed);
+    fprop_filters<S, A, K>(L, cache, p, packed);
   else
     fprop_pixels<S, A>(L, cache, p, packed);
   return true;

@@ -37,9 +37,14 @@ HC_INLINE Vec<A> filter_lanes(const A* g, int i, const typename Lane<A>::ivec* t
     return splat<A>(g[i]);
 }
 
+// What a lane holds is one number.
+template <class A> struct OneProduct {
+  HC_INLINE Vec<A> add(Vec<A> sum, Vec<A> a, Vec<A> b) { return sum + a * b; }
+};
+
 // dy: NF filters of a vector, VL apart from pixel to pixel; x + off[j]: window j. Turned: each row
 // takes the whole vector of filters, permuted. To sums [NF][NV], or added to what is there.
-template <class A, int NF, int NV, bool turned>
+template <class A, int NF, int NV, bool turned, class P>
 static void channels_kernel(const A* dy, const A* x, const ptrdiff_t* off, const PixelSpan& s,
                             const A* perms, A* sums, bool first) {
   using I = typename Lane<A>::ivec;
@@ -62,14 +67,14 @@ static void channels_kernel(const A* dy, const A* x, const ptrdiff_t* off, const
           HC_UNROLL for (int j = 0; j < NV; ++j) v[j] = load<A>(window[j] + at);
           HC_UNROLL for (int i = 0; i < NF; ++i) {
             const Vec<A> b = filter_lanes<A, turned>(g, i, turn);
-            HC_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] += b * v[j];
+            HC_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] = P::add(acc[i][j], b, v[j]);
           }
         } else {
           Vec<A> b[NF];
           HC_UNROLL for (int i = 0; i < NF; ++i) b[i] = filter_lanes<A, turned>(g, i, turn);
           HC_UNROLL for (int j = 0; j < NV; ++j) {
             const Vec<A> v = load<A>(window[j] + at);
-            HC_UNROLL for (int i = 0; i < NF; ++i) acc[i][j] += b[i] * v;
+            HC_UNROLL for (int i = 0; i < NF; ++i) acc[i][j] = P::add(acc[i][j], b[i], v);
           }
         }
       }
@@ -80,11 +85,12 @@ static void channels_kernel(const A* dy, const A* x, const ptrdiff_t* off, const
   }
 }
 
-template <class A, int NF, bool turned> static ChannelsKernel<A> channels_kernel_of(int nv) {
+template <class A, int NF, bool turned, class P>
+static ChannelsKernel<A> channels_kernel_of(int nv) {
   constexpr int limit = turned ? kTurnedWindows[NF <= kTurns ? NF : 0] : kWindows[NF];
-#define HC_ROW(m)                                                       \
-  case m:                                                               \
-    if constexpr (m <= limit) return channels_kernel<A, NF, m, turned>; \
+#define HC_ROW(m)                                                          \
+  case m:                                                                  \
+    if constexpr (m <= limit) return channels_kernel<A, NF, m, turned, P>; \
     break;
   switch (nv) {
     HC_ROW(1)
@@ -100,12 +106,13 @@ template <class A, int NF, bool turned> static ChannelsKernel<A> channels_kernel
   return nullptr;
 }
 
-template <class A> static ChannelsKernel<A> channels_kernel_for(bool turned, int nf, int nv) {
-#define HC_ROW(m)                                            \
-  case m:                                                    \
-    if constexpr (m <= kTurns)                               \
-      if (turned) return channels_kernel_of<A, m, true>(nv); \
-    return channels_kernel_of<A, m, false>(nv);
+template <class A, class P>
+static ChannelsKernel<A> channels_kernel_for(bool turned, int nf, int nv) {
+#define HC_ROW(m)                                               \
+  case m:                                                       \
+    if constexpr (m <= kTurns)                                  \
+      if (turned) return channels_kernel_of<A, m, true, P>(nv); \
+    return channels_kernel_of<A, m, false, P>(nv);
   switch (nf) {
     HC_ROW(1)
     HC_ROW(2)

@@ -108,7 +108,7 @@ struct Channels {
 // entries only. The input is asked for one block of pixels ahead: its lines are read in an order
 // that the hardware does not guess.
 template <class S, class A>
-static void turn_planar_row(const S* src, int64_t px, int C, const Channels& from, int lo, int hi,
+static void turn_planar_row(Source<S> src, int64_t px, int C, const Channels& from, int lo, int hi,
                             A* d, int64_t plane) {
   for (int j0 = lo; j0 < hi; j0 += VL<A>, src += VL<A> * px) {
     const int m = least(VL<A>, hi - j0);
@@ -117,8 +117,8 @@ static void turn_planar_row(const S* src, int64_t px, int C, const Channels& fro
       Vec<A> r[VL<A>];
       if (c0 + VL<A> <= C) {
         HC_UNROLL for (int j = 0; j < VL<A>; ++j) {
-          const S* at = src + least(j, m - 1) * px + c0;
-          __builtin_prefetch(at + VL<A> * px, 0, 3);
+          const Source<S> at = src + least(j, m - 1) * px + c0;
+          __builtin_prefetch(address(at + VL<A> * px), 0, 3);
           r[j] = read<S, A>(at);
         }
       } else {
@@ -136,7 +136,7 @@ static void turn_planar_row(const S* src, int64_t px, int C, const Channels& fro
   }
 }
 
-template <class S, class A> HC_INLINE void copy_row(const S* s, int64_t px, int n, A* t) {
+template <class S, class A> HC_INLINE void copy_row(Source<S> s, int64_t px, int n, A* t) {
   if (px == 1) {
     int j = 0;
     for (; j + VL<A> <= n; j += VL<A>) store<A>(t + j, read<S, A>(s + j));
@@ -148,7 +148,7 @@ template <class S, class A> HC_INLINE void copy_row(const S* s, int64_t px, int 
 
 // `rows` x `cols` outputs from output (oy, ox) of images n0 .. n0 + images.
 template <class S, class A>
-static void pack_planar(const Problem& p, const S* x, const Channels& from, const Axis& ya,
+static void pack_planar(const Problem& p, Images<S> x, const Channels& from, const Axis& ya,
                         const Axis& xa, const Planar& g, int64_t n0, int images, int oy, int ox,
                         int rows, int cols, A* band) {
   const bool turn = p.x.sw != 1 && p.x.sc == 1;
@@ -173,8 +173,8 @@ static void pack_planar(const Problem& p, const S* x, const Channels& from, cons
               for (int c = c0; c < c1; ++c) zero_fill(d + c * g.plane, g.pitch);
               continue;
             }
-            const S* src = x + (n0 + m) * p.x.sn + int64_t(iy) * p.x.sh +
-                           int64_t(first + lo * xp.istride) * p.x.sw;
+            const Source<S> src = image_of(x, n0 + m, p.x.sn) + int64_t(iy) * p.x.sh +
+                                  int64_t(first + lo * xp.istride) * p.x.sw;
             if (turn)
               turn_planar_row<S, A>(src, px, p.C, from, lo, hi, d, g.plane);
             else

@@ -9,7 +9,7 @@ namespace HETCONV_NS {
 
 // `run` neighbouring channels of n pixels, px apart.
 template <class S, class A>
-static void pack_vector_row(const S* x, int64_t px, int run, int n, A* d) {
+static void pack_vector_row(Source<S> x, int64_t px, int run, int n, A* d) {
   if (run == VL<A>) {
     for (int j = 0; j < n; ++j, x += px, d += VL<A>) store<A>(d, read<S, A>(x));
   } else {
@@ -20,7 +20,7 @@ static void pack_vector_row(const S* x, int64_t px, int run, int n, A* d) {
 // From a tensor with channels innermost: vector v holds the runs[v] neighbours from channel
 // channels[v * VL], its other lanes zeros.
 template <class S, class A>
-static void pack_vectors(const Problem& p, const S* x, const int* channels, const int* runs,
+static void pack_vectors(const Problem& p, Images<S> x, const int* channels, const int* runs,
                          int nvec, const Axis& ya, const Axis& xa, const Planar& g, int64_t n0,
                          int images, int oy, int ox, int rows, int cols, A* band) {
   const ptrdiff_t vector = g.plane * VL<A>;
@@ -38,8 +38,8 @@ static void pack_vectors(const Problem& p, const S* x, const int* channels, cons
         const bool blank = iy < 0 || iy >= p.H || hi <= lo;
         for (int m = 0; m < g.images; ++m) {
           A* d = band + (u * g.piece + (yp.e0 + i) * g.row + int64_t(m) * g.pitch) * VL<A>;
-          const S* src = x + (n0 + m) * p.x.sn + int64_t(iy) * p.x.sh +
-                         int64_t(first + lo * xp.istride) * p.x.sw;
+          const Source<S> src = image_of(x, n0 + m, p.x.sn) + int64_t(iy) * p.x.sh +
+                                int64_t(first + lo * xp.istride) * p.x.sw;
           for (int v = 0; v < nvec; ++v, d += vector) {
             if (blank || m >= images) {
               zero_fill(d, int64_t(g.pitch) * VL<A>);
@@ -62,7 +62,7 @@ static void pack_vectors(const Problem& p, const S* x, const int* channels, cons
 // A planar band of the channels order[0 .. count), of which channel c has plane plane_of[c], -1 for
 // none. `scratch` has room for one vector of channels.
 template <class S, class A>
-static void pack_planes(const Problem& p, const S* x, const int* order, int count,
+static void pack_planes(const Problem& p, Images<S> x, const int* order, int count,
                         const int* plane_of, const Axis& ya, const Axis& xa, const Planar& g,
                         int64_t n0, int images, int oy, int ox, int rows, int cols, A* scratch,
                         A* band) {

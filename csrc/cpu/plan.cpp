@@ -76,6 +76,7 @@ Plan::~Plan() = default;
 
 void Plan::clear() {
   segments_.clear();
+  paired_.clear();
   tiles_.clear();
   filters_.clear();
   columns_.clear();
@@ -157,9 +158,12 @@ void Plan::finish() {
     ascending_.resize(filters_.size());
     for (size_t i = 0; i < filters_.size(); ++i) ascending_[filters_[i]] = int(i);
   }
-  low_.count = int(low_.form == Form::filters ? segments_.size() : tiles_.size());
+  low_.count = int(low_.form == Form::pixels ? tiles_.size()
+                   : pairs()                 ? paired_.size()
+                                             : segments_.size());
   low_.segments = segments_.data();
   low_.tiles = tiles_.data();
+  low_.paired = low_.form == Form::filters && pairs() ? paired_.data() : nullptr;
   low_.filters = filters_.data();
   low_.columns = columns_.data();
   low_.ncolumns = int64_t(columns_.size());

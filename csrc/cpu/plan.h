@@ -56,10 +56,14 @@ class Plan {
 
  private:
   void lower_filters();
+  void lower_pairs();
+  void lower_pairs_in(const std::vector<int>& narrow);
   void lower_pixels();
   void lower_columns();
   void add_tiles(const std::vector<int>& filters, const std::vector<Column>& columns);
   void add_segment(const std::vector<int>& filters, const Group* group);
+  void add_pair_segment(const std::vector<int>& filters, const Group* group);
+  void add_windows(PairSegment& s, const std::vector<std::vector<LaneColumn>>& windows);
   void add_lane_columns(const FilterSegment& s, const std::vector<int>& filters,
                         SegmentColumns& found) const;
   std::vector<Column> read_by(const std::vector<int>& filters, int first, int last,
@@ -67,12 +71,14 @@ class Plan {
   std::vector<LaneColumn> lane_columns(const std::vector<int>& filters, int first, int last,
                                        const std::vector<Column>& columns) const;
   double filters_cost(bool channels_last) const;
+  double pairs_cost(bool channels_last) const;
   double pixels_cost(bool channels_last) const;
   void clear();
   void finish();
   bool has(int f, int c, int ky, int kx) const {
     return mask_[((size_t(f) * low_.C + c) * low_.KH + ky) * low_.KW + kx] != 0;
   }
+  bool pairs() const { return kernels_.pairs && dtype_ == DType::bf16; }
   void perm_push(int64_t v);
 
   Lowered low_{};
@@ -83,6 +89,7 @@ class Plan {
   std::vector<uint8_t> mask_, taken_;
   std::vector<Group> groups_;
   std::vector<FilterSegment> segments_;
+  std::vector<PairSegment> paired_;
   std::vector<PixelTile> tiles_;
   std::vector<int> filters_, live_, plane_, ascending_, identity_;
   std::vector<Column> columns_;

@@ -45,6 +45,7 @@ static void pair_up(std::vector<Column>* columns, std::vector<Column>* pairs) {
 // Lanes of a wide group fill whole vectors; groups narrower than a vector share one, each with its
 // own lane columns.
 void Plan::lower_filters() {
+  if (pairs()) return lower_pairs();
   clear();
   low_.form = Form::filters;
   const int vl = low_.vl;
@@ -288,6 +289,7 @@ void Plan::add_lane_columns(const FilterSegment& s, const std::vector<int>& filt
 // Vector multiply-adds per output pixel, weighted by how far each micro-kernel stays from the peak,
 // and what it costs to bring a channel in and a filter out.
 double Plan::filters_cost(bool channels_last) const {
+  if (pairs()) return pairs_cost(channels_last);
   double total = (channels_last ? 1.5 : 3.2) * double(low_.C + low_.F);
   for (const FilterSegment& s : segments_) {
     total +=

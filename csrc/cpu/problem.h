@@ -56,7 +56,8 @@ struct Problem {
 struct Column {
   int ky, kx;
   int channel;   // first of four neighbours in a quad; window start in a lane column
-  int idle = 0;  // a split column that only keeps its vector in step: its weights are zero
+  int idle = 0;  // a split column that only keeps its vector in step: its weights are zero; of a
+                 // pair, the channels that another pair has
 };
 
 // Filters in vectors: `lanes` filters fill nv vectors. Columns, in this order, from `col0`:
@@ -84,6 +85,23 @@ struct FilterSegment {
   int64_t taken0;  // into taken[]: [straight + turned][nv][VL]
 };
 
+// Filters in vectors of bfloat16: a lane holds two channels of its filter. Columns from `col0`:
+//   runs     eight neighbouring channels of one tap, four broadcasts of two
+//   pairs    two neighbouring channels of one tap, broadcast
+//   windows: nv Columns each (one per vector); lane l of vector j reads two of the 2 * VL channels
+//            from `channel`, by the two 16-bit halves of perm[l].
+// Weights, from `w0`, in lanes of two: [4 * runs + pairs][nv * VL], [windows][nv * VL].
+struct PairSegment {
+  int nv, lanes;
+  int filter0, contiguous;
+  int runs, pairs, windows;
+  int64_t col0, w0;
+  int64_t perm0;   // into perms[]: [windows][nv][VL]
+  int64_t taken0;  // into taken[]: [windows][nv][VL], kLower and kUpper
+};
+// Of the two channels of a lane, those that count; in Column::idle those that do not.
+constexpr int kLower = 1, kUpper = 2;
+
 // Pixels in vectors: nf filters that share columns; weights from `w0`: [ncols][nf].
 // whole_rows: few filters, and columns come in runs of all KW taps of a kernel row.
 struct PixelTile {
@@ -99,7 +117,8 @@ struct Lowered {
   int count;  // segments or tiles
   const FilterSegment* segments;
   const PixelTile* tiles;
-  const int* filters;  // filter ids, segment by segment
+  const PairSegment* paired;  // in place of segments, or null
+  const int* filters;         // filter ids, segment by segment
   const Column* columns;
   int64_t ncolumns;
   const void* perms;     // lane indices as integers of the size of the accumulation type
@@ -150,10 +169,19 @@ struct Kernels {
                           const int64_t* strides);
   void (*wgrad_channels[4])(const ChannelLowered&, const Problem&, void* dw,
                             const int64_t* strides);
+  bool pairs = false;  // filters in vectors of bfloat16 are those of PairSegment
+};
+
+// What an ISA with instructions of its own for bfloat16 puts in place of another's.
+struct Bf16Kernels {
+  bool (*fprop)(const Lowered&, OffsetCache*, const Problem&, const void* packed);
+  void (*pack)(const Lowered&, const WeightView&, DType from, void* packed, int threads);
+  void (*wgrad_channels)(const ChannelLowered&, const Problem&, void* dw, const int64_t* strides);
 };
 
 extern const Kernels kernels_generic;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Bf16Kernels kernels_avx512bf16;  // the rest is kernels_avx512
 
 }  // namespace hetconv

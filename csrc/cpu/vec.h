@@ -227,8 +227,12 @@ template <class S, class A> HC_INLINE Vec<A> read(const S* p) {
 #endif
 }
 template <class S, class A> HC_INLINE Vec<A> read_n(const S* p, int n) {
-  if constexpr (sizeof(S) == sizeof(A))
-    return load_n<A>(reinterpret_cast<const A*>(p), n);
+  if constexpr (sizeof(S) == sizeof(A)) return load_n<A>(reinterpret_cast<const A*>(p), n);
+#if defined(__AVX512BF16__)
+  else if constexpr (__is_same(S, bf16))
+    return (Vec<A>)_mm512_slli_epi32(
+        _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p)), 16);
+#endif
   else {
     S t[VL<A>] = {};
     for (int i = 0; i < n; ++i) t[i] = p[i];
@@ -237,6 +241,10 @@ template <class S, class A> HC_INLINE Vec<A> read_n(const S* p, int n) {
 }
 template <class S, class A> HC_INLINE void write(S* p, Vec<A> v) {
   if constexpr (sizeof(S) == sizeof(A)) store<A>(reinterpret_cast<A*>(p), v);
+#if defined(__AVX512BF16__)
+  else if constexpr (__is_same(S, bf16))
+    _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#endif
 #if defined(__AVX512F__)
   else if constexpr (__is_same(S, f16))
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
@@ -248,11 +256,28 @@ template <class S, class A> HC_INLINE void write(S* p, Vec<A> v) {
     for (int i = 0; i < VL<A>; ++i) p[i] = Narrow<S>::of(v[i]);
 }
 template <class S, class A> HC_INLINE void write_n(S* p, Vec<A> v, int n) {
-  if constexpr (sizeof(S) == sizeof(A))
-    store_n<A>(reinterpret_cast<A*>(p), v, n);
+  if constexpr (sizeof(S) == sizeof(A)) store_n<A>(reinterpret_cast<A*>(p), v, n);
+#if defined(__AVX512BF16__)
+  else if constexpr (__is_same(S, bf16))
+    _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#endif
   else
     for (int i = 0; i < n; ++i) p[i] = Narrow<S>::of(v[i]);
 }
+
+// ---- where packing reads from ----
+// A tensor by the address of its first element, and a place in one image. A storage type of which
+// several images are read at once has its own.
+template <class S> struct Storage {
+  using Images = const S*;
+  using Source = const S*;
+};
+template <class S> using Images = typename Storage<S>::Images;
+template <class S> using Source = typename Storage<S>::Source;
+template <class S> HC_INLINE const S* image_of(const S* x, int64_t n, int64_t stride) {
+  return x + n * stride;
+}
+HC_INLINE const void* address(const void* p) { return p; }
 
 // ---- transposition of a VL x VL block held in vectors: log2(VL) rounds that swap off-diagonal
 // blocks ----

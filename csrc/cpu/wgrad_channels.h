@@ -12,17 +12,27 @@
 namespace hetconv {
 namespace HETCONV_NS {
 
-template <class S, class A> struct ChannelsWgrad {
+// What ChannelsWgrad multiplies: images as they come, one number a lane.
+template <class S, class A> struct OneImage {
+  using Storage = S;
+  using Product = OneProduct<A>;
+  static const S* images(const View& v, int64_t) { return reinterpret_cast<const S*>(v.data); }
+  static int64_t count(int64_t N) { return N; }
+};
+
+template <class S, class A, class K = OneImage<S, A>> struct ChannelsWgrad {
+  using In = typename K::Storage;
   const ChannelLowered& L;
   Problem p, q;  // the layer; its output gradient as the input of a 1x1 layer
   Axis ya, xa, yb, xb;
   Planar gx, gy;  // planes in entries
   int rows, cols, images;
+  int64_t count;            // images of the call; p.N counts what K reads as one
   bool x_planar, y_planar;  // through a planar band, which is then turned unit by unit
 
-  static void lay_axis(Axis* a, int K, int s, int d, int count) {
-    axis_shared(a, K, s, d, count);
-    if (a->entries > K * count) axis_copies(a, K, s, d, count);
+  static void lay_axis(Axis* a, int taps, int s, int d, int count) {
+    axis_shared(a, taps, s, d, count);
+    if (a->entries > taps * count) axis_copies(a, taps, s, d, count);
   }
   static void lay_plane(Planar* g, const Axis& y, const Axis& x, int m) {
     int longest = 0;
@@ -56,6 +66,8 @@ template <class S, class A> struct ChannelsWgrad {
   bool many_sums() const { return size_t(L.sums) * sizeof(A) > kSumsBytes; }
 
   void choose_band() {
+    count = p.N;
+    p.N = K::count(count);
     q = p;
     q.x = p.y;
     q.C = p.F;
@@ -195,14 +207,13 @@ template <class S, class A> struct ChannelsWgrad {
         const int nr = least(rows, p.Ho - oy), nc = least(cols, p.Wo - ox),
                   nm = int(least<int64_t>(images, p.N - n0));
         if (t1 > t0) {
-          const S* xs = reinterpret_cast<const S*>(p.x.data);
-          const S* ys = reinterpret_cast<const S*>(q.x.data);
+          const Images<In> xs = K::images(p.x, count), ys = K::images(q.x, count);
           if (x_planar)
-            pack_planes<S, A>(p, xs, L.live, L.nlive, L.plane, ya, xa, gx, n0, nm, oy, ox, nr, nc,
-                              x, x_plane);
+            pack_planes<In, A>(p, xs, L.live, L.nlive, L.plane, ya, xa, gx, n0, nm, oy, ox, nr, nc,
+                               x, x_plane);
           if (y_planar)
-            pack_planes<S, A>(q, ys, L.identity, L.F, L.identity, yb, xb, gy, n0, nm, oy, ox, nr,
-                              nc, dy, y_plane);
+            pack_planes<In, A>(q, ys, L.identity, L.F, L.identity, yb, xb, gy, n0, nm, oy, ox, nr,
+                               nc, dy, y_plane);
           for (int u = 0; u < L.units; ++u)
             if (L.unit[u].tile0 < t1 && L.unit[u].tile0 + L.unit[u].tiles > t0)
               band(L.unit[u], most(t0, L.unit[u].tile0),
@@ -229,14 +240,13 @@ template <class S, class A> struct ChannelsWgrad {
     if (x_planar)
       turn_planes<A>(x_plane, L.planes + int64_t(u.x0) * VL<A>, u.nx, gx.plane, x);
     else
-      pack_vectors<S, A>(p, reinterpret_cast<const S*>(p.x.data),
-                         L.channels + int64_t(u.x0) * VL<A>, L.channel_run + u.x0, u.nx, ya, xa, gx,
-                         n0, nm, oy, ox, nr, nc, x);
+      pack_vectors<In, A>(p, K::images(p.x, count), L.channels + int64_t(u.x0) * VL<A>,
+                          L.channel_run + u.x0, u.nx, ya, xa, gx, n0, nm, oy, ox, nr, nc, x);
     if (y_planar)
       turn_planes<A>(y_plane, L.filters + int64_t(v0) * VL<A>, v1 - v0, gy.plane, dy);
     else
-      pack_vectors<S, A>(q, reinterpret_cast<const S*>(q.x.data), L.filters + int64_t(v0) * VL<A>,
-                         L.filter_run + v0, v1 - v0, yb, xb, gy, n0, nm, oy, ox, nr, nc, dy);
+      pack_vectors<In, A>(q, K::images(q.x, count), L.filters + int64_t(v0) * VL<A>,
+                          L.filter_run + v0, v1 - v0, yb, xb, gy, n0, nm, oy, ox, nr, nc, dy);
     PixelSpan s{nr,
                 nm,
                 nc,
@@ -252,7 +262,7 @@ template <class S, class A> struct ChannelsWgrad {
     const A* perms = static_cast<const A*>(L.perms);
     for (int t = t0; t < t1; ++t) {
       const ChannelTile& k = L.tile[t];
-      channels_kernel_for<A>(k.turned, k.nf, k.nv)(
+      channels_kernel_for<A, typename K::Product>(k.turned, k.nf, k.nv)(
           dy + (k.vector - v0) * gy.plane * VL<A> + k.first, x, off + k.window0, s, perms + k.perm0,
           sums + k.sum0, first);
       if (out) emit(k, sums, 1, *out);
@@ -260,10 +270,10 @@ template <class S, class A> struct ChannelsWgrad {
   }
 };
 
-template <class S, class A>
+template <class S, class A, class K = OneImage<S, A>>
 static void wgrad_channels(const ChannelLowered& L, const Problem& p, void* dw,
                            const int64_t* strides) {
-  ChannelsWgrad<S, A> g{L, p, p, {}, {}, {}, {}, {}, {}, 0, 0, 0, false, false};
+  ChannelsWgrad<S, A, K> g{L, p, p, {}, {}, {}, {}, {}, {}, 0, 0, 0, 0, false, false};
   g.run({static_cast<S*>(dw), strides});
 }
 

@@ -44,7 +44,7 @@ class Cpu:
     @property
     def grain(self) -> tuple[int, int]:
         """Two vectors of float32 filters, and the four channels that are read together."""
-        lanes = {"avx512": 16, "avx2": 8}.get(_cpu.isas()[0], 4)
+        lanes = {"avx512bf16": 16, "avx512": 16, "avx2": 8}.get(_cpu.isas()[0], 4)
         return 2 * lanes, 4
 
     def unsupported_reasons(self, problem: Problem) -> list[str]:
@@ -80,23 +80,30 @@ class Cpu:
         pixels = problem.batch * math.prod(problem.output_size)
         one_row = is_linear(problem) or (is_pointwise(problem) and problem.channels_last)
         images = 1 if one_row else problem.batch
+        pairs = self._pairs(problem)
         compute = (
             pixels * plan.cost * form.operation
-            + pixels * _tile_columns(problem) / 16 * form.load
+            + pixels * _tile_columns(problem) / (32 if pairs else 16) * form.load
             + images * plan.cost * form.image
         )
         packing = 0.0 if problem.frozen_weight else math.prod(problem.support.shape) * PACK
         weights = plan.packed_elements * form.packed
         if plan.packed_elements * 4 > _NEAR:
-            bands = math.ceil(pixels * problem.support.channels * 4 / _BAND)
+            band = pixels * problem.support.channels * (2 if pairs else 4)
+            bands = math.ceil(band / _BAND)
             weights = plan.packed_elements * bands * FAR_WEIGHT
             compute *= FAR_COMPUTE
         seconds = compute * VERB[problem.verb] / threads + weights + packing + form.call
         return seconds * (DOUBT if problem.support.is_dense else 1.0)
 
     def measured(self, problem: Problem) -> bool:
-        """The seconds were fitted in float32 with AVX-512; elsewhere they are a guess."""
-        return problem.dtype == torch.float32 and self._plan(problem).isa == "avx512"
+        """The seconds were fitted in float32 with AVX-512; elsewhere they are a guess.
+
+        A vector instruction of bfloat16 pairs was seen to take as long as one of float32.
+        """
+        if problem.dtype == torch.float32:
+            return bool(self._plan(problem).isa.startswith("avx512"))
+        return problem.verb != "wgrad" and self._pairs(problem)
 
     def efficiency(self, problem: Problem) -> float:
         """Useful over weighted vector operations; moving data and slower forms count as work."""
@@ -236,6 +243,12 @@ class Cpu:
             return to_format(problem, dw)
 
         return run
+
+    def _pairs(self, problem: Problem) -> bool:
+        """Whether two channels of bfloat16 are multiplied by one instruction."""
+        plan = self._plan(problem)
+        bf16 = problem.dtype == torch.bfloat16
+        return bf16 and plan.form == "filters" and bool(plan.isa == "avx512bf16")
 
     @staticmethod
     def _wgrad_plan(problem: Problem, form: str = "auto") -> Any:

@@ -42,7 +42,12 @@ class Match(NamedTuple):
 
 
 @torch.no_grad()
-def match(before: nn.Module, after: nn.Module, inputs: tuple[Any, ...]) -> Match:
+def match(
+    before: nn.Module,
+    after: nn.Module,
+    inputs: tuple[Any, ...],
+    dtype: torch.dtype | None = None,
+) -> Match:
     """Compares two networks on the inputs and on noise of their size.
 
     The truth is the original in float64. The new network may err by twice what the original errs
@@ -54,10 +59,16 @@ def match(before: nn.Module, after: nn.Module, inputs: tuple[Any, ...]) -> Match
         before: the original, in evaluation mode.
         after: the new network.
         inputs: arguments of the forward.
+        dtype: what the new network computes in, if not in the original's: then the original's
+            error there is its own rounding.
     """
     exact = copied(before).double()
-    dtype = next((t.dtype for t in _floats(tuple(before.parameters()))), torch.float32)
+    narrow = dtype is not None
+    if dtype is None:
+        dtype = next((t.dtype for t in _floats(tuple(before.parameters()))), torch.float32)
     coarse = copied(before).float() if dtype == torch.float64 else before
+    if narrow:
+        coarse = copied(before).to(dtype)
     depth = max((_depth(module) for module in before.modules()), default=1)
     worst = Match(0.0, 0.0, 0.0)
     for given in (inputs, _noise(inputs)):
@@ -67,7 +78,10 @@ def match(before: nn.Module, after: nn.Module, inputs: tuple[Any, ...]) -> Match
             ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
             own = 16 * ratio * _largest(_floats(coarse(*_cast(given, torch.float32))), truth)
         else:
-            own = _largest(_floats(before(*copy.deepcopy(given))), truth)
+            cast = _cast(given, dtype) if narrow else copy.deepcopy(given)
+            own = _largest(_floats(coarse(*cast)), truth)
+            if narrow and own == float("inf"):
+                own = 0.0  # an original that overflows there is no measure
         size = max((t.abs().max() for t in truth if t.numel()), default=torch.zeros(()))
         allowed = 2 * own + float(error_bound(size, depth, dtype))
         found = Match(_largest(result, truth), own, allowed)
@@ -78,13 +92,19 @@ def match(before: nn.Module, after: nn.Module, inputs: tuple[Any, ...]) -> Match
     return worst
 
 
-def verify(before: nn.Module, after: nn.Module, inputs: tuple[Any, ...], what: str) -> Match:
+def verify(
+    before: nn.Module,
+    after: nn.Module,
+    inputs: tuple[Any, ...],
+    what: str,
+    dtype: torch.dtype | None = None,
+) -> Match:
     """Compares two networks, see `match`.
 
     Raises:
         VerificationError: they differ by more than rounding.
     """
-    found = match(before, after, inputs)
+    found = match(before, after, inputs, dtype)
     if not found.ok:
         raise VerificationError(
             f"{what} changes the outputs of the network: {found}. The network was left as it was. "

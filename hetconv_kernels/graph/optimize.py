@@ -20,6 +20,7 @@ from .compact import CompactReport, shrink
 from .copying import copied, settle
 from .fold import Folded, Left, fold
 from .layout import set_module
+from .narrow import check_narrow, narrow
 from .order import Reordered, order
 from .planned import planned
 from .trace import as_inputs, check_network
@@ -56,6 +57,7 @@ class OptimizeReport:
         match: how far the outputs are from the original's.
         settled: weights that a parametrisation, pruning or a norm computed at each call, and that
             are ordinary ones now.
+        dtype: of weights and activations, where another than the original's was asked for.
     """
 
     model: nn.Module
@@ -64,9 +66,13 @@ class OptimizeReport:
     frozen: tuple[str, ...]
     match: Match
     settled: tuple[str, ...] = ()
+    dtype: torch.dtype | None = None
 
     def __str__(self) -> str:
         lines = [f"outputs compared: {self.match}"]
+        if self.dtype is not None:
+            name = str(self.dtype).removeprefix("torch.")
+            lines.append(f"weights and activations in {name}, outputs in the dtype of the inputs")
         for part in self.parts:
             lines += ["", *_account(part)]
         if self.settled:
@@ -79,7 +85,7 @@ class OptimizeReport:
         return "\n".join(lines)
 
 
-def optimize(model: nn.Module, example: Any) -> OptimizeReport:
+def optimize(model: nn.Module, example: Any, dtype: torch.dtype | None = None) -> OptimizeReport:
     """Makes a trained network fast for inference.
 
     In turn: weights that are computed at each call (parametrised, pruned, normed) become ordinary
@@ -88,6 +94,10 @@ def optimize(model: nn.Module, example: Any) -> OptimizeReport:
     convolutions; layers with a Support are frozen. Where the network cannot be traced, its parts
     are tried, down to single layers. The outputs of the result are compared with the original's.
 
+    With a dtype, weights are then rounded to it, once, and activations are of it from layer to
+    layer; sums and shifts inside of a layer stay float32, and the outputs have the dtype of the
+    inputs. The outputs may then err by twice what the original errs when all of it is cast.
+
     The original is not touched. The result does not train. Where it could be traced it recycles the
     memory of its activations, see `PlannedNetwork`.
 
@@ -95,17 +105,20 @@ def optimize(model: nn.Module, example: Any) -> OptimizeReport:
         model: the network, in evaluation mode.
         example: an input of the size that matters, or a tuple of inputs. Memory formats are the
             caller's: an input in channels_last is the faster one.
+        dtype: ``torch.bfloat16`` or ``torch.float16``; None keeps the network's own.
 
     Returns:
         The report, with the network as ``report.model``.
 
     Raises:
         InputTypeError: no nn.Module, or no tensor in the example.
-        ArgumentError: the network is in training mode.
+        ArgumentError: the network is in training mode, or the dtype is another one.
         VerificationError: the outputs differ by more than rounding.
     """
     check_network(model)
     inputs = as_inputs(example)
+    if dtype is not None:
+        check_narrow(dtype)
     work = _Work(copied(model))
     settled = settle(work.root)
     with torch.no_grad():
@@ -113,11 +126,13 @@ def optimize(model: nn.Module, example: Any) -> OptimizeReport:
         if result is not None:
             work.root = result
         frozen = tuple(_freeze(work.root))
+        if dtype is not None:
+            work.root = narrow(work.root, dtype)
     matched = work.match
-    if matched is None or result is None or frozen:
-        matched = verify(model, work.root, inputs, "optimize")
+    if matched is None or result is None or frozen or dtype is not None:
+        matched = verify(model, work.root, inputs, "optimize", dtype)
     parts, untraced = tuple(work.parts), tuple(work.untraced)
-    return OptimizeReport(work.root, parts, untraced, frozen, matched, settled)
+    return OptimizeReport(work.root, parts, untraced, frozen, matched, settled, dtype)
 
 
 @dataclass

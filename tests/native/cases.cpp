@@ -82,6 +82,7 @@ Case random_case(uint64_t seed, const hetconv::Kernels& isa) {
   draw_image(r, c.conv);
   const DType types[] = {DType::f32, DType::f64, DType::bf16, DType::f16};
   c.dtype = chance(r, 0.4) ? DType::f32 : types[pick(r, 0, 3)];
+  if (isa.pairs) c.dtype = DType::bf16;  // the rest is another instruction set's
   c.weight_dtype = chance(r, 0.7) ? c.dtype : types[pick(r, 0, 3)];
   const char* forms[] = {"auto", "filters", "pixels", "columns"};
   c.form = forms[pick(r, 0, 3)];

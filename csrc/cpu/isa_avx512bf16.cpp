@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+// AVX-512 with instructions for bfloat16: what they change; the rest is isa_avx512.cpp.
+#if defined(__x86_64__)
+#define HETCONV_NS avx512bf16
+#define HETCONV_VECTOR_BYTES 64
+#include "isa.h"
+#include "micro_pairs.h"
+#include "pack_pairs.h"
+#include "twin_images.h"
+
+namespace hetconv {
+namespace HETCONV_NS {
+
+// What FiltersFprop multiplies: pairs of channels of a band as it came from memory.
+struct PairColumns {
+  using Band = bf16;
+  using Segment = PairSegment;
+  static const Segment* segments(const Lowered& L) { return L.paired; }
+  static bool reads_vectors(const Segment& s) { return s.windows > 0; }
+  static bool in_place(int C, bool vectors) { return vectors ? C % VL<bf16> == 0 : C > 1; }
+  static PairSteps steps(const Lowered& L, const Segment& s, const int* off) {
+    return {off + s.col0, s.runs, s.pairs, s.windows,
+            L.perms ? static_cast<const float*>(L.perms) + s.perm0 : nullptr};
+  }
+  // Whether the kernel itself writes tiles of `s`, whose filters are whole vectors in memory.
+  static bool finishes(PairSteps& steps, const Out<float>& o, int filter0) {
+    if (o.scale || (o.act != Act::none && o.act != Act::relu)) return false;
+    steps.shift = o.shift ? o.shift + filter0 : nullptr;
+    steps.relu = o.act == Act::relu;
+    steps.y_pixel = o.y.sw;
+    steps.res_pixel = o.res.sw;
+    return true;
+  }
+  static void place(PairSteps& steps, bf16* y, const bf16* res) {
+    steps.y = y;
+    steps.res = res;
+  }
+  template <int NV> static PairsKernel kernel(int mr) { return pairs_kernel_for<NV>(mr); }
+};
+
+}  // namespace HETCONV_NS
+
+extern const Bf16Kernels kernels_avx512bf16 = {
+    avx512bf16::fprop<avx512bf16::bf16, float, avx512bf16::PairColumns>, avx512bf16::pack_pairs,
+    avx512bf16::wgrad_twins};
+
+}  // namespace hetconv
+#endif

@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0
+// Filters in vectors, of bfloat16: each lane holds two channels of one filter and takes two
+// products in one instruction, summed in float32.
+#pragma once
+#include "emit.h"
+#include "micro_filters.h"
+
+namespace hetconv {
+namespace HETCONV_NS {
+
+// The bits of p[0] and p[1] in every lane.
+HC_INLINE Vec<float> splat_both(const bf16* p) {
+  int32_t both;
+  memcpy(&both, p, sizeof both);
+  return (Vec<float>)_mm512_set1_epi32(both);
+}
+// The 32 channels from p, lane l those of numbers turn[l] (lower half: its first).
+HC_INLINE Vec<float> turn_both(const bf16* p, Vec<float> turn) {
+  return (Vec<float>)_mm512_permutexvar_epi16((__m512i)turn, _mm512_loadu_si512(p));
+}
+// sum + x's first * w's first + x's second * w's second, of each lane.
+HC_INLINE Vec<float> dot_both(Vec<float> sum, Vec<float> x, Vec<float> w) {
+  return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w);
+}
+
+struct PairSteps {
+  const int* off;  // band offset of each column
+  int runs, pairs, windows;
+  const float* turns;  // [windows][NV] index vectors
+  // Where a finished tile goes, and what is added to it, pixel by pixel; y is null where the sums
+  // themselves are wanted. Only what `Simple` does: a shift, a residual, a ReLU.
+  bf16* y = nullptr;
+  const bf16* res = nullptr;
+  ptrdiff_t y_pixel = 0, res_pixel = 0;
+  const float* shift = nullptr;  // [NV] vectors, or null
+  bool relu = false;
+};
+
+template <int MR, int NV> HC_INLINE void finish_tile(Vec<float> (*acc)[NV], const PairSteps& s) {
+  constexpr int L = VL<float>;
+  const Vec<float> floor = splat<float>(s.relu ? 0.0f : -std::numeric_limits<float>::infinity());
+  HC_UNROLL for (int j = 0; j < NV; ++j) {
+    if (s.shift) {
+      const Vec<float> shift = load<float>(s.shift + j * L);
+      HC_UNROLL for (int i = 0; i < MR; ++i) acc[i][j] += shift;
+    }
+    if (s.res) {
+      HC_UNROLL for (int i = 0; i < MR; ++i) acc[i][j] +=
+          read<bf16, float>(s.res + i * s.res_pixel + j * L);
+    }
+    // Of a NaN the second operand is kept.
+    HC_UNROLL for (int i = 0; i < MR; ++i) write<bf16, float>(
+        s.y + i * s.y_pixel + j * L, (Vec<float>)_mm512_max_ps((__m512)floor, (__m512)acc[i][j]));
+  }
+}
+
+using PairsKernel = void (*)(const bf16* a, ptrdiff_t ps, const PairSteps& s, const float* w,
+                             float* o, ptrdiff_t os);
+
+// As filters_kernel; w in lanes, each of two channels.
+template <int MR, int NV>
+static void pairs_kernel(const bf16* a, ptrdiff_t ps, const PairSteps& s, const float* w, float* o,
+                         ptrdiff_t os) {
+  using Tile = TilePixels<bf16, MR>;
+  constexpr int L = VL<float>;
+  Vec<float> acc[MR][NV];
+  HC_UNROLL for (int i = 0; i < MR; ++i) HC_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] =
+      Vec<float>{};
+  const int* off = s.off;
+  Tile t(ps);
+  for (int q = 0; q < s.runs; ++q) {
+    Tile::start(t, a + off[q]);
+    HC_UNROLL for (int c = 0; c < 4; ++c) {
+      Vec<float> b[NV];
+      HC_UNROLL for (int j = 0; j < NV; ++j) b[j] = load<float>(w + (c * NV + j) * L);
+      HC_UNROLL for (int i = 0; i < MR; ++i) {
+        const Vec<float> x = splat_both(Tile::of(t, i) + 2 * c);
+        HC_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] = dot_both(acc[i][j], b[j], x);
+      }
+    }
+    w += 4 * NV * L;
+  }
+  off += s.runs;
+  for (int q = 0; q < s.pairs; ++q) {
+    Tile::start(t, a + off[q]);
+    Vec<float> b[NV];
+    HC_UNROLL for (int j = 0; j < NV; ++j) b[j] = load<float>(w + j * L);
+    HC_UNROLL for (int i = 0; i < MR; ++i) {
+      const Vec<float> x = splat_both(Tile::of(t, i));
+      HC_UNROLL for (int j = 0; j < NV; ++j) acc[i][j] = dot_both(acc[i][j], b[j], x);
+    }
+    w += NV * L;
+  }
+  off += s.pairs;
+  for (int q = 0; q < s.windows; ++q) {
+    HC_UNROLL for (int j = 0; j < NV; ++j) {
+      Tile::start(t, a + off[q * NV + j]);
+      const Vec<float> b = load<float>(w + j * L), turn = load<float>(s.turns + (q * NV + j) * L);
+      HC_UNROLL for (int i = 0; i < MR; ++i) acc[i][j] =
+          dot_both(acc[i][j], b, turn_both(Tile::of(t, i), turn));
+    }
+    w += NV * L;
+  }
+  if (s.y) return finish_tile<MR, NV>(acc, s);
+  HC_UNROLL for (int i = 0; i < MR; ++i) HC_UNROLL for (int j = 0; j < NV; ++j)
+      store<float>(o + i * os + j * L, acc[i][j]);
+}
+
+template <int NV> static PairsKernel pairs_kernel_for(int mr) {
+#define HC_ROW(m)                                              \
+  case m:                                                      \
+    if constexpr (m <= kMaxPixels) return pairs_kernel<m, NV>; \
+    break;
+  switch (mr) {
+    HC_ROW(1)
+    HC_ROW(2)
+    HC_ROW(3)
+    HC_ROW(4)
+    HC_ROW(5)
+    HC_ROW(6)
+    HC_ROW(7)
+    HC_ROW(8)
+    HC_ROW(9)
+    HC_ROW(10)
+    HC_ROW(11)
+    HC_ROW(12)
+    HC_ROW(13)
+    HC_ROW(14)
+  }
+#undef HC_ROW
+  return nullptr;
+}
+
+}  // namespace HETCONV_NS
+}  // namespace hetconv

@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0
+// Bands and weights of bfloat16 for the kernels of micro_pairs.h: elements are moved, not widened.
+#pragma once
+#include "pack.h"
+#include "pack_weights.h"
+
+namespace hetconv {
+namespace HETCONV_NS {
+
+// The first n of 32 elements; the rest is zero.
+HC_INLINE __m512i load_halves(const bf16* p, int n) {
+  return _mm512_maskz_loadu_epi16(n >= 32 ? ~__mmask32(0) : (__mmask32(1) << n) - 1, p);
+}
+HC_INLINE void store_halves(bf16* p, __m512i v, int n) {
+  _mm512_mask_storeu_epi16(p, n >= 32 ? ~__mmask32(0) : (__mmask32(1) << n) - 1, v);
+}
+
+template <> inline void zero_fill<bf16>(bf16* p, int64_t n) {
+  for (; n > 0; n -= 32, p += 32)
+    store_halves(p, _mm512_setzero_si512(), int(least<int64_t>(n, 32)));
+}
+
+// Two rows of pixels as one of pairs: the first n and m of 16, zeros for the rest.
+HC_INLINE Vec<float> both_rows(const bf16* lower, const bf16* upper, int n, int m) {
+  const __m512i a = _mm512_cvtepu16_epi32(
+                    _mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), lower)),
+                b = _mm512_cvtepu16_epi32(
+                    _mm256_maskz_loadu_epi16(__mmask16((1u << m) - 1), upper));
+  return (Vec<float>)_mm512_or_si512(a, _mm512_slli_epi32(b, 16));
+}
+
+template <>
+inline void pack_run_channels_last<bf16, bf16>(const bf16* x, int64_t sc, int64_t sh, int64_t sw,
+                                               int C, int first, int istride, int n, bf16* d,
+                                               int Cb) {
+  const int64_t px = istride * sw;
+  x += int64_t(first) * sw;
+  if (sc == 1) {
+    if (px == C && Cb == C) {
+      memcpy(static_cast<void*>(d), x, size_t(n) * C * sizeof(bf16));
+      return;
+    }
+    for (int j = 0; j < n; ++j, d += Cb, x += px) {
+      int c = 0;
+      for (; c + 32 <= C; c += 32) _mm512_storeu_si512(d + c, _mm512_loadu_si512(x + c));
+      for (; c < Cb; c += 32) store_halves(d + c, load_halves(x + c, most(0, C - c)), Cb - c);
+    }
+  } else if (px == 1) {
+    for (int c0 = 0; c0 < Cb; c0 += 32)
+      for (int j0 = 0; j0 < n; j0 += 16) {
+        const int m = least(16, n - j0);
+        Vec<float> r[16];
+        for (int i = 0; i < 16; ++i) {
+          const int c = c0 + 2 * i;
+          const bf16* row = x + c * sc + j0;
+          r[i] = c >= C ? Vec<float>{} : both_rows(row, row + sc, m, c + 1 < C ? m : 0);
+          // As with single channels: more streams than the hardware follows.
+          if (m == 16 && c + 1 < C) {
+            __builtin_prefetch(row + 2 * sh, 0, 2);
+            __builtin_prefetch(row + sc + 2 * sh, 0, 2);
+          }
+        }
+        transpose<float>(r);
+        for (int j = 0; j < m; ++j)
+          store_halves(d + int64_t(j0 + j) * Cb + c0, (__m512i)r[j], Cb - c0);
+      }
+  } else {
+    for (int j = 0; j < n; ++j, d += Cb, x += px) {
+      for (int c = 0; c < C; ++c) d[c] = x[c * sc];
+      zero_fill(d + C, Cb - C);
+    }
+  }
+}
+
+// ---- weights ----
+
+// One weight as the upper or lower half of a lane.
+template <class S> HC_INLINE uint32_t half_of(const S* w, bool upper) {
+  return uint32_t(Narrow<bf16>::of(float(widen(*w))).bits) << (upper ? 16 : 0);
+}
+
+template <class S>
+static void pack_pair_segment(const Lowered& L, const PairSegment& s, const WeightView& v,
+                              float* out) {
+  const S* w = reinterpret_cast<const S*>(v.data);
+  constexpr int lanes = VL<float>;
+  const int pairs = 4 * s.runs + s.pairs;
+  const int* filters = L.filters + s.filter0;
+  const Column* columns = L.columns + s.col0;
+  for (int k0 = 0; k0 < pairs; k0 += lanes) {
+    const int n = least(lanes, pairs - k0);
+    int64_t at[2 * lanes], live[2 * lanes];  // in the weight, -1 for a zero; in the mask
+    for (int k = 0; k < n; ++k) {
+      const bool run = k0 + k < 4 * s.runs;
+      const Column& c = columns[run ? (k0 + k) / 4 : k0 + k - 3 * s.runs];
+      for (int half = 0; half < 2; ++half) {
+        const int channel = c.channel + (run ? (k0 + k) % 4 * 2 : 0) + half;
+        const bool idle = c.idle & (half ? kUpper : kLower);
+        at[2 * k + half] = channel * v.sc + c.ky * v.sh + c.kx * v.sw;
+        live[2 * k + half] = idle ? -1 : mask_at(L, 0, channel, c.ky, c.kx);
+      }
+    }
+    for (int j = 0; j < s.nv; ++j) {
+      Vec<float> r[lanes];
+      for (int l = 0; l < lanes; ++l) {
+        uint32_t lane[lanes] = {};
+        if (j * lanes + l < s.lanes) {
+          const int f = filters[j * lanes + l];
+          const S* row = w + f * v.sf;
+          const uint8_t* mask = L.mask + mask_at(L, f, 0, 0, 0);
+          for (int k = 0; k < 2 * n; ++k)
+            if (live[k] >= 0 && mask[live[k]]) lane[k / 2] |= half_of<S>(row + at[k], k % 2);
+        }
+        r[l] = load<float>(reinterpret_cast<const float*>(lane));
+      }
+      transpose<float>(r);
+      for (int k = 0; k < n; ++k) store<float>(out + (int64_t(k0 + k) * s.nv + j) * lanes, r[k]);
+    }
+  }
+  out += int64_t(pairs) * s.nv * lanes;
+  columns += s.runs + s.pairs;
+  const int32_t* perms = static_cast<const int32_t*>(L.perms) + s.perm0;
+  const uint8_t* taken = L.taken + s.taken0;
+  for (int q = 0; q < s.windows; ++q)
+    for (int j = 0; j < s.nv; ++j, ++columns)
+      for (int l = 0; l < lanes; ++l, ++perms, ++taken, ++out) {
+        uint32_t both = 0;
+        for (int half = 0; half < 2; ++half) {
+          if (!(*taken & (half ? kUpper : kLower))) continue;
+          const int channel = columns->channel + (*perms >> (16 * half) & 0xffff);
+          both |= half_of<S>(w + filters[j * lanes + l] * v.sf + channel * v.sc +
+                                 columns->ky * v.sh + columns->kx * v.sw,
+                             half);
+        }
+        memcpy(out, &both, sizeof both);
+      }
+}
+
+template <class S>
+static void pack_pair_segments(const Lowered& L, const WeightView& v, float* out, int threads) {
+#pragma omp parallel for schedule(dynamic) \
+    num_threads(threads) if (threads > 1 && L.packed > (1 << 16))
+  for (int i = 0; i < L.count; ++i) pack_pair_segment<S>(L, L.paired[i], v, out + L.paired[i].w0);
+}
+
+static void pack_pairs(const Lowered& L, const WeightView& v, DType from, void* packed,
+                       int threads) {
+  if (L.form != Form::filters) return pack_weights<float>(L, v, from, packed, threads);
+  float* out = static_cast<float*>(packed);
+  switch (from) {
+    case DType::f32:
+      return pack_pair_segments<float>(L, v, out, threads);
+    case DType::f64:
+      return pack_pair_segments<double>(L, v, out, threads);
+    case DType::bf16:
+      return pack_pair_segments<bf16>(L, v, out, threads);
+    case DType::f16:
+      return pack_pair_segments<f16>(L, v, out, threads);
+  }
+}
+
+}  // namespace HETCONV_NS
+}  // namespace hetconv

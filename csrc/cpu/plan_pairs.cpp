@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: Apache-2.0
+// Filters in vectors of bfloat16: which filters share vectors, and which two channels a lane reads
+// at once. A channel without a partner is read with a neighbour whose weight is zero.
+#include <algorithm>
+
+#include "plan.h"
+
+namespace hetconv {
+
+// Cost of one vector of products with an operand that is a broadcast for one vector only, or a
+// permuted window; a broadcast shared by two vectors costs 1.
+constexpr double kAloneCost = 1.05, kWindowCost = 1.6;
+// Cost of one output that goes to memory alone (see plan_filters.cpp).
+constexpr double kScatterCost = 11;
+
+// Covers the channels of one tap, ascending, by pairs of neighbours that lie within C channels.
+static std::vector<Column> cover(const std::vector<Column>& channels, int C) {
+  std::vector<Column> pairs;
+  for (size_t i = 0; i < channels.size(); ++i) {
+    Column pair = channels[i];
+    const bool two = i + 1 < channels.size() && channels[i + 1].channel == pair.channel + 1;
+    if (!two) {
+      pair.idle = C > 1 && pair.channel == C - 1 ? kLower : kUpper;
+      pair.channel -= pair.idle == kLower;
+    }
+    pairs.push_back(pair);
+    i += two;
+  }
+  return pairs;
+}
+
+void Plan::lower_pairs() {
+  const int vl = low_.vl;
+  // Filters of groups below a vector: by group, or in the order in which they lie in memory.
+  std::vector<int> by_group, ascending;
+  for (const Group& g : groups_)
+    if (int(g.filters.size()) < vl && groups_.size() > 1)
+      by_group.insert(by_group.end(), g.filters.begin(), g.filters.end());
+  ascending = by_group;
+  std::sort(ascending.begin(), ascending.end());
+  lower_pairs_in(by_group);
+  if (by_group == ascending) return;
+  const double cost = pairs_cost(true);
+  lower_pairs_in(ascending);
+  if (cost < pairs_cost(true)) lower_pairs_in(by_group);
+}
+
+void Plan::lower_pairs_in(const std::vector<int>& narrow) {
+  clear();
+  low_.form = Form::filters;
+  const size_t vl = size_t(low_.vl);
+  const auto block = [](const std::vector<int>& filters, size_t first, size_t most) {
+    return std::vector<int>(filters.begin() + first,
+                            filters.begin() + std::min(filters.size(), first + most));
+  };
+  for (const Group& g : groups_)
+    if (g.filters.size() >= vl || groups_.size() == 1)
+      for (size_t i = 0; i < g.filters.size(); i += 2 * vl)
+        add_pair_segment(block(g.filters, i, 2 * vl), &g);
+  for (size_t i = 0; i < narrow.size(); i += vl) add_pair_segment(block(narrow, i, vl), nullptr);
+}
+
+// The windows of one vector of lanes that read `rest` of one tap: two channels a lane at a time.
+static std::vector<LaneColumn> windows_of(const std::vector<std::vector<int>>& channels_of,
+                                          const Column& tap, int C, int vl) {
+  std::vector<LaneColumn> found;
+  const int wide = 2 * vl, padded = (C + wide - 1) / wide * wide;
+  for (int c = 0; c < C;) {
+    int first = C;  // still needed
+    for (const auto& channels : channels_of) {
+      const auto at = std::lower_bound(channels.begin(), channels.end(), c);
+      if (at != channels.end()) first = std::min(first, *at);
+    }
+    if (first == C) break;
+    const Column window{tap.ky, tap.kx, std::min(first, padded - wide)};
+    std::vector<LaneColumn> columns;
+    for (size_t l = 0; l < channels_of.size(); ++l) {
+      size_t entry = 0;
+      for (int channel : channels_of[l]) {
+        if (channel < first || channel >= window.channel + wide) continue;
+        if (columns.size() <= entry / 2)
+          columns.push_back({window, std::vector<int64_t>(size_t(wide), -1)});
+        columns[entry / 2].channels[2 * l + entry % 2] = channel;
+        ++entry;
+      }
+    }
+    found.insert(found.end(), columns.begin(), columns.end());
+    c = window.channel + wide;
+  }
+  return found;
+}
+
+void Plan::add_pair_segment(const std::vector<int>& filters, const Group* group) {
+  const int vl = low_.vl;
+  PairSegment s{};
+  s.lanes = int(filters.size());
+  s.nv = (s.lanes + vl - 1) / vl;
+  s.filter0 = int(filters_.size());
+  s.contiguous = 1;
+  for (int l = 0; l < s.lanes; ++l) s.contiguous &= filters[l] == filters[0] + l;
+  s.col0 = int64_t(columns_.size());
+  s.w0 = low_.packed;
+  s.perm0 = int64_t(perms32_.size());
+  s.taken0 = int64_t(taken_.size());
+  filters_.insert(filters_.end(), filters.begin(), filters.end());
+
+  std::vector<Column> pairs;
+  std::vector<std::vector<LaneColumn>> windows(static_cast<size_t>(s.nv));
+  for (int ky = 0; ky < low_.KH; ++ky)
+    for (int kx = 0; kx < low_.KW; ++kx) {
+      std::vector<Column> some,
+          all;  // channels that some of the lanes read, and that all of them do
+      std::vector<std::vector<int>> rest(filters.size());  // of each lane, what not all read
+      for (int c = 0; c < low_.C; ++c) {
+        size_t readers = 0;
+        for (int f : filters) {
+          readers += has(f, c, ky, kx);
+          if (group) break;  // one speaks for all
+        }
+        if (readers == 0) continue;
+        some.push_back(Column{ky, kx, c});
+        if (group || readers == filters.size())
+          all.push_back(some.back());
+        else
+          for (size_t l = 0; l < filters.size(); ++l)
+            if (has(filters[l], c, ky, kx)) rest[l].push_back(c);
+      }
+      std::vector<Column> broadcast = cover(some, low_.C);
+      if (all.size() < some.size()) {
+        const std::vector<Column> common = cover(all, low_.C);
+        std::vector<std::vector<LaneColumn>> own;
+        size_t most = 0;
+        for (int j = 0; j < s.nv; ++j) {
+          const size_t first = size_t(j * vl), last = std::min(filters.size(), first + size_t(vl));
+          own.push_back(windows_of({rest.begin() + first, rest.begin() + last}, Column{ky, kx, 0},
+                                   low_.C, vl));
+          most = std::max(most, own.back().size());
+        }
+        if (double(common.size()) + kWindowCost * double(most) < double(broadcast.size())) {
+          broadcast = common;
+          const LaneColumn idle{Column{ky, kx, 0}, std::vector<int64_t>(size_t(2 * vl), -1)};
+          for (size_t j = 0; j < own.size(); ++j) {
+            own[j].resize(most, idle);
+            windows[j].insert(windows[j].end(), own[j].begin(), own[j].end());
+          }
+        }
+      }
+      pairs.insert(pairs.end(), broadcast.begin(), broadcast.end());
+    }
+
+  std::vector<Column> single;
+  for (size_t i = 0; i < pairs.size();) {
+    bool run = i + 3 < pairs.size();
+    for (size_t k = 1; run && k < 4; ++k)
+      run = pairs[i + k].ky == pairs[i].ky && pairs[i + k].kx == pairs[i].kx &&
+            pairs[i + k].channel == pairs[i].channel + 2 * int(k) && !pairs[i + k].idle;
+    run = run && !pairs[i].idle;
+    (run ? columns_ : single).push_back(pairs[i]);
+    s.runs += run;
+    i += run ? 4 : 1;
+  }
+  s.pairs = int(single.size());
+  columns_.insert(columns_.end(), single.begin(), single.end());
+  add_windows(s, windows);
+  low_.packed += int64_t(4 * s.runs + s.pairs + s.windows) * s.nv * vl;
+  paired_.push_back(s);
+}
+
+// windows: of each vector, equally many.
+void Plan::add_windows(PairSegment& s, const std::vector<std::vector<LaneColumn>>& windows) {
+  s.windows = int(windows[0].size());
+  for (size_t q = 0; q < windows[0].size(); ++q)
+    for (const std::vector<LaneColumn>& own : windows) {
+      const LaneColumn& column = own[q];
+      columns_.push_back(column.window);
+      for (int l = 0; l < low_.vl; ++l) {
+        const int64_t lower = column.channels[size_t(2 * l)],
+                      upper = column.channels[size_t(2 * l + 1)];
+        const int64_t first = lower < 0 ? 0 : lower - column.window.channel,
+                      second = upper < 0 ? first : upper - column.window.channel;
+        perm_push(first | second << 16);
+        taken_.push_back(uint8_t((lower < 0 ? 0 : kLower) | (upper < 0 ? 0 : kUpper)));
+      }
+    }
+}
+
+// As filters_cost: each product of a vector is of two channels.
+double Plan::pairs_cost(bool channels_last) const {
+  double total = (channels_last ? 0.8 : 3.2) * double(low_.C + low_.F);
+  for (const PairSegment& s : paired_) {
+    total += s.nv * ((s.nv == 1 ? kAloneCost : 1.0) * (4 * s.runs + s.pairs) +
+                     kWindowCost * s.windows + 2);
+    if (channels_last && !s.contiguous) total += kScatterCost * s.lanes;
+  }
+  return total;
+}
+
+}  // namespace hetconv
