@@ -42,9 +42,7 @@ PACKAGE = "hetconv_kernels"
 MODES = ("auto", "none", "require")
 GIB_PER_JOB = 2  # a source with pybind11 or many templates needs 1 to 1.5 GiB
 AVX2 = "-mavx2 -mfma -mf16c"
-AVX512 = (
-    f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
-)
+AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
 X86 = platform.machine() in ("x86_64", "AMD64")
 # GPU generations that the CUDA part is built for; the newest also as PTX, for those to come.
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
@@ -100,7 +98,9 @@ class Part:
 
     def extra_flags(self, source: Path) -> str:
         isa = source.stem.removeprefix("isa_")
-        return self.isa_flags.get(isa, "") if X86 and isa != source.stem else ""
+        flags = self.isa_flags.get(isa, "") if X86 and isa != source.stem else ""
+        # In 8 bits every operation of the epilogue is rounded once: what it computes is defined so.
+        return f"{flags} -ffp-contract=off".strip() if isa.startswith("int8_") else flags
 
     def suited(self, source: Path, names: list[str]) -> list[str]:
         """Lists which architectures it has kernels of, one at least: its launchers are needed."""
@@ -129,6 +129,9 @@ PARTS = (
             "avx2": AVX2,
             "avx512": AVX512,
             "avx512bf16": f"{AVX512} -mavx512bf16",
+            "int8_avx2": AVX2,
+            "int8_avxvnni": f"{AVX2} -mavxvnni",
+            "int8_avx512vnni": f"{AVX512} -mavx512vnni",
         },
         # By its plain soname, so that a process which also has torch runs one OpenMP, not two.
         link_flags="-fopenmp",

@@ -203,6 +203,8 @@ static void run_wgrad(const Wgrad& w, uintptr_t x, const Strides& xs,
   w.run(p, reinterpret_cast<void*>(dw), ws.data());
 }
 
+void bind_int8(py::module_& m);  // int8_bindings.cpp
+
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "Native CPU engine: convolutions whose filters read only the columns of a Support.";
   m.def(
@@ -283,4 +285,5 @@ PYBIND11_MODULE(_cpu, m) {
           },
           py::arg("packed"), py::arg("dy"), py::arg("dy_strides"), py::arg("nhw"), py::arg("dx"),
           py::arg("dx_strides"), py::arg("size"), py::arg("threads") = 1);
+  bind_int8(m);
 }

@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0
+// What becomes of the sums, one number at a time. Every float32 operation is rounded once: sources
+// that include this are compiled with -ffp-contract=off.
+#pragma once
+#include <cmath>
+#include "int8.h"
+#include "vec.h"
+
+namespace hetconv {
+namespace HETCONV_NS {
+
+// What a tile of one ISA reads and writes.
+struct Int8Tile {
+  const uint8_t* a;  // of the first pixel
+  int64_t pitch;     // to the next
+  const int32_t* off;
+  int quads, shuffles;
+  const int8_t* w;
+  const int32_t* bias;
+  const float* multiplier;
+  uint8_t* y;
+  int64_t y_pitch;
+  const uint8_t* res;  // or null
+  int64_t res_pitch;
+  int32_t* sums;  // not null: the sums go there, [pixels][lanes], and nothing to y
+};
+
+// Bytes are finished as signed ones and flipped to unsigned ones in the end.
+struct Finish {
+  float bound, greatest;  // of a scaled sum that is to be a byte: -bound..bound
+  float low, high;        // of a float32 result
+  int zero;               // of the result, less 128 where that is unsigned
+  int8_t least_byte, greatest_byte;
+  uint8_t flip;
+  uint8_t res_flip;
+  int res_zero;  // 128 more where the residual is signed
+  float res_multiplier;
+};
+
+HC_INLINE int unsigned_zero(Byte type, int zero) { return type == Byte::s8 ? zero + 128 : zero; }
+HC_INLINE uint8_t flip_of(Byte type) { return type == Byte::s8 ? 0x80 : 0; }
+
+static inline Finish finish_for(Int8Out type, int zero, float low, float high) {
+  Finish f{};
+  f.bound = 32767.0f;
+  f.low = low;
+  f.high = high;
+  if (type != Int8Out::f32) {
+    const int less = type == Int8Out::u8 ? 128 : 0;
+    f.zero = zero - less;
+    f.least_byte = int8_t(int(low) - less);
+    f.greatest_byte = int8_t(int(high) - less);
+    f.flip = type == Int8Out::u8 ? 0x80 : 0;
+  }
+  return f;
+}
+
+HC_INLINE float clamped(float t, float low, float high) {
+  t = t > low ? t : low;
+  return t < high ? t : high;
+}
+
+// A scaled sum as a byte. Rounding comes first: the bounds are integers, so it gives the same.
+HC_INLINE uint8_t byte_of(const Finish& f, float t) {
+  const int q = int(std::nearbyintf(clamped(t, -f.bound, f.bound))) + f.zero;
+  const int in = q < f.least_byte ? f.least_byte : q > f.greatest_byte ? f.greatest_byte : q;
+  return uint8_t(in) ^ f.flip;
+}
+
+HC_INLINE float residual_of(const Finish& f, uint8_t r) {
+  return float(int(r ^ f.res_flip) - f.res_zero) * f.res_multiplier;
+}
+
+// The sums of a tile, filter by filter: for float32, and for filters that are no neighbours.
+static inline void finish_slowly(const Finish& f, const Int8Tile& t, Int8Out type, int pixels,
+                                 int lanes, int filters, const int* ids) {
+  for (int p = 0; p < pixels; ++p)
+    for (int l = 0; l < filters; ++l) {
+      float v = float(t.sums[p * lanes + l]) * t.multiplier[l];
+      if (t.res) v = v + residual_of(f, t.res[p * t.res_pitch + ids[l]]);
+      if (type == Int8Out::f32)
+        reinterpret_cast<float*>(t.y)[p * t.y_pitch + ids[l]] = clamped(v, f.low, f.high);
+      else
+        t.y[p * t.y_pitch + ids[l]] = byte_of(f, v);
+    }
+}
+
+}  // namespace HETCONV_NS
+}  // namespace hetconv

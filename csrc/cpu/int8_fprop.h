@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: Apache-2.0
+// fprop in 8 bits: tasks are (image, band of rows, strip of columns, share of the blocks).
+#pragma once
+#include <omp.h>
+#include "int8_band.h"
+#include "int8_pool.h"
+#include "tasks.h"
+
+namespace hetconv {
+namespace HETCONV_NS {
+
+using Int8TileKernel = void (*)(const Int8Tile&, const Finish&);
+
+template <int U, int... p>
+static Int8TileKernel int8_tile_of(int pixels, std::integer_sequence<int, p...>) {
+  static const Int8TileKernel table[] = {int8_tile<p + 1, U>...};
+  return table[pixels - 1];
+}
+template <int U> static Int8TileKernel int8_tile_for(int pixels) {
+  return int8_tile_of<U>(pixels, std::make_integer_sequence<int, kInt8Pixels[U]>());
+}
+static inline Int8TileKernel int8_tile_for(int units, int pixels) {
+  if constexpr (kInt8Units == 4) {
+    if (units == 4) return int8_tile_for<4>(pixels);
+    if (units == 3) return int8_tile_for<3>(pixels);
+  }
+  if constexpr (kInt8Units >= 2)
+    if (units == 2) return int8_tile_for<2>(pixels);
+  return int8_tile_for<1>(pixels);
+}
+
+struct Int8Fprop {
+  const Int8Lowered& L;
+  Int8Problem p;
+  const int8_t* packed;
+  Finish finish{};
+  Int8Bands bands;
+  const int32_t* off = nullptr;
+
+  Int8Fprop(const Int8Lowered& lowered, const Int8Problem& problem, const int8_t* weights)
+      : L(lowered), p(problem), packed(weights), bands(lowered, problem) {
+    finish = finish_for(p.y_type, p.y_zero, p.low, p.high);
+    finish.res_flip = flip_of(p.res_type);
+    finish.res_zero = unsigned_zero(p.res_type, p.res_zero);
+    finish.res_multiplier = p.res_multiplier;
+  }
+
+  // Rows [oy, oy + nr) and columns [ox, ox + nc) of image n; `band` holds their input.
+  void block(const Int8Block& b, const uint8_t* band, int64_t n, int oy, int ox, int nr, int nc,
+             uint8_t* y0) const {
+    const bool direct = bands.reads_directly(b);
+    const int64_t in_row = bands.in_row(b), in_pixel = bands.in_pixel(b);
+    const uint8_t* a0 =
+        direct ? p.x + ((n * p.H + int64_t(oy) * p.sh) * p.W + int64_t(ox) * p.sw) * p.C : band;
+    const int* ids = L.filters + b.filter0;
+    const bool whole = b.contiguous && b.filters == b.lanes && p.y_type != Int8Out::f32;
+    const int units = b.lanes / kUnit, widest = kInt8Pixels[units];
+    const int tiles = ceil_div(nc, widest), base = nc / tiles, more = nc % tiles;
+    const Int8TileKernel small = int8_tile_for(units, base),
+                         big = more ? int8_tile_for(units, base + 1) : small;
+    alignas(64) int32_t sums[14 * 4 * kUnit];
+    Int8Tile t{};
+    t.pitch = in_pixel;
+    t.off = off + b.step0;
+    t.quads = b.quads;
+    t.shuffles = b.shuffles;
+    t.w = packed + b.w0;
+    t.bias = p.bias + b.filter0;
+    t.multiplier = p.multiplier + b.filter0;
+    t.y_pitch = t.res_pitch = p.F;
+    t.sums = whole ? nullptr : sums;
+    const int size = p.y_type == Int8Out::f32 ? 4 : 1, first = whole ? ids[0] : 0;
+    for (int r = 0; r < nr; ++r) {
+      const int64_t at = (int64_t(oy + r) * p.Wo + ox) * p.F + first;
+      const uint8_t* res = p.res ? p.res + n * int64_t(p.Ho) * p.Wo * p.F + at : nullptr;
+      t.a = a0 + r * in_row;
+      t.y = y0 + at * size;
+      t.res = res;
+      for (int i = 0; i < tiles; ++i) {
+        const int pixels = base + (i < more);
+        (i < more ? big : small)(t, finish);
+        if (!whole) finish_slowly(finish, t, p.y_type, pixels, b.lanes, b.filters, ids);
+        t.a += pixels * in_pixel;
+        t.y += int64_t(pixels) * p.F * size;
+        if (res) t.res += int64_t(pixels) * p.F;
+      }
+    }
+  }
+
+  // Blocks [b0, b1); `held`: the order that is in the band already, or -1.
+  void compute(int b0, int b1, uint8_t* band, int64_t n, int oy, int ox, int nr, int nc, int* held,
+               uint8_t* y0) const {
+    for (int i = b0; i < b1; ++i) {
+      const Int8Block& b = L.block[i];
+      if (!bands.reads_directly(b) && *held != b.order) {
+        bands.pack(b.order, n, oy, ox, nr, nc, band);
+        *held = b.order;
+      }
+      block(b, band, n, oy, ox, nr, nc, y0);
+    }
+  }
+
+  void run(OffsetCache* cache) {
+    bands.choose();
+    off = bands.offsets(cache);
+    const int rows = bands.rows, cols = bands.cols;
+    const int64_t nb = ceil_div(p.Ho, rows), strips = ceil_div(p.Wo, cols),
+                  units = p.N * nb * strips;
+    const int shares = bands.shares_for(units);
+    const int64_t tasks = units * shares;
+    const size_t room = bands.room();
+    const int64_t image = int64_t(p.Ho) * p.Wo * p.F * (p.y_type == Int8Out::f32 ? 4 : 1);
+    Tasks queue(tasks, p.threads);
+#pragma omp parallel num_threads(int(least<int64_t>(p.threads, tasks))) if (p.threads > 1 && \
+                                                                                tasks > 1)
+    {
+      uint8_t* band = static_cast<uint8_t*>(workspace(room));
+      int64_t unit_held = -1;
+      int held = -1;
+      const int self = omp_get_thread_num();
+      for (int64_t task = queue.take(self); task >= 0; task = queue.take(self)) {
+        const int64_t unit = task / shares, share = task % shares, n = unit / (nb * strips);
+        const int oy = int(unit / strips % nb) * rows, ox = int(unit % strips) * cols;
+        if (unit != unit_held) held = -1;
+        unit_held = unit;
+        compute(int(L.blocks * share / shares), int(L.blocks * (share + 1) / shares), band, n, oy,
+                ox, least(rows, p.Ho - oy), least(cols, p.Wo - ox), &held,
+                static_cast<uint8_t*>(p.y) + n * image);
+      }
+    }
+  }
+
+  // The outputs of a band are pooled while they are near. False: a band would not fit.
+  bool run_pooled(OffsetCache* cache) {
+    const Pool& q = *p.pool;
+    const int64_t row = int64_t(p.Wo) * p.F;
+    int pooled = bands.choose_pooled(row);
+    if (pooled == 0) return false;
+    off = bands.offsets(cache);
+    const int64_t nb = ceil_div(q.Ho, pooled), tasks = p.N * nb;
+    const size_t band_room = bands.room(), room = band_room + size_t(bands.rows * row) + 64;
+    Tasks queue(tasks, p.threads);
+#pragma omp parallel num_threads(int(least<int64_t>(p.threads, tasks))) if (p.threads > 1 && \
+                                                                                tasks > 1)
+    {
+      uint8_t* band = static_cast<uint8_t*>(workspace(room));
+      uint8_t* rows = band + band_room;
+      const int self = omp_get_thread_num();
+      int64_t before = -1;  // the task whose outputs are there: rows [from, to)
+      int from = 0, to = 0;
+      for (int64_t task = queue.take(self); task >= 0; task = queue.take(self)) {
+        const int64_t n = task / nb;
+        const int p0 = int(task % nb) * pooled, p1 = least(q.Ho, p0 + pooled);
+        const int first = most(0, p0 * q.sh - q.pt),
+                  last = least(p.Ho, (p1 - 1) * q.sh - q.pt + q.KH);
+        // Windows of neighbouring bands share rows.
+        const int known = before >= 0 && before + 1 == task && p0 > 0 ? most(0, to - first) : 0;
+        if (known > 0) memmove(rows, rows + (first - from) * row, size_t(known * row));
+        if (first + known < last) {
+          int held = -1;
+          compute(0, L.blocks, band, n, first + known, 0, last - first - known, p.Wo, &held,
+                  rows - first * row);
+        }
+        before = task;
+        from = first;
+        to = last;
+        pool_bytes(q, rows, first, p.Ho, p.Wo, p.F, p.y_type == Int8Out::s8,
+                   static_cast<uint8_t*>(p.y) + n * q.Ho * q.Wo * p.F, p0, p1);
+      }
+    }
+    return true;
+  }
+};
+
+// A 1x1 layer is one long row of pixels.
+static inline Int8Problem flatten_pointwise(const Int8Lowered& L, const Int8Problem& p) {
+  Int8Problem q = p;
+  const bool pointwise = L.KH == 1 && L.KW == 1 && p.sh == 1 && p.sw == 1 && p.pt == 0 &&
+                         p.pl == 0 && p.H == p.Ho && p.W == p.Wo;
+  if (!pointwise || p.N * p.H * p.W > (1 << 30)) return q;
+  q.W = q.Wo = int(p.N * p.H * p.W);
+  q.H = q.Ho = 1;
+  q.N = 1;
+  return q;
+}
+
+static bool int8_fprop(const Int8Lowered& L, OffsetCache* cache, const Int8Problem& p,
+                       const int8_t* packed) {
+  if (p.pool) return p.y_type != Int8Out::f32 && Int8Fprop(L, p, packed).run_pooled(cache);
+  Int8Fprop(L, flatten_pointwise(L, p), packed).run(cache);
+  return true;
+}
+
+}  // namespace HETCONV_NS
+}  // namespace hetconv

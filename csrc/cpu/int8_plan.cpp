@@ -1,0 +1,407 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "int8_plan.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <new>
+
+#include "engine.h"
+
+namespace hetconv {
+namespace {
+
+// In vector operations of 64 bytes, per pixel. Set by hand on two AVX-512 cores.
+constexpr double kFinish = 3.5;    // of a unit's sums: requantised and written
+constexpr double kScatter = 0.9;   // of a filter's byte that is written alone
+constexpr double kFewest = 0.55;   // of a step, however narrow: the load of its activations
+constexpr double kHalo = 1.4;      // pixels that are packed, per output pixel
+constexpr double kCompress = 3.0;  // of 64 channels, for each set of them
+constexpr double kPick = 1.2;      // of a channel that is picked alone
+constexpr size_t kMostMerged = 768;
+
+size_t bits_of(const std::vector<uint64_t>& a) {
+  size_t n = 0;
+  for (uint64_t w : a) n += size_t(__builtin_popcountll(w));
+  return n;
+}
+size_t bits_of_union(const std::vector<uint64_t>& a, const std::vector<uint64_t>& b) {
+  size_t n = 0;
+  for (size_t i = 0; i < a.size(); ++i) n += size_t(__builtin_popcountll(a[i] | b[i]));
+  return n;
+}
+int units_of(size_t filters) { return int((filters + kUnit - 1) / kUnit); }
+double step_cost(int units) { return std::max(0.5 * units, kFewest); }
+
+}  // namespace
+
+Int8Plan::Int8Plan(const uint8_t* mask, int F, int C, int KH, int KW, const Int8Kernels& kernels)
+    : kernels_(kernels), cache_(offsets_new(), offsets_delete) {
+  low_.F = F;
+  low_.C = C;
+  low_.KH = KH;
+  low_.KW = KW;
+  // Of few channels, a quad takes the end of a pixel and the beginning of the next.
+  low_.span = KW > 1 && C < 16 && C % kQuad != 0;
+#if defined(__x86_64__)
+  low_.compress = __builtin_cpu_supports("avx512vbmi2") && kernels.most_units == 4;
+#endif
+  mask_.resize(size_t(F) * C * KH * KW);
+  for (size_t i = 0; i < mask_.size(); ++i) {
+    mask_[i] = mask[i] != 0;
+    live_ += mask_[i];
+  }
+  const std::vector<Int8Part> distinct = groups();
+  for (int units = kernels.most_units; units >= 1; units /= 2) {
+    Lowering found = lower(merged(distinct, units));
+    if (units == kernels.most_units || found.cost < lowering_.cost) lowering_ = std::move(found);
+    if (distinct.size() == 1) break;
+  }
+  cost_ = lowering_.cost;
+  low_.blocks = int(lowering_.blocks.size());
+  low_.orders = int(lowering_.orders.size());
+  low_.lanes = int(lowering_.filters.size());
+  low_.block = lowering_.blocks.data();
+  low_.order = lowering_.orders.data();
+  low_.steps = lowering_.steps.data();
+  low_.nsteps = int64_t(lowering_.steps.size());
+  low_.filters = lowering_.filters.data();
+  low_.masks = lowering_.masks.data();
+  low_.channels = lowering_.channels.data();
+  low_.picks = lowering_.picks.data();
+  low_.mask = mask_.data();
+  low_.packed = lowering_.packed;
+  low_.reach = lowering_.reach;
+}
+
+std::vector<Int8Part> Int8Plan::groups() const {
+  const int C = low_.C, taps = tap_count();
+  const size_t words = (size_t(C) * taps + 63) / 64;
+  std::map<std::vector<uint64_t>, int> known;
+  std::vector<Int8Part> found;
+  for (int f = 0; f < low_.F; ++f) {
+    std::vector<uint64_t> columns(words, 0);
+    double apart = 0;
+    std::vector<int> live(size_t(taps), 0);
+    const uint8_t* row = mask_.data() + size_t(f) * C * taps;
+    for (int c = 0; c < C; ++c)
+      for (int t = 0; t < taps; ++t)
+        if (row[size_t(c) * taps + t]) {
+          const size_t bit = size_t(t) * C + c;
+          columns[bit / 64] |= uint64_t(1) << bit % 64;
+          ++live[size_t(t)];
+        }
+    for (int n : live) apart += (n + kQuad - 1) / kQuad;
+    const auto at = known.emplace(columns, int(found.size()));
+    if (at.second) found.push_back(Int8Part{{}, std::move(columns), apart});
+    found[size_t(at.first->second)].filters.push_back(f);
+  }
+  return found;
+}
+
+// What a block would take, before it is lowered.
+double Int8Plan::part_cost(size_t filters, size_t columns, double apart) const {
+  const int units = units_of(filters);
+  const double quads = double(columns) / kQuad, shuffled = 1.25 * kernels_.shuffle_cost * apart;
+  return step_cost(units) * std::min(quads, shuffled) + kFinish * units;
+}
+
+// Groups in blocks of at most so many units; what is left of groups that fill no unit comes
+// together with what costs least.
+std::vector<Int8Part> Int8Plan::merged(const std::vector<Int8Part>& all, int most_units) const {
+  std::vector<Int8Part> parts, rest;
+  for (const Int8Part& g : all) {
+    const size_t n = g.filters.size(), left = all.size() == 1 ? 0 : n % kUnit;
+    const size_t whole = n - left;
+    const int units = units_of(whole), count = (units + most_units - 1) / most_units;
+    size_t f = 0;
+    for (int i = 0; i < count; ++i) {
+      const size_t take =
+          std::min(whole - f, size_t(kUnit) * (units / count + (i < units % count)));
+      parts.push_back(
+          Int8Part{{g.filters.begin() + int64_t(f), g.filters.begin() + int64_t(f + take)},
+                   g.columns,
+                   g.apart});
+      f += take;
+    }
+    if (left)
+      rest.push_back(
+          Int8Part{{g.filters.begin() + int64_t(whole), g.filters.end()}, g.columns, g.apart});
+  }
+  const size_t cap = size_t(most_units) * kUnit;
+  std::vector<bool> taken(rest.size(), false);
+  for (size_t i = 0; i < rest.size(); ++i) {
+    if (taken[i]) continue;
+    Int8Part grown = rest[i];
+    size_t columns = bits_of(grown.columns);
+    for (;;) {
+      // Into a block of its own group or another's, or together with another rest.
+      Int8Part* into = nullptr;
+      size_t partner = 0, partner_columns = 0;
+      double best = 0;
+      const double alone = part_cost(grown.filters.size(), columns, grown.apart);
+      const auto consider = [&](Int8Part& other, size_t index) {
+        const size_t n = grown.filters.size() + other.filters.size();
+        if (n > cap) return;
+        const size_t together = bits_of_union(grown.columns, other.columns);
+        const double change = part_cost(n, together, std::max(grown.apart, other.apart)) - alone -
+                              part_cost(other.filters.size(), bits_of(other.columns), other.apart);
+        if (change < best - 1e-9) {
+          best = change;
+          into = &other;
+          partner = index;
+          partner_columns = together;
+        }
+      };
+      const size_t end = std::min(rest.size(), i + kMostMerged);
+      for (size_t j = i + 1; j < end; ++j)
+        if (!taken[j]) consider(rest[j], j);
+      if (rest.size() <= kMostMerged && parts.size() <= kMostMerged)
+        for (size_t j = 0; j < parts.size(); ++j) consider(parts[j], SIZE_MAX);
+      if (!into) break;
+      for (size_t w = 0; w < grown.columns.size(); ++w) grown.columns[w] |= into->columns[w];
+      grown.apart = std::max(grown.apart, into->apart);
+      grown.filters.insert(grown.filters.end(), into->filters.begin(), into->filters.end());
+      columns = partner_columns;
+      if (partner == SIZE_MAX)
+        parts.erase(parts.begin() + (into - parts.data()));
+      else
+        taken[partner] = true;
+    }
+    std::sort(grown.filters.begin(), grown.filters.end());
+    parts.push_back(std::move(grown));
+  }
+  std::stable_sort(parts.begin(), parts.end(), [](const Int8Part& a, const Int8Part& b) {
+    return a.filters.front() < b.filters.front();
+  });
+  return parts;
+}
+
+// The order in which channels with the same taps are neighbours, and dead ones left out.
+int Int8Plan::gathered(Lowering& to, const Int8Part& part) const {
+  const int C = low_.C, taps = tap_count();
+  std::vector<std::vector<bool>> seen(size_t(C), std::vector<bool>(size_t(taps), false));
+  std::map<std::vector<bool>, std::vector<int>> by_taps;
+  for (int c = 0; c < C; ++c) {
+    bool any = false;
+    for (int t = 0; t < taps; ++t) {
+      const size_t bit = size_t(t) * C + c;
+      const bool on = part.columns[bit / 64] >> bit % 64 & 1;
+      seen[size_t(c)][size_t(t)] = on;
+      any |= on;
+    }
+    if (any) by_taps[seen[size_t(c)]].push_back(c);
+  }
+  std::vector<std::vector<int>> sets;
+  for (auto& entry : by_taps) sets.push_back(std::move(entry.second));
+  std::sort(sets.begin(), sets.end());
+  std::vector<int> channels;
+  for (const auto& set : sets) channels.insert(channels.end(), set.begin(), set.end());
+  for (size_t i = 0; i < to.orders.size(); ++i) {
+    const Int8Order& o = to.orders[i];
+    if (!o.identity && size_t(o.channels) == channels.size() &&
+        std::equal(channels.begin(), channels.end(), to.channels.begin() + o.channel0))
+      return int(i);
+  }
+  Int8Order order{};
+  order.channels = int(channels.size());
+  order.pitch = std::max(kQuad, (order.channels + 15) / 16 * 16);
+  if (order.pitch % 1024 == 0) order.pitch += 64;
+  order.classes = int(sets.size());
+  order.mask0 = int64_t(to.masks.size());
+  order.channel0 = int64_t(to.channels.size());
+  const size_t words = (size_t(C) + 63) / 64;
+  for (const auto& set : sets) {
+    const size_t at = to.masks.size();
+    to.masks.resize(at + words, 0);
+    for (int c : set) to.masks[at + size_t(c) / 64] |= uint64_t(1) << c % 64;
+  }
+  to.channels.insert(to.channels.end(), channels.begin(), channels.end());
+  to.orders.push_back(order);
+  return int(to.orders.size()) - 1;
+}
+
+// Covers the columns of the filters by quads and shuffled steps, greedily from the left.
+void Int8Plan::add_block(Lowering& to, const std::vector<int>& filters, int order) const {
+  const int C = low_.C, KW = low_.KW, taps_together = low_.span ? KW : 1;
+  const Int8Order& o = to.orders[size_t(order)];
+  const int width = taps_together * o.channels;  // positions of a run
+  // Within memory that is read directly no step may go beyond the last channel.
+  const int edge = o.identity ? taps_together * C : INT32_MAX;
+  Int8Block b{};
+  b.filters = int(filters.size());
+  b.lanes = units_of(filters.size()) * kUnit;
+  b.filter0 = int(to.filters.size());
+  b.contiguous = filters.back() - filters.front() == int(filters.size()) - 1;
+  b.order = order;
+  b.step0 = int64_t(to.steps.size());
+  b.w0 = to.packed;
+  b.picks0 = int64_t(to.picks.size());
+  for (int l = 0; l < b.lanes; ++l) to.filters.push_back(l < b.filters ? filters[size_t(l)] : -1);
+  std::vector<Int8Step> shuffled;
+  std::vector<uint32_t> live(static_cast<size_t>(width));
+  for (int ky = 0; ky < low_.KH; ++ky)
+    for (int kx0 = 0; kx0 < KW; kx0 += taps_together) {
+      for (int at = 0; at < width; ++at) {
+        const int c = o.identity ? at % C : to.channels[size_t(o.channel0 + at)];
+        const int kx = low_.span ? at / C : kx0;
+        uint32_t bits = 0;
+        for (int l = 0; l < b.filters; ++l)
+          bits |= uint32_t(has(filters[size_t(l)], c, ky, kx)) << l;
+        live[size_t(at)] = bits;
+      }
+      for (int at = 0; at < width;) {
+        if (!live[size_t(at)]) {
+          ++at;
+          continue;
+        }
+        const int end = std::min(width, at + kWindow);
+        int quads = 0, counts[32] = {0}, picks = 0;
+        for (int i = at, covered = at; i < end; ++i) {
+          if (!live[size_t(i)]) continue;
+          if (i >= covered) {
+            ++quads;
+            covered = i + kQuad;
+          }
+          for (int l = 0; l < b.filters; ++l)
+            picks = std::max(picks, counts[l] += live[size_t(i)] >> l & 1);
+        }
+        const int shuffles = (picks + kQuad - 1) / kQuad;
+        if (shuffles * kernels_.shuffle_cost < quads) {
+          const int from = std::max(0, std::min(at, edge - kWindow));
+          if (o.identity) to.reach = std::max(to.reach, from + kWindow);
+          const size_t picks0 = to.picks.size();
+          to.picks.resize(picks0 + size_t(shuffles) * size_t(b.lanes) * kQuad, 0x80);
+          for (int l = 0; l < b.filters; ++l)
+            for (int i = at, k = 0; i < end; ++i)
+              if (live[size_t(i)] >> l & 1) {
+                to.picks[picks0 + (size_t(k / kQuad) * size_t(b.lanes) + size_t(l)) * kQuad +
+                         size_t(k % kQuad)] = uint8_t(i - from);
+                ++k;
+              }
+          for (int s = 0; s < shuffles; ++s)
+            shuffled.push_back(Int8Step{int16_t(ky), int16_t(kx0), from, 0});
+          at = end;
+        } else {
+          const int from = std::max(0, std::min(at, edge - kQuad));
+          if (o.identity) to.reach = std::max(to.reach, from + kQuad);
+          uint8_t own = 0;
+          for (int i = at; i < from + kQuad && i < width; ++i)
+            if (live[size_t(i)]) own |= uint8_t(1 << (i - from));
+          to.steps.push_back(Int8Step{int16_t(ky), int16_t(kx0), from, own});
+          ++b.quads;
+          at = from + kQuad;
+        }
+      }
+    }
+  b.shuffles = int(shuffled.size());
+  to.steps.insert(to.steps.end(), shuffled.begin(), shuffled.end());
+  to.packed += int64_t(b.quads + 2 * b.shuffles) * b.lanes * kQuad;
+  const int units = b.lanes / kUnit;
+  b.cost = step_cost(units) * (b.quads + kernels_.shuffle_cost * b.shuffles) + kFinish * units +
+           (b.contiguous ? 0 : kScatter * b.filters);
+  to.cost += b.cost;
+  to.blocks.push_back(b);
+}
+
+Int8Plan::Lowering Int8Plan::lower(const std::vector<Int8Part>& parts) const {
+  const int C = low_.C;
+  Lowering plain;
+  Int8Order identity{};
+  identity.channels = C;
+  identity.identity = 1;
+  identity.pitch = !low_.span && C % 1024 == 0 ? C + 64 : C;
+  plain.orders.push_back(identity);
+  for (const Int8Part& part : parts) add_block(plain, part.filters, 0);
+  if (low_.span || C < 8 || parts.size() == 1) return plain;
+  // The same with channels gathered, where what that saves is worth the packing.
+  Lowering trial;
+  trial.orders.push_back(identity);
+  std::vector<int> order_of;
+  for (const Int8Part& part : parts) order_of.push_back(gathered(trial, part));
+  for (size_t i = 0; i < parts.size(); ++i) add_block(trial, parts[i].filters, order_of[i]);
+  std::vector<double> saved(trial.orders.size(), 0.0);
+  for (size_t i = 0; i < parts.size(); ++i)
+    saved[size_t(order_of[i])] += plain.blocks[i].cost - trial.blocks[i].cost;
+  bool any = false;
+  double packing = 0;
+  for (size_t k = 1; k < trial.orders.size(); ++k) {
+    const Int8Order& o = trial.orders[k];
+    const double cost =
+        kHalo * (low_.compress ? kCompress * o.classes * ((C + 63) / 64) : kPick * o.channels);
+    saved[k] -= cost;
+    if (saved[k] > 0) {
+      any = true;
+      packing += cost;
+    }
+  }
+  if (!any) return plain;
+  Lowering mixed;
+  mixed.orders = trial.orders;
+  mixed.channels = trial.channels;
+  mixed.masks = trial.masks;
+  std::vector<size_t> sequence(parts.size());
+  for (size_t i = 0; i < parts.size(); ++i) {
+    sequence[i] = i;
+    if (saved[size_t(order_of[i])] <= 0) order_of[i] = 0;
+  }
+  std::stable_sort(sequence.begin(), sequence.end(),
+                   [&](size_t a, size_t b) { return order_of[a] < order_of[b]; });
+  for (size_t i : sequence) add_block(mixed, parts[i].filters, order_of[i]);
+  mixed.cost += packing;
+  return mixed;
+}
+
+Int8Packed::Int8Packed(std::shared_ptr<const Int8Plan> plan, const int8_t* w,
+                       const int64_t* strides, int threads)
+    : plan_(std::move(plan)), bytes_(0), data_(nullptr, std::free) {
+  const Int8Lowered& low = plan_->lowered();
+  bytes_ = (size_t(low.packed) + 2 * 64) / 64 * 64;
+  data_.reset(std::aligned_alloc(64, bytes_));
+  if (!data_) throw std::bad_alloc();
+  int8_t* packed = static_cast<int8_t*>(data_.get());
+  sums_.assign(size_t(low.F), 0);
+  reach_.assign(size_t(low.F), 0);
+  const int C = low.C;
+#pragma omp parallel for schedule(dynamic) num_threads(usable_threads(threads))
+  for (int i = 0; i < low.blocks; ++i) {
+    const Int8Block& b = low.block[i];
+    const Int8Order& o = low.order[b.order];
+    int8_t* to = packed + b.w0;
+    const uint8_t* picks = low.picks + b.picks0;
+    for (int s = 0; s < b.quads + b.shuffles; ++s) {
+      const Int8Step& step = low.steps[b.step0 + s];
+      const bool shuffled = s >= b.quads;
+      if (shuffled) {
+        std::memcpy(to, picks, size_t(b.lanes) * kQuad);
+        to += b.lanes * kQuad;
+      }
+      for (int l = 0; l < b.lanes; ++l)
+        for (int j = 0; j < kQuad; ++j) {
+          const int f = low.filters[b.filter0 + l];
+          int8_t value = 0;
+          const int pick = shuffled ? picks[l * kQuad + j] : j;
+          if (f >= 0 && (shuffled ? pick < 0x80 : (step.own >> j & 1))) {
+            int at = step.at + pick, kx = step.kx;
+            if (low.span) {
+              kx += at / C;
+              at %= C;
+            }
+            const int c = o.identity ? at : low.channels[o.channel0 + at];
+            if (low.mask[((size_t(f) * C + c) * low.KH + step.ky) * low.KW + kx]) {
+              value = w[f * strides[0] + c * strides[1] + step.ky * strides[2] + kx * strides[3]];
+              sums_[size_t(f)] += value;
+              reach_[size_t(f)] += value < 0 ? -int(value) : int(value);
+            }
+          }
+          to[l * kQuad + j] = value;
+        }
+      to += b.lanes * kQuad;
+      if (shuffled) picks += b.lanes * kQuad;
+    }
+  }
+  std::memset(packed + low.packed, 0, bytes_ - size_t(low.packed));
+}
+
+}  // namespace hetconv
