@@ -23,7 +23,18 @@ from .info import info
 from .support import Support
 
 if TYPE_CHECKING:
-    from . import compression, export, io, models, profiling, stats, testing, timing, tuning
+    from . import (
+        compression,
+        export,
+        io,
+        models,
+        profiling,
+        quantization,
+        stats,
+        testing,
+        timing,
+        tuning,
+    )
     from .compression import (
         ADMM,
         FilterCorrelation,
@@ -41,6 +52,7 @@ if TYPE_CHECKING:
     from .graph.optimize import optimize
     from .graph.planned import plan_memory, release_memory
     from .profiling import profile
+    from .quantization.quantize import quantize
 
 __all__ = [
     "ADMM",
@@ -70,6 +82,8 @@ __all__ = [
     "plan_memory",
     "profile",
     "profiling",
+    "quantization",
+    "quantize",
     "ranges",
     "release_memory",
     "rules",
@@ -103,6 +117,8 @@ _LAZY = {
     "profiling": (".profiling", None),
     "plan_memory": (".graph.planned", "plan_memory"),
     "release_memory": (".graph.planned", "release_memory"),
+    "quantization": (".quantization", None),
+    "quantize": (".quantization.quantize", "quantize"),
     "rules": (".graph.rules", None),
     "stats": (".stats", None),
     "testing": (".testing", None),

@@ -138,7 +138,7 @@ def fprop(
         check_same(("output", "residual"), (t, residual))
         t = t + _scaled(residual, residual_zero_point, residual_multiplier)
     y = _finish(t, y_zero_point, low, high, out_dtype)
-    return y if pool is None else max_pool(y, pool)
+    return y if pool is None else _pooled(y, pool)
 
 
 def add(
@@ -213,10 +213,10 @@ def requantize(
 
 
 def max_pool(x: Tensor, pool: Pool) -> Tensor:
-    """Max-pools the integers (or a float32 output of `fprop`), over the pixels that exist.
+    """Max-pools the integers, over the pixels that exist.
 
     Args:
-        x: activations.  # uint8, int8 or float32 [N, C, H, W]
+        x: activations.  # uint8 or int8 [N, C, H, W]
         pool: the windows.
 
     Returns:
@@ -226,10 +226,8 @@ def max_pool(x: Tensor, pool: Pool) -> Tensor:
         InputTypeError: another dtype.
         ArgumentError: no window has a place in the image.
     """
-    if x.dtype != torch.float32:
-        check_activation("input", x)
-    pool.check(x.shape[2], x.shape[3])
-    return _like_channels_last(max_pooled(x.to(torch.float32), pool).to(x.dtype))
+    check_activation("input", x)
+    return _pooled(x, pool)
 
 
 def mean(
@@ -325,6 +323,11 @@ def dequantize(x: Tensor, scale: float, zero_point: int) -> Tensor:
     check_scale("scale", scale)
     check_zero_point("zero_point", zero_point, x.dtype)
     return _like_channels_last(_scaled(x, zero_point, scale))
+
+
+def _pooled(x: Tensor, pool: Pool) -> Tensor:
+    pool.check(x.shape[2], x.shape[3])
+    return _like_channels_last(max_pooled(x.to(torch.float32), pool).to(x.dtype))
 
 
 def _limits(dtype: torch.dtype) -> tuple[int, int]:
