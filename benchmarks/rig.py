@@ -19,7 +19,7 @@ from hetconv_kernels.packing import dense_weight, live_weight
 Call = Callable[[], object]
 _FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 _SHORT = {"contiguous": "nchw", "channels_last": "nhwc"}
-OURS, UNFROZEN = "ours", "ours-unfrozen"
+OURS, UNFROZEN, OURS_FLOAT32 = "ours", "ours-unfrozen", "ours-float32"
 DENSE, COMPOSITION, PREPACKED = "dense", "composition", "prepacked"
 
 

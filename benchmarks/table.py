@@ -42,7 +42,7 @@ def _model_line(row: Row) -> tuple[str, ...]:
     case = row["case"]
     absent = ", ".join(sorted({name for role in row["absent"].values() for name in role})) or "none"
     if "dense" not in row:
-        return (case["name"], "MISMATCH", *[""] * 9, absent)
+        return (case["name"], untimed(row), *[""] * 9, absent)
     cells = [case["name"], row["dense"]["name"].partition(":")[2], f"{row['median_s'] * 1e3:.0f}"]
     for role in ("dense", "composition"):
         found, target = row[role], case[f"target_{role}"]
@@ -55,10 +55,15 @@ def _model_line(row: Row) -> tuple[str, ...]:
             "" if target is None else f"{target:g}" + ("  missed" if missed else ""),
         ]
         if role == "dense":
-            # Older rows have a bound that was none.
-            limit = row["bound"].get("over_best")
+            # Older rows have a bound that was none, those in low precision have none.
+            limit = row.get("bound", {}).get("over_best")
             cells.append("" if limit is None else f"{limit:.2f}")
     return (*cells, absent)
+
+
+def untimed(row: Row) -> str:
+    """Says why a row has no times: somebody was wrong, or we (or all others) are absent."""
+    return "not timed" if row["match"]["ok"] else "MISMATCH"
 
 
 def training_table(rows: Sequence[Row]) -> list[str]:
