@@ -23,7 +23,7 @@ from .info import info
 from .support import Support
 
 if TYPE_CHECKING:
-    from . import export, io, models, profile, stats, testing, timing, tuning
+    from . import export, io, models, profile, quantization, stats, testing, timing, tuning
     from .compress import (
         ADMM,
         FilterCorrelation,
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .graph.compact import compact
     from .graph.convert import convert
     from .graph.optimize import optimize
+    from .quantization.quantize import quantize
 
 __all__ = [
     "ADMM",
@@ -65,6 +66,8 @@ __all__ = [
     "nn",
     "optimize",
     "profile",
+    "quantization",
+    "quantize",
     "ranges",
     "rules",
     "stats",
@@ -93,6 +96,8 @@ _LAZY = {
     "models": (".models", None),
     "optimize": (".graph.optimize", "optimize"),
     "profile": (".profile", None),
+    "quantization": (".quantization", None),
+    "quantize": (".quantization.quantize", "quantize"),
     "rules": (".graph.rules", None),
     "stats": (".stats", None),
     "testing": (".testing", None),

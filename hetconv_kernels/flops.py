@@ -57,10 +57,11 @@ class _OnImport(importlib.abc.MetaPathFinder):
 
 
 def _register(module: ModuleType) -> None:
-    for name in ("fprop", "fprop_stats", "dgrad", "wgrad"):
-        operator = getattr(torch.ops.hetconv, name)
-        if operator not in module.flop_registry:
-            module.register_flop_formula(operator, get_raw=True)(_flops)
+    for name in ("fprop", "fprop_stats", "dgrad", "wgrad", "qfprop"):
+        operator = getattr(torch.ops.hetconv, name, None)  # qfprop comes with the 8-bit operators
+        if operator is not None and operator not in module.flop_registry:
+            formula = _quantized_flops if name == "qfprop" else _flops
+            module.register_flop_formula(operator, get_raw=True)(formula)
 
 
 def _flops(*args: Any, out_val: Any = None) -> int:
@@ -72,3 +73,8 @@ def _flops(*args: Any, out_val: Any = None) -> int:
     layer = geometry_of(support, ints)
     height, width = layer.output_size(ints[0], ints[1])
     return int(2 * batched.shape[0] * layer.support.macs(height, width))
+
+
+def _quantized_flops(*args: Any, out_val: Any = None) -> int:
+    # x, w, support, multiplier, bias, residual, geometry, …
+    return _flops(args[0], None, args[2], args[6], None)

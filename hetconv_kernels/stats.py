@@ -160,6 +160,15 @@ def live_parameters(model: nn.Module) -> int:
     return sum(seen.values())
 
 
+def weight_bytes(model: nn.Module) -> int:
+    """Counts the bytes of a network's parameters and buffers, as they are held now.
+
+    What is shared counts once. Frozen and quantised layers hold live weights only.
+    """
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
 def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Lays out a table in plain text: the first column to the left, numbers to the right."""
     cells = [[f"{c:,}" if isinstance(c, int) else str(c) for c in row] for row in (header, *rows)]

@@ -7,13 +7,32 @@ from .fused import FusedConv2d, fuse
 from .grouped import GroupedConv2d
 from .het import HetConv2d, fold_het
 from .linear import SupportLinear
+from .quantized import QuantizedConv2d, QuantizedLinear
+from .quantized_steps import (
+    Dequantize,
+    Quantize,
+    QuantizedAdd,
+    QuantizedAvgPool2d,
+    QuantizedMaxPool2d,
+    QuantizedPad,
+    Requantize,
+)
 from .selfgroup import SelfGroupConv2d
 
 __all__ = [
+    "Dequantize",
     "FrequencyConv2d",
     "FusedConv2d",
     "GroupedConv2d",
     "HetConv2d",
+    "Quantize",
+    "QuantizedAdd",
+    "QuantizedAvgPool2d",
+    "QuantizedConv2d",
+    "QuantizedLinear",
+    "QuantizedMaxPool2d",
+    "QuantizedPad",
+    "Requantize",
     "SelfGroupConv2d",
     "SupportConv2d",
     "SupportLinear",
