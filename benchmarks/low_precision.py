@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, fx, nn
 
 import hetconv_kernels as hk
-from benchmarks import peers
+from benchmarks import gate, peers
 from benchmarks.networks import NetworkCase, converted, seeded
 from benchmarks.peers import Absent, Run
 from benchmarks.rig import OURS, OURS_FLOAT32
+from hetconv_kernels.quantization import engine
 
 Start = Callable[[nn.Module, Tensor, Path], Run]
 _LAST = torch.channels_last
@@ -197,6 +198,17 @@ def ours(case: NetworkCase, float32: nn.Module, x: Tensor) -> dict[str, Run]:
     return {OURS: own(case, x), OURS_FLOAT32: lambda: float32(image)}
 
 
+def reference_match(run: Run) -> gate.Match:
+    """Compares our run in 8 bits with the same network on the integer reference, bit for bit."""
+    found = run()
+    with hk.use_backend("reference"):
+        expected = run()
+    if torch.equal(found, expected):
+        return gate.Match(True, 0.0, 0.0)
+    error = float((found.double() - expected.double()).abs().max())
+    return gate.Match(False, float("inf"), error)
+
+
 def _ours_bfloat16(case: NetworkCase, x: Tensor) -> Run:
     network = converted(case, seeded(case))
     image = x.to(torch.bfloat16).contiguous(memory_format=_LAST)
@@ -209,15 +221,9 @@ def _ours_bfloat16(case: NetworkCase, x: Tensor) -> Run:
 
 
 def _ours_int8(case: NetworkCase, x: Tensor) -> Run:
-    quantize = getattr(hk, "quantize", None)
-    if quantize is None:
-        raise Absent("this build has no hk.quantize")
-    try:
-        from hetconv_kernels.backends import cpu_int8
-    except ImportError as error:
-        raise Absent(f"this build has no int8 engine: {error}") from error
-    if not cpu_int8.available():
+    if engine.available()[0] == "reference":
         raise Absent("the int8 engine is not compiled, or does not run on this processor")
-    network = quantize(converted(case, seeded(case)), list(x.split(1)), dtype="int8").model
+    batches = list(x.split(1))
+    network = hk.quantize(converted(case, seeded(case)), batches, "int8", measure=False).model
     image = x.to(memory_format=_LAST)
     return lambda: network(image)

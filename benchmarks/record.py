@@ -25,6 +25,7 @@ import torch
 import hetconv_kernels as hk
 from benchmarks import amdahl, rig
 from benchmarks.gate import Match
+from benchmarks.int8_rig import Int8Rig
 from benchmarks.networks import NetworkCase
 from hetconv_kernels.info import processor
 from hetconv_kernels.report.schema import SCHEMA_VERSION, problems
@@ -77,7 +78,10 @@ class Record:
 
 
 def layer_row(
-    bench: rig.Rig, match: Match, timings: Timings | None = None, roofs: Roofs | None = None
+    bench: rig.Rig | Int8Rig,
+    match: Match,
+    timings: Timings | None = None,
+    roofs: Roofs | None = None,
 ) -> Json:
     """Makes the row of a layer; without timings it says only that (or whether) it matched."""
     case, support = bench.case, bench.support
@@ -112,6 +116,7 @@ def layer_row(
         "composition": _against(timings, rig.COMPOSITION),
         "unfrozen": _against(timings, rig.DENSE, rig.UNFROZEN),
         "prepacked": _against(timings, rig.PREPACKED),
+        "float32": _against(timings, rig.OURS_FLOAT32),
         "verdict": verdict(dense),
         "timings": timings.to_dict(),
     }

@@ -57,6 +57,8 @@ def measure(
         own = low_precision.ours(case, ours, x)
     except peers.Absent as reason:
         absent[OURS] = {case.dtype: str(reason)}
+    if own and case.dtype == "int8":
+        match = low_precision.reference_match(own[OURS])
     # The truth is in PyTorch's own layers: what ours computes is what the composition computes.
     for role, rival in ((DENSE, dense), (COMPOSITION, composition)):
         runs, absent[role] = _runs(role, rival, x, folder, case.dtype)
