@@ -97,7 +97,7 @@ class Case:
         k: kernel edge; the padding is ``k // 2``.
         support: which weights exist.
         stride: in pixels.
-        dtype: of input and weight, as torch names it.
+        dtype: of input and weight, as torch names it; ``int8`` has unsigned activations.
         memory_format: of the input of our layer (the dense baseline is measured in both).
         amp: whether the call runs under autocast to bfloat16.
         training: whether a sample is a training step (fprop, dgrad and wgrad).
@@ -105,6 +105,7 @@ class Case:
         expected: against the best dense convolution, once the engine for the device is there.
         quick: whether it is part of the default run.
         target: the speed-up over the best eager dense form that the engine is built to reach.
+        target_float32: the speed-up over our own layer in float32 that is aimed at.
         issue: where a user reported the slowness that this case reproduces.
         note: how the case differs from the report, or why it is expected to lose.
     """
@@ -126,6 +127,7 @@ class Case:
     expected: Literal["win", "lose"] = "win"
     quick: bool = False
     target: float | None = None
+    target_float32: float | None = None
     issue: str | None = None
     note: str = ""
 
@@ -232,6 +234,17 @@ def _table_cases() -> Iterator[Case]:
             )
 
 
+def _low_precision_cases() -> Iterator[Case]:
+    """The same layers in bfloat16 and int8; HetConv p=4 has a target over int8's dense form."""
+    for c, size in _TABLE:
+        for spec in (het(4), het(8), het(16), het(c), sg(70), sg(90)):
+            yield _square(8, c, size, spec, suffix="-bf16", dtype="bfloat16", target_float32=1.7)
+            yield _square(
+                8, c, size, spec, suffix="-int8", dtype="int8", target_float32=3.3,
+                target=2.6 if spec == het(4) else None,
+            )  # fmt: skip
+
+
 def _other_cases() -> Iterator[Case]:
     for spec in (het(4), het(8), sg(70), sg(90)):
         yield _square(8, 128, 28, spec, suffix="-stride2", stride=2)
@@ -245,7 +258,6 @@ def _other_cases() -> Iterator[Case]:
         yield _square(8, 256, 14, spec, k=1)
     for spec in (het(4), sg(70)):
         yield _square(8, 128, 28, spec, suffix="-amp", amp=True)
-        yield _square(8, 128, 28, spec, suffix="-bf16", dtype="bfloat16")
     yield _square(8, 100, 28, het(8), suffix="-uneven", f=90)
     yield _square(8, 128, 28, SupportSpec("het", 4, "interleaved"), suffix="-interleaved")
     yield _square(8, 512, 7, SupportSpec("irregular", 5), note="single weights, 95 % pruned")
@@ -385,6 +397,14 @@ def _collect(cases: Iterator[Case]) -> tuple[Case, ...]:
 
 
 CPU_CASES = _collect(
-    iter((*_table_cases(), *_other_cases(), *_network_cases(), *_reported_cases()))
+    iter(
+        (
+            *_table_cases(),
+            *_low_precision_cases(),
+            *_other_cases(),
+            *_network_cases(),
+            *_reported_cases(),
+        )
+    )
 )
 GPU_CASES = _collect(_gpu_cases())

@@ -18,6 +18,7 @@ _CERTAINTY = 8.0
 _ACCUMULATOR_ROUNDOFF = 2.0**-24  # fp32 accumulation, which every dtype here has
 _PARTIAL_SUMS = 6.0  # parts of a sum that are rounded on their own stay within 6 sigma of it
 _NETWORK_MARGIN = 16.0
+_PRECISION_MARGIN = 3.0
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,60 @@ def network_match(network: nn.Module, x: Tensor, result: Tensor) -> Match:
     error = (result[[0, -1]].double() - exact).abs().max()
     worst = _finite_max(error / allowed)
     return Match(worst <= 1.0, worst, _finite_max(error))
+
+
+def low_precision_match(network: nn.Module, x: Tensor, result: Tensor, dtype: str) -> Match:
+    """Compares a network's result in bfloat16 or int8, on the first and last image, with float64.
+
+    What the precision costs is measured: the root mean square of the error may be
+    `_PRECISION_MARGIN` times that of the network itself, in bfloat16, or with the weights and the
+    inputs of its convolutions and linear layers rounded to 8 bits (`rounded_to_8_bits`). Engines
+    choose other scales and round other tensors too; a wrong sum is off by far more.
+
+    Args:
+        network: in float32.  # in PyTorch's own layers
+        x: the images.
+        result: of whoever is judged.
+        dtype: ``bfloat16`` or ``int8``.
+    """
+    images = x[[0, -1]]
+    exact = copy.deepcopy(network).double()(images.double())
+    if dtype == "int8":
+        own = rounded_to_8_bits(network)(images)
+    else:
+        own = copy.deepcopy(network).to(torch.bfloat16)(images.to(torch.bfloat16))
+    error = result[[0, -1]].double() - exact
+    worst = float(_rms(error) / (_PRECISION_MARGIN * _rms(own.double() - exact)))
+    worst = worst if worst == worst else math.inf
+    return Match(worst <= 1.0, worst, _finite_max(error.abs()))
+
+
+def rounded_to_8_bits(network: nn.Module) -> nn.Module:
+    """Copies a network; the copy rounds what its convolutions and linear layers multiply.
+
+    Weights are rounded to 127 steps a side per filter, inputs to 255 steps from the least to the
+    greatest value, the zero among them.
+    """
+    rounded = copy.deepcopy(network)
+    for module in rounded.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            weight = module.weight.detach()
+            step = weight.abs().amax(tuple(range(1, weight.dim())), keepdim=True) / 127
+            step = torch.where(step == 0, 1.0, step)
+            module.weight = nn.Parameter((weight / step).round() * step, requires_grad=False)
+            module.register_forward_pre_hook(lambda _module, args: (_rounded(args[0]),))
+    return rounded
+
+
+def _rounded(x: Tensor) -> Tensor:
+    low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
+    step = (high - low) / 255 or 1.0
+    zero = round(-low / step)
+    return (((x / step).round() + zero).clamp(0, 255) - zero) * step
+
+
+def _rms(values: Tensor) -> Tensor:
+    return values.square().mean().sqrt()
 
 
 def results_of(call: Callable[[], object]) -> tuple[Tensor, ...]:

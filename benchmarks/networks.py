@@ -48,7 +48,8 @@ class NetworkCase:
         n: images.
         size: their height and width, in pixels.
         channels: of the images.
-        target_dense: the speed-up over the best (a) that is aimed at.
+        dtype: what everybody computes in, ``float32``, ``bfloat16`` or ``int8``.
+        target_dense: the speed-up over the best (a) in that dtype that is aimed at.
         target_composition: the same over the best (b).
         note: what else there is to know.
     """
@@ -59,6 +60,7 @@ class NetworkCase:
     n: int = 8
     size: int = 224
     channels: int = 3
+    dtype: Literal["float32", "bfloat16", "int8"] = "float32"
     target_dense: float | None = None
     target_composition: float | None = None
     note: str = ""
@@ -82,19 +84,47 @@ NETWORKS = (
     NetworkCase("resnet50-het4", "resnet50", SupportSpec("het", 4)),
     NetworkCase("densenet121-het4", "densenet121", SupportSpec("het", 4)),
     NetworkCase("dncnn-het4", "dncnn", SupportSpec("het", 4), n=1, size=256, channels=1),
+    NetworkCase(
+        "resnet18-het4-int8", "resnet18", SupportSpec("het", 4), dtype="int8",
+        target_dense=2.5, target_composition=1.5,
+    ),
+    NetworkCase(
+        "vgg16-het4-int8", "vgg16", SupportSpec("het", 4), dtype="int8",
+        target_dense=2.6, target_composition=1.4,
+    ),
+    NetworkCase(
+        "vgg16-sg70-int8", "vgg16", SupportSpec("self_group", 70), dtype="int8",
+        target_dense=2.2, target_composition=2.5,
+    ),
+    NetworkCase(
+        "resnet18-het4-bf16", "resnet18", SupportSpec("het", 4), dtype="bfloat16",
+        target_dense=2.3, target_composition=1.4,
+    ),
+    NetworkCase("vgg16-het4-bf16", "vgg16", SupportSpec("het", 4), dtype="bfloat16"),
+    NetworkCase(
+        "vgg16-sg70-bf16", "vgg16", SupportSpec("self_group", 70), dtype="bfloat16",
+        target_dense=2.4, target_composition=2.5,
+    ),
 )  # fmt: skip
 
 Form = Literal["ours", "dense", "composition"]
 
 
 def build(case: NetworkCase, form: Form, x: Tensor) -> nn.Module:
-    """Builds a case's network in one of its forms, on seeded weights, in evaluation mode."""
-    torch.manual_seed(0)
-    network = BUILDERS[case.network]().eval()
+    """Builds a case's network in one of its forms, on seeded weights, in evaluation mode.
+
+    All forms are in float32; `benchmarks.low_precision` brings them to the case's dtype.
+    """
     if form == "dense":
-        return export.plain(hk.optimize(network, x[:1]).model)
-    sparse = hk.optimize(converted(case, network), x[:1]).model
+        return export.plain(hk.optimize(seeded(case), x[:1]).model)
+    sparse = hk.optimize(converted(case, seeded(case)), x[:1]).model
     return sparse if form == "ours" else composed(case, sparse)
+
+
+def seeded(case: NetworkCase) -> nn.Module:
+    """Builds a case's dense network on seeded weights, in evaluation mode."""
+    torch.manual_seed(0)
+    return BUILDERS[case.network]().eval()
 
 
 def converted(case: NetworkCase, network: nn.Module) -> nn.Module:

@@ -3,7 +3,7 @@
 
 ONNX Runtime and OpenVINO are dependencies of this benchmark only (``pip install
 'hetconv-kernels[peers]'``); one that is absent is named in the row. All get the same threads and
-compute in float32.
+compute in float32; `benchmarks.low_precision` has them in bfloat16 and int8.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,28 +43,43 @@ def compiled(module: nn.Module, x: Tensor, folder: Path) -> Run:
 
 def onnxruntime(module: nn.Module, x: Tensor, folder: Path) -> Run:
     """ONNX Runtime with all its graph optimisations."""
-    runtime = _library("onnxruntime")
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    # Between its turns it must not burn the cores that others are being measured on.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = runtime.InferenceSession(
-        str(_onnx(module, x, folder)), options, providers=["CPUExecutionProvider"]
-    )
-    feed = {session.get_inputs()[0].name: x.contiguous().numpy()}
-    return lambda: torch.from_numpy(session.run(None, feed)[0])
+    return run_onnxruntime(onnx_file(module, x, folder), x)
 
 
 def openvino(module: nn.Module, x: Tensor, folder: Path) -> Run:
     """OpenVINO for latency, in float32 (its default takes bfloat16 where the processor has it)."""
-    runtime = _library("openvino")
-    settings = {
+    return run_openvino(onnx_file(module, x, folder), x, "f32")
+
+
+def run_onnxruntime(path: Path, x: Tensor) -> Run:
+    """Runs an ONNX file by ONNX Runtime, with the threads that PyTorch has."""
+    runtime = library("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Between its turns it must not burn the cores that others are being measured on.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    feed = {session.get_inputs()[0].name: x.contiguous().numpy()}
+    return lambda: torch.from_numpy(session.run(None, feed)[0])
+
+
+def run_openvino(path: Path, x: Tensor, precision: str | None = None) -> Run:
+    """Runs an ONNX file by OpenVINO for latency, with the threads that PyTorch has.
+
+    Args:
+        path: of the file.
+        x: the images.
+        precision: of what is not quantised, ``f32`` or ``bf16``; None is OpenVINO's own choice.
+    """
+    runtime = library("openvino")
+    settings: dict[str, Any] = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",
     }
+    if precision is not None:
+        settings["INFERENCE_PRECISION_HINT"] = precision
     core = runtime.Core()
-    network = core.read_model(str(_onnx(module, x, folder)))
+    network = core.read_model(str(path))
     network.reshape(list(x.shape))
     request = core.compile_model(network, "CPU", settings).create_infer_request()
     image = x.contiguous().numpy()
@@ -83,16 +99,21 @@ PEERS: dict[str, Callable[[nn.Module, Tensor, Path], Run]] = {
 }
 
 
-def _library(name: str):
+def library(name: str) -> Any:
+    """Imports an optional library.
+
+    Raises:
+        Absent: it is not installed.
+    """
     if importlib.util.find_spec(name) is None:
         raise Absent(f"{name} is not installed")
     return importlib.import_module(name)
 
 
-def _onnx(module: nn.Module, x: Tensor, folder: Path) -> Path:
+def onnx_file(module: nn.Module, x: Tensor, folder: Path) -> Path:
     """Writes the network once for both that read ONNX."""
     for needed in ("onnx", "onnxscript"):
-        _library(needed)
+        library(needed)
     path = folder / f"{id(module)}.onnx"
     if not path.exists():
         export.to_onnx(module, x, path)

@@ -25,6 +25,7 @@ import torch
 import hetconv_kernels as hk
 from benchmarks import amdahl, rig
 from benchmarks.gate import Match
+from benchmarks.int8_rig import Int8Rig
 from benchmarks.networks import NetworkCase
 from hetconv_kernels.info import processor
 from hetconv_kernels.report.schema import SCHEMA_VERSION, problems
@@ -77,7 +78,10 @@ class Record:
 
 
 def layer_row(
-    bench: rig.Rig, match: Match, timings: Timings | None = None, roofs: Roofs | None = None
+    bench: rig.Rig | Int8Rig,
+    match: Match,
+    timings: Timings | None = None,
+    roofs: Roofs | None = None,
 ) -> Json:
     """Makes the row of a layer; without timings it says only that (or whether) it matched."""
     case, support = bench.case, bench.support
@@ -112,6 +116,7 @@ def layer_row(
         "composition": _against(timings, rig.COMPOSITION),
         "unfrozen": _against(timings, rig.DENSE, rig.UNFROZEN),
         "prepacked": _against(timings, rig.PREPACKED),
+        "float32": _against(timings, rig.OURS_FLOAT32),
         "verdict": verdict(dense),
         "timings": timings.to_dict(),
     }
@@ -174,10 +179,13 @@ def model_row(
     Args:
         case: the network.
         match: with the truth, the worst of all who ran it.
-        absent: by role, who could not run and why.
+        absent: by role, who could not run and why; under ``ours``, why we could not.
         timings: by role, ``dense`` and ``composition``.
         runs: of the eager dense network and of ours, with the time of each convolution.
         ratios: how many times fewer multiply-accumulates each convolution of ours has.
+
+    Without `runs` and `ratios` the row has no bound: in other dtypes than float32 there is none.
+    Its ``float32`` is how many times faster we are than ourselves in float32.
     """
     row: Json = {
         "kind": "model",
@@ -185,29 +193,31 @@ def model_row(
         "match": match.to_dict(),
         "absent": absent,
     }
-    if timings is None or runs is None or ratios is None:
+    if timings is None:
         return row
     found = {role: _against(timings[role], role) for role in (rig.DENSE, rig.COMPOSITION)}
     dense = found[rig.DENSE]
     assert dense is not None
+    row |= found
+    row |= {
+        "float32": _against(timings[rig.DENSE], rig.OURS_FLOAT32),
+        "median_s": timings[rig.DENSE].median(rig.OURS),
+        "timings": {role: timing.to_dict() for role, timing in timings.items()},
+    }
+    if runs is None or ratios is None:
+        return row
     bound = amdahl.bound(runs[0], ratios)
     eager = timings[rig.DENSE].median(f"{rig.DENSE}:eager")
     theirs, ours = (amdahl.medians(side) for side in runs)
-    return (
-        row
-        | found
+    return row | {
+        "bound": bound
         | {
-            "median_s": timings[rig.DENSE].median(rig.OURS),
-            "bound": bound
-            | {
-                "our_layers_s": sum(ours.values()),
-                "over_best": bound["speedup"] * dense["median_s"] / eager,
-            },
-            # Seconds when dense, seconds of ours, and the ratio of their MACs.
-            "layers": {n: [theirs.get(n), time, ratios.get(n)] for n, time in ours.items()},
-            "timings": {role: timing.to_dict() for role, timing in timings.items()},
-        }
-    )
+            "our_layers_s": sum(ours.values()),
+            "over_best": bound["speedup"] * dense["median_s"] / eager,
+        },
+        # Seconds when dense, seconds of ours, and the ratio of their MACs.
+        "layers": {n: [theirs.get(n), time, ratios.get(n)] for n, time in ours.items()},
+    }
 
 
 def training_row(case: NetworkCase, match: Match, timings: Timings | None = None) -> Json:

@@ -19,7 +19,7 @@ from hetconv_kernels.packing import dense_weight, live_weight
 Call = Callable[[], object]
 _FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 _SHORT = {"contiguous": "nchw", "channels_last": "nhwc"}
-OURS, UNFROZEN = "ours", "ours-unfrozen"
+OURS, UNFROZEN, OURS_FLOAT32 = "ours", "ours-unfrozen", "ours-float32"
 DENSE, COMPOSITION, PREPACKED = "dense", "composition", "prepacked"
 
 
@@ -123,6 +123,11 @@ class Rig:
     def _variants(self, with_prepacked: bool) -> dict[str, list[Call]]:
         case = self.case
         found = {OURS: self._calls(self.layer, case.memory_format)}
+        if case.dtype == "bfloat16" and case.device == "cpu" and not case.training:
+            wide = copy.deepcopy(self._our_layer(frozen=False)).float()
+            wide.freeze()
+            images = (x.float() for x in self.inputs)
+            found[OURS_FLOAT32] = [self._call(wide, case.memory_format, x) for x in images]
         if not case.training:
             unfrozen = self._our_layer(frozen=False)
             found[UNFROZEN] = self._calls(unfrozen, case.memory_format)

@@ -189,7 +189,7 @@ def networks() -> str:
             for role in ("dense", "composition"):
                 found = row.get(role)
                 if found is None:
-                    cells += ["", "MISMATCH", ""]
+                    cells += ["", table.untimed(row), ""]
                     continue
                 engine = found["name"].partition(":")[2]
                 interval = f"{found['low']:.2f} to {found['high']:.2f}"

@@ -19,7 +19,7 @@ def layer_cells(rows: Sequence[Row]) -> Cells:
     """Returns the texts of `layer_table`."""
     header = (
         "case", "backend", "ms", "roof %", "MAC ratio", "× dense", "interval", "target",
-        "× compos.", "unfrozen", "× prepacked", "verdict",
+        "× compos.", "unfrozen", "× prepacked", "× float32", "verdict",
     )  # fmt: skip
     return header, [_layer_line(row) for row in rows]
 
@@ -33,7 +33,7 @@ def model_cells(rows: Sequence[Row]) -> Cells:
     """Returns the texts of `model_table`."""
     header = (
         "network", "best dense", "ms", "× dense", "interval", "target", "bound", "best compos.",
-        "× compos.", "interval", "target", "absent",
+        "× compos.", "interval", "target", "× float32", "absent",
     )  # fmt: skip
     return header, [_model_line(row) for row in rows]
 
@@ -42,7 +42,7 @@ def _model_line(row: Row) -> tuple[str, ...]:
     case = row["case"]
     absent = ", ".join(sorted({name for role in row["absent"].values() for name in role})) or "none"
     if "dense" not in row:
-        return (case["name"], "MISMATCH", *[""] * 9, absent)
+        return (case["name"], untimed(row), *[""] * 10, absent)
     cells = [case["name"], row["dense"]["name"].partition(":")[2], f"{row['median_s'] * 1e3:.0f}"]
     for role in ("dense", "composition"):
         found, target = row[role], case[f"target_{role}"]
@@ -55,10 +55,15 @@ def _model_line(row: Row) -> tuple[str, ...]:
             "" if target is None else f"{target:g}" + ("  missed" if missed else ""),
         ]
         if role == "dense":
-            # Older rows have a bound that was none.
-            limit = row["bound"].get("over_best")
+            # Older rows have a bound that was none, those in low precision have none.
+            limit = row.get("bound", {}).get("over_best")
             cells.append("" if limit is None else f"{limit:.2f}")
-    return (*cells, absent)
+    return (*cells, _ratio(row.get("float32")), absent)
+
+
+def untimed(row: Row) -> str:
+    """Says why a row has no times: somebody was wrong, or we (or all others) are absent."""
+    return "not timed" if row["match"]["ok"] else "MISMATCH"
 
 
 def training_table(rows: Sequence[Row]) -> list[str]:
@@ -161,7 +166,7 @@ def _layer_line(row: Row) -> tuple[str, ...]:
     name = asked if asked == ran else f"{asked} → {ran}"
     macs = f"{row['dense_macs'] / row['macs']:.2f}"
     if "dense" not in row:
-        return (row["case"]["name"], name, "", "", macs, "MISMATCH", *[""] * 6)
+        return (row["case"]["name"], name, "", "", macs, "MISMATCH", *[""] * 7)
     dense, target = row["dense"], row["case"]["target"]
     verdict = row["verdict"]
     if verdict == "lose":
@@ -178,6 +183,7 @@ def _layer_line(row: Row) -> tuple[str, ...]:
         _ratio(row["composition"]),
         _ratio(row["unfrozen"]),
         _ratio(row["prepacked"]),
+        _ratio(row.get("float32")),
         verdict,
     )
 

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import record
 from benchmarks.cases import CPU_CASES, GPU_CASES, Case
+from benchmarks.int8_rig import Int8Rig
 from benchmarks.rig import OURS, Rig
 from hetconv_kernels import timing
 from hetconv_kernels.errors import BackendError
@@ -35,12 +36,16 @@ def test_layer(case: Case, backend: str, benchmark: Any, session: Any) -> None:
     roofs = session.ceiling(topic, case.device, dtype)
     with torch.set_grad_enabled(case.training):
         try:
-            bench = Rig(
-                case,
-                backend,
-                rotate=cache == "cold" and case.device == "cuda",
-                with_prepacked=options.getoption("--prepacked"),
-            )
+            bench: Rig | Int8Rig
+            if case.dtype == "int8":
+                bench = Int8Rig(case, backend)
+            else:
+                bench = Rig(
+                    case,
+                    backend,
+                    rotate=cache == "cold" and case.device == "cuda",
+                    with_prepacked=options.getoption("--prepacked"),
+                )
             match = bench.check()
         except BackendError as refusal:
             pytest.skip(str(refusal))

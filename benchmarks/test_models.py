@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import amdahl, gate, peers, record
+from benchmarks import amdahl, gate, low_precision, peers, record
 from benchmarks.networks import NETWORKS, NetworkCase, build
-from benchmarks.rig import COMPOSITION, DENSE, OURS
+from benchmarks.rig import COMPOSITION, DENSE, OURS, OURS_FLOAT32
 from hetconv_kernels import timing
+from hetconv_kernels.timing import Timings
 
 _SAMPLES = 7  # runs of a network for the time of each of its layers
 
@@ -33,6 +34,8 @@ def test_network(case: NetworkCase, session: Any, benchmark: Any, tmp_path: Path
         row = measure(case, x, tmp_path, session.seconds, benchmark)
     session.extra_info(benchmark, "models", row)
     session.record("models").add(row)
+    if OURS in row["absent"]:
+        pytest.skip(f"ours is absent: {row['absent'][OURS]}")
     assert row["match"]["ok"], f"wrong by {row['match']['worst']:.3g} times the bound; not timed"
 
 
@@ -41,37 +44,60 @@ def measure(
 ) -> dict[str, Any]:
     """Checks and times one network, beside (a) and then beside (b); returns its row.
 
+    Where this build has nothing that runs the case's dtype, the row says so and has no times.
+
     pytest-benchmark, where it is given, collects the rounds beside (a).
     """
     ours, dense, composition = (build(case, form, x) for form in (OURS, DENSE, COMPOSITION))
-    image = x.to(memory_format=torch.channels_last)
-    timings, absent = {}, {}
+    timings: dict[str, Timings] = {}
+    absent: dict[str, dict[str, str]] = {}
     match = gate.Match(True, 0.0, 0.0)
-    for role, rival, truth_of in ((DENSE, dense, dense), (COMPOSITION, composition, ours)):
-        runs, absent[role] = _runs(role, rival, x, folder)
-        matches = [gate.network_match(truth_of, x, run()) for run in runs.values()]
-        runs[OURS] = lambda: ours(image)
-        matches.append(gate.network_match(ours, x, ours(image)))
+    own: dict[str, peers.Run] = {}
+    try:
+        own = low_precision.ours(case, ours, x)
+    except peers.Absent as reason:
+        absent[OURS] = {case.dtype: str(reason)}
+    if own and case.dtype == "int8":
+        match = low_precision.reference_match(own[OURS])
+    # The truth is in PyTorch's own layers: what ours computes is what the composition computes.
+    for role, rival in ((DENSE, dense), (COMPOSITION, composition)):
+        runs, absent[role] = _runs(role, rival, x, folder, case.dtype)
+        matches = [_match(case, rival, x, name, run()) for name, run in runs.items()]
+        matches += [_match(case, composition, x, name, run()) for name, run in own.items()]
         match = max(match, *matches, key=lambda m: m.worst)
         if not match.ok:
             return record.model_row(case, match, absent)
+        if not runs or not own:  # nobody to compare with; the others' matches are still worth it
+            continue
         timings[role] = timing.interleaved(
-            runs, baseline=f"{role}:eager", target=OURS, rounds=12, warmup=0,
+            runs | own, baseline=next(iter(runs)), target=OURS, rounds=12, warmup=0,
             max_seconds=4 * seconds, benchmark=benchmark if role == DENSE else None,
         )  # fmt: skip
         runs.clear()  # they hold several copies of the network each
         gc.collect()
+    if len(timings) < 2:
+        return record.model_row(case, match, absent)
+    if case.dtype != "float32":  # Amdahl's bound is of the layers of a dense network in float32
+        return record.model_row(case, match, absent, timings)
+    image = x.to(memory_format=torch.channels_last)
     names = layer_names(ours)
-    runs = [amdahl.hooked_runs(net, image, names, _SAMPLES) for net in (dense, ours)]
+    layers = [amdahl.hooked_runs(net, image, names, _SAMPLES) for net in (dense, ours)]
     ratios = amdahl.mac_ratios(dense, ours, image, names)
-    return record.model_row(case, match, absent, timings, (runs[0], runs[1]), ratios)
+    return record.model_row(case, match, absent, timings, (layers[0], layers[1]), ratios)
+
+
+def _match(case: NetworkCase, truth: nn.Module, x: Tensor, name: str, y: Tensor) -> gate.Match:
+    """Judges a result by the precision that it was computed in."""
+    if case.dtype == "float32" or name == OURS_FLOAT32:
+        return gate.network_match(truth, x, y)
+    return gate.low_precision_match(truth, x, y, case.dtype)
 
 
 def _runs(
-    role: str, module: nn.Module, x: Tensor, folder: Path
+    role: str, module: nn.Module, x: Tensor, folder: Path, dtype: str = "float32"
 ) -> tuple[dict[str, peers.Run], dict[str, str]]:
     runs, absent = {}, {}
-    for name, start in peers.PEERS.items():
+    for name, start in low_precision.peers_of(dtype).items():
         try:
             runs[f"{role}:{name}"] = start(copy.deepcopy(module), x, folder)
         except peers.Absent as reason:

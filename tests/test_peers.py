@@ -28,11 +28,11 @@ def x() -> torch.Tensor:
 def test_cases_name_the_papers_networks() -> None:
     names = [case.name for case in NETWORKS]
     assert names[:3] == ["vgg16-het4", "resnet18-het4", "vgg16-sg70"]
-    assert names[3:] == ["resnet50-het4", "densenet121-het4", "dncnn-het4"]
+    assert names[3:6] == ["resnet50-het4", "densenet121-het4", "dncnn-het4"]
     assert {(case.n, case.size) for case in NETWORKS[:5]} == {(8, 224)}
 
 
-@pytest.mark.parametrize("case", NETWORKS[3:], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", NETWORKS[3:6], ids=lambda case: case.name)
 def test_no_layer_of_ours_is_left_in_a_composition(case: NetworkCase) -> None:
     image = torch.randn(2, case.channels, 32, 32)
     with torch.no_grad():

@@ -81,6 +81,8 @@ LAYER_ROW = {
         "composition": _MAYBE_ESTIMATE,
         "unfrozen": _MAYBE_ESTIMATE,
         "prepacked": _MAYBE_ESTIMATE,
+        # Ours over ours in float32; null or absent where the case is that.
+        "float32": _MAYBE_ESTIMATE,
         "verdict": {"enum": ["win", "even", "lose"]},
         "timings": _TIMINGS,
     },
@@ -108,6 +110,8 @@ MODEL_ROW = {
             "required": ["name", "network", "support", "n", "size"],
             "properties": {
                 "name": _STRING,
+                # Absent in files from before low precision was measured: float32.
+                "dtype": _STRING,
                 "target_dense": _MAYBE_NUMBER,
                 "target_composition": _MAYBE_NUMBER,
             },
@@ -119,6 +123,9 @@ MODEL_ROW = {
         "median_s": _NUMBER,
         "dense": _ESTIMATE,
         "composition": _ESTIMATE,
+        # Ours over ours in float32; null or absent where the case is that.
+        "float32": _MAYBE_ESTIMATE,
+        # Absent too in other dtypes than float32.
         "bound": {
             "type": "object",
             # Rows of older files have another bound, without "over_best".
