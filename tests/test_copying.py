@@ -16,7 +16,7 @@ from torch.nn.utils.spectral_norm import spectral_norm
 from torch.nn.utils.weight_norm import weight_norm
 
 import hetconv_kernels as hk
-from hetconv_kernels.compress.measure import for_inference
+from hetconv_kernels.compression.measure import for_inference
 from hetconv_kernels.errors import InputTypeError
 from hetconv_kernels.graph.copying import copied, settle
 from hetconv_kernels.packing import watched

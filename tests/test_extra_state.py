@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from layers import C, IRREGULAR, NARROWER, F, build, image
+from layers import IRREGULAR, NARROWER, C, F, build, image
 from torch import Tensor, nn
 
 import hetconv_kernels as hk

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, InputTypeError, SupportError, mismatch
-from ..functional import _traced
+from ..observers import observed
 from ..packing import bits_on, dense_weight, live_weight
 from ..pooling import Pool
 from ..problem import Geometry
@@ -181,7 +181,7 @@ class QuantizedLayer(ForcedBackend):
         """Convolves with the epilogue.  # [N, C, H, W] -> [N, F, OH, OW]"""
         self._check(x, residual)
         code = self._backend_code()
-        if _traced(x, self.weight):
+        if observed(x, self.weight):
             n = self._numbers
             y: Tensor = torch.ops.hetconv.qfprop(
                 x, self.weight, bits_on(self.support, x.device), self._multiplier, self.bias,

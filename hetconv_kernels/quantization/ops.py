@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import ArgumentError, mismatch
 from ..flops import register_flop_formulas
 from ..ops import _LIBRARY, geometry_of
-from ..packing import _PerWeight
+from ..packing import FrozenCache
 from ..pooling import Pool
 from ..problem import output_size
 from ..support import Support
@@ -52,22 +52,14 @@ def _pool_of(ints: Sequence[int]) -> Pool | None:
     return Pool((kh, kw), (sh, sw), (ph, pw))
 
 
-class _PackedWeights(_PerWeight):
-    """Keeps an engine's form of each frozen weight that the operators are called with."""
-
-    def __call__(self, w: Tensor, support: Support, module: Any) -> Any:
-        """Returns the weight made ready for an engine."""
-        key = (support.digest, module.__name__)
-        found = self._recall(w)
-        if found is not None and found[0] == key:
-            return found[1]
-        ready = module.pack(w, support)
-        if w.dim() == 1:
-            self._remember(w, (key, ready))
-        return ready
-
-
-_packed = _PackedWeights()
+def _packed(w: Tensor, support: Support, module: Any) -> Any:
+    """Returns a weight made ready for an engine, kept while it is unchanged."""
+    key = ("8-bit packed", module.__name__)
+    cache: FrozenCache | None = support.derived.get(key)
+    if cache is None:
+        build = FrozenCache(lambda live: module.pack(live, support), module.__name__)
+        cache = support.derived.setdefault(key, build)
+    return cache(w)
 
 
 # Bodies -----------------------------------------------------------------------------------------
