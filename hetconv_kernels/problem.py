@@ -90,8 +90,8 @@ class Geometry:
         """
         stores = self.support.derived.setdefault(Derived, WeakValueDictionary())
         # Not one expression: the store has to be held before it is in a table of weak references.
-        store = Derived()
-        store = stores.setdefault((self.stride, self.pads, self.dilation), store)
+        own = Derived()
+        store: Derived = stores.setdefault((self.stride, self.pads, self.dilation), own)
         return store
 
     def ints(self, height: int, width: int) -> list[int]:
