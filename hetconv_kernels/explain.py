@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from .backends import NAMES, available_backends, choose, get_backend
 from .errors import ArgumentError, InputTypeError, mismatch
 from .nn.base import SupportLayer
 from .nn.conv import SupportConv2d
+from .packing import watched
 from .problem import Problem, check_call
 
 
@@ -30,6 +31,8 @@ class Candidate:
         predicted_s: predicted time of one call, in seconds.
         measured_s: median measured time of one call, in seconds; None when not measured.
         notes: what else the backend says of how it would run it, in sentences.
+        packing_s: what of a steady call is spent on packing the weight, in seconds: 0 where the
+            packed form is kept, or none is needed; None when not measured.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Candidate:
     predicted_s: float | None
     measured_s: float | None
     notes: tuple[str, ...] = ()
+    packing_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class Explanation:
         chosen: the backend that runs.
         forced: whether it was forced rather than chosen.
         candidates: every backend that is built here.
+        frozen: whether the layer is frozen, so that packed forms of its weight are kept.
     """
 
     layer: str
@@ -67,6 +72,12 @@ class Explanation:
     chosen: str
     forced: bool
     candidates: tuple[Candidate, ...]
+    frozen: bool = False
+
+    @property
+    def packing_s(self) -> float | None:
+        """What the chosen backend spends on packing in a steady call; None if not measured."""
+        return next((c.packing_s for c in self.candidates if c.name == self.chosen), None)
 
     @property
     def faster_than_dense(self) -> bool | None:
@@ -90,6 +101,7 @@ class Explanation:
             f"groups   {self.group_count}: {shown}" + (f", and {more} more" if more else ""),
             f"work     {self.macs / 1e6:.3f} M MACs of {self.dense_macs / 1e6:.3f} M dense "
             f"({self.dense_macs / max(self.macs, 1):.2f}x fewer), density {self.density:.3g}",
+            f"packing  {self._packing()}",
             "",
             f"  {'backend':<11}{'efficiency':>11}{'predicted':>13}{'measured':>13}",
         ]
@@ -106,6 +118,19 @@ class Explanation:
             lines += [f"    {note}" for note in c.notes]
         lines += ["", self._verdict()]
         return "\n".join(lines)
+
+    def _packing(self) -> str:
+        seconds = self.packing_s
+        if self.frozen and not seconds:
+            return "none in a steady call: the layer is frozen, its packed weight is kept"
+        if seconds is None:
+            return "at each call, if the backend needs it: the layer is not frozen"
+        if not seconds:
+            return "none: the weight is read as it is"
+        way_out = "the weight of this frozen layer is computed or trained"
+        if not self.frozen:
+            way_out = "layer.freeze() or hk.optimize keeps the packed weight"
+        return f"{_micros(seconds)} of each call of {self.chosen}; {way_out}"
 
     def _verdict(self) -> str:
         how = "forced" if self.forced else "chosen"
@@ -150,7 +175,7 @@ def explain(layer: SupportLayer, x: Tensor, measure: bool = True) -> Explanation
     chosen = choose(problem, forced).backend.name
     runnable = [n for n in available_backends() if not get_backend(n).unsupported_reasons(problem)]
     measurable = measure and problem.batch and not x.is_meta
-    measured = _measure(layer, x, runnable) if measurable else {}
+    measured, packing = _measure(layer, x, runnable) if measurable else ({}, {})
     candidates = []
     for name in available_backends():
         engine = get_backend(name)
@@ -164,6 +189,7 @@ def explain(layer: SupportLayer, x: Tensor, measure: bool = True) -> Explanation
                 None if reasons else engine.estimate(problem),
                 measured.get(name),
                 () if reasons else tuple(notes(problem)),
+                packing.get(name),
             )
         )
     support = layer.support
@@ -183,6 +209,7 @@ def explain(layer: SupportLayer, x: Tensor, measure: bool = True) -> Explanation
         chosen=chosen,
         forced=NAMES[forced] != "auto",
         candidates=tuple(candidates),
+        frozen=layer.frozen,
     )
 
 
@@ -251,7 +278,10 @@ def problem_of(layer: SupportConv2d, x: Tensor) -> Problem:
     return ops.describe("fprop", layer._geometry, x, x, layer.weight, size, shift)
 
 
-def _measure(layer: SupportConv2d, x: Tensor, names: list[str]) -> dict[str, float]:
+def _measure(
+    layer: SupportConv2d, x: Tensor, names: list[str]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Times each backend; returns the seconds of a steady call, and of packing in one."""
     from .timing import interleaved  # not needed to import the package
 
     def call(name: str) -> Any:
@@ -264,10 +294,29 @@ def _measure(layer: SupportConv2d, x: Tensor, names: list[str]) -> dict[str, flo
     before = layer.backend
     try:
         with torch.no_grad():
-            timings = interleaved({name: call(name) for name in names}, device=x.device, rounds=9)
-            return {name: timings.median(name) for name in names}
+            calls = {name: call(name) for name in names}
+            timings = interleaved(calls, device=x.device, rounds=9)
+            return (
+                {name: timings.median(name) for name in names},
+                {name: packing_seconds(calls[name]) for name in names},
+            )
     finally:
         layer.backend = before
+
+
+def packing_seconds(call: Callable[[], object], rounds: int = 3) -> float:
+    """Returns the median time that a call spends on packing weights, in seconds.
+
+    Args:
+        call: has run before.
+        rounds: how often to call it.
+    """
+    spent = []
+    for _ in range(rounds):
+        with watched() as seen:
+            call()
+        spent.append(sum(packed.seconds for packed in seen))
+    return sorted(spent)[rounds // 2]
 
 
 def _micros(seconds: float | None) -> str:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,11 +12,14 @@ from torch import Tensor
 from . import backends, ops
 from .autograd import EagerCall, through_operator, transforms_active
 from .backends.common import channel_statistics, epilogue, pad_image
+from .geometries import GeometryCache
 from .observers import sizes
 from .packing import bits_on, mask_on
 from .pooling import Pool, max_pooled
 from .problem import Geometry, check_call, check_kinds, is_dense_shape, make_geometry
 from .support import Support
+
+_geometries = GeometryCache(max_bytes=64 * 2**20)
 
 
 def support_conv2d(
@@ -209,9 +211,15 @@ def _autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(x.device.type))
 
 
-@lru_cache(maxsize=1024, typed=True)
 def _geometry(support: Support, stride: Any, padding: Any, dilation: Any) -> Geometry:
-    return make_geometry(support, stride, padding, dilation)
+    # 1, 1.0 and True are equal and not all allowed.
+    kinds = type(stride), type(padding), type(dilation)
+    key = (support, stride, padding, dilation, kinds)
+    geometry = _geometries.get(key)
+    if geometry is None:
+        geometry = make_geometry(support, stride, padding, dilation)
+        _geometries.add(key, geometry)
+    return geometry
 
 
 def _key(value: Any) -> Any:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             "graph": _graph(model, layers),
             "fixed": [name for name, p in model.named_parameters() if not p.requires_grad],
             "training": model.training,
+            "strides": _strides(model),
             "digest": _digest(tensors),
         }
     )
@@ -115,6 +116,8 @@ def load(
     else:
         check_plain(into)
         into = _exchange(into, layers, path)
+    strides = description.get("strides", {})
+    tensors = {name: _laid_out(t, strides.get(name), path) for name, t in tensors.items()}
     _fill(into, tensors, path)
     for name, described in description["layers"].items():
         if described.get("channels_last"):
@@ -140,6 +143,47 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
             seen.add(value.untyped_storage().data_ptr())
         found[name] = value
     return found
+
+
+def _strides(model: nn.Module) -> dict[str, list[int]]:
+    """Lists the strides of what is not laid out row by row: PyTorch picks kernels by them.
+
+    Those of an axis of length one count: they tell channels_last from contiguous 1×1 kernels.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    both: dict[str, Tensor] = {**named, **dict(model.named_buffers(remove_duplicate=False))}
+    return {
+        name: list(tensor.stride())
+        for name, tensor in both.items()
+        if tensor.stride() != torch.empty(tensor.shape, device="meta").stride()
+        and _is_dense(tensor.shape, tensor.stride())
+    }
+
+
+def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Tells whether strides order the axes of a tensor without holes or overlaps."""
+    expected = 1
+    for stride, size in sorted(zip(strides, shape, strict=True)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= max(size, 1)
+    return True
+
+
+def _laid_out(tensor: Tensor, strides: Any, path: Path) -> Tensor:
+    """Copies a tensor out of the file, to an aligned address and with the strides that it had.
+
+    At the file's own addresses a matrix product may round in another way.
+    """
+    if strides is None:
+        return tensor.clone()
+    numbers = isinstance(strides, list) and all(type(n) is int for n in strides)
+    fits = numbers and len(strides) == tensor.dim() and _is_dense(tensor.shape, strides)
+    if not fits or not all(0 <= n < 2**62 for n in strides):
+        raise FileError(_damaged(path, f"{strides!r:.100} are no strides of {tensor.shape}"))
+    return torch.empty_strided(
+        tensor.shape, strides, dtype=tensor.dtype, device=tensor.device
+    ).copy_(tensor)
 
 
 def _graph(model: nn.Module, layers: Mapping[str, Json]) -> list[Json] | str:

@@ -25,6 +25,7 @@ from .backends import FROZEN, Choice, choose
 from .backends.common import channel_statistics
 from .errors import ArgumentError, BackendError, mismatch
 from .flops import register_flop_formulas
+from .geometries import GeometryCache
 from .pooling import Pool
 from .problem import (
     ACTIVATIONS,
@@ -49,9 +50,10 @@ _SCHEMAS = (
     "SymInt[] geometry, int backend) -> Tensor",
 )
 
-# Signatures kept for one layer, and layers kept by their integers; past that they start afresh.
+# Signatures kept for one layer; past that they start afresh.
 _MAX_SIGNATURES = 1024
-_geometries: dict[tuple[bool, tuple[int, ...]], Geometry] = {}
+# Those of operators: compiled and exported programs, as large as a network.
+_geometries = GeometryCache(max_bytes=256 * 2**20)
 
 
 # Eager bodies -----------------------------------------------------------------------------------
@@ -329,10 +331,8 @@ def geometry_of(bits: Tensor, ints: Sequence[int], frozen: bool = False) -> Geom
             raise ArgumentError(
                 mismatch("digest of the support tensor", support.digest, named.digest)
             )
-        if len(_geometries) >= _MAX_SIGNATURES:
-            _geometries.clear()
         geometry = Geometry(support, named.stride, named.pads, named.dilation, frozen)
-        _geometries[key] = geometry
+        _geometries.add(key, geometry)
     return geometry
 
 

@@ -11,9 +11,10 @@ derives from it is private to the engine and kept only while the weight is uncha
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -225,6 +226,13 @@ class FrozenCache(Pack):
         """Drops what is kept of the memory that w has."""
         self._entries.pop(w.data_ptr(), None)
 
+    def kept_bytes(self) -> int:
+        """Counts the bytes of what is kept, as far as it tells."""
+        return sum(
+            int(getattr(entry.value, "nbytes", getattr(entry.value, "bytes", 0)) or 0)
+            for entry in list(self._entries.values())
+        )
+
     def _remember(self, w: Tensor, value: Any) -> None:
         key, entries = w.data_ptr(), self._entries
 
@@ -251,6 +259,13 @@ def owned(w: Tensor) -> Tensor:
 
 def forget(support: Support, w: Tensor) -> None:
     """Drops what engines keep of a weight, after a write that leaves no trace."""
-    for value in list(support.derived.values()):
-        if hasattr(value, "forget"):
-            value.forget(w)
+    for cache in frozen_caches(support):
+        cache.forget(w)
+
+
+def frozen_caches(support: Support) -> list[Any]:
+    """Lists what keeps packed weights of a Support's frozen layers, in all their geometries."""
+    stores: list[Mapping[Any, Any]] = [support.derived]
+    stores += [each for value in support.derived.values() if isinstance(value, WeakValueDictionary)
+               for each in value.values()]  # fmt: skip
+    return [value for store in stores for value in list(store.values()) if hasattr(value, "forget")]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -25,6 +26,10 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 Pair = tuple[int, int]
 Pads = tuple[int, int, int, int]
+
+
+class Derived(dict[Any, Any]):
+    """A dictionary that weak references can be made of."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +80,18 @@ class Geometry:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Geometry, (self.support, self.stride, self.pads, self.dilation, self.frozen)
+
+    @cached_property
+    def derived(self) -> Derived:
+        """What engines derive from the Support for just this geometry.
+
+        Shared by equal geometries; it goes with the last of them.
+        """
+        stores = self.support.derived.setdefault(Derived, WeakValueDictionary())
+        # Not one expression: the store has to be held before it is in a table of weak references.
+        own = Derived()
+        store: Derived = stores.setdefault((self.stride, self.pads, self.dilation), own)
+        return store
 
     def ints(self, height: int, width: int) -> list[int]:
         """Lists H, W, C, KH, KW, stride (2), pads (4), dilation (2) and the Support's digest."""

@@ -100,7 +100,7 @@ def test_use_backend_reaches_a_compiled_layer(network: Network) -> None:
     # The op's body keeps its own Geometry, so look there too.
     from hetconv_kernels import ops
 
-    own = {c.backend.name for g in ops._geometries.values() for c in g.choices.values()}
+    own = {c.backend.name for g in ops._geometries.geometries() for c in g.choices.values()}
     assert "reference" in own | (after - before)
 
 

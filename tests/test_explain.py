@@ -53,8 +53,30 @@ def test_the_table_says_it_in_words() -> None:
     assert f"{live / 1e6:.3f} M MACs of {dense / 1e6:.3f} M dense ({dense / live:.2f}x" in text
     assert "\n* vendor " in text or "chosen: vendor" not in text
     assert text.count(" us") == len(BACKENDS)
-    measured = str(hk.explain(layer, image()))
-    assert measured.count(" us") == 2 * len(BACKENDS)
+    measured = hk.explain(layer, image())
+    table = str(measured).partition("backend ")[2]
+    assert table.count(" us") == 2 * len(BACKENDS)
+
+
+def test_packing_is_a_row_of_its_own() -> None:
+    layer = HetConv2d(C, F, 3, padding=1, backend="vendor")
+    told = hk.explain(layer, image())
+    assert told.packing_s > 0
+    assert f"packing  {told.packing_s * 1e6:.1f} us of each call of vendor; layer.freeze()" in str(
+        told
+    )
+    assert json.loads(json.dumps(told.to_dict()))["candidates"][0]["packing_s"] > 0
+    told = hk.explain(layer, image(), measure=False)
+    assert told.packing_s is None
+    assert "packing  at each call, if the backend needs it: the layer is not frozen" in str(told)
+    told = hk.explain(layer.freeze(), image())
+    assert told.packing_s == 0
+    assert "packing  none in a steady call: the layer is frozen" in str(told)
+    layer.weight.requires_grad_()
+    told = hk.explain(layer, image())
+    assert "the weight of this frozen layer is computed or trained" in str(told)
+    grouped = hk.nn.GroupedConv2d(C, F, 3, padding=1, groups=4, backend="vendor")
+    assert "packing  none: the weight is read as it is" in str(hk.explain(grouped, image()))
 
 
 def test_vendor_is_called_what_it_is() -> None:

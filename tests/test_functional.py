@@ -263,7 +263,7 @@ BAD: dict[str, tuple[Any, type[HetconvError], str]] = {
 def test_bad_input(
     changes: Any, error: type[HetconvError], message: str, after_a_good_call: bool
 ) -> None:
-    functional._geometry.cache_clear()
+    functional._geometries.clear()
     for grad in (False, True):
         if after_a_good_call:
             support_conv2d(**put())

@@ -22,7 +22,7 @@ from torch.nn.utils import parameters_to_vector, prune, vector_to_parameters
 import hetconv_kernels as hk
 from hetconv_kernels.backends import available_backends
 from hetconv_kernels.nn.fused import FusedConv2d, fuse
-from hetconv_kernels.packing import watched
+from hetconv_kernels.packing import frozen_caches, watched
 
 ENGINES = [name for name in available_backends("cpu") if name != "reference"]
 CHANNELS, SIZE = 32, 40  # enough work for oneDNN's own layout, see `prepacked`
@@ -267,7 +267,7 @@ def test_what_is_kept_goes_with_the_layer(columns: hk.Support, engine: str, layo
     x = image().contiguous(memory_format=layout)
     layer(x.requires_grad_()).sum().backward()
     storage = weakref.ref(layer.weight.untyped_storage())
-    caches = [value for value in columns.derived.values() if hasattr(value, "recall")]
+    caches = frozen_caches(columns)
     del layer
     gc.collect()
     assert storage() is None

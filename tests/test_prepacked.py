@@ -11,7 +11,7 @@ from torch import Tensor
 import hetconv_kernels as hk
 from hetconv_kernels import ops
 from hetconv_kernels.backends import prepacked
-from hetconv_kernels.packing import FrozenCache, dense_weight
+from hetconv_kernels.packing import FrozenCache, dense_weight, frozen_caches
 from hetconv_kernels.problem import Geometry, Problem, make_geometry
 from hetconv_kernels.testing import error_bound, oracle
 
@@ -67,7 +67,7 @@ def test_a_frozen_weight_gives_what_conv2d_gives(
 
 
 def kept(layer: hk.nn.SupportConv2d, weight: Tensor) -> list[object]:
-    caches = [v for v in layer.support.derived.values() if isinstance(v, FrozenCache)]
+    caches = [c for c in frozen_caches(layer.support) if isinstance(c, FrozenCache)]
     return [v for v in (c.recall(weight) for c in caches) if v is not None]
 
 

@@ -168,6 +168,23 @@ def test_the_table_and_the_data_say_the_same() -> None:
     assert "0.10× [0.05, 0.20] slower" in str(shown)
 
 
+def test_packing_is_a_row_of_its_own() -> None:
+    model = nn.Sequential(
+        hk.nn.HetConv2d(8, 8, 3, padding=1, p=4, backend="vendor"),
+        hk.nn.HetConv2d(8, 8, 3, padding=1, p=4, backend="vendor").freeze(),
+    )
+    found = measured(model, torch.randn(2, 8, 6, 6))
+    first, second = (layer.packing_seconds for layer in found.layers)
+    assert 0 == second < first == found.packing_seconds
+    row = next(line for line in str(found).splitlines() if line.startswith("packing"))
+    assert f"{first * 1e6:.1f}" in row
+    assert "hk.optimize or freeze() ends it" in row
+    model[0].freeze()
+    found = measured(model, torch.randn(2, 8, 6, 6))
+    assert found.packing_seconds == 0
+    assert "no weight is packed in a steady call" in str(found)
+
+
 def test_the_roof_is_measured_when_it_is_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 

@@ -177,10 +177,10 @@ class Cpu:
         """Prepares dx."""
         geometry = problem.geometry
         padding = (geometry.pads[0], geometry.pads[2])
-        key = ("cpu dgrad", _ISA, problem.dtype, problem.channels_last, geometry.tail)
-        plan = problem.support.derived.get(key)
+        key = ("cpu dgrad", _ISA, problem.dtype, problem.channels_last)
+        plan = geometry.derived.get(key)
         if plan is None:
-            plan = problem.support.derived[key] = _cpu.Dgrad(
+            plan = geometry.derived[key] = _cpu.Dgrad(
                 _mask(problem),
                 geometry.stride,
                 padding,
@@ -273,7 +273,9 @@ class Cpu:
         if not problem.frozen_weight:
             return Pack(build, "cpu")
         key = ("cpu packed", verb, id(plan), dtype)
-        cache: FrozenCache = support.derived.setdefault(key, FrozenCache(build, "cpu"))
+        # Where the plan is kept: one must not outlive the other.
+        store = support.derived if verb == "fprop" else problem.geometry.derived
+        cache: FrozenCache = store.setdefault(key, FrozenCache(build, "cpu"))
         return cache
 
 

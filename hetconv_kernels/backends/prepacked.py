@@ -63,7 +63,7 @@ def convolution(problem: Problem, dense: Callable[[Tensor], Tensor]) -> Finish:
             dense(w), padding, stride, dilation, groups, list(problem.x_shape)
         )
 
-    packed = _kept(problem, ("conv", geometry.tail), pack)
+    packed = _kept(problem, "conv", pack)
     convolve, fused = torch.ops.mkldnn._convolution_pointwise, _fused_act(problem)
 
     def run(x: Tensor, w: Tensor, shift: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -90,7 +90,7 @@ def linear(problem: Problem, dense: Callable[[Tensor], Tensor]) -> Finish:
 
 
 def _kept(problem: Problem, key: object, pack: Callable[[Tensor], Tensor]) -> FrozenCache:
-    cache: FrozenCache = problem.support.derived.setdefault(
+    cache: FrozenCache = problem.geometry.derived.setdefault(
         ("onednn", key, problem.channels_last), FrozenCache(pack, "vendor")
     )
     return cache

@@ -251,7 +251,7 @@ class SupportLayer(ForcedBackend):
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]  # copies and pickles
+        super().__setstate__(state)  # copies and pickles
         if self.__dict__.pop("frozen", False):  # where older pickles have it
             self._geometry = replace(self._geometry, frozen=True)
         if self.frozen and self._owns_weight:

@@ -64,7 +64,7 @@ class FusedConv2d(ForcedBackend):
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]  # copies and pickles
+        super().__setstate__(state)  # copies and pickles
         if not self._geometry.frozen:  # older pickles
             self._geometry = replace(self._geometry, frozen=True)
         self._frozen_weight()

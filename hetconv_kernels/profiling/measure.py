@@ -18,6 +18,7 @@ from ..explain import _same_buffers
 from ..graph.trace import check_plain
 from ..nn import FrequencyConv2d, FusedConv2d
 from ..nn.base import SupportLayer
+from ..packing import Packed, watched
 from ..roofs import Roofs, measure_roofs
 from .reasons import backend_and_reason
 from .record import LayerProfile, Profile
@@ -41,6 +42,7 @@ class _Seen:
     why: str = ""
     started: float = 0.0
     round: float = 0.0
+    packed: float = 0.0
     samples: list[float] = field(default_factory=list)
 
 
@@ -84,6 +86,7 @@ def profile(
         layers = _first_pass(model, example)
         _count(model, example, layers)
         whole = _rounds(model, example, layers, rounds, max_seconds)
+        _pack_times(model, example, layers)
         ceilings = _roofs(layers, example.device, roofs)
         twins = _dense(layers, example, rounds, max_seconds) if dense else {}
     done = {name: statistics.median(seen.samples) for name, seen in layers.items()}
@@ -110,6 +113,7 @@ def profile(
                 why=seen.why,
                 dense_seconds=twins[name][0] if name in twins else None,
                 speedup=twins[name][1] if name in twins else None,
+                packing_seconds=seen.packed,
             )
             for name, seen in layers.items()
         ),
@@ -253,6 +257,28 @@ def _rounds(
             if clock() - began > max_seconds and len(whole) >= _LEAST_ROUNDS:
                 break
     return statistics.median(whole)
+
+
+def _pack_times(model: nn.Module, example: Tensor, layers: Mapping[str, _Seen]) -> None:
+    """Notes what each layer spends on packing weights in a steady pass: the median of three."""
+    passes: dict[str, list[float]] = {name: [] for name in layers}
+    for _ in range(3):
+        with watched() as packed:
+
+            def start(seen: _Seen, _: Any, packed: list[Packed] = packed) -> None:
+                seen.started = sum(one.seconds for one in packed)
+
+            def stop(seen: _Seen, _: Any, __: Any, packed: list[Packed] = packed) -> None:
+                seen.packed += sum(one.seconds for one in packed) - seen.started
+
+            for seen in layers.values():
+                seen.packed = 0.0
+            with _hooked(layers, start, stop):
+                model(example)
+        for name, seen in layers.items():
+            passes[name].append(seen.packed)
+    for name, seen in layers.items():
+        seen.packed = statistics.median(passes[name])
 
 
 def _roofs(

@@ -27,6 +27,7 @@ class LayerProfile:
         why: in words.
         dense_seconds: median time of the dense layer in its place; None when not asked for.
         speedup: how many times longer dense takes, and its interval; None likewise.
+        packing_seconds: what of ``seconds`` goes into packing weights that are not frozen.
     """
 
     name: str
@@ -42,6 +43,7 @@ class LayerProfile:
     why: str
     dense_seconds: float | None = None
     speedup: tuple[float, float, float] | None = None
+    packing_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,11 @@ class Profile:
     roofs: dict[str, tuple[float, float]]
     threads: int
 
+    @property
+    def packing_seconds(self) -> float:
+        """What of a pass goes into packing weights: nothing where all layers are frozen."""
+        return sum(layer.packing_seconds for layer in self.layers)
+
     def to_dict(self) -> dict[str, Any]:
         """Returns everything as plain data for JSON."""
         return {"format": "hetconv_kernels.profile/1", **asdict(self)}
@@ -77,9 +84,11 @@ class Profile:
         )  # fmt: skip
         header += ("dense µs", "speed-up") if with_dense else ()
         rows = [self._line(layer, with_dense) for layer in self.layers]
-        rest = ("everything else", "", f"{self.rest_seconds * 1e6:.1f}")
-        share = f"{self.rest_seconds / self.seconds:.1%}" if self.seconds else ""
-        rows.append((*rest, share, *[""] * (len(header) - 4), ""))
+        rows.append(self._part("everything else", self.rest_seconds, len(header), ""))
+        why = "at each call, for weights that are not frozen: hk.optimize or freeze() ends it"
+        if not self.packing_seconds:
+            why = "no weight is packed in a steady call"
+        rows.append(self._part("packing, of the above", self.packing_seconds, len(header), why))
         total = ("whole", self.model, f"{self.seconds * 1e6:.1f}", "100.0%", "")
         macs = f"{sum(layer.macs for layer in self.layers) / 1e6:.2f}"
         rows.append((*total, macs, *[""] * (len(header) - 6), ""))
@@ -95,6 +104,10 @@ class Profile:
                 stats.text_table((*header, "because"), rows),
             )
         )
+
+    def _part(self, name: str, seconds: float, columns: int, why: str) -> tuple[object, ...]:
+        share = f"{seconds / self.seconds:.1%}" if self.seconds else ""
+        return (name, "", f"{seconds * 1e6:.1f}", share, *[""] * (columns - 4), why)
 
     def _line(self, layer: LayerProfile, with_dense: bool) -> tuple[object, ...]:
         saved = layer.dense_macs / layer.macs if layer.macs else 1.0

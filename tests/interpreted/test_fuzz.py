@@ -79,7 +79,7 @@ def test_silent_corrupters(name: str, only: str, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(launch.Launch, "__call__", spy)
     properties.refused.clear()
-    functional._geometry.cache_clear()  # it remembers the other kernel's choice
+    functional._geometries.clear()  # it remembers the other kernel's choice
     properties._check("triton", SEEDS[name])
     assert not properties.refused
     # Boxes run all of them but the one whose channels no descriptor can have.
@@ -93,7 +93,7 @@ def test_triton_equals_oracle(
     shard: int, only: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On pointers, and where TMA can fetch the case on boxes."""
-    functional._geometry.cache_clear()
+    functional._geometries.clear()
     monkeypatch.setattr(choice, "ONLY", only)
     examples = EXAMPLES if only is None else EXAMPLES // 4
     properties.offered.clear()
