@@ -95,6 +95,9 @@ def functionalised(*operands: Tensor | None) -> bool:
 def untraced() -> Iterator[None]:
     """Hides from the JIT tracer what is computed inside: constants, sizes as plain integers."""
     state = torch._C._get_tracing_state()
+    if state is None:
+        yield
+        return
     torch._C._set_tracing_state(None)
     try:
         yield
@@ -108,7 +111,7 @@ def sizes(x: Tensor) -> torch.Size:
     Symbolic where a tracer has symbols. The JIT tracer makes tensors of sizes, which lists of
     integers cannot hold; for it they are the example's, and the operators ask the tensors anew.
     """
-    if torch.compiler.is_compiling() or not torch._C._is_tracing():
+    if torch.compiler.is_compiling():
         return x.shape
     with untraced():
         return x.shape

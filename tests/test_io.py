@@ -4,20 +4,23 @@
 from __future__ import annotations
 
 import json
+import types
 
 import numpy as np
 import pytest
 import torch
 from networks import NETWORKS, interleaved, network
 from torch import nn
+from torch.nn.utils import prune
 
 import hetconv_kernels as hk
 from hetconv_kernels.errors import ArgumentError, FileError, InputTypeError
+from hetconv_kernels.io import _digest, _text_digest
 
 safetensors = pytest.importorskip("safetensors", reason="the safetensors extra is not installed")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-KEY = "hetconv_kernels"
+KEY, DIGEST_KEY = "hetconv_kernels", "hetconv_kernels.digest"
 
 
 def equal(first: nn.Module, second: nn.Module, x: torch.Tensor) -> None:
@@ -186,7 +189,8 @@ def rewrite(path, change) -> None:
         description = json.loads(file.metadata()[KEY])
     tensors = load_file(str(path))
     change(description, tensors)
-    save_file(tensors, str(path), metadata={KEY: json.dumps(description)})
+    text = json.dumps(description)
+    save_file(tensors, str(path), metadata={KEY: text, DIGEST_KEY: _text_digest(text)})
 
 
 @pytest.mark.parametrize("kept", [0, 1, 7, 100, 0.5, 0.99, -1])
@@ -197,22 +201,50 @@ def test_truncated_files(saved, kept: float) -> None:
         hk.io.load(saved)
 
 
-def test_any_flipped_byte_is_found(saved) -> None:
+def header_end(raw: bytes) -> int:
+    return 8 + int.from_bytes(raw[:8], "little")
+
+
+def test_any_flipped_bit_is_found_or_harmless(saved) -> None:
+    """Whatever loads is what was saved: every argument, every step, every weight."""
     raw = saved.read_bytes()
-    for place in np.random.default_rng(0).integers(0, len(raw), 150):
+    good = hk.io.load(saved)
+    said = [(str(m), m.training) for m in good.modules()], str(good.graph)
+    end = header_end(raw)
+    generator = np.random.default_rng(0)
+    places = np.concatenate(
+        [
+            generator.choice(8 * end, 500, replace=False),
+            generator.integers(8 * end, 8 * len(raw), 50),
+        ]
+    )
+    loads = 0
+    for place in places.tolist():
         damaged = bytearray(raw)
-        damaged[place] ^= 1 << int(place) % 8
+        damaged[place // 8] ^= 1 << place % 8
         saved.write_bytes(bytes(damaged))
         try:
             loaded = hk.io.load(saved)
-        except (FileError, ArgumentError):
+        except FileError:
             continue
-        # A flip in a name that nobody reads (a version, a class) may pass; the weights may not.
-        saved.write_bytes(raw)
-        good = dict(hk.io.load(saved).state_dict())
-        for key, value in loaded.state_dict().items():
-            if isinstance(value, torch.Tensor):
-                assert torch.equal(value, good[key])
+        loads += 1
+        assert ([(str(m), m.training) for m in loaded.modules()], str(loaded.graph)) == said
+        for key, value in good.state_dict().items():
+            assert torch.equal(loaded.state_dict()[key], value)
+    assert loads < 50  # spaces that pad the header, and no more
+
+
+def test_every_bit_of_the_description_is_covered(saved) -> None:
+    """A flip that leaves safetensors content and JSON valid is found by the digest alone."""
+    raw = saved.read_bytes()
+    start = raw.index(b'"{\\"format')
+    stop = raw.index(b'"', raw.index(b'digest\\": \\"') + 14)
+    for place in range(start + 1, stop, 7):
+        damaged = bytearray(raw)
+        damaged[place] ^= 1 << place % 8
+        saved.write_bytes(bytes(damaged))
+        with pytest.raises(FileError):
+            hk.io.load(saved)
 
 
 def test_foreign_files(saved, tmp_path) -> None:
@@ -225,7 +257,7 @@ def test_foreign_files(saved, tmp_path) -> None:
     with pytest.raises(FileNotFoundError):
         hk.io.load(tmp_path / "nothing")
     rewrite(saved, lambda d, t: d.update(format="hetconv_kernels.Network/9"))
-    with pytest.raises(FileError, match=r"received hetconv_kernels.Network/9, expected .*/1"):
+    with pytest.raises(FileError, match=r"received hetconv_kernels.Network/9, expected .*/2"):
         hk.io.load(saved)
 
 
@@ -259,12 +291,23 @@ def _graph(index: int, **change):
         lambda d, t: d.update(layers=[]),
         lambda d, t: d.update(graph=[3]),
         lambda d, t: t.update(more=torch.ones(1)),
+        lambda d, t: d["layers"]["0"].update(dtype="complex64"),
+        lambda d, t: d["layers"]["0"].update(dtype="quint8"),
+        lambda d, t: d["layers"]["0"].update(dtype="int32"),
+        lambda d, t: d["layers"]["0"]["arguments"].update(padding_mode="none such"),
+        lambda d, t: d["layers"]["0"]["arguments"].update(kernel_size=[10**400, 3]),
+        lambda d, t: d["layers"]["0"]["arguments"].update(kernel_size=3),
+        lambda d, t: d["layers"]["0"]["arguments"].update(backend="none such"),
+        lambda d, t: d.update(fixed=3),
+        lambda d, t: d.update(tied=[1]),
+        lambda d, t: d.update(other_mode=1),
+        lambda d, t: d.update(buffers=7),
+        _graph(1, kwargs=3),
+        _graph(1, op="no_such_op"),
         lambda d, t: t.pop("0.bias"),
     ],
 )
 def test_changed_files_run_nothing(saved, change) -> None:
-    from hetconv_kernels.io import _digest
-
     def with_digest(description, tensors):
         change(description, tensors)
         description["digest"] = _digest(tensors)
@@ -299,3 +342,169 @@ def test_the_wrong_network(saved) -> None:
         hk.io.load(saved, into=nn.ModuleDict({"a": nn.ReLU()}))
     with pytest.raises(InputTypeError, match="model: received function"):
         hk.io.save(lambda x: x, saved)
+
+
+@pytest.mark.parametrize("device", ["cuda", "none such", "cuda:99", 3.5], ids=str)
+def test_devices_that_are_not_there(saved, device) -> None:
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    with pytest.raises(ArgumentError, match="device: received"):
+        hk.io.load(saved, device=device)
+
+
+def enormous(description, tensors) -> None:
+    layer = description["layers"]["0"]
+    support = json.loads(layer["support"])
+    support["shape"] = [200_000, 200_000, 3, 3]
+    layer["support"] = json.dumps(support)
+    layer["arguments"].update(in_channels=200_000, out_channels=200_000)
+
+
+def enormous_arguments(description, tensors) -> None:
+    description["layers"]["0"]["arguments"].update(in_channels=2**20, out_channels=2**20)
+
+
+@pytest.mark.parametrize("change", [enormous, enormous_arguments])
+def test_sizes_are_checked_before_memory_is_taken(saved, change, monkeypatch) -> None:
+    rewrite(saved, change)
+
+    def fail(*_, **__):
+        raise AssertionError("a layer was built")
+
+    monkeypatch.setattr(hk.io, "layer_from_json", fail)
+    with pytest.raises(
+        FileError, match=r"declares masks of [\d,]+ entries, where its weights allow"
+    ):
+        hk.io.load(saved)
+
+
+def test_a_file_of_the_version_before_loads(saved) -> None:
+    model = hk.io.load(saved)
+    with safetensors.safe_open(str(saved), "pt") as file:
+        description = json.loads(file.metadata()[KEY])
+    for key in ("buffers", "tied", "other_mode"):
+        del description[key]
+    description["format"] = "hetconv_kernels.Network/1"
+    save_file(load_file(str(saved)), str(saved), metadata={KEY: json.dumps(description)})
+    x = torch.randn(1, 8, 5, 5)
+    with torch.no_grad():
+        assert torch.equal(hk.io.load(saved)(x), model(x))
+
+
+# What a file cannot hold --------------------------------------------------------------------------
+
+
+def doubles(module, args, output):
+    return output * 2
+
+
+def halves(module, args):
+    return args[0] / 2
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), hk.nn.HetConv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()
+    ).eval()
+
+
+def own_forward(model: nn.Module) -> None:
+    model[0].forward = types.MethodType(lambda self, x: nn.Conv2d.forward(self, x) * 2, model[0])
+
+
+CARRIED = {
+    "pruned": (lambda m: prune.l1_unstructured(m[0], "weight", 0.5), r"0 with .*'weight_mask' as"),
+    "pruned-het": (lambda m: prune.random_unstructured(m[1], "weight", 3), r"1 with .*RandomUnst"),
+    "pruned-bias": (lambda m: prune.l1_unstructured(m[0], "bias", 1), "'bias_mask' as float32"),
+    "weight-norm": (lambda m: nn.utils.weight_norm(m[0]), "'weight_g' as float32"),
+    "spectral-norm": (lambda m: nn.utils.spectral_norm(m[0]), "pre-hook SpectralNorm"),
+    "buffer": (lambda m: m[2].register_buffer("count", torch.ones(2)), r"2 with 'count' as float"),
+    "parameter": (lambda m: m[1].register_parameter("s", nn.Parameter(torch.ones(1))), "1 with"),
+    "dtype": (lambda m: m[2].register_buffer("num_batches_tracked", torch.tensor(1).int()), "int32"),
+    "hook": (lambda m: m[0].register_forward_hook(doubles), "0 with the forward hook doubles"),
+    "pre-hook": (lambda m: m[3].register_forward_pre_hook(halves), "3 with the forward pre-hook"),
+    "hook-of-the-whole": (lambda m: m.register_forward_hook(doubles), "the network itself with"),
+    "backward-hook": (lambda m: m[0].register_full_backward_hook(doubles), "the backward hook"),
+    "own-forward": (own_forward, "0 with a forward of its own"),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(("add", "message"), CARRIED.values(), ids=CARRIED.keys())
+def test_what_a_file_cannot_give_back_is_refused(add, message: str, tmp_path) -> None:
+    model = small()
+    add(model)
+    with pytest.raises(ArgumentError, match=message) as raised:
+        hk.io.save(model, tmp_path / "net")
+    assert "into=network" in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
+    # A network that lacks the same is no way out; one that has it is.
+    with pytest.raises(ArgumentError, match=message):
+        hk.io.save(model, tmp_path / "net", into=small())
+    twin = small()
+    add(twin)
+    for tensor in (*twin.parameters(), *twin.buffers()):
+        if tensor.is_floating_point():
+            tensor.detach().zero_()
+    hk.io.save(model, tmp_path / "net", into=twin)
+    loaded = hk.io.load(tmp_path / "net", into=twin)
+    x = torch.randn(2, 3, 7, 7)
+    equal(loaded, model, x)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_what_was_made_permanent_is_saved(tmp_path) -> None:
+    model = small()
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    prune.remove(model[0], "weight")
+    nn.utils.weight_norm(model[1])
+    nn.utils.remove_weight_norm(model[1])
+    model[2].register_forward_hook(doubles).remove()
+    hk.io.save(model, tmp_path / "net")
+    x = torch.randn(2, 3, 7, 7)
+    with torch.no_grad():
+        assert torch.equal(hk.io.load(tmp_path / "net")(x), model(x))
+
+
+def test_tensors_that_no_step_reads_need_the_class(tmp_path) -> None:
+    model = small()
+    model.register_buffer("mean", torch.ones(2))
+    hk.io.save(model, tmp_path / "net")
+    with pytest.raises(FileError, match=r"holds no steps: no step reads mean.*into=network"):
+        hk.io.load(tmp_path / "net")
+    twin = small()
+    twin.register_buffer("mean", torch.zeros(2))
+    assert hk.io.load(tmp_path / "net", into=twin).mean.eq(1).all()
+
+
+class Shared(nn.Module):
+    """One module at two names, tied weights, a buffer of floats, and a frozen normalisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(4, 4, 1)
+        self.again = self.first
+        self.norm = nn.BatchNorm2d(4)
+        self.tied = nn.Conv2d(4, 4, 1, bias=False)
+        self.tied.weight = self.first.weight
+        self.register_buffer("scale", torch.full((1, 4, 1, 1), 0.5))
+
+    def forward(self, x):
+        return self.tied(self.norm(self.again(self.first(x)))) * self.scale
+
+
+@pytest.mark.parametrize("way", ["without", "into"])
+def test_ties_buffers_and_modes_come_back(way: str, tmp_path) -> None:
+    model = Shared().train()
+    model.norm.eval()
+    model.norm.running_mean.normal_()
+    hk.io.save(model, tmp_path / "net")
+    loaded = hk.io.load(tmp_path / "net", into=None if way == "without" else Shared())
+    assert loaded.get_submodule("tied").weight is loaded.get_submodule("first").weight
+    assert loaded.training
+    assert not loaded.get_submodule("norm").training
+    assert [n for n, _ in loaded.named_parameters()] == [n for n, _ in model.named_parameters()]
+    assert "scale" in dict(loaded.named_buffers())
+    x = torch.randn(2, 4, 3, 3)
+    assert torch.equal(loaded(x), model(x))
