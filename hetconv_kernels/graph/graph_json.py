@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from ..errors import FileError, mismatch
+from .alias import after
 from .names import BINARY, EACH, MOVES, SIZES, SPATIAL
 
 Json = dict[str, Any]
@@ -39,7 +40,11 @@ _ATTRIBUTES = frozenset(("shape", "dtype", "device", "ndim"))
 
 
 def _functions() -> dict[str, Callable[..., Any]]:
-    found: dict[str, Callable[..., Any]] = {"getattr": builtins.getattr, "len": builtins.len}
+    found: dict[str, Callable[..., Any]] = {
+        "getattr": builtins.getattr,
+        "len": builtins.len,
+        "graph.after": after,
+    }
     for name in _OPERATORS.split():
         found[f"operator.{name}"] = getattr(operator, name)
     for name in sorted(_NAMES):

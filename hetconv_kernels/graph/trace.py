@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import ArgumentError, InputTypeError, TraceError, mismatch
 from ..nn.base import ForcedBackend
+from .alias import say
 from .exported import lift
 
 # What a network's own code raises when it meets a tracer's stand-ins for tensors.
@@ -97,8 +98,9 @@ def trace(model: nn.Module, example: Any) -> fx.GraphModule:
     for name, find in (("torch.fx", _symbolic), ("torch.export", lift)):
         try:
             traced = find(model, inputs)
-            _replace_mutated(traced)
             record(traced, inputs)
+            if say(traced):
+                record(traced, inputs)
         except FAILURES as error:
             reasons.append(f"{name}: {_first_line(error)}")
         else:
@@ -139,6 +141,7 @@ def _symbolic(model: nn.Module, inputs: tuple[Any, ...]) -> fx.GraphModule:
     return fx.GraphModule(model, graph)
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def record(traced: fx.GraphModule, inputs: tuple[Any, ...]) -> None:
     """Runs a graph and notes in each node's ``meta`` what it gave.
@@ -151,45 +154,42 @@ def record(traced: fx.GraphModule, inputs: tuple[Any, ...]) -> None:
 
 
 class _Recorder(fx.Interpreter):
-    """Runs the graph and notes what each node gives."""
+    """Runs the graph and notes what each node gives, whose memory it shares and what it changes."""
 
     def run_node(self, n: fx.Node) -> Any:
+        operands = [(node, self.env[node]) for node in n.all_input_nodes]
+        before = [_version(value) for _, value in operands]
         result = super().run_node(n)
-        n.meta.pop("shape", None)
+        for key in ("shape", "value", "alias", "mutates"):
+            n.meta.pop(key, None)
         if isinstance(result, Tensor):
             n.meta["shape"] = tuple(result.shape)
         elif isinstance(result, tuple | list) and all(isinstance(r, Tensor) for r in result):
             n.meta["shape"] = tuple(tuple(r.shape) for r in result)
         else:
             n.meta["value"] = result
+        memory = _memory(result)
+        for (node, value), version in zip(operands, before, strict=True):
+            if memory & _memory(value):
+                n.meta.setdefault("alias", node)
+            if _version(value) != version:
+                n.meta.setdefault("mutates", node)
         return result
 
 
-def _replace_mutated(traced: fx.GraphModule) -> None:
-    """Lets what reads a tensor after it was changed in place read the result of the change."""
-    order = {node: place for place, node in enumerate(traced.graph.nodes)}
-    for node in traced.graph.nodes:
-        if not _in_place(traced, node) or not isinstance(node.args[0], fx.Node):
-            continue
-        for user in list(node.args[0].users):
-            if order[user] > order[node]:
-                user.replace_input_with(node.args[0], node)
-    traced.recompile()
+def _memory(value: Any) -> set[int]:
+    """Returns the addresses of the storages that a value's tensors are in."""
+    tensors = value if isinstance(value, tuple | list) else (value,)
+    found = {
+        t.untyped_storage().data_ptr()
+        for t in tensors
+        if isinstance(t, Tensor) and t.layout == torch.strided and not t.is_meta
+    }
+    return found - {0}
 
 
-def _in_place(traced: fx.GraphModule, node: fx.Node) -> bool:
-    if not node.args:
-        return False
-    if node.op == "call_module":
-        return bool(getattr(traced.get_submodule(str(node.target)), "inplace", False))
-    if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
-    if node.op != "call_function":
-        return False
-    name = getattr(node.target, "__name__", "").split(".")[0]
-    if name in ("iadd", "isub", "imul", "itruediv"):
-        return True
-    return bool(node.kwargs.get("inplace")) or (name.endswith("_") and not name.startswith("_"))
+def _version(value: Any) -> int:
+    return value._version if isinstance(value, Tensor) else 0
 
 
 def _first_line(error: BaseException) -> str:
