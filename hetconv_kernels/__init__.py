@@ -23,7 +23,7 @@ from .info import info
 from .support import Support
 
 if TYPE_CHECKING:
-    from . import export, io, models, profile, stats, testing, timing, tuning
+    from . import export, io, models, profile, pruning, stats, testing, timing, tuning
     from .compress import (
         ADMM,
         FilterCorrelation,
@@ -65,6 +65,7 @@ __all__ = [
     "nn",
     "optimize",
     "profile",
+    "pruning",
     "ranges",
     "rules",
     "stats",
@@ -93,6 +94,7 @@ _LAZY = {
     "models": (".models", None),
     "optimize": (".graph.optimize", "optimize"),
     "profile": (".profile", None),
+    "pruning": (".pruning", None),
     "rules": (".graph.rules", None),
     "stats": (".stats", None),
     "testing": (".testing", None),
