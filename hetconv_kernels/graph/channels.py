@@ -15,7 +15,7 @@ the input freezes the first two: only the filters of conv1 can go.
 from __future__ import annotations
 
 import operator
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -315,7 +315,7 @@ class Channels:
         """Freezes what an operation reads and gives when nothing is known about it."""
         reason = (
             "it is a channel of the output"
-            if node.op == "output"
+            if node.op == "output" or node.target is OrderedDict
             else f"{describe(node)} may mix its channels"
         )
         for operand in operands:

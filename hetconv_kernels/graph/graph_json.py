@@ -12,6 +12,7 @@ import keyword
 import math
 import operator
 import re
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -44,6 +45,7 @@ def _functions() -> dict[str, Callable[..., Any]]:
         "getattr": builtins.getattr,
         "len": builtins.len,
         "graph.after": after,
+        "collections.OrderedDict": OrderedDict,
     }
     for name in _OPERATORS.split():
         found[f"operator.{name}"] = getattr(operator, name)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,6 +53,8 @@ class OptimizeReport:
         untraced: the modules that could not be traced, and why.
         frozen: layers outside of all parts that were frozen.
         match: how far the outputs are from the original's.
+        fixed: optional arguments of the forward that the result no longer has: they are fixed to
+            their defaults, since the example did not give them.
     """
 
     model: nn.Module
@@ -59,9 +62,14 @@ class OptimizeReport:
     untraced: tuple[Left, ...]
     frozen: tuple[str, ...]
     match: Match
+    fixed: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"outputs compared: {self.match}"]
+        if self.fixed:
+            lines.append(
+                f"fixed to their defaults, for the example gives no others: {', '.join(self.fixed)}"
+            )
         for part in self.parts:
             lines += ["", *_account(part)]
         if self.frozen:
@@ -80,7 +88,9 @@ def optimize(model: nn.Module, example: Any) -> OptimizeReport:
     convolutions; layers with a Support are frozen. Where the network cannot be traced, its parts
     are tried, down to single layers. The outputs of the result are compared with the original's.
 
-    The original is not touched. The result does not train.
+    The original is not touched. The result does not train. Optional arguments of the forward that
+    the example does not give keep their defaults, and the result has them no more; the report says
+    which.
 
     Args:
         model: the network, in evaluation mode.
@@ -106,7 +116,16 @@ def optimize(model: nn.Module, example: Any) -> OptimizeReport:
     matched = work.match
     if matched is None or result is None or frozen:
         matched = verify(model, work.root, inputs, "optimize")
-    return OptimizeReport(work.root, tuple(work.parts), tuple(work.untraced), frozen, matched)
+    fixed = () if result is None else _fixed_arguments(model, len(inputs))
+    untraced = tuple(work.untraced)
+    return OptimizeReport(work.root, tuple(work.parts), untraced, frozen, matched, fixed)
+
+
+def _fixed_arguments(model: nn.Module, given: int) -> tuple[str, ...]:
+    """Names the arguments of a forward that come after those that an example gives."""
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    arguments = inspect.signature(model.forward).parameters.values()
+    return tuple(p.name for p in arguments if p.kind not in kinds)[given:]
 
 
 @dataclass
@@ -145,20 +164,25 @@ class _Work:
             leaf = not any(True for _ in child.children())
             if leaf or len(seen) != 1:
                 continue
+            if seen[0] is None:
+                self.untraced.append(Left(path, "it is called with keyword arguments"))
+                continue
             new = self.optimize(child, path, seen[0])
             if new is not None:
                 set_module(module, key, new)
 
 
-def _calls(module: nn.Module, inputs: tuple[Any, ...]) -> dict[int, list[tuple[Any, ...]]]:
-    """Runs a module and notes what its children are called with."""
-    seen: dict[int, list[tuple[Any, ...]]] = {}
+def _calls(module: nn.Module, inputs: tuple[Any, ...]) -> dict[int, list[tuple[Any, ...] | None]]:
+    """Runs a module and notes what its children are called with; None has keyword arguments."""
+    seen: dict[int, list[tuple[Any, ...] | None]] = {}
 
-    def note(child: nn.Module, args: tuple[Any, ...]) -> None:
+    def note(child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         kept = tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in args)
-        seen.setdefault(id(child), []).append(kept)
+        seen.setdefault(id(child), []).append(None if kwargs else kept)
 
-    handles = [child.register_forward_pre_hook(note) for child in module.children()]
+    handles = [
+        child.register_forward_pre_hook(note, with_kwargs=True) for child in module.children()
+    ]
     try:
         module(*copy.deepcopy(inputs))
     finally:

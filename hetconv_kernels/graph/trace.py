@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,6 +28,23 @@ FAILURES = (
     RuntimeError,
     TypeError,
     ValueError,
+)
+
+
+# Modules of torch.nn that compute something else in training mode, by themselves or in their parts.
+_MODAL = (
+    nn.modules.batchnorm._NormBase,
+    nn.modules.dropout._DropoutNd,
+    nn.RReLU,
+    nn.RNNBase,
+    nn.MultiheadAttention,
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerDecoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+    nn.FractionalMaxPool2d,
+    nn.FractionalMaxPool3d,
 )
 
 
@@ -62,16 +81,22 @@ def check_network(model: nn.Module) -> None:
         ArgumentError: a part of it is in training mode.
     """
     check_plain(model)
-    training = next((name for name, m in model.named_modules() if m.training), None)
-    if training is not None:
-        raise ArgumentError(
-            mismatch(
-                "mode of the network",
-                f"training mode at {training!r}",
-                "evaluation mode, in which batch normalisation is a fixed scale and shift",
-                "Call model.eval() first.",
+    for name, module in model.named_modules():
+        if module.training and not (name and _indifferent(module)):
+            raise ArgumentError(
+                mismatch(
+                    "mode of the network",
+                    f"training mode at {name!r} ({type(module).__name__})",
+                    "evaluation mode, in which batch normalisation is a fixed scale and shift",
+                    "Call model.eval() first, and once more after putting new modules in it.",
+                )
             )
-        )
+
+
+def _indifferent(module: nn.Module) -> bool:
+    """Tells whether a part computes the same in both modes: torch builds some in training mode."""
+    own = type(module).__module__.startswith(("torch.nn.modules.", "torch.ao.nn.quantized."))
+    return own and not isinstance(module, _MODAL)
 
 
 def trace(model: nn.Module, example: Any) -> fx.GraphModule:
@@ -101,6 +126,7 @@ def trace(model: nn.Module, example: Any) -> fx.GraphModule:
             record(traced, inputs)
             if say(traced):
                 record(traced, inputs)
+            _keep_mappings(model, traced, inputs)
         except FAILURES as error:
             reasons.append(f"{name}: {_first_line(error)}")
         else:
@@ -151,6 +177,44 @@ def record(traced: fx.GraphModule, inputs: tuple[Any, ...]) -> None:
         inputs: arguments of its forward; they stay as they are.
     """
     _Recorder(traced).run(*copy.deepcopy(inputs))
+
+
+@torch.no_grad()
+def _keep_mappings(model: nn.Module, traced: fx.GraphModule, inputs: tuple[Any, ...]) -> None:
+    """Makes an OrderedDict of the outputs again where the network gives one: a graph gives a dict.
+
+    Raises:
+        TypeError: it gives a mapping of another class, which a graph cannot.
+    """
+    (output,) = (node for node in traced.graph.nodes if node.op == "output")
+    if not _has_mapping(output.args[0]):
+        return
+
+    def again(here: Any, there: Any) -> Any:
+        if isinstance(here, Mapping) and isinstance(there, Mapping):
+            parts = {key: again(here[key], there[key]) for key in here}
+            if type(there) is dict:
+                return parts
+            if type(there) is not OrderedDict:
+                raise TypeError(
+                    f"its output is a {type(there).__name__}, which a graph cannot give"
+                )
+            with traced.graph.inserting_before(output):
+                return traced.graph.call_function(OrderedDict, (parts,))
+        if isinstance(here, list | tuple) and isinstance(there, list | tuple):
+            parts_of = [again(h, t) for h, t in zip(here, there, strict=True)]
+            return type(here)(parts_of) if type(here) in (list, tuple) else here
+        return here
+
+    output.args = (again(output.args[0], model(*copy.deepcopy(inputs))),)
+    traced.recompile()
+    record(traced, inputs)
+
+
+def _has_mapping(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(map(_has_mapping, value))
+    return isinstance(value, Mapping)
 
 
 class _Recorder(fx.Interpreter):
