@@ -321,13 +321,13 @@ def _is_quantised(module: nn.Module) -> bool:
 
 def _bias(module: nn.Module) -> Tensor | None:
     # A fused layer has a shift, which is its bias and that of the normalisation in one.
-    bias = getattr(module, "bias", getattr(module, "shift", None))
+    bias: Any = getattr(module, "bias", getattr(module, "shift", None))
     if _is_quantised(module):
         bias = bias()  # a method there
     return bias if isinstance(bias, Tensor) else None
 
 
-def _weights(module: nn.Module) -> _Weights | None:
+def _weights(module: Any) -> _Weights | None:
     # From the sizes and not from module.weight, which may be computed (weight normalisation),
     # frozen away, or change state when it is read (spectral normalisation).
     support = getattr(module, "support", None)

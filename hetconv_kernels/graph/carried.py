@@ -9,7 +9,7 @@ built from the description has none of it, so `io.save` asks here first.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -136,7 +136,7 @@ def check_described(
         )
 
 
-def _through_json(value: object) -> object:
+def _through_json(value: Any) -> Any:
     """Returns what a file would give back: lists for tuples."""
     if isinstance(value, dict):
         return {key: _through_json(v) for key, v in value.items()}

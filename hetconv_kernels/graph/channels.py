@@ -146,15 +146,16 @@ class Channels:
         """Keeps the wires of a tensor that was changed in place; the change froze what it mixed."""
         if not is_after(node):
             return False
-        tensor = node.args[0]
+        args: Any = node.args
+        tensor = args[0]
         if tensor in self._parts:
             self._parts[node] = self._parts[tensor]
         elif tensor in self.wires:
             self.wires[node] = self.wires[tensor]
         else:
             return False
-        if len(node.args) == 3 and self.source(node.args[2])[1] is None:
-            self._freeze(node, f"{describe(node.args[1])} changes it through a view")
+        if len(args) == 3 and self.source(args[2])[1] is None:
+            self._freeze(node, f"{describe(args[1])} changes it through a view")
         return True
 
     def source(self, view: fx.Node) -> tuple[fx.Node, IntArray | None]:
@@ -181,7 +182,7 @@ class Channels:
             return owner, read  # the parts know more
         elif operand in self._parts and isinstance(view.args[1], int):
             parts = operand.args[0] if is_after(operand) else operand
-            move = self.moves.get(parts)  # type: ignore[arg-type]
+            move = self.moves.get(parts)
             taken = None if move is None else move.source[view.args[1]]
         if read is None or taken is None or (taken < 0).any():
             return owner, None

@@ -83,7 +83,7 @@ def constants(channels: Channels) -> dict[fx.Node, Constant]:
 
 
 def _tuple(node: Any) -> fx.Node:
-    return _tuple(node.args[0]) if is_after(node) else node  # type: ignore[no-any-return]
+    return _tuple(node.args[0]) if is_after(node) else node
 
 
 def _after(channels: Channels, node: fx.Node, found: dict[fx.Node, Constant]) -> Constant:
