@@ -421,7 +421,7 @@ CARRIED = {
     "spectral-norm": (lambda m: nn.utils.spectral_norm(m[0]), "pre-hook SpectralNorm"),
     "buffer": (lambda m: m[2].register_buffer("count", torch.ones(2)), r"2 with 'count' as float"),
     "parameter": (lambda m: m[1].register_parameter("s", nn.Parameter(torch.ones(1))), "1 with"),
-    "dtype": (lambda m: m[2].register_buffer("num_batches_tracked", torch.tensor(1).int()), "int32"),
+    "dtype": (lambda m: setattr(m[2], "num_batches_tracked", torch.tensor(1).int()), "as int32"),
     "hook": (lambda m: m[0].register_forward_hook(doubles), "0 with the forward hook doubles"),
     "pre-hook": (lambda m: m[3].register_forward_pre_hook(halves), "3 with the forward pre-hook"),
     "hook-of-the-whole": (lambda m: m.register_forward_hook(doubles), "the network itself with"),
