@@ -38,6 +38,9 @@ SOFT_LINES, HARD_LINES = 400, 600
 LONGER_FILES = {
     "hetconv_kernels/support.py": "Support with all its constructors, its algebra and its JSON",
     "hetconv_kernels/ops.py": "the schemas of the primitives with their fakes and bodies",
+    "hetconv_kernels/autograd.py": "every derivative of the primitives, forward mode too",
+    "hetconv_kernels/graph/channels.py": "one walk over a graph with all that it can meet",
+    "tests/test_observers.py": "the list of all observers that torch has, in one place",
 }
 
 # A module has tests/test_<its name>.py or test_<its folder>.py; these are tested elsewhere.
