@@ -70,7 +70,9 @@ def plain(model: nn.Module) -> nn.Module:
 
     Convolutions become ``nn.Conv2d`` (equal groups stay groups), dead weights zeros; a
     `FusedConv2d` becomes a `PlainConv2d`, a `SupportLinear` an ``nn.Linear``; a `FrequencyConv2d`
-    has its kernels transformed back.
+    has its kernels transformed back. This is the way back to plain checkpoints: the ``state_dict``
+    of the result has no extra state, and loads into the network as it was before ``convert`` (not
+    after `optimize`, which folds normalisation away).
 
     Args:
         model: any network.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,30 +22,45 @@ from torch import Tensor, fx, nn
 
 from ._version import __version__
 from .errors import ArgumentError, FileError, HetconvError, mismatch
+from .graph.carried import check_described
 from .graph.graph_json import graph_from_json, graph_to_json
 from .graph.layer_json import layer_from_json, layer_to_json
 from .graph.layout import set_module
 from .graph.trace import FAILURES, check_plain, symbolic_graph
 from .nn.quantized_layer import QuantizedLayer
 
-_FORMAT = "hetconv_kernels.Network/1"
+_FORMAT = "hetconv_kernels.Network/2"
+# Without a digest of the description, modes and ties; still read.
+_OLD_FORMAT = "hetconv_kernels.Network/1"
 _KEY = "hetconv_kernels"
+_DIGEST_KEY = "hetconv_kernels.digest"
+# A file may declare masks of this many entries, or this many for each weight that it has.
+_DECLARED, _DECLARED_PER_WEIGHT = 1 << 26, 256
+_MALFORMED = (*FAILURES, MemoryError, RecursionError)
 Json = dict[str, Any]
 
 
-def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def save(model: nn.Module, path: str | os.PathLike[str], into: nn.Module | None = None) -> None:
     """Writes a network to a file, which replaces an older one only when it is whole.
+
+    What `load` could not give back is refused: hooks, pruning and weight norms that are not
+    permanent, tensors that a layer's class does not make.
 
     Args:
         model: any network; one that torch.fx traces can be loaded without its class.
         path: of the file.
+        into: a network like the one that the file will be loaded into; what it carries too (the
+            same pruning, the same hooks) is not refused. It is looked at and not changed.
 
     Raises:
         InputTypeError: no nn.Module, or a scripted or wrapped one.
-        ArgumentError: a weight has no values yet (meta device, lazy).
+        ArgumentError: a weight has no values yet (meta device, lazy); or the network carries what
+            a file cannot describe, which the message names.
         HetconvError: safetensors is not installed.
     """
     check_plain(model)
+    if into is not None:
+        check_plain(into)
     tensors = _tensors(model)
     for name, tensor in tensors.items():
         if tensor.is_meta or not isinstance(tensor, Tensor):
@@ -56,22 +72,27 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         described = layer_to_json(module)
         if described is not None:
             layers[name] = described
-    text = json.dumps(
-        {
-            "format": _FORMAT,
-            "version": __version__,
-            "class": type(model).__qualname__,
-            "layers": layers,
-            "graph": _graph(model, layers),
-            "fixed": [name for name, p in model.named_parameters() if not p.requires_grad],
-            "training": model.training,
-            "strides": _strides(model),
-            "digest": _digest(tensors),
-        }
-    )
+    check_described(model, layers, into)
+    description = {
+        "format": _FORMAT,
+        "version": __version__,
+        "class": type(model).__qualname__,
+        "layers": layers,
+        "graph": _graph(model, layers),
+        "fixed": [name for name, p in model.named_parameters() if not p.requires_grad],
+        "buffers": [name for name, _ in model.named_buffers(remove_duplicate=False)],
+        "tied": _tied(model),
+        "training": model.training,
+        "strides": _strides(model),
+        "other_mode": [n for n, m in model.named_modules() if m.training != model.training],
+        "digest": _digest(tensors),
+    }
+    description["graph"] = _rebuildable(description, tensors)
+    text = json.dumps(description)
     path = Path(path)
     part = path.with_name(path.name + ".part")
-    _safetensors().torch.save_file(tensors, str(part), metadata={_KEY: text})
+    metadata = {_KEY: text, _DIGEST_KEY: _text_digest(text)}
+    _safetensors().torch.save_file(tensors, str(part), metadata=metadata)
     part.replace(path)
 
 
@@ -89,43 +110,106 @@ def load(
         device: where the weights go.
 
     Returns:
-        ``into``, or an ``fx.GraphModule``; in the mode (train or eval) that it was saved in.
+        ``into``, or an ``fx.GraphModule``; every module in the mode (train or eval) that it was
+        saved in, tied weights tied.
 
     Raises:
         FileNotFoundError: there is no such file.
-        FileError: the file is foreign, truncated, damaged or of another format; or it has no
-            steps and ``into`` is None.
-        ArgumentError: ``into`` has not the modules that were saved.
+        FileError: the file is foreign, truncated, damaged, of another format, or declares sizes
+            far beyond its weights; or it has no steps and ``into`` is None.
+        ArgumentError: ``into`` has not the modules that were saved, or there is no such device.
         HetconvError: safetensors is not installed.
     """
     path = Path(path)
-    description, tensors = _read(path, torch.device(device))
+    device = _device(device)
+    if into is not None:
+        check_plain(into)
+    description, tensors = _read(path, device)
     try:
-        layers = {name: layer_from_json(d) for name, d in description["layers"].items()}
-        steps, fixed = description["graph"], set(description["fixed"])
-        training = bool(description["training"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise FileError(_damaged(path, f"its description lacks something ({error!r})")) from error
+        return _built(description, tensors, into, path)
+    except HetconvError:
+        raise
+    except _MALFORMED as error:
+        why = f"its description makes no sense ({error!r:.200})"
+        raise FileError(_damaged(path, why)) from error
+
+
+def _built(
+    description: Json, tensors: Mapping[str, Tensor], into: nn.Module | None, path: Path
+) -> nn.Module:
+    """Makes the network of a file's contents."""
+    _check_sizes(description["layers"], tensors, path)
+    layers = {name: layer_from_json(d) for name, d in description["layers"].items()}
+    steps, fixed = description["graph"], set(description["fixed"])
+    training = bool(description["training"])
+    tied, buffers = dict(description.get("tied", {})), set(description.get("buffers", ()))
     if into is None:
         if not isinstance(steps, list):
             raise FileError(
                 f"{path.name} holds no steps: {steps}. Expected a network that torch.fx can trace; "
                 "give load(..., into=network) a network of the saved one's class."
             )
-        into = _assemble(steps, layers, tensors)
+        into = _assemble(steps, layers, tensors, buffers)
+        there = {*_named(into)}
+        # A module that stood at two names has one in the steps.
+        tensors = {n: t for n, t in tensors.items() if n in there or tied.get(n) not in there}
     else:
-        check_plain(into)
         into = _exchange(into, layers, path)
     strides = description.get("strides", {})
     tensors = {name: _laid_out(t, strides.get(name), path) for name, t in tensors.items()}
-    _fill(into, tensors, path)
+    _fill(into, tensors, tied, path)
     for name, described in description["layers"].items():
         if described.get("channels_last"):
             weight: Any = into.get_submodule(name).weight
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     for name, parameter in into.named_parameters():
         parameter.requires_grad_(name not in fixed)
-    return into.train(training)
+    into.train(training)
+    others = set(description.get("other_mode", ()))
+    for name, module in into.named_modules():
+        if name in others:
+            module.training = not training
+    return into
+
+
+def _device(device: torch.device | str) -> torch.device:
+    """Returns a device that there is."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        raise ArgumentError(
+            mismatch("device", repr(device), "one of this machine", f"PyTorch says: {error}")
+        ) from error
+    return found
+
+
+def _named(model: nn.Module) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    return found | dict(model.named_buffers(remove_duplicate=False))
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Names for each tensor that is there under an earlier name that name."""
+    first: dict[int, str] = {}
+    found: dict[str, str] = {}
+    for name, tensor in _named(model).items():
+        earlier = first.setdefault(id(tensor), name)
+        if earlier != name:
+            found[name] = earlier
+    return found
+
+
+def _rebuildable(description: Json, tensors: Mapping[str, Tensor]) -> list[Json] | str:
+    """Returns the steps, or says why a network of them would lack something."""
+    steps = description["graph"]
+    if not isinstance(steps, list):
+        return str(steps)
+    layers = {name: layer_from_json(d) for name, d in description["layers"].items()}
+    there = {*_named(_assemble(steps, layers, tensors, set(description["buffers"])))}
+    tied = description["tied"]
+    unread = sorted(n for n in tensors if n not in there and tied.get(n) not in there)
+    return f"no step reads {', '.join(unread[:5])}" if unread else steps
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -209,15 +293,20 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def _text_digest(text: str) -> str:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
 def _read(path: Path, device: torch.device) -> tuple[Json, dict[str, Tensor]]:
     library = _safetensors()
     if not path.is_file():
         raise FileNotFoundError(f"{path.name}: there is no such file")
     try:
         with library.safe_open(str(path), "pt", device=str(device)) as file:
-            text = (file.metadata() or {}).get(_KEY)
+            metadata = file.metadata() or {}
+            text = metadata.get(_KEY)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except library.SafetensorError as error:
+    except (library.SafetensorError, *_MALFORMED) as error:
         raise FileError(_damaged(path, f"it is no whole safetensors file ({error})")) from error
     if text is None:
         raise FileError(_damaged(path, "another program wrote it"))
@@ -226,8 +315,10 @@ def _read(path: Path, device: torch.device) -> tuple[Json, dict[str, Tensor]]:
         form, digest = description["format"], description["digest"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise FileError(_damaged(path, f"its description cannot be read ({error!r})")) from error
-    if form != _FORMAT:
+    if form not in (_FORMAT, _OLD_FORMAT):
         raise FileError(mismatch(f"format of {path.name}", form, _FORMAT, "Update this package."))
+    if form == _FORMAT and metadata.get(_DIGEST_KEY) != _text_digest(text):
+        raise FileError(_damaged(path, "its description is not the one that was saved"))
     if digest != _digest(tensors):
         raise FileError(_damaged(path, "its weights are not those that were saved"))
     return description, tensors
@@ -237,8 +328,28 @@ def _damaged(path: Path, how: str) -> str:
     return f"{path.name} cannot be loaded: {how}; expected a file of hetconv_kernels.io.save."
 
 
+def _check_sizes(layers: Mapping[str, Json], tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Refuses masks that are far larger than the weights they are for, before they are made."""
+    declared = 0
+    for described in layers.values():
+        if "support" not in described:
+            continue  # built without memory
+        declared += math.prod(map(int, json.loads(described["support"])["shape"]))
+        arguments = described["arguments"]
+        if "kernel_size" in arguments:
+            sizes = (arguments["in_channels"], arguments["out_channels"], *arguments["kernel_size"])
+            declared += math.prod(map(int, sizes))
+    allowed = max(_DECLARED, _DECLARED_PER_WEIGHT * sum(t.numel() for t in tensors.values()))
+    if declared > allowed:
+        why = f"it declares masks of {declared:,} entries, where its weights allow {allowed:,}"
+        raise FileError(_damaged(path, why))
+
+
 def _assemble(
-    steps: list[Json], layers: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]
+    steps: list[Json],
+    layers: Mapping[str, nn.Module],
+    tensors: Mapping[str, Tensor],
+    buffers: set[str],
 ) -> nn.Module:
     """Builds the network of the steps."""
     graph = graph_from_json(steps)
@@ -253,7 +364,8 @@ def _assemble(
             if name not in tensors:
                 raise FileError(mismatch("tensor of a step", name, "one of the saved tensors"))
             value = tensors[name]
-            parts[name] = nn.Parameter(value) if value.is_floating_point() else value
+            trained = value.is_floating_point() and name not in buffers
+            parts[name] = nn.Parameter(value) if trained else value
     return fx.GraphModule(parts, graph)
 
 
@@ -279,13 +391,14 @@ def _exchange(into: nn.Module, layers: Mapping[str, nn.Module], path: Path) -> n
     return into
 
 
-def _fill(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    names = {*dict(model.named_parameters(remove_duplicate=False))}
-    names |= {*dict(model.named_buffers(remove_duplicate=False))}
+def _fill(
+    model: nn.Module, tensors: Mapping[str, Tensor], tied: Mapping[str, str], path: Path
+) -> None:
+    names = {*_named(model)}
     if names != tensors.keys():
         odd = sorted(names ^ tensors.keys())[:5]
         raise FileError(_damaged(path, f"weights and layers do not fit at {odd}"))
-    owners = dict(model.named_modules())
+    owners = dict(model.named_modules(remove_duplicate=False))
     for name, tensor in tensors.items():
         owner, _, key = name.rpartition(".")
         module = owners[owner]
@@ -293,6 +406,13 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
         if slots[key].shape != tensor.shape or slots[key].dtype != tensor.dtype:
             raise FileError(_damaged(path, f"{name!r} has another size or dtype than its layer"))
         slots[key] = nn.Parameter(tensor, False) if slots is module._parameters else tensor
+    for name, first in tied.items():
+        if name in tensors and first in tensors:
+            owner, _, key = name.rpartition(".")
+            into, (origin, _, origin_key) = owners[owner], first.rpartition(".")
+            for kind in ("_parameters", "_buffers"):
+                if key in getattr(into, kind) and origin_key in getattr(owners[origin], kind):
+                    getattr(into, kind)[key] = getattr(owners[origin], kind)[origin_key]
     for module in owners.values():
         if isinstance(module, QuantizedLayer):
             module.prepare_()

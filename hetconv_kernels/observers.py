@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,12 +95,16 @@ def functionalised(*operands: Tensor | None) -> bool:
 @contextmanager
 def untraced() -> Iterator[None]:
     """Hides from the JIT tracer what is computed inside: constants, sizes as plain integers."""
-    state = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)
+    engine: Any = torch._C
+    state = engine._get_tracing_state()
+    if state is None:
+        yield
+        return
+    engine._set_tracing_state(None)
     try:
         yield
     finally:
-        torch._C._set_tracing_state(state)
+        engine._set_tracing_state(state)
 
 
 def sizes(x: Tensor) -> torch.Size:
@@ -108,7 +113,7 @@ def sizes(x: Tensor) -> torch.Size:
     Symbolic where a tracer has symbols. The JIT tracer makes tensors of sizes, which lists of
     integers cannot hold; for it they are the example's, and the operators ask the tensors anew.
     """
-    if torch.compiler.is_compiling() or not torch._C._is_tracing():
+    if torch.compiler.is_compiling():
         return x.shape
     with untraced():
         return x.shape

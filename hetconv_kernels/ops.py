@@ -300,7 +300,7 @@ def check_epilogue(
 
 def _check_gradient(geometry: Geometry, dy: Tensor, size: Sequence[int]) -> None:
     height, width = size
-    check_image(geometry, height, width)
+    check_image(geometry, height, width, dy.shape[0] if dy.dim() else 1)
     expected = (geometry.support.filters, *geometry.output_size(height, width))
     if dy.dim() != 4 or tuple(dy.shape[1:]) != expected:
         raise ArgumentError(mismatch("dy shape", tuple(dy.shape), f"[N, {expected}]"))

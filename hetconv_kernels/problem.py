@@ -330,7 +330,7 @@ def check_call(
         )
     if bias is not None and tuple(bias.shape) != (f,):
         raise ArgumentError(mismatch("bias shape", tuple(bias.shape), f"({f},)"))
-    check_image(geometry, x.shape[2], x.shape[3])
+    check_image(geometry, x.shape[2], x.shape[3], x.shape[0])
 
 
 def check_kinds(x: Tensor, weight: Tensor, bias: Tensor | None, mixed: bool) -> None:
@@ -384,8 +384,11 @@ def is_dense_shape(support: Support, shape: Sequence[int]) -> bool:
     return shape == support.shape or (support.kernel == (1, 1) and shape == support.shape[:2])
 
 
-def check_image(geometry: Geometry, height: int, width: int) -> None:
+def check_image(geometry: Geometry, height: int, width: int, images: int = 1) -> None:
     """Refuses an image on which the kernel has no place, or no integer counts the places.
+
+    Where there is no image at all it may be without pixels, if padding alone makes room for the
+    kernel: ``nn.Conv2d`` takes that too.
 
     Raises:
         ArgumentError: the output would have no pixels, or more in a row than an int32 counts.
@@ -399,7 +402,7 @@ def check_image(geometry: Geometry, height: int, width: int) -> None:
                 f"at most {INT32_MAX} pixels in a row",
             )
         )
-    if height < 1 or width < 1 or oh < 1 or ow < 1:
+    if min(oh, ow) < 1 or (images and min(height, width) < 1):
         raise ArgumentError(
             mismatch(
                 "input size",

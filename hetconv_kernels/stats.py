@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -33,11 +34,14 @@ from .pooling import Pool
 from .problem import Geometry
 from .support import Support
 
+# Operators of these do the work of layers, and torch has no formulas for them.
+_UNKNOWN_WORK = frozenset(("quantized", "_quantized", "mkldnn", "onednn"))
 # What a traced run cannot do with values it does not have; the real run can.
 _NEEDS_VALUES = (
     DataDependentOutputException,
     DynamicOutputShapeException,
     UnsupportedOperatorException,
+    NotImplementedError,  # of packed weights, which cannot be compared
 )
 
 
@@ -107,7 +111,8 @@ def layer_macs(
 
     A layer that is called several times has one row with the sum. Convolutions and matrix products
     that a network computes outside of known layers have a row for each module and operator. The
-    forward hooks of the network run, as in any call.
+    forward hooks of the network run, as in any call. Quantised layers of torch.ao count like those
+    that they came from; other quantised work is warned of.
 
     Raises:
         ArgumentError, InputTypeError: see `macs`.
@@ -156,6 +161,9 @@ def live_parameters(model: nn.Module) -> int:
         if isinstance(support, Support):
             inside.update(map(id, module.modules()))
             seen[id(module)] = support.live
+            owned = [p for p in (_bias(module),) if p is not None]
+        elif _is_quantised(module) and (weights := _weights(module)) is not None:
+            seen[id(module)] = weights.live
             owned = [p for p in (_bias(module),) if p is not None]
         else:
             owned = [p for p in module._parameters.values() if p is not None]
@@ -301,6 +309,12 @@ class _Recorder(TorchDispatchMode):
         if not inside and packet in self.formulas and (self.fc or "conv" in str(packet)):
             work = self.formulas[packet](*args, **kwargs, out_val=out) // 2
             self._add(str(packet), name, work, 0, 0, 0, out)
+        elif not inside and func.namespace in _UNKNOWN_WORK and self.fc:
+            warnings.warn(
+                f"the work of {packet} in {name or 'the network'} is not counted: no formula is "
+                "known for it. Count the network before it is quantised.",
+                stacklevel=2,
+            )
         return out
 
     def _add(
@@ -321,22 +335,31 @@ class _Recorder(TorchDispatchMode):
         self.rows[name, kind] = LayerMacs(name, kind, work, live, dense, positions, shape)
 
 
+def _is_quantised(module: nn.Module) -> bool:
+    """Tells whether it is one of torch.ao's layers whose weights are packed out of sight."""
+    own = type(module).__module__.startswith("torch.ao.nn.")
+    return own and (hasattr(module, "_packed_params") or hasattr(module, "_weight_bias"))
+
+
 def _bias(module: nn.Module) -> Tensor | None:
     # A fused layer has a shift, which is its bias and that of the normalisation in one.
-    bias = getattr(module, "bias", getattr(module, "shift", None))
+    bias: Any = getattr(module, "bias", getattr(module, "shift", None))
+    if _is_quantised(module):
+        bias = bias()  # a method there
     return bias if isinstance(bias, Tensor) else None
 
 
-def _weights(module: nn.Module) -> _Weights | None:
+def _weights(module: Any) -> _Weights | None:
     # From the sizes and not from module.weight, which may be computed (weight normalisation),
     # frozen away, or change state when it is read (spectral normalisation).
     support = getattr(module, "support", None)
     if isinstance(support, Support):
         return _Weights(support.live, math.prod(support.shape), support.filters)
-    if isinstance(module, nn.Linear):
+    quantised = _is_quantised(module)
+    if isinstance(module, nn.Linear) or (quantised and hasattr(module, "in_features")):
         weights = module.in_features * module.out_features
         return _Weights(weights, weights, module.out_features)
-    if isinstance(module, _ConvNd):
+    if isinstance(module, _ConvNd) or (quantised and hasattr(module, "in_channels")):
         dense = module.in_channels * module.out_channels * math.prod(module.kernel_size)
         return _Weights(dense // module.groups, dense, module.out_channels)
     return None

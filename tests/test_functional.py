@@ -122,6 +122,30 @@ def test_no_image_at_all(backend: str) -> None:
     assert db.eq(0).all()
 
 
+@pytest.mark.parametrize("size", [(0, 7), (9, 0), (0, 0), (1, 0)], ids=str)
+@pytest.mark.parametrize("padding", [0, 1, 2, (2, 0), (0, 3)], ids=str)
+@pytest.mark.parametrize("backend", hk.available_backends("cpu"))
+def test_no_images_of_no_pixels(backend: str, padding: Any, size: tuple[int, int]) -> None:
+    """Where padding makes room for the kernel nn.Conv2d takes them; elsewhere both refuse."""
+    x, w = torch.randn(0, C, *size, requires_grad=True), weight().requires_grad_()
+    try:
+        expected = conv2d(x, w, bias(), 1, padding)
+    except RuntimeError:
+        with pytest.raises(ArgumentError, match="input size"):
+            support_conv2d(x, w, IRREGULAR, bias(), padding=padding, backend=backend)
+        return
+    y = support_conv2d(x, w, IRREGULAR, bias(), padding=padding, backend=backend)
+    assert y.shape == expected.shape
+    dx, dw = torch.autograd.grad(y.sum(), (x, w))
+    assert dx.shape == x.shape
+    assert dw.eq(0).all()
+    with torch.no_grad():
+        assert support_conv2d(x, w, IRREGULAR, padding=padding, backend=backend).shape == y.shape
+    some = torch.randn(2, C, *size)
+    with pytest.raises(ArgumentError, match="input size: received"):
+        support_conv2d(some, w, IRREGULAR, bias(), padding=padding, backend=backend)
+
+
 @pytest.mark.parametrize("backend", hk.available_backends("cpu"))
 def test_supports_with_empty_groups(backend: str) -> None:
     """Filters that read nothing give their bias; so does a whole layer of them."""

@@ -13,11 +13,12 @@ from torch import nn
 
 import hetconv_kernels as hk
 from hetconv_kernels.errors import ArgumentError, FileError, InputTypeError
+from hetconv_kernels.io import _digest, _text_digest
 
 safetensors = pytest.importorskip("safetensors", reason="the safetensors extra is not installed")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-KEY = "hetconv_kernels"
+KEY, DIGEST_KEY = "hetconv_kernels", "hetconv_kernels.digest"
 
 
 def equal(first: nn.Module, second: nn.Module, x: torch.Tensor) -> None:
@@ -186,7 +187,8 @@ def rewrite(path, change) -> None:
         description = json.loads(file.metadata()[KEY])
     tensors = load_file(str(path))
     change(description, tensors)
-    save_file(tensors, str(path), metadata={KEY: json.dumps(description)})
+    text = json.dumps(description)
+    save_file(tensors, str(path), metadata={KEY: text, DIGEST_KEY: _text_digest(text)})
 
 
 @pytest.mark.parametrize("kept", [0, 1, 7, 100, 0.5, 0.99, -1])
@@ -197,22 +199,50 @@ def test_truncated_files(saved, kept: float) -> None:
         hk.io.load(saved)
 
 
-def test_any_flipped_byte_is_found(saved) -> None:
+def header_end(raw: bytes) -> int:
+    return 8 + int.from_bytes(raw[:8], "little")
+
+
+def test_any_flipped_bit_is_found_or_harmless(saved) -> None:
+    """Whatever loads is what was saved: every argument, every step, every weight."""
     raw = saved.read_bytes()
-    for place in np.random.default_rng(0).integers(0, len(raw), 150):
+    good = hk.io.load(saved)
+    said = [(str(m), m.training) for m in good.modules()], str(good.graph)
+    end = header_end(raw)
+    generator = np.random.default_rng(0)
+    places = np.concatenate(
+        [
+            generator.choice(8 * end, 500, replace=False),
+            generator.integers(8 * end, 8 * len(raw), 50),
+        ]
+    )
+    loads = 0
+    for place in places.tolist():
         damaged = bytearray(raw)
-        damaged[place] ^= 1 << int(place) % 8
+        damaged[place // 8] ^= 1 << place % 8
         saved.write_bytes(bytes(damaged))
         try:
             loaded = hk.io.load(saved)
-        except (FileError, ArgumentError):
+        except FileError:
             continue
-        # A flip in a name that nobody reads (a version, a class) may pass; the weights may not.
-        saved.write_bytes(raw)
-        good = dict(hk.io.load(saved).state_dict())
-        for key, value in loaded.state_dict().items():
-            if isinstance(value, torch.Tensor):
-                assert torch.equal(value, good[key])
+        loads += 1
+        assert ([(str(m), m.training) for m in loaded.modules()], str(loaded.graph)) == said
+        for key, value in good.state_dict().items():
+            assert torch.equal(loaded.state_dict()[key], value)
+    assert loads < 50  # spaces that pad the header, and no more
+
+
+def test_every_bit_of_the_description_is_covered(saved) -> None:
+    """A flip that leaves safetensors content and JSON valid is found by the digest alone."""
+    raw = saved.read_bytes()
+    start = raw.index(b'"{\\"format')
+    stop = raw.index(b'"', raw.index(b'digest\\": \\"') + 14)
+    for place in range(start + 1, stop, 7):
+        damaged = bytearray(raw)
+        damaged[place] ^= 1 << place % 8
+        saved.write_bytes(bytes(damaged))
+        with pytest.raises(FileError):
+            hk.io.load(saved)
 
 
 def test_foreign_files(saved, tmp_path) -> None:
@@ -225,7 +255,7 @@ def test_foreign_files(saved, tmp_path) -> None:
     with pytest.raises(FileNotFoundError):
         hk.io.load(tmp_path / "nothing")
     rewrite(saved, lambda d, t: d.update(format="hetconv_kernels.Network/9"))
-    with pytest.raises(FileError, match=r"received hetconv_kernels.Network/9, expected .*/1"):
+    with pytest.raises(FileError, match=r"received hetconv_kernels.Network/9, expected .*/2"):
         hk.io.load(saved)
 
 
@@ -259,12 +289,23 @@ def _graph(index: int, **change):
         lambda d, t: d.update(layers=[]),
         lambda d, t: d.update(graph=[3]),
         lambda d, t: t.update(more=torch.ones(1)),
+        lambda d, t: d["layers"]["0"].update(dtype="complex64"),
+        lambda d, t: d["layers"]["0"].update(dtype="quint8"),
+        lambda d, t: d["layers"]["0"].update(dtype="int32"),
+        lambda d, t: d["layers"]["0"]["arguments"].update(padding_mode="none such"),
+        lambda d, t: d["layers"]["0"]["arguments"].update(kernel_size=[10**400, 3]),
+        lambda d, t: d["layers"]["0"]["arguments"].update(kernel_size=3),
+        lambda d, t: d["layers"]["0"]["arguments"].update(backend="none such"),
+        lambda d, t: d.update(fixed=3),
+        lambda d, t: d.update(tied=[1]),
+        lambda d, t: d.update(other_mode=1),
+        lambda d, t: d.update(buffers=7),
+        _graph(1, kwargs=3),
+        _graph(1, op="no_such_op"),
         lambda d, t: t.pop("0.bias"),
     ],
 )
 def test_changed_files_run_nothing(saved, change) -> None:
-    from hetconv_kernels.io import _digest
-
     def with_digest(description, tensors):
         change(description, tensors)
         description["digest"] = _digest(tensors)
@@ -299,3 +340,50 @@ def test_the_wrong_network(saved) -> None:
         hk.io.load(saved, into=nn.ModuleDict({"a": nn.ReLU()}))
     with pytest.raises(InputTypeError, match="model: received function"):
         hk.io.save(lambda x: x, saved)
+
+
+@pytest.mark.parametrize("device", ["cuda", "none such", "cuda:99", 3.5], ids=str)
+def test_devices_that_are_not_there(saved, device) -> None:
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    with pytest.raises(ArgumentError, match="device: received"):
+        hk.io.load(saved, device=device)
+
+
+def enormous(description, tensors) -> None:
+    layer = description["layers"]["0"]
+    support = json.loads(layer["support"])
+    support["shape"] = [200_000, 200_000, 3, 3]
+    layer["support"] = json.dumps(support)
+    layer["arguments"].update(in_channels=200_000, out_channels=200_000)
+
+
+def enormous_arguments(description, tensors) -> None:
+    description["layers"]["0"]["arguments"].update(in_channels=2**20, out_channels=2**20)
+
+
+@pytest.mark.parametrize("change", [enormous, enormous_arguments])
+def test_sizes_are_checked_before_memory_is_taken(saved, change, monkeypatch) -> None:
+    rewrite(saved, change)
+
+    def fail(*_, **__):
+        raise AssertionError("a layer was built")
+
+    monkeypatch.setattr(hk.io, "layer_from_json", fail)
+    with pytest.raises(
+        FileError, match=r"declares masks of [\d,]+ entries, where its weights allow"
+    ):
+        hk.io.load(saved)
+
+
+def test_a_file_of_the_version_before_loads(saved) -> None:
+    model = hk.io.load(saved)
+    with safetensors.safe_open(str(saved), "pt") as file:
+        description = json.loads(file.metadata()[KEY])
+    for key in ("buffers", "tied", "other_mode"):
+        del description[key]
+    description["format"] = "hetconv_kernels.Network/1"
+    save_file(load_file(str(saved)), str(saved), metadata={KEY: json.dumps(description)})
+    x = torch.randn(1, 8, 5, 5)
+    with torch.no_grad():
+        assert torch.equal(hk.io.load(saved)(x), model(x))

@@ -40,6 +40,9 @@ LONGER_FILES = {
     "tests/test_kept_weights.py": "one table of origins and changes of a weight, for all engines",
     "hetconv_kernels/support.py": "Support with all its constructors, its algebra and its JSON",
     "hetconv_kernels/ops.py": "the schemas of the primitives with their fakes and bodies",
+    "hetconv_kernels/autograd.py": "every derivative of the primitives, forward mode too",
+    "hetconv_kernels/graph/channels.py": "one walk over a graph with all that it can meet",
+    "tests/test_observers.py": "the list of all observers that torch has, in one place",
 }
 
 # A module has tests/test_<its name>.py or test_<its folder>.py; these are tested elsewhere.

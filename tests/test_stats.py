@@ -264,3 +264,32 @@ def test_text_table_aligns_numbers_right():
         "a      1,234,567",
         "bcd            8",
     ]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_quantised_layers_count_like_those_they_came_from() -> None:
+    from torch.ao.nn import quantized
+    from torch.ao.quantization import quantize_dynamic
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(64, 10), nn.Linear(10, 2))
+    ours = quantize_dynamic(model.eval(), {nn.Linear})
+    assert stats.macs(ours, (3, 4, 4)) == stats.macs(model, (3, 4, 4)) == 3 * 4 * 16 + 640 + 20
+    assert stats.macs(ours, (3, 4, 4), bias=True) == stats.macs(model, (3, 4, 4), bias=True)
+    assert stats.macs(ours, (3, 4, 4), fc=False) == 3 * 4 * 16
+    assert stats.live_parameters(ours) == stats.live_parameters(model)
+    conv = quantized.Conv2d(8, 4, 3, groups=2)
+    assert stats.live_weights(conv) == stats.live_weights(nn.Conv2d(8, 4, 3, groups=2))
+    assert stats.live_parameters(conv) == 4 * 4 * 9 + 4
+    assert stats.live_weights(quantized.Linear(5, 3)) == 15
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_quantised_work_that_is_not_counted_is_warned_of() -> None:
+    linear = torch.ao.nn.quantized.dynamic.Linear(4, 3)
+
+    class Raw(nn.Module):
+        def forward(self, x):
+            return torch.ops.quantized.linear_dynamic(x, linear._packed_params._packed_params)
+
+    with pytest.warns(UserWarning, match=r"work of quantized.linear_dynamic .* is not counted"):
+        assert stats.macs(Raw(), (2, 4)) == 0

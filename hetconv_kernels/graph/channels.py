@@ -15,7 +15,7 @@ the input freezes the first two: only the filters of conv1 can go.
 from __future__ import annotations
 
 import operator
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,7 @@ from torch import Tensor, fx, nn
 from ..masks import IntArray
 from ..nn import SupportConv2d, SupportLinear
 from ..support import Support
+from .alias import is_after
 from .convert import _shared_parameters, _what_would_be_lost
 from .layout import adapted
 from .names import BINARY, EACH, MOVES, SIZES, SPATIAL, describe, module_of, name_of
@@ -132,13 +133,60 @@ class Channels:
         if not operands or ("value" in node.meta and name in SIZES):
             return
         known = shape is not None and (
-            self._layer(node)
+            self._after(node)
+            or self._layer(node)
             or self._channelwise(node, name)
             or self._binary(node, name, operands)
             or (name in MOVES and self._move(node, name, operands))
         )
         if not known:
             self._opaque(node, operands)
+
+    def _after(self, node: fx.Node) -> bool:
+        """Keeps the wires of a tensor that was changed in place; the change froze what it mixed."""
+        if not is_after(node):
+            return False
+        args: Any = node.args
+        tensor = args[0]
+        if tensor in self._parts:
+            self._parts[node] = self._parts[tensor]
+        elif tensor in self.wires:
+            self.wires[node] = self.wires[tensor]
+        else:
+            return False
+        if len(args) == 3 and self.source(args[2])[1] is None:
+            self._freeze(node, f"{describe(args[1])} changes it through a view")
+        return True
+
+    def source(self, view: fx.Node) -> tuple[fx.Node, IntArray | None]:
+        """Follows a view to the node that owns its memory.
+
+        Returns:
+            The owner, and for each channel of the view its number there; None where they are not
+            channels of the owner.
+        """
+        if is_after(view):
+            return self.source(view.args[0])  # type: ignore[arg-type]
+        operand = view.meta.get("alias")
+        size = np.arange(len(self.wires[view])) if view in self.wires else None
+        if operand is None:
+            return view, size
+        owner, read = self.source(operand)
+        taken: IntArray | None = None
+        if view in self.moves and not self.moves[view].parts:
+            taken = self.moves[view].source[0]
+            taken = taken if self.moves[view].operands == (operand,) else None
+        elif view in self.channelwise:
+            taken = size
+        elif view in self.moves:
+            return owner, read  # the parts know more
+        elif operand in self._parts and isinstance(view.args[1], int):
+            parts = operand.args[0] if is_after(operand) else operand
+            move = self.moves.get(parts)
+            taken = None if move is None else move.source[view.args[1]]
+        if read is None or taken is None or (taken < 0).any():
+            return owner, None
+        return owner, read[taken]
 
     def _layer(self, node: fx.Node) -> bool:
         module = module_of(node)
@@ -268,7 +316,7 @@ class Channels:
         """Freezes what an operation reads and gives when nothing is known about it."""
         reason = (
             "it is a channel of the output"
-            if node.op == "output"
+            if node.op == "output" or node.target is OrderedDict
             else f"{describe(node)} may mix its channels"
         )
         for operand in operands:

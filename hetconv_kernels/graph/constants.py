@@ -8,6 +8,7 @@ is no constant any more, so what a padded layer makes of it varies at the border
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from ..masks import BoolArray, IntArray
+from .alias import is_after
 from .channels import Channels, call
 from .names import module_of
 from .take import Layer, Norm
@@ -48,7 +50,14 @@ def constants(channels: Channels) -> dict[fx.Node, Constant]:
     found: dict[fx.Node, Constant] = {}
     parts: dict[fx.Node, tuple[Constant, ...]] = {}
     for node in channels.traced.graph.nodes:
-        if node in channels.layers:
+        if is_after(node) and (node in channels.wires or node.args[0] in parts):
+            if node.args[0] in parts:
+                owner = found[node.args[1]]
+                move = channels.moves[_tuple(node.args[0])]
+                parts[node] = tuple(owner.take(source) for source in move.source)
+            else:
+                found[node] = _after(channels, node, found)
+        elif node in channels.layers:
             found[node] = _layer(channels.layers[node], found[channels.reader(node)])
         elif node in channels.norms:
             found[node] = _norm(channels.norms[node], found[channels.reader(node)])
@@ -71,6 +80,38 @@ def constants(channels: Channels) -> dict[fx.Node, Constant]:
             else:
                 found[node] = _varying(len(channels.wires[node]))
     return found
+
+
+def _tuple(node: Any) -> fx.Node:
+    return _tuple(node.args[0]) if is_after(node) else node
+
+
+def _after(channels: Channels, node: fx.Node, found: dict[fx.Node, Constant]) -> Constant:
+    """Finds the constants of a tensor after a change in its memory."""
+    tensor: Any = node.args[0]
+    varying = _varying(len(channels.wires[node]))
+    if len(node.args) == 2:  # another view: what the owner has there now
+        _, source = channels.source(tensor)
+        owner = found.get(node.args[1])  # type: ignore[arg-type]
+        return varying if source is None or owner is None else owner.take(source)
+    result, view = node.args[1:]
+    _, source = channels.source(view)  # type: ignore[arg-type]
+    change = found.get(result)  # type: ignore[arg-type]
+    if source is None or change is None or len(change.known) != len(source):
+        return varying
+    known, value = found[tensor].known.copy(), found[tensor].value.copy()
+    pixels = math.prod(_size(tensor)) // len(known)
+    seen = math.prod(_size(view)) // len(source)  # type: ignore[arg-type]
+    for channel in np.unique(source):
+        places = np.flatnonzero(source == channel)
+        values = change.value[places]
+        even = bool(change.known[places].all() and (values == values[0]).all())
+        whole = seen * len(places) == pixels
+        if even and whole:
+            known[channel], value[channel] = True, values[0]
+        elif not (even and known[channel] and value[channel] == values[0]):
+            known[channel], value[channel] = False, 0.0
+    return Constant(known, value)
 
 
 def foldable(layer: Layer, constant: Constant) -> BoolArray:

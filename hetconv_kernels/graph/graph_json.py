@@ -12,6 +12,7 @@ import keyword
 import math
 import operator
 import re
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from ..errors import FileError, mismatch
+from .alias import after
 from .names import BINARY, EACH, MOVES, SIZES, SPATIAL
 
 Json = dict[str, Any]
@@ -39,7 +41,12 @@ _ATTRIBUTES = frozenset(("shape", "dtype", "device", "ndim"))
 
 
 def _functions() -> dict[str, Callable[..., Any]]:
-    found: dict[str, Callable[..., Any]] = {"getattr": builtins.getattr, "len": builtins.len}
+    found: dict[str, Callable[..., Any]] = {
+        "getattr": builtins.getattr,
+        "len": builtins.len,
+        "graph.after": after,
+        "collections.OrderedDict": OrderedDict,
+    }
     for name in _OPERATORS.split():
         found[f"operator.{name}"] = getattr(operator, name)
     for name in sorted(_NAMES):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,6 +59,8 @@ class OptimizeReport:
         settled: weights that a parametrisation, pruning or a norm computed at each call, and that
             are ordinary ones now.
         dtype: of weights and activations, where another than the original's was asked for.
+        fixed: optional arguments of the forward that the result no longer has: they are fixed to
+            their defaults, since the example did not give them.
     """
 
     model: nn.Module
@@ -67,12 +70,17 @@ class OptimizeReport:
     match: Match
     settled: tuple[str, ...] = ()
     dtype: torch.dtype | None = None
+    fixed: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"outputs compared: {self.match}"]
         if self.dtype is not None:
             name = str(self.dtype).removeprefix("torch.")
             lines.append(f"weights and activations in {name}, outputs in the dtype of the inputs")
+        if self.fixed:
+            lines.append(
+                f"fixed to their defaults, for the example gives no others: {', '.join(self.fixed)}"
+            )
         for part in self.parts:
             lines += ["", *_account(part)]
         if self.settled:
@@ -100,6 +108,8 @@ def optimize(model: nn.Module, example: Any, dtype: torch.dtype | None = None) -
 
     The original is not touched. The result does not train. Where it could be traced it recycles the
     memory of its activations, see `PlannedNetwork`.
+    Optional arguments of the forward that the example does not give keep their defaults, and the
+    result has them no more; the report says which.
 
     Args:
         model: the network, in evaluation mode.
@@ -132,7 +142,15 @@ def optimize(model: nn.Module, example: Any, dtype: torch.dtype | None = None) -
     if matched is None or result is None or frozen or dtype is not None:
         matched = verify(model, work.root, inputs, "optimize", dtype)
     parts, untraced = tuple(work.parts), tuple(work.untraced)
-    return OptimizeReport(work.root, parts, untraced, frozen, matched, settled, dtype)
+    fixed = () if result is None else _fixed_arguments(model, len(inputs))
+    return OptimizeReport(work.root, parts, untraced, frozen, matched, settled, dtype, fixed)
+
+
+def _fixed_arguments(model: nn.Module, given: int) -> tuple[str, ...]:
+    """Names the arguments of a forward that come after those that an example gives."""
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    arguments = inspect.signature(model.forward).parameters.values()
+    return tuple(p.name for p in arguments if p.kind not in kinds)[given:]
 
 
 @dataclass
@@ -171,20 +189,25 @@ class _Work:
             leaf = not any(True for _ in child.children())
             if leaf or len(seen) != 1:
                 continue
+            if seen[0] is None:
+                self.untraced.append(Left(path, "it is called with keyword arguments"))
+                continue
             new = self.optimize(child, path, seen[0])
             if new is not None:
                 set_module(module, key, new)
 
 
-def _calls(module: nn.Module, inputs: tuple[Any, ...]) -> dict[int, list[tuple[Any, ...]]]:
-    """Runs a module and notes what its children are called with."""
-    seen: dict[int, list[tuple[Any, ...]]] = {}
+def _calls(module: nn.Module, inputs: tuple[Any, ...]) -> dict[int, list[tuple[Any, ...] | None]]:
+    """Runs a module and notes what its children are called with; None has keyword arguments."""
+    seen: dict[int, list[tuple[Any, ...] | None]] = {}
 
-    def note(child: nn.Module, args: tuple[Any, ...]) -> None:
+    def note(child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         kept = tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in args)
-        seen.setdefault(id(child), []).append(kept)
+        seen.setdefault(id(child), []).append(None if kwargs else kept)
 
-    handles = [child.register_forward_pre_hook(note) for child in module.children()]
+    handles = [
+        child.register_forward_pre_hook(note, with_kwargs=True) for child in module.children()
+    ]
     try:
         module(*copy.deepcopy(inputs))
     finally:

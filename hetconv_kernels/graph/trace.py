@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import ArgumentError, InputTypeError, TraceError, mismatch
 from ..nn.base import ForcedBackend
+from .alias import say
 from .exported import lift
 
 # What a network's own code raises when it meets a tracer's stand-ins for tensors.
@@ -25,6 +28,23 @@ FAILURES = (
     RuntimeError,
     TypeError,
     ValueError,
+)
+
+
+# Modules of torch.nn that compute something else in training mode, by themselves or in their parts.
+_MODAL = (
+    nn.modules.batchnorm._NormBase,
+    nn.modules.dropout._DropoutNd,
+    nn.RReLU,
+    nn.RNNBase,
+    nn.MultiheadAttention,
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerDecoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+    nn.FractionalMaxPool2d,
+    nn.FractionalMaxPool3d,
 )
 
 
@@ -61,16 +81,22 @@ def check_network(model: nn.Module) -> None:
         ArgumentError: a part of it is in training mode.
     """
     check_plain(model)
-    training = next((name for name, m in model.named_modules() if m.training), None)
-    if training is not None:
-        raise ArgumentError(
-            mismatch(
-                "mode of the network",
-                f"training mode at {training!r}",
-                "evaluation mode, in which batch normalisation is a fixed scale and shift",
-                "Call model.eval() first.",
+    for name, module in model.named_modules():
+        if module.training and not (name and _indifferent(module)):
+            raise ArgumentError(
+                mismatch(
+                    "mode of the network",
+                    f"training mode at {name!r} ({type(module).__name__})",
+                    "evaluation mode, in which batch normalisation is a fixed scale and shift",
+                    "Call model.eval() first, and once more after putting new modules in it.",
+                )
             )
-        )
+
+
+def _indifferent(module: nn.Module) -> bool:
+    """Tells whether a part computes the same in both modes: torch builds some in training mode."""
+    own = type(module).__module__.startswith(("torch.nn.modules.", "torch.ao.nn.quantized."))
+    return own and not isinstance(module, _MODAL)
 
 
 def trace(model: nn.Module, example: Any) -> fx.GraphModule:
@@ -97,8 +123,10 @@ def trace(model: nn.Module, example: Any) -> fx.GraphModule:
     for name, find in (("torch.fx", _symbolic), ("torch.export", lift)):
         try:
             traced = find(model, inputs)
-            _replace_mutated(traced)
             record(traced, inputs)
+            if say(traced):
+                record(traced, inputs)
+            _keep_mappings(model, traced, inputs)
         except FAILURES as error:
             reasons.append(f"{name}: {_first_line(error)}")
         else:
@@ -139,6 +167,7 @@ def _symbolic(model: nn.Module, inputs: tuple[Any, ...]) -> fx.GraphModule:
     return fx.GraphModule(model, graph)
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def record(traced: fx.GraphModule, inputs: tuple[Any, ...]) -> None:
     """Runs a graph and notes in each node's ``meta`` what it gave.
@@ -150,46 +179,81 @@ def record(traced: fx.GraphModule, inputs: tuple[Any, ...]) -> None:
     _Recorder(traced).run(*copy.deepcopy(inputs))
 
 
+@torch.no_grad()
+def _keep_mappings(model: nn.Module, traced: fx.GraphModule, inputs: tuple[Any, ...]) -> None:
+    """Makes an OrderedDict of the outputs again where the network gives one: a graph gives a dict.
+
+    Raises:
+        TypeError: it gives a mapping of another class, which a graph cannot.
+    """
+    (output,) = (node for node in traced.graph.nodes if node.op == "output")
+    if not _has_mapping(output.args[0]):
+        return
+
+    def again(here: Any, there: Any) -> Any:
+        if isinstance(here, Mapping) and isinstance(there, Mapping):
+            parts = {key: again(here[key], there[key]) for key in here}
+            if type(there) is dict:
+                return parts
+            if type(there) is not OrderedDict:
+                raise TypeError(
+                    f"its output is a {type(there).__name__}, which a graph cannot give"
+                )
+            with traced.graph.inserting_before(output):
+                return traced.graph.call_function(OrderedDict, (parts,))
+        if isinstance(here, list | tuple) and isinstance(there, list | tuple):
+            parts_of = [again(h, t) for h, t in zip(here, there, strict=True)]
+            return type(here)(parts_of) if type(here) in (list, tuple) else here
+        return here
+
+    output.args = (again(output.args[0], model(*copy.deepcopy(inputs))),)
+    traced.recompile()
+    record(traced, inputs)
+
+
+def _has_mapping(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(map(_has_mapping, value))
+    return isinstance(value, Mapping)
+
+
 class _Recorder(fx.Interpreter):
-    """Runs the graph and notes what each node gives."""
+    """Runs the graph and notes what each node gives, whose memory it shares and what it changes."""
 
     def run_node(self, n: fx.Node) -> Any:
+        operands = [(node, self.env[node]) for node in n.all_input_nodes]
+        before = [_version(value) for _, value in operands]
         result = super().run_node(n)
-        n.meta.pop("shape", None)
+        for key in ("shape", "value", "alias", "mutates"):
+            n.meta.pop(key, None)
         if isinstance(result, Tensor):
             n.meta["shape"] = tuple(result.shape)
         elif isinstance(result, tuple | list) and all(isinstance(r, Tensor) for r in result):
             n.meta["shape"] = tuple(tuple(r.shape) for r in result)
         else:
             n.meta["value"] = result
+        memory = _memory(result)
+        for (node, value), version in zip(operands, before, strict=True):
+            if memory & _memory(value):
+                n.meta.setdefault("alias", node)
+            if _version(value) != version:
+                n.meta.setdefault("mutates", node)
         return result
 
 
-def _replace_mutated(traced: fx.GraphModule) -> None:
-    """Lets what reads a tensor after it was changed in place read the result of the change."""
-    order = {node: place for place, node in enumerate(traced.graph.nodes)}
-    for node in traced.graph.nodes:
-        if not _in_place(traced, node) or not isinstance(node.args[0], fx.Node):
-            continue
-        for user in list(node.args[0].users):
-            if order[user] > order[node]:
-                user.replace_input_with(node.args[0], node)
-    traced.recompile()
+def _memory(value: Any) -> set[int]:
+    """Returns the addresses of the storages that a value's tensors are in."""
+    tensors = value if isinstance(value, tuple | list) else (value,)
+    found = {
+        t.untyped_storage().data_ptr()
+        for t in tensors
+        if isinstance(t, Tensor) and t.layout == torch.strided and not t.is_meta
+    }
+    return found - {0}
 
 
-def _in_place(traced: fx.GraphModule, node: fx.Node) -> bool:
-    if not node.args:
-        return False
-    if node.op == "call_module":
-        return bool(getattr(traced.get_submodule(str(node.target)), "inplace", False))
-    if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
-    if node.op != "call_function":
-        return False
-    name = getattr(node.target, "__name__", "").split(".")[0]
-    if name in ("iadd", "isub", "imul", "itruediv"):
-        return True
-    return bool(node.kwargs.get("inplace")) or (name.endswith("_") and not name.startswith("_"))
+def _version(value: Any) -> int:
+    return value._version if isinstance(value, Tensor) else 0
 
 
 def _first_line(error: BaseException) -> str:
