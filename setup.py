@@ -42,9 +42,7 @@ PACKAGE = "hetconv_kernels"
 MODES = ("auto", "none", "require")
 GIB_PER_JOB = 2  # a source with pybind11 or many templates needs 1 to 1.5 GiB
 AVX2 = "-mavx2 -mfma -mf16c"
-AVX512 = (
-    f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
-)
+AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
 X86 = platform.machine() in ("x86_64", "AMD64")
 # GPU generations that the CUDA part is built for; the newest also as PTX, for those to come.
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
@@ -125,11 +123,7 @@ PARTS = (
             "-fno-math-errno -fno-trapping-math -ffp-contract=fast "
             "-Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized"
         ),
-        isa_flags={
-            "avx2": AVX2,
-            "avx512": AVX512,
-            "avx512bf16": f"{AVX512} -mavx512bf16",
-        },
+        isa_flags={"avx2": AVX2, "avx512": AVX512, "avx512bf16": f"{AVX512} -mavx512bf16"},
         # By its plain soname, so that a process which also has torch runs one OpenMP, not two.
         link_flags="-fopenmp",
     ),
