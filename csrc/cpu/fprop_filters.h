@@ -74,6 +74,9 @@ template <class A> struct FilterColumns {
   static const Segment* segments(const Lowered& L) { return L.segments; }
   // Lanes that read channels of their own want whole vectors of them.
   static bool reads_vectors(const Segment& s) { return s.straight + s.turned > 0; }
+  static bool copies(const Segment&) { return false; }
+  static int copy_of(const Segment&) { return -1; }
+  static void copy(const Lowered&, const Segment&, const Band*, int64_t, int, Band*) {}
   // Whether it may read pixels of C channels where they lie.
   static bool in_place(int C, bool /*vectors*/) { return C % VL<A> == 0; }
   static FilterSteps steps(const Lowered& L, const Segment& s, const int* off) {
@@ -97,21 +100,24 @@ template <class S, class A, class K = FilterColumns<A>> struct FiltersFprop {
   const A* packed;
   const int* off = nullptr;
   Axis ya{}, xa{};
-  int Cb = 0, rows = 0, cols = 0;  // of a band
-  bool direct = false;
-  int64_t in_row = 0, in_pixel = 0;  // input distance of neighbouring output rows and pixels
+  int Cb = 0, rows = 0, cols = 0;       // of a band
+  bool direct = false, copies = false;  // reads the input in place; segments read copies of a band
+  int64_t in_row = 0, in_pixel = 0;     // input distance of neighbouring output rows and pixels
 
   // Picks the band so that it fits its share of the cache.
   void choose_band() {
     // Few channels lie as close as in memory, but for what a column reads at once.
     bool vectors = false;
-    for (int s = 0; s < L.count && !vectors; ++s) vectors = K::reads_vectors(K::segments(L)[s]);
+    for (int s = 0; s < L.count; ++s) {
+      vectors |= K::reads_vectors(K::segments(L)[s]);
+      copies |= K::copies(K::segments(L)[s]);
+    }
     const int unit = vectors ? VL<Band> : p.C >= VL<A> ? VL<A> : int(sizeof(A) / sizeof(Band));
     Cb = ceil_div(p.C, unit) * unit;
     if (int64_t(Cb) * sizeof(Band) % 1024 == 0)
       Cb += 64 / int(sizeof(Band));  // neighbouring pixels in different cache sets
     direct = sizeof(S) == sizeof(Band) && p.x.sc == 1 && L.KH == 1 && L.KW == 1 && p.pt <= 0 &&
-             p.pl <= 0 && K::in_place(p.C, vectors) && (p.Ho - 1) * p.sh - p.pt < p.H &&
+             p.pl <= 0 && !copies && K::in_place(p.C, vectors) && (p.Ho - 1) * p.sh - p.pt < p.H &&
              (p.Wo - 1) * p.sw - p.pl < p.W;
     cols = p.Wo;
     if (direct) {
@@ -124,7 +130,7 @@ template <class S, class A, class K = FilterColumns<A>> struct FiltersFprop {
       rows = int(most<int64_t>(1, least<int64_t>(p.Ho, pixels / cols)));
     } else {
       rows = 1;
-      while (cols > 1 && band_bytes(1, cols) + scratch_bytes(cols) >
+      while (cols > 1 && (copies ? 2 : 1) * band_bytes(1, cols) + scratch_bytes(cols) >
                              kWorkspaceBytes * (cols > kMaxPixels ? 3 : 4) / 4 - 1024)
         cols = ceil_div(cols, 2);
       if (cols == p.Wo) choose_rows();
@@ -195,7 +201,13 @@ template <class S, class A, class K = FilterColumns<A>> struct FiltersFprop {
 
   template <int NV>
   void segment(const Segment& s, const Band* band, A* scratch, int64_t n, int oy, int ox, int nr,
-               int nc, Ahead& ahead) {
+               int nc, Ahead& ahead, int& copied) {
+    if (copies && K::copies(s)) {
+      Band* copy = reinterpret_cast<Band*>(reinterpret_cast<char*>(scratch) + scratch_bytes(cols));
+      if (copied != K::copy_of(s)) K::copy(L, s, band, int64_t(ya.entries) * xa.entries, Cb, copy);
+      copied = K::copy_of(s);
+      band = copy;
+    }
     constexpr int FT = NV * VL<A>;
     auto steps = K::steps(L, s, off);
     const A* w = packed + s.w0;
@@ -266,16 +278,17 @@ template <class S, class A, class K = FilterColumns<A>> struct FiltersFprop {
   size_t room_for_band() const {
     return ((size_t(ya.entries) * xa.entries * Cb + VL<Band>)*sizeof(Band) + 63) / 64 * 64;
   }
-  size_t room_for_scratch() { return scratch_bytes(cols); }
+  size_t room_for_scratch() const { return scratch_bytes(cols) + (copies ? room_for_band() : 0); }
   void compute_rows(int64_t n, int oy, int nr, Band* band, A* scratch, Ahead& ahead) {
     const S* x = reinterpret_cast<const S*>(p.x.data) + n * p.x.sn;
     pack_channels_last<S, Band>(p, x, ya, xa, oy, 0, nr, cols, Cb, band);
+    int copied = -1;
     for (int s = 0; s < L.count; ++s) {
       const Segment& g = K::segments(L)[s];
       if (g.nv == 2)
-        segment<2>(g, band, scratch, n, oy, 0, nr, cols, ahead);
+        segment<2>(g, band, scratch, n, oy, 0, nr, cols, ahead, copied);
       else
-        segment<1>(g, band, scratch, n, oy, 0, nr, cols, ahead);
+        segment<1>(g, band, scratch, n, oy, 0, nr, cols, ahead, copied);
     }
   }
   Ahead input_of_rows(int64_t n, int oy) const { return input_of(n, oy, 0, L.count); }
@@ -287,7 +300,7 @@ template <class S, class A, class K = FilterColumns<A>> struct FiltersFprop {
                   units = p.N * nb * strips;
     const int shares = shares_for(units, L.count, p.threads);
     const int64_t tasks = units * shares;
-    const size_t band_room = direct ? 0 : room_for_band(), scratch_size = scratch_bytes(cols);
+    const size_t band_room = direct ? 0 : room_for_band(), scratch_size = room_for_scratch();
     Tasks queue(tasks, p.threads);
 #pragma omp parallel num_threads(int(least<int64_t>(p.threads, tasks))) if (p.threads > 1 && \
                                                                                 tasks > 1)
@@ -296,6 +309,7 @@ template <class S, class A, class K = FilterColumns<A>> struct FiltersFprop {
       Band* band = reinterpret_cast<Band*>(room);
       A* scratch = reinterpret_cast<A*>(room + band_room);
       int64_t held = -1;
+      int copied = -1;  // of the band
       const int self = omp_get_thread_num();
       for (int64_t task = queue.take(self); task >= 0; task = queue.take(self)) {
         const int64_t unit = task / shares, share = task % shares;
@@ -307,8 +321,10 @@ template <class S, class A, class K = FilterColumns<A>> struct FiltersFprop {
         if (direct)
           a = reinterpret_cast<const Band*>(x + int64_t(oy * p.sh - p.pt) * p.x.sh +
                                             int64_t(ox * p.sw - p.pl) * p.x.sw);
-        else if (held != unit)
+        else if (held != unit) {
           pack_channels_last<S, Band>(p, x, ya, xa, oy, ox, nr, nc, Cb, band);
+          copied = -1;
+        }
         held = unit;
         const int s0 = int(L.count * share / shares), s1 = int(L.count * (share + 1) / shares);
         const int64_t following = queue.expected(self);
@@ -320,9 +336,9 @@ template <class S, class A, class K = FilterColumns<A>> struct FiltersFprop {
         for (int s = s0; s < s1; ++s) {
           const Segment& g = K::segments(L)[s];
           if (g.nv == 2)
-            segment<2>(g, a, scratch, n, oy, ox, nr, nc, ahead);
+            segment<2>(g, a, scratch, n, oy, ox, nr, nc, ahead, copied);
           else
-            segment<1>(g, a, scratch, n, oy, ox, nr, nc, ahead);
+            segment<1>(g, a, scratch, n, oy, ox, nr, nc, ahead, copied);
         }
       }
     }

@@ -16,7 +16,14 @@ struct PairColumns {
   using Band = bf16;
   using Segment = PairSegment;
   static const Segment* segments(const Lowered& L) { return L.paired; }
-  static bool reads_vectors(const Segment& s) { return s.windows > 0; }
+  static bool reads_vectors(const Segment& s) { return s.windows > 0 || s.gathers > 0; }
+  // Whether it reads a copy of the band, and which one.
+  static bool copies(const Segment& s) { return s.gathers > 0; }
+  static int copy_of(const Segment& s) { return s.gather0; }
+  static void copy(const Lowered& L, const Segment& s, const Band* band, int64_t pixels, int Cb,
+                   Band* to) {
+    gather_band(L, s, band, pixels, Cb, to);
+  }
   static bool in_place(int C, bool vectors) { return vectors ? C % VL<bf16> == 0 : C > 1; }
   static PairSteps steps(const Lowered& L, const Segment& s, const int* off) {
     return {off + s.col0, s.runs, s.pairs, s.windows,

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Bands and weights of bfloat16 for the kernels of micro_pairs.h: elements are moved, not widened.
 #pragma once
+#include "micro_pairs.h"
 #include "pack.h"
 #include "pack_weights.h"
 
@@ -72,12 +73,26 @@ inline void pack_run_channels_last<bf16, bf16>(const bf16* x, int64_t sc, int64_
   }
 }
 
+// A copy of a band's pixels, Cb apart, with the channels that a segment reads. Writes up to 32
+// elements beyond the last.
+static inline void gather_band(const Lowered& L, const PairSegment& s, const bf16* band,
+                               int64_t pixels, int Cb, bf16* copy) {
+  const Gather* g = L.gather + s.gather0;
+  const float* perms = static_cast<const float*>(L.perms);
+  for (int64_t i = 0; i < pixels; ++i, band += Cb, copy += Cb)
+    for (int k = 0; k < s.gathers; ++k)
+      _mm512_storeu_si512(copy + g[k].to,
+                          (__m512i)turn_both(band + g[k].from, load<float>(perms + g[k].perm0)));
+}
+
 // ---- weights ----
 
 // One weight as the upper or lower half of a lane.
 template <class S> HC_INLINE uint32_t half_of(const S* w, bool upper) {
   return uint32_t(Narrow<bf16>::of(float(widen(*w))).bits) << (upper ? 16 : 0);
 }
+
+HC_INLINE bool idle_of(const Column& c, int half) { return c.idle & (half ? kUpper : kLower); }
 
 template <class S>
 static void pack_pair_segment(const Lowered& L, const PairSegment& s, const WeightView& v,
@@ -94,8 +109,10 @@ static void pack_pair_segment(const Lowered& L, const PairSegment& s, const Weig
       const bool run = k0 + k < 4 * s.runs;
       const Column& c = columns[run ? (k0 + k) / 4 : k0 + k - 3 * s.runs];
       for (int half = 0; half < 2; ++half) {
-        const int channel = c.channel + (run ? (k0 + k) % 4 * 2 : 0) + half;
-        const bool idle = c.idle & (half ? kUpper : kLower);
+        const int number = c.channel + (run ? (k0 + k) % 4 * 2 : 0) + half;
+        const int channel =
+            s.gathers > 0 && !idle_of(c, half) ? L.gathered[s.gathered0 + number] : number;
+        const bool idle = idle_of(c, half);
         at[2 * k + half] = channel * v.sc + c.ky * v.sh + c.kx * v.sw;
         live[2 * k + half] = idle ? -1 : mask_at(L, 0, channel, c.ky, c.kx);
       }

@@ -77,6 +77,8 @@ Plan::~Plan() = default;
 void Plan::clear() {
   segments_.clear();
   paired_.clear();
+  gather_.clear();
+  gathered_.clear();
   tiles_.clear();
   filters_.clear();
   columns_.clear();
@@ -163,6 +165,8 @@ void Plan::finish() {
                                              : segments_.size());
   low_.segments = segments_.data();
   low_.tiles = tiles_.data();
+  low_.gather = gather_.data();
+  low_.gathered = gathered_.data();
   low_.paired = low_.form == Form::filters && pairs() ? paired_.data() : nullptr;
   low_.filters = filters_.data();
   low_.columns = columns_.data();

@@ -63,6 +63,7 @@ class Plan {
   void add_tiles(const std::vector<int>& filters, const std::vector<Column>& columns);
   void add_segment(const std::vector<int>& filters, const Group* group);
   void add_pair_segment(const std::vector<int>& filters, const Group* group);
+  bool gather_channels(PairSegment& s, std::vector<std::vector<Column>>& taps, double cost);
   void add_windows(PairSegment& s, const std::vector<std::vector<LaneColumn>>& windows);
   void add_lane_columns(const FilterSegment& s, const std::vector<int>& filters,
                         SegmentColumns& found) const;
@@ -90,6 +91,8 @@ class Plan {
   std::vector<Group> groups_;
   std::vector<FilterSegment> segments_;
   std::vector<PairSegment> paired_;
+  std::vector<Gather> gather_;
+  std::vector<int> gathered_;
   std::vector<PixelTile> tiles_;
   std::vector<int> filters_, live_, plane_, ascending_, identity_;
   std::vector<Column> columns_;

@@ -10,6 +10,8 @@ namespace hetconv {
 // Cost of one vector of products with an operand that is a broadcast for one vector only, or a
 // permuted window; a broadcast shared by two vectors costs 1.
 constexpr double kAloneCost = 1.05, kWindowCost = 1.6;
+// Cost of 2 * VL channels of one pixel that are looked through for a copy.
+constexpr double kGatherCost = 3;
 // Cost of one output that goes to memory alone (see plan_filters.cpp).
 constexpr double kScatterCost = 11;
 
@@ -105,6 +107,8 @@ void Plan::add_pair_segment(const std::vector<int>& filters, const Group* group)
   filters_.insert(filters_.end(), filters.begin(), filters.end());
 
   std::vector<Column> pairs;
+  std::vector<std::vector<Column>> taps;  // what is read of each tap
+  double costs = 0;
   std::vector<std::vector<LaneColumn>> windows(static_cast<size_t>(s.nv));
   for (int ky = 0; ky < low_.KH; ++ky)
     for (int kx = 0; kx < low_.KW; ++kx) {
@@ -138,6 +142,7 @@ void Plan::add_pair_segment(const std::vector<int>& filters, const Group* group)
         }
         if (double(common.size()) + kWindowCost * double(most) < double(broadcast.size())) {
           broadcast = common;
+          costs += kWindowCost * double(most);
           const LaneColumn idle{Column{ky, kx, 0}, std::vector<int64_t>(size_t(2 * vl), -1)};
           for (size_t j = 0; j < own.size(); ++j) {
             own[j].resize(most, idle);
@@ -146,7 +151,16 @@ void Plan::add_pair_segment(const std::vector<int>& filters, const Group* group)
         }
       }
       pairs.insert(pairs.end(), broadcast.begin(), broadcast.end());
+      if (!some.empty()) taps.push_back(some);
     }
+  if (gather_channels(s, taps, costs + double(pairs.size()))) {
+    pairs.clear();
+    for (auto& own : windows) own.clear();
+    for (std::vector<Column>& tap : taps) {
+      const std::vector<Column> some = cover(tap, int(gathered_.size()) - s.gathered0);
+      pairs.insert(pairs.end(), some.begin(), some.end());
+    }
+  }
 
   std::vector<Column> single;
   for (size_t i = 0; i < pairs.size();) {
@@ -164,6 +178,55 @@ void Plan::add_pair_segment(const std::vector<int>& filters, const Group* group)
   add_windows(s, windows);
   low_.packed += int64_t(4 * s.runs + s.pairs + s.windows) * s.nv * vl;
   paired_.push_back(s);
+}
+
+// Where a copy of the channels that `taps` read pays for itself, makes the taps' channels numbers
+// in it. cost: without one, per vector of filters.
+bool Plan::gather_channels(PairSegment& s, std::vector<std::vector<Column>>& taps, double cost) {
+  std::vector<int> place(size_t(low_.C), -1), channels;
+  for (const std::vector<Column>& tap : taps)
+    for (const Column& c : tap) place[size_t(c.channel)] = 0;
+  for (int c = 0; c < low_.C; ++c)
+    if (place[size_t(c)] == 0) {
+      place[size_t(c)] = int(channels.size());
+      channels.push_back(c);
+    }
+  const int wide = 2 * low_.vl, vectors = (low_.C + wide - 1) / wide;
+  // Neighbouring segments that read the same channels share a copy.
+  const PairSegment* before = paired_.empty() ? nullptr : &paired_.back();
+  const bool shared = before && before->gathers > 0 &&
+                      std::equal(channels.begin(), channels.end(),
+                                 gathered_.begin() + before->gathered0, gathered_.end());
+  std::vector<std::vector<Column>> placed = taps;
+  double copied = shared ? 0 : kGatherCost * vectors / s.nv;
+  for (std::vector<Column>& tap : placed) {
+    for (Column& c : tap) c.channel = place[size_t(c.channel)];
+    copied += double(cover(tap, int(channels.size())).size());
+  }
+  if (copied >= cost) return false;
+  taps.swap(placed);
+  if (shared) {
+    s.gathers = before->gathers;
+    s.gather0 = before->gather0;
+    s.gathered0 = before->gathered0;
+    return true;
+  }
+  s.gather0 = int(gather_.size());
+  s.gathered0 = int(gathered_.size());
+  for (size_t i = 0; i < channels.size();) {
+    const int from = channels[i] / wide * wide;
+    gather_.push_back({from, int(i), int64_t(perms32_.size())});
+    std::vector<int> turn;
+    for (; i < channels.size() && channels[i] < from + wide; ++i)
+      turn.push_back(channels[i] - from);
+    turn.resize(size_t(wide), turn.back());  // what is copied beyond them is of the same pixel
+    for (int l = 0; l < wide; l += 2)
+      perm_push(turn[size_t(l)] | int64_t(turn[size_t(l) + 1]) << 16);
+  }
+  s.gathers = int(gather_.size()) - s.gather0;
+  gathered_.insert(gathered_.end(), channels.begin(), channels.end());
+  s.perm0 = int64_t(perms32_.size());
+  return true;
 }
 
 // windows: of each vector, equally many.
@@ -187,7 +250,11 @@ void Plan::add_windows(PairSegment& s, const std::vector<std::vector<LaneColumn>
 // As filters_cost: each product of a vector is of two channels.
 double Plan::pairs_cost(bool channels_last) const {
   double total = (channels_last ? 0.8 : 3.2) * double(low_.C + low_.F);
+  int copy = -1;
   for (const PairSegment& s : paired_) {
+    if (s.gathers > 0 && s.gather0 != copy)
+      total += kGatherCost * ((low_.C + 2 * low_.vl - 1) / (2 * low_.vl));
+    copy = s.gathers > 0 ? s.gather0 : -1;
     total += s.nv * ((s.nv == 1 ? kAloneCost : 1.0) * (4 * s.runs + s.pairs) +
                      kWindowCost * s.windows + 2);
     if (channels_last && !s.contiguous) total += kScatterCost * s.lanes;

@@ -90,14 +90,23 @@ struct FilterSegment {
 //   pairs    two neighbouring channels of one tap, broadcast
 //   windows: nv Columns each (one per vector); lane l of vector j reads two of the 2 * VL channels
 //            from `channel`, by the two 16-bit halves of perm[l].
+// Where gathers > 0, these channels are numbers of gathered[]: the segment reads a copy of the band
+// with only those channels, one after the other, so that each has a partner.
 // Weights, from `w0`, in lanes of two: [4 * runs + pairs][nv * VL], [windows][nv * VL].
 struct PairSegment {
   int nv, lanes;
   int filter0, contiguous;
   int runs, pairs, windows;
+  int gathers, gathered0;  // into gather[] from gather0, and into gathered[]
+  int gather0;
   int64_t col0, w0;
   int64_t perm0;   // into perms[]: [windows][nv][VL]
   int64_t taken0;  // into taken[]: [windows][nv][VL], kLower and kUpper
+};
+// Of a band's 2 * VL channels from `from`, those of numbers perm[] go to a copy from `to` on.
+struct Gather {
+  int from, to;
+  int64_t perm0;
 };
 // Of the two channels of a lane, those that count; in Column::idle those that do not.
 constexpr int kLower = 1, kUpper = 2;
@@ -118,7 +127,9 @@ struct Lowered {
   const FilterSegment* segments;
   const PixelTile* tiles;
   const PairSegment* paired;  // in place of segments, or null
-  const int* filters;         // filter ids, segment by segment
+  const Gather* gather;
+  const int* gathered;  // channels
+  const int* filters;   // filter ids, segment by segment
   const Column* columns;
   int64_t ncolumns;
   const void* perms;     // lane indices as integers of the size of the accumulation type

@@ -36,7 +36,7 @@ int check_workspaces(const hetconv::Kernels& isa) {
     }
     // Zeros, of the largest dtype.
     std::vector<double> x(size_t(s.C) * s.H * s.W), y(size_t(s.F) * s.H * s.W), w(mask.size());
-    for (const DType dtype : {DType::f32, DType::f64})
+    for (const DType dtype : {DType::f32, DType::f64, DType::bf16})
       for (const char* form : {"auto", "filters", "pixels", "columns"})
         for (int layout = 0; layout < 2; ++layout) {
           hetconv::Problem p{};
