@@ -15,7 +15,7 @@ namespace {
 // In vector operations of 64 bytes, per pixel. Set by hand on two AVX-512 cores.
 constexpr double kFinish = 3.5;    // of a unit's sums: requantised and written
 constexpr double kScatter = 0.9;   // of a filter's byte that is written alone
-constexpr double kFewest = 0.55;   // of a step, however narrow: the load of its activations
+constexpr double kFewest = 0.75;   // of a step, however narrow: the load of its activations
 constexpr double kHalo = 1.4;      // pixels that are packed, per output pixel
 constexpr double kCompress = 3.0;  // of 64 channels, for each set of them
 constexpr double kPick = 1.2;      // of a channel that is picked alone
