@@ -8,19 +8,25 @@ namespace HETCONV_NS {
 
 template <class B> struct Bytes16;
 template <> struct Bytes16<uint8_t> {
-  typedef uint8_t vec __attribute__((vector_size(16), aligned(1), may_alias));
+  typedef uint8_t vec __attribute__((vector_size(16)));
 };
 template <> struct Bytes16<int8_t> {
-  typedef int8_t vec __attribute__((vector_size(16), aligned(1), may_alias));
+  typedef int8_t vec __attribute__((vector_size(16)));
 };
 
+template <class V> HC_INLINE V some_bytes(const uint8_t* at) {
+  V v;
+  memcpy(&v, at, sizeof v);
+  return v;
+}
+
 // The greatest of each byte in a window: `h` x `w` pixels from `from` on.
-template <class B, class V>
+template <class V>
 HC_INLINE V greatest_of(const uint8_t* from, int64_t row, int64_t pixel, int h, int w) {
-  V best = *reinterpret_cast<const V*>(from);
+  V best = some_bytes<V>(from);
   for (int y = 0; y < h; ++y)
     for (int x = 0; x < w; ++x) {
-      const V v = *reinterpret_cast<const V*>(from + y * row + x * pixel);
+      const V v = some_bytes<V>(from + y * row + x * pixel);
       best = v > best ? v : best;
     }
   return best;
@@ -41,21 +47,25 @@ static void pool_bytes_as(const Pool& q, const uint8_t* rows, int first, int H, 
       int f = 0;
       for (; f + 64 <= F; f += 64) {
         V best[4];
-        HC_UNROLL for (int k = 0; k < 4; ++k) best[k] =
-            *reinterpret_cast<const V*>(from + f + 16 * k);
+        HC_UNROLL for (int k = 0; k < 4; ++k) best[k] = some_bytes<V>(from + f + 16 * k);
         for (int iy = 0; iy < h; ++iy)
           for (int ix = 0; ix < w; ++ix) {
             const uint8_t* at = from + iy * row + int64_t(ix) * F + f;
             HC_UNROLL for (int k = 0; k < 4; ++k) {
-              const V v = *reinterpret_cast<const V*>(at + 16 * k);
+              const V v = some_bytes<V>(at + 16 * k);
               best[k] = v > best[k] ? v : best[k];
             }
           }
-        HC_UNROLL for (int k = 0; k < 4; ++k) * reinterpret_cast<V*>(to + f + 16 * k) = best[k];
+        memcpy(to + f, best, sizeof best);
       }
-      for (; f + 16 <= F; f += 16)
-        *reinterpret_cast<V*>(to + f) = greatest_of<B, V>(from + f, row, F, h, w);
-      for (; f < F; ++f) *reinterpret_cast<B*>(to + f) = greatest_of<B, B>(from + f, row, F, h, w);
+      for (; f + 16 <= F; f += 16) {
+        const V best = greatest_of<V>(from + f, row, F, h, w);
+        memcpy(to + f, &best, sizeof best);
+      }
+      for (; f < F; ++f) {
+        const B best = greatest_of<B>(from + f, row, F, h, w);
+        memcpy(to + f, &best, sizeof best);
+      }
     }
   }
 }
