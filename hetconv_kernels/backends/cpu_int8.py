@@ -89,7 +89,7 @@ def plan_of(support: Support) -> Any:
     key = ("cpu int8", _ISA)
     plan = support.derived.get(key)
     if plan is None:
-        mask = np.ascontiguousarray(support.mask).view(np.uint8)
+        mask: Any = np.ascontiguousarray(support.mask).view(np.uint8)
         plan = support.derived[key] = _cpu.Int8Plan(mask, _ISA)
     return plan
 
