@@ -38,11 +38,14 @@ SOFT_LINES, HARD_LINES = 400, 600
 LONGER_FILES = {
     "hetconv_kernels/support.py": "Support with all its constructors, its algebra and its JSON",
     "hetconv_kernels/ops.py": "the schemas of the primitives with their fakes and bodies",
+    "hetconv_kernels/backends/cpu_int8.py": "the eight operations in 8 bits, one face",
+    "setup.py": "both compiled parts, and every instruction set's flags",
 }
 
 # A module has tests/test_<its name>.py or test_<its folder>.py; these are tested elsewhere.
 TESTED_BY = {
     "hetconv_kernels._version": "test_repository",
+    "hetconv_kernels.backends.cpu_int8": "test_int8_calls",
 }
 
 # Words of one machine or one workplace, spelt in halves so that this file does not hold them.
