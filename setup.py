@@ -99,7 +99,7 @@ class Part:
     def extra_flags(self, source: Path) -> str:
         isa = source.stem.removeprefix("isa_")
         flags = self.isa_flags.get(isa, "") if X86 and isa != source.stem else ""
-        # In 8 bits every operation of the epilogue is rounded once: what it computes is defined so.
+        # In 8 bits every operation is rounded once.
         return f"{flags} -ffp-contract=off".strip() if isa.startswith("int8_") else flags
 
     def suited(self, source: Path, names: list[str]) -> list[str]:

@@ -121,3 +121,96 @@ class Dgrad:
         size: Sequence[int],
         threads: int = ...,
     ) -> None: ...
+
+def int8_isas() -> list[str]: ...
+def int8_kernels(isa: str = ...) -> Int8Kernels: ...
+
+class Int8Packed:
+    @property
+    def bytes(self) -> int: ...
+    def fprop(
+        self,
+        x: int,
+        x_signed: bool,
+        x_zero: int,
+        nhw: Sequence[int],
+        y: int,
+        dtype: str,
+        y_zero: int,
+        low: float,
+        high: float,
+        out: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        multiplier: int,
+        bias: int,
+        residual: int,
+        residual_signed: bool,
+        residual_multiplier: float,
+        residual_zero: int,
+        threads: int,
+        pool: Sequence[int] | None,
+    ) -> bool: ...
+
+class Int8Plan:
+    def __init__(self, mask: Buffer, isa: str = ...) -> None: ...
+    @property
+    def isa(self) -> str: ...
+    @property
+    def live(self) -> int: ...
+    @property
+    def cost(self) -> float: ...
+    @property
+    def useful(self) -> float: ...
+    @property
+    def blocks(self) -> list[tuple[int, int, int, int, int, int]]: ...
+    def pack(self, weight: int, strides: Sequence[int], threads: int = ...) -> Int8Packed: ...
+
+class Int8Kernels:
+    @property
+    def isa(self) -> str: ...
+    def sum(
+        self,
+        count: int,
+        a: int,
+        a_signed: bool,
+        a_zero: int,
+        a_multiplier: float,
+        b: int,
+        b_signed: bool,
+        b_zero: int,
+        b_multiplier: float,
+        y: int,
+        dtype: str,
+        y_zero: int,
+        low: float,
+        high: float,
+        threads: int,
+    ) -> None: ...
+    def mean(
+        self,
+        x: int,
+        x_signed: bool,
+        x_zero: int,
+        nhwc: Sequence[int],
+        multiplier: float,
+        y: int,
+        dtype: str,
+        y_zero: int,
+        low: float,
+        high: float,
+        threads: int,
+    ) -> None: ...
+    def max_pool(
+        self,
+        x: int,
+        x_signed: bool,
+        nhwc: Sequence[int],
+        y: int,
+        threads: int,
+        pool: Sequence[int],
+    ) -> None: ...
+    def quantize(
+        self, x: int, count: int, scale: float, zero: int, signed: bool, y: int, threads: int
+    ) -> None: ...

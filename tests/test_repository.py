@@ -43,11 +43,14 @@ LONGER_FILES = {
     "hetconv_kernels/autograd.py": "every derivative of the primitives, forward mode too",
     "hetconv_kernels/graph/channels.py": "one walk over a graph with all that it can meet",
     "tests/test_observers.py": "the list of all observers that torch has, in one place",
+    "hetconv_kernels/backends/cpu_int8.py": "the eight operations in 8 bits, one face",
+    "setup.py": "both compiled parts, and every instruction set's flags",
 }
 
 # A module has tests/test_<its name>.py or test_<its folder>.py; these are tested elsewhere.
 TESTED_BY = {
     "hetconv_kernels._version": "test_repository",
+    "hetconv_kernels.backends.cpu_int8": "test_int8_calls",
 }
 
 # Words of one machine or one workplace, spelt in halves so that this file does not hold them.

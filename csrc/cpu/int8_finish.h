@@ -71,18 +71,40 @@ HC_INLINE float residual_of(const Finish& f, uint8_t r) {
   return float(int(r ^ f.res_flip) - f.res_zero) * f.res_multiplier;
 }
 
-// The sums of a tile, filter by filter: for float32, and for filters that are no neighbours.
-static inline void finish_slowly(const Finish& f, const Int8Tile& t, Int8Out type, int pixels,
-                                 int lanes, int filters, const int* ids) {
+// The sums of a tile as float32.
+static inline void finish_floats(const Finish& f, const Int8Tile& t, float* y, int64_t y_pitch,
+                                 int pixels, int lanes, int filters, const int* ids,
+                                 const uint8_t* res) {
   for (int p = 0; p < pixels; ++p)
     for (int l = 0; l < filters; ++l) {
       float v = float(t.sums[p * lanes + l]) * t.multiplier[l];
-      if (t.res) v = v + residual_of(f, t.res[p * t.res_pitch + ids[l]]);
-      if (type == Int8Out::f32)
-        reinterpret_cast<float*>(t.y)[p * t.y_pitch + ids[l]] = clamped(v, f.low, f.high);
-      else
-        t.y[p * t.y_pitch + ids[l]] = byte_of(f, v);
+      if (res) v = v + residual_of(f, res[p * y_pitch + ids[l]]);
+      y[p * y_pitch + ids[l]] = clamped(v, f.low, f.high);
     }
+}
+
+// The bytes of filters that are no neighbours, or too few: from a tile's pixels to where they
+// belong, and back.
+static inline void spread_filters(const uint8_t* tile, int pixels, int lanes, int filters,
+                                  const int* ids, bool contiguous, uint8_t* y, int64_t y_pitch) {
+  for (int p = 0; p < pixels; ++p, tile += lanes, y += y_pitch) {
+    if (contiguous) {
+      memcpy(y + ids[0], tile, size_t(filters));
+      continue;
+    }
+    int l = 0;
+    for (; l + 8 <= filters; l += 8) {
+      uint64_t eight;
+      memcpy(&eight, tile + l, 8);
+      HC_UNROLL for (int k = 0; k < 8; ++k) y[ids[l + k]] = uint8_t(eight >> 8 * k);
+    }
+    for (; l < filters; ++l) y[ids[l]] = tile[l];
+  }
+}
+static inline void collect_filters(uint8_t* tile, int pixels, int lanes, int filters,
+                                   const int* ids, const uint8_t* y, int64_t y_pitch) {
+  for (int p = 0; p < pixels; ++p, tile += lanes, y += y_pitch)
+    for (int l = 0; l < filters; ++l) tile[l] = y[ids[l]];
 }
 
 }  // namespace HETCONV_NS

@@ -53,12 +53,16 @@ struct Int8Fprop {
     const uint8_t* a0 =
         direct ? p.x + ((n * p.H + int64_t(oy) * p.sh) * p.W + int64_t(ox) * p.sw) * p.C : band;
     const int* ids = L.filters + b.filter0;
-    const bool whole = b.contiguous && b.filters == b.lanes && p.y_type != Int8Out::f32;
+    const bool floats = p.y_type == Int8Out::f32;
+    const bool whole = b.contiguous && b.filters == b.lanes && !floats;
     const int units = b.lanes / kUnit, widest = kInt8Pixels[units];
     const int tiles = ceil_div(nc, widest), base = nc / tiles, more = nc % tiles;
     const Int8TileKernel small = int8_tile_for(units, base),
                          big = more ? int8_tile_for(units, base + 1) : small;
-    alignas(64) int32_t sums[14 * 4 * kUnit];
+    // What a tile makes goes through here where its filters are no whole row of neighbours.
+    constexpr int most_pixels = 16, most_lanes = kInt8Units * kUnit;
+    alignas(64) int32_t sums[most_pixels * most_lanes];
+    alignas(64) uint8_t bytes[most_pixels * most_lanes], added[most_pixels * most_lanes];
     Int8Tile t{};
     t.pitch = in_pixel;
     t.off = off + b.step0;
@@ -67,22 +71,35 @@ struct Int8Fprop {
     t.w = packed + b.w0;
     t.bias = p.bias + b.filter0;
     t.multiplier = p.multiplier + b.filter0;
-    t.y_pitch = t.res_pitch = p.F;
-    t.sums = whole ? nullptr : sums;
-    const int size = p.y_type == Int8Out::f32 ? 4 : 1, first = whole ? ids[0] : 0;
+    t.y_pitch = t.res_pitch = whole ? p.F : b.lanes;
+    t.sums = floats ? sums : nullptr;
+    if (!whole && p.res) memset(added, 0, sizeof added);
     for (int r = 0; r < nr; ++r) {
-      const int64_t at = (int64_t(oy + r) * p.Wo + ox) * p.F + first;
+      const int64_t at = (int64_t(oy + r) * p.Wo + ox) * p.F;
       const uint8_t* res = p.res ? p.res + n * int64_t(p.Ho) * p.Wo * p.F + at : nullptr;
+      uint8_t* y = y0 + at * (floats ? 4 : 1);
       t.a = a0 + r * in_row;
-      t.y = y0 + at * size;
-      t.res = res;
       for (int i = 0; i < tiles; ++i) {
         const int pixels = base + (i < more);
-        (i < more ? big : small)(t, finish);
-        if (!whole) finish_slowly(finish, t, p.y_type, pixels, b.lanes, b.filters, ids);
+        const Int8TileKernel tile = i < more ? big : small;
+        if (whole) {
+          t.y = y + ids[0];
+          t.res = res ? res + ids[0] : nullptr;
+          tile(t, finish);
+        } else if (floats) {
+          tile(t, finish);
+          finish_floats(finish, t, reinterpret_cast<float*>(y), p.F, pixels, b.lanes, b.filters,
+                        ids, res);
+        } else {
+          t.y = bytes;
+          t.res = res ? added : nullptr;
+          if (res) collect_filters(added, pixels, b.lanes, b.filters, ids, res, p.F);
+          tile(t, finish);
+          spread_filters(bytes, pixels, b.lanes, b.filters, ids, b.contiguous, y, p.F);
+        }
         t.a += pixels * in_pixel;
-        t.y += int64_t(pixels) * p.F * size;
-        if (res) t.res += int64_t(pixels) * p.F;
+        y += int64_t(pixels) * p.F * (floats ? 4 : 1);
+        if (res) res += int64_t(pixels) * p.F;
       }
     }
   }

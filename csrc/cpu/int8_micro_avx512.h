@@ -20,16 +20,19 @@ HC_INLINE int32_t four_bytes(const uint8_t* a) {
 }
 
 struct FinishVectors {
-  __m512 bound, less_bound, res_multiplier;
-  __m512i zero16, zero32, least, greatest, flip, res_zero;
+  __m512 bound, res_multiplier;
+  __m512i zero16, least, greatest, flip, res_zero;
   __m128i res_flip;
 };
 HC_INLINE FinishVectors vectors_of(const Finish& f) {
-  return {_mm512_set1_ps(f.bound),           _mm512_set1_ps(-f.bound),
-          _mm512_set1_ps(f.res_multiplier),  _mm512_set1_epi16(int16_t(f.zero)),
-          _mm512_set1_epi32(f.zero),         _mm512_set1_epi8(f.least_byte),
-          _mm512_set1_epi8(f.greatest_byte), _mm512_set1_epi8(char(f.flip)),
-          _mm512_set1_epi32(f.res_zero),     _mm_set1_epi8(char(f.res_flip))};
+  return {_mm512_set1_ps(f.bound),
+          _mm512_set1_ps(f.res_multiplier),
+          _mm512_set1_epi16(int16_t(f.zero)),
+          _mm512_set1_epi8(f.least_byte),
+          _mm512_set1_epi8(f.greatest_byte),
+          _mm512_set1_epi8(char(f.flip)),
+          _mm512_set1_epi32(f.res_zero),
+          _mm_set1_epi8(char(f.res_flip))};
 }
 
 HC_INLINE __m512 add_residual(const FinishVectors& f, __m512 t, __m128i r) {
@@ -51,14 +54,6 @@ HC_INLINE __m512i bytes_of(const FinishVectors& f, const __m512i (&r)[4]) {
   q = _mm512_min_epi8(_mm512_max_epi8(q, f.least), f.greatest);
   return _mm512_permutexvar_epi32(order, _mm512_xor_si512(q, f.flip));
 }
-HC_INLINE __m128i bytes_of(const FinishVectors& f, __m512 t) {
-  const __m512i r = rounded(f, _mm512_max_ps(t, f.less_bound));
-  __m128i q = _mm512_cvtsepi32_epi8(_mm512_add_epi32(r, f.zero32));
-  q = _mm_min_epi8(_mm_max_epi8(q, _mm512_castsi512_si128(f.least)),
-                   _mm512_castsi512_si128(f.greatest));
-  return _mm_xor_si128(q, _mm512_castsi512_si128(f.flip));
-}
-
 template <int P, int V, bool residual>
 HC_INLINE void finish_whole(const FinishVectors& f, const Int8Tile& t, const __m512i (&acc)[P][V]) {
   constexpr int n = P * V;
@@ -90,6 +85,33 @@ HC_INLINE void finish_whole(const FinishVectors& f, const Int8Tile& t, const __m
       if (i + 2 < n) store(y + 2 * t.y_pitch, _mm512_extracti32x4_epi32(q, 2));
       if (i + 3 < n) store(y + 3 * t.y_pitch, _mm512_extracti32x4_epi32(q, 3));
     }
+  }
+}
+
+// Halves of vectors, 8 filters each: those of two pixels make a vector.
+template <int P, bool residual>
+HC_INLINE void finish_halves(const FinishVectors& f, const Int8Tile& t, int lane,
+                             const __m256i (&half)[P]) {
+  const __m512 multiplier = _mm512_castpd_ps(_mm512_broadcast_f64x4(
+      _mm256_loadu_pd(reinterpret_cast<const double*>(t.multiplier + lane))));
+  HC_UNROLL for (int i = 0; i < P; i += 8) {
+    __m512i r[4];
+    HC_UNROLL for (int k = 0; k < 4; ++k) {
+      const int p = i + 2 * k < P ? i + 2 * k : i, next = p + 1 < P ? p + 1 : p;
+      const __m512i sums = _mm512_inserti64x4(_mm512_castsi256_si512(half[p]), half[next], 1);
+      __m512 s = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), multiplier);
+      if (residual) {
+        const auto eight = [&](int q) __attribute__((always_inline)) {
+          return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(t.res + q * t.res_pitch + lane));
+        };
+        s = add_residual(f, s, _mm_unpacklo_epi64(eight(p), eight(next)));
+      }
+      r[k] = rounded(f, s);
+    }
+    alignas(64) uint64_t bytes[8];
+    _mm512_store_si512(bytes, bytes_of(f, r));
+    HC_UNROLL for (int k = 0; k < 8; ++k) if (i + k < P)
+        memcpy(t.y + (i + k) * t.y_pitch + lane, &bytes[k], 8);
   }
 }
 
@@ -181,31 +203,20 @@ template <int P, int U> static void int8_tile(const Int8Tile& t, const Finish& f
     return;
   }
   const FinishVectors f = vectors_of(finish);
-  if constexpr (V > 0 && !H) {
-    const auto& sums = reinterpret_cast<const __m512i(&)[P][V + 1]>(acc[0]);
+  if constexpr (V > 0) {
     __m512i whole[P][V];
     HC_UNROLL for (int p = 0; p < P; ++p) HC_UNROLL for (int v = 0; v < V; ++v) whole[p][v] =
-        sums[p][v];
+        acc[0][p][v];
     if (t.res)
       finish_whole<P, V, true>(f, t, whole);
     else
       finish_whole<P, V, false>(f, t, whole);
-  } else {
-    HC_UNROLL for (int p = 0; p < P; ++p) {
-      uint8_t* y = t.y + p * t.y_pitch;
-      const uint8_t* res = t.res ? t.res + p * t.res_pitch : nullptr;
-      if (V > 0) {
-        __m512 s = _mm512_mul_ps(_mm512_cvtepi32_ps(acc[0][p][0]), _mm512_loadu_ps(t.multiplier));
-        if (res) s = add_residual(f, s, _mm_loadu_si128(reinterpret_cast<const __m128i*>(res)));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(y), bytes_of(f, s));
-      }
-      const __m512i sums = _mm512_castsi256_si512(half[0][p]);
-      const __m256 m = _mm256_loadu_ps(t.multiplier + 16 * V);
-      __m512 s = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), _mm512_castps256_ps512(m));
-      if (res)
-        s = add_residual(f, s, _mm_loadl_epi64(reinterpret_cast<const __m128i*>(res + 16 * V)));
-      _mm_storel_epi64(reinterpret_cast<__m128i*>(y + 16 * V), bytes_of(f, s));
-    }
+  }
+  if constexpr (H > 0) {
+    if (t.res)
+      finish_halves<P, true>(f, t, 16 * V, half[0]);
+    else
+      finish_halves<P, false>(f, t, 16 * V, half[0]);
   }
 }
 

@@ -6,35 +6,77 @@
 namespace hetconv {
 namespace HETCONV_NS {
 
-// to[i] = the greater; bytes that are signed are flipped before and after.
-HC_INLINE void greater_of(uint8_t* to, const uint8_t* from, int64_t n, uint8_t flip) {
-  for (int64_t i = 0; i < n; ++i) {
-    const uint8_t a = to[i] ^ flip, b = from[i] ^ flip;
-    to[i] = (a > b ? a : b) ^ flip;
+template <class B> struct Bytes16;
+template <> struct Bytes16<uint8_t> {
+  typedef uint8_t vec __attribute__((vector_size(16)));
+};
+template <> struct Bytes16<int8_t> {
+  typedef int8_t vec __attribute__((vector_size(16)));
+};
+
+template <class V> HC_INLINE V some_bytes(const uint8_t* at) {
+  V v;
+  memcpy(&v, at, sizeof v);
+  return v;
+}
+
+// The greatest of each byte in a window: `h` x `w` pixels from `from` on.
+template <class V>
+HC_INLINE V greatest_of(const uint8_t* from, int64_t row, int64_t pixel, int h, int w) {
+  V best = some_bytes<V>(from);
+  for (int y = 0; y < h; ++y)
+    for (int x = 0; x < w; ++x) {
+      const V v = some_bytes<V>(from + y * row + x * pixel);
+      best = v > best ? v : best;
+    }
+  return best;
+}
+
+template <class B>
+static void pool_bytes_as(const Pool& q, const uint8_t* rows, int first, int H, int W, int F,
+                          uint8_t* y, int p0, int p1) {
+  using V = typename Bytes16<B>::vec;
+  const int64_t row = int64_t(W) * F;
+  for (int py = p0; py < p1; ++py) {
+    const int y0 = most(0, py * q.sh - q.pt), y1 = least(H, py * q.sh - q.pt + q.KH);
+    for (int px = 0; px < q.Wo; ++px) {
+      const int x0 = most(0, px * q.sw - q.pl), x1 = least(W, px * q.sw - q.pl + q.KW);
+      uint8_t* to = y + (int64_t(py) * q.Wo + px) * F;
+      const uint8_t* from = rows + (y0 - first) * row + int64_t(x0) * F;
+      const int h = y1 - y0, w = x1 - x0;
+      int f = 0;
+      for (; f + 64 <= F; f += 64) {
+        V best[4];
+        HC_UNROLL for (int k = 0; k < 4; ++k) best[k] = some_bytes<V>(from + f + 16 * k);
+        for (int iy = 0; iy < h; ++iy)
+          for (int ix = 0; ix < w; ++ix) {
+            const uint8_t* at = from + iy * row + int64_t(ix) * F + f;
+            HC_UNROLL for (int k = 0; k < 4; ++k) {
+              const V v = some_bytes<V>(at + 16 * k);
+              best[k] = v > best[k] ? v : best[k];
+            }
+          }
+        memcpy(to + f, best, sizeof best);
+      }
+      for (; f + 16 <= F; f += 16) {
+        const V best = greatest_of<V>(from + f, row, F, h, w);
+        memcpy(to + f, &best, sizeof best);
+      }
+      for (; f < F; ++f) {
+        const B best = greatest_of<B>(from + f, row, F, h, w);
+        memcpy(to + f, &best, sizeof best);
+      }
+    }
   }
 }
 
 // The pooled rows [p0, p1) of an image of F channels, H x W; row `first` of it is at `rows`.
 static inline void pool_bytes(const Pool& q, const uint8_t* rows, int first, int H, int W, int F,
                               bool is_signed, uint8_t* y, int p0, int p1) {
-  const uint8_t flip = is_signed ? 0x80 : 0;
-  for (int py = p0; py < p1; ++py) {
-    const int y0 = most(0, py * q.sh - q.pt), y1 = least(H, py * q.sh - q.pt + q.KH);
-    for (int px = 0; px < q.Wo; ++px) {
-      const int x0 = most(0, px * q.sw - q.pl), x1 = least(W, px * q.sw - q.pl + q.KW);
-      uint8_t* to = y + (int64_t(py) * q.Wo + px) * F;
-      bool begun = false;
-      for (int iy = y0; iy < y1; ++iy)
-        for (int ix = x0; ix < x1; ++ix) {
-          const uint8_t* from = rows + (int64_t(iy - first) * W + ix) * F;
-          if (begun)
-            greater_of(to, from, F, flip);
-          else
-            memcpy(to, from, size_t(F));
-          begun = true;
-        }
-    }
-  }
+  if (is_signed)
+    pool_bytes_as<int8_t>(q, rows, first, H, W, F, y, p0, p1);
+  else
+    pool_bytes_as<uint8_t>(q, rows, first, H, W, F, y, p0, p1);
 }
 
 }  // namespace HETCONV_NS

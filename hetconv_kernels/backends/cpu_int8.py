@@ -89,7 +89,7 @@ def plan_of(support: Support) -> Any:
     key = ("cpu int8", _ISA)
     plan = support.derived.get(key)
     if plan is None:
-        mask = np.ascontiguousarray(support.mask).view(np.uint8)
+        mask: Any = np.ascontiguousarray(support.mask).view(np.uint8)
         plan = support.derived[key] = _cpu.Int8Plan(mask, _ISA)
     return plan
 
@@ -231,27 +231,8 @@ def add(
     check_scale("b_multiplier", b_multiplier)
     check_same(("a", "b"), (a, b))
     check_bounds(low, high, out_dtype)
-    zero = _zero_of(y_zero_point, out_dtype)
-    y = _empty(tuple(a.shape), out_dtype)
-    a, b = a.contiguous(memory_format=_LAST), b.contiguous(memory_format=_LAST)
-    _kernels().sum(
-        y.numel(),
-        a.data_ptr(),
-        a.dtype == torch.int8,
-        a_zero_point,
-        a_multiplier,
-        b.data_ptr(),
-        b.dtype == torch.int8,
-        b_zero_point,
-        b_multiplier,
-        y.data_ptr(),
-        _NAMES[out_dtype],
-        zero,
-        low,
-        high,
-        torch.get_num_threads(),
-    )
-    return y
+    operands = (a, a_zero_point, a_multiplier), (b, b_zero_point, b_multiplier)
+    return _summed(operands, y_zero_point, low, high, out_dtype)
 
 
 def requantize(
@@ -273,7 +254,7 @@ def requantize(
     _check_x("input", x, x_zero_point)
     check_scale("multiplier", multiplier)
     check_bounds(low, high, out_dtype)
-    return _scaled(x, multiplier, x_zero_point, y_zero_point, low, high, out_dtype)
+    return _summed(((x, x_zero_point, multiplier),), y_zero_point, low, high, out_dtype)
 
 
 def max_pool(x: Tensor, pool: Pool) -> Tensor:
@@ -383,38 +364,25 @@ def dequantize(x: Tensor, scale: float, zero_point: int) -> Tensor:
     """
     _check_x("input", x, zero_point, "zero_point")
     check_scale("scale", scale)
-    return _scaled(x, scale, zero_point, 0, -math.inf, math.inf, torch.float32)
+    return _summed(((x, zero_point, scale),), 0, -math.inf, math.inf, torch.float32)
 
 
-def _scaled(
-    x: Tensor,
-    multiplier: float,
-    x_zero_point: int,
+def _summed(
+    operands: tuple[tuple[Tensor, int, float], ...],
     y_zero_point: int,
     low: float,
     high: float,
     out_dtype: torch.dtype,
 ) -> Tensor:
+    """Adds one or two operands, each with its zero point and multiplier, and requantises."""
     zero = _zero_of(y_zero_point, out_dtype)
-    y = _empty(tuple(x.shape), out_dtype)
-    x = x.contiguous(memory_format=_LAST)
-    _kernels().sum(
-        y.numel(),
-        x.data_ptr(),
-        x.dtype == torch.int8,
-        x_zero_point,
-        multiplier,
-        0,
-        False,
-        0,
-        1.0,
-        y.data_ptr(),
-        _NAMES[out_dtype],
-        zero,
-        low,
-        high,
-        torch.get_num_threads(),
-    )
+    y = _empty(tuple(operands[0][0].shape), out_dtype)
+    held = [(x.contiguous(memory_format=_LAST), *rest) for x, *rest in operands]
+    flat = [(x.data_ptr(), x.dtype == torch.int8, *rest) for x, *rest in held]
+    if len(flat) == 1:
+        flat.append((0, False, 0, 1.0))
+    finish = y.data_ptr(), _NAMES[out_dtype], zero, low, high
+    _kernels().sum(y.numel(), *flat[0], *flat[1], *finish, torch.get_num_threads())
     return y
 
 

@@ -89,6 +89,23 @@ static int callers(const hetconv::Kernels& isa, uint64_t seed, int cases) {
   return wrong;
 }
 
+// In 8 bits; every tenth layer is called by several threads at once.
+static int fuzz_int8(const hetconv::Int8Kernels& isa, uint64_t seed, int cases) {
+  int wrong = 0;
+  for (int i = 0; i < cases && wrong < 5; ++i) {
+    const Case c = random_case(seed + uint64_t(i), *hetconv::available_isas()[0]);
+    note(c);
+    std::vector<std::string> said(i % 10 ? 1 : 3);
+    std::vector<std::thread> others;
+    for (size_t k = 1; k < said.size(); ++k)
+      others.emplace_back([&, k] { said[k] = check_int8(c, isa); });
+    said[0] = check_int8(c, isa);
+    for (std::thread& t : others) t.join();
+    for (const std::string& s : said) wrong += report(c, s);
+  }
+  return wrong;
+}
+
 int main(int argc, char** argv) {
   int cases = 500;
   uint64_t seed = 1;
@@ -130,6 +147,13 @@ int main(int argc, char** argv) {
       std::printf("%s: %d cases, %d with four callers at once, %d wrong\n", k->name, cases,
                   cases / 20, found);
     }
+    std::fflush(stdout);
+    wrong += found;
+  }
+  for (const hetconv::Int8Kernels* k : hetconv::int8_isas()) {
+    if (workspaces || (!isa.empty() && isa != k->name)) continue;
+    const int found = fuzz_int8(*k, seed + 2000003, cases);
+    std::printf("int8 %s: %d layers, each on three images, %d wrong\n", k->name, cases, found);
     std::fflush(stdout);
     wrong += found;
   }

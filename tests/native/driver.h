@@ -6,6 +6,7 @@
 #include <string>
 
 #include "../../csrc/cpu/dgrad.h"
+#include "../../csrc/cpu/int8_plan.h"
 #include "../../csrc/cpu/wgrad.h"
 #include "reference.h"
 #include "tensor.h"
@@ -33,6 +34,8 @@ Case another_image(const Case& like, uint64_t seed);
 std::string check_fprop(const Case& c, const hetconv::Plan& plan);
 std::string check_dgrad(const Case& c);
 std::string check_wgrad(const Case& c, const hetconv::Wgrad& wgrad);
+// A case's layer in 8 bits, and what stands between layers.
+std::string check_int8(const Case& c, const hetconv::Int8Kernels& isa);
 
 size_t largest_workspace();  // bytes asked for by any thread since the last time this was asked
 

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine in 8 bits against whole numbers, bit by bit, with every instruction set."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import hetconv_kernels as hk
+from hetconv_kernels.backends import cpu_int8 as engine
+from hetconv_kernels.problem import make_geometry
+from hetconv_kernels.quantization import reference
+from tests import int8_cases as cases
+
+pytestmark = pytest.mark.skipif(not engine.available(), reason="the extension is not built")
+ISAS = engine.isas()
+LAYERS, CALLS = 70, 8  # of each kind of Support; of each layer
+GUARD = 96  # bytes on either side of an output
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, monkeypatch):
+    monkeypatch.setattr(engine, "_ISA", request.param)
+    return request.param
+
+
+class Guarded:
+    """Allocates outputs full of a byte, between guards of it, and tells whether guards changed."""
+
+    def __init__(self, fill: int) -> None:
+        self.fill, self.buffers = fill, []
+
+    def empty(self, shape, dtype):
+        n, f, h, w = shape
+        size = n * f * h * w * dtype.itemsize
+        # An aligned beginning is not promised for bytes: an odd one, where the dtype allows it.
+        start = GUARD + (1 if dtype.itemsize == 1 else 0)
+        buffer = torch.full((size + 2 * GUARD + 8,), self.fill, dtype=torch.uint8)
+        self.buffers.append((buffer, start, size))
+        return buffer[start : start + size].view(dtype).view(n, h, w, f).permute(0, 3, 1, 2)
+
+    def untouched(self) -> bool:
+        return all(
+            bool(
+                (buffer[:start] == self.fill).all() and (buffer[start + size :] == self.fill).all()
+            )
+            for buffer, start, size in self.buffers
+        )
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads, and sets it back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kind", cases.KINDS)
+def test_every_call_equals_whole_numbers_bit_by_bit(kind, monkeypatch, threads):
+    rng = np.random.default_rng(cases.KINDS.index(kind))
+    compared = 0
+    for number in range(LAYERS):
+        layer = cases.draw_layer(rng, kind)
+        threads(1 if number % 4 else 3)
+        packed = {}
+        for isa in ISAS:
+            monkeypatch.setattr(engine, "_ISA", isa)
+            packed[isa] = engine.pack(layer.weight(live=number % 2 == 0), layer.support)
+        for _ in range(CALLS):
+            arguments, expected = cases.draw_call(rng, layer)
+            for isa in ISAS:
+                monkeypatch.setattr(engine, "_ISA", isa)
+                memory = Guarded(int(rng.integers(256)))
+                monkeypatch.setattr(engine, "_empty", memory.empty)
+                x = arguments["x"]
+                others = {name: value for name, value in arguments.items() if name != "x"}
+                y = engine.fprop(x, packed[isa], layer.support, layer.geometry, **others)
+                right = y.dtype == expected.dtype and torch.equal(y, expected)
+                if not (right and memory.untouched()):
+                    told = f"{layer.support} {layer.geometry} {arguments}"
+                    pytest.fail(f"{isa}, layer {number}, right: {right}: {told}")
+                compared += 1
+    assert compared == LAYERS * CALLS * len(ISAS)
+
+
+def test_there_are_ten_thousand_cases_where_there_are_three_instruction_sets():
+    assert len(cases.KINDS) * LAYERS * CALLS * 3 >= 10_000
+
+
+@pytest.mark.parametrize("kind", cases.KINDS)
+def test_reference_engine_and_whole_numbers_agree(isa, kind):
+    rng = np.random.default_rng(100 + cases.KINDS.index(kind))
+    for _ in range(5):
+        layer = cases.draw_layer(rng, kind)
+        arguments, expected = cases.draw_call(rng, layer)
+        x = arguments.pop("x")
+        call = (x, layer.weight(live=False), layer.support, layer.geometry)
+        ours, theirs = engine.fprop(*call, **arguments), reference.fprop(*call, **arguments)
+        assert torch.equal(ours, expected)
+        assert torch.equal(theirs, expected)
+        assert ours.stride() == theirs.stride()
+
+
+@pytest.mark.parametrize(("channels", "kernel"), [(64, 3), (5, 7), (512, 1), (3, 3)])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+@pytest.mark.parametrize("sign", [1, -1, 0], ids=["127", "-127", "mixed"])
+def test_extremes_neither_saturate_between_nor_wrap(isa, channels, kernel, dtype, sign):
+    support = hk.Support.dense(channels, 40, kernel)
+    geometry = make_geometry(support, 1, kernel // 2)
+    rng = np.random.default_rng(1)
+    w = np.full(support.shape, 127 * sign) if sign else rng.choice([-127, 127], support.shape)
+    least, greatest = cases.LIMITS[dtype]
+    for byte in (0, 255):
+        layer = cases.convolved(geometry, np.full((2, channels, 6, 15), byte), w.astype("i1"))
+        for zero in (least, greatest):
+            acc = layer.sums(dtype, zero)
+            y = engine.fprop(
+                layer.image(dtype),
+                layer.weight(live=False),
+                support,
+                geometry,
+                multiplier=torch.ones(40),
+                bias=torch.zeros(40, dtype=torch.int32),
+                x_zero_point=zero,
+                y_zero_point=0,
+                low=-np.inf,
+                high=np.inf,
+                out_dtype=torch.float32,
+            )
+            assert np.array_equal(y.numpy(), acc.astype("f4"))
+
+
+@pytest.mark.parametrize("filters", [8, 16, 24, 32, 40, 3, 19])
+@pytest.mark.parametrize("out", [torch.uint8, torch.int8])
+def test_sums_far_beyond_the_range_saturate_at_both_ends(isa, filters, out):
+    support = hk.Support.dense(4, filters, 1)
+    least, greatest = cases.LIMITS[out]
+    big = 2**31 - 1 - 255 * 508
+    for sign, multiplier in ((1, 1.0), (-1, 1.0), (1, 3e38), (-1, 3e38), (1, 1e-3), (-1, 1e-3)):
+        for zero in (least, 0, greatest):
+            y = engine.fprop(
+                torch.full((1, 4, 3, 9), 255, dtype=torch.uint8),
+                torch.full((filters, 4, 1, 1), 127 * sign, dtype=torch.int8),
+                support,
+                make_geometry(support),
+                multiplier=torch.full((filters,), multiplier),
+                bias=torch.full((filters,), big * sign, dtype=torch.int32),
+                x_zero_point=0,
+                y_zero_point=zero,
+                low=least,
+                high=greatest,
+                out_dtype=out,
+            )
+            assert bool((y == (greatest if sign > 0 else least)).all())
+
+
+@pytest.mark.parametrize("filters", [8, 16, 24, 32, 5])
+@pytest.mark.parametrize("zero", [0, 1, 100, 255])
+def test_halves_are_rounded_to_even_before_the_zero_point(isa, filters, zero):
+    support = hk.Support.dense(4, filters, 1)
+    bias = torch.arange(-41, -41 + 3 * filters, 3, dtype=torch.int32)
+    x = torch.arange(4 * 30, dtype=torch.uint8).view(1, 30, 1, 4).permute(0, 3, 1, 2)
+    w = torch.ones(filters, 4, 1, 1, dtype=torch.int8)
+    y = engine.fprop(
+        x,
+        w,
+        support,
+        make_geometry(support),
+        multiplier=torch.full((filters,), 0.5),
+        bias=bias,
+        x_zero_point=60,
+        y_zero_point=zero,
+        low=0,
+        high=255,
+        out_dtype=torch.uint8,
+    )
+    halves = (x.to(torch.int64) - 60).sum(1, keepdim=True) + bias[:, None, None]
+    exact = torch.from_numpy(np.rint(halves.numpy() / 2)).to(torch.int64) + zero
+    assert int((halves % 2).sum()) > 10
+    assert torch.equal(y.to(torch.int64), exact.clamp(0, 255))
+
+
+def test_a_product_and_its_residual_are_rounded_apart(isa):
+    """One rounding, as of a fused multiply-add, would give another float32."""
+    support = hk.Support.dense(4, 16, 1)
+    rng = np.random.default_rng(3)
+    x = cases.draw_bytes(rng, (1, 4, 8, 16), torch.uint8)
+    residual = cases.draw_bytes(rng, (1, 16, 8, 16), torch.uint8)
+    w = torch.from_numpy(rng.integers(-127, 128, support.shape).astype("i1"))
+    scale, other = np.float32(0.1), np.float32(0.3)
+    y = engine.fprop(
+        x,
+        w,
+        support,
+        make_geometry(support),
+        multiplier=torch.full((16,), float(scale)),
+        bias=torch.zeros(16, dtype=torch.int32),
+        x_zero_point=0,
+        y_zero_point=0,
+        low=-np.inf,
+        high=np.inf,
+        out_dtype=torch.float32,
+        residual=residual,
+        residual_multiplier=float(other),
+    )
+    acc = np.einsum("nchw,fc->nfhw", x.numpy().astype("i8"), w.numpy()[:, :, 0, 0].astype("i8"))
+    product, added = acc.astype("f4") * scale, residual.numpy().astype("f4") * other
+    assert np.array_equal(y.numpy(), product + added)
+    fused = (acc * np.float64(scale) + np.float64(added)).astype("f4")
+    assert not np.array_equal(y.numpy(), fused)
+
+
+@pytest.mark.parametrize(
+    "size", [(1, 64, 70, 120), (40, 96, 9, 9), (3, 1100, 5, 6), (2, 3, 90, 90)]
+)
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_bands_strips_and_shares_of_any_number_of_threads_agree(isa, size, count, threads):
+    c = size[1]
+    rng = np.random.default_rng(sum(size))
+    support = hk.Support.het(c, 48, 3, p=min(4, c))
+    geometry = make_geometry(support, 1, 1)
+    layer = cases.convolved(
+        geometry,
+        rng.integers(0, 256, size),
+        rng.integers(-127, 128, support.shape).astype("i1"),
+    )
+    threads(count)
+    for _ in range(3):
+        arguments, expected = cases.draw_call(rng, layer)
+        x = arguments.pop("x")
+        y = engine.fprop(x, layer.weight(live=False), support, geometry, **arguments)
+        assert torch.equal(y, expected)
+
+
+def test_the_lowering_uses_every_kind_of_step(isa):
+    """Or the fuzz would not see some of them: quads across taps, shuffles, gathered channels."""
+    rng = np.random.default_rng(5)
+    depthwise = engine.plan_of(hk.Support.grouped(32, 32, 3, 32)).blocks
+    assert any(block[3] > 0 for block in depthwise)
+    stem = engine.plan_of(hk.Support.dense(3, 16, 7)).blocks
+    assert all(block[2] == 7 * 6 for block in stem)  # 21 bytes of a row in six quads
+    keep = rng.random((4, 128)) < 0.3
+    clusters = hk.Support.self_grouped(np.arange(64) // 16, keep, 3)
+    assert any(block[4] > 0 for block in engine.plan_of(clusters).blocks)
