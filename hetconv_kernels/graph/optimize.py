@@ -20,7 +20,7 @@ from .compact import CompactReport, shrink
 from .fold import Folded, Left, fold
 from .layout import set_module
 from .order import Reordered, order
-from .trace import as_inputs, check_network
+from .trace import as_inputs, check_float, check_network
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,12 @@ def optimize(model: nn.Module, example: Any) -> OptimizeReport:
         The report, with the network as ``report.model``.
 
     Raises:
-        InputTypeError: no nn.Module, or no tensor in the example.
+        InputTypeError: no nn.Module, one in 8 bits, or no tensor in the example.
         ArgumentError: the network is in training mode.
         VerificationError: the outputs differ by more than rounding.
     """
     check_network(model)
+    check_float(model)
     inputs = as_inputs(example)
     work = _Work(copy.deepcopy(model))
     with torch.no_grad():

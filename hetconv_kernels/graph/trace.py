@@ -73,6 +73,24 @@ def check_network(model: nn.Module) -> None:
         )
 
 
+def check_float(model: nn.Module) -> None:
+    """Refuses a network that is in 8 bits already.
+
+    Raises:
+        InputTypeError: it has a quantised layer.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, ForcedBackend) and hasattr(module, "weight_scale"):
+            raise InputTypeError(
+                mismatch(
+                    "model",
+                    f"a network in 8 bits ({name or 'the whole'} is a {type(module).__name__})",
+                    "one in float",
+                    "hetconv_kernels.quantize has optimised it already.",
+                )
+            )
+
+
 def trace(model: nn.Module, example: Any) -> fx.GraphModule:
     """Finds the graph of a network: its layers as ``call_module`` nodes with their own names.
 

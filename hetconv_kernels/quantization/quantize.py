@@ -20,7 +20,7 @@ from .. import stats
 from ..errors import ArgumentError, InputTypeError, TraceError, mismatch
 from ..graph.layout import set_module
 from ..graph.optimize import optimize
-from ..graph.trace import check_network, record
+from ..graph.trace import check_float, check_network, record
 from ..nn.quantized_layer import QuantizedLayer
 from ..nn.quantized_steps import Dequantize, Quantize, QuantizedStep
 from ..timing import interleaved
@@ -281,6 +281,7 @@ def _calibrated(
         raise InputTypeError(mismatch("activations", activations, "torch.uint8 or torch.int8"))
     make(observer, percentile)  # refuses before anything long runs
     check_network(model)
+    check_float(model)
     _check_dtype(model)
     inputs = as_batches(batches, model)
     report = optimize(model, inputs[0])
