@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from .. import stats
 from ..errors import HetconvError
 from ..nn.base import SupportLayer
+from . import trace
 from .channels import Channels
 from .check import Match, verify
 from .compact import CompactReport, shrink
 from .fold import Folded, Left, fold
 from .layout import set_module
 from .order import Reordered, order
-from .trace import as_inputs, check_float, check_network
+from .trace import as_inputs, check_network
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,12 @@ def optimize(model: nn.Module, example: Any) -> OptimizeReport:
         The report, with the network as ``report.model``.
 
     Raises:
-        InputTypeError: no nn.Module, one in 8 bits, or no tensor in the example.
+        InputTypeError: no nn.Module, or no tensor in the example.
         ArgumentError: the network is in training mode.
         VerificationError: the outputs differ by more than rounding.
     """
+    trace.check_float(model)
     check_network(model)
-    check_float(model)
     inputs = as_inputs(example)
     work = _Work(copy.deepcopy(model))
     with torch.no_grad():

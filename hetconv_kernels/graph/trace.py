@@ -79,7 +79,7 @@ def check_float(model: nn.Module) -> None:
     Raises:
         InputTypeError: it has a quantised layer.
     """
-    for name, module in model.named_modules():
+    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
         if isinstance(module, ForcedBackend) and hasattr(module, "weight_scale"):
             raise InputTypeError(
                 mismatch(
