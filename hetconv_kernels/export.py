@@ -24,6 +24,8 @@ from .graph.copying import copied
 from .graph.trace import FAILURES, as_inputs, check_network
 from .nn import FrequencyConv2d, FusedConv2d, GroupedConv2d, SupportConv2d, SupportLinear
 from .nn.base import SupportLayer
+from .nn.quantized_layer import QuantizedLayer
+from .nn.quantized_steps import QuantizedStep
 from .packing import dense_weight, own_blocks
 from .pooling import Pool, max_pooled
 from .problem import Geometry, read_ints
@@ -35,6 +37,9 @@ _ACTS = {
     "silu": F.silu,
     "gelu": F.gelu,
 }
+
+
+_OURS = (SupportLayer, FusedConv2d, FrequencyConv2d, QuantizedLayer)
 
 
 class PlainConv2d(nn.Module):
@@ -78,10 +83,19 @@ def plain(model: nn.Module) -> nn.Module:
         model: any network.
 
     Raises:
-        InputTypeError: no nn.Module.
+        InputTypeError: no nn.Module, or a network in 8 bits.
     """
     if not isinstance(model, nn.Module):
         raise InputTypeError(mismatch("model", type(model).__name__, "an nn.Module"))
+    if any(isinstance(m, QuantizedLayer | QuantizedStep) for m in model.modules()):
+        raise InputTypeError(
+            mismatch(
+                "model",
+                "layers in 8 bits, which PyTorch has no plain form of",
+                "a network in float",
+                "The float network is `optimized` of the report; to_onnx writes QDQ files.",
+            )
+        )
     return _replaced(copied(model))
 
 
@@ -242,6 +256,6 @@ def support_layers(model: nn.Module) -> list[str]:
     found: list[str] = []
     for name, module in model.named_modules():
         part = any(name.startswith(f"{whole}.") for whole in found)
-        if isinstance(module, SupportLayer | FusedConv2d | FrequencyConv2d) and not part:
+        if isinstance(module, _OURS) and not part:
             found.append(name)
     return found

@@ -327,3 +327,24 @@ def test_a_network_that_cannot_be_traced_says_why() -> None:
 
     with pytest.raises(TraceError, match=r"Opaque.*traced"):
         quantize(Opaque().eval(), [torch.ones(1, 3, 4, 4)])
+
+
+def test_a_network_in_8_bits_is_not_quantised_optimised_or_made_plain_again() -> None:
+    model, batches = network("tiny")
+    made = quantize(model, batches).model
+    for again in (
+        lambda: quantize(made, batches),
+        lambda: hk.optimize(made, batches[0]),
+        lambda: hk.export.plain(made),
+    ):
+        with pytest.raises(InputTypeError, match="8 bits"):
+            again()
+    assert hk.export.support_layers(made) == ["conv", "fc"]
+
+
+def test_an_exported_network_takes_any_batch() -> None:
+    model, batches = network("digits")
+    made, x = quantize(model, batches).model, batches[0]
+    dynamic = ({0: torch.export.Dim.AUTO},)
+    program = torch.export.export(made, (x,), dynamic_shapes=dynamic).module()
+    assert torch.equal(program(x[:3]), made(x[:3]))

@@ -46,6 +46,36 @@ def test_a_write_in_place_is_seen() -> None:
     assert not torch.equal(layer(x), before)
 
 
+@pytest.mark.parametrize("name", ["weight", "weight_scale", "bias"])
+def test_a_buffer_that_is_replaced_or_written_to_is_seen(name: str) -> None:
+    layer, x = quantized(), image()
+    before = layer(x)
+    old = getattr(layer, name)
+    setattr(layer, name, (old * 2).to(old.dtype))
+    changed = layer(x)
+    assert not torch.equal(changed, before)
+    getattr(layer, name).copy_(old)
+    assert torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize(("name", "value"), [("y", None), ("act", "none"), ("pool", POOL)])
+def test_a_scale_or_activation_that_is_changed_is_seen(name: str, value) -> None:
+    layer, x = quantized(), image()
+    before = layer(x)
+    setattr(layer, name, value)
+    after = layer(x)
+    assert after.shape != before.shape or not torch.equal(after.float(), before.float())
+
+
+def test_another_engine_packs_for_itself() -> None:
+    layer, x = quantized(), image()
+    truth = layer(x)
+    with hk.use_backend("reference"):
+        assert torch.equal(layer(x), truth)
+    layer.backend = "reference"
+    assert torch.equal(layer(x), truth)
+
+
 def test_a_checkpoint_of_another_support_is_refused() -> None:
     layer = quantized()
     other = hk.nn.HetConv2d(8, 12, 3, stride=2, padding=1, p=4, order="interleaved")

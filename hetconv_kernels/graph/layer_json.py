@@ -236,7 +236,7 @@ def _quantized(
     kind: type[QuantizedLayer], arguments: Json, described: Json, support: Support
 ) -> QuantizedLayer:
     geometry = Geometry(support, arguments["stride"], arguments["pads"], arguments["dilation"])
-    scales = {
+    scales: Json = {
         name: None if data is None else Scale.from_dict(data)
         for name, data in described["scales"].items()
     }

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .. import stats
 from ..errors import HetconvError
 from ..nn.base import SupportLayer
+from . import trace
 from .channels import Channels
 from .check import Match, verify
 from .compact import CompactReport, shrink
@@ -125,6 +126,7 @@ def optimize(model: nn.Module, example: Any, dtype: torch.dtype | None = None) -
         ArgumentError: the network is in training mode, or the dtype is another one.
         VerificationError: the outputs differ by more than rounding.
     """
+    trace.check_float(model)
     check_network(model)
     inputs = as_inputs(example)
     if dtype is not None:

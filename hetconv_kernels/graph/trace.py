@@ -99,6 +99,24 @@ def _indifferent(module: nn.Module) -> bool:
     return own and not isinstance(module, _MODAL)
 
 
+def check_float(model: nn.Module) -> None:
+    """Refuses a network that is in 8 bits already.
+
+    Raises:
+        InputTypeError: it has a quantised layer.
+    """
+    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        if isinstance(module, ForcedBackend) and hasattr(module, "weight_scale"):
+            raise InputTypeError(
+                mismatch(
+                    "model",
+                    f"a network in 8 bits ({name or 'the whole'} is a {type(module).__name__})",
+                    "one in float",
+                    "hetconv_kernels.quantize has optimised it already.",
+                )
+            )
+
+
 def trace(model: nn.Module, example: Any) -> fx.GraphModule:
     """Finds the graph of a network: its layers as ``call_module`` nodes with their own names.
 

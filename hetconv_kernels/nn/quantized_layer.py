@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from ..backends import forced_code
 from ..errors import ArgumentError, InputTypeError, SupportError, mismatch
 from ..observers import observed
 from ..packing import bits_on, dense_weight, live_weight
@@ -22,15 +23,19 @@ from .base import ForcedBackend
 
 _FORMAT = "hetconv_kernels.QuantizedLayer/1"
 _SCALES = ("x", "y", "residual")
+_DERIVED_FROM = frozenset((*_SCALES, "act", "pool"))
 
 
 class _Ready(NamedTuple):
-    """An engine's form of the weight, and what it was made of."""
+    """An engine's form of the weight, and what it was made for and of."""
 
-    module: Any
+    fprop: Any
     handle: Any
+    code: int
+    device: torch.device
     weight: Tensor
-    version: int
+    scale: Tensor
+    versions: tuple[int, int]
 
 
 class QuantizedLayer(ForcedBackend):
@@ -59,7 +64,9 @@ class QuantizedLayer(ForcedBackend):
         super().__init__()
         bounds(act)  # refuses an activation that is no clamp
         self._geometry, self.act, self.pool, self.backend = geometry, act, pool, backend
-        self.x, self.y, self.residual = x, y, residual
+        self.x: Scale | None = x
+        self.y: Scale | None = y
+        self.residual: Scale | None = residual
         support = geometry.support
         weight = torch.zeros(support.live, dtype=torch.int8, device=device)
         self.register_buffer("weight", weight)
@@ -67,6 +74,7 @@ class QuantizedLayer(ForcedBackend):
         bias = torch.zeros(support.filters, dtype=torch.int32, device=device)
         self.register_buffer("bias", bias)
         self._ready: _Ready | None = None
+        self._numbers: dict[str, Any] = {}
         self.prepare_()
 
     @property
@@ -160,7 +168,7 @@ class QuantizedLayer(ForcedBackend):
             return self
         self._multiplier = multiplier(x, self.weight_scale, y)
         low, high = bounds(self.act) if y is None else y.bounds(self.act)
-        self._numbers: dict[str, Any] = {
+        numbers: dict[str, Any] = {
             "x_zero_point": x.zero_point,
             "y_zero_point": 0 if y is None else y.zero_point,
             "low": low,
@@ -171,46 +179,68 @@ class QuantizedLayer(ForcedBackend):
             "pool": self.pool,
         }
         if self.residual is not None:
-            self._numbers |= {
+            numbers |= {
                 "residual_multiplier": ratio(self.residual, y),
                 "residual_zero_point": self.residual.zero_point,
             }
+        self._numbers = numbers
         return self
 
     def _run(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """Convolves with the epilogue.  # [N, C, H, W] -> [N, F, OH, OW]"""
         self._check(x, residual)
         code = self._backend_code()
-        if observed(x, self.weight):
-            n = self._numbers
-            y: Tensor = torch.ops.hetconv.qfprop(
-                x, self.weight, bits_on(self.support, x.device), self._multiplier, self.bias,
-                residual, self._geometry.ints(x.shape[2], x.shape[3]), ops.pool_ints(self.pool),
-                n["x_zero_point"], n["residual_multiplier"], n["residual_zero_point"],
-                n["y_zero_point"], n["low"], n["high"], n["out_dtype"], code,
-            )  # fmt: skip
-            return y
-        module = engine(x.device, code)
+        # Not by attributes: every one of a Module's buffers costs a search.
+        weight: Any = self._buffers["weight"]
+        scale: Any = self._buffers["weight_scale"]
+        if observed(x, weight):
+            return self._traced_run(x, weight, residual, code)
         ready = self._ready
         if (
             ready is None
-            or ready.weight is not self.weight
-            or ready.module is not module
-            or ready.version != _version(self.weight)
+            or ready.code != (code or forced_code())
+            or ready.device != x.device
+            or ready.weight is not weight
+            or ready.scale is not scale
+            or ready.versions != (_version(weight), _version(scale))
         ):
-            handle = module.pack(self.weight, self.support)
-            ready = self._ready = _Ready(module, handle, self.weight, _version(self.weight))
-        y = module.fprop(
+            ready = self._make_ready(weight, scale, code, x.device)
+        y: Tensor = ready.fprop(
             x,
             ready.handle,
-            self.support,
+            self._geometry.support,
             self._geometry,
             multiplier=self._multiplier,
-            bias=self.bias,
+            bias=self._buffers["bias"],
             residual=residual,
             **self._numbers,
         )
         return y
+
+    def _traced_run(self, x: Tensor, weight: Tensor, residual: Tensor | None, code: int) -> Tensor:
+        n = self._numbers
+        y: Tensor = torch.ops.hetconv.qfprop(
+            x, weight, bits_on(self.support, x.device), self._multiplier, self.bias, residual,
+            self._geometry.ints(x.shape[2], x.shape[3]), ops.pool_ints(self.pool),
+            n["x_zero_point"], n["residual_multiplier"], n["residual_zero_point"],
+            n["y_zero_point"], n["low"], n["high"], n["out_dtype"], code,
+        )  # fmt: skip
+        return y
+
+    def _make_ready(self, weight: Tensor, scale: Tensor, code: int, device: torch.device) -> _Ready:
+        """Packs the weight for the engine of choice, and derives anew what follows from scales."""
+        self.prepare_()
+        module = engine(device, code)
+        self._ready = _Ready(
+            module.fprop,
+            module.pack(weight, self.support),
+            code or forced_code(),
+            device,
+            weight,
+            scale,
+            (_version(weight), _version(scale)),
+        )
+        return self._ready
 
     def _check(self, x: Tensor, residual: Tensor | None) -> None:
         if self.x is None:
@@ -234,6 +264,11 @@ class QuantizedLayer(ForcedBackend):
             "a Scale",
             "hetconv_kernels.quantize calibrates a network; load_state_dict brings Scales too.",
         )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in _DERIVED_FROM and "_numbers" in self.__dict__:
+            self.prepare_()
 
     # Moving, copying and saving ---------------------------------------------------------------
 
@@ -277,7 +312,8 @@ class QuantizedLayer(ForcedBackend):
             ) from error
         if support != self.support:
             raise SupportError(mismatch("Support of the checkpoint", support, self.support))
-        self.x, self.y, self.residual = found
+        for name, scale in zip(_SCALES, found, strict=True):
+            self.__dict__[name] = scale
         self.prepare_()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -198,7 +198,9 @@ class QuantizedAvgPool2d(QuantizedStep):
         self, x: Scale, y: Scale | None, size: tuple[int, int] = (1, 1), keepdim: bool = True
     ) -> None:
         super().__init__()
-        self.x, self.y, self.size, self.keepdim = _scale("x", x), y, tuple(size), keepdim
+        self.x, self.y, self.keepdim = _scale("x", x), y, keepdim
+        height, width = size
+        self.size = (height, width)
         self._tail = tail(y, "none")
         if self.size != (1, 1) and (y != x or not keepdim):
             raise ArgumentError(mismatch("y of a pooling to several pixels", y, f"x, {x}"))
