@@ -128,6 +128,9 @@ def filled(
     # A filter of zeros may come with the scale zero; whatever it is multiplied with is zero.
     empty = dense.flatten(1).eq(0).all(1) & (scale <= 0)
     scale = torch.where(empty, torch.ones_like(scale), scale).contiguous()
+    if not bool(((scale > 0) & torch.isfinite(scale)).all()):
+        received = "zero, negative, NaN or Inf"
+        raise ArgumentError(mismatch("scales of the weights", received, "positive numbers"))
     unit = scale.double() * layer.x.scale
     steps = torch.zeros(filters, dtype=torch.float64)
     if bias is not None:

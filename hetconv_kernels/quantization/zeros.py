@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Support of a weight whose structure is known from its zeros alone.
 
-In 8 bits a weight that exists may be zero as well, by rounding: about one in a hundred. Filters
-that read the same columns, but for such holes, are taken to have one structure: the union of what
-they read. What is live too many is a zero that is multiplied with, which changes no result.
+In 8 bits a weight that exists may be zero as well, by rounding: about one in a hundred. A channel
+that a filter reads with nearly all taps it reads with all; a tap that it has in nearly all channels
+it has in all; and filters that read the same columns, but for
+such holes, are taken to have one structure, the union of what they read. What is live too many is a
+zero that is multiplied with, which changes no result.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from ..support import Support
 
 # Filters belong together when at most this part of their columns is not shared.
 _HOLES = 1 / 8
-# A layer with fewer zeros than this has none on purpose.
+# A layer, kernel or tap of a filter with more than this has no zeros on purpose.
 _DENSE = 7 / 8
 
 
@@ -44,7 +46,10 @@ def support_of_zeros(weight: Tensor, groups: int = 1) -> Support:
 
 
 def _closed(alive: np.ndarray) -> Support:
-    """Fills the holes of filters that belong together."""
+    """Fills the holes of kernels, of taps, and of filters that belong together."""
+    kernels = alive.mean((2, 3), keepdims=True) >= _DENSE  # [F, C, 1, 1]
+    taps = alive.mean(1, keepdims=True) >= _DENSE  # [F, 1, KH, KW]
+    alive = alive | kernels | taps
     columns = alive.reshape(len(alive), -1)
     unions: list[np.ndarray] = []
     members: list[list[int]] = []
