@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``hetconv info | explain | demo | compress | bench | profile | report``.
+"""The command line: ``hetconv info | explain | demo | compress | quantize | bench | profile | …``.
 
 Each command imports what it needs when it runs, so that ``hetconv --help`` is quick.
 """
@@ -112,6 +112,11 @@ def _parser(asked: Sequence[str]) -> argparse.ArgumentParser:
         from .compress import command as compressing
 
         compressing.add_arguments(compress)
+    quantizing = command("quantize", _quantize, "make a network compute in 8 bits")
+    if asked == ["quantize"]:
+        from .quantization import command as module_of_quantization
+
+        module_of_quantization.add_arguments(quantizing)
     bench = command("bench", _bench, "measure this machine (a front to benchmarks/ of a checkout)")
     bench.add_argument("--full", action="store_true", help="all cases, not the quick subset")
     bench.add_argument("--backend", action="append", help="force this backend (repeatable)")
@@ -185,7 +190,7 @@ def _explain(options: argparse.Namespace) -> int:
     return OK
 
 
-# demo, compress, bench ----------------------------------------------------------------------------
+# demo, compress, quantize, bench -----------------------------------------------------------------
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -196,6 +201,12 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _compress(options: argparse.Namespace) -> int:
     from .compress import command
+
+    return int(command.run(options))
+
+
+def _quantize(options: argparse.Namespace) -> int:
+    from .quantization import command
 
     return int(command.run(options))
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo: a denoiser made dense, HetConv and self-grouped, measured side by side.
+"""The demo: a denoiser made dense, HetConv and self-grouped, in 8 bits too, measured side by side.
 
 It trains a small DnCNN on one photograph, makes two sparse networks of it, trains all three on for
-equally many steps, and denoises another photograph that none of them has seen. DnCNN is Zhang,
-Zuo, Chen, Meng, Zhang, IEEE TIP 26(7), 2017, arXiv 1608.03981; its BatchNorm is left out, because a
-few minutes of small batches train better without.
+equally many steps, and denoises another photograph that none of them has seen. Where the engine in
+8 bits is built the sparse networks are quantised, calibrated on the first photograph. DnCNN is
+Zhang, Zuo, Chen, Meng, Zhang, IEEE TIP 26(7), 2017, arXiv 1608.03981; its BatchNorm is left out,
+because a few minutes of small batches train better without.
 """
 
 from __future__ import annotations
@@ -37,18 +38,24 @@ from .demo_data import (
     require_extra,
 )
 from .demo_report import TORCH, Progress, Row, draw, show
-from .errors import ArgumentError, HetconvError, mismatch
+from .errors import ArgumentError, BackendError, HetconvError, mismatch
 from .explain import explain
 from .graph import rules
 from .graph.convert import convert
 from .models import DnCNN, dncnn
 from .nn import SupportConv2d
+from .nn.quantized_layer import QuantizedLayer
+from .quantization import engine
+from .quantization.quantize import quantize
 from .samples import Timings
 from .support import Support
 
 PART = 4
 PERCENT, STEP, CLUSTERS = 70, 10, 16
 _LEARNING_RATE = 2e-3
+_INT8 = ", int8"
+# Batches of patches that calibrate a network.
+_CALIBRATION = 8
 # What single precision may differ by over a network, on images from 0 to 1.
 _TOLERANCE = 1e-4
 
@@ -137,7 +144,8 @@ def run(args: argparse.Namespace) -> int:
         "timings": timings.to_dict(),
     }
     picture, results = args.out / "demo.png", args.out / "demo.json"
-    draw(picture, truth, noisy, noisy_psnr_db, dict(zip(rows, images, strict=True)))
+    shown = {r: i for r, i in zip(rows, images, strict=True) if not r.name.endswith(_INT8)}
+    draw(picture, truth, noisy, noisy_psnr_db, shown)
     results.write_text(json.dumps(record, indent=2) + "\n")
     show(rows, noisy_psnr_db)
     print(
@@ -150,8 +158,8 @@ def run(args: argparse.Namespace) -> int:
 # training ----------------------------------------------------------------------------------------
 
 
-def _train_all(settings: Settings, seed: int, device: torch.device) -> dict[str, DnCNN]:
-    """Trains the dense network, derives the sparse ones, trains all three on for as long."""
+def _train_all(settings: Settings, seed: int, device: torch.device) -> dict[str, nn.Module]:
+    """Trains the dense network, derives the sparse ones, trains all three on, quantises two."""
     photo = photograph(TRAINED_ON)
 
     def patches(offset: int) -> Patches:
@@ -168,7 +176,21 @@ def _train_all(settings: Settings, seed: int, device: torch.device) -> dict[str,
         for name, network in networks.items():
             # All three see the same patches, so that none has an advantage.
             train(network, patches(1), more, _LEARNING_RATE, progress.stage(f"{name}, tuned"))
-    return networks
+    found: dict[str, nn.Module] = {**networks}
+    if has_int8(device):
+        stream = patches(3)
+        batches = [stream.next()[0] for _ in range(_CALIBRATION)]
+        for name in ("HetConv", "self-grouped"):
+            found[name + _INT8] = quantize(networks[name].eval(), batches, measure=False).model
+    return found
+
+
+def has_int8(device: torch.device) -> bool:
+    """Tells whether the engine in 8 bits is here and may be used: its times are worth a row."""
+    try:
+        return engine.name_of(device) == "cpu"
+    except BackendError:  # another backend is forced, which has no 8 bits
+        return False
 
 
 def train(
@@ -236,7 +258,7 @@ def _channels_last(model: DnCNN) -> DnCNN:
 
 @torch.inference_mode()
 def _measure(
-    networks: dict[str, DnCNN],
+    networks: dict[str, nn.Module],
     noisy: Tensor,
     truth: Tensor,
     settings: Settings,
@@ -245,7 +267,12 @@ def _measure(
     """Checks, denoises with, and times each network."""
     x = noisy[None].to(device).contiguous(memory_format=torch.channels_last)
     outputs = {name: network.eval()(x) for name, network in networks.items()}
-    differences = {name: _difference(name, networks[name], x, y) for name, y in outputs.items()}
+    differences = {
+        name: float((y - outputs[name.removesuffix(_INT8)]).abs().max())
+        if name.endswith(_INT8)
+        else _difference(name, networks[name], x, y)
+        for name, y in outputs.items()
+    }
 
     def call(network: nn.Module) -> Callable[[], Tensor]:
         return lambda: network(x)
@@ -295,6 +322,8 @@ def backends_of(network: nn.Module, x: Tensor) -> tuple[str, ...]:
 
     ``("torch",)`` for a network that has none.
     """
+    if any(isinstance(m, QuantizedLayer) for m in network.modules()):
+        return (f"{engine.name_of(x.device)} int8",)
     inputs: dict[SupportConv2d, Tensor] = {}
 
     def remember(layer: SupportConv2d, arguments: tuple[Tensor, ...]) -> None:

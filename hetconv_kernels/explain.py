@@ -16,6 +16,7 @@ from .backends import NAMES, available_backends, choose, get_backend
 from .errors import ArgumentError, InputTypeError, mismatch
 from .nn.base import SupportLayer
 from .nn.conv import SupportConv2d
+from .nn.quantized_layer import QuantizedLayer
 from .problem import Problem, check_call
 
 
@@ -119,11 +120,11 @@ class Explanation:
         return f"{how}: {self.chosen}."
 
 
-def explain(layer: SupportLayer, x: Tensor, measure: bool = True) -> Explanation:
+def explain(layer: SupportLayer | QuantizedLayer, x: Tensor, measure: bool = True) -> Explanation:
     """Explains which backend runs a layer's forward pass, why, and how fast each one is.
 
     Args:
-        layer: a convolution layer of this package.
+        layer: a convolution layer of this package, or a quantised layer.
         x: an example input.  # [N, C, H, W] or [C, H, W]
         measure: whether to time the backends that can run it, interleaved (never on meta).
 
@@ -134,6 +135,10 @@ def explain(layer: SupportLayer, x: Tensor, measure: bool = True) -> Explanation
         InputTypeError: the layer is not one of this package's convolutions.
         ArgumentError, BackendError: as the layer's forward.
     """
+    if isinstance(layer, QuantizedLayer):
+        from .quantization.explained import explain_quantized  # which needs what is above
+
+        return explain_quantized(layer, x, measure)
     if not isinstance(layer, SupportConv2d):
         raise InputTypeError(
             mismatch(

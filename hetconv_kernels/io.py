@@ -25,6 +25,7 @@ from .graph.graph_json import graph_from_json, graph_to_json
 from .graph.layer_json import layer_from_json, layer_to_json
 from .graph.layout import set_module
 from .graph.trace import FAILURES, check_plain, symbolic_graph
+from .nn.quantized_layer import QuantizedLayer
 
 _FORMAT = "hetconv_kernels.Network/1"
 _KEY = "hetconv_kernels"
@@ -248,6 +249,9 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
         if slots[key].shape != tensor.shape or slots[key].dtype != tensor.dtype:
             raise FileError(_damaged(path, f"{name!r} has another size or dtype than its layer"))
         slots[key] = nn.Parameter(tensor, False) if slots is module._parameters else tensor
+    for module in owners.values():
+        if isinstance(module, QuantizedLayer):
+            module.prepare_()
 
 
 def _safetensors() -> Any:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +46,8 @@ def measure_roofs(
 
     Args:
         device: where.
-        dtype: of the operands.
+        dtype: of the operands; for uint8 and int8 the product is PyTorch's of int8 matrices, with
+            int32 sums, and no convolution is measured.
         rounds: samples of each.
         size: edge of the matrices; by default 1536 on a CPU and 8192 on a GPU.
     """
@@ -53,19 +55,25 @@ def measure_roofs(
     edge = size or (1536 if device.type == "cpu" else 8192)
     generator = torch.Generator().manual_seed(0)
     # Random operands: zeros draw less power and ran 13 % faster on a GPU.
-    a, b = (torch.randn(edge, edge, generator=generator).to(device, dtype) for _ in "ab")
+    integer = not dtype.is_floating_point
+    kind = torch.float32 if integer else dtype
+    a, b = (torch.randn(edge, edge, generator=generator).to(device, kind) for _ in "ab")
     source = torch.ones(4 * last_level_cache(device) // 4, dtype=torch.float32, device=device)
     sink, product = torch.empty_like(source), torch.empty_like(a)
     images, channels, side = (8, 256, 28) if device.type == "cpu" else (64, 512, 56)
-    x = torch.randn(images, channels, side, side, generator=generator).to(device, dtype)
+    x = torch.randn(images, channels, side, side, generator=generator).to(device, kind)
     x = x.contiguous(memory_format=torch.channels_last)
-    w = torch.randn(channels, channels, 3, 3, generator=generator).to(device, dtype)
+    w = torch.randn(channels, channels, 3, 3, generator=generator).to(device, kind)
+    variants: dict[str, Callable[[], object]] = {
+        "product": lambda: torch.mm(a, b, out=product),
+        "convolution": lambda: torch.conv2d(x, w, padding=1),
+        "copy": lambda: sink.copy_(source),
+    }
+    if integer:
+        left, right = (t.mul(40).clamp(-127, 127).to(torch.int8) for t in (a, b))
+        variants = {"product": lambda: torch._int_mm(left, right), "copy": variants["copy"]}
     timings = interleaved(
-        {
-            "product": lambda: torch.mm(a, b, out=product),
-            "convolution": lambda: torch.conv2d(x, w, padding=1),
-            "copy": lambda: sink.copy_(source),
-        },
+        variants,
         rounds=rounds,
         warmup=1,
         device=device,
@@ -73,8 +81,12 @@ def measure_roofs(
     moved = 2 * source.numel() * source.element_size()
     return Roofs(
         macs_per_s=max(
-            edge**3 / min(timings.samples["product"]),
-            x.numel() * channels * 9 / min(timings.samples["convolution"]),
+            work / min(timings.samples[name])
+            for name, work in (
+                ("product", edge**3),
+                ("convolution", x.numel() * channels * 9),
+            )
+            if name in timings.samples
         ),
         bytes_per_s=moved / min(timings.samples["copy"]),
         device=str(device),

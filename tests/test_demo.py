@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from hetconv_kernels import available_backends, demo, demo_data, rules
+from hetconv_kernels import available_backends, demo, demo_data, rules, use_backend
 from hetconv_kernels.cli import main
 from hetconv_kernels.errors import ArgumentError, BackendError, HetconvError
 from hetconv_kernels.graph.convert import convert
@@ -113,6 +113,36 @@ def test_record_says_what_ran_and_how_long(quick: dict[str, Any]) -> None:
         assert network["seconds"] == variants[name]["median_s"] > 0
     uses_vendor = any("vendor" in n["backends"] for n in record["networks"].values())
     assert ("no speed-up is to be expected" in quick["printed"]) == uses_vendor
+
+
+def test_networks_in_8_bits_have_their_rows_where_their_engine_is(quick: dict[str, Any]) -> None:
+    networks = quick["record"]["networks"]
+    rows = [name for name in networks if name.endswith(", int8")]
+    there = demo.has_int8(torch.device("cpu"))
+    assert rows == (["HetConv, int8", "self-grouped, int8"] if there else [])
+    for name in rows:
+        assert networks[name]["backends"] == ["cpu int8"]
+
+
+def test_8_bits_cost_less_than_two_tenths_of_a_decibel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "has_int8", lambda device: True)  # on the reference too
+    assert demo.run(options("--quick", "--out", str(tmp_path))) == 0
+    networks = json.loads((tmp_path / "demo.json").read_text())["networks"]
+    for name in ("HetConv", "self-grouped"):
+        network, integers = networks[name], networks[f"{name}, int8"]
+        assert network["psnr_db"] - integers["psnr_db"] < 0.2
+        assert 0 < integers["difference"] < 0.2
+        # Channels that nothing reads are gone: `quantize` begins with `optimize`.
+        assert 0 < integers["live_weights"] <= network["live_weights"]
+        assert integers["macs"] == integers["live_weights"] * 96 * 128
+
+
+@pytest.mark.parametrize("name", ["vendor", "reference"])
+def test_there_are_no_rows_in_8_bits_for_a_backend_that_is_not_their_engine(name: str) -> None:
+    with use_backend(name):
+        assert not demo.has_int8(torch.device("cpu"))
 
 
 def test_picture_shows_five_different_panels(quick: dict[str, Any]) -> None:

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import copy
 import io
-import pickle
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ import torch.nn.functional as F_
 from torch import nn
 
 import hetconv_kernels as hk
-from hetconv_kernels.errors import ArgumentError, InputTypeError, SupportError
+from hetconv_kernels.errors import ArgumentError, InputTypeError
 from hetconv_kernels.nn import QuantizedConv2d, QuantizedLinear, fuse
 from hetconv_kernels.pooling import Pool
 from hetconv_kernels.quantization import reference
@@ -91,7 +89,7 @@ def test_a_pruned_linear_layer_keeps_its_support() -> None:
     layer = QuantizedLinear.from_float(linear, X, Y, "relu")
     assert layer.weight.shape == (int(mask.sum()),)
     x = image(X, (3, 24))
-    truth = torch.relu(linear(numbers(x, X))).clamp(Y.low, Y.high)
+    truth = torch.relu(linear(numbers(x, X))).clamp(Y.low, Y.high).detach()
     assert float((numbers(layer(x), Y) - truth).abs().max()) < 0.1
 
 
@@ -200,90 +198,6 @@ def test_an_accumulator_that_could_overflow_is_refused_before_it_runs() -> None:
     huge = torch.full((12,), 2**31 - 1, dtype=torch.int32)
     with pytest.raises(ArgumentError, match="overflow"):
         layer.set_(layer.weight, layer.weight_scale, huge)(image())
-
-
-# Loading, moving, copying ------------------------------------------------------------------------
-
-
-def test_a_state_dict_brings_weights_and_scales_to_a_layer_that_has_none() -> None:
-    layer = quantized(residual=R)
-    file = io.BytesIO()
-    torch.save(layer.state_dict(), file)
-    file.seek(0)
-    state = torch.load(file, weights_only=True)
-    assert state["_extra_state"].dtype == torch.uint8
-    fresh = QuantizedConv2d(layer._geometry, act="relu")
-    fresh.load_state_dict(state)
-    x, r = image(), image(R, (2, 12, 6, 5))
-    assert (fresh.x, fresh.y, fresh.residual) == (X, Y, R)
-    assert torch.equal(fresh(x, r), layer(x, r))
-
-
-def test_loading_makes_the_packed_form_anew() -> None:
-    layer, other, x = quantized(), quantized(), image()
-    before = layer(x)
-    layer.load_state_dict(other.state_dict())
-    assert torch.equal(layer(x), other(x))
-    assert not torch.equal(layer(x), before)
-
-
-def test_a_write_in_place_is_seen() -> None:
-    layer, x = quantized(), image()
-    before = layer(x)
-    layer.weight.neg_()
-    assert not torch.equal(layer(x), before)
-
-
-def test_a_checkpoint_of_another_support_is_refused() -> None:
-    layer = quantized()
-    other = hk.nn.HetConv2d(8, 12, 3, stride=2, padding=1, p=4, order="interleaved")
-    wrong = QuantizedConv2d.from_float(other, X, Y)
-    with pytest.raises(SupportError, match="Support of the checkpoint"):
-        layer.load_state_dict(wrong.state_dict())
-
-
-@pytest.mark.parametrize(
-    "state", [torch.zeros(3, dtype=torch.uint8), torch.zeros(0, dtype=torch.uint8), {"x": 1}, None]
-)
-def test_a_foreign_extra_state_is_refused(state: object) -> None:
-    with pytest.raises(SupportError, match="get_extra_state"):
-        quantized().set_extra_state(state)
-
-
-@pytest.mark.parametrize(
-    "copied",
-    [
-        copy.deepcopy,
-        lambda layer: pickle.loads(pickle.dumps(layer)),
-        lambda layer: layer.to("cpu"),
-        lambda layer: copy.deepcopy(layer).half(),
-        lambda layer: copy.deepcopy(layer).double(),
-    ],
-    ids=["deepcopy", "pickle", "to", "half", "double"],
-)
-def test_copies_and_moves_compute_the_same(copied) -> None:
-    layer, x = quantized(), image()
-    truth = layer(x)
-    other = copied(layer)
-    assert torch.equal(other(x), truth)
-    assert other.weight_scale.dtype == torch.float32
-    assert other.weight.dtype == torch.int8
-
-
-def test_a_copy_shares_nothing_with_its_original() -> None:
-    layer, x = quantized(), image()
-    truth = layer(x)
-    other = copy.deepcopy(layer)
-    other.weight.neg_()
-    assert torch.equal(layer(x), truth)
-    assert not torch.equal(other(x), truth)
-
-
-def test_the_repr_says_scales_and_support() -> None:
-    text = repr(quantized(pool=POOL, residual=R))
-    for part in ("8, 12", "uint8(0.02, 128)", "act=relu", "het(p=4", "pool=", "residual="):
-        assert part in text
-    assert "in_features=24" in repr(QuantizedLinear.from_float(nn.Linear(24, 4), X))
 
 
 # Tracing -----------------------------------------------------------------------------------------

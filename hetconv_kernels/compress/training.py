@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -167,5 +168,7 @@ def _pair(batch: Any, model: nn.Module) -> tuple[Tensor, Tensor]:
                 "Pass train_step and evaluate for anything else.",
             )
         )
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    # A quantised network has buffers only.
+    held = itertools.chain(model.parameters(), model.buffers())
+    device = next((t.device for t in held), torch.device("cpu"))
     return batch[0].to(device), batch[1].to(device)

@@ -16,12 +16,17 @@ from ..nn import (
     FusedConv2d,
     GroupedConv2d,
     HetConv2d,
+    QuantizedConv2d,
+    QuantizedLinear,
     SelfGroupConv2d,
     SupportConv2d,
     SupportLinear,
 )
+from ..nn.quantized_layer import QuantizedLayer
+from ..nn.quantized_steps import STEPS, QuantizedStep
 from ..pooling import Pool
 from ..problem import Geometry
+from ..quantization.scheme import Scale
 from ..support import Support
 
 Json = dict[str, Any]
@@ -78,7 +83,16 @@ _SUPPORTED: tuple[type[SupportConv2d], ...] = (
 )
 _BY_NAME: dict[str, type[nn.Module]] = {
     kind.__name__: kind
-    for kind in (*_PLAIN, *_SUPPORTED, SupportLinear, FusedConv2d, FrequencyConv2d)
+    for kind in (
+        *_PLAIN,
+        *_SUPPORTED,
+        SupportLinear,
+        FusedConv2d,
+        FrequencyConv2d,
+        QuantizedConv2d,
+        QuantizedLinear,
+        *STEPS,
+    )
 }
 
 
@@ -109,6 +123,10 @@ def layer_to_json(module: nn.Module) -> Json | None:
                 "pool": module.pool,
             },
         }
+    if isinstance(module, QuantizedLayer) and kind in (QuantizedConv2d, QuantizedLinear):
+        return _quantized_to_json(module)
+    if isinstance(module, QuantizedStep) and kind in STEPS:
+        return {"kind": kind.__name__, "arguments": module.describe()}
     if isinstance(module, FrequencyConv2d) and kind is FrequencyConv2d:
         return _frequency_to_json(module, described)
     if not isinstance(module, SupportConv2d | SupportLinear) or kind not in _BY_NAME.values():
@@ -125,6 +143,23 @@ def layer_to_json(module: nn.Module) -> Json | None:
         "arguments": arguments,
         "frozen": module.frozen,
         "channels_last": not module.frozen and _is_channels_last(module),
+    }
+
+
+def _quantized_to_json(module: QuantizedLayer) -> Json:
+    geometry = module._geometry
+    return {
+        "kind": type(module).__name__,
+        "support": geometry.support.to_json(),
+        "scales": module.scales(),
+        "arguments": {
+            "stride": geometry.stride,
+            "pads": geometry.pads,
+            "dilation": geometry.dilation,
+            "act": module.act,
+            "backend": module.backend,
+            "pool": module.pool,
+        },
     }
 
 
@@ -152,6 +187,8 @@ def layer_from_json(described: Json) -> nn.Module:
     """
     try:
         kind = _BY_NAME[described["kind"]]
+        if issubclass(kind, QuantizedStep):
+            return kind.from_description(described["arguments"])
         arguments = {name: _tuples(value) for name, value in described["arguments"].items()}
         dtype = getattr(torch, described.get("dtype", "float32"))
         if not isinstance(dtype, torch.dtype):
@@ -182,6 +219,8 @@ def _build(
         act, backend = arguments["act"], arguments["backend"]
         pool = None if arguments["pool"] is None else Pool(*map(tuple, arguments["pool"]))
         return FusedConv2d(geometry, weight, shift, act, backend, pool)
+    if issubclass(kind, QuantizedLayer):
+        return _quantized(kind, arguments, described, support)
     if kind is FrequencyConv2d:
         return _frequency(arguments, described, support, dtype)
     own = kind in (HetConv2d, GroupedConv2d)  # their Support follows from their arguments
@@ -191,6 +230,20 @@ def _build(
     if described["frozen"]:
         layer.freeze()
     return layer
+
+
+def _quantized(
+    kind: type[QuantizedLayer], arguments: Json, described: Json, support: Support
+) -> QuantizedLayer:
+    geometry = Geometry(support, arguments["stride"], arguments["pads"], arguments["dilation"])
+    scales: Json = {
+        name: None if data is None else Scale.from_dict(data)
+        for name, data in described["scales"].items()
+    }
+    pool = None if arguments["pool"] is None else Pool(*map(tuple, arguments["pool"]))
+    extras: Json = {} if pool is None else {"pool": pool}
+    act, backend = arguments["act"], arguments["backend"]
+    return kind(geometry, act=act, backend=backend, device="meta", **scales, **extras)
 
 
 def _frequency(

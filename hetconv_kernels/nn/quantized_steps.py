@@ -18,7 +18,7 @@ from ..quantization.scheme import Scale, bounds, ratio
 from .base import ForcedBackend
 
 
-class _Step(ForcedBackend):
+class QuantizedStep(ForcedBackend):
     """A step with Scales and no weights."""
 
     # Names of the constructor's arguments, which are attributes too.
@@ -54,7 +54,7 @@ def _whole(value: Any) -> Any:
     return tuple(map(_whole, value)) if isinstance(value, list | tuple) else value
 
 
-class Quantize(_Step):
+class Quantize(QuantizedStep):
     """float32 to 8 bits: clamp(rint(x / scale) + zero_point), of any shape.
 
     Infinities go to the ends of the range, NaN to the zero point.
@@ -82,7 +82,7 @@ class Quantize(_Step):
         return y if x.dim() == 4 else y.reshape(x.shape)
 
 
-class Dequantize(_Step):
+class Dequantize(QuantizedStep):
     """8 bits to float32: (q − zero_point) · scale, of any shape.
 
     Args:
@@ -106,7 +106,7 @@ class Dequantize(_Step):
         return y if x.dim() == 4 else y.reshape(x.shape)
 
 
-class Requantize(_Step):
+class Requantize(QuantizedStep):
     """From one Scale to another, with an activation on the way, of any shape.
 
     Args:
@@ -129,7 +129,7 @@ class Requantize(_Step):
         return y if x.dim() == 4 else y.reshape(x.shape)
 
 
-class QuantizedAdd(_Step):
+class QuantizedAdd(QuantizedStep):
     """act(a + b) in 8 bits, of any shape.
 
     Args:
@@ -156,7 +156,7 @@ class QuantizedAdd(_Step):
         return y if a.dim() == 4 else y.reshape(a.shape)
 
 
-class QuantizedMaxPool2d(_Step):
+class QuantizedMaxPool2d(QuantizedStep):
     """Max-pooling of 8-bit numbers, which keep their Scale.
 
     Args:
@@ -179,7 +179,7 @@ class QuantizedMaxPool2d(_Step):
         return y
 
 
-class QuantizedAvgPool2d(_Step):
+class QuantizedAvgPool2d(QuantizedStep):
     """Adaptive average pooling in 8 bits; to one pixel it is the mean over the image.
 
     To another size the output keeps the input's Scale: where the image has that size already it is
@@ -198,7 +198,9 @@ class QuantizedAvgPool2d(_Step):
         self, x: Scale, y: Scale | None, size: tuple[int, int] = (1, 1), keepdim: bool = True
     ) -> None:
         super().__init__()
-        self.x, self.y, self.size, self.keepdim = _scale("x", x), y, tuple(size), keepdim
+        self.x, self.y, self.keepdim = _scale("x", x), y, keepdim
+        height, width = size
+        self.size = (height, width)
         self._tail = tail(y, "none")
         if self.size != (1, 1) and (y != x or not keepdim):
             raise ArgumentError(mismatch("y of a pooling to several pixels", y, f"x, {x}"))
@@ -215,7 +217,7 @@ class QuantizedAvgPool2d(_Step):
         return y if self.keepdim else y.flatten(1)
 
 
-class QuantizedPad(_Step):
+class QuantizedPad(QuantizedStep):
     """Pads with the integer that stands for 0.
 
     Args:
@@ -233,6 +235,13 @@ class QuantizedPad(_Step):
         """Pads.  # [N, C, H, W] -> [N, C', H', W']"""
         check_dtype(x, self.x)
         return F.pad(x, self.pads, value=self.x.zero_point)
+
+
+# What a file may hold.
+STEPS: tuple[type[QuantizedStep], ...] = (
+    Quantize, Dequantize, Requantize, QuantizedAdd, QuantizedMaxPool2d, QuantizedAvgPool2d,
+    QuantizedPad,
+)  # fmt: skip
 
 
 # Pieces -----------------------------------------------------------------------------------------

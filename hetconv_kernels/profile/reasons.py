@@ -12,7 +12,9 @@ from .. import functional, ops
 from ..backends import NAMES, available_backends, choose, get_backend, predict
 from ..explain import problem_of
 from ..nn import FrequencyConv2d, FusedConv2d, SupportConv2d, SupportLinear
+from ..nn.quantized_layer import QuantizedLayer
 from ..problem import Problem
+from ..quantization.engine import name_of
 
 
 def backend_and_reason(layer: nn.Module, arguments: tuple[Any, ...]) -> tuple[str, str]:
@@ -27,6 +29,11 @@ def backend_and_reason(layer: nn.Module, arguments: tuple[Any, ...]) -> tuple[st
     """
     if isinstance(layer, FrequencyConv2d):
         return layer.path_for(arguments[0]), "the faster by prediction of its two paths"
+    if isinstance(layer, QuantizedLayer):
+        name = name_of(arguments[0].device, layer._backend_code())
+        return name, "in 8 bits; the engines give the same integers" + (
+            "" if name == "cpu" else ", and the compiled one is not here or not wanted"
+        )
     problem = _problem(layer, arguments)
     if problem is None:
         return "torch", "a plain layer of PyTorch"

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..functional import conv2d
 from ..nn.base import ForcedBackend
-from ..nn.quantized import QuantizedConv2d, QuantizedLayer, QuantizedLinear
+from ..nn.quantized import QuantizedConv2d, QuantizedLinear
+from ..nn.quantized_layer import QuantizedLayer
 from ..nn.quantized_steps import (
     Dequantize,
     Quantize,

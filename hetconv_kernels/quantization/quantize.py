@@ -21,13 +21,12 @@ from ..errors import ArgumentError, InputTypeError, TraceError, mismatch
 from ..graph.layout import set_module
 from ..graph.optimize import optimize
 from ..graph.trace import check_network, record
-from ..nn import FusedConv2d
-from ..nn.quantized_steps import Dequantize, Quantize
+from ..nn.quantized_layer import QuantizedLayer
+from ..nn.quantized_steps import Dequantize, Quantize, QuantizedStep
 from ..timing import interleaved
 from .calibrate import Inputs, as_batches, layer_errors, observe, output_error
 from .checks import RANGES
 from .engine import name_of
-from .fake import FakeQuantizedLayer
 from .observers import make
 from .report import LayerReport, QuantizeReport
 from .rewrite import Ranges, assign_scales, build, convert
@@ -375,7 +374,5 @@ def _check_dtype(model: nn.Module) -> None:
 
 def _float_outputs(model: nn.Module) -> int:
     """Counts the layers and steps that give float32 in their epilogue."""
-    return sum(
-        hasattr(m, "y") and m.y is None and not isinstance(m, FusedConv2d | FakeQuantizedLayer)
-        for m in model.modules()
-    )
+    kinds = (QuantizedLayer, QuantizedStep)
+    return sum(isinstance(m, kinds) and hasattr(m, "y") and m.y is None for m in model.modules())

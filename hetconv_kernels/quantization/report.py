@@ -111,6 +111,11 @@ class QuantizeReport:
                 f"measured {times['float32']:.3g} ms -> {times['int8']:.3g} ms, "
                 f"{self.timings.speedup('int8')} (engine: {self.engine})"
             )
+            if self.engine == "reference":
+                lines.append(
+                    "the compiled engine is not built here: the reference is for its integers, "
+                    "not for speed"
+                )
         return "\n".join(lines)
 
 

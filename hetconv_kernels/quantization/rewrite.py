@@ -165,7 +165,8 @@ class _Builder:
     def _copy(self, node: fx.Node) -> None:
         """Copies a step that stays in float; what asks for sizes alone takes either form."""
         form = self._any if name_of(node) in SIZES else self.as_float
-        self.floats[node] = self.graph.node_copy(node, form)
+        made = self.floats[node] = self.graph.node_copy(node, form)
+        _reshaped(node, made)
         if node.op == "call_module":
             self._keep(str(node.target))
         elif node.op == "get_attr":
@@ -215,12 +216,7 @@ class _Builder:
         made = self.graph.node_copy(node, form)
         if node.op == "call_module":
             self._keep(str(node.target))
-        if name_of(node) == "view":
-            x, *sizes = made.args
-            shape = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], list | tuple) else sizes
-            made.op, made.target = "call_function", torch.reshape
-            made.args = (x, tuple(shape) or made.kwargs.get("size"))  # type: ignore[assignment]
-            made.kwargs = {}
+        _reshaped(node, made)
         return made
 
     def _keep(self, name: str) -> None:
@@ -235,6 +231,18 @@ class _Builder:
             taken, place = f"{name}_{place}", place + 1
         self.parts[taken] = module
         return taken
+
+
+def _reshaped(old: fx.Node, made: fx.Node) -> None:
+    """Makes a view a reshaping: what comes before is in channels_last now, whatever it was."""
+    if name_of(old) != "view" or any(isinstance(a, torch.dtype) for a in old.args):
+        return
+    x, *sizes = made.args
+    if len(sizes) == 1 and isinstance(sizes[0], list | tuple):
+        sizes = list(sizes[0])
+    made.op, made.target = "call_function", torch.reshape
+    made.args = (x, tuple(sizes or made.kwargs["size"]))  # type: ignore[arg-type]
+    made.kwargs = {}
 
 
 def light(step: Step, scales: list[Scale], y: Scale | None) -> FakeStep:

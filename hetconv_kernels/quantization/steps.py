@@ -216,7 +216,7 @@ def _is_view_of_bits(node: fx.Node) -> bool:
 
 def is_tuple(node: fx.Node) -> bool:
     """Tells a node that gives several tensors from one that gives one."""
-    shape = node.meta.get("shape")
+    shape: tuple[object, ...] = node.meta.get("shape") or ()
     return bool(shape) and isinstance(shape[0], tuple)
 
 

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``hetconv quantize``: a trained network in 8 bits, and what came of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import io
+from ..compress.command import _NETWORKS, _write, accuracy, dense, train, trainer
+from ..compress.training import Training
+from ..datasets import Dataset, cifar10, digits
+from ..errors import ArgumentError, HetconvError, mismatch
+from .checks import RANGES
+from .observers import NAMES
+from .quantize import MIN_SQNR, convert, prepare, quantize
+
+_ACTIVATIONS = {str(dtype).removeprefix("torch."): dtype for dtype in RANGES}
+_RATE = 1e-3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command to a parser."""
+    add = parser.add_argument
+    add("file", nargs="?", type=Path, metavar="FILE",
+        help="a network that hetconv_kernels.io saved, such as a compressed one")  # fmt: skip
+    add("--data", default="digits",
+        help="digits (of scikit-learn, the default), or a folder of CIFAR-10")  # fmt: skip
+    add("--validation", type=int, default=5000,
+        help="training images of a CIFAR-10 folder to judge by (5000)")  # fmt: skip
+    add("--model", choices=_NETWORKS, metavar="MODEL",
+        help=f"{', '.join(_NETWORKS)} (digits_net for the digits, else vgg16_cifar)")  # fmt: skip
+    add("--weights", type=Path, help="a state dict of the trained network; otherwise it is trained")
+    add("--train-epochs", type=int, default=20, help="of that training (20)")
+    add("--images", type=int, default=512, help="training images to calibrate on (512)")
+    add("--observer", choices=NAMES, default="minmax", help="how ranges are chosen (minmax)")
+    add("--percentile", type=float, default=99.99, help="what that observer covers (99.99)")
+    add("--activations", choices=_ACTIVATIONS, default="uint8", help="dtype between layers (uint8)")
+    add("--min-sqnr", type=float, default=MIN_SQNR,
+        help=f"layers under this many dB stay in float ({MIN_SQNR:g})")  # fmt: skip
+    add("--max-drop", type=float, metavar="X",
+        help="put layers back to float until no more of the accuracy is lost")  # fmt: skip
+    add("--skip", action="append", default=[], help="leave this layer in float (repeatable)")
+    add("--qat-epochs", type=int, default=0,
+        help="train under fake quantisation for so many epochs before (0)")  # fmt: skip
+    add("--batch", type=int, default=64, help="images in a batch (64)")
+    add("--seed", type=int, default=0)
+    add("--device", default="cpu", help="such as cpu or cuda:0")
+    add("--no-measure", action="store_true", help="do not time anything")
+    add("--out", type=Path, default=Path("outputs/quantize"),
+        help="results go here (outputs/quantize)")  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the command.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        HetconvError: data, weights or the file cannot be read, or results not be written.
+        ArgumentError: a value is out of range.
+    """
+    small = options.data == "digits"
+    if min(options.batch, options.images) < 1 or min(options.train_epochs, options.qat_epochs) < 0:
+        received = options.batch, options.images, options.train_epochs, options.qat_epochs
+        raise ArgumentError(
+            mismatch("--batch, --images, --train-epochs, --qat-epochs", received,
+                     "at least 1, 1, 0 and 0")
+        )  # fmt: skip
+    data = digits() if small else cifar10(options.data, options.validation)
+    training = trainer(data, max(options.batch, 2), 0.01, not small)
+    model = _network(options, training, small).eval()
+    choices: dict[str, Any] = {
+        "observer": options.observer,
+        "percentile": options.percentile,
+        "activations": _ACTIVATIONS[options.activations],
+        "min_sqnr": options.min_sqnr,
+        "skip": options.skip,
+    }
+    images = data.train.images[: options.images].to(options.device)
+    batches = images.split(options.batch)
+
+    def evaluate(net: nn.Module) -> float:
+        found = training.judge(net)
+        assert found is not None
+        return found
+
+    report = quantize(
+        model, batches, evaluate=evaluate, max_drop=options.max_drop,
+        measure=not options.no_measure, **choices,
+    )  # fmt: skip
+    print(report)
+    made, names = report.model, {"float32": model, "calibrated": report.model}
+    if options.qat_epochs:
+        made = _trained(model, batches, options, data, choices)
+        names["trained"] = made
+    found = {name: accuracy(net, data, options.batch) for name, net in names.items()}
+    print(f"Accuracy on {len(data.test)} images that nothing above has seen: "
+          + ", ".join(f"{name} {value:.4f}" for name, value in found.items()) + ".")  # fmt: skip
+    record = report.to_dict() | {"test_accuracy": found, "network": type(model).__name__}
+    _write(options.out, "quantize.json", json.dumps(record, indent=2) + "\n")
+    try:
+        io.save(made, options.out / "network.safetensors")
+    except HetconvError as error:  # safetensors is an extra
+        torch.save(made.state_dict(), options.out / "network.pt")
+        print(f"{error} Wrote a state dict instead.")
+    print(f"Wrote {options.out}/quantize.json and the network beside it.")
+    return 0
+
+
+def _network(options: argparse.Namespace, training: Training, small: bool) -> nn.Module:
+    if options.file is not None:
+        try:
+            return io.load(options.file, device=options.device)
+        except FileNotFoundError as error:
+            raise HetconvError(f"{options.file} is not there.") from error
+    name = options.model or ("digits_net" if small else "vgg16_cifar")
+    return dense(
+        name, options.weights, training, options.train_epochs, options.seed, options.out,
+        options.device,
+    )  # fmt: skip
+
+
+def _trained(
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    options: argparse.Namespace,
+    data: Dataset,
+    choices: dict[str, Any],
+) -> nn.Module:
+    """Trains under fake quantisation, at a tenth of the rate of fine-tuning, and converts."""
+    network = prepare(model, batches, **choices)
+    training = trainer(data, max(options.batch, 2), _RATE / 10, False)
+    return convert(train(network, training, options.qat_epochs, options.seed, None))

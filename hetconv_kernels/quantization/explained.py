@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Why a quantised layer is as fast as it is: `hk.explain` for layers in 8 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..backends import NAMES, forced_code
+from ..explain import Candidate, Explanation
+from ..nn.quantized_layer import QuantizedLayer
+from ..timing import interleaved
+from .engine import available, name_of
+
+
+def explain_quantized(layer: QuantizedLayer, x: Tensor, measure: bool = True) -> Explanation:
+    """Explains which engine runs a layer in 8 bits, and how fast each one is.
+
+    Both give the same integers. Nothing is predicted: what is not measured is not known.
+
+    Args:
+        layer: a `QuantizedConv2d` or `QuantizedLinear` without residual.
+        x: an example input of the Scale's dtype.
+        measure: whether to time the engines, interleaved.
+
+    Raises:
+        InputTypeError, ArgumentError, BackendError: as the layer's forward.
+    """
+    layer(x)  # refuses what the layer refuses
+    support = layer.support
+    code = layer._backend_code()
+    forced = NAMES[code or forced_code()] != "auto"
+    names = available() if x.device.type == "cpu" else ("reference",)
+    timed = _measure(layer, x, names) if measure and x.numel() else {}
+    linear = hasattr(layer, "in_features")
+    pixels = (1, 1) if linear else layer._geometry.output_size(x.shape[2], x.shape[3])
+    batch = x.numel() // x.shape[-1] if linear else x.shape[0]
+    f, c, kh, kw = support.shape
+    sizes = sorted(
+        ((len(g.filters), int(g.mask.any((1, 2)).sum())) for g in support.groups), reverse=True
+    )
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return Explanation(
+        layer=repr(layer),
+        input=f"{tuple(x.shape)}, {x.dtype}, {x.device}, "
+        f"{'channels_last' if last else 'contiguous'}",
+        groups=tuple(sizes[:4]),
+        group_count=len(sizes),
+        density=support.density,
+        macs=batch * support.macs(*pixels),
+        dense_macs=batch * f * c * kh * kw * pixels[0] * pixels[1],
+        chosen=name_of(x.device, code),
+        forced=forced,
+        candidates=tuple(Candidate(n, (), None, None, timed.get(n)) for n in names),
+    )
+
+
+def _measure(layer: QuantizedLayer, x: Tensor, names: tuple[str, ...]) -> dict[str, float]:
+    def call(name: str) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            layer.backend = name
+            made: Tensor = layer.forward(x)
+            return made
+
+        return run
+
+    before = layer.backend
+    try:
+        # One engine after the other: their packed weights take turns in the layer.
+        return {
+            name: interleaved({name: call(name)}, device=x.device, rounds=9).median(name)
+            for name in names
+        }
+    finally:
+        layer.backend = before
