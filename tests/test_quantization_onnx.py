@@ -27,7 +27,7 @@ from hetconv_kernels.nn.quantized_steps import (
 )
 from hetconv_kernels.pooling import Pool
 from hetconv_kernels.problem import make_geometry
-from hetconv_kernels.quantization import Scale, qdq, to_onnx
+from hetconv_kernels.quantization import Scale, to_onnx, to_qdq
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -221,7 +221,7 @@ def test_the_qdq_form_computes_the_network(quantized: Any) -> None:
     net, x = quantized
     with torch.no_grad():
         expected = net(x)
-        form = qdq(net)
+        form = to_qdq(net)
         found = form(x)
     assert (found - expected).norm() < 0.01 * expected.norm()
     assert export.support_layers(form) == []
@@ -293,15 +293,15 @@ def test_the_file_keeps_integers(quantized: Any, tmp_path: Path) -> None:
 
 def test_a_float_network_is_refused() -> None:
     with pytest.raises(InputTypeError, match=r"in float.*export\.plain"):
-        qdq(nn.Conv2d(3, 4, 3))
+        to_qdq(nn.Conv2d(3, 4, 3))
     with pytest.raises(InputTypeError, match=r"nn\.Module"):
-        qdq("net")  # type: ignore[arg-type]
+        to_qdq("net")  # type: ignore[arg-type]
 
 
 def test_an_uncalibrated_layer_is_refused() -> None:
     layer = QuantizedConv2d(make_geometry(SUPPORTS["het"]))
     with pytest.raises(InputTypeError, match="not calibrated"):
-        qdq(layer)
+        to_qdq(layer)
 
 
 def test_a_network_in_training_mode_is_refused(quantized: Any, tmp_path: Path) -> None:

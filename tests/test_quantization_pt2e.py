@@ -18,7 +18,7 @@ import hetconv_kernels as hk
 from hetconv_kernels.errors import FileError, InputTypeError
 from hetconv_kernels.nn.quantized import QuantizedConv2d, QuantizedLayer
 from hetconv_kernels.nn.quantized_steps import Dequantize
-from hetconv_kernels.quantization import from_pt2e, qdq
+from hetconv_kernels.quantization import from_pt2e, to_qdq
 from hetconv_kernels.quantization.qdq import operators
 
 C = 16
@@ -119,7 +119,7 @@ def test_a_quantised_program_is_computed_as_it_says(
 
 def test_what_we_write_comes_back_bit_for_bit(x: torch.Tensor) -> None:
     quantized = hk.quantize(small(), [x], measure=False).model
-    again = from_pt2e(torch.export.export(qdq(quantized), (x,)))
+    again = from_pt2e(torch.export.export(to_qdq(quantized), (x,)))
     with torch.no_grad():
         assert torch.equal(again(x), quantized(x))
     scales = [

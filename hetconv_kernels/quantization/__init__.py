@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .onnx_import import from_onnx
     from .onnx_qdq import to_onnx
     from .pt2e import from_pt2e
-    from .qdq import qdq
+    from .qdq import to_qdq
     from .quantize import prepare
     from .report import QuantizeReport
     from .rewrite import convert
@@ -29,8 +29,8 @@ __all__ = [
     "from_onnx",
     "from_pt2e",
     "prepare",
-    "qdq",
     "to_onnx",
+    "to_qdq",
 ]
 
 # Loaded when first asked for: the layers import this package, and these import the layers.
@@ -40,8 +40,8 @@ _LAZY = {
     "from_onnx": ".onnx_import",
     "from_pt2e": ".pt2e",
     "prepare": ".quantize",
-    "qdq": ".qdq",
     "to_onnx": ".onnx_qdq",
+    "to_qdq": ".qdq",
 }
 
 

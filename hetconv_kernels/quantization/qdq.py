@@ -46,7 +46,7 @@ def has_quantized(model: nn.Module) -> bool:
     return any(isinstance(m, (QuantizedLayer, *STEPS)) for m in model.modules())
 
 
-def qdq(model: nn.Module) -> nn.Module:
+def to_qdq(model: nn.Module) -> nn.Module:
     """Copies a quantised network in QDQ form; what it has in float becomes `export.plain`.
 
     Its results are those of the integer network but for the last bit before each rounding, so that
