@@ -10,16 +10,15 @@ Support is found from the zeros. What stands in float stays in float.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from ..errors import FileError, HetconvError
-from ..nn.quantized import QuantizedConv2d, QuantizedLayer, QuantizedLinear
+from ..nn.quantized import QuantizedConv2d, QuantizedLinear
 from ..nn.quantized_steps import (
     Dequantize,
     Quantize,
@@ -29,71 +28,23 @@ from ..nn.quantized_steps import (
     QuantizedPad,
     Requantize,
 )
-from ..pooling import Pool
 from ..problem import make_geometry
-from .recipe import Constant, Operation, Recipe, filled, refused, rounded, ungrouped
+from .forms import Floats, Integers, Numbers, Pending
+from .recipe import (
+    Constant,
+    Operation,
+    Recipe,
+    filled,
+    identifier,
+    refused,
+    rounded,
+    scale_of,
+    ungrouped,
+)
 from .scheme import Scale
 from .zeros import support_of_zeros
 
-# Forms that a value can have ---------------------------------------------------------------------
-
-
-@dataclass
-class _Integers:
-    """Integers of a Scale; ``layer`` is what made them, where pooling could become part of it."""
-
-    node: fx.Node
-    scale: Scale
-    layer: QuantizedLayer | None = None
-
-
-@dataclass
-class _Numbers:
-    """What integers stand for: a dequantisation that has not been written."""
-
-    integers: _Integers
-
-
-@dataclass
-class _Floats:
-    node: fx.Node
-
-
-@dataclass
-class _Pending:
-    """A computation on integers whose end (sum, activation, quantisation) is not yet known.
-
-    Attributes:
-        name: of the layer or step.
-        where: for messages.
-        make: builds the module from the Scale of the output (None for float32) and from this.
-        operands: nodes of integers.
-        act: activation so far.
-        residual: what is added.
-        pool: pooling so far.
-        keepdim: of a mean.
-        bias: added to a layer that had none.
-    """
-
-    kind: str
-    name: str
-    where: str
-    make: Callable[[Scale | None, _Pending], nn.Module]
-    operands: list[fx.Node]
-    act: str = "none"
-    residual: _Integers | None = None
-    pool: Pool | None = None
-    keepdim: bool = True
-    bias: Tensor | None = None
-
-    @property
-    def takes_a_sum(self) -> bool:
-        """Whether a residual may still be added."""
-        bare = self.residual is None and self.pool is None and self.act == "none"
-        return bare and self.kind == "conv"
-
-
-_Value = _Integers | _Numbers | _Floats | _Pending | Constant
+_Value = Integers | Numbers | Floats | Pending | Constant
 
 
 def assemble(recipe: Recipe) -> fx.GraphModule:
@@ -126,7 +77,7 @@ class _Assembler:
     def assemble(self) -> fx.GraphModule:
         """Writes all operations."""
         for name in self.recipe.inputs:
-            self.values[name] = _Floats(self.graph.placeholder(_identifier(name)))
+            self.values[name] = Floats(self.graph.placeholder(identifier(name)))
         for op in self.recipe.operations:
             try:
                 self.values[op.output] = getattr(self, f"_{op.kind}")(op)
@@ -165,18 +116,18 @@ class _Assembler:
     def _own(self, op: Operation, place: int = 0) -> _Value:
         """Reads an operand; a computation that others read too is finished in float."""
         found = self._read(op, place)
-        if isinstance(found, _Pending) and self.uses[op.inputs[place]] > 1:
-            found = self.values[op.inputs[place]] = _Floats(self._finish(found, None))
+        if isinstance(found, Pending) and self.uses[op.inputs[place]] > 1:
+            found = self.values[op.inputs[place]] = Floats(self._finish(found, None))
         return found
 
     def _as_floats(self, value: _Value, where: str) -> fx.Node:
-        if isinstance(value, _Floats):
+        if isinstance(value, Floats):
             return value.node
-        if isinstance(value, _Pending):
+        if isinstance(value, Pending):
             return self._finish(value, None)
         if isinstance(value, Constant):
             raise refused(where, "a constant operand", "a computed one")
-        integers = value.integers if isinstance(value, _Numbers) else value
+        integers = value.integers if isinstance(value, Numbers) else value
         if integers.node not in self.written:
             module = Dequantize(integers.scale)
             self.written[integers.node] = self._call(
@@ -185,11 +136,11 @@ class _Assembler:
         return self.written[integers.node]
 
     def _result(self, value: _Value) -> fx.Node:
-        if isinstance(value, _Integers):
+        if isinstance(value, Integers):
             return value.node
         return self._as_floats(value, "an output")
 
-    def _finish(self, pending: _Pending, scale: Scale | None) -> fx.Node:
+    def _finish(self, pending: Pending, scale: Scale | None) -> fx.Node:
         operands = list(pending.operands)
         if pending.residual is not None:
             operands.append(pending.residual.node)
@@ -200,7 +151,7 @@ class _Assembler:
         return self._call(pending.name, module, operands)
 
     def _call(self, name: str, module: nn.Module, operands: Sequence[fx.Node]) -> fx.Node:
-        taken = base = _identifier(name)
+        taken = base = identifier(name)
         place = 1
         while taken in self.parts:
             taken, place = f"{base}_{place}", place + 1
@@ -214,19 +165,19 @@ class _Assembler:
         value = self._own(op)
         if isinstance(value, Constant) and value.scale is None:
             return Constant(rounded(value.values, op.settings))
-        scale = _scale(op)
-        if isinstance(value, _Pending):
+        scale = scale_of(op)
+        if isinstance(value, Pending):
             node = self._finish(value, scale)
             made = self.parts[str(node.target)]
-            return _Integers(node, scale, made if isinstance(made, QuantizedConv2d) else None)
-        if isinstance(value, _Numbers):
+            return Integers(node, scale, made if isinstance(made, QuantizedConv2d) else None)
+        if isinstance(value, Numbers):
             own = value.integers
             if own.scale == scale:
                 return own
             module = Requantize(own.scale, scale)
-            return _Integers(self._call(f"{own.node.name}_requantize", module, [own.node]), scale)
+            return Integers(self._call(f"{own.node.name}_requantize", module, [own.node]), scale)
         node = self._as_floats(value, op.where)
-        return _Integers(self._call(f"{node.name}_quantize", Quantize(scale), [node]), scale)
+        return Integers(self._call(f"{node.name}_quantize", Quantize(scale), [node]), scale)
 
     def _dequantize(self, op: Operation) -> _Value:
         """Settings: as of quantize."""
@@ -239,12 +190,12 @@ class _Assembler:
                     "Quantise weights symmetrically.",
                 )  # fmt: skip
             return Constant(value.values, op.settings["scale"].flatten(), op.settings["axis"])
-        if not isinstance(value, _Integers):
+        if not isinstance(value, Integers):
             raise refused(op.where, "numbers that were not quantised", "integers")
-        scale = _scale(op)
+        scale = scale_of(op)
         if scale != value.scale:
             raise refused(op.where, scale, f"{value.scale}, as it was quantised")
-        return _Numbers(value)
+        return Numbers(value)
 
     # Layers -------------------------------------------------------------------------------------
 
@@ -257,21 +208,21 @@ class _Assembler:
                 op.where, f"a weight of shape {tuple(weight.values.shape)}", "[F, C, KH, KW]"
             )
         s, value = op.settings, self._own(op)
-        if not isinstance(value, _Numbers) or weight.scale is None:
+        if not isinstance(value, Numbers) or weight.scale is None:
             return self._float_conv(op, weight, bias)
         dense = ungrouped(weight.values, s["groups"])
         support = support_of_zeros(dense, s["groups"])
         geometry = make_geometry(support, s["stride"], s["pads"], s["dilation"])
         own = value.integers
 
-        def make(y: Scale | None, found: _Pending) -> nn.Module:
+        def make(y: Scale | None, found: Pending) -> nn.Module:
             residual = None if found.residual is None else found.residual.scale
             layer = QuantizedConv2d(
                 geometry, x=own.scale, y=y, residual=residual, act=found.act, pool=found.pool
             )
             return filled(layer, dense, weight, bias, found.bias)
 
-        return _Pending("conv", op.output, op.where, make, [own.node])
+        return Pending("conv", op.output, op.where, make, [own.node])
 
     def _linear(self, op: Operation) -> _Value:
         """Inputs: features, weight [F, C], bias."""
@@ -283,21 +234,21 @@ class _Assembler:
         if weight.values.dim() != 2:
             raise refused(op.where, f"a weight of shape {tuple(weight.values.shape)}", "[F, C]")
         value = self._own(op)
-        if not isinstance(value, _Numbers) or weight.scale is None:
+        if not isinstance(value, Numbers) or weight.scale is None:
             layer = nn.Linear(*reversed(weight.values.shape), bias=bias is not None)
             layer.weight = nn.Parameter(weight.numbers().float())
             if bias is not None:
                 layer.bias = nn.Parameter(bias.numbers().float())
-            return _Floats(self._call(op.output, layer, [self._as_floats(value, op.where)]))
+            return Floats(self._call(op.output, layer, [self._as_floats(value, op.where)]))
         dense = weight.values[:, :, None, None]
         geometry = make_geometry(support_of_zeros(dense))
         own = value.integers
 
-        def make(y: Scale | None, found: _Pending) -> nn.Module:
+        def make(y: Scale | None, found: Pending) -> nn.Module:
             layer = QuantizedLinear(geometry, x=own.scale, y=y, act=found.act)
             return filled(layer, dense, weight, bias, found.bias)
 
-        return _Pending("linear", op.output, op.where, make, [own.node])
+        return Pending("linear", op.output, op.where, make, [own.node])
 
     def _float_conv(self, op: Operation, weight: Constant, bias: Constant | None) -> _Value:
         s = op.settings
@@ -314,29 +265,29 @@ class _Assembler:
         layer.weight = nn.Parameter(weight.numbers().float())
         if bias is not None:
             layer.bias = nn.Parameter(bias.numbers().float())
-        return _Floats(self._call(op.output, layer, [x]))
+        return Floats(self._call(op.output, layer, [x]))
 
     # Steps --------------------------------------------------------------------------------------
 
     def _add(self, op: Operation) -> _Value:
         values = [self._own(op, 0), self._own(op, 1)]
         for one, other in (values, values[::-1]):
-            if isinstance(one, _Pending) and isinstance(other, Constant):
+            if isinstance(one, Pending) and isinstance(other, Constant):
                 return self._with_bias(op, one, other)
         for one, other in (values, values[::-1]):
-            if isinstance(one, _Pending) and isinstance(other, _Numbers) and one.takes_a_sum:
+            if isinstance(one, Pending) and isinstance(other, Numbers) and one.takes_a_sum:
                 one.residual = other.integers
                 return one
-        if all(isinstance(v, _Numbers) for v in values):
+        if all(isinstance(v, Numbers) for v in values):
             a, b = (v.integers for v in values)  # type: ignore[union-attr]
-            return _Pending(
+            return Pending(
                 "add", op.output, op.where,
                 lambda y, found: QuantizedAdd(a.scale, b.scale, y, found.act), [a.node, b.node],
             )  # fmt: skip
         nodes = tuple(self._as_floats(v, op.where) for v in values)
-        return _Floats(self.graph.call_function(torch.add, nodes))
+        return Floats(self.graph.call_function(torch.add, nodes))
 
-    def _with_bias(self, op: Operation, layer: _Pending, bias: Constant) -> _Value:
+    def _with_bias(self, op: Operation, layer: Pending, bias: Constant) -> _Value:
         numbers = bias.numbers().squeeze()
         flat = layer.kind in ("conv", "linear") and numbers.dim() <= 1
         if not flat or layer.act != "none" or layer.residual is not None:
@@ -347,38 +298,38 @@ class _Assembler:
     def _act(self, op: Operation) -> _Value:
         """Settings: act, ``relu`` or ``relu6``."""
         value, act = self._own(op), op.settings["act"]
-        open_end = isinstance(value, _Pending) and value.kind != "mean" and value.pool is None
+        open_end = isinstance(value, Pending) and value.kind != "mean" and value.pool is None
         if open_end and value.act in ("none", act):  # type: ignore[union-attr]
             value.act = act  # type: ignore[union-attr]
             return value
-        if isinstance(value, _Numbers):
+        if isinstance(value, Numbers):
             own = value.integers
-            return _Pending(
+            return Pending(
                 "act", op.output, op.where,
                 lambda y, found: Requantize(own.scale, y, found.act), [own.node], act,
             )  # fmt: skip
         function = torch.relu if act == "relu" else F.relu6
-        return _Floats(self.graph.call_function(function, (self._as_floats(value, op.where),)))
+        return Floats(self.graph.call_function(function, (self._as_floats(value, op.where),)))
 
     def _max_pool(self, op: Operation) -> _Value:
         """Settings: pool."""
         value, pool = self._own(op), op.settings["pool"]
-        if isinstance(value, _Pending) and value.kind == "conv" and value.pool is None:
+        if isinstance(value, Pending) and value.kind == "conv" and value.pool is None:
             value.pool = pool
             return value
-        if isinstance(value, _Numbers | _Integers):
-            own = value.integers if isinstance(value, _Numbers) else value
+        if isinstance(value, Numbers | Integers):
+            own = value.integers if isinstance(value, Numbers) else value
             layer = own.layer
             if layer is not None and layer.pool is None and not self._read_elsewhere(op):
                 layer.pool = pool
                 layer.prepare_()
-                pooled = _Integers(own.node, own.scale)
+                pooled = Integers(own.node, own.scale)
             else:
                 node = self._call(op.output, QuantizedMaxPool2d(pool), [own.node])
-                pooled = _Integers(node, own.scale)
-            return _Numbers(pooled) if isinstance(value, _Numbers) else pooled
+                pooled = Integers(node, own.scale)
+            return Numbers(pooled) if isinstance(value, Numbers) else pooled
         node = self._as_floats(value, op.where)
-        return _Floats(self._call(op.output, nn.MaxPool2d(*pool), [node]))
+        return Floats(self._call(op.output, nn.MaxPool2d(*pool), [node]))
 
     def _read_elsewhere(self, op: Operation) -> bool:
         """Tells whether what is pooled, or the integers behind it, have other readers."""
@@ -393,37 +344,37 @@ class _Assembler:
     def _mean(self, op: Operation) -> _Value:
         """Settings: size, keepdim."""
         value, s = self._own(op), op.settings
-        if isinstance(value, _Numbers) and s["size"] == (1, 1):
+        if isinstance(value, Numbers) and s["size"] == (1, 1):
             own = value.integers
-            return _Pending(
+            return Pending(
                 "mean", op.output, op.where,
                 lambda y, found: QuantizedAvgPool2d(own.scale, y, (1, 1), found.keepdim),
                 [own.node], keepdim=s["keepdim"],
             )  # fmt: skip
         node = self._as_floats(value, op.where)
         if s["size"] == (1, 1):
-            return _Floats(self.graph.call_function(torch.mean, (node, (2, 3), s["keepdim"])))
-        return _Floats(self.graph.call_function(F.adaptive_avg_pool2d, (node, s["size"])))
+            return Floats(self.graph.call_function(torch.mean, (node, (2, 3), s["keepdim"])))
+        return Floats(self.graph.call_function(F.adaptive_avg_pool2d, (node, s["size"])))
 
     def _pad(self, op: Operation) -> _Value:
         """Settings: pads (the last dimension first), value."""
         value, s = self._own(op), op.settings
-        if isinstance(value, _Numbers | _Integers):
-            own = value.integers if isinstance(value, _Numbers) else value
-            zero = 0 if isinstance(value, _Numbers) else own.scale.zero_point
+        if isinstance(value, Numbers | Integers):
+            own = value.integers if isinstance(value, Numbers) else value
+            zero = 0 if isinstance(value, Numbers) else own.scale.zero_point
             if s["value"] != zero:
                 raise refused(op.where, f"padding with {s['value']}", f"with the zero, {zero}")
-            padded = _Integers(
+            padded = Integers(
                 self._call(op.output, QuantizedPad(own.scale, s["pads"]), [own.node]), own.scale
             )
-            return _Numbers(padded) if isinstance(value, _Numbers) else padded
+            return Numbers(padded) if isinstance(value, Numbers) else padded
         arguments = (self._as_floats(value, op.where), s["pads"], "constant", s["value"])
-        return _Floats(self.graph.call_function(F.pad, arguments))
+        return Floats(self.graph.call_function(F.pad, arguments))
 
     def _move(self, op: Operation) -> _Value:
         """Settings: function, and its arguments behind the tensor; flatten where it is that."""
         value, s = self._own(op), op.settings
-        if isinstance(value, _Pending) and value.kind == "mean" and s.get("flatten"):
+        if isinstance(value, Pending) and value.kind == "mean" and s.get("flatten"):
             value.keepdim = False
             return value
         if isinstance(value, Constant):
@@ -432,39 +383,26 @@ class _Assembler:
         def moved(node: fx.Node) -> fx.Node:
             return self.graph.call_function(s["function"], (node, *s["arguments"]))
 
-        if isinstance(value, _Integers):
-            return _Integers(moved(value.node), value.scale)
-        if isinstance(value, _Numbers):
-            return _Numbers(_Integers(moved(value.integers.node), value.integers.scale))
-        return _Floats(moved(self._as_floats(value, op.where)))
+        if isinstance(value, Integers):
+            return Integers(moved(value.node), value.scale)
+        if isinstance(value, Numbers):
+            return Numbers(Integers(moved(value.integers.node), value.integers.scale))
+        return Floats(moved(self._as_floats(value, op.where)))
 
     def _cat(self, op: Operation) -> _Value:
         """Settings: dim."""
         values = [self._own(op, place) for place in range(len(op.inputs))]
-        own = [v.integers if isinstance(v, _Numbers) else v for v in values]
-        same = all(isinstance(v, _Integers) and v.scale == own[0].scale for v in own)  # type: ignore[union-attr]
+        own = [v.integers if isinstance(v, Numbers) else v for v in values]
+        same = all(isinstance(v, Integers) and v.scale == own[0].scale for v in own)  # type: ignore[union-attr]
         nodes = [v.node if same else self._as_floats(v, op.where) for v in own]  # type: ignore[union-attr]
         made = self.graph.call_function(torch.cat, (nodes, op.settings["dim"]))
         if not same:
-            return _Floats(made)
-        joined = _Integers(made, own[0].scale)  # type: ignore[union-attr]
-        return joined if isinstance(values[0], _Integers) else _Numbers(joined)
+            return Floats(made)
+        joined = Integers(made, own[0].scale)  # type: ignore[union-attr]
+        return joined if isinstance(values[0], Integers) else Numbers(joined)
 
     def _same(self, op: Operation) -> _Value:
         value = self._own(op)
-        if self.uses[op.output] > 1 and isinstance(value, _Pending):
-            return _Floats(self._finish(value, None))
+        if self.uses[op.output] > 1 and isinstance(value, Pending):
+            return Floats(self._finish(value, None))
         return value
-
-
-def _identifier(name: str) -> str:
-    """Makes an attribute's name of a value's."""
-    plain = "".join(c if c.isalnum() else "_" for c in name).strip("_") or "value"
-    return f"n{plain}" if plain[0].isdigit() else plain
-
-
-def _scale(op: Operation) -> Scale:
-    s = op.settings
-    if s["scale"].numel() != 1:
-        raise refused(op.where, f"{s['scale'].numel()} scales of an activation", "one")
-    return Scale(float(s["scale"]), int(s["zero_point"]), s["dtype"])

@@ -13,7 +13,7 @@ from ..errors import ArgumentError, FileError, mismatch
 from ..nn.quantized import QuantizedLayer
 from ..packing import live_weight
 from .checks import check_no_overflow
-from .scheme import reach
+from .scheme import Scale, reach
 
 
 @dataclass(frozen=True)
@@ -147,3 +147,17 @@ def filled(
     integers = steps.to(torch.int32)
     check_no_overflow(reach(layer.support, live), integers)
     return layer.set_(live, scale, integers)
+
+
+def identifier(name: str) -> str:
+    """Makes an attribute's name of a value's."""
+    plain = "".join(c if c.isalnum() else "_" for c in name).strip("_") or "value"
+    return f"n{plain}" if plain[0].isdigit() else plain
+
+
+def scale_of(op: Operation) -> Scale:
+    """Returns the Scale of a quantisation of activations."""
+    s = op.settings
+    if s["scale"].numel() != 1:
+        raise refused(op.where, f"{s['scale'].numel()} scales of an activation", "one")
+    return Scale(float(s["scale"]), int(s["zero_point"]), s["dtype"])
