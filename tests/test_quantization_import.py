@@ -287,6 +287,39 @@ def test_a_matrix_product_and_the_sum_behind_it_are_one_layer(tmp_path: Path) ->
     assert [type(m).__name__ for m in net.children()] == ["Quantize", "QuantizedLinear"]
 
 
+def test_what_is_in_float_stays_in_float(tmp_path: Path) -> None:
+    weight = np.linspace(-1, 1, 36, dtype=np.float32).reshape(2, 2, 3, 3)
+    nodes = [
+        *read_x(), node("Conv", "dx fw", "c", kernel_shape=[3, 3], pads=[1, 0, 1, 1]),
+        node("Relu", "c", "r"), node("ReduceMean", "r", "m", axes=[2, 3], keepdims=0),
+        node("Gemm", "m fl fb", "y", transB=1),
+    ]  # fmt: skip
+    linear = np.float32([[1, -2], [3, 4], [5, 6]])
+    more = {"fw": weight, "fl": linear, "fb": np.float32([1, 2, 3])}
+    net = from_onnx(graph(*nodes, path=tmp_path, more=more))
+    assert {type(m) for m in net.children()} >= {nn.Conv2d, nn.Linear}
+    x = image(1, 2, 4, 4)
+    numbers = (((x / 0.1).round() + 10).clamp(0, 255) - 10) * 0.1
+    y = torch.conv2d(nn.functional.pad(numbers, (0, 1, 1, 1)), torch.from_numpy(weight))
+    expected = torch.relu(y).mean((2, 3)) @ torch.from_numpy(linear).t() + torch.tensor([1, 2, 3])
+    assert torch.allclose(net(x), expected, atol=1e-4)
+
+
+def test_concatenations_of_one_scale_stay_integers(tmp_path: Path) -> None:
+    nodes = [
+        *read_x(), node("MaxPool", "dx", "p", kernel_shape=[3, 3], pads=[1, 1, 1, 1]),
+        node("QuantizeLinear", "p s z", "qp"), node("DequantizeLinear", "qp s z", "dp"),
+        node("Concat", "dx dp", "y", axis=1),
+    ]  # fmt: skip
+    net = from_onnx(graph(*nodes, path=tmp_path))
+    kinds = [type(m).__name__ for m in net.children()]
+    assert kinds == ["Quantize", "QuantizedMaxPool2d", "Dequantize"]
+    x = image(1, 2, 4, 4)
+    numbers = (((x / 0.1).round() + 10).clamp(0, 255) - 10) * 0.1
+    expected = torch.cat((numbers, torch.max_pool2d(numbers, 3, 1, 1)), 1)
+    assert torch.allclose(net(x), expected, atol=1e-6)
+
+
 def _asymmetric(path: Path) -> Path:
     more = {"zw": np.int8([0, 3])}
     return graph(*read_x(), *read_w(), node("Conv", "dx dw db", "y", **CONV), path=path, more=more)

@@ -35,6 +35,8 @@ from .recipe import (
     Operation,
     Recipe,
     filled,
+    float_conv,
+    float_linear,
     identifier,
     refused,
     rounded,
@@ -235,11 +237,8 @@ class _Assembler:
             raise refused(op.where, f"a weight of shape {tuple(weight.values.shape)}", "[F, C]")
         value = self._own(op)
         if not isinstance(value, Numbers) or weight.scale is None:
-            layer = nn.Linear(*reversed(weight.values.shape), bias=bias is not None)
-            layer.weight = nn.Parameter(weight.numbers().float())
-            if bias is not None:
-                layer.bias = nn.Parameter(bias.numbers().float())
-            return Floats(self._call(op.output, layer, [self._as_floats(value, op.where)]))
+            x = self._as_floats(value, op.where)
+            return Floats(self._call(op.output, float_linear(weight, bias), [x]))
         dense = weight.values[:, :, None, None]
         geometry = make_geometry(support_of_zeros(dense))
         own = value.integers
@@ -251,20 +250,12 @@ class _Assembler:
         return Pending("linear", op.output, op.where, make, [own.node])
 
     def _float_conv(self, op: Operation, weight: Constant, bias: Constant | None) -> _Value:
-        s = op.settings
-        top, bottom, left, right = s["pads"]
+        top, bottom, left, right = op.settings["pads"]
         x = self._as_floats(self._read(op), op.where)
-        symmetric = top == bottom and left == right
-        if not symmetric:
+        if top != bottom or left != right:
             x = self.graph.call_function(F.pad, (x, (left, right, top, bottom)))
-        filters, channels, *kernel = weight.values.shape
-        layer = nn.Conv2d(
-            channels * s["groups"], filters, tuple(kernel), s["stride"],
-            (top, left) if symmetric else 0, s["dilation"], s["groups"], bias is not None,
-        )  # fmt: skip
-        layer.weight = nn.Parameter(weight.numbers().float())
-        if bias is not None:
-            layer.bias = nn.Parameter(bias.numbers().float())
+            top = left = 0
+        layer = float_conv(weight, bias, op.settings, (top, left))
         return Floats(self._call(op.output, layer, [x]))
 
     # Steps --------------------------------------------------------------------------------------
@@ -393,12 +384,13 @@ class _Assembler:
         """Settings: dim."""
         values = [self._own(op, place) for place in range(len(op.inputs))]
         own = [v.integers if isinstance(v, Numbers) else v for v in values]
-        same = all(isinstance(v, Integers) and v.scale == own[0].scale for v in own)  # type: ignore[union-attr]
-        nodes = [v.node if same else self._as_floats(v, op.where) for v in own]  # type: ignore[union-attr]
+        integers = [v for v in own if isinstance(v, Integers)]
+        if len(integers) < len(own) or len({v.scale for v in integers}) > 1:
+            nodes = [self._as_floats(v, op.where) for v in values]
+            return Floats(self.graph.call_function(torch.cat, (nodes, op.settings["dim"])))
+        nodes = [v.node for v in integers]
         made = self.graph.call_function(torch.cat, (nodes, op.settings["dim"]))
-        if not same:
-            return Floats(made)
-        joined = Integers(made, own[0].scale)  # type: ignore[union-attr]
+        joined = Integers(made, integers[0].scale)
         return joined if isinstance(values[0], Integers) else Numbers(joined)
 
     def _same(self, op: Operation) -> _Value:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ArgumentError, FileError, mismatch
 from ..nn.quantized import QuantizedLayer
@@ -161,3 +161,29 @@ def scale_of(op: Operation) -> Scale:
     if s["scale"].numel() != 1:
         raise refused(op.where, f"{s['scale'].numel()} scales of an activation", "one")
     return Scale(float(s["scale"]), int(s["zero_point"]), s["dtype"])
+
+
+def float_conv(
+    weight: Constant, bias: Constant | None, settings: dict[str, Any], padding: tuple[int, int]
+) -> nn.Conv2d:
+    """Makes a convolution in float of constants."""
+    filters, channels, kh, kw = weight.values.shape
+    groups = settings["groups"]
+    layer = nn.Conv2d(
+        channels * groups, filters, (kh, kw), settings["stride"], padding, settings["dilation"],
+        groups, bias is not None,
+    )  # fmt: skip
+    return _with_numbers(layer, weight, bias)
+
+
+def float_linear(weight: Constant, bias: Constant | None) -> nn.Linear:
+    """Makes a fully connected layer in float of constants."""
+    filters, channels = weight.values.shape
+    return _with_numbers(nn.Linear(channels, filters, bias is not None), weight, bias)
+
+
+def _with_numbers(layer: Any, weight: Constant, bias: Constant | None) -> Any:
+    layer.weight = nn.Parameter(weight.numbers().float())
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.numbers().float())
+    return layer
