@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import hetconv_kernels as hk
-from benchmarks.shapes import NETWORK_SHAPES, ODD_SHAPES, SELF_GROUPED
+from benchmarks.shapes import _QUICK, NETWORK_SHAPES, ODD_SHAPES, SELF_GROUPED
 from benchmarks.supports import self_grouped, trained
 
 Kind = Literal[
@@ -185,34 +185,6 @@ _TABLE = {  # (channels, size): p=4, p=8, p=16, p=C, self-group 70 %, 90 %
     (128, 28): (2.75, 3.9, 4.8, 5.5, 3.0, 7.5),
     (256, 14): (2.8, 4.2, 5.2, 6.5, 2.9, 7.2),
     (512, 7): (3.0, 4.5, 6.0, 7.0, 2.9, 7.5),
-}
-_QUICK = {
-    "8x64x56-het4",
-    "8x128x28-het4",
-    "8x128x28-het8",
-    "8x128x28-het128",
-    "8x128x28-sg70",
-    "8x128x28-sg90",
-    "8x256x14-het8",
-    "8x512x7-het4",
-    "1x128x28-het4",
-    "8x128x28-het4-nchw",
-    "8x128x28-het4-training",
-    "8x128x28-het4-amp",
-    "8x256x14-k1-sg90",
-    "8x128x28-dense",
-    "lose-tiny",
-    "lose-irregular-50",
-    "hetconv-3",
-    "sg-cnn-1",
-    "nni-2225",
-    "condensenet-3",
-    "pytorch-43544",
-    "densenet-block2-het4",
-    "unet-enc3-het4",
-    "dncnn-patch-het4",
-    "fpn-p5-het4",
-    "odd-97-het4",
 }
 
 

@@ -53,6 +53,7 @@ def compiled_bfloat16(module: nn.Module, x: Tensor, folder: Path) -> Run:
 
 def openvino_bfloat16(module: nn.Module, x: Tensor, folder: Path) -> Run:
     """OpenVINO for latency, computing in bfloat16."""
+    peers.library("openvino")
     return peers.run_openvino(peers.onnx_file(module, x, folder), x, "bf16")
 
 
@@ -73,6 +74,7 @@ def onnxruntime_int8(module: nn.Module, x: Tensor, folder: Path) -> Run:
 
 def openvino_int8(module: nn.Module, x: Tensor, folder: Path) -> Run:
     """OpenVINO on the same QDQ file; what is left in float is in the precision it prefers."""
+    peers.library("openvino")
     return peers.run_openvino(qdq_file(module, x, folder), x)
 
 

@@ -43,11 +43,13 @@ def compiled(module: nn.Module, x: Tensor, folder: Path) -> Run:
 
 def onnxruntime(module: nn.Module, x: Tensor, folder: Path) -> Run:
     """ONNX Runtime with all its graph optimisations."""
+    library("onnxruntime")
     return run_onnxruntime(onnx_file(module, x, folder), x)
 
 
 def openvino(module: nn.Module, x: Tensor, folder: Path) -> Run:
     """OpenVINO for latency, in float32 (its default takes bfloat16 where the processor has it)."""
+    library("openvino")
     return run_openvino(onnx_file(module, x, folder), x, "f32")
 
 

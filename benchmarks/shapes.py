@@ -59,3 +59,33 @@ ODD_SHAPES: dict[str, Shape] = {
 }
 # Also self-grouped, beside HetConv of p = 4, which all are.
 SELF_GROUPED = ("vgg-conv1_2", "vgg-conv3_2", "vgg-conv5", "resnet-conv4s2", "fpn-p4", "unet-enc1")
+
+# Names of the cases of the default run.
+_QUICK = {
+    "8x64x56-het4",
+    "8x128x28-het4",
+    "8x128x28-het8",
+    "8x128x28-het128",
+    "8x128x28-sg70",
+    "8x128x28-sg90",
+    "8x256x14-het8",
+    "8x512x7-het4",
+    "1x128x28-het4",
+    "8x128x28-het4-nchw",
+    "8x128x28-het4-training",
+    "8x128x28-het4-amp",
+    "8x256x14-k1-sg90",
+    "8x128x28-dense",
+    "lose-tiny",
+    "lose-irregular-50",
+    "hetconv-3",
+    "sg-cnn-1",
+    "nni-2225",
+    "condensenet-3",
+    "pytorch-43544",
+    "densenet-block2-het4",
+    "unet-enc3-het4",
+    "dncnn-patch-het4",
+    "fpn-p5-het4",
+    "odd-97-het4",
+}

@@ -217,7 +217,8 @@ def to_onnx(model: nn.Module, example: Any, path: str | os.PathLike[str]) -> Non
     """Writes a network as an ONNX file, in operators that every ONNX host has.
 
     The network is made `plain` and compared with itself before; the batch is dynamic where the
-    network allows it. Needs onnx and onnxscript.
+    network allows it. A quantised network is written in QDQ form, by
+    `hetconv_kernels.quantization.to_onnx`. Needs onnx and onnxscript.
 
     Args:
         model: the network, in evaluation mode, of any layers of this package.
@@ -232,6 +233,12 @@ def to_onnx(model: nn.Module, example: Any, path: str | os.PathLike[str]) -> Non
         HetconvError: onnx or onnxscript is not installed.
     """
     check_network(model)
+    from .quantization.qdq import has_quantized
+
+    if has_quantized(model):
+        from .quantization.onnx_qdq import to_onnx as quantized_to_onnx
+
+        return quantized_to_onnx(model, example, path)
     inputs = as_inputs(example)
     try:
         import onnx  # noqa: F401

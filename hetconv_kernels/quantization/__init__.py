@@ -14,14 +14,35 @@ from typing import TYPE_CHECKING, Any
 from .scheme import Scale
 
 if TYPE_CHECKING:
+    from .onnx_import import from_onnx
+    from .onnx_qdq import to_onnx
+    from .pt2e import from_pt2e
+    from .qdq import to_qdq
     from .quantize import prepare
     from .report import QuantizeReport
     from .rewrite import convert
 
-__all__ = ["QuantizeReport", "Scale", "convert", "prepare"]
+__all__ = [
+    "QuantizeReport",
+    "Scale",
+    "convert",
+    "from_onnx",
+    "from_pt2e",
+    "prepare",
+    "to_onnx",
+    "to_qdq",
+]
 
 # Loaded when first asked for: the layers import this package, and these import the layers.
-_LAZY = {"QuantizeReport": ".report", "convert": ".rewrite", "prepare": ".quantize"}
+_LAZY = {
+    "QuantizeReport": ".report",
+    "convert": ".rewrite",
+    "from_onnx": ".onnx_import",
+    "from_pt2e": ".pt2e",
+    "prepare": ".quantize",
+    "to_onnx": ".onnx_qdq",
+    "to_qdq": ".qdq",
+}
 
 
 def __getattr__(name: str) -> Any:

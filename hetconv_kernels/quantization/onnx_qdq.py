@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from ..errors import HetconvError, TraceError
 from ..graph.trace import FAILURES, as_inputs, check_network
-from .qdq import qdq
+from .qdq import to_qdq
 
 
 def to_onnx(model: nn.Module, example: Any, path: str | os.PathLike[str]) -> None:
     """Writes a quantised network as an ONNX file that others compute in integers.
 
-    QuantizeLinear and DequantizeLinear stand around every convolution (`qdq`): weights are int8
+    QuantizeLinear and DequantizeLinear stand around every convolution (`to_qdq`): weights are int8
     with a scale per filter, biases int32, activations have one scale a tensor. ONNX Runtime and
     OpenVINO read it; both round after the same sums, so a number may be one step off. The batch is
     dynamic where the network allows it. Needs onnx and onnxscript.
@@ -36,7 +36,7 @@ def to_onnx(model: nn.Module, example: Any, path: str | os.PathLike[str]) -> Non
     """
     check_network(model)
     inputs = as_inputs(example)
-    ours = qdq(model)
+    ours = to_qdq(model)
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401

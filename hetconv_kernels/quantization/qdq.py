@@ -46,7 +46,7 @@ def has_quantized(model: nn.Module) -> bool:
     return any(isinstance(m, (QuantizedLayer, *STEPS)) for m in model.modules())
 
 
-def qdq(model: nn.Module) -> nn.Module:
+def to_qdq(model: nn.Module) -> nn.Module:
     """Copies a quantised network in QDQ form; what it has in float becomes `export.plain`.
 
     Its results are those of the integer network but for the last bit before each rounding, so that
@@ -207,7 +207,7 @@ class QdqStep(nn.Module):
         super().__init__()
         self.kind = type(step).__name__
         self.scale: Scale | None = getattr(step, "scale", None)
-        self.step: dict[str, Any] = {name: getattr(step, name) for name in step.fields}  # type: ignore[union-attr, attr-defined]
+        self.step: dict[str, Any] = {name: getattr(step, name) for name in step.fields}  # type: ignore[union-attr]
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """Computes in float what stands between integers."""
@@ -230,6 +230,6 @@ class QdqStep(nn.Module):
             return _finish(total, step["act"], step["y"])
         numbers = dequantized(x, step["x"])
         if step["size"] != (1, 1):
-            return quantized(F.adaptive_avg_pool2d(numbers, list(step["size"])), step["x"])
+            return quantized(F.adaptive_avg_pool2d(numbers, step["size"]), step["x"])
         mean = numbers.mean((2, 3), keepdim=step["keepdim"])
         return _finish(mean, "none", step["y"])
