@@ -306,6 +306,29 @@ def test_the_newest_architecture_comes_as_ptx_too(build: ModuleType) -> None:
     assert not any("code=compute" in flag for flag in build.code_flags(["80", "90a"]))
 
 
+def test_what_only_gcc_has_stands_behind_a_question_for_clang() -> None:
+    """clang has GCC's vectors, but not its shuffle: `turn_lanes` and its like are for both."""
+    found = {
+        path.name
+        for path in (ROOT / "csrc" / "cpu").iterdir()
+        if "__builtin_shuffle(" in path.read_text()
+    }
+    assert found == {"vec.h"}
+    parts = re.split(
+        r"^#if defined\(__clang__\)$", (ROOT / "csrc/cpu/vec.h").read_text(), flags=re.M
+    )
+    assert "__builtin_shuffle(" not in parts[0]
+    for part in parts[1:]:
+        clang, gcc = part.split("#else", 1)
+        assert "__builtin_shuffle(" not in clang
+        assert "__builtin_shuffle(" not in gcc.split("#endif", 1)[1]
+
+
+def test_clang_compiles_the_engine_in_ci() -> None:
+    assert 'stage "clang" clang' in (ROOT / ".ci" / "run").read_text()
+    assert re.search(r"^clang:", (ROOT / "Makefile").read_text(), re.M)
+
+
 # What the real nvcc made --------------------------------------------------------------------------
 
 
