@@ -163,10 +163,9 @@ def torch_without_cuda() -> str | None:
     Read, not imported: pip builds in an environment of its own, which does not see torch, for a
     Python that does. Where there is no torch, pip will bring one, which may have CUDA.
     """
-    prefixes = [(sys.prefix, sys.exec_prefix), (sys.base_prefix, sys.base_exec_prefix)]
     folders = list(sys.path)
-    for base, platbase in prefixes:
-        own = {"base": base, "platbase": platbase}
+    for base in (sys.prefix, sys.base_prefix):
+        own = {"base": base, "platbase": base}
         folders += [sysconfig.get_path(name, vars=own) for name in ("platlib", "purelib")]
     for folder in folders:
         try:
@@ -316,12 +315,9 @@ def commands(part: Part) -> Commands:
     if part.cuda:
         tool = [nvcc()]
         names = architectures(tool[0])
-        print(
-            f"{part.name}: nvcc compiles it for {len(names)} GPU generations ({', '.join(names)}), "
-            "which may take minutes. HETCONV_CUDA_ARCHS=none leaves it out.",
-            file=sys.stderr,
-            flush=True,
-        )
+        what = f"{len(names)} GPU generations ({', '.join(names)}), which may take minutes"
+        said = f"{part.name}: nvcc compiles it for {what}. HETCONV_CUDA_ARCHS=none leaves it out."
+        print(said, file=sys.stderr, flush=True)
         if os.environ.get("CXX"):
             tool += [f"-ccbin={cxx[0]}", *through_nvcc(cxx[1:])]
         archs = "_".join(names)  # nvcc cuts at commas
