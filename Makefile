@@ -10,7 +10,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help env test browser demo bench gpu docs dist lint format types aot sanitize \
-	sanitize-python clean
+	sanitize-python clang clean
 
 VENV := .venv
 PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,$(shell \
@@ -174,6 +174,18 @@ build/triton-$(OLDEST_TRITON)/.there: | $(ENV)
 # Needs no Python: two builds of tests/native, which run side by side.
 sanitize: ## Fuzz the compiled CPU part under the address, leak, undefined and thread sanitizers
 	$(MAKE) --no-print-directory -j$(or $(MAX_JOBS),2) -f tests/native/Makefile asan tsan
+
+# clang, or the one that PyPI's ziglang brings in .venv. Objects only: ziglang has no OpenMP to link,
+# and takes the header of GCC's.
+CLANGXX ?= $(or $(shell command -v clang++ 2>/dev/null),$(PY) -m ziglang c++ -mcpu=baseline)
+clang: $(ENV) ## Compile the CPU part and tests/native with clang, warnings as errors
+	@mkdir -p build/clang/include
+	cp "$$(g++ -print-file-name=include/omp.h)" build/clang/include/
+	ZIG_GLOBAL_CACHE_DIR=$(CURDIR)/build/clang/cache $(MAKE) --no-print-directory \
+	    -j$(or $(MAX_JOBS),2) -f tests/native/Makefile objects build/clang/plain/engine/bindings.o \
+	    CXX="$(CLANGXX)" OUT=build/clang OPTIMISE_plain=-O1 CXXFLAGS="-Werror \
+	    -fno-sanitize=undefined -idirafter $(CURDIR)/build/clang/include $$($(PY) -c \
+	    "import pybind11 as p, sysconfig as s; print('-I' + p.get_include(), '-I' + s.get_path('include'))")"
 
 # The bindings too. A second build beside the tree's own; Python itself is not instrumented, hence
 # the preload.

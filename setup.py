@@ -11,8 +11,9 @@ Environment:
     HETCONV_BUILD: ``auto`` (default) builds what it can, ``none`` builds nothing, ``require`` makes
         a part that does not build an error. A machine without nvcc is none, unless the next
         variable names architectures.
-    HETCONV_CUDA_ARCHS: ``all`` (default) or ``none``; ``native`` for the GPUs of this machine; or
-        a list out of `ARCHITECTURES`, as ``80,90a``.
+    HETCONV_CUDA_ARCHS: ``all`` or ``none``; ``native`` for the GPUs of this machine; or a list out
+        of `ARCHITECTURES`, as ``80,90a``. By default ``all``, but ``none`` where the installed
+        torch is a build without CUDA, which could not use it.
     MAX_JOBS: the number of compilers that run at once; by default limited by cores and memory.
     CXX, CXXFLAGS, LDFLAGS: as everywhere.
     NVCC, CUDA_HOME: nvcc itself, or the toolkit that has it; else the one on the path.
@@ -119,11 +120,12 @@ PARTS = (
         module="_cpu",
         folder="csrc/cpu",
         without="the backend 'cpu' is absent and 'reference' and 'vendor' serve every layer",
-        # GCC 12 reports an uninitialised variable in its own AVX-512 header, hence the last flag.
+        # GCC 12 reports an uninitialised variable in its own AVX-512 header, and clang does not
+        # know that warning, hence the last flags.
         flags=(
             "-std=c++17 -O3 -fopenmp -fvisibility=hidden -fno-semantic-interposition "
             "-fno-math-errno -fno-trapping-math -ffp-contract=fast "
-            "-Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized"
+            "-Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized -Wno-unknown-warning-option"
         ),
         isa_flags={
             "avx2": AVX2,
@@ -159,6 +161,31 @@ def mode() -> str:
 
 def wish() -> str:
     return os.environ.get("HETCONV_CUDA_ARCHS") or "all"
+
+
+def torch_without_cuda() -> str | None:
+    """Returns the version of the installed torch where that is a build without CUDA.
+
+    Read, not imported: pip builds in an environment of its own, which does not see torch, for a
+    Python that does. Where there is no torch, pip will bring one, which may have CUDA.
+    """
+    folders = list(sys.path)
+    for base in (sys.prefix, sys.base_prefix):
+        own = {"base": base, "platbase": base}
+        folders += [sysconfig.get_path(name, vars=own) for name in ("platlib", "purelib")]
+    for folder in folders:
+        try:
+            text = Path(folder, "torch", "version.py").read_text()
+        except OSError:
+            continue
+        version, cuda = (
+            re.search(rf"^{name}\b[^=\n]*=\s*(.*?)\s*$", text, re.M)
+            for name in ("__version__", "cuda")
+        )
+        if cuda is None or cuda[1] != "None":
+            return None
+        return version[1].strip("'\"") if version else "unknown"
+    return None
 
 
 def jobs() -> int:
@@ -281,6 +308,11 @@ def commands(part: Part) -> Commands:
     """
     if part.cuda and wish() == "none":
         raise AbsentError("HETCONV_CUDA_ARCHS=none leaves it out")
+    if part.cuda and not os.environ.get("HETCONV_CUDA_ARCHS") and (version := torch_without_cuda()):
+        raise AbsentError(
+            f"the installed torch, {version}, is a build without CUDA (HETCONV_CUDA_ARCHS=all, "
+            "native or a list builds it all the same)"
+        )
     tool = cxx = compiler()
     folders, pybind11_version = includes()
     user, link_user = (shlex.split(os.environ.get(n, "")) for n in ("CXXFLAGS", "LDFLAGS"))
@@ -289,6 +321,9 @@ def commands(part: Part) -> Commands:
     if part.cuda:
         tool = [nvcc()]
         names = architectures(tool[0])
+        what = f"{len(names)} GPU generations ({', '.join(names)}), which may take minutes"
+        said = f"{part.name}: nvcc compiles it for {what}. HETCONV_CUDA_ARCHS=none leaves it out."
+        print(said, file=sys.stderr, flush=True)
         if os.environ.get("CXX"):
             tool += [f"-ccbin={cxx[0]}", *through_nvcc(cxx[1:])]
         archs = "_".join(names)  # nvcc cuts at commas

@@ -23,19 +23,19 @@ from torch import Tensor
 from . import ranges
 from .backends import FROZEN, Choice, choose
 from .backends.common import channel_statistics
-from .errors import ArgumentError, BackendError, mismatch
+from .errors import ArgumentError, BackendError, InputTypeError, mismatch
 from .flops import register_flop_formulas
 from .geometries import GeometryCache
+from .operands import check_dgrad, check_ints, check_wgrad
 from .pooling import Pool
 from .problem import (
     ACTIVATIONS,
+    DTYPES,
     Geometry,
     Problem,
     check_call,
-    check_image,
     memory_format,
     output_size,
-    read_ints,
 )
 from .support import Support, find_support, support_from_bits
 
@@ -102,7 +102,7 @@ def run_fprop(
         act,
         pool,
         None if shift is None else (shift.shape, shift.dtype, shift.device),
-        None if scale is None else (scale.shape, scale.device),
+        None if scale is None else (scale.shape, scale.dtype, scale.device),
         None if residual is None else (residual.shape, residual.dtype, residual.device),
     )
     choice = geometry.choices.get(key)
@@ -151,7 +151,7 @@ def run_dgrad(
     )
     choice = geometry.choices.get(key)
     if choice is None:
-        _check_gradient(geometry, dy, size)
+        check_dgrad(geometry, dy, w, size)
         problem = describe("dgrad", geometry, dy, dy, w, size)
         choice = _remember(geometry, key, problem, backend)
     if ranges.active:
@@ -196,7 +196,7 @@ def run_wgrad(
     )
     choice = geometry.choices.get(key)
     if choice is None:
-        _check_gradient(geometry, dy, tuple(x.shape[2:]))
+        check_wgrad(geometry, dy, x, weight_shape, dtype)
         like = torch.empty(weight_shape, dtype=dtype, device="meta")
         problem = describe("wgrad", geometry, dy, x, like, tuple(x.shape[2:]))
         choice = _remember(geometry, key, problem, backend)
@@ -272,6 +272,7 @@ def check_epilogue(
 
     Raises:
         ArgumentError: an unknown activation, or a shape, dtype or device that does not fit.
+        InputTypeError: a scale of another kind of numbers.
     """
     if act not in ACTIVATIONS:
         raise ArgumentError(mismatch("activation", repr(act), f"one of {', '.join(ACTIVATIONS)}"))
@@ -283,6 +284,10 @@ def check_epilogue(
                 f"{tuple(scale.shape)} {scale.device}",
                 f"({f},) {x.device}",
             )
+        )
+    if scale is not None and scale.dtype not in DTYPES:
+        raise InputTypeError(
+            mismatch("scale dtype", scale.dtype, "float32, float64, bfloat16 or float16")
         )
     if residual is not None:
         received = tuple(residual.shape), residual.dtype, residual.device
@@ -296,14 +301,6 @@ def check_epilogue(
                     f"the output's {' '.join(map(str, expected))}",
                 )
             )
-
-
-def _check_gradient(geometry: Geometry, dy: Tensor, size: Sequence[int]) -> None:
-    height, width = size
-    check_image(geometry, height, width, dy.shape[0] if dy.dim() else 1)
-    expected = (geometry.support.filters, *geometry.output_size(height, width))
-    if dy.dim() != 4 or tuple(dy.shape[1:]) != expected:
-        raise ArgumentError(mismatch("dy shape", tuple(dy.shape), f"[N, {expected}]"))
 
 
 # Operators --------------------------------------------------------------------------------------
@@ -320,16 +317,21 @@ def geometry_of(bits: Tensor, ints: Sequence[int], frozen: bool = False) -> Geom
     Raises:
         BackendError: the Support is unknown here and would have to be read during CUDA-graph
             capture.
-        ArgumentError: the mask does not have the digest that the integers carry.
+        ArgumentError: integers out of range, or the mask does not have the digest or the columns
+            that they carry.
     """
     key = frozen, tuple(ints[2:])
     geometry = _geometries.get(key)
     if geometry is None:
-        named = read_ints(ints)
+        named = check_ints(ints)
         support = find_support(named.digest) or _read_support(bits, named.columns)
         if support.digest != named.digest:
             raise ArgumentError(
                 mismatch("digest of the support tensor", support.digest, named.digest)
+            )
+        if support.shape[1:] != named.columns:
+            raise ArgumentError(
+                mismatch("channels and kernel in geometry", named.columns, support.shape[1:])
             )
         geometry = Geometry(support, named.stride, named.pads, named.dilation, frozen)
         _geometries.add(key, geometry)
@@ -448,6 +450,8 @@ def _fake_wgrad(
     geometry: Sequence[int],
     backend: int,
 ) -> Tensor:
+    _check_traced("x", x, geometry[2], geometry)
+    _check_traced("dy", dy, support.shape[0], geometry)
     dense = len(weight_shape) == 4
     layout = memory_format(x, dy) if dense else torch.contiguous_format
     return torch.empty(weight_shape, dtype=dtype, device=x.device, memory_format=layout)

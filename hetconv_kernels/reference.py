@@ -93,13 +93,15 @@ def group_wgrad(geometry: Geometry, dy: Tensor, x: Tensor) -> Tensor:
     dw = x.new_zeros(geometry.support.shape)
     if not x.shape[0]:
         return dw
-    padded = pad_image(x, geometry.pads)
+    padded, stride = pad_image(x, geometry.pads), geometry.stride
+    if geometry.support.kernel == (1, 1):  # oneDNN 3.12 may crash on its own choice of the pixels
+        padded, stride = padded[:, :, :: stride[0], :: stride[1]], (1, 1)
     for filters, channels in _groups(geometry, x.device):
         part = conv2d_weight(
             padded.index_select(1, channels),
             (len(filters), len(channels), *geometry.support.kernel),
             dy[:, filters],
-            stride=geometry.stride,
+            stride=stride,
             dilation=geometry.dilation,
         )
         dw[filters[:, None], channels[None, :]] = part

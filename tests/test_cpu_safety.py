@@ -112,6 +112,74 @@ def test_sizes_beyond_32_bits_are_refused(
         assert any(reason in text for text in reasons), reasons
 
 
+# A stride that no image has: along that axis there is one output.
+HUGE_STRIDES = {
+    "row": ((1, 2**31 - 1), 2, 1),
+    "column": ((2**31 - 1, 1), 2, 1),
+    "both": ((2**31 - 1, 2**31 - 1), (2, 2), 1),
+    "row-dilated": ((2, 2**31 - 2), (1, 3), (1, 2)),
+    "column-no-pads": ((2**30 + 5, 2), 0, 1),
+    "uneven-pads": ((2**31 - 1, 1), (0, 2, 2, 0), 1),
+}
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu", "vendor", "reference"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("name", HUGE_STRIDES)
+def test_a_stride_beyond_the_image_is_as_good_as_none(
+    name: str, layout: torch.memory_format, backend: str
+) -> None:
+    """Left padding + stride - 1 once left 32 bits, and then the memory of the band."""
+    stride, padding, dilation = HUGE_STRIDES[name]
+    support = hk.Support.het(8, 12, 3, p=4)
+    geometry = make_geometry(support, stride, padding, dilation)
+    # Any stride that leaves one output means the same.
+    like = make_geometry(support, tuple(min(s, 64) for s in stride), padding, dilation)
+    x = torch.randn(2, 8, 6, 7, dtype=torch.float64).to(memory_format=layout)
+    w = torch.randn(support.shape, dtype=torch.float64, requires_grad=True)
+    x.requires_grad_()
+    truth = oracle(x, w, like)
+    dy = torch.randn_like(truth)
+    dx, dw = torch.autograd.grad(truth, (x, w), dy)
+    code = hk.backends.CODES[backend]
+    torch.testing.assert_close(ops.run_fprop(x.detach(), w.detach(), geometry, backend=code), truth)
+    torch.testing.assert_close(ops.run_dgrad(dy, w.detach(), geometry, (6, 7), code), dx)
+    mine = ops.run_wgrad(dy, x.detach(), geometry, support.shape, torch.float64, code)
+    torch.testing.assert_close(mine, dw)
+
+
+@pytest.mark.parametrize("form", ["filters", "pixels", "columns"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_form_takes_a_stride_beyond_the_image(isa: str, form: str) -> None:
+    support = hk.Support.het(40, 36, 3, p=4)
+    x, w = torch.randn(2, 40, 5, 6), torch.randn(support.shape)
+    truth = oracle(x, w, make_geometry(support, (1, 60), 2))
+    plan = _cpu.Plan(support.mask.view(np.uint8).copy(), "float32", isa, form)
+    y = torch.full_like(truth, float("nan"))
+    plan.fprop(
+        plan.pack(w.data_ptr(), w.stride(), "float32"), x.data_ptr(), x.stride(), (2, 5, 6),
+        y.data_ptr(), y.stride(), tuple(y.shape[2:]), (1, 2**31 - 1), (2, 2), (1, 1), threads=2,
+    )  # fmt: skip
+    torch.testing.assert_close(y, truth, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["pixels", "channels"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_form_of_wgrad_takes_a_stride_beyond_the_image(isa: str, form: str) -> None:
+    support = hk.Support.het(40, 36, 3, p=4)
+    x, w = torch.randn(2, 40, 5, 6), torch.randn(support.shape, requires_grad=True)
+    truth = oracle(x, w, make_geometry(support, (60, 1), 2))
+    dy = torch.randn_like(truth)
+    (expected,) = torch.autograd.grad(truth, w, dy)
+    plan = _cpu.Wgrad(support.mask.view(np.uint8).copy(), "float32", isa, form)
+    dw = torch.zeros(support.shape)
+    plan.wgrad(
+        x.data_ptr(), x.stride(), (2, 5, 6), dy.data_ptr(), dy.stride(), tuple(dy.shape[2:]),
+        dw.data_ptr(), dw.stride(), (2**31 - 1, 1), (2, 2), (1, 1), threads=2,
+    )  # fmt: skip
+    torch.testing.assert_close(dw, expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     "geometry",
     [

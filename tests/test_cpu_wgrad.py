@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -205,6 +206,61 @@ def test_the_gradient_has_the_weights_shape_and_layout(layout: str, live: bool) 
     )
     assert ours.stride() == theirs.stride()
     torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-4)
+
+
+# Batch, channels, filters, kernel, stride, side: many pixels for few weights.
+LARGE = (
+    (4, 16, 16, 3, 1, 64),
+    (4, 32, 64, 3, 2, 56),
+    (1, 32, 16, 3, 1, 160),
+    (8, 32, 32, 1, 2, 64),
+    (64, 32, 64, 3, 1, 8),
+)
+
+
+@cache
+def large_case(shape: tuple[int, ...], layout: str) -> tuple[Any, ...]:
+    """Draws a case, with its gradient in float64 and PyTorch's own in float32."""
+    n, channels, filters, kernel, stride, side = shape
+    generator, pad = torch.Generator().manual_seed(11), kernel // 2
+    out = (side + 2 * pad - kernel) // stride + 1
+    x = torch.rand(n, channels, side, side, generator=generator)
+    dy = torch.randn(n, filters, out, out, generator=generator)
+    x, dy = (t.contiguous(memory_format=LAYOUTS[layout]) for t in (x, dy))
+    support = hk.Support.dense(channels, filters, kernel)
+    how = {"stride": (stride, stride), "padding": (pad, pad)}
+    exact, theirs = (
+        torch.nn.grad.conv2d_weight(a, support.shape, b, **how)
+        for a, b in ((x.double(), dy.double()), (x, dy))
+    )
+    return support, x, dy, exact, theirs, how
+
+
+@pytest.mark.parametrize("isa", _cpu.isas())
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+def test_float32_errs_at_most_twice_as_much_as_pytorch(
+    shape: tuple[int, ...], form: str, layout: str, isa: str
+) -> None:
+    """Activations of one sign, as after a ReLU: one long chain of sums would lose bits."""
+    support, x, dy, exact, theirs, how = large_case(shape, layout)
+    ours = engine_wgrad(support, x, dy, form, isa, **how)
+    mine, allowed = ((dw.double() - exact).square().mean().sqrt() for dw in (ours, theirs))
+    assert mine <= 2 * allowed + torch.finfo(torch.float32).eps * exact.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_long_sums_do_not_lose_a_unit(form: str) -> None:
+    """2**24 + 1 is no float32: in one chain every pixel after the first large sum would be lost."""
+    support = hk.Support.dense(32, 32, 1)
+    x = torch.ones(1, 32, 1, 2048)
+    x[..., 0] = 2.0**24
+    dy = torch.ones(1, 32, 1, 2048)
+    x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
+    dw = engine_wgrad(support, x, dy, form, padding=(0, 0), threads=1)
+    # Only what shares the first block with the large number may be lost.
+    assert bool((dw >= 2.0**24 + 2048 - 512).all())
 
 
 def test_more_work_is_predicted_to_take_longer() -> None:

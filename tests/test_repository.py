@@ -39,6 +39,7 @@ LONGER_FILES = {
     "hetconv_kernels/problem.py": "Geometry and Problem, and the rules that make one of the other",
     "tests/test_kept_weights.py": "one table of origins and changes of a weight, for all engines",
     "hetconv_kernels/support.py": "Support with all its constructors, its algebra and its JSON",
+    "setup.py": "the build of all compiled parts, in the one file that pip runs",
     "hetconv_kernels/ops.py": "the schemas of the primitives with their fakes and bodies",
     "hetconv_kernels/autograd.py": "every derivative of the primitives, forward mode too",
     "hetconv_kernels/graph/channels.py": "one walk over a graph with all that it can meet",

@@ -66,6 +66,8 @@ class Tree:
         (self.tools / "calls").write_text("")
         kept = {k: v for k, v in os.environ.items() if not re.match("HETCONV|CUDA|NVCC|CXX", k)}
         kept["NVCC"] = str(self.tools / "nvcc")
+        # Asked for, or a torch without CUDA in this environment would leave it out.
+        kept["HETCONV_CUDA_ARCHS"] = "all"
         return subprocess.run(
             [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],
             cwd=self.root,
@@ -136,7 +138,7 @@ def test_what_is_up_to_date_is_not_compiled_again(tree: Tree) -> None:
     assert tree.calls() == []
     assert tree.facts == facts
     source = tree.root / "csrc" / "cuda" / "kernel.cu"
-    os.utime(source, (source.stat().st_mtime + 5,) * 2)
+    os.utime(source, (time.time() + 5,) * 2)
     tree.build()
     first, last = tree.calls()
     assert "kernel.cu" in first
@@ -204,6 +206,63 @@ def test_a_binary_that_came_with_the_tree_is_kept_where_there_is_no_nvcc(tree: T
     assert not tree.binaries
 
 
+def torch_of(folder: Path, version: str, cuda: str) -> str:
+    """Puts a torch of that kind there, as far as it is read; returns a PYTHONPATH with it."""
+    (folder / "torch").mkdir(parents=True)
+    (folder / "torch" / "version.py").write_text(
+        f"from typing import Optional\n__version__ = {version!r}\ndebug = False\n"
+        f"cuda: Optional[str] = {cuda}\ngit_version = 'abc'\nhip: Optional[str] = None\n"
+    )
+    return str(folder)
+
+
+def test_a_torch_without_cuda_leaves_the_cuda_part_out(tree: Tree, tmp_path: Path) -> None:
+    tree.nvcc()
+    path = torch_of(tmp_path / "cpu", "2.13.0+cpu", "None")
+    done = tree.build(HETCONV_CUDA_ARCHS="", PYTHONPATH=path, HETCONV_BUILD="require")
+    assert done.returncode == 0, done.stderr
+    assert tree.calls() == []
+    reason = tree.facts["parts"]["_cuda"]["reason"]
+    assert "the installed torch, 2.13.0+cpu, is a build without CUDA" in reason
+    assert "HETCONV_CUDA_ARCHS=all" in reason
+    assert reason in done.stderr
+
+
+@pytest.mark.parametrize("wish", ["all", "80", "native"])
+def test_it_is_built_for_a_torch_without_cuda_when_asked(
+    tree: Tree, tmp_path: Path, wish: str
+) -> None:
+    tree.nvcc()
+    path = torch_of(tmp_path / "cpu", "2.13.0+cpu", "None")
+    assert tree.build(HETCONV_CUDA_ARCHS=wish, PYTHONPATH=path).returncode == 0
+    assert tree.facts["state"] == "cuda"
+
+
+def test_a_torch_with_cuda_has_it_built_and_the_minutes_are_announced(
+    tree: Tree, tmp_path: Path
+) -> None:
+    tree.nvcc()
+    path = torch_of(tmp_path / "cuda", "2.13.0", "'13.0'")
+    done = tree.build(HETCONV_CUDA_ARCHS="", PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr
+    assert tree.facts["state"] == "cuda"
+    assert "3 GPU generations (80, 90a, 120), which may take minutes" in done.stderr
+    assert "HETCONV_CUDA_ARCHS=none leaves it out" in done.stderr
+
+
+def test_torch_is_found_from_the_environment_that_pip_builds_in(
+    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That one has the interpreter's prefixes, and none of its packages on the path."""
+    monkeypatch.setattr(sys, "path", [])
+    for name in ("prefix", "exec_prefix", "base_prefix", "base_exec_prefix"):
+        monkeypatch.setattr(sys, name, str(tmp_path))
+    assert build.torch_without_cuda() is None, "none yet: pip will bring one"
+    own = {"base": str(tmp_path), "platbase": str(tmp_path)}
+    torch_of(Path(build.sysconfig.get_path("purelib", vars=own)), "2.12.1+cpu", "None")
+    assert build.torch_without_cuda() == "2.12.1+cpu"
+
+
 @pytest.mark.parametrize("wish", ["70", "sm_80", ",", "80,auto"])
 def test_an_unknown_architecture_is_refused(
     build: ModuleType, wish: str, monkeypatch: pytest.MonkeyPatch
@@ -245,6 +304,29 @@ def test_the_newest_architecture_comes_as_ptx_too(build: ModuleType) -> None:
     assert len(flags) == len(build.ARCHITECTURES) + 1
     assert flags[-1] == "-gencode=arch=compute_120,code=compute_120"
     assert not any("code=compute" in flag for flag in build.code_flags(["80", "90a"]))
+
+
+def test_what_only_gcc_has_stands_behind_a_question_for_clang() -> None:
+    """Clang has GCC's vectors, but not its shuffle: `turn_lanes` and its like are for both."""
+    found = {
+        path.name
+        for path in (ROOT / "csrc" / "cpu").iterdir()
+        if "__builtin_shuffle(" in path.read_text()
+    }
+    assert found == {"vec.h"}
+    parts = re.split(
+        r"^#if defined\(__clang__\)$", (ROOT / "csrc/cpu/vec.h").read_text(), flags=re.M
+    )
+    assert "__builtin_shuffle(" not in parts[0]
+    for part in parts[1:]:
+        clang, gcc = part.split("#else", 1)
+        assert "__builtin_shuffle(" not in clang
+        assert "__builtin_shuffle(" not in gcc.split("#endif", 1)[1]
+
+
+def test_clang_compiles_the_engine_in_ci() -> None:
+    assert 'stage "clang" clang' in (ROOT / ".ci" / "run").read_text()
+    assert re.search(r"^clang:", (ROOT / "Makefile").read_text(), re.M)
 
 
 # What the real nvcc made --------------------------------------------------------------------------

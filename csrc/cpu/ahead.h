@@ -38,9 +38,11 @@ struct Rectangle {
   bool empty() const { return y1 <= y0 || x1 <= x0; }
 };
 HC_INLINE Rectangle input_pixels(const Problem& p, int oy, int ox, int rows, int cols) {
-  return {
-      most(0, oy * p.sh - p.pt), least(p.H, (oy + rows - 1) * p.sh - p.pt + (p.KH - 1) * p.dh + 1),
-      most(0, ox * p.sw - p.pl), least(p.W, (ox + cols - 1) * p.sw - p.pl + (p.KW - 1) * p.dw + 1)};
+  // A band may be planned wider than the outputs that are left.
+  const int64_t bottom = int64_t(oy + rows - 1) * p.sh - p.pt + (p.KH - 1) * p.dh + 1,
+                right = int64_t(ox + cols - 1) * p.sw - p.pl + (p.KW - 1) * p.dw + 1;
+  return {most(0, oy * p.sh - p.pt), int(least<int64_t>(p.H, bottom)), most(0, ox * p.sw - p.pl),
+          int(least<int64_t>(p.W, right))};
 }
 
 }  // namespace HETCONV_NS

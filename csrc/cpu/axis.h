@@ -78,7 +78,7 @@ HC_INLINE int piece_length(const Axis& a, const Piece& p, int n) {
 // Of `len` entries holding inputs first, first + istride, ...: the range [*lo, *hi) that lies
 // inside [0, size).
 HC_INLINE void inside(int first, int istride, int len, int size, int* lo, int* hi) {
-  *lo = first >= 0 ? 0 : least(len, ceil_div(-first, istride));
+  *lo = first >= 0 ? 0 : least(len, (-1 - first) / istride + 1);
   *hi = first >= size ? 0 : least(len, (size - 1 - first) / istride + 1);
   if (*hi < *lo) *hi = *lo;
 }

@@ -7,8 +7,8 @@
 namespace hetconv {
 
 static Residue residue(int r, int K, int stride, int pad, int dilation) {
-  Residue c{r, 0, stride / std::gcd(stride, dilation), 0, 0, 0};
-  c.spread = dilation * c.step / stride;
+  const int common = std::gcd(stride, dilation);
+  Residue c{r, 0, stride / common, 0, 0, dilation / common};
   for (int k = K - 1; k >= 0; --k) {
     const int at = r + pad - dilation * k;
     if (at % stride != 0) continue;

@@ -126,9 +126,15 @@ Packed::Packed(const Plan& plan, const WeightView& w, DType from, int threads)
   plan.kernels().pack[int(plan.dtype())](low, w, from, data_.get(), usable_threads(threads));
 }
 
+void forget_idle_strides(Problem* p) {
+  if (p->Ho == 1) p->sh = 1;
+  if (p->Wo == 1) p->sw = 1;
+}
+
 bool fprop(const Plan& plan, const Packed& packed, Problem p) {
   if (p.N == 0 || p.F == 0 || p.Ho <= 0 || p.Wo <= 0) return true;
   p.threads = usable_threads(p.threads);
+  forget_idle_strides(&p);
   return plan.kernels().fprop[int(plan.dtype())](plan.lowered(), plan.offsets(), p, packed.data());
 }
 

@@ -24,6 +24,9 @@ class Packed {
 };
 
 int usable_threads(int threads);  // one after a fork: the OpenMP runtime's pool does not survive it
+// Where there is one output, its stride has no meaning and may be beyond all other integers: it
+// becomes 1.
+void forget_idle_strides(Problem* p);
 // False: it cannot be pooled as it is computed, and nothing was written.
 bool fprop(const Plan& plan, const Packed& packed, Problem p);
 

@@ -32,7 +32,7 @@ using ChannelsKernel = void (*)(const A* dy, const A* x, const ptrdiff_t* off, c
 template <class A, bool turned>
 HC_INLINE Vec<A> filter_lanes(const A* g, int i, const typename Lane<A>::ivec* turn) {
   if constexpr (turned)
-    return __builtin_shuffle(load<A>(g), turn[i]);
+    return turn_lanes<A>(load<A>(g), turn[i]);
   else
     return splat<A>(g[i]);
 }

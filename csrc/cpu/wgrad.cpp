@@ -33,6 +33,7 @@ double Wgrad::pixels_cost() const {
 void Wgrad::run(Problem p, void* dw, const int64_t strides[4]) const {
   p.threads = usable_threads(p.threads);
   if (p.Ho < 0 || p.Wo < 0) p.Ho = p.Wo = 0;
+  forget_idle_strides(&p);
   const Kernels& kernels = plan_.kernels();
   const int type = int(plan_.dtype());
   if (channels_)

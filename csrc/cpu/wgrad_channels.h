@@ -12,6 +12,8 @@
 namespace hetconv {
 namespace HETCONV_NS {
 
+constexpr int kSumPixels = 256;  // that are added in registers before memory adds them up
+
 // What ChannelsWgrad multiplies: images as they come, one number a lane.
 template <class S, class A> struct OneImage {
   using Storage = S;
@@ -259,12 +261,28 @@ template <class S, class A, class K = OneImage<S, A>> struct ChannelsWgrad {
       s.images = nr * nm;
       s.rows = 1;
     }
+    // A long chain of sums in one register would lose more than PyTorch's own order does.
+    PixelSpan block = s, part = s;
+    block.cols = least(s.cols, kSumPixels);
+    block.images = least(s.images, most(1, kSumPixels / block.cols));
+    block.rows = least(s.rows, most(1, kSumPixels / (block.cols * block.images)));
     const A* perms = static_cast<const A*>(L.perms);
     for (int t = t0; t < t1; ++t) {
       const ChannelTile& k = L.tile[t];
-      channels_kernel_for<A, typename K::Product>(k.turned, k.nf, k.nv)(
-          dy + (k.vector - v0) * gy.plane * VL<A> + k.first, x, off + k.window0, s, perms + k.perm0,
-          sums + k.sum0, first);
+      const ChannelsKernel<A> kernel =
+          channels_kernel_for<A, typename K::Product>(k.turned, k.nf, k.nv);
+      const A* g = dy + (k.vector - v0) * gy.plane * VL<A> + k.first;
+      bool fresh = first;
+      for (int r = 0; r < s.rows; r += block.rows)
+        for (int m = 0; m < s.images; m += block.images)
+          for (int c = 0; c < s.cols; c += block.cols, fresh = false) {
+            part.rows = least(block.rows, s.rows - r);
+            part.images = least(block.images, s.images - m);
+            part.cols = least(block.cols, s.cols - c);
+            kernel(g + r * s.dy_row + m * s.dy_image + c * VL<A>,
+                   x + r * s.x_row + m * s.x_image + c * s.x_pixel, off + k.window0, part,
+                   perms + k.perm0, sums + k.sum0, fresh);
+          }
       if (out) emit(k, sums, 1, *out);
     }
   }

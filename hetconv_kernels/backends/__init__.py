@@ -185,13 +185,16 @@ def choose(problem: Problem, code: int) -> Choice:
         engine = get_backend(NAMES[code])
         reasons = engine.unsupported_reasons(problem)
         if reasons:
+            others = "" if engine.name == "vendor" else " or backend='vendor'"
             raise BackendError(
                 f"backend {engine.name!r} cannot run this {problem.verb}: {' '.join(reasons)} "
-                "Use backend='auto' or backend='vendor'."
+                f"Use backend='auto'{others}."
             )
         return _ready(engine, problem)
-    best = vendor = get_backend("vendor")
-    best_time = predict(vendor, problem)
+    best = get_backend("vendor")
+    best_time = predict(best, problem)
+    if best.unsupported_reasons(problem):  # then any engine that can is better
+        best, best_time = get_backend("reference"), math.inf
     for engine in _engines().values():
         if engine.name in ("vendor", "reference") or engine.unsupported_reasons(problem):
             continue

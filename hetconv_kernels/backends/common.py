@@ -94,6 +94,31 @@ def is_linear(problem: Problem) -> bool:
     return is_pointwise(problem) and problem.height == problem.width == 1
 
 
+def has_idle_taps(problem: Problem) -> bool:
+    """Tells whether some tap meets nothing but padding, along one axis, at every output.
+
+    Example: of three taps at stride 2 and padding 2 on four pixels, whose outputs start at -2, 0
+    and 2, the middle one meets -1, 1 and 3; on one pixel it meets -1 and 1, so never the image.
+    """
+    geometry = problem.geometry
+    axes = zip(
+        (problem.height, problem.width),
+        problem.output_size,
+        geometry.support.kernel,
+        geometry.stride,
+        geometry.pads[::2],
+        geometry.dilation,
+        strict=True,
+    )
+    for size, outputs, taps, stride, pad, dilation in axes:
+        for tap in range(taps):
+            start = tap * dilation - pad
+            first = max(0, -(start // stride))  # the first output whose tap is not left of it
+            if first >= outputs or start + first * stride >= size:
+                return True
+    return False
+
+
 def weight_gradient(problem: Problem, dense: Tensor) -> Tensor:
     """Brings a dense weight gradient to the canonical form: dead entries zero, or live only."""
     mask = mask_on(problem.support, dense.device)

@@ -63,7 +63,7 @@ class Cpu:
             reasons.append("The padded image has more than 2**30 pixels along one axis.")
         if max(problem.support.kernel) > 64:
             reasons.append("The kernel has more than 64 taps along one axis.")
-        if problem.verb == "dgrad" and math.prod(problem.geometry.stride) > _MAX_RESIDUES:
+        if problem.verb == "dgrad" and math.prod(_dgrad_stride(problem)) > _MAX_RESIDUES:
             reasons.append(f"The strides multiply to more than {_MAX_RESIDUES}.")
         return reasons
 
@@ -177,12 +177,13 @@ class Cpu:
         """Prepares dx."""
         geometry = problem.geometry
         padding = (geometry.pads[0], geometry.pads[2])
-        key = ("cpu dgrad", _ISA, problem.dtype, problem.channels_last)
+        stride = _dgrad_stride(problem)
+        key = ("cpu dgrad", _ISA, problem.dtype, problem.channels_last, stride)
         plan = geometry.derived.get(key)
         if plan is None:
             plan = geometry.derived[key] = _cpu.Dgrad(
                 _mask(problem),
-                geometry.stride,
+                stride,
                 padding,
                 geometry.dilation,
                 _name(problem.dtype),
@@ -316,6 +317,20 @@ def _sizes(problem: Problem) -> Callable[..., _Sizes]:
         return row
 
     return sizes
+
+
+def _dgrad_stride(problem: Problem) -> tuple[int, int]:
+    """Returns the stride whose residues dgrad has plans for.
+
+    Where there is one output a stride has no meaning: one that has too many residues is left out.
+    """
+    stride = problem.geometry.stride
+    if math.prod(stride) <= _MAX_RESIDUES:
+        return stride
+    vertical, horizontal = (
+        1 if count == 1 else step for count, step in zip(problem.output_size, stride, strict=True)
+    )
+    return vertical, horizontal
 
 
 def _strides(image: Tensor) -> tuple[int, ...]:

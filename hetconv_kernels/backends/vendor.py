@@ -23,6 +23,7 @@ from .common import (
     empty,
     epilogue,
     finish_in_place,
+    has_idle_taps,
     is_linear,
     pad_image,
     to_format,
@@ -87,8 +88,22 @@ class Vendor:
     name = "vendor"
 
     def unsupported_reasons(self, problem: Problem) -> list[str]:
-        """Nothing is refused."""
-        return []
+        """Refuses what PyTorch itself computes wrongly on a CPU (`benchmarks.pytorch_faults`).
+
+        Its 16-bit convolutions by oneDNN (3.12) leave the weight gradient of taps that meet only
+        padding unwritten, and the output of such layers may be wrong or end the process.
+        """
+        if (
+            problem.device.type != "cpu"
+            or problem.dtype.itemsize != 2
+            or problem.geometry.symmetric_padding in ((0, 0), None)  # none, or padded beforehand
+            or not has_idle_taps(problem)
+        ):
+            return []
+        return [
+            f"PyTorch's {problem.dtype} convolution on CPUs may be wrong, leave gradients "
+            "unwritten or crash where a tap of the kernel meets nothing but padding, as here."
+        ]
 
     def estimate(self, problem: Problem) -> float:
         """Predicts the time of the dense (or equally grouped) convolution, in seconds."""
