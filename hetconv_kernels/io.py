@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from ._version import __version__
 from .errors import ArgumentError, FileError, HetconvError, mismatch
+from .files import writing
 from .graph.graph_json import graph_from_json, graph_to_json
 from .graph.layer_json import layer_from_json, layer_to_json
 from .graph.layout import set_module
@@ -68,9 +69,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         }
     )
     path = Path(path)
-    part = path.with_name(path.name + ".part")
-    _safetensors().torch.save_file(tensors, str(part), metadata={_KEY: text})
-    part.replace(path)
+    library = _safetensors()
+    with writing(path, also=(library.SafetensorError,)) as part:
+        library.torch.save_file(tensors, str(part), metadata={_KEY: text})
 
 
 def load(

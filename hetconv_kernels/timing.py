@@ -32,6 +32,7 @@ import torch
 
 from .cache import Flush, last_level_cache, rotations
 from .errors import ArgumentError, mismatch
+from .integers import is_integer
 from .samples import Estimate, Timings, median_interval
 
 __all__ = [
@@ -108,6 +109,17 @@ def clock(device: torch.device | str = "cpu") -> Clock:
     return _CLOCKS[device]
 
 
+def check_seconds(name: str, value: float, zero: bool = False) -> None:
+    """Refuses what is no finite time above zero (or zero, if that is allowed).
+
+    Raises:
+        ArgumentError: see above.
+    """
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not (value >= 0 if zero else value > 0) or math.isinf(value):
+        raise ArgumentError(mismatch(name, value, "a finite number of seconds above 0"))
+
+
 class PytestBenchmark(Protocol):
     """What `interleaved` uses of pytest-benchmark's fixture."""
 
@@ -166,9 +178,12 @@ def interleaved(
         ArgumentError: no variants, an unknown name, fewer than one round, ``graph`` without a CUDA
             device, or ``cold`` for a call that cannot be timed so.
     """
-    if not variants or rounds < 1 or warmup < 0:
+    if not variants or not is_integer(rounds) or rounds < 1 or warmup < 0:
         received = f"{len(variants)} variants, {rounds} rounds, {warmup} warm-up rounds"
         raise ArgumentError(mismatch("interleaved", received, "at least 1, 1 and 0"))
+    if max_seconds is not None:
+        check_seconds("max_seconds", max_seconds)
+    check_seconds("min_time", min_time, zero=True)
     names = list(variants)
     baseline = names[0] if baseline is None else baseline
     target = next((n for n in names if n != baseline), baseline) if target is None else target

@@ -18,8 +18,10 @@ from ..errors import ArgumentError, HetconvError, InputTypeError, SpeedupError, 
 from ..graph import compact as compacting
 from ..graph import rules
 from ..graph.convert import convert
+from ..integers import is_integer
 from ..nn import GroupedConv2d, SupportConv2d, SupportLinear
 from ..support import Support
+from ..timing import check_seconds
 from . import measure as clock
 from . import ranks
 from .identity import described, digest, identity_of, weights_of
@@ -147,6 +149,10 @@ def compress(
         SpeedupError: the result is slower than required; its ``report`` has everything.
     """
     _check(model, method, skip, require_speedup, measure)
+    if not is_integer(seed):
+        raise InputTypeError(mismatch("seed", repr(seed), "an integer"))
+    seed = int(seed)
+    check_seconds("measure_seconds", measure_seconds)
     training = Training(data, train_step, evaluate, eval_data, optimizer)
     if method.needs_accuracy and not training.can_judge:
         raise ArgumentError(
@@ -290,8 +296,10 @@ def _check(
                 mismatch("skip", repr(pattern), "the name of a module, or a pattern that fits one")
             )
     if require_speedup is not None:
-        if not require_speedup > 0:
-            raise ArgumentError(mismatch("require_speedup", require_speedup, "more than 0"))
+        if not 0 < require_speedup < float("inf"):
+            raise ArgumentError(
+                mismatch("require_speedup", require_speedup, "a finite number above 0")
+            )
         if not measure:
             raise ArgumentError(mismatch("measure", False, "True, since a speed-up is required"))
 

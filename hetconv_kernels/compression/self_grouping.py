@@ -140,7 +140,7 @@ def cluster_filters(importance: npt.ArrayLike, clusters: int = 16, seed: int = 0
             "Self-grouping clusters filters with scikit-learn, which is not installed: "
             "pip install hetconv_kernels[demo], or pip install scikit-learn."
         ) from error
-    means = KMeans(n_clusters=count, init="random", n_init=10, max_iter=300, random_state=seed)
+    means = KMeans(n_clusters=count, init="random", n_init=10, max_iter=300, random_state=seed % 2**32)
     return _in_order(means.fit(vectors).labels_)
 
 

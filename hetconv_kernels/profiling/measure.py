@@ -16,9 +16,11 @@ from .. import export, stats, timing
 from ..errors import ArgumentError, InputTypeError, mismatch
 from ..explain import _same_buffers
 from ..graph.trace import check_plain
+from ..integers import is_integer
 from ..nn import FrequencyConv2d, FusedConv2d
 from ..nn.base import SupportLayer
 from ..roofs import Roofs, measure_roofs
+from ..timing import check_seconds
 from .reasons import backend_and_reason
 from .record import LayerProfile, Profile
 
@@ -73,13 +75,15 @@ def profile(
 
     Raises:
         InputTypeError: no plain nn.Module, or the example is no tensor.
-        ArgumentError: fewer than 5 rounds, or the network has no layer with weights.
+        ArgumentError: fewer than 5 rounds, no time for them, the network cannot run on the
+            example, or has no layer with weights.
     """
     check_plain(model)
     if not isinstance(example, Tensor):
         raise InputTypeError(mismatch("example", type(example).__name__, "a tensor"))
-    if rounds < _LEAST_ROUNDS:
+    if not is_integer(rounds) or rounds < _LEAST_ROUNDS:
         raise ArgumentError(mismatch("rounds", rounds, f"at least {_LEAST_ROUNDS}"))
+    check_seconds("max_seconds", max_seconds)
     with torch.no_grad(), _same_buffers(model):
         layers = _first_pass(model, example)
         _count(model, example, layers)
@@ -146,7 +150,7 @@ def _first_pass(model: nn.Module, example: Tensor) -> dict[str, _Seen]:
         called.setdefault(names[id(seen)], seen)
         _note(seen, arguments)
 
-    with _hooked(layers, enter, _note_output):
+    with _hooked(layers, enter, _note_output), stats.fitting(example):
         model(example)
     if not called:
         raise ArgumentError(
