@@ -3,8 +3,9 @@
 
 Version 1. Times are seconds per call, counts are multiply-accumulates and bytes. A ``ratio`` is how
 many times longer the rival took than our layer: above 1 we are faster; ``low`` and ``high`` are the
-ends of its interval. New fields may be added within a version; a field that changes its meaning or
-goes away needs a new one.
+ends of its interval. A row with ``disturbed`` was taken while other work spoilt it, by the reasons
+that it lists: its numbers stay, and no verdict is made from them. New fields may be added within a
+version; a field that changes its meaning or goes away needs a new one.
 """
 
 from __future__ import annotations
@@ -112,17 +113,28 @@ def layer_row(
         "composition": _against(timings, rig.COMPOSITION),
         "unfrozen": _against(timings, rig.DENSE, rig.UNFROZEN),
         "prepacked": _against(timings, rig.PREPACKED),
-        "verdict": verdict(dense),
+        "verdict": verdict(dense, timings.disturbed),
         "timings": timings.to_dict(),
-    }
+    } | disturbed(timings)
     return row
 
 
-def verdict(estimate: Json) -> str:
-    """Says ``win`` or ``lose`` when the whole interval is on that side of 1, else ``even``."""
+def verdict(estimate: Json, reasons: Sequence[str] = ()) -> str:
+    """Says ``win`` or ``lose`` when the whole interval is on that side of 1, else ``even``.
+
+    Where the measurement was disturbed it is ``disturbed``, whatever the interval.
+    """
+    if reasons:
+        return "disturbed"
     if estimate["low"] > 1:
         return "win"
     return "lose" if estimate["high"] < 1 else "even"
+
+
+def disturbed(*timings: Timings) -> Json:
+    """Returns the field of a row that says what disturbed its measurements; none if nothing did."""
+    reasons = list(dict.fromkeys(reason for found in timings for reason in found.disturbed))
+    return {"disturbed": reasons} if reasons else {}
 
 
 def _against(timings: Timings, role: str, ours: str = rig.OURS) -> Json | None:
@@ -154,7 +166,7 @@ def dispatch_row(name: str, backend: str, target_us: float, timings: Timings) ->
         "high_us": extra.high * 1e6,
         "target_us": target_us,
         "timings": timings.to_dict(),
-    }
+    } | disturbed(timings)
 
 
 def model_row(
@@ -207,6 +219,7 @@ def model_row(
             "layers": {n: [theirs.get(n), time, ratios.get(n)] for n, time in ours.items()},
             "timings": {role: timing.to_dict() for role, timing in timings.items()},
         }
+        | disturbed(*timings.values())
     )
 
 
@@ -217,13 +230,17 @@ def training_row(case: NetworkCase, match: Match, timings: Timings | None = None
         return row
     dense = _against(timings, rig.DENSE)
     assert dense is not None
-    return row | {
-        "median_s": timings.median(rig.OURS),
-        "dense": dense,
-        "composition": _against(timings, rig.COMPOSITION),
-        "verdict": verdict(dense),
-        "timings": timings.to_dict(),
-    }
+    return (
+        row
+        | {
+            "median_s": timings.median(rig.OURS),
+            "dense": dense,
+            "composition": _against(timings, rig.COMPOSITION),
+            "verdict": verdict(dense, timings.disturbed),
+            "timings": timings.to_dict(),
+        }
+        | disturbed(timings)
+    )
 
 
 def command() -> str:

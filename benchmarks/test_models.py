@@ -30,18 +30,25 @@ def test_network(case: NetworkCase, session: Any, benchmark: Any, tmp_path: Path
     torch.manual_seed(1)
     x = torch.randn(case.n, case.channels, case.size, case.size)
     with torch.no_grad():
-        row = measure(case, x, tmp_path, session.seconds, benchmark)
-    session.extra_info(benchmark, "models", row)
-    session.record("models").add(row)
+        row = measure(case, x, tmp_path, session.seconds, benchmark, session.measures(benchmark))
+    if session.measures(benchmark):
+        session.extra_info(benchmark, "models", row)
+        session.record("models").add(row)
     assert row["match"]["ok"], f"wrong by {row['match']['worst']:.3g} times the bound; not timed"
 
 
 def measure(
-    case: NetworkCase, x: Tensor, folder: Path, seconds: float, benchmark: Any = None
+    case: NetworkCase,
+    x: Tensor,
+    folder: Path,
+    seconds: float,
+    benchmark: Any = None,
+    timed: bool = True,
 ) -> dict[str, Any]:
     """Checks and times one network, beside (a) and then beside (b); returns its row.
 
-    pytest-benchmark, where it is given, collects the rounds beside (a).
+    pytest-benchmark, where it is given, collects the rounds beside (a). Nothing but the check is
+    done where nothing is to be timed.
     """
     ours, dense, composition = (build(case, form, x) for form in (OURS, DENSE, COMPOSITION))
     image = x.to(memory_format=torch.channels_last)
@@ -55,12 +62,18 @@ def measure(
         match = max(match, *matches, key=lambda m: m.worst)
         if not match.ok:
             return record.model_row(case, match, absent)
+        if not timed:
+            if role == DENSE:
+                benchmark.pedantic(runs[OURS])
+            continue
         timings[role] = timing.interleaved(
             runs, baseline=f"{role}:eager", target=OURS, rounds=12, warmup=0,
-            max_seconds=4 * seconds, benchmark=benchmark if role == DENSE else None,
+            max_seconds=4 * seconds, benchmark=benchmark if role == DENSE else None, retake=2,
         )  # fmt: skip
         runs.clear()  # they hold several copies of the network each
         gc.collect()
+    if not timed:
+        return record.model_row(case, match, absent)
     names = layer_names(ours)
     runs = [amdahl.hooked_runs(net, image, names, _SAMPLES) for net in (dense, ours)]
     ratios = amdahl.mac_ratios(dense, ours, image, names)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from . import functional, ops
 from .backends import NAMES, available_backends, choose, get_backend
+from .disturbance import far_above
+from .disturbance import shown as said
 from .errors import ArgumentError, InputTypeError, mismatch
 from .nn.base import SupportLayer
 from .nn.conv import SupportConv2d
@@ -55,6 +57,7 @@ class Explanation:
         chosen: the backend that runs.
         forced: whether it was forced rather than chosen.
         candidates: every backend that is built here.
+        disturbed: what shows that other work spoilt the measured times; empty when nothing does.
     """
 
     layer: str
@@ -67,13 +70,17 @@ class Explanation:
     chosen: str
     forced: bool
     candidates: tuple[Candidate, ...]
+    disturbed: tuple[str, ...] = ()
 
     @property
     def faster_than_dense(self) -> bool | None:
-        """Whether the chosen backend was measured faster than `vendor`; None if not measured."""
+        """Whether the chosen backend was measured faster than `vendor`.
+
+        None where it was not measured, or the measurement was disturbed.
+        """
         times = {c.name: c.measured_s for c in self.candidates}
         chosen, vendor = times.get(self.chosen), times.get("vendor")
-        if chosen is None or vendor is None:
+        if chosen is None or vendor is None or self.disturbed:
             return None
         return self.chosen != "vendor" and chosen < vendor
 
@@ -105,6 +112,14 @@ class Explanation:
             )
             lines += [f"    {note}" for note in c.notes]
         lines += ["", self._verdict()]
+        for c in self.candidates:
+            if c.name == self.chosen and far_above(c.measured_s, c.predicted_s):
+                lines.append(
+                    f"{c.name} took {c.measured_s / c.predicted_s:.0f} times what was predicted: "
+                    "other work, or a layer too small for its threads; see docs/benchmarks.md."
+                )
+        if self.disturbed:
+            lines.append(f"The measured times are {said(self.disturbed)}.")
         return "\n".join(lines)
 
     def _verdict(self) -> str:
@@ -150,7 +165,7 @@ def explain(layer: SupportLayer, x: Tensor, measure: bool = True) -> Explanation
     chosen = choose(problem, forced).backend.name
     runnable = [n for n in available_backends() if not get_backend(n).unsupported_reasons(problem)]
     measurable = measure and problem.batch and not x.is_meta
-    measured = _measure(layer, x, runnable) if measurable else {}
+    measured, disturbed = _measure(layer, x, runnable) if measurable else ({}, ())
     candidates = []
     for name in available_backends():
         engine = get_backend(name)
@@ -183,6 +198,7 @@ def explain(layer: SupportLayer, x: Tensor, measure: bool = True) -> Explanation
         chosen=chosen,
         forced=NAMES[forced] != "auto",
         candidates=tuple(candidates),
+        disturbed=disturbed,
     )
 
 
@@ -251,7 +267,9 @@ def problem_of(layer: SupportConv2d, x: Tensor) -> Problem:
     return ops.describe("fprop", layer._geometry, x, x, layer.weight, size, shift)
 
 
-def _measure(layer: SupportConv2d, x: Tensor, names: list[str]) -> dict[str, float]:
+def _measure(
+    layer: SupportConv2d, x: Tensor, names: list[str]
+) -> tuple[dict[str, float], tuple[str, ...]]:
     from .timing import interleaved  # not needed to import the package
 
     def call(name: str) -> Any:
@@ -265,7 +283,7 @@ def _measure(layer: SupportConv2d, x: Tensor, names: list[str]) -> dict[str, flo
     try:
         with torch.no_grad():
             timings = interleaved({name: call(name) for name in names}, device=x.device, rounds=9)
-            return {name: timings.median(name) for name in names}
+            return {name: timings.median(name) for name in names}, timings.disturbed
     finally:
         layer.backend = before
 

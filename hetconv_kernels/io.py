@@ -257,6 +257,6 @@ def _safetensors() -> Any:
         import safetensors.torch
     except ImportError as error:
         raise HetconvError(
-            "saving and loading needs safetensors: pip install hetconv-kernels[safetensors]"
+            "saving and loading needs safetensors: pip install 'hetconv-kernels[safetensors]'"
         ) from error
     return safetensors

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The clock and the record: times variants of one computation beside each other, honestly.
 
-Five rules, each against a mistake that published timings make:
+Six rules, each against a mistake that published timings make:
 
 * The clock waits for the device before it is read, so that the work is measured, not the queue.
 * Variants take turns in one process, in a new order every round. Drift of the machine (other
@@ -12,6 +12,8 @@ Five rules, each against a mistake that published timings make:
   is called once, because the others' turns have pushed its operands out.
 * A ratio comes with an interval. It is the order-statistics interval of the median, which assumes
   nothing of the distribution.
+* Other work on the machine is watched for, since no interval covers what it does: see
+  `disturbance`. A disturbed measurement says so, and no verdict is made from it.
 
 ``interleaved({"dense": dense, "sparse": sparse}).speedup("sparse")`` prints as
 ``2.71× [2.66, 2.74]``.
@@ -26,11 +28,13 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 
 from .cache import Flush, last_level_cache, rotations
+from .disturbance import Disturbance, Watch
 from .errors import ArgumentError, mismatch
 from .integers import is_integer
 from .samples import Estimate, Timings, median_interval
@@ -145,6 +149,8 @@ def interleaved(
     timer: Clock | None = None,
     benchmark: PytestBenchmark | None = None,
     target: str | None = None,
+    retake: int = 0,
+    watch: Callable[[], Watch] | None = None,
 ) -> Timings:
     """Times variants of one computation in turns, in one process.
 
@@ -173,6 +179,9 @@ def interleaved(
             while the other variants take their turns before and after.
         target: the variant that pytest-benchmark stores; by default the first that is not the
             baseline.
+        retake: how often a disturbed measurement is taken again, from the first round on; not
+            where pytest-benchmark collects, which counts every sample.
+        watch: makes what looks for disturbance (for tests).
 
     Raises:
         ArgumentError: no variants, an unknown name, fewer than one round, ``graph`` without a CUDA
@@ -219,13 +228,13 @@ def interleaved(
     gc.disable()
     try:
         if benchmark is None or benchmark.disabled:
-            for order in orders:
-                for name in order:
-                    racers[name].sample()
+            found = _watched(racers, orders, retake, watch or partial(Watch, device))
             if benchmark is not None:
                 benchmark.pedantic(racers[target].run)
         else:
-            _pedantic(benchmark, racers, target, orders)
+            look = (watch or partial(Watch, device))()
+            _pedantic(benchmark, racers, target, orders, look)
+            found = look.finish()
     finally:
         if collecting:
             gc.enable()
@@ -237,7 +246,29 @@ def interleaved(
         cold=cold,
         graph=graph,
         resolution=timer.resolution,
+        disturbance=found,
     )
+
+
+def _watched(
+    racers: Mapping[str, _Racer],
+    orders: Sequence[Sequence[str]],
+    retake: int,
+    watch: Callable[[], Watch],
+) -> Disturbance:
+    """Takes all rounds, and again while they were disturbed; says what was seen in the last."""
+    while True:
+        look = watch()
+        for order in orders:
+            look.tick()
+            for name in order:
+                racers[name].sample()
+        found = look.finish()
+        if not found.reasons or retake < 1:
+            return found
+        retake -= 1
+        for racer in racers.values():
+            racer.samples.clear()
 
 
 def _pedantic(
@@ -245,6 +276,7 @@ def _pedantic(
     racers: Mapping[str, _Racer],
     target: str,
     orders: Sequence[Sequence[str]],
+    look: Watch,
 ) -> None:
     """Lets pytest-benchmark time the target at its place in each round's order."""
     chosen, turn = racers[target], iter(orders)
@@ -253,6 +285,7 @@ def _pedantic(
     def before_target() -> None:
         # pytest-benchmark divides a duration by this; with a setup it is fixed to 1 otherwise.
         benchmark.stats.iterations = chosen.iterations
+        look.tick()
         order = next(turn)
         place = order.index(target)
         after[:] = order[place + 1 :]

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
+import re
 import resource
 import subprocess
 import sys
@@ -114,7 +116,7 @@ BAD: list[tuple[str, str]] = [
     ("compress frequency --set path=magic", "path"),
     (f"compress het --skip nothing {FAST}", "skip: received"),
     # Devices.
-    *((f"{command} --device {device}", f"evice .*{device}")
+    *((f"{command} --device {device}", f"evice.*{device}")
       for command in (f"compress het {FAST}", "explain", "profile layer", "profile digits_net",
                       "demo --quick")
       for device in ("meta", "toaster", "cuda:99")),
@@ -131,7 +133,7 @@ BAD: list[tuple[str, str]] = [
         ("bad_import:net", "raised ModuleNotFoundError"),
         ("bad_syntax:net", "raised SyntaxError"),
         ("bad_user_code:number", "a int, expected a function"),
-        ("bad_user_code:raises", r"raised ValueError at bad_user_code.py:\\d+: two$"),
+        ("bad_user_code:raises", r"raised ValueError at bad_user_code.py:[0-9]+: two$"),
         ("bad_user_code:needs", "raised TypeError"),
         ("bad_user_code:nothing", "NoneType, expected an nn.Module"),
         ("bad_user_code:empty", "no weights"),
@@ -167,8 +169,8 @@ BAD: list[tuple[str, str]] = [
         ("--channels 0", "--channels"),
         ("--channels -8", "--channels"),
         ("--channels 99999999999", "--channels"),
-        ("--channels 2000000000 --kind dense", "weights"),
-        ("--channels 2000000 --kind mask", "weights"),
+        ("--channels 2000000000 --kind dense", "entries"),
+        ("--channels 2000000 --kind mask", "entries"),
         ("--kernel 0", "--kernel"),
         ("--kernel 4", "kernel"),
         ("--p 0", "--p"),
@@ -247,9 +249,9 @@ def test_bad_input_is_one_sentence(
     assert code in (cli.FAILURE, cli.USAGE), said
     assert "Traceback" not in said.err
     last = said.err.splitlines()[-1]
-    assert __import__("re").search(what, last), said.err
+    assert re.search(what, last), said.err
     if code == cli.FAILURE:
-        lines = [text for text in said.err.splitlines() if "epoch" not in text]
+        lines = [text for text in said.err.splitlines() if ", epoch " not in text]
         assert lines == [last], said.err
         assert last.startswith("hetconv: ")
     else:
@@ -277,8 +279,11 @@ def test_the_stand_in_for_a_full_disk_works(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x" * 11)
 
 
-@pytest.mark.parametrize("left", [0, 100, 20_000])
-@pytest.mark.parametrize("measured", ["compress", "io.save", "trace", "demo", "report", "onnx"])
+@pytest.mark.parametrize(
+    ("measured", "left"),
+    [("compress", 0), ("compress", 4000), ("io.save", 0), ("io.save", 4000), ("trace", 4000),
+     ("demo", 0), ("report", 0), ("report", 1000), ("onnx", 0)],
+)  # fmt: skip
 def test_a_full_disk_is_one_sentence_and_leaves_nothing_behind(
     measured: str, left: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -299,11 +304,15 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_behind(
         words = ["report", str(results), "-o", str(out)]
     else:
         pytest.importorskip("safetensors" if measured == "io.save" else "onnxscript")
-        with full_disk(left), pytest.raises(HetconvError, match="cannot be written"):
+
+        def write() -> None:
             if measured == "io.save":
                 hk.io.save(net, tmp_path / "net.safetensors")
             else:
                 hk.export.to_onnx(net, torch.randn(2, 1, 8, 8), tmp_path / "net.onnx")
+
+        with full_disk(left), pytest.raises(HetconvError, match="cannot be written"):
+            write()
         assert not list(tmp_path.glob("*.part"))
         return
     with full_disk(left):
@@ -336,9 +345,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     write_text(path, "old")
     with full_disk(10), pytest.raises(HetconvError, match="cannot be written"):
         write_text(path, "new" * 10)
-    with pytest.raises(KeyError), writing(path) as beside:
-        beside.write_text("half")
-        raise KeyError
+
+    def interrupted() -> None:
+        with writing(path) as beside:
+            beside.write_text("half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        interrupted()
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
@@ -387,8 +401,8 @@ def test_a_user_s_network_and_data_are_compressed_and_profiled(
     assert cli.main(["profile", "good_user_code:Made.pair", "--passes", "1", "--het", "2"]) == 0
 
 
-@pytest.mark.parametrize("seed", ["0", str(2**63 - 1), str(2**32 + 1)])
-@pytest.mark.parametrize("method", ["het", "self-grouping", "frequency"])
+@pytest.mark.parametrize("seed", [str(2**63 - 1), str(2**32 + 1)])
+@pytest.mark.parametrize("method", ["self-grouping", "frequency"])
 def test_every_seed_of_the_command_line_works(seed: str, method: str, tmp_path: Path) -> None:
     torch.save(hk.models.digits_net().state_dict(), tmp_path / "net.pt")
     more = {"self-grouping": ["--set", "step=0.7"], "frequency": ["--set", "search_epochs=1"]}
@@ -406,6 +420,6 @@ def test_settings_are_plain_text(capsys: pytest.CaptureFixture[str]) -> None:
         assert "`" not in text
         assert "Attributes" not in text
         assert "Raises" not in text
-        for name in kind.__dataclass_fields__:
+        for name in (field.name for field in dataclasses.fields(kind)):
             (line,) = [row for row in text.splitlines() if row.startswith(f"  {name}=")]
             assert len(line.split("  ")) > 2, line

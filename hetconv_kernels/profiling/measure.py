@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import export, stats, timing
+from ..disturbance import Watch
 from ..errors import ArgumentError, InputTypeError, mismatch
 from ..explain import _same_buffers
 from ..graph.trace import check_plain
@@ -21,7 +22,7 @@ from ..nn import FrequencyConv2d, FusedConv2d
 from ..nn.base import SupportLayer
 from ..roofs import Roofs, measure_roofs
 from ..timing import check_seconds
-from .reasons import backend_and_reason
+from .reasons import backend_and_reason, predicted
 from .record import LayerProfile, Profile
 
 _WARM_UP = 2
@@ -40,6 +41,7 @@ class _Seen:
     bytes: int = 0
     dtype: str = ""
     backend: str = ""
+    predicted: float | None = None
     why: str = ""
     started: float = 0.0
     round: float = 0.0
@@ -87,9 +89,10 @@ def profile(
     with torch.no_grad(), _same_buffers(model):
         layers = _first_pass(model, example)
         _count(model, example, layers)
-        whole = _rounds(model, example, layers, rounds, max_seconds)
+        whole, disturbed = _rounds(model, example, layers, rounds, max_seconds)
         ceilings = _roofs(layers, example.device, roofs)
-        twins = _dense(layers, example, rounds, max_seconds) if dense else {}
+        twins, more = _dense(layers, example, rounds, max_seconds) if dense else ({}, ())
+        disturbed = disturbed or more
     done = {name: statistics.median(seen.samples) for name, seen in layers.items()}
     layout = "channels_last" if _is_channels_last(example) else "contiguous"
     dtype = str(example.dtype).removeprefix("torch.")
@@ -114,11 +117,13 @@ def profile(
                 why=seen.why,
                 dense_seconds=twins[name][0] if name in twins else None,
                 speedup=twins[name][1] if name in twins else None,
+                predicted_seconds=None if seen.predicted is None else seen.predicted * seen.calls,
             )
             for name, seen in layers.items()
         ),
         roofs={name: (r.macs_per_s, r.bytes_per_s) for name, r in ceilings.items()},
         threads=torch.get_num_threads(),
+        disturbed=disturbed,
     )  # fmt: skip
 
 
@@ -186,6 +191,7 @@ def _note(seen: _Seen, arguments: tuple[Any, ...]) -> None:
         # A later operation may work in place on what it gets.
         seen.arguments = tuple(a.clone() if isinstance(a, Tensor) else a for a in arguments)
         seen.backend, seen.why = backend_and_reason(seen.layer, arguments)
+        seen.predicted = predicted(seen.layer, arguments)
         seen.dtype = str(arguments[0].dtype).removeprefix("torch.")
     seen.calls += 1
 
@@ -222,8 +228,11 @@ def _rounds(
     layers: Mapping[str, _Seen],
     rounds: int,
     max_seconds: float,
-) -> float:
-    """Runs the network and keeps a sample of each layer a round; returns the whole's median."""
+) -> tuple[float, tuple[str, ...]]:
+    """Runs the network and keeps a sample of each layer a round.
+
+    Returns the whole's median, and what disturbed it.
+    """
     clock = timing.clock(example.device)
 
     def start(seen: _Seen, _: Any) -> None:
@@ -245,8 +254,10 @@ def _rounds(
     with _hooked(layers, start, stop):
         for _ in range(_WARM_UP):
             model(example)
+        watch = Watch(example.device)
         began = clock()
         while len(whole) < rounds:
+            watch.tick()
             for seen in layers.values():
                 seen.round = 0.0
             before = clock()
@@ -256,7 +267,7 @@ def _rounds(
                 seen.samples.append(seen.round)
             if clock() - began > max_seconds and len(whole) >= _LEAST_ROUNDS:
                 break
-    return statistics.median(whole)
+    return statistics.median(whole), watch.finish().reasons
 
 
 def _roofs(
@@ -271,9 +282,13 @@ def _roofs(
 
 def _dense(
     layers: Mapping[str, _Seen], example: Tensor, rounds: int, max_seconds: float
-) -> dict[str, tuple[float, tuple[float, float, float]]]:
-    """Times each layer with a Support in turns with its dense twin, in both memory formats."""
+) -> tuple[dict[str, tuple[float, tuple[float, float, float]]], tuple[str, ...]]:
+    """Times each layer with a Support in turns with its dense twin, in both memory formats.
+
+    Returns what was found by the layer's name, and what disturbed the first that was disturbed.
+    """
     found = {}
+    disturbed: tuple[str, ...] = ()
     ours = {
         name: seen
         for name, seen in layers.items()
@@ -292,12 +307,14 @@ def _dense(
             )
             variants[f"dense {form}"] = _call(twin.to(memory_format=form), arguments)
         times = timing.interleaved(
-            variants, rounds=rounds, max_seconds=max_seconds / len(ours), device=example.device
-        )
+            variants, rounds=rounds, max_seconds=max_seconds / len(ours), device=example.device,
+            retake=1,
+        )  # fmt: skip
+        disturbed = disturbed or times.disturbed
         rival = times.fastest([n for n in variants if n != "ours"])
         ratio = times.speedup("ours", over=rival)
         found[name] = (times.median(rival), (ratio.value, ratio.low, ratio.high))
-    return found
+    return found, disturbed
 
 
 def dense_twin(layer: nn.Module) -> nn.Module:
