@@ -156,9 +156,7 @@ def test_report_has_measured_times_and_json() -> None:
     assert f"{report.macs[1]:,}" in table
 
 
-def test_require_speedup_is_a_typed_error_with_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Whatever else this machine does: what a disturbed measurement says is another test's.
-    monkeypatch.setattr("hetconv_kernels.disturbance.judged", lambda *_: ())
+def test_require_speedup_is_a_typed_error_with_the_report() -> None:
     with pytest.raises(SpeedupError, match=r"at least 1000\.00× was required") as caught:
         run(Columns(epochs=0), measure=True, measure_seconds=0.05, require_speedup=1000.0)
     assert caught.value.report.live == (912, 405)
