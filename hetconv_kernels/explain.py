@@ -113,7 +113,9 @@ class Explanation:
             lines += [f"    {note}" for note in c.notes]
         lines += ["", self._verdict()]
         for c in self.candidates:
-            if c.name == self.chosen and far_above(c.measured_s, c.predicted_s):
+            if c.name != self.chosen or c.measured_s is None or c.predicted_s is None:
+                continue
+            if far_above(c.measured_s, c.predicted_s):
                 lines.append(
                     f"{c.name} took {c.measured_s / c.predicted_s:.0f} times what was predicted: "
                     "other work, or a layer too small for its threads; see docs/benchmarks.md."

@@ -33,6 +33,7 @@ def writing(
         HetconvError: the file cannot be written.
     """
     path = Path(path)
+    failures: tuple[type[Exception], ...] = (OSError, *also)
     beside = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         if folders:
@@ -41,7 +42,7 @@ def writing(
         with open(beside, "rb") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except (OSError, *also) as error:
+    except failures as error:
         raise unwritable(what or str(path), error) from error
     finally:
         with contextlib.suppress(OSError):

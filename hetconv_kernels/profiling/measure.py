@@ -249,7 +249,7 @@ def _rounds(
             call, rounds=rounds, max_seconds=max_seconds, device=example.device
         )
         seen.samples = list(times.samples["it"])
-        return times.median("it")
+        return times.median("it"), times.disturbed
     whole: list[float] = []
     with _hooked(layers, start, stop):
         for _ in range(_WARM_UP):
