@@ -22,11 +22,8 @@ Six rules, each against a mistake that published timings make:
 from __future__ import annotations
 
 import gc
-import itertools
 import math
 import random
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -34,6 +31,7 @@ from typing import Any, Protocol
 import torch
 
 from .cache import Flush, last_level_cache, rotations
+from .clocks import Clock, clock
 from .disturbance import Disturbance, Watch
 from .errors import ArgumentError, mismatch
 from .integers import is_integer
@@ -55,62 +53,6 @@ Variant = Call | Sequence[Call]
 
 RESOLUTIONS_PER_SAMPLE = 100
 _MAX_ITERATIONS = 10**7
-
-
-class Clock:
-    """A clock in seconds that waits for the device before every reading.
-
-    Usable as pytest-benchmark's timer: it is a plain callable with a name.
-
-    Args:
-        device: the device whose queue has to be empty when the clock is read.
-        now: reads the time, in seconds.
-        synchronize: waits for the device; None picks what the device needs (nothing on a CPU).
-        resolution: seconds between two readings that the clock can tell apart; None measures it.
-    """
-
-    __name__ = "synchronising_clock"
-
-    def __init__(
-        self,
-        device: torch.device | str = "cpu",
-        *,
-        now: Callable[[], float] = time.perf_counter,
-        synchronize: Callable[[], object] | None = None,
-        resolution: float | None = None,
-    ) -> None:
-        self.device = torch.device(device)
-        self._now = now
-        self._synchronize = synchronize or _synchronizer(self.device)
-        self._resolution = resolution
-
-    def __call__(self) -> float:
-        """Waits until the device has done all that it was given and returns the time in seconds."""
-        if self._synchronize is not None:
-            self._synchronize()
-        return self._now()
-
-    @property
-    def resolution(self) -> float:
-        """The median time between two readings with nothing in between, in seconds."""
-        if self._resolution is None:
-            for _ in range(10):
-                self()
-            readings = [self() for _ in range(102)]
-            steps = [b - a for a, b in itertools.pairwise(readings)]
-            self._resolution = max(statistics.median(steps), 1e-9)
-        return self._resolution
-
-
-_CLOCKS: dict[torch.device, Clock] = {}
-
-
-def clock(device: torch.device | str = "cpu") -> Clock:
-    """Returns the synchronising clock of a device, the same object at every call."""
-    device = torch.device(device)
-    if device not in _CLOCKS:
-        _CLOCKS[device] = Clock(device)
-    return _CLOCKS[device]
 
 
 def check_seconds(name: str, value: float, zero: bool = False) -> None:
@@ -413,10 +355,3 @@ def _calls(name: str, variant: Variant) -> tuple[Call, ...]:
             mismatch(f"variant {name!r}", variant, "a call without arguments, or a list of such")
         )
     return calls
-
-
-def _synchronizer(device: torch.device) -> Callable[[], object] | None:
-    if device.type == "cpu":
-        return None
-    module = torch.get_device_module(device)
-    return lambda: module.synchronize(device)

@@ -43,8 +43,8 @@ LONGER_FILES = {
 # A module has tests/test_<its name>.py or test_<its folder>.py; these are tested elsewhere.
 TESTED_BY = {
     "hetconv_kernels._version": "test_repository",
+    "hetconv_kernels.clocks": "test_timing",
     "hetconv_kernels.factory": "test_bad_input",
-    "hetconv_kernels.files": "test_bad_input",
     "hetconv_kernels.option_types": "test_bad_input",
 }
 
