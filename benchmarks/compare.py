@@ -161,6 +161,8 @@ def _change(name: str, old: Json, new: Json, tolerance: float) -> Change:
     if a is not None and b is not None:
         beside = Interval(b.value / a.value, b.low / a.high, b.high / a.low)
     verdict = _verdict(ours, beside, tolerance)
+    if "disturbed" in old or "disturbed" in new:
+        return Change(name, _median(old), _median(new), ours, beside, "disturbed")
     if verdict in ("slower", "faster") and beside is not None:
         dense = beside.value / ours.value  # how many times longer dense takes now
         verdict = verdict if 1 / _STEADY <= dense <= _STEADY else "unsteady"

@@ -68,6 +68,10 @@ class Session:
             self.records[topic] = Record(self.config.getoption("--results"), full_name)
         return self.records[topic]
 
+    def measures(self, benchmark: Any) -> bool:
+        """Whether to time: with ``--benchmark-disable`` results are checked and nothing else."""
+        return benchmark is None or not benchmark.disabled
+
     def extra_info(self, benchmark: Any, topic: str, row: dict[str, Any]) -> None:
         """Gives pytest-benchmark a row, with hardware, versions and commit."""
         if benchmark is not None:

@@ -31,7 +31,7 @@ import torch
 import hetconv_kernels as hk
 from benchmarks.bench import STEP, VERBS, Bench
 from benchmarks.cases import GPU_CASES, GPU_SHAPES, Case, het
-from benchmarks.record import Record, verdict
+from benchmarks.record import Record, disturbed, verdict
 from benchmarks.table import primitive_table
 from hetconv_kernels import timing
 from hetconv_kernels.errors import BackendError
@@ -111,6 +111,7 @@ def measure(bench: Bench, verb: str, backend: str, seconds: float, roofs: Roofs)
         cold=on_gpu,
         graph=on_gpu,
         device=case.device,
+        retake=2,
     )
     floor, median = roofs.floor(row["macs"], row["bytes"]), timings.median("ours")
     row |= {"median_s": median, "floor_s": floor, "percent_of_roof": 100 * floor / median}
@@ -133,7 +134,8 @@ def measure(bench: Bench, verb: str, backend: str, seconds: float, roofs: Roofs)
         for name in timings.samples
         if name.startswith("ours-") and name != "ours-unfrozen"
     }
-    row["verdict"] = verdict(row["dense"])
+    row["verdict"] = verdict(row["dense"], timings.disturbed)
+    row |= disturbed(timings)
     row["timings"] = timings.to_dict()
     return row
 

@@ -3,8 +3,9 @@
 
 Version 1. Times are seconds per call, counts are multiply-accumulates and bytes. A ``ratio`` is how
 many times longer the rival took than our layer: above 1 we are faster; ``low`` and ``high`` are the
-ends of its interval. New fields may be added within a version; a field that changes its meaning or
-goes away needs a new one.
+ends of its interval. A row with ``disturbed`` was taken while other work spoilt it, by the reasons
+that it lists: its numbers stay, and no verdict is made from them. New fields may be added within a
+version; a field that changes its meaning or goes away needs a new one.
 """
 
 from __future__ import annotations
@@ -117,17 +118,28 @@ def layer_row(
         "unfrozen": _against(timings, rig.DENSE, rig.UNFROZEN),
         "prepacked": _against(timings, rig.PREPACKED),
         "float32": _against(timings, rig.OURS_FLOAT32),
-        "verdict": verdict(dense),
+        "verdict": verdict(dense, timings.disturbed),
         "timings": timings.to_dict(),
-    }
+    } | disturbed(timings)
     return row
 
 
-def verdict(estimate: Json) -> str:
-    """Says ``win`` or ``lose`` when the whole interval is on that side of 1, else ``even``."""
+def verdict(estimate: Json, reasons: Sequence[str] = ()) -> str:
+    """Says ``win`` or ``lose`` when the whole interval is on that side of 1, else ``even``.
+
+    Where the measurement was disturbed it is ``disturbed``, whatever the interval.
+    """
+    if reasons:
+        return "disturbed"
     if estimate["low"] > 1:
         return "win"
     return "lose" if estimate["high"] < 1 else "even"
+
+
+def disturbed(*timings: Timings) -> Json:
+    """Returns the field of a row that says what disturbed its measurements; none if nothing did."""
+    reasons = list(dict.fromkeys(reason for found in timings for reason in found.disturbed))
+    return {"disturbed": reasons} if reasons else {}
 
 
 def _against(timings: Timings, role: str, ours: str = rig.OURS) -> Json | None:
@@ -159,7 +171,7 @@ def dispatch_row(name: str, backend: str, target_us: float, timings: Timings) ->
         "high_us": extra.high * 1e6,
         "target_us": target_us,
         "timings": timings.to_dict(),
-    }
+    } | disturbed(timings)
 
 
 def model_row(
@@ -203,7 +215,7 @@ def model_row(
         "float32": _against(timings[rig.DENSE], rig.OURS_FLOAT32),
         "median_s": timings[rig.DENSE].median(rig.OURS),
         "timings": {role: timing.to_dict() for role, timing in timings.items()},
-    }
+    } | disturbed(*timings.values())
     if runs is None or ratios is None:
         return row
     bound = amdahl.bound(runs[0], ratios)
@@ -227,13 +239,17 @@ def training_row(case: NetworkCase, match: Match, timings: Timings | None = None
         return row
     dense = _against(timings, rig.DENSE)
     assert dense is not None
-    return row | {
-        "median_s": timings.median(rig.OURS),
-        "dense": dense,
-        "composition": _against(timings, rig.COMPOSITION),
-        "verdict": verdict(dense),
-        "timings": timings.to_dict(),
-    }
+    return (
+        row
+        | {
+            "median_s": timings.median(rig.OURS),
+            "dense": dense,
+            "composition": _against(timings, rig.COMPOSITION),
+            "verdict": verdict(dense, timings.disturbed),
+            "timings": timings.to_dict(),
+        }
+        | disturbed(timings)
+    )
 
 
 def command() -> str:

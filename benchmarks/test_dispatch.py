@@ -35,6 +35,11 @@ def test_dispatch(mode: str, engine: str, benchmark: Any, session: Any) -> None:
     x = torch.randn(1, 8, 2, 2)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a dispatch has nothing to share, and threads would add their noise
+    if not session.measures(benchmark):
+        torch.testing.assert_close(layer(x).shape, conv(x).shape)
+        benchmark.pedantic(lambda: layer(x))
+        torch.set_num_threads(threads)
+        return
     with torch.set_grad_enabled(mode == "with grad"):
         timings = timing.interleaved(
             {"dense": lambda: conv(x), "ours": lambda: layer(x)},
@@ -48,5 +53,6 @@ def test_dispatch(mode: str, engine: str, benchmark: Any, session: Any) -> None:
     row = record.dispatch_row(mode, engine, TARGETS_US[mode], timings)
     session.extra_info(benchmark, "dispatch", row)
     session.record("dispatch").add(row)
-    if engine != "reference":  # several operators a call, and never chosen for speed
+    # The reference is several operators a call, and never chosen for speed.
+    if "disturbed" not in row and engine != "reference":
         assert row["low_us"] <= MARGIN * TARGETS_US[mode]

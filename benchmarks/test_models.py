@@ -31,22 +31,29 @@ def test_network(case: NetworkCase, session: Any, benchmark: Any, tmp_path: Path
     torch.manual_seed(1)
     x = torch.randn(case.n, case.channels, case.size, case.size)
     with torch.no_grad():
-        row = measure(case, x, tmp_path, session.seconds, benchmark)
-    session.extra_info(benchmark, "models", row)
-    session.record("models").add(row)
+        row = measure(case, x, tmp_path, session.seconds, benchmark, session.measures(benchmark))
+    if session.measures(benchmark):
+        session.extra_info(benchmark, "models", row)
+        session.record("models").add(row)
     if OURS in row["absent"]:
         pytest.skip(f"ours is absent: {row['absent'][OURS]}")
     assert row["match"]["ok"], f"wrong by {row['match']['worst']:.3g} times the bound; not timed"
 
 
 def measure(
-    case: NetworkCase, x: Tensor, folder: Path, seconds: float, benchmark: Any = None
+    case: NetworkCase,
+    x: Tensor,
+    folder: Path,
+    seconds: float,
+    benchmark: Any = None,
+    timed: bool = True,
 ) -> dict[str, Any]:
     """Checks and times one network, beside (a) and then beside (b); returns its row.
 
     Where this build has nothing that runs the case's dtype, the row says so and has no times.
 
-    pytest-benchmark, where it is given, collects the rounds beside (a).
+    pytest-benchmark, where it is given, collects the rounds beside (a). Nothing but the check is
+    done where nothing is to be timed.
     """
     ours, dense, composition = (build(case, form, x) for form in (OURS, DENSE, COMPOSITION))
     timings: dict[str, Timings] = {}
@@ -69,9 +76,13 @@ def measure(
             return record.model_row(case, match, absent)
         if not runs or not own:  # nobody to compare with; the others' matches are still worth it
             continue
+        if not timed:
+            if role == DENSE:
+                benchmark.pedantic(own[OURS])
+            continue
         timings[role] = timing.interleaved(
             runs | own, baseline=next(iter(runs)), target=OURS, rounds=12, warmup=0,
-            max_seconds=4 * seconds, benchmark=benchmark if role == DENSE else None,
+            max_seconds=4 * seconds, benchmark=benchmark if role == DENSE else None, retake=2,
         )  # fmt: skip
         runs.clear()  # they hold several copies of the network each
         gc.collect()

@@ -66,6 +66,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
+    except OSError as error:  # the machine refuses: a full disk, no rights, no such file
+        print(f"hetconv: {error}", file=sys.stderr)
+        _give_up_on_a_full_stdout()
+        return FAILURE
+    except MemoryError:
+        print("hetconv: there is not enough memory for these sizes.", file=sys.stderr)
+        return FAILURE
+
+
+def _give_up_on_a_full_stdout() -> None:
+    """Sends the rest nowhere if stdout cannot be written, so that no traceback comes at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser(asked: Sequence[str]) -> argparse.ArgumentParser:

@@ -106,7 +106,7 @@ def digits() -> Dataset:
     except ImportError as error:
         raise HetconvError(
             "The digits come with scikit-learn, which is not installed: "
-            "pip install hetconv_kernels[demo], or pip install scikit-learn."
+            "pip install 'hetconv-kernels[demo]', or pip install scikit-learn."
         ) from error
     found = load_digits()
     order = np.random.default_rng(0).permutation(len(found.target))

@@ -40,11 +40,14 @@ from .demo_data import (
 from .demo_report import TORCH, Progress, Row, draw, show
 from .errors import ArgumentError, BackendError, HetconvError, mismatch
 from .explain import explain
+from .files import write_text, writing
 from .graph import rules
 from .graph.convert import convert
+from .layer_options import check_device
 from .models import DnCNN, dncnn
 from .nn import SupportConv2d
 from .nn.quantized_layer import QuantizedLayer
+from .option_types import seed, whole
 from .quantization import engine
 from .quantization.quantize import quantize
 from .samples import Timings
@@ -94,9 +97,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--quick", action="store_true", help="a tiny network and crop: seconds, for a first look")
     add("--out", type=Path, default=Path("outputs/demo"), help="results go here (outputs/demo)")
-    add("--steps", type=int, help=f"training steps of the dense network ({full.steps})")
-    add("--channels", type=int, help=f"filters of each convolution ({full.channels})")
-    add("--seed", type=int, default=0)
+    add("--steps", type=whole(2), help=f"training steps of the dense network ({full.steps})")
+    add("--channels", type=whole(), help=f"filters of each convolution ({full.channels})")
+    add("--seed", type=seed, default=0, help="of all that is drawn (0)")
     add("--device", default="cpu", help="such as cpu or cuda:0")
     add("--backend", help="force this backend for the sparse networks")
 
@@ -116,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
         ArgumentError: a number is out of range.
     """
     require_extra()
-    settings, device = _settings(args), _device(args.device)
+    settings, device = _settings(args), check_device(args.device)
     started = time.perf_counter()
     with _forced(args.backend):
         _make_folder(args.out)
@@ -145,8 +148,9 @@ def run(args: argparse.Namespace) -> int:
     }
     picture, results = args.out / "demo.png", args.out / "demo.json"
     shown = {r: i for r, i in zip(rows, images, strict=True) if not r.name.endswith(_INT8)}
-    draw(picture, truth, noisy, noisy_psnr_db, shown)
-    results.write_text(json.dumps(record, indent=2) + "\n")
+    with writing(picture) as beside:
+        draw(beside, truth, noisy, noisy_psnr_db, shown)
+    write_text(results, json.dumps(record, indent=2) + "\n")
     show(rows, noisy_psnr_db)
     print(
         f"Trained on {TRAINED_ON} for {training_s:.0f} s; measured on {HELD_OUT}, never trained on."
@@ -355,16 +359,6 @@ def _settings(args: argparse.Namespace) -> Settings:
                 raise ArgumentError(mismatch(f"--{name}", value, f"at least {least}"))
             settings = replace(settings, **{name: value})
     return settings
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that CUDA was compiled in
-        reason = str(error).splitlines()[0]
-        raise HetconvError(f"device {name!r} cannot be used: {reason}") from error
-    return device
 
 
 def _make_folder(path: Path) -> None:

@@ -28,7 +28,7 @@ def require_extra() -> None:
     missing = [name for module, name in _EXTRA.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise HetconvError(
-            f"The demo needs {', '.join(missing)}: pip install hetconv_kernels[demo]."
+            f"The demo needs {', '.join(missing)}: pip install 'hetconv-kernels[demo]'."
         )
 
 

@@ -161,7 +161,7 @@ def draw(
     """Writes the picture: noisy and denoised photographs side by side, a detail under each.
 
     Args:
-        path: where to write; the suffix gives the format.
+        path: where to write, as PNG.
         truth: the clean photograph, shown last.  # [1, H, W]
         noisy: what the networks were given.  # [1, H, W]
         noisy_psnr_db: its quality.
@@ -190,7 +190,7 @@ def draw(
         for axis, shown in ((whole, image[0]), (detail, image[0][part])):
             axis.imshow(shown.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axis.set_axis_off()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, format="png")
 
 
 def _rich() -> bool:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from . import functional, ops
 from .backends import NAMES, available_backends, choose, get_backend
+from .disturbance import far_above
+from .disturbance import shown as said
 from .errors import ArgumentError, InputTypeError, mismatch
 from .nn.base import SupportLayer
 from .nn.conv import SupportConv2d
@@ -61,6 +63,7 @@ class Explanation:
         forced: whether it was forced rather than chosen.
         candidates: every backend that is built here.
         frozen: whether the layer is frozen, so that packed forms of its weight are kept.
+        disturbed: what shows that other work spoilt the measured times; empty when nothing does.
     """
 
     layer: str
@@ -74,6 +77,7 @@ class Explanation:
     forced: bool
     candidates: tuple[Candidate, ...]
     frozen: bool = False
+    disturbed: tuple[str, ...] = ()
 
     @property
     def packing_s(self) -> float | None:
@@ -82,10 +86,13 @@ class Explanation:
 
     @property
     def faster_than_dense(self) -> bool | None:
-        """Whether the chosen backend was measured faster than `vendor`; None if not measured."""
+        """Whether the chosen backend was measured faster than `vendor`.
+
+        None where it was not measured, or the measurement was disturbed.
+        """
         times = {c.name: c.measured_s for c in self.candidates}
         chosen, vendor = times.get(self.chosen), times.get("vendor")
-        if chosen is None or vendor is None:
+        if chosen is None or vendor is None or self.disturbed:
             return None
         return self.chosen != "vendor" and chosen < vendor
 
@@ -118,6 +125,16 @@ class Explanation:
             )
             lines += [f"    {note}" for note in c.notes]
         lines += ["", self._verdict()]
+        for c in self.candidates:
+            if c.name != self.chosen or c.measured_s is None or c.predicted_s is None:
+                continue
+            if far_above(c.measured_s, c.predicted_s):
+                lines.append(
+                    f"{c.name} took {c.measured_s / c.predicted_s:.0f} times what was predicted: "
+                    "other work, or a layer too small for its threads; see docs/benchmarks.md."
+                )
+        if self.disturbed:
+            lines.append(f"The measured times are {said(self.disturbed)}.")
         return "\n".join(lines)
 
     def _packing(self) -> str:
@@ -180,7 +197,7 @@ def explain(layer: SupportLayer | QuantizedLayer, x: Tensor, measure: bool = Tru
     chosen = choose(problem, forced).backend.name
     runnable = [n for n in available_backends() if not get_backend(n).unsupported_reasons(problem)]
     measurable = measure and problem.batch and not x.is_meta
-    measured, packing = _measure(layer, x, runnable) if measurable else ({}, {})
+    measured, packing, disturbed = _measure(layer, x, runnable) if measurable else ({}, {}, ())
     candidates = []
     for name in available_backends():
         engine = get_backend(name)
@@ -215,6 +232,7 @@ def explain(layer: SupportLayer | QuantizedLayer, x: Tensor, measure: bool = Tru
         forced=NAMES[forced] != "auto",
         candidates=tuple(candidates),
         frozen=layer.frozen,
+        disturbed=disturbed,
     )
 
 
@@ -285,8 +303,10 @@ def problem_of(layer: SupportConv2d, x: Tensor) -> Problem:
 
 def _measure(
     layer: SupportConv2d, x: Tensor, names: list[str]
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Times each backend; returns the seconds of a steady call, and of packing in one."""
+) -> tuple[dict[str, float], dict[str, float], tuple[str, ...]]:
+    """Times each backend; returns the seconds of a steady call and of packing in one, and why not
+    to trust them.
+    """
     from .timing import interleaved  # not needed to import the package
 
     def call(name: str) -> Any:
@@ -304,6 +324,7 @@ def _measure(
             return (
                 {name: timings.median(name) for name in names},
                 {name: packing_seconds(calls[name]) for name in names},
+                timings.disturbed,
             )
     finally:
         layer.backend = before

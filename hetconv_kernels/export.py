@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .backends.common import pad_image
 from .errors import HetconvError, InputTypeError, TraceError, mismatch
+from .files import unwritable
 from .graph.check import verify
 from .graph.copying import copied
 from .graph.trace import FAILURES, as_inputs, check_network
@@ -230,7 +231,7 @@ def to_onnx(model: nn.Module, example: Any, path: str | os.PathLike[str]) -> Non
         ArgumentError: the network is in training mode.
         TraceError: torch.export cannot trace it.
         VerificationError: the plain network differs by more than rounding.
-        HetconvError: onnx or onnxscript is not installed.
+        HetconvError: onnx or onnxscript is not installed, or the file cannot be written.
     """
     check_network(model)
     from .quantization.qdq import has_quantized
@@ -254,6 +255,8 @@ def to_onnx(model: nn.Module, example: Any, path: str | os.PathLike[str]) -> Non
     try:
         program = torch.export.export(ours, inputs, dynamic_shapes=dynamic if tensors else None)
         torch.onnx.export(program, f=str(Path(path)), dynamo=True, verbose=False)
+    except OSError as error:
+        raise unwritable(str(path), error) from error
     except FAILURES as error:
         raise TraceError(f"{type(model).__name__} cannot be exported: {error}") from error
 

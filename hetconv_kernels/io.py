@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 
 from ._version import __version__
 from .errors import ArgumentError, FileError, HetconvError, mismatch
+from .files import writing
 from .graph.carried import check_described
 from .graph.graph_json import graph_from_json, graph_to_json
 from .graph.layer_json import layer_from_json, layer_to_json
@@ -90,10 +91,10 @@ def save(model: nn.Module, path: str | os.PathLike[str], into: nn.Module | None 
     description["graph"] = _rebuildable(description, tensors)
     text = json.dumps(description)
     path = Path(path)
-    part = path.with_name(path.name + ".part")
+    library = _safetensors()
     metadata = {_KEY: text, _DIGEST_KEY: _text_digest(text)}
-    _safetensors().torch.save_file(tensors, str(part), metadata=metadata)
-    part.replace(path)
+    with writing(path, also=(library.SafetensorError,)) as part:
+        library.torch.save_file(tensors, str(part), metadata=metadata)
 
 
 def load(
@@ -424,6 +425,6 @@ def _safetensors() -> Any:
         import safetensors.torch
     except ImportError as error:
         raise HetconvError(
-            "saving and loading needs safetensors: pip install hetconv-kernels[safetensors]"
+            "saving and loading needs safetensors: pip install 'hetconv-kernels[safetensors]'"
         ) from error
     return safetensors

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from . import nn
 from .errors import HetconvError, mismatch
+from .masks import check_entries
+from .option_types import real, size, whole
 from .support import Support
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -22,15 +24,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options to a parser."""
     add = parser.add_argument
     add("--kind", choices=("het", "dense", "grouped", "mask"), default="het")
-    add("--channels", type=int, default=64, help="input channels (64)")
-    add("--filters", type=int, help="output channels (as many as input channels)")
-    add("--kernel", type=int, default=3, help="kernel edge (3)")
-    add("--p", type=int, default=4, help="part of a HetConv, or number of groups (4)")
+    add("--channels", type=whole(), default=64, help="input channels (64)")
+    add("--filters", type=whole(), help="output channels (as many as input channels)")
+    add("--kernel", type=whole(), default=3, help="kernel edge (3)")
+    add("--p", type=whole(), default=4, help="part of a HetConv, or number of groups (4)")
     add("--order", choices=("blocked", "interleaved"), default="blocked")
-    add("--density", type=float, default=0.3, help="of a random mask, 0…1 (0.3)")
-    add("--size", type=_size, default=(56, 56), help="input height, or HEIGHTxWIDTH (56)")
-    add("--batch", type=int, default=1, help="images (1)")
-    add("--stride", type=int, default=1)
+    add("--density", type=real(0, 1), default=0.3, help="of a random mask, 0…1 (0.3)")
+    add("--size", type=size, default=(56, 56), help="input height, or HEIGHTxWIDTH (56)")
+    add("--batch", type=whole(), default=1, help="images (1)")
+    add("--stride", type=whole(), default=1)
     add("--dtype", choices=DTYPES, default="float32")
     add("--backend", help="force this backend")
     add("--device", default="cpu", help="such as cpu or cuda:0")
@@ -61,10 +63,7 @@ def build_layer(options: argparse.Namespace) -> nn.SupportConv2d:
     elif options.kind == "dense":
         layer = nn.SupportConv2d(c, f, k, *place, support=Support.dense(c, f, k), **more)
     else:
-        if not 0 < options.density <= 1:
-            raise HetconvError(mismatch("--density", options.density, "more than 0, at most 1"))
-        if min(c, f, k) < 1:
-            raise HetconvError(mismatch("channels, filters, kernel", (c, f, k), "positive numbers"))
+        check_entries(c * f * k * k)
         mask = np.random.default_rng(0).random((f, c, k, k)) < options.density
         layer = nn.SupportConv2d(c, f, k, *place, support=Support.from_mask(mask), **more)
     return layer.to(memory_format=FORMATS[options.memory_format])  # type: ignore[call-overload]
@@ -81,7 +80,8 @@ def build_input(options: argparse.Namespace, channels: int, size: tuple[int, int
     try:
         x = torch.randn(*shape, device=device, dtype=dtype)
     except RuntimeError as error:
-        raise HetconvError(f"No input of shape {shape}: {error}") from error
+        reason = str(error).splitlines()[0]
+        raise HetconvError(f"No input of shape {shape}: {reason}") from error
     return x.to(memory_format=FORMATS[options.memory_format])
 
 
@@ -97,12 +97,8 @@ def check_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # torch asserts that CUDA was compiled in
         reason = str(error).splitlines()[0]
         raise HetconvError(f"device {name!r} cannot be used: {reason}") from error
+    if device.type == "meta":
+        raise HetconvError(
+            mismatch("device", "'meta', where tensors hold no numbers", "one that computes")
+        )
     return device
-
-
-def _size(text: str) -> tuple[int, int]:
-    height, _, width = text.partition("x")
-    try:
-        return int(height), int(width or height)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither 56 nor 56x48") from None

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .disturbance import Disturbance
 from .errors import ArgumentError, mismatch
 
 _CONFIDENCE = 0.95
@@ -49,6 +50,7 @@ class Timings:
         cold: whether the last-level cache was flushed before each sample.
         graph: whether the calls were replayed from a CUDA graph.
         resolution: what the clock resolves, in seconds.
+        disturbance: what other work on the machine did meanwhile; None where nobody watched.
     """
 
     baseline: str
@@ -58,6 +60,12 @@ class Timings:
     cold: bool = False
     graph: bool = False
     resolution: float = 0.0
+    disturbance: Disturbance | None = None
+
+    @property
+    def disturbed(self) -> tuple[str, ...]:
+        """What shows that nothing can be concluded from this measurement; empty when nothing."""
+        return self.disturbance.reasons if self.disturbance is not None else ()
 
     def median(self, name: str) -> float:
         """Returns the median seconds per call of a variant."""
@@ -108,7 +116,7 @@ class Timings:
                 }
                 for name, samples in self.samples.items()
             },
-        }
+        } | ({} if self.disturbance is None else {"disturbance": self.disturbance.to_dict()})
 
     def _of(self, name: str) -> tuple[float, ...]:
         if name not in self.samples:

@@ -230,6 +230,25 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextlib.contextmanager
+def fitting(x: Tensor) -> Iterator[None]:
+    """Makes one sentence of what a network says when it cannot run on an input.
+
+    Raises:
+        ArgumentError: it cannot.
+    """
+    try:
+        yield
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, (HetconvError, NotImplementedError, *_NEEDS_VALUES)):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ArgumentError(
+            mismatch("input", f"{x.dtype} {list(x.shape)}", "one that the network takes")
+            + f" It says: {reason}"
+        ) from error
+
+
 def _observe(model: nn.Module, x: Tensor, fc: bool, bias: bool, bn: bool) -> list[LayerMacs]:
     recorder = _Recorder(model, fc, bias, bn)
     with contextlib.ExitStack() as stack:
@@ -246,16 +265,8 @@ def _observe(model: nn.Module, x: Tensor, fc: bool, bias: bool, bn: bool) -> lis
             for handle in handles:
                 stack.callback(handle.remove)
         stack.enter_context(recorder)
-        try:
+        with fitting(x):
             model(x)
-        except (IndexError, RuntimeError, TypeError, ValueError) as error:
-            if isinstance(error, (HetconvError, NotImplementedError, *_NEEDS_VALUES)):
-                raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ArgumentError(
-                mismatch("input", f"{x.dtype} {list(x.shape)}", "one that the network takes")
-                + f" It says: {reason}"
-            ) from error
     return list(recorder.rows.values())
 
 

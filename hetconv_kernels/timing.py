@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The clock and the record: times variants of one computation beside each other, honestly.
 
-Five rules, each against a mistake that published timings make:
+Six rules, each against a mistake that published timings make:
 
 * The clock waits for the device before it is read, so that the work is measured, not the queue.
 * Variants take turns in one process, in a new order every round. Drift of the machine (other
@@ -12,6 +12,8 @@ Five rules, each against a mistake that published timings make:
   is called once, because the others' turns have pushed its operands out.
 * A ratio comes with an interval. It is the order-statistics interval of the median, which assumes
   nothing of the distribution.
+* Other work on the machine is watched for, since no interval covers what it does: see
+  `disturbance`. A disturbed measurement says so, and no verdict is made from it.
 
 ``interleaved({"dense": dense, "sparse": sparse}).speedup("sparse")`` prints as
 ``2.71× [2.66, 2.74]``.
@@ -20,18 +22,19 @@ Five rules, each against a mistake that published timings make:
 from __future__ import annotations
 
 import gc
-import itertools
 import math
 import random
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 
 from .cache import Flush, last_level_cache, rotations
+from .clocks import Clock, clock
+from .disturbance import Disturbance, Watch
 from .errors import ArgumentError, mismatch
+from .integers import is_integer
 from .samples import Estimate, Timings, median_interval
 
 __all__ = [
@@ -52,60 +55,15 @@ RESOLUTIONS_PER_SAMPLE = 100
 _MAX_ITERATIONS = 10**7
 
 
-class Clock:
-    """A clock in seconds that waits for the device before every reading.
+def check_seconds(name: str, value: float, zero: bool = False) -> None:
+    """Refuses what is no finite time above zero (or zero, if that is allowed).
 
-    Usable as pytest-benchmark's timer: it is a plain callable with a name.
-
-    Args:
-        device: the device whose queue has to be empty when the clock is read.
-        now: reads the time, in seconds.
-        synchronize: waits for the device; None picks what the device needs (nothing on a CPU).
-        resolution: seconds between two readings that the clock can tell apart; None measures it.
+    Raises:
+        ArgumentError: see above.
     """
-
-    __name__ = "synchronising_clock"
-
-    def __init__(
-        self,
-        device: torch.device | str = "cpu",
-        *,
-        now: Callable[[], float] = time.perf_counter,
-        synchronize: Callable[[], object] | None = None,
-        resolution: float | None = None,
-    ) -> None:
-        self.device = torch.device(device)
-        self._now = now
-        self._synchronize = synchronize or _synchronizer(self.device)
-        self._resolution = resolution
-
-    def __call__(self) -> float:
-        """Waits until the device has done all that it was given and returns the time in seconds."""
-        if self._synchronize is not None:
-            self._synchronize()
-        return self._now()
-
-    @property
-    def resolution(self) -> float:
-        """The median time between two readings with nothing in between, in seconds."""
-        if self._resolution is None:
-            for _ in range(10):
-                self()
-            readings = [self() for _ in range(102)]
-            steps = [b - a for a, b in itertools.pairwise(readings)]
-            self._resolution = max(statistics.median(steps), 1e-9)
-        return self._resolution
-
-
-_CLOCKS: dict[torch.device, Clock] = {}
-
-
-def clock(device: torch.device | str = "cpu") -> Clock:
-    """Returns the synchronising clock of a device, the same object at every call."""
-    device = torch.device(device)
-    if device not in _CLOCKS:
-        _CLOCKS[device] = Clock(device)
-    return _CLOCKS[device]
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not (value >= 0 if zero else value > 0) or math.isinf(value):
+        raise ArgumentError(mismatch(name, value, "a finite number of seconds above 0"))
 
 
 class PytestBenchmark(Protocol):
@@ -133,6 +91,8 @@ def interleaved(
     timer: Clock | None = None,
     benchmark: PytestBenchmark | None = None,
     target: str | None = None,
+    retake: int = 0,
+    watch: Callable[[], Watch] | None = None,
 ) -> Timings:
     """Times variants of one computation in turns, in one process.
 
@@ -161,14 +121,20 @@ def interleaved(
             while the other variants take their turns before and after.
         target: the variant that pytest-benchmark stores; by default the first that is not the
             baseline.
+        retake: how often a disturbed measurement is taken again, from the first round on; not
+            where pytest-benchmark collects, which counts every sample.
+        watch: makes what looks for disturbance (for tests).
 
     Raises:
         ArgumentError: no variants, an unknown name, fewer than one round, ``graph`` without a CUDA
             device, or ``cold`` for a call that cannot be timed so.
     """
-    if not variants or rounds < 1 or warmup < 0:
+    if not variants or not is_integer(rounds) or rounds < 1 or warmup < 0:
         received = f"{len(variants)} variants, {rounds} rounds, {warmup} warm-up rounds"
         raise ArgumentError(mismatch("interleaved", received, "at least 1, 1 and 0"))
+    if max_seconds is not None:
+        check_seconds("max_seconds", max_seconds)
+    check_seconds("min_time", min_time, zero=True)
     names = list(variants)
     baseline = names[0] if baseline is None else baseline
     target = next((n for n in names if n != baseline), baseline) if target is None else target
@@ -204,13 +170,13 @@ def interleaved(
     gc.disable()
     try:
         if benchmark is None or benchmark.disabled:
-            for order in orders:
-                for name in order:
-                    racers[name].sample()
+            found = _watched(racers, orders, retake, watch or partial(Watch, device))
             if benchmark is not None:
                 benchmark.pedantic(racers[target].run)
         else:
-            _pedantic(benchmark, racers, target, orders)
+            look = (watch or partial(Watch, device))()
+            _pedantic(benchmark, racers, target, orders, look)
+            found = look.finish()
     finally:
         if collecting:
             gc.enable()
@@ -222,7 +188,29 @@ def interleaved(
         cold=cold,
         graph=graph,
         resolution=timer.resolution,
+        disturbance=found,
     )
+
+
+def _watched(
+    racers: Mapping[str, _Racer],
+    orders: Sequence[Sequence[str]],
+    retake: int,
+    watch: Callable[[], Watch],
+) -> Disturbance:
+    """Takes all rounds, and again while they were disturbed; says what was seen in the last."""
+    while True:
+        look = watch()
+        for order in orders:
+            look.tick()
+            for name in order:
+                racers[name].sample()
+        found = look.finish()
+        if not found.reasons or retake < 1:
+            return found
+        retake -= 1
+        for racer in racers.values():
+            racer.samples.clear()
 
 
 def _pedantic(
@@ -230,6 +218,7 @@ def _pedantic(
     racers: Mapping[str, _Racer],
     target: str,
     orders: Sequence[Sequence[str]],
+    look: Watch,
 ) -> None:
     """Lets pytest-benchmark time the target at its place in each round's order."""
     chosen, turn = racers[target], iter(orders)
@@ -238,6 +227,7 @@ def _pedantic(
     def before_target() -> None:
         # pytest-benchmark divides a duration by this; with a setup it is fixed to 1 otherwise.
         benchmark.stats.iterations = chosen.iterations
+        look.tick()
         order = next(turn)
         place = order.index(target)
         after[:] = order[place + 1 :]
@@ -365,10 +355,3 @@ def _calls(name: str, variant: Variant) -> tuple[Call, ...]:
             mismatch(f"variant {name!r}", variant, "a call without arguments, or a list of such")
         )
     return calls
-
-
-def _synchronizer(device: torch.device) -> Callable[[], object] | None:
-    if device.type == "cpu":
-        return None
-    module = torch.get_device_module(device)
-    return lambda: module.synchronize(device)

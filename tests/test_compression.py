@@ -185,7 +185,7 @@ def test_a_network_that_computes_something_else_is_an_error() -> None:
         ({"method": Columns}, InputTypeError, "a method with its settings"),
         ({"skip": "0"}, InputTypeError, "a list of names"),
         ({"skip": ["nothing"]}, ArgumentError, "'nothing'"),
-        ({"require_speedup": 0.0, "measure": True}, ArgumentError, "more than 0"),
+        ({"require_speedup": 0.0, "measure": True}, ArgumentError, "finite number above 0"),
         ({"require_speedup": 1.5}, ArgumentError, "since a speed-up is required"),
         ({"data": None}, ArgumentError, "since this method trains"),
         ({"data": None, "example": None}, ArgumentError, "an example input"),

@@ -22,7 +22,7 @@ from hetconv_kernels.models import DnCNN, dncnn
 from hetconv_kernels.nn import HetConv2d, SelfGroupConv2d
 
 for package in ("sklearn", "PIL", "matplotlib"):
-    pytest.importorskip(package, reason="the demo needs pip install hetconv_kernels[demo]")
+    pytest.importorskip(package, reason="the demo needs pip install 'hetconv-kernels[demo]'")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -235,5 +235,5 @@ def test_missing_extra_is_one_sentence_and_exit_code_1(
     monkeypatch.setitem(__import__("sys").modules, package, None)
     assert main(["demo", "--quick"]) == 1
     error = capsys.readouterr().err
-    assert "pip install hetconv_kernels[demo]" in error
+    assert "pip install 'hetconv-kernels[demo]'" in error
     assert error.count("\n") == 1

@@ -34,6 +34,7 @@ NOT_RUN = {
     ("docs/start.md", "needs an NVIDIA GPU"),
     ("docs/start.md", "starts several processes (tests/test_examples.py does)"),
     ("docs/backends/triton.md", "needs an NVIDIA GPU"),
+    ("docs/cli.md", "mynets is yours"),
 }
 
 

@@ -52,6 +52,9 @@ LONGER_FILES = {
 TESTED_BY = {
     "hetconv_kernels._version": "test_repository",
     "hetconv_kernels.backends.cpu_int8": "test_int8_calls",
+    "hetconv_kernels.clocks": "test_timing",
+    "hetconv_kernels.factory": "test_bad_input",
+    "hetconv_kernels.option_types": "test_bad_input",
 }
 
 # Words of one machine or one workplace, spelt in halves so that this file does not hold them.

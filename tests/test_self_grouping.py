@@ -260,5 +260,5 @@ def test_group_channels_refuses(change: dict) -> None:
 
 def test_missing_scikit_learn_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
-    with pytest.raises(HetconvError, match=r"pip install hetconv_kernels\[demo\]"):
+    with pytest.raises(HetconvError, match=r"pip install 'hetconv-kernels\[demo\]'"):
         sg.self_group(WEIGHT, 50, clusters=2)

@@ -13,13 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from .. import stats
+from ..disturbance import shown
 from ..errors import ArgumentError, HetconvError, InputTypeError, SpeedupError, mismatch
 from ..graph import compact as compacting
 from ..graph import rules
 from ..graph.convert import convert
 from ..graph.copying import copied
+from ..integers import is_integer
 from ..nn import GroupedConv2d, SupportConv2d, SupportLinear
 from ..support import Support
+from ..timing import check_seconds
 from . import measure as clock
 from . import ranks
 from .identity import described, digest, identity_of, weights_of
@@ -144,9 +147,14 @@ def compress(
         ArgumentError: a value out of range, nothing to compress, or a state of another run.
         HetconvError: the state cannot be read or written, the ranks disagree, or the result does
             not compute what the masked network does.
-        SpeedupError: the result is slower than required; its ``report`` has everything.
+        SpeedupError: the result is slower than required, or other work on the machine disturbed
+            the measurement; its ``report`` has everything.
     """
     _check(model, method, skip, require_speedup, measure)
+    if not is_integer(seed):
+        raise InputTypeError(mismatch("seed", repr(seed), "an integer"))
+    seed = int(seed)
+    check_seconds("measure_seconds", measure_seconds)
     training = Training(data, train_step, evaluate, eval_data, optimizer)
     if method.needs_accuracy and not training.can_judge:
         raise ArgumentError(
@@ -234,6 +242,7 @@ def _report(
         compacted=small is not None,
         notes=tuple(notes),
         history=tuple(run.history),
+        disturbed=whole.disturbed if whole else (),
     )
 
 
@@ -252,6 +261,13 @@ def _require(report: CompressionReport, required: float | None) -> None:
     if report.speedup is None or report.seconds is None:
         raise ArgumentError(mismatch("measure", False, "True, since a speed-up is required"))
     middle, low, high = report.speedup
+    if report.disturbed:
+        raise SpeedupError(
+            f"{report.method}: at least {required:.2f}× was required, and whether that was reached "
+            f"cannot be said: the measurement is {shown(report.disturbed)}. Call again when the "
+            "machine is quiet. The report is in the error's `report`.",
+            report,
+        )
     if middle < required:
         raise SpeedupError(
             f"{report.method} made the network {middle:.2f}× [{low:.2f}, {high:.2f}] as fast as "
@@ -290,8 +306,10 @@ def _check(
                 mismatch("skip", repr(pattern), "the name of a module, or a pattern that fits one")
             )
     if require_speedup is not None:
-        if not require_speedup > 0:
-            raise ArgumentError(mismatch("require_speedup", require_speedup, "more than 0"))
+        if not 0 < require_speedup < float("inf"):
+            raise ArgumentError(
+                mismatch("require_speedup", require_speedup, "a finite number above 0")
+            )
         if not measure:
             raise ArgumentError(mismatch("measure", False, "True, since a speed-up is required"))
 

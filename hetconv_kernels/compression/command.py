@@ -5,17 +5,24 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import json
-from collections.abc import Callable
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import models
 from ..datasets import Dataset, cifar10, digits, shifted_and_flipped
-from ..errors import ArgumentError, HetconvError, SpeedupError, mismatch
+from ..errors import ArgumentError, HetconvError, InputTypeError, SpeedupError, mismatch
+from ..factory import call_factory, is_factory
+from ..files import write_text, writing
+from ..layer_options import check_device
+from ..option_types import real, seed, whole
 from . import (
     ADMM,
     FilterCorrelation,
@@ -30,8 +37,8 @@ from . import (
 )
 from .identity import digest, identity_of, weights_of
 from .progress import Progress
-from .state import StateFile
-from .training import Training, seeded
+from .state import UNREADABLE, StateFile
+from .training import Data, Training, seeded
 
 METHODS: dict[str, type[Method]] = {
     "het": Het,
@@ -56,30 +63,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command to a parser."""
     add = parser.add_argument
     add("method", choices=METHODS, metavar="METHOD", help=", ".join(METHODS))
-    add(
-        "--data",
-        default="digits",
-        help="digits (of scikit-learn, the default), or a folder with CIFAR-10's binary files",
-    )
-    add(
-        "--validation",
-        type=int,
-        default=5000,
-        help="training images of a CIFAR-10 folder to decide by (5000)",
-    )
-    add("--model", choices=_NETWORKS, metavar="MODEL",
-        help=f"{', '.join(_NETWORKS)} (digits_net for the digits, else vgg16_cifar)")  # fmt: skip
+    add("--data", default="digits",
+        help="digits (of scikit-learn, the default), a folder with CIFAR-10's binary files, or "
+        "module:function, which returns batches (images, labels) to train on, to decide by and "
+        "for the report: three iterables, such as DataLoaders")  # fmt: skip
+    add("--validation", type=whole(), default=5000,
+        help="training images of a CIFAR-10 folder to decide by (5000)")  # fmt: skip
+    add("--model", metavar="MODEL",
+        help=f"{', '.join(_NETWORKS)} (digits_net for the digits, else vgg16_cifar), or "
+        "module:function, which returns a network")  # fmt: skip
     add("--weights", type=Path, help="a state dict of the trained network; otherwise it is trained")
-    add("--train-epochs", type=int, default=20, help="of that training (20)")
+    add("--train-epochs", type=whole(0), default=20, help="of that training (20)")
     add("--set", action="append", default=[], metavar="NAME=VALUE",
         help="a setting of the method, as JSON or text, such as epochs=5 (repeatable)")  # fmt: skip
     add("--settings", action="store_true", help="list the method's settings and stop")
     add("--skip", action="append", default=[], help="leave this layer alone (repeatable)")
-    add("--batch", type=int, default=64, help="images in a batch (64)")
-    add("--learning-rate", type=float, default=0.01, help="of SGD, at the start (0.01)")
-    add("--seed", type=int, default=0)
+    add(
+        "--batch",
+        type=whole(),
+        default=64,
+        help="images in a batch (64); your own data has its own",
+    )
+    add("--learning-rate", type=real(0), default=0.01, help="of SGD, at the start (0.01)")
+    add("--seed", type=seed, default=0, help="of all that is drawn (0)")
     add("--device", default="cpu", help="such as cpu or cuda:0")
-    add("--require-speedup", type=float, metavar="X",
+    add("--require-speedup", type=real(0), metavar="X",
         help="exit code 1 unless the network became X times as fast")  # fmt: skip
     add("--no-measure", action="store_true", help="do not time anything")
     add("--out", type=Path, default=Path("outputs/compress"),
@@ -99,25 +107,22 @@ def run(options: argparse.Namespace) -> int:
     """
     kind = METHODS[options.method]
     if options.settings:
-        print((kind.__doc__ or "").strip())
-        for field in dataclasses.fields(kind):
-            print(f"  {field.name}={json.dumps(field.default)}")
+        print(listed(kind))
         return 0
     method = build(kind, options.set)
-    if options.batch < 2 or options.train_epochs < 0:
-        raise ArgumentError(
-            mismatch("--batch, --train-epochs", (options.batch, options.train_epochs),
-                     "at least 2 and 0")
-        )  # fmt: skip
-    small = options.data == "digits"
-    data = digits() if small else cifar10(options.data, options.validation)
-    name = options.model or ("digits_net" if small else "vgg16_cifar")
-    training = trainer(data, options.batch, options.learning_rate, not small)
+    if options.batch < 2:
+        raise ArgumentError(mismatch("--batch", options.batch, "at least 2"))
+    check_device(options.device)
+    data = read_data(options.data, options.batch, options.validation)
+    own = {"digits": "digits_net"}.get(options.data, "vgg16_cifar")
+    name = options.model or own
+    training = sgd(data, options.learning_rate)
     model = dense(
         name, options.weights, training, options.train_epochs, options.seed, options.out,
         options.device,
     )  # fmt: skip
-    example = data.test.images[: min(options.batch, len(data.test))]
+    images = _first(data.test, "test")[0]
+    example = images[: min(options.batch, len(images))]
     failed: SpeedupError | None = None
     try:
         report = compress(
@@ -128,17 +133,112 @@ def run(options: argparse.Namespace) -> int:
         )  # fmt: skip
     except SpeedupError as error:
         failed, report = error, error.report
-    before, after = (accuracy(net, data, options.batch) for net in (model, report.model))
+    judge = Training(eval_data=data.test)
+    with torch.no_grad():
+        before, after = (judge.judge(net) for net in (model, report.model))
     record = report.to_dict() | {"test_accuracy": [before, after], "network": name}
-    _write(options.out, f"{options.method}.json", json.dumps(record, indent=2) + "\n")
-    torch.save(report.model.state_dict(), options.out / f"{options.method}.pt")
+    write_text(options.out / f"{options.method}.json", json.dumps(record, indent=2) + "\n")
+    with writing(options.out / f"{options.method}.pt", also=(RuntimeError,)) as beside:
+        torch.save(report.model.state_dict(), beside)
     print(report)
-    print(f"Accuracy on {len(data.test)} images that nothing above has seen: "
+    print(f"Accuracy on {data.seen_by_nothing} that nothing above has seen: "
           f"{before:.4f} -> {after:.4f}.")  # fmt: skip
     print(f"Wrote {options.out / options.method}.json, .pt and .state.pt.")
     if failed is not None:
         raise failed
     return 0
+
+
+class Batches(NamedTuple):
+    """What a network is trained on, what decides, and what only the report sees, in batches.
+
+    Attributes:
+        train: batches, anew at each epoch, or a callable of the epoch's number.
+        validation: batches for decisions.
+        test: batches for the report.
+        seen_by_nothing: says how much the last are.
+    """
+
+    train: Data
+    validation: Iterable[Any]
+    test: Iterable[Any]
+    seen_by_nothing: str
+
+
+def read_data(text: str, batch: int, validation: int) -> Batches:
+    """Reads the data that ``--data`` names.
+
+    Raises:
+        HetconvError: it cannot be read.
+        ArgumentError: a user's factory returned something else than three kinds of batches.
+    """
+    if is_factory(text):
+        found = call_factory(text, "--data")
+        if isinstance(found, Dataset):
+            return _batches(found, batch, augment=False)
+        if not isinstance(found, tuple | list) or len(found) != 3:
+            raise InputTypeError(
+                mismatch(f"what {text} returned", type(found).__name__,
+                         "three: batches to train on, to decide by, and for the report")
+            )  # fmt: skip
+        train, decide, report = found
+        for name, part in (("validation", decide), ("test", report)):
+            if not isinstance(part, Iterable) or isinstance(part, Iterator):
+                raise InputTypeError(
+                    mismatch(f"{name} data of {text}", type(part).__name__,
+                             "an iterable of batches that starts anew each time")
+                )  # fmt: skip
+        return Batches(train, decide, report, "the test data")
+    if text == "digits":
+        return _batches(digits(), batch, augment=False)
+    return _batches(cifar10(text, validation), batch, augment=True)
+
+
+def _batches(data: Dataset, batch: int, augment: bool) -> Batches:
+    return Batches(
+        data.train.shuffled(batch, shifted_and_flipped if augment else None),
+        data.validation.batches(max(batch, 256)),
+        data.test.batches(batch),
+        f"{len(data.test)} images",
+    )
+
+
+def _first(batches: Iterable[Any], name: str) -> tuple[Tensor, Tensor]:
+    """Returns the first batch, images and labels."""
+    batch = next(iter(batches), None)
+    pair = isinstance(batch, tuple | list) and len(batch) == 2
+    if not pair or not all(isinstance(t, Tensor) for t in batch):  # type: ignore[union-attr]
+        raise InputTypeError(
+            mismatch(f"first batch of the {name} data", type(batch).__name__,
+                     "a pair of tensors (images, labels)")
+        )  # fmt: skip
+    return batch[0], batch[1]  # type: ignore[index]
+
+
+def listed(kind: type[Method]) -> str:
+    """Lists a method's settings with their defaults and what they are, in plain text."""
+    text, _, rest = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:")
+    described: dict[str, str] = {}
+    name = ""
+    for line in rest.partition("\nRaises:")[0].splitlines():
+        begins = re.match(r"    (\w+): (.*)", line)
+        if begins:
+            name, described[name] = begins[1], begins[2]
+        elif name and line.strip():
+            described[name] += f" {line.strip()}"
+    lines = [_plain(text).strip(), "", "Settings, for --set NAME=VALUE:"]
+    for field in dataclasses.fields(kind):
+        about = _plain(described.get(field.name, "")).rstrip(".")
+        lines += textwrap.wrap(
+            f"{field.name}={json.dumps(field.default)}  {about}",
+            width=100, initial_indent="  ", subsequent_indent="      ",
+        )  # fmt: skip
+    return "\n".join(lines)
+
+
+def _plain(text: str) -> str:
+    """Takes the marks of documentation out of a text: ``code`` and `name` become what they mark."""
+    return re.sub(r"`{1,2}([^`]+)`{1,2}", r"\1", text)
 
 
 def build(kind: type[Method], settings: list[str]) -> Method:
@@ -167,15 +267,16 @@ def build(kind: type[Method], settings: list[str]) -> Method:
 
 def trainer(data: Dataset, batch: int, learning_rate: float, augment: bool) -> Training:
     """Returns how a network is trained on a data set: SGD with momentum, judged by validation."""
+    return sgd(_batches(data, batch, augment), learning_rate)
+
+
+def sgd(data: Batches, learning_rate: float) -> Training:
+    """Returns how a network is trained on batches: SGD with momentum, judged by validation."""
 
     def optimizer(parameters: Any) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, learning_rate, momentum=0.9, weight_decay=1e-4)
 
-    return Training(
-        data.train.shuffled(batch, shifted_and_flipped if augment else None),
-        eval_data=data.validation.batches(max(batch, 256)),
-        optimizer=optimizer,
-    )
+    return Training(data.train, eval_data=data.validation, optimizer=optimizer)
 
 
 def dense(
@@ -191,22 +292,44 @@ def dense(
 
     Training is resumable in itself: it is `hk.compress` with a method that drops nothing.
     """
-    try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that CUDA was compiled in
-        reason = str(error).splitlines()[0]
-        raise HetconvError(f"device {device!r} cannot be used: {reason}") from error
+    place = check_device(device)
     with seeded(seed, place):
-        model = _NETWORKS[name]().to(place)
+        model = _network(name).to(place)
     if weights is not None:
-        try:
-            model.load_state_dict(torch.load(weights, map_location=place, weights_only=True))
-        except (OSError, RuntimeError, ValueError, EOFError) as error:
-            reason = str(error).splitlines()[0]
-            raise HetconvError(f"--weights {weights} cannot be used: {reason}") from error
+        _load(model, weights, place)
         return model
-    return train(model, training, epochs, seed, out / f"{name}.state.pt")
+    file = re.sub(r"[^\w.-]+", ".", name)
+    return train(model, training, epochs, seed, out / f"{file}.state.pt")
+
+
+def _network(name: str) -> nn.Module:
+    """Builds a network of this package, or one of the user's."""
+    if name in _NETWORKS:
+        return _NETWORKS[name]()
+    if not is_factory(name):
+        raise ArgumentError(
+            mismatch("--model", repr(name), f"module:function, or one of {', '.join(_NETWORKS)}")
+        )
+    model = call_factory(name, "--model")
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(
+            mismatch(f"what {name} returned", type(model).__name__, "an nn.Module")
+        )
+    if next(model.parameters(), None) is None:
+        raise ArgumentError(mismatch(f"network of {name}", "no weights", "something to compress"))
+    return model
+
+
+def _load(model: nn.Module, path: Path, place: torch.device) -> None:
+    """Loads the weights of a file that ``torch.save`` wrote; no code in it is run."""
+    try:
+        found = torch.load(path, map_location=place, weights_only=True)
+        if not isinstance(found, dict):
+            raise TypeError(f"it holds a {type(found).__name__}, and a state dict was expected")
+        model.load_state_dict(found)
+    except UNREADABLE as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise HetconvError(f"--weights {path} cannot be used: {reason}") from error
 
 
 def train(
@@ -232,7 +355,7 @@ def train(
             group["lr"] *= 10
         return optimizer
 
-    example = next(iter(training.batches(0)))[0][:2]
+    example = _first(training.batches(0), "training")[0][:2]
     device = next(model.parameters()).device
     training = dataclasses.replace(training, optimizer=faster)
     identity = {
@@ -260,11 +383,3 @@ def accuracy(model: nn.Module, data: Dataset, batch: int = 256) -> float:
     found = Training(eval_data=data.test.batches(batch)).judge(model)
     assert found is not None
     return found
-
-
-def _write(folder: Path, name: str, text: str) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
-    except OSError as error:
-        raise HetconvError(f"--out {folder} cannot be written to: {error}.") from error

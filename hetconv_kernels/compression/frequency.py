@@ -105,7 +105,7 @@ class FrequencyPruning(Method):
             iteration = int(run.tensors["iteration"])
             run.tensors["iteration"] += 1
             # Of its own generator: the global one differs from rank to rank.
-            own = torch.Generator().manual_seed(run.seed * 1_000_003 + iteration)
+            own = torch.Generator().manual_seed((run.seed * 1_000_003 + iteration) % 2**64)
             if float(torch.rand((), generator=own)) < 1 / (1 + self.decay * iteration):
                 for name, layer in run.layers.items():
                     self._update(masks[name], layer)

@@ -29,6 +29,7 @@ class Whole(NamedTuple):
     seconds: tuple[float, float]
     speedup: tuple[float, float, float]
     layouts: tuple[str, str]
+    disturbed: tuple[str, ...] = ()
 
 
 def for_inference(model: nn.Module) -> nn.Module:
@@ -71,14 +72,16 @@ def whole(
             variants[f"{side} {layout}"] = _call(for_inference(model), example, layout)
     with torch.inference_mode():
         times = timing.interleaved(
-            variants, rounds=rounds, warmup=1, max_seconds=max_seconds, device=example.device
-        )
+            variants, rounds=rounds, warmup=1, max_seconds=max_seconds, device=example.device,
+            retake=1,
+        )  # fmt: skip
     best = [times.fastest([n for n in variants if n.startswith(s)]) for s in ("before", "after")]
     ratio = times.ratio(*best)
     return Whole(
         (times.median(best[0]), times.median(best[1])),
         (ratio.value, ratio.low, ratio.high),
         (best[0].split()[1], best[1].split()[1]),
+        times.disturbed,
     )
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from .. import stats
 from .._version import __version__
+from ..disturbance import shown
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class CompressionReport:
         difference: the largest difference from the masked dense network's output, relative to the
             largest output.
         compacted: whether removed filters were taken out physically.
+        disturbed: what shows that other work spoilt the measurement; empty when nothing does, and
+            nothing is to be concluded from the times otherwise.
         notes: remarks on the whole, such as why nothing was taken out physically.
         history: the rounds with their results.
     """
@@ -81,6 +84,7 @@ class CompressionReport:
     compacted: bool
     notes: tuple[str, ...]
     history: tuple[dict[str, Any], ...] = field(repr=False)
+    disturbed: tuple[str, ...] = ()
 
     @property
     def macs_saved(self) -> float:
@@ -134,6 +138,8 @@ class CompressionReport:
                 f"{self.seconds[1] * 1e3:.3f} ms ({self.layouts[1]}), "
                 f"{middle:.2f}× [{low:.2f}, {high:.2f}]."
             )
+            if self.disturbed:
+                text += f"\nThe measurement is {shown(self.disturbed)}."
         return text
 
     def _total(self) -> LayerReport:

@@ -202,7 +202,7 @@ class Run:
                 self._parallel = nn.parallel.DistributedDataParallel(self.model)
             network = self._parallel
             # Each rank has its own part of the data, and draws its own augmentations.
-            torch.manual_seed(torch.initial_seed() + ranks.rank())
+            torch.manual_seed((torch.initial_seed() + ranks.rank()) % 2**64)
         self.model.train()
         total, count = 0.0, 0
         for batch in self.training.batches(self._epochs):

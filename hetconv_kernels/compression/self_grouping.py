@@ -138,9 +138,10 @@ def cluster_filters(importance: npt.ArrayLike, clusters: int = 16, seed: int = 0
     except ImportError as error:
         raise HetconvError(
             "Self-grouping clusters filters with scikit-learn, which is not installed: "
-            "pip install hetconv_kernels[demo], or pip install scikit-learn."
+            "pip install 'hetconv-kernels[demo]', or pip install scikit-learn."
         ) from error
-    means = KMeans(n_clusters=count, init="random", n_init=10, max_iter=300, random_state=seed)
+    state = seed % 2**32  # scikit-learn takes no more
+    means = KMeans(n_clusters=count, init="random", n_init=10, max_iter=300, random_state=state)
     return _in_order(means.fit(vectors).labels_)
 
 

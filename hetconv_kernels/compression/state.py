@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pickle
+import struct
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,26 @@ from typing import Any
 import torch
 
 from ..errors import ArgumentError, HetconvError, mismatch
+from ..files import writing
 
 _FORMAT = "hetconv_kernels.compress/2"
+
+# What torch.load raises on a file that is damaged or something else.
+UNREADABLE = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    AttributeError,
+    AssertionError,
+    LookupError,
+    OverflowError,
+    TypeError,
+    EOFError,
+    MemoryError,
+    struct.error,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+)
 
 
 class StateFile:
@@ -44,19 +62,10 @@ class StateFile:
         if self.path is None:
             return
         whole = {"format": _FORMAT, "identity": json.dumps(self.identity), **content}
-        beside = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(beside, "wb") as file:
-                torch.save(whole, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, self.path)
-        except OSError as error:
-            raise HetconvError(f"The state {self.path} cannot be written: {error}.") from error
-        finally:
-            with contextlib.suppress(OSError):
-                beside.unlink(missing_ok=True)
+        what = f"The state {self.path}"
+        # torch's writer says RuntimeError where the disk is full.
+        with writing(self.path, what, also=(RuntimeError,), folders=True) as beside:
+            torch.save(whole, beside)
 
     def load(self) -> dict[str, Any] | None:
         """Reads the file; None when there is none yet.
@@ -70,16 +79,7 @@ class StateFile:
         try:
             whole = torch.load(self.path, map_location="cpu", weights_only=True)
             found, identity = whole["format"], json.loads(whole["identity"])
-        except (
-            OSError,
-            RuntimeError,
-            ValueError,
-            KeyError,
-            TypeError,
-            EOFError,
-            pickle.UnpicklingError,
-            zipfile.BadZipFile,
-        ) as error:
+        except UNREADABLE as error:
             reason = (str(error).splitlines() or [repr(error)])[0]
             raise HetconvError(
                 f"The state {self.path} cannot be read ({reason}); expected what hk.compress wrote."

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .. import stats
 from ..errors import ArgumentError, InputTypeError, mismatch
 from . import ranks
 
@@ -112,7 +113,12 @@ class Training:
                 )
             return loss
         x, label = _pair(batch, model)
-        return nn.functional.cross_entropy(model(x), label)
+        with stats.fitting(x):
+            found = model(x)
+        try:
+            return nn.functional.cross_entropy(found, label)
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise _no_classes(found, label, error) from error
 
     def judge(self, model: nn.Module) -> float | None:
         """Measures the accuracy in evaluation mode, averaged over all ranks; None if unknown."""
@@ -124,7 +130,11 @@ class Training:
             right = seen = 0.0
             for batch in self.eval_data or ():
                 x, label = _pair(batch, model)
-                right += float((model(x).argmax(1) == label).sum())
+                with stats.fitting(x):
+                    found = model(x)
+                if not isinstance(found, Tensor) or found.dim() < 2 or len(found) != len(label):
+                    raise _no_classes(found, label, "")
+                right += float((found.argmax(1) == label).sum())
                 seen += len(label)
         seen = ranks.total(seen)
         if not seen:
@@ -138,7 +148,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     python, old = random.getstate(), np.random.get_state()  # noqa: NPY002  # augmentations use it
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed % 2**64)  # of a round's number too, any integer is a seed
         random.seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002
         try:
@@ -156,6 +166,22 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
         yield
     finally:
         model.train(before)
+
+
+def _no_classes(found: Any, label: Tensor, reason: object) -> ArgumentError:
+    """Says that outputs and labels are none for cross-entropy and top-1 accuracy."""
+    most = f" up to {int(label.max())}" if label.numel() and not label.is_complex() else ""
+    shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    said = f" It says: {str(reason).splitlines()[0]}" if str(reason) else ""
+    return ArgumentError(
+        mismatch(
+            "outputs and labels",
+            f"{shape} and {str(label.dtype).removeprefix('torch.')} {list(label.shape)}{most}",
+            "[N, classes] and int64 [N] below the number of classes",
+            "Pass train_step and evaluate for anything else.",
+        )
+        + said
+    )
 
 
 def _pair(batch: Any, model: nn.Module) -> tuple[Tensor, Tensor]:

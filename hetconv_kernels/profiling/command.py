@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from .. import io, layer_options, models
 from ..backends import backend_code
-from ..errors import ArgumentError, HetconvError, mismatch
+from ..errors import ArgumentError, HetconvError, InputTypeError, mismatch
+from ..factory import call_factory, is_factory
 from ..graph.convert import convert
 from ..graph.optimize import optimize
 from ..graph.rules import het
 from ..nn.base import SupportLayer
+from ..option_types import real, whole
 from .measure import backends_of, layers_of, profile
 from .timeline import ncu_commands, run_passes, write_proton, write_trace
 
@@ -47,18 +49,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("target", metavar="MODEL|layer",
         help=f"'layer', described by the options of `hetconv explain`; a network of this package "
-        f"({', '.join(NETWORKS)}); or a {_SUFFIX} file that hetconv_kernels.io wrote")  # fmt: skip
+        f"({', '.join(NETWORKS)}); module:function, which returns a network, or a network and an "
+        f"input; or a {_SUFFIX} file that hetconv_kernels.io wrote")  # fmt: skip
     layer_options.add_arguments(parser)
     parser.set_defaults(size=None)
-    add("--het", type=int, metavar="P", help="make the network's convolutions HetConv of part P")
+    add("--het", type=whole(), metavar="P",
+        help="make the network's convolutions HetConv of part P")  # fmt: skip
     add("--optimize", action="store_true", help="freeze, fold and fuse the network first")
     add("--dense", action="store_true", help="time the dense layer in each place too")
-    add("--rounds", type=int, default=20, help="passes that are timed, at least 5 (20)")
-    add("--seconds", type=float, default=10.0, help="about how long they may take (10)")
+    add("--rounds", type=whole(5), default=20, help="passes that are timed, at least 5 (20)")
+    add("--seconds", type=real(0), default=10.0, help="about how long they may take (10)")
     add("--trace", type=Path, metavar="FILE", help="write a Chrome trace")
     add("--proton", type=Path, metavar="FILE", help="write a profile of Triton's proton (GPU)")
     add("--ncu", action="store_true", help="print command lines for Nsight Compute, nothing else")
-    add("--passes", type=int, metavar="N",
+    add("--passes", type=whole(0), metavar="N",
         help="only run N passes, for a profiler from outside")  # fmt: skip
 
 
@@ -126,6 +130,7 @@ def target(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
         layer = layer_options.build_layer(options).eval()
         return layer.freeze(), layer_options.build_input(options, options.channels, size)
     device = layer_options.check_device(options.device)
+    example: Tensor | None = None
     backend_code(options.backend)  # refuses an unknown one, also where no layer is ours
     if name in NETWORKS:
         build, (channels, *image) = NETWORKS[name]
@@ -137,10 +142,16 @@ def target(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
         except FileNotFoundError as error:
             raise HetconvError(f"{name} is not there.") from error
         channels, image = _channels(model), [224, 224]
+    elif is_factory(name):
+        model, example = _made(name)
+        if example is None:
+            channels, image = _channels(model), [224, 224]
     else:
         raise ArgumentError(
             mismatch(
-                "MODEL", repr(name), f"layer, a {_SUFFIX} file, or one of {', '.join(NETWORKS)}"
+                "MODEL",
+                repr(name),
+                f"layer, module:function, a {_SUFFIX} file, or one of {', '.join(NETWORKS)}",
             )
         )
     if options.het is not None:
@@ -152,6 +163,8 @@ def target(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
         if isinstance(module, SupportLayer):
             module.backend = options.backend
             module.freeze()
+    if example is not None:
+        return model, example.to(device, getattr(torch, options.dtype)).to(memory_format=form)
     height, width = options.size or image
     return model, layer_options.build_input(options, channels, (height, width))
 
@@ -169,6 +182,25 @@ def described(options: argparse.Namespace) -> list[str]:
         text = "x".join(map(str, value)) if name == "size" else str(value)
         found += [f"--{name.replace('_', '-')}", text]
     return [*found, *["--optimize"] * options.optimize]
+
+
+def _made(name: str) -> tuple[nn.Module, Tensor | None]:
+    """Calls a user's factory, which returns a network, or a network and an input for it."""
+    found = call_factory(name, "MODEL")
+    model, example = found if isinstance(found, tuple | list) and len(found) == 2 else (found, None)
+    if not isinstance(model, nn.Module) or not isinstance(example, Tensor | None):
+        raise InputTypeError(
+            mismatch(
+                f"what {name} returned",
+                type(found).__name__,
+                "an nn.Module, or a pair of one and an input tensor",
+            )
+        )
+    if example is not None and example.dim() != 4:
+        raise ArgumentError(
+            mismatch(f"input of {name}", list(example.shape), "images [N, C, H, W]")
+        )
+    return model, example
 
 
 def _channels(model: nn.Module) -> int:

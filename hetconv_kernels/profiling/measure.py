@@ -13,14 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from .. import export, stats, timing
+from ..disturbance import Watch
 from ..errors import ArgumentError, InputTypeError, mismatch
 from ..explain import _same_buffers
 from ..graph.trace import check_plain
+from ..integers import is_integer
 from ..nn import FrequencyConv2d, FusedConv2d
 from ..nn.base import SupportLayer
 from ..packing import Packed, watched
 from ..roofs import Roofs, measure_roofs
-from .reasons import backend_and_reason
+from ..timing import check_seconds
+from .reasons import backend_and_reason, predicted
 from .record import LayerProfile, Profile
 
 _WARM_UP = 2
@@ -39,6 +42,7 @@ class _Seen:
     bytes: int = 0
     dtype: str = ""
     backend: str = ""
+    predicted: float | None = None
     why: str = ""
     started: float = 0.0
     round: float = 0.0
@@ -75,20 +79,23 @@ def profile(
 
     Raises:
         InputTypeError: no plain nn.Module, or the example is no tensor.
-        ArgumentError: fewer than 5 rounds, or the network has no layer with weights.
+        ArgumentError: fewer than 5 rounds, no time for them, the network cannot run on the
+            example, or has no layer with weights.
     """
     check_plain(model)
     if not isinstance(example, Tensor):
         raise InputTypeError(mismatch("example", type(example).__name__, "a tensor"))
-    if rounds < _LEAST_ROUNDS:
+    if not is_integer(rounds) or rounds < _LEAST_ROUNDS:
         raise ArgumentError(mismatch("rounds", rounds, f"at least {_LEAST_ROUNDS}"))
+    check_seconds("max_seconds", max_seconds)
     with torch.no_grad(), _same_buffers(model):
         layers = _first_pass(model, example)
         _count(model, example, layers)
-        whole = _rounds(model, example, layers, rounds, max_seconds)
+        whole, disturbed = _rounds(model, example, layers, rounds, max_seconds)
         _pack_times(model, example, layers)
         ceilings = _roofs(layers, example.device, roofs)
-        twins = _dense(layers, example, rounds, max_seconds) if dense else {}
+        twins, more = _dense(layers, example, rounds, max_seconds) if dense else ({}, ())
+        disturbed = disturbed or more
     done = {name: statistics.median(seen.samples) for name, seen in layers.items()}
     layout = "channels_last" if _is_channels_last(example) else "contiguous"
     dtype = str(example.dtype).removeprefix("torch.")
@@ -114,11 +121,13 @@ def profile(
                 dense_seconds=twins[name][0] if name in twins else None,
                 speedup=twins[name][1] if name in twins else None,
                 packing_seconds=seen.packed,
+                predicted_seconds=None if seen.predicted is None else seen.predicted * seen.calls,
             )
             for name, seen in layers.items()
         ),
         roofs={name: (r.macs_per_s, r.bytes_per_s) for name, r in ceilings.items()},
         threads=torch.get_num_threads(),
+        disturbed=disturbed,
     )  # fmt: skip
 
 
@@ -150,7 +159,7 @@ def _first_pass(model: nn.Module, example: Tensor) -> dict[str, _Seen]:
         called.setdefault(names[id(seen)], seen)
         _note(seen, arguments)
 
-    with _hooked(layers, enter, _note_output):
+    with _hooked(layers, enter, _note_output), stats.fitting(example):
         model(example)
     if not called:
         raise ArgumentError(
@@ -186,6 +195,7 @@ def _note(seen: _Seen, arguments: tuple[Any, ...]) -> None:
         # A later operation may work in place on what it gets.
         seen.arguments = tuple(a.clone() if isinstance(a, Tensor) else a for a in arguments)
         seen.backend, seen.why = backend_and_reason(seen.layer, arguments)
+        seen.predicted = predicted(seen.layer, arguments)
         seen.dtype = str(arguments[0].dtype).removeprefix("torch.")
     seen.calls += 1
 
@@ -222,8 +232,11 @@ def _rounds(
     layers: Mapping[str, _Seen],
     rounds: int,
     max_seconds: float,
-) -> float:
-    """Runs the network and keeps a sample of each layer a round; returns the whole's median."""
+) -> tuple[float, tuple[str, ...]]:
+    """Runs the network and keeps a sample of each layer a round.
+
+    Returns the whole's median, and what disturbed it.
+    """
     clock = timing.clock(example.device)
 
     def start(seen: _Seen, _: Any) -> None:
@@ -240,13 +253,15 @@ def _rounds(
             call, rounds=rounds, max_seconds=max_seconds, device=example.device
         )
         seen.samples = list(times.samples["it"])
-        return times.median("it")
+        return times.median("it"), times.disturbed
     whole: list[float] = []
     with _hooked(layers, start, stop):
         for _ in range(_WARM_UP):
             model(example)
+        watch = Watch(example.device)
         began = clock()
         while len(whole) < rounds:
+            watch.tick()
             for seen in layers.values():
                 seen.round = 0.0
             before = clock()
@@ -256,7 +271,7 @@ def _rounds(
                 seen.samples.append(seen.round)
             if clock() - began > max_seconds and len(whole) >= _LEAST_ROUNDS:
                 break
-    return statistics.median(whole)
+    return statistics.median(whole), watch.finish().reasons
 
 
 def _pack_times(model: nn.Module, example: Tensor, layers: Mapping[str, _Seen]) -> None:
@@ -293,9 +308,13 @@ def _roofs(
 
 def _dense(
     layers: Mapping[str, _Seen], example: Tensor, rounds: int, max_seconds: float
-) -> dict[str, tuple[float, tuple[float, float, float]]]:
-    """Times each layer with a Support in turns with its dense twin, in both memory formats."""
+) -> tuple[dict[str, tuple[float, tuple[float, float, float]]], tuple[str, ...]]:
+    """Times each layer with a Support in turns with its dense twin, in both memory formats.
+
+    Returns what was found by the layer's name, and what disturbed the first that was disturbed.
+    """
     found = {}
+    disturbed: tuple[str, ...] = ()
     ours = {
         name: seen
         for name, seen in layers.items()
@@ -314,12 +333,14 @@ def _dense(
             )
             variants[f"dense {form}"] = _call(twin.to(memory_format=form), arguments)
         times = timing.interleaved(
-            variants, rounds=rounds, max_seconds=max_seconds / len(ours), device=example.device
-        )
+            variants, rounds=rounds, max_seconds=max_seconds / len(ours), device=example.device,
+            retake=1,
+        )  # fmt: skip
+        disturbed = disturbed or times.disturbed
         rival = times.fastest([n for n in variants if n != "ours"])
         ratio = times.speedup("ours", over=rival)
         found[name] = (times.median(rival), (ratio.value, ratio.low, ratio.high))
-    return found
+    return found, disturbed
 
 
 def dense_twin(layer: nn.Module) -> nn.Module:

@@ -78,6 +78,15 @@ def _problem(layer: nn.Module, arguments: tuple[Any, ...]) -> Problem | None:
     return None
 
 
+def predicted(layer: nn.Module, arguments: tuple[Any, ...]) -> float | None:
+    """Returns the seconds that the cost model predicts of a layer of ours; None of any other."""
+    problem = None if isinstance(layer, FrequencyConv2d) else _problem(layer, arguments)
+    if problem is None:
+        return None
+    engine = choose(problem, layer._backend_code()).backend  # type: ignore[operator]
+    return predict(engine, problem)
+
+
 def _micros(problem: Problem, name: str) -> str:
     engine = get_backend(name)
     guess = "" if engine.measured(problem) else " (not measured on this hardware)"

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .. import stats
+from ..disturbance import far_above, shown
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class LayerProfile:
         dense_seconds: median time of the dense layer in its place; None when not asked for.
         speedup: how many times longer dense takes, and its interval; None likewise.
         packing_seconds: what of ``seconds`` goes into packing weights that are not frozen.
+        predicted_seconds: what the cost model says of the engine; None of a plain layer.
     """
 
     name: str
@@ -44,6 +46,7 @@ class LayerProfile:
     dense_seconds: float | None = None
     speedup: tuple[float, float, float] | None = None
     packing_seconds: float = 0.0
+    predicted_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Profile:
         layers: in the order of their first calls.
         roofs: the measured ceilings, by dtype: multiply-accumulates and bytes a second.
         threads: that PyTorch used.
+        disturbed: what shows that other work spoilt the times; empty when nothing does.
     """
 
     model: str
@@ -67,6 +71,7 @@ class Profile:
     layers: tuple[LayerProfile, ...]
     roofs: dict[str, tuple[float, float]]
     threads: int
+    disturbed: tuple[str, ...] = ()
 
     @property
     def packing_seconds(self) -> float:
@@ -102,12 +107,31 @@ class Profile:
                 f"measured ceilings: {ceilings}",
                 "",
                 stats.text_table((*header, "because"), rows),
+                *self._remarks(),
             )
         )
 
     def _part(self, name: str, seconds: float, columns: int, why: str) -> tuple[object, ...]:
         share = f"{seconds / self.seconds:.1%}" if self.seconds else ""
         return (name, "", f"{seconds * 1e6:.1f}", share, *[""] * (columns - 4), why)
+
+    def _remarks(self) -> list[str]:
+        """Says which layers are far above their prediction, and that the times are disturbed."""
+        far = [la for la in self.layers if far_above(la.seconds, la.predicted_seconds)]
+        lines = []
+        if far:
+            names = ", ".join(
+                f"{la.name or '(itself)'} ({la.seconds / la.predicted_seconds:.0f} times)"
+                for la in far
+                if la.predicted_seconds
+            )
+            lines.append(
+                f"Far above what is predicted: {names}. Other work, or layers too small for their "
+                "threads; see docs/benchmarks.md."
+            )
+        if self.disturbed:
+            lines.append(f"The times are {shown(self.disturbed)}.")
+        return lines
 
     def _line(self, layer: LayerProfile, with_dense: bool) -> tuple[object, ...]:
         saved = layer.dense_macs / layer.macs if layer.macs else 1.0
@@ -127,6 +151,6 @@ class Profile:
             speedup = ""
             if layer.speedup is not None:
                 speedup = "{:.2f}× [{:.2f}, {:.2f}]".format(*layer.speedup)
-                speedup += " slower" if layer.speedup[2] < 1 else ""
+                speedup += " slower" if layer.speedup[2] < 1 and not self.disturbed else ""
             cells += (dense, speedup)
         return (*cells, layer.why)

@@ -16,6 +16,7 @@ from torch.autograd.profiler import record_function
 
 from .. import ranges
 from ..errors import HetconvError
+from ..files import writing
 from .measure import layers_of
 
 _WARM_UP = 2
@@ -57,12 +58,13 @@ def write_trace(
         with torch.profiler.profile(activities=activities) as profiler, _named(model):
             for _ in range(passes):
                 model(example)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    except OSError as error:
-        raise HetconvError(f"{path.name} cannot be written: {error.strerror}.") from error
-    profiler.export_chrome_trace(str(path))
+    with writing(path, folders=True) as beside:
+        beside.touch()
+        profiler.export_chrome_trace(str(beside))
+        with open(beside, "rb") as file:  # the profiler says nothing when the disk is full
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 16))
+            if not file.read().rstrip().endswith(b"}"):
+                raise OSError("it breaks off")
     return path
 
 

@@ -95,7 +95,7 @@ class Picture:
 
         path = folder / f"{self.name}.png"
         with matplotlib.rc_context(_RC):
-            self.figure.savefig(path, dpi=160, facecolor="white")
+            self.figure.savefig(path, dpi=160, facecolor="white", format="png")
         return path
 
 

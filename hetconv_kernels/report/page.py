@@ -131,6 +131,8 @@ script-src 'unsafe-inline'; img-src data:">
         if ratios:
             share = f"{100 * statistics.median(ratios):.0f} %"
             tiles.append(("of the MAC ratio is reached, median layer", share, ""))
+        if "disturbed" in verdicts:
+            tiles.append(("disturbed, not judged", f"{verdicts.count('disturbed')}", ""))
         if "wrong" in verdicts:
             tiles.append(("wrong results, not timed", f"{verdicts.count('wrong')}", "lose"))
         inner = "".join(

@@ -34,6 +34,8 @@ _VARIANT = {
     "required": ["median_s", "p20_s", "p80_s", "n", "iterations", "samples_s"],
     "properties": {"samples_s": {"type": "array", "items": _NUMBER}, "n": {"type": "integer"}},
 }
+# What disturbed the measurement; absent where nothing did.
+_REASONS = {"type": "array", "items": _STRING}
 _TIMINGS = {
     "type": "object",
     "required": ["baseline", "device", "cold", "graph", "clock_resolution_s", "variants"],
@@ -83,7 +85,8 @@ LAYER_ROW = {
         "prepacked": _MAYBE_ESTIMATE,
         # Ours over ours in float32; null or absent where the case is that.
         "float32": _MAYBE_ESTIMATE,
-        "verdict": {"enum": ["win", "even", "lose"]},
+        "verdict": {"enum": ["win", "even", "lose", "disturbed"]},
+        "disturbed": _REASONS,
         "timings": _TIMINGS,
     },
 }
@@ -97,6 +100,7 @@ DISPATCH_ROW = {
         "low_us": _NUMBER,
         "high_us": _NUMBER,
         "target_us": _NUMBER,
+        "disturbed": _REASONS,
         "timings": _TIMINGS,
     },
 }
@@ -134,6 +138,7 @@ MODEL_ROW = {
         },
         # By name: the time in the eager dense network, if it is there, and in ours.
         "layers": {"type": "object", "values": {"type": "array", "items": _MAYBE_NUMBER}},
+        "disturbed": _REASONS,
         "timings": {"type": "object", "values": _TIMINGS},
     },
 }
@@ -148,7 +153,8 @@ TRAINING_ROW = {
         "median_s": _NUMBER,
         "dense": _ESTIMATE,
         "composition": _ESTIMATE,
-        "verdict": {"enum": ["win", "even", "lose"]},
+        "verdict": {"enum": ["win", "even", "lose", "disturbed"]},
+        "disturbed": _REASONS,
         "timings": _TIMINGS,
     },
 }

@@ -16,6 +16,7 @@ _SIGNS = {
     "even": ("even", "≈ the same"),
     "lose": ("lose", "▼ slower"),
     "wrong": ("lose", "✕ wrong result, not timed"),
+    "disturbed": ("", "? disturbed, not judged"),
 }
 
 
@@ -74,15 +75,20 @@ def dispatch(rows: Sequence[Json]) -> str:
 
 
 def verdict_of(row: Json) -> str:
-    """Says ``win``, ``even``, ``lose`` against dense, or ``wrong`` for a row that did not match."""
+    """Says ``win``, ``even``, ``lose`` against dense.
+
+    Or ``wrong`` for a row that did not match, or ``disturbed`` for one from which nothing is to be
+    concluded, since other work on the machine spoilt it.
+    """
     if not row["match"]["ok"] or "dense" not in row:
         return "wrong"
-    return _verdict(row["dense"])
+    return "disturbed" if "disturbed" in row else _verdict(row["dense"])
 
 
 def lost_to_composition(row: Json) -> bool:
     """Tells whether the whole interval against the fastest composition lies below 1."""
-    return bool(row.get("composition")) and _verdict(row["composition"]) == "lose"
+    judged = bool(row.get("composition")) and "disturbed" not in row
+    return judged and _verdict(row["composition"]) == "lose"
 
 
 def _layer(row: Json) -> Line:
@@ -100,7 +106,8 @@ def _layer(row: Json) -> Line:
         empty = [_EMPTY] * 2
         return verdict, [name, Cell(said, mark=mark), on, dtype, *empty, ratio, *[_EMPTY] * 5]
     target = case.get("target")
-    missed = target is not None and row["dense"]["ratio"] < target
+    judged = verdict != "disturbed"
+    missed = judged and target is not None and row["dense"]["ratio"] < target
     cells = [
         name,
         Cell(said, mark=mark),
@@ -109,9 +116,9 @@ def _layer(row: Json) -> Line:
         _number(row["median_s"] * 1e3, "{:.3f}"),
         _number(row["percent_of_roof"], "{:.0f}"),
         ratio,
-        _ratio_and_interval(row["dense"]),
+        _ratio_and_interval(row["dense"], judged),
         _EMPTY if target is None else Cell(f"{target:g}{' missed' * missed}", target),
-        *(_ratio(row.get(role)) for role in ("composition", "unfrozen", "prepacked")),
+        *(_ratio(row.get(role), judged) for role in ("composition", "unfrozen", "prepacked")),
     ]
     return verdict, cells
 
@@ -126,9 +133,10 @@ def _network(row: Json) -> Line:
     cells.append(_number(row["median_s"] * 1e3, "{:.1f}"))
     for role in ("dense", "composition"):
         found, target = row[role], case.get(f"target_{role}")
-        missed = target is not None and found["ratio"] < target
+        judged = verdict != "disturbed"
+        missed = judged and target is not None and found["ratio"] < target
         cells += [
-            _ratio_and_interval(found),
+            _ratio_and_interval(found, judged),
             Cell(found["name"].partition(":")[2] or "eager"),
             _EMPTY if target is None else Cell(f"{target:g}{' missed' * missed}", target),
         ]
@@ -150,6 +158,9 @@ def _dispatch(row: Json) -> Line:
         _number(row["target_us"], "{:g}"),
         Cell("yes" if met else "▼ no", mark="win" if met else "lose"),
     ]
+    if "disturbed" in row:
+        mark, said = _SIGNS["disturbed"]
+        return "disturbed", [*cells[:-1], Cell(said, mark=mark)]
     return "win" if met else "lose", cells
 
 
@@ -160,16 +171,16 @@ def _number(value: float, form: str) -> Cell:
     return Cell(form.format(value), value)
 
 
-def _ratio(estimate: Json | None) -> Cell:
+def _ratio(estimate: Json | None, judged: bool = True) -> Cell:
     if estimate is None:
         return _EMPTY
-    lost = _verdict(estimate) == "lose"
+    lost = judged and _verdict(estimate) == "lose"
     text = f"{estimate['ratio']:.2f}" + " ▼" * lost
     return Cell(text, estimate["ratio"], mark="lose" if lost else "")
 
 
-def _ratio_and_interval(estimate: Json) -> Cell:
-    ratio = _ratio(estimate)
+def _ratio_and_interval(estimate: Json, judged: bool = True) -> Cell:
+    ratio = _ratio(estimate, judged)
     text = f"{ratio.text} [{estimate['low']:.2f}, {estimate['high']:.2f}]"
     return Cell(text, ratio.key, ratio.mark)
 

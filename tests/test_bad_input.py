@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bad command lines: each is one sentence and an exit code, and none is a traceback."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import hetconv_kernels as hk
+from hetconv_kernels import cli
+
+pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+
+USER_CODE = """
+import torch
+from torch import nn
+
+def net(): return nn.Sequential(nn.Conv2d(1, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 10))
+def colour(): return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 10))
+def three_classes(): return nn.Sequential(nn.Conv2d(1, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 3))
+def images(): return nn.Conv2d(1, 8, 3)
+def empty(): return nn.ReLU()
+def nothing(): return None
+def raises(): raise ValueError("two\\nlines")
+def needs(argument): return net()
+number = 3
+def pair(): return net(), torch.ones(3)
+def two(): return [], []
+def iterators(): return [], iter([]), iter([])
+def no_batches(): return [], [], []
+def no_labels(): return ([torch.ones(2, 1, 8, 8)],) * 3
+def words(): return ([("a", "b")],) * 3
+"""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files of every kind that is given for another."""
+    folder = tmp_path_factory.mktemp("files")
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 256, (3000,), dtype=torch.uint8, generator=generator)
+    (folder / "random.pt").write_bytes(noise.numpy().tobytes())
+    (folder / "random.safetensors").write_bytes(noise.numpy().tobytes())
+    (folder / "text.pt").write_text("weights: none\n")
+    (folder / "text.json").write_text("weights: none\n")
+    (folder / "list.json").write_text("[]")
+    (folder / "empty.pt").touch()
+    (folder / "empty.safetensors").touch()
+    (folder / "pickle.pt").write_bytes(pickle.dumps({"a": Path("b")}))
+    (folder / "number.pt").write_bytes(pickle.dumps(3))
+    torch.save(nn.Conv2d(1, 1, 1), folder / "module.pt")
+    torch.save(nn.Conv2d(1, 1, 1).state_dict(), folder / "other.pt")
+    torch.save(torch.ones(3), folder / "tensor.pt")
+    torch.save({1: 2}, folder / "numbers.pt")
+    whole = (folder / "other.pt").read_bytes()
+    (folder / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    (folder / "data_batch_1.bin").write_bytes(b"12345")
+    (folder / "test_batch.bin").write_bytes(b"12345")
+    (folder / "folder.pt").mkdir()
+    (folder / "bad_user_code.py").write_text(USER_CODE)
+    (folder / "bad_syntax.py").write_text("def net(:\n")
+    (folder / "bad_import.py").write_text("import none_such\n")
+    return folder
+
+
+# What is meant to be given ({} is the folder of the files), and what the sentence has to say.
+FAST = "--train-epochs 0 --no-measure --set epochs=0"
+BAD: list[tuple[str, str]] = [
+    # Weights that are none.
+    *((f"compress het --weights {{}}/{name}.pt {FAST}", "--weights .* cannot be used")
+      for name in ("random", "text", "empty", "pickle", "number", "module", "other", "tensor",
+                   "numbers", "cut", "folder", "none")),
+    # Numbers out of range, or none.
+    *((f"compress het --learning-rate {value}", "--learning-rate: received")
+      for value in ("-1", "0", "nan", "inf", "much")),
+    *((f"compress het --seed {value}", "--seed: received") for value in ("-1", 2**64, 10**40, "x")),
+    ("compress het --batch 0", "--batch"),
+    ("compress het --batch 1", "--batch: received 1"),
+    ("compress het --batch -3", "--batch"),
+    ("compress het --train-epochs -1", "--train-epochs"),
+    ("compress het --validation 0", "--validation"),
+    *((f"compress het --require-speedup {value}", "--require-speedup")
+      for value in ("-1", "0", "nan", "inf")),
+    # Methods and settings.
+    ("compress", "required: METHOD"),
+    ("compress magic", "invalid choice"),
+    ("compress het --set p", "NAME=VALUE"),
+    ("compress het --set q=3", "NAME=VALUE"),
+    ("compress het --set p=0", "p: received"),
+    ("compress het --set p=many", "p: received"),
+    ("compress het --set p=null", "p: received"),
+    ("compress het --set p=[1]", "p: received"),
+    ("compress het --set p={}", "p: received"),
+    ("compress het --set epochs=1.5", "epochs: received"),
+    ("compress wsp --set percentile=NaN", "percentile: received"),
+    ("compress wsp --set percentile=2", "percentile: received"),
+    ("compress admm --set rates=0.5", "--set"),
+    ("compress admm --set rates=[]", "rates: received"),
+    ("compress admm --set rates=[0.9,0.5]", "rates: received"),
+    ("compress admm --set rho=-1", "rho: received"),
+    ("compress stability --set regulariser=l3", "regulariser: received"),
+    ("compress frequency --set path=magic", "path"),
+    (f"compress het --skip nothing {FAST}", "skip: received"),
+    # Devices.
+    *((f"{command} --device {device}", f"evice.*{device}")
+      for command in (f"compress het {FAST}", "explain", "profile layer", "profile digits_net",
+                      "demo --quick")
+      for device in ("meta", "toaster", "cuda:99")),
+    # Networks and data.
+    (f"compress het --model resnet20 {FAST}", "input: received .*expected one that the network"),
+    (f"compress het --model none {FAST}", "--model: received 'none'"),
+    (f"compress het --data none {FAST}", "no such folder"),
+    (f"compress het --data {{}} {FAST}", "size of .*data_batch_1.bin"),
+    (f"compress het --data {{}}/text.pt {FAST}", "CIFAR-10"),
+    # A user's factories.
+    *((f"compress het --model {name} {FAST}", what) for name, what in (
+        ("bad_user_code:none", "'none', which 'bad_user_code' has not"),
+        ("none_such_module:net", "'none_such_module', which is not there"),
+        ("bad_import:net", "raised ModuleNotFoundError"),
+        ("bad_syntax:net", "raised SyntaxError"),
+        ("bad_user_code:number", "a int, expected a function"),
+        ("bad_user_code:raises", r"raised ValueError at bad_user_code.py:[0-9]+: two$"),
+        ("bad_user_code:needs", "raised TypeError"),
+        ("bad_user_code:nothing", "NoneType, expected an nn.Module"),
+        ("bad_user_code:empty", "no weights"),
+        ("bad_user_code:colour", "input: received"),
+        ("bad_user_code:", "module:function"),
+        (":net", "module:function"),
+        ("bad_user_code.py:net", "Write bad_user_code:net"),
+        ("bad user:net", "module:function"),
+    )),
+    ("compress het --model bad_user_code:three_classes --train-epochs 1", "outputs and labels"),
+    ("compress het --model bad_user_code:images --train-epochs 1", "outputs and labels"),
+    *((f"compress het --model bad_user_code:net --data bad_user_code:{name} {FAST}", what)
+      for name, what in (
+        ("two", "expected three"),
+        ("nothing", "expected three"),
+        ("iterators", "starts anew each time"),
+        ("no_batches", "first batch of the training data"),
+        ("no_labels", "first batch of the training data"),
+        ("words", "first batch of the training data"),
+        ("raises", "raised ValueError"),
+    )),
+    ("profile bad_user_code:pair", "images"),
+    ("profile bad_user_code:nothing", "expected an nn.Module"),
+    ("profile bad_user_code:empty", "convolution"),
+    ("profile bad_user_code:raises", "raised ValueError"),
+    ("profile bad_user_code:net --size 3", "input: received"),
+    # One layer.
+    *((f"explain {words}", what) for words, what in (
+        ("--density 2", "--density: received '2'"),
+        ("--density 0 --kind mask", "--density"),
+        ("--density nan", "--density"),
+        ("--kind round", "--kind"),
+        ("--channels 0", "--channels"),
+        ("--channels -8", "--channels"),
+        ("--channels 99999999999", "--channels"),
+        ("--channels 2000000000 --kind dense", "entries"),
+        ("--channels 2000000 --kind mask", "entries"),
+        ("--kernel 0", "--kernel"),
+        ("--kernel 4", "kernel"),
+        ("--p 0", "--p"),
+        ("--p 65", "p"),
+        ("--kind grouped --p 7", "groups"),
+        ("--size 0", "--size"),
+        ("--size -3x5", "--size"),
+        ("--size x5", "--size"),
+        ("--size wide", "--size"),
+        ("--size 1000000000", "No input of shape"),
+        ("--batch 0", "--batch"),
+        ("--stride 0", "--stride"),
+        ("--backend none", "none"),
+        ("--dtype int8", "--dtype"),
+    )),
+    # Profiles.
+    *((f"profile {words}", what) for words, what in (
+        ("", "required: MODEL"),
+        ("nothing", "MODEL: received 'nothing'"),
+        ("none.safetensors", "not there"),
+        ("{}/random.safetensors", "damaged|no whole"),
+        ("{}/empty.safetensors", "damaged|no whole"),
+        ("{}/text.pt", "MODEL: received"),
+        ("layer --seconds nan", "--seconds: received"),
+        ("layer --seconds 0", "--seconds"),
+        ("layer --seconds -1", "--seconds"),
+        ("layer --rounds 1", "--rounds"),
+        ("layer --passes -1", "--passes"),
+        ("layer --het 4", "--het"),
+        ("digits_net --het 0", "--het"),
+        ("digits_net --backend none", "none"),
+        ("digits_net --size 1", "input: received"),
+        ("layer --trace {}/text.pt/trace.json --channels 8 --size 8 --rounds 5 --seconds 0.1",
+         "cannot be written"),
+    )),
+    # The rest.
+    ("", "required: COMMAND"),
+    ("nothing", "invalid choice"),
+    ("info --nothing", "unrecognized"),
+    ("demo --steps 0", "--steps"),
+    ("demo --channels 1", "--channels"),
+    ("demo --seed -1", "--seed"),
+    ("demo --quick --out {}/text.pt", "--out|cannot be"),
+    ("report {}/none.json", "none.json"),
+    ("report {}/text.json", "text.json"),
+    ("report {}/list.json", "list.json"),
+    ("report {}/random.pt", "random.pt"),
+    ("report {}/folder.pt", "results files"),
+    ("bench --isa none", "--isa"),
+]  # fmt: skip
+
+
+def test_the_table_of_bad_command_lines_is_long() -> None:
+    assert len({line for line, _ in BAD}) >= 120
+
+
+@pytest.mark.parametrize(("line", "what"), BAD, ids=[line or "nothing at all" for line, _ in BAD])
+def test_bad_input_is_one_sentence(
+    line: str,
+    what: str,
+    files: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(files)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    words = [word.replace("{}", str(files)) if "set p=" not in line else word
+             for word in line.split(" ") if word]  # fmt: skip
+    if "bad user:net" in line:
+        words = ["compress", "het", "--model", "bad user:net", *FAST.split()]
+    if words[:1] in (["compress"], ["demo"]) and "--out" not in words and len(words) > 1:
+        words += ["--out", str(tmp_path / "out")]
+    code = cli.main(words)
+    said = capsys.readouterr()
+    assert code in (cli.FAILURE, cli.USAGE), said
+    assert "Traceback" not in said.err
+    last = said.err.splitlines()[-1]
+    assert re.search(what, last), said.err
+    if code == cli.FAILURE:
+        lines = [text for text in said.err.splitlines() if ", epoch " not in text]
+        assert lines == [last], said.err
+        assert last.startswith("hetconv: ")
+    else:
+        assert last.startswith("hetconv")
+    assert not (tmp_path / "out" / "het.json").exists()
+
+
+# What is right stays right --------------------------------------------------------------------
+
+
+def test_a_user_s_network_and_data_are_compressed_and_profiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "good_user_code.py").write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "from torch.utils.data import DataLoader, TensorDataset\n"
+        "def net():\n"
+        "    return nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(),"
+        " nn.Linear(32, 3))\n"
+        "class Made:\n"
+        "    @staticmethod\n"
+        "    def pair(): return net(), torch.randn(5, 2, 6, 6)\n"
+        "def data():\n"
+        "    x = torch.randn(12, 2, 6, 6, generator=torch.Generator().manual_seed(0))\n"
+        "    y = torch.arange(12) % 3\n"
+        "    return tuple(DataLoader(TensorDataset(x, y), batch_size=4) for _ in range(3))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    words = ["compress", "het", "--model", "good_user_code:net", "--data", "good_user_code:data",
+             "--train-epochs", "1", "--set", "epochs=1", "--set", "p=2", "--set", "stem=true",
+             "--no-measure"]  # fmt: skip
+    assert cli.main(words) == 0
+    out = tmp_path / "outputs" / "compress"
+    record = json.loads((out / "het.json").read_text())
+    assert record["network"] == "good_user_code:net"
+    assert record["batch"] == [4, 2, 6, 6]
+    assert record["macs"][1] < record["macs"][0]
+    assert (out / "good_user_code.net.state.pt").exists()
+    first = capsys.readouterr().out
+    assert cli.main(words) == 0  # both states are found again
+    assert capsys.readouterr().out == first
+    profile = ["profile", "good_user_code:Made.pair", "--rounds", "5", "--seconds", "0.1", "--json"]
+    assert cli.main(profile) == 0
+    assert json.loads(capsys.readouterr().out)["input"].startswith("(5, 2, 6, 6)")
+    assert cli.main([*profile[:1], "good_user_code:net", "--size", "6", *profile[2:]]) == 0
+    assert json.loads(capsys.readouterr().out)["input"].startswith("(1, 2, 6, 6)")
+    assert cli.main(["profile", "good_user_code:Made.pair", "--passes", "1", "--het", "2"]) == 0
+
+
+@pytest.mark.parametrize("seed", [str(2**63 - 1), str(2**32 + 1)])
+@pytest.mark.parametrize("method", ["self-grouping", "frequency"])
+def test_every_seed_of_the_command_line_works(seed: str, method: str, tmp_path: Path) -> None:
+    torch.save(hk.models.digits_net().state_dict(), tmp_path / "net.pt")
+    more = {"self-grouping": ["--set", "step=0.7"], "frequency": ["--set", "search_epochs=1"]}
+    words = ["compress", method, "--weights", str(tmp_path / "net.pt"), "--seed", seed,
+             *FAST.split(), *more.get(method, []), "--out", str(tmp_path)]  # fmt: skip
+    assert cli.main(words) == 0
+
+
+def test_settings_are_plain_text(capsys: pytest.CaptureFixture[str]) -> None:
+    from hetconv_kernels.compression.command import METHODS
+
+    for method, kind in METHODS.items():
+        assert cli.main(["compress", method, "--settings"]) == 0
+        text = capsys.readouterr().out
+        assert "`" not in text
+        assert "Attributes" not in text
+        assert "Raises" not in text
+        for name in (field.name for field in dataclasses.fields(kind)):
+            (line,) = [row for row in text.splitlines() if row.startswith(f"  {name}=")]
+            assert len(line.split("  ")) > 2, line
