@@ -45,7 +45,6 @@ LONGER_FILES = {
     "hetconv_kernels/graph/channels.py": "one walk over a graph with all that it can meet",
     "tests/test_observers.py": "the list of all observers that torch has, in one place",
     "hetconv_kernels/backends/cpu_int8.py": "the eight operations in 8 bits, one face",
-    "setup.py": "both compiled parts, and every instruction set's flags",
 }
 
 # A module has tests/test_<its name>.py or test_<its folder>.py; these are tested elsewhere.

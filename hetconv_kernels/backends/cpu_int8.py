@@ -377,8 +377,8 @@ def _summed(
     """Adds one or two operands, each with its zero point and multiplier, and requantises."""
     zero = _zero_of(y_zero_point, out_dtype)
     y = _empty(tuple(operands[0][0].shape), out_dtype)
-    held = [(x.contiguous(memory_format=_LAST), *rest) for x, *rest in operands]
-    flat = [(x.data_ptr(), x.dtype == torch.int8, *rest) for x, *rest in held]
+    held = [(x.contiguous(memory_format=_LAST), point, m) for x, point, m in operands]
+    flat = [(x.data_ptr(), x.dtype == torch.int8, point, m) for x, point, m in held]
     if len(flat) == 1:
         flat.append((0, False, 0, 1.0))
     finish = y.data_ptr(), _NAMES[out_dtype], zero, low, high

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import io
-from ..compress.command import _NETWORKS, _write, accuracy, dense, train, trainer
-from ..compress.training import Training
+from ..compression.command import _NETWORKS, _write, accuracy, dense, train, trainer
+from ..compression.training import Training
 from ..datasets import Dataset, cifar10, digits
 from ..errors import ArgumentError, HetconvError, mismatch
 from .checks import RANGES
