@@ -189,7 +189,7 @@ class Arena:
         if self.fits and index < len(self.lifetimes):
             self._next = index + 1
             life = self.lifetimes[index]
-            if life.owner is owner and life.shape == tuple(shape):
+            if life.owner is owner and life.shape == tuple(shape) and life.dtype == dtype:
                 planned = self._tensors[index]
                 if planned is not None:
                     return planned.detach()

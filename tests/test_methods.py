@@ -17,7 +17,7 @@ import hetconv_kernels as hk
 from benchmarks import method_tables, methods
 from benchmarks.method_rows import NETWORKS, rows, speed_methods
 from benchmarks.problems import ACCURACY_TOLERANCE, PROBLEMS, PSNR_TOLERANCE, Settings
-from hetconv_kernels import compress, timing
+from hetconv_kernels import compression, timing
 from hetconv_kernels.report.schema import METHODS_SCHEMA, METHODS_TABLE_SCHEMA, problems
 
 pytest.importorskip("sklearn", reason="the digits and photographs come with scikit-learn")
@@ -44,8 +44,8 @@ def quick(tmp_path: Path, part: str, *more: str) -> Any:
 
 
 def titles() -> set[str]:
-    classes = [value for value in vars(compress).values() if isinstance(value, type)]
-    return {c.title for c in classes if issubclass(c, compress.Method) and c.title}
+    classes = [value for value in vars(compression).values() if isinstance(value, type)]
+    return {c.title for c in classes if issubclass(c, compression.Method) and c.title}
 
 
 @pytest.mark.parametrize("part", ["digits", "psnr"])

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arena import allocate
 from ..errors import ArgumentError, InputTypeError, mismatch
 from ..packing import dense_weight
 from ..pooling import Pool
@@ -38,6 +39,7 @@ except ImportError:  # nothing is compiled here
     _cpu = None  # type: ignore[assignment]
 
 _LAST = torch.channels_last
+_CPU = torch.device("cpu")
 _NAMES = {torch.uint8: "uint8", torch.int8: "int8", torch.float32: "float32"}
 # The instruction set; "" takes the best one here, or what HETCONV_ISA says.
 _ISA = ""
@@ -153,7 +155,12 @@ def fprop(
     _check_cpu("bias", bias)
     zero = _zero_of(y_zero_point, out_dtype)
     out = geometry.output_size(h, w)
-    y = _empty((n, f, *out), out_dtype)
+    # A sum of two, and float32, are pooled in a pass of their own.
+    inside = pool is not None and residual is None and out_dtype != torch.float32
+    if pool is not None:
+        pool.check(*out)
+    size = pool.output_size(*out) if inside and pool is not None else out
+    y = _empty(support, (n, f, *size), out_dtype)
     r, r_pointer = residual, 0
     if r is not None:
         _check_x("residual", r, residual_zero_point, "residual_zero_point")
@@ -164,21 +171,15 @@ def fprop(
     x = x.contiguous(memory_format=_LAST)
     multiplier, bias = multiplier.contiguous(), bias.contiguous()
     pads = geometry.pads
-    # A sum of two, and float32, are pooled in a pass of their own.
     ints = None
-    target = y
-    if pool is not None:
-        pool.check(*out)
-        if r is None and out_dtype != torch.float32:
-            size = pool.output_size(*out)
-            ints = (*pool.kernel, *pool.stride, *pool.padding, *size)
-            target = _empty((n, f, *size), out_dtype)
+    if inside and pool is not None:
+        ints = (*pool.kernel, *pool.stride, *pool.padding, *size)
     arguments = (
         x.data_ptr(),
         x.dtype == torch.int8,
         x_zero_point,
         (n, h, w),
-        target.data_ptr(),
+        y.data_ptr(),
         _NAMES[out_dtype],
         zero,
         low,
@@ -195,9 +196,10 @@ def fprop(
         residual_zero_point,
         torch.get_num_threads(),
     )
-    if packed.fprop(*arguments, ints) and (pool is None or ints is not None):
-        return target
-    if ints is not None:  # not even one row of the pooled image fits in the cache
+    if packed.fprop(*arguments, ints) and (pool is None or inside):
+        return y
+    if inside:  # not even one row of the pooled image fits in the cache
+        y = _empty(support, (n, f, *out), out_dtype)
         packed.fprop(*arguments[:4], y.data_ptr(), *arguments[5:], None)
     assert pool is not None
     if out_dtype == torch.float32:
@@ -269,7 +271,7 @@ def max_pool(x: Tensor, pool: Pool) -> Tensor:
     n, c, h, w = x.shape
     pool.check(h, w)
     size = pool.output_size(h, w)
-    y = _empty((n, c, *size), x.dtype)
+    y = _empty("max_pool", (n, c, *size), x.dtype)
     x = x.contiguous(memory_format=_LAST)
     ints = (*pool.kernel, *pool.stride, *pool.padding, *size)
     _kernels().max_pool(
@@ -307,7 +309,7 @@ def mean(
     if not 0 < h * w < 2**23:
         raise ArgumentError(mismatch("pixels to average", h * w, f"from 1 to {2**23 - 1}"))
     zero = _zero_of(y_zero_point, out_dtype)
-    y = _empty((n, c, 1, 1), out_dtype)
+    y = _empty("mean", (n, c, 1, 1), out_dtype)
     x = x.contiguous(memory_format=_LAST)
     _kernels().mean(
         x.data_ptr(),
@@ -341,7 +343,7 @@ def quantize(x: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> Te
     _check_cpu("input", x)
     check_scale("scale", scale)
     check_zero_point("zero_point", zero_point, dtype)
-    y = _empty(tuple(x.shape), dtype)
+    y = _empty("quantize", tuple(x.shape), dtype)
     x = x.resolve_neg().contiguous(memory_format=_LAST)
     _kernels().quantize(
         x.data_ptr(),
@@ -376,7 +378,7 @@ def _summed(
 ) -> Tensor:
     """Adds one or two operands, each with its zero point and multiplier, and requantises."""
     zero = _zero_of(y_zero_point, out_dtype)
-    y = _empty(tuple(operands[0][0].shape), out_dtype)
+    y = _empty("sum", tuple(operands[0][0].shape), out_dtype)
     held = [(x.contiguous(memory_format=_LAST), point, m) for x, point, m in operands]
     flat = [(x.data_ptr(), x.dtype == torch.int8, point, m) for x, point, m in held]
     if len(flat) == 1:
@@ -396,8 +398,8 @@ def _kernels() -> Any:
 _known_kernels: dict[str, Any] = {}
 
 
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, memory_format=_LAST)
+def _empty(owner: object, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return allocate(owner, shape, dtype, _CPU, _LAST)
 
 
 def _check_x(name: str, x: Tensor, zero_point: int, zero_name: str = "x_zero_point") -> None:

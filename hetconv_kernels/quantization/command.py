@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import io
-from ..compression.command import _NETWORKS, _write, accuracy, dense, train, trainer
+from ..compression.command import _NETWORKS, accuracy, dense, train, trainer
 from ..compression.training import Training
 from ..datasets import Dataset, cifar10, digits
 from ..errors import ArgumentError, HetconvError, mismatch
+from ..files import write_text
 from .checks import RANGES
 from .observers import NAMES
 from .quantize import MIN_SQNR, convert, prepare, quantize
@@ -105,7 +106,7 @@ def run(options: argparse.Namespace) -> int:
     print(f"Accuracy on {len(data.test)} images that nothing above has seen: "
           + ", ".join(f"{name} {value:.4f}" for name, value in found.items()) + ".")  # fmt: skip
     record = report.to_dict() | {"test_accuracy": found, "network": type(model).__name__}
-    _write(options.out, "quantize.json", json.dumps(record, indent=2) + "\n")
+    write_text(options.out / "quantize.json", json.dumps(record, indent=2) + "\n")
     try:
         io.save(made, options.out / "network.safetensors")
     except HetconvError as error:  # safetensors is an extra

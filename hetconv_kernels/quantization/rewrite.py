@@ -13,6 +13,7 @@ from torch import fx, nn
 from ..errors import ArgumentError
 from ..graph.layout import set_module
 from ..graph.names import SIZES, module_of, name_of
+from ..graph.planned import planned
 from ..nn import FusedConv2d
 from ..nn.base import ForcedBackend
 from ..nn.quantized import QuantizedConv2d, QuantizedLinear
@@ -286,4 +287,5 @@ def convert(model: nn.Module) -> nn.Module:
         if not name:
             return integer
         set_module(made, name, integer)
-    return made.eval()
+    made.eval()
+    return planned(made) if isinstance(made, fx.GraphModule) else made
