@@ -36,6 +36,7 @@ GENERATED = {"hetconv_kernels/_build.json"}
 SOFT_LINES, HARD_LINES = 400, 600
 # Files between the two limits, each with the reason why it is still one noun.
 LONGER_FILES = {
+    "hetconv_kernels/io.py": "the format of a file: what is written, and what is believed of it",
     "hetconv_kernels/problem.py": "Geometry and Problem, and the rules that make one of the other",
     "tests/test_kept_weights.py": "one table of origins and changes of a weight, for all engines",
     "hetconv_kernels/support.py": "Support with all its constructors, its algebra and its JSON",

@@ -119,7 +119,8 @@ static std::string check_pooled(const Case& c, const Plan& plan, const Packed& p
                                 const Values& y) {
   Random r(c.seed * 3 + 7);
   const Conv& v = c.conv;
-  hetconv::Pool q{int(pick(r, 1, 4)), int(pick(r, 1, 4)), int(pick(r, 1, 3)), int(pick(r, 1, 3))};
+  hetconv::Pool q{
+      int(pick(r, 1, 4)), int(pick(r, 1, 4)), int(pick(r, 1, 3)), int(pick(r, 1, 3)), 0, 0, 0, 0};
   q.pt = int(pick(r, 0, q.KH / 2));
   q.pl = int(pick(r, 0, q.KW / 2));
   if (v.Ho + 2 * q.pt < q.KH || v.Wo + 2 * q.pl < q.KW) return "";
