@@ -76,8 +76,8 @@ class Explanation:
     chosen: str
     forced: bool
     candidates: tuple[Candidate, ...]
-    frozen: bool = False
     disturbed: tuple[str, ...] = ()
+    frozen: bool = False
 
     @property
     def packing_s(self) -> float | None:

@@ -207,7 +207,6 @@ def test_a_network_that_computes_something_else_is_not_timed(
 @pytest.mark.parametrize(
     ("words", "error", "message"),
     [
-        (("--steps", "1"), ArgumentError, "--steps"),
         (("--channels", "4"), ArgumentError, "--channels"),
         (("--device", "toaster"), HetconvError, "toaster"),
         (("--backend", "toaster"), BackendError, "toaster"),
@@ -220,6 +219,12 @@ def test_bad_options(
     with pytest.raises(error, match=message):
         demo.run(options("--quick", "--out", str(tmp_path / "out"), *words))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_step_too_few_is_refused_where_options_are_read(capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        options("--quick", "--steps", "1")
+    assert "--steps: received '1', expected an integer, at least 2" in capsys.readouterr().err
 
 
 def test_out_that_is_a_file_is_refused(tmp_path: Path) -> None:
