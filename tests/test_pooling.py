@@ -76,9 +76,11 @@ def test_the_engine_pools_as_it_computes(shape, pool: str, dtype: torch.dtype) -
     with torch.no_grad(), hk.use_backend("cpu"):
         assert_same(together(x), pooled(apart(x), POOLS[pool]))
     choices = together._geometry.choices.values()
-    forms = {get_backend("cpu")._plan(choice.problem).form for choice in choices}
+    plans = [get_backend("cpu")._plan(choice.problem) for choice in choices]
+    forms = {plan.form for plan in plans}
     if dtype != torch.float64:  # its vectors are shorter
-        assert forms == {"pixels" if shape in RAGGED else "filters"}
+        paired = dtype == torch.bfloat16 and plans[0].isa == "avx512bf16"
+        assert forms == {"pixels" if shape in RAGGED and not paired else "filters"}
 
 
 @CPU
@@ -118,7 +120,8 @@ def test_what_is_pooled_by_the_engine_and_what_that_saves() -> None:
     for layer, like in itertools.product((apart, together), (x, x.contiguous())):
         with torch.no_grad():
             layer(like)
-    problems = [choice.problem for choice in together._geometry.choices.values()]
+    chosen = [c for layer in (apart, together) for c in layer._geometry.choices.values()]
+    problems = [choice.problem for choice in chosen]
     by = {(p.channels_last, p.pool is not None): p for p in problems}
     assert set(by) == set(itertools.product((False, True), repeat=2))
     assert engine.pools(by[True, True])

@@ -25,7 +25,7 @@ from hetconv_kernels.testing import error_bound, oracle
 
 EXAMPLES = 500
 # Cases that a backend may refuse, of all that it is offered.
-MAY_REFUSE = {"reference": 0.0, "vendor": 0.0, "cpu": 0.05}
+MAY_REFUSE = {"reference": 0.0, "vendor": 0.06, "cpu": 0.05}
 DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,

@@ -120,7 +120,7 @@ def test_arguments() -> None:
     with pytest.raises(InputTypeError, match="example: received int"):
         as_inputs(3)
     check_network(nn.Sequential().eval())
-    model = nn.Sequential(nn.Sequential(nn.ReLU())).eval()
+    model = nn.Sequential(nn.Sequential(nn.Dropout())).eval()
     model[0][0].train()
     with pytest.raises(ArgumentError, match=r"training mode at '0.0'"):
         check_network(model)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.nn.modules import module as torch_module
 from torch.utils import _pytree as pytree
 
@@ -162,7 +163,9 @@ class _Memory:
                 return None  # containers of tensors
         if self._watched is None:
             self._watched = _watched(network)
-        hooks, parameters, modules = self._watched
+        hooks, parameters, modules, inputs = self._watched
+        if len(args) != inputs:
+            return None
         if any(hooks) or torch_module._has_any_global_hook():
             return None
         if torch.is_grad_enabled() and (wants_gradient or any(p.requires_grad for p in parameters)):
@@ -187,7 +190,7 @@ class _Memory:
             self._plans[signature] = _Plan(run.lifetimes(result))
             while len(self._plans) > MOST_PLANS:
                 self._plans.popitem(last=False)
-        return result
+        return _ordinary(result)
 
     def forget(self, signature: Any) -> None:
         """Drops a plan that a call did not keep to: an engine was chosen anew."""
@@ -200,11 +203,25 @@ class _Memory:
             return sum(plan.release() for plan in self._plans.values())
 
 
-def _watched(network: nn.Module) -> tuple[Any, ...]:
+def _watched(network: PlannedNetwork) -> tuple[Any, ...]:
     """Returns the dictionaries of hooks, the parameters and the modules of a network."""
     modules = list(network.modules())
     hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
-    return hooks, list(network.parameters()), modules
+    inputs = sum(node.op == "placeholder" for node in network.graph.nodes)
+    return hooks, list(network.parameters()), modules, inputs
+
+
+def _ordinary(value: Any) -> Any:
+    """Returns the containers of an interpreted graph's outputs as its code would make them."""
+    if isinstance(value, immutable_list):
+        return [_ordinary(part) for part in value]
+    if isinstance(value, immutable_dict):
+        return {key: _ordinary(part) for key, part in value.items()}
+    if type(value) is tuple:
+        return tuple(_ordinary(part) for part in value)
+    if type(value) is OrderedDict:
+        return OrderedDict((key, _ordinary(part)) for key, part in value.items())
+    return value
 
 
 class _Recording(fx.Interpreter):

@@ -260,7 +260,9 @@ class SupportLayer(ForcedBackend):
     def _frozen_weight(self) -> Tensor:
         """Returns the weight of a frozen layer, made anew first where it is an inference tensor."""
         weight = self.weight
-        if weight.is_inference() and not weight.is_meta and self._owns_weight:
+        if torch.compiler.is_compiling() or not self._owns_weight:
+            return weight
+        if weight.is_inference() and not weight.is_meta:
             with torch.inference_mode(False):
                 weight = self.weight = nn.Parameter(owned(weight), weight.requires_grad)
         return weight

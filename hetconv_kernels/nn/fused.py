@@ -77,7 +77,7 @@ class FusedConv2d(ForcedBackend):
     def _frozen_weight(self) -> Tensor:
         """Returns the weight, made anew first where it is an inference tensor."""
         weight = self.weight
-        if weight.is_inference() and not weight.is_meta:
+        if not torch.compiler.is_compiling() and weight.is_inference() and not weight.is_meta:
             weight = self.weight = owned(weight)
         return weight
 
