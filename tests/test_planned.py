@@ -306,7 +306,7 @@ def test_a_step_that_may_hide_a_tensor_is_not_planned() -> None:
 
 
 @pytest.mark.usefixtures("poisoned")
-def test_the_demo_of_an_activation_read_again_later_is_not_overwritten() -> None:
+def test_an_activation_that_is_read_again_later_is_not_overwritten() -> None:
     class UNet(nn.Module):
         def __init__(self) -> None:
             super().__init__()
