@@ -34,6 +34,10 @@ CALLS: dict[str, Callable[[nn.Module, Tensor, Path], Any]] = {
     "plan_memory": lambda m, x, _: hk.plan_memory(m),
     "profile": lambda m, x, _: hk.profile(m, x, rounds=5, max_seconds=0.1),
     "profiling.write_trace": lambda m, x, folder: hk.profiling.write_trace(m, x, folder / "t"),
+    "quantization.convert": lambda m, x, _: hk.quantization.convert(m),
+    "quantization.prepare": lambda m, x, _: hk.quantization.prepare(m, [x]),
+    "quantization.to_onnx": lambda m, x, folder: hk.quantization.to_onnx(m, x, folder / "m.onnx"),
+    "quantization.to_qdq": lambda m, x, _: hk.quantization.to_qdq(m),
     "quantize": lambda m, x, _: hk.quantize(m, [x], measure=False),
     "release_memory": lambda m, x, _: hk.release_memory(m),
     "stats.layer_macs": lambda m, x, _: hk.stats.layer_macs(m, x),
@@ -42,6 +46,12 @@ CALLS: dict[str, Callable[[nn.Module, Tensor, Path], Any]] = {
     "stats.macs": lambda m, x, _: hk.stats.macs(m, x),
     "stats.weight_bytes": lambda m, x, _: hk.stats.weight_bytes(m),
     "warmup": lambda m, x, _: hk.warmup(m, x),
+}
+# What is done with another network than `network`.
+MADE: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {
+    "quantization.convert": lambda m, x: hk.quantization.prepare(m, [x]).eval(),
+    "quantization.to_onnx": lambda m, x: hk.quantize(m, [x], measure=False).model,
+    "quantization.to_qdq": lambda m, x: hk.quantize(m, [x], measure=False).model,
 }
 # Public functions of networks that are not called here, each with the reason.
 ELSEWHERE = {
@@ -81,9 +91,10 @@ def described(model: nn.Module) -> list[Any]:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_the_given_network_is_the_same_afterwards(name: str, tmp_path: Path) -> None:
-    model = network()
+    x = torch.randn(X)
+    model = MADE[name](network(), x) if name in MADE else network()
     before = described(model)
-    CALLS[name](model, torch.randn(X), tmp_path)
+    CALLS[name](model, x, tmp_path)
     assert described(model) == before
 
 
