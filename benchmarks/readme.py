@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes what the README says of measurements, from the committed results.
+"""Writes what the README says of measurements, and its picture, from the committed results.
 
     python -m benchmarks.readme [--check]
 
-It replaces what stands between the two markers, and nothing else.
+It replaces what stands between the two markers and docs/speedup.svg, and nothing else.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks import summary
+from benchmarks import picture, summary
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN = "<!-- measured: written by `python -m benchmarks.readme` -->"
@@ -19,58 +19,58 @@ END = "<!-- /measured -->"
 
 
 def measured() -> str:
-    """Composes the section: tables with their hardware, date and commit, losses included."""
-    layers, prepacked = summary.results(summary.LAYERS), summary.results(summary.PREPACKED)
-    narrow = summary.results(summary.NARROW)
-    models = [
-        f"`{name}.json`: {summary.provenance(data)}."
-        for name, data in summary.all_results().items()
-        if any(row["kind"] == "model" for row in data["rows"])
-    ]
-    against = summary.span(summary.ratios(summary.PREPACKED, "prepacked"))
-    held = summary.span(summary.ratios(summary.NARROW, "dense"))
-    against = summary.span(summary.ratios(summary.PREPACKED, "prepacked"))
-    held = summary.span(summary.ratios(summary.NARROW, "dense"))
-    steps = {
-        kind: summary.span(
-            summary.ratios(summary.LAYERS, "dense", training=True, kind=kind, value=value)
-        )
-        for kind, value in (("het", 4), ("self_group", 70))
-    }
+    """Composes the section: three headlines, one table, how many rows are losses, and of what."""
+    layers = summary.results(summary.LAYERS)
     parts = [
-        "Layers in float32, batch 8, channels_last, in turn with every rival in one process. Times "
-        "faster than the *fastest* dense form that PyTorch has eagerly; in brackets how many times "
-        "fewer multiply-accumulates:",
-        summary.grid(),
-        f"{summary.provenance(layers)}.",
-        f"A training step (fprop, dgrad, wgrad) of HetConv p=4 is {steps['het']} times faster than "
-        f"the dense one, of self-grouping at 70 % {steps['self_group']} times (same run).",
-        "**Losses** of the same run: every layer that was slower than any rival, in bold. A "
-        "*composition* is the same result from several of PyTorch's own layers, such as grouped + "
-        "1×1; the last column is against dense while the weights still change, so that they are "
-        "packed anew at each call:",
-        summary.losses(),
-        "Beside weights that oneDNN has packed beforehand (as `torch.compile` with freezing does), "
-        f"{len(prepacked['rows'])} of these layers are {against} times faster "
-        f"({summary.provenance(prepacked)}). With engine and PyTorch held to AVX2, the "
-        f"{len(narrow['rows'])} layers of that run are {held} times faster than dense "
-        f"({summary.provenance(narrow)}).",
-        "Whole networks, HetConv p=4 (het4) or self-grouped at 70 % (sg70), beside PyTorch, "
-        "torch.compile, ONNX Runtime and OpenVINO; the composition is the same network out of "
-        "PyTorch's own layers: grouped + 1×1, or a gather and a convolution for each group:",
+        "\n".join(f"- {line}" for line in headlines()),
         summary.networks(),
-        "\n".join(models),
-        "Every method in its paper's form, on a small network for the digits that scikit-learn "
-        "ships; it is too small for some of them to pay:",
-        summary.methods_table("digits", only_papers=True),
-        f"{summary.methods_provenance('digits')}.",
-        "The same methods on networks of the papers' shapes, untrained, at the papers' rates: "
-        "times faster, of times fewer multiply-accumulates:",
-        summary.methods_grid(),
-        f"{summary.methods_provenance('speed')}.",
-        f"{summary.right_picks()} ({summary.provenance(summary.calibration())}.)",
+        "Whole networks, HetConv p=4 (het4) or self-grouped at 70 % (sg70), against PyTorch, "
+        "torch.compile, ONNX Runtime and OpenVINO at the same precision, alternating with every "
+        "baseline in one process. A *composition* is the same network out of ordinary layers: "
+        "grouped + 1×1, or a gather and a convolution for each group. Bold: slower. "
+        f"{summary.networks_provenance()}.",
+        "![Measured speed-up of layers against their MAC ratio](docs/speedup.svg)",
+        "Each point is a layer in float32, against the fastest dense form that PyTorch has "
+        f"eagerly: {summary.provenance(layers)}. {summary.lost()}",
     ]
     return "\n\n".join(parts)
+
+
+def headlines() -> list[str]:
+    """Lists a layer, a network and a network in 8 bits, as measured."""
+    found = [
+        "**One layer**: 3×3 HetConv with p=4, 64 to 512 channels, needs "
+        f"{summary.span(summary.mac_ratios('HetConv p=4'), 1)} times fewer multiply-accumulates "
+        f"and runs {summary.span(summary.speedups('HetConv p=4'))} times faster than the fastest "
+        "dense convolution in PyTorch (float32)."
+    ]
+    for title, case in (
+        ("One network", "resnet18-het4"),
+        ("In 8 bits", "resnet18-het4-int8"),
+        ("In bfloat16", "resnet18-het4-bf16"),
+    ):
+        row = summary.network(case)
+        if row is None or not row.get("dense"):
+            continue
+        dense, composition = row["dense"], row.get("composition")
+        line = (
+            f"**{title}**: ResNet-18 with HetConv p=4, {row['case']['n']} images of "
+            f"{row['case']['size']}², runs {dense['ratio']:.2f} times faster than the fastest "
+            f"dense engine at that precision ({engine(dense)})"
+        )
+        if composition:
+            line += (
+                f", and {composition['ratio']:.2f} times as fast as the fastest composition "
+                f"({engine(composition)})"
+            )
+        found.append(line + ".")
+    return found
+
+
+def engine(rival: summary.Json) -> str:
+    """Names the engine of a rival as its makers write it."""
+    name = str(rival["name"]).partition(":")[2]
+    return {"openvino": "OpenVINO", "onnxruntime": "ONNX Runtime"}.get(name, name)
 
 
 def updated(text: str) -> str:
@@ -91,10 +91,18 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     now = README.read_text()
     wanted = updated(now)
+    drawn = picture.draw()
+    stale = [
+        path.name
+        for path, text in ((README, wanted), (picture.SVG, drawn))
+        if not path.exists() or path.read_text() != text
+    ]
     if options.check:
-        print("README.md agrees with the results." if now == wanted else "README.md is stale.")
-        return int(now != wanted)
+        agrees = "README.md and its picture agree with the results."
+        print(f"stale: {', '.join(stale)}" if stale else agrees)
+        return int(bool(stale))
     README.write_text(wanted)
+    picture.SVG.write_text(drawn)
     return 0
 
 

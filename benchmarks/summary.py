@@ -109,6 +109,46 @@ def _column(row: Json) -> str | None:
     return COLUMNS.get((kind, value))
 
 
+def speedups(column: str, name: str = LAYERS, rival: str = "dense") -> list[float]:
+    """Lists how many times faster than a rival the layers of a column of `grid` are."""
+    return [
+        row[rival]["ratio"]
+        for row in results(name)["rows"]
+        if _column(row) == column and row[rival]
+    ]
+
+
+def mac_ratios(column: str, name: str = LAYERS) -> list[float]:
+    """Lists how many times fewer multiply-accumulates the layers of a column of `grid` need."""
+    rows = [row for row in results(name)["rows"] if _column(row) == column]
+    return [row["dense_macs"] / row["macs"] for row in rows]
+
+
+def networks_provenance() -> str:
+    """Says what the whole networks were measured on; files of one machine share a sentence."""
+    commits: dict[str, list[str]] = {}
+    for data in all_results().values():
+        if any(row["kind"] == "model" for row in data["rows"]):
+            where, _, commit = provenance(data | {"started": ""}).partition(", commit ")
+            commits.setdefault(where, []).append(commit)
+    return "; ".join(
+        f"{where}, commit {', '.join(dict.fromkeys(found))}" for where, found in commits.items()
+    )
+
+
+def lost(name: str = LAYERS) -> str:
+    """Says how many layers were slower than a dense convolution or than a composition."""
+    rows = results(name)["rows"]
+    counts = {
+        rival: sum(1 for row in rows if row.get(rival) and row[rival]["ratio"] < 1)
+        for rival in ("dense", "composition")
+    }
+    return (
+        f"Of {len(rows)} rows of that run, {counts['dense']} are slower than dense and "
+        f"{counts['composition']} slower than a composition; docs/benchmarks.md lists each of them."
+    )
+
+
 def _size(case: Json) -> str:
     return f"{case['c']} channels, {case['h']}²"
 
@@ -196,6 +236,15 @@ def networks() -> str:
                 cells += [engine, _marked(found), interval]
             lines.append(cells)
     return table.markdown(header, lines)
+
+
+def network(name: str) -> Json | None:
+    """Finds the row of a whole network by the name of its case; None where none is committed."""
+    for data in all_results().values():
+        for row in data["rows"]:
+            if row["kind"] == "model" and row["case"]["name"] == name:
+                return dict(row)
+    return None
 
 
 def methods_table(part: str = "digits", only_papers: bool = False) -> str:

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
 
-from benchmarks import readme, summary, table
+from benchmarks import picture, readme, summary, table
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,12 +24,61 @@ def test_the_check_notices_a_changed_number(
 ) -> None:
     assert readme.main(["--check"]) == 0
     stale = tmp_path / "README.md"
-    stale.write_text(readme.README.read_text().replace("2.45 |", "9.45 |", 1))
+    number = f"{summary.network('resnet18-het4')['dense']['ratio']:.2f} |"
+    stale.write_text(readme.README.read_text().replace(number, "9.45 |", 1))
     monkeypatch.setattr(readme, "README", stale)
     assert readme.main(["--check"]) == 1
-    assert "stale" in capsys.readouterr().out
+    assert "stale: README.md" in capsys.readouterr().out
     assert readme.main([]) == 0
     assert stale.read_text() == (ROOT / "README.md").read_text()
+
+
+def test_the_picture_is_drawn_from_the_results(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert picture.SVG.read_text() == picture.draw(), "run `python -m benchmarks.readme`"
+    monkeypatch.setattr(picture, "SVG", tmp_path / "speedup.svg")
+    assert readme.main(["--check"]) == 1
+    assert "stale: speedup.svg" in capsys.readouterr().out
+
+
+def test_the_picture_has_every_layer_and_the_slower_ones_below_the_line() -> None:
+    drawn = picture.draw()
+    rows = [
+        row
+        for row in summary.results(summary.LAYERS)["rows"]
+        if row["case"]["dtype"] == "float32" and not row["case"]["amp"]
+    ]
+    height = {
+        found[2]: float(found[1])
+        for found in re.finditer(r'cy="([\d.]+)" [^>]*><title>([^:]*):', drawn)
+    }
+    assert set(height) == {row["case"]["name"] for row in rows}
+    even = picture._y(1.0)
+    slower = {name for name, y in height.items() if y > even}
+    assert slower == {row["case"]["name"] for row in rows if row["dense"]["ratio"] < 0.9999}
+    assert slower, "the losses of the committed run are in the picture"
+
+
+def test_the_headlines_are_of_the_results() -> None:
+    lines = readme.headlines()
+    networks = {
+        case: summary.network(case)
+        for case in ("resnet18-het4", "resnet18-het4-int8", "resnet18-het4-bf16")
+    }
+    measured = [row for row in networks.values() if row is not None and row.get("dense")]
+    assert len(lines) == 1 + len(measured)
+    for line, row in zip(lines[1:], measured, strict=True):
+        assert f"{row['dense']['ratio']:.2f} times faster" in line
+    assert summary.network("no such network") is None
+
+
+def test_the_losses_are_counted() -> None:
+    text = summary.lost()
+    rows = summary.results(summary.LAYERS)["rows"]
+    slower = sum(1 for row in rows if row["dense"] and row["dense"]["ratio"] < 1)
+    assert f"Of {len(rows)} rows" in text
+    assert f"{slower} are slower than dense" in text
 
 
 @pytest.mark.parametrize("text", ["none", f"{readme.END} {readme.BEGIN}", readme.BEGIN * 2])
