@@ -117,6 +117,16 @@ def _parser(asked: Sequence[str]) -> argparse.ArgumentParser:
         from .profiling import command as profiling_command
 
         profiling_command.add_arguments(profiling)
+    running = command("run", _run, "what a call of a network takes: latency and images a second")
+    if asked == ["run"]:
+        from .profiling import latency
+
+        latency.add_arguments(running)
+    optimizing = command("optimize", _optimize, "make a network fast for inference, and save it")
+    if asked == ["optimize"]:
+        from .graph import command as graph_command
+
+        graph_command.add_arguments(optimizing)
     demo = command("demo", _demo, "train, compress and time a denoiser on photographs")
     if asked == ["demo"]:
         from . import demo as module
@@ -255,11 +265,23 @@ def _bench(options: argparse.Namespace) -> int:
     return {0: OK, 4: USAGE, 5: USAGE}.get(done.returncode, FAILURE)
 
 
-# profile, report ---------------------------------------------------------------------------------
+# profile, run, optimize, report -------------------------------------------------------------------
 
 
 def _profile(options: argparse.Namespace) -> int:
     from .profiling import command
+
+    return int(command.run(options, _print))
+
+
+def _run(options: argparse.Namespace) -> int:
+    from .profiling import latency
+
+    return int(latency.run(options, _print))
+
+
+def _optimize(options: argparse.Namespace) -> int:
+    from .graph import command
 
     return int(command.run(options, _print))
 

@@ -27,6 +27,7 @@ from .graph.carried import check_described
 from .graph.graph_json import graph_from_json, graph_to_json
 from .graph.layer_json import layer_from_json, layer_to_json
 from .graph.layout import set_module
+from .graph.narrow import NARROW, Narrow
 from .graph.trace import FAILURES, check_plain, symbolic_graph
 from .nn.quantized_layer import QuantizedLayer
 
@@ -62,6 +63,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], into: nn.Module | None 
     check_plain(model)
     if into is not None:
         check_plain(into)
+    dtype = model.dtype if isinstance(model, Narrow) else None
+    model, into = _inside(model), None if into is None else _inside(into)
     tensors = _tensors(model)
     for name, tensor in tensors.items():
         if tensor.is_meta or not isinstance(tensor, Tensor):
@@ -88,6 +91,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], into: nn.Module | None 
         "other_mode": [n for n, m in model.named_modules() if m.training != model.training],
         "digest": _digest(tensors),
     }
+    if dtype is not None:
+        description["narrow"] = str(dtype).removeprefix("torch.")
     description["graph"] = _rebuildable(description, tensors)
     text = json.dumps(description)
     path = Path(path)
@@ -111,7 +116,8 @@ def load(
         device: where the weights go.
 
     Returns:
-        ``into``, or an ``fx.GraphModule``; every module in the mode (train or eval) that it was
+        ``into``, or an ``fx.GraphModule`` (inside of a `graph.narrow.Narrow` where
+        ``optimize(..., dtype=…)`` made it); every module in the mode (train or eval) that it was
         saved in, tied weights tied.
 
     Raises:
@@ -127,12 +133,35 @@ def load(
         check_plain(into)
     description, tensors = _read(path, device)
     try:
-        return _built(description, tensors, into, path)
+        dtype = _narrow_dtype(description, path)
+        built = _built(description, tensors, None if into is None else _inside(into), path)
+        if dtype is None:
+            return built
+        if not isinstance(into, Narrow):
+            return Narrow(built, dtype).train(built.training)
+        into.body, into.dtype = built, dtype
+        return into
     except HetconvError:
         raise
     except _MALFORMED as error:
         why = f"its description makes no sense ({error!r:.200})"
         raise FileError(_damaged(path, why)) from error
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    """Returns the network that a `Narrow` one wraps, or the network itself."""
+    return model.body if isinstance(model, Narrow) else model
+
+
+def _narrow_dtype(description: Json, path: Path) -> torch.dtype | None:
+    """Returns the 16-bit type that the network runs in behind its inputs, if it does."""
+    name = description.get("narrow")
+    if name is None:
+        return None
+    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in NARROW}
+    if not isinstance(name, str) or name not in dtypes:
+        raise FileError(_damaged(path, f"{name!r:.40} is no 16-bit type"))
+    return dtypes[name]
 
 
 def _built(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from networks import interleaved, kinds, network
 from torch import nn
 
 import hetconv_kernels as hk
-from hetconv_kernels.errors import ArgumentError, VerificationError
+from hetconv_kernels.errors import ArgumentError, FileError, VerificationError
 from hetconv_kernels.nn import FusedConv2d, SupportConv2d
 
 NARROW = [torch.bfloat16, torch.float16]
@@ -136,3 +137,43 @@ def test_autocast_keeps_activations_narrow_from_layer_to_layer() -> None:
     assert len(layers) > 8
     assert set(seen) <= {narrow, (torch.float32, torch.bfloat16)}
     assert seen.count(narrow) >= len(layers) - 1  # the first may be given the image itself
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("name", ["resnet20", "branches"])
+def test_a_saved_network_is_narrow_again(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model, x = network(name)
+    fast = hk.optimize(interleaved(model), x, dtype=dtype).model
+    hk.io.save(fast, tmp_path / "n.safetensors")
+    loaded = hk.io.load(tmp_path / "n.safetensors")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), fast(x), rtol=0, atol=0)
+        assert loaded(x.double()).dtype == torch.float64
+    assert {n: t.dtype for n, t in loaded.state_dict().items()} == {
+        n: t.dtype for n, t in fast.state_dict().items()
+    }
+    assert not any(module.training for module in loaded.modules())
+
+
+def test_a_narrow_network_is_loaded_into_another(tmp_path: Path) -> None:
+    model, x = network("resnet20")
+    fast = hk.optimize(interleaved(model), x, dtype=torch.bfloat16).model
+    other = copy.deepcopy(fast)
+    for tensor in other.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.zero_()
+    hk.io.save(fast, tmp_path / "n.safetensors")
+    assert hk.io.load(tmp_path / "n.safetensors", into=other) is other
+    with torch.no_grad():
+        torch.testing.assert_close(other(x), fast(x), rtol=0, atol=0)
+
+
+def test_a_file_of_no_16_bit_type_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = network("resnet20")
+    fast = hk.optimize(interleaved(model), x, dtype=torch.bfloat16).model
+    monkeypatch.setattr(fast, "dtype", torch.int8)
+    hk.io.save(fast, tmp_path / "n.safetensors")
+    with pytest.raises(FileError, match="'int8' is no 16-bit type"):
+        hk.io.load(tmp_path / "n.safetensors")

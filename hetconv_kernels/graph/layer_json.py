@@ -112,6 +112,8 @@ def layer_to_json(module: nn.Module) -> Json | None:
         return described
     if isinstance(module, FusedConv2d) and kind is FusedConv2d:
         geometry = module._geometry
+        if module.shift.dtype != module.weight.dtype:  # float32 beside 16 bits, see graph.narrow
+            described["shift_dtype"] = str(module.shift.dtype).removeprefix("torch.")
         return described | {
             "support": geometry.support.to_json(),
             "arguments": {
@@ -215,7 +217,9 @@ def _build(
     support = Support.from_json(described["support"])
     if kind is FusedConv2d:
         geometry = Geometry(support, arguments["stride"], arguments["pads"], arguments["dilation"])
-        weight, shift = (torch.empty(n, dtype=dtype) for n in (support.live, support.filters))
+        wide = getattr(torch, described["shift_dtype"]) if "shift_dtype" in described else dtype
+        weight = torch.empty(support.live, dtype=dtype)
+        shift = torch.empty(support.filters, dtype=wide)
         act, backend = arguments["act"], arguments["backend"]
         pool = None if arguments["pool"] is None else Pool(*map(tuple, arguments["pool"]))
         return FusedConv2d(geometry, weight, shift, act, backend, pool)

@@ -44,8 +44,8 @@ _SUFFIX = ".safetensors"
 _OF_A_LAYER = ("kind", "channels", "filters", "kernel", "p", "order", "density", "stride")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the command to a parser."""
+def add_target(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that name a network or describe a layer, as `target` reads them."""
     add = parser.add_argument
     add("target", metavar="MODEL|layer",
         help=f"'layer', described by the options of `hetconv explain`; a network of this package "
@@ -55,6 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(size=None)
     add("--het", type=whole(), metavar="P",
         help="make the network's convolutions HetConv of part P")  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command to a parser."""
+    add_target(parser)
+    add = parser.add_argument
     add("--optimize", action="store_true", help="freeze, fold and fuse the network first")
     add("--dense", action="store_true", help="time the dense layer in each place too")
     add("--rounds", type=whole(5), default=20, help="passes that are timed, at least 5 (20)")
