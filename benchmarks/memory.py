@@ -77,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=20.0, help="for each case")
     parser.add_argument("--keep", action="store_true", help="this process only, kept memory")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/memory.json"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/memory.json"))
     options = parser.parse_args()
     if options.keep:
         print(json.dumps([measure(name, options.seconds) for name in CASES]))

@@ -46,7 +46,9 @@ class NetworkCase:
         network: one of `BUILDERS`.
         support: ``het`` or ``self_group`` for all its 3×3 convolutions but the stem.
         n: images.
-        size: their height and width, in pixels.
+        size: their height and width, in pixels; of photographs that are not square the height.
+        width: their width where it is another.
+        threads: of everybody; None is as many as PyTorch takes.
         channels: of the images.
         dtype: what everybody computes in, ``float32``, ``bfloat16`` or ``int8``.
         target_dense: the speed-up over the best (a) in that dtype that is aimed at.
@@ -64,6 +66,13 @@ class NetworkCase:
     target_dense: float | None = None
     target_composition: float | None = None
     note: str = ""
+    width: int | None = None
+    threads: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """The images.  # (N, C, H, W)"""
+        return self.n, self.channels, self.size, self.width or self.size
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all fields as plain data."""
@@ -104,6 +113,25 @@ NETWORKS = (
     NetworkCase(
         "vgg16-sg70-bf16", "vgg16", SupportSpec("self_group", 70), dtype="bfloat16",
         target_dense=2.4, target_composition=2.5,
+    ),
+    # Latency: one image, on all threads and on one.
+    NetworkCase(
+        "resnet18-het4-b1", "resnet18", SupportSpec("het", 4), n=1,
+        target_dense=2.6, target_composition=1.4,
+    ),
+    NetworkCase("resnet18-het4-b1-t1", "resnet18", SupportSpec("het", 4), n=1, threads=1),
+    NetworkCase("resnet18-het4-int8-b1", "resnet18", SupportSpec("het", 4), n=1, dtype="int8"),
+    NetworkCase(
+        "resnet18-het4-int8-b1-t1", "resnet18", SupportSpec("het", 4), n=1, dtype="int8", threads=1
+    ),
+    # Large images, whose fresh outputs are paid for in page faults.
+    NetworkCase(
+        "dncnn-het4-512", "dncnn", SupportSpec("het", 4), n=1, size=512, channels=1,
+        target_dense=3.0, target_composition=1.6,
+    ),
+    NetworkCase(
+        "dncnn-het4-photo", "dncnn", SupportSpec("het", 4), n=1, size=427, width=640, channels=1,
+        target_dense=3.0, target_composition=1.6,
     ),
 )  # fmt: skip
 

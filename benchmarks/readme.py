@@ -54,9 +54,9 @@ def headlines() -> list[str]:
             continue
         dense, composition = row["dense"], row.get("composition")
         line = (
-            f"**{title}**: ResNet-18 with HetConv p=4, {row['case']['n']} images of "
-            f"{row['case']['size']}², runs {dense['ratio']:.2f} times faster than the fastest "
-            f"dense engine at that precision ({engine(dense)})"
+            f"**{title}**: ResNet-18 with HetConv p=4, {summary.images(row['case'])}, runs "
+            f"{dense['ratio']:.2f} times faster than the fastest dense engine at that precision "
+            f"({engine(dense)})"
         )
         if composition:
             line += (

@@ -225,7 +225,7 @@ def networks() -> str:
             if row["kind"] != "model":
                 continue
             case = row["case"]
-            cells = [f"{case['name']}, {case['n']} images of {case['size']}²"]
+            cells = [f"{case['name']}, {images(case)}"]
             for role in ("dense", "composition"):
                 found = row.get(role)
                 if found is None:
@@ -236,6 +236,17 @@ def networks() -> str:
                 cells += [engine, _marked(found), interval]
             lines.append(cells)
     return table.markdown(header, lines)
+
+
+def images(case: Json) -> str:
+    """Says how many images of what size a network is given, and on how many threads if that is
+    part of the case.
+    """
+    width = case.get("width")
+    size = f"{case['size']}×{width}" if width else f"{case['size']}²"
+    number = "one image" if case["n"] == 1 else f"{case['n']} images"
+    threads = f" on {case['threads']} thread" if case.get("threads") else ""
+    return f"{number} of {size}{threads}"
 
 
 def network(name: str) -> Json | None:

@@ -29,9 +29,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def test_network(case: NetworkCase, session: Any, benchmark: Any, tmp_path: Path) -> None:
     torch.manual_seed(1)
-    x = torch.randn(case.n, case.channels, case.size, case.size)
-    with torch.no_grad():
-        row = measure(case, x, tmp_path, session.seconds, benchmark, session.measures(benchmark))
+    x = torch.randn(case.shape)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(case.threads or threads)
+    try:
+        with torch.no_grad():
+            timed = session.measures(benchmark)
+            row = measure(case, x, tmp_path, session.seconds, benchmark, timed)
+    finally:
+        torch.set_num_threads(threads)
     if session.measures(benchmark):
         session.extra_info(benchmark, "models", row)
         session.record("models").add(row)

@@ -127,7 +127,8 @@ def _network(row: Json) -> Line:
     case, verdict = row["case"], verdict_of(row)
     what = "inference" if row["kind"] == "model" else "training step"
     absent = sorted({n for role in row.get("absent", {}).values() for n in role})
-    cells = [Cell(case["name"]), Cell(f"{what}, batch {case['n']}, {case['size']}²")]
+    size = f"{case['size']}×{case['width']}" if case.get("width") else f"{case['size']}²"
+    cells = [Cell(case["name"]), Cell(f"{what}, batch {case['n']}, {size}")]
     if verdict == "wrong":
         return verdict, [*cells, Cell(_SIGNS["wrong"][1], mark="lose"), *[_EMPTY] * 8]
     cells.append(_number(row["median_s"] * 1e3, "{:.1f}"))
