@@ -28,6 +28,7 @@ from .graph.graph_json import graph_from_json, graph_to_json
 from .graph.layer_json import layer_from_json, layer_to_json
 from .graph.layout import set_module
 from .graph.narrow import NARROW, Narrow
+from .graph.planned import PlannedNetwork, planned
 from .graph.trace import FAILURES, check_plain, symbolic_graph
 from .nn.quantized_layer import QuantizedLayer
 
@@ -90,6 +91,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], into: nn.Module | None 
         "strides": _strides(model),
         "other_mode": [n for n, m in model.named_modules() if m.training != model.training],
         "digest": _digest(tensors),
+        "planned": isinstance(model, PlannedNetwork),
     }
     if dtype is not None:
         description["narrow"] = str(dtype).removeprefix("torch.")
@@ -116,9 +118,9 @@ def load(
         device: where the weights go.
 
     Returns:
-        ``into``, or an ``fx.GraphModule`` (inside of a `graph.narrow.Narrow` where
-        ``optimize(..., dtype=…)`` made it); every module in the mode (train or eval) that it was
-        saved in, tied weights tied.
+        ``into``, or an ``fx.GraphModule`` that plans its memory if the saved network did (inside
+        of a `graph.narrow.Narrow` where ``optimize(..., dtype=…)`` made it); every module in the
+        mode (train or eval) that it was saved in, tied weights tied.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -199,6 +201,8 @@ def _built(
     for name, module in into.named_modules():
         if name in others:
             module.training = not training
+    if description.get("planned") is True and type(into) is fx.GraphModule:
+        return planned(into)
     return into
 
 
