@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import _cpu
+from ..arena import allocate
 from ..packing import FrozenCache, Pack, dense_weight
 from ..pooling import max_pooled
 from ..problem import Problem
@@ -170,6 +171,49 @@ class Cpu:
                 return y
             # Not even one row of the pooled image fits in the cache.
             return max_pooled(whole(x, w, scale, shift, residual), pool)
+
+        return run
+
+    def product(self, problem: Problem) -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
+        """Prepares a fully-connected layer on contiguous rows of features: no image is made.
+
+        Returns:
+            A callable (x, w, bias) -> y, None where it is none.  # [..., C] -> [..., F]
+        """
+        rows, (f, c) = problem.batch, problem.support.shape[:2]
+        if not is_linear(problem) or not 0 < rows <= _MAX_PADDED:
+            return None
+        plan = self._plan(problem)
+        packed, run_engine = self._packer("fprop", plan, problem), plan.fprop
+        dtype, wide = problem.dtype, torch.promote_types(problem.dtype, torch.float32)
+        size, out_size, one, none = (1, 1, rows), (1, rows), (1, 1), (0, 0)
+        x_strides, y_strides = (rows * c, 1, rows * c, c), (rows * f, 1, rows * f, f)
+        device, layout, threads = problem.device, torch.contiguous_format, torch.get_num_threads
+
+        def run(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+            y = allocate(problem, (*x.shape[:-1], f), dtype, device, layout)
+            if bias is not None:
+                bias = bias.to(wide).contiguous()
+            run_engine(
+                packed(w),
+                x.data_ptr(),
+                x_strides,
+                size,
+                y.data_ptr(),
+                y_strides,
+                out_size,
+                one,
+                none,
+                one,
+                0,
+                0 if bias is None else bias.data_ptr(),
+                0,
+                _NO_RESIDUAL,
+                "none",
+                threads(),
+                None,
+            )
+            return y
 
         return run
 

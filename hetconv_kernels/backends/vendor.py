@@ -144,6 +144,35 @@ class Vendor:
 
         return run
 
+    def product(self, problem: Problem) -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
+        """Prepares a frozen fully-connected layer on rows of features, as ``nn.Linear`` has them.
+
+        Returns:
+            A callable (x, w, bias) -> y, None where it is none of ours.  # [..., C] -> [..., F]
+        """
+        if not _is_product(problem) or problem.device.type != "cpu":
+            return None
+        if prepacked.takes(problem):
+            return prepacked.product(problem, self._dense(problem))
+        support, dtype, multiply = problem.support, problem.dtype, F.linear
+        shape = support.shape[:2]
+        weight: Callable[[Tensor], Tensor]
+        if support.is_dense and problem.weight_dtype == dtype:
+
+            def weight(w: Tensor) -> Tensor:
+                return w.view(shape)
+        else:
+            dense, key = self._dense(problem), ("vendor product", dtype)
+            kept = FrozenCache(lambda w: dense(w).view(shape), "vendor")
+            weight = support.derived.setdefault(key, kept)
+
+        def run(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+            if bias is not None and bias.dtype is not dtype:
+                bias = bias.to(dtype)
+            return multiply(x, weight(w), bias)
+
+        return run
+
     def _fprop(self, problem: Problem) -> Runner:
         """Prepares the same on a weight that may have changed since the last call."""
         geometry, dtype, conv2d = problem.geometry, problem.dtype, torch.conv2d
