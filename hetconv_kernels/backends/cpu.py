@@ -24,7 +24,18 @@ from ..problem import Problem
 from ..support import Support
 from . import Runner
 from .common import empty, is_linear, is_pointwise, to_format
-from .rates import DOUBT, ENGINE, FAR_COMPUTE, FAR_WEIGHT, GRADIENT, PACK, VERB, WGRAD
+from .rates import (
+    DOUBT,
+    ENGINE,
+    FAR_COMPUTE,
+    FAR_WEIGHT,
+    GRADIENT,
+    OVERHEAD,
+    PACK,
+    PIXELS_OF_ROWS,
+    VERB,
+    WGRAD,
+)
 
 _MAX_INT = 2**31 - 1
 _MAX_PADDED = 2**30  # along one axis: the engine counts pixels in 32 bits, beyond the edge too
@@ -77,15 +88,18 @@ class Cpu:
             fixed = math.prod(problem.support.shape) * GRADIENT + ENGINE["pixels"].call
             return pixels * wgrad.cost * WGRAD[wgrad.form] / threads + fixed
         plan = self._plan(problem)
-        form = ENGINE["filters" if plan.form == "filters" else "pixels"]
+        name = "filters" if plan.form == "filters" else "pixels"
+        form, rows = ENGINE[name], is_linear(problem)
+        around = OVERHEAD[f"{name} rows" if rows else name]
+        image = form.image * (PIXELS_OF_ROWS if rows and name == "pixels" else 1.0)
         pixels = problem.batch * math.prod(problem.output_size)
-        one_row = is_linear(problem) or (is_pointwise(problem) and problem.channels_last)
+        one_row = rows or (is_pointwise(problem) and problem.channels_last)
         images = 1 if one_row else problem.batch
         pairs = self._pairs(problem)
         compute = (
             pixels * plan.cost * form.operation
             + pixels * _tile_columns(problem) / (32 if pairs else 16) * form.load
-            + images * plan.cost * form.image
+            + images * plan.cost * image
         )
         packing = 0.0 if problem.frozen_weight else math.prod(problem.support.shape) * PACK
         weights = plan.packed_elements * form.packed
@@ -94,8 +108,9 @@ class Cpu:
             bands = math.ceil(band / _BAND)
             weights = plan.packed_elements * bands * FAR_WEIGHT
             compute *= FAR_COMPUTE
-        seconds = compute * VERB[problem.verb] / threads + weights + packing + form.call
-        return seconds * (DOUBT if problem.support.is_dense else 1.0)
+        seconds = compute * VERB[problem.verb] / threads + weights + packing + form.call + around
+        whole = plan.packed_elements >= math.prod(problem.support.shape)
+        return seconds * (DOUBT if whole else 1.0)
 
     def measured(self, problem: Problem) -> bool:
         """The seconds were fitted in float32 with AVX-512; elsewhere they are a guess.

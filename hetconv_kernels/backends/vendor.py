@@ -37,12 +37,18 @@ from .rates import (
     GPU_LAUNCH,
     GPU_SPEED,
     LINEAR,
+    LINEAR_FAR,
+    OVERHEAD,
     PACK,
     PREPACKED,
     SMALL_CALL,
     SMALL_IMAGE,
     SMALL_MAC,
+    SMALL_NCHW,
 )
+
+# Bytes of weights that stay in a processor's cache from call to call.
+_NEAR = 2**24
 
 
 def dense_seconds(problem: Problem, work: float = 1.0, launches: int = 1) -> float:
@@ -63,7 +69,13 @@ def dense_seconds(problem: Problem, work: float = 1.0, launches: int = 1) -> flo
         compute = macs / (spec.processors * spec.clock * spec.rate * speed)
         return max(compute, problem.bytes_moved / spec.bandwidth) + launches * GPU_LAUNCH
     pixels = problem.height * problem.width
-    rates = PREPACKED if prepacked.takes(problem) else LINEAR if is_linear(problem) else DENSE
+    weights = math.prod(problem.support.shape) * work
+    rates, around = DENSE, OVERHEAD["vendor"]
+    if is_linear(problem):
+        rates = LINEAR if weights * problem.dtype.itemsize <= _NEAR else LINEAR_FAR
+        around = OVERHEAD["vendor rows"]
+    if prepacked.takes(problem):
+        rates = PREPACKED
     if (
         rates is DENSE
         and problem.batch == 1
@@ -71,14 +83,15 @@ def dense_seconds(problem: Problem, work: float = 1.0, launches: int = 1) -> flo
         and max(problem.support.kernel) <= 3
         and work == 1.0
     ):
-        return macs * SMALL_MAC + launches * SMALL_CALL
+        layout = 1.0 if problem.channels_last or problem.support.kernel == (1, 1) else SMALL_NCHW
+        return macs * SMALL_MAC * layout + launches * SMALL_CALL + OVERHEAD["vendor small"]
     speed = torch.get_num_threads() * DTYPE_SPEED.get(problem.dtype, 1.0)
-    weights = math.prod(problem.support.shape) * work
     return (
         macs * rates.mac / speed
         + weights * rates.weight
         + problem.bytes_moved * rates.byte
         + launches * rates.call
+        + around
     )
 
 
