@@ -123,7 +123,7 @@ def run_fprop(
 def product(
     x: Tensor, w: Tensor, bias: Tensor | None, geometry: Geometry, backend: int = 0
 ) -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
-    """Returns what multiplies such rows of features by a frozen weight, None if no engine offers it.
+    """Returns what multiplies such rows of features by a frozen weight; None if nothing does.
 
     Args:
         x: rows of features.  # [..., C]

@@ -27,6 +27,7 @@ from .common import empty, is_linear, is_pointwise, to_format
 from .rates import (
     DOUBT,
     ENGINE,
+    EXPAND,
     FAR_COMPUTE,
     FAR_WEIGHT,
     GRADIENT,
@@ -101,7 +102,8 @@ class Cpu:
             + pixels * _tile_columns(problem) / (32 if pairs else 16) * form.load
             + images * plan.cost * image
         )
-        packing = 0.0 if problem.frozen_weight else math.prod(problem.support.shape) * PACK
+        rate = PACK + (EXPAND if problem.live_weight else 0.0)
+        packing = 0.0 if problem.frozen_weight else math.prod(problem.support.shape) * rate
         weights = plan.packed_elements * form.packed
         if plan.packed_elements * 4 > _NEAR:
             band = pixels * problem.support.channels * (2 if pairs else 4)

@@ -75,7 +75,6 @@ def convolution(problem: Problem, dense: Callable[[Tensor], Tensor]) -> Finish:
 
 def linear(problem: Problem, dense: Callable[[Tensor], Tensor]) -> Finish:
     """Prepares the same where it is a matrix product: images and kernel of one pixel."""
-
     packed = _kept_rows(problem, dense)
     multiply, fused = torch.ops.mkldnn._linear_pointwise, _fused_act(problem)
 

@@ -60,6 +60,9 @@ LINEAR_FAR = LINEAR._replace(weight=2.0e-10)
 # all threads, and per call; in NCHW more than one tap takes it longer.
 SMALL_IMAGE, SMALL_MAC, SMALL_CALL = 20480, 1.6e-11, 6e-6
 SMALL_NCHW = 2.2
+# Groups of fewer than so many channels: seconds per multiply-accumulate on all threads, in NCHW and
+# in channels_last.
+NARROW_GROUP, NARROW_MAC = 4, (1.5e-10, 3.5e-11)
 # What a whole layer's call takes around the above, Python's part: measured on layers so small that
 # it is nearly all there is, the fitted seconds per call taken off (`benchmarks.calibrate` shows
 # both). By what runs, for images and for rows of features.
@@ -79,6 +82,8 @@ DOUBT = 1.15
 POOL, POOLED = 5e-11, 0.2
 # A trained weight is packed at each call: seconds per dense weight.
 PACK = 3e-10
+# The live entries alone are expanded for that first: seconds more.
+EXPAND = 8e-10
 # Kernels are transformed back from frequencies: seconds per element of a weight, and per operation,
 # both for each frequency.
 INVERSE, INVERSE_CALL = 5e-10, 1.2e-5

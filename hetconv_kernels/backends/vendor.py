@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ..packing import FrozenCache, Pack, dense_weight, own_blocks
 from ..problem import Problem
+from ..support import Support
 from . import Runner, prepacked
 from .common import (
     crop_image,
@@ -38,6 +40,8 @@ from .rates import (
     GPU_SPEED,
     LINEAR,
     LINEAR_FAR,
+    NARROW_GROUP,
+    NARROW_MAC,
     OVERHEAD,
     PACK,
     PREPACKED,
@@ -51,13 +55,16 @@ from .rates import (
 _NEAR = 2**24
 
 
-def dense_seconds(problem: Problem, work: float = 1.0, launches: int = 1) -> float:
+def dense_seconds(
+    problem: Problem, work: float = 1.0, launches: int = 1, around: bool = True
+) -> float:
     """Predicts the time of a dense engine.
 
     Args:
         problem: what runs.
         work: the fraction of the dense multiply-accumulates that is executed.
         launches: kernels started.
+        around: whether our layer's Python counts, see `rates.OVERHEAD`.
 
     Returns:
         Seconds.
@@ -70,12 +77,14 @@ def dense_seconds(problem: Problem, work: float = 1.0, launches: int = 1) -> flo
         return max(compute, problem.bytes_moved / spec.bandwidth) + launches * GPU_LAUNCH
     pixels = problem.height * problem.width
     weights = math.prod(problem.support.shape) * work
-    rates, around = DENSE, OVERHEAD["vendor"]
+    rates, ours = DENSE, OVERHEAD["vendor"]
     if is_linear(problem):
         rates = LINEAR if weights * problem.dtype.itemsize <= _NEAR else LINEAR_FAR
-        around = OVERHEAD["vendor rows"]
+        ours = OVERHEAD["vendor rows"]
     if prepacked.takes(problem):
         rates = PREPACKED
+    if not around:
+        ours = 0.0
     if (
         rates is DENSE
         and problem.batch == 1
@@ -83,16 +92,39 @@ def dense_seconds(problem: Problem, work: float = 1.0, launches: int = 1) -> flo
         and max(problem.support.kernel) <= 3
         and work == 1.0
     ):
+        ours = OVERHEAD["vendor small"] if around else 0.0
         layout = 1.0 if problem.channels_last or problem.support.kernel == (1, 1) else SMALL_NCHW
-        return macs * SMALL_MAC * layout + launches * SMALL_CALL + OVERHEAD["vendor small"]
+        return macs * SMALL_MAC * layout + launches * SMALL_CALL + ours
+    groups = problem.support.uniform_groups or 1
+    if work < 1.0 and groups * NARROW_GROUP > problem.support.channels:
+        return macs * NARROW_MAC[problem.channels_last] + launches * rates.call + ours
     speed = torch.get_num_threads() * DTYPE_SPEED.get(problem.dtype, 1.0)
     return (
         macs * rates.mac / speed
         + weights * rates.weight
         + problem.bytes_moved * rates.byte
         + launches * rates.call
-        + around
+        + ours
     )
+
+
+def plain_seconds(problem: Problem) -> float:
+    """Predicts the plain layer that a layer with a Support replaced, zeros in its weight.
+
+    Args:
+        problem: of the layer with a Support, on a CPU.
+
+    Returns:
+        Seconds of ``nn.Conv2d`` or ``nn.Linear``, which lays nothing out in advance.
+    """
+    geometry = problem.geometry
+    support = geometry.support
+    if support.uniform_groups is None:
+        f, c, kh, kw = support.shape
+        support = Support.dense(c, f, (kh, kw))
+    trained = replace(geometry, support=support, frozen=False)
+    plain = replace(problem, geometry=trained)
+    return dense_seconds(plain, work=1 / (support.uniform_groups or 1), around=False)
 
 
 class Vendor:

@@ -26,6 +26,7 @@ from .narrow import check_narrow, narrow
 from .order import Reordered, order
 from .planned import planned
 from .trace import as_inputs, check_network
+from .worth import LeftPlain, leave_plain
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Part:
         compacted: what became smaller.
         reordered: which channels were put in another order.
         folded: what was fused.
+        plain: layers that are PyTorch's own, since no Support pays there.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Part:
     compacted: CompactReport
     reordered: tuple[Reordered, ...]
     folded: Folded
+    plain: tuple[LeftPlain, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,10 @@ def optimize(model: nn.Module, example: Any, dtype: torch.dtype | None = None) -
     In turn: weights that are computed at each call (parametrised, pruned, normed) become ordinary
     ones; `compact` removes dead channels; `order` rearranges channels so that groups are
     contiguous; `fold` takes batch normalisation, residual sums and activations into the
-    convolutions; layers with a Support are frozen. Where the network cannot be traced, its parts
+    convolutions; layers with a Support are frozen, and those for which no Support pays at the size
+    of the example, what a call takes in Python included, are left as plain ``nn.Linear`` or
+    ``nn.Conv2d`` with zeros, whose multiplications `stats` then counts. A `FusedConv2d` stays: what
+    it took over would be a step as long as what it adds. Where the network cannot be traced, its parts
     are tried, down to single layers. The outputs of the result are compared with the original's.
 
     With a dtype, weights are then rounded to it, once, and activations are of it from layer to
@@ -174,12 +180,14 @@ class _Work:
             compacted, traced = shrink(copied(module), inputs)
             _, reordered = order(Channels(traced))
             folded = fold(traced.eval())
+            plain = leave_plain(traced, [inputs])
             self.match = verify(module, traced, inputs, "optimize")
         except HetconvError as error:
             self.untraced.append(Left(name, str(error)))
             self._children(module, name, inputs)
             return None
-        self.parts.append(Part(name, traced.meta["traced by"], compacted, reordered, folded))
+        how = traced.meta["traced by"]
+        self.parts.append(Part(name, how, compacted, reordered, folded, plain))
         return planned(traced)
 
     def _children(self, module: nn.Module, name: str, inputs: tuple[Any, ...]) -> None:
@@ -251,4 +259,5 @@ def _account(part: Part) -> list[str]:
     if part.folded.removed:
         lines.append(f"  {part.folded.removed} steps without effect removed (dropout, identity)")
     lines += [f"  {left.name} left alone: {left.reason}" for left in part.folded.left]
+    lines += [f"  {left.name} left plain: {left.reason}" for left in part.plain]
     return lines

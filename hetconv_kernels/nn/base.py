@@ -263,7 +263,8 @@ class SupportLayer(ForcedBackend):
         weight = own.get("weight")
         if torch.compiler.is_compiling() or weight is None or (frozen and weight.is_inference()):
             return self._frozen_weight() if frozen else self.weight, self.bias
-        return weight, own["bias"] if "bias" in own else self.bias
+        # One that a replica or a parametrisation keeps elsewhere is found by the search.
+        return weight, own["bias"] if "bias" in own else self.bias  # noqa: SIM401
 
     def _frozen_weight(self) -> Tensor:
         """Returns the weight of a frozen layer, made anew first where it is an inference tensor."""
