@@ -260,12 +260,12 @@ def _report(
 def _left_plain(model: nn.Module, example: Tensor) -> tuple[LeftPlain, ...]:
     """Makes layers plain for which no Support pays in any memory format."""
     inputs = [clock.in_layout(example, layout) for layout in clock.layouts_of(example)]
-    modes = [(module, module.training) for module in model.modules()]
+    modes = {name: module.training for name, module in model.named_modules()}
     try:
         return worth.leave_plain(model.eval(), [(x,) for x in inputs])
     finally:
-        for module, training in modes:
-            module.training = training
+        for name, module in model.named_modules():  # the plain ones among them
+            module.training = modes[name]
 
 
 def _compacted(model: nn.Module, example: Tensor) -> tuple[nn.Module | None, str]:

@@ -39,7 +39,7 @@ def leave_plain(model: nn.Module, inputs: Sequence[tuple[Any, ...]]) -> tuple[Le
 
     A layer goes where its plain twin, zeros in its weight, is predicted to take no longer than the
     frozen layer with whatever engine `auto` picks, what Python takes around the call included, on
-    all inputs. Left as they are: layers with an engine forced on them, with hooks or with a computed
+    all inputs. Left as they are: layers with an engine forced on them, with hooks or a computed
     weight, layers that share a parameter or stand at several places, the part of a
     `FrequencyConv2d`, and all where no prediction rests on a measurement of such hardware.
 
