@@ -63,9 +63,10 @@ SMALL_NCHW = 2.2
 # Groups of fewer than so many channels: seconds per multiply-accumulate on all threads, in NCHW and
 # in channels_last.
 NARROW_GROUP, NARROW_MAC = 4, (1.5e-10, 3.5e-11)
-# What a whole layer's call takes around the above, Python's part: measured on layers so small that
-# it is nearly all there is, the fitted seconds per call taken off (`benchmarks.calibrate` shows
-# both). By what runs, for images and for rows of features.
+# What a whole layer's call takes around the above, mostly Python: measured once, on two threads of
+# an AMD Zen 4 server core, on layers so small that it is nearly all there is, less the seconds per
+# call above. By what runs, for images and for rows of features. `benchmarks/test_dispatch.py` has
+# such layers beside plain ones.
 OVERHEAD = {
     "vendor": 4e-6, "vendor small": 1.1e-5, "vendor rows": 3.3e-6,
     "filters": 9.9e-6, "filters rows": 4.6e-6, "pixels": 5.5e-6, "pixels rows": 4e-6,
