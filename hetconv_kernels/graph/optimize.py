@@ -107,7 +107,8 @@ def optimize(model: nn.Module, example: Any, dtype: torch.dtype | None = None) -
     of the example, what a call takes in Python included, are left as plain ``nn.Linear`` or
     ``nn.Conv2d`` with zeros, whose multiplications `stats` then counts. A `FusedConv2d` stays: what
     it took over would be a step as long as what it adds. Where the network cannot be traced, its
-    parts are tried, down to single layers. The outputs of the result are compared with the original's.
+    parts are tried, down to single layers. The outputs of the result are compared with the
+    original's.
 
     With a dtype, weights are then rounded to it, once, and activations are of it from layer to
     layer; sums and shifts inside of a layer stay float32, and the outputs have the dtype of the
