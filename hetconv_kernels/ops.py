@@ -147,10 +147,9 @@ def product(
         backend,
         None if bias is None else (bias.shape, bias.dtype, bias.device),
     )
-    try:
-        return geometry.choices[key]
-    except KeyError:
-        pass
+    choice = geometry.choices.get(key)
+    if choice is not None:
+        return choice.run
     pixels = x.reshape(-1, geometry.support.channels, 1, 1)
     check_call(geometry, pixels, w, bias, False)
     problem = describe("fprop", geometry, pixels, pixels, w, (1, 1), {"shift": bias})
@@ -160,7 +159,7 @@ def product(
     plain = x.is_contiguous() and x.numel() and problem.frozen_weight
     run = offered(problem) if plain and offered is not None else None
     _make_room(geometry)
-    geometry.choices[key] = run
+    geometry.choices[key] = Choice(engine, problem, run)  # type: ignore[arg-type]  # None: no offer
     return run
 
 
