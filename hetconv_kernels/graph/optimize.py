@@ -97,7 +97,13 @@ class OptimizeReport:
         return "\n".join(lines)
 
 
-def optimize(model: nn.Module, example: Any, dtype: torch.dtype | None = None) -> OptimizeReport:
+def optimize(
+    model: nn.Module,
+    example: Any,
+    dtype: torch.dtype | None = None,
+    *,
+    leave_plain: bool = True,
+) -> OptimizeReport:
     """Makes a trained network fast for inference.
 
     In turn: weights that are computed at each call (parametrised, pruned, normed) become ordinary
@@ -124,6 +130,7 @@ def optimize(model: nn.Module, example: Any, dtype: torch.dtype | None = None) -
         example: an input of the size that matters, or a tuple of inputs. Memory formats are the
             caller's: an input in channels_last is the faster one.
         dtype: ``torch.bfloat16`` or ``torch.float16``; None keeps the network's own.
+        leave_plain: whether layers may be left plain; False keeps every Support.
 
     Returns:
         The report, with the network as ``report.model``.
@@ -138,7 +145,7 @@ def optimize(model: nn.Module, example: Any, dtype: torch.dtype | None = None) -
     inputs = as_inputs(example)
     if dtype is not None:
         check_narrow(dtype)
-    work = _Work(copied(model))
+    work = _Work(copied(model), leave_plain and dtype is None)
     settled = settle(work.root)
     with torch.no_grad():
         result = work.optimize(work.root, "", inputs)
@@ -168,9 +175,11 @@ class _Work:
 
     Attributes:
         root: a copy of the network, which is changed.
+        plain: whether layers may be left plain.
     """
 
     root: nn.Module
+    plain: bool
     parts: list[Part] = field(default_factory=list)
     untraced: list[Left] = field(default_factory=list)
     match: Match | None = None
@@ -181,7 +190,7 @@ class _Work:
             compacted, traced = shrink(copied(module), inputs)
             _, reordered = order(Channels(traced))
             folded = fold(traced.eval())
-            plain = leave_plain(traced, [inputs])
+            plain = leave_plain(traced, [inputs]) if self.plain else ()
             self.match = verify(module, traced, inputs, "optimize")
         except HetconvError as error:
             self.untraced.append(Left(name, str(error)))
