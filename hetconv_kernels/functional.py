@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, ops
+from . import backends, ops, ranges
 from .autograd import EagerCall, through_operator, transforms_active
 from .backends.common import channel_statistics, epilogue, pad_image
 from .geometries import GeometryCache
-from .observers import sizes
+from .observers import observed, sizes
 from .packing import bits_on, mask_on
 from .pooling import Pool, max_pooled
 from .problem import Geometry, check_call, check_kinds, is_dense_shape, make_geometry
@@ -87,6 +87,31 @@ def conv2d(
         height, width = x.shape[2:] if x.dim() == 4 else (0, 0)
         return EagerCall(geometry, (height, width), backend, mixed).eager_fprop(x, weight, bias)
     return ops.run_fprop(x, weight, geometry, bias, backend, mixed)
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, backend: int
+) -> Tensor:
+    """Multiplies rows of features: the convolution of one-pixel images.  # [..., C] -> [..., F]
+
+    A plain call with a frozen weight goes to an engine's product of matrices without any image,
+    which would cost a small layer more than its arithmetic.
+
+    Args and errors as `support_conv2d`; the Geometry is that of a 1×1 kernel.
+    """
+    support = geometry.support
+    if (
+        geometry.frozen
+        and not observed(x, weight, bias)
+        and not torch.is_grad_enabled()
+        and not (transforms_active() or _autocasting(x) or ranges.active)
+    ):
+        product = ops.product(x, weight, bias, geometry, backend)
+        if product is not None:
+            return product(x, weight, bias)
+    pixels = x.reshape(-1, support.channels, 1, 1)
+    y = conv2d(pixels, weight, bias, geometry, backend)
+    return y.reshape(*x.shape[:-1], support.filters)
 
 
 def fused_conv2d(

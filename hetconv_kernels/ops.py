@@ -12,7 +12,7 @@ the rest of the call together); tracing, dispatch modes and exported programs go
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -118,6 +118,49 @@ def run_fprop(
     if ranges.active:
         return ranges.run(choice, x, w, scale, shift, residual)
     return choice.run(x, w, scale, shift, residual)
+
+
+def product(
+    x: Tensor, w: Tensor, bias: Tensor | None, geometry: Geometry, backend: int = 0
+) -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
+    """Returns what multiplies such rows of features by a frozen weight; None if nothing does.
+
+    Args:
+        x: rows of features.  # [..., C]
+        w: canonical weight.  # [live]
+        bias: added per filter.  # [F]
+        geometry: of a 1×1 kernel.
+        backend: a forced backend's code, 0 for auto.
+
+    Returns:
+        A callable (x, w, bias) -> y for operands of these shapes and kinds.  # [..., F]
+    """
+    key = (
+        "product",
+        x.shape,
+        x.is_contiguous(),
+        x.dtype,
+        x.device,
+        w.shape,
+        w.dtype,
+        w.device,
+        backend,
+        None if bias is None else (bias.shape, bias.dtype, bias.device),
+    )
+    choice = geometry.choices.get(key)
+    if choice is not None:
+        return choice.run
+    pixels = x.reshape(-1, geometry.support.channels, 1, 1)
+    check_call(geometry, pixels, w, bias, False)
+    problem = describe("fprop", geometry, pixels, pixels, w, (1, 1), {"shift": bias})
+    engine = choose(problem, backend).backend
+    offered = getattr(engine, "product", None)
+    # Other layouts, and rows that are none, go by the convolution.
+    plain = x.is_contiguous() and x.numel() and problem.frozen_weight
+    run = offered(problem) if plain and offered is not None else None
+    _make_room(geometry)
+    geometry.choices[key] = Choice(engine, problem, run)  # type: ignore[arg-type]  # None: no offer
+    return run
 
 
 def run_dgrad(
@@ -259,10 +302,14 @@ def describe(
 
 
 def _remember(geometry: Geometry, key: Any, problem: Problem, backend: int) -> Choice:
-    if len(geometry.choices) >= _MAX_SIGNATURES:
-        geometry.choices.clear()
+    _make_room(geometry)
     choice = geometry.choices[key] = choose(problem, backend)
     return choice
+
+
+def _make_room(geometry: Geometry) -> None:
+    if len(geometry.choices) >= _MAX_SIGNATURES:
+        geometry.choices.clear()
 
 
 def check_epilogue(

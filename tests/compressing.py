@@ -78,6 +78,7 @@ def run(method: Any, model: nn.Module | None = None, **keywords: Any) -> Any:
         "data": batches,
         "eval_data": judged,
         "example": example,
+        "leave_plain": False,  # a tiny network has no layer for which a Support pays
         "progress": False,
         "measure": False,
     }

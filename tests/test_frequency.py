@@ -15,9 +15,11 @@ from layers import through_file
 from torch import nn
 
 import hetconv_kernels as hk
+from hetconv_kernels.backends import rates
 from hetconv_kernels.compression import FrequencyPruning
 from hetconv_kernels.compression import frequency as search
 from hetconv_kernels.errors import ArgumentError, InputTypeError, SupportError
+from hetconv_kernels.nn import frequency
 from hetconv_kernels.nn.frequency import FrequencyConv2d, dct, dct_basis, idct
 
 # ½·(1 + 2 + 3 + 4), ½·(1 − 2 + 3 − 4), ½·(1 + 2 − 3 − 4), ½·(1 − 2 − 3 + 4).
@@ -206,7 +208,37 @@ def test_auto_takes_what_is_predicted_faster() -> None:
     one = np.zeros((64, 64, 3, 3), bool)
     one[:, :, 0, 0] = True
     assert FrequencyConv2d.from_conv2d(conv, one).path_for(x) == "frequency"
-    assert FrequencyConv2d.from_conv2d(conv, np.ones_like(one)).path_for(x) == "spatial"
+    every = FrequencyConv2d.from_conv2d(conv, np.ones_like(one))
+    every.mix.freeze()
+    assert every.path_for(x) == "spatial"
+
+
+def test_a_layer_that_transforms_its_kernels_at_each_call_counts_that() -> None:
+    conv, x = nn.Conv2d(16, 16, 3, padding=1), torch.randn(1, 16, 8, 8)
+    layer = FrequencyConv2d.from_conv2d(conv, np.ones((16, 16, 3, 3), bool))
+    there, back = layer.predicted(x)
+    layer.mix.freeze()
+    frozen_there, frozen_back = layer.predicted(x)
+    assert back > frozen_back + 9 * rates.INVERSE_CALL / 2
+    assert there >= frozen_there
+
+
+@pytest.mark.parametrize(("inverse", "path"), [(0.0, "spatial"), (1.0, "frequency")])
+def test_the_way_back_decides_between_the_paths(
+    inverse: float, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frequency, "INVERSE_CALL", inverse)
+    layer = FrequencyConv2d.from_conv2d(nn.Conv2d(16, 16, 3), np.ones((16, 16, 3, 3), bool))
+    assert layer.path_for(torch.randn(1, 16, 8, 8)) == path
+
+
+def test_freezing_asks_again_which_path_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frequency, "INVERSE_CALL", 1.0)
+    layer = FrequencyConv2d.from_conv2d(nn.Conv2d(16, 16, 3), np.ones((16, 16, 3, 3), bool))
+    x = torch.randn(1, 16, 8, 8)
+    assert layer.path_for(x) == "frequency"
+    layer.mix.freeze()
+    assert layer.path_for(x) == "spatial"
 
 
 def test_spatial_weight_follows_the_coefficients() -> None:

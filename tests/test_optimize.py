@@ -51,10 +51,10 @@ def test_the_original_is_left_alone() -> None:
 
 
 def test_fully_connected_layers_with_a_support_are_frozen() -> None:
-    mask = np.random.default_rng(0).random((6, 4, 1, 1)) < 0.5
-    layer = SupportLinear.from_linear(nn.Linear(4, 6), hk.Support.from_mask(mask))
+    mask = np.random.default_rng(0).random((1024, 1024, 1, 1)) < 0.02  # so that its Support pays
+    layer = SupportLinear.from_linear(nn.Linear(1024, 1024), hk.Support.from_mask(mask))
     model = nn.Sequential(nn.Flatten(), layer).eval()
-    report = hk.optimize(model, torch.randn(2, 4))
+    report = hk.optimize(model, torch.randn(64, 1024))
     assert report.model.get_submodule("1").frozen
 
 

@@ -278,7 +278,7 @@ def test_a_compressor_comes_first_and_its_network_is_quantised(digits) -> None:
     model, images, labels = digits[:3]
     report = hk.compress(
         copy.deepcopy(model), hk.SelfGrouping(target=0.5, epochs=0), example=images[:8],
-        data=lambda epoch: [(images[:64], labels[:64])], measure=False,
+        data=lambda epoch: [(images[:64], labels[:64])], measure=False, leave_plain=False,
     )  # fmt: skip
     made = hk.quantize(report.model.eval(), images[:128].split(64), measure=False)
     layers = [m for m in made.model.modules() if isinstance(m, QuantizedConv2d)]

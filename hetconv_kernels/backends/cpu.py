@@ -17,13 +17,26 @@ import torch
 from torch import Tensor
 
 from .. import _cpu
+from ..arena import allocate
 from ..packing import FrozenCache, Pack, dense_weight
 from ..pooling import max_pooled
 from ..problem import Problem
 from ..support import Support
 from . import Runner
 from .common import empty, is_linear, is_pointwise, to_format
-from .rates import DOUBT, ENGINE, FAR_COMPUTE, FAR_WEIGHT, GRADIENT, PACK, VERB, WGRAD
+from .rates import (
+    DOUBT,
+    ENGINE,
+    EXPAND,
+    FAR_COMPUTE,
+    FAR_WEIGHT,
+    GRADIENT,
+    OVERHEAD,
+    PACK,
+    PIXELS_OF_ROWS,
+    VERB,
+    WGRAD,
+)
 
 _MAX_INT = 2**31 - 1
 _MAX_PADDED = 2**30  # along one axis: the engine counts pixels in 32 bits, beyond the edge too
@@ -76,25 +89,30 @@ class Cpu:
             fixed = math.prod(problem.support.shape) * GRADIENT + ENGINE["pixels"].call
             return pixels * wgrad.cost * WGRAD[wgrad.form] / threads + fixed
         plan = self._plan(problem)
-        form = ENGINE["filters" if plan.form == "filters" else "pixels"]
+        name = "filters" if plan.form == "filters" else "pixels"
+        form, rows = ENGINE[name], is_linear(problem)
+        around = OVERHEAD[f"{name} rows" if rows else name]
+        image = form.image * (PIXELS_OF_ROWS if rows and name == "pixels" else 1.0)
         pixels = problem.batch * math.prod(problem.output_size)
-        one_row = is_linear(problem) or (is_pointwise(problem) and problem.channels_last)
+        one_row = rows or (is_pointwise(problem) and problem.channels_last)
         images = 1 if one_row else problem.batch
         pairs = self._pairs(problem)
         compute = (
             pixels * plan.cost * form.operation
             + pixels * _tile_columns(problem) / (32 if pairs else 16) * form.load
-            + images * plan.cost * form.image
+            + images * plan.cost * image
         )
-        packing = 0.0 if problem.frozen_weight else math.prod(problem.support.shape) * PACK
+        rate = PACK + (EXPAND if problem.live_weight else 0.0)
+        packing = 0.0 if problem.frozen_weight else math.prod(problem.support.shape) * rate
         weights = plan.packed_elements * form.packed
         if plan.packed_elements * 4 > _NEAR:
             band = pixels * problem.support.channels * (2 if pairs else 4)
             bands = math.ceil(band / _BAND)
             weights = plan.packed_elements * bands * FAR_WEIGHT
             compute *= FAR_COMPUTE
-        seconds = compute * VERB[problem.verb] / threads + weights + packing + form.call
-        return seconds * (DOUBT if problem.support.is_dense else 1.0)
+        seconds = compute * VERB[problem.verb] / threads + weights + packing + form.call + around
+        whole = plan.packed_elements >= math.prod(problem.support.shape)
+        return seconds * (DOUBT if whole else 1.0)
 
     def measured(self, problem: Problem) -> bool:
         """The seconds were fitted in float32 with AVX-512; elsewhere they are a guess.
@@ -170,6 +188,49 @@ class Cpu:
                 return y
             # Not even one row of the pooled image fits in the cache.
             return max_pooled(whole(x, w, scale, shift, residual), pool)
+
+        return run
+
+    def product(self, problem: Problem) -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
+        """Prepares a fully-connected layer on contiguous rows of features: no image is made.
+
+        Returns:
+            A callable (x, w, bias) -> y, None where it is none.  # [..., C] -> [..., F]
+        """
+        rows, (f, c) = problem.batch, problem.support.shape[:2]
+        if not is_linear(problem) or not 0 < rows <= _MAX_PADDED:
+            return None
+        plan = self._plan(problem)
+        packed, run_engine = self._packer("fprop", plan, problem), plan.fprop
+        dtype, wide = problem.dtype, torch.promote_types(problem.dtype, torch.float32)
+        size, out_size, one, none = (1, 1, rows), (1, rows), (1, 1), (0, 0)
+        x_strides, y_strides = (rows * c, 1, rows * c, c), (rows * f, 1, rows * f, f)
+        device, layout, threads = problem.device, torch.contiguous_format, torch.get_num_threads
+
+        def run(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+            y = allocate(problem, (*x.shape[:-1], f), dtype, device, layout)
+            if bias is not None:
+                bias = bias.to(wide).contiguous()
+            run_engine(
+                packed(w),
+                x.data_ptr(),
+                x_strides,
+                size,
+                y.data_ptr(),
+                y_strides,
+                out_size,
+                one,
+                none,
+                one,
+                0,
+                0 if bias is None else bias.data_ptr(),
+                0,
+                _NO_RESIDUAL,
+                "none",
+                threads(),
+                None,
+            )
+            return y
 
         return run
 

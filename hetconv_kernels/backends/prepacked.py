@@ -75,11 +75,7 @@ def convolution(problem: Problem, dense: Callable[[Tensor], Tensor]) -> Finish:
 
 def linear(problem: Problem, dense: Callable[[Tensor], Tensor]) -> Finish:
     """Prepares the same where it is a matrix product: images and kernel of one pixel."""
-
-    def pack(w: Tensor) -> Tensor:
-        return torch.ops.mkldnn._reorder_linear_weight(dense(w).flatten(1), _ROWS)
-
-    packed = _kept(problem, "linear", pack)
+    packed = _kept_rows(problem, dense)
     multiply, fused = torch.ops.mkldnn._linear_pointwise, _fused_act(problem)
 
     def run(x: Tensor, w: Tensor, shift: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -87,6 +83,30 @@ def linear(problem: Problem, dense: Callable[[Tensor], Tensor]) -> Finish:
         return _finish(problem, y[:, :, None, None], residual)
 
     return run
+
+
+def product(
+    problem: Problem, dense: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """Prepares y = x · wᵀ + bias on rows of features.  # [..., C] -> [..., F]"""
+    packed, multiply = _kept_rows(problem, dense), torch.ops.mkldnn._linear_pointwise
+    dtype = problem.dtype
+
+    def run(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        if bias is not None and bias.dtype is not dtype:
+            bias = bias.to(dtype)
+        return multiply(x, packed(w), bias, "none", [], "")
+
+    return run
+
+
+def _kept_rows(problem: Problem, dense: Callable[[Tensor], Tensor]) -> FrozenCache:
+    """Returns what lays a weight out for oneDNN's product of matrices, and keeps it."""
+
+    def pack(w: Tensor) -> Tensor:
+        return torch.ops.mkldnn._reorder_linear_weight(dense(w).flatten(1), _ROWS)
+
+    return _kept(problem, "linear", pack)
 
 
 def _kept(problem: Problem, key: object, pack: Callable[[Tensor], Tensor]) -> FrozenCache:

@@ -52,22 +52,42 @@ ENGINE = {
 }
 # These are set by hand from single measurements, not fitted.
 # A convolution or matrix product whose weight is laid out in advance, and ``torch.nn.functional``'s
-# matrix product, which is not oneDNN's.
+# matrix product, which is not oneDNN's; that one's weights in a cache, and from main memory.
 PREPACKED = DenseSeconds(8.8e-12, 1.0e-10, 4.9e-12, 2.7e-5)
-LINEAR = DenseSeconds(2.8e-11, 2.0e-10, 4.9e-12, 6e-6)
+LINEAR = DenseSeconds(2.8e-11, 8.5e-11, 4.9e-12, 6e-6)
+LINEAR_FAR = LINEAR._replace(weight=2.0e-10)
 # One image of at most so many elements does not go to oneDNN: seconds per multiply-accumulate on
-# all threads, and per call.
+# all threads, and per call; in NCHW more than one tap takes it longer.
 SMALL_IMAGE, SMALL_MAC, SMALL_CALL = 20480, 1.6e-11, 6e-6
+SMALL_NCHW = 2.2
+# Groups of fewer than so many channels: seconds per multiply-accumulate on all threads, in NCHW and
+# in channels_last.
+NARROW_GROUP, NARROW_MAC = 4, (1.5e-10, 3.5e-11)
+# What a whole layer's call takes around the above, mostly Python: measured once, on two threads of
+# an AMD Zen 4 server core, on layers so small that it is nearly all there is, less the seconds per
+# call above. By what runs, for images and for rows of features. `benchmarks/test_dispatch.py` has
+# such layers beside plain ones.
+OVERHEAD = {
+    "vendor": 4e-6, "vendor small": 1.1e-5, "vendor rows": 3.3e-6,
+    "filters": 9.9e-6, "filters rows": 4.6e-6, "pixels": 5.5e-6, "pixels rows": 4e-6,
+}  # fmt: skip
+# Rows of features fill vectors of pixels badly: how much longer the work per image takes there.
+PIXELS_OF_ROWS = 2.2
 # Packed weights that come from main memory: seconds per element, on all threads, and how much
 # longer the multiply-adds take.
 FAR_WEIGHT, FAR_COMPUTE = 1.0e-10, 1.7
-# A dense Support saves no work: there a prediction this much better may be chance.
+# A plan of all weights saves no work: there a prediction this much better may be chance.
 DOUBT = 1.15
 # Max-pooling in a pass of its own: per byte of what it reads; and as a share of that, where it is
 # pooled as it is computed.
 POOL, POOLED = 5e-11, 0.2
 # A trained weight is packed at each call: seconds per dense weight.
 PACK = 3e-10
+# The live entries alone are expanded for that first: seconds more.
+EXPAND = 8e-10
+# Kernels are transformed back from frequencies: seconds per element of a weight, and per operation,
+# both for each frequency.
+INVERSE, INVERSE_CALL = 5e-10, 1.2e-5
 # dgrad runs at a lower rate than fprop with the same multiply-accumulates.
 VERB = {"fprop": 1.0, "dgrad": 1.15}
 # wgrad, by form: seconds per weighted vector multiply-add of its plan, on one thread; and per dense

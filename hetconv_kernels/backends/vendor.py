@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ..packing import FrozenCache, Pack, dense_weight, own_blocks
 from ..problem import Problem
+from ..support import Support
 from . import Runner, prepacked
 from .common import (
     crop_image,
@@ -37,21 +39,32 @@ from .rates import (
     GPU_LAUNCH,
     GPU_SPEED,
     LINEAR,
+    LINEAR_FAR,
+    NARROW_GROUP,
+    NARROW_MAC,
+    OVERHEAD,
     PACK,
     PREPACKED,
     SMALL_CALL,
     SMALL_IMAGE,
     SMALL_MAC,
+    SMALL_NCHW,
 )
 
+# Bytes of weights that stay in a processor's cache from call to call.
+_NEAR = 2**24
 
-def dense_seconds(problem: Problem, work: float = 1.0, launches: int = 1) -> float:
+
+def dense_seconds(
+    problem: Problem, work: float = 1.0, launches: int = 1, around: bool = True
+) -> float:
     """Predicts the time of a dense engine.
 
     Args:
         problem: what runs.
         work: the fraction of the dense multiply-accumulates that is executed.
         launches: kernels started.
+        around: whether our layer's Python counts, see `rates.OVERHEAD`.
 
     Returns:
         Seconds.
@@ -63,7 +76,15 @@ def dense_seconds(problem: Problem, work: float = 1.0, launches: int = 1) -> flo
         compute = macs / (spec.processors * spec.clock * spec.rate * speed)
         return max(compute, problem.bytes_moved / spec.bandwidth) + launches * GPU_LAUNCH
     pixels = problem.height * problem.width
-    rates = PREPACKED if prepacked.takes(problem) else LINEAR if is_linear(problem) else DENSE
+    weights = math.prod(problem.support.shape) * work
+    rates, ours = DENSE, OVERHEAD["vendor"]
+    if is_linear(problem):
+        rates = LINEAR if weights * problem.dtype.itemsize <= _NEAR else LINEAR_FAR
+        ours = OVERHEAD["vendor rows"]
+    if prepacked.takes(problem):
+        rates = PREPACKED
+    if not around:
+        ours = 0.0
     if (
         rates is DENSE
         and problem.batch == 1
@@ -71,15 +92,39 @@ def dense_seconds(problem: Problem, work: float = 1.0, launches: int = 1) -> flo
         and max(problem.support.kernel) <= 3
         and work == 1.0
     ):
-        return macs * SMALL_MAC + launches * SMALL_CALL
+        ours = OVERHEAD["vendor small"] if around else 0.0
+        layout = 1.0 if problem.channels_last or problem.support.kernel == (1, 1) else SMALL_NCHW
+        return macs * SMALL_MAC * layout + launches * SMALL_CALL + ours
+    groups = problem.support.uniform_groups or 1
+    if work < 1.0 and groups * NARROW_GROUP > problem.support.channels:
+        return macs * NARROW_MAC[problem.channels_last] + launches * rates.call + ours
     speed = torch.get_num_threads() * DTYPE_SPEED.get(problem.dtype, 1.0)
-    weights = math.prod(problem.support.shape) * work
     return (
         macs * rates.mac / speed
         + weights * rates.weight
         + problem.bytes_moved * rates.byte
         + launches * rates.call
+        + ours
     )
+
+
+def plain_seconds(problem: Problem) -> float:
+    """Predicts the plain layer that a layer with a Support replaced, zeros in its weight.
+
+    Args:
+        problem: of the layer with a Support, on a CPU.
+
+    Returns:
+        Seconds of ``nn.Conv2d`` or ``nn.Linear``, which lays nothing out in advance.
+    """
+    geometry = problem.geometry
+    support = geometry.support
+    if support.uniform_groups is None:
+        f, c, kh, kw = support.shape
+        support = Support.dense(c, f, (kh, kw))
+    trained = replace(geometry, support=support, frozen=False)
+    plain = replace(problem, geometry=trained)
+    return dense_seconds(plain, work=1 / (support.uniform_groups or 1), around=False)
 
 
 class Vendor:
@@ -141,6 +186,35 @@ class Vendor:
             if shift is not None and shift.dtype is not dtype:
                 shift = shift.to(dtype)
             return once(x, w, shift, residual)
+
+        return run
+
+    def product(self, problem: Problem) -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
+        """Prepares a frozen fully-connected layer on rows of features, as ``nn.Linear`` has them.
+
+        Returns:
+            A callable (x, w, bias) -> y, None where it is none of ours.  # [..., C] -> [..., F]
+        """
+        if not _is_product(problem) or problem.device.type != "cpu":
+            return None
+        if prepacked.takes(problem):
+            return prepacked.product(problem, self._dense(problem))
+        support, dtype, multiply = problem.support, problem.dtype, F.linear
+        shape = support.shape[:2]
+        weight: Callable[[Tensor], Tensor]
+        if support.is_dense and problem.weight_dtype == dtype:
+
+            def weight(w: Tensor) -> Tensor:
+                return w.view(shape)
+        else:
+            dense, key = self._dense(problem), ("vendor product", dtype)
+            kept = FrozenCache(lambda w: dense(w).view(shape), "vendor")
+            weight = support.derived.setdefault(key, kept)
+
+        def run(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+            if bias is not None and bias.dtype is not dtype:
+                bias = bias.to(dtype)
+            return multiply(x, weight(w), bias)
 
         return run
 

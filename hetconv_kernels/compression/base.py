@@ -16,9 +16,10 @@ from .. import stats
 from ..disturbance import shown
 from ..errors import ArgumentError, HetconvError, InputTypeError, SpeedupError, mismatch
 from ..graph import compact as compacting
-from ..graph import rules
+from ..graph import rules, worth
 from ..graph.convert import convert
 from ..graph.copying import copied
+from ..graph.worth import LeftPlain
 from ..integers import is_integer
 from ..nn import GroupedConv2d, SupportConv2d, SupportLinear
 from ..support import Support
@@ -101,6 +102,7 @@ def compress(
     measure: bool = True,
     measure_seconds: float = 10.0,
     compact: bool = True,
+    leave_plain: bool = True,
     require_speedup: float | None = None,
 ) -> CompressionReport:
     """Compresses a network by a method and measures what came of it.
@@ -137,6 +139,11 @@ def compress(
         measure: whether to time the network before and after, and its layers.
         measure_seconds: about how long that may take, for the whole and for the layers each.
         compact: whether to take removed filters out physically, where that can be done exactly.
+        leave_plain: whether a layer for which no Support pays at the size of the example, in no
+            memory format, is returned as plain ``nn.Conv2d`` or ``nn.Linear`` with zeros; the
+            report says so, and counts its live weights and MACs by the mask that was chosen, while
+            `stats` counts what the plain layer multiplies. False keeps every Support, and so the
+            masks that training on, or compressing again, has to respect.
         require_speedup: how many times faster than dense the result has to be, at least.
 
     Returns:
@@ -185,7 +192,9 @@ def compress(
             method.check(run)
             before = run.evaluate("accuracy before")
             method.run(run)
-            report = _report(model, method, run, before, measure, measure_seconds, compact)
+            report = _report(
+                model, method, run, before, measure, measure_seconds, compact, leave_plain
+            )
         finally:
             shown.close()
     _require(report, require_speedup)
@@ -200,6 +209,7 @@ def _report(
     measure: bool,
     seconds: float,
     compact: bool,
+    leave_plain: bool,
 ) -> CompressionReport:
     """Converts the masked network, checks it, and measures it beside the given one."""
     run.model.train(model.training)
@@ -213,12 +223,13 @@ def _report(
     after = result if small is None else small
     difference = clock.difference(run.model, after, run.example)
     rows = stats.layer_macs(model, run.example), stats.layer_macs(after, run.example)
+    left = _left_plain(after, run.example) if leave_plain else ()
 
     def times() -> tuple[clock.Whole | None, tuple[LayerReport, ...]]:
         whole = clock.whole(model, after, run.example, seconds) if measure else None
         layouts = whole.layouts if whole else None
         return whole, clock.layer_reports(
-            model, after, run.example, rows, run.kept, layouts, seconds
+            model, after, run.example, rows, run.kept, layouts, seconds, left
         )
 
     whole, layers = ranks.from_first(times)
@@ -244,6 +255,17 @@ def _report(
         history=tuple(run.history),
         disturbed=whole.disturbed if whole else (),
     )
+
+
+def _left_plain(model: nn.Module, example: Tensor) -> tuple[LeftPlain, ...]:
+    """Makes layers plain for which no Support pays in any memory format."""
+    inputs = [clock.in_layout(example, layout) for layout in clock.layouts_of(example)]
+    modes = {name: module.training for name, module in model.named_modules()}
+    try:
+        return worth.leave_plain(model.eval(), [(x,) for x in inputs])
+    finally:
+        for name, module in model.named_modules():  # the plain ones among them
+            module.training = modes[name]
 
 
 def _compacted(model: nn.Module, example: Tensor) -> tuple[nn.Module | None, str]:

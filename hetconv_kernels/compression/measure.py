@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from ..backends import choose
 from ..errors import HetconvError
 from ..explain import explain
 from ..graph.copying import copied, settle
+from ..graph.worth import LeftPlain
 from ..nn import FrequencyConv2d, SupportConv2d, SupportLinear
 from ..nn.base import SupportLayer
 from .report import LayerReport
@@ -68,7 +69,7 @@ def whole(
     """Times both networks in both memory formats, in turns; the fastest of each count."""
     variants: dict[str, Callable[[], Any]] = {}
     for side, model in (("before", before), ("after", after)):
-        for layout in LAYOUTS if example.dim() == 4 else LAYOUTS[:1]:
+        for layout in layouts_of(example):
             variants[f"{side} {layout}"] = _call(for_inference(model), example, layout)
     with torch.inference_mode():
         times = timing.interleaved(
@@ -85,6 +86,11 @@ def whole(
     )
 
 
+def layouts_of(example: Tensor) -> tuple[str, ...]:
+    """Lists the memory formats that an input can have."""
+    return LAYOUTS if example.dim() == 4 else LAYOUTS[:1]
+
+
 def layer_reports(
     before: nn.Module,
     after: nn.Module,
@@ -93,6 +99,7 @@ def layer_reports(
     notes: dict[str, str],
     layouts: tuple[str, str] | None,
     max_seconds: float,
+    plain: Sequence[LeftPlain] = (),
 ) -> tuple[LayerReport, ...]:
     """Reports every layer with weights; times those that changed when ``layouts`` is given.
 
@@ -104,7 +111,10 @@ def layer_reports(
         notes: why layers stayed dense, by name.
         layouts: the memory formats in which the networks were fastest; None times nothing.
         max_seconds: about how long all layers together may be timed.
+        plain: layers of ``after`` that were left plain.
     """
+    zeros = {left.name: left for left in plain}
+    notes = notes | {left.name: f"left plain: {left.reason}" for left in plain}
     old = {row.name: row for row in rows[0] if row.dense}
     modules = dict(after.named_modules())
     gone = [name for name in old if name not in modules]
@@ -117,6 +127,10 @@ def layer_reports(
             or modules[name].weight.shape != _at(before, name).weight.shape
         )
     ]
+
+    def live_of(name: str) -> int:
+        return zeros[name].live if name in zeros else _live(modules[name])
+
     measured: dict[str, Any] = {}
     if layouts is not None and changed:
         measured = _time_layers(before, after, example, changed, layouts, max_seconds)
@@ -129,13 +143,13 @@ def layer_reports(
             LayerReport(
                 name,
                 "gone" if name in gone else type(modules[name]).__name__,
-                (row.live, 0 if name in gone else _live(modules[name])),
+                (row.live, 0 if name in gone else live_of(name)),
                 (row.macs, sum(r.macs for r in parts)),
                 seconds,
                 speedup,
                 backend,
                 ""
-                if name in changed or name in gone
+                if (name in changed and name not in zeros) or name in gone
                 else notes.get(name, "the method dropped nothing here"),
             )
         )
@@ -155,7 +169,7 @@ def _time_layers(
         frozen = for_inference(model)
         if layout == "channels_last":
             frozen = frozen.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        sides.append((frozen, _inputs(frozen, names, _as(example, layout))))
+        sides.append((frozen, _inputs(frozen, names, in_layout(example, layout))))
     found: dict[str, Any] = {}
     with torch.inference_mode():
         for name in names:
@@ -215,10 +229,11 @@ def _inputs(model: nn.Module, names: list[str], example: Tensor) -> dict[str, Te
 def _call(model: nn.Module, example: Tensor, layout: str) -> Callable[[], Any]:
     if layout == "channels_last":
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return _bound(model, _as(example, layout))
+    return _bound(model, in_layout(example, layout))
 
 
-def _as(example: Tensor, layout: str) -> Tensor:
+def in_layout(example: Tensor, layout: str) -> Tensor:
+    """Returns an input in a memory format."""
     return (
         example.contiguous(memory_format=torch.channels_last)
         if layout == "channels_last"

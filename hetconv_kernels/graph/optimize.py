@@ -26,6 +26,7 @@ from .narrow import check_narrow, narrow
 from .order import Reordered, order
 from .planned import planned
 from .trace import as_inputs, check_network
+from .worth import LeftPlain, leave_plain
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Part:
         compacted: what became smaller.
         reordered: which channels were put in another order.
         folded: what was fused.
+        plain: layers that are PyTorch's own, since no Support pays there.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Part:
     compacted: CompactReport
     reordered: tuple[Reordered, ...]
     folded: Folded
+    plain: tuple[LeftPlain, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,14 +97,24 @@ class OptimizeReport:
         return "\n".join(lines)
 
 
-def optimize(model: nn.Module, example: Any, dtype: torch.dtype | None = None) -> OptimizeReport:
+def optimize(
+    model: nn.Module,
+    example: Any,
+    dtype: torch.dtype | None = None,
+    *,
+    leave_plain: bool = True,
+) -> OptimizeReport:
     """Makes a trained network fast for inference.
 
     In turn: weights that are computed at each call (parametrised, pruned, normed) become ordinary
     ones; `compact` removes dead channels; `order` rearranges channels so that groups are
     contiguous; `fold` takes batch normalisation, residual sums and activations into the
-    convolutions; layers with a Support are frozen. Where the network cannot be traced, its parts
-    are tried, down to single layers. The outputs of the result are compared with the original's.
+    convolutions; layers with a Support are frozen, and those for which no Support pays at the size
+    of the example, what a call takes in Python included, are left as plain ``nn.Linear`` or
+    ``nn.Conv2d`` with zeros, whose multiplications `stats` then counts. A `FusedConv2d` stays: what
+    it took over would be a step as long as what it adds. Where the network cannot be traced, its
+    parts are tried, down to single layers. The outputs of the result are compared with the
+    original's.
 
     With a dtype, weights are then rounded to it, once, and activations are of it from layer to
     layer; sums and shifts inside of a layer stay float32, and the outputs have the dtype of the
@@ -117,6 +130,7 @@ def optimize(model: nn.Module, example: Any, dtype: torch.dtype | None = None) -
         example: an input of the size that matters, or a tuple of inputs. Memory formats are the
             caller's: an input in channels_last is the faster one.
         dtype: ``torch.bfloat16`` or ``torch.float16``; None keeps the network's own.
+        leave_plain: whether layers may be left plain; False keeps every Support.
 
     Returns:
         The report, with the network as ``report.model``.
@@ -131,7 +145,7 @@ def optimize(model: nn.Module, example: Any, dtype: torch.dtype | None = None) -
     inputs = as_inputs(example)
     if dtype is not None:
         check_narrow(dtype)
-    work = _Work(copied(model))
+    work = _Work(copied(model), leave_plain and dtype is None)
     settled = settle(work.root)
     with torch.no_grad():
         result = work.optimize(work.root, "", inputs)
@@ -161,9 +175,11 @@ class _Work:
 
     Attributes:
         root: a copy of the network, which is changed.
+        plain: whether layers may be left plain.
     """
 
     root: nn.Module
+    plain: bool
     parts: list[Part] = field(default_factory=list)
     untraced: list[Left] = field(default_factory=list)
     match: Match | None = None
@@ -174,12 +190,14 @@ class _Work:
             compacted, traced = shrink(copied(module), inputs)
             _, reordered = order(Channels(traced))
             folded = fold(traced.eval())
+            plain = leave_plain(traced, [inputs]) if self.plain else ()
             self.match = verify(module, traced, inputs, "optimize")
         except HetconvError as error:
             self.untraced.append(Left(name, str(error)))
             self._children(module, name, inputs)
             return None
-        self.parts.append(Part(name, traced.meta["traced by"], compacted, reordered, folded))
+        how = traced.meta["traced by"]
+        self.parts.append(Part(name, how, compacted, reordered, folded, plain))
         return planned(traced)
 
     def _children(self, module: nn.Module, name: str, inputs: tuple[Any, ...]) -> None:
@@ -251,4 +269,5 @@ def _account(part: Part) -> list[str]:
     if part.folded.removed:
         lines.append(f"  {part.folded.removed} steps without effect removed (dropout, identity)")
     lines += [f"  {left.name} left alone: {left.reason}" for left in part.folded.left]
+    lines += [f"  {left.name} left plain: {left.reason}" for left in part.plain]
     return lines

@@ -134,8 +134,8 @@ class SupportConv2d(SupportLayer):
         if self._outer_pads is not None:
             x = F.pad(x, self._outer_pads, mode=self.padding_mode)
         geometry = self._geometry
-        weight = self._frozen_weight() if geometry.frozen else self.weight
-        return conv2d(x, weight, self.bias, geometry, self._backend_code())
+        weight, bias = self._operands()
+        return conv2d(x, weight, bias, geometry, self._backend_code())
 
     @classmethod
     def from_conv2d(cls, conv: nn.Conv2d, support: Support, **kwargs: Any) -> Self:

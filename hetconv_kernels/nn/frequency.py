@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..backends import choose
+from ..backends.rates import INVERSE, INVERSE_CALL
 from ..errors import ArgumentError, InputTypeError, SupportError, mismatch
 from ..functional import conv2d
 from ..masks import kernel_pair
@@ -201,8 +202,11 @@ class FrequencyConv2d(ForcedBackend):
         """Convolves.  # [N, C, H, W] -> [N, F, OH, OW]"""
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
-        kept, code, bias = self._keeps(), self._backend_code(), self.mix.bias
-        if self.path_for(x) == "frequency":
+        kept, code, bias = self._keeps(x), self._backend_code(), self.mix.bias
+        path = self.path
+        if path == "auto":
+            path = self._faster(x, x.shape if kept else sizes(x), code)
+        if path == "frequency":
             # Not a Parameter: the transform is fixed, and its gradient is not computed.
             if kept and self.basis.dtype == x.dtype:
                 maps = conv2d(x, self._kept_basis(), None, self._transform_frozen, code)
@@ -213,9 +217,9 @@ class FrequencyConv2d(ForcedBackend):
             return conv2d(x, self._kept_spatial_weight(), bias, self._spatial_frozen, code)
         return conv2d(x, self._transformed(self._masked()), bias, self._spatial, code)
 
-    def _keeps(self) -> bool:
+    def _keeps(self, x: Tensor) -> bool:
         """Tells whether derived weights are kept: those of a frozen layer, in an ordinary call."""
-        return self.mix.frozen and not observed(self.mix.weight)
+        return self.mix.frozen and not observed(x, self.mix.weight)
 
     def _kept_basis(self) -> Tensor:
         """Returns the transform's weights as the live vector of its Support."""
@@ -260,22 +264,51 @@ class FrequencyConv2d(ForcedBackend):
 
     def path_for(self, x: Tensor) -> str:
         """Says which way an input goes: ``"frequency"`` or ``"spatial"``; predicted for auto."""
-        if self.path != "auto":
-            return self.path
-        shape = sizes(x)
-        key = (*shape, x.dtype, x.device, x.is_contiguous(), self._backend_code())
-        if key not in self._paths:
-            size = self._transform.output_size(shape[2], shape[3])
-            maps = x.new_empty((shape[0], self._transform.support.filters, *size))
-            there = self._predicted(self._transform, x, self.basis)
-            there += self._predicted(self.mix._geometry, maps, self.mix.weight)
-            plain = self._predicted(self._spatial, x, x.new_empty(self._spatial.support.shape))
-            self._paths[key] = "frequency" if there < plain else "spatial"
-        return self._paths[key]
+        return self.path if self.path != "auto" else self._faster(x, sizes(x), self._backend_code())
 
-    def _predicted(self, geometry: Geometry, x: Tensor, weight: Tensor) -> float:
-        size = (sizes(x)[2], sizes(x)[3])
-        problem = ops.describe("fprop", geometry, x, x, weight, size, {})
+    def _faster(self, x: Tensor, shape: Sequence[int], code: int) -> str:
+        frozen = self.mix.frozen
+        key = (*shape, x.dtype, x.device, x.is_contiguous(), code, frozen)
+        path = self._paths.get(key)
+        if path is None:
+            there, back = self.predicted(x)
+            path = self._paths[key] = "frequency" if there < back else "spatial"
+        return path
+
+    def predicted(self, x: Tensor) -> tuple[float, float]:
+        """Predicts both ways of a call, with what has to be derived from the weights for it.
+
+        A frozen layer derives it once. Other layers sum the images of their frequencies, and mask
+        and lay out the weights, at each call.
+
+        Args:
+            x: an input; only its shape, layout, dtype and device count.
+
+        Returns:
+            Seconds by way of the frequencies, and in space.
+        """
+        shape, frozen = sizes(x), self.mix.frozen
+        transform = self._transform_frozen if frozen else self._transform
+        spatial = self._spatial_frozen if frozen else self._spatial
+        basis, dense = self.basis, x.new_empty(self._spatial.support.shape, device="meta")
+        if frozen:
+            basis, dense = basis.flatten(), dense.flatten()
+        filters, size = transform.support.filters, transform.output_size(shape[2], shape[3])
+        last = torch.channels_last if not x.is_contiguous() else torch.contiguous_format
+        maps = torch.empty((shape[0], filters, *size), dtype=x.dtype, device="meta")
+        maps = maps.contiguous(memory_format=last)
+        there = self._predicted(transform, x, x, basis)
+        there += self._predicted(self.mix._geometry, maps, x, self.mix.weight)
+        back = self._predicted(spatial, x, x, dense)
+        if not frozen:
+            count = len(self.live_frequencies)
+            back += count * (dense.numel() * INVERSE + INVERSE_CALL)
+        return there, back
+
+    def _predicted(self, geometry: Geometry, maps: Tensor, x: Tensor, weight: Tensor) -> float:
+        size = (sizes(maps)[2], sizes(maps)[3])
+        problem = ops.describe("fprop", geometry, maps, maps, weight, size, {})
+        problem = replace(problem, device=x.device, weight_dtype=x.dtype)
         return choose(problem, self._backend_code()).backend.estimate(problem)
 
     @classmethod

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, InputTypeError, SupportError, mismatch
-from ..functional import conv2d
+from ..functional import linear
 from ..packing import bits_on
 from ..problem import make_geometry
 from ..support import Support
@@ -80,11 +80,8 @@ class SupportLinear(SupportLayer):
             raise ArgumentError(
                 mismatch("input features", tuple(x.shape), f"[..., {self.in_features}]")
             )
-        pixels = x.reshape(-1, self.in_features, 1, 1)
-        geometry = self._geometry
-        weight = self._frozen_weight() if geometry.frozen else self.weight
-        y = conv2d(pixels, weight, self.bias, geometry, self._backend_code())
-        return y.reshape(*x.shape[:-1], self.out_features)
+        weight, bias = self._operands()
+        return linear(x, weight, bias, self._geometry, self._backend_code())
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, support: Support, **kwargs: Any) -> Self:

@@ -284,7 +284,7 @@ def _calibrated(
     check_float(model)
     _check_dtype(model)
     inputs = as_batches(batches, model)
-    report = optimize(model, inputs[0])
+    report = optimize(model, inputs[0], leave_plain=False)
     found = [
         (name, part)
         for name, part in report.model.named_modules()

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""worth: layers with a Support for which no engine pays become plain layers with zeros again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import backends, ops
+from ..backends import choose, predict
+from ..backends.vendor import Vendor, plain_seconds
+from ..nn import SupportConv2d, SupportLinear
+from .layout import set_module
+
+Layer = SupportConv2d | SupportLinear
+
+
+class LeftPlain(NamedTuple):
+    """A layer that is PyTorch's own, since no Support pays there.
+
+    Attributes:
+        name: of the layer.
+        reason: completes "left plain: …".
+        live: weights that are no zeros by its Support.
+    """
+
+    name: str
+    reason: str
+    live: int
+
+
+@torch.no_grad()
+def leave_plain(model: nn.Module, inputs: Sequence[tuple[Any, ...]]) -> tuple[LeftPlain, ...]:
+    """Replaces layers in place by the ``nn.Conv2d`` or ``nn.Linear`` that they came from.
+
+    A layer goes where its plain twin, zeros in its weight, is predicted to take no longer than the
+    frozen layer with whatever engine `auto` picks, what Python takes around the call included, on
+    all inputs. Left as they are: layers with an engine forced on them, with hooks or a computed
+    weight, layers that share a parameter or stand at several places, the part of a
+    `FrequencyConv2d`, and all where no prediction rests on a measurement of such hardware.
+
+    Args:
+        model: a network in which layers have a Support, in evaluation mode.
+        inputs: what it is called with, once each.
+    """
+    if backends.forced_code():
+        return ()
+    seen = _inputs(model, inputs)
+    left = []
+    for name, calls in seen.items():
+        layer: Any = model.get_submodule(name)
+        answers = [_reason(layer, x) for x in calls]
+        if not answers or None in answers:
+            continue
+        plain = layer.to_linear() if isinstance(layer, SupportLinear) else layer.to_conv2d()
+        if any(x.dim() == 4 and not x.is_contiguous() for x in calls):
+            plain = plain.to(memory_format=torch.channels_last)
+        left.append(LeftPlain(name, answers[-1] or "", layer.support.live))
+        set_module(model, name, plain)
+    return tuple(left)
+
+
+def _inputs(model: nn.Module, inputs: Sequence[tuple[Any, ...]]) -> dict[str, list[Tensor]]:
+    """Runs a network and notes the inputs of the layers that may be replaced, without values."""
+    places: dict[int, int] = {}
+    for _, module in model.named_modules(remove_duplicate=False):
+        for owned in (module, *module.parameters(recurse=False)):
+            places[id(owned)] = places.get(id(owned), 0) + 1
+    seen: dict[str, list[Tensor]] = {}
+    handles = []
+    parents = {id(c): m for m in model.modules() for c in m.children()}
+    for name, module in model.named_modules():
+        parent = parents.get(id(module))
+        if (
+            not isinstance(module, Layer)
+            or parent is None
+            or hasattr(parent, "live_frequencies")
+            or module.backend is not None
+            or not module._owns_weight
+            or module._forward_hooks
+            or module._forward_pre_hooks
+            or any(places[id(o)] > 1 for o in (module, *module.parameters(recurse=False)))
+        ):
+            continue
+        calls = seen.setdefault(name, [])
+
+        def note(_: nn.Module, arguments: tuple[Any, ...], calls: list[Tensor] = calls) -> None:
+            calls.append(torch.empty_like(arguments[0], memory_format=torch.preserve_format))
+
+        handles.append(module.register_forward_pre_hook(note))
+    try:
+        if handles:
+            for each in inputs:
+                model(*each)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _reason(layer: Layer, x: Tensor) -> str | None:
+    """Says why the plain layer is as fast on such an input; None where it is not."""
+    image = x.reshape(-1, x.shape[-1], 1, 1) if isinstance(layer, SupportLinear) else x
+    if image.dim() != 4 or getattr(layer, "padding_mode", "zeros") != "zeros":
+        return None
+    live = torch.empty(layer.support.live, dtype=layer.weight.dtype, device="meta")
+    geometry = replace(layer._geometry, frozen=True)
+    size = (image.shape[2], image.shape[3])
+    problem = ops.describe("fprop", geometry, image, image, live, size, {"shift": layer.bias})
+    if not Vendor().measured(problem):
+        return None
+    engine = choose(problem, 0).backend
+    ours, plain = predict(engine, problem), plain_seconds(problem)
+    if ours < plain:
+        return None
+    return (
+        f"on {list(x.shape)} no Support pays; predicted are {plain * 1e6:.1f} µs with zeros and "
+        f"{ours * 1e6:.1f} µs by {engine.name}"
+    )
