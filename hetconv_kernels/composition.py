@@ -61,7 +61,7 @@ class Part(NamedTuple):
 
         # [F, C, KH, KW] -> [members, C/groups, KH, KW] or [members, C/groups, 1, 1]
         """
-        w = torch.where(torch.from_numpy(self.own).to(dense.device), dense, 0)
+        w = torch.where(torch.from_numpy(self.own.copy()).to(dense.device), dense, 0)
         if self.filters is not None:
             w = w[index_of(self.filters, dense.device)]
         if self.channels is not None and self.groups == 1:
