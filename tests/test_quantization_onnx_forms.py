@@ -207,12 +207,15 @@ def test_onnx_runtime_convolves_a_resnet_in_integers_only(
     assert (found - expected).norm() < 0.05 * expected.norm()
 
 
-def test_onnx_runtime_leaves_fused_sums_in_float(resnet: Any, tmp_path: Path) -> None:
-    """The reason for the other form: where this fails, ONNX Runtime has learnt it."""
+@pytest.mark.parametrize(("form", "count"), [("dense", (12, 8)), ("composition", (4, 32))])
+def test_onnx_runtime_leaves_fused_sums_in_float(
+    form: str, count: tuple[int, int], resnet: Any, tmp_path: Path
+) -> None:
+    """The reason for the other way to sum: where this fails, ONNX Runtime has learnt it."""
     net, x = resnet
-    to_onnx(net, x, tmp_path / "net.onnx")
+    to_onnx(net, x, tmp_path / "net.onnx", form)
     _, kinds = by_onnxruntime(tmp_path / "net.onnx", (x,))
-    assert (kinds["QLinearConv"], floats(kinds)) == (12, 8)
+    assert (kinds["QLinearConv"], floats(kinds)) == count
 
 
 @pytest.mark.parametrize(("form", "sums"), FORMS)
