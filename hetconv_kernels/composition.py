@@ -130,7 +130,7 @@ def _with_pointwise(geometry: Geometry) -> Composition | None:
     mask = geometry.support.mask
     kh, kw = mask.shape[2:]
     row, column = kh // 2, kw // 2
-    whole = mask.all((2, 3))
+    whole: BoolArray = np.asarray(mask.all((2, 3)))
     alone = mask[:, :, row, column] & ~whole
     if kh * kw == 1 or not alone.any() or not whole.any():
         return None
@@ -244,7 +244,7 @@ class _PartConv2d(nn.Module):
         self.register_buffer("channels", channels)
         self.pads, padding = split_pads(pads)
         self.conv = nn.Conv2d(
-            w.shape[1] * part.groups, len(w), tuple(w.shape[2:]), geometry.stride, padding,
+            w.shape[1] * part.groups, len(w), (w.shape[2], w.shape[3]), geometry.stride, padding,
             1 if part.centre else geometry.dilation, part.groups, bias is not None,
             device="meta", dtype=w.dtype,
         )  # fmt: skip

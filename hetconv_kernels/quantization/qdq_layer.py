@@ -96,7 +96,8 @@ class QdqConv(nn.Module):
         self.dilation = [1, 1] if part.centre else list(geometry.dilation)
         top, bottom, left, right = pads
         symmetric = top == bottom and left == right
-        self.padding, self.pads = ([top, left], None) if symmetric else ([0, 0], pads)
+        self.padding = [top, left] if symmetric else [0, 0]
+        self.pads = None if symmetric else pads
         weight = part.weight(dense_weight(layer.support, layer.weight, torch.int8))
         device = weight.device
         filters = slice(None) if part.filters is None else index_of(part.filters, device)
@@ -153,7 +154,7 @@ class QdqLayer(nn.Module):
         geometry, linear = layer._geometry, isinstance(layer, QuantizedLinear)
         self.y, self.residual, self.act, self.pool = layer.y, layer.residual, layer.act, layer.pool
         groups = 1 if linear else layer.support.uniform_groups or 1
-        rings = (Part(None, None, groups, layer.support.mask),)
+        rings: tuple[Part, ...] = (Part(None, None, groups, layer.support.mask),)
         point, order = None, None
         found = compose(geometry) if form == "composition" and not linear else None
         if found is not None:
