@@ -10,7 +10,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help env test browser demo bench gpu docs dist lint format types aot sanitize \
-	sanitize-python clang clean
+	sanitize-python clang aarch64 clean
 
 VENV := .venv
 PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,$(shell \
@@ -186,6 +186,39 @@ clang: $(ENV) ## Compile the CPU part and tests/native with clang, warnings as e
 	    CXX="$(CLANGXX)" OUT=build/clang OPTIMISE_plain=-O1 CXXFLAGS="-Werror \
 	    -fno-sanitize=undefined -idirafter $(CURDIR)/build/clang/include $$($(PY) -c \
 	    "import pybind11 as p, sysconfig as s; print('-I' + p.get_include(), '-I' + s.get_path('include'))")"
+
+# Under an emulator nothing can be said of speed. qemu's max has the dot product, a Cortex-A53 has
+# not: there the engine has to choose its generic form. Without GCC's cross compiler and qemu-user,
+# and root to install them, clang compiles the objects, and nothing runs.
+ARM_GCC := aarch64-linux-gnu-g++
+ARM_RUN := qemu-aarch64 -L /usr/aarch64-linux-gnu
+ARM_DRIVER := build/aarch64/plain/driver
+ARM_CLANG := $(PY) -m ziglang c++ -target aarch64-linux-gnu
+aarch64: $(ENV) ## Cross-compile the CPU part for aarch64 and check it under qemu-user
+	@has() { command -v $(ARM_GCC) && command -v $(firstword $(ARM_RUN)); } >/dev/null; \
+	if ! has && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update -q && apt-get install -y -q --no-remove g++-aarch64-linux-gnu qemu-user; \
+	fi; \
+	if has; then $(MAKE) --no-print-directory aarch64-run; \
+	else $(MAKE) --no-print-directory aarch64-objects; fi
+
+.PHONY: aarch64-run aarch64-objects
+aarch64-run:
+	$(MAKE) --no-print-directory -j$(or $(MAX_JOBS),2) -f tests/native/Makefile $(ARM_DRIVER) \
+	    CXX=$(ARM_GCC) OUT=build/aarch64 OPTIMISE_plain=-O1 CXXFLAGS=-Werror
+	said=$$($(ARM_RUN) -cpu max $(ARM_DRIVER) --cases $(or $(CASES),100)) || { echo "$$said"; exit 1; }; \
+	echo "$$said"; grep -q "^int8 neondot" <<<"$$said"
+	said=$$($(ARM_RUN) -cpu cortex-a53 $(ARM_DRIVER) --cases 5) || { echo "$$said"; exit 1; }; \
+	echo "$$said"; ! grep -q neondot <<<"$$said"
+
+aarch64-objects:
+	@mkdir -p build/aarch64/include
+	cp "$$(g++ -print-file-name=include/omp.h)" build/aarch64/include/
+	ZIG_GLOBAL_CACHE_DIR=$(CURDIR)/build/clang/cache $(MAKE) --no-print-directory \
+	    -j$(or $(MAX_JOBS),2) -f tests/native/Makefile objects CXX="$(ARM_CLANG)" \
+	    OUT=build/aarch64-clang OPTIMISE_plain=-O1 \
+	    CXXFLAGS="-Werror -fno-sanitize=undefined -idirafter $(CURDIR)/build/aarch64/include"
+	@echo "make aarch64: compiled, never run: it takes $(ARM_GCC) and qemu-user to run it"
 
 # The bindings too. A second build beside the tree's own; Python itself is not instrumented, hence
 # the preload.

@@ -45,6 +45,7 @@ GIB_PER_JOB = 2  # a source with pybind11 or many templates needs 1 to 1.5 GiB
 AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
 X86 = platform.machine() in ("x86_64", "AMD64")
+ARM = platform.machine() in ("aarch64", "arm64")
 # GPU generations that the CUDA part is built for; the newest also as PTX, for those to come.
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 
@@ -71,6 +72,7 @@ class Part:
         without: what the user loses when it is missing.
         flags: compiler flags of every source.
         isa_flags: more flags for a source called ``isa_<key>.cpp``; x86-64 only.
+        arm_flags: the same; aarch64 only.
         link_flags: linker flags.
         cuda: whether nvcc compiles and links it.
         only: sources that hold kernels of some architectures only, and of which.
@@ -84,6 +86,7 @@ class Part:
     link_flags: str
     cuda: bool = False
     only: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    arm_flags: dict[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -99,7 +102,8 @@ class Part:
 
     def extra_flags(self, source: Path) -> str:
         isa = source.stem.removeprefix("isa_")
-        flags = self.isa_flags.get(isa, "") if X86 and isa != source.stem else ""
+        of_machine = self.isa_flags if X86 else self.arm_flags if ARM else {}
+        flags = of_machine.get(isa, "") if isa != source.stem else ""
         # In 8 bits every operation is rounded once.
         return f"{flags} -ffp-contract=off".strip() if isa.startswith("int8_") else flags
 
@@ -135,6 +139,7 @@ PARTS = (
             "int8_avxvnni": f"{AVX2} -mavxvnni",
             "int8_avx512vnni": f"{AVX512} -mavx512vnni",
         },
+        arm_flags={"int8_neondot": "-march=armv8.2-a+dotprod"},
         # By its plain soname, so that a process which also has torch runs one OpenMP, not two.
         link_flags="-fopenmp",
     ),

@@ -24,7 +24,7 @@ NATIVE = re.compile(r"-m(?:arch|tune|cpu)=[\w.+-]+|-xHost")
 # A function of the engine that is compiled for one instruction set, by its mangled namespace.
 ISA_FUNCTION = re.compile(
     r"NK?7hetconv(?:4avx2|6avx512|10avx512bf16|7generic)"
-    r"|NK?7hetconv(?:9int8_avx2|12int8_avxvnni|15int8_avx512vnni|12int8_generic)"
+    r"|NK?7hetconv(?:9int8_avx2|12int8_avxvnni|15int8_avx512vnni|12int8_neondot|12int8_generic)"
     r"|kernels_avx(?:2|512|vnni)"
 )
 # AVX instructions begin with a v; these baseline ones do too.

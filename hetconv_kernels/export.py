@@ -3,7 +3,8 @@
 
 Other hosts do not know this package's operators; they all know ``aten.conv2d``. A weight that does
 not exist becomes a zero, so what leaves is right everywhere, but as slow as the dense convolution
-where the host has nothing better (equal groups stay groups).
+where the host has nothing better (equal groups stay groups). In the form ``"composition"`` it is
+several smaller convolutions (`hetconv_kernels.composition`), which skip the zeros everywhere.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backends.common import pad_image
+from .composition import ComposedConv2d, check_form, compose
 from .errors import HetconvError, InputTypeError, TraceError, mismatch
 from .files import unwritable
 from .graph.check import verify
@@ -71,7 +73,7 @@ class PlainConv2d(nn.Module):
         return y if self.pool is None else max_pooled(y, self.pool)
 
 
-def plain(model: nn.Module) -> nn.Module:
+def plain(model: nn.Module, form: str = "dense") -> nn.Module:
     """Copies a network with every layer of this package replaced by PyTorch's own.
 
     Convolutions become ``nn.Conv2d`` (equal groups stay groups), dead weights zeros; a
@@ -80,12 +82,19 @@ def plain(model: nn.Module) -> nn.Module:
     of the result has no extra state, and loads into the network as it was before ``convert`` (not
     after `optimize`, which folds normalisation away).
 
+    In the form ``"composition"``, HetConv leaves as a grouped convolution plus a 1×1 and unequal
+    groups as a convolution each, where that multiplies less than the dense one. Its checkpoints
+    are its own, and its sums are in another order.
+
     Args:
         model: any network.
+        form: ``"dense"`` or ``"composition"``.
 
     Raises:
         InputTypeError: no nn.Module, or a network in 8 bits.
+        ArgumentError: another form.
     """
+    check_form(form)
     if not isinstance(model, nn.Module):
         raise InputTypeError(mismatch("model", type(model).__name__, "an nn.Module"))
     if any(isinstance(m, QuantizedLayer | QuantizedStep) for m in model.modules()):
@@ -97,21 +106,29 @@ def plain(model: nn.Module) -> nn.Module:
                 "The float network is `optimized` of the report; to_onnx writes QDQ files.",
             )
         )
-    return _replaced(copied(model))
+    return _replaced(copied(model), form)
 
 
-def _replaced(module: nn.Module) -> nn.Module:
+def _replaced(module: nn.Module, form: str) -> nn.Module:
     if isinstance(module, SupportLinear):
         return module.to_linear()
     if isinstance(module, FrequencyConv2d):
         return module.to_conv2d()
     if isinstance(module, FusedConv2d):
         geometry = module._geometry
+        inner = _composed(geometry, module.weight, module.shift, form)
+        if inner is not None:
+            pads = (0, 0, 0, 0)
+            return PlainConv2d(inner, pads, module.act, module.pool).train(module.training)
         symmetric = geometry.symmetric_padding
         conv = _conv2d(geometry, module.weight, module.shift, symmetric or (0, 0))
         pads = (0, 0, 0, 0) if symmetric is not None else geometry.pads
         return PlainConv2d(conv, pads, module.act, module.pool).train(module.training)
     if isinstance(module, SupportConv2d):
+        if module.padding_mode == "zeros":
+            inner = _composed(module._geometry, module.weight, module.bias, form)
+            if inner is not None:
+                return inner.train(module.training)
         conv = module.to_conv2d()
         groups = module.support.uniform_groups or 1
         if groups == 1 or isinstance(module, GroupedConv2d):
@@ -123,8 +140,18 @@ def _replaced(module: nn.Module) -> nn.Module:
         return _conv2d(module._geometry, module.weight, module.bias, padding).train(module.training)
     for name, child in module._modules.items():
         if child is not None:
-            module._modules[name] = _replaced(child)
+            module._modules[name] = _replaced(child, form)
     return module
+
+
+def _composed(
+    geometry: Geometry, weight: Tensor, bias: Tensor | None, form: str
+) -> ComposedConv2d | None:
+    found = compose(geometry) if form == "composition" else None
+    if found is None:
+        return None
+    dense = dense_weight(geometry.support, weight.detach(), weight.dtype)
+    return ComposedConv2d(geometry, found, dense.requires_grad_(weight.requires_grad), bias)
 
 
 def _conv2d(
@@ -214,7 +241,9 @@ def _unpacked(bits: Tensor, columns: int) -> Tensor:
     return single.flatten(1)[:, :columns] != 0
 
 
-def to_onnx(model: nn.Module, example: Any, path: str | os.PathLike[str]) -> None:
+def to_onnx(
+    model: nn.Module, example: Any, path: str | os.PathLike[str], form: str = "dense"
+) -> None:
     """Writes a network as an ONNX file, in operators that every ONNX host has.
 
     The network is made `plain` and compared with itself before; the batch is dynamic where the
@@ -225,10 +254,12 @@ def to_onnx(model: nn.Module, example: Any, path: str | os.PathLike[str]) -> Non
         model: the network, in evaluation mode, of any layers of this package.
         example: an input, or a tuple of inputs.
         path: of the file.
+        form: ``"dense"``, or ``"composition"`` for hosts that would multiply with the zeros; see
+            `plain`.
 
     Raises:
         InputTypeError: no nn.Module, or no tensor in the example.
-        ArgumentError: the network is in training mode.
+        ArgumentError: the network is in training mode, or another form.
         TraceError: torch.export cannot trace it.
         VerificationError: the plain network differs by more than rounding.
         HetconvError: onnx or onnxscript is not installed, or the file cannot be written.
@@ -239,7 +270,7 @@ def to_onnx(model: nn.Module, example: Any, path: str | os.PathLike[str]) -> Non
     if has_quantized(model):
         from .quantization.onnx_qdq import to_onnx as quantized_to_onnx
 
-        return quantized_to_onnx(model, example, path)
+        return quantized_to_onnx(model, example, path, form)
     inputs = as_inputs(example)
     try:
         import onnx  # noqa: F401
@@ -248,7 +279,7 @@ def to_onnx(model: nn.Module, example: Any, path: str | os.PathLike[str]) -> Non
         raise HetconvError(
             "writing ONNX needs onnx and onnxscript: pip install onnx onnxscript"
         ) from error
-    ours = plain(model)
+    ours = plain(model, form)
     verify(model, ours, inputs, "export.plain")
     tensors = all(isinstance(x, Tensor) for x in inputs)
     dynamic = tuple({0: torch.export.Dim.AUTO} if x.dim() else {} for x in inputs if tensors)

@@ -14,9 +14,14 @@ from . import nn
 from .errors import HetconvError, mismatch
 from .masks import check_entries
 from .option_types import real, size, whole
+from .quantization import Scale
 from .support import Support
 
-DTYPES = ("float32", "float16", "bfloat16", "float64")
+DTYPES = ("float32", "float16", "bfloat16", "float64", "int8")
+_SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+# In 8 bits the numbers of a unit normal distribution lie within four deviations, all but 1 in
+# 16 000.
+_RANGE = 4.0
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -33,15 +38,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--size", type=size, default=(56, 56), help="input height, or HEIGHTxWIDTH (56)")
     add("--batch", type=whole(), default=1, help="images (1)")
     add("--stride", type=whole(), default=1)
-    add("--dtype", choices=DTYPES, default="float32")
+    add("--dtype", choices=DTYPES, default="float32", type=lambda text: _SHORT.get(text, text),
+        help="of weights and activations; bf16 for bfloat16; int8: weights of a scale for each "
+        "filter, unsigned activations (float32)")  # fmt: skip
     add("--backend", help="force this backend")
     add("--device", default="cpu", help="such as cpu or cuda:0")
-    add("--memory-format", choices=tuple(FORMATS), default="contiguous")
+    add(
+        "--memory-format",
+        choices=tuple(FORMATS),
+        help="of images (contiguous; int8: channels_last, into which others are copied)",
+    )
     add("--json", action="store_true", help="print JSON")
 
 
-def build_layer(options: argparse.Namespace) -> nn.SupportConv2d:
+def float_dtype(options: argparse.Namespace) -> torch.dtype:
+    """Returns the dtype in which a layer or network is built: in 8 bits it is quantised after."""
+    found: torch.dtype = torch.float32 if in_8_bits(options) else getattr(torch, options.dtype)
+    return found
+
+
+def in_8_bits(options: argparse.Namespace) -> bool:
+    """Tells whether the options ask for integers."""
+    return bool(options.dtype == "int8")
+
+
+def memory_format(options: argparse.Namespace) -> torch.memory_format:
+    """Returns the layout of images: what is asked for, or the one that the dtype is fastest in."""
+    default = "channels_last" if in_8_bits(options) else "contiguous"
+    return FORMATS[options.memory_format or default]
+
+
+def build_layer(options: argparse.Namespace) -> nn.SupportConv2d | nn.QuantizedConv2d:
     """Builds the layer that the options describe.
+
+    In 8 bits its Scales are those of normally distributed numbers, and of what it makes of them.
 
     Raises:
         HetconvError: the device cannot be used, or a value is out of range.
@@ -51,7 +81,7 @@ def build_layer(options: argparse.Namespace) -> nn.SupportConv2d:
     more: dict[str, Any] = {
         "bias": True,
         "device": check_device(options.device),
-        "dtype": getattr(torch, options.dtype),
+        "dtype": float_dtype(options),
         "backend": options.backend,
     }
     place = (options.stride, k // 2)
@@ -66,7 +96,24 @@ def build_layer(options: argparse.Namespace) -> nn.SupportConv2d:
         check_entries(c * f * k * k)
         mask = np.random.default_rng(0).random((f, c, k, k)) < options.density
         layer = nn.SupportConv2d(c, f, k, *place, support=Support.from_mask(mask), **more)
-    return layer.to(memory_format=FORMATS[options.memory_format])  # type: ignore[call-overload]
+    layer = layer.to(memory_format=memory_format(options))  # type: ignore[call-overload]
+    return _quantized(layer) if in_8_bits(options) else layer
+
+
+def _quantized(layer: nn.SupportConv2d) -> nn.QuantizedConv2d:
+    edge = 4 * layer.support.kernel[0]
+    device = layer.weight.device
+    with torch.no_grad():
+        x = torch.randn(1, layer.support.channels, edge, edge, device=device)
+        y = layer.eval()(x)
+    low, high = float(y.min()), float(y.max())
+    made = nn.QuantizedConv2d.from_float(layer, _input_scale(), Scale.of_range(low, high))
+    made.backend = layer.backend
+    return made.eval()
+
+
+def _input_scale() -> Scale:
+    return Scale.of_range(-_RANGE, _RANGE)
 
 
 def build_input(options: argparse.Namespace, channels: int, size: tuple[int, int]) -> Tensor:
@@ -75,14 +122,16 @@ def build_input(options: argparse.Namespace, channels: int, size: tuple[int, int
     Raises:
         HetconvError: the device cannot be used, or there is no such shape.
     """
-    device, dtype = check_device(options.device), getattr(torch, options.dtype)
+    device, dtype = check_device(options.device), float_dtype(options)
     shape = (options.batch, channels, *size)
     try:
         x = torch.randn(*shape, device=device, dtype=dtype)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise HetconvError(f"No input of shape {shape}: {reason}") from error
-    return x.to(memory_format=FORMATS[options.memory_format])
+    if in_8_bits(options):
+        x = nn.Quantize(_input_scale())(x)
+    return x.to(memory_format=memory_format(options))
 
 
 def check_device(name: str) -> torch.device:

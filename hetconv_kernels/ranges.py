@@ -4,7 +4,8 @@
     with hk.ranges.enabled(nvtx=True):
         model(x)
 
-A range is called, for instance, ``hetconv.fprop cpu 8x64x56x56 -> 64 k3x3 het(p=4, blocked)``.
+A range is called, for instance, ``hetconv.fprop cpu 8x64x56x56 -> 64 k3x3 het(p=4, blocked)``; what
+runs in 8 bits has its own verbs, such as ``hetconv.qfprop`` and ``hetconv.qadd``.
 Off, which is the default, a call pays for one test of a module's attribute and nothing else.
 HETCONV_RANGES=profiler or HETCONV_RANGES=nvtx turns them on for a whole process.
 """
@@ -12,7 +13,7 @@ HETCONV_RANGES=profiler or HETCONV_RANGES=nvtx turns them on for a whole process
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,13 +65,17 @@ def name_of(choice: Choice) -> str:
 
 def run(choice: Choice, *operands: Any) -> Any:
     """Runs a primitive inside its range."""
-    name = name_of(choice)
+    return around(name_of(choice), choice.run, *operands)
+
+
+def around(name: str, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    """Calls a function inside a range of a name."""
     with record_function(name):
         if not _nvtx:
-            return choice.run(*operands)
+            return call(*arguments, **named)
         torch.cuda.nvtx.range_push(name)
         try:
-            return choice.run(*operands)
+            return call(*arguments, **named)
         finally:
             torch.cuda.nvtx.range_pop()
 

@@ -63,3 +63,34 @@ def test_impossible_layers_are_refused_where_options_are_read(
 def test_a_device_that_is_not_there_is_refused() -> None:
     with pytest.raises(HetconvError, match="device 'moon' cannot be used"):
         layer_options.build_layer(parsed("--device", "moon"))
+
+
+def test_short_names_are_those_of_dtypes() -> None:
+    assert parsed("--dtype", "bf16").dtype == "bfloat16"
+    assert parsed("--dtype", "fp16").dtype == "float16"
+
+
+@pytest.mark.parametrize("kind", ["het", "dense", "grouped", "mask"])
+def test_a_layer_in_8_bits_computes_what_the_one_in_float_does(kind: str) -> None:
+    arguments = ("--kind", kind, "--channels", "16", "--backend", "reference")
+    torch.manual_seed(0)
+    whole = layer_options.build_layer(parsed(*arguments)).eval()
+    torch.manual_seed(0)
+    options = parsed(*arguments, "--dtype", "int8")
+    layer = layer_options.build_layer(options)
+    assert isinstance(layer, hk.nn.QuantizedConv2d)
+    assert (layer.support, layer.backend) == (whole.support, "reference")
+    x = layer_options.build_input(options, 16, (9, 9))
+    assert x.dtype == torch.uint8
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected = whole(hk.nn.Dequantize(layer.x)(x))
+        found = hk.nn.Dequantize(layer.y)(layer(x))
+    inside = (expected > layer.y.low) & (expected < layer.y.high)
+    assert float(inside.float().mean()) > 0.99
+    assert (found - expected)[inside].norm() < 0.05 * expected[inside].norm()
+
+
+def test_an_image_in_8_bits_may_lie_otherwise() -> None:
+    options = parsed("--dtype", "int8", "--memory-format", "contiguous")
+    assert layer_options.build_input(options, 8, (5, 6)).is_contiguous()

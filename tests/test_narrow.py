@@ -106,6 +106,17 @@ def test_it_can_be_exported_and_reloaded(dtype: torch.dtype) -> None:
         assert torch.equal(other(x), fast(x))
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("dtype", NARROW)
+def test_it_compiles_into_one_graph(dtype: torch.dtype, backend: str) -> None:
+    model, x = network("branches")
+    fast = hk.optimize(interleaved(model), x, dtype=dtype).model
+    torch._dynamo.reset()
+    compiled = torch.compile(fast, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), fast(x), rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int8, "bfloat16"])
 def test_another_dtype_is_refused(dtype: object) -> None:
     model, x = network("branches")

@@ -12,6 +12,8 @@ import hetconv_kernels as hk
 from hetconv_kernels import roofs
 from hetconv_kernels.errors import InputTypeError
 from hetconv_kernels.nn import QuantizedLinear
+from hetconv_kernels.nn.quantized_steps import QuantizedStep
+from hetconv_kernels.packing import watched
 from hetconv_kernels.quantization import engine
 
 
@@ -25,6 +27,41 @@ def test_a_quantised_layer_is_explained_with_its_engines(measure: bool) -> None:
     assert found.macs == hk.stats.macs(layer, x)
     assert "torch.uint8" in str(found)
     assert layer.backend is None
+
+
+def test_packing_is_seen_once_and_not_in_a_steady_call() -> None:
+    layer, x = quantized(), image()
+    with watched() as packed:
+        layer(x)
+        assert len(packed) == 1
+        layer(x)
+        assert len(packed) == 1
+    found = hk.explain(layer, x)
+    assert found.packing_s == 0.0
+    assert "packed weight is kept" in str(found)
+    assert hk.explain(layer, x, measure=False).packing_s is None
+
+
+def test_every_step_between_integers_is_profiled() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.a(x)
+            y = torch.relu(y) + self.b(y) + y
+            return y.mean((2, 3))
+
+    x = torch.randn(2, 3, 9, 9)
+    made = hk.quantize(Net().eval(), [x], measure=False).model
+    steps = [m for m in made.modules() if isinstance(m, QuantizedStep)]
+    ceilings = {"uint8": roofs.Roofs(1e9, 1e9, "cpu", "uint8")}
+    found = hk.profile(made, x, rounds=5, max_seconds=0.2, roofs=ceilings)
+    profiled = [layer for layer in found.layers if layer.macs == 0]
+    assert len(profiled) == len(steps) >= 3
+    assert {layer.kind for layer in profiled} == {type(m).__name__ for m in steps}
+    assert all(layer.seconds > 0 for layer in profiled)
 
 
 def test_a_forced_engine_and_a_linear_layer() -> None:
@@ -42,8 +79,10 @@ def test_a_profile_says_who_runs_each_layer_and_counts_bytes_of_one() -> None:
     made = hk.quantize(model, [x], measure=False).model
     ceilings = {"uint8": roofs.Roofs(1e9, 1e9, "cpu", "uint8")}
     found = hk.profile(made, x, rounds=5, max_seconds=0.2, roofs=ceilings)
-    first, last = found.layers
-    assert first.backend == last.backend == engine.available()[0]
+    step, first, last = found.layers
+    assert step.backend == first.backend == last.backend == engine.available()[0]
+    assert (step.kind, step.macs) == ("Quantize", 0)
+    assert step.bytes == (4 + 1) * 2 * 3 * 81  # float32 in, one byte out
     assert "8 bits" in first.why
     assert first.macs == 2 * 49 * 8 * 27
     assert first.bytes == 2 * 3 * 81 + 2 * 8 * 49 + 8 * 27

@@ -275,6 +275,23 @@ def test_the_integer_network_compiles_exports_and_copies(name: str) -> None:
     assert torch.equal(copy.deepcopy(made)(x), truth)
 
 
+def test_the_integer_network_compiles_with_inductor() -> None:
+    model, batches = network("joined")
+    made, x = quantize(model, batches).model, batches[0]
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert torch.equal(torch.compile(made, fullgraph=True)(x), made(x))
+
+
+def test_autocast_leaves_integers_alone() -> None:
+    model, batches = network("digits")
+    made, x = quantize(model, batches).model, batches[0]
+    with torch.no_grad():
+        expected = made(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(made(x), expected)
+
+
 def test_layouts_of_the_input_do_not_matter() -> None:
     model, batches = network("joined")
     made, x = quantize(model, batches).model, batches[0]

@@ -13,8 +13,10 @@ import pytest
 import torch
 
 import hetconv_kernels as hk
-from hetconv_kernels import ops, ranges
+from hetconv_kernels import nn, ops, ranges
 from hetconv_kernels.errors import HetconvError
+from hetconv_kernels.pooling import Pool
+from hetconv_kernels.quantization import Scale, engine
 
 
 def step(backend: str = "reference") -> None:
@@ -75,6 +77,82 @@ def test_nvtx_wraps_the_call_and_is_refused_without_a_gpu(monkeypatch: pytest.Mo
     assert len(pushed) == 2
     assert pushed[0].startswith("hetconv.fprop vendor 1x8x2x2 -> 8 k1x1")
     assert pushed[1] == "pop"
+
+
+class Integers(torch.nn.Module):
+    """Every operation in 8 bits once."""
+
+    def __init__(self, backend: str) -> None:
+        super().__init__()
+        x, y = Scale(0.03, 120), Scale(0.05, 100)
+        conv = hk.nn.HetConv2d(8, 8, 3, padding=1, p=4)
+        pool = Pool((2, 2), (2, 2), (0, 0))
+        self.steps = torch.nn.ModuleList(
+            [
+                nn.Quantize(x), nn.QuantizedConv2d.from_float(conv, x, y), nn.Requantize(y, x),
+                nn.QuantizedMaxPool2d(pool), nn.QuantizedAvgPool2d(x, y), nn.Dequantize(y),
+            ]
+        )  # fmt: skip
+        self.add = nn.QuantizedAdd(x, x, x)
+        for step in (*self.steps, self.add):
+            step.backend = backend
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for step in self.steps:
+            x = step(x)
+            if isinstance(step, nn.Requantize):
+                x = self.add(x, x)
+        return x
+
+
+VERBS_OF_8_BITS = (
+    "quantize 2x8x6x6", "qfprop 2x8x6x6 -> 8 k3x3 het(p=4, blocked)", "requantize 2x8x6x6",
+    "qadd 2x8x6x6", "qmax_pool 2x8x6x6", "qmean 2x8x3x3", "dequantize 2x8x1x1",
+)  # fmt: skip
+
+
+def in_8_bits(backend: str) -> list[str]:
+    return [f"hetconv.{v.replace(' ', f' {backend} ', 1)}" for v in VERBS_OF_8_BITS]
+
+
+@pytest.mark.parametrize("backend", engine.available())
+def test_every_operation_in_8_bits_has_its_range(backend: str) -> None:
+    net, x = Integers(backend), torch.randn(2, 8, 6, 6)
+    expected = net(x)
+    with torch.profiler.profile() as profiler, ranges.enabled():
+        assert torch.equal(net(x), expected)
+    assert names(profiler) == set(in_8_bits(backend))
+    with torch.profiler.profile() as profiler:
+        net(x)
+    assert names(profiler) == set()
+
+
+@pytest.mark.parametrize("backend", engine.available())
+def test_calls_that_no_dispatcher_sees_have_nvtx_ranges_in_8_bits(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushed: list[str] = []
+    fake = SimpleNamespace(range_push=pushed.append, range_pop=lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "nvtx", fake)
+    net, x = Integers(backend), torch.randn(2, 8, 6, 6)
+    net(x)  # packs
+    with ranges.enabled(nvtx=True):
+        net(x)
+    assert pushed == in_8_bits(backend)
+    net(x)
+    assert len(pushed) == len(VERBS_OF_8_BITS), "ranges are kept when they are off"
+
+
+def test_a_narrowed_network_has_ranges_like_any_other() -> None:
+    model = torch.nn.Sequential(hk.nn.HetConv2d(8, 8, 3, padding=1, p=4), torch.nn.ReLU()).eval()
+    x = torch.randn(2, 8, 6, 6)
+    narrow = hk.optimize(model, x, dtype=torch.bfloat16).model
+    with torch.no_grad(), torch.profiler.profile() as profiler, ranges.enabled():
+        narrow(x)
+    (one,) = names(profiler)
+    assert one.startswith("hetconv.fprop ")
+    assert one.endswith("2x8x6x6 -> 8 k3x3 het(p=4, blocked)")
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,10 @@ def test_the_build_of_this_tree_runs_on_every_processor_of_its_kind() -> None:
 
 def test_no_flag_of_the_build_script_is_for_one_machine() -> None:
     text = (ROOT / "setup.py").read_text().replace("never with ``-march", "")
+    # aarch64 has no other flag for an extension; its one source is chosen at run time.
+    dot_product = 'arm_flags={"int8_neondot": "-march=armv8.2-a+dotprod"}'
+    assert dot_product in text
+    text = text.replace(dot_product, "")
     assert check.NATIVE.findall(text) == []
 
 

@@ -363,3 +363,24 @@ def test_the_binary_imports_without_a_gpu_and_without_torch() -> None:
         [sys.executable, "-c", code], env=hidden, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("machine", "source", "expected"),
+    [
+        ("x86", "isa_int8_avx2.cpp", "-mavx2 -mfma -mf16c -ffp-contract=off"),
+        ("x86", "isa_int8_neondot.cpp", "-ffp-contract=off"),
+        ("arm", "isa_int8_neondot.cpp", "-march=armv8.2-a+dotprod -ffp-contract=off"),
+        ("arm", "isa_int8_avx2.cpp", "-ffp-contract=off"),
+        ("arm", "isa_avx512.cpp", ""),
+        ("other", "isa_int8_neondot.cpp", "-ffp-contract=off"),
+    ],
+)
+def test_a_source_has_the_flags_of_the_machine_that_it_is_compiled_for(
+    machine: str, source: str, expected: str, build: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "X86", machine == "x86")
+    monkeypatch.setattr(build, "ARM", machine == "arm")
+    (cpu,) = (part for part in build.PARTS if part.module == "_cpu")
+    assert (ROOT / cpu.folder / source).exists()
+    assert cpu.extra_flags(Path(source)) == expected

@@ -127,6 +127,7 @@ struct Int8Kernels {
   void (*max_pool)(const Int8Images&);
   void (*quantize)(const float* x, int64_t count, float scale, int zero, Byte type, uint8_t* y,
                    int threads);
+  bool signed_bytes = false;  // tiles read an activation as x - 128
 };
 
 extern const Int8Kernels int8_kernels_generic;
@@ -134,6 +135,9 @@ extern const Int8Kernels int8_kernels_generic;
 extern const Int8Kernels int8_kernels_avx2;
 extern const Int8Kernels int8_kernels_avxvnni;
 extern const Int8Kernels int8_kernels_avx512vnni;
+#endif
+#if defined(__aarch64__)
+extern const Int8Kernels int8_kernels_neondot;
 #endif
 
 }  // namespace hetconv

@@ -7,6 +7,8 @@
 #include <stdexcept>
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 #include "engine.h"
@@ -31,6 +33,9 @@ static std::vector<const Int8Kernels*> machine_int8_isas() {
   if (has_avxvnni()) found.push_back(&int8_kernels_avxvnni);
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
     found.push_back(&int8_kernels_avx2);
+#elif defined(__aarch64__) && defined(__linux__)
+  constexpr unsigned long asimddp = 1ul << 20;  // HWCAP_ASIMDDP: sdot and udot
+  if (getauxval(AT_HWCAP) & asimddp) found.push_back(&int8_kernels_neondot);
 #endif
   found.push_back(&int8_kernels_generic);
   return found;
@@ -39,7 +44,8 @@ static std::vector<const Int8Kernels*> machine_int8_isas() {
 // $HETCONV_ISA names the float engine's: avx2 and generic keep what is no more than that.
 std::vector<const Int8Kernels*> int8_isas() {
   std::vector<const Int8Kernels*> found = machine_int8_isas();
-  const std::string forced = available_isas().size() == 1 ? available_isas()[0]->name : "";
+  const char* asked = std::getenv("HETCONV_ISA");
+  const std::string forced = asked && *asked ? available_isas()[0]->name : "";
   if (forced != "avx2" && forced != "generic") return found;
   std::vector<const Int8Kernels*> kept;
   for (const Int8Kernels* k : found)
@@ -53,7 +59,7 @@ const Int8Kernels& int8_isa_named(const std::string& name) {
     if (name == k->name) return *k;
   throw std::invalid_argument("isa '" + name +
                               "' is not one that this machine can run: avx512vnni, avxvnni, avx2, "
-                              "generic");
+                              "neondot, generic");
 }
 
 int int8_unfit_filter(const Int8Packed& packed, const float* multiplier, const int32_t* bias,
@@ -79,7 +85,8 @@ bool int8_fprop(const Int8Packed& packed, Int8Problem p, const float* multiplier
   if (!data) throw std::bad_alloc();
   float* scales = static_cast<float*>(data.get());
   int32_t* shifts = reinterpret_cast<int32_t*>(scales + lanes);
-  const uint32_t zero = uint32_t(p.x_zero + (p.x_type == Byte::s8 ? 128 : 0));
+  const uint32_t zero = uint32_t(p.x_zero + (p.x_type == Byte::s8 ? 128 : 0) -
+                                 (plan.kernels().signed_bytes ? 128 : 0));
   for (size_t l = 0; l < lanes; ++l) {
     const int f = low.filters[l];
     scales[l] = f < 0 ? 0.0f : multiplier[f];

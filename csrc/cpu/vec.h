@@ -6,6 +6,8 @@
 #include "problem.h"
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #ifndef HETCONV_NS
@@ -218,6 +220,11 @@ template <class S, class A> HC_INLINE Vec<A> read(const S* p) {
     return (Vec<A>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
   else
     return (Vec<A>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__aarch64__)
+  else if constexpr (__is_same(S, bf16))
+    return (Vec<A>)vshll_n_u16(vld1_u16((const uint16_t*)p), 16);
+  else
+    return (Vec<A>)vcvt_f32_f16(vld1_f16((const float16_t*)p));
 #else
   else {
     Vec<A> v = {};
@@ -251,6 +258,9 @@ template <class S, class A> HC_INLINE void write(S* p, Vec<A> v) {
 #elif defined(__AVX2__)
   else if constexpr (__is_same(S, f16))
     _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+  else if constexpr (__is_same(S, f16))
+    vst1_f16((float16_t*)p, vcvt_f16_f32((float32x4_t)v));
 #endif
   else
     for (int i = 0; i < VL<A>; ++i) p[i] = Narrow<S>::of(v[i]);

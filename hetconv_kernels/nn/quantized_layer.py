@@ -9,14 +9,15 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from .. import ranges
 from ..backends import forced_code
 from ..errors import ArgumentError, InputTypeError, SupportError, mismatch
 from ..observers import observed
-from ..packing import bits_on, dense_weight, live_weight
+from ..packing import Pack, bits_on, dense_weight, live_weight
 from ..pooling import Pool
 from ..problem import Geometry
 from ..quantization import ops
-from ..quantization.engine import engine
+from ..quantization.engine import engine, operations
 from ..quantization.scheme import Scale, bounds, multiplier, quantize_weight, ratio
 from ..support import Support
 from .base import ForcedBackend
@@ -205,7 +206,8 @@ class QuantizedLayer(ForcedBackend):
             or ready.versions != (_version(weight), _version(scale))
         ):
             ready = self._make_ready(weight, scale, code, x.device)
-        y: Tensor = ready.fprop(
+        fprop = operations(x.device, code).fprop if ranges.active else ready.fprop
+        y: Tensor = fprop(
             x,
             ready.handle,
             self._geometry.support,
@@ -233,7 +235,7 @@ class QuantizedLayer(ForcedBackend):
         module = engine(device, code)
         self._ready = _Ready(
             module.fprop,
-            module.pack(weight, self.support),
+            Pack(lambda w: module.pack(w, self.support), module.__name__)(weight),
             code or forced_code(),
             device,
             weight,

@@ -13,7 +13,7 @@ from ..errors import ArgumentError, InputTypeError, mismatch
 from ..observers import observed
 from ..pooling import Pool
 from ..quantization import ops
-from ..quantization.engine import engine
+from ..quantization.engine import operations
 from ..quantization.scheme import Scale, bounds, ratio
 from .base import ForcedBackend
 
@@ -78,7 +78,7 @@ class Quantize(QuantizedStep):
         if observed(x):
             y = torch.ops.hetconv.quantize(image, s.scale, s.zero_point, s.dtype, code)
         else:
-            y = engine(x.device, code).quantize(image, s.scale, s.zero_point, s.dtype)
+            y = operations(x.device, code).quantize(image, s.scale, s.zero_point, s.dtype)
         return y if x.dim() == 4 else y.reshape(x.shape)
 
 
@@ -102,7 +102,7 @@ class Dequantize(QuantizedStep):
         if observed(x):
             y = torch.ops.hetconv.dequantize(image, s.scale, s.zero_point, code)
         else:
-            y = engine(x.device, code).dequantize(image, s.scale, s.zero_point)
+            y = operations(x.device, code).dequantize(image, s.scale, s.zero_point)
         return y if x.dim() == 4 else y.reshape(x.shape)
 
 
@@ -175,7 +175,7 @@ class QuantizedMaxPool2d(QuantizedStep):
         if observed(x):
             y: Tensor = torch.ops.hetconv.qmax_pool(x, ops.pool_ints(self.pool), code)
             return y
-        y = engine(x.device, code).max_pool(x, self.pool)
+        y = operations(x.device, code).max_pool(x, self.pool)
         return y
 
 
@@ -299,7 +299,7 @@ def run(
         y: Tensor = operator(*operands, *numbers, zero, low, high, dtype, code)
         return y
     named = dict(zip(_NAMES[name], numbers, strict=True))
-    y = getattr(engine(x.device, code), name)(
+    y = getattr(operations(x.device, code), name)(
         *operands, **named, y_zero_point=zero, low=low, high=high, out_dtype=dtype
     )
     return y

@@ -20,6 +20,7 @@ from ..graph.optimize import optimize
 from ..graph.rules import het
 from ..nn.base import SupportLayer
 from ..option_types import real, whole
+from ..quantization.quantize import quantize
 from .measure import backends_of, layers_of, profile
 from .timeline import ncu_commands, run_passes, write_proton, write_trace
 
@@ -90,7 +91,7 @@ def run(options: argparse.Namespace, show: Callable[[str], None]) -> int:
         return 0
     model, example = target(options)
     with torch.no_grad():
-        if options.optimize:
+        if options.optimize and not layer_options.in_8_bits(options):  # quantize does it too
             model = optimize(model, example).model
         if options.passes is not None:
             run_passes(model, example, options.passes)
@@ -134,7 +135,9 @@ def target(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
             )
         size = options.size or (56, 56)
         layer = layer_options.build_layer(options).eval()
-        return layer.freeze(), layer_options.build_input(options, options.channels, size)
+        if isinstance(layer, SupportLayer):
+            layer.freeze()
+        return layer, layer_options.build_input(options, options.channels, size)
     device = layer_options.check_device(options.device)
     example: Tensor | None = None
     backend_code(options.backend)  # refuses an unknown one, also where no layer is ours
@@ -162,17 +165,24 @@ def target(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
         )
     if options.het is not None:
         model = convert(model, het(options.het), inplace=True).model
-    form = layer_options.FORMATS[options.memory_format]
-    model = model.eval().to(device, getattr(torch, options.dtype))
+    form, dtype = layer_options.memory_format(options), layer_options.float_dtype(options)
+    model = model.eval().to(device, dtype)
     model = model.to(memory_format=form)  # type: ignore[call-overload]
     for module in model.modules():
         if isinstance(module, SupportLayer):
             module.backend = options.backend
             module.freeze()
     if example is not None:
-        return model, example.to(device, getattr(torch, options.dtype)).to(memory_format=form)
-    height, width = options.size or image
-    return model, layer_options.build_input(options, channels, (height, width))
+        example = example.to(device, dtype).to(memory_format=form)
+    else:
+        floats = argparse.Namespace(**{**vars(options), "dtype": str(dtype).split(".")[1]})
+        height, width = options.size or image
+        example = layer_options.build_input(floats, channels, (height, width))
+        example = example.to(memory_format=form)
+    if not layer_options.in_8_bits(options):
+        return model, example
+    # What is drawn at random has no accuracy to lose; a network with an input of its own has it.
+    return quantize(model, [example], measure=False).model, example
 
 
 def described(options: argparse.Namespace) -> list[str]:

@@ -20,6 +20,7 @@ from ..graph.trace import check_plain
 from ..integers import is_integer
 from ..nn import FrequencyConv2d, FusedConv2d
 from ..nn.base import SupportLayer
+from ..nn.quantized_steps import Quantize, QuantizedStep
 from ..packing import Packed, watched
 from ..roofs import Roofs, measure_roofs
 from ..timing import check_seconds
@@ -138,11 +139,12 @@ def backends_of(model: nn.Module, example: Tensor) -> dict[str, str]:
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Finds the layers with weights: convolutions and fully connected ones, outermost first."""
+    """Finds the layers with weights, outermost first, and the steps in 8 bits between them."""
     found: dict[str, nn.Module] = {}
     inside: set[int] = set()
     for name, module in model.named_modules():
-        counts = isinstance(module, FrequencyConv2d) or stats.live_weights(module) is not None
+        counts = isinstance(module, FrequencyConv2d | QuantizedStep)
+        counts = counts or stats.live_weights(module) is not None
         if counts and id(module) not in inside:
             found[name] = module
             inside.update(map(id, module.modules()))
@@ -196,8 +198,15 @@ def _note(seen: _Seen, arguments: tuple[Any, ...]) -> None:
         seen.arguments = tuple(a.clone() if isinstance(a, Tensor) else a for a in arguments)
         seen.backend, seen.why = backend_and_reason(seen.layer, arguments)
         seen.predicted = predicted(seen.layer, arguments)
-        seen.dtype = str(arguments[0].dtype).removeprefix("torch.")
+        seen.dtype = str(_computed(seen.layer, arguments[0])).removeprefix("torch.")
     seen.calls += 1
+
+
+def _computed(layer: nn.Module, x: Tensor) -> torch.dtype:
+    """Returns the dtype of which a layer has the ceilings: a step's is that of its integers."""
+    if isinstance(layer, Quantize):
+        return layer.y.dtype
+    return x.dtype
 
 
 def _note_output(seen: _Seen, arguments: tuple[Any, ...], output: Tensor) -> None:

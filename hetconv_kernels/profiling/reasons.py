@@ -13,6 +13,7 @@ from ..backends import NAMES, available_backends, choose, get_backend, predict
 from ..explain import problem_of
 from ..nn import FrequencyConv2d, FusedConv2d, SupportConv2d, SupportLinear
 from ..nn.quantized_layer import QuantizedLayer
+from ..nn.quantized_steps import QuantizedPad, QuantizedStep
 from ..problem import Problem
 from ..quantization.engine import name_of
 
@@ -34,6 +35,10 @@ def backend_and_reason(layer: nn.Module, arguments: tuple[Any, ...]) -> tuple[st
         return name, "in 8 bits; the engines give the same integers" + (
             "" if name == "cpu" else ", and the compiled one is not here or not wanted"
         )
+    if isinstance(layer, QuantizedPad):
+        return "torch", "moves integers"
+    if isinstance(layer, QuantizedStep):
+        return name_of(arguments[0].device, layer._backend_code()), "a step between integers"
     problem = _problem(layer, arguments)
     if problem is None:
         return "torch", "a plain layer of PyTorch"

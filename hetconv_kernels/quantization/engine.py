@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .. import ranges
 from ..backends import NAMES, forced_code
 from ..errors import BackendError
 from . import reference
@@ -55,6 +56,53 @@ def engine(device: torch.device, code: int = 0) -> Any:
         f"{' or cpu' if _cpu() is not None else ''}. Quantised layers follow use_backend like "
         "every layer of this package."
     )
+
+
+# The operations and the verbs of their ranges, as the operators are called.
+_VERBS = {
+    "fprop": "qfprop",
+    "add": "qadd",
+    "requantize": "requantize",
+    "mean": "qmean",
+    "max_pool": "qmax_pool",
+    "quantize": "quantize",
+    "dequantize": "dequantize",
+}
+
+
+class Ranged:
+    """An engine whose operations run inside their ranges; all else is the engine's own.
+
+    Args:
+        module: the engine.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self._module, name)
+        verb = _VERBS.get(name)
+        if verb is None:
+            return function
+        who = "reference" if self._module is reference else "cpu"
+
+        def call(x: Any, *arguments: Any, **named: Any) -> Any:
+            shape = "x".join(map(str, x.shape))
+            said = f"hetconv.{verb} {who} {shape}"
+            if name == "fprop":
+                support = arguments[1]
+                f, _, kh, kw = support.shape
+                said += f" -> {f} k{kh}x{kw} {support.kind}"
+            return ranges.around(said, function, x, *arguments, **named)
+
+        return call
+
+
+def operations(device: torch.device, code: int = 0) -> Any:
+    """Returns what `engine` returns, with ranges around its operations where `ranges` are on."""
+    found = engine(device, code)
+    return Ranged(found) if ranges.active else found
 
 
 def name_of(device: torch.device, code: int = 0) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends import NAMES, forced_code
-from ..explain import Candidate, Explanation
+from ..explain import Candidate, Explanation, packing_seconds
 from ..nn.quantized_layer import QuantizedLayer
 from ..timing import interleaved
 from .engine import available, name_of
@@ -33,7 +33,7 @@ def explain_quantized(layer: QuantizedLayer, x: Tensor, measure: bool = True) ->
     code = layer._backend_code()
     forced = NAMES[code or forced_code()] != "auto"
     names = available() if x.device.type == "cpu" else ("reference",)
-    timed = _measure(layer, x, names) if measure and x.numel() else {}
+    timed, packing = _measure(layer, x, names) if measure and x.numel() else ({}, {})
     linear = hasattr(layer, "in_features")
     pixels = (1, 1) if linear else layer._geometry.output_size(x.shape[2], x.shape[3])
     batch = x.numel() // x.shape[-1] if linear else x.shape[0]
@@ -53,11 +53,18 @@ def explain_quantized(layer: QuantizedLayer, x: Tensor, measure: bool = True) ->
         dense_macs=batch * f * c * kh * kw * pixels[0] * pixels[1],
         chosen=name_of(x.device, code),
         forced=forced,
-        candidates=tuple(Candidate(n, (), None, None, timed.get(n)) for n in names),
+        frozen=True,
+        candidates=tuple(
+            Candidate(n, (), None, None, timed.get(n), packing_s=packing.get(n)) for n in names
+        ),
     )
 
 
-def _measure(layer: QuantizedLayer, x: Tensor, names: tuple[str, ...]) -> dict[str, float]:
+def _measure(
+    layer: QuantizedLayer, x: Tensor, names: tuple[str, ...]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Times each engine, and what of a steady call it spends on packing the weight."""
+
     def call(name: str) -> Callable[[], Tensor]:
         def run() -> Tensor:
             layer.backend = name
@@ -69,9 +76,10 @@ def _measure(layer: QuantizedLayer, x: Tensor, names: tuple[str, ...]) -> dict[s
     before = layer.backend
     try:
         # One engine after the other: their packed weights take turns in the layer.
-        return {
-            name: interleaved({name: call(name)}, device=x.device, rounds=9).median(name)
-            for name in names
-        }
+        timed, packing = {}, {}
+        for name in names:
+            timed[name] = interleaved({name: call(name)}, device=x.device, rounds=9).median(name)
+            packing[name] = packing_seconds(call(name))
+        return timed, packing
     finally:
         layer.backend = before

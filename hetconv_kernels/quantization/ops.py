@@ -21,7 +21,7 @@ from ..packing import FrozenCache
 from ..pooling import Pool
 from ..problem import output_size
 from ..support import Support
-from .engine import engine
+from .engine import operations
 
 _TAIL = "int y_zero_point, float low, float high, ScalarType dtype, int backend"
 _SCHEMAS = (
@@ -83,7 +83,7 @@ def _qfprop(
     dtype: torch.dtype,
     backend: int,
 ) -> Tensor:
-    module = engine(x.device, backend)
+    module = operations(x.device, backend)
     layer = geometry_of(support, geometry)
     y: Tensor = module.fprop(
         x,
@@ -118,7 +118,7 @@ def _qadd(
     dtype: torch.dtype,
     backend: int,
 ) -> Tensor:
-    y: Tensor = engine(a.device, backend).add(
+    y: Tensor = operations(a.device, backend).add(
         a,
         b,
         a_multiplier=a_multiplier,
@@ -143,7 +143,7 @@ def _requantize(
     dtype: torch.dtype,
     backend: int,
 ) -> Tensor:
-    y: Tensor = engine(x.device, backend).requantize(
+    y: Tensor = operations(x.device, backend).requantize(
         x,
         multiplier=multiplier,
         x_zero_point=x_zero_point,
@@ -165,7 +165,7 @@ def _qmean(
     dtype: torch.dtype,
     backend: int,
 ) -> Tensor:
-    y: Tensor = engine(x.device, backend).mean(
+    y: Tensor = operations(x.device, backend).mean(
         x,
         multiplier=multiplier,
         x_zero_point=x_zero_point,
@@ -181,17 +181,17 @@ def _qmax_pool(x: Tensor, pool: Sequence[int], backend: int) -> Tensor:
     window = _pool_of(pool)
     if window is None:
         raise ArgumentError(mismatch("pool", [], "six integers"))
-    y: Tensor = engine(x.device, backend).max_pool(x, window)
+    y: Tensor = operations(x.device, backend).max_pool(x, window)
     return y
 
 
 def _quantize(x: Tensor, scale: float, zero_point: int, dtype: torch.dtype, backend: int) -> Tensor:
-    y: Tensor = engine(x.device, backend).quantize(x, scale, zero_point, dtype)
+    y: Tensor = operations(x.device, backend).quantize(x, scale, zero_point, dtype)
     return y
 
 
 def _dequantize(x: Tensor, scale: float, zero_point: int, backend: int) -> Tensor:
-    y: Tensor = engine(x.device, backend).dequantize(x, scale, zero_point)
+    y: Tensor = operations(x.device, backend).dequantize(x, scale, zero_point)
     return y
 
 

@@ -7,20 +7,24 @@ integers again. PyTorch's PT2E programs and ONNX's QDQ files are both of this fo
 
     conv:  quantize(act(conv2d(dequantize(x), dequantize(w), dequantize(b)) + dequantize(r)))
 
-A weight that does not exist is a zero, which is exact; equal groups stay groups.
+A weight that does not exist is a zero, which is exact; equal groups stay groups. In the form
+``"composition"`` a layer is several smaller convolutions (`hetconv_kernels.composition`), which
+skip the zeros in any runtime.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ..errors import HetconvError, InputTypeError, mismatch
-from ..nn.quantized import QuantizedLayer, QuantizedLinear
+from ..composition import check_form
+from ..errors import ArgumentError, InputTypeError, mismatch
+from ..nn.quantized import QuantizedLayer
 from ..nn.quantized_steps import (
     Dequantize,
     Quantize,
@@ -30,9 +34,8 @@ from ..nn.quantized_steps import (
     QuantizedPad,
     Requantize,
 )
-from ..packing import dense_weight, own_blocks
-from ..pooling import Pool, max_pooled
-from .checks import limits
+from ..pooling import max_pooled
+from .qdq_layer import SUMS, QdqLayer, dequantized, finished, operators, quantized
 from .scheme import Scale
 
 STEPS = (
@@ -46,19 +49,39 @@ def has_quantized(model: nn.Module) -> bool:
     return any(isinstance(m, (QuantizedLayer, *STEPS)) for m in model.modules())
 
 
-def to_qdq(model: nn.Module) -> nn.Module:
+def to_qdq(
+    model: nn.Module,
+    form: str = "dense",
+    sums: str = "fused",
+    batches: Iterable[Any] | None = None,
+) -> nn.Module:
     """Copies a quantised network in QDQ form; what it has in float becomes `export.plain`.
 
-    Its results are those of the integer network but for the last bit before each rounding, so that
-    a number may come out one step off.
+    A layer's results are those of the integer network but for the last bit before each rounding, so
+    that a number may come out one step off. With ``sums="rounded"`` each operand of a sum is
+    quantised before it, which runtimes without a sum in a convolution's epilogue need to compute it
+    in integers; a number may then be ``steps`` of its `QdqLayer` off:
+
+        ⌊1 + Σ sᵢ / (2 s_y)⌋      over the Scales sᵢ of the operands that are rounded
+
+    What is added to a residual has a Scale that holds every number which the residual cannot bring
+    back into the range of the output. The two halves of a composition have those of their numbers
+    on ``batches``; beyond these they saturate.
 
     Args:
         model: what `hk.quantize` made, or a module with quantised layers.
+        form: ``"dense"`` or ``"composition"``.
+        sums: ``"fused"`` or ``"rounded"``.
+        batches: inputs (or tuples of inputs) in float32, which only rounded compositions need.
 
     Raises:
         InputTypeError: no nn.Module, or a module without quantised layers.
+        ArgumentError: another form or way to sum, or batches are needed and there are none.
         HetconvError: this PyTorch has no operators of that form.
     """
+    check_form(form)
+    if sums not in SUMS:
+        raise ArgumentError(mismatch("sums", repr(sums), f"one of {', '.join(SUMS)}"))
     if not isinstance(model, nn.Module):
         raise InputTypeError(mismatch("model", type(model).__name__, "an nn.Module"))
     if not has_quantized(model):
@@ -71,52 +94,44 @@ def to_qdq(model: nn.Module) -> nn.Module:
     from ..export import plain
 
     operators()
-    return plain(_replaced(copy.deepcopy(model)))
+    made = plain(_replaced(copy.deepcopy(model), form, sums), form)
+    _calibrate(made, batches)
+    return made
 
 
-def operators() -> Any:
-    """Returns PyTorch's ``quantized_decomposed`` operators.
-
-    Raises:
-        HetconvError: this PyTorch does not have them.
-    """
-    try:
-        import torch.ao.quantization.fx._decomposed  # registers them
-    except ImportError as error:
-        raise HetconvError(
-            f"PyTorch {torch.__version__} has no operators quantized_decomposed, which PT2E "
-            "programs and QDQ files are written in: use a version that has them (2.4 to 2.13)."
-        ) from error
-    return torch.ops.quantized_decomposed
-
-
-def quantized(x: Tensor, scale: Scale) -> Tensor:
-    """Quantises by PyTorch's operator."""
-    y: Tensor = operators().quantize_per_tensor(
-        x, scale.scale, scale.zero_point, *limits(scale.dtype), scale.dtype
-    )
-    return y
-
-
-def dequantized(x: Tensor, scale: Scale) -> Tensor:
-    """Dequantises by PyTorch's operator."""
-    y: Tensor = operators().dequantize_per_tensor(
-        x, scale.scale, scale.zero_point, *limits(scale.dtype), scale.dtype
-    )
-    return y
-
-
-def _replaced(module: nn.Module) -> nn.Module:
+def _replaced(module: nn.Module, form: str, sums: str) -> nn.Module:
     if isinstance(module, fx.GraphModule):
         _note_scales(module)
     if isinstance(module, QuantizedLayer):
-        return QdqLayer(module)
+        return QdqLayer(module, form, sums)
     if isinstance(module, STEPS):
         return QdqStep(module)
     for name, child in module._modules.items():
         if child is not None:
-            module._modules[name] = _replaced(child)
+            module._modules[name] = _replaced(child, form, sums)
     return module
+
+
+def _calibrate(made: nn.Module, batches: Iterable[Any] | None) -> None:
+    """Finds the Scales of what compositions round in their middle."""
+    open_layers = [m for m in made.modules() if isinstance(m, QdqLayer) and m.seen is not None]
+    if not open_layers:
+        return
+    count = 0
+    with torch.no_grad():
+        for batch in batches or ():
+            made(*(batch if isinstance(batch, tuple) else (batch,)))
+            count += 1
+    if count == 0:
+        raise ArgumentError(
+            mismatch(
+                "batches", "none", "inputs of the kind that the network will see",
+                "The parts of a composition are rounded before they are added, and their ranges "
+                'have to be seen; form="dense" and sums="fused" need none.',
+            )
+        )  # fmt: skip
+    for layer in open_layers:
+        layer.settle_()
 
 
 def _note_scales(traced: fx.GraphModule) -> None:
@@ -131,73 +146,6 @@ def _note_scales(traced: fx.GraphModule) -> None:
                 module.scale = scales[node]  # type: ignore[assignment]
             elif not isinstance(module, QuantizedPad):
                 scales[node] = getattr(module, "y", scales[node])
-
-
-def _finish(y: Tensor, act: str, scale: Scale | None) -> Tensor:
-    if act == "relu":
-        y = torch.relu(y)
-    elif act == "relu6":
-        y = torch.clamp(y, 0.0, 6.0)
-    return y if scale is None else quantized(y, scale)
-
-
-def _pooled(y: Tensor, pool: Pool, scale: Scale | None) -> Tensor:
-    if scale is None:
-        return max_pooled(y, pool)
-    return quantized(max_pooled(dequantized(y, scale), pool), scale)
-
-
-class QdqLayer(nn.Module):
-    """A `QuantizedConv2d` or `QuantizedLinear` in QDQ form, with the same arguments."""
-
-    weight: Tensor
-    weight_scale: Tensor
-    bias: Tensor
-    bias_scale: Tensor
-    zeros: Tensor
-
-    def __init__(self, layer: QuantizedLayer) -> None:
-        super().__init__()
-        if layer.x is None:
-            raise InputTypeError(layer._uncalibrated())
-        geometry, support = layer._geometry, layer.support
-        self.x, self.y, self.residual = layer.x, layer.y, layer.residual
-        self.act, self.pool = layer.act, layer.pool
-        self.linear = isinstance(layer, QuantizedLinear)
-        self.groups = 1 if self.linear else support.uniform_groups or 1
-        self.stride, self.dilation = list(geometry.stride), list(geometry.dilation)
-        symmetric = geometry.symmetric_padding
-        self.padding = list(symmetric or (0, 0))
-        self.pads = None if symmetric is not None else geometry.pads
-        weight = dense_weight(support, layer.weight, torch.int8)
-        if self.groups > 1:
-            weight = own_blocks(weight.contiguous(), self.groups)
-        self.register_buffer("weight", weight.flatten(1) if self.linear else weight.contiguous())
-        scale = layer.weight_scale
-        self.register_buffer("weight_scale", scale.clone())
-        self.register_buffer("bias", layer.bias.clone())
-        self.register_buffer("bias_scale", (scale.double() * self.x.scale).float())
-        self.register_buffer("zeros", torch.zeros_like(scale, dtype=torch.int64))
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Computes in float what stands between integers."""
-        if self.pads is not None:
-            top, bottom, left, right = self.pads
-            x = F.pad(x, (left, right, top, bottom), value=self.x.zero_point)
-        image = dequantized(x, self.x)
-        per_filter = operators().dequantize_per_channel
-        weight = per_filter(self.weight, self.weight_scale, self.zeros, 0, -128, 127, torch.int8)
-        bias = per_filter(
-            self.bias, self.bias_scale, self.zeros, 0, -(2**31), 2**31 - 1, torch.int32
-        )
-        if self.linear:
-            return _finish(F.linear(image, weight, bias), self.act, self.y)
-        y = F.conv2d(image, weight, bias, self.stride, self.padding, self.dilation, self.groups)
-        if residual is not None:
-            assert self.residual is not None
-            y = y + dequantized(residual, self.residual)
-        y = _finish(y, self.act, self.y)
-        return y if self.pool is None else _pooled(y, self.pool, self.y)
 
 
 class QdqStep(nn.Module):
@@ -217,7 +165,7 @@ class QdqStep(nn.Module):
         if kind == "Dequantize":
             return dequantized(x, step["x"])
         if kind == "Requantize":
-            return _finish(dequantized(x, step["x"]), step["act"], step["y"])
+            return finished(dequantized(x, step["x"]), step["act"], step["y"])
         if kind == "QuantizedPad":
             return F.pad(x, list(step["pads"]), value=step["x"].zero_point)
         if kind == "QuantizedMaxPool2d":
@@ -227,9 +175,9 @@ class QdqStep(nn.Module):
         if kind == "QuantizedAdd":
             assert other is not None
             total = dequantized(x, step["a"]) + dequantized(other, step["b"])
-            return _finish(total, step["act"], step["y"])
+            return finished(total, step["act"], step["y"])
         numbers = dequantized(x, step["x"])
         if step["size"] != (1, 1):
             return quantized(F.adaptive_avg_pool2d(numbers, step["size"]), step["x"])
         mean = numbers.mean((2, 3), keepdim=step["keepdim"])
-        return _finish(mean, "none", step["y"])
+        return finished(mean, "none", step["y"])

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The forms of a QDQ file: who computes them in integers, and how many steps they are off."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import hetconv_kernels as hk
+from hetconv_kernels.errors import ArgumentError
+from hetconv_kernels.nn import Dequantize, Quantize, QuantizedConv2d
+from hetconv_kernels.pooling import Pool
+from hetconv_kernels.problem import make_geometry
+from hetconv_kernels.quantization import Scale, from_onnx, to_onnx, to_qdq
+from hetconv_kernels.quantization.qdq_layer import QdqLayer
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+C = 16
+X, R = Scale(0.02, 120), Scale(0.03, 100)
+FORMS = [(form, sums) for form in ("dense", "composition") for sums in ("fused", "rounded")]
+
+
+def unequal_groups() -> hk.Support:
+    mask = np.zeros((C, C, 3, 3), dtype=bool)
+    draw = np.random.default_rng(1)
+    for g, size in enumerate((3, 5, 4)):
+        mask[g::3, draw.permutation(C)[:size]] = True
+    return hk.Support.from_mask(mask)
+
+
+SUPPORTS = {
+    "het": hk.Support.het(C, C, 3, p=4),
+    "het-interleaved": hk.Support.het(C, C, 3, p=4, order="interleaved"),
+    "grouped": hk.Support.grouped(C, C, 3, 4),
+    "unequal-groups": unequal_groups(),
+    "dense": hk.Support.dense(C, C, 3),
+}
+# Convolutions that a layer becomes as a composition: rings and, for HetConv, a 1×1.
+PARTS = {"het": 2, "het-interleaved": 2, "grouped": 1, "unequal-groups": 3, "dense": 1}
+
+
+class Layer(nn.Module):
+    """One layer between a Quantize and a Dequantize, with a residual where it has a Scale of one.
+
+    It is calibrated on its input, so that compositions see their whole range.
+    """
+
+    def __init__(self, support: hk.Support, act: str, residual: Scale | None, **rest: Any) -> None:
+        super().__init__()
+        y = Scale(0.04, 0 if act == "relu" else 117)
+        layer = QuantizedConv2d(
+            make_geometry(support, rest.pop("stride", 1), 1),
+            x=X, y=y, residual=residual, act=act, **rest,
+        )  # fmt: skip
+        weight = image(support.live) / float(support.live / support.filters) ** 0.5
+        self.layer = layer.set_float_(weight, image(support.filters, seed=2))
+        self.first, self.second, self.last = Quantize(X), Quantize(R), Dequantize(y)
+
+    def forward(self, x: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
+        r = None if other is None else self.second(other)
+        return self.last(self.layer(self.first(x), r))
+
+
+def image(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def by_onnxruntime(path: Path, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, Counter]:
+    """Runs a file and counts the operators that ONNX Runtime makes of it."""
+    ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(path.with_suffix(".optimised.onnx"))
+    options.log_severity_level = 3  # that such a file is for this machine only
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    feed = {i.name: x.numpy() for i, x in zip(session.get_inputs(), inputs, strict=True)}
+    found = torch.from_numpy(session.run(None, feed)[0])
+    optimised = onnx.load(options.optimized_model_filepath)
+    return found, Counter(node.op_type for node in optimised.graph.node)
+
+
+def by_openvino(path: Path, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, list[str]]:
+    """Runs a file and lists the precisions in which OpenVINO convolves."""
+    openvino = pytest.importorskip("openvino", reason="OpenVINO is a dependency of benchmarks only")
+    core = openvino.Core()
+    exact = {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = core.compile_model(core.read_model(str(path)), "CPU", exact)
+    found = torch.from_numpy(next(iter(compiled([x.numpy() for x in inputs]).values())))
+    infos = [op.get_rt_info() for op in compiled.get_runtime_model().get_ops()]
+    convs = [i for i in infos if i["layerType"].astype(str) == "Convolution"]
+    return found, [i["runtimePrecision"].astype(str) for i in convs]
+
+
+def floats(kinds: Counter) -> int:
+    """Counts the convolutions in float that ONNX Runtime is left with."""
+    return kinds["Conv"] + kinds["FusedConv"] + kinds["NhwcFusedConv"]
+
+
+@pytest.mark.parametrize("with_residual", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize(("form", "sums"), FORMS)
+@pytest.mark.parametrize("kind", SUPPORTS)
+def test_every_form_is_within_its_steps_in_both_runtimes(
+    kind: str, form: str, sums: str, with_residual: bool, tmp_path: Path
+) -> None:
+    net = Layer(SUPPORTS[kind], "relu", R if with_residual else None).eval()
+    x, other = image(2, C, 9, 7), image(2, C, 9, 7, seed=5)
+    inputs = (x, other) if with_residual else (x,)
+    path = tmp_path / "net.onnx"
+    to_onnx(net, inputs if with_residual else x, path, form, sums)
+    (part,) = (m for m in to_qdq(net, form, sums, [inputs]).modules() if isinstance(m, QdqLayer))
+    if sums == "fused":
+        assert part.steps == 1
+    assert part.steps <= 4, "steps that say nothing"
+    with torch.no_grad():
+        expected = net(*inputs)
+    scale = net.last.x.scale
+    assert expected.std() > 10 * scale, "there is nothing to compare"
+
+    def check(found: torch.Tensor) -> None:
+        off = ((found - expected) / scale).abs()
+        assert float(off.max()) < part.steps + 1e-3
+        if sums == "fused":
+            assert float((off < 1e-3).float().mean()) > 0.99, "off by a step nearly everywhere"
+
+    found, kinds = by_onnxruntime(path, inputs)
+    check(found)
+    count = PARTS[kind] if form == "composition" else 1
+    convs = [node.op_type for node in onnx.load(str(path)).graph.node].count("Conv")
+    assert convs == count
+    if sums == "rounded":
+        assert (kinds["QLinearConv"], floats(kinds)) == (count, 0)
+    found, precisions = by_openvino(path, inputs)
+    check(found)
+    assert precisions == ["u8"] * count
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"act": "none"},
+        {"act": "relu6"},
+        {"act": "relu", "stride": 2},
+        {"act": "relu", "pool": Pool((3, 3), (2, 2), (1, 1))},
+    ],
+    ids=["none", "relu6", "strided", "pooled"],
+)
+def test_a_rounded_composition_keeps_its_epilogue(settings: dict[str, Any], tmp_path: Path) -> None:
+    net = Layer(SUPPORTS["het"], residual=None, **settings).eval()
+    x = image(2, C, 9, 7)
+    to_onnx(net, x, tmp_path / "net.onnx", "composition", "rounded")
+    (part,) = (
+        m for m in to_qdq(net, "composition", "rounded", [x]).modules() if isinstance(m, QdqLayer)
+    )
+    with torch.no_grad():
+        expected = net(x)
+    found, kinds = by_onnxruntime(tmp_path / "net.onnx", (x,))
+    assert found.shape == expected.shape
+    assert float((found - expected).abs().max()) < (part.steps + 1e-3) * net.last.x.scale
+    assert (kinds["QLinearConv"], floats(kinds)) == (2, 0)
+
+
+def test_what_is_added_to_a_residual_saturates_no_sooner_than_the_sum() -> None:
+    """The ends of the residual's range bring the ends of the partial sum's beyond the output's."""
+    net = Layer(SUPPORTS["dense"], "relu", R).eval()
+    form = to_qdq(net, sums="rounded")
+    (part,) = (m for m in form.modules() if isinstance(m, QdqLayer))
+    scale = part.partials["sum"]
+    y = net.last.x
+    half = scale.scale / 2
+    assert scale.high + R.low >= y.high - half
+    assert scale.low + R.high <= half
+    for factor in (10.0, -10.0):  # numbers far outside everything
+        x, other = factor * image(2, C, 5, 5), -factor * image(2, C, 5, 5, seed=5)
+        with torch.no_grad():
+            off = (form(x, other) - net(x, other)).abs().max() / y.scale
+        assert float(off) < part.steps + 1e-3
+
+
+@pytest.fixture(scope="module")
+def resnet() -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    net = hk.convert(hk.models.resnet18().eval(), hk.rules.het(4)).model
+    x = image(1, 3, 64, 64)
+    return hk.quantize(net, [x], measure=False).model, x
+
+
+@pytest.mark.parametrize("form", ["dense", "composition"])
+def test_onnx_runtime_convolves_a_resnet_in_integers_only(
+    resnet: Any, form: str, tmp_path: Path
+) -> None:
+    net, x = resnet
+    path = tmp_path / "net.onnx"
+    to_onnx(net, x, path, form, "rounded")
+    found, kinds = by_onnxruntime(path, (x,))
+    count = [node.op_type for node in onnx.load(str(path)).graph.node].count("Conv")
+    assert count == (20 if form == "dense" else 36)
+    assert (kinds["QLinearConv"], floats(kinds)) == (count, 0)
+    with torch.no_grad():
+        expected = net(x)
+    # Each layer is within its steps of the one before; they go through all of them.
+    assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize(("form", "count"), [("dense", (12, 8)), ("composition", (4, 32))])
+def test_onnx_runtime_leaves_fused_sums_in_float(
+    form: str, count: tuple[int, int], resnet: Any, tmp_path: Path
+) -> None:
+    """The reason for the other way to sum: where this fails, ONNX Runtime has learnt it."""
+    net, x = resnet
+    to_onnx(net, x, tmp_path / "net.onnx", form)
+    _, kinds = by_onnxruntime(tmp_path / "net.onnx", (x,))
+    assert (kinds["QLinearConv"], floats(kinds)) == count
+
+
+@pytest.mark.parametrize(("form", "sums"), FORMS)
+def test_openvino_convolves_every_form_in_integers(
+    resnet: Any, form: str, sums: str, tmp_path: Path
+) -> None:
+    net, x = resnet
+    to_onnx(net, x, tmp_path / "net.onnx", form, sums)
+    found, precisions = by_openvino(tmp_path / "net.onnx", (x,))
+    assert precisions == ["u8"] * (20 if form == "dense" else 36)
+    with torch.no_grad():
+        expected = net(x)
+    assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+def test_a_file_of_rounded_sums_comes_back_in(resnet: Any, tmp_path: Path) -> None:
+    net, x = resnet
+    to_onnx(net, x, tmp_path / "net.onnx", sums="rounded")
+    again = from_onnx(tmp_path / "net.onnx")
+    with torch.no_grad():
+        expected = to_qdq(net, sums="rounded")(x)
+        assert (again(x) - expected).norm() < 0.02 * expected.norm()
+
+
+def test_batches_set_the_ranges_of_a_rounded_composition() -> None:
+    net = Layer(SUPPORTS["het"], "relu", None).eval()
+    x = image(2, C, 9, 7)
+
+    def scales(*batches: torch.Tensor) -> dict[str, Scale]:
+        form = to_qdq(net, "composition", "rounded", batches)
+        return next(m for m in form.modules() if isinstance(m, QdqLayer)).partials
+
+    one, both = scales(x), scales(x, 2 * x)
+    assert set(one) == {"rings", "pointwise"}
+    assert all(both[name].scale > one[name].scale for name in one)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"form": "sparse"}, r"form.*'sparse'.*dense, composition"),
+        ({"sums": "exact"}, r"sums.*'exact'.*fused, rounded"),
+        ({"form": "composition", "sums": "rounded"}, r"batches.*none"),
+    ],
+)
+def test_what_no_form_is_and_missing_batches_are_refused(
+    arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        to_qdq(Layer(SUPPORTS["het"], "relu", None), **arguments)
