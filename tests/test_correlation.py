@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -63,8 +64,9 @@ def test_step_3_penalty_falls_as_pairs_become_alike() -> None:
     weight = WEIGHT.clone().requires_grad_()
     pairs = [(0, 3), (1, 2)]
     torch.testing.assert_close(pair_correlation(weight, pairs), torch.tensor([H, 0.5]))
-    penalty = torch.exp(-pair_correlation(weight, pairs).sum())
-    assert penalty.item() == pytest.approx(math.exp(-H - 0.5), rel=1e-6)
+    network_of = SimpleNamespace(layers={"0": SimpleNamespace(weight=weight)})
+    penalty = module.alike(network_of, {"0": pairs, "1": []})
+    assert penalty.item() == pytest.approx(math.exp(-H) + math.exp(-0.5), rel=1e-6)
     (gradient,) = torch.autograd.grad(penalty, weight)
     moved = weight.detach() - 0.1 * gradient
     assert (pair_correlation(moved, pairs) > pair_correlation(weight, pairs)).all()
@@ -115,6 +117,50 @@ def test_training_with_the_penalty_makes_pairs_alike() -> None:
     assert seen[0] == pytest.approx(math.exp(-H), rel=1e-5)
     assert seen[-1] < seen[0] - 0.02
     assert seen[-1] > math.exp(-1)
+
+
+@pytest.mark.parametrize("filters", [20, 64, 256, 512])
+def test_pairs_become_alike_at_any_width_and_the_report_says_how_much(filters: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(16, filters, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(filters, 3),
+    )  # fmt: skip
+    x = torch.randn(200, 4, 16, 5, 5)
+    data = [(batch, batch[:, :3].mean((2, 3)).argmax(1)) for batch in x]
+    method = FilterCorrelation(
+        fraction=0.1, least_correlation=0.0, pair_epochs=1, tune_epochs=0, epochs=0, episodes=1,
+        tolerance=1.0,
+    )  # fmt: skip
+    report = run(method, model, data=data, example=x[0], eval_data=data[:1])
+    rounds = {entry["what"]: entry["result"] for entry in report.history}
+    before, after = (rounds["drop 1"][f"mean |ρ| {when}"] for when in ("before", "after"))
+    assert len(rounds["pairs 1"]["pairs"]["0"]) == filters // 10
+    assert before == rounds["pairs 1"]["mean |ρ|"] < 0.4
+    assert after > 0.9
+
+
+def test_the_pull_on_a_pair_does_not_depend_on_how_many_there_are() -> None:
+    weight = torch.randn(102, 40, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    network_of = SimpleNamespace(layers={"0": SimpleNamespace(weight=weight)})
+    pairs = [(2 * i, 2 * i + 1) for i in range(51)]
+    (many,) = torch.autograd.grad(module.alike(network_of, {"0": pairs}), weight)
+    (alone,) = torch.autograd.grad(module.alike(network_of, {"0": pairs[:1]}), weight)
+    torch.testing.assert_close(many[:2], alone[:2])
+    assert alone[:2].norm() > 0.01
+
+
+def test_a_least_correlation_that_excludes_every_pair_says_so() -> None:
+    method = FilterCorrelation(fraction=0.25, least_correlation=0.9, least=1, **NONE)
+    model = network()
+    with torch.no_grad():  # the best pair is now (0, 3), of ρ = √3/2
+        model[0].weight[1] = torch.tensor([0.0, 1, 0])[:, None, None]
+    report = run(
+        method, model, example=torch.randn(1, 3, 1, 1), evaluate=lambda m: 1.0, compact=False
+    )
+    assert "0.866" in report.notes[0]
+    assert "least_correlation=0.9 excludes every pair" in report.notes[0]
+    assert report.macs[0] == report.macs[1]
 
 
 def test_an_episode_that_costs_too_much_is_taken_back() -> None:

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import pytest
+from compressing import Columns, Killed, killed_at, run
 
 from hetconv_kernels.compression.progress import Progress
 
@@ -47,5 +49,24 @@ def test_a_terminal_shows_the_same_words_with_rich() -> None:
 
 def test_nothing_is_shown_when_not_wanted() -> None:
     stream = Terminal()
-    rounds(Progress(False, stream))
+    progress = Progress(False, stream)
+    progress.resumed(3)
+    rounds(progress)
     assert stream.getvalue() == ""
+
+
+def test_a_killed_run_says_where_it_resumes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = tmp_path / "state.pt"
+    run(Columns(), state=state, progress=True)
+    assert "resumed" not in capsys.readouterr().err
+    state.unlink()
+    with pytest.raises(Killed), killed_at(3, written=True):
+        run(Columns(), state=state)
+    capsys.readouterr()
+    run(Columns(), state=state, progress=True)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "resumed at round 3"
+    assert lines[1].startswith("[  3]")
+    assert sum("resumed" in line for line in lines) == 1

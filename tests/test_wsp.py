@@ -150,3 +150,29 @@ def test_a_network_without_a_free_width_is_refused() -> None:
 
 def test_killed_and_resumed(tmp_path: Path) -> None:
     check_kills(WeakSubnetwork(0.6, epochs=3), tmp_path, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "layers"),
+    [
+        ({"percentile": 0.7, "fc_percentile": 0.0, "conv_fc_percentile": 0.0}, {"0"}),
+        ({"percentile": 0.0, "conv_fc_percentile": 0.7}, {"3"}),
+        ({"percentile": 0.0, "fc_percentile": 0.9}, {"8"}),
+        ({"percentile": 0.0}, set()),
+        ({"percentile": 0.9}, {"0", "3", "8"}),
+    ],
+    ids=["conv", "conv-fc", "fc", "none", "one for all"],
+)
+def test_each_kind_of_interface_has_its_percentile(settings: dict, layers: set[str]) -> None:
+    report = run(WeakSubnetwork(epochs=0, **settings), compact=False)
+    removed = report.history[1]["result"]["removed"]
+    assert {name for name, count in removed.items() if count} == layers
+    assert set(removed) == {"0", "3", "8"}
+
+
+@pytest.mark.parametrize("name", ["percentile", "fc_percentile", "conv_fc_percentile"])
+def test_a_percentile_is_a_fraction(name: str) -> None:
+    with pytest.raises(ArgumentError, match=name):
+        WeakSubnetwork(**{name: 1.0})
+    with pytest.raises(ArgumentError, match="percentile"):
+        WeakSubnetwork(percentile=None)

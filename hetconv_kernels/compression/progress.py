@@ -50,7 +50,18 @@ class Progress:
         if not self.shown:
             return
         seconds = time.perf_counter() - self.started
-        line = f"[{number:3d}] {seconds:6.1f} s  {what}{_told(result)}"
+        self._line(f"[{number:3d}] {seconds:6.1f} s  {what}{_told(result)}")
+
+    def resumed(self, number: int) -> None:
+        """Says which round a run that was killed goes on with; the others are in its state.
+
+        Args:
+            number: of the round, as `end` shows it.
+        """
+        if self.shown:
+            self._line(f"resumed at round {number}")
+
+    def _line(self, line: str) -> None:
         if self._bar is not None:
             self._bar.console.print(line, markup=False, highlight=False)
         else:

@@ -123,6 +123,7 @@ class Run:
                 )
             if number == len(self._journal) - 1:
                 self._restore()
+                self._progress.resumed(len(self._journal))
             return entry["result"]
         self._progress.begin(what)
         with seeded(self.seed * 1_000_003 + self._drawn, self.device):

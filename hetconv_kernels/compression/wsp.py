@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+from torch import nn
 
 from ..errors import ArgumentError
 from ..masks import BoolArray
@@ -32,10 +33,13 @@ class WeakSubnetwork(Method):
     keeps the ``least`` strongest.
 
     Attributes:
-        percentile: q as a fraction; not the fraction that is removed.
+        percentile: q between convolutions, as a fraction; not the fraction that is removed.
         epochs: of training afterwards.
         multiple: what remaining widths are rounded up to a multiple of.
         least: filters that every layer keeps.
+        fc_percentile: q between fully-connected layers; None is ``percentile``.
+        conv_fc_percentile: q where a fully-connected layer reads a convolution; None is
+            ``percentile``.
 
     Raises:
         ArgumentError: a value out of range.
@@ -48,9 +52,14 @@ class WeakSubnetwork(Method):
     epochs: int = 90
     multiple: int = 1
     least: int = 1
+    fc_percentile: float | None = None
+    conv_fc_percentile: float | None = None
 
     def __post_init__(self) -> None:
-        check_fraction("percentile", self.percentile)
+        for name in ("percentile", "fc_percentile", "conv_fc_percentile"):
+            value = getattr(self, name)
+            if value is not None or name == "percentile":
+                check_fraction(name, value)
         check_count("epochs", self.epochs)
         check_count("multiple", self.multiple, 1)
         check_count("least", self.least, 1)
@@ -65,6 +74,16 @@ class WeakSubnetwork(Method):
         run.round("remove weak channels", lambda: self._remove(run))
         run.train("global", self.epochs)
 
+    def _percentile(self, run: Run, name: str) -> float:
+        """Returns q for the interface behind a layer, by the kinds of layers on its two sides."""
+        layers = [run.model.get_submodule(r.name) for r in run.interfaces.readers[name]]
+        special = None
+        if isinstance(run.layers[name], nn.Linear):
+            special = self.fc_percentile
+        elif any(isinstance(layer, nn.Linear) for layer in layers):
+            special = self.conv_fc_percentile
+        return self.percentile if special is None else special
+
     def _remove(self, run: Run) -> dict[str, Any]:
         chosen = {}
         for name, readers in run.interfaces.readers.items():  # all scores before any removal
@@ -73,7 +92,7 @@ class WeakSubnetwork(Method):
                 (incoming(run.weight(reader.name), reader.repeat) for reader in readers),
                 np.zeros_like(out),
             )
-            weak = weak_channels(out, into, self.percentile)
+            weak = weak_channels(out, into, self._percentile(run, name))
             alive = run.alive(name)
             chosen[name] = fit_width(weak, out + into, alive, self.multiple, self.least)
         for name, filters in chosen.items():

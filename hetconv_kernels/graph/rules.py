@@ -8,17 +8,13 @@ it and its children are to be looked at.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import ArgumentError, InputTypeError, SupportError, mismatch
 from ..integers import is_integer
 from ..nn import (
-    FusedConv2d,
     GroupedConv2d,
     HetConv2d,
     SelfGroupConv2d,
@@ -26,27 +22,16 @@ from ..nn import (
     SupportLinear,
 )
 from ..support import Support
-
-# Images have one (grey) to four (colour and transparency) channels.
-_IMAGE_CHANNELS = 4
-
-
-class Keep:
-    """The answer of a rule that leaves a module, and everything inside it, as it is.
-
-    Args:
-        reason: a clause that completes "kept because …", for the report.
-    """
-
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-
-    def __repr__(self) -> str:
-        return f"Keep({self.reason!r})"
-
-
-Answer = nn.Module | Keep | None
-Rule = Callable[[str, nn.Module], Answer]
+from .pairs import depthwise_pointwise as depthwise_pointwise
+from .pairs import grouped_pointwise as grouped_pointwise
+from .pairs import het_pairs as het_pairs
+from .pairs import self_group as self_group
+from .plain import _IMAGE_CHANNELS, _check_part
+from .plain import Answer as Answer
+from .plain import Keep as Keep
+from .plain import Rule as Rule
+from .plain import _plain as _plain
+from .plain import _plain_conv2d as _plain_conv2d
 
 
 def het(p: int = 4, order: str = "blocked", skip_stem: bool = True, min_channels: int = 1) -> Rule:
@@ -67,11 +52,9 @@ def het(p: int = 4, order: str = "blocked", skip_stem: bool = True, min_channels
     Raises:
         ArgumentError: p or ``min_channels`` is not a positive integer, or an unknown order.
     """
-    for name, value in (("p of a HetConv", p), ("min_channels", min_channels)):
-        if not is_integer(value) or value < 1:
-            raise ArgumentError(mismatch(name, value, "a positive integer"))
-    if order not in ("blocked", "interleaved"):
-        raise ArgumentError(mismatch("order", repr(order), "'blocked' or 'interleaved'"))
+    _check_part(p, order)
+    if not is_integer(min_channels) or min_channels < 1:
+        raise ArgumentError(mismatch("min_channels", min_channels, "a positive integer"))
 
     def rule(name: str, module: nn.Module) -> Answer:
         conv = _plain_conv2d(module)
@@ -208,41 +191,6 @@ class _FirstOf:
             elif answer is not None:
                 return answer
         return Keep("; ".join(reasons)) if reasons else None
-
-
-def _plain_conv2d(module: nn.Module) -> nn.Conv2d | Keep | None:
-    """Returns the module when it is an ``nn.Conv2d`` and nothing else, or why it is not."""
-    answer = _plain(module, nn.Conv2d)
-    if isinstance(answer, nn.Conv2d | Keep):
-        return answer
-    if isinstance(module, SupportConv2d | FusedConv2d):
-        return Keep(f"it is a {type(module).__name__} already")
-    kind = type(module)
-    if isinstance(module, _ConvNd):
-        return Keep(f"a {kind.__name__} is not a 2-D convolution")
-    if "quantized" in kind.__module__ and "Conv" in kind.__name__:
-        return Keep("it is quantised: its weights are integers")
-    return None
-
-
-def _plain(module: nn.Module, kind: type[nn.Module]) -> nn.Module | Keep | None:
-    """Returns a module of exactly this class with ordinary parameters, or why it is not one."""
-    if not isinstance(module, kind):
-        return None
-    if isinstance(module, LazyModuleMixin):
-        return Keep("it is lazy and has no weights yet; call the network once first")
-    if is_parametrized(module):
-        return Keep("it is parametrised: its weight is computed from others")
-    if type(module) is not kind:
-        return Keep(f"{type(module).__name__}, a subclass of {kind.__name__}, may do other things")
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return Keep("its weight is not a parameter of its own (weight normalisation or pruning)")
-    if type(weight) is not nn.Parameter:
-        return Keep(f"its weight is a {type(weight).__name__}; convert before sharding or wrapping")
-    if "forward" in vars(module):
-        return Keep("its forward was replaced on the instance")
-    return module
 
 
 def _check_shape(name: str, support: Support, shape: tuple[int, ...]) -> None:

@@ -6,7 +6,7 @@ compressors see ordinary layers. Where torchvision has the same network the name
 dict and the parameter count are torchvision's, so its checkpoints load.
 """
 
-from .densenet import DenseNet, densenet121, densenet201
+from .densenet import DenseNet, densenet121, densenet121_cifar, densenet201
 from .digits import DigitsNet, digits_net
 from .dncnn import DnCNN, dncnn
 from .lenet import LeNet5, lenet5
@@ -33,6 +33,7 @@ __all__ = [
     "MobileNet",
     "ResNet",
     "densenet121",
+    "densenet121_cifar",
     "densenet201",
     "digits_net",
     "dncnn",

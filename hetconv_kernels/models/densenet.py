@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DenseNet-121 and DenseNet-201 for ImageNet, as in torchvision."""
+"""DenseNet-121 and DenseNet-201 for ImageNet, as in torchvision, and DenseNet-121 for CIFAR."""
 
 from __future__ import annotations
 
@@ -69,6 +69,7 @@ class DenseNet(nn.Module):
         stem: filters of the first convolution.
         num_classes: length of the output.
         image_channels: 3 for colour images.
+        small_images: whether the stem is a 3×3 convolution that keeps the size, as for CIFAR.
     """
 
     def __init__(
@@ -78,16 +79,21 @@ class DenseNet(nn.Module):
         stem: int = 64,
         num_classes: int = 1000,
         image_channels: int = 3,
+        small_images: bool = False,
     ) -> None:
         super().__init__()
+        kernel, stride = (3, 1) if small_images else (7, 2)
         self.features = nn.Sequential(
             OrderedDict(
-                conv0=nn.Conv2d(image_channels, stem, 7, 2, padding=3, bias=False),
+                conv0=nn.Conv2d(
+                    image_channels, stem, kernel, stride, padding=kernel // 2, bias=False
+                ),
                 norm0=nn.BatchNorm2d(stem),
                 relu0=nn.ReLU(inplace=True),
-                pool0=nn.MaxPool2d(3, 2, padding=1),
             )
         )
+        if not small_images:
+            self.features.add_module("pool0", nn.MaxPool2d(3, 2, padding=1))
         channels = stem
         for i, count in enumerate(layers, start=1):
             self.features.add_module(f"denseblock{i}", DenseBlock(count, channels, growth))
@@ -123,3 +129,16 @@ def densenet121(num_classes: int = 1000, image_channels: int = 3) -> DenseNet:
 def densenet201(num_classes: int = 1000, image_channels: int = 3) -> DenseNet:
     """Builds DenseNet-201 for 224×224 images, 20,013,928 parameters."""
     return DenseNet((6, 12, 48, 32), num_classes=num_classes, image_channels=image_channels)
+
+
+def densenet121_cifar(num_classes: int = 10, image_channels: int = 3) -> DenseNet:
+    """Builds DenseNet-121 for 32×32 images: 888.35 M multiply-accumulates.
+
+    The widths are those of `densenet121`; the stem is 3×3 and nothing is pooled before the blocks.
+    """
+    return DenseNet(
+        (6, 12, 24, 16),
+        num_classes=num_classes,
+        image_channels=image_channels,
+        small_images=True,
+    )
