@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from building import alone
 from torch import Tensor
 
 from hetconv_kernels import Support
@@ -62,8 +63,9 @@ def build() -> Path:
         key.update(path.read_bytes())
     folder = ROOT / "build" / "native" / f"cuda-{key.hexdigest()[:16]}"
     driver = folder / "driver"
-    if not driver.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+    with alone(folder):
+        if driver.exists():
+            return driver
         include = [f"-I{native}", f"-I{ROOT / 'csrc' / 'cuda'}"]
         objects = []
         for source in sources:

@@ -8,30 +8,17 @@ import importlib.metadata
 import inspect
 import json
 import os
-import pkgutil
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from tree import ROOT, files_with, modules, read
 
 import hetconv_kernels as hk
 
-ROOT = Path(__file__).resolve().parents[1]
 SOURCE_SUFFIXES = {".py", ".h", ".cpp", ".cu"}
 TEXT_SUFFIXES = SOURCE_SUFFIXES | {".md", ".toml", ".txt", ".in", ".json", ".yaml", ".yml", ""}
-FOLDERS = (
-    ".ci",
-    "benchmarks",
-    "constraints",
-    "csrc",
-    "docs",
-    "examples",
-    "hetconv_kernels",
-    "tests",
-)
-GENERATED = {"hetconv_kernels/_build.json"}
 
 SOFT_LINES, HARD_LINES = 400, 600
 # Files between the two limits, each with the reason why it is still one noun.
@@ -77,35 +64,6 @@ FOREIGN = [
         ("device machi", "ne is lent"),
     )
 ]
-
-
-def files_with(suffixes: set[str]) -> list[Path]:
-    """Lists the files of the tree that people wrote, relative to its root."""
-    below = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*")]
-    return sorted(
-        path.relative_to(ROOT)
-        for path in [*below, *ROOT.iterdir()]
-        if path.is_file()
-        and path.suffix in suffixes
-        and not {"__pycache__", ".git"} & set(path.parts)
-        and not any(part.endswith(".egg-info") for part in path.parts)
-        and path.relative_to(ROOT).as_posix() not in GENERATED
-    )
-
-
-def read(path: Path | str) -> str:
-    """Reads a file of the tree; a stray binary file is no reason to fail."""
-    return (ROOT / path).read_text(errors="replace")
-
-
-def modules() -> list[str]:
-    """Lists the package's Python modules by their dotted names."""
-    found = pkgutil.walk_packages(hk.__path__, prefix="hetconv_kernels.")
-    return [
-        module.name
-        for module in found
-        if module.name.split(".")[-1] not in ("_cpu", "_cuda", "__main__")
-    ]
 
 
 def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
