@@ -35,8 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CODES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 ACTS = ("none", "relu", "relu6", "silu", "gelu")
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined"]
-# Stacks of fibers are not what the sanitizer expects of a stack.
-SANITIZE += ["--param", "asan-stack=0"]
+SANITIZE += ["--param", "asan-stack=0"]  # stacks of fibers are not what it expects of a stack
 WARN = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"]
 FLAGS = ["-std=c++17", "-O1", "-g1", "-DHETCONV_HOST", *SANITIZE, *WARN]
 

@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.metadata
+import importlib.util
 import inspect
 import json
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from tree import ROOT, files_with, modules, read
@@ -90,6 +93,44 @@ def test_no_file_is_too_long() -> None:
     longer = {name for name, lines in lengths.items() if lines > SOFT_LINES}
     assert longer <= set(LONGER_FILES), "split it, or give the reason in LONGER_FILES"
     assert set(LONGER_FILES) <= set(lengths), "LONGER_FILES names a file that is gone"
+
+
+def test_no_test_imports_another_test_file() -> None:
+    """What two of them use stands in a module of helpers, such as layers.py."""
+    imported = re.compile(r"^\s*(?:from|import)\s+(test_\w+)", re.M)
+    hits = [
+        f"{path}: {name}"
+        for path in files_with({".py"})
+        if path.parts[0] == "tests"
+        for name in imported.findall(read(path))
+    ]
+    assert not hits, "\n".join(hits)
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """At import: what a function imports when it is called, and types alone, are left out."""
+    names = {"hetconv_kernels", *modules()}
+    arrows = {name: top_level_imports(name, names) & names for name in names}
+    assert sum(map(len, arrows.values())) > 2 * len(names)
+    while free := {name for name, wanted in arrows.items() if not wanted & set(arrows) - {name}}:
+        arrows = {name: wanted for name, wanted in arrows.items() if name not in free}
+    assert arrows == {}, "these import one another"
+
+
+def top_level_imports(name: str, names: set[str]) -> set[str]:
+    """Lists what importing a module imports, but for the folders that it is in."""
+    module = importlib.import_module(name)
+    assert module.__file__ is not None
+    package = name if hasattr(module, "__path__") else name.rpartition(".")[0]
+    found = set()
+    for node in ast.parse(Path(module.__file__).read_text()).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            inner = {f"{base}.{alias.name}" for alias in node.names}
+            found |= inner & names or {base}
+    return {each for each in found if each != package and not name.startswith(f"{each}.")}
 
 
 def test_every_source_names_its_licence_at_the_top() -> None:
