@@ -44,8 +44,9 @@ help: ## This list
 
 env: $(ENV) ## Set everything up in .venv, run nothing
 
+# Without ARGS all of them, a process for each core: see tests/in_parts.py.
 test: $(ENV) ## Run the tests
-	$(PY) -m pytest $(ARGS)
+	$(PY) $(if $(ARGS),-m pytest $(ARGS),tests/in_parts.py)
 
 # The report's page is checked in a real browser; tests/test_report_browser.py skips without one.
 browser: ## Install Chromium for the test of the report (needs apt and root; nothing if one is there)

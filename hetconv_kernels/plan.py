@@ -1,17 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plan: a Support lowered for one tile shape, and Columns: a Support lowered weight by weight.
+"""Plan: a Support lowered for one tile shape of the Triton engine.
 
-Two encodings serve every engine. The *block* encoding, `Plan`, cuts filters into segments and each
-segment's columns into steps, runs of channels at one tap, whose weights form one packed slab. The
-*element* encoding, `Columns`, lists the columns of each filter; irregular masks use it, since block
-lists would be larger than their weights.
+It cuts filters into segments and each segment's columns into steps, runs of channels at one tap,
+whose weights form one packed slab. The CPU and CUDA engines lower a Support in ways of their own.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +18,6 @@ from .masks import BoolArray, IntArray
 from .support import Support
 
 STEP = np.dtype([("dy", "i4"), ("dx", "i4"), ("channel", "i4"), ("count", "i4"), ("slab", "i8")])
-TRANSPOSED_STEP = np.dtype([*((name, STEP[name]) for name in STEP.names or ()), ("segment", "i4")])
 
 
 @dataclass(frozen=True)
@@ -73,8 +69,6 @@ class Plan:
     Args:
         support: what to lower.
         block: the tile.
-        strict: forbids merging groups, covering gaps and widening runs to the alignment: a filter
-            then never sees a column that it does not read, whatever non-finite value stands there.
         reorder: whether channels may be reordered; where not, `cols` is their own order.
 
     Attributes:
@@ -86,10 +80,8 @@ class Plan:
         slab_size: packed weights of all steps together.
     """
 
-    def __init__(
-        self, support: Support, block: Block, strict: bool = False, reorder: bool = True
-    ) -> None:
-        self.support, self.block, self.strict = support, block, strict
+    def __init__(self, support: Support, block: Block, reorder: bool = True) -> None:
+        self.support, self.block = support, block
         groups = support.groups
         tap_masks = np.stack([g.mask for g in groups])
         in_order = np.arange(support.channels)
@@ -101,8 +93,7 @@ class Plan:
             for index, g in enumerate(groups)
             for i in range(0, len(g.filters), block.filters)
         ]
-        if not strict:
-            pieces = self._merge(pieces)
+        pieces = self._merge(pieces)
         self.rows: IntArray = np.concatenate([filters for filters, _ in pieces])
         self.segments: IntArray = _prefix([len(filters) for filters, _ in pieces])
         segment, self.steps = self._runs(np.stack([mask for _, mask in pieces]))
@@ -122,23 +113,6 @@ class Plan:
     def owner(self) -> IntArray:
         """The segment of each step: the list for wgrad, one output slab a step.  # [steps]"""
         return np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
-
-    @cached_property
-    def transposed(self) -> tuple[IntArray, npt.NDArray[np.void]]:
-        """The same slabs by channel block, for dgrad.
-
-        Returns:
-            Prefix offsets by channel block [blocks + 1], and the steps in that order with the
-            segment that owns each slab.
-        """
-        by_block = self.steps["channel"] // self.block.channels
-        order = np.argsort(by_block, kind="stable")
-        steps = np.zeros(len(order), TRANSPOSED_STEP)
-        for name in STEP.names or ():
-            steps[name] = self.steps[name][order]
-        steps["segment"] = self.owner[order]
-        blocks = -(-self.support.channels // self.block.channels)
-        return _prefix(np.bincount(by_block, minlength=blocks)), steps
 
     @cached_property
     def slab_source(self) -> IntArray:
@@ -194,7 +168,7 @@ class Plan:
             The piece of each run, and the runs without their slabs.  # [runs], STEP [runs]
         """
         width = self.block.channels
-        align, gap = (1, 0) if self.strict else (self.block.align, self.block.gap)
+        align, gap = self.block.align, self.block.gap
         pieces, channels, kh, kw = masks.shape
         blocks, taps, cells = -(-channels // width), kh * kw, width // align
         padded = np.zeros((pieces, blocks * width, taps), bool)
@@ -212,43 +186,6 @@ class Plan:
         end = np.minimum(block * width + (last + 1) * align, channels)
         runs["count"] = end - runs["channel"]
         return piece, runs
-
-
-class Columns(NamedTuple):
-    """The columns of each filter, in the order of the live vector.
-
-    Filter f multiplies ``live[starts[f]:starts[f+1]]`` with its columns (channel, tap), tap being
-    ky·KW + kx. The transposed list gives dgrad the same weights by channel.
-
-    Attributes:
-        starts: prefix offsets by filter.  # int [F + 1]
-        channel: of each live weight.  # int [live]
-        tap: of each live weight.  # int [live]
-        channel_starts: prefix offsets by channel, into the next.  # int [C + 1]
-        order: positions in the live vector, by channel.  # int [live]
-        filter: of each live weight.  # int [live]
-    """
-
-    starts: IntArray
-    channel: IntArray
-    tap: IntArray
-    channel_starts: IntArray
-    order: IntArray
-    filter: IntArray
-
-
-def columns(support: Support) -> Columns:
-    """Lowers a Support weight by weight."""
-    f, c, kh, kw = support.shape
-    filters, channel, tap = np.nonzero(support.mask.reshape(f, c, kh * kw))
-    return Columns(
-        starts=_prefix(np.bincount(filters, minlength=f)),
-        channel=channel,
-        tap=tap,
-        channel_starts=_prefix(np.bincount(channel, minlength=c)),
-        order=np.argsort(channel, kind="stable"),
-        filter=filters,
-    )
 
 
 def _column_order(group_masks: BoolArray) -> IntArray:

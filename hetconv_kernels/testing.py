@@ -86,7 +86,7 @@ def execute_fprop(plan: Plan, geometry: Geometry, x: Tensor, slabs: Tensor) -> T
 def execute_dgrad(
     plan: Plan, geometry: Geometry, size: tuple[int, int], dy: Tensor, slabs: Tensor
 ) -> Tensor:
-    """Runs a Plan's dgrad literally, from its transposed list.
+    """Runs a Plan's dgrad literally: every step adds to the channels that it reads.
 
     Args:
         plan: the lowering.
@@ -102,17 +102,14 @@ def execute_dgrad(
     channels = geometry.support.channels
     shape = (dy.shape[0], channels, size[0] + top + bottom, size[1] + left + right)
     padded = torch.zeros(shape, dtype=dy.dtype)
-    starts, steps = plan.transposed
-    for block in range(len(starts) - 1):
-        for step in steps[starts[block] : starts[block + 1]]:
-            segment = step["segment"]
-            filters = plan.rows[plan.segments[segment] : plan.segments[segment + 1]]
-            slab = _slab(plan, slabs, step)[:, : len(filters)]
-            part = torch.einsum("nfhw,cf->nchw", dy[:, torch.as_tensor(filters)], slab)
-            rows, cols = _pixels(geometry, step, dy.shape[2:])
-            read = plan.cols[step["channel"] : step["channel"] + step["count"]]
-            index = torch.as_tensor(read)[:, None, None], rows[:, None], cols[None, :]
-            padded[:, *index] += part
+    for segment, step in zip(plan.owner, plan.steps, strict=True):
+        filters = plan.rows[plan.segments[segment] : plan.segments[segment + 1]]
+        slab = _slab(plan, slabs, step)[:, : len(filters)]
+        part = torch.einsum("nfhw,cf->nchw", dy[:, torch.as_tensor(filters)], slab)
+        rows, cols = _pixels(geometry, step, dy.shape[2:])
+        read = plan.cols[step["channel"] : step["channel"] + step["count"]]
+        index = torch.as_tensor(read)[:, None, None], rows[:, None], cols[None, :]
+        padded[:, *index] += part
     return crop_image(padded, geometry.pads)
 
 

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from functools import cache
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -24,6 +27,8 @@ torch.backends.cudnn.allow_tf32 = False
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--share", help="folder of processes that share the tests, file by file")
+    parser.addoption("--cuda-sample", type=int, help="run an eighth of test_cuda*, this one")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -37,6 +42,36 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for marker, reason in reasons.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+    day = config.getoption("--cuda-sample")
+    if day is not None:
+        left = [item for item in items if _is_left(item, day)]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in set(left)]
+
+
+def _is_left(item: pytest.Item, day: int) -> bool:
+    """Tells whether a test of the CUDA kernels is none of the eighth of that day."""
+    name = hashlib.sha256(item.nodeid.encode()).digest()
+    return item.path.name.startswith("test_cuda") and name[0] % 8 != day % 8
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+    """Leaves the tests of a file to the process that came to it first, see `in_parts`."""
+    folder = item.config.getoption("--share")
+    if folder is None or _is_ours(Path(folder), item.path.relative_to(item.config.rootpath)):
+        return None
+    return True
+
+
+@cache
+def _is_ours(folder: Path, file: Path) -> bool:
+    try:
+        (folder / "-".join(file.parts)).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from building import alone
 
 import hetconv_kernels as hk
 from hetconv_kernels import ops
@@ -50,8 +51,9 @@ def build() -> Path:
         key.update(path.read_bytes())
     folder = ROOT / "build" / "native" / f"module-{key.hexdigest()[:16]}"
     module = folder / f"_cuda{suffix}"
-    if not module.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+    with alone(folder):
+        if module.exists():
+            return module
         objects = [folder / f"{source.name}.o" for source in sources]
         for source, made in zip(sources, objects, strict=True):
             folders = [f"-I{path}" for path in include]

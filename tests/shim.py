@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from building import alone
 from torch import Tensor
 
 from hetconv_kernels import Support
@@ -34,8 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CODES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 ACTS = ("none", "relu", "relu6", "silu", "gelu")
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined"]
-# Stacks of fibers are not what the sanitizer expects of a stack.
-SANITIZE += ["--param", "asan-stack=0"]
+SANITIZE += ["--param", "asan-stack=0"]  # stacks of fibers are not what it expects of a stack
 WARN = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"]
 FLAGS = ["-std=c++17", "-O1", "-g1", "-DHETCONV_HOST", *SANITIZE, *WARN]
 
@@ -62,8 +62,9 @@ def build() -> Path:
         key.update(path.read_bytes())
     folder = ROOT / "build" / "native" / f"cuda-{key.hexdigest()[:16]}"
     driver = folder / "driver"
-    if not driver.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+    with alone(folder):
+        if driver.exists():
+            return driver
         include = [f"-I{native}", f"-I{ROOT / 'csrc' / 'cuda'}"]
         objects = []
         for source in sources:

@@ -43,6 +43,5 @@ def blocks(draw: st.DrawFn) -> Block:
 
 
 @st.composite
-def plans(draw: st.DrawFn, strict: bool | None = None) -> Plan:
-    strict = draw(st.booleans()) if strict is None else strict
-    return Plan(Support.from_mask(draw(masks())), draw(blocks()), strict)
+def plans(draw: st.DrawFn) -> Plan:
+    return Plan(Support.from_mask(draw(masks())), draw(blocks()))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_datasets import write_cifar
+from cifar import write_cifar
 
 from hetconv_kernels.cli import main
 from hetconv_kernels.compression import ADMM, SelfGrouping

@@ -280,7 +280,7 @@ def test_wgrad_does_not_read_a_neighbouring_channel(
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("form", ["pixels", "columns"])
 def test_unmerged_forms_never_show_a_filter_what_it_does_not_read(isa: str, form: str) -> None:
-    """What a strict Plan promises: a group never sees a channel it does not read."""
+    """A group never sees a channel it does not read."""
     rng = np.random.default_rng(0)
     support = hk.Support.self_grouped(rng.integers(0, 5, 24), rng.random((5, 20)) < 0.3, 3)
     x, w = torch.randn(2, 20, 9, 8), torch.randn(*support.shape)

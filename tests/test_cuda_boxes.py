@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import shim
-from test_cuda_host import (
+from narrow_cases import (
     DTYPES,
     HET,
     LAYERS,

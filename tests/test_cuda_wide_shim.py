@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import shim
 import torch
-from test_cuda_wide import LAYERS, tiled
+from wide_layers import LAYERS, tiled
 
 from hetconv_kernels.backends.cuda.wide_tiles import WideTiling, tile_counts
 

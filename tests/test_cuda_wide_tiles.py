@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from test_cuda_wide import PART, chosen
+from wide_layers import PART, chosen
 
 from hetconv_kernels import Support
 from hetconv_kernels.backends.cuda import wide_tiles

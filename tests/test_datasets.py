@@ -8,23 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cifar import RECORD, write_cifar
 
 from hetconv_kernels.datasets import Split, cifar10, digits, shifted_and_flipped
 from hetconv_kernels.errors import ArgumentError, HetconvError
 from hetconv_kernels.models import digits_net
-
-RECORD = 3073
-
-
-def write_cifar(folder: Path, counts: dict[str, int], seed: int = 0) -> dict[str, np.ndarray]:
-    """Writes random records in the original format; returns them by file."""
-    rng, written = np.random.default_rng(seed), {}
-    for name, count in counts.items():
-        records = rng.integers(0, 256, (count, RECORD), dtype=np.uint8)
-        records[:, 0] %= 10
-        records.tofile(folder / name)
-        written[name] = records
-    return written
 
 
 def test_records_are_read_as_the_format_says(tmp_path: Path) -> None:

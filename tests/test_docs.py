@@ -16,19 +16,14 @@ import sys
 import tomllib
 import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
+from pages import DOCS, FENCE, NAMES, PAGES, ROOT, TITLE, blocks
 
 from hetconv_kernels import cli
 
-ROOT = Path(__file__).parents[1]
-DOCS = ROOT / "docs"
-PAGES = sorted([ROOT / "README.md", *DOCS.rglob("*.md")])
-NAMES = [path.relative_to(ROOT).as_posix() for path in PAGES]
-FENCE = re.compile(r"^( *)```(\w*)(?: title=\"([^\"]*)\")?\n(.*?)^\1```$", re.M | re.S)
-TITLE = "Not run by the tests: "
 # Blocks that cannot run here, by page, with the reason that the reader sees.
 NOT_RUN = {
     ("docs/start.md", "needs an NVIDIA GPU"),
@@ -37,24 +32,6 @@ NOT_RUN = {
     ("docs/cli.md", "mynets is yours"),
     ("docs/profiling.md", "needs perf"),
 }
-
-
-class Block(NamedTuple):
-    """A fenced block of code."""
-
-    language: str
-    title: str
-    text: str
-    line: int
-
-
-def blocks(path: Path) -> list[Block]:
-    """Lists the fenced blocks of a page."""
-    text = path.read_text()
-    return [
-        Block(found[2], found[3] or "", found[4], text[: found.start()].count("\n") + 2)
-        for found in FENCE.finditer(text)
-    ]
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from test_datasets import write_cifar
+from cifar import write_cifar
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 

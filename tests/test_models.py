@@ -144,3 +144,23 @@ def test_cifar_shortcut_subsamples_and_pads_with_zeros():
     assert torch.equal(y[:, 8:24], x[:, :, ::2, ::2])
     assert not y[:, :8].any()
     assert not y[:, 24:].any()
+
+
+def test_every_network_is_made_by_its_name_and_takes_its_images():
+    functions = {name for name in models.__all__ if name[0].islower()}
+    assert set(models.names()) == functions - {"create", "input_size", "names"}
+    for name in models.names():
+        with torch.device("meta"):
+            model, image = models.create(name), torch.empty(1, *models.input_size(name))
+        assert type(model) is type(getattr(models, name)())
+        assert model.eval()(image).shape[0] == 1
+
+
+def test_settings_of_a_network_reach_it():
+    assert models.create("resnet20", num_classes=7)(torch.zeros(1, 3, 32, 32)).shape == (1, 7)
+
+
+@pytest.mark.parametrize("function", [models.create, models.input_size])
+def test_a_network_that_is_not_there_is_refused(function):
+    with pytest.raises(ArgumentError, match="network: received 'resnet19', expected one of lenet5"):
+        function("resnet19")

@@ -1,23 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plan and Columns against lowerings written out channel by channel."""
+"""Plan against lowerings written out channel by channel."""
 
 from __future__ import annotations
 
-import doctest
 import itertools
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
-from strategies import masks, plans, random_mask
+from strategies import plans, random_mask
 
-from hetconv_kernels import Support, plan
+from hetconv_kernels import Support
 from hetconv_kernels.errors import ArgumentError
-from hetconv_kernels.plan import Block, Plan, columns
-from hetconv_kernels.problem import make_geometry
-from hetconv_kernels.testing import oracle
+from hetconv_kernels.plan import Block, Plan
 
 
 def segments(p: Plan) -> list[tuple[Any, Any]]:
@@ -45,9 +41,9 @@ def channel_numbers(channels: int, bits: int) -> Any:
     return np.arange(1, channels + 1) >> np.arange(bits)[:, None] & 1 == 1
 
 
-def runs_by_hand(mask: Any, block: Block, strict: bool) -> list[tuple[int, int, int, int]]:
+def runs_by_hand(mask: Any, block: Block) -> list[tuple[int, int, int, int]]:
     """The runs (dy, dx, channel, count) of a mask [C, KH, KW] in block order, cell by cell."""
-    align, gap = (1, 0) if strict else (block.align, block.gap)
+    align, gap = block.align, block.gap
     found = []
     for low in range(0, len(mask), block.channels):
         high = min(low + block.channels, len(mask))
@@ -98,12 +94,12 @@ def test_runs_are_those_found_by_hand(p: Plan) -> None:
     for filters, steps in segments(p):
         union = p.support.mask[filters].any(0)[p.cols]
         found = [tuple(int(step[n]) for n in ("dy", "dx", "channel", "count")) for step in steps]
-        assert found == runs_by_hand(union, p.block, p.strict)
+        assert found == runs_by_hand(union, p.block)
 
 
 @given(plans())
 def test_runs_stay_within_a_channel_block_and_are_aligned(p: Plan) -> None:
-    align = 1 if p.strict else p.block.align
+    align = p.block.align
     first, end = p.steps["channel"], p.steps["channel"] + p.steps["count"]
     assert (p.steps["count"] >= 1).all()
     assert (first // p.block.channels == (end - 1) // p.block.channels).all()
@@ -151,22 +147,12 @@ def test_a_segment_reads_every_column_of_its_filters_once(p: Plan) -> None:
             assert set(zip(*np.nonzero(p.support.mask[f]), strict=True)) <= set(columns_read)
 
 
-@given(plans(strict=True))
-def test_a_strict_segment_reads_exactly_the_columns_of_each_filter(p: Plan) -> None:
-    for filters, steps in segments(p):
-        for f in filters:
-            live = [
-                tuple(map(int, index)) for index in zip(*np.nonzero(p.support.mask[f]), strict=True)
-            ]
-            assert sorted(covered(p, steps)) == live
-
-
-@given(plans(strict=False))
+@given(plans())
 def test_merging_never_executes_more_columns(p: Plan) -> None:
     apart = 0
     for group in p.support.groups:
         pieces = -(-len(group.filters) // p.block.filters)
-        runs = runs_by_hand(group.mask[p.cols], p.block, strict=False)
+        runs = runs_by_hand(group.mask[p.cols], p.block)
         apart += pieces * sum(count for *_, count in runs)
     assert p.steps["count"].sum() <= apart
 
@@ -180,23 +166,6 @@ def test_efficiency_is_live_over_executed_multiplications(p: Plan) -> None:
             executed += lanes * p.block.filters
     assert p.efficiency == (p.support.live / executed if executed else 1.0)
     assert 0 <= p.efficiency <= 1
-
-
-@given(plans())
-def test_transposed_list_is_the_steps_by_channel_block(p: Plan) -> None:
-    starts, steps = p.transposed
-    segment = np.repeat(np.arange(len(p.starts) - 1), np.diff(p.starts))
-    np.testing.assert_array_equal(p.owner, segment)
-    by_slab = np.argsort(steps["slab"])
-    for name in ("dy", "dx", "channel", "count", "slab"):
-        np.testing.assert_array_equal(steps[by_slab][name], p.steps[name])
-    np.testing.assert_array_equal(steps[by_slab]["segment"], segment)
-    assert len(starts) == -(-p.support.channels // p.block.channels) + 1
-    assert (starts[0], starts[-1]) == (0, len(steps))
-    for block in range(len(starts) - 1):
-        mine = steps[starts[block] : starts[block + 1]]
-        assert (mine["channel"] // p.block.channels == block).all()
-        assert (np.diff(mine["segment"]) >= 0).all()
 
 
 # Worked examples --------------------------------------------------------------------------------
@@ -216,12 +185,10 @@ def test_groups_that_fit_the_tile_are_lowered_without_waste() -> None:
     assert p.cols.tolist() == [*range(0, 16, 2), *range(1, 16, 2)]
 
 
-def test_small_groups_are_merged_unless_strict() -> None:
-    depthwise = Support.grouped(8, 8, 3, 8)
-    merged, strict = (Plan(depthwise, Block(4, 4), strict) for strict in (False, True))
-    assert merged.segments.tolist() == [0, 4, 8]
-    assert len(strict.segments) == 9
-    assert merged.steps["count"].sum() == strict.steps["count"].sum() == 8 * 9
+def test_small_groups_are_merged() -> None:
+    p = Plan(Support.grouped(8, 8, 3, 8), Block(4, 4))
+    assert p.segments.tolist() == [0, 4, 8]
+    assert p.steps["count"].sum() == 8 * 9
 
 
 @pytest.mark.parametrize(("gap", "merged"), [(3, True), (4, False)], ids=["broken", "covered"])
@@ -250,12 +217,10 @@ def test_a_gap_covers_dead_channels_between_runs(gap: int, runs: list[tuple[int,
     assert steps[["channel", "count"]].tolist() == runs
 
 
-@pytest.mark.parametrize("strict", [False, True])
-def test_a_support_without_weights_has_no_steps(strict: bool) -> None:
-    p = Plan(Support.from_mask(np.zeros((5, 3, 3, 3), bool)), Block(2, 2), strict)
+def test_a_support_without_weights_has_no_steps() -> None:
+    p = Plan(Support.from_mask(np.zeros((5, 3, 3, 3), bool)), Block(2, 2))
     assert (len(p.steps), p.slab_size, p.efficiency) == (0, 0, 1.0)
     assert sorted(p.rows) == list(range(5))
-    assert p.transposed[0].tolist() == [0, 0, 0]
 
 
 def test_plans_of_one_support_are_equal() -> None:
@@ -284,51 +249,3 @@ def test_a_block_without_extent_is_refused(sizes: tuple[int, ...]) -> None:
 def test_a_block_that_its_alignment_does_not_divide_is_refused() -> None:
     with pytest.raises(ArgumentError, match=r"received 4, expected a divisor of channels=6"):
         Block(filters=4, channels=6, align=4)
-
-
-# Columns ----------------------------------------------------------------------------------------
-
-
-@given(masks())
-def test_columns_list_the_live_vector_by_filter(mask: Any) -> None:
-    f, kw = mask.shape[0], mask.shape[3]
-    found = columns(Support.from_mask(mask))
-    filters, channel, dy, dx = np.nonzero(mask)
-    np.testing.assert_array_equal(found.filter, filters)
-    np.testing.assert_array_equal(found.channel, channel)
-    np.testing.assert_array_equal(found.tap, dy * kw + dx)
-    assert len(found.starts) == f + 1
-    for i in range(f):
-        mine = slice(found.starts[i], found.starts[i + 1])
-        assert (found.filter[mine] == i).all()
-        assert found.starts[i + 1] - found.starts[i] == mask[i].sum()
-
-
-@given(masks())
-def test_columns_transposed_list_the_same_weights_by_channel(mask: Any) -> None:
-    found = columns(Support.from_mask(mask))
-    assert sorted(found.order) == list(range(mask.sum()))
-    assert len(found.channel_starts) == mask.shape[1] + 1
-    for c in range(mask.shape[1]):
-        mine = found.order[found.channel_starts[c] : found.channel_starts[c + 1]]
-        assert (found.channel[mine] == c).all()
-        assert len(mine) == mask[:, c].sum()
-        assert (np.diff(mine) > 0).all()
-
-
-def test_columns_multiply_out_to_the_convolution() -> None:
-    s = Support.from_mask(random_mask(2, (5, 4, 2, 3)))
-    w = torch.randn(s.shape).double()
-    x = torch.randn(4, 2, 3).double()
-    found, live = columns(s), w[torch.tensor(s.mask)]
-    y = torch.zeros(5).double()
-    for f in range(5):
-        for i in range(found.starts[f], found.starts[f + 1]):
-            y[f] += live[i] * x[found.channel[i]].flatten()[found.tap[i]]
-    torch.testing.assert_close(y, oracle(x[None], w, make_geometry(s)).flatten())
-
-
-def test_docstring_examples_run() -> None:
-    outcome = doctest.testmod(plan)
-    assert outcome.attempted > 0
-    assert outcome.failed == 0

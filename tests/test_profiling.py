@@ -17,7 +17,7 @@ from torch import nn
 import hetconv_kernels as hk
 from hetconv_kernels import cli
 from hetconv_kernels.errors import ArgumentError, HetconvError, InputTypeError
-from hetconv_kernels.profiling import command, timeline
+from hetconv_kernels.profiling import timeline
 from hetconv_kernels.profiling.measure import backends_of, dense_twin, layers_of
 from hetconv_kernels.roofs import Roofs
 
@@ -310,17 +310,6 @@ def test_a_network_and_a_saved_file(tmp_path: Path, capsys: Capture) -> None:
     path = str(tmp_path / "net.safetensors")
     assert cli.main(["profile", path, "--size", "8", *quick]) == 0
     assert "(1, 1, 8, 8)" in json.loads(capsys.readouterr().out)["input"]
-
-
-@pytest.mark.parametrize("name", command.NETWORKS)
-def test_every_network_takes_the_image_it_is_said_to(name: str) -> None:
-    build, image = command.NETWORKS[name]
-    assert hk.stats.macs(build(), image) > 0
-
-
-def test_every_network_of_the_package_can_be_named() -> None:
-    constructors = {n for n in hk.models.__all__ if n.islower()}
-    assert set(command.NETWORKS) == constructors
 
 
 @pytest.mark.parametrize(

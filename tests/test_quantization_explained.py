@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_quantized import X, Y, image, quantized
+from quantized_layers import X, Y, image, quantized
 from torch import nn
 
 import hetconv_kernels as hk

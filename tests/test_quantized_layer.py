@@ -9,7 +9,7 @@ import pickle
 
 import pytest
 import torch
-from test_quantized import POOL, R, X, Y, image, quantized
+from quantized_layers import POOL, R, X, Y, image, quantized
 from torch import nn
 
 import hetconv_kernels as hk

@@ -3,35 +3,25 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.metadata
+import importlib.util
 import inspect
 import json
 import os
-import pkgutil
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tree import ROOT, files_with, modules, read
 
 import hetconv_kernels as hk
 
-ROOT = Path(__file__).resolve().parents[1]
 SOURCE_SUFFIXES = {".py", ".h", ".cpp", ".cu"}
 TEXT_SUFFIXES = SOURCE_SUFFIXES | {".md", ".toml", ".txt", ".in", ".json", ".yaml", ".yml", ""}
-FOLDERS = (
-    ".ci",
-    "benchmarks",
-    "constraints",
-    "csrc",
-    "docs",
-    "examples",
-    "hetconv_kernels",
-    "tests",
-)
-GENERATED = {"hetconv_kernels/_build.json"}
 
 SOFT_LINES, HARD_LINES = 400, 600
 # Files between the two limits, each with the reason why it is still one noun.
@@ -81,35 +71,6 @@ FOREIGN = [
 ]
 
 
-def files_with(suffixes: set[str]) -> list[Path]:
-    """Lists the files of the tree that people wrote, relative to its root."""
-    below = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*")]
-    return sorted(
-        path.relative_to(ROOT)
-        for path in [*below, *ROOT.iterdir()]
-        if path.is_file()
-        and path.suffix in suffixes
-        and not {"__pycache__", ".git"} & set(path.parts)
-        and not any(part.endswith(".egg-info") for part in path.parts)
-        and path.relative_to(ROOT).as_posix() not in GENERATED
-    )
-
-
-def read(path: Path | str) -> str:
-    """Reads a file of the tree; a stray binary file is no reason to fail."""
-    return (ROOT / path).read_text(errors="replace")
-
-
-def modules() -> list[str]:
-    """Lists the package's Python modules by their dotted names."""
-    found = pkgutil.walk_packages(hk.__path__, prefix="hetconv_kernels.")
-    return [
-        module.name
-        for module in found
-        if module.name.split(".")[-1] not in ("_cpu", "_cuda", "__main__")
-    ]
-
-
 def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Runs this interpreter in the root of the tree, with compiled Python files kept."""
     environment = {
@@ -134,6 +95,44 @@ def test_no_file_is_too_long() -> None:
     longer = {name for name, lines in lengths.items() if lines > SOFT_LINES}
     assert longer <= set(LONGER_FILES), "split it, or give the reason in LONGER_FILES"
     assert set(LONGER_FILES) <= set(lengths), "LONGER_FILES names a file that is gone"
+
+
+def test_no_test_imports_another_test_file() -> None:
+    """What two of them use stands in a module of helpers, such as layers.py."""
+    imported = re.compile(r"^\s*(?:from|import)\s+(test_\w+)", re.M)
+    hits = [
+        f"{path}: {name}"
+        for path in files_with({".py"})
+        if path.parts[0] == "tests"
+        for name in imported.findall(read(path))
+    ]
+    assert not hits, "\n".join(hits)
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """At import: what a function imports when it is called, and types alone, are left out."""
+    names = {"hetconv_kernels", *modules()}
+    arrows = {name: top_level_imports(name, names) & names for name in names}
+    assert sum(map(len, arrows.values())) > 2 * len(names)
+    while free := {name for name, wanted in arrows.items() if not wanted & set(arrows) - {name}}:
+        arrows = {name: wanted for name, wanted in arrows.items() if name not in free}
+    assert arrows == {}, "these import one another"
+
+
+def top_level_imports(name: str, names: set[str]) -> set[str]:
+    """Lists what importing a module imports, but for the folders that it is in."""
+    module = importlib.import_module(name)
+    assert module.__file__ is not None
+    package = name if hasattr(module, "__path__") else name.rpartition(".")[0]
+    found = set()
+    for node in ast.parse(Path(module.__file__).read_text()).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            inner = {f"{base}.{alias.name}" for alias in node.names}
+            found |= inner & names or {base}
+    return {each for each in found if each != package and not name.startswith(f"{each}.")}
 
 
 def test_every_source_names_its_licence_at_the_top() -> None:

@@ -94,7 +94,7 @@ def test_the_bound_grows_with_depth_and_scales_with_the_operands() -> None:
 
 @pytest.fixture
 def plan() -> Plan:
-    return Plan(SUPPORT, Block(filters=1, channels=2), strict=True)
+    return Plan(SUPPORT, Block(filters=1, channels=2))
 
 
 def test_what_no_segment_writes_reads_nan(plan: Plan) -> None:
@@ -119,7 +119,7 @@ def test_gradients_of_an_unread_channel_are_zero() -> None:
     mask = SUPPORT.mask.copy()
     mask[:, 2] = False
     support = Support.from_mask(mask)
-    geometry, plan = make_geometry(support, 1, 1), Plan(support, Block(2, 2), strict=True)
+    geometry, plan = make_geometry(support, 1, 1), Plan(support, Block(2, 2))
     dy = torch.randn(1, 3, *geometry.output_size(4, 4))
     slabs = pack_slabs(plan, torch.randn(support.shape))
     dx = execute_dgrad(plan, geometry, (4, 4), dy, slabs)

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_docs import NAMES, PAGES, TITLE, blocks
-from test_repository import modules
+from pages import NAMES, PAGES, TITLE, blocks
+from tree import modules
 
 import hetconv_kernels as hk
 

@@ -11,6 +11,7 @@ from .digits import DigitsNet, digits_net
 from .dncnn import DnCNN, dncnn
 from .lenet import LeNet5, lenet5
 from .mobilenet import MobileNet, mobilenet
+from .registry import create, input_size, names
 from .resnet import (
     CifarResNet,
     ResNet,
@@ -32,13 +33,16 @@ __all__ = [
     "LeNet5",
     "MobileNet",
     "ResNet",
+    "create",
     "densenet121",
     "densenet121_cifar",
     "densenet201",
     "digits_net",
     "dncnn",
+    "input_size",
     "lenet5",
     "mobilenet",
+    "names",
     "resnet18",
     "resnet20",
     "resnet34",

@@ -24,23 +24,6 @@ from ..quantization.quantize import quantize
 from .measure import backends_of, layers_of, profile
 from .timeline import ncu_commands, run_passes, write_proton, write_trace
 
-# name -> the constructor, and the image [C, H, W] that the network is made for
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
-    "lenet5": (models.lenet5, (1, 28, 28)),
-    "digits_net": (models.digits_net, (1, 8, 8)),
-    "dncnn": (models.dncnn, (1, 180, 180)),
-    "vgg16_cifar": (models.vgg16_cifar, (3, 32, 32)),
-    "resnet20": (models.resnet20, (3, 32, 32)),
-    "resnet56": (models.resnet56, (3, 32, 32)),
-    "resnet110": (models.resnet110, (3, 32, 32)),
-    "vgg16": (models.vgg16, (3, 224, 224)),
-    "resnet18": (models.resnet18, (3, 224, 224)),
-    "resnet34": (models.resnet34, (3, 224, 224)),
-    "resnet50": (models.resnet50, (3, 224, 224)),
-    "densenet121": (models.densenet121, (3, 224, 224)),
-    "densenet201": (models.densenet201, (3, 224, 224)),
-    "mobilenet": (models.mobilenet, (3, 224, 224)),
-}
 _SUFFIX = ".safetensors"
 _OF_A_LAYER = ("kind", "channels", "filters", "kernel", "p", "order", "density", "stride")
 
@@ -50,8 +33,8 @@ def add_target(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("target", metavar="MODEL|layer",
         help=f"'layer', described by the options of `hetconv explain`; a network of this package "
-        f"({', '.join(NETWORKS)}); module:function, which returns a network, or a network and an "
-        f"input; or a {_SUFFIX} file that hetconv_kernels.io wrote")  # fmt: skip
+        f"({', '.join(models.names())}); module:function, which returns a network, or a network "
+        f"and an input; or a {_SUFFIX} file that hetconv_kernels.io wrote")  # fmt: skip
     layer_options.add_arguments(parser)
     parser.set_defaults(size=None)
     add("--het", type=whole(), metavar="P",
@@ -141,10 +124,10 @@ def target(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
     device = layer_options.check_device(options.device)
     example: Tensor | None = None
     backend_code(options.backend)  # refuses an unknown one, also where no layer is ours
-    if name in NETWORKS:
-        build, (channels, *image) = NETWORKS[name]
+    if name in models.names():
+        channels, *image = models.input_size(name)
         torch.manual_seed(0)
-        model = build()
+        model = models.create(name)
     elif name.endswith(_SUFFIX):
         try:
             model = io.load(name)
@@ -160,7 +143,7 @@ def target(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
             mismatch(
                 "MODEL",
                 repr(name),
-                f"layer, module:function, a {_SUFFIX} file, or one of {', '.join(NETWORKS)}",
+                f"layer, module:function, a {_SUFFIX} file, or one of {', '.join(models.names())}",
             )
         )
     if options.het is not None:

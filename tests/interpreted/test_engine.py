@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from test_kernels import TILE, gather_call, near, problem
+from kernel_calls import TILE, gather_call, near, problem
 
 import hetconv_kernels as hk
 from hetconv_kernels import ops

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fuzz test of `test_properties` on the Triton engine, in Triton's interpreter."""
+"""The fuzz test of `properties` on the Triton engine, in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import os
 from typing import Any
 
 import numpy as np
+import properties
 import pytest
-import test_properties as properties
 import torch
 from hypothesis import HealthCheck, given, seed, settings
 
@@ -22,7 +22,7 @@ MAY_REFUSE = 0.2
 SHARDS = 2
 EXAMPLES = int(os.environ.get("HETCONV_FUZZ", "160")) // SHARDS
 
-_poison = properties._poison
+poison = properties.poison
 
 
 def case(support: Support, size: tuple[int, int], *where: Any, **more: Any) -> properties.Case:
@@ -80,7 +80,7 @@ def test_silent_corrupters(name: str, only: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(launch.Launch, "__call__", spy)
     properties.refused.clear()
     functional._geometries.clear()  # it remembers the other kernel's choice
-    properties._check("triton", SEEDS[name])
+    properties.check("triton", SEEDS[name])
     assert not properties.refused
     # Boxes run all of them but the one whose channels no descriptor can have.
     boxed = any("boxes" in kernel for kernel in started)
@@ -109,7 +109,7 @@ def test_triton_equals_oracle(
     @seed(shard + SHARDS * (only is not None))
     @given(properties.cases())
     def run(case: properties.Case) -> None:
-        properties._check("triton", case)
+        properties.check("triton", case)
 
     run()
     offered = properties.offered["triton"]

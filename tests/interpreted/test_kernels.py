@@ -13,9 +13,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from kernel_calls import TILE, gather_call, near, problem
 
 import hetconv_kernels as hk
-from hetconv_kernels import ops
 from hetconv_kernels.backends.gpu import capture
 from hetconv_kernels.backends.triton import choice, wgrad_choice
 from hetconv_kernels.backends.triton.calls import GatherCall
@@ -27,7 +27,7 @@ from hetconv_kernels.backends.triton.wgrad_calls import WgradCall
 from hetconv_kernels.backends.triton.wgrad_choice import WgradChoice
 from hetconv_kernels.packing import pack_slabs
 from hetconv_kernels.problem import Geometry, Problem, make_geometry
-from hetconv_kernels.testing import error_bound, execute_fprop, execute_wgrad, oracle
+from hetconv_kernels.testing import execute_fprop, execute_wgrad, oracle
 
 SUPPORTS = {
     "dense": hk.Support.dense(24, 32, 3),
@@ -44,7 +44,6 @@ SUPPORTS = {
     "empty": hk.Support.from_mask(torch.zeros(20, 16, 3, 3, dtype=torch.bool).numpy()),
     "wide": hk.Support.dense(16, 16, (1, 5)),
 }
-TILE = Tile(32, 16, 16, 4)
 GEOMETRIES = {
     "same": (1, 1, 1),
     "stride2": (2, 1, 1),
@@ -71,20 +70,6 @@ def tensors(geometry: Geometry, dtype: torch.dtype, size: tuple[int, int] = SIZE
     last = torch.channels_last
     poisoned = torch.where(torch.tensor(s.mask), w, float("nan"))
     return x.contiguous(memory_format=last), w, poisoned, dy.contiguous(memory_format=last)
-
-
-def problem(verb: str, geometry: Geometry, first: Any, second: Any, w: Any, size: Any) -> Problem:
-    return ops.describe(verb, geometry, first, second, w, size)
-
-
-def near(found: torch.Tensor, exact: torch.Tensor, size: torch.Tensor, depth: int) -> None:
-    error = (found.double() - exact).abs()
-    assert (error <= error_bound(size, depth, found.dtype)).all(), error.max()
-
-
-def gather_call(p: Problem, tile: Tile, reorder: bool = True, box: Box | None = None) -> GatherCall:
-    lowering = choice.lowering_of(p, tile.filters, tile.channels, reorder)
-    return GatherCall(p, GatherChoice(tile, box, lowering, 0.0, 1.0))
 
 
 def wgrad_call(

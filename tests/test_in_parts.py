@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests shared out among processes: each file is run once, and a sample is a part of all."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import conftest
+import in_parts
+import pytest
+from tree import ROOT
+
+FILES = ("tests/test_errors.py", "tests/test_seed_numbers.py")
+
+
+def run(*arguments: str) -> str:
+    """Runs pytest in a process; returns its output."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def passed(output: str) -> int:
+    """Reads how many tests passed."""
+    found = re.search(r"(\d+) passed", output)
+    return int(found[1]) if found else 0
+
+
+def test_what_one_process_took_no_other_runs(tmp_path: Path) -> None:
+    both = passed(run(*FILES))
+    first = passed(run("--share", str(tmp_path), FILES[0]))
+    second = passed(run("--share", str(tmp_path), *FILES))
+    assert first > 0
+    assert second > 0
+    assert first + second == both
+    assert passed(run("--share", str(tmp_path), *FILES)) == 0
+
+
+def test_samples_of_eight_days_are_all_tests_of_the_kernels_once() -> None:
+    kernels = [item(f"tests/test_cuda_host.py::test[{number}]") for number in range(100)]
+    others = [item(f"tests/test_conv.py::test[{number}]") for number in range(100)]
+    samples = [[each for each in kernels if not conftest._is_left(each, day)] for day in range(8)]
+    assert sorted(each.nodeid for sample in samples for each in sample) == sorted(
+        each.nodeid for each in kernels
+    )
+    assert all(0 < len(sample) < 50 for sample in samples)
+    assert not any(conftest._is_left(each, 3) for each in others)
+
+
+def test_a_sample_is_said_to_be_one() -> None:
+    output = run("--collect-only", "tests/test_cuda_wide_tiles.py", FILES[0], "--cuda-sample", "3")
+    assert re.search(r"\(\d+ deselected\)", output)
+
+
+def item(nodeid: str) -> Any:
+    """Stands in for an item of pytest."""
+    return SimpleNamespace(nodeid=nodeid, path=Path(nodeid.split("::")[0]))
+
+
+@pytest.mark.parametrize("path", ["csrc/cuda/narrow.h", "tests/shim.py", "csrc/cuda/wide_work.h"])
+def test_the_digest_follows_what_the_kernels_are_made_from(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, read = in_parts.digest(), Path.read_bytes
+
+    def changed(own: Path) -> bytes:
+        return read(own) + (b" " if own == ROOT / path else b"")
+
+    assert in_parts.digest() == before
+    monkeypatch.setattr(Path, "read_bytes", changed)
+    assert in_parts.digest() != before
