@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...problem import Problem
 from .. import Runner
+from ..gpu import parts
 from ..gpu.devices import gpu_reasons
 from ..rates import GPU_PREDICTION
 from . import choice, table, wgrad_choice
@@ -80,6 +81,12 @@ class Triton:
         span = max(abs(stride) for stride in problem.strides[1:])
         if span * max(problem.height, problem.width, oh, ow, c, f) > 2**62:
             reasons.append("The strides of the image are beyond 64-bit addresses.")
+        elif parts.WITHOUT:
+            gradient = problem.verb == "wgrad"
+            pointers = parts.left_out("triton-wgrad" if gradient else "triton-gather")
+            # Only boxes are left, where they can be used at all.
+            ways = wgrad_choice.wgrad_choices if gradient else choice.gather_choices
+            reasons += [pointers] if pointers and not ways(problem) else []
         return reasons
 
     def estimate(self, problem: Problem) -> float:

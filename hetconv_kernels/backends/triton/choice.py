@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...problem import Problem
+from ..gpu import parts
 from ..gpu.axes import axes_of, dgrad_classes
 from ..gpu.devices import GpuSpec, spec_of
 from . import table
@@ -142,11 +143,15 @@ def gather_choices(problem: Problem) -> list[GatherChoice]:
     tiles = HALF_TILES if problem.dtype.itemsize == 2 else SINGLE_TILES
     spec = spec_of(problem.device)
     found = []
+    if parts.left_out("triton-gather"):
+        tiles = ()
     forms = [FORMS[0]] if len(problem.support.groups) == 1 else FORMS
     for form in forms:
         for tile in tiles if ONLY != "boxes" else ():
             found.append(_gather(problem, tile, None, form, spec))
         for tile in BOX_TILES if ONLY != "gather" and has_boxes(problem.device) else ():
+            if parts.left_out("triton-boxes"):
+                continue
             lowering = lowering_of(problem, tile.filters, tile.channels, *form)
             work = steps_run(lowering, *axes_of(problem))
             for box in boxes_of(problem, tile, lowering.gather is not None, work):
@@ -338,4 +343,5 @@ def key_of(problem: Problem) -> tuple[object, ...]:
         device,
         ONLY,
         geometry.tail,
+        parts.WITHOUT,
     )
