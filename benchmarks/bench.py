@@ -144,7 +144,7 @@ class Bench:
         problems = [self.described(each) for each in (VERBS if verb == STEP else (verb,))]
         for name in ENGINES:
             code = hk.backends.CODES[name]
-            if code == self.code or name not in hk.available_backends(self.weight.device.type):
+            if code == self.code or name not in hk.available_backends(self.case.device):
                 continue
             engine = hk.backends.get_backend(name)
             if not any(engine.unsupported_reasons(problem) for problem in problems):

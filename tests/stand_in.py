@@ -5,8 +5,8 @@
 
 Tensors that ask for CUDA live on the CPU, streams and graphs are `rehearsal`'s, and the choice of
 kernels is the real one. In the place of each kernel the reference computes, and does what STAND_IN
-says of that part, in JSON: ``fails``, ``hangs``, ``wrong``, or one of those with ``later-`` before it,
-which begins after the smoke tests.
+says of that part, in JSON: ``fails``, ``ends``, ``hangs``, ``wrong``, or one of those with
+``later-`` before it, which begins after the smoke tests.
 """
 
 from __future__ import annotations
@@ -92,8 +92,9 @@ def rate(clocks: int, values: int, blocks: int, steps: int, *_: int) -> None:
     """Stands for the probe: writes what the kernel would."""
     import ctypes
 
-    act("cuda-rate", None)
-    for place, kind, number in ((clocks, ctypes.c_int64, steps * 1024), (values, ctypes.c_float, 64.0 * steps)):  # fmt: skip
+    act("cuda-rate", 0)
+    written = (clocks, ctypes.c_int64, steps * 1024), (values, ctypes.c_float, 64.0 * steps)
+    for place, kind, number in written:
         wrong = FAULTS.get("cuda-rate") == "wrong" and kind is ctypes.c_float
         filled = np.ctypeslib.as_array((kind * (2 * blocks)).from_address(place))
         filled[:] = number + wrong
@@ -115,9 +116,10 @@ def install(patch: pytest.MonkeyPatch) -> None:
         no_boxes=lambda: "",
         wide_rate=rate,
     )
+    engines = backends._engines()
     patch.setitem(sys.modules, "hetconv_kernels._cuda", fake)
     patch.setattr(hk, "_cuda", fake, raising=False)
-    patch.setitem(backends._engines(), "cuda", cuda.Cuda())
+    patch.setitem(engines, "cuda", cuda.Cuda())
     for name in ("NarrowCall", "WideCall", "WgradCall"):
         patch.setattr(cuda, name, stand_in("cuda"))
     patch.setattr(calls, "GatherCall", stand_in("triton"))

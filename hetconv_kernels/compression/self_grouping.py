@@ -34,6 +34,7 @@ def self_group(
     *,
     granularity: int = 1,
     tile: int = 0,
+    adjacent: int = 1,
 ) -> Support:
     """Chooses the self-grouping Support of one layer from its weights.
 
@@ -63,6 +64,8 @@ def self_group(
         granularity: channels are kept or dropped in runs of this many, see `group_channels`.
         tile: 0 clusters as the paper does; otherwise clusters have a multiple of this many
             filters, see `balanced_clusters`, and the groups that ``support`` has stay together.
+        adjacent: with a tile, filters a·i … a·i + a - 1 are in the same cluster, as kernels want
+            them that write several filters at a time; it divides ``tile``.
 
     Returns:
         A Support of whole kernels, inside ``support``.
@@ -87,7 +90,7 @@ def self_group(
         labels = (
             _group_labels(before)
             if grouped
-            else balanced_clusters(importance, int(clusters), tile, seed)
+            else balanced_clusters(importance, int(clusters), tile, seed, adjacent)
         )
     alive = before.mask.any(axis=(2, 3))
     keep = group_channels(importance, percent, labels, alive, granularity)
@@ -146,7 +149,7 @@ def cluster_filters(importance: npt.ArrayLike, clusters: int = 16, seed: int = 0
 
 
 def balanced_clusters(
-    importance: npt.ArrayLike, clusters: int, tile: int, seed: int = 0
+    importance: npt.ArrayLike, clusters: int, tile: int, seed: int = 0, adjacent: int = 1
 ) -> IntArray:
     """Clusters the filters so that each cluster fills whole tiles.  # [F, C] -> int [F]
 
@@ -160,10 +163,25 @@ def balanced_clusters(
         >>> balanced_clusters([[0.0], [0.0], [1.0], [9.0]], 2, 2).tolist()
         [0, 0, 1, 1]
 
+    With ``adjacent`` filters that follow each other are one thing, by the mean of their vectors:
+
+        >>> balanced_clusters([[0.0], [8.0], [4.0], [4.0], [9.0], [9.0]], 2, 4, adjacent=2).tolist()
+        [0, 0, 0, 0, 1, 1]
+
     Raises:
+        ArgumentError: ``adjacent`` does not divide ``tile``.
         HetconvError: scikit-learn is not installed.
     """
     vectors = np.asarray(importance, np.float64)
+    if adjacent > 1:
+        if tile % adjacent:
+            received = f"adjacent={adjacent} with tile={tile}"
+            raise ArgumentError(mismatch("clusters", received, "a tile that is a multiple of it"))
+        begins = np.arange(0, len(vectors), adjacent)
+        sizes = np.diff(np.append(begins, len(vectors)))
+        means = np.add.reduceat(vectors, begins) / sizes[:, None]
+        own = balanced_clusters(means, clusters, tile // adjacent, seed)
+        return np.repeat(own, sizes)
     filters = len(vectors)
     size = -(-filters // (min(clusters, filters) * tile)) * tile
     count = -(-filters // size)

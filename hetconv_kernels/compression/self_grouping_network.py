@@ -55,6 +55,7 @@ class SelfGrouping(Method):
     epochs: int = 90
     granularity: int = 1
     tile: int = 0
+    adjacent: int = 1
     stem: bool = False
 
     def __post_init__(self) -> None:
@@ -62,6 +63,7 @@ class SelfGrouping(Method):
         check_fraction("fc_target", self.fc_target)
         for name, least in (
             ("clusters", 1), ("local_epochs", 0), ("epochs", 0), ("granularity", 1), ("tile", 0),
+            ("adjacent", 1),
         ):  # fmt: skip
             check_count(name, getattr(self, name), least)
         if self.schedule not in ("G", "LG"):
@@ -73,7 +75,8 @@ class SelfGrouping(Method):
 
         Args:
             backend: the name of one that is built here and has tiles.
-            settings: the other attributes; ``granularity`` and ``tile`` win over the backend's.
+            settings: the other attributes; ``granularity``, ``tile`` and ``adjacent`` win over the
+                backend's.
 
         Raises:
             BackendError: there is no such backend in this installation.
@@ -85,8 +88,11 @@ class SelfGrouping(Method):
                 mismatch("backend", repr(backend), "one with tiles: 'cpu', 'triton' or 'cuda'",
                          "The others compute every group as part of a dense layer.")
             )  # fmt: skip
-        tile, granularity = grain
-        return cls(**({"tile": tile, "granularity": granularity} | settings))
+        tile, granularity, *more = grain
+        own = {"tile": tile, "granularity": granularity, "adjacent": more[0] if more else 1}
+        if "tile" in settings and settings["tile"] % own["adjacent"]:
+            own["adjacent"] = 1  # which the tile that was asked for does not hold
+        return cls(**(own | settings))
 
     def leaves_out(self, name: str, layer: Layer) -> str | None:
         """Leaves out the stem, as the paper does."""
@@ -121,6 +127,7 @@ class SelfGrouping(Method):
                     run.seed,
                     granularity=self.granularity,
                     tile=self.tile,
+                    adjacent=self.adjacent,
                 )
             except SupportError:
                 stopped.append(name)

@@ -32,8 +32,8 @@ class Cuda:
     """The engine of csrc/cuda; its tables are kept with the Support that they were made from."""
 
     name = "cuda"
-    # Filters of a fragment and channels of a 16-byte access.
-    grain = (8, 8)
+    # Filters of a wgmma segment, channels of a 16-byte access, and filters of one that is stored.
+    grain = (64, 8, 8)
 
     def unsupported_reasons(self, problem: Problem) -> list[str]:
         """Refuses other devices, dtypes and layouts, odd channels, and sizes beyond 32 bits."""
