@@ -29,13 +29,11 @@ from .common import (
     to_format,
     weight_gradient,
 )
+from .gpu.constants import constants_of, dense_gpu_seconds
 from .gpu.devices import spec_of
 from .rates import (
     DENSE,
     DTYPE_SPEED,
-    GPU_DENSE,
-    GPU_LAUNCH,
-    GPU_SPEED,
     LINEAR,
     PACK,
     PREPACKED,
@@ -58,10 +56,17 @@ def dense_seconds(problem: Problem, work: float = 1.0, launches: int = 1) -> flo
     """
     macs = problem.dense_macs * work
     if problem.device.type != "cpu":
-        spec = spec_of(problem.device)
-        speed = GPU_DENSE * GPU_SPEED.get(problem.dtype, 1.0)
-        compute = macs / (spec.processors * spec.clock * spec.rate * speed)
-        return max(compute, problem.bytes_moved / spec.bandwidth) + launches * GPU_LAUNCH
+        constants, (f, c, kh, kw) = constants_of(problem.device), problem.support.shape
+        oh, ow = problem.output_size
+        pixels = {
+            "fprop": problem.batch * oh * ow,
+            "dgrad": problem.batch * problem.height * problem.width,
+            "wgrad": c * kh * kw,
+        }[problem.verb]
+        outputs = pixels, c if problem.verb == "dgrad" else f
+        spec, moved = spec_of(problem.device), problem.bytes_moved
+        seconds = dense_gpu_seconds(macs, outputs, moved, problem.dtype, spec, constants)
+        return seconds + launches * constants.launch
     pixels = problem.height * problem.width
     rates = PREPACKED if prepacked.takes(problem) else LINEAR if is_linear(problem) else DENSE
     if (

@@ -18,7 +18,6 @@ from ...errors import ArgumentError, BackendError
 from ...problem import Problem
 from ..gpu import parts
 from ..gpu.devices import GpuSpec, spec_of
-from ..rates import GPU_LAUNCH
 from .tiles import Choice, choose, choose_wgrad
 from .wgrad_lowering import UNIT_VALUES, WgradTables
 from .wide_lowering import WideTables, lower, wide_windows
@@ -29,7 +28,8 @@ from .windows import windows
 ONLY: str | None = None
 # Whether TMA may bring tiles; for tests and for comparisons with cp.async.
 BOXES = True
-# Seconds that a launch more in the same call takes.
+# Seconds that a launch, and a launch more in the same call, take.
+GPU_LAUNCH = 5e-6
 _NEXT_LAUNCH = 3e-6
 # Clocks in which a unit of wgrad reads one pixel of both operands from shared memory.
 _UNIT_READS = 1.25

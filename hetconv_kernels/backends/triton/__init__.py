@@ -19,8 +19,8 @@ from torch import Tensor
 from ...problem import Problem
 from .. import Runner
 from ..gpu import parts
+from ..gpu.constants import constants_of
 from ..gpu.devices import gpu_reasons
-from ..rates import GPU_PREDICTION
 from . import choice, table, wgrad_choice
 from .lowering import MAX_TAPS
 
@@ -91,11 +91,11 @@ class Triton:
 
     def estimate(self, problem: Problem) -> float:
         """Predicts the time by the cost model of `tiles`, in seconds; nominal, not measured."""
-        return _best(problem).seconds / GPU_PREDICTION
+        return _best(problem).seconds / constants_of(problem.device).ours[self.name]
 
     def measured(self, problem: Problem) -> bool:
-        """Only where the committed table has such a problem; it has none yet."""
-        return table.look_up(problem) is not None
+        """Whether the GPU was calibrated, or the table of tiles has such a problem; none yet."""
+        return constants_of(problem.device).measured or table.look_up(problem) is not None
 
     def efficiency(self, problem: Problem) -> float:
         """Useful over executed multiply-accumulates; filled tiles and merged groups count."""
