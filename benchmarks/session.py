@@ -91,6 +91,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failed += ["the table"] * (status != 0) + lost
     if status == 2:
         return 2
+    command = [*python, "-m", "benchmarks.calibrate", "--device", "cuda"]
+    command += ["--results", str(options.results)]
+    command += ["--out", str(options.results / "gpu-constants.json")]
+    fitted = watched(command, log, limit=max(min(60.0, left()), 20.0), environment=environment)
+    log(f"make gpu: the constants of `auto` were {'' if fitted.status == 'ok' else 'not '}fitted")
     wanted = tests() if options.tests is None else options.tests
     if wanted:
         command = [*python, "-m", "pytest", "-m", "gpu", "-q", "-p", "benchmarks.announce", *wanted]

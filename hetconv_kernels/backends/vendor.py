@@ -29,8 +29,8 @@ from .common import (
     to_format,
     weight_gradient,
 )
-from .gpu.constants import constants_of, dense_gpu_seconds
-from .gpu.devices import spec_of
+from .gpu.constants import GpuConstants, constants_of, dense_gpu_seconds
+from .gpu.devices import GpuSpec, spec_of
 from .rates import (
     DENSE,
     DTYPE_SPEED,
@@ -41,6 +41,27 @@ from .rates import (
     SMALL_IMAGE,
     SMALL_MAC,
 )
+
+
+def dense_gpu_prediction(
+    problem: Problem, spec: GpuSpec, constants: GpuConstants, work: float = 1.0, launches: int = 1
+) -> float:
+    """Predicts the time of cuDNN on a GPU, in seconds; arguments beyond it as `dense_seconds`."""
+    (f, c, kh, kw), (oh, ow) = problem.support.shape, problem.output_size
+    pixels = {
+        "fprop": problem.batch * oh * ow,
+        "dgrad": problem.batch * problem.height * problem.width,
+        "wgrad": c * kh * kw,
+    }[problem.verb]
+    seconds = dense_gpu_seconds(
+        problem.dense_macs * work,
+        (pixels, c if problem.verb == "dgrad" else f),
+        problem.bytes_moved,
+        problem.dtype,
+        spec,
+        constants,
+    )
+    return seconds + launches * constants.launch
 
 
 def dense_seconds(problem: Problem, work: float = 1.0, launches: int = 1) -> float:
@@ -56,17 +77,8 @@ def dense_seconds(problem: Problem, work: float = 1.0, launches: int = 1) -> flo
     """
     macs = problem.dense_macs * work
     if problem.device.type != "cpu":
-        constants, (f, c, kh, kw) = constants_of(problem.device), problem.support.shape
-        oh, ow = problem.output_size
-        pixels = {
-            "fprop": problem.batch * oh * ow,
-            "dgrad": problem.batch * problem.height * problem.width,
-            "wgrad": c * kh * kw,
-        }[problem.verb]
-        outputs = pixels, c if problem.verb == "dgrad" else f
-        spec, moved = spec_of(problem.device), problem.bytes_moved
-        seconds = dense_gpu_seconds(macs, outputs, moved, problem.dtype, spec, constants)
-        return seconds + launches * constants.launch
+        device = problem.device
+        return dense_gpu_prediction(problem, spec_of(device), constants_of(device), work, launches)
     pixels = problem.height * problem.width
     rates = PREPACKED if prepacked.takes(problem) else LINEAR if is_linear(problem) else DENSE
     if (

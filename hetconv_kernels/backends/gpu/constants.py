@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Constants of the predictions for GPUs, as data: nominal ones, and what was measured on a device.
 
-``constants.json`` has an entry for each GPU that ``python -m benchmarks.calibrate --device cuda`` was
-run on. **It has none yet**: every prediction rests on the nominal entry, whose numbers are
-published ones and arithmetic:
+``constants.json`` has an entry for each GPU that ``python -m benchmarks.calibrate --device cuda``
+was run on. **It has none yet**: every prediction rests on the nominal entry, whose numbers are
+published ones and guesses:
 
 - ``vendor``, cuDNN's share of the matrix unit's peak: 0.24 to 0.45 are published for 3×3 layers in
   bf16 on Hopper (inductor's convolutions, pytorch pull 174752), 0.55 is generous;

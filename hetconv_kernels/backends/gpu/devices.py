@@ -45,7 +45,7 @@ GPU_SPECS = {
 }
 
 
-# Of the bandwidth of a data sheet, what a large copy reaches: published figures are 0.88 to 0.93.
+# Of the bandwidth of a data sheet, what a large copy reaches, about: 4.3 of 4.8 TB/s on an H200.
 _REACHED = 0.9
 
 
