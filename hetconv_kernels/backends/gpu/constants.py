@@ -60,9 +60,9 @@ def entries() -> dict[str, Any]:
 def constants_of(device: torch.device | None = None) -> GpuConstants:
     """Returns the constants of a device; the nominal ones where it was not measured."""
     found = entries()
-    own = None
-    if device is not None and device.type == "cuda" and torch.cuda.is_available():
-        own = found["devices"].get(torch.cuda.get_device_name(device.index or 0))
+    own, on_gpu = None, device is not None and device.type == "cuda"
+    if found["devices"] and on_gpu and torch.cuda.is_available():
+        own = found["devices"].get(torch.cuda.get_device_name(device))
     return GpuConstants(**(own or found["nominal"]))
 
 
