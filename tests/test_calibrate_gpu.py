@@ -79,7 +79,7 @@ def test_an_entry_is_used_on_its_gpu_and_on_no_other(
     calibrate_gpu.write(
         NOMINAL._replace(measured=True, ours={"cuda": 0.3, "triton": 0.4}), "A", path
     )
-    calibrate_gpu.write(entry, "B", path)
+    calibrate_gpu.write(NOMINAL._replace(measured=True), "B", path)
     monkeypatch.setattr(constants, "entries", lambda: json.loads(path.read_text()))
     assert set(constants.entries()["devices"]) == {"A", "B"}
     problem = dataclasses.replace(described("fprop"), device=CUDA)
