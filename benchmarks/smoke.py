@@ -128,6 +128,7 @@ def _part(name: str) -> int:
     import hetconv_kernels as hk
     from hetconv_kernels.backends.cuda import wide_tiles
     from hetconv_kernels.backends.gpu import parts
+    from hetconv_kernels.backends.triton import choice as triton_choice
 
     engine = name.split("-")[0]
     if engine not in hk.available_backends("cuda"):
@@ -136,6 +137,8 @@ def _part(name: str) -> int:
     parts.WITHOUT = frozenset(parts.PARTS.keys() - kept)
     if name == "cuda-cluster":
         wide_tiles.CLUSTERS = (2,)
+    if name == "triton-boxes":  # which are not chosen where the CUDA engine is built
+        triton_choice.ONLY = "boxes"
     gradient = "wgrad" in name
     verbs = ("wgrad",) if gradient else ("fprop", "dgrad")
     if name == "cuda-boxes":

@@ -17,13 +17,13 @@ import os
 import runpy
 import sys
 import time
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import rehearsal
 import torch
+from pretending import build_for
 from torch.overrides import TorchFunctionMode
 
 FAULTS: dict[str, str] = json.loads(os.environ.get("STAND_IN", "{}"))
@@ -110,16 +110,9 @@ def install(patch: pytest.MonkeyPatch) -> None:
     from hetconv_kernels.backends.triton import calls, wgrad_calls
     from hetconv_kernels.roofs import Roofs
 
-    fake = SimpleNamespace(
-        architectures=lambda: "90a",
-        versions=lambda: (13000, 13000),
-        no_boxes=lambda: "",
-        wide_rate=rate,
-    )
-    engines = backends._engines()
-    patch.setitem(sys.modules, "hetconv_kernels._cuda", fake)
-    patch.setattr(hk, "_cuda", fake, raising=False)
-    patch.setitem(engines, "cuda", cuda.Cuda())
+    build_for(patch, "90a")
+    hk._cuda.wide_rate = rate  # type: ignore[attr-defined]
+    patch.setitem(backends._engines(), "cuda", cuda.Cuda())
     for name in ("NarrowCall", "WideCall", "WgradCall"):
         patch.setattr(cuda, name, stand_in("cuda"))
     patch.setattr(calls, "GatherCall", stand_in("triton"))
