@@ -257,8 +257,8 @@ class _Builder:
         blocks = apart if costs[1] < costs[0] else shared
         pair = len(self._heads)
         self._heads.append([len(self._blocks), len(blocks)])
-        for index in _in_turn([needs for _, needs in blocks]):
-            members, together = blocks[index]
+        for nth in _in_turn([needs for _, needs in blocks]):
+            members, together = blocks[nth]
             line = [*members.tolist(), *[-1] * (EIGHT - len(members))]
             unread = window.unread([window.taps[i] for i in np.flatnonzero(together.any(axis=0))])
             for side in range(2):

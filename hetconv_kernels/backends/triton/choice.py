@@ -140,7 +140,7 @@ def random_operand(problem: Problem, shape: Sequence[int], strides: Sequence[int
 
 def gather_choices(problem: Problem) -> list[GatherChoice]:
     """Lists all ways to run fprop or dgrad, with their predictions."""
-    tiles = HALF_TILES if problem.dtype.itemsize == 2 else SINGLE_TILES
+    tiles: Sequence[Tile] = HALF_TILES if problem.dtype.itemsize == 2 else SINGLE_TILES
     spec = spec_of(problem.device)
     found = []
     if parts.left_out("triton-gather"):
