@@ -14,6 +14,8 @@ Environment:
     HETCONV_CUDA_ARCHS: ``all`` or ``none``; ``native`` for the GPUs of this machine; or a list out
         of `ARCHITECTURES`, as ``80,90a``. By default ``all``, but ``none`` where the installed
         torch is a build without CUDA, which could not use it.
+    HETCONV_CHECKED: ``1`` has the CUDA part end with an error, which names the barrier, where it
+        would wait for ever; for debugging.
     MAX_JOBS: the number of compilers that run at once; by default limited by cores and memory.
     CXX, CXXFLAGS, LDFLAGS: as everywhere.
     NVCC, CUDA_HOME: nvcc itself, or the toolkit that has it; else the one on the path.
@@ -152,7 +154,11 @@ PARTS = (
         # The runtime goes in; the driver is found at run time, so that any machine can import it.
         link_flags="-cudart=static",
         cuda=True,
-        only={"wide_fprop": ("90a",), "narrow_boxes": ("90a", "100", "120")},  # wgmma; TMA
+        only={
+            "wide_fprop": ("90a",),  # wgmma
+            "wide_rate": ("90a",),
+            "narrow_boxes": ("90a", "100", "120"),  # TMA
+        },
     ),
 )
 
@@ -333,6 +339,8 @@ def commands(part: Part) -> Commands:
             tool += [f"-ccbin={cxx[0]}", *through_nvcc(cxx[1:])]
         archs = "_".join(names)  # nvcc cuts at commas
         flags = [*through_nvcc(flags), f"-DHETCONV_ARCHITECTURES={archs}"]
+        if os.environ.get("HETCONV_CHECKED") == "1":
+            flags.append("-DHETCONV_CHECKED")
         link_user = through_nvcc(link_user)
         facts |= {"nvcc": first_line(tool, "release"), "architectures": names}
     facts |= {"flags": " ".join([part.flags, *user]), "sources": part.digest()}

@@ -67,17 +67,16 @@ class Bench:
         second = x if verb == "wgrad" else first
         return ops.describe(verb, self.geometry, first, second, w, tuple(x.shape[2:]))
 
-    def check(self, verb: str) -> gate.Match:
-        """Compares all variants of a verb with float64; dead gradients do not count."""
+    def check(self, verb: str, name: str) -> gate.Match:
+        """Compares one variant of a verb with float64; dead gradients do not count."""
         matches = []
-        for name, calls in self.variants[verb].items():
-            found = calls[0]()
-            verbs = VERBS if verb == STEP else (verb,)
-            for each, result in zip(verbs, found if verb == STEP else (found,), strict=True):
-                # A composition's gradients of its own, differently shaped weights are not ours.
-                if not isinstance(result, tuple):
-                    matches.append(self._match(each, name, result))
-        return max(matches, key=lambda match: match.worst)
+        found = self.variants[verb][name][0]()
+        verbs = VERBS if verb == STEP else (verb,)
+        for each, result in zip(verbs, found if verb == STEP else (found,), strict=True):
+            # A composition's gradients of its own, differently shaped weights are not ours.
+            if not isinstance(result, tuple):
+                matches.append(self._match(each, name, result))
+        return max(matches, key=lambda match: match.worst, default=gate.Match(True, 0.0, 0.0))
 
     def _match(self, verb: str, name: str, result: Tensor) -> gate.Match:
         if verb == "wgrad" and not name.startswith("ours"):
@@ -145,7 +144,7 @@ class Bench:
         problems = [self.described(each) for each in (VERBS if verb == STEP else (verb,))]
         for name in ENGINES:
             code = hk.backends.CODES[name]
-            if code == self.code or name not in hk.available_backends(self.weight.device.type):
+            if code == self.code or name not in hk.available_backends(self.case.device):
                 continue
             engine = hk.backends.get_backend(name)
             if not any(engine.unsupported_reasons(problem) for problem in problems):

@@ -2,10 +2,12 @@
 """How good are the predictions that `auto` rests on? Measures `vendor` and `cpu` beside them.
 
     python -m benchmarks.calibrate [--out FILE] [--rounds N]
+    python -m benchmarks.calibrate --device cuda [--results DIR] [--out FILE]
 
 Measures random layers on both backends beside both predictions, fits the seconds of
 `hetconv_kernels.backends.rates` to every second row, and reports on the other rows, which no fit
 has seen, how often the committed predictions pick the faster backend and what a wrong pick costs.
+On a GPU, see `benchmarks.calibrate_gpu`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ import json
 import math
 import random
 import statistics
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,13 +144,19 @@ def judge(rows: list[Row]) -> dict[str, float]:
     return {"cases": len(rows), "right_within_5_percent": right / len(rows), "worst_cost": worst}
 
 
-def main() -> None:
-    """Measures, fits, judges, prints, and writes the rows."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures, fits, judges, prints, and writes the rows; 2 without the GPU that is asked for."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--count", type=int, default=140)
     parser.add_argument("--rounds", type=int, default=7)
-    options = parser.parse_args()
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda":
+        from benchmarks import calibrate_gpu
+
+        return calibrate_gpu.main(options.results, options.out)
     rows = []
     for support, n, side, stride in layers(options.count):
         rows.append(measure(support, n, side, stride, options.rounds))
@@ -164,7 +174,8 @@ def main() -> None:
     if options.out:
         found = {"environment": environment(), "unseen": judge(rows[1::2]), "rows": rows}
         options.out.write_text(json.dumps(found, indent=1) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,11 +3,12 @@
 
     python -m benchmarks.primitives [--full] [--shard I/N] [--backend triton] [--budget S]
 
-Each row is checked against float64 (the first and last image; of wgrad some filters) before it is
-timed: cold L2 by rotating buffers, CUDA-graph replays, variants in turns. Our other engines
-for GPUs that take a row are measured in it too. Rows are written as they
-finish, and a run that was cut short goes on where it stopped; the table comes last. Where a case
-takes the GPU's context down, a new process leaves it out and measures the others. Without
+Each variant of a row is checked against float64 (the first and last image; of wgrad some filters)
+and timed by itself before all are timed together: cold L2 by rotating buffers, CUDA-graph replays,
+variants in turns. A variant that is wrong or fails is named and left out; the others are timed.
+Our other engines for GPUs that take a row are measured in it too. Rows are written as they finish,
+and a run that was cut short goes on where it stopped; the table comes last. What hangs, or takes
+the GPU's context down, is left out by a new process, which measures the others. Without
 ``--full``: 6 shapes × batch 128 × fprop, dgrad, wgrad × four Supports, in bf16, and training steps
 of HetConv with p=4.
 """
@@ -17,11 +18,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
+import math
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,10 @@ import torch
 import hetconv_kernels as hk
 from benchmarks.bench import STEP, VERBS, Bench
 from benchmarks.cases import GPU_CASES, GPU_SHAPES, Case, het
+from benchmarks.gate import Match
 from benchmarks.record import Record, disturbed, verdict
 from benchmarks.table import primitive_table
+from benchmarks.watch import BEGIN, Log, end_on_term, restarted
 from hetconv_kernels import timing
 from hetconv_kernels.errors import BackendError
 from hetconv_kernels.roofs import Roofs, measure_roofs
@@ -42,16 +45,16 @@ RESULTS = Path(__file__).parent / "results"
 COMPILED_SHAPES = ("r50-conv2", "r50-conv3", "r50-conv4", "r50-conv5")
 
 
+# What a process says when it ends because it can do nothing more on its GPU.
+LOST = 3
+# What an engine does that cannot run a row, which is no fault.
+REFUSED = "refused"
+# Of a name to be left out: all variants, or all verbs.
+ALL = "*"
+
+
 class ContextLost(Exception):
-    """A case has left the GPU in a state in which this process can do nothing more.
-
-    Args:
-        case: its name.
-    """
-
-    def __init__(self, case: str) -> None:
-        super().__init__(f"{case}: the GPU's context is lost")
-        self.case = case
+    """Something has left the GPU in a state in which this process can do nothing more."""
 
 
 def rows_of(full: bool) -> list[tuple[Case, str]]:
@@ -81,46 +84,96 @@ def shard_of(rows: Sequence[tuple[Case, str]], part: int, parts: int) -> list[tu
     return [row for row in rows if row[0] in mine]
 
 
-def measure(bench: Bench, verb: str, backend: str, seconds: float, roofs: Roofs) -> dict[str, Any]:
-    """Checks and times one verb of a case, and makes its row."""
+def begin(case: Case, verb: str = ALL, variant: str = ALL) -> str:
+    """Says what is begun, for who watches this process; returns its name."""
+    name = f"{case.name}/{verb}/{variant}"
+    print(BEGIN + name, flush=True)
+    return name
+
+
+def measure(
+    bench: Bench,
+    verb: str,
+    backend: str,
+    seconds: float,
+    roofs: Roofs,
+    without: Collection[str] = (),
+) -> dict[str, Any]:
+    """Checks and times one verb of a case, variant by variant, and makes its row.
+
+    Args:
+        bench: the case.
+        verb: or a whole step.
+        backend: that is asked for.
+        seconds: for the timing.
+        roofs: of the device.
+        without: names of what is left out, as `begin` says them.
+
+    Raises:
+        ContextLost: a variant left the GPU unusable.
+    """
     case, live = bench.case, bench.support.live
     times = len(VERBS) if verb == STEP else 1
     described = bench.described("fprop" if verb == STEP else verb)
-    engine = hk.backends.choose(described, bench.code).backend
-    match = bench.check(verb)
+    left_out: dict[str, str] = {}
+    matches = {}
+    for name in bench.variants[verb]:
+        if begin(case, verb, name) in without:
+            left_out[name] = "hung, or ended its process"
+            continue
+        try:
+            matches[name] = bench.check(verb, name)
+            if matches[name].ok:
+                _timed(bench, verb, [name], seconds, rounds=1)
+            else:
+                left_out[name] = f"wrong by {matches[name].worst:.3g} times what is allowed"
+        except BackendError as refusal:
+            left_out[name] = f"{REFUSED}: {str(refusal)[:300]}"
+        except RuntimeError as error:
+            traceback.print_exc(limit=-6, file=sys.stdout)
+            left_out[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            if not usable(case.device):
+                raise ContextLost(name) from None
+    good = [name for name in bench.variants[verb] if name not in left_out]
+    # Where the engine that was asked for is left out, the row is of another one of ours.
+    ours = [n for n in good if n == "ours" or (n.startswith("ours-") and n != "ours-unfrozen")]
+    subject = ours[0] if ours else ""
+    ran = subject.removeprefix("ours-")
+    if ran in ("", "ours"):
+        code = bench.code if subject else hk.backends.CODES["vendor"]
+        ran = hk.backends.choose(described, code).backend.name
+    judged = [matches[name] for name in good if name in matches] if subject else []
+    judged = judged or list(matches.values()) or [Match(False, math.inf, math.inf)]
     row: dict[str, Any] = {
         "kind": "primitive",
         "case": case.to_dict(),
         "verb": verb,
-        "backend": {"asked": backend, "ran": engine.name},
-        "efficiency": engine.efficiency(described),
+        "backend": {"asked": backend, "ran": ran},
+        "efficiency": hk.backends.get_backend(ran).efficiency(described),
         "macs": times * case.macs(live),
         "dense_macs": times * case.macs(case.f * case.c * case.k**2),
         "bytes": times * case.bytes(live),
-        "match": match.to_dict(),
+        "match": max(judged, key=lambda match: match.worst).to_dict(),
     }
-    if not match.ok:
+    if good and begin(case, verb) in without:
+        left_out[ALL] = "hung, or ended its process, as all were timed together"
+    if left_out:
+        row["left_out"] = left_out
+    if "dense" not in good or ALL in left_out:
         return row
-    on_gpu = case.device == "cuda"
-    timings = timing.interleaved(
-        bench.variants[verb],
-        baseline="dense",
-        target="ours",
-        rounds=25,
-        max_seconds=seconds,
-        cold=on_gpu,
-        graph=on_gpu,
-        device=case.device,
-        retake=2,
-    )
-    floor, median = roofs.floor(row["macs"], row["bytes"]), timings.median("ours")
+    timings = _timed(bench, verb, good, seconds, rounds=25, target=subject or "dense")
+    row["timings"] = timings.to_dict()
+    if not subject:  # the others keep their times
+        row["rivals"] = {name: timings.median(name) for name in timings.samples}
+        return row | disturbed(timings)
+    floor, median = roofs.floor(row["macs"], row["bytes"]), timings.median(subject)
     row |= {"median_s": median, "floor_s": floor, "percent_of_roof": 100 * floor / median}
     for role in ("dense", "composition", "compiled"):
         names = [name for name in timings.samples if name.split("-")[0] == role]
         row[role] = None
         if names:
             rival = timings.fastest(names)
-            ratio = timings.speedup("ours", over=rival)
+            ratio = timings.speedup(subject, over=rival)
             row[role] = {
                 "name": rival,
                 "median_s": timings.median(rival),
@@ -129,15 +182,28 @@ def measure(bench: Bench, verb: str, backend: str, seconds: float, roofs: Roofs)
                 "high": ratio.high,
                 "confidence": ratio.confidence,
             }
-    row["engines"] = {
-        name.removeprefix("ours-"): timings.median(name)
-        for name in timings.samples
-        if name.startswith("ours-") and name != "ours-unfrozen"
-    }
+    row["engines"] = {n.removeprefix("ours-"): timings.median(n) for n in ours if n != subject}
     row["verdict"] = verdict(row["dense"], timings.disturbed)
-    row |= disturbed(timings)
-    row["timings"] = timings.to_dict()
-    return row
+    return row | disturbed(timings)
+
+
+def _timed(
+    bench: Bench, verb: str, names: Sequence[str], seconds: float, rounds: int, target: str = ""
+) -> timing.Timings:
+    """Times variants in turns; one round of one variant shows that it can be captured and run."""
+    on_gpu = bench.case.device == "cuda"
+    return timing.interleaved(
+        {name: bench.variants[verb][name] for name in names},
+        baseline="dense" if "dense" in names else names[0],
+        target=target or names[0],
+        rounds=rounds,
+        warmup=2 if rounds > 1 else 0,
+        max_seconds=seconds if rounds > 1 else None,
+        cold=on_gpu,
+        graph=on_gpu,
+        device=bench.case.device,
+        retake=2 if rounds > 1 else 0,
+    )
 
 
 def resumed(record: Record) -> set[tuple[str, str]]:
@@ -150,7 +216,7 @@ def resumed(record: Record) -> set[tuple[str, str]]:
     mine, theirs = record.data["environment"], before.get("environment", {})
     if any(mine[name] != theirs.get(name) for name in same):
         return set()
-    record.data["rows"] = before["rows"]
+    record.data["rows"], record.data["roofs"] = before["rows"], before["roofs"]
     return {(row["case"]["name"], row["verb"]) for row in before["rows"]}
 
 
@@ -165,33 +231,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--budget", type=float, default=float("inf"), help="seconds after which no row is begun"
     )
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--skip", action="append", default=[], help="a case to leave out as failed")
+    parser.add_argument("--leave-out", action="append", default=[], metavar="CASE/VERB/VARIANT")
+    parser.add_argument("--quiet", type=float, default=45.0, help="seconds of silence = a hang")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
-    started = time.monotonic()
     if not torch.cuda.is_available():
         print(f"torch {torch.__version__} finds no CUDA device: nothing was measured.")
         return 2
     part, parts = map(int, options.shard.split("/"))
     if not 1 <= part <= parts:
         parser.error(f"--shard {options.shard}: expected I/N with 1 <= I <= N")
+    if not options.worker:
+        end_on_term()
+        status, lost = restarted(
+            [sys.executable, "-m", "benchmarks.primitives", *arguments, "--worker"],
+            Log(),
+            limit=options.budget + 60,
+            quiet=options.quiet,
+            option="--leave-out",
+            done=(0, 1, 2),
+        )
+        if lost:
+            print(f"FAILED and left out: {', '.join(lost)}")
+        return status or int(bool(lost))
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = True  # both sides of a float32 row
     name = f"primitives-{'full' if options.full else 'quick'}"
     record = Record(options.results, name if parts == 1 else f"{name}-{part}of{parts}")
     wanted = shard_of(rows_of(options.full), part, parts)
-    kept = [(case, verb) for case, verb in wanted if case.name not in options.skip]
+    without = frozenset(options.leave_out)
+    more = (options.seconds, options.full, options.budget, without)
     try:
-        status = run(record, kept, options.backend, options.seconds, options.full, options.budget)
-    except ContextLost as lost:
-        print(f"{lost}: a new process leaves this case out.", flush=True)
-        left = options.budget - (time.monotonic() - started)
-        more = ("--skip", lost.case, "--budget", str(left))
-        command = [sys.executable, "-m", "benchmarks.primitives", *arguments, *more]
-        os.execv(sys.executable, command)
-    if options.skip:
-        print(f"FAILED and left out: {', '.join(options.skip)}")
-    return status or int(bool(options.skip))
+        status = run(record, wanted, options.backend, *more)
+    except ContextLost as lost_context:
+        print(f"{lost_context}: the GPU's context is lost", flush=True)
+        return LOST
+    if without:
+        print(f"FAILED and left out: {', '.join(sorted(without))}")
+    return status or int(bool(without))
 
 
 def run(
@@ -201,6 +279,7 @@ def run(
     seconds: float,
     full: bool = False,
     budget: float = float("inf"),
+    without: Collection[str] = (),
 ) -> int:
     """Measures the rows that the record lacks, and prints them all; 1 when one went wrong.
 
@@ -208,18 +287,23 @@ def run(
         ContextLost: a case left the GPU unusable; what was measured before is written.
     """
     done, wrong, started = resumed(record), 0, time.monotonic()
-    roofs: dict[str, Roofs] = {}
+    roofs = {found["dtype"]: Roofs(**found) for found in record.data["roofs"]}
     todo = [(c, v) for c, v in wanted if (c.name, v) not in done]
     late: list[str] = []
     for case, pairs in itertools.groupby(todo, key=lambda pair: pair[0]):
         if time.monotonic() - started > budget:
             late += [f"{case.name} {verb}" for _, verb in pairs]
             continue
+        if begin(case) in without:
+            wrong += 1
+            continue
         if case.dtype not in roofs:
             roofs[case.dtype] = measure_roofs(case.device, getattr(torch, case.dtype))
             record.add_roofs(roofs[case.dtype])
         try:
-            wrong += _case(record, case, pairs, backend, seconds, full, roofs[case.dtype])
+            wrong += _case(record, case, pairs, backend, seconds, full, roofs[case.dtype], without)
+        except ContextLost:
+            raise
         except Exception:  # noqa: BLE001  one row that fails is no reason to lose the others
             wrong += 1
             traceback.print_exc(limit=-6, file=sys.stdout)
@@ -253,6 +337,7 @@ def _case(
     seconds: float,
     full: bool,
     roofs: Roofs,
+    without: Collection[str] = (),
 ) -> int:
     """Measures the rows of one case; returns how many were wrong."""
     compiled = full and case.n == 128 and case.support == het(4)
@@ -261,15 +346,14 @@ def _case(
     with torch.no_grad():
         bench = Bench(case, backend, compiled)
         for _, verb in pairs:
-            try:
-                row = measure(bench, verb, backend, seconds, roofs)
-            except BackendError as refusal:
-                print(f"{case.name} {verb}: {refusal}", flush=True)
-                continue
+            row = measure(bench, verb, backend, seconds, roofs, without)
             record.add(row)
-            wrong += not row["match"]["ok"]
-            shown = f"{row['median_s'] * 1e6:9.2f} us" if "median_s" in row else "MISMATCH"
+            faults = [r for r in row.get("left_out", {}).values() if not r.startswith(REFUSED)]
+            wrong += not row["match"]["ok"] or bool(faults)
+            shown = f"{row['median_s'] * 1e6:9.2f} us" if "median_s" in row else "NOT TIMED"
             print(f"{case.name:<36} {verb:<6} {shown}", flush=True)
+            for name, reason in row.get("left_out", {}).items():
+                print(f"{case.name:<36} {verb:<6} {name} is LEFT OUT: {reason}", flush=True)
     return wrong
 
 

@@ -138,7 +138,9 @@ def primitive_cells(rows: Sequence[Row]) -> Cells:
         macs = f"{row['dense_macs'] / row['macs']:.2f}"
         if "dense" not in row:
             empty = [""] * 5
-            lines.append((row["case"]["name"], row["verb"], *empty[:4], macs, *empty, "WRONG"))
+            times = ", ".join(f"{n} {s * 1e6:.2f}" for n, s in row.get("rivals", {}).items())
+            cells = (row["case"]["name"], row["verb"], "", times, "", "", macs, *empty)
+            lines.append((*cells, _faulty(row) or "WRONG"))
             continue
         target = GPU_TARGETS.get((row["case"]["name"], row["verb"]))
         met = target is None or row["dense"]["ratio"] >= target or "disturbed" in row
@@ -156,10 +158,16 @@ def primitive_cells(rows: Sequence[Row]) -> Cells:
                 _ratio(row["composition"]),
                 _ratio(row.get("compiled")),
                 "" if target is None else f"{target:g}" + ("" if met else "  missed"),
-                row["verdict"],
+                _faulty(row) or row["verdict"],
             )
         )
     return header, lines
+
+
+def _faulty(row: Row) -> str:
+    """Names the variants that a row was measured without."""
+    names = list(row.get("left_out", ()))
+    return f"WITHOUT {', '.join(names)}" if names else ""
 
 
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]], text: int = 1) -> str:

@@ -117,6 +117,16 @@ def reduce(
 def pack(
     w: int, w_dtype: str, source: int, slabs: int, dtype: str, size: int, stream: int
 ) -> None: ...
+def wide_rate(
+    clocks: int,
+    values: int,
+    blocks: int,
+    steps: int,
+    row_pitch: int,
+    plane_pitch: int,
+    taps: int,
+    stream: int,
+) -> None: ...
 def kernels() -> list[str]: ...
 def no_boxes() -> str: ...
 def architectures() -> str: ...

@@ -175,6 +175,7 @@ def _built(
     steps, fixed = description["graph"], set(description["fixed"])
     training = bool(description["training"])
     tied, buffers = dict(description.get("tied", {})), set(description.get("buffers", ()))
+    plans = into is None and description.get("planned") is True
     if into is None:
         if not isinstance(steps, list):
             raise FileError(
@@ -201,9 +202,7 @@ def _built(
     for name, module in into.named_modules():
         if name in others:
             module.training = not training
-    if description.get("planned") is True and type(into) is fx.GraphModule:
-        return planned(into)
-    return into
+    return planned(into) if plans and isinstance(into, fx.GraphModule) else into
 
 
 def _device(device: torch.device | str) -> torch.device:

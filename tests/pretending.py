@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import hetconv_kernels as hk
-from hetconv_kernels import ops
+from hetconv_kernels import backends, ops
 from hetconv_kernels.backends.gpu import devices
 from hetconv_kernels.backends.triton import choice, wgrad_choice
 from hetconv_kernels.problem import Problem, make_geometry
@@ -32,6 +34,16 @@ def described(verb: str = "fprop", support: hk.Support | None = None, **changes:
     return dataclasses.replace(ops.describe(verb, geometry, first, x, w, (28, 28)), **changes)
 
 
+def build_for(monkeypatch: pytest.MonkeyPatch, architectures: str) -> None:
+    """Puts a CUDA engine of some architectures in the place of what is built here, if anything."""
+    backends._engines()  # looks for what is built, once
+    fake = SimpleNamespace(
+        architectures=lambda: architectures, versions=lambda: (13000, 13000), no_boxes=lambda: ""
+    )
+    monkeypatch.setitem(sys.modules, "hetconv_kernels._cuda", fake)
+    monkeypatch.setattr(hk, "_cuda", fake, raising=False)
+
+
 def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretend]:
     """Gives a call that lets problems claim to be on a GPU of some capability."""
 
@@ -41,6 +53,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretend]:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
         for module in (choice, wgrad_choice):
             monkeypatch.setattr(module, "spec_of", lambda *_: devices.GPU_SPECS[9, 0])
+        build_for(monkeypatch, "80")
         # What a user has tuned on this machine is no part of the tests.
         monkeypatch.setattr("hetconv_kernels.tuning.pick", lambda *_: None)
 

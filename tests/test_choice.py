@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 from pretending import CUDA, described, pretended
 
 import hetconv_kernels as hk
-from hetconv_kernels.backends.gpu import devices
+from hetconv_kernels.backends.gpu import devices, parts
 from hetconv_kernels.backends.triton import (
     Triton,
     calls,
@@ -188,3 +190,56 @@ def test_both_switches_of_tf32_are_read(switch: str) -> None:
             assert calls.precision(torch.bfloat16) == "tf32"
     finally:
         convolutions.fp32_precision = before
+
+
+@pytest.mark.parametrize(
+    ("built", "without", "boxes"),
+    [("80_90a", "", False), ("80", "", True), (None, "", True), ("90a", "cuda-wide", True)],
+    ids=["built", "for others", "absent", "left out"],
+)
+def test_boxes_of_fprop_are_for_where_no_cuda_engine_was_built(
+    on_gpu, monkeypatch: pytest.MonkeyPatch, built: str | None, without: str, boxes: bool
+) -> None:
+    on_gpu()
+    fake = None if built is None else SimpleNamespace(architectures=lambda: built)
+    monkeypatch.setitem(sys.modules, "hetconv_kernels._cuda", fake)
+    if fake is None:
+        monkeypatch.delattr(hk, "_cuda", raising=False)
+    else:
+        monkeypatch.setattr(hk, "_cuda", fake, raising=False)
+    monkeypatch.setattr(parts, "WITHOUT", parts.named(without))
+    support = hk.Support.het(256, 256, 3, p=4)
+    for verb in ("fprop", "dgrad"):
+        problem = described(verb, support, batch=64, device=CUDA)
+        assert any(c.box is not None for c in choice.gather_choices(problem)) == boxes
+    wgrad = described("wgrad", support, batch=64, device=CUDA)
+    assert any(c.box is not None for c in wgrad_choice.wgrad_choices(wgrad))
+    # Asked for, they are there: for tests and for measurements.
+    monkeypatch.setattr(choice, "ONLY", "boxes")
+    assert all(c.box is not None for c in choice.gather_choices(described(device=CUDA)))
+
+
+@pytest.mark.parametrize(
+    ("name", "verb"),
+    [("triton-gather", "fprop"), ("triton-boxes", "dgrad"), ("triton-wgrad", "wgrad"),
+     ("triton-wgrad-boxes", "wgrad")],
+)  # fmt: skip
+def test_a_part_that_is_left_out_is_not_chosen(
+    on_gpu, monkeypatch: pytest.MonkeyPatch, name: str, verb: str
+) -> None:
+    on_gpu()
+    support = hk.Support.het(256, 256, 3, p=4)
+    problem = described(verb, support, batch=64, device=CUDA)
+    find = wgrad_choice.wgrad_choices if verb == "wgrad" else choice.gather_choices
+    boxed = name.endswith("boxes")
+    monkeypatch.setattr(choice, "_boxes_wanted", lambda _: True)
+    assert {c.box is not None for c in find(problem)} == {True, False}
+    monkeypatch.setattr(parts, "WITHOUT", frozenset({name}))
+    assert {c.box is not None for c in find(problem)} == {not boxed}
+    assert Triton().unsupported_reasons(problem) == []
+    pair = {name, f"{name}-boxes" if verb == "wgrad" else "triton-boxes"}
+    pair |= {"triton-gather"} if name == "triton-boxes" else set()
+    pair |= {"triton-wgrad"} if name == "triton-wgrad-boxes" else set()
+    monkeypatch.setattr(parts, "WITHOUT", frozenset(pair & parts.PARTS.keys()))
+    (reason,) = Triton().unsupported_reasons(problem)
+    assert "are left out by HETCONV_WITHOUT" in reason

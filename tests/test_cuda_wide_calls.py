@@ -19,11 +19,12 @@ import pytest
 import torch
 
 import hetconv_kernels as hk
+from benchmarks import smoke
 from hetconv_kernels import backends, ops
 from hetconv_kernels.backends import common
 from hetconv_kernels.backends import cuda as package
 from hetconv_kernels.backends.cuda import Cuda, choice
-from hetconv_kernels.backends.gpu import capture, devices
+from hetconv_kernels.backends.gpu import capture, devices, parts
 from hetconv_kernels.backends.vendor import Vendor
 from hetconv_kernels.errors import BackendError
 from hetconv_kernels.problem import Geometry, Problem, make_geometry
@@ -320,3 +321,53 @@ def test_nothing_is_made_ready_during_a_capture(on_gpu, monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(BackendError, match=r"while a CUDA graph is captured.*warmup\(model"):
         Cuda().fprop(problem)
+
+
+# The probe, and waits -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", smoke.RATES)
+def test_the_probe_multiplies_by_what_begins_at_any_16_bytes(host: ModuleType, form: str) -> None:
+    """Sums of ones, of both warpgroups; the host has no clocks."""
+    row, plane, taps = smoke.RATES[form]
+    clocks = torch.full((2, 2), -1, dtype=torch.int64)
+    values = torch.full((2, 2), float("nan"))
+    host.wide_rate(clocks.data_ptr(), values.data_ptr(), 2, 12, row, plane, taps, 0)
+    assert (values == 64 * 12).all()
+    assert (clocks == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [((9, 345, 3), "rows are shorter"), ((10, 339, 3), "planes are shorter"),
+     ((10, 2001, 3), "do not fit into shared memory"), ((8, 272, 0), "rows are shorter")],
+    ids=["row", "plane", "memory", "taps"],
+)  # fmt: skip
+def test_the_probe_refuses_what_would_read_beyond_its_planes(
+    host: ModuleType, shape: tuple[int, int, int], words: str
+) -> None:
+    with pytest.raises(BackendError, match=words):
+        host.wide_rate(0, 0, 1, 1, *shape, 0)
+
+
+def test_a_cluster_that_is_left_out_is_not_chosen(
+    on_gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_gpu()
+    assert choice.gather_choice(described("fprop", DENSE)).how.shape.cluster == 2
+    monkeypatch.setattr(parts, "WITHOUT", frozenset({"cuda-cluster"}))
+    assert choice.gather_choice(described("fprop", DENSE)).how.shape.cluster == 1
+
+
+@pytest.mark.parametrize("name", ["cuda-wide", "cuda-narrow", "cuda-wgrad"])
+def test_a_kernel_that_is_left_out_is_refused_with_its_name(
+    on_gpu: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    on_gpu()
+    verb = "wgrad" if name == "cuda-wgrad" else "fprop"
+    problem = described(verb, DENSE if name == "cuda-wide" else HET8)
+    assert Cuda().unsupported_reasons(problem) == []
+    others = {"cuda-narrow": {"cuda-wide"}}.get(name, set())
+    monkeypatch.setattr(parts, "WITHOUT", frozenset({name, *others}))
+    (reason,) = Cuda().unsupported_reasons(problem)
+    assert f"({name}) are left out by HETCONV_WITHOUT" in reason

@@ -44,7 +44,7 @@ def test_bringing_halos_counts_where_a_block_has_few_steps(
         monkeypatch.setattr(wide_tiles, "_PIECE_CLOCKS", piece)
         geometries = [make_geometry(s, 1, s.kernel[0] // 2) for s in layers]
         clocks.append([chosen(g, (14, 14), 128, False)[0].clocks for g in geometries])
-    assert clocks[1][0] > 1.4 * clocks[0][0]
+    assert clocks[1][0] > 1.2 * clocks[0][0]  # L2, at 30 bytes a clock, bounds the other
     assert clocks[1][1] == clocks[0][1]
 
 

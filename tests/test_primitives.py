@@ -71,32 +71,31 @@ def test_a_case_that_fails_does_not_take_the_others_along(tmp_path: Path, capsys
     assert [row["case"]["name"] for row in rows] == ["tiny"]
 
 
-def test_a_case_that_takes_the_gpu_down_is_left_out_by_a_new_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+@pytest.mark.parametrize("where", ["variant", "case"])
+def test_what_takes_the_gpu_down_ends_the_process_which_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, where: str
 ) -> None:  # type: ignore[no-untyped-def]
-    bad, good = replace(TINY, name="bad", dtype="int8"), TINY
-    monkeypatch.setattr(primitives, "rows_of", lambda full: [(bad, "fprop"), (good, "fprop")])
+    bad = replace(TINY, name="bad", **({"dtype": "int8"} if where == "case" else {}))
+    if where == "variant":
+        faulty(monkeypatch, "reference", "fails")
+    monkeypatch.setattr(primitives, "rows_of", lambda full: [(bad, "dgrad"), (TINY, "fprop")])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "pretended")
     monkeypatch.setattr(primitives, "usable", lambda device: False)
-    started: list[list[str]] = []
-
-    def exchanged(program: str, command: list[str]) -> None:
-        started.append(command[3:])
-        raise SystemExit
-
-    monkeypatch.setattr(primitives.os, "execv", exchanged)
-    own = ["--backend", "vendor", "--seconds", "0.02", "--budget", "60", "--results", str(tmp_path)]
-    with pytest.raises(SystemExit):
-        primitives.main(own)
-    assert started[0][: len(own)] == own
-    assert started[0][len(own) : -1] == ["--skip", "bad", "--budget"]
-    assert 0 < float(started[0][-1]) <= 60
-    assert primitives.main(started[0]) == 1
+    own = ["--backend", "vendor", "--seconds", "0.02", "--results", str(tmp_path), "--worker"]
+    assert primitives.main(own) == primitives.LOST
     shown = capsys.readouterr().out
-    assert "FAILED and left out: bad" in shown
+    assert "the GPU's context is lost" in shown
+    begun = [line for line in shown.splitlines() if line.startswith("begin ")]
+    lost = "bad/dgrad/ours-reference" if where == "variant" else "bad/*/*"
+    assert begun[-1] == f"begin {lost}"
+    # What watches it starts it again without that.
+    assert primitives.main([*own, "--leave-out", lost]) == 1
+    shown = capsys.readouterr().out
+    assert f"FAILED and left out: {lost}" in shown
     rows = json.loads((tmp_path / "primitives-quick.json").read_text())["rows"]
-    assert [row["case"]["name"] for row in rows] == ["tiny"]
+    assert rows[-1]["case"]["name"] == "tiny"
+    assert rows[-1]["median_s"] > 0
 
 
 def test_a_device_is_usable_until_it_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,11 +167,66 @@ def test_our_other_engines_are_measured_in_the_same_row(
     assert list(row["engines"]) == ["reference"]
     assert row["engines"]["reference"] > 0
     assert "reference " in capsys.readouterr().out
-    # One that is wrong spoils the row.
-    right = ops.run_dgrad
-    code = primitives.hk.backends.CODES["reference"]
-    monkeypatch.setattr(ops, "run_dgrad", lambda *a: right(*a) * (1.01 if a[-1] == code else 1))
+
+
+def faulty(monkeypatch: pytest.MonkeyPatch, engine: str, how: str) -> None:
+    """Makes one engine's dgrad wrong, or has it fail."""
+    right, code = ops.run_dgrad, primitives.hk.backends.CODES[engine]
+
+    def run(*arguments):  # type: ignore[no-untyped-def]
+        if arguments[-1] != code:
+            return right(*arguments)
+        if how == "fails":
+            raise RuntimeError("CUDA error: misaligned address")
+        return right(*arguments) * 1.01
+
+    monkeypatch.setattr("benchmarks.bench.ENGINES", ("vendor", "reference"))
+    monkeypatch.setattr(ops, "run_dgrad", run)
+
+
+@pytest.mark.parametrize("how", ["wrong", "fails"])
+def test_a_faulty_second_engine_is_named_and_costs_nobody_else_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, how: str
+) -> None:  # type: ignore[no-untyped-def]
+    faulty(monkeypatch, "reference", how)
     assert primitives.run(Record(tmp_path, "q"), [(TINY, "dgrad")], "vendor", 0.02) == 1
+    (row,) = json.loads((tmp_path / "q.json").read_text())["rows"]
+    assert list(row["left_out"]) == ["ours-reference"]
+    assert ("misaligned" if how == "fails" else "wrong by") in row["left_out"]["ours-reference"]
+    assert row["median_s"] > 0
+    assert row["match"]["ok"]
+    assert row["dense"]["ratio"] > 0
+    assert row["composition"]["median_s"] > 0
+    assert row["engines"] == {}
+    assert "WITHOUT ours-reference" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("how", ["wrong", "fails"])
+def test_where_the_engine_that_was_asked_for_is_faulty_another_of_ours_has_the_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    faulty(monkeypatch, "vendor", how)
+    assert primitives.run(Record(tmp_path, "q"), [(TINY, "dgrad")], "vendor", 0.02) == 1
+    (row,) = json.loads((tmp_path / "q.json").read_text())["rows"]
+    assert list(row["left_out"]) == ["ours"]
+    assert row["backend"] == {"asked": "vendor", "ran": "reference"}
+    assert row["median_s"] > 0
+
+
+def test_what_hung_before_is_not_begun_again(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    wanted = [(TINY, "dgrad"), (replace(TINY, name="other"), "fprop"), (TINY, "wgrad")]
+    without = {"tiny/dgrad/composition", "other/*/*", "tiny/wgrad/*"}
+    more = (False, float("inf"), without)
+    assert primitives.run(Record(tmp_path, "q"), wanted, "vendor", 0.02, *more) == 1
+    rows = json.loads((tmp_path / "q.json").read_text())["rows"]
+    assert [(row["verb"], list(row["left_out"])) for row in rows] == [
+        ("dgrad", ["composition"]),
+        ("wgrad", ["*"]),
+    ]
+    assert rows[0]["median_s"] > 0
+    assert "median_s" not in rows[1]
+    said = capsys.readouterr().out
+    assert "begin tiny/dgrad/ours\n" in said  # before it begins
 
 
 @pytest.mark.parametrize("kind", ["dense", "grouped", "self_group"])
@@ -183,7 +237,8 @@ def test_every_kind_of_support_has_its_rivals(tmp_path: Path, kind: str) -> None
     bench = primitives.Bench(case, "vendor")
     assert {"ours", "dense"} <= set(bench.variants["dgrad"])
     assert ("composition" in bench.variants["fprop"]) == (kind != "dense")
-    assert all(bench.check(verb).ok for verb in primitives.VERBS)
+    for verb in primitives.VERBS:
+        assert all(bench.check(verb, name).ok for name in bench.variants[verb])
 
 
 def test_the_quick_table_is_what_the_targets_are_stated_for() -> None:

@@ -72,6 +72,7 @@ def replaced(name: str, old: str, new: str) -> Callable[[Files], Files]:
     [
         (without("hetconv_kernels/py.typed"), "py.typed is missing"),
         (without("hetconv_kernels/backends/triton/table.json"), "table.json is missing"),
+        (without("hetconv_kernels/backends/gpu/constants.json"), "constants.json is missing"),
         (without("hetconv_kernels/_cpu.pyi"), "_cpu.pyi is missing"),
         (without(f"{INFO}/licenses/LICENSE"), "The licence is missing"),
         (without(f"{INFO}/entry_points.txt"), "The console script is missing"),

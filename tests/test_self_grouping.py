@@ -262,3 +262,67 @@ def test_missing_scikit_learn_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
     with pytest.raises(HetconvError, match=r"pip install 'hetconv-kernels\[demo\]'"):
         sg.self_group(WEIGHT, 50, clusters=2)
+
+
+# Groups that kernels read well -------------------------------------------------------------------
+
+
+def matched(channels: int, **changed: int) -> Support:
+    """Runs self-grouping in steps to 70 %, with what the kernels for wide groups want."""
+    how = {"granularity": 8, "tile": 64, "adjacent": 8, "fill": 64} | changed
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(channels, channels, 3, 3, generator=generator)
+    support = Support.dense(channels, channels, 3)
+    for percent in range(10, 71, 10):
+        support = sg.self_group(weight, percent, 16, support, **how)
+    return support
+
+
+def test_filters_that_follow_each_other_are_in_one_cluster() -> None:
+    vectors = np.random.default_rng(0).random((40, 5))
+    labels = sg.balanced_clusters(vectors, 2, 16, adjacent=8)
+    assert (labels.reshape(5, 8) == labels[::8, None]).all()
+    assert sorted(np.bincount(labels)) == [8, 32]  # 20 each, in tiles of 16
+    with pytest.raises(ArgumentError, match="adjacent=8 with tile=12"):
+        sg.balanced_clusters(vectors, 2, 12, adjacent=8)
+
+
+@pytest.mark.parametrize("fill", [1, 2, 4, 5, 6])
+def test_channels_fill_blocks_where_that_changes_little(fill: int) -> None:
+    """Five channels become four or six; three stay, as four would be a third more."""
+    centre = np.array(
+        [[9, 8, 7, 6, 5, 2, 1, 0], [9, 8, 7, 2, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0, 0, 0]]
+    )
+    keep = sg.group_channels(centre, 50, [0, 1, 2], fill=fill)
+    threshold = sg.group_channels(centre, 50, [0, 1, 2])
+    assert threshold.sum(1).tolist() != [0, 0, 0]
+    for row, count in zip(keep, threshold.sum(1), strict=True):
+        near = (int(count) + fill // 2) // fill * fill
+        wanted = near if near and abs(near - count) <= count / 4 else count
+        assert row.sum() == wanted
+        assert row[: int(wanted)].all()  # the most important ones
+
+
+def test_channels_that_were_dropped_fill_nothing() -> None:
+    centre = np.arange(8.0, 0, -1)[None]
+    alive = np.array([[True] * 5 + [False] * 3])
+    keep = sg.group_channels(centre, 20, [0], alive, fill=6)
+    # Six would be nearer to a block, but only five are left: as without it.
+    assert np.array_equal(keep, sg.group_channels(centre, 20, [0], alive))
+    assert (keep & alive).sum() == 5
+
+
+@pytest.mark.parametrize("channels", [256, 512])
+def test_matched_groups_run_at_three_quarters_of_a_plan_at_70_percent(channels: int) -> None:
+    """Of the products of a plan of fprop; as the paper forms them less than a third are useful."""
+    from hetconv_kernels.backends.cuda.wide_lowering import lower, wide_windows
+    from hetconv_kernels.problem import make_geometry
+
+    def efficiency(support: Support) -> float:
+        classes, _ = wide_windows(make_geometry(support, 1, 1), (14, 14), False)
+        return support.live / lower(support, classes).size
+
+    support = matched(channels)
+    assert 0.25 <= support.density <= 0.35
+    assert efficiency(support) >= 0.75
+    assert efficiency(matched(channels, tile=0, granularity=1, adjacent=1, fill=1)) < 0.35

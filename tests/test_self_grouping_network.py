@@ -148,9 +148,10 @@ def test_groups_match_the_tiles_of_a_backend(backend: str) -> None:
             SelfGrouping.matched(backend)
         return
     method = SelfGrouping.matched(backend, target=0.5, clusters=2, epochs=0)
-    assert (method.tile, method.granularity, method.target) == (*grain, 0.5)
+    tile, run_length, *more = grain
+    assert (method.tile, method.granularity, method.target) == (tile, run_length, 0.5)
+    assert [method.adjacent, method.fill][: len(more)] == more
     assert SelfGrouping.matched(backend, tile=5).tile == 5
-    tile, run_length = grain
     model = nn.Sequential(nn.Conv2d(4 * run_length, 2 * tile, 3), nn.ReLU())
     report = run(method, model, example=torch.randn(1, 4 * run_length, 5, 5), eval_data=None)
     for group in report.model[0].support.groups:
@@ -181,3 +182,10 @@ def test_killed_and_resumed(tile: int, tmp_path: Path) -> None:
         target=0.3, clusters=2, schedule="LG", local_epochs=1, epochs=2, tile=tile
     )
     check_kills(method, tmp_path, seed=8 + tile)
+
+
+@pytest.mark.parametrize("name", ["adjacent", "fill"])
+def test_forms_for_kernels_are_counts(name: str) -> None:
+    for value in (0, -1, 1.5):
+        with pytest.raises(ArgumentError):
+            SelfGrouping(**{name: value})

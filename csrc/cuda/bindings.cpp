@@ -229,6 +229,16 @@ PYBIND11_MODULE(_cuda, m) {
       },
       py::arg("w"), py::arg("w_dtype"), py::arg("source"), py::arg("slabs"), py::arg("dtype"),
       py::arg("size"), py::arg("stream"));
+  m.def(
+      "wide_rate",
+      [](uintptr_t clocks, uintptr_t values, int32_t blocks, int32_t steps, int32_t row_pitch,
+         int32_t plane_pitch, int32_t taps, uintptr_t stream) {
+        const WideRate p{at<int64_t>(clocks), at<float>(values), blocks, steps,
+                         row_pitch,           plane_pitch,       taps};
+        check("wide_rate", wide_rate(p, at<void>(stream)));
+      },
+      py::arg("clocks"), py::arg("values"), py::arg("blocks"), py::arg("steps"),
+      py::arg("row_pitch"), py::arg("plane_pitch"), py::arg("taps"), py::arg("stream"));
   m.def("kernels", [] {
     std::vector<std::string> names;
     for (const char* const* name = narrow_kernels(); *name != nullptr; ++name)

@@ -20,6 +20,8 @@
 #else
 #include <cuda.h>  // types only: the driver itself is found at run time
 
+#include <cstdio>
+
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #define HETCONV_BULK
 #endif
@@ -48,10 +50,29 @@ __device__ __forceinline__ void phase_expect(uint32_t address, uint32_t bytes) {
                : "memory");
 }
 
+#ifdef HETCONV_CHECKED
+// Nanoseconds after which a wait is taken never to end.
+constexpr uint64_t kLongestWait = 2'000'000'000;
+
+__device__ __forceinline__ uint64_t nanoseconds() {
+  uint64_t now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  return now;
+}
+#endif
+
 // Waits for the end of the phase of that parity; the one before the first counts as odd and ended.
 // try_wait may itself wait for some time, so it is no way to look and do something else meanwhile.
-__device__ __forceinline__ void phase_wait(uint32_t address, uint32_t parity) {
+//
+// `first` is the address of the block's first barrier. With HETCONV_CHECKED a wait that lasts
+// longer than any kernel ends the launch with an error, and says at which barrier, counted from
+// that one: otherwise a wait that never ends looks like a GPU that hangs.
+__device__ __forceinline__ void phase_wait(uint32_t address, uint32_t parity,
+                                           [[maybe_unused]] uint32_t first) {
   uint32_t ended;
+#ifdef HETCONV_CHECKED
+  const uint64_t begin = nanoseconds();
+#endif
   do {
     asm volatile(
         "{\n\t.reg .pred p;\n\t"
@@ -60,6 +81,13 @@ __device__ __forceinline__ void phase_wait(uint32_t address, uint32_t parity) {
         : "=r"(ended)
         : "r"(address), "r"(parity)
         : "memory");
+#ifdef HETCONV_CHECKED
+    if (!ended && nanoseconds() - begin > kLongestWait) {
+      printf("hetconv: block %d, thread %d: barrier %u waits for the end of a phase of parity %u\n",
+             int(blockIdx.x), int(threadIdx.x), (address - first) / 8, parity);
+      __trap();
+    }
+#endif
   } while (!ended);
 }
 

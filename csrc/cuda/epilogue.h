@@ -11,10 +11,7 @@ struct Clamp {
   float low, high;
   __device__ explicit Clamp(Act act)
       : low(act == Act::none ? -INFINITY : 0.0f), high(act == Act::relu6 ? 6.0f : INFINITY) {}
-  __device__ float operator()(float v) const {
-    v = v < low ? low : v;
-    return v > high ? high : v;
-  }
+  __device__ float operator()(float v) const { return lesser(greater(v, low), high); }
 };
 
 struct Smooth {

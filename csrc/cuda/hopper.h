@@ -49,6 +49,9 @@ __device__ __forceinline__ void barrier_of(int name, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
 
+// Clocks of this multiprocessor.
+__device__ __forceinline__ int64_t clocks() { return clock64(); }
+
 // Clusters ---------------------------------------------------------------------------------------
 
 // Which block of its cluster this is.

@@ -262,7 +262,7 @@ __device__ __forceinline__ void compute(const P& p) {
         if (ahead.next()) fetch(ahead, p.buffers == 2 ? 1 - buffer : 0);
         if constexpr (kBoxes) {
           parity ^= buffer == 0;
-          phase_wait(shared + at.phases + buffer * 8, parity);
+          phase_wait(shared + at.phases + buffer * 8, parity, shared + at.phases);
         } else {
           copy_commit();
           if (p.buffers == 2)

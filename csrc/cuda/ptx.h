@@ -179,6 +179,18 @@ template <> __device__ __forceinline__ float widen<Half>(uint32_t bits) {
   return v;
 }
 
+// The greater and the lesser of two numbers; NaN if either is.
+__device__ __forceinline__ float greater(float a, float b) {
+  float v;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(v) : "f"(a), "f"(b));
+  return v;
+}
+__device__ __forceinline__ float lesser(float a, float b) {
+  float v;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(v) : "f"(a), "f"(b));
+  return v;
+}
+
 __device__ __forceinline__ float as_float(uint32_t bits) { return __uint_as_float(bits); }
 __device__ __forceinline__ uint32_t as_bits(float v) { return __float_as_uint(v); }
 

@@ -132,7 +132,7 @@ template <class T, class P> __device__ __forceinline__ void compute(const P& p) 
     }
     if constexpr (kBoxes) {
       parity ^= buffer == 0;
-      phase_wait(shared + at.phases + buffer * 8, parity);
+      phase_wait(shared + at.phases + buffer * 8, parity, shared + at.phases);
     } else {
       barrier();
     }

@@ -135,4 +135,20 @@ int64_t wide_blocks(const Wide& p, DType dtype);
 // barriers.
 int64_t wide_shared_bytes(const Wide& p);
 
+// How fast the matrix unit reads operands that begin at any 16 bytes, which is what the kernel
+// rests on: two warpgroups multiply as it does, by what never changes in shared memory, and nothing
+// else.
+struct WideRate {
+  int64_t* clocks;  // [blocks, kWarpgroups]: of all steps
+  float* values;    // [blocks, kWarpgroups]: 64 * steps, as all numbers are 1
+  int32_t blocks;
+  int32_t steps;        // of four products, of 64 x 256 by 16
+  int32_t row_pitch;    // 16-byte units from a halo row to the next
+  int32_t plane_pitch;  // 16-byte units from a chunk's plane to the next
+  int32_t taps;         // 1: always the first; 3: along a row and a column, as of a kernel 3 x 3
+};
+
+// Runs only on compute capability 9.0.
+const char* wide_rate(const WideRate& p, void* stream);
+
 }  // namespace hetconv::cuda

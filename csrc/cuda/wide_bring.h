@@ -70,7 +70,7 @@ template <int kPixels> struct HaloBringer {
       const int32_t* block = p.blocks + load_table(item.head + kBlockBegin) * kBlockFields;
       const int count = load_table(item.head + kBlockCount);
       for (int b = 0; b < count; ++b, block += kBlockFields, ring.advance()) {
-        phase_wait(ring.emptied(), ring.parity ^ 1);
+        ring.wait_emptied();
         start(item, block, ring.at);
         copy_arrive(ring.filled());
       }
@@ -101,7 +101,7 @@ inline __device__ void bring_slabs(const Wide& p, uint32_t slabs, const Barriers
         for (int w = 0; w < kWarpgroups; ++w) {
           if (s >= steps[w]) continue;
           Ring& ring = rings[w];
-          phase_wait(ring.emptied(), ring.parity ^ 1);
+          ring.wait_emptied();
           phase_expect(ring.filled(), kSlabBytes);
           const uint32_t to = slabs + (w * p.slots + ring.at) * kSlotBytes;
           const char* from = source + int64_t(begin[w] + s) * kSlabBytes;

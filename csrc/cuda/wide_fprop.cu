@@ -62,13 +62,13 @@ __device__ void compute(const Wide& p, uint32_t shared, const Layout& at, const 
       const int32_t* windows = p.steps + load_table(block + kStepBegin + 2 * group);
       const int steps = load_table(block + kStepCount + 2 * group);
       const uint32_t planes = shared + at.halo + halo.at * at.stage;
-      phase_wait(halo.filled(), halo.parity);
+      halo.wait_filled();
       fence_async();  // here, as those who copied are further on already
       for (int s = 0; s < steps; ++s, ring.advance()) {
         const uint32_t window = uint32_t(load_table(windows + s));
         const uint64_t a = operand(slabs + ring.at * kSlotBytes, 64, 8);
         const uint64_t x = operand(planes + window * 16, uint32_t(p.plane_pitch), next_rows);
-        phase_wait(ring.filled(), ring.parity);
+        ring.wait_filled();
         hold_registers(acc);
         products_begin();
 #pragma unroll

@@ -29,14 +29,17 @@ struct Layout {
 
 // A ring of places in shared memory, each with a barrier that says it is full and one for empty.
 struct Ring {
+  uint32_t first;  // barrier of the block, from which they are counted
   uint32_t full, empty;
   int count, at;
   uint32_t parity;
 
-  __device__ Ring(uint32_t barriers, int count)
-      : full(barriers), empty(barriers + count * 8), count(count), at(0), parity(0) {}
+  __device__ Ring(uint32_t first, uint32_t barriers, int count)
+      : first(first), full(barriers), empty(barriers + count * 8), count(count), at(0), parity(0) {}
   __device__ uint32_t filled() const { return full + at * 8; }
   __device__ uint32_t emptied() const { return empty + at * 8; }
+  __device__ void wait_filled() const { phase_wait(filled(), parity, first); }
+  __device__ void wait_emptied() const { phase_wait(emptied(), parity ^ 1, first); }
   __device__ void advance() {
     if (++at == count) at = 0, parity ^= 1;
   }
@@ -47,9 +50,9 @@ struct Barriers {
   uint32_t begin;
   int stages, slots;
 
-  __device__ Ring halo() const { return Ring(begin, stages); }
+  __device__ Ring halo() const { return Ring(begin, begin, stages); }
   __device__ Ring slabs(int group) const {
-    return Ring(begin + (stages + group * slots) * 16, slots);
+    return Ring(begin, begin + (stages + group * slots) * 16, slots);
   }
 };
 

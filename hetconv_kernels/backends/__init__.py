@@ -40,7 +40,8 @@ class Backend(Protocol):
     """What every engine offers.
 
     An engine whose tiles have sizes may say them in an attribute ``grain``: the filters and the
-    channels that groups should have multiples of.
+    channels that groups should have multiples of; and, where it is more than one, how many filters
+    that follow each other should be in one group, and how many channels a group should fill.
 
     Attributes:
         name: one of `CODES`.

@@ -97,10 +97,3 @@ GRADIENT = 1.8e-10
 # How much faster than float32 a dense convolution may be; generous where nothing was measured, so
 # that `auto` does not leave it too early.
 DTYPE_SPEED = {torch.bfloat16: 2.0, torch.float16: 1.0, torch.float64: 0.5}
-
-# The shares of a GPU's data sheet that cuDNN, and our kernels, are taken to reach, and the seconds
-# of a launch. Nominal, nothing was fitted; generous to cuDNN, so that `auto` stays there when in
-# doubt.
-GPU_DENSE, GPU_PREDICTION, GPU_LAUNCH = 0.7, 0.6, 5e-6
-# How much faster than bf16 a GPU's dense convolution is; float32 as TF32.
-GPU_SPEED = {torch.float32: 0.5, torch.float64: 1 / 32}

@@ -31,13 +31,11 @@ from .common import (
     to_format,
     weight_gradient,
 )
-from .gpu.devices import spec_of
+from .gpu.constants import GpuConstants, constants_of, dense_gpu_seconds
+from .gpu.devices import GpuSpec, spec_of
 from .rates import (
     DENSE,
     DTYPE_SPEED,
-    GPU_DENSE,
-    GPU_LAUNCH,
-    GPU_SPEED,
     LINEAR,
     LINEAR_FAR,
     NARROW_GROUP,
@@ -53,6 +51,27 @@ from .rates import (
 
 # Bytes of weights that stay in a processor's cache from call to call.
 _NEAR = 2**24
+
+
+def dense_gpu_prediction(
+    problem: Problem, spec: GpuSpec, constants: GpuConstants, work: float = 1.0, launches: int = 1
+) -> float:
+    """Predicts the time of cuDNN on a GPU, in seconds; arguments beyond it as `dense_seconds`."""
+    (f, c, kh, kw), (oh, ow) = problem.support.shape, problem.output_size
+    pixels = {
+        "fprop": problem.batch * oh * ow,
+        "dgrad": problem.batch * problem.height * problem.width,
+        "wgrad": c * kh * kw,
+    }[problem.verb]
+    seconds = dense_gpu_seconds(
+        problem.dense_macs * work,
+        (pixels, c if problem.verb == "dgrad" else f),
+        problem.bytes_moved,
+        problem.dtype,
+        spec,
+        constants,
+    )
+    return seconds + launches * constants.launch
 
 
 def dense_seconds(
@@ -71,10 +90,8 @@ def dense_seconds(
     """
     macs = problem.dense_macs * work
     if problem.device.type != "cpu":
-        spec = spec_of(problem.device)
-        speed = GPU_DENSE * GPU_SPEED.get(problem.dtype, 1.0)
-        compute = macs / (spec.processors * spec.clock * spec.rate * speed)
-        return max(compute, problem.bytes_moved / spec.bandwidth) + launches * GPU_LAUNCH
+        device = problem.device
+        return dense_gpu_prediction(problem, spec_of(device), constants_of(device), work, launches)
     pixels = problem.height * problem.width
     weights = math.prod(problem.support.shape) * work
     rates, ours = DENSE, OVERHEAD["vendor"]

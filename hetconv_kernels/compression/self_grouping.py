@@ -34,6 +34,8 @@ def self_group(
     *,
     granularity: int = 1,
     tile: int = 0,
+    adjacent: int = 1,
+    fill: int = 1,
 ) -> Support:
     """Chooses the self-grouping Support of one layer from its weights.
 
@@ -63,6 +65,9 @@ def self_group(
         granularity: channels are kept or dropped in runs of this many, see `group_channels`.
         tile: 0 clusters as the paper does; otherwise clusters have a multiple of this many
             filters, see `balanced_clusters`, and the groups that ``support`` has stay together.
+        adjacent: with a tile, filters a·i … a·i + a - 1 are in the same cluster, as kernels want
+            them that write several filters at a time; it divides ``tile``.
+        fill: the channels that a cluster keeps fill blocks of this many, see `group_channels`.
 
     Returns:
         A Support of whole kernels, inside ``support``.
@@ -87,10 +92,10 @@ def self_group(
         labels = (
             _group_labels(before)
             if grouped
-            else balanced_clusters(importance, int(clusters), tile, seed)
+            else balanced_clusters(importance, int(clusters), tile, seed, adjacent)
         )
     alive = before.mask.any(axis=(2, 3))
-    keep = group_channels(importance, percent, labels, alive, granularity)
+    keep = group_channels(importance, percent, labels, alive, granularity, fill)
     after = Support.self_grouped(labels, keep, (kh, kw), within=before)
     if after.live == 0:
         raise SupportError(
@@ -146,7 +151,7 @@ def cluster_filters(importance: npt.ArrayLike, clusters: int = 16, seed: int = 0
 
 
 def balanced_clusters(
-    importance: npt.ArrayLike, clusters: int, tile: int, seed: int = 0
+    importance: npt.ArrayLike, clusters: int, tile: int, seed: int = 0, adjacent: int = 1
 ) -> IntArray:
     """Clusters the filters so that each cluster fills whole tiles.  # [F, C] -> int [F]
 
@@ -160,10 +165,25 @@ def balanced_clusters(
         >>> balanced_clusters([[0.0], [0.0], [1.0], [9.0]], 2, 2).tolist()
         [0, 0, 1, 1]
 
+    With ``adjacent`` filters that follow each other are one thing, by the mean of their vectors:
+
+        >>> balanced_clusters([[0.0], [8.0], [4.0], [4.0], [9.0], [9.0]], 2, 4, adjacent=2).tolist()
+        [0, 0, 0, 0, 1, 1]
+
     Raises:
+        ArgumentError: ``adjacent`` does not divide ``tile``.
         HetconvError: scikit-learn is not installed.
     """
     vectors = np.asarray(importance, np.float64)
+    if adjacent > 1:
+        if tile % adjacent:
+            received = f"adjacent={adjacent} with tile={tile}"
+            raise ArgumentError(mismatch("clusters", received, "a tile that is a multiple of it"))
+        begins = np.arange(0, len(vectors), adjacent)
+        sizes = np.diff(np.append(begins, len(vectors)))
+        means = np.add.reduceat(vectors, begins) / sizes[:, None]
+        own = balanced_clusters(means, clusters, tile // adjacent, seed)
+        return np.repeat(own, sizes)
     filters = len(vectors)
     size = -(-filters // (min(clusters, filters) * tile)) * tile
     count = -(-filters // size)
@@ -220,6 +240,7 @@ def group_channels(
     labels: npt.ArrayLike,
     alive: npt.ArrayLike | None = None,
     granularity: int = 1,
+    fill: int = 1,
 ) -> BoolArray:
     """Chooses the channels that each cluster keeps: step 3.
 
@@ -241,6 +262,9 @@ def group_channels(
         alive: which pairs were not dropped before; None is all.  # bool [F, C]
         granularity: channels g·i … g·i + g - 1 are kept or dropped together, by the mean of the
             centroid over them (ours; 1 is the paper). The last run may be shorter.
+        fill: the number of channels that a cluster keeps is brought to the nearest multiple of
+            this, by the channels nearest to the threshold, where that changes it by a quarter at
+            most (ours; 1 is the paper). So the share that is dropped may differ from ``percent``.
 
     Returns:
         The channels that each cluster keeps; still to be intersected with ``alive``.  # bool [G, C]
@@ -271,7 +295,25 @@ def group_channels(
         centre = np.repeat(np.add.reduceat(centre, starts, axis=1) / lengths, lengths, axis=1)
     threshold = np.percentile(np.where(live, centre[label], 0.0), percent)
     keep: BoolArray = centre > threshold
+    check_count("fill", fill, 1)
+    if fill > 1:
+        for own in range(len(keep)):
+            _fill(keep[own], centre[own], live[label == own].any(axis=0), fill)
     return keep
+
+
+def _fill(keep: BoolArray, centre: FloatArray, live: BoolArray, fill: int) -> None:
+    """Brings the channels that one cluster keeps to a multiple of `fill`, if a near one is there.
+
+    Channels of one run have one centroid and stand together in a stable order.
+    """
+    kept = int((keep & live).sum())
+    wanted = (kept + fill // 2) // fill * fill
+    if not wanted or abs(wanted - kept) > kept / 4 or wanted > int(live.sum()):
+        return
+    order = np.argsort(-np.where(live, centre, -np.inf), kind="stable")
+    keep[:] = False
+    keep[order[:wanted]] = True
 
 
 def _check_percent(percent: float) -> None:

@@ -25,7 +25,8 @@ class SelfGrouping(Method):
 
     Deviations: a layer that a step would leave without any weight keeps the Support of the step
     before, and the report names it; a layer of fewer filters than ``clusters`` has as many clusters
-    as filters. ``granularity`` and ``tile`` are ours: they make groups that hardware reads well.
+    as filters. ``granularity``, ``tile``, ``adjacent`` and ``fill`` are ours: they make groups that
+    hardware reads well.
 
     Attributes:
         target: the fraction of (filter, channel) pairs of convolutions to drop.
@@ -38,6 +39,9 @@ class SelfGrouping(Method):
         granularity: channels are kept or dropped in runs of this many (1 is the paper; 8, 16, 32).
         tile: clusters have a multiple of this many filters, all but one the same, and stay the
             same from step to step (0 is the paper: as k-means finds them).
+        adjacent: that many filters that follow each other are in one cluster (1 is the paper).
+        fill: the channels that a cluster keeps are a multiple of this, where that changes their
+            number by a quarter at most (1 is the paper).
         stem: whether a convolution that reads an image is taken too.
 
     Raises:
@@ -55,6 +59,8 @@ class SelfGrouping(Method):
     epochs: int = 90
     granularity: int = 1
     tile: int = 0
+    adjacent: int = 1
+    fill: int = 1
     stem: bool = False
 
     def __post_init__(self) -> None:
@@ -62,6 +68,7 @@ class SelfGrouping(Method):
         check_fraction("fc_target", self.fc_target)
         for name, least in (
             ("clusters", 1), ("local_epochs", 0), ("epochs", 0), ("granularity", 1), ("tile", 0),
+            ("adjacent", 1), ("fill", 1),
         ):  # fmt: skip
             check_count(name, getattr(self, name), least)
         if self.schedule not in ("G", "LG"):
@@ -73,7 +80,8 @@ class SelfGrouping(Method):
 
         Args:
             backend: the name of one that is built here and has tiles.
-            settings: the other attributes; ``granularity`` and ``tile`` win over the backend's.
+            settings: the other attributes; ``granularity``, ``tile``, ``adjacent`` and ``fill`` win
+                over the backend's.
 
         Raises:
             BackendError: there is no such backend in this installation.
@@ -85,8 +93,10 @@ class SelfGrouping(Method):
                 mismatch("backend", repr(backend), "one with tiles: 'cpu', 'triton' or 'cuda'",
                          "The others compute every group as part of a dense layer.")
             )  # fmt: skip
-        tile, granularity = grain
-        return cls(**({"tile": tile, "granularity": granularity} | settings))
+        own = dict(zip(("tile", "granularity", "adjacent", "fill"), grain, strict=False))
+        if settings.get("tile", 0) % own.get("adjacent", 1):
+            own["adjacent"] = 1  # which the tile that was asked for does not hold
+        return cls(**(own | settings))
 
     def leaves_out(self, name: str, layer: Layer) -> str | None:
         """Leaves out the stem, as the paper does."""
@@ -121,6 +131,8 @@ class SelfGrouping(Method):
                     run.seed,
                     granularity=self.granularity,
                     tile=self.tile,
+                    adjacent=self.adjacent,
+                    fill=self.fill,
                 )
             except SupportError:
                 stopped.append(name)

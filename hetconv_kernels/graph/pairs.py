@@ -6,9 +6,9 @@ They are part of `hetconv_kernels.rules`.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -66,7 +66,7 @@ def het_pairs(p: int = 32, order: str = "blocked") -> Rule:
             result.append((key, child))
             place += 1
         network = nn.Sequential()
-        network._modules = OrderedDict(result)
+        network._modules.update(result)
         return network.train(module.training)
 
     return rule
@@ -216,8 +216,9 @@ def _separable(groups: int | None, norm: bool) -> Rule:
         if C % count:
             return Keep(f"{count} groups do not divide its {C} channels")
         device, dtype = conv.weight.device, conv.weight.dtype
+        place: Any = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
         spatial = nn.Conv2d(
-            C, C, conv.kernel_size, conv.stride, conv.padding, conv.dilation, count,
+            C, C, *place, count,
             bias=not norm, padding_mode=conv.padding_mode, device=device,
             dtype=dtype,
         )  # fmt: skip

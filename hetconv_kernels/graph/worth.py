@@ -56,7 +56,7 @@ def leave_plain(model: nn.Module, inputs: Sequence[tuple[Any, ...]]) -> tuple[Le
         answers = [_reason(layer, x) for x in calls]
         if not answers or None in answers:
             continue
-        plain = layer.to_linear() if isinstance(layer, SupportLinear) else layer.to_conv2d()
+        plain: Any = layer.to_linear() if isinstance(layer, SupportLinear) else layer.to_conv2d()
         if any(x.dim() == 4 and not x.is_contiguous() for x in calls):
             plain = plain.to(memory_format=torch.channels_last)
         left.append(LeftPlain(name, answers[-1] or "", layer.support.live))

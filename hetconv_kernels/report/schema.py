@@ -175,6 +175,10 @@ PRIMITIVE_ROW = {
         },
         "efficiency": _NUMBER,
         "engines": {"type": "object", "values": _NUMBER},
+        # Variants that were wrong, failed or hung, with the reason; absent where none was.
+        "left_out": {"type": "object", "values": _STRING},
+        # Times of the others where none of our engines was right.
+        "rivals": {"type": "object", "values": _NUMBER},
         "dense": _ESTIMATE,
         "composition": _MAYBE_ESTIMATE,
         "compiled": _MAYBE_ESTIMATE,

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ...problem import Problem
 from .. import Runner
+from ..gpu.constants import constants_of
 from ..gpu.devices import gpu_reasons
-from ..rates import GPU_PREDICTION
 from . import choice
 from .calls import MAX_SPAN, VECTOR, NarrowCall, span
 from .wgrad_calls import WgradCall
@@ -32,8 +32,9 @@ class Cuda:
     """The engine of csrc/cuda; its tables are kept with the Support that they were made from."""
 
     name = "cuda"
-    # Filters of a fragment and channels of a 16-byte access.
-    grain = (8, 8)
+    # Filters of a wgmma segment, channels of a 16-byte access, filters of one that is stored, and
+    # channels of a step.
+    grain = (64, 8, 8, 64)
 
     def unsupported_reasons(self, problem: Problem) -> list[str]:
         """Refuses other devices, dtypes and layouts, odd channels, and sizes beyond 32 bits."""
@@ -65,11 +66,12 @@ class Cuda:
     def estimate(self, problem: Problem) -> float:
         """Predicts the time by the cost models of the tiles, in seconds; nominal, not measured."""
         found = choice.best(problem)
-        return float("inf") if isinstance(found, str) else found.seconds / GPU_PREDICTION
+        share = constants_of(problem.device).ours[self.name]
+        return float("inf") if isinstance(found, str) else found.seconds / share
 
     def measured(self, problem: Problem) -> bool:
-        """No measurement has been made of it yet."""
-        return False
+        """Whether `benchmarks.calibrate` has measured it on this GPU; it has on none yet."""
+        return constants_of(problem.device).measured
 
     def efficiency(self, problem: Problem) -> float:
         """Useful over executed multiply-accumulates; filled tiles and half steps count."""

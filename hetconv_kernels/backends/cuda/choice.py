@@ -16,8 +16,8 @@ import torch
 
 from ...errors import ArgumentError, BackendError
 from ...problem import Problem
+from ..gpu import parts
 from ..gpu.devices import GpuSpec, spec_of
-from ..rates import GPU_LAUNCH
 from .tiles import Choice, choose, choose_wgrad
 from .wgrad_lowering import UNIT_VALUES, WgradTables
 from .wide_lowering import WideTables, lower, wide_windows
@@ -28,7 +28,8 @@ from .windows import windows
 ONLY: str | None = None
 # Whether TMA may bring tiles; for tests and for comparisons with cp.async.
 BOXES = True
-# Seconds that a launch more in the same call takes.
+# Seconds that a launch, and a launch more in the same call, take.
+GPU_LAUNCH = 5e-6
 _NEXT_LAUNCH = 3e-6
 # Clocks in which a unit of wgrad reads one pixel of both operands from shared memory.
 _UNIT_READS = 1.25
@@ -92,7 +93,7 @@ def best(problem: Problem) -> AnyChoice | str:
     """Picks how a Problem is run, or says in sentences why it cannot be; kept with the Support."""
     geometry = problem.geometry
     key = (
-        *("cuda choice", ONLY, BOXES),
+        *("cuda choice", ONLY, BOXES, parts.WITHOUT),
         *(problem.verb, problem.dtype, problem.device, problem.batch),
         *(problem.height, problem.width, geometry.tail),
     )
@@ -150,8 +151,9 @@ def _found(problem: Problem) -> AnyChoice | str:
 
 def _narrow_reason(problem: Problem) -> str:
     """Says why the kernels for narrow groups are not for a Problem; empty when they are."""
-    if problem.support.live <= _MOST_WEIGHTS:
-        return ""
+    absent = parts.left_out("cuda-wgrad" if problem.verb == "wgrad" else "cuda-narrow")
+    if absent or problem.support.live <= _MOST_WEIGHTS:
+        return absent
     return (
         f"there are {problem.support.live} live weights, and shared memory holds at most "
         f"{_MOST_WEIGHTS}."
@@ -162,6 +164,8 @@ def _wide_reason(problem: Problem) -> str:
     """Says why the kernel for wide groups is not for a Problem; empty when it is."""
     if problem.verb == "wgrad":
         return "it has no wgrad; backend='triton' has one."
+    if absent := parts.left_out("cuda-wide"):
+        return absent
     if problem.device.type != "cuda":  # the kernels on the CPU, in tests
         return ""
     capability = torch.cuda.get_device_capability(problem.device.index or 0)
@@ -182,6 +186,8 @@ def _no_boxes(problem: Problem) -> str:
     """Says why a device or its driver has no TMA; empty where they have."""
     if not BOXES:
         return "TMA is switched off"
+    if absent := parts.left_out("cuda-boxes"):
+        return absent.rstrip(".")
     if problem.device.type != "cuda":  # the kernels on the CPU, in tests
         return ""
     major, minor = torch.cuda.get_device_capability(problem.device.index or 0)

@@ -248,12 +248,17 @@ class _Builder:
         """Adds one class of one pair; `needs` has the chunks and all taps of its two segments."""
         flat = [tap.ky * self._width + tap.kx for tap in window.taps]
         own = needs[:, :, flat].transpose(1, 0, 2)  # [chunks, 2, taps of the class]
-        read = np.flatnonzero(own.any(axis=(1, 2)))
-        sets = [read[members] for members in eights(own[read], _block_cost)]
+        # One halo for what both read; or, where what either reads alone would then fill blocks
+        # badly, blocks of each warpgroup, some chunks being brought twice.
+        alone = np.zeros((2, *own.shape), bool)
+        alone[0, :, 0], alone[1, :, 1] = own[:, 0], own[:, 1]
+        shared, apart = _blocks_of(own), [block for one in alone for block in _blocks_of(one)]
+        costs = [sum(_cost(needs) for _, needs in way) for way in (shared, apart)]
+        blocks = apart if costs[1] < costs[0] else shared
         pair = len(self._heads)
-        self._heads.append([len(self._blocks), len(sets)])
-        for members in _in_turn(sets, [np.any(own[members], axis=0) for members in sets]):
-            together = np.any(own[members], axis=0)
+        self._heads.append([len(self._blocks), len(blocks)])
+        for nth in _in_turn([needs for _, needs in blocks]):
+            members, together = blocks[nth]
             line = [*members.tolist(), *[-1] * (EIGHT - len(members))]
             unread = window.unread([window.taps[i] for i in np.flatnonzero(together.any(axis=0))])
             for side in range(2):
@@ -288,15 +293,29 @@ class _Builder:
         )
 
 
-def _in_turn(sets: Sequence[IntArray], needs: Sequence[BoolArray]) -> list[IntArray]:
+def _blocks_of(needs: BoolArray) -> list[tuple[IntArray, BoolArray]]:
+    """Puts chunks into blocks; returns each with the taps that its warpgroups need.
+
+    # bool [chunks, 2, taps] -> int [up to 8], bool [2, taps]
+    """
+    read = np.flatnonzero(needs.any(axis=(1, 2)))
+    sets = [read[members] for members in eights(needs[read], _block_cost)]
+    return [(members, np.any(needs[members], axis=0)) for members in sets]
+
+
+def _cost(needs: BoolArray) -> float:
+    return float(_block_cost(needs[None])[0])
+
+
+def _in_turn(needs: Sequence[BoolArray]) -> list[int]:
     """Orders blocks so that long and short ones alternate, and neither warpgroup falls behind.
 
     While a long block is computed the next halo arrives; after two short ones it would be waited
     for.
     """
     steps = np.array([need.sum(axis=1) for need in needs], np.int64).reshape(-1, 2)
-    found: list[IntArray] = []
-    left, ahead = list(range(len(sets))), 0
+    found: list[int] = []
+    left, ahead = list(range(len(needs))), 0
     while left:
         totals = steps[left].sum(axis=1)
         wanted = totals.max() if len(found) % 2 == 0 else totals.min()
@@ -304,5 +323,5 @@ def _in_turn(sets: Sequence[IntArray], needs: Sequence[BoolArray]) -> list[IntAr
         best = min(fitting, key=lambda i: abs(ahead + int(steps[i, 0] - steps[i, 1])))
         ahead += int(steps[best, 0] - steps[best, 1])
         left.remove(best)
-        found.append(sets[best])
+        found.append(best)
     return found

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from ...errors import BackendError
 from ...masks import Int32Array, IntArray
+from ..gpu import parts
 from ..gpu.devices import GpuSpec
 from .eights import EIGHT
 from .wide_lowering import COLUMNS, SLAB, STEP_COUNTS, UNREAD, WideTables
@@ -125,6 +126,8 @@ def tilings(
             continue
         fields = lines.astype(np.int32)  # which holds all that fits in shared memory
         for cluster in CLUSTERS:
+            if cluster > 1 and parts.left_out("cuda-cluster"):
+                continue
             own = shape._replace(cluster=cluster)
             clocks, executed = predicted_clocks(tables, lines, batch, own, spec)
             yield WideTiling(tables, fields, own, clocks, executed)

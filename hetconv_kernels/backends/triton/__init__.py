@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ...problem import Problem
 from .. import Runner
+from ..gpu import parts
+from ..gpu.constants import constants_of
 from ..gpu.devices import gpu_reasons
-from ..rates import GPU_PREDICTION
 from . import choice, table, wgrad_choice
 from .lowering import MAX_TAPS
 
@@ -80,15 +81,21 @@ class Triton:
         span = max(abs(stride) for stride in problem.strides[1:])
         if span * max(problem.height, problem.width, oh, ow, c, f) > 2**62:
             reasons.append("The strides of the image are beyond 64-bit addresses.")
+        elif parts.WITHOUT:
+            gradient = problem.verb == "wgrad"
+            pointers = parts.left_out("triton-wgrad" if gradient else "triton-gather")
+            # Only boxes are left, where they can be used at all.
+            ways = wgrad_choice.wgrad_choices if gradient else choice.gather_choices
+            reasons += [pointers] if pointers and not ways(problem) else []
         return reasons
 
     def estimate(self, problem: Problem) -> float:
         """Predicts the time by the cost model of `tiles`, in seconds; nominal, not measured."""
-        return _best(problem).seconds / GPU_PREDICTION
+        return _best(problem).seconds / constants_of(problem.device).ours[self.name]
 
     def measured(self, problem: Problem) -> bool:
-        """Only where the committed table has such a problem; it has none yet."""
-        return table.look_up(problem) is not None
+        """Whether the GPU was calibrated, or the table of tiles has such a problem; none yet."""
+        return constants_of(problem.device).measured or table.look_up(problem) is not None
 
     def efficiency(self, problem: Problem) -> float:
         """Useful over executed multiply-accumulates; filled tiles and merged groups count."""

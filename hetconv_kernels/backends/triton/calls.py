@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...errors import BackendError, mismatch
 from ...problem import Problem
 from ..common import empty, unit
+from ..gpu import parts
 from ..gpu.axes import axes_of
 from ..gpu.capture import CONVERSIONS, capturing, pin, upload
 from ..gpu.devices import spec_of
@@ -164,6 +166,7 @@ class GatherCall:
             from .box_calls import bind_boxes  # host descriptors are for Hopper only
 
             return bind_boxes(self, x, y)
+        refuse_left_out("triton-gather")
         return self._bind_pointers(x, y)
 
     def _bind_pointers(self, x: Tensor, y: Tensor) -> Bound:
@@ -207,6 +210,18 @@ class GatherCall:
             launch(x, slabs, y, words, starts, rows, table, *epilogue)
 
         return Bound(start, tiles)
+
+
+def refuse_left_out(name: str) -> None:
+    """Refuses to read operands through pointers by a kernel that is left out.
+
+    Raises:
+        BackendError: it is, and boxes cannot be fetched from these addresses.
+    """
+    if absent := parts.left_out(name):
+        raise BackendError(
+            mismatch("operand", "one that TMA cannot fetch", "16-byte aligned addresses", absent)
+        )
 
 
 def in_order(x: Tensor, order: Tensor | None) -> Tensor:

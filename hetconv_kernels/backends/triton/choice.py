@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...problem import Problem
+from ..gpu import parts
 from ..gpu.axes import axes_of, dgrad_classes
 from ..gpu.devices import GpuSpec, spec_of
 from . import table
@@ -139,14 +140,18 @@ def random_operand(problem: Problem, shape: Sequence[int], strides: Sequence[int
 
 def gather_choices(problem: Problem) -> list[GatherChoice]:
     """Lists all ways to run fprop or dgrad, with their predictions."""
-    tiles = HALF_TILES if problem.dtype.itemsize == 2 else SINGLE_TILES
+    tiles: Sequence[Tile] = HALF_TILES if problem.dtype.itemsize == 2 else SINGLE_TILES
     spec = spec_of(problem.device)
     found = []
+    if parts.left_out("triton-gather"):
+        tiles = ()
     forms = [FORMS[0]] if len(problem.support.groups) == 1 else FORMS
     for form in forms:
         for tile in tiles if ONLY != "boxes" else ():
             found.append(_gather(problem, tile, None, form, spec))
-        for tile in BOX_TILES if ONLY != "gather" and has_boxes(problem.device) else ():
+        for tile in BOX_TILES if _boxes_wanted(problem.device) else ():
+            if parts.left_out("triton-boxes"):
+                continue
             lowering = lowering_of(problem, tile.filters, tile.channels, *form)
             work = steps_run(lowering, *axes_of(problem))
             for box in boxes_of(problem, tile, lowering.gather is not None, work):
@@ -154,6 +159,23 @@ def gather_choices(problem: Problem) -> list[GatherChoice]:
     return [c for c in found if c is not None] or [
         c for t in tiles if (c := _gather(problem, t, None, FORMS[0], spec)) is not None
     ]
+
+
+def _boxes_wanted(device: torch.device) -> bool:
+    """Tells whether fprop and dgrad may run on boxes: where the CUDA engine has no kernel for it.
+
+    Each tap fetches a box of its own through L2; by prediction the CUDA engine's kernel for wide
+    groups, which keeps the halo, is faster on every layer (docs/backends/cuda.md).
+    """
+    if ONLY is not None or not has_boxes(device):
+        return ONLY != "gather" and has_boxes(device)
+    if parts.left_out("cuda-wide"):
+        return True
+    try:
+        from ... import _cuda
+    except ImportError:
+        return True
+    return "90a" not in _cuda.architectures().split("_")
 
 
 def has_boxes(device: torch.device) -> bool:
@@ -338,4 +360,5 @@ def key_of(problem: Problem) -> tuple[object, ...]:
         device,
         ONLY,
         geometry.tail,
+        parts.WITHOUT,
     )

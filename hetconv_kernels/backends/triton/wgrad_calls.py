@@ -16,7 +16,7 @@ from ...problem import Problem
 from ..common import unit
 from ..gpu.capture import capturing, pin, upload
 from ..gpu.devices import GpuSpec, spec_of
-from .calls import aligned, in_order, precision
+from .calls import aligned, in_order, precision, refuse_left_out
 from .choice import tensor_reasons
 from .launch import Launch, interpreted
 from .tiles import Tile, splits, wgrad_stages
@@ -108,6 +108,7 @@ class WgradCall:
 
                 bound.append(bind_wgrad_boxes(self, jobs, dy, x, before))
             else:
+                refuse_left_out("triton-wgrad")
                 bound.append(self._bind_pointers(jobs, dy, x, before))
             before += prod(jobs.positions.shape)
         return bound

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from ...plan import Block
 from ...problem import Problem
 from ...support import Support
+from ..gpu import parts
 from ..gpu.devices import GpuSpec, spec_of
 from . import choice
 from .choice import FORMS, best_box, has_boxes, picked, random_operand, tensor_reasons
@@ -100,6 +101,10 @@ def wgrad_choices(problem: Problem) -> list[WgradChoice]:
     half, spec = problem.dtype.itemsize == 2, spec_of(problem.device)
     pointers = list(product(*((HALF_FUSED, HALF_ONE) if half else (SINGLE_FUSED, SINGLE_ONE))))
     boxed = [] if choice.ONLY == "gather" else list(product(BOX_FUSED, BOX_ONE))
+    if parts.left_out("triton-wgrad"):
+        pointers = []
+    if parts.left_out("triton-wgrad-boxes"):
+        boxed = []
     found = []
     for reorder, coarse in [FORMS[0]] if len(problem.support.groups) == 1 else FORMS:
         for tiles in boxed:

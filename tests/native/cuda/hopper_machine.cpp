@@ -147,7 +147,9 @@ void Hopper::phase_arrive(uint32_t address, uint32_t rank, uint32_t expected) {
   settle(*there.block, offset, p);
 }
 
-void Hopper::phase_wait(uint32_t address, uint32_t parity) {
+void Hopper::phase_wait(uint32_t address, uint32_t parity, uint32_t first) {
+  if (address < first || (address - first) % 8)
+    fail("no barrier counts from %u to %u", first, address);
   Fiber& own = block->current();
   if (mistake.name == "skip-phase" && own.phases++ == mistake.at) return;
   const uint32_t offset = barrier_offset(address);

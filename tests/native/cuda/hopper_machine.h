@@ -37,7 +37,7 @@ class Hopper {
 
   void phase_init(uint32_t address, int count);
   void phase_arrive(uint32_t address, uint32_t rank, uint32_t expected = 0);
-  void phase_wait(uint32_t address, uint32_t parity);
+  void phase_wait(uint32_t address, uint32_t parity, uint32_t first);
 
   // To each block of the cluster whose bit is set.
   void copy(uint32_t address, const void* source, uint32_t bytes, uint32_t barrier,

@@ -20,7 +20,9 @@ inline void phase_arrive(uint32_t address) {
 inline void phase_expect(uint32_t address, uint32_t bytes) {
   hopper().phase_arrive(address, uint32_t(host::block->rank()), bytes);
 }
-inline void phase_wait(uint32_t address, uint32_t parity) { hopper().phase_wait(address, parity); }
+inline void phase_wait(uint32_t address, uint32_t parity, uint32_t first) {
+  hopper().phase_wait(address, parity, first);
+}
 inline void fence_async() { hopper().fence(); }
 
 using TensorMap = CUtensorMap;

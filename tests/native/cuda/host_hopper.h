@@ -14,6 +14,8 @@ inline int warp_index() { return int(threadIdx.x) / 32; }
 template <int kCount> void fewer_registers() {}
 template <int kCount> void more_registers() {}
 
+inline int64_t clocks() { return 0; }
+
 inline void barrier_of(int name, int threads) { hopper().named_barrier(name, threads); }
 inline uint32_t cluster_rank() { return uint32_t(host::block->rank()); }
 inline void cluster_barrier() { hopper().cluster_barrier(); }

@@ -101,6 +101,13 @@ inline Quad load_matrices_transposed(uint32_t address) {
 
 // Numbers ----------------------------------------------------------------------------------------
 
+inline float greater(float a, float b) {
+  return std::isnan(a) || std::isnan(b) ? NAN : a > b ? a : b;
+}
+inline float lesser(float a, float b) {
+  return std::isnan(a) || std::isnan(b) ? NAN : a < b ? a : b;
+}
+
 inline float as_float(uint32_t bits) {
   float v;
   std::memcpy(&v, &bits, 4);

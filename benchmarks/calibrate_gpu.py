@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fits the constants of the predictions for a GPU to the table of its primitives.
+
+    python -m benchmarks.calibrate --device cuda [--results DIR] [--out FILE]
+
+Takes the rows that `benchmarks.primitives` wrote on this GPU (``make gpu`` does), fits to every
+second one cuDNN's share of the peak and the share of its predictions that each engine reaches, and
+reports on the other rows, which no fit has seen, how often `auto` would pick the faster one with
+these and with the committed constants. The entry goes to
+``hetconv_kernels/backends/gpu/constants.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.cases import GPU_CASES
+from benchmarks.tune import problems
+from hetconv_kernels.backends import UNMEASURED_MARGIN, available_backends, get_backend
+from hetconv_kernels.backends.gpu import constants
+from hetconv_kernels.backends.gpu.constants import GpuConstants
+from hetconv_kernels.backends.gpu.devices import GpuSpec, spec_of
+from hetconv_kernels.backends.vendor import dense_gpu_prediction
+from hetconv_kernels.problem import Problem
+
+ENGINES = ("triton", "cuda")
+# Rows that a fit needs at least, and the shares that are tried.
+LEAST = 8
+_SHARES = [step / 200 for step in range(10, 301)]
+
+
+class Measured(NamedTuple):
+    """One row: what cuDNN and our engines took.
+
+    Attributes:
+        problem: what they ran.
+        vendor: seconds of the dense convolution.
+        ours: seconds of each engine.
+        predicted: seconds that each engine predicts, at a share of 1.
+    """
+
+    problem: Problem
+    vendor: float
+    ours: dict[str, float]
+    predicted: dict[str, float]
+
+
+def measured(rows: Sequence[dict[str, Any]]) -> list[Measured]:
+    """Brings rows of a table to what a fit needs; faulty engines have no times in them."""
+    cases, found = {case.name: case for case in GPU_CASES}, []
+    for row in rows:
+        case = cases.get(row["case"]["name"])
+        if case is None or "timings" not in row or row["verb"] == "step":
+            continue
+        described = {problem.verb: problem for problem in problems(case)}[row["verb"]]
+        samples = row["timings"]["variants"]
+        medians = {name: statistics.median(one["samples_s"]) for name, one in samples.items()}
+        names = {f"ours-{engine}": engine for engine in ENGINES}
+        # A weight that is packed at each call, as predictions have it.
+        own = "ours-unfrozen" if "ours-unfrozen" in medians else "ours"
+        names[own] = row["backend"]["ran"]
+        ours, predicted = {}, {}
+        for name, engine in names.items():
+            if name not in medians or engine not in available_backends("cuda"):
+                continue
+            if not get_backend(engine).unsupported_reasons(described):
+                share = constants.constants_of(described.device).ours[engine]
+                ours[engine] = medians[name]
+                predicted[engine] = get_backend(engine).estimate(described) * share
+        found.append(Measured(described, medians["dense"], ours, predicted))
+    return found
+
+
+def fit(rows: Sequence[Measured], spec: GpuSpec, start: GpuConstants) -> GpuConstants:
+    """Fits the shares to rows, by the median of the errors' logarithms.
+
+    Args:
+        rows: `LEAST` at least.
+        spec: the GPU.
+        start: constants that are not fitted, and shares of engines without rows.
+
+    Raises:
+        ValueError: there are too few rows.
+    """
+    if len(rows) < LEAST:
+        raise ValueError(f"{len(rows)} rows were measured, and a fit needs {LEAST}: run make gpu.")
+
+    def error(share: float) -> float:
+        tried = start._replace(vendor=share)
+        logs = [abs(math.log(vendor_seconds(row, spec, tried) / row.vendor)) for row in rows]
+        return statistics.fmean(logs)
+
+    ours = dict(start.ours)
+    for engine in ENGINES:
+        ratios = [row.predicted[engine] / row.ours[engine] for row in rows if engine in row.ours]
+        if len(ratios) >= LEAST // 2:
+            ours[engine] = round(statistics.median(ratios), 3)
+    vendor = min(_SHARES, key=error)
+    return start._replace(measured=True, rows=len(rows), vendor=vendor, ours=ours)
+
+
+def vendor_seconds(row: Measured, spec: GpuSpec, tried: GpuConstants) -> float:
+    """Predicts the dense convolution of a row with some constants, in seconds."""
+    return dense_gpu_prediction(row.problem, spec, tried)
+
+
+def judge(rows: Sequence[Measured], spec: GpuSpec, tried: GpuConstants) -> dict[str, float]:
+    """Reports how often `auto` would pick what is within 5 % of the fastest, and its worst pick."""
+    margin = 1.0 if tried.measured else UNMEASURED_MARGIN
+    right, worst = 0, 1.0
+    for row in rows:
+        times = {"vendor": row.vendor, **row.ours}
+        guesses = {"vendor": vendor_seconds(row, spec, tried)}
+        guesses |= {e: margin * s / tried.ours[e] for e, s in row.predicted.items()}
+        cost = times[min(guesses, key=lambda name: guesses[name])] / min(times.values())
+        right += cost <= 1.05
+        worst = max(worst, cost)
+    share = right / max(len(rows), 1)
+    return {"cases": len(rows), "right_within_5_percent": share, "worst_cost": worst}
+
+
+def write(entry: GpuConstants, name: str, path: Path) -> None:
+    """Puts the entry of a GPU into a file; those of others stay."""
+    text = path.read_text() if path.exists() else constants.PATH.read_text()
+    whole = json.loads(text)
+    whole["devices"][name] = entry._asdict()
+    part = path.with_suffix(".json.part")
+    part.write_text(json.dumps(whole, indent=1) + "\n")
+    part.replace(path)
+
+
+def main(results: Path, out: Path | None) -> int:
+    """Fits and writes; 2 where there is no GPU, or nothing was measured on it."""
+    if not torch.cuda.is_available():
+        print(f"torch {torch.__version__} finds no CUDA device: nothing was fitted.")
+        return 2
+    name, device = torch.cuda.get_device_name(), torch.device("cuda", torch.cuda.current_device())
+    rows: list[Measured] = []
+    for path in sorted(results.glob("primitives-*.json")):
+        table = json.loads(path.read_text())
+        if table["environment"]["gpu"] == name:
+            rows += measured(table["rows"])
+    before, spec = constants.constants_of(device), spec_of(device)
+    try:
+        entry = fit(rows[::2], spec, before)
+    except ValueError as error:
+        print(error)
+        return 2
+    print(f"{name}: {entry}")
+    for title, tried in (("committed", before), ("fitted", entry)):
+        print(f"on the rows that no fit has seen, {title}: {judge(rows[1::2], spec, tried)}")
+    write(entry, name, out or constants.PATH)
+    print(f"written to {(out or constants.PATH).name}")
+    return 0
