@@ -70,8 +70,10 @@ static MaskView mask_view(const py::buffer_info& info) {
 }
 
 static void check_form(const std::string& form) {
-  if (form != "auto" && form != "filters" && form != "pixels" && form != "columns")
-    throw std::invalid_argument("form '" + form + "' is not auto, filters, pixels or columns");
+  if (form != "auto" && form != "filters" && form != "pixels" && form != "columns" &&
+      form != "winograd")
+    throw std::invalid_argument("form '" + form +
+                                "' is not auto, filters, pixels, columns or winograd");
 }
 
 static void check_steps(const Pair& stride, const Pair& dilation) {
@@ -159,6 +161,8 @@ static bool run_fprop(const Plan& plan, const Packed& packed, uintptr_t x, const
                       const Strides& rs, const std::string& act, int threads,
                       const std::optional<std::array<int, 8>>& pool) {
   Problem p = layer(plan.lowered(), nhw, out, stride, padding, dilation, threads);
+  if (plan.lowered().winograd && (stride != Pair{1, 1} || dilation != Pair{1, 1}))
+    throw std::invalid_argument("form 'winograd' is for stride 1 and dilation 1");
   const DType dtype = plan.dtype(), wide = dtype == DType::f64 ? DType::f64 : DType::f32;
   p.x = view("x", x, xs, dtype);
   p.y = view("y", y, ys, dtype);
@@ -225,6 +229,7 @@ PYBIND11_MODULE(_cpu, m) {
       .def_property_readonly("live", &Plan::live)
       .def_property_readonly("packed_elements", [](const Plan& p) { return p.lowered().packed; })
       .def_property_readonly("cost", &Plan::cost)
+      .def_property_readonly("winograd_cost", &Plan::winograd_cost)
       .def_property_readonly("useful", &Plan::useful)
       .def(
           "pack",

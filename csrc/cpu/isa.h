@@ -3,6 +3,7 @@
 #include "fprop_filters.h"
 #include "fprop_pixels.h"
 #include "fprop_pooled.h"
+#include "fprop_winograd.h"
 #include "pack_weights.h"
 #include "wgrad_channels.h"
 #include "wgrad_pixels.h"
@@ -12,6 +13,13 @@ namespace HETCONV_NS {
 
 template <class S, class A, class K = FilterColumns<A>>
 static bool fprop(const Lowered& L, OffsetCache* cache, const Problem& p, const void* packed) {
+  if constexpr (__is_same(S, float)) {
+    if (L.winograd) {
+      if (p.pool) return false;
+      fprop_winograd<S, A>(L, cache, p, packed);
+      return true;
+    }
+  }
   if (p.pool) return fprop_pooled<S, A, K>(L, cache, p, packed);
   if (L.form == Form::filters)
     fprop_filters<S, A, K>(L, cache, p, packed);

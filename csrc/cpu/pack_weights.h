@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdlib>
 #include "vec.h"
+#include "winograd.h"
 
 namespace hetconv {
 namespace HETCONV_NS {
@@ -101,6 +102,51 @@ static void pack_tile(const Lowered& L, const PixelTile& t, const WeightView& v,
   }
 }
 
+// G g G^T, position by position, computed in double: out is that of position 0, `pitch` apart.
+template <class S, class A>
+static void pack_transformed(const S* g, int64_t sh, int64_t sw, A* out, ptrdiff_t pitch) {
+  double t[4][3];
+  for (int x = 0; x < 3; ++x) {
+    const double a = double(widen(g[x * sw])), b = double(widen(g[sh + x * sw])),
+                 c = double(widen(g[2 * sh + x * sw]));
+    t[0][x] = a;
+    t[1][x] = (a + b + c) / 2;
+    t[2][x] = (a - b + c) / 2;
+    t[3][x] = c;
+  }
+  for (int y = 0; y < 4; ++y) {
+    const double a = t[y][0], b = t[y][1], c = t[y][2];
+    const double row[4] = {a, (a + b + c) / 2, (a - b + c) / 2, c};
+    for (int x = 0; x < 4; ++x) out[(4 * y + x) * pitch] = A(row[x]);
+  }
+}
+
+template <class S, class A>
+static void pack_part(const Lowered& L, const WinogradPart& k, const WeightView& v, A* out) {
+  const S* w = reinterpret_cast<const S*>(v.data);
+  const FilterSegment& s = L.segments[k.segment];
+  const int* from = L.winograd->from + L.winograd->units[k.unit].from0;
+  const int* places = L.winograd->offsets + k.off0;
+  const int columns = 4 * k.quads + k.singles + k.pairs, ft = 2 * VL<A>;
+  const ptrdiff_t pitch = ptrdiff_t(columns) * ft;
+  for (int q = 0; q < columns; ++q)
+    for (int l = 0; l < ft; ++l) {
+      const bool quad = q < 4 * k.quads;
+      const int at = k.nv == 1 ? places[q] + l % 2
+                     : quad    ? places[q / 4] + q % 4
+                               : places[q - 3 * k.quads];
+      const int lane = k.vector * VL<A> + (k.nv == 1 ? l / 2 : l),
+                channel = from[at / VL<A>] + at % VL<A>;
+      A* to = out + ptrdiff_t(q) * ft + l;
+      const bool taken = k.nv == 2 || (L.winograd->taken[k.off0 + q] & (l % 2 ? kUpper : kLower));
+      const int f = taken && lane < s.lanes ? L.filters[s.filter0 + lane] : -1;
+      if (f >= 0 && channel < L.C && L.winograd->whole[int64_t(f) * L.C + channel])
+        pack_transformed<S, A>(w + f * v.sf + channel * v.sc, v.sh, v.sw, to, pitch);
+      else
+        for (int i = 0; i < kPositions; ++i) to[i * pitch] = A(0);
+    }
+}
+
 template <class S, class A>
 static void pack_all(const Lowered& L, const WeightView& v, A* out, int threads) {
 #pragma omp parallel for schedule(dynamic) \
@@ -110,6 +156,13 @@ static void pack_all(const Lowered& L, const WeightView& v, A* out, int threads)
       pack_segment<S, A>(L, L.segments[i], v, out + L.segments[i].w0);
     else
       pack_tile<S, A>(L, L.tiles[i], v, out + L.tiles[i].w0);
+  }
+  if (!L.winograd) return;
+#pragma omp parallel for schedule(dynamic) \
+    num_threads(threads) if (threads > 1 && L.packed > (1 << 16))
+  for (int i = 0; i < L.winograd->nparts; ++i) {
+    const WinogradPart& k = L.winograd->parts[i];
+    pack_part<S, A>(L, k, v, out + k.w0);
   }
 }
 

@@ -56,6 +56,8 @@ Plan::Plan(const uint8_t* mask, int F, int C, int KH, int KW, DType dtype, const
     lower_pixels();
   else if (form == "columns")
     lower_columns();
+  else if (form == "winograd")
+    lower_winograd();
   else {
     lower_filters();
     const double as_filters = filters_cost(channels_last);
@@ -69,6 +71,7 @@ Plan::Plan(const uint8_t* mask, int F, int C, int KH, int KW, DType dtype, const
       lower_columns();
   }
   cost_ = low_.form == Form::filters ? filters_cost(channels_last) : pixels_cost(channels_last);
+  if (form == "winograd") cost_ += winograd_cost();
   finish();
 }
 
@@ -180,6 +183,16 @@ void Plan::finish() {
   low_.ascending = ascending_.data();
   low_.identity = identity_.data();
   low_.mask = mask_.data();
+  if (parts_.empty()) return;
+  winograd_.units = units_.data();
+  winograd_.from = from_.data();
+  winograd_.parts = parts_.data();
+  winograd_.nparts = int(parts_.size());
+  winograd_.part0 = part0_.data();
+  winograd_.offsets = wino_offsets_.data();
+  winograd_.taken = wino_taken_.data();
+  winograd_.whole = whole_.data();
+  low_.winograd = &winograd_;
 }
 
 }  // namespace hetconv

@@ -5,7 +5,7 @@
 #include <memory>
 #include <string>
 #include <vector>
-#include "problem.h"
+#include "winograd.h"
 
 namespace hetconv {
 
@@ -32,7 +32,9 @@ class Plan {
  public:
   // mask: F * C * KH * KW bytes, non-zero = the weight exists. form: "auto", "filters", "pixels"
   // (tiles of filters with the same columns) or "columns" (tiles of columns with the same filters,
-  // added up); "auto" expects most calls with channels innermost in memory (channels_last) or not.
+  // added up); "winograd" (see winograd.h; float32, for stride and dilation 1);
+  // "auto" is never "winograd", and expects most calls with channels innermost in memory
+  // (channels_last) or not.
   Plan(const uint8_t* mask, int F, int C, int KH, int KW, DType dtype, const Kernels& kernels,
        const std::string& form, bool channels_last);
   ~Plan();
@@ -44,6 +46,7 @@ class Plan {
   DType dtype() const { return dtype_; }
   OffsetCache* offsets() const { return cache_.get(); }
   const char* form() const {
+    if (low_.winograd) return "winograd";
     return low_.form == Form::filters ? "filters" : low_.accumulate ? "columns" : "pixels";
   }
   int64_t live() const { return live_count_; }
@@ -51,11 +54,15 @@ class Plan {
   // Vector multiply-adds per pixel of the chosen form and of the useful work: their ratio is the
   // efficiency.
   double cost() const { return cost_; }
+  double winograd_cost() const;  // of cost(), what is executed in tiles of 2 x 2
   double useful() const { return double(live_count_) / low_.vl; }
   size_t accumulator_bytes() const { return dtype_ == DType::f64 ? 8 : 4; }
 
  private:
   void lower_filters();
+  bool take_whole_channels();
+  void lower_winograd();
+  void add_places(WinogradPart& p, const std::vector<int>& places);
   void lower_pairs();
   void lower_pairs_in(const std::vector<int>& narrow);
   void lower_pixels();
@@ -96,6 +103,11 @@ class Plan {
   std::vector<PixelTile> tiles_;
   std::vector<int> filters_, live_, plane_, ascending_, identity_;
   std::vector<Column> columns_;
+  Winograd winograd_{};
+  std::vector<WinogradUnit> units_;
+  std::vector<WinogradPart> parts_;
+  std::vector<int> from_, part0_, wino_offsets_;
+  std::vector<uint8_t> whole_, wino_taken_;
   std::vector<int32_t> perms32_;
   std::vector<int64_t> perms64_;
   std::unique_ptr<OffsetCache, void (*)(OffsetCache*)> cache_;

@@ -118,6 +118,8 @@ struct PixelTile {
   int64_t col0, w0;
 };
 
+struct Winograd;  // winograd.h
+
 struct Lowered {
   Form form;
   int accumulate;  // pixels only: a filter is the sum of several tiles
@@ -136,11 +138,12 @@ struct Lowered {
   const uint8_t* taken;  // whether a lane has a weight in a lane column
   const int* live;       // channels read by some filter, ascending
   int nlive;
-  const int* plane;      // channel -> index in live, or -1
-  const int* ascending;  // positions in filters[] by filter id; empty when tiles accumulate
-  const int* identity;   // 0, 1, ...: F entries, or max_pixel_filters if that is more
-  const uint8_t* mask;   // [F][C][KH][KW]
-  int64_t packed;        // elements of the packed weights
+  const int* plane;          // channel -> index in live, or -1
+  const int* ascending;      // positions in filters[] by filter id; empty when tiles accumulate
+  const int* identity;       // 0, 1, ...: F entries, or max_pixel_filters if that is more
+  const uint8_t* mask;       // [F][C][KH][KW]
+  int64_t packed;            // elements of the packed weights
+  const Winograd* winograd;  // added to the segments, or null
 };
 
 // Column offsets depend on the band layout only; the plan keeps the last few.

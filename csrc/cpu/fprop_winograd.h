@@ -1,0 +1,427 @@
+// SPDX-License-Identifier: Apache-2.0
+// fprop by Winograd's F(2x2, 3x3) with filters in vectors (see winograd.h). Tasks are (images, band
+// of rows, strip of columns, share of the segments); a band is packed as ever, and what is not
+// transformed is computed from it first.
+#pragma once
+#include "fprop_filters.h"
+#include "winograd.h"
+
+namespace hetconv {
+namespace HETCONV_NS {
+
+constexpr size_t kTransformedBytes = 448u << 10;  // of a band, of inputs and sums
+constexpr int kEnoughTiles = 5 * kMaxPixels;      // for weights that come from far
+
+// Distance of positions: an odd number of lines, so that those of a tile are in different cache
+// sets.
+template <class A> HC_INLINE ptrdiff_t position_pitch(int tiles, int width) {
+  constexpr ptrdiff_t line = VL<A>;
+  return ((ptrdiff_t(tiles) * width + line - 1) / line | 1) * line;
+}
+
+// B^T d of a column of four inputs, `row` apart.
+template <class A> HC_INLINE void transform_column(const A* d, ptrdiff_t row, Vec<A>* t) {
+  const Vec<A> d0 = load<A>(d), d1 = load<A>(d + row), d2 = load<A>(d + 2 * row),
+               d3 = load<A>(d + 3 * row);
+  t[0] = d0 - d2;
+  t[1] = d1 + d2;
+  t[2] = d2 - d1;
+  t[3] = d1 - d3;
+}
+
+// One row of tiles of one vector of channels: d is the band at the first tile's corner, v where its
+// first position goes; tiles are `step` apart there.
+template <class A>
+static void transform_inputs(const A* d, ptrdiff_t row, ptrdiff_t pixel, int tiles, A* v,
+                             ptrdiff_t step, ptrdiff_t pitch) {
+  Vec<A> a[4], b[4], c[4], e[4];
+  transform_column<A>(d, row, a);
+  transform_column<A>(d + pixel, row, b);
+  d += 2 * pixel;
+  for (int k = 0; k < tiles; ++k, d += 2 * pixel, v += step) {
+    transform_column<A>(d, row, c);
+    transform_column<A>(d + pixel, row, e);
+    HC_UNROLL for (int i = 0; i < 4; ++i) {
+      A* to = v + 4 * i * pitch;
+      store<A>(to, a[i] - c[i]);
+      store<A>(to + pitch, b[i] + c[i]);
+      store<A>(to + 2 * pitch, c[i] - b[i]);
+      store<A>(to + 3 * pitch, b[i] - e[i]);
+      a[i] = c[i];
+      b[i] = e[i];
+    }
+  }
+}
+
+// A^T m A: the four outputs of a tile, o[2 * row + column].
+template <class A> HC_INLINE void outputs_of(const A* m, ptrdiff_t pitch, Vec<A>* o) {
+  Vec<A> top[4], bottom[4];
+  HC_UNROLL for (int j = 0; j < 4; ++j) {
+    const Vec<A> m0 = load<A>(m + j * pitch), m1 = load<A>(m + (4 + j) * pitch),
+                 m2 = load<A>(m + (8 + j) * pitch), m3 = load<A>(m + (12 + j) * pitch);
+    top[j] = m0 + m1 + m2;
+    bottom[j] = m1 - m2 - m3;
+  }
+  o[0] = top[0] + top[1] + top[2];
+  o[1] = top[1] - top[2] - top[3];
+  o[2] = bottom[0] + bottom[1] + bottom[2];
+  o[3] = bottom[1] - bottom[2] - bottom[3];
+}
+
+template <class S, class A> struct WinogradFprop : FiltersFprop<S, A> {
+  using Base = FiltersFprop<S, A>;
+  using Base::Cb;
+  using Base::cols;
+  using Base::in_pixel;
+  using Base::in_row;
+  using Base::L;
+  using Base::off;
+  using Base::p;
+  using Base::packed;
+  using Base::rows;
+  using Base::xa;
+  using Base::ya;
+  const Winograd& W;
+  int images = 1;  // side by side in one band
+
+  WinogradFprop(const Lowered& lowered, const Problem& problem, const A* weights)
+      : Base{lowered, problem, weights}, W(*lowered.winograd) {}
+
+  // Where tasks keep what they compute from.
+  struct Place {
+    A *band, *inputs, *sums, *scratch;
+  };
+  // A band of one call: its images, first output, and size, in outputs and in tiles.
+  struct Block {
+    int64_t n;
+    int images, oy, ox, nr, nc, tr, tc, tiles;
+  };
+
+  static int even(int n) { return n + (n & 1); }
+  int tiles_of(int r, int c) const { return even(r) / 2 * (even(c) / 2); }
+  size_t inputs_bytes(int tiles) const {
+    return size_t(position_pitch<A>(tiles, W.widest * VL<A>)) * kPositions * sizeof(A);
+  }
+  static size_t sums_bytes(int tiles) {
+    return size_t(position_pitch<A>(tiles, 2 * VL<A>)) * kPositions * sizeof(A);
+  }
+  size_t outputs_bytes(int r, int c) const {
+    const size_t pixels = size_t(ceil_div(images * r * c, VL<A>)) * VL<A>;
+    return pixels * 2 * VL<A> * 2 * sizeof(A);
+  }
+  size_t image_bytes(int r, int c) const {
+    return size_t(even(r) + 2) * size_t(even(c) + 2) * size_t(Cb) * sizeof(A);
+  }
+  bool fits(int m, int r, int c) const {
+    const int tiles = m * tiles_of(r, c);
+    return inputs_bytes(tiles) + sums_bytes(tiles) <= kTransformedBytes &&
+           m * image_bytes(r, c) <= kImageBlockBytes;
+  }
+
+  void choose_band() {
+    Cb = ceil_div(p.C, VL<A>) * VL<A>;
+    if (int64_t(Cb) * sizeof(A) % 1024 == 0) Cb += VL<A>;
+    rows = least(2, p.Ho);
+    cols = p.Wo;
+    while (cols > 2 && !fits(1, rows, cols)) cols = even(ceil_div(cols, 2));
+    while (rows < p.Ho && fits(1, rows + 2, cols) &&
+           (image_bytes(rows + 2, cols) <= kBandBytes || tiles_of(rows, cols) < 2 * kMaxPixels))
+      rows += 2;
+    const int64_t strips = ceil_div(p.Wo, cols);
+    int64_t bands = ceil_div(p.Ho, rows);
+    if (p.N * strips * bands < p.threads) bands = least<int64_t>(ceil_div(p.Ho, 2), bands * 2);
+    rows = least(p.Ho, even(int(ceil_div<int64_t>(p.Ho, bands))));
+    // Several small images, as long as every thread has some.
+    if (rows == p.Ho && cols == p.Wo) {
+      const int64_t most_images = p.N / most(1, p.threads);
+      while (images < most_images && images * tiles_of(rows, cols) < kEnoughTiles &&
+             fits(images + 1, rows, cols))
+        ++images;
+      images = int(ceil_div<int64_t>(p.N, ceil_div<int64_t>(p.N, images)));
+    }
+    this->direct = false;
+    this->lay_axes(even(rows), even(cols));
+  }
+
+  size_t room_for_image() const {
+    return ((size_t(ya.entries) * xa.entries * Cb + VL<A>)*sizeof(A) + 63) / 64 * 64;
+  }
+  int most_tiles() const { return images * tiles_of(rows, cols); }
+  size_t room() const {
+    return images * room_for_image() + inputs_bytes(most_tiles()) + sums_bytes(most_tiles()) +
+           outputs_bytes(rows, cols) + 4 * HETCONV_VECTOR_BYTES;
+  }
+  Place lay_out(char* memory) const {
+    Place at;
+    at.band = reinterpret_cast<A*>(memory);
+    at.inputs = reinterpret_cast<A*>(memory += images * room_for_image());
+    at.sums = reinterpret_cast<A*>(memory += inputs_bytes(most_tiles()));
+    at.scratch = reinterpret_cast<A*>(memory + sums_bytes(most_tiles()));
+    return at;
+  }
+  const A* image(const Place& at, int m) const {
+    return at.band + m * (room_for_image() / sizeof(A));
+  }
+
+  void pack(const Block& b, const Place& at) const {
+    for (int m = 0; m < b.images; ++m)
+      pack_channels_last<S, A>(p, reinterpret_cast<const S*>(p.x.data) + (b.n + m) * p.x.sn, ya, xa,
+                               b.oy, b.ox, 2 * b.tr, 2 * b.tc, Cb, const_cast<A*>(image(at, m)));
+  }
+  void transform(const WinogradUnit& u, const Block& b, const Place& at) const {
+    const int width = u.vectors * VL<A>;
+    const ptrdiff_t pitch = position_pitch<A>(b.tiles, width);
+    for (int m = 0; m < b.images; ++m)
+      for (int r = 0; r < b.tr; ++r)
+        for (int v = 0; v < u.vectors; ++v)
+          transform_inputs<A>(
+              image(at, m) + 2 * r * in_row + W.from[u.from0 + v], in_row, in_pixel, b.tc,
+              at.inputs + (ptrdiff_t(m) * b.tr + r) * b.tc * width + v * VL<A>, width, pitch);
+  }
+
+  // What is not transformed, to scratch: [image][row][column][nv * VL].
+  template <int NV>
+  void compute_rest(const FilterSegment& s, const Block& b, const Place& at) const {
+    constexpr int FT = NV * VL<A>;
+    const FilterSteps steps = FilterColumns<A>::steps(L, s, off);
+    const int tiles = ceil_div(b.nc, kMaxPixels), base = b.nc / tiles, more = b.nc % tiles;
+    const auto big = filters_kernel_for<A, NV>(least(base + 1, kMaxPixels)),
+               small = filters_kernel_for<A, NV>(base);
+    A* o = at.scratch;
+    for (int m = 0; m < b.images; ++m)
+      for (int r = 0; r < b.nr; ++r) {
+        const A* a = image(at, m) + r * in_row;
+        for (int t = 0; t < tiles; ++t) {
+          const int n = base + (t < more);
+          (t < more ? big : small)(a, in_pixel, steps, packed + s.w0, o, FT);
+          a += n * in_pixel;
+          o += n * FT;
+        }
+      }
+  }
+
+  // The products of all positions, to sums: [position][tile][NV * VL].
+  template <int NV>
+  void multiply(const WinogradPart& k, const Block& b, const Place& at, Ahead& ahead) const {
+    static const int none[2] = {0, 0};
+    const int width = W.units[k.unit].vectors * VL<A>, pairs[2] = {k.pairs, 0},
+              columns = 4 * k.quads + k.singles + k.pairs;
+    const FilterSteps steps{W.offsets + k.off0,     k.quads, k.singles, 0,      0, 0,
+                            NV == 1 ? pairs : none, none,    NV == 1,   nullptr};
+    const ptrdiff_t from = position_pitch<A>(b.tiles, width),
+                    to = position_pitch<A>(b.tiles, NV * VL<A>);
+    const int blocks = ceil_div(b.tiles, kMaxPixels), base = b.tiles / blocks,
+              more = b.tiles % blocks;
+    const auto big = products_kernel<NV>(least(base + 1, kMaxPixels)),
+               small = products_kernel<NV>(base);
+    for (int q = 0; q < kPositions; ++q) {
+      const A *a = at.inputs + q * from, *w = packed + k.w0 + ptrdiff_t(q) * columns * 2 * VL<A>;
+      A* o = at.sums + q * to;
+      for (int t = 0; t < blocks; ++t) {
+        const int n = base + (t < more);
+        Ahead::step<false>(ahead);
+        (t < more ? big : small)(a, width, steps, w, o, NV * VL<A>);
+        a += n * width;
+        o += n * NV * VL<A>;
+      }
+    }
+  }
+  // One vector of filters: two products a load.
+  template <int MR>
+  static void pairs_product(const A* a, ptrdiff_t ps, const FilterSteps& s, const A* w, A* o,
+                            ptrdiff_t) {
+    pairs_kernel<A, MR, 1>(a, ps, s, s.off, w, o);
+  }
+  template <int... mr>
+  static FiltersKernel<A> pairs_product_for(int n, std::integer_sequence<int, mr...>) {
+    static const FiltersKernel<A> kernels[] = {pairs_product<mr + 1>...};
+    return kernels[n - 1];
+  }
+  template <int NV> static FiltersKernel<A> products_kernel(int n) {
+    if constexpr (NV == 2) return filters_kernel_for<A, 2>(n);
+    return pairs_product_for(n, std::make_integer_sequence<int, kMaxPixels>());
+  }
+
+  // Outputs of one vector of filters: to scratch, where `add` adds to what is there.
+  void to_scratch(const A* m, ptrdiff_t step, ptrdiff_t pitch, const Block& b, A* o, int ft,
+                  bool add) const {
+    for (int i = 0; i < b.images * b.tr; ++i) {
+      const int r = i % b.tr * 2;
+      A* row = o + (ptrdiff_t(i / b.tr) * b.nr + r) * b.nc * ft;
+      for (int t = 0; t < b.tc; ++t, m += step)
+        finish_tile(m, pitch, b.nr - r, b.nc - 2 * t, [&](int y, int x, Vec<A> v) {
+          A* at = row + (ptrdiff_t(y) * b.nc + 2 * t + x) * ft;
+          store<A>(at, add ? v + load<A>(at) : v);
+        });
+    }
+  }
+  // The same with shift, residual and ReLU, to the output itself.
+  template <bool ADD, bool RES>
+  void to_output(const A* m, ptrdiff_t step, ptrdiff_t pitch, const Block& b, const A* o, int ft,
+                 const Simple<S, A>& e, int f0) const {
+    for (int i = 0; i < b.images * b.tr; ++i) {
+      const int r = i % b.tr * 2;
+      const int64_t n = b.n + i / b.tr;
+      const A* row = o + (ptrdiff_t(i / b.tr) * b.nr + r) * b.nc * ft;
+      S* y = reinterpret_cast<S*>(p.y.data) + n * p.y.sn + (b.oy + r) * p.y.sh + b.ox * p.y.sw + f0;
+      const S* res = RES ? reinterpret_cast<const S*>(p.res.data) + n * p.res.sn +
+                               (b.oy + r) * p.res.sh + b.ox * p.res.sw + f0
+                         : nullptr;
+      for (int t = 0; t < b.tc; ++t, m += step)
+        finish_tile(m, pitch, b.nr - r, b.nc - 2 * t, [&](int dy, int dx, Vec<A> v) {
+          const int x = 2 * t + dx;
+          if (ADD) v += load<A>(row + (ptrdiff_t(dy) * b.nc + x) * ft);
+          Simple<S, A>::put(e, v, y + dy * p.y.sh + x * p.y.sw,
+                            RES ? res + dy * p.res.sh + x * p.res.sw : nullptr);
+        });
+    }
+  }
+  // Of a tile at the lower or right edge, the outputs that exist.
+  template <class Put>
+  HC_INLINE void finish_tile(const A* m, ptrdiff_t pitch, int height, int width, const Put& put) {
+    Vec<A> o[4];
+    outputs_of<A>(m, pitch, o);
+    put(0, 0, o[0]);
+    if (width > 1) put(0, 1, o[1]);
+    if (height > 1) {
+      put(1, 0, o[2]);
+      if (width > 1) put(1, 1, o[3]);
+    }
+  }
+
+  template <int NV>
+  void segment(int number, const Block& b, const Place& at, int* held, Ahead& ahead) const {
+    constexpr int FT = NV * VL<A>;
+    const FilterSegment& s = L.segments[number];
+    const int* filters = L.filters + s.filter0;
+    const WinogradPart *first = W.parts + W.part0[number], *last = W.parts + W.part0[number + 1];
+    int covered = 0;
+    for (const WinogradPart* k = first; k < last; ++k) covered += k->nv;
+    const bool rest =
+        covered < s.nv || s.quads + s.singles + s.split + s.straight + s.turned > 0 || s.paired();
+    if (rest) compute_rest<NV>(s, b, at);
+    const Out<A> out = out_of<A>(p);
+    bool done[2] = {false, false};
+    for (const WinogradPart* k = first; k < last; ++k) {
+      if (*held != k->unit) transform(W.units[k->unit], b, at);
+      *held = k->unit;
+      if (k->nv == 2)
+        multiply<2>(*k, b, at, ahead);
+      else
+        multiply<1>(*k, b, at, ahead);
+      const int step = k->nv * VL<A>;
+      const ptrdiff_t pitch = position_pitch<A>(b.tiles, step);
+      for (int j = 0; j < k->nv; ++j) {
+        const int v = k->vector + j;
+        const A* m = at.sums + j * VL<A>;
+        const Lanes<S, A> lanes(out, filters + v * VL<A>, least(VL<A>, s.lanes - v * VL<A>),
+                                s.contiguous);
+        A* o = at.scratch + v * VL<A>;
+        done[v] = lanes.simple();
+        if (!done[v]) {
+          to_scratch(m, step, pitch, b, o, FT, rest);
+          continue;
+        }
+        const Simple<S, A> e(lanes);
+        const int f0 = filters[v * VL<A>];
+        if (rest)
+          p.res.data ? to_output<true, true>(m, step, pitch, b, o, FT, e, f0)
+                     : to_output<true, false>(m, step, pitch, b, o, FT, e, f0);
+        else
+          p.res.data ? to_output<false, true>(m, step, pitch, b, o, FT, e, f0)
+                     : to_output<false, false>(m, step, pitch, b, o, FT, e, f0);
+      }
+    }
+    emit<NV>(s, b, at, done);
+  }
+  // What is not yet in the output goes there from scratch.
+  template <int NV>
+  void emit(const FilterSegment& s, const Block& b, const Place& at, const bool* done) const {
+    constexpr int FT = NV * VL<A>;
+    const int* filters = L.filters + s.filter0;
+    const Out<A> out = out_of<A>(p);
+    const int pixels = b.nr * b.nc;
+    const bool turn = p.y.sc != 1 && p.y.sw == 1;
+    for (int m = 0; m < b.images; ++m) {
+      const int64_t n = b.n + m, y = n * p.y.sn + b.oy * p.y.sh + b.ox * p.y.sw,
+                    res = n * p.res.sn + b.oy * p.res.sh + b.ox * p.res.sw;
+      const A* from = at.scratch + ptrdiff_t(m) * pixels * FT;
+      if (turn) {
+        A* turned = at.scratch + outputs_bytes(rows, cols) / sizeof(A) / 2;
+        const ptrdiff_t pitch = ceil_div(pixels, VL<A>) * VL<A>;
+        transpose_scratch<A>(from, FT, pixels, s.lanes, turned, pitch);
+        for (int f = 0; f < s.lanes; ++f)
+          emit_rows<S, A>(out, filters[f], turned + f * pitch, b.nc, b.nr, b.nc, y, res);
+        continue;
+      }
+      for (int v = 0; v < s.nv; ++v)
+        if (!done[v])
+          emit_pixels<S, A>(out, filters + v * VL<A>, least(VL<A>, s.lanes - v * VL<A>),
+                            s.contiguous, from + v * VL<A>, FT, b.nr, b.nc, y, res);
+    }
+  }
+
+  void compute(const Block& b, const Place& at, int s0, int s1, int* held, Ahead& ahead) const {
+    for (int s = s0; s < s1; ++s)
+      if (L.segments[s].nv == 2)
+        segment<2>(s, b, at, held, ahead);
+      else
+        segment<1>(s, b, at, held, ahead);
+  }
+  Block block_of(int64_t n, int m, int oy, int ox, int nr, int nc) const {
+    const int tr = even(nr) / 2, tc = even(nc) / 2;
+    return {n, m, oy, ox, nr, nc, tr, tc, m * tr * tc};
+  }
+  Block block(int64_t unit, int64_t bands, int64_t strips) const {
+    const int64_t n = unit / (bands * strips) * images;
+    const int oy = int(unit / strips % bands) * rows, ox = int(unit % strips) * cols;
+    return block_of(n, int(least<int64_t>(images, p.N - n)), oy, ox, least(rows, p.Ho - oy),
+                    least(cols, p.Wo - ox));
+  }
+
+  void run(OffsetCache* cache) {
+    choose_band();
+    this->find_offsets(cache);
+    const int64_t bands = ceil_div(p.Ho, rows), strips = ceil_div(p.Wo, cols),
+                  units = ceil_div<int64_t>(p.N, images) * bands * strips;
+    const int shares = shares_for(units, L.count, p.threads);
+    const int64_t tasks = units * shares;
+    const size_t bytes = room();
+    Tasks queue(tasks, p.threads);
+#pragma omp parallel num_threads(int(least<int64_t>(p.threads, tasks))) if (p.threads > 1 && \
+                                                                                tasks > 1)
+    {
+      const Place at = lay_out(static_cast<char*>(workspace(bytes)));
+      int64_t packed_unit = -1;
+      int held = -1;
+      const int self = omp_get_thread_num();
+      for (int64_t task = queue.take(self); task >= 0; task = queue.take(self)) {
+        const int64_t unit = task / shares, share = task % shares;
+        const Block b = block(unit, bands, strips);
+        if (packed_unit != unit) {
+          pack(b, at);
+          held = -1;
+        }
+        packed_unit = unit;
+        const int s0 = int(L.count * share / shares), s1 = int(L.count * (share + 1) / shares);
+        const int64_t following = queue.expected(self), next = following / shares;
+        Ahead ahead;
+        if (following >= 0 && next != unit) {
+          const Block f = block(next, bands, strips);
+          ahead = this->input_of(f.n, f.oy, f.ox, 1);
+          ahead.spread(int64_t(s1 - s0) * kPositions * ceil_div(b.tiles, kMaxPixels));
+        }
+        compute(b, at, s0, s1, &held, ahead);
+      }
+    }
+  }
+};
+
+template <class S, class A>
+static void fprop_winograd(const Lowered& L, OffsetCache* cache, const Problem& p,
+                           const void* packed) {
+  WinogradFprop<S, A>(L, p, static_cast<const A*>(packed)).run(cache);
+}
+
+}  // namespace HETCONV_NS
+}  // namespace hetconv

@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: Apache-2.0
+// Winograd's F(2x2, 3x3): which channels are transformed together, and which filters read them.
+#include <algorithm>
+#include <stdexcept>
+
+#include "plan.h"
+
+namespace hetconv {
+
+// Cost of the products of two vectors of filters, and of one: as in filters_cost. Of a vector of
+// channels or filters, the transformations of one output. Measured on Zen 4.
+constexpr double kProductCost = 1.0, kPairProductCost = 1.15, kTransformCost = 11;
+
+// The vectors of VL neighbouring channels that hold all those marked, none beyond `padded`.
+static std::vector<int> cover(const std::vector<uint8_t>& needed, int padded, int vl) {
+  std::vector<int> from;
+  for (int c = 0; c < int(needed.size()); ++c)
+    if (needed[c] && (from.empty() || c >= from.back() + vl))
+      from.push_back(std::min(c, padded - vl));
+  return from;
+}
+
+// The place of a channel in a transformed tile; -1 if it is not there.
+static int place_of(const std::vector<int>& from, int c, int vl) {
+  for (size_t i = from.size(); i-- > 0;)
+    if (c >= from[i] && c < from[i] + vl) return int(i) * vl + c - from[i];
+  return -1;
+}
+
+// Moves the channels of a filter with all nine taps out of the mask; false: there is none.
+bool Plan::take_whole_channels() {
+  const int F = low_.F, C = low_.C;
+  whole_.assign(size_t(F) * C, 0);
+  bool any = false;
+  for (size_t i = 0; i < whole_.size(); ++i) {
+    uint8_t* taps = mask_.data() + i * 9;
+    whole_[i] = std::all_of(taps, taps + 9, [](uint8_t t) { return t != 0; });
+    if (!whole_[i]) continue;
+    any = true;
+    std::fill(taps, taps + 9, uint8_t(0));
+  }
+  for (Group& g : groups_) {
+    const uint8_t* whole = whole_.data() + size_t(g.filters[0]) * C;
+    g.columns.erase(std::remove_if(g.columns.begin(), g.columns.end(),
+                                   [&](const Column& c) { return whole[c.channel] != 0; }),
+                    g.columns.end());
+  }
+  return any;
+}
+
+void Plan::lower_winograd() {
+  if (low_.KH != 3 || low_.KW != 3 || dtype_ != DType::f32 || low_.F < low_.vl || low_.C < low_.vl)
+    throw std::invalid_argument(
+        "form 'winograd' is for 3x3 kernels in float32, with a vector of channels and of filters");
+  if (!take_whole_channels())
+    throw std::invalid_argument("form 'winograd' needs channels with all nine taps");
+  lower_filters();
+  const int vl = low_.vl, C = low_.C, padded = (C + vl - 1) / vl * vl;
+
+  // Which channels each vector of a segment reads. Vectors of a segment that read the same ones are
+  // one part.
+  std::vector<std::vector<uint8_t>> reads;
+  part0_.assign(1, 0);
+  for (int s = 0; s < int(segments_.size()); ++s) {
+    const FilterSegment& g = segments_[s];
+    for (int j = 0; j < g.nv; ++j) {
+      std::vector<uint8_t> needed(C, 0);
+      for (int l = j * vl; l < std::min(g.lanes, (j + 1) * vl); ++l)
+        for (int c = 0; c < C; ++c) needed[c] |= whole_[size_t(filters_[g.filter0 + l]) * C + c];
+      if (std::find(needed.begin(), needed.end(), 1) == needed.end()) continue;
+      if (j == 1 && int(parts_.size()) > part0_[s] && reads.back() == needed) {
+        parts_.back().nv = 2;
+        continue;
+      }
+      parts_.push_back(WinogradPart{s, j, 1, -1, 0, 0, 0, 0, 0});
+      reads.push_back(needed);
+    }
+    part0_.push_back(int(parts_.size()));
+  }
+
+  // A unit for each set of channels, or one of all where the sets overlap.
+  std::vector<std::vector<int>> units;
+  std::vector<uint8_t> all(C, 0);
+  size_t apart = 0;
+  std::vector<int> unit_of;
+  for (const auto& needed : reads) {
+    for (int c = 0; c < C; ++c) all[c] |= needed[c];
+    const std::vector<int> from = cover(needed, padded, vl);
+    const auto found = std::find(units.begin(), units.end(), from);
+    unit_of.push_back(int(found - units.begin()));
+    if (found == units.end()) {
+      units.push_back(from);
+      apart += from.size();
+    }
+  }
+  const std::vector<int> together = cover(all, padded, vl);
+  if (4 * apart > 5 * together.size()) {
+    units.assign(1, together);
+    std::fill(unit_of.begin(), unit_of.end(), 0);
+  }
+  for (const auto& from : units) {
+    units_.push_back(WinogradUnit{int(from_.size()), int(from.size())});
+    from_.insert(from_.end(), from.begin(), from.end());
+    winograd_.widest = std::max(winograd_.widest, int(from.size()));
+  }
+  for (size_t k = 0; k < parts_.size(); ++k) {
+    parts_[k].unit = unit_of[k];
+    std::vector<int> places;
+    for (int c = 0; c < C; ++c)
+      if (reads[k][c]) places.push_back(place_of(units[unit_of[k]], c, vl));
+    std::sort(places.begin(), places.end());
+    add_places(parts_[k], places);
+  }
+}
+
+void Plan::add_places(WinogradPart& p, const std::vector<int>& places) {
+  p.off0 = int64_t(wino_offsets_.size());
+  p.w0 = low_.packed;
+  const size_t n = places.size();
+  std::vector<int> singles;
+  for (size_t i = 0; i < n;) {
+    const auto neighbours = [&](size_t count) {
+      return i + count <= n && places[i + count - 1] == places[i] + int(count) - 1;
+    };
+    if (p.nv == 2) {
+      const bool quad = neighbours(4);
+      (quad ? wino_offsets_ : singles).push_back(places[i]);
+      (quad ? p.quads : p.singles) += 1;
+      i += quad ? 4 : 1;
+    } else {
+      // A place without a partner is read with a neighbour, whose weight is zero.
+      const bool two = neighbours(2), last = places[i] % low_.vl == low_.vl - 1;
+      wino_offsets_.push_back(two || !last ? places[i] : places[i] - 1);
+      wino_taken_.resize(wino_offsets_.size(), 0);
+      wino_taken_.back() = two ? kLower | kUpper : last ? kUpper : kLower;
+      ++p.pairs;
+      i += two ? 2 : 1;
+    }
+  }
+  wino_offsets_.insert(wino_offsets_.end(), singles.begin(), singles.end());
+  wino_taken_.resize(wino_offsets_.size(), 0);
+  low_.packed += int64_t(kPositions) * 2 * low_.vl * (4 * p.quads + p.singles + p.pairs);
+}
+
+double Plan::winograd_cost() const {
+  double total = 0;
+  for (const WinogradPart& p : parts_)
+    total += 4 * (p.nv == 2 ? 2 * kProductCost * (4 * p.quads + p.singles)
+                            : 2 * kPairProductCost * p.pairs) +
+             kTransformCost * p.nv;
+  for (const WinogradUnit& u : units_) total += kTransformCost * u.vectors;
+  return total;
+}
+
+}  // namespace hetconv
