@@ -66,7 +66,8 @@ def het_pairs(p: int = 32, order: str = "blocked") -> Rule:
             result.append((key, child))
             place += 1
         network = nn.Sequential()
-        network._modules.update(result)
+        for name_within, made in result:
+            network.register_module(name_within, made)
         return network.train(module.training)
 
     return rule
@@ -216,9 +217,9 @@ def _separable(groups: int | None, norm: bool) -> Rule:
         if C % count:
             return Keep(f"{count} groups do not divide its {C} channels")
         device, dtype = conv.weight.device, conv.weight.dtype
-        place: Any = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
-        spatial = nn.Conv2d(
-            C, C, *place, count,
+        made: Any = nn.Conv2d
+        spatial = made(
+            C, C, conv.kernel_size, conv.stride, conv.padding, conv.dilation, count,
             bias=not norm, padding_mode=conv.padding_mode, device=device,
             dtype=dtype,
         )  # fmt: skip
