@@ -112,7 +112,7 @@ def test_the_slow_layer_has_the_time() -> None:
         hk.nn.HetConv2d(8, 8, 3, padding=1, p=4),
         hk.nn.GroupedConv2d(8, 16, 3, padding=1, groups=4),
         hk.nn.fused.fuse(hk.nn.HetConv2d(8, 8, 3, padding=1, p=4), act="relu"),
-        hk.nn.FrequencyConv2d.from_conv2d(nn.Conv2d(8, 8, 3, padding=1), LOW),
+        hk.nn.FrequencyConv2d.from_conv2d(nn.Conv2d(8, 8, 3, padding=1), LOW, path="spatial"),
     ],
     ids=lambda layer: type(layer).__name__,
 )
