@@ -22,7 +22,7 @@ from ..packing import FrozenCache, Pack, dense_weight
 from ..pooling import max_pooled
 from ..problem import Problem
 from ..support import Support
-from . import Runner, winograd
+from . import UNMEASURED_MARGIN, Runner, winograd
 from .common import empty, is_linear, is_pointwise, to_format
 from .rates import (
     DOUBT,
@@ -347,7 +347,8 @@ class Cpu:
             transformed = self._plan(problem, "winograd")
         except ValueError:  # fewer channels or filters than a vector has
             return direct
-        seconds = self._seconds(problem, transformed) * winograd.MARGIN
+        margin = winograd.MARGIN * (1.0 if self.measured(problem) else UNMEASURED_MARGIN)
+        seconds = self._seconds(problem, transformed) * margin
         return transformed if seconds <= self._seconds(problem, direct) else direct
 
     @staticmethod
