@@ -122,7 +122,7 @@ def test_calls_it_is_not_for_are_not_even_asked(
         hk.Support.dense(64, 64, 3),
         hk.Support.dense(64, 64, 1),
         hk.Support.from_mask(np.tile(np.eye(3, dtype=bool), (64, 64, 1, 1))),
-        hk.Support.grouped(4, 4, 3, groups=2),
+        hk.Support.grouped(2, 2, 3, groups=2),
     ],
     ids=["5x5", "dense", "1x1", "no whole kernel", "narrower than a vector"],
 )

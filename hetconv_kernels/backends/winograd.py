@@ -75,7 +75,7 @@ def errors(support: Support) -> Errors:
     two terms, the squares of G and A weigh the nine sums by 6.25), and 16 times the magnitude in
     the worst case.
     """
-    whole = support.mask.all((2, 3))
+    whole = np.all(support.mask, axis=(2, 3))
     single = np.where(whole, 0, support.mask.sum((2, 3)))
     filter_ = int(support.mask.sum((1, 2, 3)).argmax())
     c, r = int(whole[filter_].sum()), int(single[filter_].sum())
@@ -103,6 +103,6 @@ def note(problem: Problem, gain: float) -> str:
 def _is_sparse_with_whole_kernels(support: Support) -> bool:
     key = "sparse with whole kernels"
     if key not in support.derived:
-        whole = support.mask.all((2, 3))
+        whole = np.all(support.mask, axis=(2, 3))
         support.derived[key] = bool(whole.any() and not whole.all())
     return bool(support.derived[key])
