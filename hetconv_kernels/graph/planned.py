@@ -14,6 +14,7 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.nn.modules import module as torch_module
 from torch.utils import _pytree as pytree
 
+from ..accuracy import is_strict
 from ..arena import Arena, Lifetime, Recorder, placing
 from ..backends import forced_code
 from ..observers import observed
@@ -40,10 +41,11 @@ _PLAIN += (torch.memory_format, slice, range, type(...))
 class PlannedNetwork(fx.GraphModule):
     """A traced network that recycles the memory of its activations.
 
-    The first call with inputs of some signature (shapes, strides, dtypes, number of threads) is
-    recorded: who needs memory, for how long. Every further one finds each result of an engine of
-    this package a place in one arena, so that a steady call allocates nothing but what it returns
-    (and what layers of torch allocate), and meets no page fault. The numbers are the same.
+    The first call with inputs of some signature (shapes, strides, dtypes, number of threads; what
+    is forced) is recorded: who needs memory, for how long. Every further one finds each result of
+    an engine of this package a place in one arena, so that a steady call allocates nothing but what
+    it returns (and what layers of torch allocate), and meets no page fault. The numbers are the
+    same.
 
     What is returned never lies in the arena. Calls at the same time, in several threads, have an
     arena each. `plan_memory` switches it off, `release_memory` gives the memory back. Calls that
@@ -173,7 +175,7 @@ class _Memory:
         if any(m.training for m in modules):
             return None
         cast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
-        return (*parts, torch.get_num_threads(), forced_code(), cast)
+        return (*parts, torch.get_num_threads(), forced_code(), is_strict(), cast)
 
     def plan(self, signature: Any) -> _Plan | None:
         with self._lock:
