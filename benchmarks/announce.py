@@ -18,6 +18,4 @@ def pytest_configure(config: Any) -> None:
 def pytest_runtest_logstart(nodeid: str) -> None:
     """Names a test, past the capture of its own output."""
     reporter = _configs[-1].pluginmanager.get_plugin("terminalreporter")
-    reporter.ensure_newline()
-    reporter.write_line(BEGIN + nodeid)
-    reporter.flush()
+    reporter.write(f"\n{BEGIN}{nodeid}\n", flush=True)  # a dot of the progress may stand there
