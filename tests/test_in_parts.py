@@ -80,3 +80,15 @@ def test_the_digest_follows_what_the_kernels_are_made_from(
     assert in_parts.digest() == before
     monkeypatch.setattr(Path, "read_bytes", changed)
     assert in_parts.digest() != before
+
+
+def test_without_files_the_options_are_known_too() -> None:
+    done = subprocess.run(
+        [sys.executable, "tests/in_parts.py", "--markers"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "@pytest.mark.slow" in done.stdout
