@@ -7,14 +7,16 @@ Each command imports what it needs when it runs, so that ``hetconv --help`` is q
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ._version import __version__
 from .errors import HetconvError
@@ -112,36 +114,10 @@ def _parser(asked: Sequence[str]) -> argparse.ArgumentParser:
         from . import layer_options
 
         layer_options.add_arguments(explaining)
-    profiling = command("profile", _profile, "where the time of a network or layer goes, and why")
-    if asked == ["profile"]:
-        from .profiling import command as profiling_command
-
-        profiling_command.add_arguments(profiling)
-    running = command("run", _run, "what a call of a network takes: latency and images a second")
-    if asked == ["run"]:
-        from .profiling import latency
-
-        latency.add_arguments(running)
-    optimizing = command("optimize", _optimize, "make a network fast for inference, and save it")
-    if asked == ["optimize"]:
-        from .graph import command as graph_command
-
-        graph_command.add_arguments(optimizing)
-    demo = command("demo", _demo, "train, compress and time a denoiser on photographs")
-    if asked == ["demo"]:
-        from . import demo as module
-
-        module.add_arguments(demo)
-    compress = command("compress", _compress, "compress a network by one of eight methods")
-    if asked == ["compress"]:
-        from .compression import command as compressing
-
-        compressing.add_arguments(compress)
-    quantizing = command("quantize", _quantize, "make a network compute in 8 bits")
-    if asked == ["quantize"]:
-        from .quantization import command as module_of_quantization
-
-        module_of_quantization.add_arguments(quantizing)
+    for name, found in _ELSEWHERE.items():
+        sub = command(name, partial(_elsewhere, found), found.text)
+        if asked == [name]:
+            found.load().add_arguments(sub)
     bench = command("bench", _bench, "measure this machine (a front to benchmarks/ of a checkout)")
     bench.add_argument("--full", action="store_true", help="all cases, not the quick subset")
     bench.add_argument("--backend", action="append", help="force this backend (repeatable)")
@@ -215,25 +191,44 @@ def _explain(options: argparse.Namespace) -> int:
     return OK
 
 
-# demo, compress, quantize, bench -----------------------------------------------------------------
+# what other modules do --------------------------------------------------------------------------
 
 
-def _demo(options: argparse.Namespace) -> int:
-    from . import demo
+class _Elsewhere(NamedTuple):
+    """A command whose module is imported when it is asked for: `add_arguments` and `run`."""
 
-    return int(demo.run(options))
+    module: str
+    text: str
+    shows: bool = False  # run is given what prints
+
+    def load(self) -> Any:
+        return importlib.import_module(self.module, __package__)
 
 
-def _compress(options: argparse.Namespace) -> int:
-    from .compression import command
+_ELSEWHERE = {
+    "profile": _Elsewhere(
+        ".profiling.command", "where the time of a network or layer goes, and why", shows=True
+    ),
+    "run": _Elsewhere(
+        ".profiling.latency",
+        "what a call of a network takes: latency and images a second",
+        shows=True,
+    ),
+    "optimize": _Elsewhere(
+        ".graph.command", "make a network fast for inference, and save it", shows=True
+    ),
+    "demo": _Elsewhere(".demo", "train, compress and time a denoiser on photographs"),
+    "compress": _Elsewhere(".compression.command", "compress a network by one of eight methods"),
+    "quantize": _Elsewhere(".quantization.command", "make a network compute in 8 bits"),
+}
 
-    return int(command.run(options))
+
+def _elsewhere(found: _Elsewhere, options: argparse.Namespace) -> int:
+    run = found.load().run
+    return int(run(options, _print) if found.shows else run(options))
 
 
-def _quantize(options: argparse.Namespace) -> int:
-    from .quantization import command
-
-    return int(command.run(options))
+# bench, report -----------------------------------------------------------------------------------
 
 
 _HELD_TO = {
@@ -263,27 +258,6 @@ def _bench(options: argparse.Namespace) -> int:
     )
     # pytest: 0 passed, 1 failed, 2 interrupted, 3 internal, 4 usage, 5 nothing collected.
     return {0: OK, 4: USAGE, 5: USAGE}.get(done.returncode, FAILURE)
-
-
-# profile, run, optimize, report -------------------------------------------------------------------
-
-
-def _profile(options: argparse.Namespace) -> int:
-    from .profiling import command
-
-    return int(command.run(options, _print))
-
-
-def _run(options: argparse.Namespace) -> int:
-    from .profiling import latency
-
-    return int(latency.run(options, _print))
-
-
-def _optimize(options: argparse.Namespace) -> int:
-    from .graph import command
-
-    return int(command.run(options, _print))
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -70,6 +70,12 @@ def test_a_report_of_latency_says_what_it_is_of() -> None:
     assert "images/s" in str(row)
 
 
+def test_a_network_in_8_bits_is_not_optimized_twice(capsys: Capture) -> None:
+    command = ["run", "digits_net", "--dtype", "int8", "--optimize", "--seconds", "0.05"]
+    assert cli.main(command) == 0
+    assert "images/s" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("wrong", [0, -1, 1.5, "2"])
 def test_a_number_of_threads_that_cannot_be_is_refused(wrong: object) -> None:
     with pytest.raises(ArgumentError, match="threads"):

@@ -41,11 +41,17 @@ def add_target(parser: argparse.ArgumentParser) -> None:
         help="make the network's convolutions HetConv of part P")  # fmt: skip
 
 
+def add_runnable(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `add_target`, and whether it is optimised, as `runnable` reads them."""
+    add_target(parser)
+    parser.add_argument("--optimize", action="store_true",
+        help="freeze, fold and fuse the network first")  # fmt: skip
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command to a parser."""
-    add_target(parser)
+    add_runnable(parser)
     add = parser.add_argument
-    add("--optimize", action="store_true", help="freeze, fold and fuse the network first")
     add("--dense", action="store_true", help="time the dense layer in each place too")
     add("--rounds", type=whole(5), default=20, help="passes that are timed, at least 5 (20)")
     add("--seconds", type=real(0), default=10.0, help="about how long they may take (10)")
@@ -72,10 +78,8 @@ def run(options: argparse.Namespace, show: Callable[[str], None]) -> int:
     if options.ncu:
         print("\n".join(_ncu(options)))
         return 0
-    model, example = target(options)
+    model, example = runnable(options)
     with torch.no_grad():
-        if options.optimize and not layer_options.in_8_bits(options):  # quantize does it too
-            model = optimize(model, example).model
         if options.passes is not None:
             run_passes(model, example, options.passes)
             return 0
@@ -158,7 +162,7 @@ def target(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
     if example is not None:
         example = example.to(device, dtype).to(memory_format=form)
     else:
-        floats = argparse.Namespace(**{**vars(options), "dtype": str(dtype).split(".")[1]})
+        floats = argparse.Namespace(**{**vars(options), "dtype": str(dtype).removeprefix("torch.")})
         height, width = options.size or image
         example = layer_options.build_input(floats, channels, (height, width))
         example = example.to(memory_format=form)
@@ -166,6 +170,19 @@ def target(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
         return model, example
     # What is drawn at random has no accuracy to lose; a network with an input of its own has it.
     return quantize(model, [example], measure=False).model, example
+
+
+def runnable(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
+    """Builds what `target` builds, and optimises it where that is asked for.
+
+    Raises:
+        HetconvError: as `target`, or the network cannot be optimised.
+    """
+    model, example = target(options)
+    if options.optimize and not layer_options.in_8_bits(options):  # quantize does it too
+        with torch.no_grad():
+            model = optimize(model, example).model
+    return model, example
 
 
 def described(options: argparse.Namespace) -> list[str]:

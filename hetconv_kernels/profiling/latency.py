@@ -14,7 +14,6 @@ from torch import nn
 
 from .. import disturbance
 from ..errors import ArgumentError, mismatch
-from ..graph.optimize import optimize
 from ..graph.trace import as_inputs, check_network
 from ..integers import is_integer
 from ..option_types import real, whole
@@ -121,9 +120,8 @@ def latency(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command to a parser."""
-    command.add_target(parser)
+    command.add_runnable(parser)
     add = parser.add_argument
-    add("--optimize", action="store_true", help="freeze, fold and fuse the network first")
     add("--threads", type=whole(1, 4096), action="append", metavar="N",
         help="threads to run on (repeatable; as many as PyTorch takes)")  # fmt: skip
     add("--rounds", type=whole(6), default=100, help="samples that are timed (100)")
@@ -143,10 +141,7 @@ def run(options: argparse.Namespace, show: Callable[[str], None]) -> int:
     Raises:
         HetconvError: the target is unknown or cannot be built.
     """
-    model, example = command.target(options)
-    with torch.no_grad():
-        if options.optimize:
-            model = optimize(model, example).model
+    model, example = command.runnable(options)
     found = latency(
         model,
         example,
