@@ -28,6 +28,7 @@ from hetconv_kernels.backends.gpu import constants
 from hetconv_kernels.backends.gpu.constants import GpuConstants
 from hetconv_kernels.backends.gpu.devices import GpuSpec, spec_of
 from hetconv_kernels.backends.vendor import dense_gpu_prediction
+from hetconv_kernels.files import write_text
 from hetconv_kernels.problem import Problem
 
 ENGINES = ("triton", "cuda")
@@ -131,9 +132,7 @@ def write(entry: GpuConstants, name: str, path: Path) -> None:
     text = path.read_text() if path.exists() else constants.PATH.read_text()
     whole = json.loads(text)
     whole["devices"][name] = entry._asdict()
-    part = path.with_suffix(".json.part")
-    part.write_text(json.dumps(whole, indent=1) + "\n")
-    part.replace(path)
+    write_text(path, json.dumps(whole, indent=1) + "\n")
 
 
 def main(results: Path, out: Path | None) -> int:

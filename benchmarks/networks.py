@@ -10,7 +10,6 @@ needs, so that no rival is slower than its user would make it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -25,17 +24,6 @@ from hetconv_kernels import export, models
 from hetconv_kernels.nn import FusedConv2d, SupportLinear
 from hetconv_kernels.packing import dense_weight
 
-BUILDERS: dict[str, Callable[[], nn.Module]] = {
-    "vgg16": models.vgg16,
-    "resnet18": models.resnet18,
-    "resnet50": models.resnet50,
-    "densenet121": models.densenet121,
-    "dncnn": models.dncnn,
-    # Trained, and in the tests of the benchmarks.
-    "resnet20": models.resnet20,
-    "vgg16_cifar": models.vgg16_cifar,
-}
-
 
 @dataclass(frozen=True)
 class NetworkCase:
@@ -43,7 +31,7 @@ class NetworkCase:
 
     Attributes:
         name: unique; the id of the test.
-        network: one of `BUILDERS`.
+        network: one of `hk.models.names`.
         support: ``het`` or ``self_group`` for all its 3×3 convolutions but the stem.
         n: images.
         size: their height and width, in pixels; of photographs that are not square the height.
@@ -152,7 +140,7 @@ def build(case: NetworkCase, form: Form, x: Tensor) -> nn.Module:
 def seeded(case: NetworkCase) -> nn.Module:
     """Builds a case's dense network on seeded weights, in evaluation mode."""
     torch.manual_seed(0)
-    return BUILDERS[case.network]().eval()
+    return models.create(case.network).eval()
 
 
 def converted(case: NetworkCase, network: nn.Module) -> nn.Module:

@@ -19,8 +19,8 @@ import hetconv_kernels as hk
 from benchmarks import gate
 from benchmarks.baselines import GroupedPlusPointwise
 from benchmarks.cases import Case, SupportSpec
-from benchmarks.networks import BUILDERS, NetworkCase, converted
-from hetconv_kernels import export
+from benchmarks.networks import NetworkCase, converted
+from hetconv_kernels import export, models
 from hetconv_kernels.nn import SupportConv2d
 
 STEPS = (
@@ -38,7 +38,7 @@ _FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 def build(case: NetworkCase) -> dict[str, nn.Module]:
     """Builds the network dense, ours and as a composition, on the same seeded weights."""
     torch.manual_seed(0)
-    dense = BUILDERS[case.network]().train()
+    dense = models.create(case.network).train()
     ours = converted(case, copy.deepcopy(dense))  # in place otherwise
     return {"dense": dense, "ours": ours, "composition": composed(case, ours)}
 

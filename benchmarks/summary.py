@@ -161,7 +161,7 @@ def losses(name: str = LAYERS) -> str:
         if "dense" not in row:
             lines.append((row["case"]["name"], describe(row["case"]), "MISMATCH", "", ""))
         elif any(row[rival] and row[rival]["ratio"] < 1 for rival in RIVALS):
-            cells = (_marked(row[rival]) for rival in RIVALS)
+            cells = (marked(row[rival]) for rival in RIVALS)
             lines.append((row["case"]["name"], describe(row["case"]), *cells))
     return table.markdown(header, lines, text=2)
 
@@ -169,7 +169,7 @@ def losses(name: str = LAYERS) -> str:
 RIVALS = ("dense", "composition", "unfrozen")
 
 
-def _marked(found: Json | None) -> str:
+def marked(found: Json | None) -> str:
     """Writes a ratio, in bold where we are slower."""
     if found is None:
         return ""
@@ -205,7 +205,7 @@ def training(name: str = LAYERS) -> str:
             describe(row["case"]),
             f"{row['dense']['ratio']:.2f}",
             f"{row['dense']['low']:.2f} to {row['dense']['high']:.2f}",
-            _marked(row["composition"]),
+            marked(row["composition"]),
         )
         for row in results(name)["rows"]
         if row["case"]["training"] and "dense" in row
@@ -233,7 +233,7 @@ def networks() -> str:
                     continue
                 engine = found["name"].partition(":")[2]
                 interval = f"{found['low']:.2f} to {found['high']:.2f}"
-                cells += [engine, _marked(found), interval]
+                cells += [engine, marked(found), interval]
             lines.append(cells)
     return table.markdown(header, lines)
 
@@ -284,7 +284,7 @@ def methods_table(part: str = "digits", only_papers: bool = False) -> str:
                 f"**{quality}**" if found < dense - row["tolerance"] else quality,
                 f"{row[key][0]:.{digits}f}",
                 f"{100 * row['macs_saved']:.0f} %",
-                _marked({"ratio": ratio}),
+                marked({"ratio": ratio}),
                 f"{low:.2f} to {high:.2f}",
             )
         )
@@ -299,7 +299,7 @@ def _methods_speed() -> str:
         fewer = row["macs"][0] / row["macs"][1]
         interval = f"{low:.2f} to {high:.2f}"
         lines.append(
-            (row["network"], row["name"], f"{fewer:.2f}", _marked({"ratio": ratio}), interval)
+            (row["network"], row["name"], f"{fewer:.2f}", marked({"ratio": ratio}), interval)
         )
     return table.markdown(header, lines, text=2)
 
@@ -309,7 +309,7 @@ def methods_grid() -> str:
     rows = methods()["speed"]["speed"]
     networks_seen = list(dict.fromkeys(row["network"] for row in rows))
     cells = {
-        (row["name"], row["network"]): f"{_marked({'ratio': row['speedup'][0]})} of "
+        (row["name"], row["network"]): f"{marked({'ratio': row['speedup'][0]})} of "
         f"{row['macs'][0] / row['macs'][1]:.2f}"
         for row in rows
     }
@@ -336,8 +336,8 @@ def training_networks() -> str:
                 case, found = row["case"], row.get("dense")
                 name = f"{case['name']}, {case['n']} images of {case['size']}²"
                 interval = f"{found['low']:.2f} to {found['high']:.2f}" if found else ""
-                ratio = _marked(found) if found else "MISMATCH"
-                lines.append((name, ratio, interval, _marked(row.get("composition"))))
+                ratio = marked(found) if found else "MISMATCH"
+                lines.append((name, ratio, interval, marked(row.get("composition"))))
     return table.markdown(header, lines) if lines else "None is committed yet."
 
 

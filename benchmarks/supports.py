@@ -114,13 +114,14 @@ def _bits(text: str, count: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
 def main() -> None:
     """Makes the file anew, one entry for each self-grouped layer of the cases."""
     from benchmarks.cases import CPU_CASES, GPU_CASES
-    from benchmarks.networks import BUILDERS, NETWORKS, self_grouped_layers
+    from benchmarks.networks import NETWORKS, self_grouped_layers
+    from hetconv_kernels import models
 
     whole = {
         shape
         for case in NETWORKS
         if case.support.kind == "self_group"
-        for _, shape in self_grouped_layers(case, BUILDERS[case.network]())
+        for _, shape in self_grouped_layers(case, models.create(case.network))
     }
     wanted = sorted(
         {

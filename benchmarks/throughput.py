@@ -22,12 +22,13 @@ from typing import Any
 
 import torch
 
-from benchmarks import low_precision, record, table
+from benchmarks import low_precision, record, summary, table
 from benchmarks.networks import NETWORKS, NetworkCase, build
 from benchmarks.peers import Absent, Run
 from benchmarks.rig import COMPOSITION, DENSE, OURS
 from hetconv_kernels import disturbance
 from hetconv_kernels.errors import ArgumentError, mismatch
+from hetconv_kernels.files import write_text
 from hetconv_kernels.option_types import real, whole
 from hetconv_kernels.timing import median_interval
 
@@ -175,10 +176,8 @@ def shown(rows: Sequence[Json]) -> str:
             if rival is None:
                 cells += ["", "", ""]
                 continue
-            ratio = f"{rival['ratio']:.2f}"
-            bold = f"**{ratio}**" if rival["ratio"] < 1 else ratio
             interval = f"{rival['low']:.2f} to {rival['high']:.2f}"
-            cells += [rival["name"].partition(":")[2], bold, interval]
+            cells += [rival["name"].partition(":")[2], summary.marked(rival), interval]
         lines.append(cells)
     return table.markdown(header, lines)
 
@@ -203,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows.append(
             measure(cases[name], options.processes, options.rounds, options.seconds, options.peer)
         )
-        options.out.write_text(json.dumps(whole_file | {"rows": rows}, indent=1) + "\n")
+        write_text(options.out, json.dumps(whole_file | {"rows": rows}, indent=1) + "\n")
     print(shown(rows))
     return 0
 
