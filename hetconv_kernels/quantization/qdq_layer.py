@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..composition import Part, compose, index_of, joined, pointwise_pads
+from ..composition import Part, compose, index_of, joined, pointwise_pads, split_pads
 from ..errors import HetconvError, InputTypeError
 from ..nn.quantized import QuantizedLayer, QuantizedLinear
 from ..packing import dense_weight
@@ -94,10 +94,8 @@ class QdqConv(nn.Module):
         self.groups = part.groups
         self.stride = list(geometry.stride)
         self.dilation = [1, 1] if part.centre else list(geometry.dilation)
-        top, bottom, left, right = pads
-        symmetric = top == bottom and left == right
-        self.padding = [top, left] if symmetric else [0, 0]
-        self.pads = None if symmetric else pads
+        around, padding = split_pads(pads)
+        self.padding, self.pads = list(padding), around if any(around) else None
         weight = part.weight(dense_weight(layer.support, layer.weight, torch.int8))
         device = weight.device
         filters = slice(None) if part.filters is None else index_of(part.filters, device)

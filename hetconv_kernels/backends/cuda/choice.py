@@ -17,6 +17,7 @@ import torch
 from ...errors import ArgumentError, BackendError
 from ...problem import Problem
 from ..gpu import parts
+from ..gpu.constants import constants_of
 from ..gpu.devices import GpuSpec, spec_of
 from .tiles import Choice, choose, choose_wgrad
 from .wgrad_lowering import UNIT_VALUES, WgradTables
@@ -28,8 +29,7 @@ from .windows import windows
 ONLY: str | None = None
 # Whether TMA may bring tiles; for tests and for comparisons with cp.async.
 BOXES = True
-# Seconds that a launch, and a launch more in the same call, take.
-GPU_LAUNCH = 5e-6
+# Seconds that a launch more in the same call takes.
 _NEXT_LAUNCH = 3e-6
 # Clocks in which a unit of wgrad reads one pixel of both operands from shared memory.
 _UNIT_READS = 1.25
@@ -226,7 +226,8 @@ def _wide(problem: Problem, spec: GpuSpec) -> WideChoice:
 
 def _whole(problem: Problem, clocks: float, packed: int, spec: GpuSpec) -> float:
     """Returns the seconds of fprop or dgrad, with the launch and packing of so many weights."""
-    seconds = GPU_LAUNCH + max(clocks / spec.clock, problem.bytes_moved / spec.bandwidth)
+    launch = constants_of(problem.device).launch
+    seconds = launch + max(clocks / spec.clock, problem.bytes_moved / spec.bandwidth)
     # Weights are packed at each call: read, looked up and written.
     return seconds + _NEXT_LAUNCH + packed * (2 * problem.dtype.itemsize + 4) / spec.bandwidth
 
@@ -244,6 +245,7 @@ def _wgrad(problem: Problem, spec: GpuSpec) -> WgradChoice:
     compute = (clocks + moved) * max(tiles / spec.processors, 1.0) / spec.clock
     partials = spec.processors * tables.positions.size * 8 / spec.bandwidth
     memory = problem.bytes_moved / spec.bandwidth
-    seconds = GPU_LAUNCH + 2 * _NEXT_LAUNCH + max(compute, memory) + partials
+    launch = constants_of(problem.device).launch
+    seconds = launch + 2 * _NEXT_LAUNCH + max(compute, memory) + partials
     efficiency = min(1.0, problem.support.live / max(tables.positions.size, 1))
     return WgradChoice(tables, buffers, why, seconds, efficiency)
