@@ -6,17 +6,22 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as torch_module
 from torch.utils import _pytree as pytree
 
+from .. import ranges
 from ..arena import Arena, Lifetime, Recorder, placing
 from ..backends import forced_code
 from ..observers import observed
+from . import program as programs
+from .native_steps import Operand, Spec
 
 # Signatures of inputs whose plans are kept; the one that was not used for longest goes first.
 MOST_PLANS = 8
@@ -59,8 +64,14 @@ class PlannedNetwork(fx.GraphModule):
         if signature is None:
             return super().__call__(*args)
         plan = memory.plan(signature)
+        program = None if plan is None else plan.program
+        if program is not None and not program.holds():
+            plan, program = None, None
+            memory.replace()
         if plan is None:
             return memory.record(self, signature, args)
+        if program is not None:
+            return plan.run(program, args)
         if plan.lifetimes is None:
             return super().__call__(*args)
         arena = plan.take()
@@ -106,21 +117,38 @@ def release_memory(network: nn.Module) -> int:
 
 
 class _Plan:
-    """The lifetimes of one signature's results (None: not known), and the arenas not in use."""
+    """What is known of one signature, and the arenas not in use.
 
-    def __init__(self, lifetimes: list[Lifetime] | None) -> None:
-        self.lifetimes = lifetimes
-        self._idle: list[Arena] = []
+    Attributes:
+        lifetimes: of the engines' results; None where they are not known.
+        program: the network as native steps; None where it has to be called layer by layer.
+    """
 
-    def take(self) -> Arena:
+    def __init__(
+        self, lifetimes: list[Lifetime] | None, program: programs.Program | None = None
+    ) -> None:
+        self.lifetimes, self.program = lifetimes, program
+        self._idle: list[Any] = []
+
+    def run(self, program: programs.Program, args: tuple[Any, ...]) -> Any:
+        """Runs the program, in an arena of this call's own."""
+        frame: programs.Frame = self.take()
+        try:
+            with placing(None):
+                return program.run(args, frame)
+        finally:
+            self.put_back(frame)
+
+    def take(self) -> Any:
         try:
             arena = self._idle.pop()
         except IndexError:
-            arena = Arena(self.lifetimes or [])
+            program = self.program
+            arena = Arena(self.lifetimes or []) if program is None else program.frame()
         arena.start()
         return arena
 
-    def put_back(self, arena: Arena) -> None:
+    def put_back(self, arena: Any) -> None:
         self._idle.append(arena)
 
     def release(self) -> int:
@@ -137,7 +165,7 @@ class _Memory:
         self._plans: OrderedDict[Any, _Plan] = OrderedDict()
         self._lock = threading.Lock()
         self._watched: tuple[Any, ...] | None = None
-        self._surprises = 0
+        self._surprises = self._replaced = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Memory:
         return _Memory()
@@ -173,7 +201,7 @@ class _Memory:
         if any(m.training for m in modules):
             return None
         cast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
-        return (*parts, torch.get_num_threads(), forced_code(), cast)
+        return (*parts, torch.get_num_threads(), forced_code(), ranges.active, cast)
 
     def plan(self, signature: Any) -> _Plan | None:
         with self._lock:
@@ -186,8 +214,11 @@ class _Memory:
         """Runs the network step by step and makes the plan of this signature."""
         run = _Recording(network)
         result = run.run(*args)
+        cast = signature[-1]
+        native = not cast and not ranges.active and self._replaced <= _MOST_SURPRISES
+        plan = _Plan(run.lifetimes(result), run.program(result) if native else None)
         with self._lock:
-            self._plans[signature] = _Plan(run.lifetimes(result))
+            self._plans[signature] = plan
             while len(self._plans) > MOST_PLANS:
                 self._plans.popitem(last=False)
         return _ordinary(result)
@@ -197,6 +228,12 @@ class _Memory:
         with self._lock:
             self._plans.pop(signature, None)
             self._surprises += 1
+
+    def replace(self) -> None:
+        """Counts programs whose weights or layers have become others."""
+        with self._lock:
+            self._replaced += 1
+            self._watched = None
 
     def release(self) -> int:
         with self._lock:
@@ -230,14 +267,19 @@ class _Recording(fx.Interpreter):
     def __init__(self, network: PlannedNetwork) -> None:
         super().__init__(network)
         self.recorder = Recorder()
+        self._network = network
         self._place = {node: i for i, node in enumerate(network.graph.nodes)}
         self._born: list[int] = []
         self._dies: list[int] = []
         self._opaque = False
         self._numbers: dict[int, int] = {}  # of results, by the identity of their storage
+        self._seen: list[programs.Seen] = []
+        self._storages: dict[int, tuple[int, Any]] = {}  # all of them: their number, a weak one
+        self._tape = programs.tape()
 
     def run_node(self, n: fx.Node) -> Any:
-        with placing(self.recorder):
+        sources = [(node, self.env[node]) for node in n.all_input_nodes]
+        with placing(self.recorder), taped(self._tape):
             value = super().run_node(n)
         here = self._place[n]
         for number in range(len(self._born), len(self.recorder.asked)):
@@ -247,6 +289,7 @@ class _Recording(fx.Interpreter):
         last = max((self._place[user] for user in n.users), default=here)
         for number in self._results_in(value):
             self._dies[number] = max(self._dies[number], last)
+        self._note(n, value, sources)
         return value
 
     def lifetimes(self, returned: Any) -> list[Lifetime] | None:
@@ -261,6 +304,43 @@ class _Recording(fx.Interpreter):
             )
         ]
 
+    def program(self, returned: Any) -> programs.Program | None:
+        """Makes a program of what was seen; None where there is no engine, or a hidden tensor."""
+        if self._opaque or self._tape is None:
+            return None
+        leaves = pytree.tree_leaves(returned)
+        kept = {self._spec(leaf).storage for leaf in leaves if isinstance(leaf, Tensor)}
+        return programs.build(self._network, self._seen, kept)
+
+    def _note(self, n: fx.Node, value: Any, sources: list[tuple[fx.Node, Any]]) -> None:
+        if self._tape is None:
+            return
+        before = len(self._storages)
+        leaves, structure = pytree.tree_flatten(value)
+        specs = tuple(self._spec(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves)
+        made = before if len(self._storages) == before + 1 else -1
+        if len(self._storages) > before + 1 or not structure.is_leaf():
+            made = -2 if len(self._storages) > before else -1
+        operands = {}
+        for node, operand in (*sources, (n, value)):
+            if isinstance(operand, Tensor) and operand.numel():
+                operands.setdefault(operand.data_ptr(), Operand(node, self._spec(operand)))
+        operands[0] = Operand(None, None)
+        calls = tuple(
+            (step, tuple(operands.get(address) for address in addresses))
+            for step, addresses in self._tape.take()
+        )
+        self._seen.append(programs.Seen(n, specs, structure, made, calls))
+
+    def _spec(self, x: Tensor) -> Spec:
+        storage = x.untyped_storage()
+        number = self._storages.get(storage._cdata)
+        if number is None:
+            number = len(self._storages), StorageWeakRef(storage)
+            self._storages[storage._cdata] = number
+        offset = x.storage_offset() * x.element_size()
+        return Spec(tuple(x.shape), x.stride(), x.dtype, number[0], offset)
+
     def _results_in(self, value: Any) -> Iterator[int]:
         for leaf in pytree.tree_leaves(value):
             if isinstance(leaf, Tensor):
@@ -269,3 +349,16 @@ class _Recording(fx.Interpreter):
                     yield number
             elif not isinstance(leaf, _PLAIN):
                 self._opaque = True
+
+
+@contextmanager
+def taped(tape: Any) -> Iterator[None]:
+    """Notes this thread's calls of the engine on a tape, inside a ``with``."""
+    if tape is None:
+        yield
+        return
+    tape.start()
+    try:
+        yield
+    finally:
+        tape.stop()
