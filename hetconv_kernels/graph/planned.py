@@ -43,12 +43,14 @@ _PLAIN += (torch.memory_format, slice, range, type(...))
 
 
 class PlannedNetwork(fx.GraphModule):
-    """A traced network that recycles the memory of its activations.
+    """A traced network that runs as a native program and recycles the memory of its activations.
 
     The first call with inputs of some signature (shapes, strides, dtypes, number of threads) is
-    recorded: who needs memory, for how long. Every further one finds each result of an engine of
-    this package a place in one arena, so that a steady call allocates nothing but what it returns
-    (and what layers of torch allocate), and meets no page fault. The numbers are the same.
+    recorded: what is computed, by which calls of the engine, who needs memory, for how long. Every
+    further one runs the same calls as one native program on places of one arena, and what the
+    engine does not compute between them, see `graph.program`. So a steady call allocates nothing
+    but what it returns (and what layers of torch allocate), and meets no page fault. The numbers
+    are the same. A layer, a weight or an option that was changed is noticed, and recorded anew.
 
     What is returned never lies in the arena. Calls at the same time, in several threads, have an
     arena each. `plan_memory` switches it off, `release_memory` gives the memory back. Calls that
@@ -83,6 +85,12 @@ class PlannedNetwork(fx.GraphModule):
         if not arena.whole:
             memory.forget(signature)
         return result
+
+    def recompile(self) -> Any:
+        """Makes the code of a graph that was changed; what was recorded of the old one is gone."""
+        if self.__dict__.get("_memory") is not None:
+            self.__dict__["_memory"] = _Memory()
+        return super().recompile()
 
 
 def planned(traced: fx.GraphModule) -> PlannedNetwork:

@@ -451,9 +451,11 @@ class _Builder:
                     self.guard.tensor(tensor, tensor.untyped_storage())
 
 
-# What nn.Module keeps for itself, caches of layers; `training` and hooks are asked for elsewhere.
-_OF_MODULES = ("_parameters", "_buffers", "_modules", "_non_persistent", "_forward", "_backward",
-               "_state_dict", "_load_state", "_is_full", "training", "_ready", "_weight_")  # fmt: skip
+# What nn.Module keeps for itself, and caches; `training` and hooks are asked for elsewhere.
+_OF_MODULES = (
+    "_parameters", "_buffers", "_modules", "_non_persistent", "_forward", "_backward",
+    "_state_dict", "_load_state", "_is_full", "training", "_ready", "_weight_",
+)  # fmt: skip
 
 
 # Calling ----------------------------------------------------------------------------------------
