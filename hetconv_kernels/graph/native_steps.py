@@ -5,18 +5,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn import Parameter
 
 from .fold import _activation, _pool
 from .names import module_of, name_of
-
-if TYPE_CHECKING:
-    from .program import Seen
 
 try:
     from .. import _cpu
@@ -92,6 +88,29 @@ class Operand(NamedTuple):
     spec: Spec | None
 
 
+class Seen(NamedTuple):
+    """One step of the graph as it was recorded.
+
+    Attributes:
+        node: the step.
+        specs: of the tensors in its value, None for other leaves, as `pytree` lists them.
+        structure: of the value, for `pytree`.
+        made: the number of the storage that it made, -1 if none.
+        calls: of the engine: steps, and the operands of each, None where one is not known.
+    """
+
+    node: fx.Node
+    specs: tuple[Spec | None, ...]
+    structure: Any
+    made: int
+    calls: tuple[tuple[Any, tuple[Operand | None, ...]], ...]
+
+    @property
+    def spec(self) -> Spec | None:
+        """The tensor that is its value; None where that is something else."""
+        return self.specs[0] if self.structure.is_leaf() else None
+
+
 Found = tuple[Any, tuple[Operand, ...]]
 
 
@@ -112,15 +131,14 @@ def native_step(seen: Seen, sources: Sequence[Seen]) -> Found | None:
         return None
     if module is not None and not type(module).__module__.startswith("torch.nn."):
         return None
-    specs = [s.spec for s in sources]
-    if seen.spec is None or any(s is None or not s.numel for s in specs) or not specs:
+    specs = {s.node: s.spec for s in sources if s.spec is not None and s.spec.numel}
+    if seen.spec is None or len(specs) != len(sources) or not specs:
         return None
     for make in (_binary, _activated, _max_pooled, _concatenated, _upsampled):
-        found = make(seen.node, seen.spec, module, {s.node: s.spec for s in sources})  # type: ignore[operator]
+        found = make(seen.node, seen.spec, module, specs)
         if found is not None:
             step, nodes = found
-            specs_of = {s.node: s.spec for s in sources}
-            operands = [Operand(n, specs_of[n] if n is not None else None) for n in nodes]
+            operands = [Operand(n, specs[n] if n is not None else None) for n in nodes]
             return step, (*operands, Operand(seen.node, seen.spec))
     return None
 
@@ -227,13 +245,13 @@ def _concatenated(
 ) -> _Made | None:
     if name_of(node) not in ("cat", "concat") or module is not None:
         return None
-    parts = node.args[0] if node.args else None
+    parts: Any = node.args[0] if node.args else None
     axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
     if not isinstance(parts, list | tuple) or len(y.shape) < 2 or axis not in (1, 1 - len(y.shape)):
         return None
     if not all(isinstance(p, fx.Node) for p in parts) or set(node.kwargs) - {"dim"}:
         return None
-    found = [specs[p] for p in parts]  # type: ignore[index]
+    found = [specs[p] for p in parts]
     if any(s.dtype != y.dtype or len(s.shape) != len(y.shape) for s in found):
         return None
     for layout in (_LAST, _ROWS):
@@ -242,7 +260,7 @@ def _concatenated(
             outer = y.shape[0] * (pixels if layout == _LAST else 1)
             each = 1 if layout == _LAST else pixels
             sizes = [s.shape[1] * each * y.dtype.itemsize for s in found]
-            return _cpu.concat_step(outer, sizes, torch.get_num_threads()), parts  # type: ignore[return-value]
+            return _cpu.concat_step(outer, sizes, torch.get_num_threads()), parts
     return None
 
 
@@ -267,12 +285,9 @@ def _upsampled(
         return None
     n, c, h, w = spec.shape
     grid = torch.arange(h * w, dtype=torch.float64).view(1, 1, h, w)
-    target: Any = node.target
-    call = module if module is not None else F.interpolate
     if module is None and node.op != "call_function":
         return None
-    if module is None and target is not call and target is not F.upsample:
-        call = target
+    call: Any = node.target if module is None else module
     picked = call(grid, *node.args[1:], **node.kwargs)
     if tuple(picked.shape[2:]) != y.shape[2:]:
         return None

@@ -20,8 +20,9 @@ from .. import ranges
 from ..arena import Arena, Lifetime, Recorder, placing
 from ..backends import forced_code
 from ..observers import observed
-from . import program as programs
-from .native_steps import Operand, Spec
+from .native_steps import Operand, Seen, Spec
+from .program import Frame, Program
+from .program_builder import build, tape
 
 # Signatures of inputs whose plans are kept; the one that was not used for longest goes first.
 MOST_PLANS = 8
@@ -132,15 +133,13 @@ class _Plan:
         program: the network as native steps; None where it has to be called layer by layer.
     """
 
-    def __init__(
-        self, lifetimes: list[Lifetime] | None, program: programs.Program | None = None
-    ) -> None:
+    def __init__(self, lifetimes: list[Lifetime] | None, program: Program | None = None) -> None:
         self.lifetimes, self.program = lifetimes, program
         self._idle: list[Any] = []
 
-    def run(self, program: programs.Program, args: tuple[Any, ...]) -> Any:
+    def run(self, program: Program, args: tuple[Any, ...]) -> Any:
         """Runs the program, in an arena of this call's own."""
-        frame: programs.Frame = self.take()
+        frame: Frame = self.take()
         try:
             with placing(None):
                 return program.run(args, frame)
@@ -281,9 +280,9 @@ class _Recording(fx.Interpreter):
         self._dies: list[int] = []
         self._opaque = False
         self._numbers: dict[int, int] = {}  # of results, by the identity of their storage
-        self._seen: list[programs.Seen] = []
+        self._seen: list[Seen] = []
         self._storages: dict[int, tuple[int, Any]] = {}  # all of them: their number, a weak one
-        self._tape = programs.tape()
+        self._tape = tape()
 
     def run_node(self, n: fx.Node) -> Any:
         sources = [(node, self.env[node]) for node in n.all_input_nodes]
@@ -312,13 +311,13 @@ class _Recording(fx.Interpreter):
             )
         ]
 
-    def program(self, returned: Any) -> programs.Program | None:
+    def program(self, returned: Any) -> Program | None:
         """Makes a program of what was seen; None where there is no engine, or a hidden tensor."""
         if self._opaque or self._tape is None:
             return None
         leaves = pytree.tree_leaves(returned)
         kept = {self._spec(leaf).storage for leaf in leaves if isinstance(leaf, Tensor)}
-        return programs.build(self._network, self._seen, kept)
+        return build(self._network, self._seen, kept)
 
     def _note(self, n: fx.Node, value: Any, sources: list[tuple[fx.Node, Any]]) -> None:
         if self._tape is None:
@@ -329,7 +328,7 @@ class _Recording(fx.Interpreter):
         made = before if len(self._storages) == before + 1 else -1
         if len(self._storages) > before + 1 or not structure.is_leaf():
             made = -2 if len(self._storages) > before else -1
-        operands = {}
+        operands: dict[int, Operand] = {}
         for node, operand in (*sources, (n, value)):
             if isinstance(operand, Tensor) and operand.numel():
                 operands.setdefault(operand.data_ptr(), Operand(node, self._spec(operand)))
@@ -338,7 +337,7 @@ class _Recording(fx.Interpreter):
             (step, tuple(operands.get(address) for address in addresses))
             for step, addresses in self._tape.take()
         )
-        self._seen.append(programs.Seen(n, specs, structure, made, calls))
+        self._seen.append(Seen(n, specs, structure, made, calls))
 
     def _spec(self, x: Tensor) -> Spec:
         storage = x.untyped_storage()
@@ -346,7 +345,7 @@ class _Recording(fx.Interpreter):
         if number is None:
             number = len(self._storages), StorageWeakRef(storage)
             self._storages[storage._cdata] = number
-        offset = x.storage_offset() * x.element_size()
+        offset = int(x.storage_offset()) * x.element_size()
         return Spec(tuple(x.shape), x.stride(), x.dtype, number[0], offset)
 
     def _results_in(self, value: Any) -> Iterator[int]:
@@ -360,13 +359,13 @@ class _Recording(fx.Interpreter):
 
 
 @contextmanager
-def taped(tape: Any) -> Iterator[None]:
-    """Notes this thread's calls of the engine on a tape, inside a ``with``."""
-    if tape is None:
+def taped(noting: Any) -> Iterator[None]:
+    """Notes this thread's calls of the engine on a `Tape`, inside a ``with``."""
+    if noting is None:
         yield
         return
-    tape.start()
+    noting.start()
     try:
         yield
     finally:
-        tape.stop()
+        noting.stop()
