@@ -7,17 +7,15 @@ from typing import Any
 
 from benchmarks.watch import BEGIN
 
-_reporter: list[Any] = []
+_configs: list[Any] = []
 
 
 def pytest_configure(config: Any) -> None:
-    """Finds what writes to the terminal, past the capture of a test's own output."""
-    _reporter.append(config.pluginmanager.get_plugin("terminalreporter"))
+    """Remembers where the writer to the terminal will be found: it may come after this plugin."""
+    _configs.append(config)
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:
-    """Names a test."""
-    reporter = _reporter[-1]
-    reporter.ensure_newline()
-    reporter.write_line(BEGIN + nodeid)
-    reporter.flush()
+    """Names a test, past the capture of its own output."""
+    reporter = _configs[-1].pluginmanager.get_plugin("terminalreporter")
+    reporter.write(f"\n{BEGIN}{nodeid}\n", flush=True)  # a dot of the progress may stand there

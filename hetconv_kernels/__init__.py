@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import errors, functional, nn, ranges
 from ._version import __version__
+from .accuracy import strict_accuracy
 from .backends import available_backends, use_backend
 from .explain import explain, warmup
 from .info import info
@@ -90,6 +91,7 @@ __all__ = [
     "release_memory",
     "rules",
     "stats",
+    "strict_accuracy",
     "testing",
     "timing",
     "tuning",

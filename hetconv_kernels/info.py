@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ._version import __version__
+from .accuracy import is_strict
 from .backends import NAMES, available_backends, forced_code
 
 # Variables that change what is built, chosen, or how many threads compute.
@@ -26,9 +27,9 @@ def info() -> dict[str, Any]:
 
     Returns:
         A JSON-serialisable dictionary; keys: version, python, platform, libc, torch, torch_cuda,
-        libraries, cpu, cuda, backends, forced_backend, extensions, build, environment. Under build
-        are the compilers and their flags, under cpu the instruction sets of our engine, best first,
-        under environment the variables that are set and matter.
+        libraries, cpu, cuda, backends, forced_backend, strict_accuracy, extensions, build,
+        environment. Under build are the compilers and their flags, under cpu the instruction sets
+        of our engine, best first, under environment the variables that are set and matter.
     """
     build = Path(__file__).with_name("_build.json")
     return {
@@ -52,6 +53,7 @@ def info() -> dict[str, Any]:
         "cuda": _cuda(),
         "backends": list(available_backends()),
         "forced_backend": NAMES[forced_code()],
+        "strict_accuracy": is_strict(),
         "extensions": {
             name: importlib.util.find_spec(f"hetconv_kernels.{name}") is not None
             for name in ("_cpu", "_cuda")

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from . import ranges
+from .accuracy import is_strict
 from .backends import FROZEN, Choice, choose
 from .backends.common import channel_statistics
 from .errors import ArgumentError, BackendError, InputTypeError, mismatch
@@ -101,6 +102,7 @@ def run_fprop(
         mixed,
         act,
         pool,
+        is_strict(),
         None if shift is None else (shift.shape, shift.dtype, shift.device),
         None if scale is None else (scale.shape, scale.dtype, scale.device),
         None if residual is None else (residual.shape, residual.dtype, residual.device),
@@ -260,7 +262,7 @@ def run_fprop_stats(
     """
     extras = None if shift is None else (shift.shape, shift.dtype, shift.device)
     first = (x.shape, x.stride(), x.dtype, x.device)
-    key = ("stats", *first, w.shape, w.stride(), w.dtype, w.device, backend, extras)
+    key = ("stats", *first, w.shape, w.stride(), w.dtype, w.device, backend, extras, is_strict())
     choice = geometry.choices.get(key)
     if choice is None:
         check_call(geometry, x, w, shift, True)

@@ -16,6 +16,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from .accuracy import is_strict
 from .errors import ArgumentError, InputTypeError, mismatch
 from .integers import INT32_MAX, as_pair
 from .pooling import Pool
@@ -227,6 +228,7 @@ class Problem:
         epilogue: which of scale, shift, residual and stats are asked for, in that order.
         act: the activation, one of `ACTIVATIONS`.
         pool: what follows the activation, or None.
+        strict: whether only direct sums of products will do (`accuracy.strict_accuracy`).
     """
 
     verb: str
@@ -243,6 +245,7 @@ class Problem:
     epilogue: tuple[str, ...] = ()
     act: str = "none"
     pool: Pool | None = None
+    strict: bool = field(default_factory=is_strict)
 
     @property
     def support(self) -> Support:

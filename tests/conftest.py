@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from functools import cache
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from sampling import is_left
 
 # The same examples on every run of CI, new ones on a developer's machine; slowness is no failure.
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
@@ -45,15 +45,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     day = config.getoption("--cuda-sample")
     if day is not None:
-        left = [item for item in items if _is_left(item, day)]
+        left = [item for item in items if is_left(item, day)]
         config.hook.pytest_deselected(items=left)
         items[:] = [item for item in items if item not in set(left)]
-
-
-def _is_left(item: pytest.Item, day: int) -> bool:
-    """Tells whether a test of the CUDA kernels is none of the eighth of that day."""
-    name = hashlib.sha256(item.nodeid.encode()).digest()
-    return item.path.name.startswith("test_cuda") and name[0] % 8 != day % 8
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -52,11 +52,11 @@ def main() -> int:
     key = digest()
     sample = not os.environ.get("CI") and (PASSED / key).exists()
     day = datetime.datetime.now(tz=datetime.UTC).toordinal()
-    options = ["--cuda-sample", str(day)] if sample else []
+    options = [f"--cuda-sample={day}"] if sample else []
     # Threads that wait leave the core to the other process.
     environment = {"OMP_WAIT_POLICY": "passive"} | os.environ
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pytest", "--share", folder, *options, *sys.argv[1:]]
+        command = [sys.executable, "-m", "pytest", f"--share={folder}", *options, *sys.argv[1:]]
         logs = [Path(folder, f"{part}.log") for part in range(1, count)]
         others = [
             subprocess.Popen(

@@ -178,7 +178,7 @@ BAD: list[tuple[str, str]] = [
         ("--batch 0", "--batch"),
         ("--stride 0", "--stride"),
         ("--backend none", "none"),
-        ("--dtype int8", "--dtype"),
+        ("--dtype int4", "--dtype"),
     )),
     # Profiles.
     *((f"profile {words}", what) for words, what in (

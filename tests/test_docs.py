@@ -29,6 +29,7 @@ NOT_RUN = {
     ("docs/start.md", "needs an NVIDIA GPU"),
     ("docs/start.md", "starts several processes (tests/test_examples.py does)"),
     ("docs/backends/triton.md", "needs an NVIDIA GPU"),
+    ("docs/backends/cuda.md", "needs an NVIDIA GPU"),
     ("docs/cli.md", "mynets is yours"),
     ("docs/profiling.md", "needs perf"),
 }

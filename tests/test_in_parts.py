@@ -10,9 +10,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import conftest
 import in_parts
 import pytest
+from sampling import is_left
 from tree import ROOT
 
 FILES = ("tests/test_errors.py", "tests/test_seed_numbers.py")
@@ -50,12 +50,12 @@ def test_what_one_process_took_no_other_runs(tmp_path: Path) -> None:
 def test_samples_of_eight_days_are_all_tests_of_the_kernels_once() -> None:
     kernels = [item(f"tests/test_cuda_host.py::test[{number}]") for number in range(100)]
     others = [item(f"tests/test_conv.py::test[{number}]") for number in range(100)]
-    samples = [[each for each in kernels if not conftest._is_left(each, day)] for day in range(8)]
+    samples = [[each for each in kernels if not is_left(each, day)] for day in range(8)]
     assert sorted(each.nodeid for sample in samples for each in sample) == sorted(
         each.nodeid for each in kernels
     )
     assert all(0 < len(sample) < 50 for sample in samples)
-    assert not any(conftest._is_left(each, 3) for each in others)
+    assert not any(is_left(each, 3) for each in others)
 
 
 def test_a_sample_is_said_to_be_one() -> None:
@@ -80,3 +80,15 @@ def test_the_digest_follows_what_the_kernels_are_made_from(
     assert in_parts.digest() == before
     monkeypatch.setattr(Path, "read_bytes", changed)
     assert in_parts.digest() != before
+
+
+def test_without_files_the_options_are_known_too() -> None:
+    done = subprocess.run(
+        [sys.executable, "tests/in_parts.py", "--markers"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "@pytest.mark.slow" in done.stdout

@@ -19,7 +19,15 @@ def test_it_is_json_with_the_promised_keys() -> None:
     assert json.loads(json.dumps(facts)) == facts
     assert set(facts) == {
         *("version", "python", "platform", "libc", "torch", "torch_cuda", "libraries", "cpu"),
-        *("cuda", "backends", "forced_backend", "extensions", "build", "environment"),
+        *(
+            "cuda",
+            "backends",
+            "forced_backend",
+            "strict_accuracy",
+            "extensions",
+            "build",
+            "environment",
+        ),
     }
     assert set(facts) <= set((hk.info.__doc__ or "").replace(",", " ").replace(".", " ").split())
 

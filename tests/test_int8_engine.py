@@ -236,6 +236,43 @@ def test_bands_strips_and_shares_of_any_number_of_threads_agree(isa, size, count
         assert torch.equal(y, expected)
 
 
+@pytest.mark.parametrize("filters", [40, 64, 100, 136, 256])
+def test_scattered_filters_and_their_residual_come_to_their_places(isa, filters, monkeypatch):
+    """Group f mod 4, as HetConv was published: filters of a block are no neighbours in y."""
+    rng = np.random.default_rng(filters)
+    mask = np.zeros((filters, 32, 3, 3), dtype=bool)
+    mask[:, :, 1, 1] = True
+    for f in range(filters):
+        mask[f, f % 4 :: 4] = True
+    support = hk.Support.from_mask(mask)
+    geometry = make_geometry(support, 1, 1)
+    plan = engine.plan_of(support)
+    assert not all(block[5] for block in plan.blocks)
+    assert any(plan.spreads) == (isa == "avx512vnni" and _has_vbmi())
+    shape = (2, filters, 7, 9)
+    for out, kind in ((torch.uint8, torch.int8), (torch.int8, torch.uint8)):
+        low, high = cases.LIMITS[out]
+        arguments = {
+            "multiplier": torch.rand(filters) * 0.01,
+            "bias": torch.randint(-500, 500, (filters,), dtype=torch.int32),
+            "x_zero_point": 7, "y_zero_point": 3, "low": low, "high": high, "out_dtype": out,
+            "residual": cases.draw_bytes(rng, shape, kind), "residual_multiplier": 0.4,
+            "residual_zero_point": 5,
+        }  # fmt: skip
+        x = cases.draw_bytes(rng, (2, 32, 7, 9), torch.uint8)
+        w = torch.as_tensor(rng.integers(-127, 128, support.shape).astype("i1"))
+        guarded = Guarded(0xA5)
+        monkeypatch.setattr(engine, "_empty", lambda _, s, d, g=guarded: g.empty(s, d))
+        y = engine.fprop(x, w, support, geometry, **arguments)
+        assert torch.equal(y, reference.fprop(x, w, support, geometry, **arguments))
+        assert guarded.untouched()
+
+
+def _has_vbmi() -> bool:
+    with open("/proc/cpuinfo") as file:
+        return "avx512vbmi" in file.read().split()
+
+
 def test_the_lowering_uses_every_kind_of_step(isa):
     """Or the fuzz would not see some of them: quads across taps, shuffles, gathered channels."""
     rng = np.random.default_rng(5)

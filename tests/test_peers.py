@@ -132,6 +132,7 @@ def test_layers_are_those_that_change(x: torch.Tensor) -> None:
         names = layer_names(ours)
         ratios = amdahl.mac_ratios(dense, ours, x, names)
     assert names == layer_names(dense)
-    assert [*names, "fc"] == export.support_layers(ours)
+    # The classifier is so small that it is left plain where that is predicted to be faster.
+    assert names == [name for name in export.support_layers(ours) if name != "fc"]
     assert ratios.pop("conv1") == 1
     assert list(ratios.values()) == pytest.approx([9 / 5] * 18)  # p = 2

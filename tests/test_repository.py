@@ -38,6 +38,8 @@ LONGER_FILES = {
     "hetconv_kernels/backends/cpu.py": "the primitives and the product, one face of the engine",
     "hetconv_kernels/nn/frequency.py": "the transform and the one layer that it is for",
     "hetconv_kernels/backends/cpu_int8.py": "the eight operations in 8 bits, one face",
+    "hetconv_kernels/backends/vendor.py": "the dense convolution, and what it is kept away from",
+    "csrc/cpu/fprop_winograd.h": "one form: transforms, products and the way back",
 }
 
 # A module has tests/test_<its name>.py or test_<its folder>.py; these are tested elsewhere.
@@ -46,6 +48,8 @@ TESTED_BY = {
     "hetconv_kernels.backends.cpu_int8": "test_int8_calls",
     "hetconv_kernels.clocks": "test_timing",
     "hetconv_kernels.factory": "test_bad_input",
+    "hetconv_kernels.graph.pairs": "test_pair_rules",
+    "hetconv_kernels.graph.plain": "test_rules",
     "hetconv_kernels.option_types": "test_bad_input",
 }
 

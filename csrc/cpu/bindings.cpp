@@ -163,8 +163,6 @@ static bool run_fprop(const std::shared_ptr<Plan>& plan_, const std::shared_ptr<
                       const std::optional<std::array<int, 8>>& pool) {
   const Plan& plan = *plan_;
   Problem p = layer(plan.lowered(), nhw, out, stride, padding, dilation, threads);
-  if (plan.lowered().winograd && (stride != Pair{1, 1} || dilation != Pair{1, 1}))
-    throw std::invalid_argument("form 'winograd' is for stride 1 and dilation 1");
   const DType dtype = plan.dtype(), wide = dtype == DType::f64 ? DType::f64 : DType::f32;
   p.x = view("x", x, xs, dtype);
   p.y = view("y", y, ys, dtype);

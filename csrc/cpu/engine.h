@@ -27,7 +27,8 @@ int usable_threads(int threads);  // one after a fork: the OpenMP runtime's pool
 // Where there is one output, its stride has no meaning and may be beyond all other integers: it
 // becomes 1.
 void forget_idle_strides(Problem* p);
-// False: it cannot be pooled as it is computed, and nothing was written.
+// False: it cannot be pooled as it is computed, and nothing was written. Throws
+// std::invalid_argument for a stride or a dilation that the plan's form is not for.
 bool fprop(const Plan& plan, const Packed& packed, Problem p);
 
 }  // namespace hetconv

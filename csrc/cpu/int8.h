@@ -32,12 +32,24 @@ struct Int8Step {
   uint8_t own;
 };
 
+// Filters of a block that lie among the same 64 channels of a pixel of y, from `at` on. Channel
+// at + j is lane pick[j] where bit j of `channels` is set; lane l is channel at + back[l] where bit
+// l of `lanes` is.
+struct Int8Spread {
+  uint64_t channels;
+  uint32_t lanes;
+  int at;
+  uint8_t pick[64], back[32];
+};
+
 // Filters in vectors. Weights, from `w0`: [quads][lanes][4], then for each shuffled step the bytes
 // to pick [lanes][4] and the weights [lanes][4].
 struct Int8Block {
   int lanes, filters;
   int filter0;     // into filters[]; lanes begin there in the vectors of each filter, too
   int contiguous;  // filters ascend by one
+  int spreads;  // into spread[], of filters that are no neighbours; 0: they are stored one by one
+  int64_t spread0;
   int order;
   int quads, shuffles;
   int64_t step0, w0;
@@ -59,9 +71,11 @@ struct Int8Lowered {
   const uint64_t* masks;
   const int* channels;
   const uint8_t* picks;
+  const Int8Spread* spread;
   const uint8_t* mask;  // [F][C][KH][KW]
   int64_t packed;       // bytes
   int compress;         // this machine can pick bytes by a mask
+  int permute;          // it can put the bytes of a vector in any order
 };
 
 // One call. Images are dense and channels_last: [N][H][W][C] bytes.

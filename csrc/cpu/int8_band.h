@@ -10,6 +10,9 @@ namespace HETCONV_NS {
 
 constexpr int64_t kInt8BandBytes = 192 << 10;
 constexpr int kInt8TasksPerThread = 32;
+constexpr int kInt8Together = 8;              // blocks that take turns
+constexpr int64_t kInt8NearBytes = 18 << 10;  // of their weights
+constexpr int kInt8BandsPerThread = 8;        // where all blocks do
 constexpr int kSlack = 64;  // bytes beyond a band that steps may read and rows may write
 
 // Appends to each pixel's bytes those of the channels in `masks`; writes up to 63 bytes more.
@@ -148,9 +151,23 @@ struct Int8Bands {
     return pooled;
   }
 
+  // How many blocks from `first` on, before `end`, take turns row by row.
+  int together(int first, int end) const {
+    int64_t bytes = 0;
+    int i = first;
+    for (; i < end && i < first + kInt8Together; ++i) {
+      const Int8Block& b = L.block[i];
+      bytes += int64_t(b.quads + 2 * b.shuffles) * b.lanes * kQuad;
+      if (i > first && (bytes > kInt8NearBytes || b.order != L.block[first].order)) break;
+    }
+    return i - first;
+  }
+
   // Shares of the blocks, so that the last task to end does not keep the other threads long.
   int shares_for(int64_t units) const {
     if (p.threads <= 1) return 1;
+    if (units >= kInt8BandsPerThread * int64_t(p.threads) && together(0, L.blocks) == L.blocks)
+      return 1;
     const int64_t wanted = kInt8TasksPerThread * int64_t(p.threads);
     return int(least<int64_t>(L.blocks, ceil_div(wanted, most<int64_t>(units, 1))));
   }

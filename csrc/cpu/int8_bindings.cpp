@@ -236,6 +236,17 @@ void bind_int8(py::module_& m) {
             }
             return found;
           })
+      .def_property_readonly(
+          "spreads",
+          [](const Int8Plan& p) {
+            const Int8Lowered& l = p.lowered();
+            std::vector<int> found;
+            for (int i = 0; i < l.blocks; ++i) found.push_back(l.block[i].spreads);
+            return found;
+          },
+          "Per block: the vectors of 64 channels that its bytes are permuted into; 0 = stored one "
+          "by "
+          "one, or neighbours.")
       .def(
           "pack",
           [](std::shared_ptr<Int8Plan> plan, uintptr_t w, const std::array<int64_t, 4>& strides,

@@ -107,5 +107,45 @@ static inline void collect_filters(uint8_t* tile, int pixels, int lanes, int fil
     for (int l = 0; l < filters; ++l) tile[l] = y[ids[l]];
 }
 
+// The same where the bytes among each 64 channels are brought into their order at once.
+#if defined(__AVX512BW__)
+__attribute__((target("avx512vbmi"))) static void permute_spread(const uint8_t* tile, int pixels,
+                                                                 int lanes,
+                                                                 const Int8Spread* spread,
+                                                                 int spreads, uint8_t* y,
+                                                                 int64_t y_pitch) {
+  const __mmask32 live = lanes == 32 ? ~uint32_t(0) : (uint32_t(1) << lanes) - 1;
+  for (int k = 0; k < spreads; ++k) {
+    const __m512i pick = _mm512_loadu_si512(spread[k].pick);
+    const __mmask64 channels = spread[k].channels;
+    const uint8_t* from = tile;
+    uint8_t* to = y + spread[k].at;
+    for (int p = 0; p < pixels; ++p, from += lanes, to += y_pitch) {
+      const __m256i v = _mm256_maskz_loadu_epi8(live, from);
+      _mm512_mask_storeu_epi8(to, channels,
+                              _mm512_permutexvar_epi8(pick, _mm512_castsi256_si512(v)));
+    }
+  }
+}
+__attribute__((target("avx512vbmi"))) static void permute_collect(uint8_t* tile, int pixels,
+                                                                  int lanes,
+                                                                  const Int8Spread* spread,
+                                                                  int spreads, const uint8_t* y,
+                                                                  int64_t y_pitch) {
+  const __mmask32 live = lanes == 32 ? ~uint32_t(0) : (uint32_t(1) << lanes) - 1;
+  for (int p = 0; p < pixels; ++p, tile += lanes, y += y_pitch) {
+    __m256i v = _mm256_setzero_si256();
+    for (int k = 0; k < spreads; ++k) {
+      const __m512i x = _mm512_maskz_loadu_epi8(spread[k].channels, y + spread[k].at);
+      const __m512i back = _mm512_castsi256_si512(
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(spread[k].back)));
+      v = _mm256_mask_mov_epi8(v, spread[k].lanes,
+                               _mm512_castsi512_si256(_mm512_permutexvar_epi8(back, x)));
+    }
+    _mm256_mask_storeu_epi8(tile, live, v);
+  }
+}
+#endif
+
 }  // namespace HETCONV_NS
 }  // namespace hetconv

@@ -104,11 +104,10 @@ static void int8_max_pool(const Int8Images& s) {
             });
 }
 
-// A NaN becomes the zero point, which stands for 0. All that the loop reads is local: bytes that are
-// written could otherwise be what it reads next, and nothing would be vectorised.
-static void int8_quantize_piece(const float* __restrict__ x, int64_t count, float scale,
-                                const Finish& finish, uint8_t* __restrict__ y) {
-  const Finish f = finish;
+// A NaN becomes the zero point, which stands for 0. On its own and by value, so that the bytes it
+// writes cannot be what it reads: then it is vectorised.
+static void int8_quantize_piece(const float* x, int64_t count, float scale, Finish f,
+                                uint8_t* __restrict y) {
   for (int64_t i = 0; i < count; ++i) {
     const float t = x[i] / scale;
     y[i] = quick_byte_of(f, t == t ? t : 0.0f);
@@ -120,9 +119,8 @@ static void int8_quantize(const float* x, int64_t count, float scale, int zero, 
   const bool s8 = type == Byte::s8;
   const Finish f =
       finish_for(s8 ? Int8Out::s8 : Int8Out::u8, zero, s8 ? -128.0f : 0.0f, s8 ? 127.0f : 255.0f);
-  in_pieces(count, kInt8Piece, threads, [&](int64_t i, int64_t end) {
-    int8_quantize_piece(x + i, end - i, scale, f, y + i);
-  });
+  in_pieces(count, kInt8Piece, threads,
+            [&](int64_t i, int64_t end) { int8_quantize_piece(x + i, end - i, scale, f, y + i); });
 }
 
 }  // namespace HETCONV_NS

@@ -10,6 +10,7 @@ namespace {
 // In vector operations of 64 bytes, per pixel. Set by hand on two AVX-512 cores.
 constexpr double kFinish = 3.5;    // of a unit's sums: requantised and written
 constexpr double kScatter = 0.9;   // of a filter's byte that is written alone
+constexpr double kSpread = 2.0;    // of those among 64 channels, written together
 constexpr double kFewest = 0.75;   // of a step, however narrow: the load of its activations
 constexpr double kHalo = 1.4;      // pixels that are packed, per output pixel
 constexpr double kCompress = 3.0;  // of 64 channels, for each set of them
@@ -41,6 +42,7 @@ Int8Plan::Int8Plan(const uint8_t* mask, int F, int C, int KH, int KW, const Int8
   low_.span = KW > 1 && C < 16 && C % kQuad != 0;
 #if defined(__x86_64__)
   low_.compress = __builtin_cpu_supports("avx512vbmi2") && kernels.most_units == 4;
+  low_.permute = __builtin_cpu_supports("avx512vbmi") && kernels.most_units == 4;
 #endif
   mask_.resize(size_t(F) * C * KH * KW);
   for (size_t i = 0; i < mask_.size(); ++i) {
@@ -65,6 +67,7 @@ Int8Plan::Int8Plan(const uint8_t* mask, int F, int C, int KH, int KW, const Int8
   low_.masks = lowering_.masks.data();
   low_.channels = lowering_.channels.data();
   low_.picks = lowering_.picks.data();
+  low_.spread = lowering_.spreads.data();
   low_.mask = mask_.data();
   low_.packed = lowering_.packed;
   low_.reach = lowering_.reach;
@@ -217,6 +220,29 @@ int Int8Plan::gathered(Lowering& to, const Int8Part& part) const {
   return int(to.orders.size()) - 1;
 }
 
+// How the bytes of a block get to filters that are no neighbours, where that is quicker at once.
+void Int8Plan::add_spreads(Lowering& to, Int8Block& b) const {
+  constexpr int piece = 64;
+  const int* ids = to.filters.data() + b.filter0;
+  int pieces = 0;
+  for (int l = 0; l < b.filters; ++l) pieces += l == 0 || ids[l] / piece != ids[l - 1] / piece;
+  if (!low_.permute || kSpread * pieces >= kScatter * b.filters) return;
+  b.spread0 = int64_t(to.spreads.size());
+  for (int l = 0; l < b.filters; ++l) {
+    const int at = ids[l] / piece * piece, j = ids[l] - at;
+    if (b.spreads == 0 || to.spreads.back().at != at) {
+      to.spreads.push_back(Int8Spread{});
+      to.spreads.back().at = at;
+      ++b.spreads;
+    }
+    Int8Spread& s = to.spreads.back();
+    s.channels |= uint64_t(1) << j;
+    s.lanes |= uint32_t(1) << l;
+    s.pick[j] = uint8_t(l);
+    s.back[l] = uint8_t(j);
+  }
+}
+
 // Covers the columns of the filters by quads and shuffled steps, greedily from the left.
 void Int8Plan::add_block(Lowering& to, const std::vector<int>& filters, int order) const {
   const int C = low_.C, KW = low_.KW, taps_together = low_.span ? KW : 1;
@@ -293,9 +319,12 @@ void Int8Plan::add_block(Lowering& to, const std::vector<int>& filters, int orde
   b.shuffles = int(shuffled.size());
   to.steps.insert(to.steps.end(), shuffled.begin(), shuffled.end());
   to.packed += int64_t(b.quads + 2 * b.shuffles) * b.lanes * kQuad;
+  if (!b.contiguous) add_spreads(to, b);
   const int units = b.lanes / kUnit;
   b.cost = step_cost(units) * (b.quads + kernels_.shuffle_cost * b.shuffles) + kFinish * units +
-           (b.contiguous ? 0 : kScatter * b.filters);
+           (b.contiguous ? 0
+            : b.spreads  ? kSpread * b.spreads
+                         : kScatter * b.filters);
   to.cost += b.cost;
   to.blocks.push_back(b);
 }

@@ -42,6 +42,7 @@ class Int8Plan {
     std::vector<int> filters, channels;
     std::vector<uint64_t> masks;
     std::vector<uint8_t> picks;
+    std::vector<Int8Spread> spreads;
     int64_t packed = 0;
     int reach = 0;
     double cost = 0;
@@ -51,6 +52,7 @@ class Int8Plan {
   double part_cost(size_t filters, size_t columns, double apart) const;
   Lowering lower(const std::vector<Int8Part>& parts) const;
   void add_block(Lowering& to, const std::vector<int>& filters, int order) const;
+  void add_spreads(Lowering& to, Int8Block& b) const;
   int gathered(Lowering& to, const Int8Part& part) const;
   bool has(int f, int c, int ky, int kx) const {
     return mask_[((size_t(f) * low_.C + c) * low_.KH + ky) * low_.KW + kx] != 0;

@@ -22,7 +22,7 @@ from ..packing import FrozenCache, Pack, dense_weight
 from ..pooling import max_pooled
 from ..problem import Problem
 from ..support import Support
-from . import Runner
+from . import UNMEASURED_MARGIN, Runner, winograd
 from .common import empty, is_linear, is_pointwise, to_format
 from .rates import (
     DOUBT,
@@ -82,14 +82,20 @@ class Cpu:
 
     def estimate(self, problem: Problem) -> float:
         """Predicts the time from what the plan executes, in seconds."""
-        threads = torch.get_num_threads()
         if problem.verb == "wgrad":
+            threads = torch.get_num_threads()
             wgrad = self._wgrad_plan(problem)
             pixels = problem.batch * math.prod(problem.output_size)
             fixed = math.prod(problem.support.shape) * GRADIENT + ENGINE["pixels"].call
             return pixels * wgrad.cost * WGRAD[wgrad.form] / threads + fixed
-        plan = self._plan(problem)
-        name = "filters" if plan.form == "filters" else "pixels"
+        return self._seconds(problem, self._chosen(problem))
+
+    def _seconds(self, problem: Problem, plan: Any) -> float:
+        """Predicts the time of one call of fprop or dgrad by a plan."""
+        threads = torch.get_num_threads()
+        transformed = plan.form == "winograd"
+        name = "filters" if plan.form == "filters" or transformed else "pixels"
+        cost = winograd.executed(plan, problem) if transformed else plan.cost
         form, rows = ENGINE[name], is_linear(problem)
         around = OVERHEAD[f"{name} rows" if rows else name]
         image = form.image * (PIXELS_OF_ROWS if rows and name == "pixels" else 1.0)
@@ -98,9 +104,9 @@ class Cpu:
         images = 1 if one_row else problem.batch
         pairs = self._pairs(problem)
         compute = (
-            pixels * plan.cost * form.operation
+            pixels * cost * form.operation
             + pixels * _tile_columns(problem) / (32 if pairs else 16) * form.load
-            + images * plan.cost * image
+            + images * cost * image
         )
         rate = PACK + (EXPAND if problem.live_weight else 0.0)
         packing = 0.0 if problem.frozen_weight else math.prod(problem.support.shape) * rate
@@ -111,7 +117,7 @@ class Cpu:
             weights = plan.packed_elements * bands * FAR_WEIGHT
             compute *= FAR_COMPUTE
         seconds = compute * VERB[problem.verb] / threads + weights + packing + form.call + around
-        whole = plan.packed_elements >= math.prod(problem.support.shape)
+        whole = self._plan(problem).packed_elements >= math.prod(problem.support.shape)
         return seconds * (DOUBT if whole else 1.0)
 
     def measured(self, problem: Problem) -> bool:
@@ -124,9 +130,20 @@ class Cpu:
         return problem.verb != "wgrad" and self._pairs(problem)
 
     def efficiency(self, problem: Problem) -> float:
-        """Useful over weighted vector operations; moving data and slower forms count as work."""
+        """Useful over weighted vector operations; moving data and slower forms count as work.
+
+        Of the direct form, where a call is transformed too: less is executed then than is useful.
+        """
         plan = self._plan(problem)
         return min(1.0, plan.useful / plan.cost) if plan.cost else 1.0
+
+    def notes(self, problem: Problem) -> tuple[str, ...]:
+        """Says where a call is transformed, and how that errs."""
+        direct, plan = self._plan(problem), self._chosen(problem)
+        if plan is direct:
+            return ()
+        gain = self._seconds(problem, direct) / self._seconds(problem, plan)
+        return (winograd.note(problem, gain),)
 
     def pools(self, problem: Problem) -> bool:
         """Whether max-pooling happens while a band of the output is in the cache."""
@@ -135,7 +152,7 @@ class Cpu:
 
     def fprop(self, problem: Problem) -> Runner:
         """Prepares y = act(scale · conv(x, w) + shift + residual), and its pooling."""
-        geometry, plan = problem.geometry, self._plan(problem)
+        geometry, plan = problem.geometry, self._chosen(problem)
         packed = self._packer("fprop", plan, problem)
         wide = torch.promote_types(problem.dtype, torch.float32)
         padding = (geometry.pads[0], geometry.pads[2])
@@ -146,7 +163,8 @@ class Cpu:
             pooled_size = pool.output_size(*problem.output_size)
             shape = (*shape[:2], *pooled_size)
             pooling = (*pool.kernel, *pool.stride, *pool.padding, *pooled_size)
-            whole = self.fprop(replace(problem, pool=None))
+            # The sums that would have been pooled: direct ones.
+            whole = self.fprop(replace(problem, pool=None, strict=True))
 
         def run(
             x: Tensor,
@@ -319,6 +337,19 @@ class Cpu:
     @staticmethod
     def _plan(problem: Problem, form: str = "auto") -> Any:
         return _kept(_cpu.Plan, problem, form)
+
+    def _chosen(self, problem: Problem) -> Any:
+        """Returns the plan that a call is run by: Winograd's where that is predicted to win."""
+        direct = self._plan(problem)
+        if not winograd.suits(problem):
+            return direct
+        try:
+            transformed = self._plan(problem, "winograd")
+        except ValueError:  # fewer channels or filters than a vector has
+            return direct
+        margin = winograd.MARGIN * (1.0 if self.measured(problem) else UNMEASURED_MARGIN)
+        seconds = self._seconds(problem, transformed) * margin
+        return transformed if seconds <= self._seconds(problem, direct) else direct
 
     @staticmethod
     def _packer(verb: str, plan: Any, problem: Problem) -> Pack:

@@ -17,6 +17,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils import _pytree as pytree
 
 from .. import ranges
+from ..accuracy import is_strict
 from ..arena import Arena, Lifetime, Recorder, placing
 from ..backends import forced_code
 from ..observers import observed
@@ -46,8 +47,8 @@ _PLAIN += (torch.memory_format, slice, range, type(...))
 class PlannedNetwork(fx.GraphModule):
     """A traced network that runs as a native program and recycles the memory of its activations.
 
-    The first call with inputs of some signature (shapes, strides, dtypes, number of threads) is
-    recorded: what is computed, by which calls of the engine, who needs memory, for how long. Every
+    The first call with inputs of some signature (shapes, strides, dtypes, number of threads; what
+    is forced) is recorded: what is computed, by which calls of the engine, who needs memory, for how long. Every
     further one runs the same calls as one native program on places of one arena, and what the
     engine does not compute between them, see `graph.program`. So a steady call allocates nothing
     but what it returns (and what layers of torch allocate), and meets no page fault. The numbers
@@ -208,7 +209,8 @@ class _Memory:
         if any(m.training for m in modules):
             return None
         cast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
-        return (*parts, torch.get_num_threads(), forced_code(), ranges.active, cast)
+        forced = forced_code(), is_strict(), ranges.active
+        return (*parts, torch.get_num_threads(), *forced, cast)
 
     def plan(self, signature: Any) -> _Plan | None:
         with self._lock:

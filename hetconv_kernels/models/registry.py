@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..errors import ArgumentError, mismatch
-from .densenet import densenet121, densenet201
+from .densenet import densenet121, densenet121_cifar, densenet201
 from .digits import digits_net
 from .dncnn import dncnn
 from .lenet import lenet5
@@ -38,6 +38,7 @@ _NETWORKS = {
     "resnet34": _Entry(resnet34, _IMAGENET),
     "resnet50": _Entry(resnet50, _IMAGENET),
     "densenet121": _Entry(densenet121, _IMAGENET),
+    "densenet121_cifar": _Entry(densenet121_cifar, _CIFAR),
     "densenet201": _Entry(densenet201, _IMAGENET),
     "mobilenet": _Entry(mobilenet, _IMAGENET),
 }

@@ -39,13 +39,14 @@ static void draw_mask(Random& r, Case& c) {
   c.mask_kind = names[kind];
 }
 
-static void draw_image(Random& r, Conv& v) {
+// `unit`: stride and dilation 1.
+static void draw_image(Random& r, Conv& v, bool unit) {
   for (;;) {
     const int size = pick(r, 0, 9);
     v.N = chance(r, 0.03) ? 0 : size == 7 ? pick(r, 4, 9) : pick(r, 1, 3);
     v.H = size == 8 ? pick(r, 1, 3) : size == 9 ? pick(r, 20, 40) : pick(r, 1, 14);
     v.W = size == 8 ? pick(r, 60, 300) : size == 9 ? pick(r, 20, 40) : pick(r, 1, 18);
-    const auto step = [&] { return chance(r, 0.5) ? 1 : pick(r, 1, 3); };
+    const auto step = [&] { return unit || chance(r, 0.5) ? 1 : pick(r, 1, 3); };
     v.sh = step();
     v.sw = step();
     v.dh = step();
@@ -64,6 +65,13 @@ static void draw_image(Random& r, Conv& v) {
   }
 }
 
+static bool has_whole_kernels(const Conv& v) {
+  for (size_t i = 0; i + 9 <= v.mask.size(); i += 9)
+    if (std::all_of(v.mask.begin() + i, v.mask.begin() + i + 9, [](uint8_t t) { return t != 0; }))
+      return true;
+  return false;
+}
+
 Case random_case(uint64_t seed, const hetconv::Kernels& isa) {
   Random r(seed);
   Case c{};
@@ -71,21 +79,28 @@ Case random_case(uint64_t seed, const hetconv::Kernels& isa) {
   c.isa = &isa;
   const int edges[] = {1, 3, 3, 5, 7, 2};
   const bool square = chance(r, 0.7);
+  // What Winograd's form is for.
+  const bool transform = !isa.pairs && chance(r, 0.2);
   do {
-    c.conv.KH = edges[pick(r, 0, 5)];
-    c.conv.KW = square ? c.conv.KH : edges[pick(r, 0, 5)];
-    const int most = chance(r, 0.6) ? 20 : 80;
-    c.conv.C = pick(r, 1, most);
-    c.conv.F = pick(r, 1, most);
+    c.conv.KH = transform ? 3 : edges[pick(r, 0, 5)];
+    c.conv.KW = transform || square ? c.conv.KH : edges[pick(r, 0, 5)];
+    const int most = chance(r, 0.6) && !transform ? 20 : 80;
+    const int least = transform ? isa.vector_bytes / 4 : 1;
+    c.conv.C = pick(r, least, most);
+    c.conv.F = pick(r, least, most);
   } while (int64_t(c.conv.C) * c.conv.F * c.conv.KH * c.conv.KW > 40000);
   draw_mask(r, c);
-  draw_image(r, c.conv);
+  draw_image(r, c.conv, transform);
   const DType types[] = {DType::f32, DType::f64, DType::bf16, DType::f16};
   c.dtype = chance(r, 0.4) ? DType::f32 : types[pick(r, 0, 3)];
   if (isa.pairs) c.dtype = DType::bf16;  // the rest is another instruction set's
   c.weight_dtype = chance(r, 0.7) ? c.dtype : types[pick(r, 0, 3)];
   const char* forms[] = {"auto", "filters", "pixels", "columns"};
   c.form = forms[pick(r, 0, 3)];
+  if (transform && has_whole_kernels(c.conv)) {
+    c.dtype = DType::f32;
+    c.form = "winograd";
+  }
   const Act acts[] = {Act::none, Act::relu, Act::relu6, Act::silu, Act::gelu};
   c.planted = chance(r, 0.2);
   c.act = c.planted || chance(r, 0.5) ? Act::none : acts[pick(r, 1, 4)];
@@ -101,7 +116,7 @@ Case another_image(const Case& like, uint64_t seed) {
   Random r(seed);
   Case c = like;
   c.seed = seed;
-  draw_image(r, c.conv);
+  draw_image(r, c.conv, c.form == "winograd");
   c.threads = pick(r, 1, 2);
   return c;
 }

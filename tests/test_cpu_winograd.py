@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Winograd's F(2x2, 3x3) in the native engine: exact where it can be, else as near as F.conv2d.
+
+Outputs begin as NaN, so that a pixel that no tile writes is seen; dead weights are NaN, so that one
+that is read is seen.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F_
+from torch import Tensor
+
+import hetconv_kernels as hk
+from hetconv_kernels.testing import error_bound
+
+pytestmark = pytest.mark.skipif(
+    "cpu" not in hk.available_backends(), reason="the native engine is not built here"
+)
+if "cpu" in hk.available_backends():
+    from hetconv_kernels import _cpu
+
+# bfloat16's own instruction set computes float32 as avx512 does.
+ISAS = _cpu.isas() if "cpu" in hk.available_backends() else []
+LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+
+
+def self_grouped(channels: int, filters: int, groups: int, keep: float, seed: int) -> hk.Support:
+    """Filters of a cluster are not neighbours, nor are the channels that they read."""
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.arange(filters) % groups)
+    kept = rng.random((groups, channels)) < keep
+    kept[:, rng.integers(channels)] = True
+    return hk.Support.self_grouped(labels, kept, 3)
+
+
+def ragged(channels: int, filters: int, seed: int) -> hk.Support:
+    """Whole kernels for some filters of a channel, single taps for others, one filter dead."""
+    rng = np.random.default_rng(seed)
+    mask = rng.random((filters, channels, 3, 3)) < 0.1
+    mask |= (rng.random((filters, channels)) < 0.3)[:, :, None, None]
+    mask[:, 1] = True
+    mask[3] = False
+    return hk.Support.from_mask(mask)
+
+
+SUPPORTS = {
+    "het p=4": hk.Support.het(64, 64, 3, p=4),
+    "het p=4 interleaved": hk.Support.het(64, 64, 3, p=4, order="interleaved"),
+    "het p=2, sizes no multiples": hk.Support.het(37, 43, 3, p=2),
+    "het p=8, more filters": hk.Support.het(48, 80, 3, p=8),
+    "grouped by 2": hk.Support.grouped(64, 96, 3, groups=2),
+    "grouped by 6": hk.Support.grouped(48, 48, 3, groups=6),
+    "dense": hk.Support.dense(33, 40, 3),
+    "self-grouped": self_grouped(64, 72, 4, 0.4, seed=1),
+    "self-grouped, narrow": self_grouped(40, 50, 9, 0.1, seed=2),
+    "ragged": ragged(24, 34, seed=3),
+}
+
+
+def call(
+    support: hk.Support,
+    x: Tensor,
+    w: Tensor,
+    *,
+    padding: tuple[int, int] = (1, 1),
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    act: str = "none",
+    threads: int = 2,
+    isa: str = "",
+    form: str = "winograd",
+    stride: tuple[int, int] = (1, 1),
+    dilation: tuple[int, int] = (1, 1),
+    out: Tensor | None = None,
+    pool: Any = None,
+) -> Tensor | None:
+    """Returns what the engine computes in this form; None of what it does not pool."""
+    plan = _cpu.Plan(support.mask.view(np.uint8).copy(), "float32", isa, form)
+    assert plan.form == form
+    poisoned = torch.where(torch.tensor(support.mask), w, float("nan"))
+    packed = plan.pack(poisoned.data_ptr(), poisoned.stride(), "float32", threads)
+    size = tuple(
+        (n + 2 * p - d * 2 - 1) // s + 1
+        for n, p, d, s in zip(x.shape[2:], padding, dilation, stride, strict=True)
+    )
+    y = out
+    if y is None:
+        y = torch.full((len(x), support.filters, *size), float("nan"))
+        if x.is_contiguous(memory_format=torch.channels_last):
+            y = y.contiguous(memory_format=torch.channels_last)
+    done = plan.fprop(
+        packed, x.data_ptr(), x.stride(), (len(x), *x.shape[2:]), y.data_ptr(), y.stride(), size,
+        stride, padding, dilation,
+        scale=0 if scale is None else scale.data_ptr(),
+        shift=0 if shift is None else shift.data_ptr(),
+        residual=0 if residual is None else residual.data_ptr(),
+        residual_strides=(0, 0, 0, 0) if residual is None else residual.stride(),
+        act=act, threads=threads, pool=pool,
+    )  # fmt: skip
+    return y if done else None
+
+
+def integers(shape: tuple[int, ...], most: int, seed: int) -> Tensor:
+    return torch.tensor(np.random.default_rng(seed).integers(-most, most + 1, shape)).float()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", SUPPORTS)
+def test_small_integers_come_out_exactly(name: str, layout: str, isa: str) -> None:
+    """Weights are multiples of 4, so that what G g G^T halves twice is whole."""
+    support = SUPPORTS[name]
+    w = 4 * integers(support.shape, 3, seed=1)
+    for size in [(2, 9, 13), (1, 2, 1), (3, 7, 7), (1, 1, 40), (1, 30, 2)]:
+        x = integers((size[0], support.channels, *size[1:]), 5, seed=2)
+        x = x.contiguous(memory_format=LAYOUTS[layout])
+        live = torch.where(torch.tensor(support.mask), w, 0.0)
+        y = call(support, x, w, isa=isa)
+        assert y is not None
+        assert torch.equal(y, F_.conv2d(x.double(), live.double(), padding=1).float()), size
+
+
+def drawn_case(rng: random.Random) -> tuple[hk.Support, dict[str, Any]]:
+    """One random Support with everything else of a call."""
+    channels, filters = rng.choice([16, 17, 31, 48, 64]), rng.choice([16, 19, 32, 50, 64])
+    kind = rng.randrange(5)
+    if kind == 0:
+        order = rng.choice(["blocked", "interleaved"])
+        support = hk.Support.het(channels, filters, 3, p=rng.choice([2, 3, 4, 8]), order=order)
+    elif kind == 1:
+        support = hk.Support.grouped(64, 32 * rng.choice([1, 2, 3]), 3, rng.choice([2, 4, 8]))
+    elif kind == 2:
+        keep = rng.choice([0.1, 0.3, 0.6])
+        support = self_grouped(channels, filters, rng.choice([2, 4, 7]), keep, rng.randrange(99))
+    elif kind == 3:
+        support = hk.Support.dense(channels, filters, 3)
+    else:
+        support = ragged(channels, filters, rng.randrange(99))
+    height, width = rng.choice([(1, 1), (3, 5), (7, 7), (14, 15), (2, 61), (33, 9), (20, 21)])
+    padding = rng.choice([(1, 1), (0, 0), (2, 1), (0, 3), (3, 3)])
+    height, width = max(height, 3 - 2 * padding[0]), max(width, 3 - 2 * padding[1])
+    return support, {
+        "size": (rng.choice([1, 2, 5]), height, width),
+        "padding": padding,
+        "act": rng.choice(["none", "relu", "relu6", "silu", "gelu"]),
+        "scale": rng.random() < 0.3,
+        "shift": rng.random() < 0.6,
+        "residual": rng.random() < 0.4,
+        "layout": rng.choice(list(LAYOUTS)),
+        "residual layout": rng.choice(list(LAYOUTS)),
+        "threads": rng.choice([1, 2, 3]),
+    }
+
+
+ACTS = {
+    "none": lambda y: y,
+    "relu": F_.relu,
+    "relu6": F_.relu6,
+    "silu": F_.silu,
+    "gelu": F_.gelu,
+}
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("seed", range(40))
+def test_random_calls_agree_with_conv2d(seed: int, isa: str) -> None:
+    support, case = drawn_case(random.Random(seed))
+    images, height, width = case["size"]
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(images, support.channels, height, width, generator=g)
+    x = x.contiguous(memory_format=LAYOUTS[case["layout"]])
+    w = torch.randn(*support.shape, generator=g)
+    f, padding = support.filters, case["padding"]
+    out = images, f, height + 2 * padding[0] - 2, width + 2 * padding[1] - 2
+    scale = torch.randn(f, generator=g) if case["scale"] else None
+    shift = torch.randn(f, generator=g) if case["shift"] else None
+    residual = torch.randn(*out, generator=g) if case["residual"] else None
+    if residual is not None:
+        residual = residual.contiguous(memory_format=LAYOUTS[case["residual layout"]])
+    y = call(
+        support, x, w, padding=padding, scale=scale, shift=shift, residual=residual,
+        act=case["act"], threads=case["threads"], isa=isa,
+    )  # fmt: skip
+    assert y is not None
+    assert y.shape == out
+
+    live = torch.where(torch.tensor(support.mask), w, 0.0).double()
+
+    def finished(z: Tensor, plus: bool) -> Tensor:
+        """With what is to be added to it; of magnitudes where `plus`."""
+        sign = torch.abs if plus else (lambda t: t)
+        if scale is not None:
+            z = z * sign(scale.double())[:, None, None]
+        if shift is not None:
+            z = z + sign(shift.double())[:, None, None]
+        return z if residual is None else z + sign(residual.double())
+
+    exact = finished(F_.conv2d(x.double(), live, padding=padding), False)
+    # An error of a tile is as large as its largest inputs make it, wherever they lie in it.
+    spread = F_.max_pool2d(x.abs().double(), 5, 1, 2)
+    size = finished(F_.conv2d(spread, live.abs(), padding=padding), True)
+    depth = int(support.mask.sum((1, 2, 3)).max())
+    bound = 4 * error_bound(size, depth, torch.float32) + 1e-6
+    assert torch.all((y - ACTS[case["act"]](exact)).abs() <= 1.2 * bound), (seed, case)
+
+
+def test_its_error_is_no_larger_than_a_few_times_the_direct_forms() -> None:
+    """Root mean squares over a layer: the bound of `explain` is far above what is seen."""
+    support = hk.Support.het(128, 128, 3, p=4)
+    x, w = torch.randn(2, 128, 20, 20), torch.randn(*support.shape)
+    live = torch.where(torch.tensor(support.mask), w, 0.0).double()
+    exact = F_.conv2d(x.double(), live, padding=1)
+    rms = {}
+    for form in ("filters", "winograd"):
+        y = call(support, x, w, form=form)
+        assert y is not None
+        rms[form] = float((y - exact).square().mean().sqrt())
+    assert 0 < rms["winograd"] < 3 * rms["filters"], rms
+
+
+@pytest.mark.parametrize("steps", [{"stride": (2, 2)}, {"stride": (1, 2)}, {"dilation": (2, 1)}])
+def test_other_steps_are_refused(steps: dict[str, tuple[int, int]]) -> None:
+    support = SUPPORTS["het p=4"]
+    x, w = torch.randn(1, 64, 9, 9), torch.randn(*support.shape)
+    with pytest.raises(ValueError, match="stride 1 and dilation 1"):
+        call(support, x, w, **steps)  # type: ignore[arg-type]
+
+
+def test_it_leaves_pooling_to_its_caller_and_writes_nothing() -> None:
+    support = SUPPORTS["het p=4"]
+    x = torch.randn(1, 64, 8, 8).contiguous(memory_format=torch.channels_last)
+    y = torch.full((1, 64, 4, 4), float("nan")).contiguous(memory_format=torch.channels_last)
+    w = torch.randn(*support.shape)
+    assert call(support, x, w, out=y, pool=(2, 2, 2, 2, 0, 0, 4, 4)) is None
+    assert bool(y.isnan().all())
+
+
+@pytest.mark.parametrize(
+    ("support", "dtype"),
+    [
+        (hk.Support.het(64, 64, 5, p=4), "float32"),
+        (hk.Support.het(64, 64, (3, 1), p=4), "float32"),
+        (hk.Support.dense(64, 64, 1), "float32"),
+        (hk.Support.het(64, 64, 3, p=4), "float64"),
+        (hk.Support.het(64, 64, 3, p=4), "bfloat16"),
+        (hk.Support.dense(64, 3, 3), "float32"),
+        (hk.Support.dense(3, 64, 3), "float32"),
+        (hk.Support.from_mask(np.tile(np.eye(3, dtype=bool), (64, 64, 1, 1))), "float32"),
+    ],
+)
+def test_layers_it_is_not_for_are_refused_when_the_plan_is_made(
+    support: hk.Support, dtype: str
+) -> None:
+    with pytest.raises(ValueError, match="form 'winograd'"):
+        _cpu.Plan(support.mask.view(np.uint8).copy(), dtype, "", "winograd")
+
+
+def gradient(dilation: int) -> tuple[Tensor, Tensor]:
+    """Returns dx as the engine computes it in this form, and as PyTorch does."""
+    support = SUPPORTS["het p=4"]
+    w = torch.where(torch.tensor(support.mask), 4 * integers(support.shape, 2, seed=7), 0.0)
+    dy = integers((2, 64, 9, 11), 4, seed=8).contiguous(memory_format=torch.channels_last)
+    steps, mask = (dilation, dilation), support.mask.view(np.uint8).copy()
+    plan = _cpu.Dgrad(mask, (1, 1), steps, steps, "float32", "", "winograd")
+    packed = plan.pack(w.data_ptr(), w.stride(), "float32")
+    dx = torch.full_like(dy, float("nan"))
+    plan.dgrad(
+        packed, dy.data_ptr(), dy.stride(), (2, 9, 11), dx.data_ptr(), dx.stride(), (9, 11), 2
+    )
+    return dx, F_.conv_transpose2d(dy, w, padding=dilation, dilation=dilation)
+
+
+def test_a_gradient_may_have_this_form() -> None:
+    assert torch.equal(*gradient(dilation=1))
+
+
+def test_callers_in_the_engine_itself_are_refused_a_dilation() -> None:
+    """The gradient's plans call the engine from C++, past what the bindings check."""
+    with pytest.raises(ValueError, match="stride 1 and dilation 1"):
+        gradient(dilation=2)
+
+
+def test_an_output_with_gaps_between_its_rows_is_written_in_place() -> None:
+    support = SUPPORTS["het p=2, sizes no multiples"]
+    x = integers((2, 37, 9, 11), 4, seed=5).contiguous(memory_format=torch.channels_last)
+    w = 4 * integers(support.shape, 2, seed=6)
+    around = torch.full((2, 43, 12, 14), float("nan")).contiguous(memory_format=torch.channels_last)
+    inside = around[:, :, 1:10, 2:13]
+    call(support, x, w, out=inside)
+    live = torch.where(torch.tensor(support.mask), w, 0.0)
+    assert torch.equal(inside, F_.conv2d(x, live, padding=1))
+    assert int(around.isnan().sum()) == around.numel() - inside.numel(), "it wrote outside"
