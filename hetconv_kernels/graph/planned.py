@@ -48,11 +48,12 @@ class PlannedNetwork(fx.GraphModule):
     """A traced network that runs as a native program and recycles the memory of its activations.
 
     The first call with inputs of some signature (shapes, strides, dtypes, number of threads; what
-    is forced) is recorded: what is computed, by which calls of the engine, who needs memory, for how long. Every
-    further one runs the same calls as one native program on places of one arena, and what the
-    engine does not compute between them, see `graph.program`. So a steady call allocates nothing
-    but what it returns (and what layers of torch allocate), and meets no page fault. The numbers
-    are the same. A layer, a weight or an option that was changed is noticed, and recorded anew.
+    is forced) is recorded: what is computed, by which calls of the engine, who needs memory, for
+    how long. Every further one runs the same calls as one native program on places of one arena,
+    and what the engine does not compute between them, see `graph.program`. So a steady call
+    allocates nothing but what it returns (and what layers of torch allocate), and meets no page
+    fault. The numbers are the same. A layer, a weight or an option that was changed is noticed, and
+    recorded anew.
 
     What is returned never lies in the arena. Calls at the same time, in several threads, have an
     arena each. `plan_memory` switches it off, `release_memory` gives the memory back. Calls that
