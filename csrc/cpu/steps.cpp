@@ -110,108 +110,19 @@ void QuantizeStep::run(char* const* operands) const {
                     reinterpret_cast<uint8_t*>(operands[1]), usable_threads(threads_));
 }
 
-// ---- element by element ----
-
-// The body of a loop for several instruction sets. Everything in it is static and always inlined,
-// so that no copy made for one set can be linked into another.
-#define HC_BODY static inline __attribute__((always_inline)) void
-#if defined(__x86_64__)
-#define HC_VARIANTS(name, parameters, arguments)                                                \
-  static void name##_base parameters { name##_body arguments; }                                 \
-  __attribute__((target("avx2"))) static void name##_avx2 parameters { name##_body arguments; } \
-  __attribute__((                                                                               \
-      target("avx512f,avx512bw,avx512dq,avx512vl"))) static void name##_avx512 parameters {     \
-    name##_body arguments;                                                                      \
-  }                                                                                             \
-  static void name parameters {                                                                 \
-    static const int wide = width();                                                            \
-    wide == 2   ? name##_avx512 arguments                                                       \
-    : wide == 1 ? name##_avx2 arguments                                                         \
-                : name##_base arguments;                                                        \
-  }
-#else
-#define HC_VARIANTS(name, parameters, arguments) \
-  static void name parameters { name##_body arguments; }
-#endif
+// ---- between layers ----
 
 namespace {
 
+// Those of the instruction set that the engine takes.
+const StepLoops& loops() {
 #if defined(__x86_64__)
-// As the engine's: 0 for any machine, 1 for AVX2, 2 for AVX-512.
-int width() {
-  const std::string best = available_isas().front()->name;
-  return best.rfind("avx512", 0) == 0 ? 2 : best == "avx2" ? 1 : 0;
-}
+  static const std::string best = available_isas().front()->name;
+  if (best.rfind("avx512", 0) == 0) return step_loops_avx512;
+  if (best == "avx2") return step_loops_avx2;
 #endif
-
-inline __attribute__((always_inline)) float value_of(float v) { return v; }
-inline __attribute__((always_inline)) float value_of(uint16_t v) {
-  const uint32_t bits = uint32_t(v) << 16;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
+  return step_loops_generic;
 }
-inline __attribute__((always_inline)) void store(float* to, float v) { *to = v; }
-// To nearest, ties to even; a NaN is the one that PyTorch makes.
-inline __attribute__((always_inline)) void store(uint16_t* to, float v) {
-  uint32_t bits;
-  std::memcpy(&bits, &v, 4);
-  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  *to = uint16_t(v == v ? rounded : 0x7fc0);
-}
-
-// clamp: a NaN stays one.
-template <class T>
-HC_BODY each_body(Each what, const T* a, const T* b, T* y, int64_t n, float low, float high) {
-  switch (what) {
-    case Each::add:
-      for (int64_t i = 0; i < n; ++i) store(y + i, value_of(a[i]) + value_of(b[i]));
-      break;
-    case Each::sub:
-      for (int64_t i = 0; i < n; ++i) store(y + i, value_of(a[i]) - value_of(b[i]));
-      break;
-    case Each::mul:
-      for (int64_t i = 0; i < n; ++i) store(y + i, value_of(a[i]) * value_of(b[i]));
-      break;
-    case Each::relu:
-      for (int64_t i = 0; i < n; ++i) {
-        const float v = value_of(a[i]);
-        store(y + i, v < 0.0f ? 0.0f : v);
-      }
-      break;
-    case Each::clamp:
-      for (int64_t i = 0; i < n; ++i) {
-        const float v = value_of(a[i]);
-        store(y + i, v < low ? low : v > high ? high : v);
-      }
-      break;
-    case Each::leaky_relu:
-      for (int64_t i = 0; i < n; ++i) {
-        const float v = value_of(a[i]);
-        store(y + i, v > 0.0f ? v : v * low);
-      }
-      break;
-  }
-}
-
-HC_BODY each_f32_body(Each what, const char* a, const char* b, char* y, int64_t from, int64_t to,
-                      float low, float high) {
-  each_body(what, reinterpret_cast<const float*>(a) + from,
-            reinterpret_cast<const float*>(b) + (b ? from : 0), reinterpret_cast<float*>(y) + from,
-            to - from, low, high);
-}
-HC_BODY each_bf16_body(Each what, const char* a, const char* b, char* y, int64_t from, int64_t to,
-                       float low, float high) {
-  each_body(what, reinterpret_cast<const uint16_t*>(a) + from,
-            reinterpret_cast<const uint16_t*>(b) + (b ? from : 0),
-            reinterpret_cast<uint16_t*>(y) + from, to - from, low, high);
-}
-
-#define HC_EACH_PARAMETERS                                                                \
-  (Each what, const char* a, const char* b, char* y, int64_t from, int64_t to, float low, \
-   float high)
-HC_VARIANTS(each_f32, HC_EACH_PARAMETERS, (what, a, b, y, from, to, low, high))
-HC_VARIANTS(each_bf16, HC_EACH_PARAMETERS, (what, a, b, y, from, to, low, high))
 
 }  // namespace
 
@@ -228,42 +139,11 @@ const char* EachStep::kind() const {
 }
 
 void EachStep::run(char* const* operands) const {
-  const auto loop = dtype_ == DType::f32 ? each_f32 : each_bf16;
+  const auto loop = loops().each[dtype_ == DType::f32 ? 0 : 1];
   in_pieces(count_, kPiece, threads_, [&](int64_t from, int64_t to) {
     loop(what_, operands[0], operands[1], operands[2], from, to, low_, high_);
   });
 }
-
-// ---- images ----
-
-namespace {
-
-struct Window {
-  int h, w;
-  int64_t row, pixel;  // in elements
-};
-
-template <class T> HC_BODY pool_window_body(const T* x, Window s, int C, T* y) {
-  for (int c = 0; c < C; ++c) y[c] = x[c];
-  for (int i = 0; i < s.h; ++i)
-    for (int j = 0; j < s.w; ++j) {
-      const T* at = x + i * s.row + j * s.pixel;
-      for (int c = 0; c < C; ++c) {
-        const float v = value_of(at[c]), best = value_of(y[c]);
-        y[c] = v > best || v != v ? at[c] : y[c];
-      }
-    }
-}
-HC_BODY pool_f32_body(const char* x, Window s, int C, char* y) {
-  pool_window_body(reinterpret_cast<const float*>(x), s, C, reinterpret_cast<float*>(y));
-}
-HC_BODY pool_bf16_body(const char* x, Window s, int C, char* y) {
-  pool_window_body(reinterpret_cast<const uint16_t*>(x), s, C, reinterpret_cast<uint16_t*>(y));
-}
-HC_VARIANTS(pool_f32, (const char* x, Window s, int C, char* y), (x, s, C, y))
-HC_VARIANTS(pool_bf16, (const char* x, Window s, int C, char* y), (x, s, C, y))
-
-}  // namespace
 
 MaxPoolStep::MaxPoolStep(DType dtype, int64_t N, int H, int W, int C, const Pool& pool, int threads)
     : dtype_(dtype), N_(N), H_(H), W_(W), C_(C), pool_(pool), threads_(threads) {
@@ -279,7 +159,7 @@ MaxPoolStep::MaxPoolStep(DType dtype, int64_t N, int H, int W, int C, const Pool
 void MaxPoolStep::run(char* const* operands) const {
   const Pool& q = pool_;
   const int64_t size = dtype_ == DType::f32 ? 4 : 2;
-  const auto window = dtype_ == DType::f32 ? pool_f32 : pool_bf16;
+  const auto window = loops().pool[dtype_ == DType::f32 ? 0 : 1];
   const int64_t work = int64_t(q.Wo) * C_ * q.KH * q.KW;
   in_pieces(N_ * q.Ho, kPiece / (work < 1 ? 1 : work), threads_, [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; ++i) {

@@ -7,6 +7,7 @@
 
 #include "engine.h"
 #include "int8_engine.h"
+#include "steps_loops.h"
 
 namespace hetconv {
 
@@ -105,10 +106,6 @@ class QuantizeStep : public Step {
   Byte type_;
   int threads_;
 };
-
-// What is done to every element. `low` and `high` bound a clamp, `low` is the slope of a leaky
-// ReLU.
-enum class Each : int { add = 0, sub = 1, mul = 2, relu = 3, clamp = 4, leaky_relu = 5 };
 
 // Operands: a, b (of the first three; null else), y: float32 or bfloat16, `count` elements in one
 // order.
