@@ -155,18 +155,23 @@ class Arena:
 
     Args:
         lifetimes: of the results, in the order in which they are asked for.
+
+    Attributes:
+        memory: the buffer.
+        first: the byte of it that places are counted from.
+        places: the first byte of each result, -1 for those that escape.
     """
 
     def __init__(self, lifetimes: Sequence[Lifetime]) -> None:
         self.lifetimes = tuple(lifetimes)
-        places, self.bytes = pack(self.lifetimes)
+        self.places, self.bytes = pack(self.lifetimes)
         # Outside inference mode, so that any later call may use it.
         with torch.inference_mode(False):
-            whole = torch.empty(self.bytes + ALIGNMENT, dtype=torch.uint8)
-            first = -whole.data_ptr() % ALIGNMENT
+            self.memory = torch.empty(self.bytes + ALIGNMENT, dtype=torch.uint8, device="cpu")
+            self.first = -self.memory.data_ptr() % ALIGNMENT
             self._tensors = [
-                None if at < 0 else _tensor(whole, first + at, life)
-                for at, life in zip(places, self.lifetimes, strict=True)
+                None if at < 0 else _tensor(self.memory, self.first + at, life)
+                for at, life in zip(self.places, self.lifetimes, strict=True)
             ]
         self._next = 0
         self.fits = True
@@ -175,6 +180,10 @@ class Arena:
         """Begins a call."""
         self._next = 0
         self.fits = True
+
+    def fill(self) -> None:
+        """Ends a call that put all results at their places without asking for them."""
+        self._next = len(self.lifetimes)
 
     @property
     def whole(self) -> bool:

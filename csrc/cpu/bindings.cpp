@@ -8,6 +8,7 @@
 
 #include "../names.h"
 #include "dgrad.h"
+#include "program.h"
 #include "wgrad.h"
 
 namespace py = pybind11;
@@ -81,7 +82,7 @@ static void check_steps(const Pair& stride, const Pair& dilation) {
     throw std::invalid_argument("stride and dilation must be at least 1");
 }
 
-static std::unique_ptr<Plan> make_plan(const py::buffer& mask, const std::string& dtype,
+static std::shared_ptr<Plan> make_plan(const py::buffer& mask, const std::string& dtype,
                                        const std::string& isa, const std::string& form,
                                        bool channels_last) {
   const py::buffer_info info = mask.request();
@@ -90,7 +91,7 @@ static std::unique_ptr<Plan> make_plan(const py::buffer& mask, const std::string
   const DType type = dtype_named(dtype);
   const Kernels& kernels = isa_named(isa);
   py::gil_scoped_release release;
-  return std::make_unique<Plan>(m.data, m.F, m.C, m.KH, m.KW, type, kernels, form, channels_last);
+  return std::make_shared<Plan>(m.data, m.F, m.C, m.KH, m.KW, type, kernels, form, channels_last);
 }
 
 static std::unique_ptr<Dgrad> make_dgrad(const py::buffer& mask, const Pair& stride,
@@ -154,12 +155,13 @@ static void check_pool(const Pool& q, const Problem& p) {
     throw std::invalid_argument("a window of the pooling has no output in it");
 }
 
-static bool run_fprop(const Plan& plan, const Packed& packed, uintptr_t x, const Strides& xs,
-                      const std::array<int64_t, 3>& nhw, uintptr_t y, const Strides& ys,
-                      const Pair& out, const Pair& stride, const Pair& padding,
-                      const Pair& dilation, uintptr_t scale, uintptr_t shift, uintptr_t residual,
-                      const Strides& rs, const std::string& act, int threads,
+static bool run_fprop(const std::shared_ptr<Plan>& plan_, const std::shared_ptr<Packed>& packed,
+                      uintptr_t x, const Strides& xs, const std::array<int64_t, 3>& nhw,
+                      uintptr_t y, const Strides& ys, const Pair& out, const Pair& stride,
+                      const Pair& padding, const Pair& dilation, uintptr_t scale, uintptr_t shift,
+                      uintptr_t residual, const Strides& rs, const std::string& act, int threads,
                       const std::optional<std::array<int, 8>>& pool) {
+  const Plan& plan = *plan_;
   Problem p = layer(plan.lowered(), nhw, out, stride, padding, dilation, threads);
   const DType dtype = plan.dtype(), wide = dtype == DType::f64 ? DType::f64 : DType::f32;
   p.x = view("x", x, xs, dtype);
@@ -175,8 +177,10 @@ static bool run_fprop(const Plan& plan, const Packed& packed, uintptr_t x, const
     check_pool(q, p);
     p.pool = &q;
   }
+  if (Tape* tape = Tape::current())
+    tape->note(std::make_shared<ConvStep>(plan_, packed, p), {x, residual, y});
   py::gil_scoped_release release;
-  return fprop(plan, packed, p);
+  return fprop(plan, *packed, p);
 }
 
 static std::unique_ptr<Wgrad> make_wgrad(const py::buffer& mask, const std::string& dtype,
@@ -205,7 +209,8 @@ static void run_wgrad(const Wgrad& w, uintptr_t x, const Strides& xs,
   w.run(p, reinterpret_cast<void*>(dw), ws.data());
 }
 
-void bind_int8(py::module_& m);  // int8_bindings.cpp
+void bind_int8(py::module_& m);     // int8_bindings.cpp
+void bind_program(py::module_& m);  // program_bindings.cpp
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "Native CPU engine: convolutions whose filters read only the columns of a Support.";
@@ -218,8 +223,9 @@ PYBIND11_MODULE(_cpu, m) {
       },
       "Returns the instruction sets this machine can run, best first; $HETCONV_ISA forces one.");
 
-  py::class_<Packed>(m, "Packed").def_property_readonly("bytes", &Packed::bytes);
-  py::class_<Plan>(m, "Plan")
+  py::class_<Packed, std::shared_ptr<Packed>>(m, "Packed")
+      .def_property_readonly("bytes", &Packed::bytes);
+  py::class_<Plan, std::shared_ptr<Plan>>(m, "Plan")
       .def(py::init(&make_plan), py::arg("mask"), py::arg("dtype") = "float32", py::arg("isa") = "",
            py::arg("form") = "auto", py::arg("channels_last") = true)
       .def_property_readonly("form", &Plan::form)
@@ -235,7 +241,7 @@ PYBIND11_MODULE(_cpu, m) {
             const DType from = dtype_named(dtype);
             const WeightView weight = weight_view(w, s, from);
             py::gil_scoped_release release;
-            return std::make_unique<Packed>(p, weight, from, threads);
+            return std::make_shared<Packed>(p, weight, from, threads);
           },
           py::arg("weight"), py::arg("strides"), py::arg("dtype"), py::arg("threads") = 1)
       .def("fprop", &run_fprop, py::arg("packed"), py::arg("x"), py::arg("x_strides"),
@@ -289,4 +295,5 @@ PYBIND11_MODULE(_cpu, m) {
           py::arg("packed"), py::arg("dy"), py::arg("dy_strides"), py::arg("nhw"), py::arg("dx"),
           py::arg("dx_strides"), py::arg("size"), py::arg("threads") = 1);
   bind_int8(m);
+  bind_program(m);
 }

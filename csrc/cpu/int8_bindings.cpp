@@ -8,6 +8,7 @@
 
 #include "engine.h"
 #include "int8_engine.h"
+#include "program.h"
 
 namespace py = pybind11;
 using namespace hetconv;
@@ -67,12 +68,13 @@ std::shared_ptr<Int8Plan> make_plan(const py::buffer& mask, const std::string& i
                                     int(info.shape[2]), int(info.shape[3]), kernels);
 }
 
-bool run_fprop(const Int8Packed& packed, uintptr_t x, bool x_signed, int x_zero, const Image& nhw,
-               uintptr_t y, const std::string& dtype, int y_zero, float low, float high,
-               const Pair& out, const Pair& stride, const Pair& padding, const Pair& dilation,
-               uintptr_t multiplier, uintptr_t bias, uintptr_t residual, bool residual_signed,
-               float residual_multiplier, int residual_zero, int threads,
+bool run_fprop(const std::shared_ptr<Int8Packed>& packed_, uintptr_t x, bool x_signed, int x_zero,
+               const Image& nhw, uintptr_t y, const std::string& dtype, int y_zero, float low,
+               float high, const Pair& out, const Pair& stride, const Pair& padding,
+               const Pair& dilation, uintptr_t multiplier, uintptr_t bias, uintptr_t residual,
+               bool residual_signed, float residual_multiplier, int residual_zero, int threads,
                const std::optional<std::array<int, 8>>& pool) {
+  const Int8Packed& packed = *packed_;
   const Int8Lowered& low_ = packed.plan().lowered();
   Int8Problem p{};
   if (stride[0] < 1 || stride[1] < 1 || dilation[0] < 1 || dilation[1] < 1)
@@ -125,6 +127,8 @@ bool run_fprop(const Int8Packed& packed, uintptr_t x, bool x_signed, int x_zero,
   if (unfit >= 0)
     refuse("multiplier of filter " + std::to_string(unfit) +
            ": received NaN or Inf, expected a finite number.");
+  if (Tape* tape = Tape::current())
+    tape->note(std::make_shared<Int8ConvStep>(packed_, p, scales, shifts), {x, residual, y});
   py::gil_scoped_release release;
   return int8_fprop(packed, p, scales, shifts);
 }
@@ -148,6 +152,8 @@ void run_sum(const Int8Kernels& kernels, int64_t count, uintptr_t a, bool a_sign
                   low,
                   high,
                   usable_threads(threads)};
+  if (Tape* tape = Tape::current())
+    tape->note(std::make_shared<Int8SumStep>(kernels, s), {a, b, y});
   py::gil_scoped_release release;
   kernels.sum(s);
 }
@@ -176,6 +182,8 @@ void run_mean(const Int8Kernels& kernels, uintptr_t x, bool x_signed, int x_zero
   s.y_zero = y_zero;
   s.low = low;
   s.high = high;
+  if (Tape* tape = Tape::current())
+    tape->note(std::make_shared<Int8ImagesStep>(kernels, s), {x, y});
   py::gil_scoped_release release;
   kernels.mean(s);
 }
@@ -186,6 +194,8 @@ void run_max_pool(const Int8Kernels& kernels, uintptr_t x, bool x_signed,
   Int8Images s = images(x, x_signed, nhwc, y, threads);
   const Pool q{v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]};
   s.pool = &q;
+  if (Tape* tape = Tape::current())
+    tape->note(std::make_shared<Int8ImagesStep>(kernels, s), {x, y});
   py::gil_scoped_release release;
   kernels.max_pool(s);
 }
@@ -201,7 +211,7 @@ void bind_int8(py::module_& m) {
         return names;
       },
       "Returns the instruction sets for 8 bits that this machine can run, best first.");
-  py::class_<Int8Packed>(m, "Int8Packed")
+  py::class_<Int8Packed, std::shared_ptr<Int8Packed>>(m, "Int8Packed")
       .def_property_readonly("bytes", &Int8Packed::bytes)
       .def("fprop", &run_fprop, py::arg("x"), py::arg("x_signed"), py::arg("x_zero"),
            py::arg("nhw"), py::arg("y"), py::arg("dtype"), py::arg("y_zero"), py::arg("low"),
@@ -243,7 +253,7 @@ void bind_int8(py::module_& m) {
              int threads) {
             const auto* weight = reinterpret_cast<const int8_t*>(w);
             py::gil_scoped_release release;
-            return std::make_unique<Int8Packed>(std::move(plan), weight, strides.data(), threads);
+            return std::make_shared<Int8Packed>(std::move(plan), weight, strides.data(), threads);
           },
           py::arg("weight"), py::arg("strides"), py::arg("threads") = 1);
   py::class_<Int8Kernels>(m, "Int8Kernels")
@@ -261,6 +271,10 @@ void bind_int8(py::module_& m) {
           "quantize",
           [](const Int8Kernels& k, uintptr_t x, int64_t count, float scale, int zero,
              bool is_signed, uintptr_t y, int threads) {
+            if (Tape* tape = Tape::current())
+              tape->note(std::make_shared<QuantizeStep>(k, count, scale, zero, byte_type(is_signed),
+                                                        threads),
+                         {x, y});
             py::gil_scoped_release release;
             k.quantize(reinterpret_cast<const float*>(x), count, scale, zero, byte_type(is_signed),
                        reinterpret_cast<uint8_t*>(y), usable_threads(threads));

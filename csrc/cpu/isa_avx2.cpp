@@ -3,8 +3,10 @@
 #define HETCONV_NS avx2
 #define HETCONV_VECTOR_BYTES 32
 #include "isa.h"
+#include "isa_steps.h"
 
 namespace hetconv {
 extern const Kernels kernels_avx2 = HETCONV_KERNELS(avx2);
-}
+extern const StepLoops step_loops_avx2 = HETCONV_STEP_LOOPS;
+}  // namespace hetconv
 #endif

@@ -3,8 +3,10 @@
 #define HETCONV_NS avx512
 #define HETCONV_VECTOR_BYTES 64
 #include "isa.h"
+#include "isa_steps.h"
 
 namespace hetconv {
 extern const Kernels kernels_avx512 = HETCONV_KERNELS(avx512);
-}
+extern const StepLoops step_loops_avx512 = HETCONV_STEP_LOOPS;
+}  // namespace hetconv
 #endif

@@ -3,7 +3,9 @@
 #define HETCONV_NS generic
 #define HETCONV_VECTOR_BYTES 16
 #include "isa.h"
+#include "isa_steps.h"
 
 namespace hetconv {
 extern const Kernels kernels_generic = HETCONV_KERNELS(generic);
-}
+extern const StepLoops step_loops_generic = HETCONV_STEP_LOOPS;
+}  // namespace hetconv

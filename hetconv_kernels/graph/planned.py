@@ -6,18 +6,24 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as torch_module
 from torch.utils import _pytree as pytree
 
+from .. import ranges
 from ..accuracy import is_strict
 from ..arena import Arena, Lifetime, Recorder, placing
 from ..backends import forced_code
 from ..observers import observed
+from .native_steps import Operand, Seen, Spec
+from .program import Frame, Program
+from .program_builder import build, tape
 
 # Signatures of inputs whose plans are kept; the one that was not used for longest goes first.
 MOST_PLANS = 8
@@ -39,13 +45,15 @@ _PLAIN += (torch.memory_format, slice, range, type(...))
 
 
 class PlannedNetwork(fx.GraphModule):
-    """A traced network that recycles the memory of its activations.
+    """A traced network that runs as a native program and recycles the memory of its activations.
 
     The first call with inputs of some signature (shapes, strides, dtypes, number of threads; what
-    is forced) is recorded: who needs memory, for how long. Every further one finds each result of
-    an engine of this package a place in one arena, so that a steady call allocates nothing but what
-    it returns (and what layers of torch allocate), and meets no page fault. The numbers are the
-    same.
+    is forced) is recorded: what is computed, by which calls of the engine, who needs memory, for
+    how long. Every further one runs the same calls as one native program on places of one arena,
+    and what the engine does not compute between them, see `graph.program`. So a steady call
+    allocates nothing but what it returns (and what layers of torch allocate), and meets no page
+    fault. The numbers are the same. A layer, a weight or an option that was changed is noticed, and
+    recorded anew.
 
     What is returned never lies in the arena. Calls at the same time, in several threads, have an
     arena each. `plan_memory` switches it off, `release_memory` gives the memory back. Calls that
@@ -61,8 +69,14 @@ class PlannedNetwork(fx.GraphModule):
         if signature is None:
             return super().__call__(*args)
         plan = memory.plan(signature)
+        program = None if plan is None else plan.program
+        if program is not None and not program.holds():
+            plan, program = None, None
+            memory.replace()
         if plan is None:
             return memory.record(self, signature, args)
+        if program is not None:
+            return plan.run(program, args)
         if plan.lifetimes is None:
             return super().__call__(*args)
         arena = plan.take()
@@ -74,6 +88,12 @@ class PlannedNetwork(fx.GraphModule):
         if not arena.whole:
             memory.forget(signature)
         return result
+
+    def recompile(self) -> Any:
+        """Makes the code of a graph that was changed; what was recorded of the old one is gone."""
+        if self.__dict__.get("_memory") is not None:
+            self.__dict__["_memory"] = _Memory()
+        return super().recompile()
 
 
 def planned(traced: fx.GraphModule) -> PlannedNetwork:
@@ -108,21 +128,36 @@ def release_memory(network: nn.Module) -> int:
 
 
 class _Plan:
-    """The lifetimes of one signature's results (None: not known), and the arenas not in use."""
+    """What is known of one signature, and the arenas not in use.
 
-    def __init__(self, lifetimes: list[Lifetime] | None) -> None:
-        self.lifetimes = lifetimes
-        self._idle: list[Arena] = []
+    Attributes:
+        lifetimes: of the engines' results; None where they are not known.
+        program: the network as native steps; None where it has to be called layer by layer.
+    """
 
-    def take(self) -> Arena:
+    def __init__(self, lifetimes: list[Lifetime] | None, program: Program | None = None) -> None:
+        self.lifetimes, self.program = lifetimes, program
+        self._idle: list[Any] = []
+
+    def run(self, program: Program, args: tuple[Any, ...]) -> Any:
+        """Runs the program, in an arena of this call's own."""
+        frame: Frame = self.take()
+        try:
+            with placing(None):
+                return program.run(args, frame)
+        finally:
+            self.put_back(frame)
+
+    def take(self) -> Any:
         try:
             arena = self._idle.pop()
         except IndexError:
-            arena = Arena(self.lifetimes or [])
+            program = self.program
+            arena = Arena(self.lifetimes or []) if program is None else program.frame()
         arena.start()
         return arena
 
-    def put_back(self, arena: Arena) -> None:
+    def put_back(self, arena: Any) -> None:
         self._idle.append(arena)
 
     def release(self) -> int:
@@ -139,7 +174,7 @@ class _Memory:
         self._plans: OrderedDict[Any, _Plan] = OrderedDict()
         self._lock = threading.Lock()
         self._watched: tuple[Any, ...] | None = None
-        self._surprises = 0
+        self._surprises = self._replaced = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Memory:
         return _Memory()
@@ -175,7 +210,8 @@ class _Memory:
         if any(m.training for m in modules):
             return None
         cast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
-        return (*parts, torch.get_num_threads(), forced_code(), is_strict(), cast)
+        forced = forced_code(), is_strict(), ranges.active
+        return (*parts, torch.get_num_threads(), *forced, cast)
 
     def plan(self, signature: Any) -> _Plan | None:
         with self._lock:
@@ -188,8 +224,11 @@ class _Memory:
         """Runs the network step by step and makes the plan of this signature."""
         run = _Recording(network)
         result = run.run(*args)
+        cast = signature[-1]
+        native = not cast and not ranges.active and self._replaced <= _MOST_SURPRISES
+        plan = _Plan(run.lifetimes(result), run.program(result) if native else None)
         with self._lock:
-            self._plans[signature] = _Plan(run.lifetimes(result))
+            self._plans[signature] = plan
             while len(self._plans) > MOST_PLANS:
                 self._plans.popitem(last=False)
         return _ordinary(result)
@@ -199,6 +238,12 @@ class _Memory:
         with self._lock:
             self._plans.pop(signature, None)
             self._surprises += 1
+
+    def replace(self) -> None:
+        """Counts programs whose weights or layers have become others."""
+        with self._lock:
+            self._replaced += 1
+            self._watched = None
 
     def release(self) -> int:
         with self._lock:
@@ -232,14 +277,19 @@ class _Recording(fx.Interpreter):
     def __init__(self, network: PlannedNetwork) -> None:
         super().__init__(network)
         self.recorder = Recorder()
+        self._network = network
         self._place = {node: i for i, node in enumerate(network.graph.nodes)}
         self._born: list[int] = []
         self._dies: list[int] = []
         self._opaque = False
         self._numbers: dict[int, int] = {}  # of results, by the identity of their storage
+        self._seen: list[Seen] = []
+        self._storages: dict[int, tuple[int, Any]] = {}  # all of them: their number, a weak one
+        self._tape = tape()
 
     def run_node(self, n: fx.Node) -> Any:
-        with placing(self.recorder):
+        sources = [(node, self.env[node]) for node in n.all_input_nodes]
+        with placing(self.recorder), taped(self._tape):
             value = super().run_node(n)
         here = self._place[n]
         for number in range(len(self._born), len(self.recorder.asked)):
@@ -249,6 +299,7 @@ class _Recording(fx.Interpreter):
         last = max((self._place[user] for user in n.users), default=here)
         for number in self._results_in(value):
             self._dies[number] = max(self._dies[number], last)
+        self._note(n, value, sources)
         return value
 
     def lifetimes(self, returned: Any) -> list[Lifetime] | None:
@@ -263,6 +314,43 @@ class _Recording(fx.Interpreter):
             )
         ]
 
+    def program(self, returned: Any) -> Program | None:
+        """Makes a program of what was seen; None where there is no engine, or a hidden tensor."""
+        if self._opaque or self._tape is None:
+            return None
+        leaves = pytree.tree_leaves(returned)
+        kept = {self._spec(leaf).storage for leaf in leaves if isinstance(leaf, Tensor)}
+        return build(self._network, self._seen, kept)
+
+    def _note(self, n: fx.Node, value: Any, sources: list[tuple[fx.Node, Any]]) -> None:
+        if self._tape is None:
+            return
+        before = len(self._storages)
+        leaves, structure = pytree.tree_flatten(value)
+        specs = tuple(self._spec(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves)
+        made = before if len(self._storages) == before + 1 else -1
+        if len(self._storages) > before + 1 or not structure.is_leaf():
+            made = -2 if len(self._storages) > before else -1
+        operands: dict[int, Operand] = {}
+        for node, operand in (*sources, (n, value)):
+            if isinstance(operand, Tensor) and operand.numel():
+                operands.setdefault(operand.data_ptr(), Operand(node, self._spec(operand)))
+        operands[0] = Operand(None, None)
+        calls = tuple(
+            (step, tuple(operands.get(address) for address in addresses))
+            for step, addresses in self._tape.take()
+        )
+        self._seen.append(Seen(n, specs, structure, made, calls))
+
+    def _spec(self, x: Tensor) -> Spec:
+        storage = x.untyped_storage()
+        number = self._storages.get(storage._cdata)
+        if number is None:
+            number = len(self._storages), StorageWeakRef(storage)
+            self._storages[storage._cdata] = number
+        offset = int(x.storage_offset()) * x.element_size()
+        return Spec(tuple(x.shape), x.stride(), x.dtype, number[0], offset)
+
     def _results_in(self, value: Any) -> Iterator[int]:
         for leaf in pytree.tree_leaves(value):
             if isinstance(leaf, Tensor):
@@ -271,3 +359,16 @@ class _Recording(fx.Interpreter):
                     yield number
             elif not isinstance(leaf, _PLAIN):
                 self._opaque = True
+
+
+@contextmanager
+def taped(noting: Any) -> Iterator[None]:
+    """Notes this thread's calls of the engine on a `Tape`, inside a ``with``."""
+    if noting is None:
+        yield
+        return
+    noting.start()
+    try:
+        yield
+    finally:
+        noting.stop()

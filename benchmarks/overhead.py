@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a call of a network costs beside its arithmetic: many layers that are almost nothing.
+
+The optimised network is called as users call it, layer by layer, and its native program alone is
+called with ready addresses. The difference of the first and the last is what Python and PyTorch
+take: the check that nothing has changed, the result's memory, the way into the program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import hetconv_kernels as hk
+from benchmarks import record
+from hetconv_kernels import timing
+
+
+def measure(layers: int, seconds: float) -> dict[str, Any]:
+    """Times a chain of layers on an image of 2 × 2 pixels and 8 channels; returns the row."""
+    torch.manual_seed(0)
+    chain = (hk.nn.HetConv2d(8, 8, 3, padding=1, p=2) for _ in range(layers))
+    x = torch.randn(1, 8, 2, 2).to(memory_format=torch.channels_last)
+    with torch.no_grad(), hk.use_backend("cpu"):
+        network = hk.optimize(nn.Sequential(*chain).eval(), x).model
+        plain = copy.deepcopy(network)
+        hk.plan_memory(plain, False)
+        same = torch.equal(network(x), plain(x)) and torch.equal(network(x), plain(x))
+        (plan,) = network.__dict__["_memory"]._plans.values()
+        (piece,) = plan.program._pieces
+        frame, y = plan.take(), torch.empty_like(x)
+        addresses = [frame.address, *(t.data_ptr() for t in (x, y))]
+        calls = {
+            "layer by layer": lambda: plain(x),
+            "program": lambda: network(x),
+            "native part": lambda: piece.program.run(addresses),
+        }
+        found = timing.interleaved(calls, baseline="layer by layer", max_seconds=seconds)
+    medians = {name: found.median(name) for name in calls}
+    return {
+        "layers": layers,
+        "threads": torch.get_num_threads(),
+        "equal": same,
+        "median_s": medians,
+        "overhead_s": medians["program"] - medians["native part"],
+    }
+
+
+def main() -> None:
+    """Measures chains of 1, 20 and 50 layers."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=5.0, help="for each chain")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/overhead.json"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = [measure(layers, options.seconds) for layers in (1, 20, 50)]
+    for row in rows:
+        print(json.dumps(row))
+    whole = {"command": record.command(), "environment": record.environment(), "rows": rows}
+    options.out.write_text(json.dumps(whole, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

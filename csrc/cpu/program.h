@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+// A program: steps one after another on places in memory, run by one call.
+#pragma once
+#include <utility>
+
+#include "steps.h"
+
+namespace hetconv {
+
+// An operand: `offset` bytes behind the address number `base` of a call; base -1: null.
+struct Place {
+  int base;
+  int64_t offset;
+};
+
+class Program {
+ public:
+  // Throws std::invalid_argument where a step has another number of operands.
+  void add(std::shared_ptr<const Step> step, std::vector<Place> operands);
+  int bases() const { return bases_; }  // addresses that a call gives
+  size_t size() const { return steps_.size(); }
+  const Step& step(size_t i) const { return *steps_[i].step; }
+  // From several threads at once, where the memory that they write is not shared.
+  void run(char* const* bases) const;
+
+ private:
+  struct Bound {
+    std::shared_ptr<const Step> step;
+    std::vector<Place> operands;
+  };
+  std::vector<Bound> steps_;
+  int bases_ = 0;
+  size_t most_ = 0;  // operands of a step
+};
+
+// The steps that this thread's calls of the engine are, with the addresses of their operands, from
+// start() to stop(). Tapes nest: only the last one that was started notes.
+class Tape {
+ public:
+  struct Noted {
+    std::shared_ptr<const Step> step;
+    std::vector<uintptr_t> operands;
+  };
+  ~Tape() { stop(); }
+  void start();
+  void stop();
+  static Tape* current();
+  void note(std::shared_ptr<const Step> step, std::vector<uintptr_t> operands) {
+    noted_.push_back({std::move(step), std::move(operands)});
+  }
+  std::vector<Noted> take() { return std::exchange(noted_, {}); }
+
+ private:
+  std::vector<Noted> noted_;
+  Tape* before_ = nullptr;
+  bool running_ = false;
+};
+
+}  // namespace hetconv

@@ -1,0 +1,232 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "steps.h"
+
+#include <omp.h>
+
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace hetconv {
+namespace {
+
+constexpr int64_t kPiece = 1 << 15;  // elements that are worth a thread
+
+// Runs run(begin, end) over [0, count) in pieces of at least `piece`.
+template <class Run> void in_pieces(int64_t count, int64_t piece, int threads, const Run& run) {
+  threads = usable_threads(threads);
+  const int64_t fit = count / (piece < 1 ? 1 : piece);
+  const int64_t pieces = fit < 1 ? 1 : fit < threads ? fit : threads;
+  if (pieces == 1) {
+    run(int64_t(0), count);
+    return;
+  }
+#pragma omp parallel for num_threads(int(pieces))
+  for (int64_t i = 0; i < pieces; ++i) run(count * i / pieces, count * (i + 1) / pieces);
+}
+
+std::vector<double> copied(const void* from, int count, size_t size) {
+  if (!from) return {};
+  std::vector<double> to((size_t(count) * size + 7) / 8);
+  std::memcpy(to.data(), from, size_t(count) * size);
+  return to;
+}
+
+[[noreturn]] void cannot_pool() {
+  throw std::runtime_error("the pooling that was recorded as a part of a layer is none any more");
+}
+
+}  // namespace
+
+// ---- the engine's ----
+
+ConvStep::ConvStep(std::shared_ptr<const Plan> plan, std::shared_ptr<const Packed> packed,
+                   const Problem& p)
+    : plan_(std::move(plan)), packed_(std::move(packed)), p_(p) {
+  const size_t size = plan_->accumulator_bytes();
+  scale_ = copied(p.scale, p.F, size);
+  shift_ = copied(p.shift, p.F, size);
+  p_.scale = p_.shift = nullptr;
+  p_.x.data = p_.res.data = p_.y.data = nullptr;
+  if (p.pool) pool_ = *p.pool;
+  p_.pool = p.pool ? &pool_ : nullptr;
+}
+
+void ConvStep::run(char* const* operands) const {
+  Problem p = p_;
+  p.x.data = operands[0];
+  p.res.data = operands[1];
+  p.y.data = operands[2];
+  if (!scale_.empty()) p.scale = scale_.data();
+  if (!shift_.empty()) p.shift = shift_.data();
+  if (!fprop(*plan_, *packed_, p)) cannot_pool();
+}
+
+Int8ConvStep::Int8ConvStep(std::shared_ptr<const Int8Packed> packed, const Int8Problem& p,
+                           const float* multiplier, const int32_t* bias)
+    : packed_(std::move(packed)),
+      p_(p),
+      multiplier_(multiplier, multiplier + p.F),
+      bias_(bias, bias + p.F) {
+  p_.x = p_.res = nullptr;
+  p_.y = nullptr;
+  if (p.pool) pool_ = *p.pool;
+  p_.pool = p.pool ? &pool_ : nullptr;
+}
+
+void Int8ConvStep::run(char* const* operands) const {
+  Int8Problem p = p_;
+  p.x = reinterpret_cast<const uint8_t*>(operands[0]);
+  p.res = reinterpret_cast<const uint8_t*>(operands[1]);
+  p.y = operands[2];
+  if (!int8_fprop(*packed_, p, multiplier_.data(), bias_.data())) cannot_pool();
+}
+
+void Int8SumStep::run(char* const* operands) const {
+  Int8Sum s = s_;
+  s.a = reinterpret_cast<const uint8_t*>(operands[0]);
+  s.b = reinterpret_cast<const uint8_t*>(operands[1]);
+  s.y = operands[2];
+  s.threads = usable_threads(s.threads);
+  kernels_.sum(s);
+}
+
+Int8ImagesStep::Int8ImagesStep(const Int8Kernels& kernels, const Int8Images& s)
+    : kernels_(kernels), s_(s) {
+  if (s.pool) pool_ = *s.pool;
+  s_.pool = s.pool ? &pool_ : nullptr;
+}
+
+void Int8ImagesStep::run(char* const* operands) const {
+  Int8Images s = s_;
+  s.x = reinterpret_cast<const uint8_t*>(operands[0]);
+  s.y = operands[1];
+  s.threads = usable_threads(s.threads);
+  s.pool ? kernels_.max_pool(s) : kernels_.mean(s);
+}
+
+void QuantizeStep::run(char* const* operands) const {
+  kernels_.quantize(reinterpret_cast<const float*>(operands[0]), count_, scale_, zero_, type_,
+                    reinterpret_cast<uint8_t*>(operands[1]), usable_threads(threads_));
+}
+
+// ---- between layers ----
+
+namespace {
+
+// Those of the instruction set that the engine takes.
+const StepLoops& loops() {
+#if defined(__x86_64__)
+  static const std::string best = available_isas().front()->name;
+  if (best.rfind("avx512", 0) == 0) return step_loops_avx512;
+  if (best == "avx2") return step_loops_avx2;
+#endif
+  return step_loops_generic;
+}
+
+}  // namespace
+
+EachStep::EachStep(Each what, DType dtype, int64_t count, float low, float high, int threads)
+    : what_(what), dtype_(dtype), count_(count), low_(low), high_(high), threads_(threads) {
+  if (dtype != DType::f32 && dtype != DType::bf16)
+    throw std::invalid_argument("elements are float32 or bfloat16");
+  if (count < 0) throw std::invalid_argument("a number of elements is negative");
+}
+
+const char* EachStep::kind() const {
+  static const char* const names[] = {"add", "sub", "mul", "relu", "clamp", "leaky relu"};
+  return names[int(what_)];
+}
+
+void EachStep::run(char* const* operands) const {
+  const auto loop = loops().each[dtype_ == DType::f32 ? 0 : 1];
+  in_pieces(count_, kPiece, threads_, [&](int64_t from, int64_t to) {
+    loop(what_, operands[0], operands[1], operands[2], from, to, low_, high_);
+  });
+}
+
+MaxPoolStep::MaxPoolStep(DType dtype, int64_t N, int H, int W, int C, const Pool& pool, int threads)
+    : dtype_(dtype), N_(N), H_(H), W_(W), C_(C), pool_(pool), threads_(threads) {
+  if (dtype != DType::f32 && dtype != DType::bf16)
+    throw std::invalid_argument("images are float32 or bfloat16");
+  const Pool& q = pool_;
+  const bool whole = N >= 0 && H > 0 && W > 0 && C > 0 && q.KH > 0 && q.KW > 0 && q.sh > 0 &&
+                     q.sw > 0 && q.pt >= 0 && q.pl >= 0 && q.pt < q.KH && q.pl < q.KW;
+  if (!whole || (q.Ho - 1) * int64_t(q.sh) - q.pt >= H || (q.Wo - 1) * int64_t(q.sw) - q.pl >= W)
+    throw std::invalid_argument("a window of the pooling has no pixel in it");
+}
+
+void MaxPoolStep::run(char* const* operands) const {
+  const Pool& q = pool_;
+  const int64_t size = dtype_ == DType::f32 ? 4 : 2;
+  const auto window = loops().pool[dtype_ == DType::f32 ? 0 : 1];
+  const int64_t work = int64_t(q.Wo) * C_ * q.KH * q.KW;
+  in_pieces(N_ * q.Ho, kPiece / (work < 1 ? 1 : work), threads_, [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i) {
+      const int64_t n = i / q.Ho;
+      const int top = int(i % q.Ho) * q.sh - q.pt;
+      const int y0 = top < 0 ? 0 : top, y1 = top + q.KH < H_ ? top + q.KH : H_;
+      for (int px = 0; px < q.Wo; ++px) {
+        const int left = px * q.sw - q.pl;
+        const int x0 = left < 0 ? 0 : left, x1 = left + q.KW < W_ ? left + q.KW : W_;
+        const char* x = operands[0] + ((n * H_ + y0) * W_ + x0) * C_ * size;
+        window(x, Window{y1 - y0, x1 - x0, int64_t(W_) * C_, C_}, C_,
+               operands[1] + (i * q.Wo + px) * C_ * size);
+      }
+    }
+  });
+}
+
+ConcatStep::ConcatStep(int64_t outer, std::vector<int64_t> bytes, int threads)
+    : outer_(outer), bytes_(std::move(bytes)), threads_(threads) {
+  for (const int64_t b : bytes_) {
+    if (b < 0) throw std::invalid_argument("a piece has a negative size");
+    row_ += b;
+  }
+  if (outer < 0) throw std::invalid_argument("a number of pieces is negative");
+}
+
+void ConcatStep::run(char* const* operands) const {
+  char* y = operands[bytes_.size()];
+  in_pieces(outer_, (kPiece * 4) / (row_ < 1 ? 1 : row_), threads_, [&](int64_t from, int64_t to) {
+    int64_t before = 0;
+    for (size_t k = 0; k < bytes_.size(); ++k) {
+      const int64_t size = bytes_[k];
+      for (int64_t i = from; i < to; ++i)
+        std::memcpy(y + i * row_ + before, operands[k] + i * size, size_t(size));
+      before += size;
+    }
+  });
+}
+
+PickStep::PickStep(int64_t N, int H, int W, int64_t pixel_bytes, std::vector<int> rows,
+                   std::vector<int> columns, int threads)
+    : N_(N),
+      H_(H),
+      W_(W),
+      pixel_(pixel_bytes),
+      rows_(std::move(rows)),
+      columns_(std::move(columns)),
+      threads_(threads) {
+  for (const int row : rows_)
+    if (row < 0 || row >= H) throw std::invalid_argument("a row is not one of the image's");
+  for (const int column : columns_)
+    if (column < 0 || column >= W)
+      throw std::invalid_argument("a column is not one of the image's");
+  if (N < 0 || pixel_bytes < 0) throw std::invalid_argument("a size is negative");
+}
+
+void PickStep::run(char* const* operands) const {
+  const int64_t Ho = int64_t(rows_.size()), Wo = int64_t(columns_.size());
+  const int64_t row = Wo * pixel_;
+  in_pieces(N_ * Ho, (kPiece * 4) / (row < 1 ? 1 : row), threads_, [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i) {
+      const char* x = operands[0] + ((i / Ho) * H_ + rows_[size_t(i % Ho)]) * W_ * pixel_;
+      char* y = operands[1] + i * row;
+      for (int64_t j = 0; j < Wo; ++j)
+        std::memcpy(y + j * pixel_, x + columns_[size_t(j)] * pixel_, size_t(pixel_));
+    }
+  });
+}
+
+}  // namespace hetconv

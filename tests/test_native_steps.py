@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Native steps between layers: the same bits as PyTorch's, special values too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F_
+from planning import engine, needs_engine, optimized, poisoned, small, unplanned  # noqa: F401
+from programs import assert_equal_calls, kinds
+from torch import Tensor, nn
+
+pytestmark = [needs_engine, pytest.mark.usefixtures("poisoned")]
+LAST, ROWS = torch.channels_last, torch.contiguous_format
+
+
+class Steps(nn.Module):
+    """Two convolutions and a step between."""
+
+    def __init__(self, step: Callable[..., Any]) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.last = nn.Conv2d(8, 4, 1)
+        self.step = step
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.one(x)
+        return self.last(self.step(y, self.two(y)))
+
+
+def concatenated(a: Tensor, b: Tensor) -> Tensor:
+    both = torch.cat([a, b, a], 1)
+    return both[:, 4:12] + both[:, 16:]
+
+
+def in_place(a: Tensor, b: Tensor) -> Tensor:
+    seen = torch.cat([a, b], 1)
+    F_.relu(seen, inplace=True)
+    return seen[:, 8:] - seen[:, :8]
+
+
+STEPS: dict[str, tuple[Callable[..., Any], str]] = {
+    "add": (lambda a, b: a * b + a, "mul"),
+    "sub": (lambda a, b: a - b, "sub"),
+    "leaky": (lambda a, b: F_.leaky_relu(a - b, 0.1), "leaky relu"),
+    "relu6": (lambda a, b: F_.relu6(3 * (a - b)), "sub"),
+    "relu": (lambda a, b: F_.relu(a - b) * b, "relu"),
+    "clamp": (lambda a, b: F_.hardtanh(a - b, 0.0, 6.0) * b, "clamp"),
+    "pool": (lambda a, b: F_.max_pool2d(a - b, 3, 2, 1), "max pool"),
+    "concat": (concatenated, "concat"),
+    "in place": (in_place, "relu"),
+    "upsample": (lambda a, b: F_.interpolate(a - b, scale_factor=2), "upsample"),
+    "sizes": (lambda a, b: F_.interpolate(a - b, size=(7, 11)), "upsample"),
+    "exact": (lambda a, b: F_.interpolate(a - b, (5, 4), mode="nearest-exact"), "upsample"),
+    "bilinear": (lambda a, b: F_.interpolate(a - b, scale_factor=2, mode="bilinear"), "call"),
+    "mean": (lambda a, b: a * b.mean((2, 3), keepdim=True), "call"),
+    "silu": (lambda a, b: F_.silu(a - b), "call"),
+}
+
+
+@pytest.mark.parametrize("special", [None, torch.nan, torch.inf])
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_between_layers_computes_what_torch_does(name: str, special: float | None) -> None:
+    torch.manual_seed(1)
+    step, kind = STEPS[name]
+    x = torch.randn(2, 4, 9, 6).to(memory_format=LAST)
+    fast = optimized(Steps(step), x)
+    plain = unplanned(fast)
+    if special is not None:
+        x[0, 1, 2, 3] = special
+    assert_equal_calls(fast, plain, x)
+    assert kind in kinds(fast)
