@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -154,19 +155,32 @@ class Run:
             penalty: computes what is added to the loss of each batch.
             after_step: called after each step of the optimiser.
             decay: whether the learning rate falls to a tenth after a third and after two thirds.
+
+        Raises:
+            HetconvError: the training diverged: the mean loss of an epoch is not finite.
         """
         self._optimizer = self._parallel = None
         for epoch in range(epochs):
             last = epoch + 1 == epochs
             scale = step_decay(epoch, epochs) if decay else 1.0
 
-            def one(scale: float = scale, last: bool = last) -> dict[str, float]:
+            name = f"{what}, epoch {epoch + 1}/{epochs}"
+
+            def one(scale: float = scale, last: bool = last, name: str = name) -> dict[str, float]:
                 loss = self._epoch(scale, penalty, after_step)
+                if not math.isfinite(loss):
+                    raise HetconvError(
+                        mismatch(
+                            f"mean loss of {name}", loss, "a finite number",
+                            "The training diverged: take a smaller learning rate, or look at the "
+                            "data. Nothing of this epoch was kept.",
+                        )
+                    )  # fmt: skip
                 if last:
                     self._optimizer = self._parallel = None
                 return {"loss": loss}
 
-            self.round(f"{what}, epoch {epoch + 1}/{epochs}", one)
+            self.round(name, one)
             self._epochs += 1
 
     @contextlib.contextmanager
