@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,7 +26,7 @@ from ..support import Support
 from . import ranks
 from .interfaces import Interfaces, find_interfaces
 from .progress import Progress
-from .schedule import step_decay
+from .schedule import check_loss, step_decay
 from .state import StateFile
 from .training import Training, seeded
 
@@ -168,14 +167,7 @@ class Run:
 
             def one(scale: float = scale, last: bool = last, name: str = name) -> dict[str, float]:
                 loss = self._epoch(scale, penalty, after_step)
-                if not math.isfinite(loss):
-                    raise HetconvError(
-                        mismatch(
-                            f"mean loss of {name}", loss, "a finite number",
-                            "The training diverged: take a smaller learning rate, or look at the "
-                            "data. Nothing of this epoch was kept.",
-                        )
-                    )  # fmt: skip
+                check_loss(name, loss)
                 if last:
                     self._optimizer = self._parallel = None
                 return {"loss": loss}
@@ -328,7 +320,9 @@ class Run:
 
     def macs(self) -> int:
         """Counts the multiply-accumulates of the network as masked, for the example."""
-        return macs_with(self.dense_rows, {name: int(m.sum()) for name, m in self.masks.items()})
+        return stats.macs_with(
+            self.dense_rows, {name: int(m.sum()) for name, m in self.masks.items()}
+        )
 
     def check_ranks(self) -> None:
         """Makes sure that all ranks have the same masks.
@@ -393,14 +387,6 @@ def support_of(mask: Tensor) -> Support:
     """Makes a Support of a mask [F, C, KH, KW] or [F, C]."""
     array = mask.detach().cpu().numpy()
     return Support.from_mask(array if array.ndim == 4 else array[:, :, None, None])
-
-
-def macs_with(rows: list[stats.LayerMacs], live: dict[str, int]) -> int:
-    """Counts multiply-accumulates when some layers have this many live weights."""
-    return sum(
-        row.positions * live[row.name] if row.dense and row.name in live else row.macs
-        for row in rows
-    )
 
 
 def _is_locked(run: Run, name: str) -> bool:
