@@ -194,6 +194,14 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
+def macs_with(rows: Sequence[LayerMacs], live: dict[str, int]) -> int:
+    """Counts multiply-accumulates when some layers have this many live weights."""
+    return sum(
+        row.positions * live[row.name] if row.dense and row.name in live else row.macs
+        for row in rows
+    )
+
+
 def _input(
     model: nn.Module, input_size: Sequence[int] | Tensor
 ) -> tuple[list[int], torch.dtype, torch.device]:
