@@ -14,6 +14,8 @@ from torch import Tensor
 
 from .errors import ArgumentError, HetconvError, mismatch
 
+__all__ = ["Batch", "Dataset", "Shuffled", "Split", "cifar10", "digits", "shifted_and_flipped"]
+
 Batch = tuple[Tensor, Tensor]
 _CIFAR_TRAIN = tuple(f"data_batch_{number}.bin" for number in range(1, 6))
 _CIFAR_TEST = "test_batch.bin"

@@ -22,6 +22,8 @@ from .nn.quantized_layer import QuantizedLayer
 from .packing import watched
 from .problem import Problem, check_call
 
+__all__ = ["Candidate", "Explanation", "explain", "warmup"]
+
 
 @dataclass(frozen=True)
 class Candidate:

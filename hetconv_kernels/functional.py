@@ -19,6 +19,8 @@ from .pooling import Pool, max_pooled
 from .problem import Geometry, check_call, check_kinds, is_dense_shape, make_geometry
 from .support import Support
 
+__all__ = ["support_conv2d"]
+
 _geometries = GeometryCache(max_bytes=64 * 2**20)
 
 

@@ -152,8 +152,8 @@ def test_a_network_with_plain_layers_survives_files_and_leaves_the_package(
     with torch.no_grad():
         for model in (compressed(small(), x).model.eval(), hk.optimize(small().eval(), x).model):
             wanted = model(x)
-            hk.io.save(model, tmp_path / "m.safetensors")
-            again = hk.io.load(tmp_path / "m.safetensors")
+            hk.save(model, tmp_path / "m.safetensors")
+            again = hk.load(tmp_path / "m.safetensors")
             assert any(type(m) is nn.Linear for m in again.modules())
             assert torch.equal(again(x), wanted)
             torch.testing.assert_close(hk.export.plain(model)(x), wanted, rtol=1e-4, atol=1e-5)

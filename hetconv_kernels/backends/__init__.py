@@ -21,6 +21,17 @@ from ..pooling import max_pooled
 from ..problem import Problem
 from .rates import POOL, POOLED
 
+__all__ = [
+    "Backend",
+    "Choice",
+    "Runner",
+    "available_backends",
+    "choose",
+    "get_backend",
+    "predict",
+    "use_backend",
+]
+
 # The integers travel in exported programs: a number, once given, is never reused.
 CODES = {"auto": 0, "reference": 1, "vendor": 2, "cpu": 3, "triton": 4, "cuda": 5}
 NAMES = {code: name for name, code in CODES.items()}
