@@ -34,6 +34,8 @@ from .pooling import Pool
 from .problem import Geometry
 from .support import Support
 
+__all__ = ["LayerMacs", "layer_macs", "live_parameters", "live_weights", "macs", "weight_bytes"]
+
 # Operators of these do the work of layers, and torch has no formulas for them.
 _UNKNOWN_WORK = frozenset(("quantized", "_quantized", "mkldnn", "onednn"))
 # What a traced run cannot do with values it does not have; the real run can.
