@@ -60,7 +60,6 @@ class Narrow:
         scale: int,
         shift: int,
         residual: int,
-        sums: int,
         stream: int,
     ) -> None: ...
 

@@ -27,7 +27,7 @@ from torch.autograd import Function
 from torch.autograd import forward_ad as _forward_ad
 
 from . import ops
-from .backends.common import channel_statistics, epilogue
+from .backends.common import epilogue
 from .observers import functionalised, has_values, observed
 from .packing import bits_on
 from .problem import Geometry
@@ -292,24 +292,6 @@ def _op_fprop_backward(ctx: Any, dy: Tensor) -> Grads:
     return dx, dw, None, dscale, dshift, dresidual, None, None, None
 
 
-def _op_stats_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, w, bits, shift, ints, backend = inputs
-    ctx.call = OpCall(bits, (*x.shape[2:], *ints[2:]), backend)
-    ctx.weight = WeightKind(w.shape, w.dtype)
-    ctx.save_for_backward(x, w, shift, output[0])
-
-
-def _op_stats_backward(ctx: Any, dy: Tensor, dsum: Tensor, dsquares: Tensor) -> Grads:
-    x, w, shift, y = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    spread = dsum[:, None, None] + 2 * dsquares[:, None, None] * y
-    dz = dy + spread.to(dy.dtype)
-    dx = ctx.call.dgrad(dz, w) if needs[0] else None
-    dw = ctx.call.wgrad(dz, x, ctx.weight) if needs[1] else None
-    dshift = dz.sum((0, 2, 3), dtype=shift.dtype) if needs[3] else None
-    return dx, dw, None, dshift, None, None
-
-
 def _op_dgrad_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     dy, w, bits, ints, backend = inputs
     ctx.call, ctx.weight = OpCall(bits, ints, backend), WeightKind(w.shape, w.dtype)
@@ -362,13 +344,6 @@ def _dual_fprop(
     return epilogue(y, scale, shift, residual, act)
 
 
-def _dual_fprop_stats(
-    x: Tensor, w: Tensor, bits: Tensor, shift: Tensor | None, ints: Sequence[int], backend: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    y = _dual_fprop(x, w, bits, None, shift, None, "none", ints, backend)
-    return y, *channel_statistics(y)
-
-
 def _dual_dgrad(dy: Tensor, w: Tensor, bits: Tensor, ints: Sequence[int], backend: int) -> Tensor:
     return _dual(OpCall(bits, ints, backend).dgrad, dy, w)
 
@@ -407,7 +382,6 @@ def _with_tangents(reverse: Callable[..., Any], dual: Callable[..., Any]) -> Cal
 
 for _name, _setup, _backward, _dual_form in (
     ("fprop", _op_fprop_setup, _op_fprop_backward, _dual_fprop),
-    ("fprop_stats", _op_stats_setup, _op_stats_backward, _dual_fprop_stats),
     ("dgrad", _op_dgrad_setup, _op_dgrad_backward, _dual_dgrad),
     ("wgrad", _op_wgrad_setup, _op_wgrad_backward, _dual_wgrad),
 ):

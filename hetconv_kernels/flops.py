@@ -57,7 +57,7 @@ class _OnImport(importlib.abc.MetaPathFinder):
 
 
 def _register(module: ModuleType) -> None:
-    for name in ("fprop", "fprop_stats", "dgrad", "wgrad", "qfprop"):
+    for name in ("fprop", "dgrad", "wgrad", "qfprop"):
         operator = getattr(torch.ops.hetconv, name, None)  # qfprop comes with the 8-bit operators
         if operator is not None and operator not in module.flop_registry:
             formula = _quantized_flops if name == "qfprop" else _flops

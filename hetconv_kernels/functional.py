@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import backends, ops, ranges
 from .autograd import EagerCall, through_operator, transforms_active
-from .backends.common import channel_statistics, epilogue, pad_image
+from .backends.common import epilogue, pad_image
 from .geometries import GeometryCache
 from .observers import observed, sizes
 from .packing import bits_on, mask_on
@@ -167,25 +167,6 @@ def fused_conv2d(
         y = _operator(x, weight, geometry, backend, scale, shift, residual, act)
         return y if pool is None else max_pooled(y, pool)
     return ops.run_fprop(x, weight, geometry, shift, backend, mixed, scale, residual, act, pool)
-
-
-def conv2d_stats(
-    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, backend: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Convolves and sums y and y² per filter, what batch normalisation needs in training.
-
-    Args and errors as `support_conv2d`.
-
-    Returns:
-        y [N, F, OH, OW], Σ y [F] and Σ y² [F], the sums in float32 (float64 for float64).
-    """
-    if through_operator(x, weight, bias):
-        bits, ints, code = _op_arguments(geometry, x, backend)
-        return torch.ops.hetconv.fprop_stats(x, weight, bits, bias, ints, code)
-    if torch.is_grad_enabled() or transforms_active():
-        y = conv2d(x, weight, bias, geometry, backend)
-        return y, *channel_statistics(y)
-    return ops.run_fprop_stats(x, weight, geometry, bias, backend)
 
 
 def _operator(

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators ``torch.ops.hetconv``: schemas, fakes, and the bodies that pick a backend.
 
-``fprop``, ``dgrad`` and ``wgrad`` are the three primitives, ``fprop_stats`` is fprop with the
-per-filter sums that batch normalisation wants in training. A Support crosses as one tensor, its
+``fprop``, ``dgrad`` and ``wgrad`` are the three primitives. A Support crosses as one tensor, its
 bit-packed mask; the integers of `Geometry.ints` carry everything else. The mask is read only when
 the process does not know the digest yet, as in a freshly loaded exported program.
 
@@ -14,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +21,6 @@ from torch import Tensor
 from . import ranges
 from .accuracy import is_strict
 from .backends import FROZEN, Choice, choose
-from .backends.common import channel_statistics
 from .errors import ArgumentError, BackendError, InputTypeError, mismatch
 from .flops import register_flop_formulas
 from .geometries import GeometryCache
@@ -44,8 +41,6 @@ _LIBRARY = torch.library.Library("hetconv", "DEF")
 _SCHEMAS = (
     "fprop(Tensor x, Tensor w, Tensor support, Tensor? scale, Tensor? shift, Tensor? residual, "
     "str act, SymInt[] geometry, int backend) -> Tensor",
-    "fprop_stats(Tensor x, Tensor w, Tensor support, Tensor? shift, SymInt[] geometry, "
-    "int backend) -> (Tensor, Tensor, Tensor)",
     "dgrad(Tensor dy, Tensor w, Tensor support, SymInt[] geometry, int backend) -> Tensor",
     "wgrad(Tensor dy, Tensor x, Tensor support, SymInt[] weight_shape, ScalarType dtype, "
     "SymInt[] geometry, int backend) -> Tensor",
@@ -250,30 +245,6 @@ def run_wgrad(
     return choice.run(dy, x)
 
 
-def run_fprop_stats(
-    x: Tensor, w: Tensor, geometry: Geometry, shift: Tensor | None, backend: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes y = conv(x, w) + shift with its per-filter sums, for training-mode BN.
-
-    An engine that can sums while it computes; for the others y is read once more.
-
-    Returns:
-        y [N, F, OH, OW], Σ y [F] and Σ y² [F], the sums in float32 (float64 for float64).
-    """
-    extras = None if shift is None else (shift.shape, shift.dtype, shift.device)
-    first = (x.shape, x.stride(), x.dtype, x.device)
-    key = ("stats", *first, w.shape, w.stride(), w.dtype, w.device, backend, extras, is_strict())
-    choice = geometry.choices.get(key)
-    if choice is None:
-        check_call(geometry, x, w, shift, True)
-        problem = describe("fprop", geometry, x, x, w, tuple(x.shape[2:]), {"shift": shift})
-        problem = replace(problem, epilogue=(*problem.epilogue, "stats"))
-        choice = _remember(geometry, key, problem, backend)
-    run = partial(ranges.run, choice) if ranges.active else choice.run
-    result = run(x, w, None, shift, None)
-    return result if isinstance(result, tuple) else (result, *channel_statistics(result))
-
-
 def describe(
     verb: str,
     geometry: Geometry,
@@ -412,18 +383,6 @@ def _fprop(
     return run_fprop(x, w, layer, shift, backend, True, scale, residual, act)
 
 
-def _fprop_stats(
-    x: Tensor,
-    w: Tensor,
-    support: Tensor,
-    shift: Tensor | None,
-    geometry: Sequence[int],
-    backend: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    frozen, backend = divmod(backend, FROZEN)
-    return run_fprop_stats(x, w, geometry_of(support, geometry, bool(frozen)), shift, backend)
-
-
 def _dgrad(dy: Tensor, w: Tensor, support: Tensor, geometry: Sequence[int], backend: int) -> Tensor:
     frozen, backend = divmod(backend, FROZEN)
     return run_dgrad(dy, w, geometry_of(support, geometry, bool(frozen)), geometry[:2], backend)
@@ -468,20 +427,6 @@ def _fake_fprop(
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x, w))
 
 
-def _fake_fprop_stats(
-    x: Tensor,
-    w: Tensor,
-    support: Tensor,
-    shift: Tensor | None,
-    geometry: Sequence[int],
-    backend: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    y = _fake_fprop(x, w, support, None, shift, None, "none", geometry, backend)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    total, squares = (torch.empty(support.shape[0], dtype=wide, device=x.device) for _ in range(2))
-    return y, total, squares
-
-
 def _fake_dgrad(
     dy: Tensor, w: Tensor, support: Tensor, geometry: Sequence[int], backend: int
 ) -> Tensor:
@@ -510,7 +455,6 @@ for _schema in _SCHEMAS:
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 for _name, _body, _fake in (
     ("fprop", _fprop, _fake_fprop),
-    ("fprop_stats", _fprop_stats, _fake_fprop_stats),
     ("dgrad", _dgrad, _fake_dgrad),
     ("wgrad", _wgrad, _fake_wgrad),
 ):

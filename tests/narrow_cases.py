@@ -76,27 +76,6 @@ def epilogues(geometry: Geometry, boxes: bool = False) -> list[shim.Case]:
     return cases
 
 
-STATS = {
-    "edges": (SAME, Shape(5, 7, 2, 1, 3)),
-    "columns-of-warps": (make_geometry(Support.het(64, 128, 3, p=4), 1, 1), Shape(4, 8, 1, 2, 4)),
-    "parts": (make_geometry(Support.het(16, 136, 3, p=2), 2, 1), Shape(4, 8, 1, 1, 64)),
-    "scattered": (make_geometry(masked(24, 16, (3, 3), 0.2), 1, 1), Shape(4, 16, 2, 1, 64)),
-    "odd": (make_geometry(Support.het(16, 13, 3, p=2), 1, 1), Shape(4, 8, 4, 1, 64)),
-    "one-tile": (make_geometry(Support.dense(8, 8, 1)), Shape(16, 16, 8, 1, 64)),
-}
-
-
-def stats(name: str, batch: int = 3, boxes: bool = False) -> list[shim.Case]:
-    """Cases that sum for batch normalisation."""
-    geometry, shape = STATS[name]
-    cases = []
-    for index, dtype in enumerate(DTYPES):
-        how = {"dtype": dtype, "shape": shape, "buffers": 1 + index, "resident": bool(index)}
-        how |= {"stats": True, "epilogue": ("shift",) * index, "boxes": boxes}
-        cases.append(shim.fprop_case(geometry.support, geometry, (9, 11), batch, **how))
-    return cases
-
-
 BLOCKS = [
     (HET, Shape(8, 16, 4, 1, 64)),
     (HET, Shape(5, 7, 2, 1, 3)),
@@ -104,6 +83,7 @@ BLOCKS = [
     (Support.het(64, 128, 3, p=4), Shape(4, 8, 1, 1, 4)),
     (Support.het(64, 40, 3, p=4, order="interleaved"), Shape(4, 8, 1, 1, 3)),
     (ragged(64, 64, 4, 0.3), Shape(4, 8, 2, 1, 2)),
+    (Support.dense(8, 8, 1), Shape(11, 19, 8, 1, 64)),  # one tile, and so a block without any
 ]
 
 

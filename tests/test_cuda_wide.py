@@ -27,7 +27,7 @@ from hetconv_kernels.testing import oracle
 
 
 def executed(name: str, back: bool, tiling: WideTiling, every: tuple[int, int]) -> Any:
-    """Runs the tables on random integers; returns y, its truth and the sums of tiles."""
+    """Runs the tables on random integers; returns y and its truth."""
     geometry, size = LAYERS[name]
     support, batch = geometry.support, 5
     out = geometry.output_size(*size)
@@ -40,14 +40,14 @@ def executed(name: str, back: bool, tiling: WideTiling, every: tuple[int, int]) 
     slabs = np.where(where < 0, 0.0, w.reshape(-1)[where])
     y = np.full((batch, *written[1:], written[0]), np.nan)
     seen = x.transpose(0, 2, 3, 1)[:, :: every[0], :: every[1]]
-    sums = wide_twin.execute(tiling, seen, slabs, y)
+    wide_twin.execute(tiling, seen, slabs, y)
     image = torch.zeros(batch, c, *size, dtype=torch.float64, requires_grad=True)
     given, weights = torch.tensor(x), torch.tensor(w)
     if back:
         (exact,) = torch.autograd.grad(oracle(image, weights, geometry), image, given)
     else:
         exact = oracle(given, weights, geometry)
-    return y.transpose(0, 3, 1, 2), exact.numpy(), sums
+    return y.transpose(0, 3, 1, 2), exact.numpy()
 
 
 @pytest.mark.parametrize(("name", "back"), ALL)
@@ -56,10 +56,8 @@ def test_tables_mean_the_convolution(name: str, back: bool) -> None:
     found, every = tiled(name, back)
     for tiling in found:
         if tiling.shape.cluster == 1:
-            y, exact, sums = executed(name, back, tiling, every)
+            y, exact = executed(name, back, tiling, every)
             assert (y == exact).all()
-            axes = (0, 2, 3)
-            assert (sums.sum(axis=0) == [exact.sum(axis=axes), (exact**2).sum(axis=axes)]).all()
 
 
 @pytest.mark.parametrize("batch", [0, 1, 3, 8])

@@ -254,21 +254,6 @@ def test_the_epilogue_is_fused(host, act: str) -> None:
     assert found.is_contiguous(memory_format=LAST)
 
 
-@pytest.mark.parametrize("name", ["stacked", "ragged", "pointwise"])
-def test_sums_are_those_of_the_accumulators(host, name: str) -> None:
-    geometry, size, _ = LAYERS[name]
-    x, w, _ = operands(name, torch.bfloat16)
-    shift = torch.randn(geometry.support.filters)
-    problem = ops.describe("fprop", geometry, x, x, w, size, extras={"shift": shift})
-    y, first, second = Cuda().fprop_stats(problem)(x, w, None, shift, None)
-    exact = oracle(x.double(), w.double(), geometry, shift.double())
-    assert torch.equal(y, Cuda().fprop(problem)(x, w, None, shift, None))
-    assert first.dtype == second.dtype == torch.float32
-    # Nearer than the sums of the rounded result can be.
-    torch.testing.assert_close(first.double(), exact.sum((0, 2, 3)), rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(second.double(), exact.square().sum((0, 2, 3)), rtol=1e-4, atol=1e-3)
-
-
 def test_what_a_problem_cannot_know_is_copied_and_counted(host) -> None:
     geometry, size, _ = LAYERS["het2"]
     x, w, residual = operands("het2", torch.bfloat16)
@@ -295,9 +280,7 @@ def test_an_empty_batch_and_two_runs(host) -> None:
     x, w, _ = operands("stacked", torch.bfloat16)
     empty = x[:0]
     problem = ops.describe("fprop", geometry, empty, empty, w, size)
-    y, *sums = Cuda().fprop_stats(problem)(empty, w, None, None, None)
-    assert y.shape == (0, 72, 7, 7)
-    assert not torch.stack(sums).any()
+    assert Cuda().fprop(problem)(empty, w, None, None, None).shape == (0, 72, 7, 7)
     run = prepared("fprop", geometry, x, w, size)
     assert torch.equal(*(run(x, w, None, None, None) for _ in range(2)))
 

@@ -61,19 +61,17 @@ static void bind_call(py::class_<C>& type, const char* name, int64_t (*shared_by
   type.def(
       "launch",
       [name, start](C p, const std::string& dtype, uintptr_t x, uintptr_t slabs, uintptr_t y,
-                    uintptr_t scale, uintptr_t shift, uintptr_t residual, uintptr_t sums,
-                    uintptr_t stream) {
+                    uintptr_t scale, uintptr_t shift, uintptr_t residual, uintptr_t stream) {
         p.x = at<void>(x);
         p.slabs = at<void>(slabs);
         p.y = at<void>(y);
         p.scale = at<float>(scale);
         p.shift = at<float>(shift);
         p.residual = at<void>(residual);
-        p.sums = at<float>(sums);
         check(name, start(p, dtype_named(dtype), at<void>(stream)));
       },
       py::arg("dtype"), py::arg("x"), py::arg("slabs"), py::arg("y"), py::arg("scale"),
-      py::arg("shift"), py::arg("residual"), py::arg("sums"), py::arg("stream"));
+      py::arg("shift"), py::arg("residual"), py::arg("stream"));
 }
 
 static void bind_fprop(py::module_& m) {
@@ -93,7 +91,6 @@ static void bind_fprop(py::module_& m) {
   HC_FIELD(type, Narrow, x_w);
   HC_FIELD(type, Narrow, y_h);
   HC_FIELD(type, Narrow, y_w);
-  HC_FIELD(type, Narrow, filters);
   HC_FIELD(type, Narrow, batch);
   HC_FIELD(type, Narrow, image_h);
   HC_FIELD(type, Narrow, image_w);
@@ -192,7 +189,6 @@ static void bind_wide(py::module_& m) {
   HC_FIELD(type, Wide, batch);
   HC_FIELD(type, Wide, image_h);
   HC_FIELD(type, Wide, image_w);
-  HC_FIELD(type, Wide, filters);
   HC_FIELD(type, Wide, class_count);
   HC_FIELD(type, Wide, pairs);
   HC_FIELD(type, Wide, pixels);

@@ -68,7 +68,6 @@ struct Narrow {
   const void* slabs;     // packed weights, see `narrow_pack`
   const float* scale;    // [F] or null
   const float* shift;    // [F] or null
-  float* sums;           // of y and of its squares [min(blocks, tiles), 2, filters], or null
 
   const int32_t* classes;  // [class_count, kClassFields]
   const int32_t* heads;    // [class_count, parts, kHeadFields]
@@ -82,7 +81,6 @@ struct Narrow {
   int64_t x_n, y_n;
   int32_t x_h, x_w, y_h, y_w;
   int32_t batch, image_h, image_w, channels;  // of x
-  int32_t filters;                            // of y
   int32_t class_count, parts, round_count;
   int32_t tile_h, tile_w;    // pixels of a tile; at most warps_m * kWarpPixels together
   int32_t warps_m, warps_n;  // at most kMaxWarps together

@@ -54,8 +54,6 @@ const char* narrow_fprop(const Narrow& p, DType dtype, void* stream) {
     return "a block has 1 to 8 warps";
   if (p.tile_h * p.tile_w > p.warps_m * kWarpPixels) return "the tile has more pixels than rows";
   if (p.buffers != 1 && p.buffers != 2) return "there are one or two buffers";
-  if (p.sums && (p.act != Act::none || p.scale || p.residual || p.class_count != 1))
-    return "sums are of conv(x, w) + shift only";
   const int64_t blocks = p.blocks ? p.blocks : narrow_blocks(p, dtype);
   if (blocks < 1) return "the device cannot hold a block of this shape";
   if (p.boxes) return narrow::launch_boxes(p, dtype, blocks, stream);

@@ -20,7 +20,6 @@
 #include "narrow.h"
 #include "ptx.h"
 #include "stage.h"
-#include "sums.h"
 
 namespace hetconv::cuda {
 namespace narrow {
@@ -32,7 +31,7 @@ constexpr int kFragmentBytes = 256;
 
 // Where things lie in shared memory, in bytes from its begin.
 struct Layout {
-  int lists, words, fragments, buffers, buffer, gathered, sums, phases, total;
+  int lists, words, fragments, buffers, buffer, gathered, phases, total;
 
   __host__ __device__ Layout(const Narrow& p, bool boxes) {
     const int pixels = p.warps_m * kWarpPixels, stage = pixels * stage_pitch(p.warps_n);
@@ -44,8 +43,7 @@ struct Layout {
     buffer = halo > stage ? halo : stage;
     if (boxes) buffers = aligned(buffers, kBoxGrain), buffer = aligned(buffer, kBoxGrain);
     gathered = buffers + p.buffers * buffer;
-    sums = gathered + p.halo_pixels * p.slot_pitch * 16;
-    phases = sums + Sums::bytes(p.warps_m, p.warps_n);
+    phases = gathered + p.halo_pixels * p.slot_pitch * 16;
     total = phases + (boxes ? 2 * 8 : 0);
   }
   static __host__ __device__ int aligned(int bytes, int grain = 16) {
@@ -209,9 +207,6 @@ __device__ __forceinline__ void compute(const P& p) {
       fence_async();
     }
   }
-  const Sums sums(p, shared + at.sums);
-  const bool counts = std::is_same_v<Activation, Clamp> && p.sums;
-  if (counts) sums.clear();
 
   auto fetch = [&](const Cursor& c, int buffer) {
     if (kBoxes && threadIdx.x) return;  // one thread asks for all of a box
@@ -299,7 +294,6 @@ __device__ __forceinline__ void compute(const P& p) {
       barrier();
     }
     const Activation activate(p.act);
-    if (counts) sums.add(p, target, columns.rows, acc, warp_m, warp_n, lane);
     const uint32_t top = stage + (warp_m * kWarpPixels + lane / 4) * columns.pitch;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
@@ -343,7 +337,6 @@ __device__ __forceinline__ void compute(const P& p) {
     barrier();  // the next tile may be fetched to where the results were
   }
   if constexpr (!kBoxes) copy_wait<0>();
-  if (counts) sums.send(p, Columns(p, head, part).rows);
 }
 
 }  // namespace narrow

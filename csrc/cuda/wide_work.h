@@ -60,13 +60,11 @@ struct Barriers {
 struct Item {
   const int32_t* table;  // the class
   const int32_t* head;
-  int pair, tile;  // tile: among those of all classes
-  int image, row, col;
+  int pair, image, row, col;
   bool real;  // there is such a tile: the last cluster may have one too many
 
   // Pairs of the same tile follow each other, so that its halo is read from the L2 cache.
   __device__ bool find(const Wide& p, int index, int rank) {
-    int first = 0;
     for (int kind = 0; kind < p.class_count; ++kind) {
       table = p.classes + kind * kClassFields;
       const int tiles_h = load_table(table + kTilesH), tiles_w = load_table(table + kTilesW);
@@ -77,7 +75,6 @@ struct Item {
         const int group = index / p.pairs, own = group * p.cluster + rank;
         pair = index - group * p.pairs;
         head = p.heads + (kind * p.pairs + pair) * kHeadFields;
-        tile = first + own;
         real = own < tiles;
         const int stack = own / (tiles_h * tiles_w), place = own - stack * tiles_h * tiles_w;
         image = stack * images;
@@ -86,7 +83,6 @@ struct Item {
         return true;
       }
       index -= items;
-      first += tiles;
     }
     return false;
   }

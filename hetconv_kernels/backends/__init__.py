@@ -225,8 +225,6 @@ def _ready(engine: Backend, problem: Problem) -> Choice:
     if problem.pool is not None and not _pools(engine, problem):
         run, pool = engine.fprop(replace(problem, pool=None)), problem.pool
         return Choice(engine, problem, lambda *operands: max_pooled(run(*operands), pool))
-    if "stats" in problem.epilogue:  # from the accumulators, where an engine can
-        prepare = getattr(engine, "fprop_stats", prepare)
     return Choice(engine, problem, prepare(problem))
 
 

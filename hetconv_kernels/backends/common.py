@@ -65,12 +65,6 @@ def empty(shape: tuple[int, ...], like: Tensor, problem: Problem) -> Tensor:
     return allocate(problem, shape, like.dtype, like.device, problem.format)
 
 
-def channel_statistics(y: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums y and y² per filter, in float32 (float64 for float64).  # [F], [F]"""
-    wide = y.double() if y.dtype == torch.float64 else y.float()
-    return wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3))
-
-
 def pad_image(x: Tensor, pads: Pads) -> Tensor:
     """Adds the zeros of `pads` around the image."""
     top, bottom, left, right = pads

@@ -12,7 +12,6 @@ import re
 from functools import cache
 
 import torch
-from torch import Tensor
 
 from ...problem import Problem
 from .. import Runner
@@ -102,22 +101,9 @@ class Cuda:
         """Prepares y = act(scale · conv(x, w) + shift + residual)."""
         return _call(problem).run
 
-    def fprop_stats(self, problem: Problem) -> Runner:
-        """Prepares y = conv(x, w) + shift with Σ y and Σ y² of each filter, from the accumulators.
-
-        Returns:
-            A callable like fprop's that returns y, Σ y, Σ y².  # [N, F, OH, OW], [F], [F]
-        """
-        return _call(problem).run_stats
-
     def dgrad(self, problem: Problem) -> Runner:
         """Prepares dx."""
-        call = _call(problem)
-
-        def run(dy: Tensor, w: Tensor) -> Tensor:
-            return call.run(dy, w)
-
-        return run
+        return _call(problem).run
 
     def wgrad(self, problem: Problem) -> Runner:
         """Prepares dw."""

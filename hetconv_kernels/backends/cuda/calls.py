@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -117,19 +117,6 @@ def uploaded(problem: Problem, tables: Any, names: Sequence[str]) -> dict[str, T
     return kept[1]
 
 
-class Bound(NamedTuple):
-    """A kernel made ready for operands of certain strides.
-
-    Attributes:
-        launch: takes the dtype, addresses of x, slabs, y, scale, shift, residual and sums, and the
-            stream.
-        lines: of `sums`, each for a part of the pixels.
-    """
-
-    launch: Callable[..., None]
-    lines: int
-
-
 class GatherCall:
     """fprop or dgrad of a Problem: what the kernels for narrow and for wide groups share.
 
@@ -145,7 +132,7 @@ class GatherCall:
         self._image = problem.output_size if back else (problem.height, problem.width)
         self._packer = make_packer(problem, tables)
         self._name = name_of(problem.dtype)
-        self._bound: dict[Any, Bound] = {}
+        self._bound: dict[Any, Callable[..., None]] = {}
         self._kept = Kept()
 
     def run(
@@ -157,31 +144,9 @@ class GatherCall:
         residual: Tensor | None = None,
     ) -> Tensor:
         """Runs the kernel.  # [N, F, OH, OW]"""
-        return self._run(x, w, scale, shift, residual, False)[0]
-
-    def run_stats(
-        self, x: Tensor, w: Tensor, _scale: None, shift: Tensor | None, _residual: None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Runs the kernel; sums y and y² from the accumulators.  # [N, F, OH, OW], [F], [F]"""
-        y, partial = self._run(x, w, None, shift, None, True)
-        assert partial is not None
-        total, squares = partial.sum(0)
-        return y, total, squares
-
-    def _run(
-        self,
-        x: Tensor,
-        w: Tensor,
-        scale: Tensor | None,
-        shift: Tensor | None,
-        residual: Tensor | None,
-        stats: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Returns the result, and partial sums when asked for.  # [lines, 2, F]"""
         y = empty(self._shape, x, self.problem)
-        filters = self._shape[1]
         if not y.numel():
-            return y, y.new_zeros((1, 2, filters), dtype=torch.float32) if stats else None
+            return y
         x = self.seen(readable(x))
         if residual is not None:
             residual = self.like(residual, y)
@@ -189,28 +154,24 @@ class GatherCall:
         scale, shift = (None if v is None else _single(v) for v in (scale, shift))
         key = (x.stride(), y.stride(), residual is None or residual.data_ptr() % 16 == 0)
         with current(self._device) as stream:
-            bound = self._bound.get(key)
-            if bound is None:
+            launch = self._bound.get(key)
+            if launch is None:
                 refuse_capture(self._device, "A layout of operands")  # asks the device for blocks
-                bound = self._bound[key] = self.bind(x, y, key[2])
+                launch = self._bound[key] = self.bind(x, y, key[2])
             frozen = self.problem.frozen_weight
             slabs = self._packer(w, frozen)
             self._kept.lend(self._device)
             if capturing(self._device):
                 pin(self._device, self, slabs if frozen else None)
-            sums = None
-            if stats:
-                shape = (bound.lines, 2, filters)
-                sums = torch.empty(shape, dtype=torch.float32, device=self._device)
-            bound.launch(
+            launch(
                 self._name,
                 x.data_ptr(),
                 slabs.data_ptr(),
                 y.data_ptr(),
-                *(0 if v is None else v.data_ptr() for v in (scale, shift, residual, sums)),
+                *(0 if v is None else v.data_ptr() for v in (scale, shift, residual)),
                 stream,
             )
-        return y, sums
+        return y
 
     def seen(self, x: Tensor) -> Tensor:
         """Returns the pixels of an operand that the kernel reads."""
@@ -224,8 +185,13 @@ class GatherCall:
             same = torch.empty_like(y).copy_(same)
         return same
 
-    def bind(self, x: Tensor, y: Tensor, aligned: bool) -> Bound:
-        """Fills the kernel's arguments, all but the operands' addresses."""
+    def bind(self, x: Tensor, y: Tensor, aligned: bool) -> Callable[..., None]:
+        """Fills the kernel's arguments, all but the operands' addresses.
+
+        Returns:
+            What launches it; takes the dtype, the addresses of x, slabs, y, scale, shift and
+            residual, and the stream.
+        """
         raise NotImplementedError
 
 
@@ -244,7 +210,7 @@ class NarrowCall(GatherCall):
         self._tables = uploaded(problem, choice.how.tables, names)
         self._kept = Kept(*self._tables.values())
 
-    def bind(self, x: Tensor, y: Tensor, aligned: bool) -> Bound:
+    def bind(self, x: Tensor, y: Tensor, aligned: bool) -> Callable[..., None]:
         """Fills the kernel's arguments, all but the operands' addresses."""
         problem, choice, tables = self.problem, self.choice, self.choice.how.tables
         call = engine().Narrow()
@@ -253,7 +219,7 @@ class NarrowCall(GatherCall):
         call.x_n, _, call.x_h, call.x_w = strides_of(x)
         call.y_n, _, call.y_h, call.y_w = strides_of(y)
         call.batch, (call.image_h, call.image_w) = problem.batch, self._image
-        call.filters, call.channels = self._shape[1], x.shape[1]
+        call.channels = x.shape[1]
         call.class_count, call.parts, call.round_count = tables.rounds.shape[:3]
         shape = tables.shape
         call.tile_h, call.tile_w = shape.height, shape.width
@@ -269,8 +235,8 @@ class NarrowCall(GatherCall):
             call.box_h, call.box_w = ([*sides, *spare] for sides in tables.halos.T.tolist())
         call.act = problem.act
         call.blocks = call.held_blocks(self._name)
-        rows, cols = tables.classes[0, 2:4].tolist()  # of the first class, the only one of fprop
-        return Bound(call.launch, min(call.blocks, problem.batch * rows * cols))
+        launch: Callable[..., None] = call.launch
+        return launch
 
 
 def strides_of(tensor: Tensor) -> tuple[int, ...]:

@@ -58,10 +58,9 @@ def shared_bytes(tables: Tables, buffers: int, resident: bool, boxes: bool) -> i
     buffer = max(tables.halo_pixels * tables.raw_pitch * 16, stage)
     weights = tables.max_fragments * 256 if resident else 0
     gathered = tables.halo_pixels * tables.slot_pitch * 16
-    sums = shape.warps_m * shape.warps_n * WARP_FILTERS * 8
     first = aligned(lists + words + weights, grain)
     phases = 16 if boxes else 0
-    return first + buffers * aligned(buffer, grain) + gathered + sums + phases
+    return first + buffers * aligned(buffer, grain) + gathered + phases
 
 
 def choose(

@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ...problem import Problem
 from ..gpu.capture import CONVERSIONS, Kept, upload
-from .calls import Bound, GatherCall, engine, strides_of, uploaded
+from .calls import GatherCall, engine, strides_of, uploaded
 from .choice import WideChoice
-from .wide_tiles import tile_counts
 
 
 class WideCall(GatherCall):
@@ -42,16 +43,16 @@ class WideCall(GatherCall):
             same = same.clone(memory_format=torch.preserve_format)
         return same
 
-    def bind(self, x: Tensor, y: Tensor, aligned: bool) -> Bound:
+    def bind(self, x: Tensor, y: Tensor, aligned: bool) -> Callable[..., None]:
         """Fills the kernel's arguments, all but the operands' addresses."""
-        how, batch = self.choice.how, self.problem.batch
+        how = self.choice.how
         call = engine().Wide()
         call.classes = self._classes.data_ptr()
         for name, table in self._tables.items():
             setattr(call, name, table.data_ptr())
         call.x_n, _, call.x_h, call.x_w = strides_of(x)
         call.y_n, _, call.y_h, call.y_w = strides_of(y)
-        call.batch, call.filters = batch, y.shape[1]
+        call.batch = self.problem.batch
         call.image_h, call.image_w = x.shape[2:]
         call.class_count, call.pairs = how.tables.heads.shape[:2]
         shape = how.shape
@@ -59,4 +60,5 @@ class WideCall(GatherCall):
         call.stages, call.slots, call.cluster = shape.stages, shape.slots, shape.cluster
         call.act = self.problem.act
         call.grid = call.held_blocks(self._name)
-        return Bound(call.launch, sum(tile_counts(how.classes, batch)))
+        launch: Callable[..., None] = call.launch
+        return launch

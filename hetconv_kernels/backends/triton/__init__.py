@@ -14,7 +14,6 @@ from math import prod
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from ...problem import Problem
 from .. import Runner
@@ -122,44 +121,11 @@ class Triton:
 
     def fprop(self, problem: Problem) -> Runner:
         """Prepares y = act(scale · conv(x, w) + shift + residual)."""
-        call = _call(problem)
-
-        def run(
-            x: Tensor,
-            w: Tensor,
-            scale: Tensor | None,
-            shift: Tensor | None,
-            residual: Tensor | None,
-        ) -> Tensor:
-            return call.run(x, w, scale, shift, residual)[0]
-
-        return run
-
-    def fprop_stats(self, problem: Problem) -> Runner:
-        """Prepares y = conv(x, w) + shift with Σ y and Σ y² of each filter, from the accumulators.
-
-        Returns:
-            A callable like fprop's that returns y, Σ y, Σ y².  # [N, F, OH, OW], [F], [F]
-        """
-        call = _call(problem)
-
-        def run(
-            x: Tensor,
-            w: Tensor,
-            scale: Tensor | None,
-            shift: Tensor | None,
-            residual: Tensor | None,
-        ) -> tuple[Tensor, Tensor, Tensor]:
-            y, sums = call.run(x, w, scale, shift, residual, True)
-            assert sums is not None
-            return y, sums[0], sums[1]
-
-        return run
+        return _call(problem).run
 
     def dgrad(self, problem: Problem) -> Runner:
         """Prepares dx."""
-        call = _call(problem)
-        return lambda dy, w: call.run(dy, w)[0]
+        return _call(problem).run
 
     def wgrad(self, problem: Problem) -> Runner:
         """Prepares dw."""

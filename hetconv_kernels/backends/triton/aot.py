@@ -187,7 +187,7 @@ def _source(configuration: Configuration) -> tuple[Any, Any, Any, Any]:
         if fused:
             pointers |= {"scale": "fp32", "shift": "fp32", "residual": dtype}
         if general:
-            pointers |= {"shift": dtype, "sums": "fp32"}
+            pointers |= {"shift": dtype}
         constants = {
             "BM": tile.pixels,
             "BN": tile.filters,
@@ -216,7 +216,7 @@ def _source(configuration: Configuration) -> tuple[Any, Any, Any, Any]:
         if whole:
             descriptors["yd"] = [*box, tile.filters]
         else:
-            pointers |= {"sums": "fp32", "residual": dtype}
+            pointers |= {"residual": dtype}
         if fused:
             descriptors["rd"] = [*box, tile.filters]
             pointers |= {"scale": "fp32", "shift": "fp32"}

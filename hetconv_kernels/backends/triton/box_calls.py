@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -14,7 +14,6 @@ from ..common import unit
 from ..gpu.capture import upload
 from .borders import borders
 from .boxes import fprop_kernel_boxes
-from .calls import Bound
 from .choice import folds
 from .launch import Launch, interpreted
 from .tiles import Tile, box_stages, box_warps
@@ -91,7 +90,7 @@ class Descriptor:
         return found
 
 
-def bind_boxes(call: GatherCall, x: Tensor, y: Tensor) -> Bound:
+def bind_boxes(call: GatherCall, x: Tensor, y: Tensor) -> Callable[..., None]:
     """Makes what depends on the strides of x: descriptors, table and the kernel's constants."""
     lowering, problem, choice = call.lowering, call.problem, call.choice
     tile, box = choice.tile, choice.box
@@ -145,7 +144,6 @@ def bind_boxes(call: GatherCall, x: Tensor, y: Tensor) -> Bound:
         scale: Tensor | None,
         shift: Tensor | None,
         residual: Tensor | None,
-        sums: Tensor | None,
     ) -> None:
         yd = None if written is None else written(y)
         rd = None if written is None or residual is None else written(residual)
@@ -162,10 +160,9 @@ def bind_boxes(call: GatherCall, x: Tensor, y: Tensor) -> Bound:
             scale,
             shift,
             None if written is not None else residual,
-            sums,
         )
 
-    return Bound(start, tiles)
+    return start
 
 
 def bind_wgrad_boxes(call: WgradCall, jobs: Jobs, dy: Tensor, x: Tensor, before: int) -> Start:

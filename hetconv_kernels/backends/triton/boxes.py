@@ -28,7 +28,6 @@ def fprop_kernel_boxes(
     scale,
     shift,
     residual,
-    sums,
     BI: tl.constexpr,
     BH: tl.constexpr,
     BW: tl.constexpr,
@@ -57,7 +56,6 @@ def fprop_kernel_boxes(
         scale: per filter, or None.  # [F]
         shift: per filter, or None.  # [F]
         residual: laid out as y, or None.
-        sums: Σ y and Σ y² of each tile of pixels, or None.  # float32 [tiles, 2, F]
         BI: images of a box.
         BH: rows of a box.
         BW: columns of a box.
@@ -167,9 +165,3 @@ def fprop_kernel_boxes(
                 acc = acc + tl.load(residual + target, mask=written, other=0.0).to(tl.float32)
             acc = activate(acc, ACT)
             tl.store(y + target, acc.to(y.dtype.element_ty), mask=written)
-        if sums is not None:
-            counted = tl.where(inside[None, :], acc, 0.0)
-            filters = tl.load(table + 26)
-            part = sums + block.to(tl.int64) * 2 * filters + f
-            tl.store(part, tl.sum(counted, 1), mask=known)
-            tl.store(part + filters, tl.sum(counted * counted, 1), mask=known)

@@ -91,7 +91,6 @@ def fprop_kernel_gather(
     scale,
     shift,
     residual,
-    sums,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -118,7 +117,6 @@ def fprop_kernel_gather(
         scale: per filter, or None.  # [F]
         shift: per filter, or None.  # [F]
         residual: laid out as y, or None.
-        sums: Σ y and Σ y² of each tile of pixels, or None.  # float32 [tiles, 2, F]
         BM: pixels of a tile.
         BN: filters of a tile.
         BK: channels of a step.
@@ -240,9 +238,3 @@ def fprop_kernel_gather(
         acc = acc + tl.load(residual + target, mask=written, other=0.0).to(tl.float32)
     acc = activate(acc, ACT)
     tl.store(y + target, acc.to(y.dtype.element_ty), mask=written)
-    if sums is not None:
-        counted = tl.where(inside[:, None], acc, 0.0)
-        filters = tl.load(table + 26)
-        part = sums + block.to(tl.int64) * 2 * filters + f
-        tl.store(part, tl.sum(counted, 0), mask=known)
-        tl.store(part + filters, tl.sum(counted * counted, 0), mask=known)

@@ -31,10 +31,10 @@ class Configuration:
         tile: its tile.
         taps: of one job, for wgrad.
         epilogue: ``plain``, or ``fused``: scale, shift, residual, ReLU and, where pointers are
-            read, channel tails; ``general``: other activations, statistics, scattered filters, and
-            pixels adjacent in memory instead of channels, for which nothing fast is promised.
+            read, channel tails; ``general``: other activations, scattered filters, and pixels
+            adjacent in memory instead of channels, for which nothing fast is promised.
             Boxes are also ``folded`` (stride 2) or ``ragged``, stored by pointers as segments that
-            do not fill their tile are, with statistics.
+            do not fill their tile are.
         precision: of products of float32.
         box: of the box kernels.
     """
