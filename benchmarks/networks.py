@@ -126,18 +126,18 @@ NETWORKS = (
 Form = Literal["ours", "dense", "composition"]
 
 
-def build(case: NetworkCase, form: Form, x: Tensor) -> nn.Module:
+def build_network(case: NetworkCase, form: Form, x: Tensor) -> nn.Module:
     """Builds a case's network in one of its forms, on seeded weights, in evaluation mode.
 
     All forms are in float32; `benchmarks.low_precision` brings them to the case's dtype.
     """
     if form == "dense":
-        return export.plain(hk.optimize(seeded(case), x[:1]).model)
-    sparse = hk.optimize(converted(case, seeded(case)), x[:1]).model
+        return export.plain(hk.optimize(seeded_network(case), x[:1]).model)
+    sparse = hk.optimize(converted(case, seeded_network(case)), x[:1]).model
     return sparse if form == "ours" else composed(case, sparse)
 
 
-def seeded(case: NetworkCase) -> nn.Module:
+def seeded_network(case: NetworkCase) -> nn.Module:
     """Builds a case's dense network on seeded weights, in evaluation mode."""
     torch.manual_seed(0)
     return models.create(case.network).eval()

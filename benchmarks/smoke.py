@@ -19,9 +19,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.watch import Log, end_on_term, watched
+from benchmarks import RESULTS
+from benchmarks.watch import Log, end_on_term, run_watched
 
-RESULTS = Path(__file__).parent / "results"
 RESULT = "result "
 # CUDA first: nothing is compiled for it here, and wide groups are worth most.
 CHECKS = (
@@ -60,11 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"received {', '.join(unknown)}; expected some of {', '.join(CHECKS)}")
     end_on_term()
     python = shlex.split(options.python) or [sys.executable]
-    found = run(options.names or CHECKS, python, options.limit, options.results, Log())
+    found = run_parts(options.names or CHECKS, python, options.limit, options.results, Log())
     return int(any(check["status"] in FAULTY for check in found.values()))
 
 
-def run(
+def run_parts(
     names: Sequence[str], python: Sequence[str], limit: float, folder: Path, log: Log
 ) -> dict[str, dict[str, Any]]:
     """Checks parts, writes ``smoke.json`` after each, and returns what was found.
@@ -80,7 +80,7 @@ def run(
     for name in names:
         log(f"smoke: {name} begins")
         command = [*python, "-m", "benchmarks.smoke", "--one", name]
-        ended = watched(command, log, limit=limit)
+        ended = run_watched(command, log, limit=limit)
         check: dict[str, Any] = {"status": ended.status, "detail": ""}
         for line in ended.lines:
             if line.startswith(RESULT):
@@ -138,7 +138,7 @@ def _part(name: str) -> int:
     if name == "cuda-cluster":
         wide_tiles.CLUSTERS = (2,)
     if name == "triton-boxes":  # which are not chosen where the CUDA engine is built
-        triton_choice.ONLY = "boxes"
+        triton_choice.ONLY_LAUNCH = "boxes"
     gradient = "wgrad" in name
     verbs = ("wgrad",) if gradient else ("fprop", "dgrad")
     if name == "cuda-boxes":

@@ -22,7 +22,7 @@ import torch
 
 import hetconv_kernels as hk
 
-PATH = Path(__file__).with_name("self_grouped.json")
+SELF_GROUPED_FILE = Path(__file__).with_name("self_grouped.json")
 TRAINED_PATH = Path(__file__).with_name("trained_masks.json")
 CLUSTERS = 16
 SMALL = (60, 16, 32, 3, 0)  # the layer that the tests of the benchmarks use
@@ -35,11 +35,11 @@ def self_grouped(percent: int, channels: int, filters: int, kernel: int, seed: i
         HetconvError: there is none, and scikit-learn is not installed.
         ValueError: the file was changed or damaged.
     """
-    name = key(percent, channels, filters, kernel, seed)
+    name = support_key(percent, channels, filters, kernel, seed)
     entry = _committed().get(name)
     if entry is None:
-        return make(percent, channels, filters, kernel, seed)
-    return _support_of(entry, f"{PATH.name}: {name}", channels, kernel)
+        return make_support(percent, channels, filters, kernel, seed)
+    return _support_of(entry, f"{SELF_GROUPED_FILE.name}: {name}", channels, kernel)
 
 
 def trained(percent: int, channels: int, filters: int) -> hk.Support:
@@ -55,7 +55,7 @@ def trained(percent: int, channels: int, filters: int) -> hk.Support:
     return _support_of(_committed_trained()[name], where, channels, 3)
 
 
-def make(percent: int, channels: int, filters: int, kernel: int, seed: int) -> hk.Support:
+def make_support(percent: int, channels: int, filters: int, kernel: int, seed: int) -> hk.Support:
     """Runs self-grouping in steps of ten per cent to the target, on seeded Gaussian weights."""
     from hetconv_kernels.compression.self_grouping import self_group
 
@@ -67,7 +67,7 @@ def make(percent: int, channels: int, filters: int, kernel: int, seed: int) -> h
     return support
 
 
-def key(percent: int, channels: int, filters: int, kernel: int, seed: int) -> str:
+def support_key(percent: int, channels: int, filters: int, kernel: int, seed: int) -> str:
     """Names a Support in the file."""
     return f"sg{percent}-{channels}x{filters}-k{kernel}-seed{seed}"
 
@@ -90,7 +90,7 @@ def entry_of(support: hk.Support) -> dict[str, Any]:
 
 @cache
 def _committed() -> dict[str, Any]:
-    return dict(json.loads(PATH.read_text())) if PATH.exists() else {}
+    return dict(json.loads(SELF_GROUPED_FILE.read_text())) if SELF_GROUPED_FILE.exists() else {}
 
 
 @cache
@@ -132,9 +132,9 @@ def main() -> None:
         | whole
         | {SMALL}
     )
-    entries = {key(*shape): entry_of(make(*shape)) for shape in wanted}
+    entries = {support_key(*shape): entry_of(make_support(*shape)) for shape in wanted}
     lines = [f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items()]
-    PATH.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    SELF_GROUPED_FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ Fastest = tuple[str, float]
 Entries = dict[str, dict[str, object]]
 
 
-def problems(case: Case) -> list[Problem]:
+def problems_of(case: Case) -> list[Problem]:
     """Describes the primitives of a case, without memory for its tensors."""
     support = case.build_support()
     geometry = make_geometry(support, case.stride, case.k // 2)
@@ -60,7 +60,7 @@ def choices_of(problem: Problem) -> list[choice.Named]:
     return found
 
 
-def entries(
+def measured_entries(
     cases: Iterable[Case],
     capability: tuple[int, int],
     measure: Callable[[Problem, Sequence[choice.Named]], Fastest],
@@ -72,9 +72,9 @@ def entries(
     """
     found: Entries = {}
     for case in cases:
-        for problem in problems(case):
+        for problem in problems_of(case):
             name, seconds = measure(problem, choices_of(problem)[:most])
-            key = table.key_of(problem, capability)
+            key = table.table_key(problem, capability)
             print(f"{key:<70} {name:<40} {seconds * 1e6:9.2f} us", flush=True)
             if key not in found or float(str(found[key]["seconds"])) < seconds:
                 found[key] = {"name": name, "seconds": seconds}
@@ -83,7 +83,7 @@ def entries(
 
 def timed(problem: Problem, choices: Sequence[choice.Named]) -> Fastest:
     """Times choices in turns."""
-    attempt = wgrad_choice.attempt if problem.verb == "wgrad" else choice.attempt
+    attempt = wgrad_choice.wgrad_attempt if problem.verb == "wgrad" else choice.gather_attempt
     calls = {c.name: attempt(problem, c) for c in choices}  # type: ignore[arg-type]
     timings = timing.interleaved(calls, rounds=9, device=problem.device)
     name = timings.fastest(list(calls))
@@ -103,15 +103,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"torch {torch.__version__} finds no CUDA device: nothing was measured.")
         return 2
     cases = [c for c in GPU_CASES if options.full or c.quick]
-    before, started, layers = table.entries(), time.monotonic(), 0
+    before, started, layers = table.table_entries(), time.monotonic(), 0
     found: Entries = {}
-    for found in entries(cases, torch.cuda.get_device_capability(), timed, options.most):
+    for found in measured_entries(cases, torch.cuda.get_device_capability(), timed, options.most):
         layers += 1
         whole = {"entries": dict(sorted({**before, **found}.items()))}
-        table.PATH.write_text(json.dumps(whole, indent=1) + "\n")
+        table.TABLE_FILE.write_text(json.dumps(whole, indent=1) + "\n")
         if time.monotonic() - started > options.budget:
             break
-    print(f"{len(found)} entries of {layers} layers (of {len(cases)}) are in {table.PATH.name}")
+    print(
+        f"{len(found)} entries of {layers} layers (of {len(cases)}) are in {table.TABLE_FILE.name}"
+    )
     return 0
 
 

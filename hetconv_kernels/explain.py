@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from . import functional, ops
-from .backends import NAMES, available_backends, choose, get_backend
+from .backends import ENGINE_OF_CODE, available_backends, choose, get_backend
 from .disturbance import far_above
 from .disturbance import shown as said
 from .errors import ArgumentError, InputTypeError, mismatch
 from .nn.base import SupportLayer
 from .nn.conv import SupportConv2d
 from .nn.quantized_layer import QuantizedLayer
-from .packing import watched
+from .packing import watched_packings
 from .problem import Problem, check_call
 
 
@@ -229,7 +229,7 @@ def explain(layer: SupportLayer | QuantizedLayer, x: Tensor, measure: bool = Tru
         macs=problem.macs,
         dense_macs=problem.dense_macs,
         chosen=chosen,
-        forced=NAMES[forced] != "auto",
+        forced=ENGINE_OF_CODE[forced] != "auto",
         candidates=tuple(candidates),
         frozen=layer.frozen,
         disturbed=disturbed,
@@ -339,7 +339,7 @@ def packing_seconds(call: Callable[[], object], rounds: int = 3) -> float:
     """
     spent = []
     for _ in range(rounds):
-        with watched() as seen:
+        with watched_packings() as seen:
             call()
         spent.append(sum(packed.seconds for packed in seen))
     return sorted(spent)[rounds // 2]

@@ -113,7 +113,7 @@ def run_fprop(
             problem = replace(problem, pool=pool)
         choice = _remember(geometry, key, problem, backend)
     if ranges.active:
-        return ranges.run(choice, x, w, scale, shift, residual)
+        return ranges.run_in_range(choice, x, w, scale, shift, residual)
     return choice.run(x, w, scale, shift, residual)
 
 
@@ -195,7 +195,7 @@ def run_dgrad(
         problem = describe("dgrad", geometry, dy, dy, w, size)
         choice = _remember(geometry, key, problem, backend)
     if ranges.active:
-        return ranges.run(choice, dy, w)
+        return ranges.run_in_range(choice, dy, w)
     return choice.run(dy, w)
 
 
@@ -241,7 +241,7 @@ def run_wgrad(
         problem = describe("wgrad", geometry, dy, x, like, tuple(x.shape[2:]))
         choice = _remember(geometry, key, problem, backend)
     if ranges.active:
-        return ranges.run(choice, dy, x)
+        return ranges.run_in_range(choice, dy, x)
     return choice.run(dy, x)
 
 

@@ -23,6 +23,7 @@ from .pooling import Pool
 from .support import Support
 
 ACTIVATIONS = ("none", "relu", "relu6", "silu", "gelu")
+VERBS = ("fprop", "dgrad", "wgrad")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 Pair = tuple[int, int]

@@ -23,8 +23,8 @@ from building import alone
 from torch import Tensor
 
 from hetconv_kernels import Support
-from hetconv_kernels.backends.cuda.lowering import Shape, Tables, lower
-from hetconv_kernels.backends.cuda.tiles import choose, choose_wgrad, shared_bytes
+from hetconv_kernels.backends.cuda.lowering import BlockShape, Tables, lower_narrow
+from hetconv_kernels.backends.cuda.tiles import choose_narrow, choose_wgrad, shared_bytes
 from hetconv_kernels.backends.cuda.wgrad_lowering import UNIT_VALUES
 from hetconv_kernels.backends.cuda.windows import windows
 from hetconv_kernels.backends.gpu.devices import GPU_SPECS
@@ -167,7 +167,7 @@ def fprop_case(
     back: bool = False,
     act: str = "none",
     epilogue: Sequence[str] = (),
-    shape: Shape | None = None,
+    shape: BlockShape | None = None,
     buffers: int | None = None,
     resident: bool | None = None,
     boxes: bool = False,
@@ -185,12 +185,12 @@ def fprop_case(
     window = windows(geometry, size, back)
     part = GPU_SPECS[9, 0]
     if shape is None:
-        choice = choose(support, window, batch, back, part)
+        choice = choose_narrow(support, window, batch, back, part)
         tables = choice.tables
         buffers = choice.buffers if buffers is None else buffers
         resident = choice.resident if resident is None else resident
     else:
-        tables = lower(support, window, shape, back)
+        tables = lower_narrow(support, window, shape, back)
     buffers, resident = buffers or 1, bool(resident)
     boxes = boxes and not tables.no_boxes
     x = torch.randn(batch, *read).to(dtype)

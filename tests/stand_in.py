@@ -104,7 +104,7 @@ def install(patch: pytest.MonkeyPatch) -> None:
     """Puts everything in its place, but for `rehearsal`."""
     import hetconv_kernels as hk
     from benchmarks import bench, primitives, smoke
-    from benchmarks.cases import Case, het
+    from benchmarks.cases import Case, het_case
     from hetconv_kernels import backends
     from hetconv_kernels.backends import cuda
     from hetconv_kernels.backends.triton import calls, wgrad_calls
@@ -113,7 +113,7 @@ def install(patch: pytest.MonkeyPatch) -> None:
     build_for(patch, "90a")
     hk._cuda.wide_rate = rate  # type: ignore[attr-defined]
     patch.setitem(backends._engines(), "cuda", cuda.Cuda())
-    for name in ("NarrowCall", "WideCall", "WgradCall"):
+    for name in ("NarrowCall", "WideCall", "NarrowWgradCall"):
         patch.setattr(cuda, name, stand_in("cuda"))
     patch.setattr(calls, "GatherCall", stand_in("triton"))
     patch.setattr(wgrad_calls, "WgradCall", stand_in("triton"))
@@ -122,8 +122,12 @@ def install(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(smoke, "REPEATS", 2)
     patch.setattr(smoke, "_SIZES", ((7, 7),))
     cases = [
-        Case("gpu-narrow", 2, 64, 64, 6, 6, 3, het(8), stride=1, device="cuda", dtype="bfloat16"),
-        Case("gpu-wide", 2, 256, 256, 6, 6, 3, het(4), stride=1, device="cuda", dtype="bfloat16"),
+        Case(
+            "gpu-narrow", 2, 64, 64, 6, 6, 3, het_case(8), stride=1, device="cuda", dtype="bfloat16"
+        ),
+        Case(
+            "gpu-wide", 2, 256, 256, 6, 6, 3, het_case(4), stride=1, device="cuda", dtype="bfloat16"
+        ),
     ]
     rows = [(case, verb) for case in cases for verb in bench.VERBS]
     patch.setattr(primitives, "rows_of", lambda full: rows)

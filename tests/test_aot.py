@@ -190,8 +190,8 @@ GOOD = aot.Compiled(
 def test_lost_speed_is_noticed(change: dict[str, Any], words: str) -> None:
     configuration = shipped.configurations()[0]
     assert configuration.name == GOOD.name
-    assert aot.problems(GOOD, configuration) == []
-    found = aot.problems(dataclasses.replace(GOOD, **change), configuration)
+    assert aot.shortcomings(GOOD, configuration) == []
+    found = aot.shortcomings(dataclasses.replace(GOOD, **change), configuration)
     assert len(found) == 1
     assert words in found[0]
 
@@ -201,7 +201,7 @@ def test_wgrads_boxes_need_every_stage_of_x(rings: list[int], fine: bool) -> Non
     configuration = next(c for c in shipped.configurations() if c.kernel == "wgradboxes")
     assert configuration.taps == 3
     found = dataclasses.replace(GOOD, stages=3, buffers=rings, from_shared=True)
-    assert (aot.problems(found, configuration) == []) == fine
+    assert (aot.shortcomings(found, configuration) == []) == fine
 
 
 def test_the_interpreter_is_refused_before_it_compiles_nothing(
@@ -214,5 +214,5 @@ def test_the_interpreter_is_refused_before_it_compiles_nothing(
 
 def test_a_box_that_goes_through_registers_is_noticed() -> None:
     boxed = next(c for c in shipped.configurations() if c.box is not None)
-    assert aot.problems(dataclasses.replace(GOOD, from_shared=True), boxed) == []
-    assert aot.problems(GOOD, boxed) == ["an operand of the product goes through registers"]
+    assert aot.shortcomings(dataclasses.replace(GOOD, from_shared=True), boxed) == []
+    assert aot.shortcomings(GOOD, boxed) == ["an operand of the product goes through registers"]

@@ -114,8 +114,8 @@ def test_an_entry_of_the_table_decides(on_gpu, verb: str, monkeypatch: pytest.Mo
     assert len({c.name for c in choices}) == len(choices)
     slow = max(choices, key=lambda c: c.seconds)
     assert not Triton().measured(p)
-    entry = {table.key_of(p, (9, 0)): {"name": slow.name, "seconds": 1.0}}
-    monkeypatch.setattr(table, "entries", lambda: entry)
+    entry = {table.table_key(p, (9, 0)): {"name": slow.name, "seconds": 1.0}}
+    monkeypatch.setattr(table, "table_entries", lambda: entry)
     assert Triton().measured(p)
     best = choice.best_gather if verb == "fprop" else wgrad_choice.best_wgrad
     assert best(p).name == slow.name
@@ -162,7 +162,7 @@ def test_names_follow_one_grammar(on_gpu) -> None:
 def test_the_table_names_choices_that_exist() -> None:
     """It is empty until a GPU has measured it; what is written there later is held to this."""
     shipped = {"x".join(map(str, c.tile[:3])) for c in configurations()}
-    for key, entry in table.entries().items():
+    for key, entry in table.table_entries().items():
         match = NAME.fullmatch(entry["name"])
         assert match, key
         assert {match[1], match[2] or match[1]} <= shipped, key
@@ -215,7 +215,7 @@ def test_boxes_of_fprop_are_for_where_no_cuda_engine_was_built(
     wgrad = described("wgrad", support, batch=64, device=CUDA)
     assert any(c.box is not None for c in wgrad_choice.wgrad_choices(wgrad))
     # Asked for, they are there: for tests and for measurements.
-    monkeypatch.setattr(choice, "ONLY", "boxes")
+    monkeypatch.setattr(choice, "ONLY_LAUNCH", "boxes")
     assert all(c.box is not None for c in choice.gather_choices(described(device=CUDA)))
 
 

@@ -327,7 +327,7 @@ def test_tables_are_made_once(host, monkeypatch: pytest.MonkeyPatch) -> None:
     geometry = make_geometry(support, 1, 1)
     x, w, _ = operands(geometry, torch.bfloat16)
     run("fprop", geometry, x, x, w, None, None, None)
-    monkeypatch.setattr(choice, "choose", lambda *_: pytest.fail("lowered again"))
+    monkeypatch.setattr(choice, "choose_narrow", lambda *_: pytest.fail("lowered again"))
     monkeypatch.setattr(
         "hetconv_kernels.backends.cuda.calls.upload", lambda *_: pytest.fail("uploaded again")
     )

@@ -25,7 +25,7 @@ from narrow_cases import (
 )
 
 from hetconv_kernels import Support
-from hetconv_kernels.backends.cuda.lowering import Shape
+from hetconv_kernels.backends.cuda.lowering import BlockShape
 from hetconv_kernels.problem import make_geometry
 
 pytestmark = pytest.mark.skipif(shim.compiler() is None, reason="g++ is not installed here")
@@ -116,7 +116,7 @@ def simple(buffers: int = 2, verb: str = "fprop") -> shim.Case:
     if verb == "wgrad":
         return shim.wgrad_case(HET, LAYERS["het8"], (24, 24), 1, buffers=buffers, boxes=True)
     geometry = make_geometry(Support.het(64, 40, 3, p=8), 1, 1)
-    how = {"shape": Shape(4, 8, 1, 1, 4), "buffers": buffers, "resident": True, "boxes": True}
+    how = {"shape": BlockShape(4, 8, 1, 1, 4), "buffers": buffers, "resident": True, "boxes": True}
     how |= {"epilogue": ("residual",)}
     case = shim.fprop_case(geometry.support, geometry, (8, 24), 1, **how)
     assert case.numbers["boxes"]

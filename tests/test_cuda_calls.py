@@ -62,7 +62,7 @@ def test_an_operand_that_spans_too_much_is_brought_together(
         .to(memory_format=torch.channels_last)[..., ::10]
         .copy_(x)
     )
-    assert calls.span(wide.shape, wide.stride()) == 16 * 90 * 5 + 160 * 8 + 16
+    assert calls.element_span(wide.shape, wide.stride()) == 16 * 90 * 5 + 160 * 8 + 16
     for limit, copies in ((10**4, 0), (10**3, 1)):
         monkeypatch.setattr(calls, "MAX_SPAN", limit)
         assert torch.equal(run("fprop", GEOMETRY, wide, wide, w, None, None, None), expected)

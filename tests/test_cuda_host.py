@@ -25,7 +25,7 @@ from narrow_cases import (
 )
 
 from hetconv_kernels import Support
-from hetconv_kernels.backends.cuda.lowering import Shape
+from hetconv_kernels.backends.cuda.lowering import BlockShape
 from hetconv_kernels.problem import Geometry, make_geometry
 
 pytestmark = pytest.mark.skipif(shim.compiler() is None, reason="g++ is not installed here")
@@ -87,7 +87,7 @@ def simple(verb: str = "fprop") -> shim.Case:
     if verb == "wgrad":
         return shim.wgrad_case(HET, SAME, (24, 24), 1, buffers=2)
     geometry = make_geometry(Support.het(64, 40, 3, p=8), 1, 1)
-    how = {"shape": Shape(4, 8, 1, 1, 64), "buffers": 2, "resident": True}
+    how = {"shape": BlockShape(4, 8, 1, 1, 64), "buffers": 2, "resident": True}
     return shim.fprop_case(geometry.support, geometry, (8, 24), 1, **how)
 
 

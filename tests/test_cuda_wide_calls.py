@@ -72,7 +72,7 @@ def test_wide_groups_run_on_hopper(on_gpu, verb: str) -> None:
     problem = described(verb, DENSE)
     engine = Cuda()
     assert engine.unsupported_reasons(problem) == []
-    assert isinstance(choice.gather_choice(problem), choice.WideChoice)
+    assert isinstance(choice.best_cuda_gather(problem), choice.WideChoice)
     (note,) = engine.notes(problem)
     assert note.startswith("It runs the kernel for wide groups: tiles of 224 pixels")
     assert 0.8 < engine.efficiency(problem) <= 1
@@ -105,7 +105,7 @@ def test_other_gpus_are_told_why_not(
 def test_narrow_groups_stay_with_their_kernel(on_gpu) -> None:
     on_gpu()
     problem = described("fprop", HET8)
-    assert isinstance(choice.gather_choice(problem), choice.GatherChoice)
+    assert isinstance(choice.best_cuda_gather(problem), choice.NarrowChoice)
     assert "kernel for narrow groups: tiles of" in Cuda().notes(problem)[0]
 
 
@@ -116,9 +116,9 @@ def test_the_faster_predicted_kernel_is_taken(on_gpu, monkeypatch: pytest.Monkey
         found = choice.best(problem)
         seconds = {}
         for only in ("narrow", "wide"):
-            monkeypatch.setattr(choice, "ONLY", only)
-            seconds[only] = choice.gather_choice(problem).seconds
-        monkeypatch.setattr(choice, "ONLY", None)
+            monkeypatch.setattr(choice, "ONLY_KERNEL", only)
+            seconds[only] = choice.best_cuda_gather(problem).seconds
+        monkeypatch.setattr(choice, "ONLY_KERNEL", None)
         assert found.seconds == min(seconds.values())
 
 
@@ -139,9 +139,9 @@ def test_filters_that_are_no_multiple_of_eight_are_refused(on_gpu) -> None:
 
 def test_tables_and_packed_weights_serve_all_batches(on_gpu) -> None:
     on_gpu()
-    many = choice.gather_choice(described("fprop", DENSE))
+    many = choice.best_cuda_gather(described("fprop", DENSE))
     problem = pretending.described("fprop", DENSE, batch=1)
-    few = choice.gather_choice(dataclasses.replace(problem, device=pretending.CUDA))
+    few = choice.best_cuda_gather(dataclasses.replace(problem, device=pretending.CUDA))
     assert few.how.tables is many.how.tables
     assert few.how.classes.tolist() != many.how.classes.tolist()
 
@@ -196,7 +196,7 @@ def operands(name: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
 def prepared(verb: str, geometry: Geometry, first: Any, w: Any, size: Any, **how: Any) -> Any:
     """Prepares fprop or dgrad on the host's kernel, past the refusal of CPU tensors."""
     problem = ops.describe(verb, geometry, first, first, w, size, **how)
-    assert isinstance(choice.gather_choice(problem), choice.WideChoice)
+    assert isinstance(choice.best_cuda_gather(problem), choice.WideChoice)
     engine = Cuda()
     return {"fprop": engine.fprop, "dgrad": engine.dgrad}[verb](problem)
 
@@ -337,9 +337,9 @@ def test_a_cluster_that_is_left_out_is_not_chosen(
     on_gpu: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_gpu()
-    assert choice.gather_choice(described("fprop", DENSE)).how.shape.cluster == 2
+    assert choice.best_cuda_gather(described("fprop", DENSE)).how.shape.cluster == 2
     monkeypatch.setattr(parts, "WITHOUT", frozenset({"cuda-cluster"}))
-    assert choice.gather_choice(described("fprop", DENSE)).how.shape.cluster == 1
+    assert choice.best_cuda_gather(described("fprop", DENSE)).how.shape.cluster == 1
 
 
 @pytest.mark.parametrize("name", ["cuda-wide", "cuda-narrow", "cuda-wgrad"])

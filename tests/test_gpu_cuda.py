@@ -43,7 +43,7 @@ DTYPES = [torch.bfloat16, torch.float16]
 
 @pytest.fixture(autouse=True)
 def _narrow(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(choice, "ONLY", "narrow")
+    monkeypatch.setattr(choice, "ONLY_KERNEL", "narrow")
     with poisoned():
         yield
 

@@ -44,7 +44,7 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> Any:
     capability = torch.cuda.get_device_capability()
     if capability != (9, 0):
         pytest.skip(f"the kernel is for compute capability 9.0, and this is {capability}")
-    monkeypatch.setattr(choice, "ONLY", "wide")
+    monkeypatch.setattr(choice, "ONLY_KERNEL", "wide")
     with poisoned():
         yield
 

@@ -48,7 +48,7 @@ def test_both_kernels_equal_the_oracle(
 ) -> None:
     if path == "boxes" and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("boxes are for Hopper")
-    monkeypatch.setattr(choice, "ONLY", path)
+    monkeypatch.setattr(choice, "ONLY_LAUNCH", path)
     compare(make_geometry(SUPPORTS[support], stride, SUPPORTS[support].kernel[0] // 2), dtype, CODE)
 
 
@@ -60,7 +60,7 @@ def test_boxes_of_many_images(
     """Most of these tiles are one pixel of many images and skip taps at the border."""
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("boxes are for Hopper")
-    monkeypatch.setattr(choice, "ONLY", "boxes")
+    monkeypatch.setattr(choice, "ONLY_LAUNCH", "boxes")
     compare(make_geometry(SUPPORTS[support], 1, 1), torch.bfloat16, CODE, size, n=130)
 
 
@@ -139,5 +139,5 @@ def test_more_than_2_to_the_31_elements(path: str, monkeypatch: pytest.MonkeyPat
         pytest.skip("boxes are for Hopper")
     if torch.cuda.mem_get_info()[0] < 32 * 2**30:
         pytest.skip("needs 32 GB of free memory")
-    monkeypatch.setattr(choice, "ONLY", path)
+    monkeypatch.setattr(choice, "ONLY_LAUNCH", path)
     compare_huge(CODE)

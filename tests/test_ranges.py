@@ -106,7 +106,7 @@ def in_8_bits(backend: str) -> list[str]:
     return [f"hetconv.{v.replace(' ', f' {backend} ', 1)}" for v in VERBS_OF_8_BITS]
 
 
-@pytest.mark.parametrize("backend", engine.available())
+@pytest.mark.parametrize("backend", engine.engine_names())
 def test_every_operation_in_8_bits_has_its_range(backend: str) -> None:
     net, x = Integers(backend), torch.randn(2, 8, 6, 6)
     expected = net(x)
@@ -118,7 +118,7 @@ def test_every_operation_in_8_bits_has_its_range(backend: str) -> None:
     assert names(profiler) == set()
 
 
-@pytest.mark.parametrize("backend", engine.available())
+@pytest.mark.parametrize("backend", engine.engine_names())
 def test_calls_that_no_dispatcher_sees_have_nvtx_ranges_in_8_bits(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

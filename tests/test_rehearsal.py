@@ -18,7 +18,7 @@ import torch
 from rehearsal import Rehearsal, check_descriptor, rehearsal
 
 from benchmarks import bench, gate, primitives, tune
-from benchmarks.cases import GPU_CASES, Case, het
+from benchmarks.cases import GPU_CASES, Case, het_case
 from benchmarks.record import Record
 from hetconv_kernels.roofs import Roofs
 
@@ -45,9 +45,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
         made = {"dgrad": (x,), "wgrad": (w,), "step": (x, w)}[verb]
         return tuple(torch.empty_like(t) for t in made)
 
-    def check(self: bench.Bench, verb: str, name: str) -> gate.Match:
+    def check(self: bench.Bench, verb: str, name: str) -> gate.Agreement:
         self.variants[verb][name][0]()
-        return gate.Match(True, 0.5, 0.0)
+        return gate.Agreement(True, 0.5, 0.0)
 
     roofs = Roofs(4e14, 3e12, "cuda", "bfloat16")
     monkeypatch.setattr(bench.Bench, "_backward", staticmethod(backward))
@@ -60,7 +60,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_the_table_of_make_gpu(tmp_path: Path, gpu: Rehearsal, capsys) -> None:  # type: ignore[no-untyped-def]
     """Every row is described, compiled, started, captured and written, in the real order."""
     wanted = primitives.rows_of(full=False) if EVERYTHING else FEW
-    assert primitives.run(Record(tmp_path, "p"), wanted, "triton", 1.5) == 0
+    assert primitives.run_rows(Record(tmp_path, "p"), wanted, "triton", 1.5) == 0
     rows = json.loads((tmp_path / "p.json").read_text())["rows"]
     assert [(row["case"]["name"], row["verb"]) for row in rows] == [(c.name, v) for c, v in wanted]
     assert all(row["backend"]["ran"] == "triton" and row["median_s"] > 0 for row in rows)
@@ -82,7 +82,7 @@ def test_tuning_runs_every_choice(gpu: Rehearsal, monkeypatch: pytest.MonkeyPatc
     most = 8 if EVERYTHING else 1
     cases = [BY_NAME[f"gpu-r50-{name}"] for name in ("conv5-128-het4", "conv4-128-sg70")]
     cases = cases if EVERYTHING else cases[:1]
-    *_, found = tune.entries(cases, (9, 0), tune.timed, most)
+    *_, found = tune.measured_entries(cases, (9, 0), tune.timed, most)
     assert {key.split()[1] for key in found} == {"fprop", "dgrad", "wgrad"}
     assert gpu.started > 3 * most
 
@@ -111,7 +111,7 @@ def test_descriptors_are_kept_by_address_and_keep_no_memory(gpu: Rehearsal) -> N
         {"dtype": "float32", "n": 2},
         {"c": 36, "f": 20, "n": 3},
         {"stride": 3, "n": 2},
-        {"support": replace(het(4), order="interleaved"), "n": 2},
+        {"support": replace(het_case(4), order="interleaved"), "n": 2},
     ],
     ids=["float32", "tails", "stride-3", "interleaved"],
 )
@@ -121,7 +121,7 @@ def test_odd_cases_compile_and_start_too(
 ) -> None:
     case: Case = replace(BY_NAME["gpu-r50-conv3-128-het4"], **{"name": "odd", **change})
     wanted = [(case, verb) for verb in bench.VERBS]
-    assert primitives.run(Record(tmp_path, "p"), wanted, "triton", 1.5) == 0
+    assert primitives.run_rows(Record(tmp_path, "p"), wanted, "triton", 1.5) == 0
     assert gpu.started
 
 

@@ -53,7 +53,7 @@ def test_each_fault_of_each_part_is_found_and_leaves_out_that_part(
     monkeypatch.setenv("STAND_IN", json.dumps({name: kind}))
     few = [name, *[other for other in smoke.CHECKS if other != name][:1]]
     child = [sys.executable, "-c", CHILD]
-    found = smoke.run(few, child, 1.5, tmp_path, Log(tmp_path / "log"))
+    found = smoke.run_parts(few, child, 1.5, tmp_path, Log(tmp_path / "log"))
     named = {"fails": "failed", "hangs": "hung", "wrong": "wrong"}[kind]
     assert [found[each]["status"] for each in few] == [named, "ok"]
     assert json.loads((tmp_path / "smoke.json").read_text()) == found

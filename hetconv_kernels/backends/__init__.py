@@ -23,7 +23,7 @@ from .rates import POOL, POOLED
 
 # The integers travel in exported programs: a number, once given, is never reused.
 CODES = {"auto": 0, "reference": 1, "vendor": 2, "cpu": 3, "triton": 4, "cuda": 5}
-NAMES = {code: name for name, code in CODES.items()}
+ENGINE_OF_CODE = {code: name for name, code in CODES.items()}
 # Added to a code that travels with the weight of a frozen layer, of which engines may keep forms.
 FROZEN = 256
 
@@ -180,10 +180,10 @@ def choose(problem: Problem, code: int) -> Choice:
         BackendError: the backend that was asked for cannot run the problem; all its reasons are
             in the message.
     """
-    if code not in NAMES:
-        raise BackendError(mismatch("backend code", code, f"one of {NAMES}"))
+    if code not in ENGINE_OF_CODE:
+        raise BackendError(mismatch("backend code", code, f"one of {ENGINE_OF_CODE}"))
     if code:
-        engine = get_backend(NAMES[code])
+        engine = get_backend(ENGINE_OF_CODE[code])
         reasons = engine.unsupported_reasons(problem)
         if reasons:
             others = "" if engine.name == "vendor" else " or backend='vendor'"

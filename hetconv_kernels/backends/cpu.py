@@ -347,7 +347,7 @@ class Cpu:
             transformed = self._plan(problem, "winograd")
         except ValueError:  # fewer channels or filters than a vector has
             return direct
-        margin = winograd.MARGIN * (1.0 if self.measured(problem) else UNMEASURED_MARGIN)
+        margin = winograd.WINOGRAD_MARGIN * (1.0 if self.measured(problem) else UNMEASURED_MARGIN)
         seconds = self._seconds(problem, transformed) * margin
         return transformed if seconds <= self._seconds(problem, direct) else direct
 

@@ -188,7 +188,7 @@ class Vendor:
         each_time = self._fprop(problem)
         if not prepacked.takes(problem):
             return each_time
-        prepare = prepacked.linear if _is_product(problem) else prepacked.convolution
+        prepare = prepacked.prepare_linear if _is_product(problem) else prepacked.convolution
         once, dtype = prepare(problem, self._dense(problem)), problem.dtype
 
         def run(
@@ -215,7 +215,7 @@ class Vendor:
         if not _is_product(problem) or problem.device.type != "cpu":
             return None
         if prepacked.takes(problem):
-            return prepacked.product(problem, self._dense(problem))
+            return prepacked.prepare_product(problem, self._dense(problem))
         support, dtype, multiply = problem.support, problem.dtype, F.linear
         shape = support.shape[:2]
         weight: Callable[[Tensor], Tensor]

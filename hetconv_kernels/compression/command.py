@@ -104,7 +104,7 @@ def run(options: argparse.Namespace) -> int:
     if options.settings:
         print(listed(kind))
         return 0
-    method = build(kind, options.set)
+    method = build_method(kind, options.set)
     if options.batch < 2:
         raise ArgumentError(mismatch("--batch", options.batch, "at least 2"))
     check_device(options.device)
@@ -112,7 +112,7 @@ def run(options: argparse.Namespace) -> int:
     own = {"digits": "digits_net"}.get(options.data, "vgg16_cifar")
     name = options.model or own
     training = sgd(data, options.learning_rate)
-    model = dense(
+    model = dense_network(
         name, options.weights, training, options.train_epochs, options.seed, options.out,
         options.device,
     )  # fmt: skip
@@ -236,7 +236,7 @@ def _plain(text: str) -> str:
     return re.sub(r"`{1,2}([^`]+)`{1,2}", r"\1", text)
 
 
-def build(kind: type[Method], settings: list[str]) -> Method:
+def build_method(kind: type[Method], settings: list[str]) -> Method:
     """Makes a method of ``name=value`` texts.
 
     Raises:
@@ -274,7 +274,7 @@ def sgd(data: Batches, learning_rate: float) -> Training:
     return Training(data.train, eval_data=data.validation, optimizer=optimizer)
 
 
-def dense(
+def dense_network(
     name: str,
     weights: Path | None,
     training: Training,
@@ -294,7 +294,7 @@ def dense(
         _load(model, weights, place)
         return model
     file = re.sub(r"[^\w.-]+", ".", name)
-    return train(model, training, epochs, seed, out / f"{file}.state.pt")
+    return train_dense(model, training, epochs, seed, out / f"{file}.state.pt")
 
 
 def _network(name: str) -> nn.Module:
@@ -327,7 +327,7 @@ def _load(model: nn.Module, path: Path, place: torch.device) -> None:
         raise HetconvError(f"--weights {path} cannot be used: {reason}") from error
 
 
-def train(
+def train_dense(
     model: nn.Module, training: Training, epochs: int, seed: int, state: Path | None
 ) -> nn.Module:
     """Trains a dense network, resumably, at ten times the rate that fine-tuning uses.
@@ -373,7 +373,7 @@ def train(
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, data: Dataset, batch: int = 256) -> float:
+def top1_accuracy(model: nn.Module, data: Dataset, batch: int = 256) -> float:
     """Returns the top-1 accuracy on the test images."""
     found = Training(eval_data=data.test.batches(batch)).judge(model)
     assert found is not None

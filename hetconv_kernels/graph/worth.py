@@ -16,7 +16,7 @@ from ..backends.vendor import Vendor, plain_seconds
 from ..nn import SupportConv2d, SupportLinear
 from .layout import set_module
 
-Layer = SupportConv2d | SupportLinear
+SparseLayer = SupportConv2d | SupportLinear
 
 
 class LeftPlain(NamedTuple):
@@ -76,7 +76,7 @@ def _inputs(model: nn.Module, inputs: Sequence[tuple[Any, ...]]) -> dict[str, li
     for name, module in model.named_modules():
         parent = parents.get(id(module))
         if (
-            not isinstance(module, Layer)
+            not isinstance(module, SparseLayer)
             or parent is None
             or hasattr(parent, "live_frequencies")
             or module.backend is not None
@@ -102,7 +102,7 @@ def _inputs(model: nn.Module, inputs: Sequence[tuple[Any, ...]]) -> dict[str, li
     return seen
 
 
-def _reason(layer: Layer, x: Tensor) -> str | None:
+def _reason(layer: SparseLayer, x: Tensor) -> str | None:
     """Says why the plain layer is as fast on such an input; None where it is not."""
     image = x.reshape(-1, x.shape[-1], 1, 1) if isinstance(layer, SupportLinear) else x
     if image.dim() != 4 or getattr(layer, "padding_mode", "zeros") != "zeros":

@@ -8,11 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..backends import NAMES, forced_code
+from ..backends import ENGINE_OF_CODE, forced_code
 from ..explain import Candidate, Explanation, packing_seconds
 from ..nn.quantized_layer import QuantizedLayer
 from ..timing import interleaved
-from .engine import available, name_of
+from .engine import engine_name, engine_names
 
 
 def explain_quantized(layer: QuantizedLayer, x: Tensor, measure: bool = True) -> Explanation:
@@ -31,8 +31,8 @@ def explain_quantized(layer: QuantizedLayer, x: Tensor, measure: bool = True) ->
     layer(x)  # refuses what the layer refuses
     support = layer.support
     code = layer._backend_code()
-    forced = NAMES[code or forced_code()] != "auto"
-    names = available() if x.device.type == "cpu" else ("reference",)
+    forced = ENGINE_OF_CODE[code or forced_code()] != "auto"
+    names = engine_names() if x.device.type == "cpu" else ("reference",)
     timed, packing = _measure(layer, x, names) if measure and x.numel() else ({}, {})
     linear = hasattr(layer, "in_features")
     pixels = (1, 1) if linear else layer._geometry.output_size(x.shape[2], x.shape[3])
@@ -51,7 +51,7 @@ def explain_quantized(layer: QuantizedLayer, x: Tensor, measure: bool = True) ->
         density=support.density,
         macs=batch * support.macs(*pixels),
         dense_macs=batch * f * c * kh * kw * pixels[0] * pixels[1],
-        chosen=name_of(x.device, code),
+        chosen=engine_name(x.device, code),
         forced=forced,
         frozen=True,
         candidates=tuple(

@@ -186,7 +186,7 @@ def _qmax_pool(x: Tensor, pool: Sequence[int], backend: int) -> Tensor:
 
 
 def _quantize(x: Tensor, scale: float, zero_point: int, dtype: torch.dtype, backend: int) -> Tensor:
-    y: Tensor = operations(x.device, backend).quantize(x, scale, zero_point, dtype)
+    y: Tensor = operations(x.device, backend).quantize_tensor(x, scale, zero_point, dtype)
     return y
 
 

@@ -38,7 +38,7 @@ from ..pooling import max_pooled
 from .qdq_layer import SUMS, QdqLayer, dequantized, finished, operators, quantized
 from .scheme import Scale
 
-STEPS = (
+QDQ_STEPS = (
     Dequantize, Quantize, QuantizedAdd, QuantizedAvgPool2d, QuantizedMaxPool2d, QuantizedPad,
     Requantize,
 )  # fmt: skip
@@ -46,7 +46,7 @@ STEPS = (
 
 def has_quantized(model: nn.Module) -> bool:
     """Tells whether a network has layers or steps in 8 bits."""
-    return any(isinstance(m, (QuantizedLayer, *STEPS)) for m in model.modules())
+    return any(isinstance(m, (QuantizedLayer, *QDQ_STEPS)) for m in model.modules())
 
 
 def to_qdq(
@@ -104,7 +104,7 @@ def _replaced(module: nn.Module, form: str, sums: str) -> nn.Module:
         _note_scales(module)
     if isinstance(module, QuantizedLayer):
         return QdqLayer(module, form, sums)
-    if isinstance(module, STEPS):
+    if isinstance(module, QDQ_STEPS):
         return QdqStep(module)
     for name, child in module._modules.items():
         if child is not None:

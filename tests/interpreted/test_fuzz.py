@@ -69,7 +69,7 @@ SEEDS = {
 @pytest.mark.parametrize("only", ["gather", "boxes"])
 @pytest.mark.parametrize("name", SEEDS)
 def test_silent_corrupters(name: str, only: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "ONLY", only)
+    monkeypatch.setattr(choice, "ONLY_LAUNCH", only)
     started = []
     start = launch.Launch.__call__
 
@@ -94,7 +94,7 @@ def test_triton_equals_oracle(
 ) -> None:
     """On pointers, and where TMA can fetch the case on boxes."""
     functional._geometries.clear()
-    monkeypatch.setattr(choice, "ONLY", only)
+    monkeypatch.setattr(choice, "ONLY_LAUNCH", only)
     examples = EXAMPLES if only is None else EXAMPLES // 4
     properties.offered.clear()
     properties.refused.clear()

@@ -79,7 +79,7 @@ def wgrad_call(
     coarse: bool = False,
     box: Box | None = None,
 ) -> WgradCall:
-    lowering = wgrad_choice.lowering_of(p.support, tiles, reorder, coarse)
+    lowering = wgrad_choice.wgrad_lowering_of(p.support, tiles, reorder, coarse)
     return WgradCall(p, WgradChoice(tiles, box, lowering, 0.0, 1.0))
 
 
@@ -349,7 +349,7 @@ def test_dgrad_by_boxes_at_stride_2_writes_every_class() -> None:
 
 
 def test_the_choice_of_boxes_runs_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "ONLY", "boxes")
+    monkeypatch.setattr(choice, "ONLY_LAUNCH", "boxes")
     s = hk.Support.het(64, 64, 3, p=2)
     x = torch.randn(2, 64, 6, 6).half().contiguous(memory_format=torch.channels_last)
     w = torch.randn(s.shape).half()

@@ -18,8 +18,8 @@ from .. import Runner
 from ..gpu.constants import constants_of
 from ..gpu.devices import gpu_reasons
 from . import choice
-from .calls import MAX_SPAN, VECTOR, NarrowCall, span
-from .wgrad_calls import WgradCall
+from .calls import MAX_SPAN, VECTOR, NarrowCall, element_span
+from .wgrad_calls import NarrowWgradCall
 from .wide_calls import WideCall
 
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -87,10 +87,10 @@ class Cuda:
                 f"filters, {shape.stages} halos and 2 x {shape.slots} slabs in shared memory, "
                 f"clusters of {shape.cluster}."
             ]
-        if isinstance(found, choice.GatherChoice):
+        if isinstance(found, choice.NarrowChoice):
             tile, why = found.how.tables.shape, found.how.no_boxes
             size = f"{tile.height} x {tile.width} pixels by {tile.filters} filters"
-        elif isinstance(found, choice.WgradChoice):
+        elif isinstance(found, choice.NarrowWgradChoice):
             size, why = f"{found.tables.height} x {found.tables.width} pixels", found.no_boxes
         else:
             return []
@@ -107,11 +107,11 @@ class Cuda:
 
     def wgrad(self, problem: Problem) -> Runner:
         """Prepares dw."""
-        return WgradCall(problem, choice.wgrad_choice(problem)).run
+        return NarrowWgradCall(problem, choice.best_cuda_wgrad(problem)).run
 
 
 def _call(problem: Problem) -> NarrowCall | WideCall:
-    found = choice.gather_choice(problem)
+    found = choice.best_cuda_gather(problem)
     if isinstance(found, choice.WideChoice):
         return WideCall(problem, found)
     return NarrowCall(problem, found)
@@ -135,7 +135,7 @@ def _layout_reasons(problem: Problem) -> list[str]:
         reasons.append("The operands are not channels_last.")
     elif any(stride % VECTOR for stride in apart):
         reasons.append(f"Pixels lie {apart} elements apart, not multiples of {VECTOR}.")
-    elif span(shape, problem.strides) > MAX_SPAN:
+    elif element_span(shape, problem.strides) > MAX_SPAN:
         reasons.append("The elements of one image span more than 2**30 places.")
     return reasons
 

@@ -67,6 +67,6 @@ def boxable(tensor: Tensor) -> bool:
     return True
 
 
-def aligned(size: int, grain: int = 16) -> int:
+def round_up(size: int, grain: int = 16) -> int:
     """Returns the bytes that so many take up in pieces of `grain`."""
     return -(-size // grain) * grain

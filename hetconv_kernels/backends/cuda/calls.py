@@ -13,10 +13,10 @@ from torch import Tensor
 from ...problem import Problem
 from ...support import Support
 from ..common import empty, unit
-from ..gpu.capture import CONVERSIONS, Kept, capturing, pin, refuse_capture, upload
+from ..gpu.capture import CONVERSIONS, DeviceTables, capturing, pin, refuse_capture, upload
 from ..gpu.packer import Packer
 from .boxes import MOST_BOXES, boxable
-from .choice import GatherChoice
+from .choice import NarrowChoice
 
 # Elements of a 16-byte access.
 VECTOR = 8
@@ -24,14 +24,14 @@ VECTOR = 8
 MAX_SPAN = 2**30
 
 
-def engine() -> Any:
+def compiled_part() -> Any:
     """Returns the compiled part, which only a call needs."""
     from ... import _cuda
 
     return _cuda
 
 
-def name_of(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     """Returns a dtype's name as the compiled part knows it."""
     return str(dtype).removeprefix("torch.")
 
@@ -56,7 +56,7 @@ def readable(tensor: Tensor) -> Tensor:
     """
     tensor = tensor.resolve_neg()
     strided = tensor.stride(1) == 1 and unit(VECTOR, tensor) == VECTOR
-    if not strided or span(tensor.shape, tensor.stride()) > MAX_SPAN:
+    if not strided or element_span(tensor.shape, tensor.stride()) > MAX_SPAN:
         CONVERSIONS["operand brought to channels_last"] += 1
         tensor = torch.empty_like(tensor, memory_format=torch.channels_last).copy_(tensor)
     if tensor.data_ptr() % 16:
@@ -65,7 +65,7 @@ def readable(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def span(shape: Sequence[int], strides: Sequence[int]) -> int:
+def element_span(shape: Sequence[int], strides: Sequence[int]) -> int:
     """Returns how many elements lie between the first and the last one of an image, both in."""
     pairs = zip(shape[1:], strides[1:], strict=True)
     return 1 + sum((size - 1) * stride for size, stride in pairs if size > 1)
@@ -79,19 +79,19 @@ class Source(Protocol):
         ...
 
 
-def make_packer(problem: Problem, tables: Source) -> Packer:
+def cuda_packer(problem: Problem, tables: Source) -> Packer:
     """Makes what packs canonical weights into the slabs of some tables; kept with the Support."""
     support, device, dtype = problem.support, problem.device, problem.dtype
     key = ("cuda packer", device, dtype, id(tables))
     packer: Packer | None = support.derived.get(key)
     if packer is None:
-        module, name = engine(), name_of(dtype)
+        module, name = compiled_part(), dtype_name(dtype)
 
         def start(w: Tensor, source: Tensor, slabs: Tensor) -> None:
             with current(device) as stream:
                 module.pack(
                     w.data_ptr(),
-                    name_of(w.dtype),
+                    dtype_name(w.dtype),
                     source.data_ptr(),
                     slabs.data_ptr(),
                     name,
@@ -117,7 +117,7 @@ def uploaded(problem: Problem, tables: Any, names: Sequence[str]) -> dict[str, T
     return kept[1]
 
 
-class GatherCall:
+class CudaCall:
     """fprop or dgrad of a Problem: what the kernels for narrow and for wide groups share.
 
     Args:
@@ -130,10 +130,10 @@ class GatherCall:
         back = problem.verb == "dgrad"
         self._shape = problem.x_shape if back else problem.y_shape
         self._image = problem.output_size if back else (problem.height, problem.width)
-        self._packer = make_packer(problem, tables)
-        self._name = name_of(problem.dtype)
+        self._packer = cuda_packer(problem, tables)
+        self._name = dtype_name(problem.dtype)
         self._bound: dict[Any, Callable[..., None]] = {}
-        self._kept = Kept()
+        self._kept = DeviceTables()
 
     def run(
         self,
@@ -195,7 +195,7 @@ class GatherCall:
         raise NotImplementedError
 
 
-class NarrowCall(GatherCall):
+class NarrowCall(CudaCall):
     """fprop or dgrad of a Problem by the kernel for narrow groups.
 
     Args:
@@ -203,17 +203,17 @@ class NarrowCall(GatherCall):
         choice: how.
     """
 
-    def __init__(self, problem: Problem, choice: GatherChoice) -> None:
+    def __init__(self, problem: Problem, choice: NarrowChoice) -> None:
         super().__init__(problem, choice.how.tables)
         self.choice = choice
         names = ("classes", "heads", "rounds", "lists", "words", "chunks", "slots", "rows")
         self._tables = uploaded(problem, choice.how.tables, names)
-        self._kept = Kept(*self._tables.values())
+        self._kept = DeviceTables(*self._tables.values())
 
     def bind(self, x: Tensor, y: Tensor, aligned: bool) -> Callable[..., None]:
         """Fills the kernel's arguments, all but the operands' addresses."""
         problem, choice, tables = self.problem, self.choice, self.choice.how.tables
-        call = engine().Narrow()
+        call = compiled_part().Narrow()
         for name, table in self._tables.items():
             setattr(call, name, table.data_ptr())
         call.x_n, _, call.x_h, call.x_w = strides_of(x)

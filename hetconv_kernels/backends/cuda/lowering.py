@@ -32,14 +32,14 @@ from ...masks import BoolArray, Int32Array, IntArray
 from ...support import Support
 from ..gpu.places import memory_places
 from .boxes import HALO, MOST_BOXES, refusal
-from .slots import LANES, RANGES, WARP_TILES, Slots, arrange, ranges
+from .slots import LANES, TILE_RANGES, WARP_TILES, Slots, arrange, ranges
 from .windows import Window
 
 FRAGMENT = 128  # packed weights of one tile in one step
 NO_CHANNEL = 0xFFFF  # in `slots`: a zero
 
 
-class Shape(NamedTuple):
+class BlockShape(NamedTuple):
     """The work of one block.
 
     Attributes:
@@ -92,7 +92,7 @@ class Tables:
     slots: Int32Array
     rows: Int32Array
     positions: IntArray
-    shape: Shape
+    shape: BlockShape
     raw_pitch: int
     slot_pitch: int
     halo_pixels: int
@@ -138,7 +138,9 @@ class _Steps(NamedTuple):
     tap: IntArray  # [steps, 2]
 
 
-def lower(support: Support, windows: Sequence[Window], shape: Shape, back: bool = False) -> Tables:
+def lower_narrow(
+    support: Support, windows: Sequence[Window], shape: BlockShape, back: bool = False
+) -> Tables:
     """Lowers a Support to the tables of fprop or dgrad.
 
     Args:
@@ -192,7 +194,7 @@ class _Builder:
     """Collects the tables head by head; what depends on the pitch is made at the end."""
 
     def __init__(
-        self, slots: Slots, shape: Shape, mask: BoolArray, rows: IntArray, back: bool
+        self, slots: Slots, shape: BlockShape, mask: BoolArray, rows: IntArray, back: bool
     ) -> None:
         self._slots, self._shape, self._mask = slots, shape, mask
         self._rows, self._back = rows, back
@@ -296,7 +298,7 @@ class _Builder:
         line = [counts["words"] - first[0]]
         fragment = counts["fragments"] - first[1]
         places = np.array([window.place(t, self._shape.width) for t in window.taps], np.int64)
-        for (tile, size), own in zip(RANGES, taken[:, inside], strict=True):
+        for (tile, size), own in zip(TILE_RANGES, taken[:, inside], strict=True):
             slot, tap = np.nonzero(own)
             if len(slot):
                 pad = len(slot) % 2
@@ -352,7 +354,7 @@ class _Builder:
         size = most * self._shape.warps_n
         joined = []
         for lines in self._lists:
-            idle = np.zeros((size - len(lines), len(RANGES) + 2), np.int64)
+            idle = np.zeros((size - len(lines), len(TILE_RANGES) + 2), np.int64)
             joined.append(np.concatenate([np.array(lines), idle]))
         return np.stack(joined).astype(np.int32)
 

@@ -16,9 +16,9 @@ import numpy as np
 from ...errors import BackendError
 from ...support import Support
 from ..gpu.devices import GpuSpec
-from .boxes import BOX_GRAIN, aligned
-from .lowering import Shape, Tables, lower
-from .slots import RANGES
+from .boxes import BOX_GRAIN, round_up
+from .lowering import BlockShape, Tables, lower_narrow
+from .slots import TILE_RANGES
 from .wgrad_lowering import WARP_UNITS, WgradTables, lower_wgrad
 from .windows import Window
 
@@ -28,10 +28,10 @@ _BLOCK_RESERVE = 1024  # bytes of shared memory that the system takes of every b
 _LINE = 128  # bytes of shared memory a clock
 _REGISTERS = 65536
 _WARPS = 16
-_SIZES = np.array([size for _, size in RANGES])
+_SIZES = np.array([size for _, size in TILE_RANGES])
 
 
-class Choice(NamedTuple):
+class NarrowTiling(NamedTuple):
     """What is launched for one call, and what that is predicted to take.
 
     Attributes:
@@ -52,25 +52,25 @@ class Choice(NamedTuple):
 def shared_bytes(tables: Tables, buffers: int, resident: bool, boxes: bool) -> int:
     """Returns the dynamic shared memory of a block, as the kernel lays it out."""
     shape, grain = tables.shape, BOX_GRAIN if boxes else 16
-    lists = aligned(tables.rounds.shape[2] * shape.warps_n * tables.lists.shape[-1] * 4)
-    words = aligned((tables.max_words + 1) * 4)
+    lists = round_up(tables.rounds.shape[2] * shape.warps_n * tables.lists.shape[-1] * 4)
+    words = round_up((tables.max_words + 1) * 4)
     stage = shape.warps_m * WARP_PIXELS * (shape.warps_n * WARP_FILTERS * 2 + 16)
     buffer = max(tables.halo_pixels * tables.raw_pitch * 16, stage)
     weights = tables.max_fragments * 256 if resident else 0
     gathered = tables.halo_pixels * tables.slot_pitch * 16
-    first = aligned(lists + words + weights, grain)
+    first = round_up(lists + words + weights, grain)
     phases = 16 if boxes else 0
-    return first + buffers * aligned(buffer, grain) + gathered + phases
+    return first + buffers * round_up(buffer, grain) + gathered + phases
 
 
-def choose(
+def choose_narrow(
     support: Support,
     windows: Sequence[Window],
     batch: int,
     back: bool,
     spec: GpuSpec,
     no_boxes: str = "",
-) -> Choice:
+) -> NarrowTiling:
     """Chooses the tables of fprop or dgrad: the fastest predicted ones that fit.
 
     Args:
@@ -85,14 +85,14 @@ def choose(
         BackendError: no tile with its halo fits in shared memory.
     """
     filters = support.channels if back else support.filters
-    best: Choice | None = None
+    best: NarrowTiling | None = None
     channels = support.filters if back else support.channels
     for slots in (64, 8, 4):  # at most so many at a time: all, or several rounds of fewer
         for shape in _shapes(windows, filters, slots):
             if max(_halo(w, shape.height, shape.width) for w in windows) * 16 > spec.shared:
                 continue
             try:
-                tables = lower(support, windows, shape, back)
+                tables = lower_narrow(support, windows, shape, back)
             except BackendError:
                 continue
             why = no_boxes or tables.no_boxes
@@ -100,9 +100,9 @@ def choose(
                 size = shared_bytes(tables, buffers, resident, not why)
                 if size > spec.shared:
                     continue
-                clocks = predicted_clocks(tables, windows, batch, buffers, resident, spec, size)
+                clocks = narrow_clocks(tables, windows, batch, buffers, resident, spec, size)
                 if best is None or clocks < best.clocks:
-                    best = Choice(tables, buffers, resident, why, clocks)
+                    best = NarrowTiling(tables, buffers, resident, why, clocks)
         if best is not None and (channels <= 64 or slots == 8):
             return best
     if best is not None:
@@ -112,7 +112,7 @@ def choose(
     )
 
 
-def predicted_clocks(
+def narrow_clocks(
     tables: Tables,
     windows: Sequence[Window],
     batch: int,
@@ -132,7 +132,7 @@ def predicted_clocks(
         tiles *= -(-window.cols.pixels // shape.width)
         halo = _halo(window, shape.height, shape.width)
         for rounds, lists in zip(tables.rounds[index], tables.lists[index], strict=True):
-            steps = np.diff(lists[..., :-1]).reshape(-1, len(RANGES)).sum(axis=0)
+            steps = np.diff(lists[..., :-1]).reshape(-1, len(TILE_RANGES)).sum(axis=0)
             chunks, slots = int(rounds[:, 1].sum()), int(rounds[:, 3].sum())
             loads = shape.warps_m * 2 * 4 * int(steps.sum())
             weights = shape.warps_m * 2 * int((steps * _SIZES).sum())
@@ -196,7 +196,7 @@ def choose_wgrad(
     )
 
 
-def _shapes(windows: Sequence[Window], filters: int, slots: int) -> Iterator[Shape]:
+def _shapes(windows: Sequence[Window], filters: int, slots: int) -> Iterator[BlockShape]:
     """Lists the shapes that are worth a lowering, one for each arrangement of warps."""
     rows = max(window.rows.pixels for window in windows)
     cols = max(window.cols.pixels for window in windows)
@@ -218,7 +218,7 @@ def _shapes(windows: Sequence[Window], filters: int, slots: int) -> Iterator[Sha
                 uneven = 1.0 if width % 8 == 0 else 1.1
                 found.append((count * (pixels * 2 + halo) * uneven, height, width))
             _, height, width = min(found)
-            yield Shape(height, width, warps_m, warps_n, slots)
+            yield BlockShape(height, width, warps_m, warps_n, slots)
 
 
 def _halo(window: Window, height: int, width: int) -> int:

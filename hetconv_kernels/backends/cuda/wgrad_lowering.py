@@ -18,7 +18,7 @@ from ...errors import ArgumentError, BackendError, mismatch
 from ...masks import IntArray
 from ...support import Support
 from ..gpu.places import memory_places
-from .boxes import BOX_GRAIN, HALO, aligned, refusal
+from .boxes import BOX_GRAIN, HALO, refusal, round_up
 from .lowering import NO_CHANNEL, Int32Array, filter_order, odd_pitch, pack_pairs, tile_columns
 from .slots import LANES, Slots, arrange
 from .windows import Window
@@ -61,7 +61,7 @@ class WgradTables:
         """Returns the dynamic shared memory of a block, as the kernel lays it out."""
         x, x_slot, dy, dy_slot = self.pitches
         pixels, grain = self.height * self.width, BOX_GRAIN if boxes else 16
-        raw = aligned(self.halo_pixels * x * 16, grain) + aligned(pixels * dy * 16, grain)
+        raw = round_up(self.halo_pixels * x * 16, grain) + round_up(pixels * dy * 16, grain)
         slots = 16 * (self.halo_pixels * x_slot + pixels * dy_slot)
         return buffers * raw + slots + (16 if boxes else 0)
 

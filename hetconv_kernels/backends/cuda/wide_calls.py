@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ...problem import Problem
-from ..gpu.capture import CONVERSIONS, Kept, upload
-from .calls import GatherCall, engine, strides_of, uploaded
+from ..gpu.capture import CONVERSIONS, DeviceTables, upload
+from .calls import CudaCall, compiled_part, strides_of, uploaded
 from .choice import WideChoice
 
 
-class WideCall(GatherCall):
+class WideCall(CudaCall):
     """fprop or dgrad of a Problem by the kernel for wide groups.
 
     Args:
@@ -28,7 +28,7 @@ class WideCall(GatherCall):
         self.choice = choice
         self._tables = uploaded(problem, tables, ("heads", "blocks", "steps", "rows"))
         self._classes = upload(choice.how.classes, problem.device)
-        self._kept = Kept(*self._tables.values(), self._classes)
+        self._kept = DeviceTables(*self._tables.values(), self._classes)
 
     def seen(self, x: Tensor) -> Tensor:
         """Returns the pixels of an operand that the kernel reads: each n-th, as one image."""
@@ -46,7 +46,7 @@ class WideCall(GatherCall):
     def bind(self, x: Tensor, y: Tensor, aligned: bool) -> Callable[..., None]:
         """Fills the kernel's arguments, all but the operands' addresses."""
         how = self.choice.how
-        call = engine().Wide()
+        call = compiled_part().Wide()
         call.classes = self._classes.data_ptr()
         for name, table in self._tables.items():
             setattr(call, name, table.data_ptr())

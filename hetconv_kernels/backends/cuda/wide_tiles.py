@@ -129,7 +129,7 @@ def tilings(
             if cluster > 1 and parts.left_out("cuda-cluster"):
                 continue
             own = shape._replace(cluster=cluster)
-            clocks, executed = predicted_clocks(tables, lines, batch, own, spec)
+            clocks, executed = wide_clocks(tables, lines, batch, own, spec)
             yield WideTiling(tables, fields, own, clocks, executed)
 
 
@@ -194,7 +194,7 @@ def tile_counts(classes: IntArray | Int32Array, batch: int) -> list[int]:
     return [-(-batch // images) * h * w for h, w, images in classes[:, 2:5].tolist()]
 
 
-def predicted_clocks(
+def wide_clocks(
     tables: WideTables, classes: IntArray, batch: int, shape: WideShape, spec: GpuSpec
 ) -> tuple[float, int]:
     """Predicts the clocks of a call (see the module), and counts its multiply-accumulates."""

@@ -3,9 +3,9 @@
 
     python -m hetconv_kernels.backends.triton.aot --capability 90 [--name PART] [--out FILE]
 
-Each configuration says what its machine code must show, and `problems` lists where it does not: the
-matrix instruction of its path, asynchronous copies of both operands, every stage of the pipeline
-for both, no spills, no local memory, shared memory within the device's limit.
+Each configuration says what its machine code must show, and `shortcomings` lists where it does not:
+the matrix instruction of its path, asynchronous copies of both operands, every stage of the
+pipeline for both, no spills, no local memory, shared memory within the device's limit.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def compile_configuration(configuration: Configuration, capability: int) -> Comp
     )
 
 
-def problems(compiled: Compiled, configuration: Configuration) -> list[str]:
+def shortcomings(compiled: Compiled, configuration: Configuration) -> list[str]:
     """Lists what the machine code of a configuration must show and does not."""
     wanted = {90: "HGMMA", 100: "UTC"}.get(compiled.capability, "HMMA")
     if not _wide(configuration):
@@ -349,7 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for capability in options.capability or CAPABILITIES:
         for configuration in chosen(capability, options.name):
             compiled = compile_configuration(configuration, capability)
-            wrong = problems(compiled, configuration)
+            wrong = shortcomings(compiled, configuration)
             failed |= bool(wrong)
             rows.append({**asdict(compiled), "problems": wrong})
             print(

@@ -21,7 +21,7 @@ from .wgrad_boxes import wgrad_kernel_boxes
 
 if TYPE_CHECKING:
     from .calls import GatherCall
-    from .wgrad_calls import Start, WgradCall
+    from .wgrad_calls import WgradCall, WgradLaunch
     from .wgrad_lowering import Jobs
 
 
@@ -165,7 +165,9 @@ def bind_boxes(call: GatherCall, x: Tensor, y: Tensor) -> Callable[..., None]:
     return start
 
 
-def bind_wgrad_boxes(call: WgradCall, jobs: Jobs, dy: Tensor, x: Tensor, before: int) -> Start:
+def bind_wgrad_boxes(
+    call: WgradCall, jobs: Jobs, dy: Tensor, x: Tensor, before: int
+) -> WgradLaunch:
     """Makes what depends on the strides of dy and x, for one launch of wgrad's jobs."""
     box, tile = call.choice.box, call.choice.tiles[jobs.taps != 3]
     assert box is not None

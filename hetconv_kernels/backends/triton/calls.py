@@ -35,7 +35,7 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype != torch.float32 or convolutions.fp32_precision == "tf32" else "tf32x3"
 
 
-def make_packer(lowering: Lowering, device: torch.device, dtype: torch.dtype) -> Packer:
+def triton_packer(lowering: Lowering, device: torch.device, dtype: torch.dtype) -> Packer:
     """Makes what packs canonical weights into the slabs of a lowering.
 
     # [steps, filters, channels]
@@ -72,7 +72,7 @@ class GatherCall:
         self._gather = None if gather is None else upload(gather, device)
         key = ("triton packer", device, problem.dtype, id(lowering))
         packers = problem.support.derived
-        self._packer = packers.setdefault(key, make_packer(lowering, device, problem.dtype))
+        self._packer = packers.setdefault(key, triton_packer(lowering, device, problem.dtype))
         self._bound: dict[Any, Callable[..., None]] = {}
         self._rows: dict[int, Tensor] = {}
 
@@ -91,7 +91,7 @@ class GatherCall:
         x = in_order(x.resolve_neg(), self._gather)
         if residual is not None:
             residual = self._like(residual)
-        key = (x.stride(), precision(x.dtype), aligned(x, y, residual))
+        key = (x.stride(), precision(x.dtype), tma_aligned(x, y, residual))
         start = self._bound.get(key)
         if start is None:
             start = self._bound[key] = self._bind(x, y, key[2])
@@ -210,6 +210,6 @@ def in_order(x: Tensor, order: Tensor | None) -> Tensor:
     return x.permute(0, 2, 3, 1).index_select(3, order).permute(0, 3, 1, 2)
 
 
-def aligned(*tensors: Tensor | None) -> bool:
+def tma_aligned(*tensors: Tensor | None) -> bool:
     """Tells whether all begin at a multiple of 16 bytes, as descriptors want it."""
     return all(t is None or t.data_ptr() % 16 == 0 for t in tensors)

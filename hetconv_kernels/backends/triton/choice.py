@@ -29,9 +29,9 @@ from .tiles import (
 )
 
 # "gather" or "boxes" leaves only that kernel to choose from; for tests and for tuning.
-ONLY: str | None = None
+ONLY_LAUNCH: str | None = None
 # Ways to lower: whether channels are reordered, and whether all filters read all channels.
-FORMS = ((False, False), (True, False), (False, True))
+GROUPINGS = ((False, False), (True, False), (False, True))
 # Choices that tuning measures, of those that are predicted to be best.
 MOST_TUNED = 8
 # A box that is nearer to a square is taken for at most so many times the steps.
@@ -70,7 +70,7 @@ class GatherChoice(NamedTuple):
     @property
     def name(self) -> str:
         """Its name in tables and measurements."""
-        return table.name_of(self.tile, self.box, self.reordered, self.lowering.coarse)
+        return table.choice_name(self.tile, self.box, self.reordered, self.lowering.coarse)
 
     @property
     def reordered(self) -> bool:
@@ -80,11 +80,11 @@ class GatherChoice(NamedTuple):
 
 def best_gather(problem: Problem) -> GatherChoice:
     """Picks tile and lowering of fprop or dgrad; the answer is kept with the Support."""
-    key = ("triton choice", *key_of(problem))
+    key = ("triton choice", *choice_key(problem))
     found: GatherChoice | None = problem.support.derived.get(key)
     if found is None:
         choices = sorted(gather_choices(problem), key=lambda c: c.seconds)
-        found = picked(problem, choices, attempt)
+        found = picked(problem, choices, gather_attempt)
         problem.support.derived[key] = found
     return found
 
@@ -108,12 +108,12 @@ def _tuned(problem: Problem, choices: Sequence[Named], attempt: Attempt) -> str 
         return None
     from ... import tuning  # not needed without a GPU
 
-    key = " ".join(map(str, key_of(problem)))
+    key = " ".join(map(str, choice_key(problem)))
     candidates = {c.name: attempt(problem, c) for c in choices}
     return tuning.pick(key, candidates, problem.device)
 
 
-def attempt(problem: Problem, choice: GatherChoice) -> Callable[[], object]:
+def gather_attempt(problem: Problem, choice: GatherChoice) -> Callable[[], object]:
     """Returns a call that runs a choice once on random operands, made at its first run."""
     ready: list[Callable[[], object]] = []
 
@@ -145,9 +145,9 @@ def gather_choices(problem: Problem) -> list[GatherChoice]:
     found = []
     if parts.left_out("triton-gather"):
         tiles = ()
-    forms = [FORMS[0]] if len(problem.support.groups) == 1 else FORMS
+    forms = [GROUPINGS[0]] if len(problem.support.groups) == 1 else GROUPINGS
     for form in forms:
-        for tile in tiles if ONLY != "boxes" else ():
+        for tile in tiles if ONLY_LAUNCH != "boxes" else ():
             found.append(_gather(problem, tile, None, form, spec))
         for tile in BOX_TILES if _boxes_wanted(problem.device) else ():
             if parts.left_out("triton-boxes"):
@@ -157,7 +157,7 @@ def gather_choices(problem: Problem) -> list[GatherChoice]:
             for box in boxes_of(problem, tile, lowering.gather is not None, work):
                 found.append(_gather(problem, tile, box, form, spec, work(box)))
     return [c for c in found if c is not None] or [
-        c for t in tiles if (c := _gather(problem, t, None, FORMS[0], spec)) is not None
+        c for t in tiles if (c := _gather(problem, t, None, GROUPINGS[0], spec)) is not None
     ]
 
 
@@ -167,8 +167,8 @@ def _boxes_wanted(device: torch.device) -> bool:
     Each tap fetches a box of its own through L2; by prediction the CUDA engine's kernel for wide
     groups, which keeps the halo, is faster on every layer (docs/backends/cuda.md).
     """
-    if ONLY is not None or not has_boxes(device):
-        return ONLY != "gather" and has_boxes(device)
+    if ONLY_LAUNCH is not None or not has_boxes(device):
+        return ONLY_LAUNCH != "gather" and has_boxes(device)
     if parts.left_out("cuda-wide"):
         return True
     try:
@@ -181,7 +181,7 @@ def _boxes_wanted(device: torch.device) -> bool:
 def has_boxes(device: torch.device) -> bool:
     """Tells whether the box kernel is for this device: Hopper, or the interpreter when asked."""
     if device.type != "cuda":
-        return ONLY == "boxes"
+        return ONLY_LAUNCH == "boxes"
     return torch.cuda.get_device_capability(device)[0] == 9
 
 
@@ -345,7 +345,7 @@ def _gather(
     return GatherChoice(tile, box, lowering, seconds, min(1.0, efficiency))
 
 
-def key_of(problem: Problem) -> tuple[object, ...]:
+def choice_key(problem: Problem) -> tuple[object, ...]:
     """Returns what a choice depends on, beside the Support."""
     geometry = problem.geometry
     device: torch.device = problem.device
@@ -358,7 +358,7 @@ def key_of(problem: Problem) -> tuple[object, ...]:
         problem.channels_last,
         problem.strides,
         device,
-        ONLY,
+        ONLY_LAUNCH,
         geometry.tail,
         parts.WITHOUT,
     )

@@ -16,7 +16,7 @@ from ...problem import Problem
 from ..common import unit
 from ..gpu.capture import capturing, pin, upload
 from ..gpu.devices import GpuSpec, spec_of
-from .calls import aligned, in_order, precision, refuse_left_out
+from .calls import in_order, precision, refuse_left_out, tma_aligned
 from .choice import tensor_reasons
 from .launch import Launch, interpreted
 from .tiles import Tile, splits, wgrad_stages
@@ -25,7 +25,7 @@ from .wgrad_choice import WgradChoice
 from .wgrad_lowering import Jobs
 
 _REDUCE_BLOCK = 1024
-Start = Callable[[Tensor, Tensor, Tensor], None]
+WgradLaunch = Callable[[Tensor, Tensor, Tensor], None]
 
 
 class WgradCall:
@@ -50,7 +50,7 @@ class WgradCall:
         self._places = support.derived[places_key]
         orders = lowering.filters, lowering.channels
         self._orders = [None if o is None else upload(o, self._device) for o in orders]
-        self._bound: dict[Any, list[Start]] = {}
+        self._bound: dict[Any, list[WgradLaunch]] = {}
         oh, ow = problem.output_size
         self._pixels = problem.batch * oh * ow
         # All parts share one number of splits: that of the one with the most jobs.
@@ -80,7 +80,7 @@ class WgradCall:
         if not self._pixels or not self._size:
             return dw.zero_()
         dy, x = map(in_order, (dy.resolve_neg(), x.resolve_neg()), self._orders)
-        key = (dy.stride(), x.stride(), precision(x.dtype), aligned(dy, x))
+        key = (dy.stride(), x.stride(), precision(x.dtype), tma_aligned(dy, x))
         bound = self._bound.get(key)
         if bound is None:
             boxed = (
@@ -98,9 +98,9 @@ class WgradCall:
         self._reduce(partials, self._places, dw, dw.numel(), self._size, self._splits)
         return dw
 
-    def _bind(self, dy: Tensor, x: Tensor, boxed: bool) -> list[Start]:
+    def _bind(self, dy: Tensor, x: Tensor, boxed: bool) -> list[WgradLaunch]:
         """Makes what depends on the strides of dy and x, for each launch."""
-        bound: list[Start] = []
+        bound: list[WgradLaunch] = []
         before = 0
         for jobs in self.choice.lowering.parts:
             if boxed and jobs.adjacent(16 // x.element_size()):
@@ -113,7 +113,7 @@ class WgradCall:
             before += prod(jobs.positions.shape)
         return bound
 
-    def _bind_pointers(self, jobs: Jobs, dy: Tensor, x: Tensor, before: int) -> Start:
+    def _bind_pointers(self, jobs: Jobs, dy: Tensor, x: Tensor, before: int) -> WgradLaunch:
         tile, widest = self._tiles[jobs.taps], 16 // x.element_size()
         last_x = x.stride(1) == 1 or x.shape[1] == 1
         last_y = dy.stride(1) == 1 or dy.shape[1] == 1

@@ -13,7 +13,7 @@ from ...support import Support
 from ..gpu import parts
 from ..gpu.devices import GpuSpec, spec_of
 from . import choice
-from .choice import FORMS, best_box, has_boxes, picked, random_operand, tensor_reasons
+from .choice import GROUPINGS, best_box, has_boxes, picked, random_operand, tensor_reasons
 from .tiles import (
     BOX_FUSED,
     BOX_GAIN,
@@ -66,16 +66,16 @@ class WgradChoice(NamedTuple):
 
 def best_wgrad(problem: Problem) -> WgradChoice:
     """Picks tiles and lowering of wgrad; the answer is kept with the Support."""
-    key = ("triton choice", *choice.key_of(problem))
+    key = ("triton choice", *choice.choice_key(problem))
     found: WgradChoice | None = problem.support.derived.get(key)
     if found is None:
         choices = sorted(wgrad_choices(problem), key=lambda c: c.seconds)
-        found = picked(problem, choices, attempt)
+        found = picked(problem, choices, wgrad_attempt)
         problem.support.derived[key] = found
     return found
 
 
-def attempt(problem: Problem, choice: WgradChoice) -> Callable[[], object]:
+def wgrad_attempt(problem: Problem, choice: WgradChoice) -> Callable[[], object]:
     """Returns a call that runs a choice once on random operands, made at its first run."""
     ready: list[Callable[[], object]] = []
 
@@ -100,22 +100,24 @@ def wgrad_choices(problem: Problem) -> list[WgradChoice]:
     """Lists all ways to run wgrad, with their predictions."""
     half, spec = problem.dtype.itemsize == 2, spec_of(problem.device)
     pointers = list(product(*((HALF_FUSED, HALF_ONE) if half else (SINGLE_FUSED, SINGLE_ONE))))
-    boxed = [] if choice.ONLY == "gather" else list(product(BOX_FUSED, BOX_ONE))
+    boxed = [] if choice.ONLY_LAUNCH == "gather" else list(product(BOX_FUSED, BOX_ONE))
     if parts.left_out("triton-wgrad"):
         pointers = []
     if parts.left_out("triton-wgrad-boxes"):
         boxed = []
     found = []
-    for reorder, coarse in [FORMS[0]] if len(problem.support.groups) == 1 else FORMS:
+    for reorder, coarse in [GROUPINGS[0]] if len(problem.support.groups) == 1 else GROUPINGS:
         for tiles in boxed:
             box = wgrad_box(problem, tiles[0].pixels, reorder)
             if box is not None:
                 found.append(_wgrad(problem, tiles, box, (reorder, coarse), spec))
-        for tiles in pointers if choice.ONLY != "boxes" else ():
+        for tiles in pointers if choice.ONLY_LAUNCH != "boxes" else ():
             found.append(_wgrad(problem, tiles, None, (reorder, coarse), spec))
     kept = [c for c in found if c is not None]
     return kept or [
-        c for tiles in pointers if (c := _wgrad(problem, tiles, None, FORMS[0], spec)) is not None
+        c
+        for tiles in pointers
+        if (c := _wgrad(problem, tiles, None, GROUPINGS[0], spec)) is not None
     ]
 
 
@@ -134,7 +136,7 @@ def wgrad_box(problem: Problem, pixels: int, reorder: bool) -> Box | None:
     return best_box((n, h, w), pixels, problem.geometry.stride == (1, 1), exact=True)
 
 
-def lowering_of(
+def wgrad_lowering_of(
     support: Support, tiles: tuple[Tile, Tile], reorder: bool, coarse: bool
 ) -> WgradLowering:
     """Returns the lowering of wgrad for these tiles; kept with the Support."""
@@ -153,7 +155,7 @@ def _wgrad(
     form: tuple[bool, bool],
     spec: GpuSpec,
 ) -> WgradChoice | None:
-    lowering = lowering_of(problem.support, tiles, *form)
+    lowering = wgrad_lowering_of(problem.support, tiles, *form)
     moved = [order is not None for order in (lowering.filters, lowering.channels)]
     if form[0] and not any(moved):
         return None  # the same as in their own order
