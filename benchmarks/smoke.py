@@ -225,11 +225,9 @@ def _not_chosen(name: str, problem: Any) -> list[str]:
         why = found.no_boxes if problem.verb == "wgrad" else found.how.no_boxes
         return [f"Without TMA: {why}."] if why else []
     if name.startswith("triton-") and name.endswith("boxes"):
-        from hetconv_kernels.backends.triton import wgrad_choice
-        from hetconv_kernels.backends.triton.choice import best_gather
+        from hetconv_kernels.backends.triton.picking import pick_choice
 
-        best: Any = wgrad_choice.best_wgrad if problem.verb == "wgrad" else best_gather
-        return [] if best(problem).box is not None else ["No box is chosen."]
+        return [] if pick_choice(problem).box is not None else ["No box is chosen."]
     return []
 
 

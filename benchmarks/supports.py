@@ -4,7 +4,7 @@
 They are what self-grouping (arXiv 2009.13803) gives on seeded Gaussian weights, run in steps of ten
 per cent to the target, and not masks made to suit an engine. k-means differs a little between
 versions of its library, so the result is kept in self_grouped.json: the same everywhere, and there
-without scikit-learn. ``python -m benchmarks.supports`` makes the file anew.
+without scikit-learn. ``python -m benchmarks.make_supports`` makes the file anew.
 
 Weights that were trained have a structure that Gaussian ones lack: trained_masks.json holds what
 self-grouping makes of a network that `benchmarks.train_masks` trained.
@@ -109,33 +109,3 @@ def _support_of(entry: dict[str, Any], where: str, channels: int, kernel: int) -
 def _bits(text: str, count: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
     packed = np.frombuffer(bytes.fromhex(text), np.uint8)
     return np.unpackbits(packed, count=count, bitorder="little").astype(bool)
-
-
-def main() -> None:
-    """Makes the file anew, one entry for each self-grouped layer of the cases."""
-    from benchmarks.cases import CPU_CASES, GPU_CASES
-    from benchmarks.networks import NETWORKS, self_grouped_layers
-    from hetconv_kernels import models
-
-    whole = {
-        shape
-        for case in NETWORKS
-        if case.support.kind == "self_group"
-        for _, shape in self_grouped_layers(case, models.create(case.network))
-    }
-    wanted = sorted(
-        {
-            (case.support.value, case.c, case.f, case.k, case.support.seed)
-            for case in (*CPU_CASES, *GPU_CASES)
-            if case.support.kind == "self_group"
-        }
-        | whole
-        | {SMALL}
-    )
-    entries = {support_key(*shape): entry_of(make_support(*shape)) for shape in wanted}
-    lines = [f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items()]
-    SELF_GROUPED_FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-
-
-if __name__ == "__main__":
-    main()

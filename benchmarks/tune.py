@@ -20,7 +20,8 @@ import torch
 
 from benchmarks.cases import GPU_CASES, Case
 from hetconv_kernels import ops, timing
-from hetconv_kernels.backends.triton import choice, table, wgrad_choice
+from hetconv_kernels.backends.triton import table
+from hetconv_kernels.backends.triton.picking import AnyChoice, all_choices, attempt
 from hetconv_kernels.problem import Problem, make_geometry
 
 Fastest = tuple[str, float]
@@ -52,18 +53,10 @@ def vars_of(problem: Problem) -> dict[str, object]:
     return {name: getattr(problem, name) for name in problem.__dataclass_fields__}
 
 
-def choices_of(problem: Problem) -> list[choice.Named]:
-    """Lists the ways to run a problem, best predicted first."""
-    gradient = problem.verb == "wgrad"
-    find = wgrad_choice.wgrad_choices if gradient else choice.gather_choices
-    found: list[choice.Named] = sorted(find(problem), key=lambda c: c.seconds)  # type: ignore[operator]
-    return found
-
-
 def measured_entries(
     cases: Iterable[Case],
     capability: tuple[int, int],
-    measure: Callable[[Problem, Sequence[choice.Named]], Fastest],
+    measure: Callable[[Problem, Sequence[AnyChoice]], Fastest],
     most: int,
 ) -> Iterator[Entries]:
     """Measures cases; after each one gives all entries so far.
@@ -73,7 +66,7 @@ def measured_entries(
     found: Entries = {}
     for case in cases:
         for problem in problems_of(case):
-            name, seconds = measure(problem, choices_of(problem)[:most])
+            name, seconds = measure(problem, all_choices(problem)[:most])
             key = table.table_key(problem, capability)
             print(f"{key:<70} {name:<40} {seconds * 1e6:9.2f} us", flush=True)
             if key not in found or float(str(found[key]["seconds"])) < seconds:
@@ -81,10 +74,9 @@ def measured_entries(
         yield found
 
 
-def timed(problem: Problem, choices: Sequence[choice.Named]) -> Fastest:
+def timed(problem: Problem, choices: Sequence[AnyChoice]) -> Fastest:
     """Times choices in turns."""
-    attempt = wgrad_choice.wgrad_attempt if problem.verb == "wgrad" else choice.gather_attempt
-    calls = {c.name: attempt(problem, c) for c in choices}  # type: ignore[arg-type]
+    calls = {c.name: attempt(problem, c) for c in choices}
     timings = timing.interleaved(calls, rounds=9, device=problem.device)
     name = timings.fastest(list(calls))
     return name, timings.median(name)

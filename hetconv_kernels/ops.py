@@ -21,10 +21,10 @@ from torch import Tensor
 from . import ranges
 from .accuracy import is_strict
 from .backends import FROZEN, Choice, choose
-from .errors import ArgumentError, BackendError, InputTypeError, mismatch
+from .errors import ArgumentError, InputTypeError, mismatch
 from .flops import register_flop_formulas
-from .geometries import GeometryCache
-from .operands import check_dgrad, check_ints, check_wgrad
+from .geometries import geometry_of
+from .operands import check_dgrad, check_wgrad
 from .pooling import Pool
 from .problem import (
     ACTIVATIONS,
@@ -35,7 +35,6 @@ from .problem import (
     memory_format,
     output_size,
 )
-from .support import Support, find_support, support_from_bits
 
 _LIBRARY = torch.library.Library("hetconv", "DEF")
 _SCHEMAS = (
@@ -48,8 +47,6 @@ _SCHEMAS = (
 
 # Signatures kept for one layer; past that they start afresh.
 _MAX_SIGNATURES = 1024
-# Those of operators: compiled and exported programs, as large as a network.
-_geometries = GeometryCache(max_bytes=256 * 2**20)
 
 
 # Eager bodies -----------------------------------------------------------------------------------
@@ -324,47 +321,6 @@ def check_epilogue(
 
 
 # Operators --------------------------------------------------------------------------------------
-
-
-def geometry_of(bits: Tensor, ints: Sequence[int], frozen: bool = False) -> Geometry:
-    """Returns the Geometry that an operator's integers name.
-
-    Args:
-        bits: the bit-packed mask.  # uint8 [F, ceil(C·KH·KW/8)]
-        ints: what `Geometry.ints` lists.
-        frozen: whether the weight is a frozen layer's.
-
-    Raises:
-        BackendError: the Support is unknown here and would have to be read during CUDA-graph
-            capture.
-        ArgumentError: integers out of range, or the mask does not have the digest or the columns
-            that they carry.
-    """
-    key = frozen, tuple(ints[2:])
-    geometry = _geometries.get(key)
-    if geometry is None:
-        named = check_ints(ints)
-        support = find_support(named.digest) or _read_support(bits, named.columns)
-        if support.digest != named.digest:
-            raise ArgumentError(
-                mismatch("digest of the support tensor", support.digest, named.digest)
-            )
-        if support.shape[1:] != named.columns:
-            raise ArgumentError(
-                mismatch("channels and kernel in geometry", named.columns, support.shape[1:])
-            )
-        geometry = Geometry(support, named.stride, named.pads, named.dilation, frozen)
-        _geometries.add(key, geometry)
-    return geometry
-
-
-def _read_support(bits: Tensor, columns: tuple[int, int, int]) -> Support:
-    if bits.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise BackendError(
-            "a Support is met for the first time while a CUDA graph is captured; expected it to "
-            "be known. Run hetconv_kernels.warmup(model, example) before the capture."
-        )
-    return support_from_bits(bits.cpu().numpy(), columns)
 
 
 def _fprop(

@@ -19,6 +19,7 @@ from hetconv_kernels.backends.triton import (
     Triton,
     calls,
     choice,
+    picking,
     table,
     tiles,
     wgrad_choice,
@@ -68,7 +69,7 @@ def test_wgrad_of_interleaved_channels_is_reordered(on_gpu) -> None:
     on_gpu()
     interleaved = hk.Support.het(256, 256, 3, p=4, order="interleaved")
     p = described("wgrad", interleaved, batch=128, device=CUDA)
-    picked = wgrad_choice.best_wgrad(p)
+    picked = picking.pick_choice(p)
     assert picked.name.endswith("reordered")
     own = [c for c in wgrad_choice.wgrad_choices(p) if "reordered" not in c.name]
     assert picked.seconds < min(c.seconds for c in own)
@@ -117,8 +118,7 @@ def test_an_entry_of_the_table_decides(on_gpu, verb: str, monkeypatch: pytest.Mo
     entry = {table.table_key(p, (9, 0)): {"name": slow.name, "seconds": 1.0}}
     monkeypatch.setattr(table, "table_entries", lambda: entry)
     assert Triton().measured(p)
-    best = choice.best_gather if verb == "fprop" else wgrad_choice.best_wgrad
-    assert best(p).name == slow.name
+    assert picking.pick_choice(p).name == slow.name
 
 
 @pytest.mark.parametrize("verb", ["dgrad", "wgrad"])
@@ -134,12 +134,11 @@ def test_tuning_is_offered_the_best_predictions(
 
     monkeypatch.setattr("hetconv_kernels.tuning.pick", pick)
     p = described(verb, batch=48, device=CUDA)
-    best = choice.best_gather if verb == "dgrad" else wgrad_choice.best_wgrad
-    picked = best(p)
+    picked = picking.pick_choice(p)
     ((key, names),) = offered.items()
     assert key.startswith(verb)
     assert picked.name == names[-1]
-    assert 2 <= len(names) <= choice.MOST_TUNED
+    assert 2 <= len(names) <= picking.MOST_TUNED
 
 
 SIZE = r"\d+x\d+x\d+"
@@ -171,7 +170,7 @@ def test_the_table_names_choices_that_exist() -> None:
 def test_operands_of_any_strides_are_drawn() -> None:
     """The gradient of a sum is expanded: strides of zero."""
     for strides in ((0, 0, 0, 0), (96, 1, 48, 16), (0, 1, 48, 16)):
-        made = choice.random_operand(described(), (2, 16, 2, 3), strides)
+        made = picking.random_operand(described(), (2, 16, 2, 3), strides)
         assert made.shape == (2, 16, 2, 3)
         assert made.stride() == strides
 

@@ -19,7 +19,7 @@ from hetconv_kernels import disturbance, timing
 from hetconv_kernels.compression import base
 from hetconv_kernels.disturbance import Disturbance, Watch, far_above, judged, spinning
 from hetconv_kernels.errors import SpeedupError
-from hetconv_kernels.explain import Candidate, Explanation
+from hetconv_kernels.explanation import Candidate, Explanation
 from hetconv_kernels.profiling.record import LayerProfile, Profile
 from hetconv_kernels.report import tables
 from hetconv_kernels.report.schema import problems

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import hetconv_kernels as hk
-from hetconv_kernels import ops
+from hetconv_kernels import geometries, ops
 from hetconv_kernels.errors import ArgumentError, BackendError
 from hetconv_kernels.packing import bits_on
 from hetconv_kernels.problem import make_geometry
@@ -115,7 +115,7 @@ def test_a_support_first_met_during_capture_is_refused(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(BackendError, match=r"hetconv_kernels\.warmup"):
-        ops._read_support(CudaBits(), (8, 3, 3))  # type: ignore[arg-type]
+        geometries._read_support(CudaBits(), (8, 3, 3))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends import ENGINE_OF_CODE, forced_code
-from ..explain import Candidate, Explanation, packing_seconds
+from ..explanation import Candidate, Explanation, packing_seconds
 from ..nn.quantized_layer import QuantizedLayer
 from ..timing import interleaved
 from .engine import engine_name, engine_names

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..errors import ArgumentError, mismatch
 from ..flops import register_flop_formulas
-from ..ops import _LIBRARY, geometry_of
+from ..geometries import geometry_of
+from ..ops import _LIBRARY
 from ..packing import FrozenCache
 from ..pooling import Pool
 from ..problem import output_size

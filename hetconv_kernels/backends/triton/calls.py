@@ -127,7 +127,6 @@ class GatherCall:
             y.stride(),
             units,
             x.shape[1],
-            y.shape[1],
             lists,
         )
         return upload(table, self.device)

@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from ...problem import Problem
 from ..gpu import parts
@@ -32,22 +31,8 @@ from .tiles import (
 ONLY_LAUNCH: str | None = None
 # Ways to lower: whether channels are reordered, and whether all filters read all channels.
 GROUPINGS = ((False, False), (True, False), (False, True))
-# Choices that tuning measures, of those that are predicted to be best.
-MOST_TUNED = 8
 # A box that is nearer to a square is taken for at most so many times the steps.
 NEAR = 1.05
-
-
-class Named(Protocol):
-    """A way to run a problem."""
-
-    @property
-    def name(self) -> str:
-        """Its name in tables and measurements."""
-        ...
-
-
-Attempt = Callable[[Problem, Any], Callable[[], object]]
 
 
 class GatherChoice(NamedTuple):
@@ -76,66 +61,6 @@ class GatherChoice(NamedTuple):
     def reordered(self) -> bool:
         """Whether the operand's channels are gathered into another order."""
         return self.lowering.gather is not None
-
-
-def best_gather(problem: Problem) -> GatherChoice:
-    """Picks tile and lowering of fprop or dgrad; the answer is kept with the Support."""
-    key = ("triton choice", *choice_key(problem))
-    found: GatherChoice | None = problem.support.derived.get(key)
-    if found is None:
-        choices = sorted(gather_choices(problem), key=lambda c: c.seconds)
-        found = picked(problem, choices, gather_attempt)
-        problem.support.derived[key] = found
-    return found
-
-
-def picked(problem: Problem, choices: Sequence[Named], attempt: Attempt) -> Any:
-    """Returns what was tuned, else what the table has, else the first of the choices.
-
-    Args:
-        problem: what to run.
-        choices: best predicted first.
-        attempt: makes a call that runs a choice once; for tuning.
-    """
-    named = {c.name: c for c in reversed(choices)}
-    name = _tuned(problem, choices[:MOST_TUNED], attempt) or table.look_up(problem)
-    return named.get(name or "", choices[0])
-
-
-def _tuned(problem: Problem, choices: Sequence[Named], attempt: Attempt) -> str | None:
-    """Returns the choice that this user's tuning found best, measuring it where that is on."""
-    if problem.device.type != "cuda" or not problem.batch:
-        return None
-    from ... import tuning  # not needed without a GPU
-
-    key = " ".join(map(str, choice_key(problem)))
-    candidates = {c.name: attempt(problem, c) for c in choices}
-    return tuning.pick(key, candidates, problem.device)
-
-
-def gather_attempt(problem: Problem, choice: GatherChoice) -> Callable[[], object]:
-    """Returns a call that runs a choice once on random operands, made at its first run."""
-    ready: list[Callable[[], object]] = []
-
-    def run() -> object:
-        if not ready:
-            from .calls import GatherCall
-
-            call = GatherCall(problem, choice)
-            shape = problem.y_shape if problem.verb == "dgrad" else problem.x_shape
-            x = random_operand(problem, shape, problem.strides)
-            w = torch.randn(problem.support.shape, dtype=problem.dtype, device=problem.device)
-            ready.append(lambda: call.run(x, w))
-        return ready[0]()
-
-    return run
-
-
-def random_operand(problem: Problem, shape: Sequence[int], strides: Sequence[int]) -> Tensor:
-    """Makes an operand of those strides, zeros among them, on the problem's device."""
-    own = [1 if stride == 0 else size for size, stride in zip(shape, strides, strict=True)]
-    made = torch.empty_strided(own, strides, dtype=problem.dtype, device=problem.device)
-    return made.normal_().expand(*shape)
 
 
 def gather_choices(problem: Problem) -> list[GatherChoice]:

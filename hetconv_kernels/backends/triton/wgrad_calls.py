@@ -18,6 +18,7 @@ from ..gpu.capture import capturing, pin, upload
 from ..gpu.devices import GpuSpec, spec_of
 from .calls import in_order, precision, refuse_left_out, tma_aligned
 from .choice import tensor_reasons
+from .geometry import wgrad_table
 from .launch import Launch, interpreted
 from .tiles import Tile, splits, wgrad_stages
 from .wgrad import reduce_kernel_splits, wgrad_kernel_gather
@@ -148,7 +149,7 @@ class WgradCall:
     def tables(
         self, jobs: Jobs, dy: Tensor, x: Tensor, units: tuple[int, int], split: int, before: int
     ) -> tuple[Tensor, ...]:
-        """Makes the tables that a kernel reads: words, owners, rows and `wgrad.FIELDS`.
+        """Makes the tables that a kernel reads: words, owners, rows and `geometry.WGRAD`.
 
         Args:
             jobs: of the launch.
@@ -158,29 +159,21 @@ class WgradCall:
             split: pixels of one split; boxes are split by the kernel.
             before: float32 values of a split that stand before those of these jobs.
         """
-        geometry, (x_unit, y_unit) = self.problem.geometry, units
         rows: Int32Array | None = jobs.rows
         if rows is None:
-            rows = (jobs.plan.segments // y_unit).astype(np.int32)
-        (x_n, x_c, x_h, x_w), (y_n, y_c, y_h, y_w) = x.stride(), dy.stride()
-        table = [
-            *self.problem.output_size,
-            self._pixels,
+            rows = (jobs.plan.segments // units[1]).astype(np.int32)
+        problem = self.problem
+        table = wgrad_table(
+            problem.geometry,
+            (problem.height, problem.width),
+            problem.output_size,
+            problem.batch,
+            (x.stride(), dy.stride()),
+            (x.shape[1], dy.shape[1]),
+            units,
             split,
-            *geometry.stride,
-            geometry.pads[0],
-            geometry.pads[2],
-            *geometry.dilation,
-            self.problem.height,
-            self.problem.width,
-            *(stride // x_unit for stride in (x_n, x_h, x_w)),
-            x_c,
-            *(stride // y_unit for stride in (y_n, y_h, y_w)),
-            y_c,
-            x.shape[1] // x_unit,
-            dy.shape[1] // y_unit,
-            self._size,
-            before,
-        ]
-        arrays = (jobs.words, jobs.owners, rows, np.array(table, np.int64))
-        return tuple(upload(array, self._device) for array in arrays)
+            (self._size, before),
+        )
+        return tuple(
+            upload(array, self._device) for array in (jobs.words, jobs.owners, rows, table)
+        )

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import product
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ from ...support import Support
 from ..gpu import parts
 from ..gpu.devices import GpuSpec, spec_of
 from . import choice
-from .choice import GROUPINGS, best_box, has_boxes, picked, random_operand, tensor_reasons
+from .choice import GROUPINGS, best_box, has_boxes, tensor_reasons
 from .tiles import (
     BOX_FUSED,
     BOX_GAIN,
@@ -62,38 +61,6 @@ class WgradChoice(NamedTuple):
     def reordered(self) -> bool:
         """Whether filters of dy or channels of x are gathered into another order."""
         return self.lowering.filters is not None or self.lowering.channels is not None
-
-
-def best_wgrad(problem: Problem) -> WgradChoice:
-    """Picks tiles and lowering of wgrad; the answer is kept with the Support."""
-    key = ("triton choice", *choice.choice_key(problem))
-    found: WgradChoice | None = problem.support.derived.get(key)
-    if found is None:
-        choices = sorted(wgrad_choices(problem), key=lambda c: c.seconds)
-        found = picked(problem, choices, wgrad_attempt)
-        problem.support.derived[key] = found
-    return found
-
-
-def wgrad_attempt(problem: Problem, choice: WgradChoice) -> Callable[[], object]:
-    """Returns a call that runs a choice once on random operands, made at its first run."""
-    ready: list[Callable[[], object]] = []
-
-    def run() -> object:
-        if not ready:
-            from .wgrad_calls import WgradCall
-
-            call = WgradCall(problem, choice)
-            _, c, h, w = problem.x_shape
-            strides = (
-                (c * h * w, 1, w * c, c) if problem.channels_last else (c * h * w, h * w, w, 1)
-            )
-            x = random_operand(problem, problem.x_shape, strides)
-            dy = random_operand(problem, problem.y_shape, problem.strides)
-            ready.append(lambda: call.run(dy, x))
-        return ready[0]()
-
-    return run
 
 
 def wgrad_choices(problem: Problem) -> list[WgradChoice]:
