@@ -5,8 +5,9 @@
     python -m benchmarks.calibrate --device cuda [--results DIR] [--out FILE]
 
 Measures random layers on both backends beside both predictions, fits the seconds of
-`hetconv_kernels.backends.rates` to every second row, and reports on the other rows, which no fit
-has seen, how often the committed predictions pick the faster backend and what a wrong pick costs.
+`hetconv_kernels.backends.cost_model` to every second row, and reports on the other rows, which no
+fit has seen, how often the committed predictions pick the faster backend and what a wrong pick
+costs.
 On a GPU, see `benchmarks.calibrate_gpu`.
 """
 

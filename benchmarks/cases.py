@@ -207,7 +207,7 @@ def _table_cases() -> Iterator[Case]:
 
 
 def _low_precision_cases() -> Iterator[Case]:
-    """The same layers in bfloat16 and int8; HetConv p=4 has a target over int8's dense form."""
+    """Layers in bfloat16 and int8; HetConv p=4 has a target over int8's dense form."""
     for c, size in _TABLE:
         for spec in (het_case(4), het_case(8), het_case(16), het_case(c), sg(70), sg(90)):
             yield _square(8, c, size, spec, suffix="-bf16", dtype="bfloat16", target_float32=1.7)

@@ -30,7 +30,7 @@ from benchmarks.networks import NetworkCase
 from hetconv_kernels.files import Json
 from hetconv_kernels.info import processor
 from hetconv_kernels.report.schema import SCHEMA_VERSION, problems
-from hetconv_kernels.roofs import Roofs
+from hetconv_kernels.roofline import Roofs
 from hetconv_kernels.timing import Timings
 
 # What `hetconv bench --isa` sets, and what forces a backend.

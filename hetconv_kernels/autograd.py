@@ -53,7 +53,9 @@ def through_operator(x: Tensor, *others: Tensor | None) -> bool:
 
 
 def _through_operator_now(first: Tensor, *others: Tensor | None) -> bool:
-    """Tells the same of a call that a gradient makes, maybe when a transform is over.
+    """Tells whether a call that a gradient makes goes to the operators.
+
+    It may come when a transform is over.
 
     The operands that it kept may then be wrappers of a level that is dead, without memory.
     """
@@ -117,7 +119,7 @@ class EagerCall(NamedTuple):
         return ops.run_wgrad(dy, x, self.geometry, like.shape, like.dtype, self.backend)
 
     def through_ops(self, first: Tensor) -> OpCall:
-        """Returns the same call through the operators, for a first operand's device."""
+        """Returns this call through the operators, for a first operand's device."""
         bits = bits_on(self.geometry.support, first.device)
         return OpCall(bits, self.geometry.ints(*self.size), self.backend)
 

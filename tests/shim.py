@@ -192,7 +192,7 @@ def fprop_case(
     else:
         tables = lower_narrow(support, window, shape, back)
     buffers, resident = buffers or 1, bool(resident)
-    boxes = boxes and not tables.no_boxes
+    boxes = boxes and not tables.no_tma
     x = torch.randn(batch, *read).to(dtype)
     w = torch.randn(support.shape).to(dtype)
     extras = {name: torch.randn(written[0]) for name in ("scale", "shift") if name in epilogue}
@@ -232,7 +232,7 @@ def fprop_case(
         "shared": shared_bytes(tables, buffers, resident, boxes),
         "buffers": buffers,
         "resident": int(resident),
-        "boxes": int(boxes),
+        "tma": int(boxes),
         **table_numbers(tables),
     }
     arrays: dict[str, Any] = {
@@ -288,7 +288,7 @@ def wgrad_case(
     out = geometry.output_size(*size)
     f, c = support.filters, support.channels
     tables, chosen, _ = choose_wgrad(support, window, GPU_SPECS[9, 0])
-    buffers, boxes = buffers or chosen, boxes and not tables.no_boxes
+    buffers, boxes = buffers or chosen, boxes and not tables.no_tma
     x = torch.randn(batch, c, *size).to(dtype)
     dy = torch.randn(batch, f, *out).to(dtype)
     exact, most = (_wgrad(geometry, *pair) for pair in ((dy, x), (dy.abs(), x.abs())))
@@ -324,7 +324,7 @@ def wgrad_case(
         "buffers": buffers,
         "blocks": 2,
         "shared": tables.shared_bytes(buffers, boxes),
-        "boxes": int(boxes),
+        "tma": int(boxes),
         "channels": c,
         "filters": f,
         "dy_h": out[0],

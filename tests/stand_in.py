@@ -57,15 +57,14 @@ def act(part: str, result: Any) -> Any:
 def part_of(engine: str, problem: Any, choice: Any) -> str:
     """Names the part that a choice belongs to."""
     if engine == "triton":
-        boxes = "-boxes" if choice.box is not None else ""
-        return ("triton-wgrad" if problem.verb == "wgrad" else "triton-gather") if not boxes else (
-            "triton-wgrad-boxes" if problem.verb == "wgrad" else "triton-boxes"
-        )  # fmt: skip
+        if problem.verb == "wgrad":
+            return "triton-wgrad" if choice.box is None else "triton-wgrad-tma"
+        return "triton-gather" if choice.box is None else "triton-tma"
     how = getattr(choice, "how", choice)
     if hasattr(how, "shape"):
         return "cuda-cluster" if how.shape.cluster == 2 else "cuda-wide"
-    if not how.no_boxes:
-        return "cuda-boxes"
+    if not how.no_tma:
+        return "cuda-tma"
     return "cuda-wgrad" if problem.verb == "wgrad" else "cuda-narrow"
 
 
@@ -108,7 +107,7 @@ def install(patch: pytest.MonkeyPatch) -> None:
     from hetconv_kernels import backends
     from hetconv_kernels.backends import cuda
     from hetconv_kernels.backends.triton import calls, wgrad_calls
-    from hetconv_kernels.roofs import Roofs
+    from hetconv_kernels.roofline import Roofs
 
     build_for(patch, "90a")
     hk._cuda.wide_rate = rate  # type: ignore[attr-defined]

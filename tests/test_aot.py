@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "aot"
 BACKENDS = ROOT / "hetconv_kernels" / "backends"
 # What a configuration and its machine code depend on; and the devices, which say how deep it goes.
-KERNELS = ("fprop", "boxes", "wgrad", "wgrad_boxes", "tiles", "shipped", "aot")
+KERNELS = ("fprop", "tma", "wgrad", "wgrad_tma", "tiles", "shipped", "aot")
 SOURCES = [
     *(BACKENDS / "triton" / f"{name}.py" for name in KERNELS),
     BACKENDS / "gpu" / "devices.py",
@@ -124,10 +124,10 @@ SABOTAGE = {  # file, what is replaced, by what, which configuration
         "gather-bf16-128x64x64",
     ),
     "box-word-read-where-used": (
-        "boxes.py",
+        "fprop_tma.py",
         "            following = tl.load(words + s + 1)  # one step ahead, see `fprop`\n",
         "            word = tl.load(words + s)\n            following = word\n",
-        "boxes-bf16-128x64x64-1x16x8",
+        "tma-bf16-128x64x64-1x16x8",
     ),
 }
 
@@ -198,7 +198,7 @@ def test_lost_speed_is_noticed(change: dict[str, Any], words: str) -> None:
 
 @pytest.mark.parametrize(("rings", "fine"), [([2, 3, 3, 3], True), ([2, 2, 3, 3], False)])
 def test_wgrads_boxes_need_every_stage_of_x(rings: list[int], fine: bool) -> None:
-    configuration = next(c for c in shipped.configurations() if c.kernel == "wgradboxes")
+    configuration = next(c for c in shipped.configurations() if c.kernel == "wgradtma")
     assert configuration.taps == 3
     found = dataclasses.replace(GOOD, stages=3, buffers=rings, from_shared=True)
     assert (aot.shortcomings(found, configuration) == []) == fine

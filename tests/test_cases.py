@@ -21,7 +21,7 @@ from benchmarks.cases import CPU_CASES, GPU_CASES, GPU_SHAPES, Case, SupportSpec
 from benchmarks.rig import OURS, Rig
 from hetconv_kernels import timing
 from hetconv_kernels.report.schema import DISPATCH_ROW
-from hetconv_kernels.roofs import Roofs
+from hetconv_kernels.roofline import Roofs
 from hetconv_kernels.timing import Timings
 
 ROOT = Path(__file__).parents[1]

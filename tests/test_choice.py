@@ -192,7 +192,7 @@ def test_both_switches_of_tf32_are_read(switch: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("built", "without", "boxes"),
+    ("built", "without", "tma"),
     [("80_90a", "", False), ("80", "", True), (None, "", True), ("90a", "cuda-wide", True)],
     ids=["built", "for others", "absent", "left out"],
 )
@@ -214,14 +214,14 @@ def test_boxes_of_fprop_are_for_where_no_cuda_engine_was_built(
     wgrad = described("wgrad", support, batch=64, device=CUDA)
     assert any(c.box is not None for c in wgrad_choice.wgrad_choices(wgrad))
     # Asked for, they are there: for tests and for measurements.
-    monkeypatch.setattr(choice, "ONLY_LAUNCH", "boxes")
+    monkeypatch.setattr(choice, "ONLY_LAUNCH", "tma")
     assert all(c.box is not None for c in choice.gather_choices(described(device=CUDA)))
 
 
 @pytest.mark.parametrize(
     ("name", "verb"),
-    [("triton-gather", "fprop"), ("triton-boxes", "dgrad"), ("triton-wgrad", "wgrad"),
-     ("triton-wgrad-boxes", "wgrad")],
+    [("triton-gather", "fprop"), ("triton-tma", "dgrad"), ("triton-wgrad", "wgrad"),
+     ("triton-wgrad-tma", "wgrad")],
 )  # fmt: skip
 def test_a_part_that_is_left_out_is_not_chosen(
     on_gpu, monkeypatch: pytest.MonkeyPatch, name: str, verb: str
@@ -230,15 +230,15 @@ def test_a_part_that_is_left_out_is_not_chosen(
     support = hk.Support.het(256, 256, 3, p=4)
     problem = described(verb, support, batch=64, device=CUDA)
     find = wgrad_choice.wgrad_choices if verb == "wgrad" else choice.gather_choices
-    boxed = name.endswith("boxes")
-    monkeypatch.setattr(choice, "_boxes_wanted", lambda _: True)
+    boxed = name.endswith("tma")
+    monkeypatch.setattr(choice, "_tma_wanted", lambda _: True)
     assert {c.box is not None for c in find(problem)} == {True, False}
     monkeypatch.setattr(parts, "WITHOUT", frozenset({name}))
     assert {c.box is not None for c in find(problem)} == {not boxed}
     assert Triton().unsupported_reasons(problem) == []
-    pair = {name, f"{name}-boxes" if verb == "wgrad" else "triton-boxes"}
-    pair |= {"triton-gather"} if name == "triton-boxes" else set()
-    pair |= {"triton-wgrad"} if name == "triton-wgrad-boxes" else set()
+    pair = {name, f"{name}-tma" if verb == "wgrad" else "triton-tma"}
+    pair |= {"triton-gather"} if name == "triton-tma" else set()
+    pair |= {"triton-wgrad"} if name == "triton-wgrad-tma" else set()
     monkeypatch.setattr(parts, "WITHOUT", frozenset(pair & parts.PARTS.keys()))
     (reason,) = Triton().unsupported_reasons(problem)
     assert "are left out by HETCONV_WITHOUT" in reason

@@ -64,7 +64,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     ) -> None:
         clear()
         fake = SimpleNamespace(architectures=lambda: built, versions=lambda: (13000, driver))
-        fake.no_boxes = lambda: boxes
+        fake.tma_unsupported = lambda: boxes
         monkeypatch.setitem(sys.modules, "hetconv_kernels._cuda", fake)
         monkeypatch.setattr(hk, "_cuda", fake, raising=False)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
@@ -341,7 +341,7 @@ def test_a_launch_that_fails_raises(host) -> None:
         call.launch("bfloat16", 0, 0, 0, 0, 0, 0, 0)
     with pytest.raises(ValueError, match="dtype 'int8'"):
         call.launch("int8", 0, 0, 0, 0, 0, 0, 0)
-    call.warps_m, call.buffers, call.boxes, call.class_count, call.blocks = 1, 1, 1, 1, 1
+    call.warps_m, call.buffers, call.tma, call.class_count, call.blocks = 1, 1, 1, 1, 1
     with pytest.raises(BackendError, match="the driver refuses a tensor map"):
         call.launch("bfloat16", 0, 0, 0, 0, 0, 0, 0)
 

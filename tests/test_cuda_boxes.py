@@ -3,7 +3,7 @@
 
 TMA is played there (see tests/native/cuda/tensor_map.h): a driver's function that refuses what the
 CUDA driver API forbids, boxes that land late, by lot, and bytes counted at barriers. What is left
-to a GPU stands in csrc/cuda/bulk.h.
+to a GPU stands in csrc/cuda/mbarrier.h.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from hetconv_kernels.problem import make_geometry
 
 pytestmark = pytest.mark.skipif(shim.compiler() is None, reason="g++ is not installed here")
 
-# Those that no box fits, and why: see Tables.no_boxes.
+# Those that no box fits, and why: see Tables.no_tma.
 WITHOUT = {
     (name, False): "adjacent outputs"
     for name in ("stride", "stride-1x1", "stride-3", "dilated-stride")
@@ -45,11 +45,11 @@ def test_layers_match_the_oracle(name: str, tmp_path: Path) -> None:
         for back in (False, True):
             how = {"dtype": dtype, "back": back, "buffers": 1 + index, "boxes": True}
             case = shim.fprop_case(geometry.support, geometry, size, **how)
-            assert case.numbers["boxes"] == ((name, back) not in WITHOUT)
+            assert case.numbers["tma"] == ((name, back) not in WITHOUT)
             cases.append(case)
         how = {"buffers": 1 + index, "boxes": True}
         case = shim.wgrad_case(geometry.support, geometry, size, 2, dtype, **how)
-        assert case.numbers["boxes"] == ((name, False) not in WITHOUT)
+        assert case.numbers["tma"] == ((name, False) not in WITHOUT)
         cases.append(case)
     shim.run(cases, tmp_path)
 
@@ -67,7 +67,7 @@ def all_kinds(boxes: bool) -> list[shim.Case]:
 
 def test_epilogues_match_the_oracle(tmp_path: Path) -> None:
     cases = all_kinds(True)
-    assert all(case.numbers["boxes"] for case in cases)
+    assert all(case.numbers["tma"] for case in cases)
     shim.run(cases, tmp_path)
 
 
@@ -78,8 +78,8 @@ def test_blocks_of_all_shapes_match_the_oracle(
 ) -> None:
     """Also where a box brings neighbours of a round's channels, which nobody reads."""
     cases = blocks((2, 1), buffers=buffers, resident=resident, boxes=True)
-    assert sum(case.numbers["boxes"] for case in cases) >= 8
-    assert {case.numbers["slot_pitch"] > 0 for case in cases if case.numbers["boxes"]} == {
+    assert sum(case.numbers["tma"] for case in cases) >= 8
+    assert {case.numbers["slot_pitch"] > 0 for case in cases if case.numbers["tma"]} == {
         True,
         False,
     }
@@ -88,7 +88,7 @@ def test_blocks_of_all_shapes_match_the_oracle(
 
 def test_random_cases_match_the_oracle(tmp_path: Path) -> None:
     cases = [random_case(seed, True) for seed in range(80, 160)]
-    cases = [case for case in cases if case.numbers["boxes"]]
+    cases = [case for case in cases if case.numbers["tma"]]
     fprops = [case for case in cases if not case.numbers["kind"]]
     assert len(fprops) > 25
     assert len(cases) - len(fprops) > 5
@@ -119,7 +119,7 @@ def simple(buffers: int = 2, verb: str = "fprop") -> shim.Case:
     how = {"shape": BlockShape(4, 8, 1, 1, 4), "buffers": buffers, "resident": True, "boxes": True}
     how |= {"epilogue": ("residual",)}
     case = shim.fprop_case(geometry.support, geometry, (8, 24), 1, **how)
-    assert case.numbers["boxes"]
+    assert case.numbers["tma"]
     return case
 
 

@@ -15,7 +15,7 @@ from cuda_host import operands, run
 import hetconv_kernels as hk
 from hetconv_kernels import ops
 from hetconv_kernels.backends.cuda import Cuda, calls, wgrad_calls
-from hetconv_kernels.backends.cuda.boxes import boxable
+from hetconv_kernels.backends.cuda.tma import tma_readable
 from hetconv_kernels.backends.gpu import capture
 from hetconv_kernels.problem import make_geometry
 
@@ -76,7 +76,7 @@ def test_blocks_of_all_heads_are_held_at_once(host, heads: int, blocks: int) -> 
     for call in (narrow, wgrad):
         call.parts, call.buffers = heads, 1
     narrow.class_count, narrow.warps_m, narrow.warps_n, wgrad.warps = 1, 1, 1, 1
-    assert [call.held_blocks("bfloat16") for call in (narrow, wgrad)] == [blocks, blocks]
+    assert [call.max_resident_blocks("bfloat16") for call in (narrow, wgrad)] == [blocks, blocks]
 
 
 @pytest.mark.parametrize(("verb", "tables"), [("fprop", 8), ("dgrad", 8), ("wgrad", 6)])
@@ -121,7 +121,7 @@ def test_what_is_made_for_one_call_is_told_to_nobody(host, monkeypatch: pytest.M
 
 def test_boxes_are_cut_out_of_axes_that_hold_each_other() -> None:
     def laid(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-        return boxable(torch.empty_strided(shape, strides, device="meta"))
+        return tma_readable(torch.empty_strided(shape, strides, device="meta"))
 
     assert laid((2, 16, 6, 9), (864, 1, 144, 16))
     assert laid((2, 16, 6, 9), (2000, 1, 216, 24))
@@ -140,11 +140,11 @@ def test_what_is_no_box_comes_by_cp_async(host, monkeypatch: pytest.MonkeyPatch,
     for allowed in (True, False):
 
         def told(tensor: torch.Tensor, allowed: bool = allowed) -> bool:
-            ways.append(boxable(tensor))
+            ways.append(tma_readable(tensor))
             return allowed and ways[-1]
 
-        monkeypatch.setattr(calls, "boxable", told)
-        monkeypatch.setattr(wgrad_calls, "boxable", told)
+        monkeypatch.setattr(calls, "tma_readable", told)
+        monkeypatch.setattr(wgrad_calls, "tma_readable", told)
         first, second = (x, x) if verb == "fprop" else (dy, x)
         found.append(run(verb, GEOMETRY, first, second, w, *[None] * 3 * (verb == "fprop")))
     assert ways
@@ -156,7 +156,7 @@ def test_an_image_for_all_of_a_batch_is_no_box(host) -> None:
     x, w, dy = operands(GEOMETRY, torch.bfloat16)
     one = x[:1].expand(2, -1, -1, -1)
     copied = one.clone(memory_format=torch.channels_last)
-    assert [boxable(t) for t in (one, copied)] == [False, True]
+    assert [tma_readable(t) for t in (one, copied)] == [False, True]
     found = [run("wgrad", GEOMETRY, dy, t, w) for t in (one, copied)]
     assert torch.equal(*found)
     assert not capture.CONVERSIONS

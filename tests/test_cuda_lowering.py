@@ -4,14 +4,19 @@
 from __future__ import annotations
 
 import doctest
+import re
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
 import pytest
+from tree import ROOT
 
 from hetconv_kernels import Support
+from hetconv_kernels.backends.cuda import fields as table_fields
 from hetconv_kernels.backends.cuda import slots as slots_module
 from hetconv_kernels.backends.cuda import windows as windows_module
+from hetconv_kernels.backends.cuda.fields import NarrowClass, NarrowHead, WgradHead
 from hetconv_kernels.backends.cuda.lowering import FRAGMENT, BlockShape, Tables, lower_narrow
 from hetconv_kernels.backends.cuda.slots import TILE_RANGES, arrange, ranges
 from hetconv_kernels.backends.cuda.tiles import choose_narrow, choose_wgrad, shared_bytes
@@ -58,7 +63,8 @@ def test_every_live_weight_is_packed_once(name: str, back: bool) -> None:
     support = geometry.support
     packed = tables.positions[tables.positions >= 0]
     assert sorted(packed) == np.flatnonzero(support.mask).tolist()
-    assert len(tables.positions) == FRAGMENT * int(tables.heads[..., 3].sum())
+    fragments = tables.heads[..., NarrowHead.FRAGMENT_COUNT]
+    assert len(tables.positions) == FRAGMENT * int(fragments.sum())
     live = tables.source(support, "live")
     assert sorted(live[live >= 0]) == list(range(support.live))
 
@@ -139,7 +145,7 @@ def test_every_pixel_is_written_once(name: str, back: bool) -> None:
     written = np.zeros(size, int)
     for fields in tables.classes:
         high, wide, tiles_h, tiles_w = fields[:4]
-        store_h, store_w, first_h, first_w = fields[10:14]
+        store_h, store_w, first_h, first_w = fields[NarrowClass.STORE_H :]
         for tile in range(tiles_h * tiles_w):
             row, col = (tile // tiles_w) * SHAPE.height, (tile % tiles_w) * SHAPE.width
             rows = np.arange(row, min(row + SHAPE.height, high)) * store_h + first_h
@@ -156,8 +162,8 @@ def test_every_gradient_has_one_place(name: str) -> None:
     places = tables.positions[tables.positions >= 0]
     assert sorted(places) == np.flatnonzero(geometry.support.mask).tolist()
     assert len(tables.positions) == len(tables.units) * UNIT_VALUES
-    assert tables.heads[:, 9].sum() == len(tables.units)
-    assert tables.heads[:, 9].max() <= 5
+    assert tables.heads[:, WgradHead.UNIT_COUNT].sum() == len(tables.units)
+    assert tables.heads[:, WgradHead.UNIT_COUNT].max() <= 5
 
 
 def test_ranges_cover_each_half_once() -> None:
@@ -188,7 +194,7 @@ def test_chosen_tiles_fit(name: str, part: tuple[int, int]) -> None:
     found = windows(geometry, (28, 28), False)
     choice = choose_narrow(geometry.support, found, 8, False, GPU_SPECS[part])
     shape = choice.tables.shape
-    for boxes in (False, not choice.no_boxes):
+    for boxes in (False, not choice.no_tma):
         size = shared_bytes(choice.tables, choice.buffers, choice.resident, boxes)
         assert size <= GPU_SPECS[part].shared
     assert shape.height * shape.width <= shape.warps_m * 32
@@ -218,8 +224,8 @@ def test_boxes_are_what_a_tensor_map_takes(
 ) -> None:
     found = windows(make_geometry(support, *how), (19, 30), back)
     tables = lower_narrow(support, found, shape, back)
-    assert (tables.no_boxes == "") == (words == "")
-    assert words in tables.no_boxes
+    assert (tables.no_tma == "") == (words == "")
+    assert words in tables.no_tma
     for window, sides in zip(found, tables.halos, strict=True):
         assert tuple(sides) == window.halo(shape.height, shape.width)
 
@@ -231,9 +237,9 @@ def test_channels_apart_are_no_box() -> None:
     geometry = make_geometry(support)
     found = windows(geometry, (9, 9), False)
     words = "channels that are read together are not adjacent"
-    assert lower_narrow(support, found, SHAPE).no_boxes == words
-    assert lower_narrow(support, found, SHAPE._replace(slots=1)).no_boxes == ""
-    assert lower_wgrad(support, found[0], 8, 16).no_boxes == words
+    assert lower_narrow(support, found, SHAPE).no_tma == words
+    assert lower_narrow(support, found, SHAPE._replace(slots=1)).no_tma == ""
+    assert lower_wgrad(support, found[0], 8, 16).no_tma == words
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -263,3 +269,26 @@ def test_the_worked_examples_hold() -> None:
         outcome = doctest.testmod(module)
         assert outcome.attempted
         assert not outcome.failed
+
+
+@pytest.mark.parametrize(
+    ("header", "enumeration", "ours"),
+    [
+        ("narrow.h", "ClassField", table_fields.NarrowClass),
+        ("narrow.h", "HeadField", table_fields.NarrowHead),
+        ("narrow.h", "RoundField", table_fields.NarrowRound),
+        ("narrow.h", "WgradHeadField", table_fields.WgradHead),
+        ("wide.h", "ClassField", table_fields.WideClass),
+        ("wide.h", "HeadField", table_fields.WideHead),
+    ],
+)
+def test_fields_have_the_names_and_places_of_the_headers(
+    header: str, enumeration: str, ours: type[IntEnum]
+) -> None:
+    text = (ROOT / "csrc" / "cuda" / header).read_text()
+    body = re.sub(r"//[^\n]*", "", text.split(f"enum {enumeration} {{")[1].split("};")[0])
+    *named, count = [name.strip() for name in body.split(",") if name.strip()]
+    assert count.endswith("Fields")
+    snake = [re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name[1:]).upper() for name in named]
+    assert snake == [field.name for field in ours]
+    assert [*ours] == [*range(len(named))]

@@ -49,7 +49,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     def pretend(capability: tuple[int, int] = (9, 0), built: str = "80_90a_100_120") -> None:
         clear()
         fake = SimpleNamespace(architectures=lambda: built, versions=lambda: (13000, 13000))
-        fake.no_boxes = lambda: ""
+        fake.tma_unsupported = lambda: ""
         monkeypatch.setitem(sys.modules, "hetconv_kernels._cuda", fake)
         monkeypatch.setattr(hk, "_cuda", fake, raising=False)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)

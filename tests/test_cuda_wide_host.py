@@ -4,7 +4,7 @@
 Products of a warpgroup, barriers of phases, bulk copies and clusters have a meaning on the CPU too
 (tests/native/cuda/hopper_machine.h), so nothing of the kernel is exempt. What this cannot see is
 what only a GPU does: timing, the encodings of instructions, and whether the meaning that is given
-to them here is the GPU's; csrc/cuda/hopper.h and bulk.h list what is taken on trust.
+to them here is the GPU's; csrc/cuda/hopper.h and mbarrier.h list what is taken on trust.
 """
 
 from __future__ import annotations

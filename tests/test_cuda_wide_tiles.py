@@ -61,7 +61,7 @@ def test_pixels_in_turn_are_counted_as_the_kernel_takes_them() -> None:
                 if first < step and column < width:
                     turns += len(range(first, rows, step))
             most = max(most, turns)
-        (found,) = wide_tiles.bring_clocks(np.array([rows]), np.array([cols]))
+        (found,) = wide_tiles.producer_clocks(np.array([rows]), np.array([cols]))
         assert found == most * wide_tiles._PIECE_CLOCKS + wide_tiles._BEGIN_CLOCKS
 
 

@@ -92,8 +92,8 @@ def test_tma_brings_what_cp_async_does(
     first, second = (x, w) if verb == "fprop" else (dy, x if verb == "wgrad" else w)
     problem = ops.describe(verb, geometry, first, x, w, size)
     found = []
-    for boxes in (True, False):
-        monkeypatch.setattr(choice, "BOXES", boxes)
+    for tma in (True, False):
+        monkeypatch.setattr(choice, "TMA", tma)
         engine = Cuda()
         prepare = {"fprop": engine.fprop, "dgrad": engine.dgrad, "wgrad": engine.wgrad}[verb]
         found.append(prepare(problem)(first, second))

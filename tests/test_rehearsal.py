@@ -20,7 +20,7 @@ from rehearsal import Rehearsal, check_descriptor, rehearsal
 from benchmarks import bench, gate, primitives, tune
 from benchmarks.cases import GPU_CASES, Case, het_case
 from benchmarks.record import Record
-from hetconv_kernels.roofs import Roofs
+from hetconv_kernels.roofline import Roofs
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton"),
@@ -65,7 +65,7 @@ def test_the_table_of_make_gpu(tmp_path: Path, gpu: Rehearsal, capsys) -> None: 
     assert [(row["case"]["name"], row["verb"]) for row in rows] == [(c.name, v) for c, v in wanted]
     assert all(row["backend"]["ran"] == "triton" and row["median_s"] > 0 for row in rows)
     names = Counter(name for name, _ in gpu.compiled)
-    assert min(names["fprop_kernel_boxes"], names["wgrad_kernel_boxes"]) > 0
+    assert min(names["fprop_kernel_tma"], names["wgrad_kernel_tma"]) > 0
     assert all(shared <= 227 * 1024 for _, shared in gpu.compiled)
     # A kernel that was met is not compiled again, and every variant is captured by itself and again
     # with the others.
@@ -88,11 +88,11 @@ def test_tuning_runs_every_choice(gpu: Rehearsal, monkeypatch: pytest.MonkeyPatc
 
 
 def test_descriptors_are_kept_by_address_and_keep_no_memory(gpu: Rehearsal) -> None:
-    from hetconv_kernels.backends.triton import box_calls
+    from hetconv_kernels.backends.triton import tma_calls
 
     tensors = [torch.empty(2, 8, 8, 64, dtype=torch.bfloat16) for _ in range(2)]
     shape = [2, 8, 8, 64]
-    made = box_calls.Descriptor(tensors[0], shape, [4096, 512, 64, 1], [1, 4, 4, 64])
+    made = tma_calls.Descriptor(tensors[0], shape, [4096, 512, 64, 1], [1, 4, 4, 64])
     first, second = map(made, tensors)
     assert first is made(tensors[0])
     assert first is not second
@@ -100,9 +100,9 @@ def test_descriptors_are_kept_by_address_and_keep_no_memory(gpu: Rehearsal) -> N
     assert first.base.dtype == torch.bfloat16
     gone = weakref.ref(tensors.pop())
     assert gone() is None
-    for place in range(3 * box_calls._MOST_KEPT):
+    for place in range(3 * tma_calls._MOST_KEPT):
         made(tensors[0].view(-1)[8 * place :])
-    assert len(made._kept) <= box_calls._MOST_KEPT
+    assert len(made._kept) <= tma_calls._MOST_KEPT
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import torch
 from shim import ACTS, CODES, Case, activate, height_width, last
 from torch import Tensor
 
+from hetconv_kernels.backends.cuda.fields import WideClass
 from hetconv_kernels.testing import error_bound
 
 COLUMNS, SLAB = 8, 4096
@@ -116,7 +117,7 @@ def wide_case(
         else:
             most = value
     bound = 1.2 * error_bound(most, channels * mask[0, 0].size, dtype)
-    plane = max(line[10] * line[12] for line in tables["classes"])
+    plane = max(line[WideClass.HALO_H] * line[WideClass.ROW_PITCH] for line in tables["classes"])
     plane += (1 - plane) % 8
     numbers = {
         "kind": 2,

@@ -55,7 +55,7 @@ static void bind_call(py::class_<C>& type, const char* name, int64_t (*shared_by
       [](C& p, const std::string& act) { p.act = act_named(act); });
   type.def_property_readonly("shared_bytes", shared_bytes);
   type.def(
-      "held_blocks",
+      "max_resident_blocks",
       [blocks](const C& p, const std::string& dtype) { return blocks(p, dtype_named(dtype)); },
       py::arg("dtype"));
   type.def(
@@ -111,7 +111,7 @@ static void bind_fprop(py::module_& m) {
   HC_FIELD(type, Narrow, resident);
   HC_FIELD(type, Narrow, blocks);
   HC_FIELD(type, Narrow, channels);
-  HC_FIELD(type, Narrow, boxes);
+  HC_FIELD(type, Narrow, tma);
   HC_FIELD(type, Narrow, box_h);
   HC_FIELD(type, Narrow, box_w);
   bind_call(type, "narrow_fprop", &narrow_shared_bytes, &narrow_blocks, &narrow_fprop);
@@ -146,7 +146,7 @@ static void bind_wgrad(py::module_& m) {
   HC_FIELD(type, NarrowWgrad, halo_pixels);
   HC_FIELD(type, NarrowWgrad, buffers);
   HC_FIELD(type, NarrowWgrad, blocks);
-  HC_FIELD(type, NarrowWgrad, boxes);
+  HC_FIELD(type, NarrowWgrad, tma);
   HC_FIELD(type, NarrowWgrad, channels);
   HC_FIELD(type, NarrowWgrad, filters);
   HC_FIELD(type, NarrowWgrad, dy_h);
@@ -155,7 +155,7 @@ static void bind_wgrad(py::module_& m) {
   HC_FIELD(type, NarrowWgrad, halo_w);
   type.def_property_readonly("shared_bytes", &narrow_wgrad_shared_bytes);
   type.def(
-      "held_blocks",
+      "max_resident_blocks",
       [](const NarrowWgrad& p, const std::string& dtype) {
         return narrow_wgrad_blocks(p, dtype_named(dtype));
       },
@@ -242,8 +242,8 @@ PYBIND11_MODULE(_cuda, m) {
     names.push_back("wide_fprop");
     return names;
   });
-  m.def("no_boxes", [] {
-    const char* reason = narrow_no_boxes();
+  m.def("tma_unsupported", [] {
+    const char* reason = narrow_tma_unsupported();
     return std::string(reason ? reason : "");
   });
   m.def("architectures", [] { return std::string(HC_TEXT(HETCONV_ARCHITECTURES)); });

@@ -240,8 +240,8 @@ template <class P> const char* allow_shared(void (*kernel)(P), int64_t shared) {
   return error_text(error);
 }
 
-// The blocks of a kernel that the current device holds at once; 0 if it holds none.
-template <class P> int64_t held_blocks(void (*kernel)(P), int threads, int64_t shared) {
+// The occupancy of a kernel: thread blocks that the current device holds at once; 0 if none.
+template <class P> int64_t max_resident_blocks(void (*kernel)(P), int threads, int64_t shared) {
   int device = 0, processors = 0, each = 0;
   if (allow_shared(kernel, shared)) return 0;
   cudaGetDevice(&device);

@@ -9,7 +9,7 @@ namespace hetconv::cuda::wide {
 constexpr int kGroupThreads = 128;
 constexpr int kThreads = kGroupThreads * (1 + kWarpgroups);
 constexpr int kHaloThreads = kGroupThreads - 32;
-constexpr int kBringRegisters = 56, kComputeRegisters = 224;  // 128 * (56 + 2 * 224) of 65536
+constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;  // 128 * (56 + 2 * 224) of 65536
 constexpr int kStagedBytes = kStagedPixels * kStagedPitch;
 constexpr int kSlotBytes = kSlabBytes;
 
@@ -38,8 +38,8 @@ struct Ring {
       : first(first), full(barriers), empty(barriers + count * 8), count(count), at(0), parity(0) {}
   __device__ uint32_t filled() const { return full + at * 8; }
   __device__ uint32_t emptied() const { return empty + at * 8; }
-  __device__ void wait_filled() const { phase_wait(filled(), parity, first); }
-  __device__ void wait_emptied() const { phase_wait(emptied(), parity ^ 1, first); }
+  __device__ void wait_filled() const { mbarrier_wait(filled(), parity, first); }
+  __device__ void wait_emptied() const { mbarrier_wait(emptied(), parity ^ 1, first); }
   __device__ void advance() {
     if (++at == count) at = 0, parity ^= 1;
   }

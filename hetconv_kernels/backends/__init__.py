@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 from ..errors import BackendError, mismatch
 from ..pooling import max_pooled
 from ..problem import Problem
-from .rates import POOL, POOLED
+from .cost_model import POOL, POOLED
 
 # The integers travel in exported programs: a number, once given, is never reused.
 CODES = {"auto": 0, "reference": 1, "vendor": 2, "cpu": 3, "triton": 4, "cuda": 5}

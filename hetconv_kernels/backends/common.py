@@ -84,7 +84,7 @@ def is_pointwise(problem: Problem) -> bool:
 
 
 def is_linear(problem: Problem) -> bool:
-    """Tells whether it is so on images of one pixel, as in a fully-connected layer."""
+    """Tells whether y is x times a matrix on images of one pixel, as in a fully-connected layer."""
     return is_pointwise(problem) and problem.height == problem.width == 1
 
 

@@ -24,7 +24,7 @@ from ..problem import Problem
 from ..support import Support
 from . import UNMEASURED_MARGIN, Runner, winograd
 from .common import empty, is_linear, is_pointwise, to_format
-from .rates import (
+from .cost_model import (
     DOUBT,
     ENGINE,
     EXPAND,

@@ -369,9 +369,7 @@ def _candidates(
     model: nn.Module, method: Method, skip: Sequence[str]
 ) -> tuple[dict[str, WeightLayer], dict[str, str]]:
     """Finds the layers that may be compressed, and says why the others may not."""
-    every = {
-        name: module for name, module in model.named_modules() if isinstance(module, WeightLayer)
-    }
+    every = {name: m for name, m in model.named_modules() if isinstance(m, WeightLayer)}
     # convert says what it would refuse at the end: hooks, shared weights, subclasses, groups.
     possible = {name: m for name, m in every.items() if getattr(m, "groups", 1) == 1}
     trial = convert(model, rules.supports({n: _full(m) for n, m in possible.items()}))

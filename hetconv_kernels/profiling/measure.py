@@ -22,7 +22,7 @@ from ..nn import FrequencyConv2d, FusedConv2d
 from ..nn.base import SupportLayer
 from ..nn.quantized_steps import Quantize, QuantizedStep
 from ..packing import PackEvent, watched_packings
-from ..roofs import Roofs, measure_roofs
+from ..roofline import Roofs, measure_roofs
 from ..timing import check_seconds
 from .reasons import backend_and_reason, predicted
 from .record import LayerProfile, Profile

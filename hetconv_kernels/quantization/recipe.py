@@ -59,7 +59,7 @@ def refused(where: str, received: object, expected: object, way_out: str = "") -
 
 
 @dataclass
-class ConstantTensor:
+class Fixed:
     """A constant; with a scale, integers that stand for numbers.
 
     Attributes:
@@ -107,7 +107,7 @@ def ungrouped(weight: Tensor, groups: int) -> Tensor:
 
 
 def filled(
-    layer: QuantizedLayer, dense: Tensor, weight: ConstantTensor, bias: ConstantTensor | None,
+    layer: QuantizedLayer, dense: Tensor, weight: Fixed, bias: Fixed | None,
     more: Tensor | None,
 ) -> QuantizedLayer:  # fmt: skip
     """Gives a layer the integers and scales that were read.
@@ -164,8 +164,8 @@ def scale_of(op: Operation) -> Scale:
 
 
 def float_conv(
-    weight: ConstantTensor,
-    bias: ConstantTensor | None,
+    weight: Fixed,
+    bias: Fixed | None,
     settings: dict[str, Any],
     padding: tuple[int, int],
 ) -> nn.Conv2d:
@@ -179,13 +179,13 @@ def float_conv(
     return _with_numbers(layer, weight, bias)
 
 
-def float_linear(weight: ConstantTensor, bias: ConstantTensor | None) -> nn.Linear:
+def float_linear(weight: Fixed, bias: Fixed | None) -> nn.Linear:
     """Makes a fully connected layer in float of constants."""
     filters, channels = weight.values.shape
     return _with_numbers(nn.Linear(channels, filters, bias is not None), weight, bias)
 
 
-def _with_numbers(layer: Any, weight: ConstantTensor, bias: ConstantTensor | None) -> Any:
+def _with_numbers(layer: Any, weight: Fixed, bias: Fixed | None) -> Any:
     layer.weight = nn.Parameter(weight.numbers().float())
     if bias is not None:
         layer.bias = nn.Parameter(bias.numbers().float())

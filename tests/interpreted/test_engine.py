@@ -208,7 +208,7 @@ def test_boxes_say_why_they_cannot(channels: int, dtype: Any, layout: Any, words
     x = torch.randn(1, channels, 5, 6).to(dtype).contiguous(memory_format=layout)
     w = torch.randn(16, channels, 3, 3).to(dtype)
     p = problem("fprop", geometry, x, x, w, (5, 6))
-    assert any(words in reason for reason in choice.box_reasons(p))
+    assert any(words in reason for reason in choice.tma_reasons(p))
     assert choice.boxes_of(p, TILE) == []
     assert get_backend("triton").unsupported_reasons(p) == []  # the pointer kernel runs it
 

@@ -23,9 +23,9 @@ from hetconv_kernels.backends.triton.choice import GatherChoice
 from hetconv_kernels.backends.triton.lowering import Lowering
 from hetconv_kernels.backends.triton.picking import pick_choice
 from hetconv_kernels.backends.triton.tiles import Box, Tile
-from hetconv_kernels.backends.triton.wgrad_boxes import seen_from, seen_until
 from hetconv_kernels.backends.triton.wgrad_calls import WgradCall
 from hetconv_kernels.backends.triton.wgrad_choice import WgradChoice
+from hetconv_kernels.backends.triton.wgrad_tma import seen_from, seen_until
 from hetconv_kernels.packing import pack_slabs
 from hetconv_kernels.problem import Geometry, Problem, make_geometry
 from hetconv_kernels.testing import execute_fprop, execute_wgrad, oracle
@@ -350,7 +350,7 @@ def test_dgrad_by_boxes_at_stride_2_writes_every_class() -> None:
 
 
 def test_the_choice_of_boxes_runs_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "ONLY_LAUNCH", "boxes")
+    monkeypatch.setattr(choice, "ONLY_LAUNCH", "tma")
     s = hk.Support.het(64, 64, 3, p=2)
     x = torch.randn(2, 64, 6, 6).half().contiguous(memory_format=torch.channels_last)
     w = torch.randn(s.shape).half()

@@ -88,10 +88,10 @@ class Cuda:
                 f"clusters of {shape.cluster}."
             ]
         if isinstance(found, choice.NarrowChoice):
-            tile, why = found.how.tables.shape, found.how.no_boxes
+            tile, why = found.how.tables.shape, found.how.no_tma
             size = f"{tile.height} x {tile.width} pixels by {tile.filters} filters"
         elif isinstance(found, choice.NarrowWgradChoice):
-            size, why = f"{found.tables.height} x {found.tables.width} pixels", found.no_boxes
+            size, why = f"{found.tables.height} x {found.tables.width} pixels", found.no_tma
         else:
             return []
         way = f"cp.async, not by TMA: {why}" if why else "TMA"

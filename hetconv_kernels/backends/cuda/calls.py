@@ -15,8 +15,8 @@ from ...support import Support
 from ..common import empty, unit
 from ..gpu.capture import CONVERSIONS, DeviceTables, capturing, pin, refuse_capture, upload
 from ..gpu.packer import Packer
-from .boxes import MOST_BOXES, boxable
 from .choice import NarrowChoice
+from .tma import MOST_MAPS, tma_readable
 
 # Elements of a 16-byte access.
 VECTOR = 8
@@ -229,12 +229,12 @@ class NarrowCall(CudaCall):
         call.max_words, call.max_fragments = tables.max_words, tables.max_fragments
         call.vector_stores = int(aligned and unit(VECTOR, y) == VECTOR)
         call.buffers, call.resident = choice.how.buffers, int(choice.how.resident)
-        if not choice.how.no_boxes and boxable(x):
-            call.boxes = 1
-            spare = [0] * (MOST_BOXES - len(tables.halos))
+        if not choice.how.no_tma and tma_readable(x):
+            call.tma = 1
+            spare = [0] * (MOST_MAPS - len(tables.halos))
             call.box_h, call.box_w = ([*sides, *spare] for sides in tables.halos.T.tolist())
         call.act = problem.act
-        call.blocks = call.held_blocks(self._name)
+        call.blocks = call.max_resident_blocks(self._name)
         launch: Callable[..., None] = call.launch
         return launch
 

@@ -28,7 +28,7 @@ from .windows import windows
 # "narrow" or "wide" leaves fprop and dgrad only that kernel; for tests and for tuning.
 ONLY_KERNEL: str | None = None
 # Whether TMA may bring tiles; for tests and for comparisons with cp.async.
-BOXES = True
+TMA = True
 # Seconds that a launch more in the same call takes.
 _NEXT_LAUNCH = 3e-6
 # Clocks in which a unit of wgrad reads one pixel of both operands from shared memory.
@@ -74,14 +74,14 @@ class NarrowWgradChoice(NamedTuple):
     Attributes:
         tables: the lowering.
         buffers: tiles of both operands in shared memory.
-        no_boxes: why TMA does not bring them; empty where it does.
+        no_tma: why TMA does not bring them; empty where it does.
         seconds: predicted, for the whole call.
         efficiency: useful over executed multiply-accumulates.
     """
 
     tables: WgradTables
     buffers: int
-    no_boxes: str
+    no_tma: str
     seconds: float
     efficiency: float
 
@@ -93,7 +93,7 @@ def best(problem: Problem) -> AnyChoice | str:
     """Picks how a Problem is run, or says in sentences why it cannot be; kept with the Support."""
     geometry = problem.geometry
     key = (
-        *("cuda choice", ONLY_KERNEL, BOXES, parts.WITHOUT),
+        *("cuda choice", ONLY_KERNEL, TMA, parts.WITHOUT),
         *(problem.verb, problem.dtype, problem.device, problem.batch),
         *(problem.height, problem.width, geometry.tail),
     )
@@ -182,11 +182,11 @@ def _wide_reason(problem: Problem) -> str:
     return ""
 
 
-def _no_boxes(problem: Problem) -> str:
+def _no_tma(problem: Problem) -> str:
     """Says why a device or its driver has no TMA; empty where they have."""
-    if not BOXES:
+    if not TMA:
         return "TMA is switched off"
-    if absent := parts.left_out("cuda-boxes"):
+    if absent := parts.left_out("cuda-tma"):
         return absent.rstrip(".")
     if problem.device.type != "cuda":  # the kernels on the CPU, in tests
         return ""
@@ -195,14 +195,14 @@ def _no_boxes(problem: Problem) -> str:
         return f"TMA came with compute capability 9.0, and this is {major}.{minor}"
     from ... import _cuda
 
-    return str(_cuda.no_boxes())
+    return str(_cuda.tma_unsupported())
 
 
 def _gather(problem: Problem, spec: GpuSpec) -> NarrowChoice:
     back = problem.verb == "dgrad"
     size = problem.height, problem.width
     found = windows(problem.geometry, size, back)
-    how = choose_narrow(problem.support, found, problem.batch, back, spec, _no_boxes(problem))
+    how = choose_narrow(problem.support, found, problem.batch, back, spec, _no_tma(problem))
     packed = how.tables.positions.size
     seconds = _whole(problem, how.clocks, packed, spec)
     return NarrowChoice(how, seconds, min(1.0, problem.support.live / max(packed, 1)))
@@ -234,7 +234,7 @@ def _whole(problem: Problem, clocks: float, packed: int, spec: GpuSpec) -> float
 
 def _wgrad(problem: Problem, spec: GpuSpec) -> NarrowWgradChoice:
     (window,) = windows(problem.geometry, (problem.height, problem.width), False)
-    tables, buffers, why = choose_wgrad(problem.support, window, spec, _no_boxes(problem))
+    tables, buffers, why = choose_wgrad(problem.support, window, spec, _no_tma(problem))
     units = tables.positions.size // UNIT_VALUES
     pixels = tables.height * tables.width
     rows, cols = problem.output_size

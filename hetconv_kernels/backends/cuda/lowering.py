@@ -14,7 +14,7 @@ word, the places of its two halves in the halo tile in units of 16 bytes, first 
 dgrad is the same on the transposed Support, one class of pixels for each residue of the stride.
 
 A halo is brought chunk by chunk by cp.async, or from compute capability 9.0 on by TMA, as one box
-of ``raw_pitch`` chunks from the round's first one (see `boxes`). What the box has beyond the
+of ``raw_pitch`` chunks from the round's first one (see `tma`). What the box has beyond the
 round's own chunks, zeros at the end of a pixel and else their neighbours, fills the place that the
 odd pitch leaves free, so the same words fit both.
 """
@@ -31,8 +31,9 @@ from ...errors import ArgumentError, BackendError, mismatch
 from ...masks import BoolArray, Int32Array, IntArray
 from ...support import Support
 from ..gpu.places import memory_places
-from .boxes import HALO, MOST_BOXES, refusal
+from .fields import NarrowHead, NarrowRound
 from .slots import LANES, TILE_RANGES, WARP_TILES, Slots, arrange, ranges
+from .tma import HALO, MOST_MAPS, refusal
 from .windows import Window
 
 FRAGMENT = 128  # packed weights of one tile in one step
@@ -100,12 +101,12 @@ class Tables:
     @property
     def max_words(self) -> int:
         """The most words of any head."""
-        return int(self.heads[..., 1].max())
+        return int(self.heads[..., NarrowHead.WORD_COUNT].max())
 
     @property
     def max_fragments(self) -> int:
         """The most fragments of any head."""
-        return int(self.heads[..., 3].max())
+        return int(self.heads[..., NarrowHead.FRAGMENT_COUNT].max())
 
     @property
     def halos(self) -> Int32Array:
@@ -113,11 +114,12 @@ class Tables:
         return self.classes[:, HALO]
 
     @property
-    def no_boxes(self) -> str:
+    def no_tma(self) -> str:
         """Says why TMA cannot bring the halos as boxes; empty if it can."""
-        if len(self.classes) > MOST_BOXES:
-            return f"{len(self.classes)} classes of pixels need more than {MOST_BOXES} tensor maps"
-        loads = self.rounds.reshape(-1, 4)[:, :2].tolist()
+        if len(self.classes) > MOST_MAPS:
+            return f"{len(self.classes)} classes of pixels need more than {MOST_MAPS} tensor maps"
+        columns = [NarrowRound.CHUNK_BEGIN, NarrowRound.CHUNK_COUNT]
+        loads = self.rounds[..., columns].reshape(-1, 2).tolist()
         return refusal(self.classes, self.halos, self.raw_pitch, self.chunks, loads)
 
     def source(self, support: Support, form: str) -> Int32Array:
@@ -246,7 +248,7 @@ class _Builder:
         grid = len(windows), len(self._rows)
         halo = [w.halo(shape.height, 1)[0] * w.line(shape.width) for w in windows]
         gathers = np.concatenate([np.zeros((0, LANES), np.int64), *self._gathers])
-        fields = [w.fields(shape.height, shape.width) for w in windows]
+        fields = [[*w.fields(shape.height, shape.width).values()] for w in windows]
         return Tables(
             classes=np.array(fields, np.int32),
             heads=np.array(self._heads, np.int32).reshape(*grid, -1),

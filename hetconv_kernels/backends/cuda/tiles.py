@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiles of the narrow kernels: which pixels and filters one block has, by predicted clocks.
 
-The model counts clocks of one multiprocessor for one tile: reading and writing shared memory, the
-matrix unit, and device memory, of which the longest counts where blocks or buffers overlap them.
-Its constants are data sheets and arithmetic: **no GPU has confirmed them**.
+The cost model counts clocks of one multiprocessor for one tile: reading and writing shared memory,
+the matrix unit, and device memory, of which the longest counts where blocks or buffers overlap
+them. Its constants are data sheets and arithmetic: **no GPU has confirmed them**.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import numpy as np
 from ...errors import BackendError
 from ...support import Support
 from ..gpu.devices import GpuSpec
-from .boxes import BOX_GRAIN, round_up
+from .fields import NarrowRound
 from .lowering import BlockShape, Tables, lower_narrow
 from .slots import TILE_RANGES
+from .tma import TMA_ALIGN, round_up
 from .wgrad_lowering import WARP_UNITS, WgradTables, lower_wgrad
 from .windows import Window
 
@@ -36,22 +37,22 @@ class NarrowTiling(NamedTuple):
 
     Attributes:
         tables: the lowering.
-        buffers: halo tiles in shared memory.
+        buffers: halo tiles in shared memory; two are double buffering.
         resident: whether weights stay in shared memory.
-        no_boxes: why TMA does not bring halos; empty where it does.
+        no_tma: why TMA does not bring halos; empty where it does.
         clocks: predicted, of the whole call.
     """
 
     tables: Tables
     buffers: int
     resident: bool
-    no_boxes: str
+    no_tma: str
     clocks: float
 
 
-def shared_bytes(tables: Tables, buffers: int, resident: bool, boxes: bool) -> int:
+def shared_bytes(tables: Tables, buffers: int, resident: bool, tma: bool) -> int:
     """Returns the dynamic shared memory of a block, as the kernel lays it out."""
-    shape, grain = tables.shape, BOX_GRAIN if boxes else 16
+    shape, grain = tables.shape, TMA_ALIGN if tma else 16
     lists = round_up(tables.rounds.shape[2] * shape.warps_n * tables.lists.shape[-1] * 4)
     words = round_up((tables.max_words + 1) * 4)
     stage = shape.warps_m * WARP_PIXELS * (shape.warps_n * WARP_FILTERS * 2 + 16)
@@ -59,8 +60,8 @@ def shared_bytes(tables: Tables, buffers: int, resident: bool, boxes: bool) -> i
     weights = tables.max_fragments * 256 if resident else 0
     gathered = tables.halo_pixels * tables.slot_pitch * 16
     first = round_up(lists + words + weights, grain)
-    phases = 16 if boxes else 0
-    return first + buffers * round_up(buffer, grain) + gathered + phases
+    mbarriers = 16 if tma else 0
+    return first + buffers * round_up(buffer, grain) + gathered + mbarriers
 
 
 def choose_narrow(
@@ -69,7 +70,7 @@ def choose_narrow(
     batch: int,
     back: bool,
     spec: GpuSpec,
-    no_boxes: str = "",
+    no_tma: str = "",
 ) -> NarrowTiling:
     """Chooses the tables of fprop or dgrad: the fastest predicted ones that fit.
 
@@ -79,7 +80,7 @@ def choose_narrow(
         batch: images.
         back: whether for dgrad.
         spec: the GPU.
-        no_boxes: why it has no TMA; empty if it has.
+        no_tma: why it has no TMA; empty if it has.
 
     Raises:
         BackendError: no tile with its halo fits in shared memory.
@@ -95,7 +96,7 @@ def choose_narrow(
                 tables = lower_narrow(support, windows, shape, back)
             except BackendError:
                 continue
-            why = no_boxes or tables.no_boxes
+            why = no_tma or tables.no_tma
             for resident, buffers in ((True, 2), (True, 1), (False, 2), (False, 1)):
                 size = shared_bytes(tables, buffers, resident, not why)
                 if size > spec.shared:
@@ -133,7 +134,8 @@ def narrow_clocks(
         halo = _halo(window, shape.height, shape.width)
         for rounds, lists in zip(tables.rounds[index], tables.lists[index], strict=True):
             steps = np.diff(lists[..., :-1]).reshape(-1, len(TILE_RANGES)).sum(axis=0)
-            chunks, slots = int(rounds[:, 1].sum()), int(rounds[:, 3].sum())
+            chunks = int(rounds[:, NarrowRound.CHUNK_COUNT].sum())
+            slots = int(rounds[:, NarrowRound.SLOT_COUNT].sum())
             loads = shape.warps_m * 2 * 4 * int(steps.sum())
             weights = shape.warps_m * 2 * int((steps * _SIZES).sum())
             moved = halo * chunks * 16 / _LINE + 2 * shape.filters * shape.warps_m * 64 / _LINE
@@ -145,18 +147,19 @@ def narrow_clocks(
             fill = (halo * chunks * 16 + (0 if resident else weights * _LINE)) / spec.l2
             threads = shape.warps_m * shape.warps_n * 32
             registers = 128 if resident else 192
+            # Occupancy: thread blocks that a multiprocessor holds at once.
             fitting = spec.shared // (size + _BLOCK_RESERVE)
-            held = min(fitting, _REGISTERS // (registers * threads)) or 1
+            resident_blocks = min(fitting, _REGISTERS // (registers * threads)) or 1
             moving = max(memory, fill)
-            each = max(work, moving) if held * buffers > 1 else work + moving
+            each = max(work, moving) if resident_blocks * buffers > 1 else work + moving
             # A warp waits for its own products; fewer than sixteen leave a processor waiting too.
-            each *= max(1.0, _WARPS / (held * threads / 32)) ** 0.5
+            each *= max(1.0, _WARPS / (resident_blocks * threads / 32)) ** 0.5
             total += each * max(tiles / spec.processors, 1.0)
     return total
 
 
 def choose_wgrad(
-    support: Support, window: Window, spec: GpuSpec, no_boxes: str = ""
+    support: Support, window: Window, spec: GpuSpec, no_tma: str = ""
 ) -> tuple[WgradTables, int, str]:
     """Chooses the tables of wgrad, how many buffers a block has, and why TMA does not fill them.
 
@@ -164,7 +167,7 @@ def choose_wgrad(
         support: the layer's own.
         window: the class of pixels of fprop.
         spec: the GPU.
-        no_boxes: why it has no TMA; empty if it has.
+        no_tma: why it has no TMA; empty if it has.
 
     Raises:
         BackendError: no tile with its halo fits in shared memory.
@@ -186,7 +189,7 @@ def choose_wgrad(
                     tables = lower_wgrad(support, window, height, width, units)
                 except BackendError:
                     continue
-                why = no_boxes or tables.no_boxes
+                why = no_tma or tables.no_tma
                 for buffers in (2, 1):
                     most = spec.shared // (2 if buffers == 2 else 1)
                     if tables.shared_bytes(buffers, not why) <= most:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ...problem import Problem
 from ..gpu.capture import DeviceTables, capturing, pin, refuse_capture, upload
-from .boxes import HALO, boxable
 from .calls import compiled_part, current, dtype_name, readable, strides_of
 from .choice import NarrowWgradChoice
+from .tma import HALO, tma_readable
 
 # Bytes that partial gradients may take, all blocks together.
 _MOST_PARTIALS = 2**28
@@ -89,12 +89,12 @@ class NarrowWgradCall:
         call.tile_h, call.tile_w, call.warps = tables.height, tables.width, tables.warps
         call.x_pitch, call.x_slot_pitch, call.dy_pitch, call.dy_slot_pitch = tables.pitches
         call.halo_pixels, call.buffers = tables.halo_pixels, self.choice.buffers
-        if not self.choice.no_boxes and boxable(x) and boxable(dy):
-            call.boxes, call.channels, call.filters = 1, x.shape[1], dy.shape[1]
+        if not self.choice.no_tma and tma_readable(x) and tma_readable(dy):
+            call.tma, call.channels, call.filters = 1, x.shape[1], dy.shape[1]
             call.dy_h, call.dy_w = problem.output_size
             call.halo_h, call.halo_w = tables.geometry[HALO].tolist()
         rows, cols = problem.output_size
         tiles = problem.batch * -(-rows // tables.height) * -(-cols // tables.width)
         most = max(1, _MOST_PARTIALS // (4 * self._targets.numel()))
-        call.blocks = min(max(call.held_blocks(self._name), 1), tiles, most)
+        call.blocks = min(max(call.max_resident_blocks(self._name), 1), tiles, most)
         return call

@@ -59,6 +59,6 @@ class WideCall(CudaCall):
         call.pixels, call.plane_pitch = shape.pixels, shape.plane_pitch
         call.stages, call.slots, call.cluster = shape.stages, shape.slots, shape.cluster
         call.act = self.problem.act
-        call.grid = call.held_blocks(self._name)
+        call.grid = call.max_resident_blocks(self._name)
         launch: Callable[..., None] = call.launch
         return launch

@@ -114,8 +114,8 @@ class Triton:
                 "Its groups would fill the tiles badly: all filters are given all channels, dead "
                 "weights as zeros."
             )
-        if choice.has_boxes(problem.device) and chosen.box is None and problem.verb != "wgrad":
-            reasons = choice.box_reasons(problem, chosen.reordered)
+        if choice.has_tma(problem.device) and chosen.box is None and problem.verb != "wgrad":
+            reasons = choice.tma_reasons(problem, chosen.reordered)
             found += [f"Without TMA: {reason}" for reason in reasons]
         return found
 

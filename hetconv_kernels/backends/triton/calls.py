@@ -141,9 +141,9 @@ class GatherCall:
     def _bind(self, x: Tensor, y: Tensor, aligned: bool) -> Callable[..., None]:
         """Returns what launches the kernel; takes x, slabs, y, scale, shift and residual."""
         if self.choice.box is not None and aligned:
-            from .box_calls import bind_boxes  # host descriptors are for Hopper only
+            from .tma_calls import bind_tma  # host descriptors are for Hopper only
 
-            return bind_boxes(self, x, y)
+            return bind_tma(self, x, y)
         refuse_left_out("triton-gather")
         return self._bind_pointers(x, y)
 

@@ -27,7 +27,7 @@ from .tiles import (
     fprop_seconds,
 )
 
-# "gather" or "boxes" leaves only that kernel to choose from; for tests and for tuning.
+# "gather" or "tma" leaves only that kernel to choose from; for tests and for tuning.
 ONLY_LAUNCH: str | None = None
 # Ways to lower: whether channels are reordered, and whether all filters read all channels.
 GROUPINGS = ((False, False), (True, False), (False, True))
@@ -72,10 +72,10 @@ def gather_choices(problem: Problem) -> list[GatherChoice]:
         tiles = ()
     forms = [GROUPINGS[0]] if len(problem.support.groups) == 1 else GROUPINGS
     for form in forms:
-        for tile in tiles if ONLY_LAUNCH != "boxes" else ():
+        for tile in tiles if ONLY_LAUNCH != "tma" else ():
             found.append(_gather(problem, tile, None, form, spec))
-        for tile in BOX_TILES if _boxes_wanted(problem.device) else ():
-            if parts.left_out("triton-boxes"):
+        for tile in BOX_TILES if _tma_wanted(problem.device) else ():
+            if parts.left_out("triton-tma"):
                 continue
             lowering = lowering_of(problem, tile.filters, tile.channels, *form)
             work = steps_run(lowering, *axes_of(problem))
@@ -86,14 +86,14 @@ def gather_choices(problem: Problem) -> list[GatherChoice]:
     ]
 
 
-def _boxes_wanted(device: torch.device) -> bool:
+def _tma_wanted(device: torch.device) -> bool:
     """Tells whether fprop and dgrad may run on boxes: where the CUDA engine has no kernel for it.
 
     Each tap fetches a box of its own through L2; by prediction the CUDA engine's kernel for wide
     groups, which keeps the halo, is faster on every layer (docs/backends/cuda.md).
     """
-    if ONLY_LAUNCH is not None or not has_boxes(device):
-        return ONLY_LAUNCH != "gather" and has_boxes(device)
+    if ONLY_LAUNCH is not None or not has_tma(device):
+        return ONLY_LAUNCH != "gather" and has_tma(device)
     if parts.left_out("cuda-wide"):
         return True
     try:
@@ -103,14 +103,14 @@ def _boxes_wanted(device: torch.device) -> bool:
     return "90a" not in _cuda.architectures().split("_")
 
 
-def has_boxes(device: torch.device) -> bool:
+def has_tma(device: torch.device) -> bool:
     """Tells whether the box kernel is for this device: Hopper, or the interpreter when asked."""
     if device.type != "cuda":
-        return ONLY_LAUNCH == "boxes"
+        return ONLY_LAUNCH == "tma"
     return torch.cuda.get_device_capability(device)[0] == 9
 
 
-def box_reasons(problem: Problem, gathered: bool = False) -> list[str]:
+def tma_reasons(problem: Problem, gathered: bool = False) -> list[str]:
     """Lists why TMA cannot fetch the boxes of a Problem; the pointer kernel then runs it.
 
     Args:
@@ -168,7 +168,7 @@ def boxes_of(
     work: Callable[[Box], float] | None = None,
 ) -> list[Box]:
     """Lists the boxes that may be used: the best one, if any; see `best_box`."""
-    if box_reasons(problem, gathered):
+    if tma_reasons(problem, gathered):
         return []
     back = problem.verb == "dgrad"
     n, _, h, w = problem.x_shape if back else problem.y_shape
@@ -255,7 +255,7 @@ def _gather(
         pixels *= -(-shape[2] // box.rows) * -(-shape[3] // box.cols)
     item = problem.dtype.itemsize
     kernel = fprop_seconds(tile, pixels, steps, lowering.segments, item, spec, lowering.classes)
-    if box is None and has_boxes(problem.device):
+    if box is None and has_tma(problem.device):
         kernel *= BOX_GAIN
     slabs = lowering.steps * tile.filters * tile.channels
     memory = problem.bytes_moved / spec.bandwidth

@@ -105,9 +105,9 @@ class WgradCall:
         before = 0
         for jobs in self.choice.lowering.parts:
             if boxed and jobs.adjacent(16 // x.element_size()):
-                from .box_calls import bind_wgrad_boxes  # host descriptors are for Hopper only
+                from .tma_calls import bind_wgrad_tma  # host descriptors are for Hopper only
 
-                bound.append(bind_wgrad_boxes(self, jobs, dy, x, before))
+                bound.append(bind_wgrad_tma(self, jobs, dy, x, before))
             else:
                 refuse_left_out("triton-wgrad")
                 bound.append(self._bind_pointers(jobs, dy, x, before))

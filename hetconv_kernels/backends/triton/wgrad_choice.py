@@ -12,7 +12,7 @@ from ...support import Support
 from ..gpu import parts
 from ..gpu.devices import GpuSpec, spec_of
 from . import choice
-from .choice import GROUPINGS, best_box, has_boxes, tensor_reasons
+from .choice import GROUPINGS, best_box, has_tma, tensor_reasons
 from .tiles import (
     BOX_FUSED,
     BOX_GAIN,
@@ -70,7 +70,7 @@ def wgrad_choices(problem: Problem) -> list[WgradChoice]:
     boxed = [] if choice.ONLY_LAUNCH == "gather" else list(product(BOX_FUSED, BOX_ONE))
     if parts.left_out("triton-wgrad"):
         pointers = []
-    if parts.left_out("triton-wgrad-boxes"):
+    if parts.left_out("triton-wgrad-tma"):
         boxed = []
     found = []
     for reorder, coarse in [GROUPINGS[0]] if len(problem.support.groups) == 1 else GROUPINGS:
@@ -78,7 +78,7 @@ def wgrad_choices(problem: Problem) -> list[WgradChoice]:
             box = wgrad_box(problem, tiles[0].pixels, reorder)
             if box is not None:
                 found.append(_wgrad(problem, tiles, box, (reorder, coarse), spec))
-        for tiles in pointers if choice.ONLY_LAUNCH != "boxes" else ():
+        for tiles in pointers if choice.ONLY_LAUNCH != "tma" else ():
             found.append(_wgrad(problem, tiles, None, (reorder, coarse), spec))
     kept = [c for c in found if c is not None]
     return kept or [
@@ -95,7 +95,7 @@ def wgrad_box(problem: Problem, pixels: int, reorder: bool) -> Box | None:
     there with whatever x holds, and a zero times infinity is NaN. At a stride it is one pixel of
     several images.
     """
-    if not has_boxes(problem.device) or tensor_reasons(problem.x_shape, None, problem.dtype):
+    if not has_tma(problem.device) or tensor_reasons(problem.x_shape, None, problem.dtype):
         return None
     if tensor_reasons(problem.y_shape, None if reorder else problem.strides, problem.dtype):
         return None
@@ -138,7 +138,7 @@ def _wgrad(
         seconds = wgrad_seconds(tile, len(jobs.words), jobs.taps, covered, item, spec)
         kernel += seconds * (1.0 if jobs.rows is None else SCATTERED) + NEXT_LAUNCH
         executed += jobs.positions.size
-    if box is None and has_boxes(problem.device):
+    if box is None and has_tma(problem.device):
         kernel *= BOX_GAIN
     seconds = LAUNCH + max(kernel, problem.bytes_moved / spec.bandwidth)
     for gathered, shape in zip(moved, (problem.y_shape, problem.x_shape), strict=True):

@@ -123,10 +123,10 @@ void fprop(const Case& c) {
   NUMBER(raw_pitch), NUMBER(slot_pitch), NUMBER(halo_pixels);
   NUMBER(max_words), NUMBER(max_fragments), NUMBER(vector_stores);
   NUMBER(buffers), NUMBER(resident), NUMBER(blocks);
-  NUMBER(channels), NUMBER(boxes);
+  NUMBER(channels), NUMBER(tma);
 #undef NUMBER
   const int32_t* halo = c.array<int32_t>("halos");
-  for (int i = 0; p.boxes && i < p.class_count && i < kMostBoxes; ++i, halo += 2)
+  for (int i = 0; p.tma && i < p.class_count && i < kMostMaps; ++i, halo += 2)
     p.box_h[i] = halo[0], p.box_w[i] = halo[1];
   p.act = Act(c.number("act"));
   const DType dtype = DType(c.number("dtype"));
@@ -180,7 +180,7 @@ void wgrad(const Case& c) {
   NUMBER(batch), NUMBER(image_h), NUMBER(image_w), NUMBER(parts), NUMBER(unit_count);
   NUMBER(tile_h), NUMBER(tile_w), NUMBER(warps);
   NUMBER(x_pitch), NUMBER(x_slot_pitch), NUMBER(dy_pitch), NUMBER(dy_slot_pitch);
-  NUMBER(halo_pixels), NUMBER(buffers), NUMBER(blocks), NUMBER(boxes);
+  NUMBER(halo_pixels), NUMBER(buffers), NUMBER(blocks), NUMBER(tma);
   NUMBER(channels), NUMBER(filters), NUMBER(dy_h), NUMBER(dy_w), NUMBER(halo_h), NUMBER(halo_w);
 #undef NUMBER
   const DType dtype = DType(c.number("dtype"));

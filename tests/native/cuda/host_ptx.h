@@ -208,7 +208,7 @@ inline void store128(void* p, const float (&v)[4]) {
 
 // Launches ---------------------------------------------------------------------------------------
 
-template <class P> int64_t held_blocks(void (*)(P), int, int64_t) { return 3; }
+template <class P> int64_t max_resident_blocks(void (*)(P), int, int64_t) { return 3; }
 
 template <class P>
 const char* launch(void (*kernel)(P), P p, int64_t blocks_x, int64_t blocks_y, int threads,

@@ -38,7 +38,7 @@ from .fprop import (
 
 
 @triton.jit
-def fprop_kernel_boxes(
+def fprop_kernel_tma(
     xd,
     wd,
     yd,

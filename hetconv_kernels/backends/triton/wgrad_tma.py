@@ -42,7 +42,7 @@ def seen_until(shift, edge, stride, image):
 
 
 @triton.jit
-def wgrad_kernel_boxes(
+def wgrad_kernel_tma(
     dyd,
     xd,
     partials,
