@@ -17,11 +17,9 @@ from torch import Tensor, nn
 
 import hetconv_kernels as hk
 from benchmarks import gate
-from benchmarks.baselines import GroupedPlusPointwise
-from benchmarks.cases import Case, SupportSpec
+from benchmarks.cases import SupportSpec
 from benchmarks.networks import NetworkCase, converted
 from hetconv_kernels import export, models
-from hetconv_kernels.nn import SupportConv2d
 
 STEP_CASES = (
     NetworkCase("train-resnet20-het4", "resnet20", SupportSpec("het", 4), n=32, size=32),
@@ -40,22 +38,7 @@ def build_step_networks(case: NetworkCase) -> dict[str, nn.Module]:
     torch.manual_seed(0)
     dense = models.create(case.network).train()
     ours = converted(case, copy.deepcopy(dense))  # in place otherwise
-    return {"dense": dense, "ours": ours, "composition": composed(case, ours)}
-
-
-def composed(case: NetworkCase, network: nn.Module) -> nn.Module:
-    """Replaces every HetConv of a copy by a grouped and a 1×1 convolution that train."""
-    network = copy.deepcopy(network)
-    for name, module in list(network.named_modules()):
-        if isinstance(module, SupportConv2d):
-            parent, _, key = name.rpartition(".")
-            f, c, k, _ = module.support.shape
-            shape = Case("", 1, c, f, 1, 1, k, case.support, stride=module.stride[0])
-            inner = GroupedPlusPointwise(shape, case.support.value, module.dense_weight())
-            if module.bias is not None:
-                inner.pointwise.bias = nn.Parameter(module.bias.detach().clone())
-            setattr(network.get_submodule(parent), key, inner)
-    return network
+    return {"dense": dense, "ours": ours, "composition": export.plain(ours, "composition")}
 
 
 def check(networks: dict[str, nn.Module], x: Tensor) -> gate.Agreement:

@@ -14,6 +14,7 @@ from .autograd import EagerCall, through_operator, transforms_active
 from .backends.common import epilogue, pad_image
 from .geometries import GeometryCache
 from .observers import observed, sizes
+from .operands import check_epilogue
 from .packing import bits_on, mask_on
 from .pooling import Pool, max_pooled
 from .problem import Geometry, check_call, check_kinds, is_dense_shape, make_geometry
@@ -106,9 +107,7 @@ def linear(
         and not torch.is_grad_enabled()
         and not (transforms_active() or _autocasting(x) or ranges.active)
     ):
-        product = ops.product(x, weight, bias, geometry, backend)
-        if product is not None:
-            return product(x, weight, bias)
+        return ops.product(x, weight, bias, geometry, backend)(x, weight, bias)
     pixels = x.reshape(-1, support.channels, 1, 1)
     y = conv2d(pixels, weight, bias, geometry, backend)
     return y.reshape(*x.shape[:-1], support.filters)
@@ -157,7 +156,7 @@ def fused_conv2d(
     if wanted or transforms_active():
         if not torch.compiler.is_compiling():
             check_call(geometry, x, weight, shift, mixed)
-        ops.check_epilogue(geometry, x, scale, residual, act)
+        check_epilogue(geometry, x, scale, residual, act)
         bare = scale is None and residual is None
         y = conv2d(x, weight, shift if bare else None, geometry, backend)
         y = epilogue(y, scale, None if bare else shift, residual, act)

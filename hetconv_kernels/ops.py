@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,14 +22,12 @@ from torch import Tensor
 from . import ranges
 from .accuracy import is_strict
 from .backends import FROZEN, Choice, choose
-from .errors import ArgumentError, InputTypeError, mismatch
+from .errors import ArgumentError, mismatch
 from .flops import register_flop_formulas
 from .geometries import geometry_of
-from .operands import check_dgrad, check_wgrad
+from .operands import check_dgrad, check_epilogue, check_wgrad
 from .pooling import Pool
 from .problem import (
-    ACTIVATIONS,
-    DTYPES,
     Geometry,
     Problem,
     check_call,
@@ -116,8 +115,10 @@ def run_fprop(
 
 def product(
     x: Tensor, w: Tensor, bias: Tensor | None, geometry: Geometry, backend: int = 0
-) -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
-    """Returns what multiplies such rows of features by a frozen weight; None if nothing does.
+) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """Returns what multiplies such rows of features by a frozen weight.
+
+    Where the engine has no product of matrices for them, they go by the convolution.
 
     Args:
         x: rows of features.  # [..., C]
@@ -149,12 +150,22 @@ def product(
     problem = describe("fprop", geometry, pixels, pixels, w, (1, 1), {"shift": bias})
     engine = choose(problem, backend).backend
     offered = getattr(engine, "product", None)
+    run: Callable[..., Tensor] | None = None
     # Other layouts, and rows that are none, go by the convolution.
-    plain = x.is_contiguous() and x.numel() and problem.frozen_weight
-    run = offered(problem) if plain and offered is not None else None
+    if x.is_contiguous() and x.numel() and problem.frozen_weight and offered is not None:
+        run = offered(problem)
     _make_room(geometry)
-    geometry.choices[key] = Choice(engine, problem, run)  # type: ignore[arg-type]  # None: no offer
-    return run
+    choice = Choice(engine, problem, run or partial(_by_convolution, geometry, backend))
+    geometry.choices[key] = choice
+    return choice.run
+
+
+def _by_convolution(
+    geometry: Geometry, backend: int, x: Tensor, w: Tensor, bias: Tensor | None
+) -> Tensor:
+    pixels = x.reshape(-1, geometry.support.channels, 1, 1)
+    y = run_fprop(pixels, w, geometry, bias, backend, False)
+    return y.reshape(*x.shape[:-1], geometry.support.filters)
 
 
 def run_dgrad(
@@ -280,44 +291,6 @@ def _remember(geometry: Geometry, key: Any, problem: Problem, backend: int) -> C
 def _make_room(geometry: Geometry) -> None:
     if len(geometry.choices) >= _MAX_SIGNATURES:
         geometry.choices.clear()
-
-
-def check_epilogue(
-    geometry: Geometry, x: Tensor, scale: Tensor | None, residual: Tensor | None, act: str
-) -> None:
-    """Refuses an epilogue that does not fit the output of conv(x, w).
-
-    Raises:
-        ArgumentError: an unknown activation, or a shape, dtype or device that does not fit.
-        InputTypeError: a scale of another kind of numbers.
-    """
-    if act not in ACTIVATIONS:
-        raise ArgumentError(mismatch("activation", repr(act), f"one of {', '.join(ACTIVATIONS)}"))
-    f = geometry.support.filters
-    if scale is not None and (tuple(scale.shape) != (f,) or scale.device != x.device):
-        raise ArgumentError(
-            mismatch(
-                "scale shape and device",
-                f"{tuple(scale.shape)} {scale.device}",
-                f"({f},) {x.device}",
-            )
-        )
-    if scale is not None and scale.dtype not in DTYPES:
-        raise InputTypeError(
-            mismatch("scale dtype", scale.dtype, "float32, float64, bfloat16 or float16")
-        )
-    if residual is not None:
-        received = tuple(residual.shape), residual.dtype, residual.device
-        shape = (x.shape[0], f, *geometry.output_size(*x.shape[2:]))
-        expected = shape, x.dtype, x.device
-        if received != expected:
-            raise ArgumentError(
-                mismatch(
-                    "residual",
-                    " ".join(map(str, received)),
-                    f"the output's {' '.join(map(str, expected))}",
-                )
-            )
 
 
 # Operators --------------------------------------------------------------------------------------
