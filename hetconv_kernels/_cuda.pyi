@@ -38,7 +38,6 @@ class Narrow:
     buffers: int
     resident: int
     blocks: int
-    filters: int
     channels: int
     tma: int
     box_h: list[int]
