@@ -4,14 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+from hetconv_kernels.files import Json
 from hetconv_kernels.stats import text_table
 
-Json = dict[str, Any]
 
-
-def plain(part: str, records: Sequence[Json]) -> str:
+def part_table(part: str, records: Sequence[Json]) -> str:
     """Lays out one part."""
     if part == "speed":
         return _speed(records)
@@ -57,7 +55,7 @@ def _speed(records: Sequence[Json]) -> str:
     return text_table(header, lines)
 
 
-def joined(parts: dict[str, Sequence[Json]]) -> Json:
+def joined_table(parts: dict[str, Sequence[Json]]) -> Json:
     """Puts all parts side by side: the lines of quality, then those of speed, with a cell each.
 
     Args:

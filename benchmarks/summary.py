@@ -7,11 +7,10 @@ import json
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from benchmarks import table
+from hetconv_kernels.files import Json
 
-Json = dict[str, Any]
 HERE = Path(__file__).resolve().parent
 LAYERS, PREPACKED, NARROW = "layers-full", "layers-full-prepacked", "layers-full-avx2"
 # The columns of the README's table: (kind, value of the Support) and what people call it; the
@@ -82,7 +81,7 @@ def grid(name: str = LAYERS, rival: str = "dense") -> str:
     header = ["3×3 layer"]
     for column in names:
         saved = [r["dense_macs"] / r["macs"] for (_, c), r in cells.items() if c == column]
-        header.append(f"{column} ({span(saved, 1)})")
+        header.append(f"{column} ({value_span(saved, 1)})")
     lines = []
     for size in sizes:
         found = [cells.get((size, column)) for column in names]
@@ -159,10 +158,10 @@ def losses(name: str = LAYERS) -> str:
     lines = []
     for row in results(name)["rows"]:
         if "dense" not in row:
-            lines.append((row["case"]["name"], describe(row["case"]), "MISMATCH", "", ""))
+            lines.append((row["case"]["name"], describe_case(row["case"]), "MISMATCH", "", ""))
         elif any(row[rival] and row[rival]["ratio"] < 1 for rival in RIVALS):
             cells = (marked(row[rival]) for rival in RIVALS)
-            lines.append((row["case"]["name"], describe(row["case"]), *cells))
+            lines.append((row["case"]["name"], describe_case(row["case"]), *cells))
     return table.markdown(header, lines, text=2)
 
 
@@ -177,7 +176,7 @@ def marked(found: Json | None) -> str:
     return f"**{ratio}**" if found["ratio"] < 1 else ratio
 
 
-def describe(case: Json) -> str:
+def describe_case(case: Json) -> str:
     """Says what a benchmark case is, with the report that it comes from."""
     kind, value = case["support"]["kind"], case["support"]["value"]
     kinds = {
@@ -202,7 +201,7 @@ def training(name: str = LAYERS) -> str:
     header = ("training step", "dense", "interval", "composition")
     lines = [
         (
-            describe(row["case"]),
+            describe_case(row["case"]),
             f"{row['dense']['ratio']:.2f}",
             f"{row['dense']['low']:.2f} to {row['dense']['high']:.2f}",
             marked(row["composition"]),
@@ -213,7 +212,7 @@ def training(name: str = LAYERS) -> str:
     return table.markdown(header, lines)
 
 
-def networks() -> str:
+def networks_summary() -> str:
     """Lays out the whole networks beside the fastest of all engines."""
     header = (
         "network", "fastest dense", "times faster", "interval",
@@ -351,7 +350,7 @@ def right_picks() -> str:
     )
 
 
-def span(values: Iterable[float], digits: int = 2) -> str:
+def value_span(values: Iterable[float], digits: int = 2) -> str:
     """Writes the least and the largest of some numbers, or the one that they all are."""
     found = sorted(f"{value:.{digits}f}" for value in values)
     ordered: Sequence[str] = sorted(set(found), key=float)

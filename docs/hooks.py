@@ -130,7 +130,7 @@ MADE: dict[str, Callable[..., str]] = {
     "methods": summary.methods_table,
     "more-methods": more_methods,
     "network-files": network_files,
-    "networks": summary.networks,
+    "networks": summary.networks_summary,
     "other-results": other_results,
     "provenance": lambda name: f"*{summary.provenance(summary.results(name))}.*",
     "provenance-of-methods": lambda part: f"*{summary.methods_provenance(part)}.*",

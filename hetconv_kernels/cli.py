@@ -113,7 +113,7 @@ def _parser(asked: Sequence[str]) -> argparse.ArgumentParser:
     if asked == ["explain"]:
         from . import layer_options
 
-        layer_options.add_arguments(explaining)
+        layer_options.add_layer_arguments(explaining)
     for name, found in _ELSEWHERE.items():
         sub = command(name, partial(_elsewhere, found), found.text)
         if asked == [name]:

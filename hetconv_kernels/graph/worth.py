@@ -15,7 +15,7 @@ from ..backends.vendor import Vendor, plain_seconds
 from ..nn import SupportConv2d, SupportLinear
 from .layout import set_module
 
-Layer = SupportConv2d | SupportLinear
+SparseLayer = SupportConv2d | SupportLinear
 
 
 class LeftPlain(NamedTuple):
@@ -75,7 +75,7 @@ def _inputs(model: nn.Module, inputs: Sequence[tuple[Any, ...]]) -> dict[str, li
     for name, module in model.named_modules():
         parent = parents.get(id(module))
         if (
-            not isinstance(module, Layer)
+            not isinstance(module, SparseLayer)
             or parent is None
             or hasattr(parent, "live_frequencies")
             or module.backend is not None
@@ -101,7 +101,7 @@ def _inputs(model: nn.Module, inputs: Sequence[tuple[Any, ...]]) -> dict[str, li
     return seen
 
 
-def _reason(layer: Layer, x: Tensor) -> str | None:
+def _reason(layer: SparseLayer, x: Tensor) -> str | None:
     """Says why the plain layer is as fast on such an input; None where it is not."""
     if x.dim() == 3 and not isinstance(layer, SupportLinear):
         return None

@@ -14,7 +14,7 @@ from ..samples import Timings
 
 
 @dataclass(frozen=True)
-class LayerReport:
+class QuantizedLayerReport:
     """What became of one layer.
 
     Attributes:
@@ -54,7 +54,7 @@ class QuantizeReport:
 
     model: nn.Module = field(repr=False)
     optimized: nn.Module = field(repr=False)
-    layers: tuple[LayerReport, ...]
+    layers: tuple[QuantizedLayerReport, ...]
     dtype: str
     observer: str
     images: int

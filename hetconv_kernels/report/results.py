@@ -8,12 +8,11 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..errors import ArgumentError, FileError, mismatch
+from ..files import Json
 from .schema import SCHEMA_VERSION, problems
 
-Json = dict[str, Any]
 FAMILIES = {
     "het": "HetConv",
     "self_group": "self-grouped",

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from itertools import compress
 from typing import Any
 
-from .results import Json, computed_dtype
+from ..files import Json
+from .results import computed_dtype
 
 _SIGNS = {
     "win": ("win", "▲ faster"),
