@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ways out of Python: networks in PyTorch's own operators only, and ONNX files of them.
+"""Ways out of Python: programs for the C library, PyTorch's own operators only, ONNX files of them.
 
 Other hosts do not know this package's operators; they all know ``aten.conv2d``. A weight that does
 not exist becomes a zero, so what leaves is right everywhere, but as slow as the dense convolution
@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,9 @@ from .nn.quantized_steps import QuantizedStep
 from .packing import dense_weight, own_blocks
 from .pooling import Pool, max_pooled
 from .problem import Geometry, read_ints
+
+if TYPE_CHECKING:
+    from .graph.program_file import SavedNetwork
 
 _ACTS = {
     "none": lambda y: y,
@@ -290,6 +293,39 @@ def to_onnx(
         raise unwritable(str(path), error) from error
     except FAILURES as error:
         raise TraceError(f"{type(model).__name__} cannot be exported: {error}") from error
+
+
+def program(model: nn.Module, example: Any, path: str | os.PathLike[str]) -> SavedNetwork:
+    """Saves a network as one file that runs without Python, by the C library ``libhetconv``.
+
+    The file holds a native program for inputs of the example's shapes, dtypes and strides: weights
+    (those that exist, unpacked, so that it serves every instruction set), geometry, epilogues and
+    the plan of the memory. All of its steps are the engine's: layers that other engines would
+    compute are given to it, average pooling too, so numbers may differ from the network's by
+    rounding, which is checked. What the file computes is compared, bit for bit, with what
+    ``network`` of the result computes in Python, before it is written.
+
+    Args:
+        model: the network, in evaluation mode: as it was trained, or what `optimize` or `quantize`
+            gave. Before `optimize` it keeps every Support.
+        example: an input, or a tuple of inputs, on the CPU.
+        path: of the file.
+
+    Returns:
+        What was saved.
+
+    Raises:
+        InputTypeError: no nn.Module, or an input that is no tensor on the CPU.
+        ArgumentError: the network is in training mode.
+        TraceError: it cannot be traced as a whole.
+        BackendError: a step is one that only PyTorch computes, an output is not a whole tensor, or
+            the engine is not built here.
+        VerificationError: the outputs differ by more than rounding.
+        HetconvError: the file cannot be written.
+    """
+    from .graph.program_file import save_program
+
+    return save_program(model, example, path)
 
 
 def support_layers(model: nn.Module) -> list[str]:

@@ -134,7 +134,7 @@ def native_step(seen: Seen, sources: Sequence[Seen]) -> Found | None:
     specs = {s.node: s.spec for s in sources if s.spec is not None and s.spec.numel}
     if seen.spec is None or len(specs) != len(sources) or not specs:
         return None
-    for make in (_binary, _activated, _max_pooled, _concatenated, _upsampled):
+    for make in (_binary, _activated, _max_pooled, _concatenated, _upsampled, _copied, _cast):
         found = make(seen.node, seen.spec, module, specs)
         if found is not None:
             step, nodes = found
@@ -147,6 +147,7 @@ def _is_layer(module: nn.Module | None) -> bool:
     """Tells whether a module is a layer of this package that the engine may compute all of."""
     from ..nn import FusedConv2d, QuantizedConv2d, QuantizedLinear, SupportConv2d, SupportLinear
     from ..nn.quantized_steps import STEPS
+    from .average import AveragePool
 
     if module is None or not type(module).__module__.startswith("hetconv_kernels."):
         return False
@@ -154,7 +155,7 @@ def _is_layer(module: nn.Module | None) -> bool:
         return False
     if isinstance(module, SupportConv2d | SupportLinear):
         return module.frozen and module._owns_weight and _without_inference(module)
-    exact = (FusedConv2d, QuantizedConv2d, QuantizedLinear, *STEPS)
+    exact = (FusedConv2d, QuantizedConv2d, QuantizedLinear, AveragePool, *STEPS)
     return type(module) in exact and _without_inference(module)
 
 
@@ -295,3 +296,54 @@ def _upsampled(
     columns = (picked[0, 0, 0] % w).long().tolist()
     pixel = c * y.dtype.itemsize
     return _cpu.pick_step(n, h, w, pixel, rows, columns, torch.get_num_threads()), (x,)
+
+
+# Puts elements into another order at most, by the order of the input's axes.
+_ORDERED = (
+    "flatten",
+    "view",
+    "reshape",
+    "contiguous",
+    "clone",
+    "unflatten",
+    "squeeze",
+    "unsqueeze",
+)
+
+
+def _copied(
+    node: fx.Node, y: Spec, module: nn.Module | None, specs: dict[fx.Node, Spec]
+) -> _Made | None:
+    """A copy in another memory format, as a reshape makes where no view will do."""
+    if name_of(node) not in _ORDERED or len(specs) != 1:
+        return None
+    ((x, spec),) = specs.items()
+    if node.args[:1] != (x,) or len(spec.shape) > 4 or y.storage == spec.storage:
+        return None
+    if y.dtype != spec.dtype or y.numel != spec.numel or spec.dtype.is_complex:
+        return None
+    if y.shape == spec.shape:
+        strides = y.stride
+    elif y.is_dense(_ROWS):  # as a tensor of the input's shape
+        strides = torch.empty(spec.shape, device="meta").stride()
+    else:
+        return None
+    fill = (1,) * (4 - len(spec.shape)), (0,) * (4 - len(spec.shape))
+    four = (*fill[0], *spec.shape), (*fill[1], *spec.stride), (*fill[1], *strides)
+    return _cpu.copy_step(y.dtype.itemsize, *four, torch.get_num_threads()), (x,)
+
+
+def _cast(
+    node: fx.Node, y: Spec, module: nn.Module | None, specs: dict[fx.Node, Spec]
+) -> _Made | None:
+    if name_of(node) not in ("to", "float", "bfloat16", "_to_copy") or len(specs) != 1:
+        return None
+    ((x, spec),) = specs.items()
+    same = y.shape == spec.shape and any(
+        y.is_dense(layout) and spec.is_dense(layout) for layout in (_ROWS, _LAST)
+    )
+    dtypes = {spec.dtype, y.dtype}
+    if node.args[:1] != (x,) or not same or dtypes != set(_NAMES):
+        return None
+    names = _NAMES[spec.dtype], _NAMES[y.dtype]
+    return _cpu.cast_step(*names, y.numel, torch.get_num_threads()), (x,)

@@ -234,7 +234,13 @@ class _Builder:
             bound.append((step, where))
         program = _cpu.Program(bound)
         return Native(
-            program, tuple(outside), tuple(checked.items()), tuple(fresh), steps[0][0], done
+            program,
+            tuple(outside),
+            tuple(checked.items()),
+            tuple(fresh),
+            steps[0][0],
+            done,
+            tuple(index for index, _, _ in steps),
         )
 
     def _watch_call(self, node: fx.Node) -> None:

@@ -106,6 +106,17 @@ static int fuzz_int8(const hetconv::Int8Kernels& isa, uint64_t seed, int cases) 
   return wrong;
 }
 
+// Files are of the best instruction set here, or of the one that $HETCONV_ISA names.
+static int fuzz_programs(uint64_t seed, int cases) {
+  int wrong = 0;
+  for (int i = 0; i < cases && wrong < 5; ++i) {
+    const Case c = random_case(seed + uint64_t(i), *hetconv::available_isas()[0]);
+    note(c);
+    wrong += report(c, check_program(c));
+  }
+  return wrong;
+}
+
 int main(int argc, char** argv) {
   int cases = 500;
   uint64_t seed = 1;
@@ -155,6 +166,11 @@ int main(int argc, char** argv) {
     const int found = fuzz_int8(*k, seed + 2000003, cases);
     std::printf("int8 %s: %d layers, each on three images, %d wrong\n", k->name, cases, found);
     std::fflush(stdout);
+    wrong += found;
+  }
+  if (!workspaces && isa.empty()) {
+    const int found = fuzz_programs(seed + 3000003, cases);
+    std::printf("programs: %d saved, read, damaged and changed, %d wrong\n", cases, found);
     wrong += found;
   }
   return wrong ? 1 : 0;
