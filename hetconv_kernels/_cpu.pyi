@@ -297,4 +297,14 @@ def copy_step(
     y_strides: Sequence[int],
     threads: int = ...,
 ) -> Step: ...
+def pad_step(
+    element: int,
+    sizes: Sequence[int],
+    x_strides: Sequence[int],
+    y_strides: Sequence[int],
+    count: int,
+    first: int,
+    value: bytes,
+    threads: int = ...,
+) -> Step: ...
 def cast_step(from_dtype: str, to_dtype: str, count: int, threads: int = ...) -> Step: ...

@@ -48,8 +48,10 @@ TESTED_BY = {
     "hetconv_kernels.backends.cpu_int8": "test_int8_calls",
     "hetconv_kernels.clocks": "test_timing",
     "hetconv_kernels.factory": "test_bad_input",
+    "hetconv_kernels.graph.native_copies": "test_native_steps",
     "hetconv_kernels.graph.pairs": "test_pair_rules",
     "hetconv_kernels.graph.plain": "test_rules",
+    "hetconv_kernels.graph.seen": "test_program_builder",
     "hetconv_kernels.option_types": "test_bad_input",
 }
 

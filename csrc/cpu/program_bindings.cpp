@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <deque>
 #include <optional>
 #include <tuple>
@@ -245,6 +246,19 @@ void bind_program(py::module_& m) {
       },
       py::arg("element"), py::arg("sizes"), py::arg("x_strides"), py::arg("y_strides"),
       py::arg("threads") = 1);
+  m.def(
+      "pad_step",
+      [](int element, const CopyStep::Four& sizes, const CopyStep::Four& x_strides,
+         const CopyStep::Four& y_strides, int64_t count, int64_t first, const py::bytes& value,
+         int threads) -> StepPointer {
+        const std::string bytes = value;
+        uint64_t low = 0;
+        std::memcpy(&low, bytes.data(), bytes.size() < 8 ? bytes.size() : 8);
+        return std::make_shared<PadStep>(CopyStep(element, sizes, x_strides, y_strides, threads),
+                                         count, first, low);
+      },
+      py::arg("element"), py::arg("sizes"), py::arg("x_strides"), py::arg("y_strides"),
+      py::arg("count"), py::arg("first"), py::arg("value"), py::arg("threads") = 1);
   m.def(
       "cast_step",
       [](const std::string& from, const std::string& to, int64_t count,

@@ -32,7 +32,7 @@ const Class kClasses[] = {
     {typeid(QuantizeStep), QuantizeStep::load}, {typeid(EachStep), EachStep::load},
     {typeid(PoolStep), PoolStep::load},         {typeid(ConcatStep), ConcatStep::load},
     {typeid(PickStep), PickStep::load},         {typeid(CopyStep), CopyStep::load},
-    {typeid(CastStep), CastStep::load},
+    {typeid(CastStep), CastStep::load},         {typeid(PadStep), PadStep::load},
 };
 constexpr int kClassCount = int(sizeof kClasses / sizeof *kClasses);
 

@@ -312,6 +312,28 @@ Reach CopyStep::reach(int operand) const {
   return {reach_of(4, sizes_.data(), strides.data(), element_), element_};
 }
 
+void PadStep::save(Writer& to, const SavedWeights* weights) const {
+  copy_.save(to, weights);
+  to.put(count_);
+  to.put(first_);
+  to.put(value_);
+}
+
+Loaded PadStep::load(Reader& from) {
+  const Loaded step = CopyStep::load(from);
+  const auto& copy = static_cast<const CopyStep&>(*step);
+  const auto count = from.within<int64_t>(0, kMostElements, "a number of elements");
+  const auto first = from.within<int64_t>(0, count, "where a copy begins");
+  if (copy.reach(1).bytes / copy.element() > count - first)
+    throw FileError("a copy reaches beyond what is padded");
+  const auto value = from.any<uint64_t>();
+  return std::make_unique<PadStep>(copy, count, first, value);
+}
+
+Reach PadStep::reach(int operand) const {
+  return operand == 0 ? copy_.reach(0) : dense_reach({count_}, copy_.element());
+}
+
 void CastStep::save(Writer& to, const SavedWeights*) const {
   to.put(int32_t(narrow_));
   to.put(count_);

@@ -339,6 +339,24 @@ void CopyStep::run(char* const* operands, int threads) const {
   });
 }
 
+PadStep::PadStep(const CopyStep& copy, int64_t count, int64_t first, uint64_t value)
+    : copy_(copy), count_(count), first_(first), value_(value) {
+  if (count < 0 || first < 0) throw std::invalid_argument("a number of elements is negative");
+}
+
+void PadStep::run(char* const* operands, int threads) const {
+  const int size = copy_.element();
+  char* y = operands[1];
+  in_pieces(count_, kPiece, asked(threads, copy_.threads()), [&](int64_t from, int64_t to) {
+    if (value_ == 0)
+      std::memset(y + from * size, 0, size_t(to - from) * size_t(size));
+    else
+      for (int64_t i = from; i < to; ++i) std::memcpy(y + i * size, &value_, size_t(size));
+  });
+  char* const inner[] = {operands[0], y + first_ * size};
+  copy_.run(inner, threads);
+}
+
 CastStep::CastStep(DType from, DType to, int64_t count, int threads)
     : narrow_(from == DType::f32), count_(count), threads_(threads) {
   const bool known =

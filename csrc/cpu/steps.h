@@ -244,6 +244,8 @@ class CopyStep : public Step {
   using Four = std::array<int64_t, 4>;
   CopyStep(int element, const Four& sizes, const Four& x_strides, const Four& y_strides,
            int threads);
+  int element() const { return element_; }
+  int threads() const { return threads_; }
   const char* kind() const override { return "copy"; }
   int operands() const override { return 2; }
   void run(char* const* operands, int threads) const override;
@@ -255,6 +257,24 @@ class CopyStep : public Step {
   int element_;
   Four sizes_, x_, y_;
   int threads_;
+};
+
+// Operands: x, y: `count` elements of y that are `value`, but for a copy of x from `first` on, all
+// in elements; `value` is the lowest bytes of one.
+class PadStep : public Step {
+ public:
+  PadStep(const CopyStep& copy, int64_t count, int64_t first, uint64_t value);
+  const char* kind() const override { return "pad"; }
+  int operands() const override { return 2; }
+  void run(char* const* operands, int threads) const override;
+  void save(Writer& to, const SavedWeights* weights) const override;
+  Reach reach(int operand) const override;
+  static Loaded load(Reader& from);
+
+ private:
+  CopyStep copy_;
+  int64_t count_, first_;
+  uint64_t value_;
 };
 
 // Operands: x, y: `count` elements from float32 to bfloat16, or back.

@@ -124,6 +124,15 @@ def _steps(traced: fx.GraphModule, shapes: dict[fx.Node, tuple[int, ...]]) -> li
     """Makes average pooling the engine's; takes out what does nothing."""
     changed: list[str] = []
     for node in list(traced.graph.nodes):
+        # Where an image is in channels_last now, a view may be a copy.
+        if (
+            node.op == "call_method"
+            and node.target == "view"
+            and all(isinstance(a, int | fx.Node | tuple | list) for a in node.args)
+        ):
+            node.target = "reshape"
+        elif node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
         source = node.args[0] if node.args else None
         if not isinstance(source, fx.Node) or source not in shapes:
             continue
@@ -150,9 +159,10 @@ def _formats(traced: fx.GraphModule, inputs: tuple[Tensor, ...]) -> list[str]:
     changed: list[str] = []
     placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
     for node, x in zip(placeholders, inputs, strict=True):
-        if x.dim() == 4 and not x.is_contiguous(memory_format=_LAST):
+        # By the strides, which PyTorch goes by where there is one channel.
+        if x.dim() == 4 and x.stride() != torch.empty_like(x, memory_format=_LAST).stride():
             with traced.graph.inserting_after(placeholders[-1]):
-                new = traced.graph.call_method("contiguous", (node,), {"memory_format": _LAST})
+                new = traced.graph.call_method("clone", (node,), {"memory_format": _LAST})
             node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
             changed.append(f"{node.name} is brought into channels_last")
     return changed

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ..arena import Arena, Lifetime
-from .native_steps import Spec
+from .seen import Spec
 
 _CPU = torch.device("cpu")
 

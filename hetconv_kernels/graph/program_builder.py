@@ -10,8 +10,9 @@ from torch import fx, nn
 
 from ..arena import Arena, Lifetime
 from .names import module_of, name_of
-from .native_steps import Operand, Seen, native_step
+from .native_steps import native_step
 from .program import Called, Native, Program, View, caller
+from .seen import Operand, Seen
 
 try:
     from .. import _cpu

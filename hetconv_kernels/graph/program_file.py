@@ -10,23 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from .._version import __version__
 from ..arena import ALIGNMENT, Arena, placing
-from ..errors import BackendError, VerificationError, mismatch
+from ..errors import BackendError, TraceError, VerificationError, mismatch
 from ..files import writing
 from ..nn.quantized_layer import QuantizedLayer
 from ..packing import live_weight
 from ..problem import is_dense_shape
 from .check import Match, verify
+from .copying import copied
 from .engine_only import check_inputs, engine_only
 from .names import describe, module_of
-from .native_steps import Seen, Spec
+from .narrow import Narrow
 from .planned import PlannedNetwork, _Recording
 from .program import Called, Native, Program
-from .trace import as_inputs, check_network
+from .seen import Seen, Spec
+from .trace import FAILURES, as_inputs, check_network
 
 try:
     from .. import _cpu
@@ -97,12 +99,14 @@ def save_program(model: nn.Module, example: Any, path: str | os.PathLike[str]) -
     made = engine_only(model, inputs)
     with torch.no_grad(), placing(None):
         run = _Recording(made.network)
-        expected = run.run(*inputs)
+        try:
+            expected = run.run(*inputs)
+        except FAILURES as error:
+            raise TraceError(
+                f"{type(model).__name__} cannot be run on the engine alone: {error}"
+            ) from error
         program = run.program(expected)
-        whole = any(isinstance(m, QuantizedLayer) for m in model.modules())
-        match = (
-            None if whole else verify(model, made.network, inputs, "export.program", _narrow(model))
-        )
+    match = _verified(model, made.network, inputs)
     file = _File(program, run._seen, inputs)
     contents = file.contents(type(model).__name__)
     _check(contents, inputs, file.outputs, expected)
@@ -113,10 +117,14 @@ def save_program(model: nn.Module, example: Any, path: str | os.PathLike[str]) -
     )
 
 
-def _narrow(model: nn.Module) -> torch.dtype | None:
-    from .narrow import Narrow
-
-    return model.dtype if isinstance(model, Narrow) else None
+@torch.no_grad()
+def _verified(model: nn.Module, network: nn.Module, inputs: tuple[Tensor, ...]) -> Match | None:
+    if any(isinstance(m, QuantizedLayer) for m in model.modules()):
+        return None
+    if isinstance(model, Narrow):  # beside what its rounded weights give in float32
+        wide = copied(model.body).float()
+        return verify(wide, network, inputs, "export.program", model.dtype)
+    return verify(model, network, inputs, "export.program")
 
 
 class _File:
@@ -161,7 +169,7 @@ class _File:
         foreign = [self.record[i] for i in called if not self._is_view(self.record[i])]
         if not foreign and not nothing:
             return
-        names = [describe(seen.node) for seen in foreign[:8]]
+        names = [_named(seen.node) for seen in foreign[:8]]
         more = f" and {len(foreign) - 8} more" if len(foreign) > 8 else ""
         raise BackendError(
             mismatch(
@@ -188,7 +196,7 @@ class _File:
         result = self.record[-1].node
         leaves = pytree.tree_leaves(pytree.tree_map(lambda a: a, result.args[0]))
         for number, node in enumerate(leaves):
-            spec = index[node].spec if isinstance(node, torch.fx.Node) else None
+            spec = index[node].spec if isinstance(node, fx.Node) else None
             owner = None if spec is None else fresh.get(spec.storage)
             if (
                 spec is None
@@ -253,6 +261,11 @@ def _check(
             raise VerificationError(
                 f"the file computes another {name} than the network does. It was not written."
             )
+
+
+def _named(node: fx.Node) -> str:
+    module = module_of(node)
+    return describe(node) if module is None else f"{node.target} ({type(module).__name__})"
 
 
 def _bits(x: Tensor) -> Tensor:
