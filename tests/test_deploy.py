@@ -18,6 +18,7 @@ import pytest
 import torch
 from building import alone
 from deployed import HEAD, NETWORKS, raw, sealed, small_chain
+from pages import PAGES, blocks
 from planning import needs_engine
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -59,19 +60,17 @@ def library() -> Path:
 
 @pytest.fixture(scope="module")
 def server(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compiled(library, "server.cpp", tmp_path_factory.mktemp("server"))
+    return compiled(library, HOSTS / "server.cpp", tmp_path_factory.mktemp("server"))
 
 
-def compiled(library: Path, source: str, folder: Path) -> Path:
-    host = folder / Path(source).stem
-    cxx = source.endswith("cpp")
+def compiled(library: Path, source: Path, folder: Path) -> Path:
+    host = folder / source.stem
+    cxx = source.suffix == ".cpp"
     tool = os.environ.get("CXX", "g++") if cxx else os.environ.get("CC", "gcc")
     flags = ["-std=c++17", "-O1"] if cxx else ["-std=c99", "-pedantic"]
     where = [f"-I{library.parent}", f"-L{library.parent}", f"-Wl,-rpath,{library.parent}"]
     warnings = ["-Wall", "-Wextra", "-Werror"]
-    made = run(
-        tool, *flags, *warnings, HOSTS / source, *where, "-lhetconv", "-ldl", "-pthread", "-o", host
-    )
+    made = run(tool, *flags, *warnings, source, *where, "-lhetconv", "-ldl", "-pthread", "-o", host)
     assert made.returncode == 0, made.stderr
     return host
 
@@ -102,12 +101,27 @@ def test_a_host_in_cpp_computes_what_python_does(name: str, server: Path, tmp_pa
 
 
 def test_a_host_in_c99_computes_what_python_does(library: Path, tmp_path: Path) -> None:
-    client = compiled(library, "client.c", tmp_path)
+    client = compiled(library, HOSTS / "client.c", tmp_path)
     program, (x, y) = saved("dncnn", tmp_path)
     done = run(client, program, x, y)
     assert done.returncode == 0, done.stderr
     y.write_bytes(y.read_bytes()[:-1] + b"\x55")
     assert run(client, program, x, y).returncode == 1
+
+
+def test_the_c_of_the_page_compiles_and_runs(library: Path, tmp_path: Path) -> None:
+    (block,) = (b for page in PAGES for b in blocks(page) if b.language == "c")
+    (tmp_path / "main.c").write_text(block.text)
+    host = compiled(library, tmp_path / "main.c", tmp_path)
+    network = hk.models.digits_net(16).eval()
+    said = subprocess.run([host], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert said.returncode == 1
+    assert "digits.hc cannot be read" in said.stderr
+    saved = hk.export.program(network, torch.randn(4, 1, 8, 8), tmp_path / "digits.hc")
+    said = subprocess.run([host], cwd=tmp_path, capture_output=True, text=True, check=False)
+    with torch.no_grad():
+        expected = saved.network(torch.zeros(4, 1, 8, 8))[0, 0]
+    assert said.stdout == f"{expected:g}\n"
 
 
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512bf16"])

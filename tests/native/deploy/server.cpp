@@ -4,13 +4,16 @@
 //
 //   server PROGRAM INPUT... EXPECTED...     files of raw elements
 //   server --load PROGRAM                   prints the status and what is said
+//   server --time PROGRAM CALLS THREADS     prints the median of the seconds of a call
 #include <dlfcn.h>
 #include <fcntl.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -205,6 +208,30 @@ void run_at_once(hc_program* program, const std::vector<Bytes>& inputs,
   if (wrong) fail("several callers at once: another result");
 }
 
+int time_calls(const char* path, int calls, int threads) {
+  hc_program* program = nullptr;
+  expect(hc_load(path, &program) == HC_OK, "the program was not loaded");
+  std::vector<Bytes> inputs;
+  for (int i = 0; i < hc_inputs(program); ++i) {
+    hc_tensor t;
+    expect(hc_input(program, i, &t) == HC_OK, "an input has no description");
+    inputs.emplace_back(t.bytes);
+  }
+  Call call(program, inputs);
+  using Clock = std::chrono::steady_clock;
+  std::vector<double> seconds;
+  for (int i = 0; i < calls + calls / 4 + 3; ++i) {
+    const auto start = Clock::now();
+    if (hc_run(program, call.from.data(), call.to.data(), threads) != HC_OK) fail(hc_error());
+    seconds.push_back(std::chrono::duration<double>(Clock::now() - start).count());
+  }
+  seconds.erase(seconds.begin(), seconds.end() - calls);  // the first ones warm up
+  std::sort(seconds.begin(), seconds.end());
+  std::printf("%.9f\n", seconds[seconds.size() / 2]);
+  hc_free(program);
+  return 0;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -215,6 +242,8 @@ int main(int argc, char** argv) {
     hc_free(program);
     return 0;
   }
+  if (argc == 5 && std::strcmp(argv[1], "--time") == 0)
+    return time_calls(argv[2], std::atoi(argv[3]), std::atoi(argv[4]));
   if (argc < 2) fail("no program was named");
   hc_program* program = nullptr;
   expect(hc_load(argv[1], &program) == HC_OK && program, "the program was not loaded");
