@@ -25,7 +25,6 @@ import hetconv_kernels as hk
 from benchmarks import record
 from hetconv_kernels import timing
 
-
 ROOT = Path(__file__).resolve().parents[1]
 _CALLS = 2000  # of the host, in each of its rounds
 _ROUNDS = 5
