@@ -42,7 +42,8 @@ def test_an_optimised_network_is_copied_and_keeps_its_engines() -> None:
     assert all(m.backend is None for m in fast.modules() if isinstance(m, ForcedBackend))
     kinds = {type(m) for m in made.network.modules()}
     assert {FusedConv2d, AveragePool, SupportLinear} <= kinds
-    assert len(made.changed) == 2  # the average, and the format of the input
+    assert any("average pooling" in what for what in made.changed)
+    assert any("channels_last" in what for what in made.changed)
 
 
 def test_a_layer_of_frequencies_becomes_one_of_weights() -> None:
