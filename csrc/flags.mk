@@ -17,6 +17,6 @@ X86 := $(filter x86_64%,$(shell $(CXX) -dumpmachine))
 GCC_ONLY := $(if $(findstring clang,$(shell $(CXX) --version)),,-Wno-maybe-uninitialized)
 # Of one source, by its name without a suffix. In 8 bits every operation is rounded once.
 flags_of = $(if $(X86),$(ISA_FLAGS_$(1))) $(if $(ARM),$(ARM_FLAGS_$(1))) \
-	$(if $(findstring isa_int8,$(1)),-ffp-contract=off)
+	$(if $(findstring int8,$(1)),-ffp-contract=off)
 # What has no face to Python.
 ENGINE := $(filter-out %bindings,$(patsubst csrc/cpu/%.cpp,%,$(wildcard csrc/cpu/*.cpp)))

@@ -2,7 +2,8 @@
 // The engine without Python: a seeded fuzz for the sanitizers. Prints what it ran; the exit status
 // is 1 when a result was wrong.
 //
-//   driver [--cases N] [--seed S] [--isa NAME]   fuzz, calls from several threads at once
+//   driver [--cases N] [--seed S] [--isa NAME]   fuzz, calls from several threads at once, of one
+//                                              instruction set, or of saved "programs"
 //   driver --workspace [--isa NAME]              the memory that calls of many sizes work in
 //   driver --mistake NAME                        see mistakes.cpp
 #include "driver.h"
@@ -168,7 +169,7 @@ int main(int argc, char** argv) {
     std::fflush(stdout);
     wrong += found;
   }
-  if (!workspaces && isa.empty()) {
+  if (!workspaces && (isa.empty() || isa == "programs")) {
     const int found = fuzz_programs(seed + 3000003, cases);
     std::printf("programs: %d saved, read, damaged and changed, %d wrong\n", cases, found);
     wrong += found;
