@@ -98,7 +98,7 @@ void change(std::string* file, Random& r) {
   if (chance(r, 0.3)) {  // a little more or less than it was
     int64_t old = 0;
     std::memcpy(&old, file->data() + at, std::min(width, file->size() - at));
-    value = old + pick(r, -3, 3);
+    value = int64_t(uint64_t(old) + uint64_t(pick(r, -3, 3)));
   }
   std::memcpy(&(*file)[at], &value, std::min(width, file->size() - at));
 }
