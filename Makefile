@@ -9,7 +9,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env test browser demo bench gpu docs dist lint format types aot sanitize \
+.PHONY: help env test browser demo bench gpu docs dist library lint format types aot sanitize \
 	sanitize-python clang aarch64 clean
 
 VENV := .venv
@@ -22,7 +22,8 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_INDEX := $(if $(filter cpu,$(TORCH)),--extra-index-url $(TORCH_CPU_INDEX))
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 CXX_SOURCES := $(filter %.h %.cpp %.cu,$(SOURCES)) \
-	$(wildcard $(foreach folder,tests/native tests/native/cuda,$(folder)/*.h $(folder)/*.cpp))
+	$(wildcard $(foreach folder,tests/native tests/native/cuda tests/native/deploy,$(folder)/*.h \
+	$(folder)/*.cpp $(folder)/*.c))
 CLANG_FORMAT ?= $(VENV)/bin/clang-format
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
@@ -125,6 +126,10 @@ dist: $(ENV) ## Build the source distribution and the wheel in dist/, and check 
 	$(PY) -m pip --disable-pip-version-check wheel --quiet --no-deps --no-build-isolation \
 	    --wheel-dir dist dist/*.tar.gz
 	$(PY) .ci/wheel.py dist/*.whl
+
+# Needs no Python: a C++17 compiler with OpenMP.
+library: ## Build libhetconv, which runs saved programs without Python, in build/library
+	$(MAKE) --no-print-directory -j$(or $(MAX_JOBS),2) -f csrc/Makefile
 
 lint: $(ENV) ## Check style: ruff, and clang-format for csrc
 	$(PY) -m ruff check .

@@ -106,7 +106,7 @@ def test_every_block_has_a_language_that_is_known() -> None:
     for path in PAGES:
         text = path.read_text()
         assert len(FENCE.findall(text)) * 2 == len(re.findall(r"^ *```", text, re.M)), path
-        assert {block.language for block in blocks(path)} <= {"python", "bash", "text"}, path
+        assert {block.language for block in blocks(path)} <= {"python", "bash", "text", "c"}, path
 
 
 def test_a_failing_block_fails(tmp_path: Path) -> None:

@@ -49,8 +49,10 @@ TESTED_BY = {
     "hetconv_kernels.derivatives": "test_autograd",
     "hetconv_kernels.explanation": "test_explain",
     "hetconv_kernels.factory": "test_bad_input",
+    "hetconv_kernels.graph.native_copies": "test_native_steps",
     "hetconv_kernels.graph.pairs": "test_pair_rules",
     "hetconv_kernels.graph.plain": "test_rules",
+    "hetconv_kernels.graph.seen": "test_program_builder",
     "hetconv_kernels.option_types": "test_bad_input",
     "hetconv_kernels.plain_network": "test_export",
 }
