@@ -166,16 +166,13 @@ build/triton-$(OLDEST_TRITON)/.there: | $(ENV)
 sanitize: ## Fuzz the compiled CPU part under the address, leak, undefined and thread sanitizers
 	$(MAKE) --no-print-directory -j$(or $(MAX_JOBS),2) -f tests/native/Makefile asan tsan
 
-# clang, or the one that PyPI's ziglang brings in .venv. Objects only: ziglang has no OpenMP to link,
-# and takes the header of GCC's.
+# clang, or the one that PyPI's ziglang brings in .venv. Objects only: ziglang has no OpenMP to link.
 CLANGXX ?= $(or $(shell command -v clang++ 2>/dev/null),$(PY) -m ziglang c++ -mcpu=baseline)
 clang: $(ENV) ## Compile the CPU part and tests/native with clang, warnings as errors
-	@mkdir -p build/clang/include
-	cp "$$(g++ -print-file-name=include/omp.h)" build/clang/include/
 	ZIG_GLOBAL_CACHE_DIR=$(CURDIR)/build/clang/cache $(MAKE) --no-print-directory \
 	    -j$(or $(MAX_JOBS),2) -f tests/native/Makefile objects build/clang/plain/engine/bindings.o \
 	    CXX="$(CLANGXX)" OUT=build/clang OPTIMISE_plain=-O1 CXXFLAGS="-Werror \
-	    -fno-sanitize=undefined -idirafter $(CURDIR)/build/clang/include $$($(PY) -c \
+	    -fno-sanitize=undefined $$($(PY) -c \
 	    "import pybind11 as p, sysconfig as s; print('-I' + p.get_include(), '-I' + s.get_path('include'))")"
 
 # Under an emulator nothing can be said of speed. qemu's max has the dot product, a Cortex-A53 has
@@ -203,12 +200,10 @@ aarch64-run:
 	echo "$$said"; ! grep -q neondot <<<"$$said"
 
 aarch64-objects:
-	@mkdir -p build/aarch64/include
-	cp "$$(g++ -print-file-name=include/omp.h)" build/aarch64/include/
 	ZIG_GLOBAL_CACHE_DIR=$(CURDIR)/build/clang/cache $(MAKE) --no-print-directory \
 	    -j$(or $(MAX_JOBS),2) -f tests/native/Makefile objects CXX="$(ARM_CLANG)" \
 	    OUT=build/aarch64-clang OPTIMISE_plain=-O1 \
-	    CXXFLAGS="-Werror -fno-sanitize=undefined -idirafter $(CURDIR)/build/aarch64/include"
+	    CXXFLAGS="-Werror -fno-sanitize=undefined"
 	@echo "make aarch64: compiled, never run: it takes $(ARM_GCC) and qemu-user to run it"
 
 # The bindings too. A second build beside the tree's own; Python itself is not instrumented, hence
