@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# `make` lists the commands. Each does all its own set-up, in .venv; running it again is fast.
+# `make` lists the commands. Each sets up everything it needs, in .venv; running it again is fast.
 #
 #   PYTHON  the interpreter that makes .venv (3.11 to 3.13); by default the first one found
 #   PY      an interpreter that already has torch and pytest: used as it is, nothing is installed
@@ -9,7 +9,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env test browser demo bench gpu docs dist lint format types aot sanitize \
+.PHONY: help env test browser demo bench gpu docs dist wheels roots lint format types aot sanitize \
 	sanitize-python clang aarch64 clean
 
 VENV := .venv
@@ -126,6 +126,18 @@ dist: $(ENV) ## Build the source distribution and the wheel in dist/, and check 
 	    --wheel-dir dist dist/*.tar.gz
 	$(PY) .ci/wheel.py dist/*.whl
 
+# See .ci/wheels.py. MACHINES="x86_64 aarch64" cross-compiles too.
+MACHINES ?= x86_64
+wheels: $(ENV) $(if $(filter inplace,$(ENV)),,$(VENV)/.release) ## Build the manylinux wheels of every Python here, in dist/
+	rm -rf dist *.egg-info
+	$(PY) setup.py --quiet sdist --dist-dir dist
+	$(PY) .ci/wheels.py dist/*.tar.gz dist --machines $(MACHINES) $(ARGS)
+
+# In roots of Debian that debootstrap makes, with Python and nothing else: needs root and debootstrap.
+SUITES ?= bookworm trixie
+roots: ## Try dist/'s manylinux wheels in empty roots of other systems (needs root and debootstrap)
+	for suite in $(SUITES); do .ci/root $$suite dist || exit 1; done
+
 lint: $(ENV) ## Check style: ruff, and clang-format for csrc
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -241,6 +253,10 @@ $(VENV)/.packages: pyproject.toml constraints/common.txt constraints/$(TORCH).tx
 
 $(VENV)/.docs: $(VENV)/.packages
 	HETCONV_BUILD=none $(PIP) -c constraints/$(TORCH).txt --no-build-isolation -e '.[docs]'
+	@touch $@
+
+$(VENV)/.release: $(VENV)/.packages
+	HETCONV_BUILD=none $(PIP) -c constraints/$(TORCH).txt --no-build-isolation -e '.[release]'
 	@touch $@
 
 # No stamp while a part is missing, so that installing a compiler is enough to get it.

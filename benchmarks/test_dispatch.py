@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a call costs beyond the convolution: whole layers at 1×8×2×2, where dispatch is all.
+"""What a call costs beyond the convolution: whole layers at 1×8×2×2, dominated by call overhead.
 
-Then every class of layer, frozen, beside the plain layer that it replaced, at sizes where dispatch
-is all and at sizes where it is nothing: `auto` promises never to be slower than that.
+Then every class of layer, frozen, beside the plain layer that it replaced, at sizes dominated by
+call overhead and at sizes where it is nothing: `auto` promises never to be slower than that.
 
 The only benchmark that asserts a speed. Targets: 4 µs more than nn.Conv2d without grad, 13 µs with;
 for a class 6 µs more, or 3 % of what the plain layer takes where that is more. It fails when the
