@@ -9,7 +9,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env test browser demo bench gpu docs dist wheels roots lint format types aot sanitize \
+.PHONY: help env test browser demo bench gpu docs docs-version dist wheels roots lint format types aot sanitize \
 	sanitize-python clang aarch64 clean
 
 VENV := .venv
@@ -117,6 +117,9 @@ gpu-sanitize-run: inplace
 docs: $(ENV) $(if $(filter inplace,$(ENV)),,$(VENV)/.docs) ## Build the documentation in site/
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 	@echo "Open site/index.html; its search wants a server: $(PY) -m http.server -d site"
+
+docs-version: $(ENV) $(if $(filter inplace,$(ENV)),,$(VENV)/.docs) ## Add this version's documentation to site-versions/
+	NO_MKDOCS_2_WARNING=1 $(PY) docs/versions.py site-versions
 
 # The wheel is built from the source distribution, so that what is missing in that shows.
 dist: $(ENV) ## Build the source distribution and the wheel in dist/, and check the wheel

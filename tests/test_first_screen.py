@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""README's code, run as printed with an installed package: what CI and the roots of releases run."""
+"""README's code, run as printed with an install: what CI and the roots of releases run too."""
 
 from __future__ import annotations
 
