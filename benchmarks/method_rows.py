@@ -11,6 +11,7 @@ from torch import nn
 
 import hetconv_kernels as hk
 from benchmarks.problems import Settings
+from hetconv_kernels import methods
 from hetconv_kernels.compression import Method
 
 
@@ -62,46 +63,60 @@ def rows(settings: Settings) -> list[Row]:
     groups: dict[str, Any] = {"target": 0.7, "epochs": epochs}
     local: dict[str, Any] = {"schedule": "LG", "local_epochs": short}
     return [
-        Row("HetConv p=4, projected", hk.Het(p=4, epochs=epochs), paper=False),
+        Row("HetConv p=4, projected", methods.Het(p=4, epochs=epochs), paper=False),
         Row(
             "HetConv p=4, from scratch",
-            hk.Het(p=4, scratch=True, epochs=settings.scratch_epochs),
+            methods.Het(p=4, scratch=True, epochs=settings.scratch_epochs),
             scratch=True,
         ),
-        Row("self-grouping G 70 %", hk.SelfGrouping(**groups)),
-        Row("self-grouping LG 70 %", hk.SelfGrouping(**groups, **local)),
+        Row("self-grouping G 70 %", methods.SelfGrouping(**groups)),
+        Row("self-grouping LG 70 %", methods.SelfGrouping(**groups, **local)),
         Row(
             "self-grouping LG 60 %, runs of 8, tiles of 8",
-            hk.SelfGrouping(**groups | {"target": 0.6} | local, granularity=8, tile=8, clusters=8),
+            methods.SelfGrouping(
+                **groups | {"target": 0.6} | local, granularity=8, tile=8, clusters=8
+            ),
             paper=False,
         ),
-        Row("WSP 60 %", hk.WeakSubnetwork(0.6, epochs=epochs)),
+        Row("WSP 60 %", methods.WeakSubnetwork(0.6, epochs=epochs)),
         Row(
-            "WSP 60 %, widths of 8", hk.WeakSubnetwork(0.6, epochs=epochs, multiple=8), paper=False
+            "WSP 60 %, widths of 8",
+            methods.WeakSubnetwork(0.6, epochs=epochs, multiple=8),
+            paper=False,
         ),
-        Row("filter correlation", hk.FilterCorrelation(**by_pairs)),
+        Row("filter correlation", methods.FilterCorrelation(**by_pairs)),
         Row(
             "filter correlation, widths of 8",
-            hk.FilterCorrelation(**by_pairs | eights),
+            methods.FilterCorrelation(**by_pairs | eights),
             paper=False,
         ),
-        Row("Play and Prune", hk.PlayAndPrune(**by_players)),
+        Row("Play and Prune", methods.PlayAndPrune(**by_players)),
         Row(
             "Play and Prune, widths of 8",
-            hk.PlayAndPrune(**by_players | {"multiple": 8, "threshold": 0.3}),
+            methods.PlayAndPrune(**by_players | {"multiple": 8, "threshold": 0.3}),
             paper=False,
         ),
-        Row("stability", hk.Stability(**by_change)),
-        Row("stability, widths of 8", hk.Stability(**by_change | eights), paper=False),
-        Row("frequency pruning", hk.FrequencyPruning(**bands, c=1.0, path="frequency")),
-        Row("frequency pruning, path by prediction", hk.FrequencyPruning(**bands, c=1.0)),
+        Row("stability", methods.Stability(**by_change)),
+        Row("stability, widths of 8", methods.Stability(**by_change | eights), paper=False),
+        Row("frequency pruning", methods.FrequencyPruning(**bands, c=1.0, path="frequency")),
+        Row("frequency pruning, path by prediction", methods.FrequencyPruning(**bands, c=1.0)),
         Row(
-            "frequency pruning, whole bands", hk.FrequencyPruning(**bands, bands=True), paper=False
+            "frequency pruning, whole bands",
+            methods.FrequencyPruning(**bands, bands=True),
+            paper=False,
         ),
-        Row("ADMM 70 %", hk.ADMM(**pull)),
-        Row("ADMM 70 %, kernels", hk.ADMM(**pull, projection="kernels"), paper=False),
-        Row("ADMM 70 %, columns of 8 filters", hk.ADMM(**pull, projection="columns"), paper=False),
-        Row("ADMM 60 %, blocks of 8×8", hk.ADMM(**pull_blocks, projection="blocks"), paper=False),
+        Row("ADMM 70 %", methods.ADMM(**pull)),
+        Row("ADMM 70 %, kernels", methods.ADMM(**pull, projection="kernels"), paper=False),
+        Row(
+            "ADMM 70 %, columns of 8 filters",
+            methods.ADMM(**pull, projection="columns"),
+            paper=False,
+        ),
+        Row(
+            "ADMM 60 %, blocks of 8×8",
+            methods.ADMM(**pull_blocks, projection="blocks"),
+            paper=False,
+        ),
     ]
 
 
@@ -110,25 +125,25 @@ def speed_methods() -> dict[str, Method]:
     none: dict[str, Any] = {"epochs": 0}
     pull: dict[str, Any] = {"admm_epochs": 0, "updates": 1, "retrain_epochs": 0}
     return {
-        "HetConv p=4": hk.Het(p=4, **none),
-        "HetConv p=8": hk.Het(p=8, **none),
-        "self-grouping 70 %": hk.SelfGrouping(target=0.7, step=0.7, **none),
-        "self-grouping 70 %, runs of 16, tiles of 32": hk.SelfGrouping(
+        "HetConv p=4": methods.Het(p=4, **none),
+        "HetConv p=8": methods.Het(p=8, **none),
+        "self-grouping 70 %": methods.SelfGrouping(target=0.7, step=0.7, **none),
+        "self-grouping 70 %, runs of 16, tiles of 32": methods.SelfGrouping(
             target=0.7, step=0.7, granularity=16, tile=32, **none
         ),
-        "WSP 70 %": hk.WeakSubnetwork(0.7, **none),
-        "WSP 70 %, widths of 8": hk.WeakSubnetwork(0.7, multiple=8, **none),
+        "WSP 70 %": methods.WeakSubnetwork(0.7, **none),
+        "WSP 70 %, widths of 8": methods.WeakSubnetwork(0.7, multiple=8, **none),
         # 6.03 (stability) and 6.43 (Play and Prune) times fewer on VGG-16; here by correlation.
-        "filters removed, 6× fewer MACs, widths of 8": hk.FilterCorrelation(
+        "filters removed, 6× fewer MACs, widths of 8": methods.FilterCorrelation(
             fraction=0.3, least_correlation=0.0, pair_epochs=0, tune_epochs=0, target=1 - 1 / 6,
             multiple=8, **none,
         ),
-        "frequency pruning, coefficients": hk.FrequencyPruning(c=1.0, search_epochs=0, **none),
-        "frequency pruning, whole bands": hk.FrequencyPruning(
+        "frequency pruning, coefficients": methods.FrequencyPruning(c=1.0, search_epochs=0, **none),
+        "frequency pruning, whole bands": methods.FrequencyPruning(
             c=0.0, search_epochs=0, bands=True, filters=0, **none
         ),
-        "ADMM 97 % (34×)": hk.ADMM(rates=(0.97,), **pull),
-        "ADMM 75 %, blocks of 16×16": hk.ADMM(
+        "ADMM 97 % (34×)": methods.ADMM(rates=(0.97,), **pull),
+        "ADMM 75 %, blocks of 16×16": methods.ADMM(
             rates=(0.75,), projection="blocks", filters=16, channels=16, **pull
         ),
     }  # fmt: skip

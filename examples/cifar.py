@@ -55,7 +55,7 @@ def main() -> None:
 
     report = hk.compress(
         model,
-        hk.Het(p=options.p, epochs=options.epochs),
+        hk.methods.Het(p=options.p, epochs=options.epochs),
         data=batches,
         eval_data=data.validation.batches(256),
         example=data.test.images[:8],

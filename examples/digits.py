@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import hetconv_kernels as hk
-from hetconv_kernels.datasets import digits
+from hetconv_kernels.compression import compare
 from hetconv_kernels.models import digits_net
 
 
@@ -42,12 +42,12 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.manual_seed(0)
-    data, model = digits(), digits_net()
+    data, model = hk.datasets.digits(), digits_net()
     train(model, data, options.train_epochs)
 
     methods = {
-        "self-grouping, the paper": hk.SelfGrouping(target=0.7, epochs=options.epochs),
-        "runs of 8 channels, groups of 16 filters": hk.SelfGrouping(
+        "self-grouping, the paper": hk.methods.SelfGrouping(target=0.7, epochs=options.epochs),
+        "runs of 8 channels, groups of 16 filters": hk.methods.SelfGrouping(
             target=0.7, epochs=options.epochs, granularity=8, tile=16, clusters=4
         ),
     }
@@ -65,7 +65,7 @@ def main() -> None:
         )
         print(report, "\n")
         reports.append(report)
-    print(hk.compression.compare(reports, list(methods)))
+    print(compare(reports, list(methods)))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def main() -> None:
     # HetConv needs no pre-training: this trains it from scratch.
     report = hk.compress(
         model,
-        hk.Het(p=4, scratch=True, epochs=options.epochs),
+        hk.methods.Het(p=4, scratch=True, epochs=options.epochs),
         data=part.shuffled(64),
         eval_data=judged.batches(256),
         example=data.test.images[:64],

@@ -15,8 +15,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import errors, functional, nn, ranges
-from ._version import __version__
+from . import errors, functional, nn
+from ._version import __version__ as __version__
 from .accuracy import strict_accuracy
 from .backends import available_backends, use_backend
 from .explain import explain, warmup
@@ -25,111 +25,70 @@ from .openmp import share as _share_openmp
 from .support import Support
 
 if TYPE_CHECKING:
-    from . import (
-        compression,
-        export,
-        io,
-        models,
-        profiling,
-        pruning,
-        quantization,
-        stats,
-        testing,
-        timing,
-        tuning,
-    )
-    from .compression import (
-        ADMM,
-        FilterCorrelation,
-        FrequencyPruning,
-        Het,
-        PlayAndPrune,
-        SelfGrouping,
-        Stability,
-        WeakSubnetwork,
-        compress,
-    )
+    from . import datasets, export, models, quantization, stats, tuning
+    from .compression import compress, methods
     from .graph import rules
     from .graph.compact import compact
     from .graph.convert import convert
     from .graph.optimize import optimize
     from .graph.planned import plan_memory, release_memory
+    from .io import load, save
     from .profiling import profile
     from .quantization.quantize import quantize
 
 __all__ = [
-    "ADMM",
-    "FilterCorrelation",
-    "FrequencyPruning",
-    "Het",
-    "PlayAndPrune",
-    "SelfGrouping",
-    "Stability",
     "Support",
-    "WeakSubnetwork",
-    "__version__",
     "available_backends",
     "compact",
     "compress",
-    "compression",
     "convert",
+    "datasets",
     "errors",
     "explain",
     "export",
     "functional",
     "info",
-    "io",
+    "load",
+    "methods",
     "models",
     "nn",
     "optimize",
     "plan_memory",
     "profile",
-    "profiling",
-    "pruning",
     "quantization",
     "quantize",
-    "ranges",
     "release_memory",
     "rules",
+    "save",
     "stats",
     "strict_accuracy",
-    "testing",
-    "timing",
     "tuning",
     "use_backend",
     "warmup",
 ]
 
-# Loaded when first asked for, so that importing stays cheap: name -> (module, attribute).
-_LAZY = {
-    "ADMM": (".compression", "ADMM"),
-    "FilterCorrelation": (".compression", "FilterCorrelation"),
-    "FrequencyPruning": (".compression", "FrequencyPruning"),
-    "Het": (".compression", "Het"),
-    "PlayAndPrune": (".compression", "PlayAndPrune"),
-    "SelfGrouping": (".compression", "SelfGrouping"),
-    "Stability": (".compression", "Stability"),
-    "WeakSubnetwork": (".compression", "WeakSubnetwork"),
-    "compact": (".graph.compact", "compact"),
-    "compress": (".compression", "compress"),
-    "compression": (".compression", None),
-    "convert": (".graph.convert", "convert"),
-    "export": (".export", None),
-    "io": (".io", None),
-    "models": (".models", None),
-    "optimize": (".graph.optimize", "optimize"),
-    "profile": (".profiling", "profile"),
-    "profiling": (".profiling", None),
-    "plan_memory": (".graph.planned", "plan_memory"),
-    "release_memory": (".graph.planned", "release_memory"),
-    "quantization": (".quantization", None),
-    "quantize": (".quantization.quantize", "quantize"),
-    "pruning": (".pruning", None),
-    "rules": (".graph.rules", None),
-    "stats": (".stats", None),
-    "testing": (".testing", None),
-    "timing": (".timing", None),
-    "tuning": (".tuning", None),
+# Loaded when first asked for, so that importing stays cheap: a module, or the module of a name.
+_LAZY_MODULES = {
+    "datasets": ".datasets",
+    "export": ".export",
+    "methods": ".compression.methods",
+    "models": ".models",
+    "quantization": ".quantization",
+    "rules": ".graph.rules",
+    "stats": ".stats",
+    "tuning": ".tuning",
+}
+_LAZY_NAMES = {
+    "compact": ".graph.compact",
+    "compress": ".compression",
+    "convert": ".graph.convert",
+    "load": ".io",
+    "optimize": ".graph.optimize",
+    "plan_memory": ".graph.planned",
+    "profile": ".profiling",
+    "quantize": ".quantization.quantize",
+    "release_memory": ".graph.planned",
+    "save": ".io",
 }
 
 
@@ -137,14 +96,15 @@ _share_openmp()  # before the compiled part is imported
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    if name in _LAZY_MODULES:
+        value = importlib.import_module(_LAZY_MODULES[name], __name__)
+    elif name in _LAZY_NAMES:
+        value = getattr(importlib.import_module(_LAZY_NAMES[name], __name__), name)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module_name, attribute = _LAZY[name]
-    module = importlib.import_module(module_name, __name__)
-    value = module if attribute is None else getattr(module, attribute)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return [*__all__, "__version__"]

@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager, contextmanager
 
 from .errors import ArgumentError, mismatch
 
+__all__ = ["strict_accuracy"]
+
 
 def strict_accuracy(on: bool = True) -> AbstractContextManager[None]:
     """Keeps engines to direct sums of products, as a plain call or as a context manager.

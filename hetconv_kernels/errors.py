@@ -5,6 +5,19 @@ from __future__ import annotations
 
 from typing import Any
 
+__all__ = [
+    "ArgumentError",
+    "BackendError",
+    "FileError",
+    "HetconvError",
+    "InputTypeError",
+    "SpeedupError",
+    "SupportError",
+    "TraceError",
+    "VerificationError",
+    "mismatch",
+]
+
 
 class HetconvError(Exception):
     """The base of every error that this package raises on purpose."""

@@ -11,16 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import functional, ops
 from .backends import NAMES, available_backends, choose, get_backend
 from .disturbance import far_above
 from .disturbance import shown as said
 from .errors import ArgumentError, InputTypeError, mismatch
 from .nn.base import SupportLayer
 from .nn.conv import SupportConv2d
+from .nn.fused import FusedConv2d
+from .nn.linear import SupportLinear
 from .nn.quantized_layer import QuantizedLayer
 from .packing import watched
-from .problem import Problem, check_call
+
+__all__ = ["Candidate", "Explanation", "explain", "warmup"]
 
 
 @dataclass(frozen=True)
@@ -162,37 +164,39 @@ class Explanation:
         return f"{how}: {self.chosen}."
 
 
-def explain(layer: SupportLayer | QuantizedLayer, x: Tensor, measure: bool = True) -> Explanation:
+def explain(
+    layer: SupportLayer | FusedConv2d | QuantizedLayer, x: Tensor, measure: bool = True
+) -> Explanation:
     """Explains which backend runs a layer's forward pass, why, and how fast each one is.
 
     Args:
-        layer: a convolution layer of this package, or a quantised layer.
-        x: an example input.  # [N, C, H, W] or [C, H, W]
+        layer: a layer of this package with a Support, fused or quantised too; without residual.
+        x: an example input.  # [N, C, H, W] or [C, H, W], of a linear layer [..., C]
         measure: whether to time the backends that can run it, interleaved (never on meta).
 
     Returns:
         The explanation; print it.
 
     Raises:
-        InputTypeError: the layer is not one of this package's convolutions.
+        InputTypeError: the layer is not one of these.
         ArgumentError, BackendError: as the layer's forward.
     """
     if isinstance(layer, QuantizedLayer):
         from .quantization.explained import explain_quantized  # which needs what is above
 
         return explain_quantized(layer, x, measure)
-    if not isinstance(layer, SupportConv2d):
+    if not isinstance(layer, SupportConv2d | SupportLinear | FusedConv2d):
         raise InputTypeError(
             mismatch(
                 "layer",
                 type(layer).__name__,
-                "a convolution layer of hetconv_kernels.nn",
+                "a layer of hetconv_kernels.nn with a Support",
                 "For a whole model call explain on each of its layers.",
             )
         )
-    if x.dim() == 3:
+    if x.dim() == 3 and isinstance(layer, SupportConv2d):
         x = x.unsqueeze(0)
-    problem = problem_of(layer, x)
+    problem = layer.problem(x)
     forced = layer._backend_code()
     chosen = choose(problem, forced).backend.name
     runnable = [n for n in available_backends() if not get_backend(n).unsupported_reasons(problem)]
@@ -288,21 +292,8 @@ def _same_buffers(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(copy)
 
 
-def problem_of(layer: SupportConv2d, x: Tensor) -> Problem:
-    """Describes the call of a layer on an input.  # [N, C, H, W]"""
-    if layer._outer_pads is not None:
-        x = nn.functional.pad(x, layer._outer_pads, mode=layer.padding_mode)
-    mixed = functional._autocasting(x)
-    if mixed:
-        x = functional._autocast(x)
-    check_call(layer._geometry, x, layer.weight, layer.bias, mixed)
-    shift = {} if layer.bias is None else {"shift": layer.bias}
-    size = (x.shape[2], x.shape[3])
-    return ops.describe("fprop", layer._geometry, x, x, layer.weight, size, shift)
-
-
 def _measure(
-    layer: SupportConv2d, x: Tensor, names: list[str]
+    layer: SupportConv2d | SupportLinear | FusedConv2d, x: Tensor, names: list[str]
 ) -> tuple[dict[str, float], dict[str, float], tuple[str, ...]]:
     """Times each backend; returns the seconds of a steady call and of packing in one, and why not
     to trust them.
@@ -312,7 +303,8 @@ def _measure(
     def call(name: str) -> Any:
         def run() -> Tensor:
             layer.backend = name
-            return layer.forward(x)  # without the hooks that others may have put on the layer
+            y: Tensor = layer.forward(x)  # without the hooks that others may have put on the layer
+            return y
 
         return run
 

@@ -33,6 +33,8 @@ from .packing import dense_weight, own_blocks
 from .pooling import Pool, max_pooled
 from .problem import Geometry, read_ints
 
+__all__ = ["PlainConv2d", "decompose", "plain", "support_layers", "to_onnx"]
+
 _ACTS = {
     "none": lambda y: y,
     "relu": torch.relu,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from .geometries import GeometryCache
 from .observers import observed, sizes
 from .packing import bits_on, mask_on
 from .pooling import Pool, max_pooled
-from .problem import Geometry, check_call, check_kinds, is_dense_shape, make_geometry
+from .problem import Geometry, Problem, check_call, check_kinds, is_dense_shape, make_geometry
 from .support import Support
+
+__all__ = ["support_conv2d"]
 
 _geometries = GeometryCache(max_bytes=64 * 2**20)
 
@@ -87,6 +90,42 @@ def conv2d(
         height, width = x.shape[2:] if x.dim() == 4 else (0, 0)
         return EagerCall(geometry, (height, width), backend, mixed).eager_fprop(x, weight, bias)
     return ops.run_fprop(x, weight, geometry, bias, backend, mixed)
+
+
+def fprop_problem(
+    x: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    act: str = "none",
+    pool: Pool | None = None,
+) -> Problem:
+    """Describes what `conv2d` or `fused_conv2d` asks of an engine, autocast included.
+
+    Args:
+        x: activations.  # [N, C, H, W]
+        weight: canonical weight.  # [F, C, KH, KW] or [live]
+        geometry: the layer.
+        shift: per filter, or the bias.  # [F]
+        residual: added before the activation.  # [N, F, OH, OW]
+        act: the activation.
+        pool: max-pooling of that, or None.
+
+    Raises:
+        ArgumentError, InputTypeError: what the call would refuse before an engine is asked.
+    """
+    mixed = _autocasting(x)
+    if mixed:
+        x = _autocast(x)
+    check_call(geometry, x, weight, shift, mixed)
+    extras = {"shift": shift, "residual": residual}
+    size = (x.shape[2], x.shape[3])
+    found = ops.describe("fprop", geometry, x, x, weight, size, extras, act)
+    if pool is None:
+        return found
+    pool.check(*found.output_size)
+    return replace(found, pool=pool)
 
 
 def linear(

@@ -18,6 +18,8 @@ from ._version import __version__
 from .accuracy import is_strict
 from .backends import NAMES, available_backends, forced_code
 
+__all__ = ["info"]
+
 # Variables that change what is built, chosen, or how many threads compute.
 _VARIABLES = ("HETCONV_", "OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "ATEN_", "TRITON_")
 _LIBRARIES = ("numpy", "triton", "pybind11", "scikit-learn", "matplotlib", "rich", "safetensors")

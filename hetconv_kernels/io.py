@@ -32,6 +32,8 @@ from .graph.planned import PlannedNetwork, planned
 from .graph.trace import FAILURES, check_plain, symbolic_graph
 from .nn.quantized_layer import QuantizedLayer
 
+__all__ = ["load", "save"]
+
 _FORMAT = "hetconv_kernels.Network/2"
 # Without a digest of the description, modes and ties; still read.
 _OLD_FORMAT = "hetconv_kernels.Network/1"

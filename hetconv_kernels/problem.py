@@ -22,6 +22,8 @@ from .integers import INT32_MAX, as_pair
 from .pooling import Pool
 from .support import Support
 
+__all__ = ["Geometry", "Problem", "make_geometry"]
+
 ACTIVATIONS = ("none", "relu", "relu6", "silu", "gelu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

@@ -14,6 +14,8 @@ from torch.nn.utils import prune
 from .errors import InputTypeError, SupportError, mismatch
 from .nn.base import SupportLayer
 
+__all__ = ["live_only"]
+
 
 def live_only(model: nn.Module) -> tuple[str, ...]:
     """Makes PyTorch's pruning methods count and remove live weights only.

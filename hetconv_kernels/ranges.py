@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ranges: each primitive under its name in the timelines of torch.profiler and of Nsight.
 
-    with hk.ranges.enabled(nvtx=True):
+    from hetconv_kernels import ranges
+
+    with ranges.enabled(nvtx=True):
         model(x)
 
 A range is called, for instance, ``hetconv.fprop cpu 8x64x56x56 -> 64 k3x3 het(p=4, blocked)``; what
@@ -22,6 +24,8 @@ from torch.autograd.profiler import record_function
 
 from .backends import Choice
 from .errors import ArgumentError, HetconvError, mismatch
+
+__all__ = ["enabled"]
 
 # Read at every call of a primitive (see `ops`); `enabled` sets it.
 active = False

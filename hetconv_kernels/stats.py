@@ -34,6 +34,8 @@ from .pooling import Pool
 from .problem import Geometry
 from .support import Support
 
+__all__ = ["LayerMacs", "layer_macs", "live_parameters", "live_weights", "macs", "weight_bytes"]
+
 # Operators of these do the work of layers, and torch has no formulas for them.
 _UNKNOWN_WORK = frozenset(("quantized", "_quantized", "mkldnn", "onednn"))
 # What a traced run cannot do with values it does not have; the real run can.
@@ -192,6 +194,14 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
         for row in cells
     ]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def macs_with(rows: Sequence[LayerMacs], live: dict[str, int]) -> int:
+    """Counts multiply-accumulates when some layers have this many live weights."""
+    return sum(
+        row.positions * live[row.name] if row.dense and row.name in live else row.macs
+        for row in rows
+    )
 
 
 def _input(

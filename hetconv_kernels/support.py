@@ -35,6 +35,8 @@ from .masks import (
     unpack_mask,
 )
 
+__all__ = ["Group", "Support"]
+
 # Supports alive, by digest: how an operator finds the one that its integers name.
 _known: WeakValueDictionary[int, Support] = WeakValueDictionary()
 _JSON_FORMAT = "hetconv_kernels.Support/1"

@@ -14,6 +14,8 @@ from .packing import mask_on
 from .plan import Plan
 from .problem import Geometry
 
+__all__ = ["error_bound", "execute_dgrad", "execute_fprop", "execute_wgrad", "oracle"]
+
 
 def oracle(x: Tensor, w: Tensor, geometry: Geometry, bias: Tensor | None = None) -> Tensor:
     """Computes the truth: ``F.conv2d`` on the masked dense weight, padded explicitly.

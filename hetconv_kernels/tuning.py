@@ -28,6 +28,8 @@ import torch
 from ._version import __version__
 from .errors import ArgumentError, mismatch
 
+__all__ = ["tune"]
+
 FORMAT = "hetconv_kernels.tuning/1"
 _enabled = False
 

@@ -28,7 +28,7 @@ if dist.is_available() and dist.is_gloo_available():
     from torch.distributed.fsdp import FSDPModule, fully_shard
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-METHOD = hk.compression.PlayAndPrune(
+METHOD = hk.methods.PlayAndPrune(
     tolerance=0.02, prune_epochs=1, recover_epochs=1, epochs=1, rounds=2, threshold=0.3,
     fraction=0.3,
 )  # fmt: skip
@@ -113,12 +113,12 @@ def _die(rank: int, die_at: int) -> None:
 def _others(rank: int, model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
     """A rank whose choice is not the others', and a search with draws of its own."""
     found: dict[str, Any] = {}
-    other = hk.compression.WeakSubnetwork(0.6 if rank else 0.2, epochs=0)
+    other = hk.methods.WeakSubnetwork(0.6 if rank else 0.2, epochs=0)
     try:
         hk.compress(model, other, measure=False, **options)
     except HetconvError as error:
         found["differ"] = str(error)
-    pruning = hk.compression.FrequencyPruning(search_epochs=2, epochs=0, decay=1.0)
+    pruning = hk.methods.FrequencyPruning(search_epochs=2, epochs=0, decay=1.0)
     layer = hk.compress(model, pruning, measure=False, **options).model[3]
     found["frequency"] = layer.mix.support.digest, layer.mix.weight.sum().item()
     return found
@@ -158,8 +158,8 @@ def _compressed(model: nn.Module, x: Tensor, options: dict[str, Any]) -> dict[st
         "same output": torch.equal(plain(x), before),
     }
     for method in (
-        hk.SelfGrouping(target=0.5, step=0.25, clusters=3, epochs=1),
-        hk.compression.WeakSubnetwork(0.6, epochs=1),
+        hk.methods.SelfGrouping(target=0.5, step=0.25, clusters=3, epochs=1),
+        hk.methods.WeakSubnetwork(0.6, epochs=1),
     ):
         one, two = (
             hk.compress(net, method, measure=False, **options)
@@ -178,7 +178,7 @@ def _compressed(model: nn.Module, x: Tensor, options: dict[str, Any]) -> dict[st
     found["trains"] = all(p.grad is not None for p in again.parameters())
     spread = parallelize_module(tiny(), init_device_mesh("cpu", (2,)), {"8": ColwiseParallel()})
     try:
-        hk.compress(spread, hk.Het(p=2, epochs=0), measure=False, **options)
+        hk.compress(spread, hk.methods.Het(p=2, epochs=0), measure=False, **options)
     except HetconvError as error:
         found["refused"] = str(error)
     return found

@@ -227,8 +227,8 @@ def test_such_a_network_is_saved_and_loaded(tmp_path) -> None:
     pytest.importorskip("safetensors", reason="safetensors is not installed")
     model, x = Net(view_of_a_view).eval(), torch.randn(2, 3, 6, 6)
     fast = hk.optimize(model, x).model
-    hk.io.save(fast, tmp_path / "net")
-    torch.testing.assert_close(hk.io.load(tmp_path / "net")(x), model(x))
+    hk.save(fast, tmp_path / "net")
+    torch.testing.assert_close(hk.load(tmp_path / "net")(x), model(x))
 
 
 @torch.no_grad()

@@ -63,19 +63,19 @@ def test_what_a_file_cannot_hold_is_refused(add, message: str, tmp_path) -> None
     model = small()
     add(model)
     with pytest.raises(ArgumentError, match=message) as raised:
-        hk.io.save(model, tmp_path / "net")
+        hk.save(model, tmp_path / "net")
     assert "into=network" in str(raised.value)
     assert list(tmp_path.iterdir()) == []
     # A network that lacks the same is no way out; one that has it is.
     with pytest.raises(ArgumentError, match=message):
-        hk.io.save(model, tmp_path / "net", into=small())
+        hk.save(model, tmp_path / "net", into=small())
     twin = small()
     add(twin)
     for tensor in (*twin.parameters(), *twin.buffers()):
         if tensor.is_floating_point():
             tensor.detach().zero_()
-    hk.io.save(model, tmp_path / "net", into=twin)
-    loaded = hk.io.load(tmp_path / "net", into=twin)
+    hk.save(model, tmp_path / "net", into=twin)
+    loaded = hk.load(tmp_path / "net", into=twin)
     x = torch.randn(2, 3, 7, 7)
     equal(loaded, model, x)
 
@@ -88,21 +88,21 @@ def test_what_was_made_permanent_is_saved(tmp_path) -> None:
     nn.utils.weight_norm(model[1])
     nn.utils.remove_weight_norm(model[1])
     model[2].register_forward_hook(doubles).remove()
-    hk.io.save(model, tmp_path / "net")
+    hk.save(model, tmp_path / "net")
     x = torch.randn(2, 3, 7, 7)
     with torch.no_grad():
-        assert torch.equal(hk.io.load(tmp_path / "net")(x), model(x))
+        assert torch.equal(hk.load(tmp_path / "net")(x), model(x))
 
 
 def test_tensors_that_no_step_reads_need_the_class(tmp_path) -> None:
     model = small()
     model.register_buffer("mean", torch.ones(2))
-    hk.io.save(model, tmp_path / "net")
+    hk.save(model, tmp_path / "net")
     with pytest.raises(FileError, match=r"holds no steps: no step reads mean.*into=network"):
-        hk.io.load(tmp_path / "net")
+        hk.load(tmp_path / "net")
     twin = small()
     twin.register_buffer("mean", torch.zeros(2))
-    assert hk.io.load(tmp_path / "net", into=twin).mean.eq(1).all()
+    assert hk.load(tmp_path / "net", into=twin).mean.eq(1).all()
 
 
 class Shared(nn.Module):
@@ -126,8 +126,8 @@ def test_ties_buffers_and_modes_come_back(way: str, tmp_path) -> None:
     model = Shared().train()
     model.norm.eval()
     model.norm.running_mean.normal_()
-    hk.io.save(model, tmp_path / "net")
-    loaded = hk.io.load(tmp_path / "net", into=None if way == "without" else Shared())
+    hk.save(model, tmp_path / "net")
+    loaded = hk.load(tmp_path / "net", into=None if way == "without" else Shared())
     assert loaded.get_submodule("tied").weight is loaded.get_submodule("first").weight
     assert loaded.training
     assert not loaded.get_submodule("norm").training

@@ -23,6 +23,7 @@ from hetconv_kernels.explain import Candidate, Explanation
 from hetconv_kernels.profiling.record import LayerProfile, Profile
 from hetconv_kernels.report import tables
 from hetconv_kernels.report.schema import problems
+from hetconv_kernels.roofs import Roofs
 from hetconv_kernels.samples import Timings
 
 ROOT = Path(__file__).parents[1]
@@ -306,7 +307,7 @@ def test_far_above(measured_s: float | None, predicted_s: float | None, far: boo
 
 def test_profile_predicts_layers_of_ours_and_no_others() -> None:
     model = nn.Sequential(hk.nn.HetConv2d(8, 8, 3, p=2), nn.Conv2d(8, 8, 3)).eval()
-    roofs = {"float32": hk.profiling.measure.Roofs(1e11, 1e10, "cpu", "float32")}
+    roofs = {"float32": Roofs(1e11, 1e10, "cpu", "float32")}
     found = hk.profile(model, torch.randn(1, 8, 9, 9), rounds=5, max_seconds=0.1, roofs=roofs)
     ours, plain = found.layers
     assert ours.predicted_seconds is not None
@@ -326,7 +327,7 @@ def test_a_required_speed_up_is_not_judged_by_a_disturbed_measurement(
         with monkeypatch.context() as patch:
             patch.setattr(base.clock, "whole", whole)
             return hk.compress(
-                nn.Sequential(nn.Conv2d(8, 8, 3)), hk.Het(p=2, epochs=0, stem=True),
+                nn.Sequential(nn.Conv2d(8, 8, 3)), hk.methods.Het(p=2, epochs=0, stem=True),
                 example=torch.randn(1, 8, 6, 6), progress=False, measure_seconds=0.02,
                 require_speedup=required,
             )  # fmt: skip

@@ -143,16 +143,22 @@ def test_frozen_and_meta_layers() -> None:
     ids=lambda module: type(module).__name__,
 )
 def test_foreign_modules_are_refused(module: Any) -> None:
-    with pytest.raises(InputTypeError, match="expected a convolution layer of hetconv_kernels"):
+    with pytest.raises(InputTypeError, match="expected a layer of hetconv_kernels"):
         hk.explain(module, image())
 
 
-def test_layers_that_are_no_convolution_are_refused() -> None:
-    linear = SupportLinear(C, F, support=hk.Support.dense(C, F, 1))
-    with pytest.raises(InputTypeError, match="received SupportLinear"):
-        hk.explain(linear, image())
-    with pytest.raises(InputTypeError, match="received FusedConv2d"):
-        hk.explain(fuse(nn.Conv2d(C, F, 3)), image())  # type: ignore[arg-type]
+def test_linear_and_fused_layers_are_explained_too() -> None:
+    linear = SupportLinear(C, F, support=hk.Support.het(C, F, 1, p=4))
+    told = hk.explain(linear, torch.randn(5, C))
+    assert told.macs == 5 * linear.support.live
+    assert told.input.startswith(f"(5, {C})")
+    fused = fuse(BUILDERS["het"](3), None, "relu")
+    told = hk.explain(fused, image())
+    assert told.macs == hk.explain(BUILDERS["het"](3), image(), measure=False).macs
+    assert told.frozen
+    assert "the layer is frozen" in str(told)
+    assert {c.name for c in told.candidates if c.measured_s} >= {"vendor", "reference"}
+    assert fused.backend is None
 
 
 def test_bad_inputs_are_refused_as_by_the_layer() -> None:

@@ -68,7 +68,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_behind(
 
         def write() -> None:
             if measured == "io.save":
-                hk.io.save(net, tmp_path / "net.safetensors")
+                hk.save(net, tmp_path / "net.safetensors")
             else:
                 hk.export.to_onnx(net, torch.randn(2, 1, 8, 8), tmp_path / "net.onnx")
 

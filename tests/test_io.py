@@ -12,6 +12,7 @@ from networks import NETWORKS, interleaved, network
 from torch import nn
 
 import hetconv_kernels as hk
+from hetconv_kernels import io
 from hetconv_kernels.errors import ArgumentError, FileError, InputTypeError
 from hetconv_kernels.io import _digest, _text_digest
 
@@ -36,8 +37,8 @@ def test_without_the_class(name: str, form: str, tmp_path) -> None:
         model = interleaved(model)
     elif form == "optimized":
         model = hk.optimize(interleaved(model), x).model
-    hk.io.save(model, tmp_path / "net")
-    loaded = hk.io.load(tmp_path / "net")
+    hk.save(model, tmp_path / "net")
+    loaded = hk.load(tmp_path / "net")
     equal(loaded, model, x)
     assert not loaded.training
     assert {name: p.requires_grad for name, p in loaded.named_parameters()} == {
@@ -48,9 +49,9 @@ def test_without_the_class(name: str, form: str, tmp_path) -> None:
 def test_into_the_class(tmp_path) -> None:
     model, x = network("vgg16")
     smaller = hk.compact(interleaved(model), x).model
-    hk.io.save(smaller, tmp_path / "net")
+    hk.save(smaller, tmp_path / "net")
     fresh = NETWORKS["vgg16"][0]()
-    loaded = hk.io.load(tmp_path / "net", into=fresh)
+    loaded = hk.load(tmp_path / "net", into=fresh)
     assert loaded is fresh
     assert type(loaded) is type(model)
     equal(loaded, smaller, x)
@@ -77,7 +78,7 @@ def test_a_frequency_layer_comes_back_exactly(path: str, way: str, frozen: bool,
     if frozen:
         layer.mix.freeze()
     model = nn.Sequential(nn.ReLU(), layer, nn.BatchNorm2d(6)).eval()
-    hk.io.save(model, tmp_path / "net")
+    hk.save(model, tmp_path / "net")
     into = {
         "without": lambda: None,
         "into-conv": lambda: nn.Sequential(nn.ReLU(), nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)),
@@ -86,7 +87,7 @@ def test_a_frequency_layer_comes_back_exactly(path: str, way: str, frozen: bool,
             nn.ReLU(), hk.nn.FrequencyConv2d(4, 6, 3, 2, 1), nn.BatchNorm2d(6)
         ),
     }[way]()
-    loaded = hk.io.load(tmp_path / "net", into=into)
+    loaded = hk.load(tmp_path / "net", into=into)
     found = loaded.get_submodule("1")
     assert type(found) is hk.nn.FrequencyConv2d
     assert found.live_frequencies == layer.live_frequencies == (0, 3, 8)
@@ -111,8 +112,8 @@ def test_a_pruned_and_a_changed_frequency_layer_come_back(tmp_path) -> None:
     fewer[:, ::3] = False  # no coefficient is left at the first frequency; its map stays
     layer.mix.set_support(hk.Support.from_mask(fewer))
     model = nn.Sequential(layer.double()).eval()
-    hk.io.save(model, tmp_path / "net")
-    found = hk.io.load(tmp_path / "net").get_submodule("0")
+    hk.save(model, tmp_path / "net")
+    found = hk.load(tmp_path / "net").get_submodule("0")
     assert found.live_frequencies == (0, 3, 8)
     assert found.mix.support == layer.mix.support
     x = torch.randn(1, 4, 6, 6, dtype=torch.float64)
@@ -130,19 +131,19 @@ class Forks(nn.Module):
 
 def test_what_cannot_be_traced_needs_its_class(tmp_path) -> None:
     model = Forks().train()
-    hk.io.save(model, tmp_path / "net")
+    hk.save(model, tmp_path / "net")
     with pytest.raises(FileError, match=r"holds no steps: .*into=network"):
-        hk.io.load(tmp_path / "net")
+        hk.load(tmp_path / "net")
     x = torch.rand(1, 3, 2, 2)
-    loaded = hk.io.load(tmp_path / "net", into=Forks().eval())
+    loaded = hk.load(tmp_path / "net", into=Forks().eval())
     equal(loaded, model, x)
     assert loaded.training
 
 
 def test_a_module_that_has_no_description_needs_its_class(tmp_path) -> None:
-    hk.io.save(nn.Sequential(nn.Conv2d(3, 4, 1), nn.LSTM(4, 4)), tmp_path / "net")
+    hk.save(nn.Sequential(nn.Conv2d(3, 4, 1), nn.LSTM(4, 4)), tmp_path / "net")
     with pytest.raises(FileError, match="the module 1 is a LSTM"):
-        hk.io.load(tmp_path / "net")
+        hk.load(tmp_path / "net")
 
 
 def test_frozen_layers_layouts_dtypes_and_ties(tmp_path) -> None:
@@ -153,8 +154,8 @@ def test_frozen_layers_layouts_dtypes_and_ties(tmp_path) -> None:
     twin.weight = conv.weight
     model = nn.Sequential(conv, het, twin).double().eval()
     model[0].bias.requires_grad_(False)
-    hk.io.save(model, tmp_path / "net")
-    loaded = hk.io.load(tmp_path / "net")
+    hk.save(model, tmp_path / "net")
+    loaded = hk.load(tmp_path / "net")
     first, second = loaded.get_submodule("0"), loaded.get_submodule("1")
     assert first.weight.is_contiguous(memory_format=torch.channels_last)
     assert not first.bias.requires_grad
@@ -165,10 +166,10 @@ def test_frozen_layers_layouts_dtypes_and_ties(tmp_path) -> None:
 
 def test_a_file_is_replaced_only_when_it_is_whole(tmp_path) -> None:
     path = tmp_path / "net"
-    hk.io.save(nn.Sequential(nn.Linear(2, 2)), path)
+    hk.save(nn.Sequential(nn.Linear(2, 2)), path)
     before = path.read_bytes()
     with pytest.raises(ArgumentError, match=r"values of '0.weight': received none"):
-        hk.io.save(nn.Sequential(nn.Linear(2, 2, device="meta")), path)
+        hk.save(nn.Sequential(nn.Linear(2, 2, device="meta")), path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["net"]
 
@@ -177,7 +178,7 @@ def test_a_file_is_replaced_only_when_it_is_whole(tmp_path) -> None:
 def saved(tmp_path):
     path = tmp_path / "net.safetensors"
     torch.manual_seed(0)
-    hk.io.save(nn.Sequential(hk.nn.HetConv2d(8, 8, 3), nn.ReLU()).eval(), path)
+    hk.save(nn.Sequential(hk.nn.HetConv2d(8, 8, 3), nn.ReLU()).eval(), path)
     return path
 
 
@@ -196,7 +197,7 @@ def test_truncated_files(saved, kept: float) -> None:
     raw = saved.read_bytes()
     saved.write_bytes(raw[: int(kept * len(raw)) if 0 < kept < 1 else int(kept)])
     with pytest.raises(FileError, match=r"net.safetensors cannot be loaded: .*expected a file of"):
-        hk.io.load(saved)
+        hk.load(saved)
 
 
 def header_end(raw: bytes) -> int:
@@ -206,7 +207,7 @@ def header_end(raw: bytes) -> int:
 def test_any_flipped_bit_is_found_or_harmless(saved) -> None:
     """Whatever loads is what was saved: every argument, every step, every weight."""
     raw = saved.read_bytes()
-    good = hk.io.load(saved)
+    good = hk.load(saved)
     said = [(str(m), m.training) for m in good.modules()], str(good.graph)
     end = header_end(raw)
     generator = np.random.default_rng(0)
@@ -222,7 +223,7 @@ def test_any_flipped_bit_is_found_or_harmless(saved) -> None:
         damaged[place // 8] ^= 1 << place % 8
         saved.write_bytes(bytes(damaged))
         try:
-            loaded = hk.io.load(saved)
+            loaded = hk.load(saved)
         except FileError:
             continue
         loads += 1
@@ -242,21 +243,21 @@ def test_every_bit_of_the_description_is_covered(saved) -> None:
         damaged[place] ^= 1 << place % 8
         saved.write_bytes(bytes(damaged))
         with pytest.raises(FileError):
-            hk.io.load(saved)
+            hk.load(saved)
 
 
 def test_foreign_files(saved, tmp_path) -> None:
     save_file({"a": torch.ones(2)}, str(tmp_path / "other"))
     with pytest.raises(FileError, match="another program wrote it"):
-        hk.io.load(tmp_path / "other")
+        hk.load(tmp_path / "other")
     torch.save({"a": torch.ones(2)}, tmp_path / "pickled")
     with pytest.raises(FileError, match="no whole safetensors file"):
-        hk.io.load(tmp_path / "pickled")
+        hk.load(tmp_path / "pickled")
     with pytest.raises(FileNotFoundError):
-        hk.io.load(tmp_path / "nothing")
+        hk.load(tmp_path / "nothing")
     rewrite(saved, lambda d, t: d.update(format="hetconv_kernels.Network/9"))
     with pytest.raises(FileError, match=r"received hetconv_kernels.Network/9, expected .*/2"):
-        hk.io.load(saved)
+        hk.load(saved)
 
 
 def _graph(index: int, **change):
@@ -312,7 +313,7 @@ def test_changed_files_run_nothing(saved, change) -> None:
 
     rewrite(saved, with_digest)
     with pytest.raises(FileError):
-        hk.io.load(saved)
+        hk.load(saved)
 
 
 @pytest.mark.parametrize(
@@ -329,17 +330,17 @@ def test_changed_files_run_nothing(saved, change) -> None:
 )
 def test_a_changed_frequency_layer_is_refused(change, tmp_path) -> None:
     path = tmp_path / "net"
-    hk.io.save(nn.Sequential(frequency_layer()), path)
+    hk.save(nn.Sequential(frequency_layer()), path)
     rewrite(path, lambda d, t: d["layers"]["0"].update(change))
     with pytest.raises(FileError):
-        hk.io.load(path)
+        hk.load(path)
 
 
 def test_the_wrong_network(saved) -> None:
     with pytest.raises(ArgumentError, match=r"without the modules \['0', '1'\].*load\(path\)"):
-        hk.io.load(saved, into=nn.ModuleDict({"a": nn.ReLU()}))
+        hk.load(saved, into=nn.ModuleDict({"a": nn.ReLU()}))
     with pytest.raises(InputTypeError, match="model: received function"):
-        hk.io.save(lambda x: x, saved)
+        hk.save(lambda x: x, saved)
 
 
 @pytest.mark.parametrize("device", ["cuda", "none such", "cuda:99", 3.5], ids=str)
@@ -347,7 +348,7 @@ def test_devices_that_are_not_there(saved, device) -> None:
     if device == "cuda" and torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
     with pytest.raises(ArgumentError, match="device: received"):
-        hk.io.load(saved, device=device)
+        hk.load(saved, device=device)
 
 
 def enormous(description, tensors) -> None:
@@ -369,15 +370,15 @@ def test_sizes_are_checked_before_memory_is_taken(saved, change, monkeypatch) ->
     def fail(*_, **__):
         raise AssertionError("a layer was built")
 
-    monkeypatch.setattr(hk.io, "layer_from_json", fail)
+    monkeypatch.setattr(io, "layer_from_json", fail)
     with pytest.raises(
         FileError, match=r"declares masks of [\d,]+ entries, where its weights allow"
     ):
-        hk.io.load(saved)
+        hk.load(saved)
 
 
 def test_a_file_of_the_version_before_loads(saved) -> None:
-    model = hk.io.load(saved)
+    model = hk.load(saved)
     with safetensors.safe_open(str(saved), "pt") as file:
         description = json.loads(file.metadata()[KEY])
     for key in ("buffers", "tied", "other_mode"):
@@ -386,4 +387,4 @@ def test_a_file_of_the_version_before_loads(saved) -> None:
     save_file(load_file(str(saved)), str(saved), metadata={KEY: json.dumps(description)})
     x = torch.randn(1, 8, 5, 5)
     with torch.no_grad():
-        assert torch.equal(hk.io.load(saved)(x), model(x))
+        assert torch.equal(hk.load(saved)(x), model(x))

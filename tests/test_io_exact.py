@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import hetconv_kernels as hk
+from hetconv_kernels import io
 from hetconv_kernels.errors import FileError
 
 pytest.importorskip("safetensors", reason="the file's format")
@@ -78,8 +79,8 @@ CHANGES: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {
 
 
 def through_file(model: nn.Module, folder: Path, into: nn.Module | None = None) -> nn.Module:
-    hk.io.save(model, folder / "network.safetensors")
-    return hk.io.load(folder / "network.safetensors", into)
+    hk.save(model, folder / "network.safetensors")
+    return hk.load(folder / "network.safetensors", into)
 
 
 @pytest.mark.parametrize("given", [torch.contiguous_format, torch.channels_last], ids=str)
@@ -133,11 +134,11 @@ def test_loaded_tensors_have_memory_of_their_own_at_aligned_addresses(tmp_path: 
 )
 def test_strides_that_are_none_are_a_damaged_file(strides: Any, tmp_path: Path) -> None:
     model, path = nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), tmp_path / "network.safetensors"
-    hk.io.save(model, path)
-    _, tensors = hk.io._read(path, torch.device("cpu"))
+    hk.save(model, path)
+    _, tensors = io._read(path, torch.device("cpu"))
     weight = tensors["0.weight"]
     if strides is None:  # an older file has none
-        assert hk.io._laid_out(weight, None, path).stride() == (27, 9, 3, 1)
+        assert io._laid_out(weight, None, path).stride() == (27, 9, 3, 1)
         return
     with pytest.raises(FileError, match="are no strides of"):
-        hk.io._laid_out(weight, strides, path)
+        io._laid_out(weight, strides, path)

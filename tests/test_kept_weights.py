@@ -105,8 +105,8 @@ def loaded_in_inference_mode(engine: str | None) -> nn.Module:
     pytest.importorskip("safetensors", reason="the file's format")
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         file = Path(folder) / "network.safetensors"
-        hk.io.save(nn.Sequential(conv(engine).freeze(), fuse(conv(engine))).eval(), file)
-        return hk.io.load(file)
+        hk.save(nn.Sequential(conv(engine).freeze(), fuse(conv(engine))).eval(), file)
+        return hk.load(file)
 
 
 def unpickled_in_inference_mode(engine: str | None) -> nn.Module:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import hetconv_kernels as hk
-from hetconv_kernels.compression import Het
+from hetconv_kernels import profiling, pruning
 from hetconv_kernels.graph.convert import HOOKS
 
 X = (2, 4, 6, 6)
@@ -23,23 +23,23 @@ X = (2, 4, 6, 6)
 CALLS: dict[str, Callable[[nn.Module, Tensor, Path], Any]] = {
     "compact": lambda m, x, _: hk.compact(m, x),
     "compress": lambda m, x, _: hk.compress(
-        m, Het(p=2, epochs=0, stem=True), example=x, measure=False, progress=False
+        m, hk.methods.Het(p=2, epochs=0, stem=True), example=x, measure=False, progress=False
     ),
     "convert": lambda m, x, _: hk.convert(m, hk.rules.het(p=2)),
     "explain": lambda m, x, _: hk.explain(m[0], x, measure=False),
     "export.plain": lambda m, x, _: hk.export.plain(m),
     "export.support_layers": lambda m, x, _: hk.export.support_layers(m),
-    "io.save": lambda m, x, folder: hk.io.save(m, folder / "m.safetensors"),
     "optimize": lambda m, x, _: hk.optimize(m, x),
     "plan_memory": lambda m, x, _: hk.plan_memory(m),
     "profile": lambda m, x, _: hk.profile(m, x, rounds=5, max_seconds=0.1),
-    "profiling.write_trace": lambda m, x, folder: hk.profiling.write_trace(m, x, folder / "t"),
+    "profiling.write_trace": lambda m, x, folder: profiling.write_trace(m, x, folder / "t"),
     "quantization.convert": lambda m, x, _: hk.quantization.convert(m),
     "quantization.prepare": lambda m, x, _: hk.quantization.prepare(m, [x]),
     "quantization.to_onnx": lambda m, x, folder: hk.quantization.to_onnx(m, x, folder / "m.onnx"),
     "quantization.to_qdq": lambda m, x, _: hk.quantization.to_qdq(m),
     "quantize": lambda m, x, _: hk.quantize(m, [x], measure=False),
     "release_memory": lambda m, x, _: hk.release_memory(m),
+    "save": lambda m, x, folder: hk.save(m, folder / "m.safetensors"),
     "stats.layer_macs": lambda m, x, _: hk.stats.layer_macs(m, x),
     "stats.live_parameters": lambda m, x, _: hk.stats.live_parameters(m),
     "stats.live_weights": lambda m, x, _: hk.stats.live_weights(m),
@@ -107,12 +107,10 @@ def test_the_comparison_notices_a_conversion_in_place() -> None:
 
 def functions_of_networks() -> Iterator[str]:
     """Lists the public functions whose first argument is a network or a layer."""
-    for name in hk.__all__:
-        value = getattr(hk, name)
+    public = {name: getattr(hk, name) for name in hk.__all__}
+    for name, value in {**public, "profiling": profiling, "pruning": pruning}.items():
         inside = {name: value}
         if isinstance(value, types.ModuleType):
-            if value.__name__ in ("hetconv_kernels.testing", "hetconv_kernels.compression"):
-                continue
             inside = {
                 f"{name}.{key}": item
                 for key, item in vars(value).items()

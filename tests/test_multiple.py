@@ -15,11 +15,11 @@ import hetconv_kernels as hk
 
 COMMON: dict[str, Any] = {"tolerance": 1.0, "target": 0.85, "epochs": 0, "multiple": 8}
 METHODS = {
-    "correlation": hk.FilterCorrelation(
+    "correlation": hk.methods.FilterCorrelation(
         **COMMON, pair_epochs=1, tune_epochs=0, least_correlation=0.0, episodes=40
     ),
-    "stability": hk.Stability(**COMMON, probe_epochs=1, tune_epochs=0, steps=40),
-    "play and prune": hk.PlayAndPrune(
+    "stability": hk.methods.Stability(**COMMON, probe_epochs=1, tune_epochs=0, steps=40),
+    "play and prune": hk.methods.PlayAndPrune(
         **COMMON, penalty=1.0, threshold=0.4, prune_epochs=1, recover_epochs=0, rounds=60
     ),
 }

@@ -155,8 +155,8 @@ def test_autocast_keeps_activations_narrow_from_layer_to_layer() -> None:
 def test_a_saved_network_is_narrow_again(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model, x = network(name)
     fast = hk.optimize(interleaved(model), x, dtype=dtype).model
-    hk.io.save(fast, tmp_path / "n.safetensors")
-    loaded = hk.io.load(tmp_path / "n.safetensors")
+    hk.save(fast, tmp_path / "n.safetensors")
+    loaded = hk.load(tmp_path / "n.safetensors")
     with torch.no_grad():
         torch.testing.assert_close(loaded(x), fast(x), rtol=0, atol=0)
         assert loaded(x.double()).dtype == torch.float64
@@ -173,8 +173,8 @@ def test_a_narrow_network_is_loaded_into_another(tmp_path: Path) -> None:
     for tensor in other.state_dict().values():
         if tensor.is_floating_point():
             tensor.zero_()
-    hk.io.save(fast, tmp_path / "n.safetensors")
-    assert hk.io.load(tmp_path / "n.safetensors", into=other) is other
+    hk.save(fast, tmp_path / "n.safetensors")
+    assert hk.load(tmp_path / "n.safetensors", into=other) is other
     with torch.no_grad():
         torch.testing.assert_close(other(x), fast(x), rtol=0, atol=0)
 
@@ -185,6 +185,6 @@ def test_a_file_of_no_16_bit_type_is_refused(
     model, x = network("resnet20")
     fast = hk.optimize(interleaved(model), x, dtype=torch.bfloat16).model
     monkeypatch.setattr(fast, "dtype", torch.int8)
-    hk.io.save(fast, tmp_path / "n.safetensors")
+    hk.save(fast, tmp_path / "n.safetensors")
     with pytest.raises(FileError, match="'int8' is no 16-bit type"):
-        hk.io.load(tmp_path / "n.safetensors")
+        hk.load(tmp_path / "n.safetensors")

@@ -35,16 +35,16 @@ PAGE = resource.getpagesize()
 
 def test_a_loaded_network_plans_its_memory_if_the_saved_one_did(tmp_path: Path) -> None:
     fast, x = large()
-    hk.io.save(fast, tmp_path / "fast.safetensors")
-    loaded = hk.io.load(tmp_path / "fast.safetensors")
+    hk.save(fast, tmp_path / "fast.safetensors")
+    loaded = hk.load(tmp_path / "fast.safetensors")
     with torch.no_grad():
         expected = fast(x)
         for _ in range(3):
             torch.testing.assert_close(loaded(x), expected, rtol=0, atol=0)
     assert hk.release_memory(loaded) > 0
     plain = hk.convert(network("resnet20")[0], hk.rules.het(p=2)).model.eval()
-    hk.io.save(plain, tmp_path / "plain.safetensors")
-    assert hk.plan_memory(hk.io.load(tmp_path / "plain.safetensors")) == 0
+    hk.save(plain, tmp_path / "plain.safetensors")
+    assert hk.plan_memory(hk.load(tmp_path / "plain.safetensors")) == 0
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import hetconv_kernels as hk
-from hetconv_kernels import cli
+from hetconv_kernels import cli, profiling
 from hetconv_kernels.errors import ArgumentError, HetconvError, InputTypeError
 from hetconv_kernels.profiling import timeline
 from hetconv_kernels.profiling.measure import backends_of, dense_twin, layers_of
@@ -48,7 +48,7 @@ def small() -> nn.Sequential:
     ).eval()
 
 
-def measured(model: nn.Module, x: torch.Tensor, **more: Any) -> hk.profiling.Profile:
+def measured(model: nn.Module, x: torch.Tensor, **more: Any) -> profiling.Profile:
     more = {"rounds": 5, "max_seconds": 0.2, "roofs": ROOFS, **more}
     return hk.profile(model, x, **more)
 
@@ -162,9 +162,9 @@ def test_the_table_and_the_data_say_the_same() -> None:
     data = json.loads(json.dumps(found.to_dict()))
     assert data["format"] == "hetconv_kernels.profile/1"
     assert [la["name"] for la in data["layers"]] == ["0", "3", "5", "7"]
-    lost = hk.profiling.LayerProfile("a", "B", 1, 1e-3, 1.0, 9, 9, 9, 1.0, "cpu", "", 1e-4,
+    lost = profiling.LayerProfile("a", "B", 1, 1e-3, 1.0, 9, 9, 9, 1.0, "cpu", "", 1e-4,
                                    (0.1, 0.05, 0.2))  # fmt: skip
-    shown = hk.profiling.Profile("M", "x", 1e-3, 0.0, (lost,), {}, 1)
+    shown = profiling.Profile("M", "x", 1e-3, 0.0, (lost,), {}, 1)
     assert "0.10× [0.05, 0.20] slower" in str(shown)
 
 
@@ -218,14 +218,14 @@ def test_bad_input_is_refused(
 
 
 def test_a_trace_has_layers_and_primitives(tmp_path: Path) -> None:
-    path = hk.profiling.write_trace(small(), torch.randn(2, 3, 6, 6), tmp_path / "a" / "t.json")
+    path = profiling.write_trace(small(), torch.randn(2, 3, 6, 6), tmp_path / "a" / "t.json")
     events = json.loads(path.read_text())["traceEvents"]
     names = [event.get("name", "") for event in events if event.get("ph") == "X"]
     assert sum(name.startswith("hetconv.fprop reference 2x8x6x6") for name in names) == 3
     assert {"0", "3", "5", "7"} <= set(names)
     (tmp_path / "file").write_text("")
     with pytest.raises(HetconvError, match="cannot be written"):
-        hk.profiling.write_trace(small(), torch.randn(2, 3, 6, 6), tmp_path / "file" / "t.json")
+        profiling.write_trace(small(), torch.randn(2, 3, 6, 6), tmp_path / "file" / "t.json")
 
 
 def test_proton_is_refused_where_it_cannot_run(
@@ -234,10 +234,10 @@ def test_proton_is_refused_where_it_cannot_run(
     x = torch.randn(2, 3, 6, 6)
     if timeline.importlib.util.find_spec("triton") is not None:
         with pytest.raises(HetconvError, match="on cpu: expected a CUDA device"):
-            hk.profiling.write_proton(small(), x, tmp_path / "p")
+            profiling.write_proton(small(), x, tmp_path / "p")
     monkeypatch.setattr(timeline.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(HetconvError, match=r"pip install 'hetconv-kernels\[triton\]'"):
-        hk.profiling.write_proton(small(), x, tmp_path / "p")
+        profiling.write_proton(small(), x, tmp_path / "p")
 
 
 def test_proton_is_started_around_the_passes(
@@ -261,17 +261,17 @@ def test_proton_is_started_around_the_passes(
         is_cuda = True
 
     x = torch.randn(2, 3, 6, 6).as_subclass(OnGpu)
-    path = hk.profiling.write_proton(nn.ReLU(), x, tmp_path / "p.hatchet")
+    path = profiling.write_proton(nn.ReLU(), x, tmp_path / "p.hatchet")
     assert path == tmp_path / "p.hatchet"
     assert said == [(str(tmp_path / "p"), "triton"), 7]
 
 
 def test_ncu_commands_name_the_kernel_when_there_is_one() -> None:
-    one = hk.profiling.ncu_commands(["layer", "--size", "5x6"], ["triton", "torch"])
+    one = profiling.ncu_commands(["layer", "--size", "5x6"], ["triton", "torch"])
     assert all("--kernel-name regex:fprop_kernel" in line for line in one)
     assert all(line.endswith("profile layer --size 5x6 --passes 1") for line in one)
-    assert not any("kernel-name" in line for line in hk.profiling.ncu_commands([], ["vendor"]))
-    assert not any("kernel-name" in line for line in hk.profiling.ncu_commands([], []))
+    assert not any("kernel-name" in line for line in profiling.ncu_commands([], ["vendor"]))
+    assert not any("kernel-name" in line for line in profiling.ncu_commands([], []))
 
 
 # The command -------------------------------------------------------------------------------------
@@ -306,7 +306,7 @@ def test_a_network_and_a_saved_file(tmp_path: Path, capsys: Capture) -> None:
     data = json.loads(capsys.readouterr().out)
     assert any(la["macs"] < la["dense_macs"] for la in data["layers"])
     pytest.importorskip("safetensors", reason="io needs the safetensors extra")
-    hk.io.save(hk.models.digits_net().eval(), tmp_path / "net.safetensors")
+    hk.save(hk.models.digits_net().eval(), tmp_path / "net.safetensors")
     path = str(tmp_path / "net.safetensors")
     assert cli.main(["profile", path, "--size", "8", *quick]) == 0
     assert "(1, 1, 8, 8)" in json.loads(capsys.readouterr().out)["input"]

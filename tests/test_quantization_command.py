@@ -40,7 +40,7 @@ def test_a_network_is_quantised_judged_and_saved(
     assert before > 0.4, "one epoch teaches it something"
     assert calibrated > before - 0.05
     assert trained > before - 0.05
-    loaded = hk.io.load(tmp_path / "out" / "network.safetensors")
+    loaded = hk.load(tmp_path / "out" / "network.safetensors")
     assert sum(isinstance(m, QuantizedConv2d) for m in loaded.modules()) == 4
 
 
@@ -49,12 +49,12 @@ def test_a_compressed_network_comes_from_a_file(
 ) -> None:
     torch.manual_seed(0)
     sparse = hk.convert(digits_net(), hk.rules.het(p=4)).model.eval()
-    hk.io.save(sparse, tmp_path / "sparse.safetensors")
+    hk.save(sparse, tmp_path / "sparse.safetensors")
     words = ["quantize", str(tmp_path / "sparse.safetensors"), "--images", "16", "--no-measure",
              "--skip", "classifier.3", "--out", str(tmp_path)]  # fmt: skip
     assert main(words) == 0
     assert "it is in skip" in capsys.readouterr().out
-    loaded = hk.io.load(tmp_path / "network.safetensors")
+    loaded = hk.load(tmp_path / "network.safetensors")
     assert loaded.get_submodule("features.3").support.kind.startswith("het")
 
 

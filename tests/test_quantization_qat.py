@@ -277,7 +277,7 @@ def test_a_denoiser_loses_at_most_a_tenth_of_a_decibel_after_training(denoiser) 
 def test_a_compressor_comes_first_and_its_network_is_quantised(digits) -> None:
     model, images, labels = digits[:3]
     report = hk.compress(
-        copy.deepcopy(model), hk.SelfGrouping(target=0.5, epochs=0), example=images[:8],
+        copy.deepcopy(model), hk.methods.SelfGrouping(target=0.5, epochs=0), example=images[:8],
         data=lambda epoch: [(images[:64], labels[:64])], measure=False, leave_plain=False,
     )  # fmt: skip
     made = hk.quantize(report.model.eval(), images[:128].split(64), measure=False)

@@ -14,6 +14,7 @@ from torch import nn
 
 import hetconv_kernels as hk
 from hetconv_kernels.errors import FileError, SupportError
+from hetconv_kernels.io import _text_digest
 from hetconv_kernels.nn import QuantizedConv2d, QuantizedLinear
 
 
@@ -157,12 +158,12 @@ def network() -> nn.Module:
 def test_networks_in_8_bits_come_back_from_a_file(into: bool, tmp_path) -> None:
     pytest.importorskip("safetensors", reason="the safetensors extra is not installed")
     model, x = network(), torch.randn(2, 3, 8, 8)
-    hk.io.save(model, tmp_path / "net")
+    hk.save(model, tmp_path / "net")
     target = copy.deepcopy(model) if into else None
     if target is not None:
         target.get_submodule("stem").weight.neg_()
         target(x)
-    loaded = hk.io.load(tmp_path / "net", into=target)
+    loaded = hk.load(tmp_path / "net", into=target)
     assert torch.equal(loaded(x), model(x))
     kinds = [type(m) for m in loaded.modules()]
     assert kinds.count(QuantizedConv2d) == 3
@@ -181,7 +182,7 @@ def test_a_file_with_a_scale_that_is_none_is_refused(part: str, value, tmp_path)
     safetensors = pytest.importorskip("safetensors", reason="the extra is not installed")
     from safetensors.torch import load_file, save_file
 
-    hk.io.save(network(), tmp_path / "net")
+    hk.save(network(), tmp_path / "net")
     with safetensors.safe_open(str(tmp_path / "net"), "pt") as file:
         text = json.loads(file.metadata()["hetconv_kernels"])
     text["layers"]["stem"]["scales"]["x"][part] = value
@@ -190,8 +191,8 @@ def test_a_file_with_a_scale_that_is_none_is_refused(part: str, value, tmp_path)
         tmp_path / "net",
         metadata={
             "hetconv_kernels": json.dumps(text),
-            "hetconv_kernels.digest": hk.io._text_digest(json.dumps(text)),
+            "hetconv_kernels.digest": _text_digest(json.dumps(text)),
         },
     )
     with pytest.raises(FileError, match="description of a layer"):
-        hk.io.load(tmp_path / "net")
+        hk.load(tmp_path / "net")

@@ -23,7 +23,7 @@ def test_an_optimized_network_is_saved_and_runs(tmp_path: Path, capsys: Capture)
     out = tmp_path / "sub" / "small.safetensors"
     assert cli.main(["optimize", "digits_net", "--het", "2", "-o", str(out)]) == 0
     assert f"hetconv run {out}" in capsys.readouterr().out
-    loaded = hk.io.load(out)
+    loaded = hk.load(out)
     assert any(isinstance(module, FusedConv2d) for module in loaded.modules())
     command = ["run", str(out), "--size", "8", "--batch", "3", "--seconds", "0.05", "--json"]
     assert cli.main([*command, "--threads", "1", "--threads", "2"]) == 0
@@ -42,7 +42,7 @@ def test_a_network_in_bfloat16_is_saved_in_it(tmp_path: Path, capsys: Capture) -
     record = json.loads(capsys.readouterr().out)
     assert record["file"] == str(out)
     assert record["largest_error"] > 0
-    loaded = hk.io.load(out)
+    loaded = hk.load(out)
     fused = [module for module in loaded.modules() if isinstance(module, FusedConv2d)]
     assert {layer.weight.dtype for layer in fused} == {torch.bfloat16}
     assert {layer.shift.dtype for layer in fused} == {torch.float32}

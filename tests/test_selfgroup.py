@@ -12,6 +12,7 @@ from layers import C, F, assert_equals_conv2d, image, self_grouped
 from torch import nn
 
 import hetconv_kernels as hk
+from hetconv_kernels.compression import self_group
 from hetconv_kernels.errors import InputTypeError, SupportError
 from hetconv_kernels.nn import SelfGroupConv2d
 
@@ -53,7 +54,7 @@ def test_a_later_step_stays_within_the_earlier_one() -> None:
 
 def test_clusters_of_the_method() -> None:
     conv = nn.Conv2d(C, F, 3)
-    support = hk.compression.self_grouping.self_group(conv.weight.detach(), 60, clusters=3)
+    support = self_group(conv.weight.detach(), 60, clusters=3)
     layer = SelfGroupConv2d.from_conv2d(conv, support)
     assert layer.support.density == pytest.approx(0.4, abs=0.05)
     assert_equals_conv2d(layer, image())

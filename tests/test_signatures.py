@@ -65,8 +65,8 @@ def test_outputs_keep_their_classes_and_order(structure: Any) -> None:
 def test_an_ordered_output_is_saved_and_loaded(tmp_path) -> None:
     pytest.importorskip("safetensors", reason="safetensors is not installed")
     model, x = Two(ordered).eval(), torch.randn(2, 3, 6, 6)
-    hk.io.save(hk.optimize(model, x).model, tmp_path / "net")
-    assert kinds(hk.io.load(tmp_path / "net")(x)) == kinds(model(x))
+    hk.save(hk.optimize(model, x).model, tmp_path / "net")
+    assert kinds(hk.load(tmp_path / "net")(x)) == kinds(model(x))
 
 
 class Output(dict):

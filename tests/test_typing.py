@@ -59,7 +59,7 @@ def test_the_code_of_readme_and_docs_type_checks(tmp_path: Path) -> None:
     write_pages(tmp_path)
     assert len(list(tmp_path.glob("*.py"))) > 10
     wrong = tmp_path / "wrong.py"
-    wrong.write_text("import hetconv_kernels as hk\nhk.profile(3)\nhk.compression.nothing\n")
+    wrong.write_text("import hetconv_kernels as hk\nhk.profile(3)\nhk.methods.nothing\n")
     found = [line for line in check(tmp_path) if "error:" in line]
     assert sum("wrong.py:" in line for line in found) >= 2, "the check finds no mistake at all"
     others = [line for line in found if "wrong.py:" not in line and not of_torch(line)]
@@ -86,7 +86,7 @@ def public_functions() -> Iterator[tuple[str, Any]]:
 
 def test_public_functions_have_a_signature_with_types_and_a_help_text() -> None:
     found = dict(public_functions())
-    assert {"compress", "profile", "convert", "compression.self_group"} <= set(found)
+    assert {"compress", "profile", "convert", "quantization.prepare"} <= set(found)
     for name, function in found.items():
         signature = inspect.signature(function)
         parameters = signature.parameters.values()

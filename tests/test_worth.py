@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 import hetconv_kernels as hk
-from hetconv_kernels import ops
 from hetconv_kernels.backends import cpu, get_backend, vendor
 from hetconv_kernels.compression import Het
 from hetconv_kernels.graph import worth
@@ -152,8 +151,8 @@ def test_a_network_with_plain_layers_survives_files_and_leaves_the_package(
     with torch.no_grad():
         for model in (compressed(small(), x).model.eval(), hk.optimize(small().eval(), x).model):
             wanted = model(x)
-            hk.io.save(model, tmp_path / "m.safetensors")
-            again = hk.io.load(tmp_path / "m.safetensors")
+            hk.save(model, tmp_path / "m.safetensors")
+            again = hk.load(tmp_path / "m.safetensors")
             assert any(type(m) is nn.Linear for m in again.modules())
             assert torch.equal(again(x), wanted)
             torch.testing.assert_close(hk.export.plain(model)(x), wanted, rtol=1e-4, atol=1e-5)
@@ -171,16 +170,13 @@ def test_optimize_leaves_small_linear_layers_to_pytorch_and_says_so() -> None:
 # What auto counts -------------------------------------------------------------------------------
 
 
-def problem_of(layer: SupportLinear, rows: int) -> Any:
-    pixels = torch.randn(rows, layer.in_features, 1, 1)
-    return ops.describe("fprop", layer._geometry, pixels, pixels, layer.weight, (1, 1), {})
-
-
 @pytest.mark.parametrize(("module", "engine"), [(vendor, "vendor"), (cpu, "cpu")])
 def test_what_a_call_takes_around_an_engine_decides(
     module: Any, engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    problem = problem_of(SupportLinear(256, 256, support=mask(256, 256)).freeze(), 4)
+    problem = SupportLinear(256, 256, support=mask(256, 256)).problem(
+        torch.randn(4, 256), frozen=True
+    )
     other = "cpu" if engine == "vendor" else "vendor"
     dear = dict.fromkeys(module.OVERHEAD, 1.0)
     free = dict.fromkeys(module.OVERHEAD, 0.0)
@@ -193,7 +189,7 @@ def test_what_a_call_takes_around_an_engine_decides(
 
 
 def test_the_plain_layer_has_none_of_our_overhead(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = problem_of(SupportLinear(C, F, support=mask()).freeze(), 1)
+    problem = SupportLinear(C, F, support=mask()).problem(torch.randn(1, C), frozen=True)
     before = vendor.plain_seconds(problem)
     monkeypatch.setattr(vendor, "OVERHEAD", dict.fromkeys(vendor.OVERHEAD, 1.0))
     assert vendor.plain_seconds(problem) == before < vendor.Vendor().estimate(problem)

@@ -19,8 +19,19 @@ from typing import Any, NamedTuple, Protocol
 from ..errors import BackendError, mismatch
 from ..openmp import share as share_openmp
 from ..pooling import max_pooled
-from ..problem import Problem
+from ..problem import DTYPES, Problem
 from .rates import POOL, POOLED
+
+__all__ = [
+    "Backend",
+    "Choice",
+    "Runner",
+    "available_backends",
+    "choose",
+    "get_backend",
+    "predict",
+    "use_backend",
+]
 
 # The integers travel in exported programs: a number, once given, is never reused.
 CODES = {"auto": 0, "reference": 1, "vendor": 2, "cpu": 3, "triton": 4, "cuda": 5}
@@ -179,8 +190,17 @@ def choose(problem: Problem, code: int) -> Choice:
 
     Raises:
         BackendError: the backend that was asked for cannot run the problem; all its reasons are
-            in the message.
+            in the message; or the problem is one in 8 bits, which are another face.
     """
+    if problem.dtype not in DTYPES:
+        raise BackendError(
+            mismatch(
+                "dtype of a problem",
+                problem.dtype,
+                "a floating-point one",
+                "quantization.engine has the engines in 8 bits.",
+            )
+        )
     if code not in NAMES:
         raise BackendError(mismatch("backend code", code, f"one of {NAMES}"))
     if code:

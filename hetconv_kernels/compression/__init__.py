@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compressors: they choose a Support (and weights), and never touch a kernel.
 
-    report = hk.compress(model, hk.SelfGrouping(target=0.7), data=batches, evaluate=accuracy)
+    report = hk.compress(model, hk.methods.SelfGrouping(target=0.7), data=batches)
 
-`hk.compress` is the function; the methods stand in `hk` and here, what they are made of here.
+`hk.compress` is the function and `hk.methods` has the methods; here is what both are made of.
 """
 
 from .admm import ADMM

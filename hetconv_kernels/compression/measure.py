@@ -9,14 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import ops, stats, timing
-from ..backends import choose
+from .. import stats, timing
 from ..errors import HetconvError
-from ..explain import explain
 from ..graph.copying import copied, settle
 from ..graph.worth import LeftPlain
-from ..nn import FrequencyConv2d, SupportConv2d, SupportLinear
 from ..nn.base import SupportLayer
+from ..profiling.reasons import backend_and_reason
 from .report import LayerReport
 
 LAYOUTS = ("contiguous", "channels_last")
@@ -190,21 +188,9 @@ def _time_layers(
             ratio = times.speedup("after")
             seconds = (times.median("before"), times.median("after"))
             speedup = (ratio.value, ratio.low, ratio.high)
-            found[name] = seconds, speedup, _backend(layer, others[name])
+            backend, _ = backend_and_reason(layer, (others[name],))
+            found[name] = seconds, speedup, backend
     return found
-
-
-def _backend(layer: nn.Module, x: Tensor) -> str:
-    if isinstance(layer, SupportConv2d):
-        return explain(layer, x, measure=False).chosen
-    if isinstance(layer, SupportLinear):
-        pixels = x.reshape(-1, x.shape[-1], 1, 1)
-        shift = {} if layer.bias is None else {"shift": layer.bias}
-        problem = ops.describe(
-            "fprop", layer._geometry, pixels, pixels, layer.weight, (1, 1), shift
-        )
-        return choose(problem, layer._backend_code()).backend.name
-    return layer.path_for(x) if isinstance(layer, FrequencyConv2d) else "torch"
 
 
 def _inputs(model: nn.Module, names: list[str], example: Tensor) -> dict[str, Tensor]:

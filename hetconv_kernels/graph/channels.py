@@ -31,7 +31,7 @@ from .alias import is_after
 from .convert import _shared_parameters, _what_would_be_lost
 from .layout import adapted
 from .names import BINARY, EACH, MOVES, SIZES, SPATIAL, describe, module_of, name_of
-from .rules import Keep, _plain
+from .plain import Keep, _plain
 from .take import Layer, Norm
 
 

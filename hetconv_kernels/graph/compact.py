@@ -22,6 +22,8 @@ from .layout import relayout, set_module
 from .names import describe
 from .trace import as_inputs, check_network, record, trace
 
+__all__ = ["CompactReport", "compact"]
+
 
 class Shrunk(NamedTuple):
     """One layer that is smaller now.

@@ -17,6 +17,8 @@ from ..errors import ArgumentError, InputTypeError, mismatch
 from .copying import copied
 from .rules import Keep, Rule
 
+__all__ = ["ConversionReport", "convert"]
+
 # Where torch keeps the hooks of a module.
 HOOKS = (
     "_forward_hooks",

@@ -16,7 +16,7 @@ from ..support import Support
 from .layout import set_module
 from .names import module_of, name_of
 from .norms import NORMS, fold_norms
-from .rules import Keep, _plain_conv2d
+from .plain import Keep, _plain_conv2d
 
 # Does nothing in evaluation mode.
 _IDLE = frozenset(["dropout", "feature_dropout", "alpha_dropout", "identity"])

@@ -26,7 +26,7 @@ from ..support import Support
 from .copying import copied
 from .layout import set_module
 from .names import module_of
-from .rules import Keep, _plain
+from .plain import Keep, _plain
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 Norm = nn.BatchNorm1d | nn.BatchNorm2d

@@ -28,6 +28,8 @@ from .planned import planned
 from .trace import as_inputs, check_network
 from .worth import LeftPlain, leave_plain
 
+__all__ = ["OptimizeReport", "optimize"]
+
 
 @dataclass(frozen=True)
 class Part:

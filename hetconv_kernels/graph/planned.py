@@ -25,6 +25,8 @@ from .native_steps import Operand, Seen, Spec
 from .program import Frame, Program
 from .program_builder import build, tape
 
+__all__ = ["PlannedNetwork", "plan_memory", "release_memory"]
+
 # Signatures of inputs whose plans are kept; the one that was not used for longest goes first.
 MOST_PLANS = 8
 # A network that keeps asking for other results than were recorded is not planned any more.

@@ -22,16 +22,23 @@ from ..nn import (
     SupportLinear,
 )
 from ..support import Support
-from .pairs import depthwise_pointwise as depthwise_pointwise
-from .pairs import grouped_pointwise as grouped_pointwise
-from .pairs import het_pairs as het_pairs
-from .pairs import self_group as self_group
-from .plain import _IMAGE_CHANNELS, _check_part
-from .plain import Answer as Answer
-from .plain import Keep as Keep
-from .plain import Rule as Rule
-from .plain import _plain as _plain
-from .plain import _plain_conv2d as _plain_conv2d
+from .pairs import depthwise_pointwise, grouped_pointwise, het_pairs, self_group
+from .plain import _IMAGE_CHANNELS, Answer, Keep, Rule, _check_part, _plain, _plain_conv2d
+
+__all__ = [
+    "Answer",
+    "Keep",
+    "Rule",
+    "dense",
+    "depthwise_pointwise",
+    "first_of",
+    "grouped",
+    "grouped_pointwise",
+    "het",
+    "het_pairs",
+    "self_group",
+    "supports",
+]
 
 
 def het(p: int = 4, order: str = "blocked", skip_stem: bool = True, min_channels: int = 1) -> Rule:

@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .. import backends, ops
+from .. import backends
 from ..backends import choose, predict
 from ..backends.vendor import Vendor, plain_seconds
 from ..nn import SupportConv2d, SupportLinear
@@ -104,13 +103,11 @@ def _inputs(model: nn.Module, inputs: Sequence[tuple[Any, ...]]) -> dict[str, li
 
 def _reason(layer: Layer, x: Tensor) -> str | None:
     """Says why the plain layer is as fast on such an input; None where it is not."""
-    image = x.reshape(-1, x.shape[-1], 1, 1) if isinstance(layer, SupportLinear) else x
-    if image.dim() != 4 or getattr(layer, "padding_mode", "zeros") != "zeros":
+    if x.dim() == 3 and not isinstance(layer, SupportLinear):
         return None
-    live = torch.empty(layer.support.live, dtype=layer.weight.dtype, device="meta")
-    geometry = replace(layer._geometry, frozen=True)
-    size = (image.shape[2], image.shape[3])
-    problem = ops.describe("fprop", geometry, image, image, live, size, {"shift": layer.bias})
+    if getattr(layer, "padding_mode", "zeros") != "zeros":
+        return None
+    problem = layer.problem(x, frozen=True)
     if not Vendor().measured(problem):
         return None
     engine = choose(problem, 0).backend

@@ -266,6 +266,12 @@ class SupportLayer(ForcedBackend):
         # One that a replica or a parametrisation keeps elsewhere is found by the search.
         return weight, own["bias"] if "bias" in own else self.bias  # noqa: SIM401
 
+    def _weight_as(self, frozen: bool) -> tuple[Tensor, Geometry]:
+        """Returns what describes the weight in a call, as it is or as freezing would leave it."""
+        if not frozen or self.frozen:
+            return self.weight, self._geometry
+        return self.weight.new_empty(self.support.live), replace(self._geometry, frozen=True)
+
     def _frozen_weight(self) -> Tensor:
         """Returns the weight of a frozen layer, made anew first where it is an inference tensor."""
         weight = self.weight

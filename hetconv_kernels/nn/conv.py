@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, InputTypeError, SupportError, mismatch
-from ..functional import conv2d
+from ..functional import conv2d, fprop_problem
 from ..integers import as_count
 from ..masks import kernel_pair
 from ..packing import bits_on, dense_weight
-from ..problem import Geometry, make_geometry
+from ..problem import Geometry, Problem, make_geometry
 from ..support import Support
 from .base import SupportLayer, take_parameters
 
@@ -136,6 +136,21 @@ class SupportConv2d(SupportLayer):
         geometry = self._geometry
         weight, bias = self._operands()
         return conv2d(x, weight, bias, geometry, self._backend_code())
+
+    def problem(self, x: Tensor, frozen: bool = False) -> Problem:
+        """Describes the call of this layer on an input: what engines are asked about.
+
+        Args:
+            x: the input.  # [N, C, H, W] or [C, H, W]
+            frozen: whether to describe the call after `freeze`.
+
+        Raises:
+            ArgumentError, InputTypeError: as the forward.
+        """
+        x = x.unsqueeze(0) if x.dim() == 3 else x
+        if self._outer_pads is not None:
+            x = F.pad(x, self._outer_pads, mode=self.padding_mode)
+        return fprop_problem(x, *self._weight_as(frozen), self.bias)
 
     @classmethod
     def from_conv2d(cls, conv: nn.Conv2d, support: Support, **kwargs: Any) -> Self:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, InputTypeError, SupportError, mismatch
-from ..functional import fused_conv2d
+from ..functional import fprop_problem, fused_conv2d
 from ..packing import bits_on, dense_weight, forget, live_weight, owned
 from ..pooling import Pool
-from ..problem import ACTIVATIONS, Geometry, make_geometry
+from ..problem import ACTIVATIONS, Geometry, Problem, make_geometry
 from ..support import Support
 from .base import ForcedBackend
 from .conv import SupportConv2d, expanded_weight
@@ -56,6 +56,11 @@ class FusedConv2d(ForcedBackend):
     def support(self) -> Support:
         """Which weights exist."""
         return self._geometry.support
+
+    @property
+    def frozen(self) -> bool:
+        """Whether only the live weights are left: always."""
+        return self._geometry.frozen
 
     def _apply(self, fn: Any, recurse: bool = True) -> FusedConv2d:
         super()._apply(fn, recurse)
@@ -106,6 +111,20 @@ class FusedConv2d(ForcedBackend):
             residual=residual,
             act=self.act,
             pool=self.pool,
+        )
+
+    def problem(self, x: Tensor, residual: Tensor | None = None) -> Problem:
+        """Describes the call of this layer: what engines are asked about.
+
+        Args:
+            x: the input.  # [N, C, H, W]
+            residual: added before the activation.  # [N, F, OH, OW]
+
+        Raises:
+            ArgumentError, InputTypeError: as the forward.
+        """
+        return fprop_problem(
+            x, self.weight, self._geometry, self.shift, residual, self.act, self.pool
         )
 
     def extra_repr(self) -> str:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, InputTypeError, SupportError, mismatch
-from ..functional import linear
+from ..functional import fprop_problem, linear
 from ..packing import bits_on
-from ..problem import make_geometry
+from ..problem import Problem, make_geometry
 from ..support import Support
 from .base import SupportLayer, take_parameters
 
@@ -76,12 +76,29 @@ class SupportLinear(SupportLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiplies.  # [..., C] -> [..., F]"""
+        self._check_features(x)
+        weight, bias = self._operands()
+        return linear(x, weight, bias, self._geometry, self._backend_code())
+
+    def problem(self, x: Tensor, frozen: bool = False) -> Problem:
+        """Describes the call of this layer on an input, one pixel a row, as `SupportConv2d` does.
+
+        Args:
+            x: the input.  # [..., C]
+            frozen: whether to describe the call after `freeze`.
+
+        Raises:
+            ArgumentError, InputTypeError: as the forward.
+        """
+        self._check_features(x)
+        pixels = x.reshape(-1, self.in_features, 1, 1)
+        return fprop_problem(pixels, *self._weight_as(frozen), self.bias)
+
+    def _check_features(self, x: Tensor) -> None:
         if x.dim() < 1 or x.shape[-1] != self.in_features:
             raise ArgumentError(
                 mismatch("input features", tuple(x.shape), f"[..., {self.in_features}]")
             )
-        weight, bias = self._operands()
-        return linear(x, weight, bias, self._geometry, self._backend_code())
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, support: Support, **kwargs: Any) -> Self:

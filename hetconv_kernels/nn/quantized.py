@@ -111,12 +111,15 @@ class QuantizedLinear(QuantizedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiplies.  # [..., C] -> [..., F]"""
+        y = self._run(self._image(x), None)
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def _image(self, x: Tensor) -> Tensor:
         if x.dim() < 1 or x.shape[-1] != self.in_features:
             raise ArgumentError(
                 mismatch("input features", tuple(x.shape), f"[..., {self.in_features}]")
             )
-        y = self._run(x.reshape(-1, self.in_features, 1, 1), None)
-        return y.reshape(*x.shape[:-1], self.out_features)
+        return x.reshape(-1, self.in_features, 1, 1)
 
     @classmethod
     def from_float(

@@ -15,7 +15,7 @@ from ..errors import ArgumentError, InputTypeError, SupportError, mismatch
 from ..observers import observed
 from ..packing import Pack, bits_on, dense_weight, live_weight
 from ..pooling import Pool
-from ..problem import Geometry
+from ..problem import Geometry, Problem
 from ..quantization import ops
 from ..quantization.engine import engine, operations
 from ..quantization.scheme import Scale, bounds, multiplier, quantize_weight, ratio
@@ -186,6 +186,35 @@ class QuantizedLayer(ForcedBackend):
             }
         self._numbers = numbers
         return self
+
+    def problem(self, x: Tensor, residual: Tensor | None = None) -> Problem:
+        """Describes the call of this layer: its work and its bytes.
+
+        The choice of `backends` has no engine for it; those in 8 bits are another face.
+
+        Args:
+            x: the input.  # [N, C, H, W], of a linear layer [..., C]
+            residual: added before the activation.  # [N, F, OH, OW]
+
+        Raises:
+            ArgumentError, InputTypeError: as the forward.
+        """
+        image = self._image(x)
+        self._check(image, residual)
+        batch, _, height, width = image.shape
+        return Problem(
+            "fprop", self._geometry, batch, height, width, image.dtype, tuple(self.weight.shape),
+            self.weight.dtype, image.device, image.stride(), True,
+            ("shift",) if residual is None else ("shift", "residual"), self.act, self.pool,
+        )  # fmt: skip
+
+    def _image(self, x: Tensor) -> Tensor:
+        """Returns an input as the convolution sees it.  # [N, C, H, W]"""
+        if x.dim() != 4 or x.shape[1] != self.support.channels:
+            raise ArgumentError(
+                mismatch("input shape", tuple(x.shape), f"[N, {self.support.channels}, H, W]")
+            )
+        return x
 
     def _run(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """Convolves with the epilogue.  # [N, C, H, W] -> [N, F, OH, OW]"""

@@ -3,14 +3,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from .. import functional, ops
 from ..backends import NAMES, available_backends, choose, get_backend, predict
-from ..explain import problem_of
 from ..nn import FrequencyConv2d, FusedConv2d, SupportConv2d, SupportLinear
 from ..nn.quantized_layer import QuantizedLayer
 from ..nn.quantized_steps import QuantizedPad, QuantizedStep
@@ -63,24 +60,8 @@ def reason(problem: Problem, code: int) -> tuple[str, str]:
 
 
 def _problem(layer: nn.Module, arguments: tuple[Any, ...]) -> Problem | None:
-    x = arguments[0]
-    if isinstance(layer, SupportConv2d):
-        return problem_of(layer, x if x.dim() == 4 else x.unsqueeze(0))
-    extras: dict[str, Tensor | None]
-    if isinstance(layer, FusedConv2d):
-        residual = arguments[1] if len(arguments) > 1 else None
-        x = functional._autocast(x) if functional._autocasting(x) else x
-        extras = {"shift": layer.shift, "residual": residual}
-        size = (x.shape[2], x.shape[3])
-        found = ops.describe(
-            "fprop", layer._geometry, x, x, layer.weight, size, extras, layer.act
-        )  # fmt: skip
-        return replace(found, pool=layer.pool)
-    if isinstance(layer, SupportLinear):
-        pixels = x.reshape(-1, x.shape[-1], 1, 1)
-        extras = {"shift": layer.bias}
-        return ops.describe("fprop", layer._geometry, pixels, pixels, layer.weight, (1, 1), extras)
-    return None
+    ours = isinstance(layer, SupportConv2d | SupportLinear | FusedConv2d)
+    return layer.problem(*arguments) if ours else None
 
 
 def predicted(layer: nn.Module, arguments: tuple[Any, ...]) -> float | None:

@@ -13,9 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from .. import io, json_output
-from ..compression.command import _NETWORKS, Batches, batches_of, dense, read_data, sgd, train
+from ..compression.command import (
+    _NETWORKS,
+    Batches,
+    batches_of,
+    dense,
+    is_colour,
+    network_for,
+    read_data,
+    sgd,
+    train,
+)
 from ..compression.training import Training
-from ..datasets import cifar10, digits
+from ..datasets import digits, read
 from ..errors import ArgumentError, HetconvError, mismatch
 from ..factory import is_factory
 from ..files import write_text
@@ -33,14 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("file", nargs="?", type=Path, metavar="FILE",
         help="a network that hetconv_kernels.io saved, such as a compressed one")  # fmt: skip
     add("--data", default="digits",
-        help="digits (of scikit-learn, the default), a folder of CIFAR-10, or module:function, "
-        "which returns batches (images, labels) to train and calibrate on, to decide by and for "
-        "the report: three iterables, such as DataLoaders")  # fmt: skip
+        help="digits (of scikit-learn, the default), a folder of MNIST or CIFAR-10, or "
+        "module:function, which returns batches (images, labels) to train and calibrate on, to "
+        "decide by and for the report: three iterables, such as DataLoaders")  # fmt: skip
     add("--validation", type=int, default=5000,
-        help="training images of a CIFAR-10 folder to judge by (5000)")  # fmt: skip
+        help="training images of such a folder to judge by (5000)")  # fmt: skip
     add("--model", metavar="MODEL",
-        help=f"{', '.join(_NETWORKS)} (digits_net for the digits, else vgg16_cifar), or "
-        "module:function, which returns a network")  # fmt: skip
+        help=f"{', '.join(_NETWORKS)} (digits_net for the digits, lenet5 for MNIST, else "
+        "vgg16_cifar), or module:function, which returns a network")  # fmt: skip
     add("--weights", type=Path, help="a state dict of the trained network; otherwise it is trained")
     add("--train-epochs", type=int, default=20, help="of that training (20)")
     add("--images", type=int, default=512, help="training images to calibrate on (512)")
@@ -90,7 +100,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
         )  # fmt: skip
     data, batches = _read(options)
     training = sgd(data, 0.01)
-    model = _network(options, training).eval()
+    model = _network(options, training, batches[0]).eval()
     choices: dict[str, Any] = {
         "observer": options.observer,
         "percentile": options.percentile,
@@ -135,10 +145,9 @@ def _read(options: argparse.Namespace) -> tuple[Batches, list[Tensor]]:
     if is_factory(options.data):
         data = read_data(options.data, size, options.validation)
         return data, list(_taken(data, options.images))
-    small = options.data == "digits"
-    own = digits() if small else cifar10(options.data, options.validation)
+    own = digits() if options.data == "digits" else read(options.data, options.validation)
     images = own.train.images[: options.images]
-    return batches_of(own, size, augment=not small), list(images.split(options.batch))
+    return batches_of(own, size, augment=is_colour(own)), list(images.split(options.batch))
 
 
 def _taken(data: Batches, most: int) -> Iterator[Tensor]:
@@ -151,13 +160,13 @@ def _taken(data: Batches, most: int) -> Iterator[Tensor]:
         yield images
 
 
-def _network(options: argparse.Namespace, training: Training) -> nn.Module:
+def _network(options: argparse.Namespace, training: Training, images: Tensor) -> nn.Module:
     if options.file is not None:
         try:
             return io.load(options.file, device=options.device)
         except FileNotFoundError as error:
             raise HetconvError(f"{options.file} is not there.") from error
-    name = options.model or ("digits_net" if options.data == "digits" else "vgg16_cifar")
+    name = options.model or network_for(images)
     return dense(
         name, options.weights, training, options.train_epochs, options.seed, options.out,
         options.device,

@@ -34,10 +34,7 @@ def explain_quantized(layer: QuantizedLayer, x: Tensor, measure: bool = True) ->
     forced = NAMES[code or forced_code()] != "auto"
     names = available() if x.device.type == "cpu" else ("reference",)
     timed, packing = _measure(layer, x, names) if measure and x.numel() else ({}, {})
-    linear = hasattr(layer, "in_features")
-    pixels = (1, 1) if linear else layer._geometry.output_size(x.shape[2], x.shape[3])
-    batch = x.numel() // x.shape[-1] if linear else x.shape[0]
-    f, c, kh, kw = support.shape
+    problem = layer.problem(x)
     sizes = sorted(
         ((len(g.filters), int(g.mask.any((1, 2)).sum())) for g in support.groups), reverse=True
     )
@@ -49,8 +46,8 @@ def explain_quantized(layer: QuantizedLayer, x: Tensor, measure: bool = True) ->
         groups=tuple(sizes[:4]),
         group_count=len(sizes),
         density=support.density,
-        macs=batch * support.macs(*pixels),
-        dense_macs=batch * f * c * kh * kw * pixels[0] * pixels[1],
+        macs=problem.macs,
+        dense_macs=problem.dense_macs,
         chosen=name_of(x.device, code),
         forced=forced,
         frozen=True,
