@@ -31,7 +31,7 @@ def bench(folder: Path, *options: str, rows: str = ROW) -> tuple[int, str]:
     )
     # The row asserts a speed, which a busy machine may miss; that is not what is asked here.
     assert done.returncode in (0, 1), done.stdout + done.stderr
-    return done.returncode, done.stdout
+    return done.returncode, done.stderr + done.stdout
 
 
 def counted(said: str, word: str) -> int:
