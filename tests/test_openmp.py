@@ -51,9 +51,9 @@ print(torch.__file__)
     runtimes, torch_file = said(code).splitlines()
     (runtime,) = runtimes.split()
     assert openmp.share() is None
-    assert Path(runtime).is_relative_to(Path(torch_file).parent) or not list(
-        Path(torch_file).parent.rglob("lib*omp*.so*")
-    ), "a torch that brings one is the one that counts"
+    own = Path(torch_file).resolve().parent
+    if list(own.glob("lib/lib*omp*.so*")):
+        assert Path(runtime).resolve().is_relative_to(own)
 
 
 def test_as_many_threads_run_as_torch_was_given() -> None:
@@ -82,9 +82,10 @@ threads = [threading.Thread(target=lambda: found.append(layer(x))) for _ in rang
 [t.start() for t in threads]
 [t.join() for t in threads]
 assert len(found) == 4 and all(torch.equal(y, truth) for y in found)
+wanted = truth.numpy().tobytes()
 child = os.fork()
-if child == 0:
-    os._exit(0 if torch.equal(layer(x), truth) else 1)
+if child == 0:  # PyTorch's own parallel operators would wait for ever here
+    os._exit(0 if layer(x).numpy().tobytes() == wanted else 1)
 assert os.waitpid(child, 0)[1] == 0
 assert torch.equal(layer(x), truth)
 print("same")
