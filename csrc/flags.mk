@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # How the sources of csrc/cpu are compiled without Python: as in setup.py, less the optimisation.
 
-FLAGS := -std=c++17 -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast \
+FLAGS := -std=c++17 -fno-math-errno -fno-trapping-math -ffp-contract=fast \
 	-Wall -Wextra -Wno-psabi
 ISA_FLAGS_isa_avx2 := -mavx2 -mfma -mf16c
 ISA_FLAGS_isa_avx512 := $(ISA_FLAGS_isa_avx2) -mavx512f -mavx512bw -mavx512dq -mavx512vl \

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import re
 import subprocess
 import sys
@@ -166,6 +167,19 @@ def with_equations(page: str) -> str:
         return f'<div class="math-block">{drawn}</div>' if block else drawn
 
     return EQUATION.sub(one, page)
+
+
+def on_config(config: Any) -> Any:
+    """Is called by mkdocs first: every page says of which version it is.
+
+    With HETCONV_DOCS_VERSIONED=1 it has the selector of versions too (docs/versions.py).
+    """
+    text = (ROOT / "hetconv_kernels" / "_version.py").read_text()
+    number = re.findall(r'__version__ = "(.*)"', text)[0]
+    config["copyright"] = f"hetconv_kernels {number}"
+    if os.environ.get("HETCONV_DOCS_VERSIONED") == "1":
+        config["extra"]["version"] = {"provider": "mike", "default": "latest"}
+    return config
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

@@ -5,34 +5,22 @@
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
-#if defined(__x86_64__)
-#include <cpuid.h>
-#elif defined(__aarch64__) && defined(__linux__)
+#if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
 
 #include "engine.h"
+#include "processor.h"
 
 namespace hetconv {
-
-#if defined(__x86_64__)
-static bool has_avxvnni() {
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  return __builtin_cpu_supports("avx2") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
-}
-#endif
 
 static std::vector<const Int8Kernels*> machine_int8_isas() {
   std::vector<const Int8Kernels*> found;
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512vnni"))
-    found.push_back(&int8_kernels_avx512vnni);
-  if (has_avxvnni()) found.push_back(&int8_kernels_avxvnni);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    found.push_back(&int8_kernels_avx2);
+  const Processor processor = this_processor();
+  if (processor.avx512vnni) found.push_back(&int8_kernels_avx512vnni);
+  if (processor.avxvnni) found.push_back(&int8_kernels_avxvnni);
+  if (processor.avx2) found.push_back(&int8_kernels_avx2);
 #elif defined(__aarch64__) && defined(__linux__)
   constexpr unsigned long asimddp = 1ul << 20;  // HWCAP_ASIMDDP: sdot and udot
   if (getauxval(AT_HWCAP) & asimddp) found.push_back(&int8_kernels_neondot);

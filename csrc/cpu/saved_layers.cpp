@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // How layers are saved, and read back: see saved_steps.cpp. Weights are those that exist; the plan
 // and the packed weights are made anew, for the machine that reads.
-#include <omp.h>
-
 #include "saved_parts.h"
 
 namespace hetconv {

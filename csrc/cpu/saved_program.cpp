@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "saved_program.h"
 
-#include <omp.h>
 #include <pthread.h>
 #include <unistd.h>
 

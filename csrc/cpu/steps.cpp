@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "steps.h"
 
-#include <omp.h>
-
 #include <cstdlib>
 #include <cstring>
 #include <new>
 #include <stdexcept>
 #include <string>
 #include <utility>
+
+#include "threads.h"
 
 namespace hetconv {
 namespace {
@@ -20,12 +20,7 @@ template <class Run> void in_pieces(int64_t count, int64_t piece, int threads, c
   threads = usable_threads(threads);
   const int64_t fit = count / (piece < 1 ? 1 : piece);
   const int64_t pieces = fit < 1 ? 1 : fit < threads ? fit : threads;
-  if (pieces == 1) {
-    run(int64_t(0), count);
-    return;
-  }
-#pragma omp parallel for num_threads(int(pieces))
-  for (int64_t i = 0; i < pieces; ++i) run(count * i / pieces, count * (i + 1) / pieces);
+  pieces_in_parallel(count, int(pieces), run);
 }
 
 std::vector<double> copied(const void* from, int count, size_t size) {

@@ -76,12 +76,15 @@ def run(options: argparse.Namespace, show: Callable[[str], None]) -> int:
         HetconvError: the target is unknown or cannot be built, or a file cannot be written.
     """
     if options.ncu:
-        print("\n".join(_ncu(options)))
+        lines = _ncu(options)
+        print(json.dumps(lines, indent=2) if options.json else "\n".join(lines))
         return 0
     model, example = runnable(options)
     with torch.no_grad():
         if options.passes is not None:
             run_passes(model, example, options.passes)
+            if options.json:
+                print(json.dumps({"passes": options.passes}))
             return 0
         found = profile(
             model, example, dense=options.dense, rounds=options.rounds, max_seconds=options.seconds
