@@ -25,6 +25,7 @@ from ..masks import BoolArray
 from ..support import Support
 from . import ranks
 from .interfaces import Interfaces, find_interfaces
+from .outside import Epoch, OutsideLoop
 from .progress import Progress
 from .schedule import step_decay
 from .state import StateFile
@@ -160,8 +161,10 @@ class Run:
             last = epoch + 1 == epochs
             scale = step_decay(epoch, epochs) if decay else 1.0
 
-            def one(scale: float = scale, last: bool = last) -> dict[str, float]:
-                loss = self._epoch(scale, penalty, after_step)
+            def one(
+                scale: float = scale, last: bool = last, first: bool = not epoch
+            ) -> dict[str, float]:
+                loss = self._epoch(scale, penalty, after_step, first)
                 if last:
                     self._optimizer = self._parallel = None
                 return {"loss": loss}
@@ -186,7 +189,13 @@ class Run:
         scale: float,
         penalty: Callable[[], Tensor] | None,
         after_step: Callable[[], None] | None,
+        first: bool,
     ) -> float:
+        if isinstance(self.training.data, OutsideLoop):
+            self.model.train()
+            loss = self.training.data.run(Epoch(self, scale, penalty, after_step, first))
+            self.project()
+            return ranks.total(loss) / ranks.world_size()
         if self._optimizer is None:
             self._optimizer = self.training.make_optimizer(self.model)
             for group in self._optimizer.param_groups:
