@@ -67,6 +67,36 @@ def network_files() -> str:
     )
 
 
+def routes() -> str:
+    """Lays out each network's time here beside those of ONNX Runtime and OpenVINO."""
+    engines = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+    header = ("network", "here", *(f"{label}, {role}" for role in ("dense", "composition")
+                                   for label in engines.values()))  # fmt: skip
+    lines = []
+    for row in _model_rows():
+        ours = row["median_s"]
+        cells = [f"{row['case']['name']}, {summary.images(row['case'])}", f"{ours * 1e3:.1f}"]
+        for role in ("dense", "composition"):
+            for engine in engines:
+                found = row["timings"][role]["variants"].get(f"{role}:{engine}")
+                cells.append(
+                    f"{found['median_s'] * 1e3:.1f} ({found['median_s'] / ours:.2f})"
+                    if found
+                    else "absent"
+                )
+        lines.append(cells)
+    return table.markdown(header, lines)
+
+
+def _model_rows() -> list[dict[str, Any]]:
+    return [
+        row
+        for data in summary.all_results().values()
+        for row in data["rows"]
+        if row["kind"] == "model" and row.get("dense") and "timings" in row
+    ]
+
+
 def more_methods() -> str:
     """Lays out the tables of methods beyond that of the digits, as far as they are committed."""
     titles = {
@@ -134,6 +164,8 @@ MADE: dict[str, Callable[..., str]] = {
     "other-results": other_results,
     "provenance": lambda name: f"*{summary.provenance(summary.results(name))}.*",
     "provenance-of-methods": lambda part: f"*{summary.methods_provenance(part)}.*",
+    "routes": routes,
+    "routes-provenance": lambda: f"*{summary.networks_provenance()}.*",
     "right-picks": lambda: (
         f"{summary.right_picks()} (*{summary.provenance(summary.calibration())}.*)"
     ),
