@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Headless Chromium for the tests of pages: the report and the documentation."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+def browser() -> str:
+    """Finds Chromium; CI must have one, elsewhere the test is skipped."""
+    found = next(filter(None, map(shutil.which, NAMES)), None)
+    if found is None:
+        reason = f"none of {', '.join(NAMES)} is installed: `make browser` installs one"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return found
+
+
+def command(folder: Path, *options: str) -> list[str]:
+    """Returns the command line of a browser that keeps its profile in a folder."""
+    return [
+        browser(), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
+        "--no-first-run", "--disable-dev-shm-usage", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", f"--user-data-dir={folder / 'profile'}",
+        *options,
+    ]  # fmt: skip
+
+
+def probed(page: Path, folder: Path, *options: str) -> dict[str, Any]:
+    """Opens a page that writes what it found as JSON into ``<pre id="probe">``; returns that."""
+    done = subprocess.run(
+        [*command(folder, *options), "--dump-dom", page.as_uri()],
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    seen = re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.S)
+    assert seen, f"the page did not load: {done.stdout[-500:]}\n{done.stderr[-2000:]}"
+    return dict(json.loads(html.unescape(seen[1])))
+
+
+# Chromium's own window is not narrower than 500 pixels; a frame is as narrow as it is told.
+_FRAMES = """<!DOCTYPE html>
+<meta charset="utf-8">
+<iframe id="frame" width="WIDTH" height="2000" style="border: 0"></iframe>
+<script>
+const frame = document.getElementById("frame"), pages = PAGES, found = {};
+const opened = (page) => new Promise((done) => { frame.onload = done; frame.src = page; });
+const name = (e) => e.tagName.toLowerCase() + (e.className.baseVal ?? e.className ?? "")
+  .toString().trim().replace(/^(?=.)|\\s+/g, ".");
+(async () => {
+  for (const page of pages) {
+    await opened(page);
+    const inner = frame.contentDocument, view = frame.contentWindow;
+    const kept = (e) => {  // something around it scrolls or cuts
+      for (let p = e.parentElement; p && p !== inner.body; p = p.parentElement)
+        if (view.getComputedStyle(p).overflowX !== "visible") return true;
+      return false;
+    };
+    const seen = (e) => view.getComputedStyle(e).visibility !== "hidden"
+      && view.getComputedStyle(e).position !== "fixed";
+    const out = [...inner.body.querySelectorAll("*")].filter((e) => {
+      const box = e.getBoundingClientRect();
+      return box.width > 0 && box.right > WIDTH + 1 && !kept(e) && seen(e);
+    });
+    // What is cut: wider than its box, which neither scrolls nor lets it out.
+    const cut = [...inner.body.querySelectorAll("math, table, pre, svg, img, p, li, h1, h2, h3")]
+      .filter((e) => {
+        let p = e;
+        while (p && view.getComputedStyle(p).overflowX === "visible") p = p.parentElement;
+        const scrolls = p && ["auto", "scroll"].includes(view.getComputedStyle(p).overflowX);
+        return !scrolls && p && p !== inner.body && p !== inner.documentElement
+          && e.getBoundingClientRect().right > p.getBoundingClientRect().right + 1 && seen(e);
+      });
+    found[page] = {
+      width: inner.documentElement.scrollWidth,
+      wide: out.slice(0, 8).map((e) => `${name(e)} to ${e.getBoundingClientRect().right | 0}: `
+        + (e.textContent || "").trim().slice(0, 40)),
+      cut: cut.slice(0, 8).map((e) => `${name(e)}: ${(e.textContent || "").trim().slice(0, 40)}`),
+      words: inner.body.innerText.length,
+    };
+  }
+  const out = document.createElement("pre");
+  out.id = "probe";
+  out.textContent = JSON.stringify(found);
+  document.body.append(out);
+})();
+</script>
+"""
+
+
+def in_a_window_of(width: int, pages: list[Path], folder: Path) -> dict[str, Any]:
+    """Opens pages one after another in a frame of a width; says of each how wide it became.
+
+    Args:
+        width: in pixels.
+        pages: HTML files.
+        folder: for the browser.
+
+    Returns:
+        By the page's name: its width, what reaches beyond the window, and what is cut.
+    """
+    names = {path.as_uri(): path.name for path in pages}
+    wrapper = folder / "frames.html"
+    wrapper.write_text(
+        _FRAMES.replace("WIDTH", str(width)).replace("PAGES", json.dumps(list(names)))
+    )
+    found = probed(
+        wrapper, folder, f"--window-size={max(width, 500)},2000", "--allow-file-access-from-files",
+        "--disable-web-security", "--virtual-time-budget=60000",
+    )  # fmt: skip
+    return {names[uri]: said for uri, said in found.items()}
