@@ -13,6 +13,7 @@ from .._version import __version__
 from . import tables
 from .colours import css_variables
 from .figures import Picture, layer_bars, roofline, scatter
+from .passes import timeline
 from .results import Json, Results
 
 _ESTIMATES = (
@@ -171,8 +172,11 @@ script-src 'unsafe-inline'; img-src data:">
                 parts.append(_heading(results) + tables.networks(rows))
             for row in rows:
                 if row.get("layers"):
-                    picture = layer_bars(f"layers-{results.name}-{row['case']['name']}", row)
-                    drawn.append(f"<h4>{html.escape(picture.title)}</h4>" + self._figure(picture))
+                    name = f"{results.name}-{row['case']['name']}"
+                    drawings = timeline(f"pass-{name}", row), layer_bars(f"layers-{name}", row)
+                    for picture in filter(None, drawings):
+                        heading = f"<h4>{html.escape(picture.title)}</h4>"
+                        drawn.append(heading + self._figure(picture))
         bound = (
             "<p>The bound is Amdahl's: the speed-up over the fastest dense form if every "
             "convolution took as much less time as it has fewer multiply-accumulates, and "
