@@ -100,4 +100,4 @@ def package(name: str) -> Any:
             for operator in ("nms", "qnms"):
                 library.define(f"{operator}(Tensor dets, Tensor scores, float threshold) -> Tensor")
             _DECLARED.append(library)
-    return pytest.importorskip(name, reason=f"{name} is not installed")
+    return pytest.importorskip(name, reason=f"{name} is not installed: `make external` does it")

@@ -16,6 +16,7 @@ from browsing import browser, in_a_window_of
 from pages import DOCS, ROOT
 
 import hetconv_kernels as hk
+from hetconv_kernels.report import write_report
 
 PHONE, DESKTOP = 390, 1280
 
@@ -65,6 +66,15 @@ def test_no_page_is_wider_than_the_window(seen: dict[int, dict[str, Any]], width
 def test_nothing_is_cut_that_does_not_scroll(seen: dict[int, dict[str, Any]], width: int) -> None:
     assert {name: s["cut"] for name, s in seen[width].items() if s["cut"]} == {}
     assert {name: s["wide"] for name, s in seen[width].items() if s["wide"]} == {}
+
+
+def test_the_report_fits_a_phone(tmp_path: Path) -> None:
+    browser()
+    pytest.importorskip("matplotlib", reason="the matplotlib extra is not installed")
+    page, *_ = write_report([ROOT / "benchmarks" / "results"], tmp_path / "report.html")
+    found = in_a_window_of(PHONE, [page], tmp_path)["report.html"]
+    assert (found["wide"], found["cut"]) == ([], [])
+    assert found["width"] <= PHONE
 
 
 def test_a_timeline_fits_a_phone(tmp_path: Path) -> None:

@@ -23,8 +23,12 @@ from hetconv_kernels.errors import ArgumentError, HetconvError
 pl = pytest.importorskip("lightning.pytorch", reason="the lightning extra is not installed")
 
 METHODS = {
-    "self-grouping": SelfGrouping(target=0.4, step=0.2, clusters=2, local_epochs=1, epochs=2),
-    "correlation": FilterCorrelation(0.3, fraction=0.2, pair_epochs=1, tune_epochs=1, epochs=1),
+    "self-grouping": SelfGrouping(
+        target=0.4, step=0.2, clusters=2, schedule="LG", local_epochs=1, epochs=2
+    ),
+    "correlation": FilterCorrelation(
+        fraction=0.2, pair_epochs=1, tune_epochs=1, tolerance=1.0, episodes=2, epochs=1
+    ),
     "frequency": FrequencyPruning(search_epochs=2, epochs=1),
 }
 

@@ -28,16 +28,20 @@ from hetconv_kernels.errors import ArgumentError, HetconvError, InputTypeError
 
 METHODS = {
     "het": Het(p=2, epochs=2),
-    "self-grouping": SelfGrouping(target=0.4, step=0.2, clusters=2, local_epochs=1, epochs=2),
     "wsp": WeakSubnetwork(0.5, epochs=3),
+    "self-grouping": SelfGrouping(
+        target=0.4, step=0.2, clusters=2, schedule="LG", local_epochs=1, epochs=2
+    ),
     "correlation": FilterCorrelation(
-        target=0.3, fraction=0.2, pair_epochs=1, tune_epochs=1, epochs=1
+        fraction=0.2, pair_epochs=1, tune_epochs=1, tolerance=1.0, episodes=2, epochs=1
     ),
-    "play-and-prune": PlayAndPrune(
-        epsilon=0.5, prune_epochs=1, recover_epochs=1, epochs=1, rounds=2
-    ),
-    "stability": Stability(target=0.3, fraction=0.2, probe_epochs=1, tune_epochs=1, epochs=1),
     "frequency": FrequencyPruning(search_epochs=2, epochs=1),
+    "play-and-prune": PlayAndPrune(
+        tolerance=1.0, prune_epochs=1, recover_epochs=1, rounds=2, epochs=1
+    ),
+    "stability": Stability(
+        fraction=0.2, probe_epochs=1, tune_epochs=1, tolerance=1.0, steps=2, epochs=1
+    ),
     "admm": ADMM(rates=(0.5,), updates=2, admm_epochs=1, retrain_epochs=1),
 }
 

@@ -65,8 +65,8 @@ def timeline(name: str, row: Json) -> Picture | None:
         f"{case['name']}: timeline of a pass",
         f"One pass of {case['network']}, batch {case['n']}, {case['size']} pixels, as two bars: "
         f"its {len(layers)} convolutions in the order in which they run, and everything else "
-        f"behind them. Dense, in PyTorch: {_ms(passes[0][1])}; ours: {_ms(passes[1][1])}. Each is a "
-        "median of its own, so that they need not add up to the whole.",
+        f"behind them. Dense, in PyTorch: {_ms(passes[0][1])}; ours: {_ms(passes[1][1])}. Each is "
+        "a median of its own, so that they need not add up to the whole.",
         figure,
         tips,
     )
