@@ -193,11 +193,29 @@ def with_equations(page: str) -> str:
     from latex2mathml.converter import convert
 
     def one(found: re.Match[str]) -> str:
-        block = found[2] == "["
-        drawn: str = convert(html.unescape(found[3]), display="block" if block else "inline")
-        return f'<div class="math-block">{drawn}</div>' if block else drawn
+        text = html.unescape(found[3])
+        if found[2] == "[":
+            drawn = "".join(convert(part, display="block") for part in parted(text))
+            return f'<div class="math-block">{drawn}</div>'
+        inline: str = convert(text, display="inline")
+        return inline
 
     return EQUATION.sub(one, page)
+
+
+def parted(text: str) -> list[str]:
+    """Parts an equation at its wide spaces, where a narrow page may begin a new line."""
+    parts = [""]
+    for piece in re.split(r"(\\q?quad\b)", text):
+        whole = parts[-1].count("{") == parts[-1].count("}")
+        whole &= parts[-1].count("\\begin") == parts[-1].count("\\end")
+        ends = [len(re.findall(rf"\\{end}(?![a-z])", parts[-1])) for end in ("left", "right")]
+        whole &= ends[0] == ends[1]
+        if piece.endswith("quad") and whole:
+            parts.append("")
+        else:
+            parts[-1] += piece
+    return [part for part in parts if part.strip()]
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

@@ -52,42 +52,35 @@ def probed(page: Path, folder: Path, *options: str) -> dict[str, Any]:
 # Chromium's own window is not narrower than 500 pixels; a frame is as narrow as it is told.
 _FRAMES = """<!DOCTYPE html>
 <meta charset="utf-8">
-<iframe id="frame" width="WIDTH" height="2000" style="border: 0"></iframe>
+<iframe id="frame" width="WIDTH" height="2000" style="border: 0" sandbox="allow-same-origin">
+</iframe>
 <script>
 const frame = document.getElementById("frame"), pages = PAGES, found = {};
 const opened = (page) => new Promise((done) => { frame.onload = done; frame.src = page; });
-const name = (e) => e.tagName.toLowerCase() + (e.className.baseVal ?? e.className ?? "")
-  .toString().trim().replace(/^(?=.)|\\s+/g, ".");
+const said = (e) => e.tagName.toLowerCase() + "." + (e.getAttribute("class") || "") + ": "
+  + (e.textContent || "").trim().slice(0, 60);
 (async () => {
   for (const page of pages) {
     await opened(page);
-    const inner = frame.contentDocument, view = frame.contentWindow;
-    const kept = (e) => {  // something around it scrolls or cuts
-      for (let p = e.parentElement; p && p !== inner.body; p = p.parentElement)
-        if (view.getComputedStyle(p).overflowX !== "visible") return true;
-      return false;
+    const inner = frame.contentDocument, view = frame.contentWindow, wide = [], cut = [];
+    // Down to what scrolls: what is in that can be reached. `edge`: of what cuts its contents off.
+    const walk = (e, edge) => {
+      const style = view.getComputedStyle(e), box = e.getBoundingClientRect();
+      if (style.display === "none" || style.visibility === "hidden" || style.position === "fixed")
+        return;
+      if (edge === null && box.width > 0 && box.right > WIDTH + 1) wide.push(said(e));
+      if (edge !== null && box.width > 0 && box.right > edge + 1) cut.push(said(e));
+      if (style.overflowX === "auto" || style.overflowX === "scroll") return;
+      if (style.overflowX !== "visible" && box.width > 20 && e !== inner.body) edge = box.right;
+      else if (style.overflowX !== "visible" && e !== inner.body) return;  // for screen readers
+      if (!(e instanceof view.SVGElement)) for (const child of e.children) walk(child, edge);
     };
-    const seen = (e) => view.getComputedStyle(e).visibility !== "hidden"
-      && view.getComputedStyle(e).position !== "fixed";
-    const out = [...inner.body.querySelectorAll("*")].filter((e) => {
-      const box = e.getBoundingClientRect();
-      return box.width > 0 && box.right > WIDTH + 1 && !kept(e) && seen(e);
-    });
-    // What is cut: wider than its box, which neither scrolls nor lets it out.
-    const cut = [...inner.body.querySelectorAll("math, table, pre, svg, img, p, li, h1, h2, h3")]
-      .filter((e) => {
-        let p = e;
-        while (p && view.getComputedStyle(p).overflowX === "visible") p = p.parentElement;
-        const scrolls = p && ["auto", "scroll"].includes(view.getComputedStyle(p).overflowX);
-        return !scrolls && p && p !== inner.body && p !== inner.documentElement
-          && e.getBoundingClientRect().right > p.getBoundingClientRect().right + 1 && seen(e);
-      });
+    walk(inner.body, null);
     found[page] = {
-      width: inner.documentElement.scrollWidth,
-      wide: out.slice(0, 8).map((e) => `${name(e)} to ${e.getBoundingClientRect().right | 0}: `
-        + (e.textContent || "").trim().slice(0, 40)),
-      cut: cut.slice(0, 8).map((e) => `${name(e)}: ${(e.textContent || "").trim().slice(0, 40)}`),
+      width: inner.documentElement.scrollWidth, wide: wide.slice(0, 8), cut: cut.slice(0, 8),
       words: inner.body.innerText.length,
+      equations: [...inner.querySelectorAll(".math-block")]
+        .filter((e) => e.scrollWidth > e.clientWidth + 1).map((e) => `${e.scrollWidth} in ${e.clientWidth} ${said(e)}`),
     };
   }
   const out = document.createElement("pre");
@@ -102,21 +95,23 @@ const name = (e) => e.tagName.toLowerCase() + (e.className.baseVal ?? e.classNam
 def in_a_window_of(width: int, pages: list[Path], folder: Path) -> dict[str, Any]:
     """Opens pages one after another in a frame of a width; says of each how wide it became.
 
+    Their scripts do not run.
+
     Args:
         width: in pixels.
         pages: HTML files.
         folder: for the browser.
 
     Returns:
-        By the page's name: its width, what reaches beyond the window, and what is cut.
+        By the page's address: its width, what reaches beyond the window, and what is cut.
     """
-    names = {path.as_uri(): path.name for path in pages}
     wrapper = folder / "frames.html"
     wrapper.write_text(
-        _FRAMES.replace("WIDTH", str(width)).replace("PAGES", json.dumps(list(names)))
+        _FRAMES.replace("WIDTH", str(width)).replace(
+            "PAGES", json.dumps([page.as_uri() for page in pages])
+        )
     )
-    found = probed(
+    return probed(
         wrapper, folder, f"--window-size={max(width, 500)},2000", "--allow-file-access-from-files",
         "--disable-web-security", "--virtual-time-budget=60000",
     )  # fmt: skip
-    return {names[uri]: said for uri, said in found.items()}

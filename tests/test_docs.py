@@ -188,6 +188,23 @@ def test_equations_become_mathml(hooks: dict[str, Any]) -> None:
     assert "arithmatex" not in page
 
 
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        (r"a = b", ["a = b"]),
+        (r"a = b \qquad c \quad d", ["a = b ", " c ", " d"]),
+        (r"\text{a \quad b} \quad c", [r"\text{a \quad b} ", " c"]),
+        (r"\begin{cases} a & \quad b \end{cases}", [r"\begin{cases} a & \quad b \end{cases}"]),
+        (r"a \leftarrow b \quad c", [r"a \leftarrow b ", " c"]),
+        (r"\left( a \quad b \right)", [r"\left( a \quad b \right)"]),
+    ],
+)
+def test_an_equation_is_parted_where_a_line_may_begin(
+    text: str, parts: list[str], hooks: dict[str, Any]
+) -> None:
+    assert hooks["parted"](text) == parts
+
+
 def test_the_figure_is_the_one_that_the_script_draws() -> None:
     drawn = runpy.run_path(str(DOCS / "figure.py"))["draw"]()
     assert (DOCS / "idea.svg").read_text() == drawn, "run `python docs/figure.py`"

@@ -40,17 +40,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def seen(site: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
     pages = [p for p in sorted(site.rglob("*.html")) if p.name != "404.html"]
     assert len(pages) == len(list(DOCS.rglob("*.md")))
-    # Names of pages in folders repeat; each is opened by its place.
     found = {}
     for width in (PHONE, DESKTOP):
         folder = tmp_path_factory.mktemp(f"browser-{width}")
-        found[width] = {
-            f"{group}/{name}": said
-            for group in {p.parent.relative_to(site).as_posix() for p in pages}
-            for name, said in in_a_window_of(
-                width, [p for p in pages if p.parent == site / group], folder
-            ).items()
-        }
+        opened = in_a_window_of(width, pages, folder)
+        found[width] = {uri.partition("site0/")[2] or uri: said for uri, said in opened.items()}
         assert len(found[width]) == len(pages)
     return found
 
@@ -68,11 +62,16 @@ def test_nothing_is_cut_that_does_not_scroll(seen: dict[int, dict[str, Any]], wi
     assert {name: s["wide"] for name, s in seen[width].items() if s["wide"]} == {}
 
 
+def test_a_phone_shows_the_whole_of_every_equation(seen: dict[int, dict[str, Any]]) -> None:
+    scrolled = {name: s["equations"] for name, s in seen[PHONE].items() if s["equations"]}
+    assert scrolled == {}
+
+
 def test_the_report_fits_a_phone(tmp_path: Path) -> None:
     browser()
     pytest.importorskip("matplotlib", reason="the matplotlib extra is not installed")
     page, *_ = write_report([ROOT / "benchmarks" / "results"], tmp_path / "report.html")
-    found = in_a_window_of(PHONE, [page], tmp_path)["report.html"]
+    found = in_a_window_of(PHONE, [page], tmp_path)[page.as_uri()]
     assert (found["wide"], found["cut"]) == ([], [])
     assert found["width"] <= PHONE
 
@@ -81,7 +80,7 @@ def test_a_timeline_fits_a_phone(tmp_path: Path) -> None:
     browser()
     page = tmp_path / "timeline.html"
     hk.profiling.write_timeline(hk.models.digits_net(8).eval(), torch.randn(2, 1, 8, 8), page)
-    found = in_a_window_of(PHONE, [page], tmp_path)["timeline.html"]
+    found = in_a_window_of(PHONE, [page], tmp_path)[page.as_uri()]
     assert (found["wide"], found["cut"]) == ([], [])
     assert found["width"] <= PHONE
 
@@ -96,11 +95,11 @@ def test_a_timeline_fits_a_phone(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_noticed(inner: str, key: str, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     page.write_text(f"<!DOCTYPE html><body>{inner}</body>")
-    found = in_a_window_of(PHONE, [page], tmp_path)["page.html"]
+    found = in_a_window_of(PHONE, [page], tmp_path)[page.as_uri()]
     assert found[key]
     assert (found["width"] > PHONE) == (key == "wide")
     page.write_text(
         '<!DOCTYPE html><div style="overflow: auto"><p style="width: 600px">x</p></div>'
     )
-    found = in_a_window_of(PHONE, [page], tmp_path)["page.html"]
+    found = in_a_window_of(PHONE, [page], tmp_path)[page.as_uri()]
     assert (found["wide"], found["cut"]) == ([], [])
