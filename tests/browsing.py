@@ -80,7 +80,8 @@ const said = (e) => e.tagName.toLowerCase() + "." + (e.getAttribute("class") || 
       width: inner.documentElement.scrollWidth, wide: wide.slice(0, 8), cut: cut.slice(0, 8),
       words: inner.body.innerText.length,
       equations: [...inner.querySelectorAll(".math-block")]
-        .filter((e) => e.scrollWidth > e.clientWidth + 1).map((e) => `${e.scrollWidth} in ${e.clientWidth} ${said(e)}`),
+        .filter((e) => e.scrollWidth > e.clientWidth + 1)
+        .map((e) => `${e.scrollWidth} in ${e.clientWidth} ${said(e)}`),
     };
   }
   const out = document.createElement("pre");
