@@ -10,7 +10,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help env test browser demo bench gpu docs docs-version dist wheels roots library lint \
-	format types aot sanitize \
+	format types aot external sanitize \
 	sanitize-python clang aarch64 clean
 
 VENV := .venv
@@ -181,6 +181,20 @@ aot-cuda:
 build/triton-$(OLDEST_TRITON)/.there: | $(ENV)
 	$(PY) -m pip --disable-pip-version-check install --quiet --no-deps --target $(@D) \
 	    triton==$(OLDEST_TRITON)
+	@touch $@
+
+# In a folder of their own: PyPI's torchvision is built for CUDA, and cannot be imported as it is
+# beside a CPU build of torch (tests/external.py says what it lacks).
+EXTERNAL := timm torchvision segmentation_models_pytorch
+external: $(ENV) build/external/.there ## Take networks of timm, torchvision and smp the whole way
+	PYTHONPATH=$(CURDIR):build/external $(PY) -m pytest -q --slow tests/test_external.py \
+	    tests/test_factory.py $(ARGS)
+
+build/external/.there: constraints/common.txt | $(ENV)
+	rm -rf $(@D)
+	$(PY) -m pip --disable-pip-version-check install --quiet --no-deps --target $(@D) \
+	    $(foreach name,$(EXTERNAL),$(shell grep '^$(name)==' constraints/common.txt)) \
+	    $(shell grep '^tqdm==' constraints/common.txt)
 	@touch $@
 
 # Needs no Python: two builds of tests/native, which run side by side.

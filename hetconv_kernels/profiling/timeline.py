@@ -17,6 +17,7 @@ from torch.autograd.profiler import record_function
 from .. import ranges
 from ..errors import HetconvError
 from ..files import writing
+from .compiled import original
 from .measure import layers_of
 
 _WARM_UP = 2
@@ -34,7 +35,8 @@ def write_trace(
 ) -> Path:
     """Writes a Chrome trace (chrome://tracing, ui.perfetto.dev) of a network's forward pass.
 
-    Layers stand under their names, primitives as `ranges` names them, operators and kernels below.
+    Layers stand under their names (but not those of a compiled network), primitives as `ranges`
+    names them, operators and kernels below.
 
     Args:
         model: any network.
@@ -153,14 +155,14 @@ def ncu_commands(arguments: Sequence[str], backends: Sequence[str]) -> list[str]
 
 
 @contextlib.contextmanager
-def _named(model: nn.Module) -> Iterator[None]:
-    """Puts each layer with weights in a range of its name."""
+def _named(model: nn.Module, prefix: str = "") -> Iterator[None]:
+    """Puts each layer with weights in a range of its name; a compiled network has no layers."""
     handles = []
-    for name, layer in layers_of(model).items():
+    for name, layer in ({} if original(model) else layers_of(model)).items():
         opened: list[record_function] = []
 
         def enter(*_: object, name: str = name, opened: list[record_function] = opened) -> None:
-            opened.append(record_function(name or type(model).__name__))
+            opened.append(record_function(prefix + (name or type(model).__name__)))
             opened[-1].__enter__()
 
         def leave(*_: object, opened: list[record_function] = opened) -> None:

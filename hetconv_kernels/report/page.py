@@ -14,6 +14,7 @@ from ..files import Json
 from . import tables
 from .colours import css_variables
 from .figures import Picture, layer_bars, roofline, scatter
+from .passes import timeline
 from .results import Results
 from .templates import asset, render
 
@@ -189,8 +190,12 @@ class Page:
         for results in self.files:
             for row in _network_rows(results):
                 if row.get("layers"):
-                    picture = layer_bars(f"layers-{results.name}-{row['case']['name']}", row)
-                    drawn.append(Block(picture.title, level=4, pictures=[picture]))
+                    name = f"{results.name}-{row['case']['name']}"
+                    drawings = timeline(f"pass-{name}", row), layer_bars(f"layers-{name}", row)
+                    drawn += [
+                        Block(picture.title, level=4, pictures=[picture])
+                        for picture in filter(None, drawings)
+                    ]
         if drawn:
             drawn.insert(0, Block("Layer by layer", text=_READ_BARS))
         return [*blocks, *drawn]
