@@ -174,7 +174,7 @@ def _library() -> Any:
 def _make(library: Any) -> dict[str, Any]:
     about = {"library_name": KEY, "tags": _TAGS, "model_card_template": _CARD}
 
-    class HubMixin(library.ModelHubMixin, **about):  # type: ignore[misc,name-defined]
+    class HubMixin(library.ModelHubMixin, **about):
         """Gives a network's class ``save_pretrained``, ``from_pretrained`` and ``push_to_hub``.
 
         As huggingface_hub's ``PyTorchModelHubMixin``: the constructor's arguments go to

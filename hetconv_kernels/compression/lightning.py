@@ -54,7 +54,7 @@ def _library() -> Any:
 
 
 def _make(library: Any) -> Any:
-    class Compression(library.Callback):  # type: ignore[misc,name-defined]
+    class Compression(library.Callback):
         """Runs a method in rounds between the epochs of a fit.
 
         The network is an attribute of the LightningModule. When the fit is set up, it is replaced

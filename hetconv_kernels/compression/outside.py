@@ -60,7 +60,7 @@ class Epoch:
         Call it between ``backward`` and the optimiser's step, where gradients are not scaled.
         """
         if self._penalty is not None:
-            self._penalty().backward()  # type: ignore[no-untyped-call]
+            self._penalty().backward()
         self._run.project(gradients=True)
 
     def after_step(self, loss: float | Tensor | None = None) -> None:

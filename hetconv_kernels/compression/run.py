@@ -167,12 +167,9 @@ class Run:
             name = f"{what}, epoch {epoch + 1}/{epochs}"
 
             def one(
-                scale: float = scale,
-                last: bool = last,
-                name: str = name,
-                first: bool = not epoch,
+                epoch: int = epoch, last: bool = last, scale: float = scale, name: str = name
             ) -> dict[str, float]:
-                loss = self._epoch(scale, penalty, after_step, first)
+                loss = self._epoch(scale, penalty, after_step, not epoch)
                 check_loss(name, loss)
                 if last:
                     self._optimizer = self._parallel = None
@@ -202,9 +199,9 @@ class Run:
     ) -> float:
         if isinstance(self.training.data, OutsideLoop):
             self.model.train()
-            loss = self.training.data.run(Epoch(self, scale, penalty, after_step, first))
+            mean = self.training.data.run(Epoch(self, scale, penalty, after_step, first))
             self.project()
-            return ranks.total(loss) / ranks.world_size()
+            return ranks.sum_over_ranks(mean) / ranks.world_size()
         if self._optimizer is None:
             self._optimizer = self.training.make_optimizer(self.model)
             for group in self._optimizer.param_groups:
