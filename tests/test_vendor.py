@@ -237,6 +237,20 @@ def test_auto_leaves_layers_with_few_filters_to_an_engine(filters: int, channels
     assert backends.choose(made, CODES["auto"]).backend.name == "cpu"
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("channels", "filters", "edge"), [(256, 512, 14), (512, 128, 28)])
+def test_auto_leaves_products_of_images_to_an_engine(
+    channels: int, filters: int, edge: int, stride: int
+) -> None:
+    """A network of them is then one program, without a call and fresh memory for each."""
+    if not isa().startswith("avx512"):
+        pytest.skip("predicted with a margin where the engine was not measured")
+    made = make_geometry(hk.Support.dense(channels, filters, 1), stride=stride, frozen=True)
+    x = torch.empty(1, channels, edge, edge).to(memory_format=torch.channels_last)
+    call = ops.describe("fprop", made, x, x, torch.empty(channels * filters), (edge, edge))
+    assert backends.choose(call, CODES["auto"]).backend.name == "cpu"
+
+
 def test_fresh_pages_of_large_outputs_count_in_optimised_networks_only() -> None:
     """64 filters on 8 images of 224² are 98 MiB; PyTorch's convolution cannot write to an arena."""
     vendor = get_backend("vendor")

@@ -63,6 +63,10 @@ SMALL_NCHW = 2.2
 # Filters that oneDNN's dense convolution computes together, needed or not: one of 64 channels on
 # 512² pixels was seen to take 49 ms on one thread, the engine's planes 15 ms.
 FILTERS_BLOCK = 16
+# How much longer oneDNN's prepacked products take in 1x1 kernels on images, beside the engine's: of
+# eight layers of ResNets, one thread of a Zen 4 core, it took 2.0 to 2.4 times what the rates above
+# say, the engine 1.45 to 2.2 times.
+POINTWISE = 1.2
 # Memory that comes from the system, page by page: seconds per byte on one thread. 64 MiB of zeros
 # were seen to take 31 ms fresh and 3 ms where they had been before.
 FRESH = 4e-10

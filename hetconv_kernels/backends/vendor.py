@@ -44,6 +44,7 @@ from .rates import (
     NARROW_MAC,
     OVERHEAD,
     PACK,
+    POINTWISE,
     PREPACKED,
     SMALL_CALL,
     SMALL_IMAGE,
@@ -135,6 +136,7 @@ def dense_seconds(
         # Filters go in blocks: one takes as long as a block.
         filters = problem.support.filters
         macs *= -(-filters // FILTERS_BLOCK) * FILTERS_BLOCK / max(1, filters)
+        macs *= POINTWISE if problem.support.kernel == (1, 1) and rates is PREPACKED else 1.0
     if work < 1.0 and groups * NARROW_GROUP > problem.support.channels:
         return macs * NARROW_MAC[problem.channels_last] + launches * rates.call + ours
     speed = torch.get_num_threads() * DTYPE_SPEED.get(problem.dtype, 1.0)
