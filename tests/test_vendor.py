@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import hetconv_kernels as hk
 from hetconv_kernels import backends, ops
 from hetconv_kernels.backends import get_backend
 from hetconv_kernels.backends.common import has_idle_taps
+from hetconv_kernels.backends.rates import FRESH
 from hetconv_kernels.errors import BackendError
 from hetconv_kernels.problem import Geometry, Problem, make_geometry
 from hetconv_kernels.testing import oracle
@@ -22,6 +24,15 @@ from hetconv_kernels.testing import oracle
 ROOT = Path(__file__).resolve().parents[1]
 CODES = hk.backends.CODES
 VERBS = ("fprop", "dgrad", "wgrad")
+
+
+def isa() -> str:
+    """Names what the native engine takes; "" where there is none."""
+    if "cpu" not in hk.available_backends():
+        return ""
+    from hetconv_kernels import _cpu
+
+    return str(_cpu.isas()[0])
 
 
 def layer(
@@ -202,3 +213,52 @@ def test_reference_keeps_gradients_of_strided_1x1_kernels_from_onednn(
     dw = ops.run_wgrad(dy, x, geometry, geometry.support.shape, torch.float32, CODES["reference"])
     assert torch.equal(dw, exact)
     assert set(seen) == {(1, 1)}
+
+
+def forward(filters: int, edge: int, images: int = 8, channels: int = 3, **changes: Any) -> Problem:
+    """A frozen dense layer's call, as `hk.optimize` leaves the first layer of a network."""
+    made = make_geometry(hk.Support.dense(channels, filters, 3), padding=1, frozen=True)
+    x = torch.empty(images, channels, edge, edge).to(memory_format=torch.channels_last)
+    w = torch.empty(made.support.live)
+    return replace(ops.describe("fprop", made, x, x, w, (edge, edge)), **changes)
+
+
+def test_one_filter_is_predicted_to_take_as_long_as_a_block_of_them() -> None:
+    vendor = get_backend("vendor")
+    one, some, block, more = (vendor.estimate(forward(n, 32, channels=64)) for n in (1, 15, 16, 17))
+    assert 0.9 * block < one <= some <= block < 0.6 * more
+
+
+@pytest.mark.parametrize(("filters", "channels"), [(1, 64), (3, 64), (4, 128), (1, 16)])
+def test_auto_leaves_layers_with_few_filters_to_an_engine(filters: int, channels: int) -> None:
+    if not isa().startswith("avx512"):
+        pytest.skip("predicted with a margin where the engine was not measured")
+    made = forward(filters, 64, images=1, channels=channels)
+    assert backends.choose(made, CODES["auto"]).backend.name == "cpu"
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("channels", "filters", "edge"), [(256, 512, 14), (512, 128, 28)])
+def test_auto_leaves_products_of_images_to_an_engine(
+    channels: int, filters: int, edge: int, stride: int
+) -> None:
+    """A network of them is then one program, without a call and fresh memory for each."""
+    if not isa().startswith("avx512"):
+        pytest.skip("predicted with a margin where the engine was not measured")
+    made = make_geometry(hk.Support.dense(channels, filters, 1), stride=stride, frozen=True)
+    x = torch.empty(1, channels, edge, edge).to(memory_format=torch.channels_last)
+    call = ops.describe("fprop", made, x, x, torch.empty(channels * filters), (edge, edge))
+    assert backends.choose(call, CODES["auto"]).backend.name == "cpu"
+
+
+def test_fresh_pages_of_large_outputs_count_in_optimised_networks_only() -> None:
+    """64 filters on 8 images of 224² are 98 MiB; PyTorch's convolution cannot write to an arena."""
+    vendor = get_backend("vendor")
+    plain, fused = forward(64, 224), forward(64, 224, act="relu")
+    pages = vendor.estimate(fused) - vendor.estimate(plain)
+    assert pages == pytest.approx(8 * 224 * 224 * 64 * 4 * FRESH / torch.get_num_threads())
+    small = forward(64, 56)
+    assert vendor.estimate(replace(small, act="relu")) == vendor.estimate(small)
+    if isa().startswith("avx512"):
+        assert backends.choose(plain, CODES["auto"]).backend.name == "vendor"
+        assert backends.choose(fused, CODES["auto"]).backend.name == "cpu"

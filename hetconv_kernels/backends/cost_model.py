@@ -60,6 +60,16 @@ LINEAR_FAR = LINEAR._replace(weight=2.0e-10)
 # all threads, and per call; in NCHW more than one tap takes it longer.
 SMALL_IMAGE, SMALL_MAC, SMALL_CALL = 20480, 1.6e-11, 6e-6
 SMALL_NCHW = 2.2
+# Filters that oneDNN's dense convolution computes together, needed or not: one of 64 channels on
+# 512² pixels was seen to take 49 ms on one thread, the engine's planes 15 ms.
+FILTERS_BLOCK = 16
+# How much longer oneDNN's prepacked products take in 1x1 kernels on images, beside the engine's: of
+# eight layers of ResNets, one thread of a Zen 4 core, it took 2.0 to 2.4 times what the rates above
+# say, the engine 1.45 to 2.2 times.
+POINTWISE = 1.2
+# Memory that comes from the system, page by page: seconds per byte on one thread. 64 MiB of zeros
+# were seen to take 31 ms fresh and 3 ms where they had been before.
+FRESH = 4e-10
 # Groups of fewer than so many channels: seconds per multiply-accumulate on all threads, in NCHW and
 # in channels_last.
 NARROW_GROUP, NARROW_MAC = 4, (1.5e-10, 3.5e-11)

@@ -34,12 +34,15 @@ from .common import (
 from .cost_model import (
     DENSE,
     DTYPE_SPEED,
+    FILTERS_BLOCK,
+    FRESH,
     LINEAR,
     LINEAR_FAR,
     NARROW_GROUP,
     NARROW_MAC,
     OVERHEAD,
     PACK,
+    POINTWISE,
     PREPACKED,
     SMALL_CALL,
     SMALL_IMAGE,
@@ -51,6 +54,9 @@ from .gpu.devices import GpuSpec, spec_of
 
 # Bytes of weights that stay in a processor's cache from call to call.
 _NEAR = 2**24
+# Memory beyond this comes from the system at each call and goes back to it: the largest that glibc
+# lets its threshold grow to.
+_KEPT = 2**25
 
 
 def dense_gpu_prediction(
@@ -72,6 +78,19 @@ def dense_gpu_prediction(
         constants,
     )
     return seconds + launches * constants.launch
+
+
+def _fresh_seconds(problem: Problem) -> float:
+    """Predicts what pages of a large output cost, where an engine writes to memory that is kept.
+
+    That is so in the networks of `hk.optimize`, whose arena PyTorch's own convolution cannot write
+    to; a call with an activation is one of theirs.
+    """
+    size = math.prod(problem.y_shape) * problem.dtype.itemsize
+    planned = problem.verb == "fprop" and problem.act != "none" and problem.frozen_weight
+    if problem.device.type != "cpu" or not planned or size <= _KEPT:
+        return 0.0
+    return size * FRESH / torch.get_num_threads()
 
 
 def dense_seconds(
@@ -113,6 +132,11 @@ def dense_seconds(
         layout = 1.0 if problem.channels_last or problem.support.kernel == (1, 1) else SMALL_NCHW
         return macs * SMALL_MAC * layout + launches * SMALL_CALL + ours
     groups = problem.support.uniform_groups or 1
+    if work == 1.0 and problem.verb == "fprop" and not is_linear(problem):
+        # Filters go in blocks: one takes as long as a block.
+        filters = problem.support.filters
+        macs *= -(-filters // FILTERS_BLOCK) * FILTERS_BLOCK / max(1, filters)
+        macs *= POINTWISE if problem.support.kernel == (1, 1) and rates is PREPACKED else 1.0
     if work < 1.0 and groups * NARROW_GROUP > problem.support.channels:
         return macs * NARROW_MAC[problem.channels_last] + launches * rates.call + ours
     speed = torch.get_num_threads() * DTYPE_SPEED.get(problem.dtype, 1.0)
@@ -173,7 +197,7 @@ class Vendor:
         masks = problem.verb != "wgrad" and problem.support.uniform_groups is None
         if masks and not problem.frozen_weight and problem.device.type == "cpu":
             seconds += math.prod(problem.support.shape) * PACK
-        return seconds
+        return seconds + _fresh_seconds(problem)
 
     def measured(self, problem: Problem) -> bool:
         """The rates were fitted on CPUs, in float32; elsewhere they are nominal."""
