@@ -84,12 +84,18 @@ def _last() -> tuple[nn.Module, Any]:
     return model, x.to(memory_format=torch.channels_last)
 
 
+def _last_resnet18() -> tuple[nn.Module, Any]:
+    model, x = saved_resnet18(32)
+    return het(model), x.to(memory_format=torch.channels_last)
+
+
 NETWORKS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     **{name: _network(name) for name in
        ("dncnn", "resnet18", "vgg16", "resnet20", "mobilenet", "lenet5")},
     **{f"int8 {name}": _bytes(name) for name in ("dncnn", "resnet18", "vgg16", "resnet20")},
     "bf16 dncnn": _narrow,
     "channels_last": _last,
+    "resnet18 in channels_last": _last_resnet18,
     "forked": forked,
 }  # fmt: skip
 

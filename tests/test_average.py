@@ -81,8 +81,10 @@ def test_other_steps_are_left_alone(name: str) -> None:
     assert found(OTHERS[name], torch.randn(2, 4, 9, 6)) is None
 
 
-def test_an_image_in_another_format_is_refused() -> None:
-    with pytest.raises(ArgumentError, match="channels_last"):
-        AveragePool(Pool((2, 2), (2, 2), (0, 0)))(torch.randn(2, 4, 6, 6))
+def test_an_image_in_another_format_is_the_same_and_another_dtype_is_refused() -> None:
+    pooling, x = AveragePool(Pool((2, 2), (2, 2), (0, 0))), torch.randn(2, 4, 6, 6)
+    result = pooling(x)
+    assert torch.equal(result, pooling(x.to(memory_format=LAST)))
+    assert result.is_contiguous(memory_format=LAST)
     with pytest.raises(ArgumentError, match="float64"):
-        AveragePool(Pool((2, 2), (2, 2), (0, 0)))(torch.randn(2, 1, 6, 6).double())
+        pooling(x.double())

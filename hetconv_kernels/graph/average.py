@@ -31,7 +31,7 @@ class AveragePool(nn.Module):
         keepdim: whether an output of one pixel is still an image.
 
     Shape:
-        x [N, C, H, W] in channels_last -> [N, C, PH, PW], or [N, C] where not keepdim.
+        x [N, C, H, W] -> [N, C, PH, PW], or [N, C] where not keepdim.
     """
 
     def __init__(self, pool: Pool, inside: bool = False, keepdim: bool = True) -> None:
@@ -39,15 +39,17 @@ class AveragePool(nn.Module):
         self.pool, self.inside, self.keepdim = pool, inside, keepdim
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pools.
+        """Pools. An image in another memory format is copied into channels_last first.
 
         Raises:
-            ArgumentError: the image is not in channels_last, or of another dtype.
+            ArgumentError: the image is of another dtype, or not on the CPU.
         """
-        if x.dtype not in _NAMES or not x.is_contiguous(memory_format=_LAST) or not x.is_cpu:
-            received = f"{x.dtype} of strides {x.stride()} on {x.device}"
-            expected = "float32 or bfloat16 in channels_last on the CPU"
-            raise ArgumentError(mismatch("input of AveragePool", received, expected))
+        if x.dtype not in _NAMES or not x.is_cpu:
+            expected = "float32 or bfloat16 on the CPU"
+            raise ArgumentError(
+                mismatch("input of AveragePool", f"{x.dtype} on {x.device}", expected)
+            )
+        x = x.contiguous(memory_format=_LAST)
         n, c, h, w = x.shape
         size = self.pool.output_size(h, w)
         y = allocate(self, (n, c, *size), x.dtype, x.device, _LAST)
