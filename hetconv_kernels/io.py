@@ -29,7 +29,7 @@ from .graph.layer_json import layer_from_json, layer_to_json
 from .graph.layout import set_module
 from .graph.narrow import NARROW, Narrow
 from .graph.planned import PlannedNetwork, planned
-from .graph.trace import FAILURES, check_plain, symbolic_graph
+from .graph.trace import FAILURES, check_plain, check_tensors, symbolic_graph
 from .nn.quantized_layer import QuantizedLayer
 
 __all__ = ["load", "save"]
@@ -63,6 +63,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], into: nn.Module | None 
         HetconvError: safetensors is not installed.
     """
     check_plain(model)
+    check_tensors(model)
     if into is not None:
         check_plain(into)
     dtype = model.dtype if isinstance(model, Narrow) else None

@@ -34,6 +34,7 @@ NOT_RUN = {
     ("docs/ecosystem.md", "needs timm and torchvision"),
     ("docs/ecosystem.md", "needs accelerate"),
     ("docs/ecosystem.md", "needs lightning"),
+    ("docs/ecosystem.md", "needs torchao"),
     ("docs/ecosystem.md", "needs huggingface_hub"),
     ("docs/profiling.md", "needs perf"),
 }

@@ -47,7 +47,7 @@ class Batches:
     """A loader that draws its batches anew at each epoch, as `compressing.batches` does."""
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(batches())
+        yield from batches()  # drawn when the first is wanted: Lightning makes more iterators
 
     def __len__(self) -> int:
         return 4

@@ -176,7 +176,7 @@ def test_the_backend_that_is_forced_around_holds_for_the_method_too() -> None:
     seen = []
 
     def judge(model: nn.Module) -> float:
-        seen.append(hk.explain(hk.nn.HetConv2d(8, 8, 3, p=2), torch.randn(1, 8, 5, 5)).backend)
+        seen.append(hk.explain(hk.nn.HetConv2d(8, 8, 3, p=2), torch.randn(1, 8, 5, 5)).chosen)
         return 0.5
 
     with hk.use_backend("reference"):

@@ -19,6 +19,7 @@ from ..graph import compact as compacting
 from ..graph import rules, worth
 from ..graph.convert import convert
 from ..graph.copying import copied
+from ..graph.trace import check_tensors
 from ..graph.worth import LeftPlain
 from ..integers import is_integer
 from ..nn import GroupedConv2d, SupportConv2d, SupportLinear
@@ -311,6 +312,7 @@ def _check(
 ) -> None:
     if not isinstance(model, nn.Module):
         raise InputTypeError(mismatch("model", type(model).__name__, "an nn.Module"))
+    check_tensors(model)
     if not isinstance(method, Method):
         raise InputTypeError(
             mismatch(

@@ -97,11 +97,6 @@ def _make(library: Any) -> Any:
             """Puts the network that is compressed in the place of the module's."""
             if stage != "fit":
                 return
-            if trainer.ckpt_path is not None:
-                raise ArgumentError(
-                    mismatch("ckpt_path of a fit under compression", trainer.ckpt_path, None,
-                             "Begin anew; which weights exist is not in a checkpoint.")
-                )  # fmt: skip
             model = getattr(pl_module, self._name, None)
             if not isinstance(model, nn.Module):
                 raise ArgumentError(
@@ -111,6 +106,15 @@ def _make(library: Any) -> Any:
                 )  # fmt: skip
             self.rounds = Rounds(model, self._method, example=self._example, **self._settings)
             setattr(pl_module, self._name, self.rounds.network)
+
+        def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
+            """Refuses to go on from a checkpoint."""
+            if self.rounds is not None and not self.rounds.finished:
+                self.rounds.close()
+                raise ArgumentError(
+                    mismatch("ckpt_path of a fit under compression", "a checkpoint", None,
+                             "Begin anew; which weights exist is not in a checkpoint.")
+                )  # fmt: skip
 
         def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
             """Sets the learning rate of the epoch, and forgets momentum where a stage begins."""

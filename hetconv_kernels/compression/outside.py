@@ -73,7 +73,7 @@ class Epoch:
         if self._after_step is not None:
             self._after_step()
         if loss is not None:
-            self.losses.append(float(loss))
+            self.losses.append(float(loss.detach() if isinstance(loss, Tensor) else loss))
 
 
 class OutsideLoop:

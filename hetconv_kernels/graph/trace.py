@@ -103,8 +103,9 @@ def check_float(model: nn.Module) -> None:
     """Refuses a network that is in 8 bits already.
 
     Raises:
-        InputTypeError: it has a quantised layer.
+        InputTypeError: it has a quantised layer, or weights of torchao's.
     """
+    check_tensors(model)
     for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
         if isinstance(module, ForcedBackend) and hasattr(module, "weight_scale"):
             raise InputTypeError(
@@ -113,6 +114,26 @@ def check_float(model: nn.Module) -> None:
                     f"a network in 8 bits ({name or 'the whole'} is a {type(module).__name__})",
                     "one in float",
                     "hetconv_kernels.quantize has optimised it already.",
+                )
+            )
+
+
+def check_tensors(model: nn.Module) -> None:
+    """Refuses weights that torchao's ``quantize_`` made: they are no tensors that can be rewritten.
+
+    Raises:
+        InputTypeError: it has one; the message names it.
+    """
+    for name, parameter in model.named_parameters() if isinstance(model, nn.Module) else ():
+        if type(parameter).__module__.startswith("torchao."):
+            raise InputTypeError(
+                mismatch(
+                    f"weight {name!r}",
+                    f"torchao's {type(parameter).__name__}",
+                    "a plain tensor",
+                    "Call torchao's quantize_ last, on what this package gave; or "
+                    "hetconv_kernels.quantize in its place, or torchao's PT2E with "
+                    "quantization.from_pt2e.",
                 )
             )
 

@@ -142,7 +142,7 @@ def profile(
 
 
 def _percent(roofs: Roofs, seen: _Seen, seconds: float) -> float:
-    """Returns the least time for a layer's work over its time, in per cent; 0 if unknown."""
+    """Returns the least time for the work of a layer over its time, in per cent, or 0."""
     return 100 * roofs.floor(seen.macs, seen.bytes) / seconds if seconds else 0.0
 
 
