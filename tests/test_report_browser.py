@@ -6,19 +6,17 @@ from __future__ import annotations
 import base64
 import html
 import json
-import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browsers import browser
 
 from hetconv_kernels.report import write_report
 
 COMMITTED = Path(__file__).parents[1] / "benchmarks" / "results"
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 _PROBE = """
 <script>
 const errors = [];
@@ -63,17 +61,6 @@ addEventListener("load", () => {
 });
 </script>
 """
-
-
-def browser() -> str:
-    """Finds Chromium; CI must have one, elsewhere the test is skipped."""
-    found = next(filter(None, map(shutil.which, NAMES)), None)
-    if found is None:
-        reason = f"none of {', '.join(NAMES)} is installed: `make browser` installs one"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return found
 
 
 def encoded(path: Path) -> str:
