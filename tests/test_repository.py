@@ -53,6 +53,7 @@ TESTED_BY = {
     "hetconv_kernels.graph.pairs": "test_pair_rules",
     "hetconv_kernels.graph.plain": "test_rules",
     "hetconv_kernels.graph.seen": "test_program_builder",
+    "hetconv_kernels.json_output": "test_cli_everywhere",
     "hetconv_kernels.option_types": "test_bad_input",
     "hetconv_kernels.plain_network": "test_export",
 }

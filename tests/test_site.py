@@ -20,7 +20,7 @@ from types import ModuleType
 from urllib.parse import quote
 
 import pytest
-from test_report_browser import browser
+from browsing import browser
 
 ROOT = Path(__file__).parents[1]
 SITE = Path(os.environ.get("HETCONV_SITE", ROOT / "site"))
