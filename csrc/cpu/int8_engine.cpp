@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "int8_engine.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -87,12 +88,18 @@ bool int8_fprop(const Int8Packed& packed, Int8Problem p, const float* multiplier
   int32_t* shifts = reinterpret_cast<int32_t*>(scales + lanes);
   const uint32_t zero = uint32_t(p.x_zero + (p.x_type == Byte::s8 ? 128 : 0) -
                                  (plan.kernels().signed_bytes ? 128 : 0));
+  float reach = 0;
   for (size_t l = 0; l < lanes; ++l) {
     const int f = low.filters[l];
     scales[l] = f < 0 ? 0.0f : multiplier[f];
+    if (f >= 0)
+      reach = std::max(reach, std::fabs(multiplier[f]) * float(255 * packed.reach()[size_t(f)] +
+                                                               std::abs(int64_t(bias[f]))));
     // The sum is within int32 in the end; on the way it may wrap.
     shifts[l] = f < 0 ? 0 : int32_t(uint32_t(bias[f]) - zero * uint32_t(packed.sums()[size_t(f)]));
   }
+  if (p.res) reach += 255 * std::fabs(p.res_multiplier);
+  p.bounded = reach < float(1 << 30);
   p.multiplier = scales;
   p.bias = shifts;
   return plan.kernels().fprop(low, plan.offsets(), p, packed.data());
