@@ -158,6 +158,33 @@ def test_sums_far_beyond_the_range_saturate_at_both_ends(isa, filters, out):
             assert bool((y == (greatest if sign > 0 else least)).all())
 
 
+@pytest.mark.parametrize("filters", [8, 16, 24, 32, 3])
+@pytest.mark.parametrize("out", [torch.uint8, torch.int8])
+@pytest.mark.parametrize("factor", [1e-3, 1.0, 1e7, 1e9, 3e38])
+def test_residuals_far_beyond_the_range_saturate_at_both_ends(isa, filters, out, factor):
+    support = hk.Support.dense(4, filters, 1)
+    least, greatest = cases.LIMITS[out]
+    for byte, zero_point in ((255, 0), (0, 255), (7, 7)):
+        y = engine.fprop(
+            torch.full((1, 4, 3, 9), 1, dtype=torch.uint8),
+            torch.ones((filters, 4, 1, 1), dtype=torch.int8),
+            support,
+            make_geometry(support),
+            multiplier=torch.ones(filters),
+            bias=torch.full((filters,), -4, dtype=torch.int32),
+            x_zero_point=0,
+            y_zero_point=0,
+            low=least,
+            high=greatest,
+            out_dtype=out,
+            residual=torch.full((1, filters, 3, 9), byte, dtype=torch.uint8),
+            residual_multiplier=factor,
+            residual_zero_point=zero_point,
+        )
+        exact = (byte - zero_point) * factor
+        assert bool((y == round(min(max(exact, least), greatest))).all())
+
+
 @pytest.mark.parametrize("filters", [8, 16, 24, 32, 5])
 @pytest.mark.parametrize("zero", [0, 1, 100, 255])
 def test_halves_are_rounded_to_even_before_the_zero_point(isa, filters, zero):

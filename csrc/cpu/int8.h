@@ -94,6 +94,7 @@ struct Int8Problem {
   Byte res_type;
   int res_zero;
   float res_multiplier;
+  bool bounded;             // no scaled sum, residual included, leaves int32
   const float* multiplier;  // per lane, see Int8Block
   const int32_t* bias;      // per lane; the zero point of x is in it
   int threads;

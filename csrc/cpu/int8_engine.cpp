@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "int8_engine.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -66,13 +67,16 @@ Int8Lanes int8_lanes(const Int8Packed& packed, const Int8Problem& p, const float
   const Int8Plan& plan = packed.plan();
   const Int8Lowered& low = plan.lowered();
   const size_t count = size_t(low.lanes);
-  Int8Lanes lanes{std::vector<float>(count, 0.0f), std::vector<int32_t>(count, 0)};
+  Int8Lanes lanes{std::vector<float>(count, 0.0f), std::vector<int32_t>(count, 0), 0.0f};
   const uint32_t zero = uint32_t(p.x_zero + (p.x_type == Byte::s8 ? 128 : 0) -
                                  (plan.kernels().signed_bytes ? 128 : 0));
   for (size_t l = 0; l < count; ++l) {
     const int f = low.filters[l];
     if (f < 0) continue;
     lanes.multiplier[l] = multiplier[f];
+    lanes.reach =
+        std::max(lanes.reach, std::fabs(multiplier[f]) * float(255 * packed.reach()[size_t(f)] +
+                                                               std::abs(int64_t(bias[f]))));
     // The sum is within int32 in the end; on the way it may wrap.
     lanes.bias[l] = int32_t(uint32_t(bias[f]) - zero * uint32_t(packed.sums()[size_t(f)]));
   }
@@ -85,6 +89,8 @@ bool int8_fprop(const Int8Packed& packed, Int8Problem p, const Int8Lanes& lanes)
   p.threads = usable_threads(p.threads);
   p.multiplier = lanes.multiplier.data();
   p.bias = lanes.bias.data();
+  const float residual = p.res ? 255 * std::fabs(p.res_multiplier) : 0.0f;
+  p.bounded = lanes.reach + residual < float(1 << 30);
   return plan.kernels().fprop(plan.lowered(), plan.offsets(), p, packed.data());
 }
 

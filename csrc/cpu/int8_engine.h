@@ -10,10 +10,12 @@ namespace hetconv {
 int int8_unfit_filter(const Int8Packed& packed, const float* multiplier, const int32_t* bias,
                       int64_t* bound);
 
-// What each lane needs: its multiplier, and its bias with the zero point of x in it.
+// What each lane needs: its multiplier, and its bias with the zero point of x in it; and what no
+// scaled sum exceeds.
 struct Int8Lanes {
   std::vector<float> multiplier;
   std::vector<int32_t> bias;
+  float reach;
 };
 Int8Lanes int8_lanes(const Int8Packed& packed, const Int8Problem& p, const float* multiplier,
                      const int32_t* bias);

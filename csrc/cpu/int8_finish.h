@@ -25,13 +25,15 @@ struct Int8Tile {
   int32_t* sums;  // not null: the sums go there, [pixels][lanes], and nothing to y
 };
 
-// Bytes are finished as signed ones and flipped to unsigned ones in the end.
+// Bytes are finished as unsigned ones and flipped to signed ones in the end.
 struct Finish {
-  float bound, greatest;  // of a scaled sum that is to be a byte: -bound..bound
-  float low, high;        // of a float32 result
-  int zero;               // of the result, less 128 where that is unsigned
-  int8_t least_byte, greatest_byte;
+  float bound;      // of a scaled sum that is to be a byte: -bound..bound
+  bool bounded;     // scaled sums are within int32, whatever the activations are
+  float low, high;  // of a float32 result
+  int zero;         // of the result, 128 more where that is signed
+  uint8_t least_byte, greatest_byte;
   uint8_t flip;
+  bool plain;  // all of 0..255 and not flipped: saturation is enough
   uint8_t res_flip;
   int res_zero;  // 128 more where the residual is signed
   float res_multiplier;
@@ -46,11 +48,12 @@ static inline Finish finish_for(Int8Out type, int zero, float low, float high) {
   f.low = low;
   f.high = high;
   if (type != Int8Out::f32) {
-    const int less = type == Int8Out::u8 ? 128 : 0;
-    f.zero = zero - less;
-    f.least_byte = int8_t(int(low) - less);
-    f.greatest_byte = int8_t(int(high) - less);
-    f.flip = type == Int8Out::u8 ? 0x80 : 0;
+    const int more = type == Int8Out::s8 ? 128 : 0;
+    f.zero = zero + more;
+    f.least_byte = uint8_t(int(low) + more);
+    f.greatest_byte = uint8_t(int(high) + more);
+    f.flip = type == Int8Out::s8 ? 0x80 : 0;
+    f.plain = f.least_byte == 0 && f.greatest_byte == 255 && !f.flip;
   }
   return f;
 }

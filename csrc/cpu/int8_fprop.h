@@ -39,6 +39,7 @@ struct Int8Fprop {
   Int8Fprop(const Int8Lowered& lowered, const Int8Problem& problem, const int8_t* weights)
       : L(lowered), p(problem), packed(weights), bands(lowered, problem) {
     finish = finish_for(p.y_type, p.y_zero, p.low, p.high);
+    finish.bounded = p.bounded;
     finish.res_flip = flip_of(p.res_type);
     finish.res_zero = unsigned_zero(p.res_type, p.res_zero);
     finish.res_multiplier = p.res_multiplier;

@@ -56,12 +56,19 @@ HC_INLINE void finish8(const Finish& f, __m256i sums, const float* multiplier, c
     const __m256i q = _mm256_sub_epi32(_mm256_cvtepu8_epi32(r), _mm256_set1_epi32(f.res_zero));
     t = _mm256_add_ps(t, _mm256_mul_ps(_mm256_cvtepi32_ps(q), _mm256_set1_ps(f.res_multiplier)));
   }
-  t = _mm256_min_ps(_mm256_max_ps(t, _mm256_set1_ps(-f.bound)), _mm256_set1_ps(f.bound));
-  const __m256i r = _mm256_add_epi32(_mm256_cvtps_epi32(t), _mm256_set1_epi32(f.zero));
-  const __m128i pairs = _mm_packs_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
-  __m128i q = _mm_packs_epi16(pairs, pairs);
-  q = _mm_min_epi8(_mm_max_epi8(q, _mm_set1_epi8(f.least_byte)), _mm_set1_epi8(f.greatest_byte));
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(y), _mm_xor_si128(q, _mm_set1_epi8(char(f.flip))));
+  // Below -bound the conversion gives the least integer, which is as good.
+  if (!f.bounded) t = _mm256_min_ps(t, _mm256_set1_ps(f.bound));
+  const __m256i r = _mm256_cvtps_epi32(t);
+  const __m128i pairs =
+      _mm_adds_epi16(_mm_packs_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1)),
+                     _mm_set1_epi16(int16_t(f.zero)));
+  __m128i q = _mm_packus_epi16(pairs, pairs);
+  if (!f.plain) {
+    q = _mm_max_epu8(q, _mm_set1_epi8(char(f.least_byte)));
+    q = _mm_min_epu8(q, _mm_set1_epi8(char(f.greatest_byte)));
+    q = _mm_xor_si128(q, _mm_set1_epi8(char(f.flip)));
+  }
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(y), q);
 }
 
 template <int P, int U> static void int8_tile(const Int8Tile& t, const Finish& f) {

@@ -23,16 +23,19 @@ struct FinishVectors {
   __m512 bound, res_multiplier;
   __m512i zero16, least, greatest, flip, res_zero;
   __m128i res_flip;
+  bool bounded, plain;
 };
 HC_INLINE FinishVectors vectors_of(const Finish& f) {
   return {_mm512_set1_ps(f.bound),
           _mm512_set1_ps(f.res_multiplier),
           _mm512_set1_epi16(int16_t(f.zero)),
-          _mm512_set1_epi8(f.least_byte),
-          _mm512_set1_epi8(f.greatest_byte),
+          _mm512_set1_epi8(char(f.least_byte)),
+          _mm512_set1_epi8(char(f.greatest_byte)),
           _mm512_set1_epi8(char(f.flip)),
           _mm512_set1_epi32(f.res_zero),
-          _mm_set1_epi8(char(f.res_flip))};
+          _mm_set1_epi8(char(f.res_flip)),
+          f.bounded,
+          f.plain};
 }
 
 HC_INLINE __m512 add_residual(const FinishVectors& f, __m512 t, __m128i r) {
@@ -40,19 +43,22 @@ HC_INLINE __m512 add_residual(const FinishVectors& f, __m512 t, __m128i r) {
   const __m512 v = _mm512_cvtepi32_ps(_mm512_sub_epi32(q, f.res_zero));
   return _mm512_add_ps(t, _mm512_mul_ps(v, f.res_multiplier));
 }
-// Below -bound the conversion gives the least integer, which is as good.
-HC_INLINE __m512i rounded(const FinishVectors& f, __m512 t) {
-  return _mm512_cvtps_epi32(_mm512_min_ps(t, f.bound));
-}
-
-// Four vectors of sums to 64 bytes; vector i's are bytes 16 i to 16 i + 15.
-HC_INLINE __m512i bytes_of(const FinishVectors& f, const __m512i (&r)[4]) {
+// Four vectors of scaled sums to 64 bytes; vector i's are bytes 16 i to 16 i + 15. Below -bound the
+// conversion gives the least integer, which is as good.
+HC_INLINE __m512i bytes_of(const FinishVectors& f, __m512 (&t)[4]) {
+  if (__builtin_expect(!f.bounded, 0))
+    HC_UNROLL for (int k = 0; k < 4; ++k) t[k] = _mm512_min_ps(t[k], f.bound);
+  __m512i r[4];
+  HC_UNROLL for (int k = 0; k < 4; ++k) r[k] = _mm512_cvtps_epi32(t[k]);
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   const __m512i a = _mm512_adds_epi16(_mm512_packs_epi32(r[0], r[1]), f.zero16);
   const __m512i b = _mm512_adds_epi16(_mm512_packs_epi32(r[2], r[3]), f.zero16);
-  __m512i q = _mm512_packs_epi16(a, b);
-  q = _mm512_min_epi8(_mm512_max_epi8(q, f.least), f.greatest);
-  return _mm512_permutexvar_epi32(order, _mm512_xor_si512(q, f.flip));
+  __m512i q = _mm512_packus_epi16(a, b);
+  if (__builtin_expect(!f.plain, 0)) {
+    q = _mm512_min_epu8(_mm512_max_epu8(q, f.least), f.greatest);
+    q = _mm512_xor_si512(q, f.flip);
+  }
+  return _mm512_permutexvar_epi32(order, q);
 }
 template <int P, int V, bool residual>
 HC_INLINE void finish_whole(const FinishVectors& f, const Int8Tile& t, const __m512i (&acc)[P][V]) {
@@ -60,7 +66,7 @@ HC_INLINE void finish_whole(const FinishVectors& f, const Int8Tile& t, const __m
   __m512 multiplier[V];
   HC_UNROLL for (int v = 0; v < V; ++v) multiplier[v] = _mm512_loadu_ps(t.multiplier + 16 * v);
   HC_UNROLL for (int i = 0; i < n; i += 4) {
-    __m512i r[4];
+    __m512 scaled[4];
     HC_UNROLL for (int k = 0; k < 4; ++k) {
       const int p = (i + k < n ? i + k : i) / V, v = (i + k < n ? i + k : i) % V;
       __m512 s = _mm512_mul_ps(_mm512_cvtepi32_ps(acc[p][v]), multiplier[v]);
@@ -68,9 +74,9 @@ HC_INLINE void finish_whole(const FinishVectors& f, const Int8Tile& t, const __m
         const uint8_t* at = t.res + p * t.res_pitch + 16 * v;
         s = add_residual(f, s, _mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
       }
-      r[k] = rounded(f, s);
+      scaled[k] = s;
     }
-    const __m512i q = bytes_of(f, r);
+    const __m512i q = bytes_of(f, scaled);
     if (V == 2) {
       HC_UNROLL for (int k = 0; k < 4; k += 2) if (i + k < n)
           _mm256_storeu_si256(reinterpret_cast<__m256i*>(t.y + (i + k) / 2 * t.y_pitch),
@@ -95,7 +101,7 @@ HC_INLINE void finish_halves(const FinishVectors& f, const Int8Tile& t, int lane
   const __m512 multiplier = _mm512_castpd_ps(_mm512_broadcast_f64x4(
       _mm256_loadu_pd(reinterpret_cast<const double*>(t.multiplier + lane))));
   HC_UNROLL for (int i = 0; i < P; i += 8) {
-    __m512i r[4];
+    __m512 scaled[4];
     HC_UNROLL for (int k = 0; k < 4; ++k) {
       const int p = i + 2 * k < P ? i + 2 * k : i, next = p + 1 < P ? p + 1 : p;
       const __m512i sums = _mm512_inserti64x4(_mm512_castsi256_si512(half[p]), half[next], 1);
@@ -106,10 +112,10 @@ HC_INLINE void finish_halves(const FinishVectors& f, const Int8Tile& t, int lane
         };
         s = add_residual(f, s, _mm_unpacklo_epi64(eight(p), eight(next)));
       }
-      r[k] = rounded(f, s);
+      scaled[k] = s;
     }
     alignas(64) uint64_t bytes[8];
-    _mm512_store_si512(bytes, bytes_of(f, r));
+    _mm512_store_si512(bytes, bytes_of(f, scaled));
     HC_UNROLL for (int k = 0; k < 8; ++k) if (i + k < P)
         memcpy(t.y + (i + k) * t.y_pitch + lane, &bytes[k], 8);
   }

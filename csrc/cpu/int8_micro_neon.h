@@ -44,9 +44,9 @@ HC_INLINE void finish8(const Finish& f, const Eight& sums, const float* multipli
     t = vminq_f32(vmaxq_f32(t, vdupq_n_f32(-f.bound)), vdupq_n_f32(f.bound));
     halves[i] = vqmovn_s32(vaddq_s32(vcvtnq_s32_f32(t), vdupq_n_s32(f.zero)));
   }
-  int8x8_t q = vqmovn_s16(vcombine_s16(halves[0], halves[1]));
-  q = vmin_s8(vmax_s8(q, vdup_n_s8(f.least_byte)), vdup_n_s8(f.greatest_byte));
-  vst1_u8(y, veor_u8(vreinterpret_u8_s8(q), vdup_n_u8(f.flip)));
+  uint8x8_t q = vqmovun_s16(vcombine_s16(halves[0], halves[1]));
+  q = vmin_u8(vmax_u8(q, vdup_n_u8(f.least_byte)), vdup_n_u8(f.greatest_byte));
+  vst1_u8(y, veor_u8(q, vdup_n_u8(f.flip)));
 }
 
 template <int P, int U> static void int8_tile(const Int8Tile& t, const Finish& f) {

@@ -6,12 +6,14 @@
 namespace hetconv {
 namespace HETCONV_NS {
 
-template <class B> struct Bytes16;
-template <> struct Bytes16<uint8_t> {
-  typedef uint8_t vec __attribute__((vector_size(16)));
+template <class B> struct SomeBytes;
+template <> struct SomeBytes<uint8_t> {
+  typedef uint8_t few __attribute__((vector_size(16)));
+  typedef uint8_t many __attribute__((vector_size(HETCONV_VECTOR_BYTES)));
 };
-template <> struct Bytes16<int8_t> {
-  typedef int8_t vec __attribute__((vector_size(16)));
+template <> struct SomeBytes<int8_t> {
+  typedef int8_t few __attribute__((vector_size(16)));
+  typedef int8_t many __attribute__((vector_size(HETCONV_VECTOR_BYTES)));
 };
 
 template <class V> HC_INLINE V some_bytes(const uint8_t* at) {
@@ -35,7 +37,9 @@ HC_INLINE V greatest_of(const uint8_t* from, int64_t row, int64_t pixel, int h, 
 template <class B>
 static void pool_bytes_as(const Pool& q, const uint8_t* rows, int first, int H, int W, int F,
                           uint8_t* y, int p0, int p1) {
-  using V = typename Bytes16<B>::vec;
+  using Few = typename SomeBytes<B>::few;
+  using Many = typename SomeBytes<B>::many;
+  constexpr int size = sizeof(Many), count = 64 / size;
   const int64_t row = int64_t(W) * F;
   for (int py = p0; py < p1; ++py) {
     const int y0 = most(0, py * q.sh - q.pt), y1 = least(H, py * q.sh - q.pt + q.KH);
@@ -46,20 +50,20 @@ static void pool_bytes_as(const Pool& q, const uint8_t* rows, int first, int H, 
       const int h = y1 - y0, w = x1 - x0;
       int f = 0;
       for (; f + 64 <= F; f += 64) {
-        V best[4];
-        HC_UNROLL for (int k = 0; k < 4; ++k) best[k] = some_bytes<V>(from + f + 16 * k);
+        Many best[count];
+        HC_UNROLL for (int k = 0; k < count; ++k) best[k] = some_bytes<Many>(from + f + size * k);
         for (int iy = 0; iy < h; ++iy)
           for (int ix = 0; ix < w; ++ix) {
             const uint8_t* at = from + iy * row + int64_t(ix) * F + f;
-            HC_UNROLL for (int k = 0; k < 4; ++k) {
-              const V v = some_bytes<V>(at + 16 * k);
+            HC_UNROLL for (int k = 0; k < count; ++k) {
+              const Many v = some_bytes<Many>(at + size * k);
               best[k] = v > best[k] ? v : best[k];
             }
           }
         memcpy(to + f, best, sizeof best);
       }
       for (; f + 16 <= F; f += 16) {
-        const V best = greatest_of<V>(from + f, row, F, h, w);
+        const Few best = greatest_of<Few>(from + f, row, F, h, w);
         memcpy(to + f, &best, sizeof best);
       }
       for (; f < F; ++f) {
