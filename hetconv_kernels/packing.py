@@ -19,6 +19,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .observers import untraced
 from .plan import Plan
@@ -73,10 +74,29 @@ def dense_weight(support: Support, w: Tensor, dtype: torch.dtype) -> Tensor:
         A new tensor, a dense weight's in its layout.  # [F, C, KH, KW]
     """
     if is_dense_shape(support, w.shape):
-        w = w.view(support.shape)
-        return torch.where(_mask_like(support, w), w.to(dtype), 0.0)
+        if w.dim() != 4:
+            w = w.view(support.shape)
+        if w.dtype is not dtype:
+            w = w.to(dtype)
+        return torch.where(_mask_like(support, w), w, _zero(w))
     mask = mask_on(support, w.device)
     return torch.zeros(mask.shape, dtype=dtype, device=w.device).masked_scatter_(mask, w.to(dtype))
+
+
+_ZEROS: dict[torch.dtype, Tensor] = {}
+
+
+def _zero(like: Tensor) -> Tensor | float:
+    """Returns a zero of a tensor's dtype; ``torch.where`` would make one at each call."""
+    if type(like) not in (Tensor, Parameter) or not like.is_cpu:
+        return 0.0
+    zero = _ZEROS.get(like.dtype)
+    if zero is None:
+        with torch.inference_mode(False), untraced():
+            zero = torch.zeros((), dtype=like.dtype)
+        if type(zero) is Tensor:
+            _ZEROS[like.dtype] = zero
+    return zero
 
 
 def _mask_like(support: Support, w: Tensor) -> Tensor:
@@ -171,10 +191,32 @@ class Pack:
         return value
 
 
-class _Entry(NamedTuple):
+class Stamp(NamedTuple):
+    """What identifies a tensor and its contents, as far as PyTorch tells; see `FrozenCache`."""
+
     storage: weakref.ref[torch.UntypedStorage]
     tensor: int
     version: int
+    address: int
+
+    @classmethod
+    def of(cls, w: Tensor, gone: Callable[[Any], None] | None = None) -> Stamp:
+        """Stamps a tensor that is no inference tensor; `gone` is called when its memory goes."""
+        return cls(weakref.ref(w.untyped_storage(), gone), w._cdata, w._version, w.data_ptr())
+
+    def holds(self, w: Tensor) -> bool:
+        """Tells whether a tensor is still the one that was stamped, and unchanged."""
+        # In this order: an inference tensor, which has no version, is another tensor.
+        return (
+            self.tensor == w._cdata
+            and self.storage() is w.untyped_storage()
+            and self.address == w.data_ptr()
+            and self.version == w._version
+        )
+
+
+class _Entry(NamedTuple):
+    stamp: Stamp
     value: Any
 
 
@@ -212,13 +254,7 @@ class FrozenCache(Pack):
     def recall(self, w: Tensor) -> Any:
         """Returns what is kept of w, None if nothing is."""
         entry = self._entries.get(w.data_ptr())
-        if (
-            entry is not None
-            and entry.storage() is w.untyped_storage()
-            and entry.tensor == w._cdata
-            and entry.version == w._version
-            and not w.requires_grad
-        ):
+        if entry is not None and entry.stamp.holds(w) and not w.requires_grad:
             return entry.value
         return None
 
@@ -238,11 +274,10 @@ class FrozenCache(Pack):
 
         def gone(reference: weakref.ref[torch.UntypedStorage]) -> None:
             entry = entries.get(key)
-            if entry is not None and entry.storage is reference:
+            if entry is not None and entry.stamp.storage is reference:
                 del entries[key]
 
-        storage = weakref.ref(w.untyped_storage(), gone)
-        entries[key] = _Entry(storage, w._cdata, w._version, value)
+        entries[key] = _Entry(Stamp.of(w, gone), value)
 
 
 def owned(w: Tensor) -> Tensor:

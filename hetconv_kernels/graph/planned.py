@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from .. import ranges
 from ..accuracy import is_strict
 from ..arena import Arena, Lifetime, Recorder, placing
+from ..autograd import transforms_active
 from ..backends import forced_code
 from ..observers import observed
 from .native_steps import Operand, Seen, Spec
@@ -184,13 +185,14 @@ class _Memory:
 
     def signature(self, network: PlannedNetwork, args: tuple[Any, ...]) -> Any:
         """Returns what a plan depends on; None where this call must not be planned."""
-        if self._surprises > _MOST_SURPRISES:
+        if self._surprises > _MOST_SURPRISES or transforms_active():
             return None
         parts: list[Any] = []
         wants_gradient = False
         for value in args:
             if isinstance(value, Tensor):
-                if value.device.type != "cpu" or observed(value):
+                strided = value.layout is torch.strided
+                if not strided or value.device.type != "cpu" or observed(value):
                     return None
                 parts.append((value.shape, value.stride(), value.dtype))
                 wants_gradient |= value.requires_grad
