@@ -78,32 +78,72 @@ def dense_weight(support: Support, w: Tensor, dtype: torch.dtype) -> Tensor:
             w = w.view(support.shape)
         if w.dtype is not dtype:
             w = w.to(dtype)
-        return torch.where(_mask_like(support, w), w, _zero(w))
+        return masked(support, w)
     mask = mask_on(support, w.device)
     return torch.zeros(mask.shape, dtype=dtype, device=w.device).masked_scatter_(mask, w.to(dtype))
 
 
+# From so many elements on ``torch.where`` takes several times as long as an AND of integers.
+_MANY = 2**14
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ZEROS: dict[torch.dtype, Tensor] = {}
 
 
-def _zero(like: Tensor) -> Tensor | float:
-    """Returns a zero of a tensor's dtype; ``torch.where`` would make one at each call."""
-    if type(like) not in (Tensor, Parameter) or not like.is_cpu:
-        return 0.0
-    zero = _ZEROS.get(like.dtype)
+def masked(support: Support, dense: Tensor) -> Tensor:
+    """Returns a copy of a dense tensor, in its layout, whose dead entries are zero, NaN too.
+
+    # [F, C, KH, KW]
+    """
+    plain = type(dense) in (Tensor, Parameter)
+    bits = _INTEGERS.get(dense.element_size())
+    if (
+        not plain
+        or bits is None
+        or dense.numel() < _MANY
+        or (dense.requires_grad and torch.is_grad_enabled())
+    ):
+        zero = _zero(dense.dtype) if plain and dense.is_cpu else 0.0
+        return torch.where(_mask_like(support, dense), dense, zero)
+    return torch.bitwise_and(dense.view(bits), _mask_like(support, dense, bits)).view(dense.dtype)
+
+
+def mask_(support: Support, dense: Tensor) -> Tensor:
+    """Makes the dead entries of a dense tensor that nobody else holds zero, in place."""
+    bits = _INTEGERS.get(dense.element_size())
+    if type(dense) is not Tensor or bits is None:
+        return torch.where(_mask_like(support, dense), dense, 0.0)
+    dense.view(bits).bitwise_and_(_mask_like(support, dense, bits))
+    return dense
+
+
+def _zero(dtype: torch.dtype) -> Tensor:
+    """Returns a zero on the CPU; ``torch.where`` would make one at each call."""
+    zero = _ZEROS.get(dtype)
     if zero is None:
         with torch.inference_mode(False), untraced():
-            zero = torch.zeros((), dtype=like.dtype)
+            zero = torch.zeros((), dtype=dtype)
         if type(zero) is Tensor:
-            _ZEROS[like.dtype] = zero
+            _ZEROS[dtype] = zero
     return zero
 
 
-def _mask_like(support: Support, w: Tensor) -> Tensor:
-    """Returns the mask in the layout of a dense weight, so that one pass reads both in order."""
+def _mask_like(support: Support, w: Tensor, dtype: torch.dtype = torch.bool) -> Tensor:
+    """Returns the mask in the layout of a dense weight, so that one pass reads both in order.
+
+    Integers have all bits where a weight exists.
+    """
     last = not w.is_contiguous() and w.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if last else torch.contiguous_format
-    return mask_on(support, w.device, layout)
+    if dtype is torch.bool:
+        return mask_on(support, w.device, layout)
+    key = ("mask", w.device, layout, dtype)
+    mask: Tensor | None = support.derived.get(key)
+    if mask is None:
+        with torch.inference_mode(False), torch.no_grad(), untraced():
+            mask = mask_on(support, w.device, layout).to(dtype).neg_()
+        if type(mask) is Tensor:
+            support.derived[key] = mask
+    return mask
 
 
 def live_weight(support: Support, w: Tensor) -> Tensor:
@@ -254,7 +294,7 @@ class FrozenCache(Pack):
     def recall(self, w: Tensor) -> Any:
         """Returns what is kept of w, None if nothing is."""
         entry = self._entries.get(w.data_ptr())
-        if entry is not None and entry.stamp.holds(w) and not w.requires_grad:
+        if entry is not None and not w.requires_grad and entry.stamp.holds(w):
             return entry.value
         return None
 

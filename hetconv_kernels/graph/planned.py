@@ -96,6 +96,19 @@ class PlannedNetwork(fx.GraphModule):
             self.__dict__["_memory"] = _Memory()
         return super().recompile()
 
+    def __reduce__(self) -> Any:
+        # torch.fx would give back a graph without a plan.
+        return _unpickled, super().__reduce__()  # type: ignore[return-value]
+
+
+def _unpickled(make: Any, arguments: tuple[Any, ...]) -> PlannedNetwork:
+    """Makes a planned network again of what torch.fx makes of a pickled graph."""
+    traced: fx.GraphModule = make(*arguments)
+    network: PlannedNetwork = PlannedNetwork.__new__(PlannedNetwork)
+    network.__dict__.update(traced.__dict__)
+    network.graph = traced.graph
+    return network
+
 
 def planned(traced: fx.GraphModule) -> PlannedNetwork:
     """Makes a traced network one that recycles memory; they share their modules."""
