@@ -102,7 +102,7 @@ def test_a_pickled_network_plans_its_memory_if_it_did(on: bool) -> None:
     hk.plan_memory(made, on)
     twin = pickle.loads(pickle.dumps(made))
     with torch.no_grad():
-        twin(x)
+        twin(x), twin(x)
     assert (twin.__dict__["_memory"] is not None) == on
     assert (hk.release_memory(twin) > 0) == on or "cpu" not in hk.available_backends()
 
