@@ -10,6 +10,7 @@ derives from it is private to the engine and kept only while the weight is uncha
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -89,10 +90,14 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ZEROS: dict[torch.dtype, Tensor] = {}
 
 
-def masked(support: Support, dense: Tensor) -> Tensor:
+def masked(support: Support, dense: Tensor, brief: bool = False) -> Tensor:
     """Returns a copy of a dense tensor, in its layout, whose dead entries are zero, NaN too.
 
-    # [F, C, KH, KW]
+    Args:
+        support: which entries live.
+        dense: of that shape.  # [F, C, KH, KW]
+        brief: whether the copy is read at once and then forgotten: it may lie in memory that the
+            thread's next such copy is written to.
     """
     plain = type(dense) in (Tensor, Parameter)
     bits = _INTEGERS.get(dense.element_size())
@@ -104,7 +109,32 @@ def masked(support: Support, dense: Tensor) -> Tensor:
     ):
         zero = _zero(dense.dtype) if plain and dense.is_cpu else 0.0
         return torch.where(_mask_like(support, dense), dense, zero)
-    return torch.bitwise_and(dense.view(bits), _mask_like(support, dense, bits)).view(dense.dtype)
+    integers, mask = dense.view(bits), _mask_like(support, dense, bits)
+    if not brief or not dense.is_cpu:
+        return torch.bitwise_and(integers, mask).view(dense.dtype)
+    return torch.bitwise_and(integers, mask, out=_scratch.like(integers)).view(dense.dtype)
+
+
+class _Scratch(threading.local):
+    """Memory of a thread for a copy that is read at once: fresh pages cost more than the copy."""
+
+    memory: Tensor | None = None
+
+    def like(self, dense: Tensor) -> Tensor:
+        """Returns room for a tensor's elements in its layout; of its own where it is too large."""
+        size = dense.numel() * dense.element_size()
+        last = dense.is_contiguous(memory_format=torch.channels_last)
+        if size > _MOST_SCRATCH or not (last or dense.is_contiguous()):
+            return torch.empty_like(dense)
+        memory = self.memory
+        if memory is None or len(memory) < size:
+            with torch.inference_mode(False):
+                memory = self.memory = torch.empty(size, dtype=torch.uint8, device="cpu")
+        return memory[:size].view(dense.dtype).as_strided(dense.shape, dense.stride())
+
+
+_MOST_SCRATCH = 2**26  # bytes
+_scratch = _Scratch()
 
 
 def mask_(support: Support, dense: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Weights into the order in which the micro-kernels read them. Dead entries are never read.
+// Weights into the order in which the micro-kernels read them. What a dead entry holds never shows.
 #pragma once
 #include <cstdlib>
+#include <cstring>
+#include <type_traits>
 #include "vec.h"
 #include "winograd.h"
 
@@ -10,6 +12,22 @@ namespace HETCONV_NS {
 
 HC_INLINE int64_t mask_at(const Lowered& L, int f, int c, int ky, int kx) {
   return ((int64_t(f) * L.C + c) * L.KH + ky) * L.KW + kx;
+}
+
+// The value where live is 1, zero where it is 0, whatever the value: no branch, which random masks
+// would mispredict at every second weight.
+template <class A> HC_INLINE A kept(A value, uint8_t live) {
+  using Bits = std::conditional_t<sizeof(A) == 8, uint64_t, uint32_t>;
+  static_assert(sizeof(A) == sizeof(Bits) || sizeof(A) == 2, "an accumulator's or a pair's half");
+  if constexpr (sizeof(A) == 2) {
+    return live ? value : A(0);
+  } else {
+    Bits bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    bits &= Bits(0) - Bits(live);
+    std::memcpy(&value, &bits, sizeof bits);
+    return value;
+  }
 }
 
 template <class S, class A>
@@ -37,7 +55,7 @@ static void pack_segment(const Lowered& L, const FilterSegment& s, const WeightV
           const S* row = w + f * v.sf;
           const uint8_t* mask = L.mask + mask_at(L, f, 0, 0, 0);
           if (s.merged) {
-            for (int k = 0; k < n; ++k) lane[k] = mask[live[k]] ? A(widen(row[at[k]])) : A(0);
+            for (int k = 0; k < n; ++k) lane[k] = kept(A(widen(row[at[k]])), mask[live[k]]);
           } else
             for (int k = 0; k < n; ++k) lane[k] = A(widen(row[at[k]]));
         }
@@ -54,10 +72,13 @@ static void pack_segment(const Lowered& L, const FilterSegment& s, const WeightV
       const int64_t at = columns->channel * v.sc + columns->ky * v.sh + columns->kx * v.sw;
       for (int l = 0; l < VL<A>; ++l) {
         const int lane = j * VL<A> + l;
-        const bool live =
-            lane < s.lanes && !columns->idle &&
-            L.mask[mask_at(L, filters[lane], columns->channel, columns->ky, columns->kx)];
-        *out++ = live ? A(widen(w[filters[lane] * v.sf + at])) : A(0);
+        if (lane >= s.lanes || columns->idle) {
+          *out++ = A(0);
+          continue;
+        }
+        const int f = filters[lane];
+        *out++ = kept(A(widen(w[f * v.sf + at])),
+                      L.mask[mask_at(L, f, columns->channel, columns->ky, columns->kx)]);
       }
     }
   for (int j = 0; j < s.nv; ++j)

@@ -60,9 +60,10 @@ LINEAR_FAR = LINEAR._replace(weight=2.0e-10)
 # all threads, and per call; in NCHW more than one tap takes it longer.
 SMALL_IMAGE, SMALL_MAC, SMALL_CALL = 20480, 1.6e-11, 6e-6
 SMALL_NCHW = 2.2
-# Groups of fewer than so many channels: seconds per multiply-accumulate on all threads, in NCHW and
-# in channels_last.
-NARROW_GROUP, NARROW_MAC = 4, (1.5e-10, 3.5e-11)
+# Groups of at most so many channels: seconds per multiply-accumulate on all threads, in NCHW and in
+# channels_last. `python -m benchmarks.calibrate_calls` has them, measured on two threads of an AMD
+# Zen 4 server core and brought to the machine of the fitted ones by what `cpu` takes on both.
+NARROW = {1: (1.8e-11, 1.9e-11), 3: (9e-11, 7.4e-11), 7: (1.6e-11, 1.8e-11)}
 # What a whole layer's call takes around the above, mostly Python: measured once, on two threads of
 # an AMD Zen 4 server core, on layers so small that it is nearly all there is, less the seconds per
 # call above. By what runs, for images and for rows of features. `benchmarks/test_dispatch.py` has
@@ -81,10 +82,12 @@ DOUBT = 1.15
 # Max-pooling in a pass of its own: per byte of what it reads; and as a share of that, where it is
 # pooled as it is computed.
 POOL, POOLED = 5e-11, 0.2
-# A trained weight is packed at each call: seconds per dense weight.
+# A trained weight is packed at each call: seconds per dense weight, set by hand.
 PACK = 3e-10
-# The live entries alone are expanded for that first: seconds more.
-EXPAND = 8e-10
+# For `vendor` its dead entries are masked: seconds per dense weight and per call; where only the
+# live entries are given they are expanded first. From `benchmarks.calibrate_calls`.
+MASK, MASK_CALL = 8e-11, 4e-6
+EXPAND = 2.5e-9
 # Kernels are transformed back from frequencies: seconds per element of a weight, and per operation,
 # both for each frequency.
 INVERSE, INVERSE_CALL = 5e-10, 1.2e-5
