@@ -14,20 +14,16 @@ HC_INLINE int64_t mask_at(const Lowered& L, int f, int c, int ky, int kx) {
   return ((int64_t(f) * L.C + c) * L.KH + ky) * L.KW + kx;
 }
 
-// The value where live is 1, zero where it is 0, whatever the value: no branch, which random masks
-// would mispredict at every second weight.
+// The value of a live entry, zero for a dead one whatever it holds; without a branch, which random
+// masks would mispredict at every second weight.
 template <class A> HC_INLINE A kept(A value, uint8_t live) {
   using Bits = std::conditional_t<sizeof(A) == 8, uint64_t, uint32_t>;
-  static_assert(sizeof(A) == sizeof(Bits) || sizeof(A) == 2, "an accumulator's or a pair's half");
-  if constexpr (sizeof(A) == 2) {
-    return live ? value : A(0);
-  } else {
-    Bits bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    bits &= Bits(0) - Bits(live);
-    std::memcpy(&value, &bits, sizeof bits);
-    return value;
-  }
+  static_assert(sizeof(A) == sizeof(Bits));
+  Bits bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  bits &= Bits(0) - Bits(live != 0);
+  std::memcpy(&value, &bits, sizeof bits);
+  return value;
 }
 
 template <class S, class A>

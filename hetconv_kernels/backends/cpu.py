@@ -108,8 +108,10 @@ class Cpu:
             + pixels * _tile_columns(problem) / (32 if pairs else 16) * form.load
             + images * cost * image
         )
-        rate = PACK + (EXPAND if problem.live_weight else 0.0)
-        packing = 0.0 if problem.frozen_weight else math.prod(problem.support.shape) * rate
+        packing = 0.0
+        if not problem.frozen_weight:
+            expanded = math.prod(problem.support.shape) if problem.live_weight else 0
+            packing = plan.packed_elements * PACK + expanded * EXPAND
         weights = plan.packed_elements * form.packed
         if plan.packed_elements * 4 > _NEAR:
             band = pixels * problem.support.channels * (2 if pairs else 4)

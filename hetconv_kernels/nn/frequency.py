@@ -424,7 +424,7 @@ def _to_spatial(masked: Tensor, channels: int, images: Tensor) -> Tensor:
     terms, scaled = coefficients.unbind(2), images.unbind(0)
     total = terms[0] * scaled[0]
     for term, image in zip(terms[1:], scaled[1:], strict=True):
-        total = total + term * image
+        total = torch.addcmul(total, term, image)
     return total
 
 
