@@ -4,8 +4,8 @@
     python -m benchmarks.calibrate_calls [--out FILE]
 
 Times, interleaved and without gradients, equal groupings of few channels beside the plain layer,
-in both memory formats; what a weight that is not frozen costs beyond a frozen one, per element;
-and what the smallest layers take around the convolution. `hetconv_kernels.backends.rates` has the
+in both memory formats; what a weight that is not frozen costs beyond a frozen one, masked or
+packed, per element; and what the smallest layers take around the convolution. `hetconv_kernels.backends.rates` has the
 constants by name. Other than `benchmarks.calibrate` it fits nothing: the few numbers are printed,
 and what they would be on the machine whose rates the committed ones are. For that a prediction of
 `cpu` beside its measured time says how fast this machine is.
@@ -30,7 +30,8 @@ import hetconv_kernels as hk
 from benchmarks.record import environment
 from hetconv_kernels import ops, timing
 from hetconv_kernels.backends import get_backend, predict, rates
-from hetconv_kernels.packing import dense_weight, masked
+from hetconv_kernels.backends.cpu import Cpu
+from hetconv_kernels.packing import dense_weight, masked, watched
 
 Row = dict[str, Any]
 # Images, channels, groups, side.
@@ -98,6 +99,34 @@ def masks(c: int, k: int, seconds: float) -> Row:
     return {"weights": dense.numel(), **each}
 
 
+def packing(name: str, support: hk.Support, calls: int = 7) -> Row:
+    """Times what `cpu` packs of a weight that is not frozen, in seconds per packed element."""
+    f, c, kernel, _ = support.shape
+    layer = hk.nn.SupportConv2d(c, f, kernel, padding=kernel // 2, support=support, backend="cpu")
+    x = torch.randn(1, c, 7, 7).contiguous(memory_format=torch.channels_last)
+    problem = ops.describe("fprop", layer._geometry, x, x, layer.weight, (7, 7), {})
+    plan, found = Cpu()._chosen(problem), []
+    for _ in range(calls):
+        with watched() as seen:
+            layer(x)
+        found.append(sum(one.seconds for one in seen))
+    share = torch.get_num_threads() if plan.packed_elements > rates.PACK_ALONE else 1
+    each = statistics.median(found) * share / plan.packed_elements
+    return {"support": name, "elements": plan.packed_elements, "per_element": each}
+
+
+def packed_supports() -> dict[str, hk.Support]:
+    """Names Supports of every kind that the engine packs in its own way."""
+    drawn, found = np.random.default_rng(0), {}
+    for c in (64, 256, 512):
+        for share in (0.5, 0.1):
+            mask = drawn.random((c, c, 3, 3)) < share
+            found[f"{c} channels, irregular {share:.0%}"] = hk.Support.from_mask(mask)
+        found[f"{c} channels, het 4"] = hk.Support.het(c, c, 3, 4)
+        found[f"{c} channels, 8 groups"] = hk.Support.grouped(c, c, 3, 8)
+    return found
+
+
 def small(seconds: float) -> Row:
     """Times the smallest layers beside plain ones: microseconds of ours beyond them."""
     support = hk.Support.from_mask(np.random.default_rng(0).random((4, 4, 3, 3)) < 0.3)
@@ -137,10 +166,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for row in weights:
         print(f"{row['weights']} weights: mask {row['mask_per_weight']:.1e} s each, expand "
               f"{row['expand_per_weight']:.1e}")  # fmt: skip
+    packs = [packing(name, support) for name, support in packed_supports().items()]
+    for row in packs:
+        print(f"{row['support']}: {row['elements']} packed elements, "
+              f"{row['per_element']:.1e} s each on one thread")  # fmt: skip
     tiny = small(options.seconds)
     print(f"smallest layers, us beyond the plain one: {tiny}; this machine takes x{speed:.2f}")
     if options.out:
-        found = {"environment": environment(), "rows": rows, "weights": weights, "small": tiny}
+        found = {"environment": environment(), "rows": rows, "weights": weights, "packing": packs,
+                 "small": tiny}  # fmt: skip
         options.out.write_text(json.dumps(found, indent=1) + "\n")
     return 0
 

@@ -32,17 +32,18 @@ static void pack_segment(const Lowered& L, const FilterSegment& s, const WeightV
   const int ft = s.nv * VL<A>, broadcast = 4 * s.quads + s.singles;
   const int* filters = L.filters + s.filter0;
   const Column* columns = L.columns + s.col0;
-  for (int k0 = 0; k0 < broadcast; k0 += VL<A>) {
-    const int n = least(VL<A>, broadcast - k0);
-    int64_t at[VL<A>], live[VL<A>];
-    for (int k = 0; k < n; ++k) {
-      const bool quad = k0 + k < 4 * s.quads;
-      const Column& c = columns[quad ? (k0 + k) / 4 : k0 + k - 3 * s.quads];
-      const int channel = c.channel + (quad ? (k0 + k) % 4 : 0);
-      at[k] = channel * v.sc + c.ky * v.sh + c.kx * v.sw;
-      live[k] = mask_at(L, 0, channel, c.ky, c.kx);
-    }
-    for (int j = 0; j < s.nv; ++j) {
+  // Vector of filters by vector: their rows of the weight stay near while all columns are read.
+  for (int j = 0; j < s.nv; ++j)
+    for (int k0 = 0; k0 < broadcast; k0 += VL<A>) {
+      const int n = least(VL<A>, broadcast - k0);
+      int64_t at[VL<A>], live[VL<A>];
+      for (int k = 0; k < n; ++k) {
+        const bool quad = k0 + k < 4 * s.quads;
+        const Column& c = columns[quad ? (k0 + k) / 4 : k0 + k - 3 * s.quads];
+        const int channel = c.channel + (quad ? (k0 + k) % 4 : 0);
+        at[k] = channel * v.sc + c.ky * v.sh + c.kx * v.sw;
+        live[k] = mask_at(L, 0, channel, c.ky, c.kx);
+      }
       Vec<A> r[VL<A>];
       for (int l = 0; l < VL<A>; ++l) {
         A lane[VL<A>] = {};
@@ -60,7 +61,6 @@ static void pack_segment(const Lowered& L, const FilterSegment& s, const WeightV
       transpose<A>(r);
       for (int k = 0; k < n; ++k) store<A>(out + int64_t(k0 + k) * ft + j * VL<A>, r[k]);
     }
-  }
   out += int64_t(broadcast) * ft;
   columns += s.quads + s.singles;
   for (int q = 0; q < s.split; ++q)

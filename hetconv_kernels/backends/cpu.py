@@ -33,6 +33,7 @@ from .rates import (
     GRADIENT,
     OVERHEAD,
     PACK,
+    PACK_ALONE,
     PIXELS_OF_ROWS,
     VERB,
     WGRAD,
@@ -111,7 +112,8 @@ class Cpu:
         packing = 0.0
         if not problem.frozen_weight:
             expanded = math.prod(problem.support.shape) if problem.live_weight else 0
-            packing = plan.packed_elements * PACK + expanded * EXPAND
+            hands = threads if plan.packed_elements > PACK_ALONE else 1
+            packing = plan.packed_elements * PACK / hands + expanded * EXPAND
         weights = plan.packed_elements * form.packed
         if plan.packed_elements * 4 > _NEAR:
             band = pixels * problem.support.channels * (2 if pairs else 4)

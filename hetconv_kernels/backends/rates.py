@@ -82,8 +82,9 @@ DOUBT = 1.15
 # Max-pooling in a pass of its own: per byte of what it reads; and as a share of that, where it is
 # pooled as it is computed.
 POOL, POOLED = 5e-11, 0.2
-# A trained weight is packed at each call: seconds per dense weight, set by hand.
-PACK = 3e-10
+# A trained weight is packed at each call: seconds per element of the packed weight on one thread;
+# from so many elements on all threads do it. `benchmarks.calibrate_calls` measures it.
+PACK, PACK_ALONE = 1.5e-9, 2**16
 # For `vendor` its dead entries are masked: seconds per dense weight and per call; where only the
 # live entries are given they are expanded first. From `benchmarks.calibrate_calls`.
 MASK, MASK_CALL = 8e-11, 4e-6

@@ -314,7 +314,7 @@ class FrequencyConv2d(ForcedBackend):
         back = self._predicted(spatial, x, x, dense)
         if not frozen:
             count = len(self.live_frequencies)
-            passes = 1 if count * dense.numel() <= _AT_ONCE else count
+            passes = 2 if count * dense.numel() <= _AT_ONCE else count
             back += count * dense.numel() * INVERSE + passes * INVERSE_CALL
         return there, back
 
