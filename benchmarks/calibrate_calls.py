@@ -5,10 +5,11 @@
 
 Times, interleaved and without gradients, equal groupings of few channels beside the plain layer,
 in both memory formats; what a weight that is not frozen costs beyond a frozen one, masked or
-packed, per element; and what the smallest layers take around the convolution. `hetconv_kernels.backends.rates` has the
-constants by name. Other than `benchmarks.calibrate` it fits nothing: the few numbers are printed,
-and what they would be on the machine whose rates the committed ones are. For that a prediction of
-`cpu` beside its measured time says how fast this machine is.
+packed, per element; and what the smallest layers take around the convolution.
+`hetconv_kernels.backends.rates` has the constants by name. Other than `benchmarks.calibrate` it
+fits nothing: the few numbers are printed, and what they would be on the machine whose rates the
+committed ones are. For that a prediction of `cpu` beside its measured time says how fast this
+machine is.
 """
 
 from __future__ import annotations
