@@ -98,7 +98,7 @@ class PlannedNetwork(fx.GraphModule):
 
     def __reduce__(self) -> Any:
         # torch.fx would give back a graph without a plan.
-        return _unpickled, super().__reduce__()  # type: ignore[return-value]
+        return _unpickled, super().__reduce__()
 
 
 def _unpickled(make: Any, arguments: tuple[Any, ...]) -> PlannedNetwork:

@@ -116,15 +116,14 @@ def _reason(layer: Layer, x: Tensor) -> str | None:
     image = x.reshape(-1, x.shape[-1], 1, 1) if isinstance(layer, SupportLinear) else x
     if image.dim() != 4 or getattr(layer, "padding_mode", "zeros") != "zeros":
         return None
-    holder = _holder(layer)
-    frequency = isinstance(layer, FrequencyConv2d)
-    geometry = replace(layer._spatial if frequency else layer._geometry, frozen=True)
-    live = torch.empty(geometry.support.live, dtype=holder.weight.dtype, device="meta")
+    own = layer._spatial if isinstance(layer, FrequencyConv2d) else layer._geometry
+    geometry, dtype = replace(own, frozen=True), _holder(layer).weight.dtype
+    live = torch.empty(geometry.support.live, dtype=dtype, device="meta")
     size = (image.shape[2], image.shape[3])
     problem = ops.describe("fprop", geometry, image, image, live, size, {"shift": layer.bias})
     if not Vendor().measured(problem):
         return None
-    if frequency:
+    if isinstance(layer, FrequencyConv2d):
         there, back = layer.predicted(x, frozen=True)
         ours, name = min((there, "way of the frequencies"), (back, "the dense kernels"))
     else:
