@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a call costs beyond the convolution: whole layers at 1×8×2×2, dominated by call overhead.
 
-Then every class of layer, frozen, beside the plain layer that it replaced, at sizes dominated by
-call overhead and at sizes where it is nothing: `auto` promises never to be slower than that.
+Then every class of layer beside the plain layer that it replaced, at sizes dominated by call
+overhead and at sizes where it is nothing: `auto` promises never to be slower than that.
 
-The only benchmark that asserts a speed. Targets: 4 µs more than nn.Conv2d without grad, 13 µs with;
-for a class 6 µs more, or 3 % of what the plain layer takes where that is more. It fails when the
-whole interval lies above twice the target: a slower processor, or a machine that does other work at
-the same time, must not fail here; the table shows every microsecond.
+The only benchmark that asserts a speed. A layer that is not frozen masks its weight at each call,
+since it keeps nothing of it, and its targets count what that takes at least: 4 µs for the operators
+and a read and a write of the weight. Beyond that, in microseconds: 1.5 for the question who
+observes PyTorch, 1.5 for the key of the prepared call, 2 for Python around both; with grad 10 more
+for a ``torch.autograd.Function``. Without that floor a small layer used directly cannot be as fast
+as ``nn.Conv2d``; `compress` and `optimize` leave it plain. It fails when the whole interval lies
+above twice the target: a slower processor, or a machine that does other work at the same time,
+must not fail here; the table shows every microsecond.
 """
 
 from __future__ import annotations
@@ -24,10 +28,12 @@ import hetconv_kernels as hk
 from benchmarks import record
 from hetconv_kernels import timing
 
-TARGETS_US = {"without grad": 4.0, "with grad": 13.0}
+TARGETS_US = {"frozen": 5.0, "without grad": 9.0, "with grad": 21.0}
 DISPATCH_MARGIN = 2.0
 # What a frozen layer may take more than the plain one: microseconds, or a share of its time.
 CLASS_US, CLASS_SHARE = 6.0, 0.03
+# What one that is not frozen takes for its mask on top: microseconds, and for each weight.
+MASK_US, WEIGHT_US = 4.0, 1.5e-4
 
 
 def _irregular(f: int, c: int, k: int, per_cent: int) -> hk.Support:
@@ -56,6 +62,13 @@ def _frequency(c: int, per_cent: int) -> nn.Module:
     return layer
 
 
+def _trained(layer: nn.Module) -> nn.Module:
+    """Not frozen, as `compress` and `convert` return layers."""
+    holder = getattr(layer, "mix", layer)
+    holder.thaw()
+    return layer
+
+
 # By name: what makes the layer, and the shape of its input.
 CLASSES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "SupportLinear 1x8": (lambda: _linear(8, 8, 50), (1, 8)),
@@ -80,6 +93,21 @@ CLASSES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "FrequencyConv2d 1x4x8^2": (lambda: _frequency(4, 30), (1, 4, 8, 8)),
     "FrequencyConv2d 8x64x28^2": (lambda: _frequency(64, 30), (8, 64, 28, 28)),
 }  # fmt: skip
+NOT_FROZEN: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "SupportLinear 1x256, not frozen": (lambda: _linear(256, 256, 20), (1, 256)),
+    "SupportLinear 32x512 to 1000, not frozen": (lambda: _linear(512, 1000, 10), (32, 512)),
+    "SupportLinear 1x2048, not frozen": (lambda: _linear(2048, 2048, 50), (1, 2048)),
+    "SupportConv2d 1x4x8^2, not frozen": (lambda: _conv(4, 4, 3, 30), (1, 4, 8, 8)),
+    "SupportConv2d 1x64x14^2, not frozen": (lambda: _conv(64, 64, 3, 50), (1, 64, 14, 14)),
+    "SupportConv2d 1x512x7^2, not frozen": (lambda: _conv(512, 512, 3, 50), (1, 512, 7, 7)),
+    "HetConv2d 8x64x28^2, not frozen": (
+        lambda: hk.nn.HetConv2d(64, 64, 3, padding=1, p=4), (8, 64, 28, 28)),
+    "GroupedConv2d depthwise 8x128x14^2, not frozen": (
+        lambda: hk.nn.GroupedConv2d(128, 128, 3, padding=1, groups=128), (8, 128, 14, 14)),
+    "FrequencyConv2d 8x64x28^2, not frozen": (lambda: _frequency(64, 30), (8, 64, 28, 28)),
+}  # fmt: skip
+CLASSES |= {name: (lambda make=make: _trained(make()), shape)  # type: ignore[misc]
+            for name, (make, shape) in NOT_FROZEN.items()}  # fmt: skip
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -102,6 +130,8 @@ def test_dispatch(mode: str, engine: str, benchmark: Any, session: Any) -> None:
     torch.manual_seed(0)
     conv = nn.Conv2d(8, 8, 3, padding=1)
     layer = hk.nn.HetConv2d(8, 8, 3, padding=1, p=2, backend=engine)
+    if mode == "frozen":
+        layer.freeze()
     x = torch.randn(1, 8, 2, 2)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a dispatch has nothing to share, and threads would add their noise
@@ -152,7 +182,10 @@ def test_class(name: str, form: str, engine: str, benchmark: Any, session: Any) 
             max_seconds=session.seconds,
             benchmark=benchmark,
         )
-    target = round(max(CLASS_US, CLASS_SHARE * timings.median("dense") * 1e6), 1)
+    target = max(CLASS_US, CLASS_SHARE * timings.median("dense") * 1e6)
+    if name in NOT_FROZEN:
+        target += MASK_US + WEIGHT_US * sum(p.numel() for p in layer.parameters() if p.dim() > 1)
+    target = round(target, 1)
     row = record.dispatch_row(f"{name} {form}", engine, target, timings)
     session.extra_info(benchmark, "dispatch", row)
     session.record("dispatch").add(row)

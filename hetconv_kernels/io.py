@@ -10,6 +10,7 @@ class, as an ``fx.GraphModule``. Needs the ``safetensors`` extra.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -395,6 +396,7 @@ def _assemble(
             if name not in layers:
                 raise FileError(mismatch("module of a step", name, "one of the saved layers"))
             parts[name] = layers[name]
+            _check_step(node, layers[name])
         elif node.op == "get_attr":
             if name not in tensors:
                 raise FileError(mismatch("tensor of a step", name, "one of the saved tensors"))
@@ -402,6 +404,22 @@ def _assemble(
             trained = value.is_floating_point() and name not in buffers
             parts[name] = nn.Parameter(value) if trained else value
     return fx.GraphModule(parts, graph)
+
+
+def _check_step(node: fx.Node, layer: nn.Module) -> None:
+    """Refuses a layer that is called with arguments that its forward has not, or without a value.
+
+    Raises:
+        FileError: it is.
+    """
+    try:
+        inspect.signature(type(layer).forward).bind(layer, *node.args, **node.kwargs)
+        if not node.args or not isinstance(node.args[0], fx.Node):
+            raise TypeError(f"its input is {node.args[:1]}")
+    except TypeError as error:
+        raise FileError(
+            mismatch("arguments of a step", f"{node.format_node()} ({error})", "the layer's own")
+        ) from error
 
 
 def _exchange(into: nn.Module, layers: Mapping[str, nn.Module], path: Path) -> nn.Module:

@@ -10,6 +10,7 @@ derives from it is private to the engine and kept only while the weight is uncha
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .observers import untraced
 from .plan import Plan
@@ -73,17 +75,105 @@ def dense_weight(support: Support, w: Tensor, dtype: torch.dtype) -> Tensor:
         A new tensor, a dense weight's in its layout.  # [F, C, KH, KW]
     """
     if is_dense_shape(support, w.shape):
-        w = w.view(support.shape)
-        return torch.where(_mask_like(support, w), w.to(dtype), 0.0)
+        if w.dim() != 4:
+            w = w.view(support.shape)
+        if w.dtype is not dtype:
+            w = w.to(dtype)
+        return masked(support, w)
     mask = mask_on(support, w.device)
     return torch.zeros(mask.shape, dtype=dtype, device=w.device).masked_scatter_(mask, w.to(dtype))
 
 
-def _mask_like(support: Support, w: Tensor) -> Tensor:
-    """Returns the mask in the layout of a dense weight, so that one pass reads both in order."""
+# From so many elements on ``torch.where`` takes several times as long as an AND of integers.
+_MANY = 2**14
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_ZEROS: dict[torch.dtype, Tensor] = {}
+
+
+def masked(support: Support, dense: Tensor, brief: bool = False) -> Tensor:
+    """Returns a copy of a dense tensor, in its layout, whose dead entries are zero, NaN too.
+
+    Args:
+        support: which entries live.
+        dense: of that shape.  # [F, C, KH, KW]
+        brief: whether the copy is read at once and then forgotten: it may lie in memory that the
+            thread's next such copy is written to.
+    """
+    plain = type(dense) in (Tensor, Parameter)
+    bits = _INTEGERS.get(dense.element_size())
+    if (
+        not plain
+        or bits is None
+        or dense.numel() < _MANY
+        or (dense.requires_grad and torch.is_grad_enabled())
+    ):
+        zero = _zero(dense.dtype) if plain and dense.is_cpu else 0.0
+        return torch.where(_mask_like(support, dense), dense, zero)
+    integers, mask = dense.view(bits), _mask_like(support, dense, bits)
+    if not brief or not dense.is_cpu:
+        return torch.bitwise_and(integers, mask).view(dense.dtype)
+    return torch.bitwise_and(integers, mask, out=_scratch.like(integers)).view(dense.dtype)
+
+
+class _Scratch(threading.local):
+    """Memory of a thread for a copy that is read at once: fresh pages cost more than the copy."""
+
+    memory: Tensor | None = None
+
+    def like(self, dense: Tensor) -> Tensor:
+        """Returns room for a tensor's elements in its layout; of its own where it is too large."""
+        size = dense.numel() * dense.element_size()
+        last = dense.is_contiguous(memory_format=torch.channels_last)
+        if size > _MOST_SCRATCH or not (last or dense.is_contiguous()):
+            return torch.empty_like(dense)
+        memory = self.memory
+        if memory is None or len(memory) < size:
+            with torch.inference_mode(False):
+                memory = self.memory = torch.empty(size, dtype=torch.uint8, device="cpu")
+        return memory[:size].view(dense.dtype).as_strided(dense.shape, dense.stride())
+
+
+_MOST_SCRATCH = 2**26  # bytes
+_scratch = _Scratch()
+
+
+def mask_(support: Support, dense: Tensor) -> Tensor:
+    """Makes the dead entries of a dense tensor that nobody else holds zero, in place."""
+    bits = _INTEGERS.get(dense.element_size())
+    if type(dense) is not Tensor or bits is None:
+        return torch.where(_mask_like(support, dense), dense, 0.0)
+    dense.view(bits).bitwise_and_(_mask_like(support, dense, bits))
+    return dense
+
+
+def _zero(dtype: torch.dtype) -> Tensor:
+    """Returns a zero on the CPU; ``torch.where`` would make one at each call."""
+    zero = _ZEROS.get(dtype)
+    if zero is None:
+        with torch.inference_mode(False), untraced():
+            zero = torch.zeros((), dtype=dtype)
+        if type(zero) is Tensor:
+            _ZEROS[dtype] = zero
+    return zero
+
+
+def _mask_like(support: Support, w: Tensor, dtype: torch.dtype = torch.bool) -> Tensor:
+    """Returns the mask in the layout of a dense weight, so that one pass reads both in order.
+
+    Integers have all bits where a weight exists.
+    """
     last = not w.is_contiguous() and w.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if last else torch.contiguous_format
-    return mask_on(support, w.device, layout)
+    if dtype is torch.bool:
+        return mask_on(support, w.device, layout)
+    key = ("mask", w.device, layout, dtype)
+    mask: Tensor | None = support.derived.get(key)
+    if mask is None:
+        with torch.inference_mode(False), torch.no_grad(), untraced():
+            mask = mask_on(support, w.device, layout).to(dtype).neg_()
+        if type(mask) is Tensor:
+            support.derived[key] = mask
+    return mask
 
 
 def live_weight(support: Support, w: Tensor) -> Tensor:
@@ -171,10 +261,32 @@ class Pack:
         return value
 
 
-class _Entry(NamedTuple):
+class Stamp(NamedTuple):
+    """What identifies a tensor and its contents, as far as PyTorch tells; see `FrozenCache`."""
+
     storage: weakref.ref[torch.UntypedStorage]
     tensor: int
     version: int
+    address: int
+
+    @classmethod
+    def of(cls, w: Tensor, gone: Callable[[Any], None] | None = None) -> Stamp:
+        """Stamps a tensor that is no inference tensor; `gone` is called when its memory goes."""
+        return cls(weakref.ref(w.untyped_storage(), gone), w._cdata, w._version, w.data_ptr())
+
+    def holds(self, w: Tensor) -> bool:
+        """Tells whether a tensor is still the one that was stamped, and unchanged."""
+        # In this order: an inference tensor, which has no version, is another tensor.
+        return (
+            self.tensor == w._cdata
+            and self.storage() is w.untyped_storage()
+            and self.address == w.data_ptr()
+            and self.version == w._version
+        )
+
+
+class _Entry(NamedTuple):
+    stamp: Stamp
     value: Any
 
 
@@ -212,13 +324,7 @@ class FrozenCache(Pack):
     def recall(self, w: Tensor) -> Any:
         """Returns what is kept of w, None if nothing is."""
         entry = self._entries.get(w.data_ptr())
-        if (
-            entry is not None
-            and entry.storage() is w.untyped_storage()
-            and entry.tensor == w._cdata
-            and entry.version == w._version
-            and not w.requires_grad
-        ):
+        if entry is not None and not w.requires_grad and entry.stamp.holds(w):
             return entry.value
         return None
 
@@ -238,11 +344,10 @@ class FrozenCache(Pack):
 
         def gone(reference: weakref.ref[torch.UntypedStorage]) -> None:
             entry = entries.get(key)
-            if entry is not None and entry.storage is reference:
+            if entry is not None and entry.stamp.storage is reference:
                 del entries[key]
 
-        storage = weakref.ref(w.untyped_storage(), gone)
-        entries[key] = _Entry(storage, w._cdata, w._version, value)
+        entries[key] = _Entry(Stamp.of(w, gone), value)
 
 
 def owned(w: Tensor) -> Tensor:

@@ -73,6 +73,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # What is meant to be given ({} is the folder of the files), and what the sentence has to say.
 FAST = "--train-epochs 0 --no-measure --set epochs=0"
+QUICK = "--train-epochs 0 --no-measure --images 8"
 BAD: list[tuple[str, str]] = [
     # Weights that are none.
     *((f"compress het --weights {{}}/{name}.pt {FAST}", "--weights .* cannot be used")
@@ -200,6 +201,78 @@ BAD: list[tuple[str, str]] = [
         ("layer --trace {}/text.pt/trace.json --channels 8 --size 8 --rounds 5 --seconds 0.1",
          "cannot be written"),
     )),
+    # In 8 bits.
+    *((f"quantize --weights {{}}/{name}.pt {QUICK}", "--weights .* cannot be used")
+      for name in ("random", "text", "pickle", "module", "other", "numbers", "cut", "folder",
+                   "none")),
+    *((f"quantize {words} {QUICK}", what) for words, what in (
+        ("none.safetensors", "not there"),
+        ("{}/random.safetensors", "damaged|no whole"),
+        ("{}/empty.safetensors", "damaged|no whole"),
+        ("{}/text.pt", "damaged|no whole"),
+        ("{}/folder.pt", "folder.pt"),
+        ("{}/random.safetensors --model resnet20", "one network, not two"),
+        ("--seed -1", "--seed: received"),
+        (f"--seed {2**64}", "--seed: received"),
+        ("--batch 0", "--batch"),
+        ("--qat-epochs -1", "--qat-epochs"),
+        ("--validation 0", "--validation"),
+        ("--percentile nan --observer percentile", "--percentile"),
+        ("--percentile 101 --observer percentile", "--percentile"),
+        ("--percentile 20 --observer percentile", "percentile"),
+        ("--min-sqnr nan", "--min-sqnr"),
+        ("--min-sqnr much", "--min-sqnr"),
+        ("--max-drop nan", "--max-drop"),
+        ("--max-drop -1", "--max-drop"),
+        ("--observer none", "invalid choice"),
+        ("--activations int4", "invalid choice"),
+        ("--skip nothing", "names of layers"),
+        ("--device meta", "evice.*meta"),
+        ("--device toaster", "evice.*toaster"),
+        ("--device cuda:99", "evice.*cuda:99"),
+        ("--model none", "--model: received 'none'"),
+        ("--model resnet20", "input: received"),
+        ("--model bad_user_code:nothing", "NoneType, expected an nn.Module"),
+        ("--model bad_user_code:raises", "raised ValueError"),
+        ("--model bad_user_code:colour", "input: received"),
+        ("--model bad_user_code:net --data bad_user_code:two", "expected three"),
+        ("--model bad_user_code:net --data bad_user_code:iterators", "starts anew each time"),
+        ("--model bad_user_code:net --data bad_user_code:no_batches", "training data"),
+        ("--model bad_user_code:net --data bad_user_code:words", "training data"),
+        ("--data none", "no such folder"),
+        ("--data {}", "size of .*data_batch_1.bin"),
+    )),
+    ("quantize --images 0", "--images"),
+    ("quantize --train-epochs -1", "--train-epochs"),
+    # Optimised, and run.
+    *((f"{command} {words}", what) for command in ("optimize", "run") for words, what in (
+        ("", "required: "),
+        ("nothing", "received 'nothing'"),
+        ("none.safetensors", "not there"),
+        ("{}/random.safetensors", "damaged|no whole"),
+        ("{}/empty.safetensors", "damaged|no whole"),
+        ("{}/text.pt", "received"),
+        ("digits_net --size 1", "input: received"),
+        ("digits_net --size 0", "--size"),
+        ("digits_net --size 10000000", "No input of shape|memory|input: received"),
+        ("digits_net --batch 0", "--batch"),
+        ("digits_net --het 0", "--het"),
+        ("digits_net --dtype int3", "--dtype"),
+        ("digits_net --backend none", "none"),
+        ("digits_net --device meta", "evice.*meta"),
+        ("digits_net --device toaster", "evice.*toaster"),
+        ("bad_user_code:nothing", "expected an nn.Module"),
+        ("bad_user_code:raises", "raised ValueError"),
+        ("bad_user_code:pair", "images"),
+        ("bad_user_code:net --size 3", "input: received"),
+    )),
+    ("optimize digits_net --out {}/text.pt/net.safetensors", "cannot be written"),
+    ("optimize digits_net --out {}/folder.pt", "cannot be written"),
+    ("run digits_net --threads 0", "--threads"),
+    ("run digits_net --threads 5000", "--threads"),
+    ("run digits_net --rounds 5", "--rounds"),
+    ("run digits_net --seconds nan", "--seconds"),
+    ("run digits_net --seconds 0", "--seconds"),
     # The rest.
     ("", "required: COMMAND"),
     ("nothing", "invalid choice"),
@@ -218,7 +291,7 @@ BAD: list[tuple[str, str]] = [
 
 
 def test_the_table_of_bad_command_lines_is_long() -> None:
-    assert len({line for line, _ in BAD}) >= 120
+    assert len({line for line, _ in BAD}) >= 220
 
 
 @pytest.mark.parametrize(("line", "what"), BAD, ids=[line or "nothing at all" for line, _ in BAD])
@@ -236,7 +309,11 @@ def test_bad_input_is_one_sentence(
              for word in line.split(" ") if word]  # fmt: skip
     if "bad user:net" in line:
         words = ["compress", "het", "--model", "bad user:net", *FAST.split()]
-    if words[:1] in (["compress"], ["demo"]) and "--out" not in words and len(words) > 1:
+    if (
+        words[:1] in (["compress"], ["demo"], ["quantize"])
+        and "--out" not in words
+        and len(words) > 1
+    ):
         words += ["--out", str(tmp_path / "out")]
     code = cli.main(words)
     said = capsys.readouterr()
@@ -251,6 +328,7 @@ def test_bad_input_is_one_sentence(
     else:
         assert last.startswith("hetconv")
     assert not (tmp_path / "out" / "het.json").exists()
+    assert not (tmp_path / "out" / "quantize.json").exists()
 
 
 # What is right stays right --------------------------------------------------------------------

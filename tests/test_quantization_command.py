@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,12 +59,40 @@ def test_a_compressed_network_comes_from_a_file(
     assert loaded.get_submodule("features.3").support.kind.startswith("het")
 
 
+@pytest.mark.parametrize("qat", ["0", "1"])
+def test_a_user_s_network_and_data_are_quantised(
+    qat: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own_quantised_code.py").write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "from torch.utils.data import DataLoader, TensorDataset\n"
+        "def net():\n"
+        "    return nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 3))\n"
+        "def data():\n"
+        "    x = torch.randn(12, 2, 6, 6, generator=torch.Generator().manual_seed(0))\n"
+        "    y = torch.arange(12) % 3\n"
+        "    return tuple(DataLoader(TensorDataset(x, y), batch_size=4) for _ in range(3))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    words = ["quantize", "--model", "own_quantised_code:net", "--data", "own_quantised_code:data",
+             "--train-epochs", "1", "--images", "6", "--qat-epochs", qat,
+             "--no-measure"]  # fmt: skip
+    assert main(words) == 0
+    assert "the test data that nothing above has seen" in capsys.readouterr().out
+    record = json.loads((tmp_path / "outputs" / "quantize" / "quantize.json").read_text())
+    assert record["images"] == 6
+    assert len(record["test_accuracy"]) == 2 + int(qat)
+    loaded = hk.io.load(tmp_path / "outputs" / "quantize" / "network.safetensors")
+    assert loaded(torch.randn(2, 2, 6, 6)).shape == (2, 3)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nowhere.safetensors"], "is not there"),
+        (["nowhere.safetensors"], "one network, not two"),
         (["--data", "nowhere"], "no such folder"),
-        (["--images", "0"], "at least 1"),
         (["--percentile", "20", "--observer", "percentile"], "percentile"),
         (["--skip", "nothing"], "names of layers"),
     ],

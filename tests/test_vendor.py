@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from hetconv_kernels.backends.rates import FRESH
 
 import hetconv_kernels as hk
 from hetconv_kernels import backends, ops
 from hetconv_kernels.backends import get_backend
 from hetconv_kernels.backends.common import has_idle_taps
+from hetconv_kernels.backends.cost_model import FRESH
 from hetconv_kernels.errors import BackendError
 from hetconv_kernels.problem import Geometry, Problem, make_geometry
 from hetconv_kernels.testing import oracle

@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Weights into the order in which the micro-kernels read them. Dead entries are never read.
+// Weights into the order in which the micro-kernels read them. What a dead entry holds never shows.
 #pragma once
 #include <cstdlib>
+#include <cstring>
+#include <type_traits>
+
 #include "threads.h"
 #include "vec.h"
 #include "winograd.h"
@@ -13,23 +16,36 @@ HC_INLINE int64_t mask_at(const Lowered& L, int f, int c, int ky, int kx) {
   return ((int64_t(f) * L.C + c) * L.KH + ky) * L.KW + kx;
 }
 
+// The value of a live entry, zero for a dead one whatever it holds; without a branch, which random
+// masks would mispredict at every second weight.
+template <class A> HC_INLINE A kept(A value, uint8_t live) {
+  using Bits = std::conditional_t<sizeof(A) == 8, uint64_t, uint32_t>;
+  static_assert(sizeof(A) == sizeof(Bits));
+  Bits bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  bits &= Bits(0) - Bits(live != 0);
+  std::memcpy(&value, &bits, sizeof bits);
+  return value;
+}
+
 template <class S, class A>
 static void pack_segment(const Lowered& L, const FilterSegment& s, const WeightView& v, A* out) {
   const S* w = reinterpret_cast<const S*>(v.data);
   const int ft = s.nv * VL<A>, broadcast = 4 * s.quads + s.singles;
   const int* filters = L.filters + s.filter0;
   const Column* columns = L.columns + s.col0;
-  for (int k0 = 0; k0 < broadcast; k0 += VL<A>) {
-    const int n = least(VL<A>, broadcast - k0);
-    int64_t at[VL<A>], live[VL<A>];
-    for (int k = 0; k < n; ++k) {
-      const bool quad = k0 + k < 4 * s.quads;
-      const Column& c = columns[quad ? (k0 + k) / 4 : k0 + k - 3 * s.quads];
-      const int channel = c.channel + (quad ? (k0 + k) % 4 : 0);
-      at[k] = channel * v.sc + c.ky * v.sh + c.kx * v.sw;
-      live[k] = mask_at(L, 0, channel, c.ky, c.kx);
-    }
-    for (int j = 0; j < s.nv; ++j) {
+  // Vector of filters by vector: their rows of the weight stay near while all columns are read.
+  for (int j = 0; j < s.nv; ++j)
+    for (int k0 = 0; k0 < broadcast; k0 += VL<A>) {
+      const int n = least(VL<A>, broadcast - k0);
+      int64_t at[VL<A>], live[VL<A>];
+      for (int k = 0; k < n; ++k) {
+        const bool quad = k0 + k < 4 * s.quads;
+        const Column& c = columns[quad ? (k0 + k) / 4 : k0 + k - 3 * s.quads];
+        const int channel = c.channel + (quad ? (k0 + k) % 4 : 0);
+        at[k] = channel * v.sc + c.ky * v.sh + c.kx * v.sw;
+        live[k] = mask_at(L, 0, channel, c.ky, c.kx);
+      }
       Vec<A> r[VL<A>];
       for (int l = 0; l < VL<A>; ++l) {
         A lane[VL<A>] = {};
@@ -38,7 +54,7 @@ static void pack_segment(const Lowered& L, const FilterSegment& s, const WeightV
           const S* row = w + f * v.sf;
           const uint8_t* mask = L.mask + mask_at(L, f, 0, 0, 0);
           if (s.merged) {
-            for (int k = 0; k < n; ++k) lane[k] = mask[live[k]] ? A(widen(row[at[k]])) : A(0);
+            for (int k = 0; k < n; ++k) lane[k] = kept(A(widen(row[at[k]])), mask[live[k]]);
           } else
             for (int k = 0; k < n; ++k) lane[k] = A(widen(row[at[k]]));
         }
@@ -47,7 +63,6 @@ static void pack_segment(const Lowered& L, const FilterSegment& s, const WeightV
       transpose<A>(r);
       for (int k = 0; k < n; ++k) store<A>(out + int64_t(k0 + k) * ft + j * VL<A>, r[k]);
     }
-  }
   out += int64_t(broadcast) * ft;
   columns += s.quads + s.singles;
   for (int q = 0; q < s.split; ++q)
@@ -55,10 +70,13 @@ static void pack_segment(const Lowered& L, const FilterSegment& s, const WeightV
       const int64_t at = columns->channel * v.sc + columns->ky * v.sh + columns->kx * v.sw;
       for (int l = 0; l < VL<A>; ++l) {
         const int lane = j * VL<A> + l;
-        const bool live =
-            lane < s.lanes && !columns->idle &&
-            L.mask[mask_at(L, filters[lane], columns->channel, columns->ky, columns->kx)];
-        *out++ = live ? A(widen(w[filters[lane] * v.sf + at])) : A(0);
+        if (lane >= s.lanes || columns->idle) {
+          *out++ = A(0);
+          continue;
+        }
+        const int f = filters[lane];
+        *out++ = kept(A(widen(w[f * v.sf + at])),
+                      L.mask[mask_at(L, f, columns->channel, columns->ky, columns->kx)]);
       }
     }
   for (int j = 0; j < s.nv; ++j)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..arena import allocate
-from ..packing import mask_on
+from ..packing import mask_, mask_on
 from ..problem import Pads, Problem
 
 _ACTS = {
@@ -114,12 +114,14 @@ def has_idle_taps(problem: Problem) -> bool:
 
 
 def weight_gradient(problem: Problem, dense: Tensor) -> Tensor:
-    """Brings a dense weight gradient to the canonical form: dead entries zero, or live only."""
-    mask = mask_on(problem.support, dense.device)
+    """Brings a dense weight gradient to the canonical form: dead entries zero, or live only.
+
+    It is changed in place: nobody else holds it.
+    """
     dense = dense.to(problem.weight_dtype)
     if problem.live_weight:
-        return dense[mask].view(problem.weight_shape)
-    return to_format(problem, dense.masked_fill(~mask, 0))
+        return dense[mask_on(problem.support, dense.device)].view(problem.weight_shape)
+    return to_format(problem, mask_(problem.support, dense))
 
 
 def to_format(problem: Problem, dense: Tensor) -> Tensor:

@@ -70,9 +70,10 @@ POINTWISE = 1.2
 # Memory that comes from the system, page by page: seconds per byte on one thread. 64 MiB of zeros
 # were seen to take 31 ms fresh and 3 ms where they had been before.
 FRESH = 4e-10
-# Groups of fewer than so many channels: seconds per multiply-accumulate on all threads, in NCHW and
-# in channels_last.
-NARROW_GROUP, NARROW_MAC = 4, (1.5e-10, 3.5e-11)
+# Groups of at most so many channels: seconds per multiply-accumulate on all threads, in NCHW and in
+# channels_last. `python -m benchmarks.calibrate_calls` has them, measured on two threads of an AMD
+# Zen 4 server core and brought to the machine of the fitted ones by what `cpu` takes on both.
+NARROW = {1: (1.8e-11, 1.9e-11), 3: (9e-11, 7.4e-11), 7: (1.6e-11, 1.8e-11)}
 # What a whole layer's call takes around the above, mostly Python: measured once, on two threads of
 # an AMD Zen 4 server core, on layers so small that it is nearly all there is, less the seconds per
 # call above. By what runs, for images and for rows of features. `benchmarks/test_dispatch.py` has
@@ -91,10 +92,13 @@ DOUBT = 1.15
 # Max-pooling in a pass of its own: per byte of what it reads; and as a share of that, where it is
 # pooled as it is computed.
 POOL, POOLED = 5e-11, 0.2
-# A trained weight is packed at each call: seconds per dense weight.
-PACK = 3e-10
-# The live entries alone are expanded for that first: seconds more.
-EXPAND = 8e-10
+# A trained weight is packed at each call: seconds per element of the packed weight on one thread;
+# from so many elements on all threads do it. `benchmarks.calibrate_calls` measures it.
+PACK, PACK_ALONE = 1.5e-9, 2**16
+# For `vendor` its dead entries are masked: seconds per dense weight and per call; where only the
+# live entries are given they are expanded first. From `benchmarks.calibrate_calls`.
+MASK, MASK_CALL = 8e-11, 4e-6
+EXPAND = 2.5e-9
 # Kernels are transformed back from frequencies: seconds per element of a weight, and per operation,
 # both for each frequency.
 INVERSE, INVERSE_CALL = 5e-10, 1.2e-5

@@ -33,6 +33,7 @@ from .cost_model import (
     GRADIENT,
     OVERHEAD,
     PACK,
+    PACK_ALONE,
     PIXELS_OF_ROWS,
     VERB,
     WGRAD,
@@ -108,8 +109,11 @@ class Cpu:
             + pixels * _tile_columns(problem) / (32 if pairs else 16) * form.load
             + images * cost * image
         )
-        rate = PACK + (EXPAND if problem.live_weight else 0.0)
-        packing = 0.0 if problem.frozen_weight else math.prod(problem.support.shape) * rate
+        packing = 0.0
+        if not problem.frozen_weight:
+            expanded = math.prod(problem.support.shape) if problem.live_weight else 0
+            hands = threads if plan.packed_elements > PACK_ALONE else 1
+            packing = plan.packed_elements * PACK / hands + expanded * EXPAND
         weights = plan.packed_elements * form.packed
         if plan.packed_elements * 4 > _NEAR:
             band = pixels * problem.support.channels * (2 if pairs else 4)

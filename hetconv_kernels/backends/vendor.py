@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..packing import FrozenCache, Pack, dense_weight, own_blocks
-from ..problem import Problem
+from ..packing import FrozenCache, Pack, dense_weight, masked, own_blocks
+from ..problem import Problem, is_dense_shape
 from ..support import Support
 from . import Runner, prepacked
 from .common import (
@@ -34,14 +34,15 @@ from .common import (
 from .cost_model import (
     DENSE,
     DTYPE_SPEED,
+    EXPAND,
     FILTERS_BLOCK,
     FRESH,
     LINEAR,
     LINEAR_FAR,
-    NARROW_GROUP,
-    NARROW_MAC,
+    MASK,
+    MASK_CALL,
+    NARROW,
     OVERHEAD,
-    PACK,
     POINTWISE,
     PREPACKED,
     SMALL_CALL,
@@ -137,8 +138,10 @@ def dense_seconds(
         filters = problem.support.filters
         macs *= -(-filters // FILTERS_BLOCK) * FILTERS_BLOCK / max(1, filters)
         macs *= POINTWISE if problem.support.kernel == (1, 1) and rates is PREPACKED else 1.0
-    if work < 1.0 and groups * NARROW_GROUP > problem.support.channels:
-        return macs * NARROW_MAC[problem.channels_last] + launches * rates.call + ours
+    width = problem.support.channels // groups
+    if work < 1.0 and width <= max(NARROW):
+        mac = next(mac for most, mac in NARROW.items() if width <= most)
+        return macs * mac[problem.channels_last] + launches * rates.call + ours
     speed = torch.get_num_threads() * DTYPE_SPEED.get(problem.dtype, 1.0)
     return (
         macs * rates.mac / speed
@@ -196,7 +199,8 @@ class Vendor:
         seconds = dense_seconds(problem, work=1 / (problem.support.uniform_groups or 1))
         masks = problem.verb != "wgrad" and problem.support.uniform_groups is None
         if masks and not problem.frozen_weight and problem.device.type == "cpu":
-            seconds += math.prod(problem.support.shape) * PACK
+            each = EXPAND if problem.live_weight else MASK
+            seconds += MASK_CALL + math.prod(problem.support.shape) * each
         return seconds + _fresh_seconds(problem)
 
     def measured(self, problem: Problem) -> bool:
@@ -420,6 +424,10 @@ class Vendor:
             return lambda w: w.reshape(shape)
         build = self._dense(problem)
         if not problem.frozen_weight:
+            # Masked for this call alone.
+            if groups is None and same and is_dense_shape(support, problem.weight_shape):
+                full = support.shape
+                return Pack(lambda w: masked(support, w.view(full), brief=True), "vendor")
             return Pack(build, "vendor")
         key = ("vendor", dtype, problem.format)
         cache: FrozenCache = support.derived.setdefault(key, FrozenCache(build, "vendor"))

@@ -129,13 +129,13 @@ def _run(options: argparse.Namespace, failed: list[SpeedupError]) -> dict[str, A
         raise ArgumentError(mismatch("--batch", options.batch, "at least 2"))
     check_device(options.device)
     data = read_data(options.data, options.batch, options.validation)
-    name = options.model or network_for(_first(data.test, "test")[0])
+    name = options.model or network_for(first_batch(data.test, "test")[0])
     training = sgd(data, options.learning_rate)
     model = dense_network(
         name, options.weights, training, options.train_epochs, options.seed, options.out,
         options.device,
     )  # fmt: skip
-    images = _first(data.test, "test")[0]
+    images = first_batch(data.test, "test")[0]
     example = images[: min(options.batch, len(images))]
     try:
         report = compress(
@@ -228,8 +228,12 @@ def batches_of(data: Dataset, batch: int, augment: bool) -> Batches:
     )
 
 
-def _first(batches: Iterable[Any], name: str) -> tuple[Tensor, Tensor]:
-    """Returns the first batch, images and labels."""
+def first_batch(batches: Iterable[Any], name: str) -> tuple[Tensor, Tensor]:
+    """Returns the first batch, images and labels.
+
+    Raises:
+        InputTypeError: it is something else.
+    """
     batch = next(iter(batches), None)
     pair = isinstance(batch, tuple | list) and len(batch) == 2
     if not pair or not all(isinstance(t, Tensor) for t in batch):  # type: ignore[union-attr]
@@ -354,7 +358,7 @@ def train_dense(
             group["lr"] *= 10
         return optimizer
 
-    example = _first(training.batches(0), "training")[0][:2]
+    example = first_batch(training.batches(0), "training")[0][:2]
     device = next(model.parameters()).device
     training = dataclasses.replace(training, optimizer=faster)
     identity = {

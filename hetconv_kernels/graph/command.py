@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from .. import io
+from ..files import unwritable
 from ..profiling import command as profiling
+from ..stats import fitting
 from .optimize import OptimizeReport, optimize
 
 
@@ -40,9 +42,13 @@ def run(options: argparse.Namespace, show: Callable[[str], None]) -> int:
     dtype = None if options.dtype == "float32" else getattr(torch, options.dtype)
     # `--dtype` is that of the result; the network itself and its inputs are in float32.
     model, example = profiling.target(argparse.Namespace(**vars(options) | {"dtype": "float32"}))
-    with torch.no_grad():
-        report = optimize(model, example, dtype=dtype)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with fitting(example), torch.no_grad():
+        model(example)
+    report = optimize(model, example, dtype=dtype)
+    try:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(str(options.out), error) from error
     io.save(report.model, options.out)
     if options.json:
         print(json.dumps(_record(report, options.out), indent=2))

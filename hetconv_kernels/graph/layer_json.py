@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import FileError, mismatch
 from ..files import Json
+from ..integers import INT32_MAX, is_integer
 from ..masks import BoolArray
 from ..nn import (
     FrequencyConv2d,
@@ -26,7 +27,7 @@ from ..nn import (
 from ..nn.quantized_layer import QuantizedLayer
 from ..nn.quantized_steps import STEP_CLASSES, QuantizedStep
 from ..pooling import Pool
-from ..problem import Geometry
+from ..problem import ACTIVATIONS, Geometry, make_geometry
 from ..quantization.scheme import Scale
 from ..support import Support
 
@@ -214,16 +215,19 @@ def _build(
         known = {*_PLAIN[kind], *(("bias",) if kind in _BIASED else ())}
         if set(arguments) != known:
             raise ValueError(f"arguments {sorted(arguments)} where {sorted(known)} are expected")
+        for name, value in arguments.items():
+            _check_argument(name, value)
         module = kind(**arguments)
         return module.to(dtype) if "dtype" in described else module
     support = Support.from_json(described["support"])
     if kind is FusedConv2d:
-        geometry = Geometry(support, arguments["stride"], arguments["pads"], arguments["dilation"])
+        geometry = _geometry(arguments, support)
         wide = getattr(torch, described["shift_dtype"]) if "shift_dtype" in described else dtype
         weight = torch.empty(support.live, dtype=dtype)
         shift = torch.empty(support.filters, dtype=wide)
-        act, backend = arguments["act"], arguments["backend"]
-        pool = None if arguments["pool"] is None else Pool(*map(tuple, arguments["pool"]))
+        act, backend, pool = arguments["act"], arguments["backend"], _pool(arguments)
+        if act not in ACTIVATIONS:
+            raise ValueError(f"the activation {act!r}")
         return FusedConv2d(geometry, weight, shift, act, backend, pool)
     if issubclass(kind, QuantizedLayer):
         return _quantized(kind, arguments, described, support)
@@ -241,15 +245,70 @@ def _build(
 def _quantized(
     kind: type[QuantizedLayer], arguments: Json, described: Json, support: Support
 ) -> QuantizedLayer:
-    geometry = Geometry(support, arguments["stride"], arguments["pads"], arguments["dilation"])
+    geometry = _geometry(arguments, support)
     scales: Json = {
         name: None if data is None else Scale.from_dict(data)
         for name, data in described["scales"].items()
     }
-    pool = None if arguments["pool"] is None else Pool(*map(tuple, arguments["pool"]))
+    pool = _pool(arguments)
     extras: Json = {} if pool is None else {"pool": pool}
     act, backend = arguments["act"], arguments["backend"]
     return kind(geometry, act=act, backend=backend, device="meta", **scales, **extras)
+
+
+def _geometry(arguments: Json, support: Support) -> Geometry:
+    """Builds the Geometry of a layer that keeps pads; refuses what no layer has."""
+    stride, pads, dilation = (arguments[name] for name in ("stride", "pads", "dilation"))
+    sizes = [len(v) if isinstance(v, tuple) else 0 for v in (stride, pads, dilation)]
+    if sizes != [2, 4, 2]:
+        raise ValueError(f"stride {stride}, pads {pads}, dilation {dilation}")
+    return make_geometry(support, stride, pads, dilation)
+
+
+def _pool(arguments: Json) -> Pool | None:
+    if arguments["pool"] is None:
+        return None
+    pool = Pool(*arguments["pool"])
+    pool.check_values()
+    return pool
+
+
+# Arguments of PyTorch's layers, which look at them when they are called; the others are integers.
+_NUMBERS = frozenset(("eps", "momentum", "p", "min_val", "max_val", "negative_slope", "alpha",
+                      "beta", "threshold", "scale_factor"))  # fmt: skip
+_FLAGS = frozenset(("affine", "track_running_stats", "elementwise_affine", "inplace", "bias",
+                    "return_indices", "ceil_mode", "count_include_pad",
+                    "align_corners"))  # fmt: skip
+_TEXTS = frozenset(("padding_mode", "mode", "approximate"))
+_SINGLE = frozenset(("start_dim", "end_dim", "in_features", "out_features", "num_features",
+                     "num_groups", "num_channels", "num_parameters", "groups",
+                     "upscale_factor"))  # fmt: skip
+
+
+def _check_argument(name: str, value: Any) -> None:
+    """Refuses a value of a kind that an argument of PyTorch's layers never has."""
+    if isinstance(value, tuple):
+        if (
+            name in _FLAGS | _TEXTS | _SINGLE
+            or not value
+            or any(isinstance(v, tuple) for v in value)
+        ):
+            raise TypeError(f"{name}={value!r}")
+        for part in value:
+            _check_argument(name, part)
+        return
+    if name in _FLAGS:
+        fits = isinstance(value, bool | None)
+    elif name in _TEXTS:
+        fits = isinstance(value, str)
+    elif name in _NUMBERS:
+        fits = value is None or (isinstance(value, float | int) and not isinstance(value, bool))
+    else:
+        whole = is_integer(value) and abs(value) <= INT32_MAX
+        none = value is None and name not in _SINGLE
+        fits = whole or none or (name == "padding" and value in ("same", "valid"))
+    if not fits:
+        raise TypeError(f"{name}={value!r}")
 
 
 def _frequency(

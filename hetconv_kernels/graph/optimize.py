@@ -99,6 +99,8 @@ class OptimizeReport:
         return "\n".join(lines)
 
 
+@torch.inference_mode(False)  # what is made there cannot be read or written everywhere
+@torch.no_grad()
 def optimize(
     model: nn.Module,
     example: Any,

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from .. import ranges
 from ..accuracy import is_strict
 from ..arena import Arena, Lifetime, Recorder, placing
+from ..autograd import transforms_active
 from ..backends import forced_code
 from ..observers import observed
 from .program import Frame, Program
@@ -96,6 +97,19 @@ class PlannedNetwork(fx.GraphModule):
         if self.__dict__.get("_memory") is not None:
             self.__dict__["_memory"] = _Memory()
         return super().recompile()
+
+    def __reduce__(self) -> Any:
+        # torch.fx would give back a graph without a plan.
+        return _unpickled, super().__reduce__()
+
+
+def _unpickled(make: Any, arguments: tuple[Any, ...]) -> PlannedNetwork:
+    """Makes a planned network again of what torch.fx makes of a pickled graph."""
+    traced: fx.GraphModule = make(*arguments)
+    network: PlannedNetwork = PlannedNetwork.__new__(PlannedNetwork)
+    network.__dict__.update(traced.__dict__)
+    network.graph = traced.graph
+    return network
 
 
 def planned(traced: fx.GraphModule) -> PlannedNetwork:
@@ -186,13 +200,14 @@ class _Memory:
 
     def signature(self, network: PlannedNetwork, args: tuple[Any, ...]) -> Any:
         """Returns what a plan depends on; None where this call must not be planned."""
-        if self._surprises > _MOST_SURPRISES:
+        if self._surprises > _MOST_SURPRISES or transforms_active():
             return None
         parts: list[Any] = []
         wants_gradient = False
         for value in args:
             if isinstance(value, Tensor):
-                if value.device.type != "cpu" or observed(value):
+                strided = value.layout is torch.strided
+                if not strided or value.device.type != "cpu" or observed(value):
                     return None
                 parts.append((value.shape, value.stride(), value.dtype))
                 wants_gradient |= value.requires_grad

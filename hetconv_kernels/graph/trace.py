@@ -215,6 +215,8 @@ def _symbolic(model: nn.Module, inputs: tuple[Any, ...]) -> fx.GraphModule:
     for node in names[len(inputs) :]:
         if node.users:
             raise TypeError(f"its argument {node.target!r} is not in the example")
+    for node in graph.nodes:
+        node.type = None  # annotations, which fx cannot pickle where they are strings
     return fx.GraphModule(model, graph)
 
 

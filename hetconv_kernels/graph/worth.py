@@ -4,18 +4,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .. import backends
+from .. import backends, ops
 from ..backends import choose, predict
 from ..backends.vendor import Vendor, plain_seconds
-from ..nn import SupportConv2d, SupportLinear
+from ..nn import FrequencyConv2d, SupportConv2d, SupportLinear
+from ..nn.base import SupportLayer
 from .layout import set_module
 
-SparseLayer = SupportConv2d | SupportLinear
+SparseLayer = SupportConv2d | SupportLinear | FrequencyConv2d
 
 
 class LeftPlain(NamedTuple):
@@ -24,7 +26,8 @@ class LeftPlain(NamedTuple):
     Attributes:
         name: of the layer.
         reason: completes "left plain: …".
-        live: weights that are no zeros by its Support.
+        live: weights that are no zeros by its Support; of a layer whose kernels are sparse in the
+            frequency domain, its coefficients.
     """
 
     name: str
@@ -38,9 +41,9 @@ def leave_plain(model: nn.Module, inputs: Sequence[tuple[Any, ...]]) -> tuple[Le
 
     A layer goes where its plain twin, zeros in its weight, is predicted to take no longer than the
     frozen layer with whatever engine `auto` picks, what Python takes around the call included, on
-    all inputs. Left as they are: layers with an engine forced on them, with hooks or a computed
-    weight, layers that share a parameter or stand at several places, the part of a
-    `FrequencyConv2d`, and all where no prediction rests on a measurement of such hardware.
+    all inputs. Left as they are: layers with an engine or a path forced on them, with hooks or a
+    computed weight, layers that share a parameter or stand at several places, and all where no
+    prediction rests on a measurement of such hardware.
 
     Args:
         model: a network in which layers have a Support, in evaluation mode.
@@ -58,9 +61,15 @@ def leave_plain(model: nn.Module, inputs: Sequence[tuple[Any, ...]]) -> tuple[Le
         plain: Any = layer.to_linear() if isinstance(layer, SupportLinear) else layer.to_conv2d()
         if any(x.dim() == 4 and not x.is_contiguous() for x in calls):
             plain = plain.to(memory_format=torch.channels_last)
-        left.append(LeftPlain(name, answers[-1] or "", layer.support.live))
+        support = _holder(layer).support
+        left.append(LeftPlain(name, answers[-1] or "", support.live))
         set_module(model, name, plain)
     return tuple(left)
+
+
+def _holder(layer: SparseLayer) -> SupportLayer:
+    """Returns the layer that holds the weights and their Support."""
+    return layer.mix if isinstance(layer, FrequencyConv2d) else layer
 
 
 def _inputs(model: nn.Module, inputs: Sequence[tuple[Any, ...]]) -> dict[str, list[Tensor]]:
@@ -77,12 +86,17 @@ def _inputs(model: nn.Module, inputs: Sequence[tuple[Any, ...]]) -> dict[str, li
         if (
             not isinstance(module, SparseLayer)
             or parent is None
-            or hasattr(parent, "live_frequencies")
-            or module.backend is not None
-            or not module._owns_weight
-            or module._forward_hooks
-            or module._forward_pre_hooks
-            or any(places[id(o)] > 1 for o in (module, *module.parameters(recurse=False)))
+            or isinstance(parent, FrequencyConv2d)
+        ):
+            continue
+        holder = _holder(module)
+        if (
+            module.backend is not None
+            or holder.backend is not None
+            or getattr(module, "path", "auto") != "auto"
+            or not holder._owns_weight
+            or any(m._forward_hooks or m._forward_pre_hooks for m in (module, holder))
+            or any(places[id(o)] > 1 for o in (module, holder, *module.parameters()))
         ):
             continue
         calls = seen.setdefault(name, [])
@@ -107,14 +121,25 @@ def _reason(layer: SparseLayer, x: Tensor) -> str | None:
         return None
     if getattr(layer, "padding_mode", "zeros") != "zeros":
         return None
-    problem = layer.problem(x, frozen=True)
+    if isinstance(layer, FrequencyConv2d):
+        geometry, dtype = replace(layer._spatial, frozen=True), _holder(layer).weight.dtype
+        live = torch.empty(geometry.support.live, dtype=dtype, device="meta")
+        size = (x.shape[2], x.shape[3])
+        problem = ops.describe("fprop", geometry, x, x, live, size, {"shift": layer.bias})
+    else:
+        problem = layer.problem(x, frozen=True)
     if not Vendor().measured(problem):
         return None
-    engine = choose(problem, 0).backend
-    ours, plain = predict(engine, problem), plain_seconds(problem)
+    if isinstance(layer, FrequencyConv2d):
+        there, back = layer.predicted(x, frozen=True)
+        ours, name = min((there, "way of the frequencies"), (back, "the dense kernels"))
+    else:
+        engine = choose(problem, 0).backend
+        ours, name = predict(engine, problem), engine.name
+    plain = plain_seconds(problem)
     if ours < plain:
         return None
     return (
         f"on {list(x.shape)} no Support pays; predicted are {plain * 1e6:.1f} µs with zeros and "
-        f"{ours * 1e6:.1f} µs by {engine.name}"
+        f"{ours * 1e6:.1f} µs by {name}"
     )

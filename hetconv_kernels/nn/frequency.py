@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..autograd import transforms_active
 from ..backends import choose
 from ..backends.cost_model import INVERSE, INVERSE_CALL
 from ..errors import ArgumentError, InputTypeError, SupportError, mismatch
-from ..functional import conv2d
+from ..functional import _autocasting, conv2d
 from ..masks import kernel_pair
 from ..observers import observed, sizes
 from ..packing import FrozenCache, dense_weight, owned
@@ -29,6 +30,10 @@ from .extra_state import described_by, extra_state
 
 PATHS = ("auto", "frequency", "spatial")
 Band = tuple[int, int]
+
+# Images of the frequencies, in elements, that are scaled and summed at once: two operations, where
+# one image after the other needs no memory for all of them.
+_AT_ONCE = 2**16
 
 
 def dct_basis(kernel: tuple[int, int], dtype: torch.dtype = torch.float64) -> Tensor:
@@ -202,8 +207,12 @@ class FrequencyConv2d(ForcedBackend):
         """Convolves.  # [N, C, H, W] -> [N, F, OH, OW]"""
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
-        kept, code, bias = self._keeps(x), self._backend_code(), self.mix.bias
-        path = self.path
+        # Not by attributes: every one of a Module's parts costs a search.
+        mix: Any = self._modules["mix"]
+        code, path = self._backend_code(), self.path
+        weight, bias = mix._operands()
+        # Derived weights are kept of a frozen layer, in an ordinary call.
+        kept = mix._geometry.frozen and not observed(x, weight)
         if path == "auto":
             path = self._faster(x, x.shape if kept else sizes(x), code)
         if path == "frequency":
@@ -213,13 +222,12 @@ class FrequencyConv2d(ForcedBackend):
             else:
                 maps = conv2d(x, self.basis.to(x.dtype), None, self._transform, code)
             return self.mix(maps)
-        if kept:
-            return conv2d(x, self._kept_spatial_weight(), bias, self._spatial_frozen, code)
-        return conv2d(x, self._transformed(self._masked()), bias, self._spatial, code)
-
-    def _keeps(self, x: Tensor) -> bool:
-        """Tells whether derived weights are kept: those of a frozen layer, in an ordinary call."""
-        return self.mix.frozen and not observed(x, self.mix.weight)
+        if not kept:
+            return conv2d(x, self._transformed(self._masked()), bias, self._spatial, code)
+        derived = self._kept_spatial_weight(weight)
+        if torch.is_grad_enabled() or transforms_active() or _autocasting(x):
+            return conv2d(x, derived, bias, self._spatial_frozen, code)
+        return ops.run_fprop(x, derived, self._spatial_frozen, bias, code, False)
 
     def _kept_basis(self) -> Tensor:
         """Returns the transform's weights as the live vector of its Support."""
@@ -231,10 +239,10 @@ class FrequencyConv2d(ForcedBackend):
         flat: Tensor = cache(self.basis)
         return flat
 
-    def _kept_spatial_weight(self) -> Tensor:
+    def _kept_spatial_weight(self, weight: Tensor) -> Tensor:
         """Returns the frozen spatial weight as the live vector of a dense Support, kept."""
-        key = ("spatial weight", self.in_channels, self.kernel_size, self.live_frequencies)
         support, channels = self.mix.support, self.in_channels
+        key = ("spatial weight", channels, self.kernel_size, self.live_frequencies)
         cache: FrozenCache | None = support.derived.get(key)
         if cache is None:
             images = dct_basis(self.kernel_size)[list(self.live_frequencies)]
@@ -244,7 +252,7 @@ class FrequencyConv2d(ForcedBackend):
                 return owned(_to_spatial(dense, channels, images).flatten())
 
             cache = support.derived[key] = FrozenCache(build, "frequency")
-        flat: Tensor = cache(self.mix._frozen_weight())
+        flat: Tensor = cache(weight)
         return flat
 
     def spatial_weight(self) -> Tensor:
@@ -257,7 +265,8 @@ class FrequencyConv2d(ForcedBackend):
         if mix.frozen:
             return mix.dense_weight()
         weight = mix.weight
-        return weight if mix.support.is_dense else weight * mix._mask(weight.device)
+        # Not a product: a dead coefficient may hold anything, NaN too.
+        return weight if mix.support.is_dense else dense_weight(mix.support, weight, weight.dtype)
 
     def _transformed(self, masked: Tensor) -> Tensor:
         return _to_spatial(masked, self.in_channels, self.basis[: len(self.live_frequencies), 0])
@@ -267,15 +276,15 @@ class FrequencyConv2d(ForcedBackend):
         return self.path if self.path != "auto" else self._faster(x, sizes(x), self._backend_code())
 
     def _faster(self, x: Tensor, shape: Sequence[int], code: int) -> str:
-        frozen = self.mix.frozen
-        key = (*shape, x.dtype, x.device, x.is_contiguous(), code, frozen)
+        frozen = self._modules["mix"]._geometry.frozen  # type: ignore[union-attr]
+        key = (shape, x.dtype, x.device, x.is_contiguous(), code, frozen)
         path = self._paths.get(key)
         if path is None:
             there, back = self.predicted(x)
             path = self._paths[key] = "frequency" if there < back else "spatial"
         return path
 
-    def predicted(self, x: Tensor) -> tuple[float, float]:
+    def predicted(self, x: Tensor, frozen: bool | None = None) -> tuple[float, float]:
         """Predicts both ways of a call, with what has to be derived from the weights for it.
 
         A frozen layer derives it once. Other layers sum the images of their frequencies, and mask
@@ -283,11 +292,14 @@ class FrequencyConv2d(ForcedBackend):
 
         Args:
             x: an input; only its shape, layout, dtype and device count.
+            frozen: as if the layer were frozen, or not; None for as it is.
 
         Returns:
             Seconds by way of the frequencies, and in space.
         """
-        shape, frozen = sizes(x), self.mix.frozen
+        shape, mix = sizes(x), self.mix
+        frozen = mix.frozen if frozen is None else frozen
+        weight = mix.weight.new_empty(mix.support.live, device="meta") if frozen else mix.weight
         transform = self._transform_frozen if frozen else self._transform
         spatial = self._spatial_frozen if frozen else self._spatial
         basis, dense = self.basis, x.new_empty(self._spatial.support.shape, device="meta")
@@ -298,11 +310,12 @@ class FrequencyConv2d(ForcedBackend):
         maps = torch.empty((shape[0], filters, *size), dtype=x.dtype, device="meta")
         maps = maps.contiguous(memory_format=last)
         there = self._predicted(transform, x, x, basis)
-        there += self._predicted(self.mix._geometry, maps, x, self.mix.weight)
+        there += self._predicted(replace(mix._geometry, frozen=frozen), maps, x, weight)
         back = self._predicted(spatial, x, x, dense)
         if not frozen:
             count = len(self.live_frequencies)
-            back += count * (dense.numel() * INVERSE + INVERSE_CALL)
+            passes = 2 if count * dense.numel() <= _AT_ONCE else count
+            back += count * dense.numel() * INVERSE + passes * INVERSE_CALL
         return there, back
 
     def _predicted(self, geometry: Geometry, maps: Tensor, x: Tensor, weight: Tensor) -> float:
@@ -403,12 +416,15 @@ def _to_spatial(masked: Tensor, channels: int, images: Tensor) -> Tensor:
 
     # [F, C·frequencies, 1, 1], [frequencies, KH, KW] -> [F, C, KH, KW]
     """
-    terms = masked.reshape(len(masked), channels, len(images), 1, 1).unbind(2)
     # Sums of scaled images: not a product that would count as work of the convolution.
-    scaled = images.to(masked).unbind(0)
+    coefficients = masked.reshape(len(masked), channels, len(images), 1, 1)
+    images = images.to(masked)
+    if masked.numel() * images[0].numel() <= _AT_ONCE:
+        return (coefficients * images).sum(2)
+    terms, scaled = coefficients.unbind(2), images.unbind(0)
     total = terms[0] * scaled[0]
     for term, image in zip(terms[1:], scaled[1:], strict=True):
-        total = total + term * image
+        total = torch.addcmul(total, term, image)
     return total
 
 

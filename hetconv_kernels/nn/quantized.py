@@ -99,12 +99,14 @@ class QuantizedLinear(QuantizedLayer):
 
     def __init__(self, geometry: Geometry, **kwargs: Any) -> None:
         super().__init__(geometry, **kwargs)
-        if self.support.kernel != (1, 1) or self.pool is not None or self.residual is not None:
+        rows = self.support.kernel == geometry.stride == (1, 1) and not any(geometry.pads)
+        if not rows or self.pool is not None or self.residual is not None:
             raise ArgumentError(
                 mismatch(
                     "QuantizedLinear",
-                    f"kernel {self.support.kernel}, pool {self.pool}, residual {self.residual}",
-                    "a 1×1 kernel, no pooling, no residual",
+                    f"kernel {self.support.kernel}, stride {geometry.stride}, pads "
+                    f"{geometry.pads}, pool {self.pool}, residual {self.residual}",
+                    "a 1×1 kernel, stride 1, no pads, no pooling, no residual",
                 )
             )
         self.in_features, self.out_features = self.support.channels, self.support.filters

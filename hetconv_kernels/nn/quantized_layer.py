@@ -12,8 +12,8 @@ from torch import Tensor
 from .. import ranges
 from ..backends import forced_code
 from ..errors import ArgumentError, InputTypeError, SupportError, mismatch
-from ..observers import observed
-from ..packing import Pack, bits_on, dense_weight, live_weight
+from ..observers import sizes
+from ..packing import Pack, Stamp, bits_on, dense_weight, live_weight, owned
 from ..pooling import Pool
 from ..problem import Geometry, Problem
 from ..quantization import ops
@@ -34,9 +34,8 @@ class _Ready(NamedTuple):
     handle: Any
     code: int
     device: torch.device
-    weight: Tensor
-    scale: Tensor
-    versions: tuple[int, int]
+    weight: Stamp
+    scale: Stamp
 
 
 class QuantizedLayer(ForcedBackend):
@@ -162,6 +161,9 @@ class QuantizedLayer(ForcedBackend):
             The layer itself.
         """
         self._ready = None
+        for name, buffer in self._buffers.items():
+            if buffer is not None and not torch.compiler.is_compiling():
+                self._buffers[name] = owned(buffer)
         bits_on(self.support, self.weight.device)
         x, y = self.x, self.y
         self._multiplier = self.weight_scale
@@ -223,18 +225,17 @@ class QuantizedLayer(ForcedBackend):
         # Not by attributes: every one of a Module's buffers costs a search.
         weight: Any = self._buffers["weight"]
         scale: Any = self._buffers["weight_scale"]
-        if observed(x, weight):
+        if ops.by_operator(x, weight):
             return self._traced_run(x, weight, residual, code)
         ready = self._ready
         if (
             ready is None
             or ready.code != (code or forced_code())
             or ready.device != x.device
-            or ready.weight is not weight
-            or ready.scale is not scale
-            or ready.versions != (_version(weight), _version(scale))
+            or not ready.weight.holds(weight)
+            or not ready.scale.holds(scale)
         ):
-            ready = self._make_ready(weight, scale, code, x.device)
+            ready = self._make_ready(code, x.device)
         fprop = operations(x.device, code).fprop if ranges.active else ready.fprop
         y: Tensor = fprop(
             x,
@@ -252,24 +253,25 @@ class QuantizedLayer(ForcedBackend):
         n = self._numbers
         y: Tensor = torch.ops.hetconv.qfprop(
             x, weight, bits_on(self.support, x.device), self._multiplier, self.bias, residual,
-            self._geometry.ints(x.shape[2], x.shape[3]), ops.pool_ints(self.pool),
+            self._geometry.ints(*sizes(x)[2:]), ops.pool_ints(self.pool),
             n["x_zero_point"], n["residual_multiplier"], n["residual_zero_point"],
             n["y_zero_point"], n["low"], n["high"], n["out_dtype"], code,
         )  # fmt: skip
         return y
 
-    def _make_ready(self, weight: Tensor, scale: Tensor, code: int, device: torch.device) -> _Ready:
+    def _make_ready(self, code: int, device: torch.device) -> _Ready:
         """Packs the weight for the engine of choice, and derives anew what follows from scales."""
         self.prepare_()
+        weight: Any = self._buffers["weight"]
+        scale: Any = self._buffers["weight_scale"]
         module = engine(device, code)
         self._ready = _Ready(
             module.fprop,
             Pack(lambda w: module.pack(w, self.support), module.__name__)(weight),
             code or forced_code(),
             device,
-            weight,
-            scale,
-            (_version(weight), _version(scale)),
+            Stamp.of(weight),
+            Stamp.of(scale),
         )
         return self._ready
 
@@ -373,7 +375,3 @@ def _check_dtype(name: str, x: Tensor, scale: Scale) -> None:
                 "hetconv_kernels.nn.Quantize makes it of float32.",
             )
         )
-
-
-def _version(t: Tensor) -> int:
-    return 0 if t.is_inference() else t._version

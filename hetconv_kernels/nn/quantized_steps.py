@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ArgumentError, InputTypeError, mismatch
-from ..observers import observed
 from ..pooling import Pool
 from ..quantization import ops
 from ..quantization.engine import operations
@@ -75,7 +74,7 @@ class Quantize(QuantizedStep):
     def forward(self, x: Tensor) -> Tensor:
         """Quantises.  # float32 [...] -> uint8 or int8 [...]"""
         image, s, code = as_image(x), self.y, self._backend_code()
-        if observed(x):
+        if ops.by_operator(x):
             y = torch.ops.hetconv.quantize(image, s.scale, s.zero_point, s.dtype, code)
         else:
             y = operations(x.device, code).quantize_tensor(image, s.scale, s.zero_point, s.dtype)
@@ -99,7 +98,7 @@ class Dequantize(QuantizedStep):
         """Dequantises.  # uint8 or int8 [...] -> float32 [...]"""
         check_dtype(x, self.x)
         image, s, code = as_image(x), self.x, self._backend_code()
-        if observed(x):
+        if ops.by_operator(x):
             y = torch.ops.hetconv.dequantize(image, s.scale, s.zero_point, code)
         else:
             y = operations(x.device, code).dequantize(image, s.scale, s.zero_point)
@@ -172,7 +171,7 @@ class QuantizedMaxPool2d(QuantizedStep):
     def forward(self, x: Tensor) -> Tensor:
         """Pools.  # [N, C, H, W] -> [N, C, PH, PW]"""
         code = self._backend_code()
-        if observed(x):
+        if ops.by_operator(x):
             y: Tensor = torch.ops.hetconv.qmax_pool(x, ops.pool_ints(self.pool), code)
             return y
         y = operations(x.device, code).max_pool(x, self.pool)
@@ -294,7 +293,7 @@ def run_step(
     code, x = step._backend_code(), operands[0]
     numbers = (*ratios, *(s.zero_point for s in scales))
     zero, low, high, dtype = step._tail
-    if observed(x):
+    if ops.by_operator(x):
         operator = getattr(torch.ops.hetconv, _OPERATORS[name])
         y: Tensor = operator(*operands, *numbers, zero, low, high, dtype, code)
         return y

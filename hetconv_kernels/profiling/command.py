@@ -21,6 +21,7 @@ from ..graph.rules import het
 from ..nn.base import SupportLayer
 from ..option_types import real, whole
 from ..quantization.quantize import quantize
+from ..stats import fitting
 from .flame import write_timeline
 from .measure import backends_of, layers_of, profile
 from .timeline import ncu_commands, run_passes, write_proton, write_trace
@@ -193,6 +194,8 @@ def runnable(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
     model, example = target(options)
     if options.optimize and not layer_options.in_8_bits(options):  # quantize does it too
         with torch.no_grad():
+            with fitting(example):
+                model(example)
             model = optimize(model, example).model
     if options.compile:
         model = torch.compile(model)  # type: ignore[assignment]

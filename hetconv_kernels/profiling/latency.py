@@ -17,6 +17,7 @@ from ..errors import ArgumentError, mismatch
 from ..graph.trace import as_inputs, check_network
 from ..integers import is_integer
 from ..option_types import real, whole
+from ..stats import fitting
 from ..timing import interleaved, median_interval
 from . import command
 
@@ -142,6 +143,8 @@ def run(options: argparse.Namespace, show: Callable[[str], None]) -> int:
         HetconvError: the target is unknown or cannot be built.
     """
     model, example = command.runnable(options)
+    with fitting(example), torch.no_grad():
+        model(example)
     found = latency(
         model,
         example,

@@ -18,6 +18,7 @@ from ..compression.command import (
     Batches,
     batches_of,
     dense_network,
+    first_batch,
     is_colour,
     network_for,
     read_data,
@@ -26,9 +27,11 @@ from ..compression.command import (
 )
 from ..compression.training import Training
 from ..datasets import digits, read
-from ..errors import ArgumentError, HetconvError, mismatch
+from ..errors import ArgumentError, HetconvError, InputTypeError, mismatch
 from ..factory import is_factory
-from ..files import write_text
+from ..files import write_text, writing
+from ..layer_options import check_device
+from ..option_types import real, seed, whole
 from .checks import INTEGER_RANGES
 from .observers import OBSERVERS
 from .quantize import MIN_SQNR, convert, prepare, quantize
@@ -46,31 +49,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="digits (of scikit-learn, the default), a folder of MNIST or CIFAR-10, or "
         "module:function, which returns batches (images, labels) to train and calibrate on, to "
         "decide by and for the report: three iterables, such as DataLoaders")  # fmt: skip
-    add("--validation", type=int, default=5000,
+    add("--validation", type=whole(), default=5000,
         help="training images of such a folder to judge by (5000)")  # fmt: skip
     add("--model", metavar="MODEL",
         help=f"{', '.join(_NETWORKS)} (digits_net for the digits, lenet5 for MNIST, else "
         "vgg16_cifar), or module:function, which returns a network")  # fmt: skip
     add("--weights", type=Path, help="a state dict of the trained network; otherwise it is trained")
-    add("--train-epochs", type=int, default=20, help="of that training (20)")
-    add("--images", type=int, default=512, help="training images to calibrate on (512)")
+    add("--train-epochs", type=whole(0), default=20, help="of that training (20)")
+    add("--images", type=whole(), default=512, help="training images to calibrate on (512)")
     add("--observer", choices=OBSERVERS, default="minmax", help="how ranges are chosen (minmax)")
-    add("--percentile", type=float, default=99.99, help="what that observer covers (99.99)")
+    add("--percentile", type=real(0, 100), default=99.99, help="what that observer covers (99.99)")
     add(
         "--activations",
         choices=tuple(_ACTIVATIONS),
         default="uint8",
         help="dtype between layers (uint8)",
     )
-    add("--min-sqnr", type=float, default=MIN_SQNR,
+    add("--min-sqnr", type=real(-1e9, 1e9), default=MIN_SQNR,
         help=f"layers under this many dB stay in float ({MIN_SQNR:g})")  # fmt: skip
-    add("--max-drop", type=float, metavar="X",
+    add("--max-drop", type=real(0, low_too=True), metavar="X",
         help="put layers back to float until no more of the accuracy is lost")  # fmt: skip
     add("--skip", action="append", default=[], help="leave this layer in float (repeatable)")
-    add("--qat-epochs", type=int, default=0,
+    add("--qat-epochs", type=whole(0), default=0,
         help="train under fake quantisation for so many epochs before (0)")  # fmt: skip
-    add("--batch", type=int, default=64, help="images in a batch (64)")
-    add("--seed", type=int, default=0)
+    add("--batch", type=whole(), default=64, help="images in a batch (64)")
+    add("--seed", type=seed, default=0, help="of all that is drawn (0)")
     add("--device", default="cpu", help="such as cpu or cuda:0")
     add("--no-measure", action="store_true", help="do not time anything")
     add("--out", type=Path, default=Path("outputs/quantize"),
@@ -92,12 +95,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> dict[str, Any]:
-    if min(options.batch, options.images) < 1 or min(options.train_epochs, options.qat_epochs) < 0:
-        received = options.batch, options.images, options.train_epochs, options.qat_epochs
+    check_device(options.device)
+    if options.file is not None and (options.model or options.weights):
         raise ArgumentError(
-            mismatch("--batch, --images, --train-epochs, --qat-epochs", received,
-                     "at least 1, 1, 0 and 0")
-        )  # fmt: skip
+            mismatch("FILE with --model or --weights", str(options.file), "one network, not two")
+        )
     data, batches = _read(options)
     training = sgd(data, 0.01)
     model = _network(options, training, batches[0]).eval()
@@ -127,7 +129,8 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     try:
         io.save(made, options.out / "network.safetensors")
     except HetconvError as error:  # safetensors is an extra
-        torch.save(made.state_dict(), options.out / "network.pt")
+        with writing(options.out / "network.pt", also=(RuntimeError,)) as beside:
+            torch.save(made.state_dict(), beside)
         print(f"{error} Wrote a state dict instead.")
     print(f"Wrote {options.out}/quantize.json and the network beside it.")
     return record
@@ -144,7 +147,13 @@ def _read(options: argparse.Namespace) -> tuple[Batches, list[Tensor]]:
     size = max(options.batch, 2)
     if is_factory(options.data):
         data = read_data(options.data, size, options.validation)
-        return data, list(_taken(data, options.images))
+        taken = list(_taken(data, options.images))
+        if not taken or any(images.shape[1:] != taken[0].shape[1:] for images in taken):
+            raise InputTypeError(
+                mismatch("training data", [tuple(i.shape) for i in taken][:4],
+                         "images of one size to calibrate on")
+            )  # fmt: skip
+        return data, taken
     own = digits() if options.data == "digits" else read(options.data, options.validation)
     images = own.train.images[: options.images]
     return batches_of(own, size, augment=is_colour(own)), list(images.split(options.batch))
@@ -155,7 +164,7 @@ def _taken(data: Batches, most: int) -> Iterator[Tensor]:
     for batch in Training(data.train).batches(0):
         if most <= 0:
             return
-        images = batch[0][:most]
+        images = first_batch([batch], "training")[0][:most]
         most -= len(images)
         yield images
 

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autograd import transforms_active
 from ..errors import ArgumentError, mismatch
 from ..flops import register_flop_formulas
 from ..geometries import geometry_of
+from ..observers import observed
 from ..ops import _LIBRARY
 from ..packing import FrozenCache
 from ..pooling import Pool
@@ -37,6 +39,14 @@ _SCHEMAS = (
     "quantize(Tensor x, float scale, int zero_point, ScalarType dtype, int backend) -> Tensor",
     "dequantize(Tensor x, float scale, int zero_point, int backend) -> Tensor",
 )
+
+
+def by_operator(x: Tensor, *others: Tensor | None) -> bool:
+    """Tells whether a call has to go through its operator: somebody watches, or transforms it.
+
+    The operators have no rules of their own for functorch: PyTorch maps them one by one.
+    """
+    return observed(x, *others) or transforms_active()
 
 
 def pool_ints(pool: Pool | None) -> list[int]:

@@ -38,6 +38,8 @@ __all__ = ["convert", "prepare", "quantize"]
 MIN_SQNR = 10.0
 
 
+@torch.inference_mode(False)  # what is made there cannot be read or written everywhere
+@torch.no_grad()
 def quantize(
     model: nn.Module,
     batches: Iterable[Any],
@@ -124,6 +126,8 @@ def quantize(
     )
 
 
+@torch.inference_mode(False)  # what is made there cannot be read or written everywhere
+@torch.no_grad()
 def prepare(
     model: nn.Module,
     batches: Iterable[Any],
