@@ -92,15 +92,15 @@ def average_of(node: fx.Node, shape: tuple[int, ...]) -> AveragePool | None:
             return None
         return AveragePool(Pool((height, width), (1, 1), (0, 0)), keepdim=bool(keepdim))
     if name == "avg_pool2d":
-        kernel = _pair(_argument(node, module, 1, "kernel_size", None))
-        stride = _pair(_argument(node, module, 2, "stride", None)) or kernel
+        window = _pair(_argument(node, module, 1, "kernel_size", None))
+        stride = _pair(_argument(node, module, 2, "stride", None)) or window
         padding = _pair(_argument(node, module, 3, "padding", 0))
         ceil = _argument(node, module, 4, "ceil_mode", False)
         everywhere = _argument(node, module, 5, "count_include_pad", True)
         divisor = _argument(node, module, 6, "divisor_override", None)
-        if ceil or divisor is not None or None in (kernel, stride, padding):
+        if ceil or divisor is not None or window is None or stride is None or padding is None:
             return None
-        return AveragePool(Pool(kernel, stride, padding), inside=not everywhere)  # type: ignore[arg-type]
+        return AveragePool(Pool(window, stride, padding), inside=not everywhere)
     return None
 
 
