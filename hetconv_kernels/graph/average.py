@@ -98,9 +98,9 @@ def average_of(node: fx.Node, shape: tuple[int, ...]) -> AveragePool | None:
         ceil = _argument(node, module, 4, "ceil_mode", False)
         everywhere = _argument(node, module, 5, "count_include_pad", True)
         divisor = _argument(node, module, 6, "divisor_override", None)
-        if ceil or divisor is not None or None in (window, stride, padding):
+        if ceil or divisor is not None or window is None or stride is None or padding is None:
             return None
-        return AveragePool(Pool(window, stride, padding), inside=not everywhere)  # type: ignore[arg-type]
+        return AveragePool(Pool(window, stride, padding), inside=not everywhere)
     return None
 
 

@@ -157,12 +157,12 @@ class _File:
             weights = [self._weights(self.record[n], kept) for n in piece.numbers]
             parts.append((piece.program, weights, bases))
         inputs = [(str(self.record[i].node.target), self.record[i].specs[0]) for i in self.inputs]
-        given, returned = (
+        ins, outs = (
             [(name, _DTYPES[s.dtype], s.shape, s.stride) for name, s in some if s is not None]
             for some in (inputs, self.outputs)
         )
         made_by = f"hetconv_kernels {__version__}"
-        return bytes(_cpu.saved_program(parts, self.arena, given, returned, made_by, name))
+        return bytes(_cpu.saved_program(parts, self.arena, ins, outs, made_by, name))
 
     def _refuse(self, nothing: bool, called: list[int]) -> None:
         """Refuses steps that are PyTorch's; what is a view of an output is none."""
