@@ -227,7 +227,7 @@ script-src 'unsafe-inline'; img-src data:">
                 )
             )  # fmt: skip
         text = "A + after a commit says that files differed from it."
-        return _explained(text, [tables.plain(header, lines)])
+        return _explained(text, [tables.plain_table(header, lines)])
 
     def _figure(self, picture: Picture) -> str:
         self.pictures.append(picture)

@@ -221,7 +221,7 @@ def _class(names: str) -> str:
     return f' class="{names}"' if names else ""
 
 
-def plain(header: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
+def plain_table(header: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
     """Writes a table that cannot be sorted, such as the one of the files."""
     heads = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in header)
     body = "\n".join(_line("", [Cell(str(v)) for v in line]) for line in lines)
