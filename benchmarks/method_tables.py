@@ -85,7 +85,7 @@ def joined_table(parts: dict[str, Sequence[Json]]) -> Json:
             "rows": list(lines.values())}  # fmt: skip
 
 
-def markdown(table: Json) -> str:
+def joined_markdown(table: Json) -> str:
     """Lays out the joined table in Markdown."""
     titles = {"digits": "digits: accuracy (dense)", "psnr": "photograph: PSNR, dB (dense)"}
     header = ["method", "form"]

@@ -160,7 +160,7 @@ def publish(found: dict[str, Json], folder: Path) -> None:
             parts[part] = json.loads(path.read_text())[part]
     table = method_tables.joined_table(parts)
     _write(folder / "methods.json", table)
-    (folder / "methods.md").write_text(method_tables.markdown(table))
+    (folder / "methods.md").write_text(method_tables.joined_markdown(table))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -21,7 +21,7 @@ import torch
 from benchmarks.cases import GPU_CASES, Case
 from hetconv_kernels import ops, timing
 from hetconv_kernels.backends.triton import table
-from hetconv_kernels.backends.triton.picking import AnyChoice, all_choices, attempt
+from hetconv_kernels.backends.triton.picking import TritonChoice, all_choices, attempt
 from hetconv_kernels.problem import Problem, make_geometry
 
 Fastest = tuple[str, float]
@@ -56,7 +56,7 @@ def vars_of(problem: Problem) -> dict[str, object]:
 def measured_entries(
     cases: Iterable[Case],
     capability: tuple[int, int],
-    measure: Callable[[Problem, Sequence[AnyChoice]], Fastest],
+    measure: Callable[[Problem, Sequence[TritonChoice]], Fastest],
     most: int,
 ) -> Iterator[Entries]:
     """Measures cases; after each one gives all entries so far.
@@ -74,7 +74,7 @@ def measured_entries(
         yield found
 
 
-def timed(problem: Problem, choices: Sequence[AnyChoice]) -> Fastest:
+def timed(problem: Problem, choices: Sequence[TritonChoice]) -> Fastest:
     """Times choices in turns."""
     calls = {c.name: attempt(problem, c) for c in choices}
     timings = timing.interleaved(calls, rounds=9, device=problem.device)

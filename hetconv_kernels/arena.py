@@ -120,7 +120,7 @@ def assign_offsets(lifetimes: Sequence[Lifetime]) -> tuple[tuple[int, ...], int]
         ...     Lifetime(None, (16,), torch.float32, torch.contiguous_format, i, i + 1, False)
         ...     for i in range(3)
         ... ]
-        >>> pack(chain)
+        >>> assign_offsets(chain)
         ((0, 64, 0), 128)
 
     Returns:

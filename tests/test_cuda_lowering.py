@@ -289,6 +289,7 @@ def test_fields_have_the_names_and_places_of_the_headers(
     body = re.sub(r"//[^\n]*", "", text.split(f"enum {enumeration} {{")[1].split("};")[0])
     *named, count = [name.strip() for name in body.split(",") if name.strip()]
     assert count.endswith("Fields")
-    snake = [re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name[1:]).upper() for name in named]
+    words = r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])"
+    snake = [re.sub(words, "_", name[1:]).upper() for name in named]
     assert snake == [field.name for field in ours]
     assert [*ours] == [*range(len(named))]

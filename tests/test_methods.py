@@ -139,7 +139,7 @@ def test_the_joined_table_has_a_cell_for_what_was_measured() -> None:
     assert first["cells"].keys() == {"digits", "psnr"}
     assert first["cells"]["psnr"]["quality"] == [31.25, 30.5]
     assert second["cells"]["net"]["macs_ratio"] == 3
-    lines = method_tables.markdown(table).splitlines()
+    lines = method_tables.joined_markdown(table).splitlines()
     speed = "3.00× | 2.00× [1.50, 2.50]"
     assert lines[4] == (
         f"| a | paper | 0.985 (0.990) | {speed} | **30.50 (31.25)** | {speed} |  |  |"
@@ -187,4 +187,4 @@ def test_the_joined_table_is_that_of_the_records(tmp_path: Path) -> None:
     table = json.loads((FOLDER / "methods.json").read_text())
     assert problems(table, METHODS_TABLE_SCHEMA) == []
     assert table == json.loads(json.dumps(method_tables.joined_table(parts)))
-    assert (FOLDER / "methods.md").read_text() == method_tables.markdown(table)
+    assert (FOLDER / "methods.md").read_text() == method_tables.joined_markdown(table)

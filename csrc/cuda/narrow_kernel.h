@@ -169,7 +169,6 @@ template <class P> struct Work {
   const P& p;
   const int index, kind, part;           // the head, its class, its part
   const int32_t *table, *head, *rounds;  // their lines in the tables
-  const int tiles_h, tiles_w, load_h, load_w;
   const uint32_t shared;
   const Layout at;
 
@@ -181,16 +180,14 @@ template <class P> struct Work {
         table(p.classes + kind * kClassFields),
         head(p.heads + index * kHeadFields),
         rounds(p.rounds + index * p.round_count * kRoundFields),
-        tiles_h(load_table(table + kTilesH)),
-        tiles_w(load_table(table + kTilesW)),
-        load_h(load_table(table + kLoadH)),
-        load_w(load_table(table + kLoadW)),
         shared(shared_begin()),
         at(p, kTma) {}
 
-  __device__ int items() const { return p.batch * tiles_h * tiles_w; }
+  // Fields are read where they are used: kept, they would only take registers from the products.
+  __device__ int field(ClassField name) const { return load_table(table + name); }
+  __device__ int items() const { return p.batch * field(kTilesH) * field(kTilesW); }
   __device__ TilePlace tile(int item) const {
-    return TilePlace(item, tiles_h, tiles_w, p.tile_h, p.tile_w);
+    return TilePlace(item, field(kTilesH), field(kTilesW), p.tile_h, p.tile_w);
   }
   __device__ uint32_t buffer_at(int buffer) const {
     return shared + at.buffers + buffer * at.buffer;
@@ -200,10 +197,9 @@ template <class P> struct Work {
     return static_cast<const char*>(p.slabs) +
            int64_t(load_table(head + kFragmentBegin)) * kFragmentBytes;
   }
-  // Made where it is used: it would only take registers from the products.
   __device__ Halo halo() const {
-    return Halo(load_table(table + kHaloH), load_table(table + kHaloW), load_w, p.image_h,
-                p.image_w, p.x_h, p.x_w, p.raw_pitch);
+    return Halo(field(kHaloH), field(kHaloW), field(kLoadW), p.image_h, p.image_w, p.x_h, p.x_w,
+                p.raw_pitch);
   }
 
   // Loads what stays in shared memory: lists, words, and weights where they are resident.
@@ -235,11 +231,11 @@ template <class P> struct Work {
     const TilePlace place = tile(c.item);
     const int32_t* round = rounds + c.round * kRoundFields;
     const int32_t* chunks = p.chunks + load_table(round + kChunkBegin);
-    const int row = place.row * load_h + load_table(table + kBaseH);
-    const int col = place.col * load_w + load_table(table + kBaseW);
+    const int row = place.row * field(kLoadH) + field(kBaseH);
+    const int col = place.col * field(kLoadW) + field(kBaseW);
     const uint32_t to = buffer_at(buffer);
     if constexpr (kTma) {
-      const int pixels = load_table(table + kHaloH) * load_table(table + kHaloW);
+      const int pixels = field(kHaloH) * field(kHaloW);
       mbarrier_expect(mbarrier_at(buffer), pixels * p.raw_pitch * 16);
       tma_load(to, &p.maps[kind], load_table(chunks) * 8, col, row, place.image,
                mbarrier_at(buffer));
@@ -266,7 +262,8 @@ template <class P> struct Work {
   // Where the tap at the halo's begin reads a lane's rows of x, in bytes from the halo.
   __device__ __forceinline__ void first_pixels(uint32_t (&first)[2], int warp_m, int lane) const {
     const int pitch = p.slot_pitch ? p.slot_pitch : p.raw_pitch;
-    const int line = (load_table(table + kHaloW) + load_w - 1) / load_w * load_w;
+    const int load_h = field(kLoadH), load_w = field(kLoadW);
+    const int line = (field(kHaloW) + load_w - 1) / load_w * load_w;
 #pragma unroll
     for (int f = 0; f < 2; ++f) {
       int m = (warp_m * 2 + f) * 16 + lane % 16;

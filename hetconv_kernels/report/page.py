@@ -225,7 +225,7 @@ class Page:
                     len(results.data["rows"]), results.data.get("command", "not kept in this file"),
                 )
             )  # fmt: skip
-        return Block(table=tables.plain(header, lines))
+        return Block(table=tables.plain_table(header, lines))
 
 
 def _block(results: Results, *pictures: Picture) -> Block:

@@ -218,7 +218,7 @@ def _table(what: str, header: Sequence[str], lines: Sequence[Line]) -> Markup:
     )
 
 
-def plain(header: Sequence[str], lines: Sequence[Sequence[Any]]) -> Markup:
+def plain_table(header: Sequence[str], lines: Sequence[Sequence[Any]]) -> Markup:
     """Writes a table that cannot be sorted, such as the one of the files."""
     return render(
         "table.html",

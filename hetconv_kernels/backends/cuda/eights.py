@@ -33,9 +33,9 @@ def cluster_by_eight(needs: BoolArray, cost: Cost) -> list[IntArray]:
 
         >>> def count(sets): return sets.sum(axis=1).astype(float)
         >>> kinds = np.eye(2, dtype=bool)
-        >>> [s.tolist() for s in eights(kinds[[0, 1] * 8], count)]
+        >>> [s.tolist() for s in cluster_by_eight(kinds[[0, 1] * 8], count)]
         [[0, 2, 4, 6, 8, 10, 12, 14], [1, 3, 5, 7, 9, 11, 13, 15]]
-        >>> [s.tolist() for s in eights(kinds[[0, 0, 1, 0]], count)]
+        >>> [s.tolist() for s in cluster_by_eight(kinds[[0, 0, 1, 0]], count)]
         [[0, 1, 2, 3]]
 
     Args:

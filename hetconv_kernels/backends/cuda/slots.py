@@ -102,7 +102,7 @@ def ranges(live: BoolArray) -> BoolArray:
 
         >>> live = np.zeros((1, 8, 1), bool)
         >>> live[0, :3] = True
-        >>> [RANGES[i] for i in np.flatnonzero(ranges(live))]
+        >>> [TILE_RANGES[i] for i in np.flatnonzero(ranges(live))]
         [(0, 4)]
 
     Args:

@@ -14,7 +14,7 @@ warpgroups, the other 1 and 9:
     >>> from hetconv_kernels import Support
     >>> from hetconv_kernels.problem import make_geometry
     >>> s = Support.het(128, 128, 3, p=2)
-    >>> tables = lower(s, wide_windows(make_geometry(s, 1, 1), (28, 28), False)[0])
+    >>> tables = lower_wide(s, wide_windows(make_geometry(s, 1, 1), (28, 28), False)[0])
     >>> tables.rows[0, :, 0].tolist(), tables.blocks[:, [9, 11]].tolist()
     ([0, 64], [[9, 1], [1, 9]])
 

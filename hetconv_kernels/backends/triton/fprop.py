@@ -13,7 +13,7 @@ import triton.language as tl
 
 # Bits of a step word, lowest first: tap column, tap row, then the channel block.
 TAP_BITS = 5
-# Places of the fields of a class in the geometry table; `geometry.GATHER` has them for the host.
+# Places of the fields of a class in the geometry table; `geometry.GATHER_LINE` is the host's.
 SEGMENTS = tl.constexpr(0)  # of filters
 HEIGHT = tl.constexpr(1)  # pixels that this class computes in one image, rows and columns
 WIDTH = tl.constexpr(2)
@@ -111,7 +111,7 @@ def fprop_kernel_gather(
         words: channel block, tap row and tap column of each step, and one spare.  # int32
         starts: first step of each segment of each class, and the end.  # int32
         rows: filters of each segment: all of them (SCATTER), or the first of each over ROW_UNIT.
-        geometry: `geometry.GATHER` of each class.  # int64 [classes, fields]
+        geometry: `geometry.GATHER_LINE` of each class.  # int64 [classes, fields]
         scale: per filter, or None.  # [F]
         shift: per filter, or None.  # [F]
         residual: laid out as y, or None.

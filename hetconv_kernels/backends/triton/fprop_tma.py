@@ -75,7 +75,7 @@ def fprop_kernel_tma(
         starts: first step of each segment of each list, and the end; then which list the tiles of
             a row and of a column run (see `borders`).  # int32
         rows: filters of each segment: all of them (SCATTER), or the first of each over ROW_UNIT.
-        geometry: `geometry.GATHER` of each class, and the images.  # int64 [classes, fields]
+        geometry: `geometry.GATHER_LINE` of each class, and the images.  # int64 [classes, fields]
         scale: per filter, or None.  # [F]
         shift: per filter, or None.  # [F]
         residual: laid out as y, or None.

@@ -13,13 +13,13 @@ from ...problem import Geometry
 from ..gpu.axes import Axis, Size
 
 # A line for each class of fprop and dgrad; `fprop` says what the fields mean.
-GATHER = np.dtype([(name, np.int64) for name in (
+GATHER_LINE = np.dtype([(name, np.int64) for name in (
     "segments", "height", "width", "pixels", "load_h", "load_w", "base_h", "base_w", "tap_h",
     "tap_w", "image_h", "image_w", "x_n", "x_h", "x_w", "x_c", "store_h", "store_w", "first_h",
     "first_w", "y_n", "y_h", "y_w", "y_c", "channels", "taps", "lists",
 )])  # fmt: skip
 # The one line of wgrad; see `wgrad`.
-WGRAD = np.dtype([(name, np.int64) for name in (
+WGRAD_LINE = np.dtype([(name, np.int64) for name in (
     "height", "width", "pixels", "split", "stride_h", "stride_w", "pad_h", "pad_w", "dilation_h",
     "dilation_w", "image_h", "image_w", "x_n", "x_h", "x_w", "x_c", "y_n", "y_h", "y_w", "y_c",
     "channels", "filters", "partial", "first",
@@ -51,9 +51,9 @@ def geometry_table(
         lists: of boxes, where the lists of each class are found (see `borders`).
 
     Returns:
-        One line for each class.  # int64 [classes, fields of GATHER]
+        One line for each class.  # int64 [classes, fields of GATHER_LINE]
     """
-    table: Any = np.zeros(len(axes), GATHER)
+    table: Any = np.zeros(len(axes), GATHER_LINE)
     table["segments"] = segments
     table["image_h"], table["image_w"] = image
     table["channels"] = channels // units[0]
@@ -94,9 +94,9 @@ def wgrad_table(
         partials: float32 values of one split, and those of them before this launch's.
 
     Returns:
-        The fields of WGRAD.  # int64 [fields]
+        The fields of WGRAD_LINE.  # int64 [fields]
     """
-    table: Any = np.zeros(1, WGRAD)
+    table: Any = np.zeros(1, WGRAD_LINE)
     table["height"], table["width"] = output
     table["pixels"], table["split"] = batch * output[0] * output[1], split
     table["stride_h"], table["stride_w"] = geometry.stride

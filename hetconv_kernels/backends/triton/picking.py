@@ -16,35 +16,35 @@ from . import table
 from .choice import GatherChoice, choice_key, gather_choices
 from .wgrad_choice import WgradChoice, wgrad_choices
 
-AnyChoice = GatherChoice | WgradChoice
+TritonChoice = GatherChoice | WgradChoice
 # Choices that tuning measures, of those that are predicted to be best.
 MOST_TUNED = 8
 
 
-def pick_choice(problem: Problem) -> AnyChoice:
+def pick_choice(problem: Problem) -> TritonChoice:
     """Picks tiles and lowering of a problem; the answer is kept with the Support."""
     key = ("triton choice", *choice_key(problem))
-    found: AnyChoice | None = problem.support.derived.get(key)
+    found: TritonChoice | None = problem.support.derived.get(key)
     if found is None:
         found = problem.support.derived[key] = _picked(problem, all_choices(problem))
     return found
 
 
-def all_choices(problem: Problem) -> list[AnyChoice]:
+def all_choices(problem: Problem) -> list[TritonChoice]:
     """Lists all ways to run a problem, best predicted first."""
-    listed: Sequence[AnyChoice] = (
+    listed: Sequence[TritonChoice] = (
         wgrad_choices(problem) if problem.verb == "wgrad" else gather_choices(problem)
     )
     return sorted(listed, key=lambda c: c.seconds)
 
 
-def _picked(problem: Problem, choices: Sequence[AnyChoice]) -> AnyChoice:
+def _picked(problem: Problem, choices: Sequence[TritonChoice]) -> TritonChoice:
     named = {c.name: c for c in reversed(choices)}
     name = _tuned(problem, choices[:MOST_TUNED]) or table.look_up(problem)
     return named.get(name or "", choices[0])
 
 
-def _tuned(problem: Problem, choices: Sequence[AnyChoice]) -> str | None:
+def _tuned(problem: Problem, choices: Sequence[TritonChoice]) -> str | None:
     """Returns the choice that this user's tuning found best, measuring it where that is on."""
     if problem.device.type != "cuda" or not problem.batch:
         return None
@@ -54,7 +54,7 @@ def _tuned(problem: Problem, choices: Sequence[AnyChoice]) -> str | None:
     return tuning.pick(key, {c.name: attempt(problem, c) for c in choices}, problem.device)
 
 
-def attempt(problem: Problem, choice: AnyChoice) -> Callable[[], object]:
+def attempt(problem: Problem, choice: TritonChoice) -> Callable[[], object]:
     """Returns a call that runs a choice once on random operands, made at its first run."""
     ready: list[Callable[[], object]] = []
 

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .fprop import multiply
 
-# Places of the fields of the geometry table; `geometry.WGRAD` has them for the host.
+# Places of the fields of the geometry table; `geometry.WGRAD_LINE` has them for the host.
 WGRAD_HEIGHT = tl.constexpr(0)  # of y, in pixels
 WGRAD_WIDTH = tl.constexpr(1)
 WGRAD_PIXELS = tl.constexpr(2)  # of all images
@@ -69,7 +69,7 @@ def wgrad_kernel_gather(
         words: channel block, tap row and first tap column of each job (see `fprop`).  # int32
         owners: segment of each job.  # int32
         rows: filters of each segment, -1 for none (SCATTER), or the first of each over ROW_UNIT.
-        geometry: `geometry.WGRAD`.  # int64
+        geometry: `geometry.WGRAD_LINE`.  # int64
         BP: pixels of a step of the loop.
         BF: filters of a slab.
         BC: channels of a slab.

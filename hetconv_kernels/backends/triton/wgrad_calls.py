@@ -149,7 +149,7 @@ class WgradCall:
     def tables(
         self, jobs: Jobs, dy: Tensor, x: Tensor, units: tuple[int, int], split: int, before: int
     ) -> tuple[Tensor, ...]:
-        """Makes the tables that a kernel reads: words, owners, rows and `geometry.WGRAD`.
+        """Makes the tables that a kernel reads: words, owners, rows and `geometry.WGRAD_LINE`.
 
         Args:
             jobs: of the launch.

@@ -68,7 +68,7 @@ def wgrad_kernel_tma(
         words: channel block, tap row and first tap column of each job (see `fprop`).  # int32
         owners: segment of each job.  # int32
         rows: the first filter of each segment, over ROW_UNIT.  # int32
-        geometry: `geometry.WGRAD`; boxes are split evenly here.  # int64
+        geometry: `geometry.WGRAD_LINE`; boxes are split evenly here.  # int64
         BI: images of a box.
         BH: rows of a box, a divisor of OH.
         BW: columns of a box, a divisor of OW.
