@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from hetconv_kernels import stats, timing
+from hetconv_kernels.graph.hooks import Call, hooked
 
 Json = dict[str, Any]
 
@@ -67,28 +68,20 @@ def hooked_runs(
     now = clock or timing.clock(x.device)
     started: dict[str, float] = {}
     spent: dict[str, float] = {}
-    handles = []
-    for name in names:
 
-        def before(_module: Any, _args: Any, name: str = name) -> None:
-            started[name] = now()
+    def before(name: str, _call: Call) -> None:
+        started[name] = now()
 
-        def after(_module: Any, _args: Any, _y: Any, name: str = name) -> None:
-            spent[name] = spent.get(name, 0.0) + now() - started[name]
+    def after(name: str, _call: Call, _y: object) -> None:
+        spent[name] = spent.get(name, 0.0) + now() - started[name]
 
-        module = network.get_submodule(name)
-        handles.append(module.register_forward_pre_hook(before))
-        handles.append(module.register_forward_hook(after))
     runs = []
-    try:
+    with hooked({name: network.get_submodule(name) for name in names}, before, after):
         for _ in range(count + 1):
             spent.clear()
             begin = now()
             network(x)
             runs.append(Run(now() - begin, dict(spent)))
-    finally:
-        for handle in handles:
-            handle.remove()
     return runs[1:]
 
 

@@ -13,6 +13,7 @@ from .. import backends
 from ..backends import choose, predict
 from ..backends.vendor import Vendor, plain_seconds
 from ..nn import SupportConv2d, SupportLinear
+from .hooks import calls_of, without_values
 from .layout import set_module
 
 Layer = SupportConv2d | SupportLinear
@@ -48,12 +49,18 @@ def leave_plain(model: nn.Module, inputs: Sequence[tuple[Any, ...]]) -> tuple[Le
     """
     if backends.forced_code():
         return ()
-    seen = _inputs(model, inputs)
+    candidates = _candidates(model)
+    if not candidates:
+        return ()
+    seen = calls_of(candidates, lambda: [model(*each) for each in inputs], without_values)
     left = []
-    for name, calls in seen.items():
-        layer: Any = model.get_submodule(name)
+    for name, noted in seen.items():
+        layer: Any = candidates[name]
+        if not noted or any(call.keywords for call in noted):
+            continue
+        calls = [call.arguments[0] for call in noted]
         answers = [_reason(layer, x) for x in calls]
-        if not answers or None in answers:
+        if None in answers:
             continue
         plain: Any = layer.to_linear() if isinstance(layer, SupportLinear) else layer.to_conv2d()
         if any(x.dim() == 4 and not x.is_contiguous() for x in calls):
@@ -63,42 +70,28 @@ def leave_plain(model: nn.Module, inputs: Sequence[tuple[Any, ...]]) -> tuple[Le
     return tuple(left)
 
 
-def _inputs(model: nn.Module, inputs: Sequence[tuple[Any, ...]]) -> dict[str, list[Tensor]]:
-    """Runs a network and notes the inputs of the layers that may be replaced, without values."""
+def _candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """Finds the layers that may be replaced, by name."""
     places: dict[int, int] = {}
     for _, module in model.named_modules(remove_duplicate=False):
         for owned in (module, *module.parameters(recurse=False)):
             places[id(owned)] = places.get(id(owned), 0) + 1
-    seen: dict[str, list[Tensor]] = {}
-    handles = []
     parents = {id(c): m for m in model.modules() for c in m.children()}
+    found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         parent = parents.get(id(module))
         if (
-            not isinstance(module, Layer)
-            or parent is None
-            or hasattr(parent, "live_frequencies")
-            or module.backend is not None
-            or not module._owns_weight
-            or module._forward_hooks
-            or module._forward_pre_hooks
-            or any(places[id(o)] > 1 for o in (module, *module.parameters(recurse=False)))
+            isinstance(module, Layer)
+            and parent is not None
+            and not hasattr(parent, "live_frequencies")
+            and module.backend is None
+            and module._owns_weight
+            and not module._forward_hooks
+            and not module._forward_pre_hooks
+            and all(places[id(o)] == 1 for o in (module, *module.parameters(recurse=False)))
         ):
-            continue
-        calls = seen.setdefault(name, [])
-
-        def note(_: nn.Module, arguments: tuple[Any, ...], calls: list[Tensor] = calls) -> None:
-            calls.append(torch.empty_like(arguments[0], memory_format=torch.preserve_format))
-
-        handles.append(module.register_forward_pre_hook(note))
-    try:
-        if handles:
-            for each in inputs:
-                model(*each)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
+            found[name] = module
+    return found
 
 
 def _reason(layer: Layer, x: Tensor) -> str | None:

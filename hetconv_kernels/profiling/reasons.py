@@ -60,8 +60,9 @@ def reason(problem: Problem, code: int) -> tuple[str, str]:
 
 
 def _problem(layer: nn.Module, arguments: tuple[Any, ...]) -> Problem | None:
-    ours = isinstance(layer, SupportConv2d | SupportLinear | FusedConv2d)
-    return layer.problem(*arguments) if ours else None
+    if isinstance(layer, SupportConv2d | SupportLinear | FusedConv2d):
+        return layer.problem(*arguments)
+    return None
 
 
 def predicted(layer: nn.Module, arguments: tuple[Any, ...]) -> float | None:
