@@ -29,8 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report.schema import problems
 from benchmarks.table import lay_out
-from hetconv_kernels.report.schema import problems
 from hetconv_kernels.timing import median_interval
 
 Json = dict[str, Any]

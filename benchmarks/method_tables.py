@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hetconv_kernels.stats import text_table
+from hetconv_kernels import tables
 
 Json = dict[str, Any]
 
@@ -36,7 +36,7 @@ def plain(part: str, records: Sequence[Json]) -> str:
     ]
     tolerance = records[0]["tolerance"] if records else 0
     return (
-        text_table(header, lines)
+        tables.text(header, lines)
         + f"\nwithin: ≥ 50 % fewer MACs, and no more than {tolerance:g} below dense"
     )
 
@@ -54,7 +54,7 @@ def _speed(records: Sequence[Json]) -> str:
         )
         for r in records
     ]
-    return text_table(header, lines)
+    return tables.text(header, lines)
 
 
 def joined(parts: dict[str, Sequence[Json]]) -> Json:

@@ -34,7 +34,7 @@ from benchmarks import method_tables
 from benchmarks.method_rows import NETWORKS, Row, rows, speed_methods
 from benchmarks.problems import PROBLEMS, Problem
 from benchmarks.record import environment
-from hetconv_kernels.report.schema import METHODS_FORMAT, METHODS_SCHEMA, problems
+from benchmarks.report.schema import METHODS_FORMAT, METHODS_SCHEMA, problems
 
 Json = dict[str, Any]
 PARTS = (*PROBLEMS, "speed")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import table
+from hetconv_kernels import tables
 
 Json = dict[str, Any]
 HERE = Path(__file__).resolve().parent
@@ -87,7 +88,7 @@ def grid(name: str = LAYERS, rival: str = "dense") -> str:
     for size in sizes:
         found = [cells.get((size, column)) for column in names]
         lines.append([size, *(f"{r[rival]['ratio']:.2f}" if r else "" for r in found)])
-    return table.markdown(header, lines)
+    return tables.markdown(header, lines)
 
 
 def _column(row: Json) -> str | None:
@@ -163,7 +164,7 @@ def losses(name: str = LAYERS) -> str:
         elif any(row[rival] and row[rival]["ratio"] < 1 for rival in RIVALS):
             cells = (marked(row[rival]) for rival in RIVALS)
             lines.append((row["case"]["name"], describe(row["case"]), *cells))
-    return table.markdown(header, lines, text=2)
+    return tables.markdown(header, lines, left=2)
 
 
 RIVALS = ("dense", "composition", "unfrozen")
@@ -210,7 +211,7 @@ def training(name: str = LAYERS) -> str:
         for row in results(name)["rows"]
         if row["case"]["training"] and "dense" in row
     ]
-    return table.markdown(header, lines)
+    return tables.markdown(header, lines)
 
 
 def networks() -> str:
@@ -235,7 +236,7 @@ def networks() -> str:
                 interval = f"{found['low']:.2f} to {found['high']:.2f}"
                 cells += [engine, marked(found), interval]
             lines.append(cells)
-    return table.markdown(header, lines)
+    return tables.markdown(header, lines)
 
 
 def images(case: Json) -> str:
@@ -288,7 +289,7 @@ def methods_table(part: str = "digits", only_papers: bool = False) -> str:
                 f"{low:.2f} to {high:.2f}",
             )
         )
-    return table.markdown(header, lines, text=2)
+    return tables.markdown(header, lines, left=2)
 
 
 def _methods_speed() -> str:
@@ -301,7 +302,7 @@ def _methods_speed() -> str:
         lines.append(
             (row["network"], row["name"], f"{fewer:.2f}", marked({"ratio": ratio}), interval)
         )
-    return table.markdown(header, lines, text=2)
+    return tables.markdown(header, lines, left=2)
 
 
 def methods_grid() -> str:
@@ -315,7 +316,7 @@ def methods_grid() -> str:
     }
     names = dict.fromkeys(name for name, _ in cells)
     lines = [[name, *(cells.get((name, one), "") for one in networks_seen)] for name in names]
-    return table.markdown(["method", *networks_seen], lines)
+    return tables.markdown(["method", *networks_seen], lines)
 
 
 def methods_provenance(part: str) -> str:
@@ -338,7 +339,7 @@ def training_networks() -> str:
                 interval = f"{found['low']:.2f} to {found['high']:.2f}" if found else ""
                 ratio = marked(found) if found else "MISMATCH"
                 lines.append((name, ratio, interval, marked(row.get("composition"))))
-    return table.markdown(header, lines) if lines else "None is committed yet."
+    return tables.markdown(header, lines) if lines else "None is committed yet."
 
 
 def right_picks() -> str:

@@ -145,7 +145,7 @@ def test_an_unknown_part_is_refused(hooks: dict[str, Any]) -> None:
 
 def test_the_help_of_every_command_is_on_the_page(hooks: dict[str, Any]) -> None:
     text = hooks["command_help"]()
-    for name in ("info", "explain", "demo", "compress", "quantize", "profile", "report", "bench"):
+    for name in ("info", "explain", "demo", "compress", "quantize", "profile", "bench"):
         assert f"## hetconv {name}\n" in text
         assert f"usage: hetconv {name}" in text
 

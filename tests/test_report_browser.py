@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from hetconv_kernels.report import write_report
+from benchmarks.report import write_report
 
 COMMITTED = Path(__file__).parents[1] / "benchmarks" / "results"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

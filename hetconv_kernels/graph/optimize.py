@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import stats
+from .. import tables
 from ..errors import HetconvError
 from ..nn.base import SupportLayer
 from . import trace
@@ -96,7 +96,7 @@ class OptimizeReport:
             lines += ["", f"frozen, as they are: {', '.join(self.frozen)}"]
         if self.untraced:
             rows = [(left.name or "(the model)", left.reason) for left in self.untraced]
-            lines += ["", stats.text_table(("not traced", "because"), rows)]
+            lines += ["", tables.text(("not traced", "because"), rows)]
         return "\n".join(lines)
 
 

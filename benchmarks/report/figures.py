@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import HetconvError
+from hetconv_kernels.errors import HetconvError
+
 from .colours import FAMILY_MARKS, light, themed
 from .results import Json, Point, Roof
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import ArgumentError, FileError, mismatch
+from hetconv_kernels.errors import ArgumentError, FileError, mismatch
+
 from .schema import SCHEMA_VERSION, problems
 
 Json = dict[str, Any]
@@ -224,3 +225,15 @@ def _point(row: Json) -> Point:
 def _device(row: Json) -> str:
     case = row.get("case")
     return str(case.get("device", "cpu")) if isinstance(case, dict) else "cpu"
+
+
+def verdict(estimate: Json, reasons: Sequence[str] = ()) -> str:
+    """Says ``win`` or ``lose`` when the whole interval is on that side of 1, else ``even``.
+
+    Where the measurement was disturbed it is ``disturbed``, whatever the interval.
+    """
+    if reasons:
+        return "disturbed"
+    if estimate["low"] > 1:
+        return "win"
+    return "lose" if estimate["high"] < 1 else "even"

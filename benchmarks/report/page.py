@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 
-from .._version import __version__
+from hetconv_kernels._version import __version__
+
 from . import tables
 from .colours import css_variables
 from .figures import Picture, layer_bars, roofline, scatter
@@ -95,7 +96,8 @@ script-src 'unsafe-inline'; img-src data:">
 <main>
 {parts}
 </main>
-<footer>Written by <code>hetconv report</code>, hetconv_kernels {html.escape(__version__)}.</footer>
+<footer>Written by <code>python -m benchmarks.report</code> of
+hetconv_kernels {html.escape(__version__)}.</footer>
 <script>
 {_asset("page.js")}</script>
 </body>
