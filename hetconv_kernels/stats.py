@@ -182,6 +182,14 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
+def macs_with(rows: Sequence[LayerMacs], live: dict[str, int]) -> int:
+    """Counts multiply-accumulates when some layers have this many live weights."""
+    return sum(
+        row.positions * live[row.name] if row.dense and row.name in live else row.macs
+        for row in rows
+    )
+
+
 def _input(
     model: nn.Module, input_size: Sequence[int] | Tensor
 ) -> tuple[list[int], torch.dtype, torch.device]:

@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,30 @@ def test_killed_within_an_epoch_of_adam(tmp_path: Path) -> None:
     calls = 100
     whole = run(Columns(epochs=4), **(options | {"state": None}))
     assert_same_network(resumed.model, whole.model)
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_training_that_diverges_stops_before_its_epoch_is_kept(
+    loss: float, tmp_path: Path
+) -> None:
+    added = [0.0, loss]  # the second epoch diverges
+
+    def train_step(model: nn.Module, batch: Any) -> torch.Tensor:
+        if train_step.batches == 4:
+            added.pop(0)
+        train_step.batches += 1
+        return nn.functional.cross_entropy(model(batch[0]), batch[1]) + added[0]
+
+    train_step.batches = 0
+    options = {"train_step": train_step, "state": tmp_path / "state.pt"}
+    expected = r"mean loss of train, epoch 2/2: received (nan|inf).*smaller learning rate"
+    with pytest.raises(HetconvError, match=expected):
+        run(Columns(), **options)
+    kept = torch.load(options["state"], weights_only=True)
+    assert all(torch.isfinite(v).all() for v in _tensors(kept))
+    added[:] = [0.0, 0.0]
+    assert len(run(Columns(), **options).history) == len(run(Columns()).history)
+    assert train_step.batches == 4 + 4 + 4  # the first epoch was kept
 
 
 def test_a_finished_run_is_not_done_again(tmp_path: Path) -> None:
@@ -202,3 +227,12 @@ def test_the_state_of_an_earlier_version_is_one_sentence(tmp_path: Path) -> None
     torch.save(content | {"format": "hetconv_kernels.compress/1"}, path)
     with pytest.raises(HetconvError, match=r"format of the state .*received hetconv_kernels\.com"):
         run(Columns(epochs=1), state=path)
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Goes through the floating-point tensors of nested containers."""
+    if isinstance(value, torch.Tensor):
+        yield from [value] if value.is_floating_point() else []
+    elif isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import models
-from ..datasets import Dataset, cifar10, digits, shifted_and_flipped
+from ..datasets import Dataset, digits, read, shifted_and_flipped
 from ..errors import ArgumentError, HetconvError, InputTypeError, SpeedupError, mismatch
 from ..factory import call_factory, is_factory
 from ..files import write_text, writing
@@ -50,8 +50,8 @@ METHODS: dict[str, type[Method]] = {
     "frequency": FrequencyPruning,
     "admm": ADMM,
 }
-# Those whose images the command reads: digits and CIFAR-10.
-_NETWORKS = ("digits_net", "vgg16_cifar", "resnet20", "resnet56", "resnet110")
+# Those whose images the command reads: digits, MNIST and CIFAR-10.
+_NETWORKS = ("digits_net", "lenet5", "vgg16_cifar", "resnet20", "resnet56", "resnet110")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,13 +59,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("method", choices=METHODS, metavar="METHOD", help=", ".join(METHODS))
     add("--data", default="digits",
-        help="digits (of scikit-learn, the default), a folder with CIFAR-10's binary files, or "
+        help="digits (of scikit-learn, the default), a folder with MNIST's IDX files or "
+        "CIFAR-10's binary files, or "
         "module:function, which returns batches (images, labels) to train on, to decide by and "
         "for the report: three iterables, such as DataLoaders")  # fmt: skip
     add("--validation", type=whole(), default=5000,
-        help="training images of a CIFAR-10 folder to decide by (5000)")  # fmt: skip
+        help="training images of such a folder to decide by (5000)")  # fmt: skip
     add("--model", metavar="MODEL",
-        help=f"{', '.join(_NETWORKS)} (digits_net for the digits, else vgg16_cifar), or "
+        help=f"{', '.join(_NETWORKS)} (digits_net for the digits, lenet5 for MNIST, else "
+        "vgg16_cifar), or "
         "module:function, which returns a network")  # fmt: skip
     add("--weights", type=Path, help="a state dict of the trained network; otherwise it is trained")
     add("--train-epochs", type=whole(0), default=20, help="of that training (20)")
@@ -109,8 +111,7 @@ def run(options: argparse.Namespace) -> int:
         raise ArgumentError(mismatch("--batch", options.batch, "at least 2"))
     check_device(options.device)
     data = read_data(options.data, options.batch, options.validation)
-    own = {"digits": "digits_net"}.get(options.data, "vgg16_cifar")
-    name = options.model or own
+    name = options.model or network_for(_first(data.test, "test")[0])
     training = sgd(data, options.learning_rate)
     model = dense(
         name, options.weights, training, options.train_epochs, options.seed, options.out,
@@ -186,7 +187,19 @@ def read_data(text: str, batch: int, validation: int) -> Batches:
         return Batches(train, decide, report, "the test data")
     if text == "digits":
         return _batches(digits(), batch, augment=False)
-    return _batches(cifar10(text, validation), batch, augment=True)
+    found = read(text, validation)
+    return _batches(found, batch, augment=is_colour(found))
+
+
+def is_colour(data: Dataset) -> bool:
+    """Tells photographs from digits, which must not be mirrored."""
+    return data.train.images.shape[1] == 3
+
+
+def network_for(images: Tensor) -> str:
+    """Names the network for images of this size that a command takes by default."""
+    fitting = (name for name in _NETWORKS if models.input_size(name) == images.shape[1:])
+    return next((n for n in fitting if n.startswith(("digits", "lenet"))), "vgg16_cifar")
 
 
 def _batches(data: Dataset, batch: int, augment: bool) -> Batches:

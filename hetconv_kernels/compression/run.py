@@ -26,7 +26,7 @@ from ..support import Support
 from . import ranks
 from .interfaces import Interfaces, find_interfaces
 from .progress import Progress
-from .schedule import step_decay
+from .schedule import check_loss, step_decay
 from .state import StateFile
 from .training import Training, seeded
 
@@ -154,19 +154,25 @@ class Run:
             penalty: computes what is added to the loss of each batch.
             after_step: called after each step of the optimiser.
             decay: whether the learning rate falls to a tenth after a third and after two thirds.
+
+        Raises:
+            HetconvError: the training diverged: the mean loss of an epoch is not finite.
         """
         self._optimizer = self._parallel = None
         for epoch in range(epochs):
             last = epoch + 1 == epochs
             scale = step_decay(epoch, epochs) if decay else 1.0
 
-            def one(scale: float = scale, last: bool = last) -> dict[str, float]:
+            name = f"{what}, epoch {epoch + 1}/{epochs}"
+
+            def one(scale: float = scale, last: bool = last, name: str = name) -> dict[str, float]:
                 loss = self._epoch(scale, penalty, after_step)
+                check_loss(name, loss)
                 if last:
                     self._optimizer = self._parallel = None
                 return {"loss": loss}
 
-            self.round(f"{what}, epoch {epoch + 1}/{epochs}", one)
+            self.round(name, one)
             self._epochs += 1
 
     @contextlib.contextmanager
@@ -314,7 +320,9 @@ class Run:
 
     def macs(self) -> int:
         """Counts the multiply-accumulates of the network as masked, for the example."""
-        return macs_with(self.dense_rows, {name: int(m.sum()) for name, m in self.masks.items()})
+        return stats.macs_with(
+            self.dense_rows, {name: int(m.sum()) for name, m in self.masks.items()}
+        )
 
     def check_ranks(self) -> None:
         """Makes sure that all ranks have the same masks.
@@ -379,14 +387,6 @@ def support_of(mask: Tensor) -> Support:
     """Makes a Support of a mask [F, C, KH, KW] or [F, C]."""
     array = mask.detach().cpu().numpy()
     return Support.from_mask(array if array.ndim == 4 else array[:, :, None, None])
-
-
-def macs_with(rows: list[stats.LayerMacs], live: dict[str, int]) -> int:
-    """Counts multiply-accumulates when some layers have this many live weights."""
-    return sum(
-        row.positions * live[row.name] if row.dense and row.name in live else row.macs
-        for row in rows
-    )
 
 
 def _is_locked(run: Run, name: str) -> bool:

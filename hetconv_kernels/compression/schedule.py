@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
 
-from ..errors import ArgumentError, mismatch
+from ..errors import ArgumentError, HetconvError, mismatch
 from ..masks import BoolArray
 
 
@@ -58,6 +59,22 @@ def check_positive(name: str, value: float, zero: bool = False) -> None:
     if not number or not (value >= 0 if zero else value > 0) or not value < float("inf"):
         least = "a finite number, at least 0" if zero else "a finite number above 0"
         raise ArgumentError(mismatch(name, repr(value), least))
+
+
+def check_loss(name: str, loss: float) -> None:
+    """Refuses a training that diverged; ``name`` is of its epoch.
+
+    Raises:
+        HetconvError: the mean loss is not finite.
+    """
+    if not math.isfinite(loss):
+        raise HetconvError(
+            mismatch(
+                f"mean loss of {name}", loss, "a finite number",
+                "The training diverged: take a smaller learning rate, or look at the data. "
+                "Nothing of this epoch was kept.",
+            )
+        )  # fmt: skip
 
 
 def weakest(

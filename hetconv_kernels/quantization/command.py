@@ -13,9 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from .. import io
-from ..compression.command import _NETWORKS, accuracy, dense, train, trainer
+from ..compression.command import (
+    _NETWORKS,
+    accuracy,
+    dense,
+    is_colour,
+    network_for,
+    train,
+    trainer,
+)
 from ..compression.training import Training
-from ..datasets import Dataset, cifar10, digits
+from ..datasets import Dataset, digits, read
 from ..errors import ArgumentError, HetconvError, mismatch
 from ..files import write_text
 from .checks import RANGES
@@ -32,11 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("file", nargs="?", type=Path, metavar="FILE",
         help="a network that hetconv_kernels.io saved, such as a compressed one")  # fmt: skip
     add("--data", default="digits",
-        help="digits (of scikit-learn, the default), or a folder of CIFAR-10")  # fmt: skip
+        help="digits (of scikit-learn, the default), or a folder of MNIST or CIFAR-10")  # fmt: skip
     add("--validation", type=int, default=5000,
-        help="training images of a CIFAR-10 folder to judge by (5000)")  # fmt: skip
+        help="training images of such a folder to judge by (5000)")  # fmt: skip
     add("--model", choices=_NETWORKS, metavar="MODEL",
-        help=f"{', '.join(_NETWORKS)} (digits_net for the digits, else vgg16_cifar)")  # fmt: skip
+        help=f"{', '.join(_NETWORKS)} (digits_net for the digits, lenet5 for MNIST, else "
+        "vgg16_cifar)")  # fmt: skip
     add("--weights", type=Path, help="a state dict of the trained network; otherwise it is trained")
     add("--train-epochs", type=int, default=20, help="of that training (20)")
     add("--images", type=int, default=512, help="training images to calibrate on (512)")
@@ -68,16 +77,15 @@ def run(options: argparse.Namespace) -> int:
         HetconvError: data, weights or the file cannot be read, or results not be written.
         ArgumentError: a value is out of range.
     """
-    small = options.data == "digits"
     if min(options.batch, options.images) < 1 or min(options.train_epochs, options.qat_epochs) < 0:
         received = options.batch, options.images, options.train_epochs, options.qat_epochs
         raise ArgumentError(
             mismatch("--batch, --images, --train-epochs, --qat-epochs", received,
                      "at least 1, 1, 0 and 0")
         )  # fmt: skip
-    data = digits() if small else cifar10(options.data, options.validation)
-    training = trainer(data, max(options.batch, 2), 0.01, not small)
-    model = _network(options, training, small).eval()
+    data = digits() if options.data == "digits" else read(options.data, options.validation)
+    training = trainer(data, max(options.batch, 2), 0.01, is_colour(data))
+    model = _network(options, training, data).eval()
     choices: dict[str, Any] = {
         "observer": options.observer,
         "percentile": options.percentile,
@@ -116,13 +124,13 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _network(options: argparse.Namespace, training: Training, small: bool) -> nn.Module:
+def _network(options: argparse.Namespace, training: Training, data: Dataset) -> nn.Module:
     if options.file is not None:
         try:
             return io.load(options.file, device=options.device)
         except FileNotFoundError as error:
             raise HetconvError(f"{options.file} is not there.") from error
-    name = options.model or ("digits_net" if small else "vgg16_cifar")
+    name = options.model or network_for(data.test.images)
     return dense(
         name, options.weights, training, options.train_epochs, options.seed, options.out,
         options.device,
