@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +122,24 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
     while free := {name for name, wanted in arrows.items() if not wanted & set(arrows) - {name}}:
         arrows = {name: wanted for name, wanted in arrows.items() if name not in free}
     assert arrows == {}, "these import one another"
+
+
+def test_a_module_imports_from_its_floor_and_from_those_below() -> None:
+    """The floors are those of the picture in docs/design.md; every module is on one."""
+    house = runpy.run_path(str(ROOT / "docs" / "rooms.py"))
+    floors = {name: house["room_of"](name.partition(".")[2]) for name in modules()}
+    assert set(floors.values()) == set(range(len(house["ROOMS"])))
+    known = {name.partition(".")[2] for name in floors}
+    for room in house["ROOMS"]:
+        gone = [name for name in room.modules if name not in known and name != "__main__"]
+        assert gone == [], room.title
+    upwards = [
+        f"{name} imports {other}"
+        for name in floors
+        for other in top_level_imports(name, {"hetconv_kernels", *floors}) & set(floors)
+        if floors[other] < floors[name]
+    ]
+    assert upwards == []
 
 
 def top_level_imports(name: str, names: set[str]) -> set[str]:
