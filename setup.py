@@ -157,7 +157,7 @@ PARTS = (
         only={
             "wide_fprop": ("90a",),  # wgmma
             "wide_rate": ("90a",),
-            "narrow_boxes": ("90a", "100", "120"),  # TMA
+            "narrow_tma": ("90a", "100", "120"),  # TMA
         },
     ),
 )

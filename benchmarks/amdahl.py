@@ -22,17 +22,16 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from hetconv_kernels import stats, timing
-from hetconv_kernels.graph.hooks import Call, hooked
+from hetconv_kernels.files import Json
+from hetconv_kernels.graph.hooks import LayerCall, hooked
 
-Json = dict[str, Any]
 
-
-class Run(NamedTuple):
+class TimedRun(NamedTuple):
     """One run of a network.
 
     Attributes:
@@ -55,7 +54,7 @@ def hooked_runs(
     names: Iterable[str],
     count: int,
     clock: Callable[[], float] | None = None,
-) -> list[Run]:
+) -> list[TimedRun]:
     """Runs a network and notes when its layers begin and end; the first run is not counted.
 
     Args:
@@ -69,10 +68,10 @@ def hooked_runs(
     started: dict[str, float] = {}
     spent: dict[str, float] = {}
 
-    def before(name: str, _call: Call) -> None:
+    def before(name: str, _call: LayerCall) -> None:
         started[name] = now()
 
-    def after(name: str, _call: Call, _y: object) -> None:
+    def after(name: str, _call: LayerCall, _y: object) -> None:
         spent[name] = spent.get(name, 0.0) + now() - started[name]
 
     runs = []
@@ -81,11 +80,11 @@ def hooked_runs(
             spent.clear()
             begin = now()
             network(x)
-            runs.append(Run(now() - begin, dict(spent)))
+            runs.append(TimedRun(now() - begin, dict(spent)))
     return runs[1:]
 
 
-def speedup(run: Run, ratios: Mapping[str, float]) -> float:
+def speedup(run: TimedRun, ratios: Mapping[str, float]) -> float:
     """Computes the bound of one run.
 
     Args:
@@ -96,7 +95,7 @@ def speedup(run: Run, ratios: Mapping[str, float]) -> float:
     return run.total / after
 
 
-def bound(runs: Sequence[Run], ratios: Mapping[str, float]) -> Json:
+def bound(runs: Sequence[TimedRun], ratios: Mapping[str, float]) -> Json:
     """Describes the run whose bound is the median one.
 
     Returns:
@@ -112,7 +111,7 @@ def bound(runs: Sequence[Run], ratios: Mapping[str, float]) -> Json:
     }
 
 
-def mac_ratios(
+def layer_mac_ratios(
     dense: nn.Module, sparse: nn.Module, x: Tensor, names: Iterable[str]
 ) -> dict[str, float]:
     """Counts for each layer how many times fewer multiply-accumulates the sparse network does."""
@@ -129,6 +128,6 @@ def mac_ratios(
     return {name: macs / sides[1][name] for name, macs in sides[0].items() if sides[1][name]}
 
 
-def medians(runs: Sequence[Run]) -> dict[str, float]:
+def medians(runs: Sequence[TimedRun]) -> dict[str, float]:
     """Returns the median seconds of each layer."""
     return {name: statistics.median(run.layers[name] for run in runs) for name in runs[0].layers}

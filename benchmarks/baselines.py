@@ -22,7 +22,7 @@ from benchmarks.cases import Case
 MOST_GATHERED_GROUPS = 64
 
 
-def dense(case: Case, weight: Tensor) -> nn.Module:
+def dense_baseline(case: Case, weight: Tensor) -> nn.Module:
     """The whole layer as one ``nn.Conv2d``; dead weights are zeros that it multiplies with."""
     return _conv(case.c, case.f, case.k, weight, stride=case.stride)
 

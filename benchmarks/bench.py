@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,14 +14,13 @@ from benchmarks import baselines, gate
 from benchmarks.cases import Case
 from hetconv_kernels import ops, timing
 from hetconv_kernels.packing import dense_weight, live_weight
-from hetconv_kernels.problem import Problem, make_geometry
+from hetconv_kernels.problem import VERBS, Problem, make_geometry
+from hetconv_kernels.timing import Call
 
-VERBS = ("fprop", "dgrad", "wgrad")
-STEP = "step"  # all three in turn: what a training step runs
+TRAINING_STEP = "step"  # all three in turn: what a training step runs
 LAST = torch.channels_last
 # Measured beside the engine that was asked for, where they take a row.
 ENGINES = ("triton", "cuda")
-Call = Callable[[], Any]
 
 
 class Bench:
@@ -58,7 +57,9 @@ class Bench:
             self.inputs.append(self.inputs[0].clone(memory_format=torch.preserve_format))
             self.grads.append(self.grads[0].clone(memory_format=torch.preserve_format))
         module, self.compiled = self._composition(), compiled
-        self.variants = {verb: dict(self._variants(verb, module)) for verb in (*VERBS, STEP)}
+        self.variants = {
+            verb: dict(self._variants(verb, module)) for verb in (*VERBS, TRAINING_STEP)
+        }
 
     def described(self, verb: str) -> Problem:
         """Describes the calls of a verb."""
@@ -67,18 +68,18 @@ class Bench:
         second = x if verb == "wgrad" else first
         return ops.describe(verb, self.geometry, first, second, w, tuple(x.shape[2:]))
 
-    def check(self, verb: str, name: str) -> gate.Match:
+    def check(self, verb: str, name: str) -> gate.Agreement:
         """Compares one variant of a verb with float64; dead gradients do not count."""
         matches = []
         found = self.variants[verb][name][0]()
-        verbs = VERBS if verb == STEP else (verb,)
-        for each, result in zip(verbs, found if verb == STEP else (found,), strict=True):
+        verbs = VERBS if verb == TRAINING_STEP else (verb,)
+        for each, result in zip(verbs, found if verb == TRAINING_STEP else (found,), strict=True):
             # A composition's gradients of its own, differently shaped weights are not ours.
             if not isinstance(result, tuple):
                 matches.append(self._match(each, name, result))
-        return max(matches, key=lambda match: match.worst, default=gate.Match(True, 0.0, 0.0))
+        return max(matches, key=lambda match: match.worst, default=gate.Agreement(True, 0.0, 0.0))
 
-    def _match(self, verb: str, name: str, result: Tensor) -> gate.Match:
+    def _match(self, verb: str, name: str, result: Tensor) -> gate.Agreement:
         if verb == "wgrad" and not name.startswith("ours"):
             result = dense_weight(self.support, result, result.dtype)
         value, bound = self._truth(verb)
@@ -141,7 +142,7 @@ class Bench:
 
     def _others(self, verb: str) -> Iterator[tuple[str, int]]:
         """Lists our other engines that take this verb; of a training step, all its verbs."""
-        problems = [self.described(each) for each in (VERBS if verb == STEP else (verb,))]
+        problems = [self.described(each) for each in (VERBS if verb == TRAINING_STEP else (verb,))]
         for name in ENGINES:
             code = hk.backends.CODES[name]
             if code == self.code or name not in hk.available_backends(self.case.device):
@@ -153,7 +154,7 @@ class Bench:
     def _ours(self, verb: str, x: Tensor, dy: Tensor, code: int) -> Call:
         geometry, w, live = self.geometry, self.weight, self.live
         size, shape = tuple(x.shape[2:]), tuple(w.shape)
-        if verb == STEP:
+        if verb == TRAINING_STEP:
             parts = [self._ours(each, x, dy, code) for each in ("unfrozen", "dgrad", "wgrad")]
             return lambda: tuple(part() for part in parts)
         if verb == "dgrad":
@@ -169,7 +170,7 @@ class Bench:
         if verb == "fprop":
             return lambda: torch.conv2d(x, w, None, case.stride, case.k // 2)
         part = (w, case.stride, case.k // 2, 1)
-        if verb == STEP:
+        if verb == TRAINING_STEP:
             forward = self._dense("fprop", x, dy)
             return lambda: (forward(), *self._backward(verb, x, dy, *part))
         return lambda: self._backward(verb, x, dy, *part)[0]
@@ -187,7 +188,7 @@ class Bench:
             dx = found[0][0] if len(found) == 1 else found[0][0] + found[1][0]
             return dx if verb == "dgrad" else (dx, tuple(grads[1] for grads in found))
 
-        return (lambda: (module(x), *run())) if verb == STEP else run
+        return (lambda: (module(x), *run())) if verb == TRAINING_STEP else run
 
     @staticmethod
     def _backward(

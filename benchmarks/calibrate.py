@@ -5,8 +5,9 @@
     python -m benchmarks.calibrate --device cuda [--results DIR] [--out FILE]
 
 Measures random layers on both backends beside both predictions, fits the seconds of
-`hetconv_kernels.backends.rates` to every second row, and reports on the other rows, which no fit
-has seen, how often the committed predictions pick the faster backend and what a wrong pick costs.
+`hetconv_kernels.backends.cost_model` to every second row, and reports on the other rows, which no
+fit has seen, how often the committed predictions pick the faster backend and what a wrong pick
+costs.
 On a GPU, see `benchmarks.calibrate_gpu`.
 """
 
@@ -21,7 +22,6 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,14 +31,14 @@ from benchmarks.record import environment
 from hetconv_kernels import ops
 from hetconv_kernels.backends import get_backend
 from hetconv_kernels.backends.cpu import Cpu, _tile_columns
+from hetconv_kernels.files import Json
 from hetconv_kernels.problem import make_geometry
 from hetconv_kernels.timing import interleaved
 
-Row = dict[str, Any]
 SHOWN = ("vendor_s", "predicted_vendor_s", "cpu_s", "predicted_cpu_s")
 
 
-def supports(
+def drawn_supports(
     channels: int, filters: int, kernel: int, rng: np.random.Generator
 ) -> list[hk.Support]:
     """Lists Supports of every kind for one shape."""
@@ -54,7 +54,7 @@ def supports(
     return found
 
 
-def layers(count: int) -> list[tuple[hk.Support, int, int, int]]:
+def drawn_layers(count: int) -> list[tuple[hk.Support, int, int, int]]:
     """Draws layers: (Support, batch, image side, stride)."""
     rng, choice = np.random.default_rng(0), random.Random(0)
     shapes = [
@@ -71,11 +71,11 @@ def layers(count: int) -> list[tuple[hk.Support, int, int, int]]:
     picked = []
     for _ in range(count):
         c, f, k, n, side, stride = choice.choice(shapes)
-        picked.append((choice.choice(supports(c, f, k, rng)), n, side, stride))
+        picked.append((choice.choice(drawn_supports(c, f, k, rng)), n, side, stride))
     return picked
 
 
-def measure(support: hk.Support, n: int, side: int, stride: int, rounds: int) -> Row:
+def measure_layer(support: hk.Support, n: int, side: int, stride: int, rounds: int) -> Json:
     """Times one layer on both backends, interleaved, on the frozen weight."""
     kernel = support.kernel[0]
     geometry = make_geometry(support, stride, kernel // 2, frozen=True)
@@ -110,7 +110,7 @@ def measure(support: hk.Support, n: int, side: int, stride: int, rounds: int) ->
     }
 
 
-def fit(rows: list[Row], terms: tuple[str, ...], time: str) -> dict[str, float]:
+def fit_terms(rows: list[Json], terms: tuple[str, ...], time: str) -> dict[str, float]:
     """Fits seconds as a sum of non-negative terms and a constant, by relative error.
 
     Reweighted so that it is about the sum of absolute errors: few rows far off, as a shared machine
@@ -132,7 +132,7 @@ def fit(rows: list[Row], terms: tuple[str, ...], time: str) -> dict[str, float]:
     return {names[i]: float(v / norm[i]) for i, v in zip(active, solution, strict=True)}
 
 
-def judge(rows: list[Row]) -> dict[str, float]:
+def judge_picks(rows: list[Json]) -> dict[str, float]:
     """Reports how often the faster backend is picked, and the cost of the worst wrong pick."""
     right, worst = 0, 1.0
     for r in rows:
@@ -158,21 +158,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return calibrate_gpu.main(options.results, options.out)
     rows = []
-    for support, n, side, stride in layers(options.count):
-        rows.append(measure(support, n, side, stride, options.rounds))
+    for support, n, side, stride in drawn_layers(options.count):
+        rows.append(measure_layer(support, n, side, stride, options.rounds))
         row, micros = rows[-1], [round(rows[-1][name] * 1e6) for name in SHOWN]
         print(f"{row['layer']:<62} {micros} us  x{row['ratio']:.2f}", flush=True)
     half = rows[::2]
     print(f"seconds fitted to every second row, on {torch.get_num_threads()} threads:")
-    print("  dense  ", fit(half, ("macs", "weights", "bytes"), "vendor_s"))
+    print("  dense  ", fit_terms(half, ("macs", "weights", "bytes"), "vendor_s"))
     for name in ("filters", "pixels"):
         of_form = [r for r in half if (r["form"] == "filters") == (name == "filters")]
-        print(f"  {name:<7}", fit(of_form, ("operations", "loads", "images", "packed"), "cpu_s"))
+        print(
+            f"  {name:<7}", fit_terms(of_form, ("operations", "loads", "images", "packed"), "cpu_s")
+        )
     errors = [abs(np.log(r["predicted_cpu_s"] / r["cpu_s"])) for r in rows[1::2]]
     print(f"median error of the cpu prediction: x{np.exp(statistics.median(errors)):.2f}")
-    print("on the rows not used for fitting:", judge(rows[1::2]))
+    print("on the rows not used for fitting:", judge_picks(rows[1::2]))
     if options.out:
-        found = {"environment": environment(), "unseen": judge(rows[1::2]), "rows": rows}
+        found = {"environment": environment(), "unseen": judge_picks(rows[1::2]), "rows": rows}
         options.out.write_text(json.dumps(found, indent=1) + "\n")
     return 0
 

@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.bench import ENGINES
 from benchmarks.cases import GPU_CASES
-from benchmarks.tune import problems
+from benchmarks.tune import problems_of
 from hetconv_kernels.backends import UNMEASURED_MARGIN, available_backends, get_backend
 from hetconv_kernels.backends.gpu import constants
 from hetconv_kernels.backends.gpu.constants import GpuConstants
@@ -31,7 +32,6 @@ from hetconv_kernels.backends.vendor import dense_gpu_prediction
 from hetconv_kernels.files import write_text
 from hetconv_kernels.problem import Problem
 
-ENGINES = ("triton", "cuda")
 # Rows that a fit needs at least, and the shares that are tried.
 LEAST = 8
 _SHARES = [step / 200 for step in range(10, 301)]
@@ -53,14 +53,14 @@ class Measured(NamedTuple):
     predicted: dict[str, float]
 
 
-def measured(rows: Sequence[dict[str, Any]]) -> list[Measured]:
+def fit_rows(rows: Sequence[dict[str, Any]]) -> list[Measured]:
     """Brings rows of a table to what a fit needs; faulty engines have no times in them."""
     cases, found = {case.name: case for case in GPU_CASES}, []
     for row in rows:
         case = cases.get(row["case"]["name"])
         if case is None or "timings" not in row or row["verb"] == "step":
             continue
-        described = {problem.verb: problem for problem in problems(case)}[row["verb"]]
+        described = {problem.verb: problem for problem in problems_of(case)}[row["verb"]]
         samples = row["timings"]["variants"]
         medians = {name: statistics.median(one["samples_s"]) for name, one in samples.items()}
         names = {f"ours-{engine}": engine for engine in ENGINES}
@@ -79,7 +79,7 @@ def measured(rows: Sequence[dict[str, Any]]) -> list[Measured]:
     return found
 
 
-def fit(rows: Sequence[Measured], spec: GpuSpec, start: GpuConstants) -> GpuConstants:
+def fit_shares(rows: Sequence[Measured], spec: GpuSpec, start: GpuConstants) -> GpuConstants:
     """Fits the shares to rows, by the median of the errors' logarithms.
 
     Args:
@@ -112,7 +112,7 @@ def vendor_seconds(row: Measured, spec: GpuSpec, tried: GpuConstants) -> float:
     return dense_gpu_prediction(row.problem, spec, tried)
 
 
-def judge(rows: Sequence[Measured], spec: GpuSpec, tried: GpuConstants) -> dict[str, float]:
+def judge_auto(rows: Sequence[Measured], spec: GpuSpec, tried: GpuConstants) -> dict[str, float]:
     """Reports how often `auto` would pick what is within 5 % of the fastest, and its worst pick."""
     margin = 1.0 if tried.measured else UNMEASURED_MARGIN
     right, worst = 0, 1.0
@@ -129,7 +129,7 @@ def judge(rows: Sequence[Measured], spec: GpuSpec, tried: GpuConstants) -> dict[
 
 def write(entry: GpuConstants, name: str, path: Path) -> None:
     """Puts the entry of a GPU into a file; those of others stay."""
-    text = path.read_text() if path.exists() else constants.PATH.read_text()
+    text = path.read_text() if path.exists() else constants.CONSTANTS_FILE.read_text()
     whole = json.loads(text)
     whole["devices"][name] = entry._asdict()
     write_text(path, json.dumps(whole, indent=1) + "\n")
@@ -145,16 +145,16 @@ def main(results: Path, out: Path | None) -> int:
     for path in sorted(results.glob("primitives-*.json")):
         table = json.loads(path.read_text())
         if table["environment"]["gpu"] == name:
-            rows += measured(table["rows"])
+            rows += fit_rows(table["rows"])
     before, spec = constants.constants_of(device), spec_of(device)
     try:
-        entry = fit(rows[::2], spec, before)
+        entry = fit_shares(rows[::2], spec, before)
     except ValueError as error:
         print(error)
         return 2
     print(f"{name}: {entry}")
     for title, tried in (("committed", before), ("fitted", entry)):
-        print(f"on the rows that no fit has seen, {title}: {judge(rows[1::2], spec, tried)}")
-    write(entry, name, out or constants.PATH)
-    print(f"written to {(out or constants.PATH).name}")
+        print(f"on the rows that no fit has seen, {title}: {judge_auto(rows[1::2], spec, tried)}")
+    write(entry, name, out or constants.CONSTANTS_FILE)
+    print(f"written to {(out or constants.CONSTANTS_FILE).name}")
     return 0

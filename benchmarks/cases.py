@@ -168,7 +168,7 @@ def _square(n: int, c: int, size: int, spec: SupportSpec, **more: Any) -> Case:
     return Case(name, n, c, more.pop("f", c), size, size, k, spec, **more)
 
 
-def het(p: int) -> SupportSpec:
+def het_case(p: int) -> SupportSpec:
     """A HetConv of part p."""
     return SupportSpec("het", p)
 
@@ -190,12 +190,12 @@ _TABLE = {  # (channels, size): p=4, p=8, p=16, p=C, self-group 70 %, 90 %
 
 def _table_cases() -> Iterator[Case]:
     for (c, size), targets in _TABLE.items():
-        specs = (het(4), het(8), het(16), het(c), sg(70), sg(90))
+        specs = (het_case(4), het_case(8), het_case(16), het_case(c), sg(70), sg(90))
         for spec, target in zip(specs, targets, strict=True):
             yield _square(8, c, size, spec, target=target)
         for percent, target in ((70, targets[4]), (90, targets[5])):
             yield _square(8, c, size, SupportSpec("trained_group", percent), target=target)
-        for spec, target in ((het(4), targets[0]), (sg(70), targets[4])):
+        for spec, target in ((het_case(4), targets[0]), (sg(70), targets[4])):
             yield _square(1, c, size, spec, target=round(0.9 * target, 2))
             yield _square(
                 8, c, size, spec, suffix="-nchw", memory_format="contiguous",
@@ -207,18 +207,18 @@ def _table_cases() -> Iterator[Case]:
 
 
 def _low_precision_cases() -> Iterator[Case]:
-    """The same layers in bfloat16 and int8; HetConv p=4 has a target over int8's dense form."""
+    """Layers in bfloat16 and int8; HetConv p=4 has a target over int8's dense form."""
     for c, size in _TABLE:
-        for spec in (het(4), het(8), het(16), het(c), sg(70), sg(90)):
+        for spec in (het_case(4), het_case(8), het_case(16), het_case(c), sg(70), sg(90)):
             yield _square(8, c, size, spec, suffix="-bf16", dtype="bfloat16", target_float32=1.7)
             yield _square(
                 8, c, size, spec, suffix="-int8", dtype="int8", target_float32=3.3,
-                target=2.6 if spec == het(4) else None,
+                target=2.6 if spec == het_case(4) else None,
             )  # fmt: skip
 
 
 def _other_cases() -> Iterator[Case]:
-    for spec in (het(4), het(8), sg(70), sg(90)):
+    for spec in (het_case(4), het_case(8), sg(70), sg(90)):
         yield _square(8, 128, 28, spec, suffix="-stride2", stride=2)
         yield _square(8, 64, 28, spec, k=5)
         yield _square(8, 96, 28, spec)
@@ -228,18 +228,27 @@ def _other_cases() -> Iterator[Case]:
         yield _square(8, 64, 56, spec, k=1, f=256, target=target)
         yield _square(8, 1024, 14, spec, k=1, f=256, target=target)
         yield _square(8, 256, 14, spec, k=1)
-    for spec in (het(4), sg(70)):
+    for spec in (het_case(4), sg(70)):
         yield _square(8, 128, 28, spec, suffix="-amp", amp=True)
-    yield _square(8, 100, 28, het(8), suffix="-uneven", f=90)
+    yield _square(8, 100, 28, het_case(8), suffix="-uneven", f=90)
     yield _square(8, 128, 28, SupportSpec("het", 4, "interleaved"), suffix="-interleaved")
     yield _square(8, 512, 7, SupportSpec("irregular", 5), note="single weights, 95 % pruned")
     no_gain = "control: a dense layer should be no slower with this package"
     yield _square(8, 128, 28, SupportSpec("dense"), expected="lose", note=no_gain)
     yield Case(
-        "lose-tiny", 1, 8, 8, 2, 2, 3, het(4), expected="lose", note="dominated by call overhead"
+        "lose-tiny",
+        1,
+        8,
+        8,
+        2,
+        2,
+        3,
+        het_case(4),
+        expected="lose",
+        note="dominated by call overhead",
     )
     yield Case(
-        "lose-stem", 8, 3, 64, 112, 112, 3, het(3), expected="lose",
+        "lose-stem", 8, 3, 64, 112, 112, 3, het_case(3), expected="lose",
         note="three channels: the memory traffic of the output decides",
     )  # fmt: skip
     yield _square(
@@ -250,7 +259,7 @@ def _other_cases() -> Iterator[Case]:
 
 def _network_cases() -> Iterator[Case]:
     for name, (n, c, f, h, w, k, stride) in (NETWORK_SHAPES | ODD_SHAPES).items():
-        for spec in (het(4), *([sg(70)] if name in SELF_GROUPED else [])):
+        for spec in (het_case(4), *([sg(70)] if name in SELF_GROUPED else [])):
             yield Case(f"{name}-{spec}", n, c, f, h, w, k, spec, stride=stride)
     yield Case("densenet-transition1-lg4", 8, 256, 128, 56, 56, 1, SupportSpec("learned_groups", 4))
 
@@ -284,7 +293,7 @@ def _reported_cases() -> Iterator[Case]:
     )  # fmt: skip
     repository = "irvinxav/Efficient-HetConv-Heterogeneous-Kernel-Based-Convolutions"
     yield Case(
-        "hetconv-3", 32, 256, 256, 8, 8, 3, het(4),
+        "hetconv-3", 32, 256, 256, 8, 8, 3, het_case(4),
         issue=f"https://github.com/{repository}/issues/3", note="VGG-16 on CIFAR-10, conv3",
     )  # fmt: skip
     yield Case(
@@ -329,13 +338,13 @@ GPU_TABLE_SHAPES = (
 GPU_TARGETS = {
     (f"gpu-{shape}-128-{spec}", "fprop"): target
     for shape in ("r50-conv3", "r50-conv4", "r50-conv5")
-    for spec, target in ((het(4), 2.0), (het(8), 2.6))
-} | {(f"gpu-{shape}-128-{het(4)}", "step"): 1.8 for shape in GPU_TABLE_SHAPES}
+    for spec, target in ((het_case(4), 2.0), (het_case(8), 2.6))
+} | {(f"gpu-{shape}-128-{het_case(4)}", "step"): 1.8 for shape in GPU_TABLE_SHAPES}
 
 
 def _gpu_cases() -> Iterator[Case]:
-    table = (SupportSpec("dense"), het(4), het(8), sg(70))
-    more = (het(2), SupportSpec("grouped", 4), SupportSpec("grouped", 8), sg(90))
+    table = (SupportSpec("dense"), het_case(4), het_case(8), sg(70))
+    more = (het_case(2), SupportSpec("grouped", 4), SupportSpec("grouped", 8), sg(90))
     for shape, (c, f, size, stride) in GPU_SHAPES.items():
         for n in (128, 32, 1):
             for spec in (*table, *more):

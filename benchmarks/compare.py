@@ -27,14 +27,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks.report.schema import problems
 from benchmarks.table import lay_out
+from hetconv_kernels.files import Json
 from hetconv_kernels.timing import median_interval
 
-Json = dict[str, Any]
-RESULTS = Path(__file__).parent / "results"
 HARDWARE = ("processor", "instructions", "cores", "threads", "gpu", "system")
 VERSIONS = ("torch", "python", "cuda", "cudnn")
 # Each of the two medians at this confidence: their ratio's interval then has 95 % at least.
@@ -129,7 +127,7 @@ def differences(old: Json, new: Json, names: Sequence[str]) -> list[str]:
     return [f"{n}: {a.get(n)} then, {b.get(n)} now" for n in names if a.get(n) != b.get(n)]
 
 
-def key(row: Json) -> str:
+def row_key(row: Json) -> str:
     """Names a row, the same in every file."""
     if row["kind"] == "dispatch":
         return f"dispatch {row['name']} {row['backend']}"
@@ -137,9 +135,9 @@ def key(row: Json) -> str:
     return " ".join(part for part in (*parts, row.get("backend", {}).get("asked", "")) if part)
 
 
-def compare(old: Json, new: Json, tolerance: float) -> list[Change]:
+def compare_rows(old: Json, new: Json, tolerance: float) -> list[Change]:
     """Compares every row that one of the files has, those of both first."""
-    before, after = ({key(row): row for row in data["rows"]} for data in (old, new))
+    before, after = ({row_key(row): row for row in data["rows"]} for data in (old, new))
     both = [name for name in before if name in after]
     changes = [_change(name, before[name], after[name], tolerance) for name in both]
     changes += [Change(n, None, None, None, None, "gone") for n in before if n not in after]
@@ -270,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "the hardware differs, so nothing can be said of the code: "
                 f"{'; '.join(machines)}. --across compares anyway."
             )
-        changes = compare(old, new, options.tolerance)
+        changes = compare_rows(old, new, options.tolerance)
         if not any(change.ours for change in changes):
             raise IncomparableError("the files have no case in common that both have timed.")
     except IncomparableError as error:

@@ -22,7 +22,7 @@ _PRECISION_MARGIN = 3.0
 
 
 @dataclass(frozen=True)
-class Match:
+class Agreement:
     """Whether a result agrees with the truth.
 
     Attributes:
@@ -48,14 +48,14 @@ class Truth:
     values: tuple[Tensor, ...]
     bounds: tuple[Tensor, ...]
 
-    def match(self, results: Sequence[Tensor]) -> Match:
+    def match(self, results: Sequence[Tensor]) -> Agreement:
         """Compares output (and gradients) with the truth; NaN never matches."""
         worst = largest = 0.0
         for result, value, bound in zip(results, self.values, self.bounds, strict=True):
             error = (result.double() - value).abs()
             largest = max(largest, _finite_max(error))
             worst = max(worst, _finite_max(error / bound))
-        return Match(worst <= 1.0, worst, largest)
+        return Agreement(worst <= 1.0, worst, largest)
 
 
 def truth(
@@ -100,7 +100,7 @@ def truth(
     return Truth(values, tuple(bounds))
 
 
-def network_match(network: nn.Module, x: Tensor, result: Tensor) -> Match:
+def network_match(network: nn.Module, x: Tensor, result: Tensor) -> Agreement:
     """Compares a network's result on the first and the last image with the network in float64.
 
     No bound through tens of layers is tight, so rounding is measured: the largest error may be
@@ -113,10 +113,10 @@ def network_match(network: nn.Module, x: Tensor, result: Tensor) -> Match:
     allowed = _NETWORK_MARGIN * own + 64 * torch.finfo(x.dtype).eps * exact.abs().max()
     error = (result[[0, -1]].double() - exact).abs().max()
     worst = _finite_max(error / allowed)
-    return Match(worst <= 1.0, worst, _finite_max(error))
+    return Agreement(worst <= 1.0, worst, _finite_max(error))
 
 
-def low_precision_match(network: nn.Module, x: Tensor, result: Tensor, dtype: str) -> Match:
+def low_precision_match(network: nn.Module, x: Tensor, result: Tensor, dtype: str) -> Agreement:
     """Compares a network's result in bfloat16 or int8, on the first and last image, with float64.
 
     What the precision costs is measured: the root mean square of the error may be
@@ -139,7 +139,7 @@ def low_precision_match(network: nn.Module, x: Tensor, result: Tensor, dtype: st
     error = result[[0, -1]].double() - exact
     worst = float(_rms(error) / (_PRECISION_MARGIN * _rms(own.double() - exact)))
     worst = worst if worst == worst else math.inf
-    return Match(worst <= 1.0, worst, _finite_max(error.abs()))
+    return Agreement(worst <= 1.0, worst, _finite_max(error.abs()))
 
 
 def rounded_to_8_bits(network: nn.Module) -> nn.Module:

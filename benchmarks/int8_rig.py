@@ -21,7 +21,7 @@ from benchmarks.rig import COMPOSITION, DENSE, OURS, OURS_FLOAT32, Call
 from hetconv_kernels.nn import QuantizedConv2d
 from hetconv_kernels.packing import dense_weight
 from hetconv_kernels.quantization import Scale, reference
-from hetconv_kernels.quantization.engine import name_of
+from hetconv_kernels.quantization.engine import engine_name
 
 _LAST = torch.channels_last
 # A result may be one step off; one more where a partial result was rounded on its own.
@@ -53,11 +53,13 @@ class Int8Rig:
         self.layer.backend = None if backend == "auto" else backend
         assert self.layer.y is not None
         self.y = self.layer.y
-        self.input = reference.quantize(self.image, self.x.scale, self.x.zero_point, self.x.dtype)
+        self.input = reference.quantize_tensor(
+            self.image, self.x.scale, self.x.zero_point, self.x.dtype
+        )
         self.weight = dense_weight(self.support, self.layer.weight, torch.int8)
         self.variants = self._variants()
 
-    def check(self) -> gate.Match:
+    def check(self) -> gate.Agreement:
         """Compares ours with the reference bit for bit, everybody with the exact result.
 
         Returns:
@@ -69,7 +71,7 @@ class Int8Rig:
             again = QuantizedConv2d.from_float(self.float_layer, self.x, self.y)(self.input)
         if not torch.equal(ours, again):  # type: ignore[arg-type]
             error = (ours.double() - again.double()).abs().max()  # type: ignore[attr-defined]
-            return gate.Match(False, float("inf"), float(error))
+            return gate.Agreement(False, float("inf"), float(error))
         matches = [self._float_match()]
         for name, calls in self.variants.items():
             if name == OURS_FLOAT32:
@@ -78,12 +80,12 @@ class Int8Rig:
             result = result.int_repr() if result.is_quantized else result
             allowed = _PARTIAL_STEPS if name.startswith(COMPOSITION) else _STEPS
             error = float((result.double() - exact).abs().max())
-            matches.append(gate.Match(error <= allowed, error / allowed, error))
+            matches.append(gate.Agreement(error <= allowed, error / allowed, error))
         return max(matches, key=lambda match: match.worst)
 
     def ran(self) -> str:
         """Names the engine that runs our layer."""
-        return name_of(self.input.device, self.layer._backend_code())
+        return engine_name(self.input.device, self.layer._backend_code())
 
     def _exact(self) -> Tensor:
         """The result before it is rounded, clamped to the range.  # float64"""
@@ -93,7 +95,7 @@ class Int8Rig:
         y = y * (self.layer.weight_scale.double() * self.x.scale)[:, None, None]
         return (y / self.y.scale + self.y.zero_point).clamp(0, 255)
 
-    def _float_match(self) -> gate.Match:
+    def _float_match(self) -> gate.Agreement:
         case, images = self.case, [0, -1]
         assert isinstance(self.float_layer, hk.nn.SupportConv2d)
         weight = dense_weight(self.support, self.float_layer.weight.detach(), torch.float32)

@@ -24,16 +24,16 @@ from torch import Tensor, fx, nn
 
 import hetconv_kernels as hk
 from benchmarks import gate, peers
-from benchmarks.networks import NetworkCase, converted, seeded
-from benchmarks.peers import Absent, Run
+from benchmarks.networks import NetworkCase, converted, seeded_network
+from benchmarks.peers import Absent, Inference
 from benchmarks.rig import OURS, OURS_FLOAT32
 from hetconv_kernels.quantization import engine
 
-Start = Callable[[nn.Module, Tensor, Path], Run]
+SessionMaker = Callable[[nn.Module, Tensor, Path], Inference]
 _LAST = torch.channels_last
 
 
-def peers_of(dtype: str) -> dict[str, Start]:
+def peers_of(dtype: str) -> dict[str, SessionMaker]:
     """Returns the peers that compute in a dtype, by name."""
     return {"float32": peers.PEERS, "bfloat16": BFLOAT16, "int8": INT8}[dtype]
 
@@ -41,23 +41,23 @@ def peers_of(dtype: str) -> dict[str, Start]:
 # bfloat16 -----------------------------------------------------------------------------------------
 
 
-def eager_bfloat16(module: nn.Module, x: Tensor, folder: Path) -> Run:
+def eager_bfloat16(module: nn.Module, x: Tensor, folder: Path) -> Inference:
     """PyTorch as it is, weights and image in bfloat16."""
     return peers.eager(module.to(torch.bfloat16), x.to(torch.bfloat16), folder)
 
 
-def compiled_bfloat16(module: nn.Module, x: Tensor, folder: Path) -> Run:
+def compiled_bfloat16(module: nn.Module, x: Tensor, folder: Path) -> Inference:
     """torch.compile with freezing, weights and image in bfloat16."""
     return peers.compiled(module.to(torch.bfloat16), x.to(torch.bfloat16), folder)
 
 
-def openvino_bfloat16(module: nn.Module, x: Tensor, folder: Path) -> Run:
+def openvino_bfloat16(module: nn.Module, x: Tensor, folder: Path) -> Inference:
     """OpenVINO for latency, computing in bfloat16."""
     peers.library("openvino")
     return peers.run_openvino(peers.onnx_file(module, x, folder), x, "bf16")
 
 
-BFLOAT16: dict[str, Start] = {
+BFLOAT16: dict[str, SessionMaker] = {
     "eager": eager_bfloat16,
     "compiled": compiled_bfloat16,
     "openvino": openvino_bfloat16,
@@ -67,18 +67,18 @@ BFLOAT16: dict[str, Start] = {
 # int8 ---------------------------------------------------------------------------------------------
 
 
-def onnxruntime_int8(module: nn.Module, x: Tensor, folder: Path) -> Run:
+def onnxruntime_int8(module: nn.Module, x: Tensor, folder: Path) -> Inference:
     """ONNX Runtime on the QDQ file that it made."""
     return peers.run_onnxruntime(qdq_file(module, x, folder), x)
 
 
-def openvino_int8(module: nn.Module, x: Tensor, folder: Path) -> Run:
+def openvino_int8(module: nn.Module, x: Tensor, folder: Path) -> Inference:
     """OpenVINO on the same QDQ file; what is left in float is in the precision it prefers."""
     peers.library("openvino")
     return peers.run_openvino(qdq_file(module, x, folder), x)
 
 
-def fx_int8(module: nn.Module, x: Tensor, folder: Path) -> Run:
+def fx_int8(module: nn.Module, x: Tensor, folder: Path) -> Inference:
     """PyTorch's own quantised operators, by oneDNN."""
     from torch.ao.quantization.quantize_fx import convert_fx
 
@@ -91,7 +91,7 @@ def fx_int8(module: nn.Module, x: Tensor, folder: Path) -> Run:
     return lambda: network(image)
 
 
-def compiled_int8(module: nn.Module, x: Tensor, folder: Path) -> Run:
+def compiled_int8(module: nn.Module, x: Tensor, folder: Path) -> Inference:
     """torch.compile with freezing, on the quantised graph that inductor lowers to oneDNN's int8."""
     from torch.ao.quantization.quantize_fx import _convert_to_reference_decomposed_fx
 
@@ -109,7 +109,7 @@ def compiled_int8(module: nn.Module, x: Tensor, folder: Path) -> Run:
     return lambda: fast(image)
 
 
-INT8: dict[str, Start] = {
+INT8: dict[str, SessionMaker] = {
     "onnxruntime": onnxruntime_int8,
     "openvino": openvino_int8,
     "eager": fx_int8,
@@ -182,7 +182,7 @@ def _with_relu_modules(module: nn.Module) -> fx.GraphModule:
 # Ours ---------------------------------------------------------------------------------------------
 
 
-def ours(case: NetworkCase, float32: nn.Module, x: Tensor) -> dict[str, Run]:
+def ours(case: NetworkCase, float32: nn.Module, x: Tensor) -> dict[str, Inference]:
     """Makes our runs of a case: in its dtype, and in float32 where that is another one.
 
     Args:
@@ -200,19 +200,19 @@ def ours(case: NetworkCase, float32: nn.Module, x: Tensor) -> dict[str, Run]:
     return {OURS: own(case, x), OURS_FLOAT32: lambda: float32(image)}
 
 
-def reference_match(run: Run) -> gate.Match:
+def reference_match(run: Inference) -> gate.Agreement:
     """Compares our run in 8 bits with the same network on the integer reference, bit for bit."""
     found = run()
     with hk.use_backend("reference"):
         expected = run()
     if torch.equal(found, expected):
-        return gate.Match(True, 0.0, 0.0)
+        return gate.Agreement(True, 0.0, 0.0)
     error = float((found.double() - expected.double()).abs().max())
-    return gate.Match(False, float("inf"), error)
+    return gate.Agreement(False, float("inf"), error)
 
 
-def _ours_bfloat16(case: NetworkCase, x: Tensor) -> Run:
-    network = converted(case, seeded(case))
+def _ours_bfloat16(case: NetworkCase, x: Tensor) -> Inference:
+    network = converted(case, seeded_network(case))
     image = x.to(torch.bfloat16).contiguous(memory_format=_LAST)
     if "dtype" in inspect.signature(hk.optimize).parameters:
         options: dict[str, Any] = {"dtype": torch.bfloat16}
@@ -222,10 +222,12 @@ def _ours_bfloat16(case: NetworkCase, x: Tensor) -> Run:
     return lambda: network(image)
 
 
-def _ours_int8(case: NetworkCase, x: Tensor) -> Run:
-    if engine.available()[0] == "reference":
+def _ours_int8(case: NetworkCase, x: Tensor) -> Inference:
+    if engine.engine_names()[0] == "reference":
         raise Absent("the int8 engine is not compiled, or does not run on this processor")
     batches = list(x.split(1))
-    network = hk.quantize(converted(case, seeded(case)), batches, "int8", measure=False).model
+    network = hk.quantize(
+        converted(case, seeded_network(case)), batches, "int8", measure=False
+    ).model
     image = x.to(memory_format=_LAST)
     return lambda: network(image)

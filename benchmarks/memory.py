@@ -37,7 +37,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
 KEEP = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296"
 
 
-def measure(name: str, seconds: float) -> dict[str, Any]:
+def measure_plan(name: str, seconds: float) -> dict[str, Any]:
     """Times one network with and without its plan; returns the row."""
     make, shape, p = CASES[name]
     torch.manual_seed(0)
@@ -80,9 +80,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/memory.json"))
     options = parser.parse_args()
     if options.keep:
-        print(json.dumps([measure(name, options.seconds) for name in CASES]))
+        print(json.dumps([measure_plan(name, options.seconds) for name in CASES]))
         return
-    rows = {"default": [measure(name, options.seconds) for name in CASES]}
+    rows = {"default": [measure_plan(name, options.seconds) for name in CASES]}
     command = [sys.executable, "-m", "benchmarks.memory", "--keep", f"--seconds={options.seconds}"]
     kept = subprocess.run(
         command,

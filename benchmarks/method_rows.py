@@ -10,13 +10,13 @@ from typing import Any
 from torch import nn
 
 import hetconv_kernels as hk
-from benchmarks.problems import Settings
+from benchmarks.problems import TaskSettings
 from hetconv_kernels import methods
 from hetconv_kernels.compression import Method
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class QualityRow:
     """One line of the tables of quality.
 
     Attributes:
@@ -32,7 +32,7 @@ class Row:
     scratch: bool = False
 
 
-def rows(settings: Settings) -> list[Row]:
+def rows(settings: TaskSettings) -> list[QualityRow]:
     """Lists the lines of the tables of quality: each method as its paper has it, and in the form
     that hardware reads well.
 
@@ -63,56 +63,58 @@ def rows(settings: Settings) -> list[Row]:
     groups: dict[str, Any] = {"target": 0.7, "epochs": epochs}
     local: dict[str, Any] = {"schedule": "LG", "local_epochs": short}
     return [
-        Row("HetConv p=4, projected", methods.Het(p=4, epochs=epochs), paper=False),
-        Row(
+        QualityRow("HetConv p=4, projected", methods.Het(p=4, epochs=epochs), paper=False),
+        QualityRow(
             "HetConv p=4, from scratch",
             methods.Het(p=4, scratch=True, epochs=settings.scratch_epochs),
             scratch=True,
         ),
-        Row("self-grouping G 70 %", methods.SelfGrouping(**groups)),
-        Row("self-grouping LG 70 %", methods.SelfGrouping(**groups, **local)),
-        Row(
+        QualityRow("self-grouping G 70 %", methods.SelfGrouping(**groups)),
+        QualityRow("self-grouping LG 70 %", methods.SelfGrouping(**groups, **local)),
+        QualityRow(
             "self-grouping LG 60 %, runs of 8, tiles of 8",
             methods.SelfGrouping(
                 **groups | {"target": 0.6} | local, granularity=8, tile=8, clusters=8
             ),
             paper=False,
         ),
-        Row("WSP 60 %", methods.WeakSubnetwork(0.6, epochs=epochs)),
-        Row(
+        QualityRow("WSP 60 %", methods.WeakSubnetwork(0.6, epochs=epochs)),
+        QualityRow(
             "WSP 60 %, widths of 8",
             methods.WeakSubnetwork(0.6, epochs=epochs, multiple=8),
             paper=False,
         ),
-        Row("filter correlation", methods.FilterCorrelation(**by_pairs)),
-        Row(
+        QualityRow("filter correlation", methods.FilterCorrelation(**by_pairs)),
+        QualityRow(
             "filter correlation, widths of 8",
             methods.FilterCorrelation(**by_pairs | eights),
             paper=False,
         ),
-        Row("Play and Prune", methods.PlayAndPrune(**by_players)),
-        Row(
+        QualityRow("Play and Prune", methods.PlayAndPrune(**by_players)),
+        QualityRow(
             "Play and Prune, widths of 8",
             methods.PlayAndPrune(**by_players | {"multiple": 8, "threshold": 0.3}),
             paper=False,
         ),
-        Row("stability", methods.Stability(**by_change)),
-        Row("stability, widths of 8", methods.Stability(**by_change | eights), paper=False),
-        Row("frequency pruning", methods.FrequencyPruning(**bands, c=1.0, path="frequency")),
-        Row("frequency pruning, path by prediction", methods.FrequencyPruning(**bands, c=1.0)),
-        Row(
+        QualityRow("stability", methods.Stability(**by_change)),
+        QualityRow("stability, widths of 8", methods.Stability(**by_change | eights), paper=False),
+        QualityRow("frequency pruning", methods.FrequencyPruning(**bands, c=1.0, path="frequency")),
+        QualityRow(
+            "frequency pruning, path by prediction", methods.FrequencyPruning(**bands, c=1.0)
+        ),
+        QualityRow(
             "frequency pruning, whole bands",
             methods.FrequencyPruning(**bands, bands=True),
             paper=False,
         ),
-        Row("ADMM 70 %", methods.ADMM(**pull)),
-        Row("ADMM 70 %, kernels", methods.ADMM(**pull, projection="kernels"), paper=False),
-        Row(
+        QualityRow("ADMM 70 %", methods.ADMM(**pull)),
+        QualityRow("ADMM 70 %, kernels", methods.ADMM(**pull, projection="kernels"), paper=False),
+        QualityRow(
             "ADMM 70 %, columns of 8 filters",
             methods.ADMM(**pull, projection="columns"),
             paper=False,
         ),
-        Row(
+        QualityRow(
             "ADMM 60 %, blocks of 8×8",
             methods.ADMM(**pull_blocks, projection="blocks"),
             paper=False,
@@ -150,7 +152,7 @@ def speed_methods() -> dict[str, Method]:
 
 
 # What builds each network, the input, and the layers that the papers leave alone.
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, ...]]] = {
+METHOD_NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, ...]]] = {
     "VGG-16, 32², batch 8": (hk.models.vgg16_cifar, (8, 3, 32, 32), ()),
     "ResNet-56, 32², batch 8": (hk.models.resnet56, (8, 3, 32, 32), ()),
     "ResNet-50, 224², batch 1": (hk.models.resnet50, (1, 3, 224, 224), ("*downsample*",)),

@@ -4,14 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from hetconv_kernels import tables
+from hetconv_kernels.files import Json
 
-Json = dict[str, Any]
 
-
-def plain(part: str, records: Sequence[Json]) -> str:
+def part_table(part: str, records: Sequence[Json]) -> str:
     """Lays out one part."""
     if part == "speed":
         return _speed(records)
@@ -36,7 +34,7 @@ def plain(part: str, records: Sequence[Json]) -> str:
     ]
     tolerance = records[0]["tolerance"] if records else 0
     return (
-        tables.text(header, lines)
+        tables.text_table(header, lines)
         + f"\nwithin: ≥ 50 % fewer MACs, and no more than {tolerance:g} below dense"
     )
 
@@ -54,10 +52,10 @@ def _speed(records: Sequence[Json]) -> str:
         )
         for r in records
     ]
-    return tables.text(header, lines)
+    return tables.text_table(header, lines)
 
 
-def joined(parts: dict[str, Sequence[Json]]) -> Json:
+def joined_table(parts: dict[str, Sequence[Json]]) -> Json:
     """Puts all parts side by side: the lines of quality, then those of speed, with a cell each.
 
     Args:

@@ -24,20 +24,19 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 import hetconv_kernels as hk
 from benchmarks import method_tables
-from benchmarks.method_rows import NETWORKS, Row, rows, speed_methods
-from benchmarks.problems import PROBLEMS, Problem
+from benchmarks.method_rows import METHOD_NETWORKS, QualityRow, rows, speed_methods
+from benchmarks.problems import PROBLEMS, CompressionTask
 from benchmarks.record import environment
 from benchmarks.report.schema import METHODS_FORMAT, METHODS_SCHEMA, problems
+from hetconv_kernels.files import Json
 
-Json = dict[str, Any]
-PARTS = (*PROBLEMS, "speed")
+METHOD_PARTS = (*PROBLEMS, "speed")
 # Forms of ours that are not trained on the second problem too: they take long, or differ there
 # from another line in nothing that is trained.
 ONCE = (
@@ -56,7 +55,7 @@ def cases(
 ) -> Iterator[tuple[str, Callable[[], Json]]]:
     """Lists the lines of one part: the name of each, and what makes its record."""
     if part == "speed":
-        for network in list(NETWORKS)[: 1 if quick else None]:
+        for network in list(METHOD_NETWORKS)[: 1 if quick else None]:
             for name in list(speed_methods())[: 1 if quick else None]:
                 yield f"{network}: {name}", partial(speed, network, name, seconds)
         return
@@ -66,7 +65,7 @@ def cases(
             yield row.name, partial(quality, problem, row, seconds)
 
 
-def quality(problem: Problem, row: Row, seconds: float) -> Json:
+def quality(problem: CompressionTask, row: QualityRow, seconds: float) -> Json:
     """Compresses the network of a problem by one method."""
     settings = problem.settings
     training = problem.training(settings.scratch_rate if row.scratch else settings.rate)
@@ -90,7 +89,7 @@ def quality(problem: Problem, row: Row, seconds: float) -> Json:
 
 def speed(network: str, name: str, seconds: float) -> Json:
     """Compresses one of the papers' networks, untrained, to the paper's rate, and times it."""
-    build, shape, skip = NETWORKS[network]
+    build, shape, skip = METHOD_NETWORKS[network]
     torch.manual_seed(0)
     report = hk.compress(
         build().eval(), speed_methods()[name], example=torch.randn(shape), evaluate=_always,
@@ -110,7 +109,7 @@ def _always(model: nn.Module) -> float:
     return 1.0
 
 
-def run(part: str, options: argparse.Namespace) -> Json:
+def run_part(part: str, options: argparse.Namespace) -> Json:
     """Makes the lines of a part that are not there yet, and gathers all that are."""
     found = []
     for name, make in cases(part, options.out, options.quick, options.seconds):
@@ -155,11 +154,11 @@ def publish(found: dict[str, Json], folder: Path) -> None:
             raise ValueError(f"methods-{part}.json departs from its schema: {'; '.join(wrong[:5])}")
         _write(folder / f"methods-{part}.json", record)
     parts = {}
-    for part in PARTS:
+    for part in METHOD_PARTS:
         path = folder / f"methods-{part}.json"
         if path.exists():
             parts[part] = json.loads(path.read_text())[part]
-    table = method_tables.joined(parts)
+    table = method_tables.joined_table(parts)
     _write(folder / "methods.json", table)
     (folder / "methods.md").write_text(method_tables.markdown(table))
 
@@ -171,14 +170,16 @@ def main(arguments: list[str] | None = None) -> int:
     add("--only", default="", help="lines whose name has this text")
     add("--again", action="store_true", help="measure lines that are there anew")
     add("--seconds", type=float, default=1.0, help="of timing, for each")
-    add("--part", choices=[*PARTS, "all", "none"], default="all")
+    add("--part", choices=[*METHOD_PARTS, "all", "none"], default="all")
     add("--out", type=Path, default=Path("outputs/methods"), help="states and lines go here")
     add("--publish", type=Path, metavar="FOLDER", help="write the parts and the one table there")
     options = parser.parse_args(arguments)
-    chosen = {"all": PARTS, "none": ()}.get(options.part, (options.part,))
-    found = {part: run(part, options) for part in chosen}
+    chosen = {"all": METHOD_PARTS, "none": ()}.get(options.part, (options.part,))
+    found = {part: run_part(part, options) for part in chosen}
     found = {part: record for part, record in found.items() if record[part]}
-    text = "\n\n".join(method_tables.plain(part, record[part]) for part, record in found.items())
+    text = "\n\n".join(
+        method_tables.part_table(part, record[part]) for part, record in found.items()
+    )
     print(f"\n{text}\n\n{sum(record['seconds'] for record in found.values()):.0f} s in all.")
     if options.publish is not None:
         publish(found, options.publish)

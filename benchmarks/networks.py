@@ -9,7 +9,6 @@ needs, so that no rival is slower than its user would make it.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -17,12 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import hetconv_kernels as hk
-from benchmarks.baselines import GatherPerGroup, GroupedPlusPointwise
-from benchmarks.cases import Case, SupportSpec
+from benchmarks.cases import SupportSpec
 from benchmarks.supports import self_grouped
 from hetconv_kernels import export, models
-from hetconv_kernels.nn import FusedConv2d, SupportLinear
-from hetconv_kernels.packing import dense_weight
 
 
 @dataclass(frozen=True)
@@ -126,18 +122,18 @@ NETWORKS = (
 Form = Literal["ours", "dense", "composition"]
 
 
-def build(case: NetworkCase, form: Form, x: Tensor) -> nn.Module:
+def build_network(case: NetworkCase, form: Form, x: Tensor) -> nn.Module:
     """Builds a case's network in one of its forms, on seeded weights, in evaluation mode.
 
     All forms are in float32; `benchmarks.low_precision` brings them to the case's dtype.
     """
     if form == "dense":
-        return export.plain(hk.optimize(seeded(case), x[:1]).model)
-    sparse = hk.optimize(converted(case, seeded(case)), x[:1]).model
-    return sparse if form == "ours" else composed(case, sparse)
+        return export.plain(hk.optimize(seeded_network(case), x[:1]).model)
+    sparse = hk.optimize(converted(case, seeded_network(case)), x[:1]).model
+    return sparse if form == "ours" else export.plain(sparse, "composition")
 
 
-def seeded(case: NetworkCase) -> nn.Module:
+def seeded_network(case: NetworkCase) -> nn.Module:
     """Builds a case's dense network on seeded weights, in evaluation mode."""
     torch.manual_seed(0)
     return models.create(case.network).eval()
@@ -160,33 +156,3 @@ def self_grouped_layers(
         for name, m in network.named_modules()
         if isinstance(m, nn.Conv2d) and m.in_channels > 3 and m.kernel_size == (3, 3)
     ]
-
-
-def composed(case: NetworkCase, network: nn.Module) -> nn.Module:
-    """Replaces every fused layer of a copy by PyTorch's own operators, live weights only."""
-    network = copy.deepcopy(network)
-    for name, module in list(network.named_modules()):
-        parent, _, key = name.rpartition(".")
-        if isinstance(module, FusedConv2d):
-            setattr(network.get_submodule(parent), key, _composed(case, module))
-        elif isinstance(module, SupportLinear):
-            setattr(network.get_submodule(parent), key, module.to_linear())
-    return network.eval()
-
-
-def _composed(case: NetworkCase, fused: FusedConv2d) -> nn.Module:
-    support, geometry = fused.support, fused._geometry
-    if support.uniform_groups is not None:
-        return export.plain(fused)
-    f, c, k, _ = support.shape
-    shape = Case("", 1, c, f, 1, 1, k, case.support, stride=geometry.stride[0])
-    weight = dense_weight(support, fused.weight, fused.weight.dtype)
-    inner: nn.Module
-    if case.support.kind == "het":
-        inner = GroupedPlusPointwise(shape, case.support.value, weight)
-        inner.pointwise.bias = nn.Parameter(fused.shift.clone())
-    else:
-        inner = GatherPerGroup(shape, support, weight)
-        for conv, group in zip(inner.convs, support.groups, strict=True):
-            conv.bias = nn.Parameter(fused.shift[torch.from_numpy(group.filters.copy())])
-    return export.PlainConv2d(inner, (0, 0, 0, 0), fused.act, fused.pool)

@@ -22,7 +22,7 @@ from benchmarks import record
 from hetconv_kernels import timing
 
 
-def measure(layers: int, seconds: float) -> dict[str, Any]:
+def measure_chain(layers: int, seconds: float) -> dict[str, Any]:
     """Times a chain of layers on an image of 2 × 2 pixels and 8 channels; returns the row."""
     torch.manual_seed(0)
     chain = (hk.nn.HetConv2d(8, 8, 3, padding=1, p=2) for _ in range(layers))
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/overhead.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [measure(layers, options.seconds) for layers in (1, 20, 50)]
+    rows = [measure_chain(layers, options.seconds) for layers in (1, 20, 50)]
     for row in rows:
         print(json.dumps(row))
     whole = {"command": record.command(), "environment": record.environment(), "rows": rows}

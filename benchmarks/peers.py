@@ -19,21 +19,21 @@ from torch import Tensor, nn
 from benchmarks.baselines import prepacked
 from hetconv_kernels import export
 
-Run = Callable[[], Tensor]
+Inference = Callable[[], Tensor]
 
 
 class Absent(Exception):
     """A peer is not installed here, or cannot run this network; the message says which."""
 
 
-def eager(module: nn.Module, x: Tensor, folder: Path) -> Run:
+def eager(module: nn.Module, x: Tensor, folder: Path) -> Inference:
     """PyTorch as it is, weights and input in channels_last."""
     module = module.to(memory_format=torch.channels_last)
     image = x.to(memory_format=torch.channels_last)
     return lambda: module(image)
 
 
-def compiled(module: nn.Module, x: Tensor, folder: Path) -> Run:
+def compiled(module: nn.Module, x: Tensor, folder: Path) -> Inference:
     """torch.compile with freezing: inductor folds, fuses and packs the weights for oneDNN."""
     module = module.to(memory_format=torch.channels_last)
     image = x.to(memory_format=torch.channels_last)
@@ -41,19 +41,19 @@ def compiled(module: nn.Module, x: Tensor, folder: Path) -> Run:
     return lambda: fast(image)
 
 
-def onnxruntime(module: nn.Module, x: Tensor, folder: Path) -> Run:
+def onnxruntime(module: nn.Module, x: Tensor, folder: Path) -> Inference:
     """ONNX Runtime with all its graph optimisations."""
     library("onnxruntime")
     return run_onnxruntime(onnx_file(module, x, folder), x)
 
 
-def openvino(module: nn.Module, x: Tensor, folder: Path) -> Run:
+def openvino(module: nn.Module, x: Tensor, folder: Path) -> Inference:
     """OpenVINO for latency, in float32 (its default takes bfloat16 where the processor has it)."""
     library("openvino")
     return run_openvino(onnx_file(module, x, folder), x, "f32")
 
 
-def run_onnxruntime(path: Path, x: Tensor) -> Run:
+def run_onnxruntime(path: Path, x: Tensor) -> Inference:
     """Runs an ONNX file by ONNX Runtime, with the threads that PyTorch has."""
     runtime = library("onnxruntime")
     options = runtime.SessionOptions()
@@ -65,7 +65,7 @@ def run_onnxruntime(path: Path, x: Tensor) -> Run:
     return lambda: torch.from_numpy(session.run(None, feed)[0])
 
 
-def run_openvino(path: Path, x: Tensor, precision: str | None = None) -> Run:
+def run_openvino(path: Path, x: Tensor, precision: str | None = None) -> Inference:
     """Runs an ONNX file by OpenVINO for latency, with the threads that PyTorch has.
 
     Args:
@@ -93,7 +93,7 @@ def run_openvino(path: Path, x: Tensor, precision: str | None = None) -> Run:
     return run
 
 
-PEERS: dict[str, Callable[[nn.Module, Tensor, Path], Run]] = {
+PEERS: dict[str, Callable[[nn.Module, Tensor, Path], Inference]] = {
     "eager": eager,
     "compiled": compiled,
     "onnxruntime": onnxruntime,

@@ -19,7 +19,7 @@ SVG = Path(__file__).resolve().parents[1] / "docs" / "speedup.svg"
 LEFT, TOP, WIDTH, HEIGHT = 64, 24, 560, 340  # of the axes, in pixels
 MOST, LEAST = 40.0, 0.4  # both axes are logarithmic; x begins at 1
 # Colour and name of each kind of Support, legible without red and green.
-KINDS = {
+DRAWN_KINDS = {
     "het": ("#00796b", "HetConv"),
     "self_group": ("#e69f00", "self-grouping"),
     "trained_group": ("#c2569b", "self-grouping, trained"),
@@ -34,7 +34,7 @@ def points(name: str = summary.LAYERS) -> Iterator[tuple[str, float, float, dict
         case = row["case"]
         if row.get("dense") and case["dtype"] == "float32" and not case["amp"]:
             kind = case["support"]["kind"]
-            known = kind if kind in KINDS else "other"
+            known = kind if kind in DRAWN_KINDS else "other"
             yield known, row["dense_macs"] / row["macs"], row["dense"]["ratio"], row
 
 
@@ -47,7 +47,7 @@ def _y(speedup: float) -> float:
     return TOP + HEIGHT * (1 - min(max(share, 0.0), 1.0))
 
 
-def draw(name: str = summary.LAYERS) -> str:
+def draw_svg(name: str = summary.LAYERS) -> str:
     """Composes the SVG."""
     shown = list(points(name))
     right, bottom = LEFT + WIDTH, TOP + HEIGHT
@@ -73,15 +73,17 @@ def draw(name: str = summary.LAYERS) -> str:
         f'<text x="18" y="{TOP + HEIGHT / 2:.0f}" text-anchor="middle" fill="#333333" '
         f'transform="rotate(-90 18 {TOP + HEIGHT / 2:.0f})">times faster than dense</text>',
     ]
-    for kind, ratio, speedup, row in sorted(shown, key=lambda found: list(KINDS).index(found[0])):
+    for kind, ratio, speedup, row in sorted(
+        shown, key=lambda found: list(DRAWN_KINDS).index(found[0])
+    ):
         title = f"{row['case']['name']}: {speedup:.2f}× of {ratio:.2f}×"
         parts.append(
             f'<circle cx="{_x(ratio):.1f}" cy="{_y(speedup):.1f}" r="4.5" '
-            f'fill="{KINDS[kind][0]}" fill-opacity="0.75" stroke="#ffffff">'
+            f'fill="{DRAWN_KINDS[kind][0]}" fill-opacity="0.75" stroke="#ffffff">'
             f"<title>{html.escape(title)}</title></circle>"
         )
     place = LEFT
-    for kind, (colour, label) in KINDS.items():
+    for kind, (colour, label) in DRAWN_KINDS.items():
         if any(kind == found for found, *_ in shown):
             parts += [
                 f'<circle cx="{place + 6}" cy="{bottom + 66}" r="5" fill="{colour}"/>',

@@ -30,17 +30,18 @@ from typing import Any
 import torch
 
 import hetconv_kernels as hk
-from benchmarks.bench import STEP, VERBS, Bench
-from benchmarks.cases import GPU_CASES, GPU_SHAPES, Case, het
-from benchmarks.gate import Match
+from benchmarks import RESULTS
+from benchmarks.bench import TRAINING_STEP, Bench
+from benchmarks.cases import GPU_CASES, GPU_SHAPES, Case, het_case
+from benchmarks.gate import Agreement
 from benchmarks.record import Record, disturbed, verdict
 from benchmarks.table import primitive_table
 from benchmarks.watch import BEGIN, Log, end_on_term, restarted
 from hetconv_kernels import timing
 from hetconv_kernels.errors import BackendError
-from hetconv_kernels.roofs import Roofs, measure_roofs
+from hetconv_kernels.problem import VERBS
+from hetconv_kernels.roofline import Roofs, measure_roofs
 
-RESULTS = Path(__file__).parent / "results"
 # Where torch.compile(max-autotune) of the composition is measured as well, with --full, at p=4.
 COMPILED_SHAPES = ("r50-conv2", "r50-conv3", "r50-conv4", "r50-conv5")
 
@@ -63,7 +64,7 @@ def rows_of(full: bool) -> list[tuple[Case, str]]:
     quick = [c for c in wanted if c.quick]
     # HetConv first: should the time run out, its rows are there.
     quick.sort(key=lambda c: c.support.kind != "het")
-    steps = [(c, STEP) for c in quick if c.support == het(4)]
+    steps = [(c, TRAINING_STEP) for c in quick if c.support == het_case(4)]
     if not full:
         rows = [*itertools.product(quick, VERBS), *steps]
         return sorted(rows, key=lambda row: quick.index(row[0]))  # the verbs of a case together
@@ -71,7 +72,7 @@ def rows_of(full: bool) -> list[tuple[Case, str]]:
         replace(c, dtype=dtype, name=f"{c.name}-{dtype}", quick=False)
         for c in quick
         for dtype in ("float16", "float32")
-        if c.support == het(4)
+        if c.support == het_case(4)
     ]
     cases = [*wanted, *others]
     rows = [*itertools.product(cases, VERBS), *steps]
@@ -91,7 +92,7 @@ def begin(case: Case, verb: str = ALL, variant: str = ALL) -> str:
     return name
 
 
-def measure(
+def measure_verb(
     bench: Bench,
     verb: str,
     backend: str,
@@ -113,8 +114,8 @@ def measure(
         ContextLost: a variant left the GPU unusable.
     """
     case, live = bench.case, bench.support.live
-    times = len(VERBS) if verb == STEP else 1
-    described = bench.described("fprop" if verb == STEP else verb)
+    times = len(VERBS) if verb == TRAINING_STEP else 1
+    described = bench.described("fprop" if verb == TRAINING_STEP else verb)
     left_out: dict[str, str] = {}
     matches = {}
     for name in bench.variants[verb]:
@@ -143,7 +144,7 @@ def measure(
         code = bench.code if subject else hk.backends.CODES["vendor"]
         ran = hk.backends.choose(described, code).backend.name
     judged = [matches[name] for name in good if name in matches] if subject else []
-    judged = judged or list(matches.values()) or [Match(False, math.inf, math.inf)]
+    judged = judged or list(matches.values()) or [Agreement(False, math.inf, math.inf)]
     row: dict[str, Any] = {
         "kind": "primitive",
         "case": case.to_dict(),
@@ -263,7 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     without = frozenset(options.leave_out)
     more = (options.seconds, options.full, options.budget, without)
     try:
-        status = run(record, wanted, options.backend, *more)
+        status = run_rows(record, wanted, options.backend, *more)
     except ContextLost as lost_context:
         print(f"{lost_context}: the GPU's context is lost", flush=True)
         return LOST
@@ -272,7 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status or int(bool(without))
 
 
-def run(
+def run_rows(
     record: Record,
     wanted: Sequence[tuple[Case, str]],
     backend: str,
@@ -312,7 +313,7 @@ def run(
                 raise ContextLost(case.name) from None
         if case.device == "cuda":
             torch.cuda.empty_cache()
-    for line in [*ceilings(record.data["roofs"]), *primitive_table(record.data["rows"])]:
+    for line in [*ceiling_words(record.data["roofs"]), *primitive_table(record.data["rows"])]:
         print(line)
     if late:
         print(f"NOT MEASURED, {budget:.0f} s were over ({len(late)} rows): {', '.join(late)}")
@@ -340,13 +341,13 @@ def _case(
     without: Collection[str] = (),
 ) -> int:
     """Measures the rows of one case; returns how many were wrong."""
-    compiled = full and case.n == 128 and case.support == het(4)
+    compiled = full and case.n == 128 and case.support == het_case(4)
     compiled = compiled and any(f"-{shape}-" in case.name for shape in COMPILED_SHAPES)
     wrong = 0
     with torch.no_grad():
         bench = Bench(case, backend, compiled)
         for _, verb in pairs:
-            row = measure(bench, verb, backend, seconds, roofs, without)
+            row = measure_verb(bench, verb, backend, seconds, roofs, without)
             record.add(row)
             faults = [r for r in row.get("left_out", {}).values() if not r.startswith(REFUSED)]
             wrong += not row["match"]["ok"] or bool(faults)
@@ -357,7 +358,7 @@ def _case(
     return wrong
 
 
-def ceilings(roofs: Sequence[dict[str, Any]]) -> list[str]:
+def ceiling_words(roofs: Sequence[dict[str, Any]]) -> list[str]:
     """Lists the measured ceilings in words; the floors come from them."""
     return [
         f"ceilings, {r['dtype']}: {2e-12 * r['macs_per_s']:.1f} TFLOP/s (the best of a product and "

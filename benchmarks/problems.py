@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hetconv_kernels import models
-from hetconv_kernels.compression.command import accuracy, train, trainer
+from hetconv_kernels.compression.command import top1_accuracy, train_dense, trainer
 from hetconv_kernels.compression.training import Training
 from hetconv_kernels.datasets import Split, digits
 from hetconv_kernels.demo_data import (
@@ -39,7 +39,7 @@ _BATCH = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class TaskSettings:
     """Sizes and lengths of one problem.
 
     Attributes:
@@ -63,7 +63,7 @@ class Settings:
     steps: int = 50
 
 
-class Problem:
+class CompressionTask:
     """A network and data to compress it on.
 
     Attributes:
@@ -79,7 +79,7 @@ class Problem:
 
     name: str
     measure: str
-    settings: Settings
+    settings: TaskSettings
     example: Tensor
 
     def __init__(self, folder: Path, quick: bool) -> None:
@@ -104,7 +104,7 @@ class Problem:
         raise NotImplementedError
 
 
-class Digits(Problem):
+class Digits(CompressionTask):
     """The digits, 8×8, in ten classes: 1,000 to train, 297 to decide by, 500 for the table."""
 
     name, measure = "digits", "accuracy"
@@ -113,7 +113,7 @@ class Digits(Problem):
         super().__init__(folder, quick)
         epochs, dense = (1, 3) if quick else (15, 30)
         short, steps = max(epochs // 3, 1), 2 if quick else 50
-        self.settings = Settings(
+        self.settings = TaskSettings(
             epochs, short, dense, 2 * epochs, ACCURACY_TOLERANCE, 0.01, 0.1, steps
         )
         data = digits()
@@ -128,7 +128,7 @@ class Digits(Problem):
         torch.manual_seed(0)
         model = models.digits_net(8 if self.quick else 32)
         made = self.training(self.settings.rate)
-        return train(model, made, self.settings.dense_epochs, 0, self.folder / "dense.pt")
+        return train_dense(model, made, self.settings.dense_epochs, 0, self.folder / "dense.pt")
 
     def training(self, rate: float) -> Training:
         """SGD with momentum on cross-entropy."""
@@ -136,10 +136,10 @@ class Digits(Problem):
 
     def quality(self, model: nn.Module) -> float:
         """Top-1 accuracy on the test images."""
-        return accuracy(model, self.data)
+        return top1_accuracy(model, self.data)
 
 
-class Denoising(Problem):
+class Denoising(CompressionTask):
     """White noise of σ = 25 taken out of a photograph by a DnCNN, without BatchNorm as in the demo.
 
     Trained on the left three quarters of one photograph, decided by the rest of it; the table's
@@ -157,7 +157,9 @@ class Denoising(Problem):
         # From scratch as many batches as the dense network and the training after it together.
         scratch = dense * self.dense_steps // self.steps + epochs
         short, steps = (1, 2) if quick else (2, 50)
-        self.settings = Settings(epochs, short, dense, scratch, PSNR_TOLERANCE, 1e-3, 2e-3, steps)
+        self.settings = TaskSettings(
+            epochs, short, dense, scratch, PSNR_TOLERANCE, 1e-3, 2e-3, steps
+        )
         photo, truth = photograph(TRAINED_ON), photograph(HELD_OUT)
         edge = photo.shape[2] * 3 // 4
         crop = slice(None, 48 if quick else None)
@@ -173,16 +175,16 @@ class Denoising(Problem):
         torch.manual_seed(0)
         model = models.dncnn(self.depth, self.channels, 1, batch_norm=False)
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        # `train` begins at ten times the rate.
+        # `train_dense` begins at ten times the rate.
         made = self._training(self.settings.scratch_rate / 10, self.dense_steps)
-        return train(model, made, self.settings.dense_epochs, 0, self.folder / "dense.pt")
+        return train_dense(model, made, self.settings.dense_epochs, 0, self.folder / "dense.pt")
 
     @cached_property
     def reference(self) -> float:
         """The PSNR of the dense network, trained on for longer than most methods do at the end."""
         more, epochs = copy.deepcopy(self.dense), 3 * self.settings.epochs // 2
         made = self.training(self.settings.rate / 10)
-        more = train(more, made, epochs, 1, self.folder / "dense-more.pt")
+        more = train_dense(more, made, epochs, 1, self.folder / "dense-more.pt")
         return max(self.quality(more), self.quality(self.dense))
 
     def training(self, rate: float) -> Training:
@@ -207,7 +209,7 @@ class Denoising(Problem):
         return (patches.next() for _ in range(steps))
 
 
-PROBLEMS: dict[str, Callable[[Path, bool], Problem]] = {"digits": Digits, "psnr": Denoising}
+PROBLEMS: dict[str, Callable[[Path, bool], CompressionTask]] = {"digits": Digits, "psnr": Denoising}
 
 
 def _noise_loss(model: nn.Module, batch: Any) -> Tensor:

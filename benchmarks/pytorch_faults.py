@@ -27,18 +27,19 @@ import hetconv_kernels as hk
 from hetconv_kernels import ops
 from hetconv_kernels.backends import get_backend
 from hetconv_kernels.backends.common import has_idle_taps
-from hetconv_kernels.problem import Geometry, make_geometry
+from hetconv_kernels.problem import VERBS, Geometry, make_geometry
 from hetconv_kernels.testing import error_bound, oracle
 
-DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
+TORCH_DTYPES = {
+    name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")
+}
 # glibc fills what it hands out with the complement of this byte: 0x7f7f is huge in every dtype.
 PERTURBED = {"GLIBC_TUNABLES": "glibc.malloc.perturb=128"}
 SIDES = (1, 2, 3, 4, 5, 8, 16, 23, 26)
 KERNELS, STRIDES, DILATIONS = (1, 2, 3, 4, 5, 7), (1, 1, 2, 3, 5), (1, 1, 2, 3)
-VERBS = ("fprop", "dgrad", "wgrad")
 
 
-def draw(seed: int) -> tuple[Geometry, tuple[int, int, int], torch.memory_format, int]:
+def draw_case(seed: int) -> tuple[Geometry, tuple[int, int, int], torch.memory_format, int]:
     """Draws a layer, its images (batch, height, width), their layout, and threads."""
     chance = random.Random(seed)
     while True:
@@ -64,7 +65,7 @@ def draw(seed: int) -> tuple[Geometry, tuple[int, int, int], torch.memory_format
 
 def examine(seed: int, dtype: torch.dtype, everything: bool) -> list[dict[str, Any]] | None:
     """Runs one layer and lists what is wrong of it; None where `vendor` refuses it."""
-    geometry, (n, height, width), layout, threads = draw(seed)
+    geometry, (n, height, width), layout, threads = draw_case(seed)
     torch.set_num_threads(threads)
     support = geometry.support
     generator = torch.Generator().manual_seed(seed)
@@ -92,7 +93,7 @@ def examine(seed: int, dtype: torch.dtype, everything: bool) -> list[dict[str, A
         ),
     }
     exact, most = (
-        truth(geometry, *(f(t.double()) for t in (x, w, dy))) for f in (_same, torch.abs)
+        double_truth(geometry, *(f(t.double()) for t in (x, w, dy))) for f in (_same, torch.abs)
     )
     depths = support.channels * w[0, 0].numel(), support.filters * w[0, 0].numel(), dy[:, 0].numel()
     found = []
@@ -112,7 +113,7 @@ def examine(seed: int, dtype: torch.dtype, everything: bool) -> list[dict[str, A
     return found
 
 
-def truth(
+def double_truth(
     geometry: Geometry, x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """Computes y, dx and dw in float64, where oneDNN has no part."""
@@ -128,7 +129,7 @@ def _same(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _described(seed: int, dtype: torch.dtype, idle: bool) -> dict[str, Any]:
-    geometry, images, layout, threads = draw(seed)
+    geometry, images, layout, threads = draw_case(seed)
     return {
         "seed": seed,
         "dtype": str(dtype).removeprefix("torch."),
@@ -145,7 +146,7 @@ def child(first: int, last: int, dtype: str, everything: bool) -> None:
     """Examines the seeds in [first, last): a line when one begins, and one for what it gave."""
     for seed in range(first, last):
         print(json.dumps({"begun": seed}), flush=True)
-        found = examine(seed, DTYPES[dtype], everything)
+        found = examine(seed, TORCH_DTYPES[dtype], everything)
         print(json.dumps({"refused": found is None, "faults": found or []}), flush=True)
 
 
@@ -168,8 +169,8 @@ def faults(first: int, last: int, dtype: str, everything: bool = False) -> Itera
             return
         if done.returncode > 0 or not begun:
             raise RuntimeError(f"the process of seed {first} failed:\n{done.stderr}")
-        geometry, (_, height, width), *_ = draw(begun[-1])
-        x = torch.empty(1, geometry.support.channels, height, width, dtype=DTYPES[dtype])
+        geometry, (_, height, width), *_ = draw_case(begun[-1])
+        x = torch.empty(1, geometry.support.channels, height, width, dtype=TORCH_DTYPES[dtype])
         w = torch.empty(geometry.support.shape, dtype=x.dtype)
         idle = has_idle_taps(ops.describe("fprop", geometry, x, x, w, (height, width)))
         crash = _described(begun[-1], x.dtype, idle) | {"verb": f"signal {-done.returncode}"}
@@ -182,7 +183,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cases", type=int, default=500, help="layers for each dtype")
     parser.add_argument("--seed", type=int, default=0, help="of the first layer")
-    parser.add_argument("--dtypes", default=",".join(DTYPES), help="separated by commas")
+    parser.add_argument("--dtypes", default=",".join(TORCH_DTYPES), help="separated by commas")
     parser.add_argument("--everything", action="store_true", help="also what vendor refuses")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()

@@ -12,18 +12,19 @@ import argparse
 from pathlib import Path
 
 from benchmarks import picture, summary
+from hetconv_kernels.files import Json
 
 README = Path(__file__).resolve().parents[1] / "README.md"
-BEGIN = "<!-- measured: written by `python -m benchmarks.readme` -->"
+SECTION_BEGIN = "<!-- measured: written by `python -m benchmarks.readme` -->"
 END = "<!-- /measured -->"
 
 
-def measured() -> str:
+def measured_section() -> str:
     """Composes the section: three headlines, one table, how many rows are losses, and of what."""
     layers = summary.results(summary.LAYERS)
     parts = [
         "\n".join(f"- {line}" for line in headlines()),
-        summary.networks(),
+        summary.networks_summary(),
         "Whole networks, HetConv p=4 (het4) or self-grouped at 70 % (sg70), against PyTorch, "
         "torch.compile, ONNX Runtime and OpenVINO at the same precision, alternating with every "
         "baseline in one process. A *composition* is the same network out of ordinary layers: "
@@ -40,9 +41,10 @@ def headlines() -> list[str]:
     """Lists a layer, a network and a network in 8 bits, as measured."""
     found = [
         "**One layer**: 3×3 HetConv with p=4, 64 to 512 channels, needs "
-        f"{summary.span(summary.mac_ratios('HetConv p=4'), 1)} times fewer multiply-accumulates "
-        f"and runs {summary.span(summary.speedups('HetConv p=4'))} times faster than the fastest "
-        "dense convolution in PyTorch (float32)."
+        f"{summary.value_span(summary.mac_ratios('HetConv p=4'), 1)} times fewer "
+        "multiply-accumulates and runs "
+        f"{summary.value_span(summary.speedups('HetConv p=4'))} times "
+        "faster than the fastest dense convolution in PyTorch (float32)."
     ]
     for title, case in (
         ("One network", "resnet18-het4"),
@@ -56,33 +58,35 @@ def headlines() -> list[str]:
         line = (
             f"**{title}**: ResNet-18 with HetConv p=4, {summary.images(row['case'])}, runs "
             f"{dense['ratio']:.2f} times faster than the fastest dense engine at that precision "
-            f"({engine(dense)})"
+            f"({engine_title(dense)})"
         )
         if composition:
             line += (
                 f", and {composition['ratio']:.2f} times as fast as the fastest composition "
-                f"({engine(composition)})"
+                f"({engine_title(composition)})"
             )
         found.append(line + ".")
     return found
 
 
-def engine(rival: summary.Json) -> str:
+def engine_title(rival: Json) -> str:
     """Names the engine of a rival as its makers write it."""
     name = str(rival["name"]).partition(":")[2]
     return {"openvino": "OpenVINO", "onnxruntime": "ONNX Runtime"}.get(name, name)
 
 
-def updated(text: str) -> str:
+def updated_readme(text: str) -> str:
     """Returns a README with the section written anew.
 
     Raises:
         ValueError: the markers are not there, once each and in order.
     """
-    if (text.count(BEGIN), text.count(END)) != (1, 1) or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"README.md: expected {BEGIN} and, after it, {END}, once each.")
-    before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n\n{measured()}\n\n{END}{rest.partition(END)[2]}"
+    if (text.count(SECTION_BEGIN), text.count(END)) != (1, 1) or text.index(
+        SECTION_BEGIN
+    ) > text.index(END):
+        raise ValueError(f"README.md: expected {SECTION_BEGIN} and, after it, {END}, once each.")
+    before, _, rest = text.partition(SECTION_BEGIN)
+    return f"{before}{SECTION_BEGIN}\n\n{measured_section()}\n\n{END}{rest.partition(END)[2]}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -90,8 +94,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if stale")
     options = parser.parse_args(arguments)
     now = README.read_text()
-    wanted = updated(now)
-    drawn = picture.draw()
+    wanted = updated_readme(now)
+    drawn = picture.draw_svg()
     stale = [
         path.name
         for path, text in ((README, wanted), (picture.SVG, drawn))

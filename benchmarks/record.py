@@ -19,22 +19,21 @@ import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import hetconv_kernels as hk
 from benchmarks import amdahl, rig
-from benchmarks.gate import Match
+from benchmarks.gate import Agreement
 from benchmarks.int8_rig import Int8Rig
 from benchmarks.networks import NetworkCase
 from benchmarks.report.results import verdict
 from benchmarks.report.schema import SCHEMA_VERSION, problems
+from hetconv_kernels.files import Json
 from hetconv_kernels.info import processor
-from hetconv_kernels.roofs import Roofs
+from hetconv_kernels.roofline import Roofs
 from hetconv_kernels.timing import Timings
 
-Json = dict[str, Any]
 # What `hetconv bench --isa` sets, and what forces a backend.
 _HELD = ("HETCONV_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "HETCONV_BACKEND")
 
@@ -81,7 +80,7 @@ class Record:
 
 def layer_row(
     bench: rig.Rig | Int8Rig,
-    match: Match,
+    match: Agreement,
     timings: Timings | None = None,
     roofs: Roofs | None = None,
 ) -> Json:
@@ -165,10 +164,10 @@ def dispatch_row(name: str, backend: str, target_us: float, timings: Timings) ->
 
 def model_row(
     case: NetworkCase,
-    match: Match,
+    match: Agreement,
     absent: dict[str, dict[str, str]],
     timings: dict[str, Timings] | None = None,
-    runs: tuple[Sequence[amdahl.Run], Sequence[amdahl.Run]] | None = None,
+    runs: tuple[Sequence[amdahl.TimedRun], Sequence[amdahl.TimedRun]] | None = None,
     ratios: Mapping[str, float] | None = None,
 ) -> Json:
     """Makes the row of a network; without timings it says only that it did not match.
@@ -221,7 +220,7 @@ def model_row(
     }
 
 
-def training_row(case: NetworkCase, match: Match, timings: Timings | None = None) -> Json:
+def training_row(case: NetworkCase, match: Agreement, timings: Timings | None = None) -> Json:
     """Makes the row of a training step; without timings it says only that it did not match."""
     row: Json = {"kind": "training", "case": case.to_dict(), "match": match.to_dict()}
     if timings is None:

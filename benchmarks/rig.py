@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,8 +14,8 @@ from benchmarks import baselines, gate
 from benchmarks.cases import Case
 from hetconv_kernels import timing
 from hetconv_kernels.packing import dense_weight, live_weight
+from hetconv_kernels.timing import Call
 
-Call = Callable[[], object]
 _FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 _SHORT = {"contiguous": "nchw", "channels_last": "nhwc"}
 OURS, UNFROZEN, OURS_FLOAT32 = "ours", "ours-unfrozen", "ours-float32"
@@ -56,7 +55,7 @@ class Rig:
         self.layer = self._our_layer(frozen=not case.training)
         self.variants = self._variants(with_prepacked)
 
-    def check(self) -> gate.Match:
+    def check(self) -> gate.Agreement:
         """Compares every variant with the truth, on the first and the last image.
 
         Returns:
@@ -88,7 +87,7 @@ class Rig:
         x = x.to(memory_format=_FORMATS[self.case.memory_format])
         return hk.explain(layer, x, measure=False).chosen
 
-    def _match(self, truth: gate.Truth, results: tuple[Tensor, ...]) -> gate.Match:
+    def _match(self, truth: gate.Truth, results: tuple[Tensor, ...]) -> gate.Agreement:
         values = truth.values
         if len(results) == 3:  # the gradient of a dead weight means nothing
             y, dx, dw = results
@@ -131,7 +130,7 @@ class Rig:
         if not case.training:
             unfrozen = self._our_layer(frozen=False)
             found[UNFROZEN] = self._calls(unfrozen, case.memory_format)
-        rivals: dict[str, nn.Module] = {DENSE: baselines.dense(case, self.weight)}
+        rivals: dict[str, nn.Module] = {DENSE: baselines.dense_baseline(case, self.weight)}
         for name, module in baselines.compositions(case, self.support, self.weight).items():
             rivals[f"{COMPOSITION}:{name}"] = module
         for name, module in rivals.items():

@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from benchmarks import smoke
-from benchmarks.watch import Log, end_on_term, restarted, watched
+from benchmarks.watch import Log, end_on_term, restarted, run_watched
 
 ROOT = Path(__file__).resolve().parents[1]
 # Of the time: for the build at most, and left for the tests after the table.
@@ -66,10 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     if not options.no_build:
         command = [*python, "setup.py", "--quiet", "build_ext", "--inplace"]
-        built = watched(command, log, limit=min(_BUILD, left()))
+        built = run_watched(command, log, limit=min(_BUILD, left()))
         log(f"make gpu: the build took {built.seconds:.0f} s ({built.status})")
         failed += ["the build"] * (built.status != "ok")
-    found = smoke.run(smoke.CHECKS, python, options.limit, options.results, log)
+    found = smoke.run_parts(smoke.CHECKS, python, options.limit, options.results, log)
     without = smoke.without(found)
     failed += [f"smoke test of {name}" for name in without]
     for name in without:
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = [*python, "-m", "benchmarks.calibrate", "--device", "cuda"]
     command += ["--results", str(options.results)]
     command += ["--out", str(options.results / "gpu-constants.json")]
-    fitted = watched(command, log, limit=max(min(60.0, left()), 20.0), environment=environment)
+    fitted = run_watched(command, log, limit=max(min(60.0, left()), 20.0), environment=environment)
     log(f"make gpu: the constants of `auto` were {'' if fitted.status == 'ok' else 'not '}fitted")
     wanted = tests() if options.tests is None else options.tests
     if wanted:

@@ -7,9 +7,9 @@ two-core machine computes in some tens of milliseconds.
 
 from __future__ import annotations
 
-Shape = tuple[int, int, int, int, int, int, int]
+LayerShape = tuple[int, int, int, int, int, int, int]
 
-NETWORK_SHAPES: dict[str, Shape] = {
+NETWORK_SHAPES: dict[str, LayerShape] = {
     # VGG-16 at 224², arXiv 1409.1556
     "vgg-conv1_2": (1, 64, 64, 224, 224, 3, 1),
     "vgg-conv2_1": (1, 64, 128, 112, 112, 3, 1),
@@ -50,7 +50,7 @@ NETWORK_SHAPES: dict[str, Shape] = {
     "yolo-13": (1, 512, 1024, 13, 13, 3, 1),
 }
 # Sizes and counts that no tile divides.
-ODD_SHAPES: dict[str, Shape] = {
+ODD_SHAPES: dict[str, LayerShape] = {
     "odd-65x67": (2, 65, 67, 31, 33, 3, 1),
     "odd-97": (8, 97, 97, 27, 29, 3, 1),
     "odd-33x65s2": (8, 33, 65, 37, 41, 3, 2),

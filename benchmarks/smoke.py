@@ -19,17 +19,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.watch import Log, end_on_term, watched
+from benchmarks import RESULTS
+from benchmarks.watch import Log, end_on_term, run_watched
 
-RESULTS = Path(__file__).parent / "results"
 RESULT = "result "
 # CUDA first: nothing is compiled for it here, and wide groups are worth most.
 CHECKS = (
-    "cuda-wide", "cuda-cluster", "cuda-rate", "cuda-narrow", "cuda-boxes", "cuda-wgrad",
-    "triton-gather", "triton-boxes", "triton-wgrad", "triton-wgrad-boxes",
+    "cuda-wide", "cuda-cluster", "cuda-rate", "cuda-narrow", "cuda-tma", "cuda-wgrad",
+    "triton-gather", "triton-tma", "triton-wgrad", "triton-wgrad-tma",
 )  # fmt: skip
 # What else a part needs to be run at all.
-NEEDS = {"cuda-cluster": ("cuda-wide",), "cuda-boxes": ("cuda-narrow",)}
+NEEDS = {"cuda-cluster": ("cuda-wide",), "cuda-tma": ("cuda-narrow",)}
 FAULTY = ("wrong", "failed", "hung")
 # Images, and how often each product is repeated; the operands are exact in bf16.
 IMAGES, REPEATS = 96, 20
@@ -60,11 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"received {', '.join(unknown)}; expected some of {', '.join(CHECKS)}")
     end_on_term()
     python = shlex.split(options.python) or [sys.executable]
-    found = run(options.names or CHECKS, python, options.limit, options.results, Log())
+    found = run_parts(options.names or CHECKS, python, options.limit, options.results, Log())
     return int(any(check["status"] in FAULTY for check in found.values()))
 
 
-def run(
+def run_parts(
     names: Sequence[str], python: Sequence[str], limit: float, folder: Path, log: Log
 ) -> dict[str, dict[str, Any]]:
     """Checks parts, writes ``smoke.json`` after each, and returns what was found.
@@ -80,7 +80,7 @@ def run(
     for name in names:
         log(f"smoke: {name} begins")
         command = [*python, "-m", "benchmarks.smoke", "--one", name]
-        ended = watched(command, log, limit=limit)
+        ended = run_watched(command, log, limit=limit)
         check: dict[str, Any] = {"status": ended.status, "detail": ""}
         for line in ended.lines:
             if line.startswith(RESULT):
@@ -133,15 +133,15 @@ def _part(name: str) -> int:
     engine = name.split("-")[0]
     if engine not in hk.available_backends("cuda"):
         return _said("absent", f"the backend {engine!r} is not built here")
-    kept = {name, *NEEDS.get(name, ())} | ({"cuda-wgrad"} if name == "cuda-boxes" else set())
+    kept = {name, *NEEDS.get(name, ())} | ({"cuda-wgrad"} if name == "cuda-tma" else set())
     parts.WITHOUT = frozenset(parts.PARTS.keys() - kept)
     if name == "cuda-cluster":
         wide_tiles.CLUSTERS = (2,)
-    if name == "triton-boxes":  # which are not chosen where the CUDA engine is built
-        triton_choice.ONLY = "boxes"
+    if name == "triton-tma":  # which are not chosen where the CUDA engine is built
+        triton_choice.ONLY_LAUNCH = "tma"
     gradient = "wgrad" in name
     verbs = ("wgrad",) if gradient else ("fprop", "dgrad")
-    if name == "cuda-boxes":
+    if name == "cuda-tma":
         verbs = ("fprop", "dgrad", "wgrad")
     run = 0
     for support in _supports(name):
@@ -161,7 +161,7 @@ def _part(name: str) -> int:
 def _supports(name: str) -> list[Any]:
     from hetconv_kernels import Support
 
-    if name in ("cuda-wide", "cuda-cluster", "triton-boxes"):
+    if name in ("cuda-wide", "cuda-cluster", "triton-tma"):
         return [Support.het(256, 256, 3, p=4), Support.dense(128, 128, 3)]
     return [Support.het(64, 64, 3, p=4), Support.grouped(64, 64, 3, 8)]
 
@@ -220,16 +220,14 @@ def _not_chosen(name: str, problem: Any) -> list[str]:
     """Says why not the part that is to be checked would be run, but another one."""
     from hetconv_kernels.backends.cuda import choice
 
-    if name == "cuda-boxes":
+    if name == "cuda-tma":
         found: Any = choice.best(problem)
-        why = found.no_boxes if problem.verb == "wgrad" else found.how.no_boxes
+        why = found.no_tma if problem.verb == "wgrad" else found.how.no_tma
         return [f"Without TMA: {why}."] if why else []
-    if name.startswith("triton-") and name.endswith("boxes"):
-        from hetconv_kernels.backends.triton import wgrad_choice
-        from hetconv_kernels.backends.triton.choice import best_gather
+    if name.startswith("triton-") and name.endswith("tma"):
+        from hetconv_kernels.backends.triton.picking import pick_choice
 
-        best: Any = wgrad_choice.best_wgrad if problem.verb == "wgrad" else best_gather
-        return [] if best(problem).box is not None else ["No box is chosen."]
+        return [] if pick_choice(problem).box is not None else ["No box is chosen."]
     return []
 
 

@@ -17,13 +17,11 @@ from torch import Tensor, nn
 
 import hetconv_kernels as hk
 from benchmarks import gate
-from benchmarks.baselines import GroupedPlusPointwise
-from benchmarks.cases import Case, SupportSpec
+from benchmarks.cases import SupportSpec
 from benchmarks.networks import NetworkCase, converted
 from hetconv_kernels import export, models
-from hetconv_kernels.nn import SupportConv2d
 
-STEPS = (
+STEP_CASES = (
     NetworkCase("train-resnet20-het4", "resnet20", SupportSpec("het", 4), n=32, size=32),
     NetworkCase("train-vgg16_cifar-het4", "vgg16_cifar", SupportSpec("het", 4), n=16, size=32),
     NetworkCase(
@@ -35,30 +33,15 @@ _MARGIN = 16.0
 _FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
-def build(case: NetworkCase) -> dict[str, nn.Module]:
+def build_step_networks(case: NetworkCase) -> dict[str, nn.Module]:
     """Builds the network dense, ours and as a composition, on the same seeded weights."""
     torch.manual_seed(0)
     dense = models.create(case.network).train()
     ours = converted(case, copy.deepcopy(dense))  # in place otherwise
-    return {"dense": dense, "ours": ours, "composition": composed(case, ours)}
+    return {"dense": dense, "ours": ours, "composition": export.plain(ours, "composition")}
 
 
-def composed(case: NetworkCase, network: nn.Module) -> nn.Module:
-    """Replaces every HetConv of a copy by a grouped and a 1×1 convolution that train."""
-    network = copy.deepcopy(network)
-    for name, module in list(network.named_modules()):
-        if isinstance(module, SupportConv2d):
-            parent, _, key = name.rpartition(".")
-            f, c, k, _ = module.support.shape
-            shape = Case("", 1, c, f, 1, 1, k, case.support, stride=module.stride[0])
-            inner = GroupedPlusPointwise(shape, case.support.value, module.dense_weight())
-            if module.bias is not None:
-                inner.pointwise.bias = nn.Parameter(module.bias.detach().clone())
-            setattr(network.get_submodule(parent), key, inner)
-    return network
-
-
-def check(networks: dict[str, nn.Module], x: Tensor) -> gate.Match:
+def check(networks: dict[str, nn.Module], x: Tensor) -> gate.Agreement:
     """Compares ours and the composition with the masked dense network in float64."""
     masked = export.plain(networks["ours"])
     exact, own = (_passed(copy.deepcopy(masked), x, d) for d in (torch.float64, torch.float32))
@@ -73,7 +56,7 @@ def check(networks: dict[str, nn.Module], x: Tensor) -> gate.Match:
             allowed = _MARGIN * (rounded - true).abs().max() + 64 * eps * true.abs().max()
             error = (value.double() * mask - true).abs().max()
             worst = float((error / allowed).nan_to_num(nan=float("inf")))
-            matches.append(gate.Match(worst <= 1, worst, float(error)))
+            matches.append(gate.Agreement(worst <= 1, worst, float(error)))
     return max(matches, key=lambda match: match.worst)
 
 

@@ -7,12 +7,11 @@ import json
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from benchmarks import table
 from hetconv_kernels import tables
+from hetconv_kernels.files import Json
 
-Json = dict[str, Any]
 HERE = Path(__file__).resolve().parent
 LAYERS, PREPACKED, NARROW = "layers-full", "layers-full-prepacked", "layers-full-avx2"
 # The columns of the README's table: (kind, value of the Support) and what people call it; the
@@ -83,12 +82,12 @@ def grid(name: str = LAYERS, rival: str = "dense") -> str:
     header = ["3×3 layer"]
     for column in names:
         saved = [r["dense_macs"] / r["macs"] for (_, c), r in cells.items() if c == column]
-        header.append(f"{column} ({span(saved, 1)})")
+        header.append(f"{column} ({value_span(saved, 1)})")
     lines = []
     for size in sizes:
         found = [cells.get((size, column)) for column in names]
         lines.append([size, *(f"{r[rival]['ratio']:.2f}" if r else "" for r in found)])
-    return tables.markdown(header, lines)
+    return tables.markdown_table(header, lines)
 
 
 def _column(row: Json) -> str | None:
@@ -160,11 +159,11 @@ def losses(name: str = LAYERS) -> str:
     lines = []
     for row in results(name)["rows"]:
         if "dense" not in row:
-            lines.append((row["case"]["name"], describe(row["case"]), "MISMATCH", "", ""))
+            lines.append((row["case"]["name"], describe_case(row["case"]), "MISMATCH", "", ""))
         elif any(row[rival] and row[rival]["ratio"] < 1 for rival in RIVALS):
             cells = (marked(row[rival]) for rival in RIVALS)
-            lines.append((row["case"]["name"], describe(row["case"]), *cells))
-    return tables.markdown(header, lines, left=2)
+            lines.append((row["case"]["name"], describe_case(row["case"]), *cells))
+    return tables.markdown_table(header, lines, left=2)
 
 
 RIVALS = ("dense", "composition", "unfrozen")
@@ -178,7 +177,7 @@ def marked(found: Json | None) -> str:
     return f"**{ratio}**" if found["ratio"] < 1 else ratio
 
 
-def describe(case: Json) -> str:
+def describe_case(case: Json) -> str:
     """Says what a benchmark case is, with the report that it comes from."""
     kind, value = case["support"]["kind"], case["support"]["value"]
     kinds = {
@@ -203,7 +202,7 @@ def training(name: str = LAYERS) -> str:
     header = ("training step", "dense", "interval", "composition")
     lines = [
         (
-            describe(row["case"]),
+            describe_case(row["case"]),
             f"{row['dense']['ratio']:.2f}",
             f"{row['dense']['low']:.2f} to {row['dense']['high']:.2f}",
             marked(row["composition"]),
@@ -211,10 +210,10 @@ def training(name: str = LAYERS) -> str:
         for row in results(name)["rows"]
         if row["case"]["training"] and "dense" in row
     ]
-    return tables.markdown(header, lines)
+    return tables.markdown_table(header, lines)
 
 
-def networks() -> str:
+def networks_summary() -> str:
     """Lays out the whole networks beside the fastest of all engines."""
     header = (
         "network", "fastest dense", "times faster", "interval",
@@ -236,7 +235,7 @@ def networks() -> str:
                 interval = f"{found['low']:.2f} to {found['high']:.2f}"
                 cells += [engine, marked(found), interval]
             lines.append(cells)
-    return tables.markdown(header, lines)
+    return tables.markdown_table(header, lines)
 
 
 def images(case: Json) -> str:
@@ -289,7 +288,7 @@ def methods_table(part: str = "digits", only_papers: bool = False) -> str:
                 f"{low:.2f} to {high:.2f}",
             )
         )
-    return tables.markdown(header, lines, left=2)
+    return tables.markdown_table(header, lines, left=2)
 
 
 def _methods_speed() -> str:
@@ -302,7 +301,7 @@ def _methods_speed() -> str:
         lines.append(
             (row["network"], row["name"], f"{fewer:.2f}", marked({"ratio": ratio}), interval)
         )
-    return tables.markdown(header, lines, left=2)
+    return tables.markdown_table(header, lines, left=2)
 
 
 def methods_grid() -> str:
@@ -316,7 +315,7 @@ def methods_grid() -> str:
     }
     names = dict.fromkeys(name for name, _ in cells)
     lines = [[name, *(cells.get((name, one), "") for one in networks_seen)] for name in names]
-    return tables.markdown(["method", *networks_seen], lines)
+    return tables.markdown_table(["method", *networks_seen], lines)
 
 
 def methods_provenance(part: str) -> str:
@@ -339,7 +338,7 @@ def training_networks() -> str:
                 interval = f"{found['low']:.2f} to {found['high']:.2f}" if found else ""
                 ratio = marked(found) if found else "MISMATCH"
                 lines.append((name, ratio, interval, marked(row.get("composition"))))
-    return tables.markdown(header, lines) if lines else "None is committed yet."
+    return tables.markdown_table(header, lines) if lines else "None is committed yet."
 
 
 def right_picks() -> str:
@@ -352,7 +351,7 @@ def right_picks() -> str:
     )
 
 
-def span(values: Iterable[float], digits: int = 2) -> str:
+def value_span(values: Iterable[float], digits: int = 2) -> str:
     """Writes the least and the largest of some numbers, or the one that they all are."""
     found = sorted(f"{value:.{digits}f}" for value in values)
     ordered: Sequence[str] = sorted(set(found), key=float)

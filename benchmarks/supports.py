@@ -4,7 +4,7 @@
 They are what self-grouping (arXiv 2009.13803) gives on seeded Gaussian weights, run in steps of ten
 per cent to the target, and not masks made to suit an engine. k-means differs a little between
 versions of its library, so the result is kept in self_grouped.json: the same everywhere, and there
-without scikit-learn. ``python -m benchmarks.supports`` makes the file anew.
+without scikit-learn. ``python -m benchmarks.make_supports`` makes the file anew.
 
 Weights that were trained have a structure that Gaussian ones lack: trained_masks.json holds what
 self-grouping makes of a network that `benchmarks.train_masks` trained.
@@ -22,7 +22,7 @@ import torch
 
 import hetconv_kernels as hk
 
-PATH = Path(__file__).with_name("self_grouped.json")
+SELF_GROUPED_FILE = Path(__file__).with_name("self_grouped.json")
 TRAINED_PATH = Path(__file__).with_name("trained_masks.json")
 CLUSTERS = 16
 SMALL = (60, 16, 32, 3, 0)  # the layer that the tests of the benchmarks use
@@ -35,11 +35,11 @@ def self_grouped(percent: int, channels: int, filters: int, kernel: int, seed: i
         HetconvError: there is none, and scikit-learn is not installed.
         ValueError: the file was changed or damaged.
     """
-    name = key(percent, channels, filters, kernel, seed)
+    name = support_key(percent, channels, filters, kernel, seed)
     entry = _committed().get(name)
     if entry is None:
-        return make(percent, channels, filters, kernel, seed)
-    return _support_of(entry, f"{PATH.name}: {name}", channels, kernel)
+        return make_support(percent, channels, filters, kernel, seed)
+    return _support_of(entry, f"{SELF_GROUPED_FILE.name}: {name}", channels, kernel)
 
 
 def trained(percent: int, channels: int, filters: int) -> hk.Support:
@@ -55,7 +55,7 @@ def trained(percent: int, channels: int, filters: int) -> hk.Support:
     return _support_of(_committed_trained()[name], where, channels, 3)
 
 
-def make(percent: int, channels: int, filters: int, kernel: int, seed: int) -> hk.Support:
+def make_support(percent: int, channels: int, filters: int, kernel: int, seed: int) -> hk.Support:
     """Runs self-grouping in steps of ten per cent to the target, on seeded Gaussian weights."""
     from hetconv_kernels.compression.self_grouping import self_group
 
@@ -67,7 +67,7 @@ def make(percent: int, channels: int, filters: int, kernel: int, seed: int) -> h
     return support
 
 
-def key(percent: int, channels: int, filters: int, kernel: int, seed: int) -> str:
+def support_key(percent: int, channels: int, filters: int, kernel: int, seed: int) -> str:
     """Names a Support in the file."""
     return f"sg{percent}-{channels}x{filters}-k{kernel}-seed{seed}"
 
@@ -90,7 +90,7 @@ def entry_of(support: hk.Support) -> dict[str, Any]:
 
 @cache
 def _committed() -> dict[str, Any]:
-    return dict(json.loads(PATH.read_text())) if PATH.exists() else {}
+    return dict(json.loads(SELF_GROUPED_FILE.read_text())) if SELF_GROUPED_FILE.exists() else {}
 
 
 @cache
@@ -109,33 +109,3 @@ def _support_of(entry: dict[str, Any], where: str, channels: int, kernel: int) -
 def _bits(text: str, count: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
     packed = np.frombuffer(bytes.fromhex(text), np.uint8)
     return np.unpackbits(packed, count=count, bitorder="little").astype(bool)
-
-
-def main() -> None:
-    """Makes the file anew, one entry for each self-grouped layer of the cases."""
-    from benchmarks.cases import CPU_CASES, GPU_CASES
-    from benchmarks.networks import NETWORKS, self_grouped_layers
-    from hetconv_kernels import models
-
-    whole = {
-        shape
-        for case in NETWORKS
-        if case.support.kind == "self_group"
-        for _, shape in self_grouped_layers(case, models.create(case.network))
-    }
-    wanted = sorted(
-        {
-            (case.support.value, case.c, case.f, case.k, case.support.seed)
-            for case in (*CPU_CASES, *GPU_CASES)
-            if case.support.kind == "self_group"
-        }
-        | whole
-        | {SMALL}
-    )
-    entries = {key(*shape): entry_of(make(*shape)) for shape in wanted}
-    lines = [f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items()]
-    PATH.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-
-
-if __name__ == "__main__":
-    main()

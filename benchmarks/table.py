@@ -205,4 +205,4 @@ def _ratio(estimate: Row | None) -> str:
 
 def lay_out(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
     """Lays out lines; the first two columns and the last are text, the others numbers."""
-    return tables.text(header, lines, left=(0, 1, -1)).splitlines()
+    return tables.text_table(header, lines, left=(0, 1, -1)).splitlines()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import amdahl, gate, low_precision, peers, record
-from benchmarks.networks import NETWORKS, NetworkCase, build
+from benchmarks.networks import NETWORKS, NetworkCase, build_network
 from benchmarks.rig import COMPOSITION, DENSE, OURS, OURS_FLOAT32
 from hetconv_kernels import timing
 from hetconv_kernels.timing import Timings
@@ -35,7 +35,7 @@ def test_network(case: NetworkCase, session: Any, benchmark: Any, tmp_path: Path
     try:
         with torch.no_grad():
             timed = session.measures(benchmark)
-            row = measure(case, x, tmp_path, session.seconds, benchmark, timed)
+            row = measure_case(case, x, tmp_path, session.seconds, benchmark, timed)
     finally:
         torch.set_num_threads(threads)
     if session.measures(benchmark):
@@ -46,7 +46,7 @@ def test_network(case: NetworkCase, session: Any, benchmark: Any, tmp_path: Path
     assert row["match"]["ok"], f"wrong by {row['match']['worst']:.3g} times the bound; not timed"
 
 
-def measure(
+def measure_case(
     case: NetworkCase,
     x: Tensor,
     folder: Path,
@@ -61,11 +61,11 @@ def measure(
     pytest-benchmark, where it is given, collects the rounds beside (a). Nothing but the check is
     done where nothing is to be timed.
     """
-    ours, dense, composition = (build(case, form, x) for form in (OURS, DENSE, COMPOSITION))
+    ours, dense, composition = (build_network(case, form, x) for form in (OURS, DENSE, COMPOSITION))
     timings: dict[str, Timings] = {}
     absent: dict[str, dict[str, str]] = {}
-    match = gate.Match(True, 0.0, 0.0)
-    own: dict[str, peers.Run] = {}
+    match = gate.Agreement(True, 0.0, 0.0)
+    own: dict[str, peers.Inference] = {}
     try:
         own = low_precision.ours(case, ours, x)
     except peers.Absent as reason:
@@ -99,11 +99,11 @@ def measure(
     image = x.to(memory_format=torch.channels_last)
     names = layer_names(ours)
     layers = [amdahl.hooked_runs(net, image, names, _SAMPLES) for net in (dense, ours)]
-    ratios = amdahl.mac_ratios(dense, ours, image, names)
+    ratios = amdahl.layer_mac_ratios(dense, ours, image, names)
     return record.model_row(case, match, absent, timings, (layers[0], layers[1]), ratios)
 
 
-def _match(case: NetworkCase, truth: nn.Module, x: Tensor, name: str, y: Tensor) -> gate.Match:
+def _match(case: NetworkCase, truth: nn.Module, x: Tensor, name: str, y: Tensor) -> gate.Agreement:
     """Judges a result by the precision that it was computed in."""
     if case.dtype == "float32" or name == OURS_FLOAT32:
         return gate.network_match(truth, x, y)
@@ -112,7 +112,7 @@ def _match(case: NetworkCase, truth: nn.Module, x: Tensor, name: str, y: Tensor)
 
 def _runs(
     role: str, module: nn.Module, x: Tensor, folder: Path, dtype: str = "float32"
-) -> tuple[dict[str, peers.Run], dict[str, str]]:
+) -> tuple[dict[str, peers.Inference], dict[str, str]]:
     runs, absent = {}, {}
     for name, start in low_precision.peers_of(dtype).items():
         try:

@@ -15,14 +15,14 @@ from hetconv_kernels import timing
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    chosen = steps.STEPS if metafunc.config.getoption("--full") else steps.STEPS[:1]
+    chosen = steps.STEP_CASES if metafunc.config.getoption("--full") else steps.STEP_CASES[:1]
     metafunc.parametrize("case", [pytest.param(case, id=case.name) for case in chosen])
 
 
 def test_training(case: NetworkCase, session: Any, benchmark: Any) -> None:
     torch.manual_seed(1)
     x = torch.randn(case.n, case.channels, case.size, case.size)
-    networks = steps.build(case)
+    networks = steps.build_step_networks(case)
     match = steps.check(networks, x)
     measures = session.measures(benchmark)
     if not match.ok:

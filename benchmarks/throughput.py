@@ -23,20 +23,19 @@ from typing import Any
 import torch
 
 from benchmarks import low_precision, record, summary
-from benchmarks.networks import NETWORKS, NetworkCase, build
-from benchmarks.peers import Absent, Run
+from benchmarks.networks import NETWORKS, NetworkCase, build_network
+from benchmarks.peers import Absent, Inference
 from benchmarks.rig import COMPOSITION, DENSE, OURS
 from hetconv_kernels import disturbance, tables
 from hetconv_kernels.errors import ArgumentError, mismatch
-from hetconv_kernels.files import write_text
+from hetconv_kernels.files import Json, write_text
 from hetconv_kernels.option_types import real, whole
 from hetconv_kernels.timing import median_interval
 
-Json = dict[str, Any]
 _WAIT = 600.0  # seconds until a process that builds its networks is given up
 
 
-def runs_of(case: NetworkCase, folder: Path, only: Sequence[str] = ()) -> dict[str, Run]:
+def runs_of(case: NetworkCase, folder: Path, only: Sequence[str] = ()) -> dict[str, Inference]:
     """Builds ours and every peer that is here, dense and as a composition, each checked to run.
 
     Args:
@@ -46,7 +45,7 @@ def runs_of(case: NetworkCase, folder: Path, only: Sequence[str] = ()) -> dict[s
     """
     torch.manual_seed(1)
     x = torch.randn(case.shape)
-    forms = {form: build(case, form, x) for form in (OURS, DENSE, COMPOSITION)}  # type: ignore[arg-type]
+    forms = {form: build_network(case, form, x) for form in (OURS, DENSE, COMPOSITION)}  # type: ignore[arg-type]
     found = {OURS: low_precision.ours(case, forms[OURS], x)[OURS]}
     for role in (DENSE, COMPOSITION):
         for name, start in low_precision.peers_of(case.dtype).items():
@@ -96,7 +95,7 @@ def counted(
     return calls
 
 
-def measure(
+def measure_processes(
     case: NetworkCase, processes: int, rounds: int, seconds: float, only: Sequence[str] = ()
 ) -> Json:
     """Runs all processes in rounds; returns the row of a network."""
@@ -163,7 +162,7 @@ def _same(lists: Sequence[list[str]]) -> list[str]:
     return first
 
 
-def shown(rows: Sequence[Json]) -> str:
+def shown_rows(rows: Sequence[Json]) -> str:
     """Lays out the rows; a ratio below 1 is in bold."""
     header = ("network", "processes", "ours, images/s", "fastest dense", "× dense", "interval",
               "fastest composition", "× composition", "interval")  # fmt: skip
@@ -179,7 +178,7 @@ def shown(rows: Sequence[Json]) -> str:
             interval = f"{rival['low']:.2f} to {rival['high']:.2f}"
             cells += [rival["name"].partition(":")[2], summary.marked(rival), interval]
         lines.append(cells)
-    return tables.markdown(header, lines)
+    return tables.markdown_table(header, lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -200,10 +199,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = []
     for name in options.names:
         rows.append(
-            measure(cases[name], options.processes, options.rounds, options.seconds, options.peer)
+            measure_processes(
+                cases[name], options.processes, options.rounds, options.seconds, options.peer
+            )
         )
         write_text(options.out, json.dumps(whole_file | {"rows": rows}, indent=1) + "\n")
-    print(shown(rows))
+    print(shown_rows(rows))
     return 0
 
 

@@ -28,14 +28,14 @@ from hetconv_kernels.compression.self_grouping import self_group
 WIDTHS = (64, 128, 256, 512)
 POOLED = (64, 128)  # the image is halved after these: 8², 4², then 2² pixels
 KEPT = (70, 90)  # per cent dropped of the masks that are written
-STEP = 10
+STEP_PERCENT = 10
 FIRST_EPOCHS, LOCAL_EPOCHS = 12, 2
 BATCH = 64
 LEARNING_RATE = 1e-3
 
 
 @dataclass(frozen=True)
-class Digits:
+class HeldOutDigits:
     """Handwritten digits: every fifth is held out."""
 
     images: Tensor  # [N, 1, 8, 8]
@@ -44,7 +44,7 @@ class Digits:
     test_labels: Tensor
 
     @classmethod
-    def load(cls) -> Digits:
+    def load(cls) -> HeldOutDigits:
         from sklearn.datasets import load_digits
 
         data = load_digits()
@@ -54,7 +54,7 @@ class Digits:
         return cls(images[~held_out], labels[~held_out], images[held_out], labels[held_out])
 
 
-class Network(nn.Module):
+class MaskNetwork(nn.Module):
     """For each width: a convolution that widens and one that self-grouping prunes, with BN."""
 
     def __init__(self, widths: tuple[int, ...] = WIDTHS) -> None:
@@ -80,7 +80,7 @@ class Network(nn.Module):
         return logits
 
 
-def train(network: Network, digits: Digits, epochs: int, seed: int) -> None:
+def train_network(network: MaskNetwork, digits: HeldOutDigits, epochs: int, seed: int) -> None:
     """Trains with Adam on cross-entropy; images are shifted by up to one pixel."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(network.parameters(), LEARNING_RATE)
@@ -97,24 +97,26 @@ def train(network: Network, digits: Digits, epochs: int, seed: int) -> None:
 
 
 @torch.no_grad()
-def accuracy(network: Network, digits: Digits) -> float:
+def held_out_accuracy(network: MaskNetwork, digits: HeldOutDigits) -> float:
     """Returns the share of held-out digits that are named rightly."""
     found = network.eval()(digits.test_images).argmax(1)
     return float((found == digits.test_labels).float().mean())
 
 
-def prune(network: Network, digits: Digits, percent: int, seed: int) -> None:
+def prune(network: MaskNetwork, digits: HeldOutDigits, percent: int, seed: int) -> None:
     """Takes one step of self-grouping on every grouped layer and trains on."""
     for layer in network.grouped.values():
         layer.set_support(self_group(layer.weight, percent, CLUSTERS, layer.support, seed))
-    train(network, digits, LOCAL_EPOCHS, seed + percent)
+    train_network(network, digits, LOCAL_EPOCHS, seed + percent)
 
 
-def run(network: Network, digits: Digits, first_epochs: int, seed: int) -> Iterator[int]:
+def run_stages(
+    network: MaskNetwork, digits: HeldOutDigits, first_epochs: int, seed: int
+) -> Iterator[int]:
     """Trains, then prunes step by step; yields the per cent dropped after each stage."""
-    train(network, digits, first_epochs, seed)
+    train_network(network, digits, first_epochs, seed)
     yield 0
-    for percent in range(STEP, max(KEPT) + 1, STEP):
+    for percent in range(STEP_PERCENT, max(KEPT) + 1, STEP_PERCENT):
         prune(network, digits, percent, seed)
         yield percent
 
@@ -123,10 +125,10 @@ def main() -> None:
     """Trains, prints the accuracy at every step, and writes the file."""
     seed = 0
     torch.manual_seed(seed)
-    digits, network = Digits.load(), Network().to(memory_format=torch.channels_last)
+    digits, network = HeldOutDigits.load(), MaskNetwork().to(memory_format=torch.channels_last)
     reached, lines = {}, []
-    for percent in run(network, digits, FIRST_EPOCHS, seed):
-        reached[str(percent)] = round(accuracy(network, digits), 4)
+    for percent in run_stages(network, digits, FIRST_EPOCHS, seed):
+        reached[str(percent)] = round(held_out_accuracy(network, digits), 4)
         groups = {width: len(layer.support.groups) for width, layer in network.grouped.items()}
         print(f"{percent:2d} % dropped: accuracy {reached[str(percent)]:.4f}, groups {groups}")
         for width in WIDTHS if percent in KEPT else ():

@@ -20,14 +20,15 @@ import torch
 
 from benchmarks.cases import GPU_CASES, Case
 from hetconv_kernels import ops, timing
-from hetconv_kernels.backends.triton import choice, table, wgrad_choice
+from hetconv_kernels.backends.triton import table
+from hetconv_kernels.backends.triton.picking import AnyChoice, all_choices, attempt
 from hetconv_kernels.problem import Problem, make_geometry
 
 Fastest = tuple[str, float]
 Entries = dict[str, dict[str, object]]
 
 
-def problems(case: Case) -> list[Problem]:
+def problems_of(case: Case) -> list[Problem]:
     """Describes the primitives of a case, without memory for its tensors."""
     support = case.build_support()
     geometry = make_geometry(support, case.stride, case.k // 2)
@@ -52,18 +53,10 @@ def vars_of(problem: Problem) -> dict[str, object]:
     return {name: getattr(problem, name) for name in problem.__dataclass_fields__}
 
 
-def choices_of(problem: Problem) -> list[choice.Named]:
-    """Lists the ways to run a problem, best predicted first."""
-    gradient = problem.verb == "wgrad"
-    find = wgrad_choice.wgrad_choices if gradient else choice.gather_choices
-    found: list[choice.Named] = sorted(find(problem), key=lambda c: c.seconds)  # type: ignore[operator]
-    return found
-
-
-def entries(
+def measured_entries(
     cases: Iterable[Case],
     capability: tuple[int, int],
-    measure: Callable[[Problem, Sequence[choice.Named]], Fastest],
+    measure: Callable[[Problem, Sequence[AnyChoice]], Fastest],
     most: int,
 ) -> Iterator[Entries]:
     """Measures cases; after each one gives all entries so far.
@@ -72,19 +65,18 @@ def entries(
     """
     found: Entries = {}
     for case in cases:
-        for problem in problems(case):
-            name, seconds = measure(problem, choices_of(problem)[:most])
-            key = table.key_of(problem, capability)
+        for problem in problems_of(case):
+            name, seconds = measure(problem, all_choices(problem)[:most])
+            key = table.table_key(problem, capability)
             print(f"{key:<70} {name:<40} {seconds * 1e6:9.2f} us", flush=True)
             if key not in found or float(str(found[key]["seconds"])) < seconds:
                 found[key] = {"name": name, "seconds": seconds}
         yield found
 
 
-def timed(problem: Problem, choices: Sequence[choice.Named]) -> Fastest:
+def timed(problem: Problem, choices: Sequence[AnyChoice]) -> Fastest:
     """Times choices in turns."""
-    attempt = wgrad_choice.attempt if problem.verb == "wgrad" else choice.attempt
-    calls = {c.name: attempt(problem, c) for c in choices}  # type: ignore[arg-type]
+    calls = {c.name: attempt(problem, c) for c in choices}
     timings = timing.interleaved(calls, rounds=9, device=problem.device)
     name = timings.fastest(list(calls))
     return name, timings.median(name)
@@ -103,15 +95,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"torch {torch.__version__} finds no CUDA device: nothing was measured.")
         return 2
     cases = [c for c in GPU_CASES if options.full or c.quick]
-    before, started, layers = table.entries(), time.monotonic(), 0
+    before, started, layers = table.table_entries(), time.monotonic(), 0
     found: Entries = {}
-    for found in entries(cases, torch.cuda.get_device_capability(), timed, options.most):
+    for found in measured_entries(cases, torch.cuda.get_device_capability(), timed, options.most):
         layers += 1
         whole = {"entries": dict(sorted({**before, **found}.items()))}
-        table.PATH.write_text(json.dumps(whole, indent=1) + "\n")
+        table.TABLE_FILE.write_text(json.dumps(whole, indent=1) + "\n")
         if time.monotonic() - started > options.budget:
             break
-    print(f"{len(found)} entries of {layers} layers (of {len(cases)}) are in {table.PATH.name}")
+    print(
+        f"{len(found)} entries of {layers} layers (of {len(cases)}) are in {table.TABLE_FILE.name}"
+    )
     return 0
 
 

@@ -66,7 +66,7 @@ class Log:
             self._file.write(line + "\n")
 
 
-def watched(
+def run_watched(
     command: Sequence[str],
     log: Log,
     *,
@@ -183,7 +183,9 @@ def restarted(
         if left <= 0:
             return 124, without
         more = [word for name in without for word in (option, name)]
-        ended = watched([*command, *more], log, limit=left, quiet=quiet, environment=environment)
+        ended = run_watched(
+            [*command, *more], log, limit=left, quiet=quiet, environment=environment
+        )
         if ended.code in done:
             return int(ended.code or 0), without
         if time.monotonic() - started >= limit:

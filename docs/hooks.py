@@ -38,13 +38,13 @@ LOADED = re.compile(
 def cases(name: str) -> str:
     """Lists every layer of a results file."""
     header, lines = table.layer_cells(summary.results(name)["rows"])
-    return tables.markdown(header, lines, left=2)
+    return tables.markdown_table(header, lines, left=2)
 
 
 def dispatch(name: str) -> str:
     """Lists every dispatch row of a results file."""
     header, lines = table.dispatch_cells(summary.results(name)["rows"])
-    return tables.markdown(header, lines, left=2)
+    return tables.markdown_table(header, lines, left=2)
 
 
 def other_results() -> str:
@@ -131,7 +131,7 @@ MADE: dict[str, Callable[..., str]] = {
     "methods": summary.methods_table,
     "more-methods": more_methods,
     "network-files": network_files,
-    "networks": summary.networks,
+    "networks": summary.networks_summary,
     "other-results": other_results,
     "provenance": lambda name: f"*{summary.provenance(summary.results(name))}.*",
     "provenance-of-methods": lambda part: f"*{summary.methods_provenance(part)}.*",

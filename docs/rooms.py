@@ -47,7 +47,8 @@ ROOMS = (
     Room(
         "Looking and keeping",
         "why it is fast or slow; files",
-        ("profiling", "explain", "io", "export", "composition", "info"),
+        ("profiling", "explain", "explanation", "io", "export", "composition",
+         "plain_network", "info"),
     ),
     Room(
         "Networks",
@@ -63,8 +64,8 @@ ROOMS = (
     Room(
         "Calls",
         "checks, derivatives, operators",
-        ("functional", "autograd", "transforms", "ops", "geometries", "operands", "flops",
-         "ranges", "quantization.engine", "quantization.ops"),
+        ("functional", "autograd", "derivatives", "transforms", "ops", "geometries", "operands",
+         "flops", "ranges", "quantization.engine", "quantization.ops"),
         "functional → autograd → ops",
     ),
     Room(
@@ -82,7 +83,7 @@ ROOMS = (
     Room(
         "Clocks, checks, words",
         "what knows nothing of convolutions",
-        ("timing", "samples", "clocks", "cache", "disturbance", "roofs", "tables", "files",
+        ("timing", "samples", "clocks", "cache", "disturbance", "roofline", "tables", "files",
          "integers", "errors", "_version"),
     ),
 )  # fmt: skip

@@ -108,7 +108,7 @@ class Lifetime:
         return elements * self.dtype.itemsize
 
 
-def pack(lifetimes: Sequence[Lifetime]) -> tuple[tuple[int, ...], int]:
+def assign_offsets(lifetimes: Sequence[Lifetime]) -> tuple[tuple[int, ...], int]:
     """Finds places so that results which live at the same time do not overlap.
 
     The largest first, each at the lowest place that is free for as long as it lives.
@@ -164,7 +164,7 @@ class Arena:
 
     def __init__(self, lifetimes: Sequence[Lifetime]) -> None:
         self.lifetimes = tuple(lifetimes)
-        self.places, self.bytes = pack(self.lifetimes)
+        self.places, self.bytes = assign_offsets(self.lifetimes)
         # Outside inference mode, so that any later call may use it.
         with torch.inference_mode(False):
             self.memory = torch.empty(self.bytes + ALIGNMENT, dtype=torch.uint8, device="cpu")

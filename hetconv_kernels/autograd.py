@@ -1,17 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Derivatives of the three primitives: a closed cycle, so every order exists.
 
-fprop(x, w), dgrad(dy, w) and wgrad(dy, x) are bilinear, and the gradient of each is made of the
-other two:
-
-    fprop:  dx = dgrad(dy, w)      dw = wgrad(dy, x)
-    dgrad:  d(dy) = fprop(g, w)    dw = wgrad(dy, g)         g: the cotangent of dx
-    wgrad:  d(dy) = fprop(x, g)    dx = dgrad(dy, g)         g: the cotangent of dw
-
-The formulas are written once, against a *call* that knows how to run the primitives: `EagerCall`
-runs the engines directly, `OpCall` goes through ``torch.ops.hetconv`` so that tracing sees it.
-Each primitive has a ctx-style Function here for the fast path, a setup_context-style twin in
-`transforms` (with jvp and vmap), and the same formula on the ops' Autograd key.
+The formulas of `derivatives` are written once, against a *call* that knows how to run the
+primitives: `EagerCall` runs the engines directly, `OpCall` goes through ``torch.ops.hetconv`` so
+that tracing sees it. Each primitive has a ctx-style Function in `derivatives` for the fast path, a
+setup_context-style twin in `transforms` (with jvp and vmap), and here the same formula on the ops'
+Autograd key.
 """
 
 from __future__ import annotations
@@ -23,16 +17,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._library.autograd import Info, make_autograd_impl
-from torch.autograd import Function
 from torch.autograd import forward_ad as _forward_ad
 
 from . import ops
-from .backends.common import channel_statistics, epilogue
+from .backends.common import epilogue
+from .derivatives import (
+    Dgrad,
+    Fprop,
+    Grads,
+    WeightKind,
+    Wgrad,
+    dgrad_grads,
+    wgrad_grads,
+)
 from .observers import functionalised, has_values, observed
 from .packing import bits_on
 from .problem import Geometry
-
-Grads = tuple[Tensor | None, ...]
 
 
 def transforms_active() -> bool:
@@ -53,7 +53,9 @@ def through_operator(x: Tensor, *others: Tensor | None) -> bool:
 
 
 def _through_operator_now(first: Tensor, *others: Tensor | None) -> bool:
-    """Tells the same of a call that a gradient makes, maybe when a transform is over.
+    """Tells whether a call that a gradient makes goes to the operators.
+
+    It may come when a transform is over.
 
     The operands that it kept may then be wrappers of a level that is dead, without memory.
     """
@@ -117,7 +119,7 @@ class EagerCall(NamedTuple):
         return ops.run_wgrad(dy, x, self.geometry, like.shape, like.dtype, self.backend)
 
     def through_ops(self, first: Tensor) -> OpCall:
-        """Returns the same call through the operators, for a first operand's device."""
+        """Returns this call through the operators, for a first operand's device."""
         bits = bits_on(self.geometry.support, first.device)
         return OpCall(bits, self.geometry.ints(*self.size), self.backend)
 
@@ -144,110 +146,6 @@ class OpCall(NamedTuple):
         return torch.ops.hetconv.wgrad(
             dy, x, self.bits, like.shape, like.dtype, self.ints, self.backend
         )
-
-
-class WeightKind(NamedTuple):
-    """The shape and dtype that a weight gradient has."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-# Formulas ---------------------------------------------------------------------------------------
-
-
-def _fprop_grads(ctx: Any, dy: Tensor, needs: Sequence[bool]) -> Grads:
-    x, w = ctx.saved_tensors
-    call = ctx.call
-    dx = call.dgrad(dy, w) if needs[0] else None
-    dw = call.wgrad(dy, x, ctx.weight) if needs[1] else None
-    shift = dy.sum((0, 2, 3), dtype=ctx.shift_dtype) if needs[2] else None
-    return dx, dw, shift
-
-
-def _dgrad_grads(ctx: Any, g: Tensor, needs: Sequence[bool]) -> Grads:
-    dy, w = ctx.saved_tensors
-    ddy = ctx.call.fprop(g, w) if needs[0] else None
-    dw = ctx.call.wgrad(dy, g, ctx.weight) if needs[1] else None
-    return ddy, dw
-
-
-def _wgrad_grads(ctx: Any, g: Tensor, needs: Sequence[bool]) -> Grads:
-    dy, x = ctx.saved_tensors
-    ddy = ctx.call.fprop(x, g) if needs[0] else None
-    dx = ctx.call.dgrad(dy, g) if needs[1] else None
-    return ddy, dx
-
-
-def keep_fprop(ctx: Any, x: Tensor, w: Tensor, shift: Tensor | None, call: Any) -> None:
-    """Keeps on ctx what the gradients of fprop need, and no more."""
-    needs = ctx.needs_input_grad
-    ctx.call, ctx.weight = call, WeightKind(w.shape, w.dtype)
-    ctx.shift_dtype = None if shift is None else shift.dtype
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x if needs[1] else None, w if needs[0] else None)
-
-
-def keep_pair(ctx: Any, first: Tensor, second: Tensor, call: Any, weight: WeightKind) -> None:
-    """Keeps on ctx what the gradients of dgrad or wgrad need, and no more."""
-    needs = ctx.needs_input_grad
-    ctx.call, ctx.weight = call, weight
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(first if needs[1] else None, second if needs[0] else None)
-
-
-# The fast path: ctx-style Functions ---------------------------------------------------------------
-
-
-class Fprop(Function):
-    """y = conv(x, w) + shift."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, shift: Tensor | None, call: EagerCall) -> Tensor:
-        """Runs the engine."""
-        keep_fprop(ctx, x, w, shift, call)
-        return ops.run_fprop(x, w, call.geometry, shift, call.backend, call.mixed)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None) -> Grads:
-        """Runs dgrad and wgrad, as far as they are needed."""
-        if dy is None:
-            return None, None, None, None
-        return *_fprop_grads(ctx, dy, ctx.needs_input_grad), None
-
-
-class Dgrad(Function):
-    """dx of conv(x, w)."""
-
-    @staticmethod
-    def forward(ctx: Any, dy: Tensor, w: Tensor, call: EagerCall) -> Tensor:
-        """Runs the engine."""
-        keep_pair(ctx, dy, w, call, WeightKind(w.shape, w.dtype))
-        return ops.run_dgrad(dy, w, call.geometry, call.size, call.backend)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> Grads:
-        """Runs fprop and wgrad, as far as they are needed."""
-        if g is None:
-            return None, None, None
-        return *_dgrad_grads(ctx, g, ctx.needs_input_grad), None
-
-
-class Wgrad(Function):
-    """dw of conv(x, w)."""
-
-    @staticmethod
-    def forward(ctx: Any, dy: Tensor, x: Tensor, like: WeightKind, call: EagerCall) -> Tensor:
-        """Runs the engine."""
-        keep_pair(ctx, dy, x, call, like)
-        return ops.run_wgrad(dy, x, call.geometry, like.shape, like.dtype, call.backend)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> Grads:
-        """Runs fprop and dgrad, as far as they are needed."""
-        if g is None:
-            return None, None, None, None
-        return *_wgrad_grads(ctx, g, ctx.needs_input_grad), None, None
 
 
 # The ops' Autograd key ------------------------------------------------------------------------
@@ -292,24 +190,6 @@ def _op_fprop_backward(ctx: Any, dy: Tensor) -> Grads:
     return dx, dw, None, dscale, dshift, dresidual, None, None, None
 
 
-def _op_stats_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, w, bits, shift, ints, backend = inputs
-    ctx.call = OpCall(bits, (*x.shape[2:], *ints[2:]), backend)
-    ctx.weight = WeightKind(w.shape, w.dtype)
-    ctx.save_for_backward(x, w, shift, output[0])
-
-
-def _op_stats_backward(ctx: Any, dy: Tensor, dsum: Tensor, dsquares: Tensor) -> Grads:
-    x, w, shift, y = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    spread = dsum[:, None, None] + 2 * dsquares[:, None, None] * y
-    dz = dy + spread.to(dy.dtype)
-    dx = ctx.call.dgrad(dz, w) if needs[0] else None
-    dw = ctx.call.wgrad(dz, x, ctx.weight) if needs[1] else None
-    dshift = dz.sum((0, 2, 3), dtype=shift.dtype) if needs[3] else None
-    return dx, dw, None, dshift, None, None
-
-
 def _op_dgrad_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     dy, w, bits, ints, backend = inputs
     ctx.call, ctx.weight = OpCall(bits, ints, backend), WeightKind(w.shape, w.dtype)
@@ -317,7 +197,7 @@ def _op_dgrad_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _op_dgrad_backward(ctx: Any, g: Tensor) -> Grads:
-    return *_dgrad_grads(ctx, g, ctx.needs_input_grad), None, None, None
+    return *dgrad_grads(ctx, g, ctx.needs_input_grad), None, None, None
 
 
 def _op_wgrad_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -327,7 +207,7 @@ def _op_wgrad_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _op_wgrad_backward(ctx: Any, g: Tensor) -> Grads:
-    return *_wgrad_grads(ctx, g, ctx.needs_input_grad), None, None, None, None, None
+    return *wgrad_grads(ctx, g, ctx.needs_input_grad), None, None, None, None, None
 
 
 # Forward mode through the ops: torch.library knows none, and would drop the tangents silently ---
@@ -360,13 +240,6 @@ def _dual_fprop(
 ) -> Tensor:
     y = _dual(OpCall(bits, ints, backend).fprop, x, w)
     return epilogue(y, scale, shift, residual, act)
-
-
-def _dual_fprop_stats(
-    x: Tensor, w: Tensor, bits: Tensor, shift: Tensor | None, ints: Sequence[int], backend: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    y = _dual_fprop(x, w, bits, None, shift, None, "none", ints, backend)
-    return y, *channel_statistics(y)
 
 
 def _dual_dgrad(dy: Tensor, w: Tensor, bits: Tensor, ints: Sequence[int], backend: int) -> Tensor:
@@ -407,7 +280,6 @@ def _with_tangents(reverse: Callable[..., Any], dual: Callable[..., Any]) -> Cal
 
 for _name, _setup, _backward, _dual_form in (
     ("fprop", _op_fprop_setup, _op_fprop_backward, _dual_fprop),
-    ("fprop_stats", _op_stats_setup, _op_stats_backward, _dual_fprop_stats),
     ("dgrad", _op_dgrad_setup, _op_dgrad_backward, _dual_dgrad),
     ("wgrad", _op_wgrad_setup, _op_wgrad_backward, _dual_wgrad),
 ):

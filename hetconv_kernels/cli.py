@@ -114,7 +114,7 @@ def _parser(asked: Sequence[str]) -> argparse.ArgumentParser:
     if asked == ["explain"]:
         from . import layer_options
 
-        layer_options.add_arguments(explaining)
+        layer_options.add_layer_arguments(explaining)
     for name, found in _ELSEWHERE.items():
         sub = command(name, partial(_elsewhere, found), found.text)
         if asked == [name]:
@@ -141,7 +141,7 @@ def _info(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(found, indent=2, default=str))
     else:
-        tables.show(("what", "found"), _flat(found), "hetconv_kernels")
+        tables.show_table(("what", "found"), _flat(found), "hetconv_kernels")
     return OK
 
 

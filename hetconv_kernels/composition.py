@@ -39,7 +39,7 @@ def check_form(form: str) -> None:
         raise ArgumentError(mismatch("form", repr(form), f"one of {', '.join(FORMS)}"))
 
 
-class Part(NamedTuple):
+class ConvPart(NamedTuple):
     """One convolution of a composition: some filters of the layer over some of its channels.
 
     Attributes:
@@ -96,9 +96,9 @@ class Composition(NamedTuple):
         pointwise: the 1×1 convolution that is added to it, if there is one.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[ConvPart, ...]
     order: IntArray | None
-    pointwise: Part | None
+    pointwise: ConvPart | None
 
     @property
     def multiplies(self) -> int:
@@ -141,7 +141,7 @@ def _with_pointwise(geometry: Geometry) -> Composition | None:
     own = np.zeros_like(mask)
     own[:, :, row, column] = alone
     rings = Support.from_mask(mask & whole[:, :, None, None])
-    return _composed(rings, Part(None, None, 1, own, (row, column)))
+    return _composed(rings, ConvPart(None, None, 1, own, (row, column)))
 
 
 def pointwise_pads(geometry: Geometry) -> Pads:
@@ -153,10 +153,10 @@ def pointwise_pads(geometry: Geometry) -> Pads:
     return top - row, bottom - last[0], left - column, right - last[1]
 
 
-def _composed(support: Support, pointwise: Part | None) -> Composition | None:
+def _composed(support: Support, pointwise: ConvPart | None) -> Composition | None:
     mask, groups = support.mask, support.groups
     if support.uniform_groups is not None:
-        return Composition((Part(None, None, support.uniform_groups, mask),), None, pointwise)
+        return Composition((ConvPart(None, None, support.uniform_groups, mask),), None, pointwise)
     if len(groups) > MOST_PARTS:
         return None
     # A group that has no weights is a zero weight on one channel.
@@ -166,9 +166,9 @@ def _composed(support: Support, pointwise: Part | None) -> Composition | None:
     if np.array_equal(filters, np.arange(len(filters))):
         order = None
     if len({(len(g.filters), len(c)) for g, c in zip(groups, channels, strict=True)}) == 1:
-        one = Part(filters, np.concatenate(channels), len(groups), mask)
+        one = ConvPart(filters, np.concatenate(channels), len(groups), mask)
         return Composition((one,), order, pointwise)
-    parts = tuple(Part(g.filters, c, 1, mask) for g, c in zip(groups, channels, strict=True))
+    parts = tuple(ConvPart(g.filters, c, 1, mask) for g, c in zip(groups, channels, strict=True))
     return Composition(parts, order, pointwise)
 
 
@@ -221,11 +221,11 @@ class ComposedConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolves.  # [N, C, H, W] -> [N, F, OH, OW]"""
-        y = joined([ring(x) for ring in self.rings], self.order)
+        y = joined_results([ring(x) for ring in self.rings], self.order)
         return y if self.pointwise is None else y + self.pointwise(x)
 
 
-def joined(results: list[Tensor], order: Tensor | None) -> Tensor:
+def joined_results(results: list[Tensor], order: Tensor | None) -> Tensor:
     """Concatenates the results of parts and puts the filters into the layer's order."""
     y = results[0] if len(results) == 1 else torch.cat(results, 1)
     return y if order is None else y.index_select(1, order)
@@ -235,7 +235,7 @@ class _PartConv2d(nn.Module):
     channels: Tensor | None
 
     def __init__(
-        self, geometry: Geometry, part: Part, pads: Pads, weight: Tensor, bias: Tensor | None
+        self, geometry: Geometry, part: ConvPart, pads: Pads, weight: Tensor, bias: Tensor | None
     ) -> None:
         super().__init__()
         w = part.weight(weight.detach())

@@ -37,7 +37,7 @@ from .demo_data import (
     psnr,
     require_extra,
 )
-from .demo_report import TORCH, Progress, Row, draw, show
+from .demo_report import TORCH, DemoRow, TrainingBar, draw_photographs, show
 from .errors import ArgumentError, BackendError, HetconvError, mismatch
 from .files import write_text, writing
 from .graph import rules
@@ -63,7 +63,7 @@ _TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
-class Settings:
+class DemoSettings:
     """The sizes of one run.
 
     Attributes:
@@ -87,12 +87,14 @@ class Settings:
     seconds: float = 15.0
 
 
-QUICK = Settings(80, depth=4, channels=16, patch=32, batch=4, crop=(96, 128), rounds=6, seconds=2)
+QUICK = DemoSettings(
+    80, depth=4, channels=16, patch=32, batch=4, crop=(96, 128), rounds=6, seconds=2
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the demo to a parser."""
-    full = Settings()
+    full = DemoSettings()
     add = parser.add_argument
     add("--quick", action="store_true", help="a tiny network and crop: seconds, for a first look")
     add("--out", type=Path, default=Path("outputs/demo"), help="results go here (outputs/demo)")
@@ -148,7 +150,7 @@ def run(args: argparse.Namespace) -> int:
     picture, results = args.out / "demo.png", args.out / "demo.json"
     shown = {r: i for r, i in zip(rows, images, strict=True) if not r.name.endswith(_INT8)}
     with writing(picture) as beside:
-        draw(beside, truth, noisy, noisy_psnr_db, shown)
+        draw_photographs(beside, truth, noisy, noisy_psnr_db, shown)
     write_text(results, json.dumps(record, indent=2) + "\n")
     show(rows, noisy_psnr_db)
     print(
@@ -161,7 +163,7 @@ def run(args: argparse.Namespace) -> int:
 # training ----------------------------------------------------------------------------------------
 
 
-def _train_all(settings: Settings, seed: int, device: torch.device) -> dict[str, nn.Module]:
+def _train_all(settings: DemoSettings, seed: int, device: torch.device) -> dict[str, nn.Module]:
     """Trains the dense network, derives the sparse ones, trains all three on, quantises two."""
     photo = photograph(TRAINED_ON)
 
@@ -173,12 +175,14 @@ def _train_all(settings: Settings, seed: int, device: torch.device) -> dict[str,
         dense = dncnn(settings.depth, settings.channels, 1, batch_norm=False)
     dense = _channels_last(dense).to(device)
     more = settings.steps // 2
-    with Progress(settings.steps + 3 * more) as progress:
-        train(dense, patches(0), settings.steps, _LEARNING_RATE, progress.stage("dense"))
+    with TrainingBar(settings.steps + 3 * more) as progress:
+        train_denoiser(dense, patches(0), settings.steps, _LEARNING_RATE, progress.stage("dense"))
         networks = {"dense": dense, "HetConv": to_hetconv(dense), "self-grouped": to_groups(dense)}
         for name, network in networks.items():
             # All three see the same patches, so that none has an advantage.
-            train(network, patches(1), more, _LEARNING_RATE, progress.stage(f"{name}, tuned"))
+            train_denoiser(
+                network, patches(1), more, _LEARNING_RATE, progress.stage(f"{name}, tuned")
+            )
     found: dict[str, nn.Module] = {**networks}
     if has_int8(device):
         stream = patches(3)
@@ -191,12 +195,12 @@ def _train_all(settings: Settings, seed: int, device: torch.device) -> dict[str,
 def has_int8(device: torch.device) -> bool:
     """Tells whether the engine in 8 bits is here and may be used: its times are worth a row."""
     try:
-        return engine.name_of(device) == "cpu"
+        return engine.engine_name(device) == "cpu"
     except BackendError:  # another backend is forced, which has no 8 bits
         return False
 
 
-def train(
+def train_denoiser(
     model: DnCNN,
     patches: Patches,
     steps: int,
@@ -264,9 +268,9 @@ def _measure(
     networks: dict[str, nn.Module],
     noisy: Tensor,
     truth: Tensor,
-    settings: Settings,
+    settings: DemoSettings,
     device: torch.device,
-) -> tuple[list[Row], list[Tensor], Timings]:
+) -> tuple[list[DemoRow], list[Tensor], Timings]:
     """Checks, denoises with, and times each network."""
     x = noisy[None].to(device).contiguous(memory_format=torch.channels_last)
     outputs = {name: network.eval()(x) for name, network in networks.items()}
@@ -293,14 +297,14 @@ def _measure(
         work = stats.layer_macs(network, x)
         speedup = timings.speedup(name)
         rows.append(
-            Row(
+            DemoRow(
                 name=name,
                 psnr_db=psnr(image, truth),
                 live_weights=sum(layer.live for layer in work),
                 macs=sum(layer.macs for layer in work),
                 seconds=timings.median(name),
                 speedup=(speedup.value, speedup.low, speedup.high),
-                backends=backends_of(network, x),
+                backends=sparse_backends(network, x),
                 difference=differences[name],
             )
         )
@@ -320,13 +324,13 @@ def _difference(name: str, network: nn.Module, x: Tensor, y: Tensor) -> float:
     return difference
 
 
-def backends_of(network: nn.Module, x: Tensor) -> tuple[str, ...]:
+def sparse_backends(network: nn.Module, x: Tensor) -> tuple[str, ...]:
     """Names what runs the sparse layers of a network on this input, the most frequent first.
 
     ``("torch",)`` for a network that has none.
     """
     if any(isinstance(m, QuantizedLayer) for m in network.modules()):
-        return (f"{engine.name_of(x.device)} int8",)
+        return (f"{engine.engine_name(x.device)} int8",)
     chosen = Counter(backends_by_layer(network, x).values())
     return tuple(name for name, _ in chosen.most_common() if name != TORCH) or (TORCH,)
 
@@ -334,8 +338,8 @@ def backends_of(network: nn.Module, x: Tensor) -> tuple[str, ...]:
 # options -----------------------------------------------------------------------------------------
 
 
-def _settings(args: argparse.Namespace) -> Settings:
-    settings = QUICK if args.quick else Settings()
+def _settings(args: argparse.Namespace) -> DemoSettings:
+    settings = QUICK if args.quick else DemoSettings()
     for name in ("steps", "channels"):
         value = getattr(args, name)
         least = {"steps": 2, "channels": 2 * PART}[name]

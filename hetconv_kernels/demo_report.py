@@ -21,7 +21,7 @@ _PLAIN_LINES = 20
 
 
 @dataclass(frozen=True)
-class Row:
+class DemoRow:
     """What was measured of one network.
 
     Attributes:
@@ -46,7 +46,7 @@ class Row:
     difference: float
 
 
-class Progress:
+class TrainingBar:
     """A progress bar over all trainings: rich's on a terminal that has it, lines otherwise.
 
     Args:
@@ -70,7 +70,7 @@ class Progress:
             )
             self._task = self._bar.add_task("", total=total, loss=float("nan"))
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> TrainingBar:
         if self._bar is not None:
             self._bar.start()
         return self
@@ -103,7 +103,7 @@ class Progress:
         return step
 
 
-def show(rows: Sequence[Row], noisy_psnr_db: float) -> None:
+def show(rows: Sequence[DemoRow], noisy_psnr_db: float) -> None:
     """Prints the table, and below it what the times do not say by themselves."""
     cells: list[tuple[str, ...]] = [("noisy", f"{noisy_psnr_db:.2f}", "", "", "", "", "")]
     for row in rows:
@@ -120,11 +120,11 @@ def show(rows: Sequence[Row], noisy_psnr_db: float) -> None:
                 ", ".join(row.backends),
             )
         )
-    tables.show(_HEADER, cells, left=(0, -1))
+    tables.show_table(_HEADER, cells, left=(0, -1))
     print(remark(rows))
 
 
-def remark(rows: Sequence[Row]) -> str:
+def remark(rows: Sequence[DemoRow]) -> str:
     """Says what to expect of the times, given the backends that ran."""
     explained = "Speed-up: the median ratio of paired runs, with its 95 % interval."
     by_vendor = [
@@ -140,8 +140,12 @@ def remark(rows: Sequence[Row]) -> str:
     )
 
 
-def draw(
-    path: Path, truth: Tensor, noisy: Tensor, noisy_psnr_db: float, results: Mapping[Row, Tensor]
+def draw_photographs(
+    path: Path,
+    truth: Tensor,
+    noisy: Tensor,
+    noisy_psnr_db: float,
+    results: Mapping[DemoRow, Tensor],
 ) -> None:
     """Writes the picture: noisy and denoised photographs side by side, a detail under each.
 

@@ -7,8 +7,12 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from .errors import HetconvError
+
+# An object of a file.
+Json = dict[str, Any]
 
 
 @contextlib.contextmanager

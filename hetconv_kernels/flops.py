@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from .geometries import geometry_of
+
 _FLOP_COUNTER = "torch.utils.flop_counter"
 
 
@@ -57,7 +59,7 @@ class _OnImport(importlib.abc.MetaPathFinder):
 
 
 def _register(module: ModuleType) -> None:
-    for name in ("fprop", "fprop_stats", "dgrad", "wgrad", "qfprop"):
+    for name in ("fprop", "dgrad", "wgrad", "qfprop"):
         operator = getattr(torch.ops.hetconv, name, None)  # qfprop comes with the 8-bit operators
         if operator is not None and operator not in module.flop_registry:
             formula = _quantized_flops if name == "qfprop" else _flops
@@ -67,8 +69,6 @@ def _register(module: ModuleType) -> None:
 def _flops(*args: Any, out_val: Any = None) -> int:
     # Every schema starts (batched tensor, the other operand, support) and ends (geometry, backend);
     # the dispatcher has made all arguments positional.
-    from .ops import geometry_of
-
     batched, support, ints = args[0], args[2], args[-2]
     layer = geometry_of(support, ints)
     height, width = layer.output_size(ints[0], ints[1])

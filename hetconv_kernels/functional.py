@@ -12,9 +12,10 @@ from torch import Tensor
 
 from . import backends, ops, ranges
 from .autograd import EagerCall, through_operator, transforms_active
-from .backends.common import channel_statistics, epilogue, pad_image
+from .backends.common import epilogue, pad_image
 from .geometries import GeometryCache
 from .observers import observed, sizes
+from .operands import check_epilogue
 from .packing import bits_on, mask_on
 from .pooling import Pool, max_pooled
 from .problem import Geometry, Problem, check_call, check_kinds, is_dense_shape, make_geometry
@@ -145,9 +146,7 @@ def linear(
         and not torch.is_grad_enabled()
         and not (transforms_active() or _autocasting(x) or ranges.active)
     ):
-        product = ops.product(x, weight, bias, geometry, backend)
-        if product is not None:
-            return product(x, weight, bias)
+        return ops.product(x, weight, bias, geometry, backend)(x, weight, bias)
     pixels = x.reshape(-1, support.channels, 1, 1)
     y = conv2d(pixels, weight, bias, geometry, backend)
     return y.reshape(*x.shape[:-1], support.filters)
@@ -196,7 +195,7 @@ def fused_conv2d(
     if wanted or transforms_active():
         if not torch.compiler.is_compiling():
             check_call(geometry, x, weight, shift, mixed)
-        ops.check_epilogue(geometry, x, scale, residual, act)
+        check_epilogue(geometry, x, scale, residual, act)
         bare = scale is None and residual is None
         y = conv2d(x, weight, shift if bare else None, geometry, backend)
         y = epilogue(y, scale, None if bare else shift, residual, act)
@@ -206,25 +205,6 @@ def fused_conv2d(
         y = _operator(x, weight, geometry, backend, scale, shift, residual, act)
         return y if pool is None else max_pooled(y, pool)
     return ops.run_fprop(x, weight, geometry, shift, backend, mixed, scale, residual, act, pool)
-
-
-def conv2d_stats(
-    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, backend: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Convolves and sums y and y² per filter, what batch normalisation needs in training.
-
-    Args and errors as `support_conv2d`.
-
-    Returns:
-        y [N, F, OH, OW], Σ y [F] and Σ y² [F], the sums in float32 (float64 for float64).
-    """
-    if through_operator(x, weight, bias):
-        bits, ints, code = _op_arguments(geometry, x, backend)
-        return torch.ops.hetconv.fprop_stats(x, weight, bits, bias, ints, code)
-    if torch.is_grad_enabled() or transforms_active():
-        y = conv2d(x, weight, bias, geometry, backend)
-        return y, *channel_statistics(y)
-    return ops.run_fprop_stats(x, weight, geometry, bias, backend)
 
 
 def _operator(

@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from .errors import ArgumentError, BackendError, mismatch
+from .operands import check_ints
 from .problem import Geometry
-from .support import Support
+from .support import Support, find_support, support_from_bits
 
 # A prepared call: its Problem, the engine's callable and the signature that it is found by.
 _CHOICE_BYTES = 6 * 2**10
@@ -109,3 +112,48 @@ def _plan_bytes(support: Support) -> int:
     """Estimates an engine's lowering: a mask of bytes, which lanes live, and lists of columns."""
     columns = sum(int(group.mask.sum()) for group in support.groups)
     return 2 * int(np.prod(support.shape)) + 16 * columns
+
+
+# Those of operators: compiled and exported programs, as large as a network.
+_of_operators = GeometryCache(max_bytes=256 * 2**20)
+
+
+def geometry_of(bits: Tensor, ints: Sequence[int], frozen: bool = False) -> Geometry:
+    """Returns the Geometry that an operator's integers name.
+
+    Args:
+        bits: the bit-packed mask.  # uint8 [F, ceil(C·KH·KW/8)]
+        ints: what `Geometry.ints` lists.
+        frozen: whether the weight is a frozen layer's.
+
+    Raises:
+        BackendError: the Support is unknown here and would have to be read during CUDA-graph
+            capture.
+        ArgumentError: integers out of range, or the mask does not have the digest or the columns
+            that they carry.
+    """
+    key = frozen, tuple(ints[2:])
+    geometry = _of_operators.get(key)
+    if geometry is None:
+        named = check_ints(ints)
+        support = find_support(named.digest) or _read_support(bits, named.columns)
+        if support.digest != named.digest:
+            raise ArgumentError(
+                mismatch("digest of the support tensor", support.digest, named.digest)
+            )
+        if support.shape[1:] != named.columns:
+            raise ArgumentError(
+                mismatch("channels and kernel in geometry", named.columns, support.shape[1:])
+            )
+        geometry = Geometry(support, named.stride, named.pads, named.dilation, frozen)
+        _of_operators.add(key, geometry)
+    return geometry
+
+
+def _read_support(bits: Tensor, columns: tuple[int, int, int]) -> Support:
+    if bits.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise BackendError(
+            "a Support is met for the first time while a CUDA graph is captured; expected it to "
+            "be known. Run hetconv_kernels.warmup(model, example) before the capture."
+        )
+    return support_from_bits(bits.cpu().numpy(), columns)

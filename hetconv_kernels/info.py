@@ -15,7 +15,7 @@ import torch
 
 from ._version import __version__
 from .accuracy import is_strict
-from .backends import NAMES, available_backends, forced_code
+from .backends import ENGINE_OF_CODE, available_backends, forced_code
 
 __all__ = ["info"]
 
@@ -54,7 +54,7 @@ def info() -> dict[str, Any]:
         },
         "cuda": _cuda(),
         "backends": list(available_backends()),
-        "forced_backend": NAMES[forced_code()],
+        "forced_backend": ENGINE_OF_CODE[forced_code()],
         "strict_accuracy": is_strict(),
         "extensions": {
             name: importlib.util.find_spec(f"hetconv_kernels.{name}") is not None

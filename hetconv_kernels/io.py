@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from ._version import __version__
 from .errors import ArgumentError, FileError, HetconvError, mismatch
-from .files import writing
+from .files import Json, writing
 from .graph.carried import check_described
 from .graph.graph_json import graph_from_json, graph_to_json
 from .graph.layer_json import layer_from_json, layer_to_json
@@ -42,7 +42,6 @@ _DIGEST_KEY = "hetconv_kernels.digest"
 # A file may declare masks of this many entries, or this many for each weight that it has.
 _DECLARED, _DECLARED_PER_WEIGHT = 1 << 26, 256
 _MALFORMED = (*FAILURES, MemoryError, RecursionError)
-Json = dict[str, Any]
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], into: nn.Module | None = None) -> None:

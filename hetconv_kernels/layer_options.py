@@ -17,7 +17,7 @@ from .option_types import real, size, whole
 from .quantization import Scale
 from .support import Support
 
-DTYPES = ("float32", "float16", "bfloat16", "float64", "int8")
+DTYPE_NAMES = ("float32", "float16", "bfloat16", "float64", "int8")
 _SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 # In 8 bits the numbers of a unit normal distribution lie within four deviations, all but 1 in
 # 16 000.
@@ -25,7 +25,7 @@ _RANGE = 4.0
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_layer_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options to a parser."""
     add = parser.add_argument
     add("--kind", choices=("het", "dense", "grouped", "mask"), default="het")
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--size", type=size, default=(56, 56), help="input height, or HEIGHTxWIDTH (56)")
     add("--batch", type=whole(), default=1, help="images (1)")
     add("--stride", type=whole(), default=1)
-    add("--dtype", choices=DTYPES, default="float32", type=lambda text: _SHORT.get(text, text),
+    add("--dtype", choices=DTYPE_NAMES, default="float32", type=lambda text: _SHORT.get(text, text),
         help="of weights and activations; bf16 for bfloat16; int8: weights of a scale for each "
         "filter, unsigned activations (float32)")  # fmt: skip
     add("--backend", help="force this backend")
@@ -62,7 +62,7 @@ def in_8_bits(options: argparse.Namespace) -> bool:
     return bool(options.dtype == "int8")
 
 
-def memory_format(options: argparse.Namespace) -> torch.memory_format:
+def image_format(options: argparse.Namespace) -> torch.memory_format:
     """Returns the layout of images: what is asked for, or the one that the dtype is fastest in."""
     default = "channels_last" if in_8_bits(options) else "contiguous"
     return FORMATS[options.memory_format or default]
@@ -96,7 +96,7 @@ def build_layer(options: argparse.Namespace) -> nn.SupportConv2d | nn.QuantizedC
         check_entries(c * f * k * k)
         mask = np.random.default_rng(0).random((f, c, k, k)) < options.density
         layer = nn.SupportConv2d(c, f, k, *place, support=Support.from_mask(mask), **more)
-    layer = layer.to(memory_format=memory_format(options))  # type: ignore[call-overload]
+    layer = layer.to(memory_format=image_format(options))  # type: ignore[call-overload]
     return _quantized(layer) if in_8_bits(options) else layer
 
 
@@ -131,7 +131,7 @@ def build_input(options: argparse.Namespace, channels: int, size: tuple[int, int
         raise HetconvError(f"No input of shape {shape}: {reason}") from error
     if in_8_bits(options):
         x = nn.Quantize(_input_scale())(x)
-    return x.to(memory_format=memory_format(options))
+    return x.to(memory_format=image_format(options))
 
 
 def check_device(name: str) -> torch.device:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the gradients' operands must be like before a kernel indexes them.
+"""What the operands of gradients and epilogues must be like before a kernel indexes them.
 
 The operators can be called by anybody, and exported programs hold them: what a kernel takes for
 granted is checked here once for each signature. `problem.check_call` does the same for fprop.
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .errors import ArgumentError, InputTypeError, mismatch
 from .problem import (
+    ACTIVATIONS,
     DTYPES,
     Geometry,
     Ints,
@@ -125,3 +126,41 @@ def _check_dy(geometry: Geometry, dy: Tensor, size: Sequence[int]) -> None:
     expected = (geometry.support.filters, *geometry.output_size(height, width))
     if dy.dim() != 4 or tuple(dy.shape[1:]) != expected:
         raise ArgumentError(mismatch("dy shape", tuple(dy.shape), f"[N, {expected}]"))
+
+
+def check_epilogue(
+    geometry: Geometry, x: Tensor, scale: Tensor | None, residual: Tensor | None, act: str
+) -> None:
+    """Refuses an epilogue that does not fit the output of conv(x, w).
+
+    Raises:
+        ArgumentError: an unknown activation, or a shape, dtype or device that does not fit.
+        InputTypeError: a scale of another kind of numbers.
+    """
+    if act not in ACTIVATIONS:
+        raise ArgumentError(mismatch("activation", repr(act), f"one of {', '.join(ACTIVATIONS)}"))
+    f = geometry.support.filters
+    if scale is not None and (tuple(scale.shape) != (f,) or scale.device != x.device):
+        raise ArgumentError(
+            mismatch(
+                "scale shape and device",
+                f"{tuple(scale.shape)} {scale.device}",
+                f"({f},) {x.device}",
+            )
+        )
+    if scale is not None and scale.dtype not in DTYPES:
+        raise InputTypeError(
+            mismatch("scale dtype", scale.dtype, "float32, float64, bfloat16 or float16")
+        )
+    if residual is not None:
+        received = tuple(residual.shape), residual.dtype, residual.device
+        shape = (x.shape[0], f, *geometry.output_size(*x.shape[2:]))
+        expected = shape, x.dtype, x.device
+        if received != expected:
+            raise ArgumentError(
+                mismatch(
+                    "residual",
+                    " ".join(map(str, received)),
+                    f"the output's {' '.join(map(str, expected))}",
+                )
+            )

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators ``torch.ops.hetconv``: schemas, fakes, and the bodies that pick a backend.
 
-``fprop``, ``dgrad`` and ``wgrad`` are the three primitives, ``fprop_stats`` is fprop with the
-per-filter sums that batch normalisation wants in training. A Support crosses as one tensor, its
+``fprop``, ``dgrad`` and ``wgrad`` are the three primitives. A Support crosses as one tensor, its
 bit-packed mask; the integers of `Geometry.ints` carry everything else. The mask is read only when
 the process does not know the digest yet, as in a freshly loaded exported program.
 
@@ -23,29 +22,23 @@ from torch import Tensor
 from . import ranges
 from .accuracy import is_strict
 from .backends import FROZEN, Choice, choose
-from .backends.common import channel_statistics
-from .errors import ArgumentError, BackendError, InputTypeError, mismatch
+from .errors import ArgumentError, mismatch
 from .flops import register_flop_formulas
-from .geometries import GeometryCache
-from .operands import check_dgrad, check_ints, check_wgrad
+from .geometries import geometry_of
+from .operands import check_dgrad, check_epilogue, check_wgrad
 from .pooling import Pool
 from .problem import (
-    ACTIVATIONS,
-    DTYPES,
     Geometry,
     Problem,
     check_call,
     memory_format,
     output_size,
 )
-from .support import Support, find_support, support_from_bits
 
 _LIBRARY = torch.library.Library("hetconv", "DEF")
 _SCHEMAS = (
     "fprop(Tensor x, Tensor w, Tensor support, Tensor? scale, Tensor? shift, Tensor? residual, "
     "str act, SymInt[] geometry, int backend) -> Tensor",
-    "fprop_stats(Tensor x, Tensor w, Tensor support, Tensor? shift, SymInt[] geometry, "
-    "int backend) -> (Tensor, Tensor, Tensor)",
     "dgrad(Tensor dy, Tensor w, Tensor support, SymInt[] geometry, int backend) -> Tensor",
     "wgrad(Tensor dy, Tensor x, Tensor support, SymInt[] weight_shape, ScalarType dtype, "
     "SymInt[] geometry, int backend) -> Tensor",
@@ -53,8 +46,6 @@ _SCHEMAS = (
 
 # Signatures kept for one layer; past that they start afresh.
 _MAX_SIGNATURES = 1024
-# Those of operators: compiled and exported programs, as large as a network.
-_geometries = GeometryCache(max_bytes=256 * 2**20)
 
 
 # Eager bodies -----------------------------------------------------------------------------------
@@ -118,14 +109,16 @@ def run_fprop(
             problem = replace(problem, pool=pool)
         choice = _remember(geometry, key, problem, backend)
     if ranges.active:
-        return ranges.run(choice, x, w, scale, shift, residual)
+        return ranges.run_in_range(choice, x, w, scale, shift, residual)
     return choice.run(x, w, scale, shift, residual)
 
 
 def product(
     x: Tensor, w: Tensor, bias: Tensor | None, geometry: Geometry, backend: int = 0
-) -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
-    """Returns what multiplies such rows of features by a frozen weight; None if nothing does.
+) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """Returns what multiplies such rows of features by a frozen weight.
+
+    Where the engine has no product of matrices for them, they go by the convolution.
 
     Args:
         x: rows of features.  # [..., C]
@@ -157,12 +150,22 @@ def product(
     problem = describe("fprop", geometry, pixels, pixels, w, (1, 1), {"shift": bias})
     engine = choose(problem, backend).backend
     offered = getattr(engine, "product", None)
+    run: Callable[..., Tensor] | None = None
     # Other layouts, and rows that are none, go by the convolution.
-    plain = x.is_contiguous() and x.numel() and problem.frozen_weight
-    run = offered(problem) if plain and offered is not None else None
+    if x.is_contiguous() and x.numel() and problem.frozen_weight and offered is not None:
+        run = offered(problem)
     _make_room(geometry)
-    geometry.choices[key] = Choice(engine, problem, run)  # type: ignore[arg-type]  # None: no offer
-    return run
+    choice = Choice(engine, problem, run or partial(_by_convolution, geometry, backend))
+    geometry.choices[key] = choice
+    return choice.run
+
+
+def _by_convolution(
+    geometry: Geometry, backend: int, x: Tensor, w: Tensor, bias: Tensor | None
+) -> Tensor:
+    pixels = x.reshape(-1, geometry.support.channels, 1, 1)
+    y = run_fprop(pixels, w, geometry, bias, backend, False)
+    return y.reshape(*x.shape[:-1], geometry.support.filters)
 
 
 def run_dgrad(
@@ -200,7 +203,7 @@ def run_dgrad(
         problem = describe("dgrad", geometry, dy, dy, w, size)
         choice = _remember(geometry, key, problem, backend)
     if ranges.active:
-        return ranges.run(choice, dy, w)
+        return ranges.run_in_range(choice, dy, w)
     return choice.run(dy, w)
 
 
@@ -246,32 +249,8 @@ def run_wgrad(
         problem = describe("wgrad", geometry, dy, x, like, tuple(x.shape[2:]))
         choice = _remember(geometry, key, problem, backend)
     if ranges.active:
-        return ranges.run(choice, dy, x)
+        return ranges.run_in_range(choice, dy, x)
     return choice.run(dy, x)
-
-
-def run_fprop_stats(
-    x: Tensor, w: Tensor, geometry: Geometry, shift: Tensor | None, backend: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes y = conv(x, w) + shift with its per-filter sums, for training-mode BN.
-
-    An engine that can sums while it computes; for the others y is read once more.
-
-    Returns:
-        y [N, F, OH, OW], Σ y [F] and Σ y² [F], the sums in float32 (float64 for float64).
-    """
-    extras = None if shift is None else (shift.shape, shift.dtype, shift.device)
-    first = (x.shape, x.stride(), x.dtype, x.device)
-    key = ("stats", *first, w.shape, w.stride(), w.dtype, w.device, backend, extras, is_strict())
-    choice = geometry.choices.get(key)
-    if choice is None:
-        check_call(geometry, x, w, shift, True)
-        problem = describe("fprop", geometry, x, x, w, tuple(x.shape[2:]), {"shift": shift})
-        problem = replace(problem, epilogue=(*problem.epilogue, "stats"))
-        choice = _remember(geometry, key, problem, backend)
-    run = partial(ranges.run, choice) if ranges.active else choice.run
-    result = run(x, w, None, shift, None)
-    return result if isinstance(result, tuple) else (result, *channel_statistics(result))
 
 
 def describe(
@@ -314,86 +293,7 @@ def _make_room(geometry: Geometry) -> None:
         geometry.choices.clear()
 
 
-def check_epilogue(
-    geometry: Geometry, x: Tensor, scale: Tensor | None, residual: Tensor | None, act: str
-) -> None:
-    """Refuses an epilogue that does not fit the output of conv(x, w).
-
-    Raises:
-        ArgumentError: an unknown activation, or a shape, dtype or device that does not fit.
-        InputTypeError: a scale of another kind of numbers.
-    """
-    if act not in ACTIVATIONS:
-        raise ArgumentError(mismatch("activation", repr(act), f"one of {', '.join(ACTIVATIONS)}"))
-    f = geometry.support.filters
-    if scale is not None and (tuple(scale.shape) != (f,) or scale.device != x.device):
-        raise ArgumentError(
-            mismatch(
-                "scale shape and device",
-                f"{tuple(scale.shape)} {scale.device}",
-                f"({f},) {x.device}",
-            )
-        )
-    if scale is not None and scale.dtype not in DTYPES:
-        raise InputTypeError(
-            mismatch("scale dtype", scale.dtype, "float32, float64, bfloat16 or float16")
-        )
-    if residual is not None:
-        received = tuple(residual.shape), residual.dtype, residual.device
-        shape = (x.shape[0], f, *geometry.output_size(*x.shape[2:]))
-        expected = shape, x.dtype, x.device
-        if received != expected:
-            raise ArgumentError(
-                mismatch(
-                    "residual",
-                    " ".join(map(str, received)),
-                    f"the output's {' '.join(map(str, expected))}",
-                )
-            )
-
-
 # Operators --------------------------------------------------------------------------------------
-
-
-def geometry_of(bits: Tensor, ints: Sequence[int], frozen: bool = False) -> Geometry:
-    """Returns the Geometry that an operator's integers name.
-
-    Args:
-        bits: the bit-packed mask.  # uint8 [F, ceil(C·KH·KW/8)]
-        ints: what `Geometry.ints` lists.
-        frozen: whether the weight is a frozen layer's.
-
-    Raises:
-        BackendError: the Support is unknown here and would have to be read during CUDA-graph
-            capture.
-        ArgumentError: integers out of range, or the mask does not have the digest or the columns
-            that they carry.
-    """
-    key = frozen, tuple(ints[2:])
-    geometry = _geometries.get(key)
-    if geometry is None:
-        named = check_ints(ints)
-        support = find_support(named.digest) or _read_support(bits, named.columns)
-        if support.digest != named.digest:
-            raise ArgumentError(
-                mismatch("digest of the support tensor", support.digest, named.digest)
-            )
-        if support.shape[1:] != named.columns:
-            raise ArgumentError(
-                mismatch("channels and kernel in geometry", named.columns, support.shape[1:])
-            )
-        geometry = Geometry(support, named.stride, named.pads, named.dilation, frozen)
-        _geometries.add(key, geometry)
-    return geometry
-
-
-def _read_support(bits: Tensor, columns: tuple[int, int, int]) -> Support:
-    if bits.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise BackendError(
-            "a Support is met for the first time while a CUDA graph is captured; expected it to "
-            "be known. Run hetconv_kernels.warmup(model, example) before the capture."
-        )
-    return support_from_bits(bits.cpu().numpy(), columns)
 
 
 def _fprop(
@@ -410,18 +310,6 @@ def _fprop(
     frozen, backend = divmod(backend, FROZEN)
     layer = geometry_of(support, geometry, bool(frozen))
     return run_fprop(x, w, layer, shift, backend, True, scale, residual, act)
-
-
-def _fprop_stats(
-    x: Tensor,
-    w: Tensor,
-    support: Tensor,
-    shift: Tensor | None,
-    geometry: Sequence[int],
-    backend: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    frozen, backend = divmod(backend, FROZEN)
-    return run_fprop_stats(x, w, geometry_of(support, geometry, bool(frozen)), shift, backend)
 
 
 def _dgrad(dy: Tensor, w: Tensor, support: Tensor, geometry: Sequence[int], backend: int) -> Tensor:
@@ -468,20 +356,6 @@ def _fake_fprop(
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x, w))
 
 
-def _fake_fprop_stats(
-    x: Tensor,
-    w: Tensor,
-    support: Tensor,
-    shift: Tensor | None,
-    geometry: Sequence[int],
-    backend: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    y = _fake_fprop(x, w, support, None, shift, None, "none", geometry, backend)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    total, squares = (torch.empty(support.shape[0], dtype=wide, device=x.device) for _ in range(2))
-    return y, total, squares
-
-
 def _fake_dgrad(
     dy: Tensor, w: Tensor, support: Tensor, geometry: Sequence[int], backend: int
 ) -> Tensor:
@@ -510,7 +384,6 @@ for _schema in _SCHEMAS:
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 for _name, _body, _fake in (
     ("fprop", _fprop, _fake_fprop),
-    ("fprop_stats", _fprop_stats, _fake_fprop_stats),
     ("dgrad", _dgrad, _fake_dgrad),
     ("wgrad", _wgrad, _fake_wgrad),
 ):

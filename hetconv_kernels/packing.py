@@ -118,8 +118,8 @@ def pack_slabs(plan: Plan, w: Tensor) -> Tensor:
     return flat.masked_fill(source < 0, 0)
 
 
-class Packed(NamedTuple):
-    """One packing of a weight while `watched`.
+class PackEvent(NamedTuple):
+    """One packing of a weight while `watched_packings`.
 
     Attributes:
         engine: what asked for it.
@@ -131,13 +131,13 @@ class Packed(NamedTuple):
 
 
 # Those who watch; none of them outside of `explain`, `profile` and tests.
-_watchers: list[list[Packed]] = []
+_watchers: list[list[PackEvent]] = []
 
 
 @contextmanager
-def watched() -> Iterator[list[Packed]]:
+def watched_packings() -> Iterator[list[PackEvent]]:
     """Lists what is packed meanwhile, by all threads: weights brought into an engine's own form."""
-    seen: list[Packed] = []
+    seen: list[PackEvent] = []
     _watchers.append(seen)
     try:
         yield seen
@@ -165,7 +165,7 @@ class Pack:
         now = clock(w.device)
         began = now()
         value = self._build(w)
-        one = Packed(self._engine, now() - began)
+        one = PackEvent(self._engine, now() - began)
         for seen in _watchers:
             seen.append(one)
         return value

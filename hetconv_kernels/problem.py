@@ -25,6 +25,7 @@ from .support import Support
 __all__ = ["Geometry", "Problem", "make_geometry"]
 
 ACTIVATIONS = ("none", "relu", "relu6", "silu", "gelu")
+VERBS = ("fprop", "dgrad", "wgrad")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 Pair = tuple[int, int]

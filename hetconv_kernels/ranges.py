@@ -56,7 +56,7 @@ def enabled(nvtx: bool = False) -> Iterator[None]:
         active, _nvtx = before
 
 
-def name_of(choice: Choice) -> str:
+def range_name(choice: Choice) -> str:
     """Names the range of a primitive: verb, backend, shape and Support."""
     problem = choice.problem
     f, _, kh, kw = problem.support.shape
@@ -67,9 +67,9 @@ def name_of(choice: Choice) -> str:
     )
 
 
-def run(choice: Choice, *operands: Any) -> Any:
+def run_in_range(choice: Choice, *operands: Any) -> Any:
     """Runs a primitive inside its range."""
-    return around(name_of(choice), choice.run, *operands)
+    return around(range_name(choice), choice.run, *operands)
 
 
 def around(name: str, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:

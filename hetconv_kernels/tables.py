@@ -7,10 +7,12 @@ import importlib.util
 import sys
 from collections.abc import Collection, Iterable, Sequence
 
-Row = Sequence[object]
+_Row = Sequence[object]
 
 
-def text(header: Sequence[str], rows: Iterable[Row], left: Collection[int] | None = None) -> str:
+def text_table(
+    header: Sequence[str], rows: Iterable[_Row], left: Collection[int] | None = None
+) -> str:
     """Lays out a table in plain text.
 
     Args:
@@ -32,22 +34,22 @@ def text(header: Sequence[str], rows: Iterable[Row], left: Collection[int] | Non
     return "\n".join([padded[0], "-" * max(map(len, padded)), *padded[1:]])
 
 
-def markdown(header: Sequence[str], rows: Iterable[Row], left: int = 1) -> str:
+def markdown_table(header: Sequence[str], rows: Iterable[_Row], left: int = 1) -> str:
     """Lays out a Markdown table whose first ``left`` columns are text, the others numbers."""
     rules = ["---" if place < left else "--:" for place in range(len(header))]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (header, rules, *rows))
 
 
-def show(
+def show_table(
     header: Sequence[str],
-    rows: Iterable[Row],
+    rows: Iterable[_Row],
     title: str | None = None,
     left: Collection[int] | None = None,
 ) -> None:
-    """Prints a table; the same words with rich and without. Arguments as of `text`."""
+    """Prints a table; the same words with rich and without. Arguments as of `text_table`."""
     lines = [list(row) for row in rows]
     if not has_rich():
-        print(*([] if title is None else [title]), text(header, lines, left), sep="\n")
+        print(*([] if title is None else [title]), text_table(header, lines, left), sep="\n")
         return
     from rich.console import Console
     from rich.table import Table
@@ -70,7 +72,7 @@ def _cell(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _numeric(lines: Sequence[Row], columns: int, left: Collection[int] | None) -> list[bool]:
+def _numeric(lines: Sequence[_Row], columns: int, left: Collection[int] | None) -> list[bool]:
     if left is None:
         return [all(isinstance(line[i], int | float) for line in lines) for i in range(columns)]
     return [i not in left and i - columns not in left for i in range(columns)]

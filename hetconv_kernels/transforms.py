@@ -2,22 +2,25 @@
 """The primitives under functorch transforms and forward mode: the twins of the fast Functions.
 
 functorch needs ``setup_context``-style Functions, which cost three times as much to call as the
-ctx-style ones of `autograd`; so these run only while a transform is active. The formulas are the
+ctx-style ones of `derivatives`; so these run only while a transform is active. The formulas are the
 same objects; jvp and vmap are added.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
 from . import ops
-from .autograd import Dgrad, EagerCall, Fprop, WeightKind, Wgrad, keep_fprop, keep_pair
+from .derivatives import Dgrad, Fprop, WeightKind, Wgrad, keep_fprop, keep_pair
 from .observers import has_values, observed
+
+if TYPE_CHECKING:
+    from .autograd import EagerCall
 
 
 def _add(*terms: Tensor | None) -> Tensor | None:

@@ -58,7 +58,7 @@ def tune(enabled: bool = True) -> Iterator[None]:
         _enabled = before
 
 
-def enabled(device: torch.device) -> bool:
+def is_tuning(device: torch.device) -> bool:
     """Tells whether a call on this device is to be measured now."""
     if not _enabled or device.type != "cuda":
         return False
@@ -166,7 +166,7 @@ def pick(
     entry = kept.get(key)
     if isinstance(entry, dict) and entry.get("name") in candidates:
         return str(entry["name"])
-    if not enabled(device):
+    if not is_tuning(device):
         return None
     from .timing import interleaved  # only where something is measured
 

@@ -3,9 +3,9 @@
 
     python tests/aot.py --capability 90 [--name PART] [--out FILE]
 
-Each configuration says what its machine code must show, and `problems` lists where it does not: the
-matrix instruction of its path, asynchronous copies of both operands, every stage of the pipeline
-for both, no spills, no local memory, shared memory within the device's limit.
+Each configuration says what its machine code must show, and `shortcomings` lists where it does not:
+the matrix instruction of its path, asynchronous copies of both operands, every stage of the
+pipeline for both, no spills, no local memory, shared memory within the device's limit.
 """
 
 from __future__ import annotations
@@ -87,12 +87,12 @@ def compile_configuration(configuration: Configuration, capability: int) -> Comp
     item = _ITEM[configuration.dtype]
     if configuration.kernel.startswith("wgrad"):
         depth = wgrad_stages(configuration.tile, configuration.taps, item, spec)
-    elif configuration.kernel == "boxes":
+    elif configuration.kernel == "tma":
         depth = box_stages(configuration.tile, item, spec)
     else:
         depth = stages(configuration.tile, item, spec)
     warps = configuration.tile.warps
-    if configuration.kernel == "boxes":
+    if configuration.kernel == "tma":
         warps = box_warps(configuration.tile, configuration.epilogue != "ragged")
     started = time.perf_counter()
     source = ASTSource(kernel, signature, constants, attributes)
@@ -125,7 +125,7 @@ def compile_configuration(configuration: Configuration, capability: int) -> Comp
     )
 
 
-def problems(compiled: Compiled, configuration: Configuration) -> list[str]:
+def shortcomings(compiled: Compiled, configuration: Configuration) -> list[str]:
     """Lists what the machine code of a configuration must show and does not."""
     wanted = {90: "HGMMA", 100: "UTC"}.get(compiled.capability, "HMMA")
     if not _wide(configuration):
@@ -139,7 +139,7 @@ def problems(compiled: Compiled, configuration: Configuration) -> list[str]:
     if not compiled.copies and not general:
         found.append("no asynchronous copies")
     # The word of a step of boxes is itself 64 bits wide.
-    if compiled.loads > (configuration.kernel == "boxes") and not general:
+    if compiled.loads > (configuration.kernel == "tma") and not general:
         found.append(f"{compiled.loads} synchronous loads in the loop")
     # mma.sync is done with its operands when the next copy starts, and needs one buffer less.
     # The parts of a split float32 are made in registers, which frees the buffer early too.
@@ -171,10 +171,10 @@ def _wide(configuration: Configuration) -> bool:
 
 def _source(configuration: Configuration) -> tuple[Any, Any, Any, Any]:
     """Returns the kernel with its signature, constants and what is known of its arguments."""
-    from hetconv_kernels.backends.triton.boxes import fprop_kernel_boxes
     from hetconv_kernels.backends.triton.fprop import fprop_kernel_gather
+    from hetconv_kernels.backends.triton.fprop_tma import fprop_kernel_tma
     from hetconv_kernels.backends.triton.wgrad import wgrad_kernel_gather
-    from hetconv_kernels.backends.triton.wgrad_boxes import wgrad_kernel_boxes
+    from hetconv_kernels.backends.triton.wgrad_tma import wgrad_kernel_tma
 
     dtype, tile = configuration.dtype, configuration.tile
     unit = 16 // _ITEM[dtype]
@@ -188,7 +188,7 @@ def _source(configuration: Configuration) -> tuple[Any, Any, Any, Any]:
         if fused:
             pointers |= {"scale": "fp32", "shift": "fp32", "residual": dtype}
         if general:
-            pointers |= {"shift": dtype, "sums": "fp32"}
+            pointers |= {"shift": dtype}
         constants = {
             "BM": tile.pixels,
             "BN": tile.filters,
@@ -203,9 +203,9 @@ def _source(configuration: Configuration) -> tuple[Any, Any, Any, Any]:
             "PRECISION": configuration.precision,
             "INTERPRETED": False,
         }
-    elif configuration.kernel == "boxes":
+    elif configuration.kernel == "tma":
         assert configuration.box is not None
-        kernel, box = fprop_kernel_boxes, configuration.box
+        kernel, box = fprop_kernel_tma, configuration.box
         whole = configuration.epilogue != "ragged"
         folded = configuration.epilogue == "folded"
         read = (
@@ -217,7 +217,7 @@ def _source(configuration: Configuration) -> tuple[Any, Any, Any, Any]:
         if whole:
             descriptors["yd"] = [*box, tile.filters]
         else:
-            pointers |= {"sums": "fp32", "residual": dtype}
+            pointers |= {"residual": dtype}
         if fused:
             descriptors["rd"] = [*box, tile.filters]
             pointers |= {"scale": "fp32", "shift": "fp32"}
@@ -235,7 +235,7 @@ def _source(configuration: Configuration) -> tuple[Any, Any, Any, Any]:
             "INTERPRETED": False,
         }
     elif configuration.box is not None:
-        kernel, box = wgrad_kernel_boxes, configuration.box
+        kernel, box = wgrad_kernel_tma, configuration.box
         pointers = {"partials": "fp32", "words": "i32", "owners": "i32", "rows": "i32"}
         pointers |= {"geometry": "i64"}
         descriptors = {"dyd": [*box, tile.filters], "xd": [*box, tile.channels]}
@@ -281,7 +281,7 @@ def _buffers(ttgir: str, configuration: Configuration) -> list[int]:
     found = re.findall(r"ttg\.local_alloc\s*:\s*\(\)\s*->\s*!ttg\.memdesc<((?:\d+x)+)[bf]", ttgir)
     shapes = [tuple(map(int, text.rstrip("x").split("x"))) for text in found]
     tile, box = configuration.tile, configuration.box
-    if configuration.kernel != "boxes" or box is None:
+    if configuration.kernel != "tma" or box is None:
         return [s[0] for s in shapes]
     return [s[0] for s in shapes if s != (*box, tile.filters)]  # the result's own is no ring
 
@@ -350,7 +350,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for capability in options.capability or CAPABILITIES:
         for configuration in chosen(capability, options.name):
             compiled = compile_configuration(configuration, capability)
-            wrong = problems(compiled, configuration)
+            wrong = shortcomings(compiled, configuration)
             failed |= bool(wrong)
             rows.append({**asdict(compiled), "problems": wrong})
             print(

@@ -10,7 +10,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
-from sampling import is_left
+from sampling import FILES, is_left
 
 # The same examples on every run of CI, new ones on a developer's machine; slowness is no failure.
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
@@ -28,7 +28,10 @@ torch.backends.cudnn.allow_tf32 = False
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
     parser.addoption("--share", help="folder of processes that share the tests, file by file")
-    parser.addoption("--cuda-sample", type=int, help="run an eighth of test_cuda*, this one")
+    for engine in FILES:
+        parser.addoption(
+            f"--{engine}-sample", type=int, help=f"run an eighth of the tests of {engine}'s code"
+        )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -43,9 +46,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
-    day = config.getoption("--cuda-sample")
-    if day is not None:
-        left = [item for item in items if is_left(item, day)]
+    for engine in FILES:
+        day = config.getoption(f"--{engine}-sample")
+        left = [item for item in items if day is not None and is_left(item, engine, day)]
         config.hook.pytest_deselected(items=left)
         items[:] = [item for item in items if item not in set(left)]
 

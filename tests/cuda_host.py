@@ -83,7 +83,7 @@ def install(monkeypatch: pytest.MonkeyPatch, groups: str = "narrow") -> ModuleTy
     module = load()
     monkeypatch.setitem(sys.modules, "hetconv_kernels._cuda", module)
     monkeypatch.setattr(hk, "_cuda", module, raising=False)
-    monkeypatch.setattr(choice, "ONLY", groups)
+    monkeypatch.setattr(choice, "ONLY_KERNEL", groups)
     capture.CONVERSIONS.clear()
     return module
 

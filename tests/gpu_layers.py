@@ -11,7 +11,7 @@ import torch
 
 import hetconv_kernels as hk
 from hetconv_kernels import ops
-from hetconv_kernels.backends import NAMES, get_backend
+from hetconv_kernels.backends import ENGINE_OF_CODE, get_backend
 from hetconv_kernels.problem import Geometry, make_geometry
 from hetconv_kernels.testing import error_bound, oracle
 
@@ -81,7 +81,7 @@ def compare_huge(code: int) -> None:
     x = torch.empty(66, 1024, 1024, 32, device="cuda", dtype=torch.bfloat16).normal_()
     x = x.permute(0, 3, 1, 2)
     p = ops.describe("fprop", geometry, x, x, w, x.shape[2:])
-    assert get_backend(NAMES[code]).unsupported_reasons(p) == []
+    assert get_backend(ENGINE_OF_CODE[code]).unsupported_reasons(p) == []
     y = ops.run_fprop(x, w, geometry, None, code)
     last = ops.run_fprop(x[-1:].clone(), w, geometry, None, code)
     torch.testing.assert_close(y[-1:], last, atol=2e-2, rtol=2e-2)

@@ -1,44 +1,67 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs all tests, a process for each core; `make test` without ARGS is this.
 
-The processes take file after file, whoever is free. Tests of the CUDA kernels on the CPU are more
-than a third of the time, and say the same while what they are made from is the same: after a run
-that passed, a part of them is run, another one each day, until their sources change. CI runs all.
+The processes take file after file, whoever is free. Tests of the GPU engines' code (the CUDA
+kernels on the CPU, Triton's in its interpreter, and what nvcc and Triton compile) are more than a
+third of the time, and say the same while what they are made from is the same: where all of them
+passed on these sources, here or as ``tests/gpu_code.json`` records, a part of them is run, another
+one each day. CI runs all.
+
+    python tests/in_parts.py --record
+
+runs those tests alone, all of them, and writes that record.
 """
 
 from __future__ import annotations
 
 import datetime
 import hashlib
+import json
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from sampling import FILES
+
 ROOT = Path(__file__).resolve().parents[1]
-PASSED = ROOT / "build" / "cuda-tests"
+PASSED = ROOT / "build" / "gpu-code-tests"
+RECORD = ROOT / "tests" / "gpu_code.json"
 MOST_PROCESSES = 4
-# What the tests of the CUDA kernels depend on.
-SOURCES = (
-    "csrc/*.h",
-    "csrc/cuda/*",
-    "hetconv_kernels/backends/cuda/*.py",
+# What the tests of an engine's code depend on.
+_BOTH = (
     "hetconv_kernels/backends/gpu/*",
     *(f"hetconv_kernels/{name}.py" for name in ("masks", "ops", "packing", "problem", "support")),
     "hetconv_kernels/testing.py",
-    "benchmarks/cases.py",
-    "tests/native/cuda/*",
-    "tests/test_cuda*.py",
-    *(f"tests/{name}.py" for name in ("cuda_host", "narrow_cases", "shim")),
-    "tests/wide_*.py",
+    "tests/sampling.py",
 )
+SOURCES = {
+    "cuda": (
+        *_BOTH,
+        "csrc/*.h",
+        "csrc/cuda/*",
+        "hetconv_kernels/backends/cuda/*.py",
+        "benchmarks/cases.py",
+        "tests/native/cuda/*",
+        "tests/test_cuda*.py",
+        *(f"tests/{name}.py" for name in ("cuda_host", "machine_code", "narrow_cases", "shim")),
+        "tests/wide_*.py",
+    ),
+    "triton": (
+        *_BOTH,
+        "hetconv_kernels/plan.py",
+        "hetconv_kernels/backends/triton/*",
+        "tests/interpreted/*.py",
+        "tests/test_aot.py",
+    ),
+}
 
 
-def digest() -> str:
-    """Names the state of all that the tests of the CUDA kernels depend on."""
+def digest(engine: str) -> str:
+    """Names the state of all that the tests of an engine's code depend on."""
     key = hashlib.sha256()
-    for pattern in SOURCES:
+    for pattern in SOURCES[engine]:
         found = sorted(path for path in ROOT.glob(pattern) if path.is_file())
         assert found, f"nothing is named {pattern}"
         for path in found:
@@ -46,17 +69,43 @@ def digest() -> str:
     return key.hexdigest()[:16]
 
 
+def passed() -> set[str]:
+    """Lists the engines whose code is what all its tests passed on, here or as recorded."""
+    recorded = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    found = {engine: digest(engine) for engine in SOURCES}
+    return {e for e, key in found.items() if (PASSED / key).exists() or recorded.get(e) == key}
+
+
 def main() -> int:
     """Runs the processes, prints what each said, and returns the worst exit status."""
-    count = min(MOST_PROCESSES, len(os.sched_getaffinity(0)))
-    key = digest()
-    sample = not os.environ.get("CI") and (PASSED / key).exists()
+    arguments = sys.argv[1:]
+    recording = arguments == ["--record"]
+    if recording:
+        code = [path for prefix in FILES["cuda"] for path in ROOT.glob(f"tests/{prefix}*.py")]
+        code += [ROOT / "tests" / name for name in ("test_aot.py", "test_triton.py")]
+        arguments = [str(path.relative_to(ROOT)) for path in sorted(code)]
+    keys = {engine: digest(engine) for engine in SOURCES}
+    sampled = set() if os.environ.get("CI") or recording else passed()
     day = datetime.datetime.now(tz=datetime.UTC).toordinal()
-    options = [f"--cuda-sample={day}"] if sample else []
+    options = [f"--{engine}-sample={day}" for engine in sorted(sampled)]
+    states = _run(options + arguments)
+    print(f"exit status of each of {len(states)} processes: {states}")
+    if not any(states) and (recording or not sys.argv[1:]):
+        PASSED.mkdir(parents=True, exist_ok=True)
+        for engine in keys.keys() - sampled:
+            (PASSED / keys[engine]).touch()
+        if recording:
+            RECORD.write_text(json.dumps(keys, indent=1) + "\n")
+    return max(map(abs, states))
+
+
+def _run(arguments: list[str]) -> list[int]:
+    """Runs pytest in a process for each core; returns their exit statuses."""
+    count = min(MOST_PROCESSES, len(os.sched_getaffinity(0)))
     # Threads that wait leave the core to the other process.
     environment = {"OMP_WAIT_POLICY": "passive"} | os.environ
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pytest", f"--share={folder}", *options, *sys.argv[1:]]
+        command = [sys.executable, "-m", "pytest", f"--share={folder}", *arguments]
         logs = [Path(folder, f"{part}.log") for part in range(1, count)]
         others = [
             subprocess.Popen(
@@ -73,11 +122,7 @@ def main() -> int:
         for log, process in zip(logs, others, strict=True):
             states.append(process.wait())
             print(f"\n== the tests of another process\n{log.read_text(errors='replace')}")
-    print(f"exit status of each of {count} processes: {states}")
-    if not any(states) and not sample and not sys.argv[1:]:
-        PASSED.mkdir(parents=True, exist_ok=True)
-        (PASSED / key).touch()
-    return max(map(abs, states))
+    return states
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ _PTXAS = re.compile(
     r"Function properties for (\S+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, "
     r"(\d+) bytes spill loads\s+ptxas info\s+: Used (\d+) registers(?:.*?(\d+) bytes smem)?"
 )
-BOXES = ("narrow_boxes", "wgrad_boxes")  # kernels whose tiles TMA brings
+TMA_KERNELS = ("narrow_tma", "wgrad_tma")  # kernels whose tiles TMA brings
 # With more, no block of three warpgroups starts; they exchange registers afterwards.
 _WIDE_REGISTERS = 168
 # Instructions that a halo's copies may take, each, beside products that wait for them.
@@ -74,10 +74,10 @@ class Code:
 def problems(code: Code) -> list[str]:
     """Lists what the machine code of a kernel must show and does not."""
     found = []
-    if code.name.startswith(("narrow_fprop", "narrow_wgrad", *BOXES)):
+    if code.name.startswith(("narrow_fprop", "narrow_wgrad", *TMA_KERNELS)):
         if "HMMA" not in code.matrix:
             found.append(f"no HMMA instruction: {code.matrix}")
-        if code.name.startswith(BOXES):
+        if code.name.startswith(TMA_KERNELS):
             if "UTMALDG" not in code.copies:
                 found.append(f"no copies of boxes by TMA: {code.copies}")
         elif "LDGSTS" not in code.copies:

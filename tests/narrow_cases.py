@@ -10,7 +10,7 @@ import shim
 import torch
 
 from hetconv_kernels import Support
-from hetconv_kernels.backends.cuda.lowering import Shape
+from hetconv_kernels.backends.cuda.lowering import BlockShape
 from hetconv_kernels.problem import Geometry, make_geometry
 
 HET = Support.het(64, 64, 3, p=8)
@@ -66,7 +66,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 def epilogues(geometry: Geometry, boxes: bool = False) -> list[shim.Case]:
     """Cases of all epilogues; with the same operands each time."""
     parts = [("scale",), ("shift",), ("residual",), ("scale", "shift", "residual"), ("residual",)]
-    shape = Shape(4, 8, 1, 1, 64) if geometry.support.filters == 136 else None
+    shape = BlockShape(4, 8, 1, 1, 64) if geometry.support.filters == 136 else None
     cases = []
     for index, (act, epilogue) in enumerate(zip(shim.ACTS, parts, strict=True)):
         torch.manual_seed(index)
@@ -76,34 +76,14 @@ def epilogues(geometry: Geometry, boxes: bool = False) -> list[shim.Case]:
     return cases
 
 
-STATS = {
-    "edges": (SAME, Shape(5, 7, 2, 1, 3)),
-    "columns-of-warps": (make_geometry(Support.het(64, 128, 3, p=4), 1, 1), Shape(4, 8, 1, 2, 4)),
-    "parts": (make_geometry(Support.het(16, 136, 3, p=2), 2, 1), Shape(4, 8, 1, 1, 64)),
-    "scattered": (make_geometry(masked(24, 16, (3, 3), 0.2), 1, 1), Shape(4, 16, 2, 1, 64)),
-    "odd": (make_geometry(Support.het(16, 13, 3, p=2), 1, 1), Shape(4, 8, 4, 1, 64)),
-    "one-tile": (make_geometry(Support.dense(8, 8, 1)), Shape(16, 16, 8, 1, 64)),
-}
-
-
-def stats(name: str, batch: int = 3, boxes: bool = False) -> list[shim.Case]:
-    """Cases that sum for batch normalisation."""
-    geometry, shape = STATS[name]
-    cases = []
-    for index, dtype in enumerate(DTYPES):
-        how = {"dtype": dtype, "shape": shape, "buffers": 1 + index, "resident": bool(index)}
-        how |= {"stats": True, "epilogue": ("shift",) * index, "boxes": boxes}
-        cases.append(shim.fprop_case(geometry.support, geometry, (9, 11), batch, **how))
-    return cases
-
-
 BLOCKS = [
-    (HET, Shape(8, 16, 4, 1, 64)),
-    (HET, Shape(5, 7, 2, 1, 3)),
-    (Support.het(64, 128, 3, p=4), Shape(4, 8, 1, 2, 4)),
-    (Support.het(64, 128, 3, p=4), Shape(4, 8, 1, 1, 4)),
-    (Support.het(64, 40, 3, p=4, order="interleaved"), Shape(4, 8, 1, 1, 3)),
-    (ragged(64, 64, 4, 0.3), Shape(4, 8, 2, 1, 2)),
+    (HET, BlockShape(8, 16, 4, 1, 64)),
+    (HET, BlockShape(5, 7, 2, 1, 3)),
+    (Support.het(64, 128, 3, p=4), BlockShape(4, 8, 1, 2, 4)),
+    (Support.het(64, 128, 3, p=4), BlockShape(4, 8, 1, 1, 4)),
+    (Support.het(64, 40, 3, p=4, order="interleaved"), BlockShape(4, 8, 1, 1, 3)),
+    (ragged(64, 64, 4, 0.3), BlockShape(4, 8, 2, 1, 2)),
+    (Support.dense(8, 8, 1), BlockShape(11, 19, 8, 1, 64)),  # one tile, and so a block without any
 ]
 
 

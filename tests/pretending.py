@@ -38,7 +38,9 @@ def build_for(monkeypatch: pytest.MonkeyPatch, architectures: str) -> None:
     """Puts a CUDA engine of some architectures in the place of what is built here, if anything."""
     backends._engines()  # looks for what is built, once
     fake = SimpleNamespace(
-        architectures=lambda: architectures, versions=lambda: (13000, 13000), no_boxes=lambda: ""
+        architectures=lambda: architectures,
+        versions=lambda: (13000, 13000),
+        tma_unsupported=lambda: "",
     )
     monkeypatch.setitem(sys.modules, "hetconv_kernels._cuda", fake)
     monkeypatch.setattr(hk, "_cuda", fake, raising=False)

@@ -161,7 +161,7 @@ def rehearsal(
     from benchmarks import cases
     from hetconv_kernels import cache, ops, timing
     from hetconv_kernels.backends.gpu import capture, devices, packer
-    from hetconv_kernels.backends.triton import box_calls, calls, wgrad_calls
+    from hetconv_kernels.backends.triton import calls, tma_calls, wgrad_calls
 
     made = Rehearsal(capability)
     stream = SimpleNamespace(
@@ -209,7 +209,7 @@ def rehearsal(
         patch.setattr(ops, "describe", on_gpu)
         build_for(patch, "80")  # Triton's boxes are for where the CUDA engine has no wide kernel
         patch.setattr("benchmarks.bench.ENGINES", ())  # machine code has no stand-in
-        for module in (calls, box_calls, wgrad_calls, packer):
+        for module in (calls, tma_calls, wgrad_calls, packer):
             patch.setattr(module, "upload", checked_upload)
         patch.setattr(timing, "clock", clock)
         patch.setattr(timing, "rotations", lambda *_: 2)
@@ -233,9 +233,9 @@ def rehearsal(
 
 
 def _kernels() -> list[Any]:
-    from hetconv_kernels.backends.triton import boxes, fprop, wgrad, wgrad_boxes
+    from hetconv_kernels.backends.triton import fprop, fprop_tma, wgrad, wgrad_tma
 
-    modules = (boxes, fprop, wgrad, wgrad_boxes)
+    modules = (fprop, fprop_tma, wgrad, wgrad_tma)
     found = [v for m in modules for name, v in vars(m).items() if "_kernel_" in name]
     assert len(found) == 6
     return found

@@ -23,8 +23,8 @@ from building import alone
 from torch import Tensor
 
 from hetconv_kernels import Support
-from hetconv_kernels.backends.cuda.lowering import Shape, Tables, lower
-from hetconv_kernels.backends.cuda.tiles import choose, choose_wgrad, shared_bytes
+from hetconv_kernels.backends.cuda.lowering import BlockShape, Tables, lower_narrow
+from hetconv_kernels.backends.cuda.tiles import choose_narrow, choose_wgrad, shared_bytes
 from hetconv_kernels.backends.cuda.wgrad_lowering import UNIT_VALUES
 from hetconv_kernels.backends.cuda.windows import windows
 from hetconv_kernels.backends.gpu.devices import GPU_SPECS
@@ -89,8 +89,6 @@ class Case:
         bound: the error that is allowed, alike.
         dtype: of the result.
         zeros: where the result must be zero.
-        sums: of the results and their squares over each filter, and the error that is allowed,
-            where they are asked for; the kernel's come in lines to be summed.  # [2, F], [2, F]
     """
 
     name: str
@@ -100,7 +98,6 @@ class Case:
     bound: Tensor
     dtype: torch.dtype
     zeros: Tensor | None = field(default=None)
-    sums: tuple[Tensor, Tensor] | None = None
 
     def text(self) -> bytes:
         """Returns the case in the format of the driver."""
@@ -117,19 +114,13 @@ class Case:
 
     def check(self, data: bytes) -> None:
         """Compares what came back with the truth."""
-        size = self.expected.numel() * self.dtype.itemsize
-        got = torch.frombuffer(bytearray(data[:size]), dtype=self.dtype).double()
+        got = torch.frombuffer(bytearray(data), dtype=self.dtype).double()
         expected = self.expected.reshape(-1)
         bad = ~((got - expected).abs() <= self.bound.reshape(-1))
         assert not bad.any(), (
             f"{self.name}: {int(bad.sum())} of {bad.numel()} differ, "
             f"first at {int(bad.nonzero()[0])}: {got[bad][:4]} for {expected[bad][:4]}"
         )
-        if self.sums is not None:
-            lines = torch.frombuffer(bytearray(data[size:]), dtype=torch.float32).double()
-            exact, most = self.sums
-            error = (lines.view(-1, *exact.shape).sum(0) - exact).abs()
-            assert (error <= most).all(), f"{self.name}: sums differ by {error.max()}"
         if self.zeros is not None:
             assert not got[self.zeros.reshape(-1)].any(), f"{self.name}: dead entries are not zero"
 
@@ -141,8 +132,6 @@ def run(cases: Sequence[Case], folder: Path, seed: int = 0) -> None:
     data = (folder / "results").read_bytes()
     for case in cases:
         size = case.expected.numel() * case.dtype.itemsize
-        if case.sums is not None:
-            size += 4 * case.arrays["sums"].numel()
         case.check(data[:size])
         data = data[size:]
     assert not data
@@ -178,13 +167,12 @@ def fprop_case(
     back: bool = False,
     act: str = "none",
     epilogue: Sequence[str] = (),
-    shape: Shape | None = None,
+    shape: BlockShape | None = None,
     buffers: int | None = None,
     resident: bool | None = None,
     boxes: bool = False,
     vectors: bool = True,
     live: bool = False,
-    stats: bool = False,
 ) -> Case:
     """Makes a case of fprop or dgrad; what is not given is chosen as for a call.
 
@@ -197,14 +185,14 @@ def fprop_case(
     window = windows(geometry, size, back)
     part = GPU_SPECS[9, 0]
     if shape is None:
-        choice = choose(support, window, batch, back, part)
+        choice = choose_narrow(support, window, batch, back, part)
         tables = choice.tables
         buffers = choice.buffers if buffers is None else buffers
         resident = choice.resident if resident is None else resident
     else:
-        tables = lower(support, window, shape, back)
+        tables = lower_narrow(support, window, shape, back)
     buffers, resident = buffers or 1, bool(resident)
-    boxes = boxes and not tables.no_boxes
+    boxes = boxes and not tables.no_tma
     x = torch.randn(batch, *read).to(dtype)
     w = torch.randn(support.shape).to(dtype)
     extras = {name: torch.randn(written[0]) for name in ("scale", "shift") if name in epilogue}
@@ -240,12 +228,11 @@ def fprop_case(
         "image_w": read[2],
         "vector_stores": int(vectors and written[0] % 8 == 0),
         "blocks": 2,
-        "filters": written[0],
         "channels": read[0],
         "shared": shared_bytes(tables, buffers, resident, boxes),
         "buffers": buffers,
         "resident": int(resident),
-        "boxes": int(boxes),
+        "tma": int(boxes),
         **table_numbers(tables),
     }
     arrays: dict[str, Any] = {
@@ -257,19 +244,9 @@ def fprop_case(
         **{name: getattr(tables, name) for name in TABLES},
         **{name: last(t) if t.dim() == 4 else t for name, t in extras.items()},
     }
-    sums = None
-    if stats:
-        tiles = batch * int(np.prod(tables.classes[0, 2:4]))
-        arrays["sums"] = torch.full((min(2, tiles), 2, written[0]), torch.nan)
-        places = batch * int(np.prod(written[1:]))
-        depth = places + read[0] * int(np.prod(support.kernel))
-        pairs = [(v.sum((0, 2, 3)), v.square().sum((0, 2, 3))) for v in (expected, most)]
-        exact_sums, sizes = (torch.stack(pair) for pair in pairs)
-        sums = exact_sums, error_bound(sizes, 2 * depth, torch.float32)
     name = f"{'dgrad' if back else 'fprop'} {support} {geometry} {size} {dtype} {tables.shape}"
-    return Case(
-        f"{name} {act} {epilogue}", numbers, arrays, last(expected), last(bound), dtype, None, sums
-    )
+    title = f"{name} {act} {epilogue}"
+    return Case(title, numbers, arrays, last(expected), last(bound), dtype)
 
 
 WGRAD_TABLES = ("geometry", "heads", "units", "chunks", "slots")
@@ -311,7 +288,7 @@ def wgrad_case(
     out = geometry.output_size(*size)
     f, c = support.filters, support.channels
     tables, chosen, _ = choose_wgrad(support, window, GPU_SPECS[9, 0])
-    buffers, boxes = buffers or chosen, boxes and not tables.no_boxes
+    buffers, boxes = buffers or chosen, boxes and not tables.no_tma
     x = torch.randn(batch, c, *size).to(dtype)
     dy = torch.randn(batch, f, *out).to(dtype)
     exact, most = (_wgrad(geometry, *pair) for pair in ((dy, x), (dy.abs(), x.abs())))
@@ -347,7 +324,7 @@ def wgrad_case(
         "buffers": buffers,
         "blocks": 2,
         "shared": tables.shared_bytes(buffers, boxes),
-        "boxes": int(boxes),
+        "tma": int(boxes),
         "channels": c,
         "filters": f,
         "dy_h": out[0],

@@ -26,15 +26,15 @@ class Configuration:
     """One shipped kernel variant.
 
     Attributes:
-        kernel: ``gather`` or ``boxes`` (fprop and dgrad), ``wgrad`` or ``wgradboxes``.
+        kernel: ``gather`` or ``tma`` (fprop and dgrad), ``wgrad`` or ``wgradtma``.
         dtype: of the operands.
         tile: its tile.
         taps: of one job, for wgrad.
         epilogue: ``plain``, or ``fused``: scale, shift, residual, ReLU and, where pointers are
-            read, channel tails; ``general``: other activations, statistics, scattered filters, and
-            pixels adjacent in memory instead of channels, for which nothing fast is promised.
+            read, channel tails; ``general``: other activations, scattered filters, and pixels
+            adjacent in memory instead of channels, for which nothing fast is promised.
             Boxes are also ``folded`` (stride 2) or ``ragged``, stored by pointers as segments that
-            do not fill their tile are, with statistics.
+            do not fill their tile are.
         precision: of products of float32.
         box: of the box kernels.
     """
@@ -67,20 +67,19 @@ def configurations() -> tuple[Configuration, ...]:
     found += [Configuration("wgrad", "bf16", HALF_ONE[1], epilogue="general")]
     found += [Configuration("gather", "fp32", t) for t in SINGLE_TILES]
     found += [
-        Configuration("boxes", "bf16", tile, box=Box(1, 16, tile.pixels // 16))
-        for tile in BOX_TILES
+        Configuration("tma", "bf16", tile, box=Box(1, 16, tile.pixels // 16)) for tile in BOX_TILES
     ]
     found += [
-        Configuration("boxes", "bf16", BOX_TILES[2], box=Box(128, 1, 1)),
-        Configuration("boxes", "bf16", BOX_TILES[1], box=Box(8, 4, 4), epilogue="fused"),
-        Configuration("boxes", "bf16", BOX_TILES[1], box=Box(1, 8, 16), epilogue="folded"),
-        Configuration("boxes", "bf16", BOX_TILES[1], box=Box(32, 2, 2), epilogue="ragged"),
+        Configuration("tma", "bf16", BOX_TILES[2], box=Box(128, 1, 1)),
+        Configuration("tma", "bf16", BOX_TILES[1], box=Box(8, 4, 4), epilogue="fused"),
+        Configuration("tma", "bf16", BOX_TILES[1], box=Box(1, 8, 16), epilogue="folded"),
+        Configuration("tma", "bf16", BOX_TILES[1], box=Box(32, 2, 2), epilogue="ragged"),
     ]
     found += [Configuration("gather", "fp32", SINGLE_TILES[0], precision="tf32x3")]
     found += [Configuration("wgrad", "bf16", t, 3) for t in HALF_FUSED]
     found += [Configuration("wgrad", "bf16", t) for t in HALF_ONE]
-    found += [Configuration("wgradboxes", "bf16", t, 3, box=Box(1, 8, 8)) for t in BOX_FUSED]
-    found += [Configuration("wgradboxes", "bf16", t, box=Box(64, 1, 1)) for t in BOX_ONE]
+    found += [Configuration("wgradtma", "bf16", t, 3, box=Box(1, 8, 8)) for t in BOX_FUSED]
+    found += [Configuration("wgradtma", "bf16", t, box=Box(64, 1, 1)) for t in BOX_ONE]
     found += [Configuration("wgrad", "fp32", t, 3) for t in SINGLE_FUSED]
     found += [Configuration("wgrad", "fp32", t) for t in SINGLE_ONE]
     return tuple(found)

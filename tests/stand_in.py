@@ -57,15 +57,14 @@ def act(part: str, result: Any) -> Any:
 def part_of(engine: str, problem: Any, choice: Any) -> str:
     """Names the part that a choice belongs to."""
     if engine == "triton":
-        boxes = "-boxes" if choice.box is not None else ""
-        return ("triton-wgrad" if problem.verb == "wgrad" else "triton-gather") if not boxes else (
-            "triton-wgrad-boxes" if problem.verb == "wgrad" else "triton-boxes"
-        )  # fmt: skip
+        if problem.verb == "wgrad":
+            return "triton-wgrad" if choice.box is None else "triton-wgrad-tma"
+        return "triton-gather" if choice.box is None else "triton-tma"
     how = getattr(choice, "how", choice)
     if hasattr(how, "shape"):
         return "cuda-cluster" if how.shape.cluster == 2 else "cuda-wide"
-    if not how.no_boxes:
-        return "cuda-boxes"
+    if not how.no_tma:
+        return "cuda-tma"
     return "cuda-wgrad" if problem.verb == "wgrad" else "cuda-narrow"
 
 
@@ -104,16 +103,16 @@ def install(patch: pytest.MonkeyPatch) -> None:
     """Puts everything in its place, but for `rehearsal`."""
     import hetconv_kernels as hk
     from benchmarks import bench, primitives, smoke
-    from benchmarks.cases import Case, het
+    from benchmarks.cases import Case, het_case
     from hetconv_kernels import backends
     from hetconv_kernels.backends import cuda
     from hetconv_kernels.backends.triton import calls, wgrad_calls
-    from hetconv_kernels.roofs import Roofs
+    from hetconv_kernels.roofline import Roofs
 
     build_for(patch, "90a")
     hk._cuda.wide_rate = rate  # type: ignore[attr-defined]
     patch.setitem(backends._engines(), "cuda", cuda.Cuda())
-    for name in ("NarrowCall", "WideCall", "WgradCall"):
+    for name in ("NarrowCall", "WideCall", "NarrowWgradCall"):
         patch.setattr(cuda, name, stand_in("cuda"))
     patch.setattr(calls, "GatherCall", stand_in("triton"))
     patch.setattr(wgrad_calls, "WgradCall", stand_in("triton"))
@@ -122,8 +121,12 @@ def install(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(smoke, "REPEATS", 2)
     patch.setattr(smoke, "_SIZES", ((7, 7),))
     cases = [
-        Case("gpu-narrow", 2, 64, 64, 6, 6, 3, het(8), stride=1, device="cuda", dtype="bfloat16"),
-        Case("gpu-wide", 2, 256, 256, 6, 6, 3, het(4), stride=1, device="cuda", dtype="bfloat16"),
+        Case(
+            "gpu-narrow", 2, 64, 64, 6, 6, 3, het_case(8), stride=1, device="cuda", dtype="bfloat16"
+        ),
+        Case(
+            "gpu-wide", 2, 256, 256, 6, 6, 3, het_case(4), stride=1, device="cuda", dtype="bfloat16"
+        ),
     ]
     rows = [(case, verb) for case in cases for verb in bench.VERBS]
     patch.setattr(primitives, "rows_of", lambda full: rows)

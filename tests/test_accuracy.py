@@ -110,7 +110,7 @@ def test_layers_it_would_not_pay_for_are_not(
 def test_calls_it_is_not_for_are_not_even_asked(
     changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(winograd, "MARGIN", 0.0)  # whatever it costs
+    monkeypatch.setattr(winograd, "WINOGRAD_MARGIN", 0.0)  # whatever it costs
     assert form(problem(HET, (8, 14, 14))) == "winograd"
     assert form(problem(HET, (8, 14, 14), **changes)) != "winograd"
 
@@ -129,7 +129,7 @@ def test_calls_it_is_not_for_are_not_even_asked(
 def test_supports_it_is_not_for_keep_the_direct_form(
     support: hk.Support, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(winograd, "MARGIN", 0.0)
+    monkeypatch.setattr(winograd, "WINOGRAD_MARGIN", 0.0)
     assert form(problem(support, (8, 16, 16))) != "winograd"
 
 
@@ -177,7 +177,7 @@ def image(seed: int = 0, size: int = 28) -> Tensor:
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """On any machine, every layer that may be transformed is."""
-    monkeypatch.setattr(winograd, "MARGIN", 0.0)
+    monkeypatch.setattr(winograd, "WINOGRAD_MARGIN", 0.0)
 
 
 def truth(made: hk.nn.HetConv2d, x: Tensor) -> Tensor:
@@ -205,13 +205,13 @@ def test_the_switch_changes_the_numbers_at_once_and_back() -> None:
 @pytest.mark.usefixtures("always")
 def test_weights_are_transformed_once_for_each_setting() -> None:
     made, x = layer(), image()
-    with torch.no_grad(), packing.watched() as seen:
+    with torch.no_grad(), packing.watched_packings() as seen:
         for _ in range(3):
             made(x)
             with hk.strict_accuracy():
                 made(x)
     assert len(seen) == 2
-    with torch.no_grad(), packing.watched() as seen:
+    with torch.no_grad(), packing.watched_packings() as seen:
         made.weight.mul_(2)
         twice, again = made(x), made(x)
         with hk.strict_accuracy():

@@ -12,7 +12,15 @@ import torch
 from hypothesis import given
 
 from hetconv_kernels import arena
-from hetconv_kernels.arena import ALIGNMENT, Arena, Lifetime, Recorder, allocate, pack, placing
+from hetconv_kernels.arena import (
+    ALIGNMENT,
+    Arena,
+    Lifetime,
+    Recorder,
+    allocate,
+    assign_offsets,
+    placing,
+)
 
 PLAIN = torch.contiguous_format
 CPU = torch.device("cpu")
@@ -36,7 +44,7 @@ lifetimes = st.lists(
 
 @given(lifetimes)
 def test_what_lives_at_the_same_time_does_not_overlap(lives: list[Lifetime]) -> None:
-    places, size = pack(lives)
+    places, size = assign_offsets(lives)
     assert [at < 0 for at in places] == [one.escapes for one in lives]
     for i, one in enumerate(lives):
         if one.escapes:
@@ -53,19 +61,19 @@ def test_what_lives_at_the_same_time_does_not_overlap(lives: list[Lifetime]) -> 
 @given(lifetimes)
 def test_an_arena_is_never_larger_than_all_results_together(lives: list[Lifetime]) -> None:
     whole = sum(-(-one.bytes // ALIGNMENT) * ALIGNMENT for one in lives if not one.escapes)
-    assert pack(lives)[1] <= whole
+    assert assign_offsets(lives)[1] <= whole
 
 
 def test_a_chain_takes_turns_in_two_places() -> None:
     assert doctest.testmod(arena).attempted > 0
-    places, size = pack([life(i, i + 1, 1000) for i in range(20)])
+    places, size = assign_offsets([life(i, i + 1, 1000) for i in range(20)])
     assert len(set(places)) == 2
     assert size == 2 * 4032  # 4000 bytes each, in cache lines
 
 
 def test_a_result_keeps_its_place_until_its_last_reader() -> None:
     shortcut, first, second = life(0, 3), life(1, 2), life(2, 3)
-    places, _ = pack([shortcut, first, second])
+    places, _ = assign_offsets([shortcut, first, second])
     assert len(set(places)) == 3  # 1 is read in step 2, where 2 is computed
 
 

@@ -126,16 +126,16 @@ def test_an_unknown_code_is_refused() -> None:
 def test_use_backend_as_call_and_as_context() -> None:
     assert backends.forced_code() == 0
     with hk.use_backend("reference"):
-        assert backends.NAMES[backends.forced_code()] == "reference"
+        assert backends.ENGINE_OF_CODE[backends.forced_code()] == "reference"
         with hk.use_backend("auto"):
             assert backends.forced_code() == 0
-        assert backends.NAMES[backends.forced_code()] == "reference"
+        assert backends.ENGINE_OF_CODE[backends.forced_code()] == "reference"
     assert backends.forced_code() == 0
     with pytest.raises(ZeroDivisionError), hk.use_backend("vendor"):
         raise ZeroDivisionError
     assert backends.forced_code() == 0
     hk.use_backend("vendor")
-    assert backends.NAMES[backends.forced_code()] == "vendor"
+    assert backends.ENGINE_OF_CODE[backends.forced_code()] == "vendor"
     hk.use_backend("auto")
 
 

@@ -15,7 +15,7 @@ from pretending import CUDA, Pretend, described, pretended
 
 import hetconv_kernels as hk
 from benchmarks import calibrate, calibrate_gpu
-from benchmarks.calibrate_gpu import Measured, fit, judge, vendor_seconds
+from benchmarks.calibrate_gpu import Measured, fit_shares, judge_auto, vendor_seconds
 from hetconv_kernels.backends.cuda import Cuda, choice
 from hetconv_kernels.backends.gpu import constants, devices
 from hetconv_kernels.backends.triton import Triton
@@ -45,7 +45,7 @@ def rows(vendor: float, ours: float, count: int = 12) -> list[Measured]:
 
 @pytest.mark.parametrize(("vendor", "ours"), [(0.3, 0.5), (0.45, 0.9), (0.7, 0.62)])
 def test_the_shares_that_a_gpu_has_are_found(vendor: float, ours: float) -> None:
-    entry = fit(rows(vendor, ours), SPEC, NOMINAL)
+    entry = fit_shares(rows(vendor, ours), SPEC, NOMINAL)
     assert entry.vendor == pytest.approx(vendor, abs=0.006)
     assert entry.ours["cuda"] == pytest.approx(ours, abs=0.002)
     assert entry.ours["triton"] == NOMINAL.ours["triton"]  # it has no rows
@@ -54,7 +54,7 @@ def test_the_shares_that_a_gpu_has_are_found(vendor: float, ours: float) -> None
 
 def test_too_few_rows_are_refused() -> None:
     with pytest.raises(ValueError, match="5 rows were measured, and a fit needs 8: run make gpu"):
-        fit(rows(0.5, 0.5, 5), SPEC, NOMINAL)
+        fit_shares(rows(0.5, 0.5, 5), SPEC, NOMINAL)
 
 
 def test_a_fit_picks_the_faster_one_where_the_nominal_constants_do_not() -> None:
@@ -63,8 +63,8 @@ def test_a_fit_picks_the_faster_one_where_the_nominal_constants_do_not() -> None
     slow = vendor_seconds(Measured(problem, 1, {}, {}), SPEC, NOMINAL._replace(vendor=0.25))
     # Ours takes two thirds of that; by the nominal constants it would be slower.
     row = Measured(problem, slow, {"cuda": slow / 1.5}, {"cuda": 0.9 * slow / 1.5})
-    nominal, found = (judge([row], SPEC, one) for one in (
-        NOMINAL, fit([row] * 8, SPEC, NOMINAL)
+    nominal, found = (judge_auto([row], SPEC, one) for one in (
+        NOMINAL, fit_shares([row] * 8, SPEC, NOMINAL)
     ))  # fmt: skip
     assert nominal["right_within_5_percent"] == 0
     assert nominal["worst_cost"] == pytest.approx(1.5)
@@ -80,8 +80,8 @@ def test_an_entry_is_used_on_its_gpu_and_on_no_other(
         NOMINAL._replace(measured=True, ours={"cuda": 0.3, "triton": 0.4}), "A", path
     )
     calibrate_gpu.write(NOMINAL._replace(measured=True), "B", path)
-    monkeypatch.setattr(constants, "entries", lambda: json.loads(path.read_text()))
-    assert set(constants.entries()["devices"]) == {"A", "B"}
+    monkeypatch.setattr(constants, "constant_entries", lambda: json.loads(path.read_text()))
+    assert set(constants.constant_entries()["devices"]) == {"A", "B"}
     problem = dataclasses.replace(described("fprop"), device=CUDA)
     monkeypatch.setattr(choice, "best", lambda _: SimpleNamespace(seconds=3e-5))
     for name, seconds, is_measured in (("A", 1e-4, True), ("C", 3e-5 / 0.75, False)):
@@ -92,7 +92,7 @@ def test_an_entry_is_used_on_its_gpu_and_on_no_other(
 
 def test_nothing_was_measured_yet() -> None:
     """The committed file says so; a session on a GPU changes it, and this test."""
-    assert constants.entries()["devices"] == {}
+    assert constants.constant_entries()["devices"] == {}
     assert not NOMINAL.measured
     assert NOMINAL.rows == 0
 

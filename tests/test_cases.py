@@ -21,7 +21,7 @@ from benchmarks.cases import CPU_CASES, GPU_CASES, GPU_SHAPES, Case, SupportSpec
 from benchmarks.report.schema import DISPATCH_ROW
 from benchmarks.rig import OURS, Rig
 from hetconv_kernels import timing
-from hetconv_kernels.roofs import Roofs
+from hetconv_kernels.roofline import Roofs
 from hetconv_kernels.timing import Timings
 
 ROOT = Path(__file__).parents[1]
@@ -124,7 +124,9 @@ def test_targets_stay_below_the_ratio_of_work() -> None:
 )
 def test_committed_self_grouped_supports(case: Case) -> None:
     spec = case.support
-    assert supports.key(spec.value, case.c, case.f, case.k, spec.seed) in supports._committed()
+    assert (
+        supports.support_key(spec.value, case.c, case.f, case.k, spec.seed) in supports._committed()
+    )
     support = case.build_support()
     assert support.density == pytest.approx(1 - spec.value / 100, abs=0.01)
     assert len(support.groups) >= 15
@@ -133,7 +135,7 @@ def test_committed_self_grouped_supports(case: Case) -> None:
 
 def test_committed_supports_are_what_self_grouping_gives() -> None:
     pytest.importorskip("sklearn", reason="k-means comes from scikit-learn")
-    made = supports.make(70, 64, 64, 3, 0)
+    made = supports.make_support(70, 64, 64, 3, 0)
     committed = supports.self_grouped(70, 64, 64, 3, 0)
     # Another version of k-means may cluster a few filters otherwise.
     shared = (made & committed).live / made.live
@@ -144,7 +146,7 @@ def test_committed_supports_are_what_self_grouping_gives() -> None:
 
 
 def test_a_damaged_support_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = supports.key(70, 64, 64, 3, 0)
+    name = supports.support_key(70, 64, 64, 3, 0)
     entry = supports._committed()[name]
     wrong = {**entry, "labels": entry["labels"][::-1]}
     monkeypatch.setattr(supports, "_committed", lambda: {name: wrong})
@@ -184,7 +186,7 @@ def test_rivals_compute_the_same_function(spec: SupportSpec, stride: int) -> Non
     weight = torch.randn(case.f, case.c, 3, 3, generator=generator) * mask
     x = torch.randn(case.n, case.c, case.h, case.w, generator=generator)
     expected = functional.conv2d(x.double(), weight.double(), None, stride, 1)
-    rivals = {"dense": baselines.dense(case, weight)}
+    rivals = {"dense": baselines.dense_baseline(case, weight)}
     rivals |= baselines.compositions(case, support, weight)
     assert spec.kind == "dense" or len(rivals) > 1
     for name, module in rivals.items():
@@ -301,7 +303,7 @@ def test_record_writes_rows_as_they_come_and_they_fit_the_schema(tmp_path: Path)
 def test_a_mismatch_is_recorded_without_times(tmp_path: Path) -> None:
     kept = record.Record(tmp_path, "layers-test")
     with torch.no_grad():
-        wrong = gate.Match(False, float("inf"), float("inf"))
+        wrong = gate.Agreement(False, float("inf"), float("inf"))
         kept.add(record.layer_row(Rig(tiny(TINY["het"]), "auto"), wrong))
     (row,) = json.loads(kept.path.read_text())["rows"]
     assert "median_s" not in row

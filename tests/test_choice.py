@@ -20,6 +20,7 @@ from hetconv_kernels.backends.triton import (
     Triton,
     calls,
     choice,
+    picking,
     table,
     tiles,
     wgrad_choice,
@@ -68,7 +69,7 @@ def test_wgrad_of_interleaved_channels_is_reordered(on_gpu) -> None:
     on_gpu()
     interleaved = hk.Support.het(256, 256, 3, p=4, order="interleaved")
     p = described("wgrad", interleaved, batch=128, device=CUDA)
-    picked = wgrad_choice.best_wgrad(p)
+    picked = picking.pick_choice(p)
     assert picked.name.endswith("reordered")
     own = [c for c in wgrad_choice.wgrad_choices(p) if "reordered" not in c.name]
     assert picked.seconds < min(c.seconds for c in own)
@@ -114,11 +115,10 @@ def test_an_entry_of_the_table_decides(on_gpu, verb: str, monkeypatch: pytest.Mo
     assert len({c.name for c in choices}) == len(choices)
     slow = max(choices, key=lambda c: c.seconds)
     assert not Triton().measured(p)
-    entry = {table.key_of(p, (9, 0)): {"name": slow.name, "seconds": 1.0}}
-    monkeypatch.setattr(table, "entries", lambda: entry)
+    entry = {table.table_key(p, (9, 0)): {"name": slow.name, "seconds": 1.0}}
+    monkeypatch.setattr(table, "table_entries", lambda: entry)
     assert Triton().measured(p)
-    best = choice.best_gather if verb == "fprop" else wgrad_choice.best_wgrad
-    assert best(p).name == slow.name
+    assert picking.pick_choice(p).name == slow.name
 
 
 @pytest.mark.parametrize("verb", ["dgrad", "wgrad"])
@@ -134,12 +134,11 @@ def test_tuning_is_offered_the_best_predictions(
 
     monkeypatch.setattr("hetconv_kernels.tuning.pick", pick)
     p = described(verb, batch=48, device=CUDA)
-    best = choice.best_gather if verb == "dgrad" else wgrad_choice.best_wgrad
-    picked = best(p)
+    picked = picking.pick_choice(p)
     ((key, names),) = offered.items()
     assert key.startswith(verb)
     assert picked.name == names[-1]
-    assert 2 <= len(names) <= choice.MOST_TUNED
+    assert 2 <= len(names) <= picking.MOST_TUNED
 
 
 SIZE = r"\d+x\d+x\d+"
@@ -162,7 +161,7 @@ def test_names_follow_one_grammar(on_gpu) -> None:
 def test_the_table_names_choices_that_exist() -> None:
     """It is empty until a GPU has measured it; what is written there later is held to this."""
     shipped = {"x".join(map(str, c.tile[:3])) for c in configurations()}
-    for key, entry in table.entries().items():
+    for key, entry in table.table_entries().items():
         match = NAME.fullmatch(entry["name"])
         assert match, key
         assert {match[1], match[2] or match[1]} <= shipped, key
@@ -171,7 +170,7 @@ def test_the_table_names_choices_that_exist() -> None:
 def test_operands_of_any_strides_are_drawn() -> None:
     """The gradient of a sum is expanded: strides of zero."""
     for strides in ((0, 0, 0, 0), (96, 1, 48, 16), (0, 1, 48, 16)):
-        made = choice.random_operand(described(), (2, 16, 2, 3), strides)
+        made = picking.random_operand(described(), (2, 16, 2, 3), strides)
         assert made.shape == (2, 16, 2, 3)
         assert made.stride() == strides
 
@@ -193,7 +192,7 @@ def test_both_switches_of_tf32_are_read(switch: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("built", "without", "boxes"),
+    ("built", "without", "tma"),
     [("80_90a", "", False), ("80", "", True), (None, "", True), ("90a", "cuda-wide", True)],
     ids=["built", "for others", "absent", "left out"],
 )
@@ -215,14 +214,14 @@ def test_boxes_of_fprop_are_for_where_no_cuda_engine_was_built(
     wgrad = described("wgrad", support, batch=64, device=CUDA)
     assert any(c.box is not None for c in wgrad_choice.wgrad_choices(wgrad))
     # Asked for, they are there: for tests and for measurements.
-    monkeypatch.setattr(choice, "ONLY", "boxes")
+    monkeypatch.setattr(choice, "ONLY_LAUNCH", "tma")
     assert all(c.box is not None for c in choice.gather_choices(described(device=CUDA)))
 
 
 @pytest.mark.parametrize(
     ("name", "verb"),
-    [("triton-gather", "fprop"), ("triton-boxes", "dgrad"), ("triton-wgrad", "wgrad"),
-     ("triton-wgrad-boxes", "wgrad")],
+    [("triton-gather", "fprop"), ("triton-tma", "dgrad"), ("triton-wgrad", "wgrad"),
+     ("triton-wgrad-tma", "wgrad")],
 )  # fmt: skip
 def test_a_part_that_is_left_out_is_not_chosen(
     on_gpu, monkeypatch: pytest.MonkeyPatch, name: str, verb: str
@@ -231,15 +230,15 @@ def test_a_part_that_is_left_out_is_not_chosen(
     support = hk.Support.het(256, 256, 3, p=4)
     problem = described(verb, support, batch=64, device=CUDA)
     find = wgrad_choice.wgrad_choices if verb == "wgrad" else choice.gather_choices
-    boxed = name.endswith("boxes")
-    monkeypatch.setattr(choice, "_boxes_wanted", lambda _: True)
+    boxed = name.endswith("tma")
+    monkeypatch.setattr(choice, "_tma_wanted", lambda _: True)
     assert {c.box is not None for c in find(problem)} == {True, False}
     monkeypatch.setattr(parts, "WITHOUT", frozenset({name}))
     assert {c.box is not None for c in find(problem)} == {not boxed}
     assert Triton().unsupported_reasons(problem) == []
-    pair = {name, f"{name}-boxes" if verb == "wgrad" else "triton-boxes"}
-    pair |= {"triton-gather"} if name == "triton-boxes" else set()
-    pair |= {"triton-wgrad"} if name == "triton-wgrad-boxes" else set()
+    pair = {name, f"{name}-tma" if verb == "wgrad" else "triton-tma"}
+    pair |= {"triton-gather"} if name == "triton-tma" else set()
+    pair |= {"triton-wgrad"} if name == "triton-wgrad-tma" else set()
     monkeypatch.setattr(parts, "WITHOUT", frozenset(pair & parts.PARTS.keys()))
     (reason,) = Triton().unsupported_reasons(problem)
     assert "are left out by HETCONV_WITHOUT" in reason

@@ -12,7 +12,7 @@ from cifar import write_cifar
 
 from hetconv_kernels.cli import main
 from hetconv_kernels.compression import ADMM, SelfGrouping
-from hetconv_kernels.compression.command import METHODS, build
+from hetconv_kernels.compression.command import METHODS, build_method
 from hetconv_kernels.errors import ArgumentError
 from hetconv_kernels.models import digits_net
 
@@ -83,12 +83,12 @@ def test_settings_are_listed(method: str, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_settings_are_json_or_text() -> None:
-    made = build(SelfGrouping, ["target=0.5", "schedule=LG", "clusters=4"])
+    made = build_method(SelfGrouping, ["target=0.5", "schedule=LG", "clusters=4"])
     assert made == SelfGrouping(target=0.5, schedule="LG", clusters=4)
-    assert build(ADMM, ["rates=[0.5, 0.8]"]).rates == [0.5, 0.8]
+    assert build_method(ADMM, ["rates=[0.5, 0.8]"]).rates == [0.5, 0.8]
     for wrong in ("target", "nothing=1", "target=1.5", "target=high", "rates=0.5"):
         with pytest.raises(ArgumentError):
-            build(ADMM if wrong.startswith("rates") else SelfGrouping, [wrong])
+            build_method(ADMM if wrong.startswith("rates") else SelfGrouping, [wrong])
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def test_verdicts(
     tmp_path: Path, capsys: Capture, old: Json, ours: float, dense: float, verdict: str, code: int
 ) -> None:
     new = slowed(old, ours, dense)
-    first, *others = compare.compare(old, new, 0.05)
+    first, *others = compare.compare_rows(old, new, 0.05)
     assert first.verdict == verdict
     assert {c.verdict for c in others} == {"same"}
     assert first.ours is not None
@@ -81,7 +81,7 @@ def test_wide_intervals_hide_nothing_and_accuse_nobody(old: Json) -> None:
     new["rows"][0]["timings"]["variants"]["ours"]["samples_s"] = [
         s * (0.5 if i % 2 else 1.5) for i, s in enumerate(samples)
     ]
-    assert compare.compare(old, new, 0.05)[0].verdict != "slower"
+    assert compare.compare_rows(old, new, 0.05)[0].verdict != "slower"
 
 
 def test_dispatch_is_compared_beside_dense_too() -> None:
@@ -91,7 +91,7 @@ def test_dispatch_is_compared_beside_dense_too() -> None:
         for name, factor in zip(("ours", "dense"), factors, strict=True):
             variant = new["rows"][0]["timings"]["variants"][name]
             variant["samples_s"] = [s * factor for s in variant["samples_s"]]
-        assert compare.compare(old, new, 0.05)[0].verdict == verdict
+        assert compare.compare_rows(old, new, 0.05)[0].verdict == verdict
 
 
 def test_a_wrong_result_fails_and_a_right_one_does_not(tmp_path: Path, old: Json) -> None:
@@ -102,7 +102,7 @@ def test_a_wrong_result_fails_and_a_right_one_does_not(tmp_path: Path, old: Json
         del row[field]
     assert run(tmp_path, old, new) == 1
     assert run(tmp_path, new, old) == 0
-    assert compare.compare(new, old, 0.05)[0].verdict == "right again"
+    assert compare.compare_rows(new, old, 0.05)[0].verdict == "right again"
 
 
 def test_rows_that_ask_another_question_are_not_compared(old: Json) -> None:
@@ -112,7 +112,7 @@ def test_rows_that_ask_another_question_are_not_compared(old: Json) -> None:
     new["rows"][2]["timings"]["cold"] = True
     new["rows"][3]["case"]["name"] = "renamed"
     new["rows"][3]["case"]["target"] = 9.0
-    verdicts = [c.verdict for c in compare.compare(old, new, 0.05)]
+    verdicts = [c.verdict for c in compare.compare_rows(old, new, 0.05)]
     assert verdicts == [
         "another case: h", "another Support", "cold: False then, True now", "gone", "new",
     ]  # fmt: skip
@@ -157,7 +157,7 @@ def test_every_kind_of_committed_row_is_compared_with_itself(capsys: Capture) ->
     for path in RESULTS.glob("*.json"):
         assert compare.main([str(path), str(path)]) == 0, path.name
         data = json.loads(path.read_text())
-        changes = compare.compare(data, data, 0.05)
+        changes = compare.compare_rows(data, data, 0.05)
         assert {c.verdict for c in changes} <= {"same"}, path.name
         assert all(c.ours is not None and c.ours.value == 1 for c in changes)
     assert "0 slower" in capsys.readouterr().out

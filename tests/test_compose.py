@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import hetconv_kernels as hk
+from hetconv_kernels.geometries import _of_operators
 
 
 class Network(nn.Module):
@@ -98,9 +99,8 @@ def test_use_backend_reaches_a_compiled_layer(network: Network) -> None:
         torch.testing.assert_close(compiled(x), expected)
         after = {choice.backend.name for choice in choices.values()}
     # The op's body keeps its own Geometry, so look there too.
-    from hetconv_kernels import ops
 
-    own = {c.backend.name for g in ops._geometries.geometries() for c in g.choices.values()}
+    own = {c.backend.name for g in _of_operators.geometries() for c in g.choices.values()}
     assert "reference" in own | (after - before)
 
 
@@ -124,10 +124,10 @@ def test_exported_program_is_self_contained_in_a_file(network: Network, tmp_path
     x = torch.randn(2, 3, 12, 12)
     torch.export.save(torch.export.export(network, (x,)), tmp_path / "network.pt2")
     expected = network(x)
-    from hetconv_kernels import ops, support
+    from hetconv_kernels import support
 
     # As in a fresh process: no Support is known.
-    ops._geometries.clear()
+    _of_operators.clear()
     known = dict(support._known)
     support._known.clear()
     try:

@@ -19,7 +19,7 @@ import hetconv_kernels as hk
 from hetconv_kernels.compression.measure import for_inference
 from hetconv_kernels.errors import InputTypeError
 from hetconv_kernels.graph.copying import copied, settle
-from hetconv_kernels.packing import watched
+from hetconv_kernels.packing import watched_packings
 
 
 def network() -> nn.Sequential:
@@ -131,7 +131,7 @@ def test_an_optimized_network_computes_no_weights_and_packs_none(how: str) -> No
     assert "computed once and for all: 0." in str(report)
     with torch.inference_mode():
         report.model(x)
-        with watched() as seen:
+        with watched_packings() as seen:
             report.model(x)
     assert not seen
     assert not any(m._forward_pre_hooks for m in report.model.modules())

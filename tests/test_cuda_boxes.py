@@ -3,7 +3,7 @@
 
 TMA is played there (see tests/native/cuda/tensor_map.h): a driver's function that refuses what the
 CUDA driver API forbids, boxes that land late, by lot, and bytes counted at barriers. What is left
-to a GPU stands in csrc/cuda/bulk.h.
+to a GPU stands in csrc/cuda/mbarrier.h.
 """
 
 from __future__ import annotations
@@ -19,20 +19,18 @@ from narrow_cases import (
     HET,
     LAYERS,
     SIZES,
-    STATS,
     blocks,
     epilogues,
     random_case,
-    stats,
 )
 
 from hetconv_kernels import Support
-from hetconv_kernels.backends.cuda.lowering import Shape
+from hetconv_kernels.backends.cuda.lowering import BlockShape
 from hetconv_kernels.problem import make_geometry
 
 pytestmark = pytest.mark.skipif(shim.compiler() is None, reason="g++ is not installed here")
 
-# Those that no box fits, and why: see Tables.no_boxes.
+# Those that no box fits, and why: see Tables.no_tma.
 WITHOUT = {
     (name, False): "adjacent outputs"
     for name in ("stride", "stride-1x1", "stride-3", "dilated-stride")
@@ -47,11 +45,11 @@ def test_layers_match_the_oracle(name: str, tmp_path: Path) -> None:
         for back in (False, True):
             how = {"dtype": dtype, "back": back, "buffers": 1 + index, "boxes": True}
             case = shim.fprop_case(geometry.support, geometry, size, **how)
-            assert case.numbers["boxes"] == ((name, back) not in WITHOUT)
+            assert case.numbers["tma"] == ((name, back) not in WITHOUT)
             cases.append(case)
         how = {"buffers": 1 + index, "boxes": True}
         case = shim.wgrad_case(geometry.support, geometry, size, 2, dtype, **how)
-        assert case.numbers["boxes"] == ((name, False) not in WITHOUT)
+        assert case.numbers["tma"] == ((name, False) not in WITHOUT)
         cases.append(case)
     shim.run(cases, tmp_path)
 
@@ -69,14 +67,7 @@ def all_kinds(boxes: bool) -> list[shim.Case]:
 
 def test_epilogues_match_the_oracle(tmp_path: Path) -> None:
     cases = all_kinds(True)
-    assert all(case.numbers["boxes"] for case in cases)
-    shim.run(cases, tmp_path)
-
-
-@pytest.mark.parametrize("name", STATS)
-def test_sums_of_batch_normalisation_match_the_oracle(name: str, tmp_path: Path) -> None:
-    cases = stats(name, boxes=True)
-    assert all(case.numbers["boxes"] == (name != "parts") for case in cases)  # that has a stride
+    assert all(case.numbers["tma"] for case in cases)
     shim.run(cases, tmp_path)
 
 
@@ -87,8 +78,8 @@ def test_blocks_of_all_shapes_match_the_oracle(
 ) -> None:
     """Also where a box brings neighbours of a round's channels, which nobody reads."""
     cases = blocks((2, 1), buffers=buffers, resident=resident, boxes=True)
-    assert sum(case.numbers["boxes"] for case in cases) >= 8
-    assert {case.numbers["slot_pitch"] > 0 for case in cases if case.numbers["boxes"]} == {
+    assert sum(case.numbers["tma"] for case in cases) >= 8
+    assert {case.numbers["slot_pitch"] > 0 for case in cases if case.numbers["tma"]} == {
         True,
         False,
     }
@@ -97,7 +88,7 @@ def test_blocks_of_all_shapes_match_the_oracle(
 
 def test_random_cases_match_the_oracle(tmp_path: Path) -> None:
     cases = [random_case(seed, True) for seed in range(80, 160)]
-    cases = [case for case in cases if case.numbers["boxes"]]
+    cases = [case for case in cases if case.numbers["tma"]]
     fprops = [case for case in cases if not case.numbers["kind"]]
     assert len(fprops) > 25
     assert len(cases) - len(fprops) > 5
@@ -125,10 +116,10 @@ def simple(buffers: int = 2, verb: str = "fprop") -> shim.Case:
     if verb == "wgrad":
         return shim.wgrad_case(HET, LAYERS["het8"], (24, 24), 1, buffers=buffers, boxes=True)
     geometry = make_geometry(Support.het(64, 40, 3, p=8), 1, 1)
-    how = {"shape": Shape(4, 8, 1, 1, 4), "buffers": buffers, "resident": True, "boxes": True}
+    how = {"shape": BlockShape(4, 8, 1, 1, 4), "buffers": buffers, "resident": True, "boxes": True}
     how |= {"epilogue": ("residual",)}
     case = shim.fprop_case(geometry.support, geometry, (8, 24), 1, **how)
-    assert case.numbers["boxes"]
+    assert case.numbers["tma"]
     return case
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls of the CUDA engine with its kernels on the CPU: statistics, and operands far apart."""
+"""Calls of the CUDA engine with its kernels on the CPU: operands that are far apart, or odd."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ import torch
 from cuda_host import operands, run
 
 import hetconv_kernels as hk
-from hetconv_kernels import backends, ops
+from hetconv_kernels import ops
 from hetconv_kernels.backends.cuda import Cuda, calls, wgrad_calls
-from hetconv_kernels.backends.cuda.boxes import boxable
+from hetconv_kernels.backends.cuda.tma import tma_readable
 from hetconv_kernels.backends.gpu import capture
 from hetconv_kernels.problem import make_geometry
-from hetconv_kernels.testing import oracle
 
 GEOMETRY = make_geometry(hk.Support.het(16, 24, 3, p=2), 1, 1)
 
@@ -26,31 +25,6 @@ GEOMETRY = make_geometry(hk.Support.het(16, 24, 3, p=2), 1, 1)
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return cuda_host.install(monkeypatch)
-
-
-@pytest.mark.parametrize("shifted", [False, True])
-def test_sums_of_batch_normalisation_come_from_the_kernel(
-    host, monkeypatch: pytest.MonkeyPatch, shifted: bool
-) -> None:
-    x, w, _ = operands(GEOMETRY, torch.bfloat16, 3)
-    shift = torch.randn(24).bfloat16() if shifted else None
-    monkeypatch.setattr(Cuda, "unsupported_reasons", lambda *_: [])
-    monkeypatch.setattr(backends, "_engines", lambda: {"cuda": Cuda()})
-    monkeypatch.setattr(ops, "channel_statistics", lambda *_: pytest.fail("y was read again"))
-    found = [ops.run_fprop_stats(x, w, GEOMETRY, shift, 5) for _ in range(2)]
-    for one, other in zip(*found, strict=True):
-        assert torch.equal(one, other)
-    y, total, squares = found[0]
-    bias = None if shift is None else shift.double()
-    exact = oracle(x.double(), w.double(), GEOMETRY, bias)
-    torch.testing.assert_close(y.double(), exact, rtol=1e-2, atol=1e-2)
-    assert total.dtype == squares.dtype == torch.float32
-    torch.testing.assert_close(total.double(), exact.sum((0, 2, 3)), rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(squares.double(), exact.square().sum((0, 2, 3)), rtol=1e-5, atol=0)
-    empty = ops.run_fprop_stats(x[:0], w, GEOMETRY, shift, 5)
-    assert [tuple(t.shape) for t in empty] == [(0, 24, 6, 9), (24,), (24,)]
-    assert not empty[1].any()
-    assert not empty[2].any()
 
 
 @pytest.mark.parametrize("verb", ["fprop", "dgrad", "wgrad"])
@@ -88,7 +62,7 @@ def test_an_operand_that_spans_too_much_is_brought_together(
         .to(memory_format=torch.channels_last)[..., ::10]
         .copy_(x)
     )
-    assert calls.span(wide.shape, wide.stride()) == 16 * 90 * 5 + 160 * 8 + 16
+    assert calls.element_span(wide.shape, wide.stride()) == 16 * 90 * 5 + 160 * 8 + 16
     for limit, copies in ((10**4, 0), (10**3, 1)):
         monkeypatch.setattr(calls, "MAX_SPAN", limit)
         assert torch.equal(run("fprop", GEOMETRY, wide, wide, w, None, None, None), expected)
@@ -102,7 +76,7 @@ def test_blocks_of_all_heads_are_held_at_once(host, heads: int, blocks: int) -> 
     for call in (narrow, wgrad):
         call.parts, call.buffers = heads, 1
     narrow.class_count, narrow.warps_m, narrow.warps_n, wgrad.warps = 1, 1, 1, 1
-    assert [call.held_blocks("bfloat16") for call in (narrow, wgrad)] == [blocks, blocks]
+    assert [call.max_resident_blocks("bfloat16") for call in (narrow, wgrad)] == [blocks, blocks]
 
 
 @pytest.mark.parametrize(("verb", "tables"), [("fprop", 8), ("dgrad", 8), ("wgrad", 6)])
@@ -147,7 +121,7 @@ def test_what_is_made_for_one_call_is_told_to_nobody(host, monkeypatch: pytest.M
 
 def test_boxes_are_cut_out_of_axes_that_hold_each_other() -> None:
     def laid(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-        return boxable(torch.empty_strided(shape, strides, device="meta"))
+        return tma_readable(torch.empty_strided(shape, strides, device="meta"))
 
     assert laid((2, 16, 6, 9), (864, 1, 144, 16))
     assert laid((2, 16, 6, 9), (2000, 1, 216, 24))
@@ -166,11 +140,11 @@ def test_what_is_no_box_comes_by_cp_async(host, monkeypatch: pytest.MonkeyPatch,
     for allowed in (True, False):
 
         def told(tensor: torch.Tensor, allowed: bool = allowed) -> bool:
-            ways.append(boxable(tensor))
+            ways.append(tma_readable(tensor))
             return allowed and ways[-1]
 
-        monkeypatch.setattr(calls, "boxable", told)
-        monkeypatch.setattr(wgrad_calls, "boxable", told)
+        monkeypatch.setattr(calls, "tma_readable", told)
+        monkeypatch.setattr(wgrad_calls, "tma_readable", told)
         first, second = (x, x) if verb == "fprop" else (dy, x)
         found.append(run(verb, GEOMETRY, first, second, w, *[None] * 3 * (verb == "fprop")))
     assert ways
@@ -182,7 +156,7 @@ def test_an_image_for_all_of_a_batch_is_no_box(host) -> None:
     x, w, dy = operands(GEOMETRY, torch.bfloat16)
     one = x[:1].expand(2, -1, -1, -1)
     copied = one.clone(memory_format=torch.channels_last)
-    assert [boxable(t) for t in (one, copied)] == [False, True]
+    assert [tma_readable(t) for t in (one, copied)] == [False, True]
     found = [run("wgrad", GEOMETRY, dy, t, w) for t in (one, copied)]
     assert torch.equal(*found)
     assert not capture.CONVERSIONS

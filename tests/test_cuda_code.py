@@ -17,7 +17,7 @@ from typing import Any
 
 import machine_code
 import pytest
-from machine_code import BOXES, Code, problems, regressions
+from machine_code import TMA_KERNELS, Code, problems, regressions
 
 EVERYTHING = os.environ.get("HETCONV_AOT_ALL") == "1"
 DEFAULT = ("80", "90a")
@@ -63,8 +63,8 @@ def test_the_committed_rows_are_of_all_architectures_and_show_no_problem() -> No
         assert any(name.startswith("narrow_fprop") for name in kernels)
         assert any(name.startswith("narrow_wgrad") for name in kernels)
     for architecture, kernels in TABLE["rows"].items():
-        brought = {name.split("_kernel")[0] for name in kernels if name.startswith(BOXES)}
-        assert brought == (set(BOXES) if architecture in ("90a", "100", "120") else set())
+        brought = {name.split("_kernel")[0] for name in kernels if name.startswith(TMA_KERNELS)}
+        assert brought == (set(TMA_KERNELS) if architecture in ("90a", "100", "120") else set())
 
 
 # The assertions can fail ------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def test_lost_speed_is_noticed(change: dict[str, Any], words: str) -> None:
     assert words in found
 
 
-@pytest.mark.parametrize("name", BOXES)
+@pytest.mark.parametrize("name", TMA_KERNELS)
 def test_boxes_come_by_tma(name: str) -> None:
     boxes = dataclasses.replace(GOOD, name=f"{name}_kernel<Half>", copies={"UTMALDG": 2})
     assert problems(boxes) == []

@@ -4,24 +4,29 @@
 from __future__ import annotations
 
 import doctest
+import re
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
 import pytest
+from tree import ROOT
 
 from hetconv_kernels import Support
+from hetconv_kernels.backends.cuda import fields as table_fields
 from hetconv_kernels.backends.cuda import slots as slots_module
 from hetconv_kernels.backends.cuda import windows as windows_module
-from hetconv_kernels.backends.cuda.lowering import FRAGMENT, Shape, Tables, lower
-from hetconv_kernels.backends.cuda.slots import RANGES, arrange, ranges
-from hetconv_kernels.backends.cuda.tiles import choose, choose_wgrad, shared_bytes
+from hetconv_kernels.backends.cuda.fields import NarrowClass, NarrowHead, WgradHead
+from hetconv_kernels.backends.cuda.lowering import FRAGMENT, BlockShape, Tables, lower_narrow
+from hetconv_kernels.backends.cuda.slots import TILE_RANGES, arrange, ranges
+from hetconv_kernels.backends.cuda.tiles import choose_narrow, choose_wgrad, shared_bytes
 from hetconv_kernels.backends.cuda.wgrad_lowering import UNIT_VALUES, lower_wgrad
 from hetconv_kernels.backends.cuda.windows import Window, windows
 from hetconv_kernels.backends.gpu.devices import GPU_SPECS
 from hetconv_kernels.errors import ArgumentError, BackendError
 from hetconv_kernels.problem import Geometry, make_geometry
 
-SHAPE = Shape(8, 16, 4, 1, 64)
+SHAPE = BlockShape(8, 16, 4, 1, 64)
 HET = Support.het(64, 64, 3, p=8)
 
 
@@ -44,10 +49,12 @@ LAYERS = {
 ALL = [(name, back) for name in LAYERS for back in (False, True)]
 
 
-def lowered(name: str, back: bool, shape: Shape = SHAPE) -> tuple[Geometry, list[Window], Tables]:
+def lowered(
+    name: str, back: bool, shape: BlockShape = SHAPE
+) -> tuple[Geometry, list[Window], Tables]:
     geometry = LAYERS[name]
     found = windows(geometry, (19, 30), back)
-    return geometry, found, lower(geometry.support, found, shape, back)
+    return geometry, found, lower_narrow(geometry.support, found, shape, back)
 
 
 @pytest.mark.parametrize(("name", "back"), ALL)
@@ -56,14 +63,15 @@ def test_every_live_weight_is_packed_once(name: str, back: bool) -> None:
     support = geometry.support
     packed = tables.positions[tables.positions >= 0]
     assert sorted(packed) == np.flatnonzero(support.mask).tolist()
-    assert len(tables.positions) == FRAGMENT * int(tables.heads[..., 3].sum())
+    fragments = tables.heads[..., NarrowHead.FRAGMENT_COUNT]
+    assert len(tables.positions) == FRAGMENT * int(fragments.sum())
     live = tables.source(support, "live")
     assert sorted(live[live >= 0]) == list(range(support.live))
 
 
 def test_hetconv_wastes_no_column() -> None:
     """p=8 on 64 channels: 16 halves a tile, 8 steps; the centre of all channels is shared."""
-    tables = lower(HET, windows(LAYERS["het8"], (56, 56), False), SHAPE)
+    tables = lower_narrow(HET, windows(LAYERS["het8"], (56, 56), False), SHAPE)
     assert tables.positions.min() >= 0
     assert np.diff(tables.lists[0, 0, 0, 0, :16]).tolist() == [4, *[0] * 6, *[4] * 8]
     assert tables.slot_pitch == 0  # channels stay as they are
@@ -84,7 +92,7 @@ def test_every_address_is_in_the_tile(name: str, back: bool) -> None:
             assert last + offsets.max(initial=0) < halo_h * window.line(SHAPE.width) * pitch
 
 
-def pixels(window: Window, shape: Shape) -> np.ndarray:
+def pixels(window: Window, shape: BlockShape) -> np.ndarray:
     """The pixel in shared memory at which each pixel of a tile begins, as the kernel counts."""
     i, j = np.divmod(np.arange(shape.height * shape.width), shape.width)
     return i * window.rows.load * window.line(shape.width) + j
@@ -115,7 +123,7 @@ def test_a_word_names_the_pixel_that_its_tap_reads(name: str, back: bool) -> Non
 def test_matrices_are_read_without_bank_conflicts(name: str, width: int) -> None:
     """Eight rows of sixteen bytes meet each of the eight groups of four banks once."""
     for back in (False, True):
-        shape = Shape(4, width, width // 8, 1, 64)
+        shape = BlockShape(4, width, width // 8, 1, 64)
         _, found, tables = lowered(name, back, shape)
         pitch = tables.slot_pitch or tables.raw_pitch
         for window in found:
@@ -137,7 +145,7 @@ def test_every_pixel_is_written_once(name: str, back: bool) -> None:
     written = np.zeros(size, int)
     for fields in tables.classes:
         high, wide, tiles_h, tiles_w = fields[:4]
-        store_h, store_w, first_h, first_w = fields[10:14]
+        store_h, store_w, first_h, first_w = fields[NarrowClass.STORE_H :]
         for tile in range(tiles_h * tiles_w):
             row, col = (tile // tiles_w) * SHAPE.height, (tile % tiles_w) * SHAPE.width
             rows = np.arange(row, min(row + SHAPE.height, high)) * store_h + first_h
@@ -154,8 +162,8 @@ def test_every_gradient_has_one_place(name: str) -> None:
     places = tables.positions[tables.positions >= 0]
     assert sorted(places) == np.flatnonzero(geometry.support.mask).tolist()
     assert len(tables.positions) == len(tables.units) * UNIT_VALUES
-    assert tables.heads[:, 9].sum() == len(tables.units)
-    assert tables.heads[:, 9].max() <= 5
+    assert tables.heads[:, WgradHead.UNIT_COUNT].sum() == len(tables.units)
+    assert tables.heads[:, WgradHead.UNIT_COUNT].max() <= 5
 
 
 def test_ranges_cover_each_half_once() -> None:
@@ -163,7 +171,7 @@ def test_ranges_cover_each_half_once() -> None:
     live = rng.random((3, 8, 200)) < rng.random(200)
     taken = ranges(live)
     covered = np.zeros(live.shape, int)
-    for (first, size), own in zip(RANGES, taken, strict=True):
+    for (first, size), own in zip(TILE_RANGES, taken, strict=True):
         covered[:, first : first + size] += own[:, None]
     assert covered.max() == 1
     assert covered[live].all()
@@ -184,9 +192,9 @@ def test_channels_stand_as_they_are_where_that_is_as_good() -> None:
 def test_chosen_tiles_fit(name: str, part: tuple[int, int]) -> None:
     geometry = LAYERS[name]
     found = windows(geometry, (28, 28), False)
-    choice = choose(geometry.support, found, 8, False, GPU_SPECS[part])
+    choice = choose_narrow(geometry.support, found, 8, False, GPU_SPECS[part])
     shape = choice.tables.shape
-    for boxes in (False, not choice.no_boxes):
+    for boxes in (False, not choice.no_tma):
         size = shared_bytes(choice.tables, choice.buffers, choice.resident, boxes)
         assert size <= GPU_SPECS[part].shared
     assert shape.height * shape.width <= shape.warps_m * 32
@@ -212,12 +220,12 @@ def test_chosen_tiles_fit(name: str, part: tuple[int, int]) -> None:
     ids=str,
 )
 def test_boxes_are_what_a_tensor_map_takes(
-    support: Support, how: Any, shape: Shape, back: bool, words: str
+    support: Support, how: Any, shape: BlockShape, back: bool, words: str
 ) -> None:
     found = windows(make_geometry(support, *how), (19, 30), back)
-    tables = lower(support, found, shape, back)
-    assert (tables.no_boxes == "") == (words == "")
-    assert words in tables.no_boxes
+    tables = lower_narrow(support, found, shape, back)
+    assert (tables.no_tma == "") == (words == "")
+    assert words in tables.no_tma
     for window, sides in zip(found, tables.halos, strict=True):
         assert tuple(sides) == window.halo(shape.height, shape.width)
 
@@ -229,16 +237,16 @@ def test_channels_apart_are_no_box() -> None:
     geometry = make_geometry(support)
     found = windows(geometry, (9, 9), False)
     words = "channels that are read together are not adjacent"
-    assert lower(support, found, SHAPE).no_boxes == words
-    assert lower(support, found, SHAPE._replace(slots=1)).no_boxes == ""
-    assert lower_wgrad(support, found[0], 8, 16).no_boxes == words
+    assert lower_narrow(support, found, SHAPE).no_tma == words
+    assert lower_narrow(support, found, SHAPE._replace(slots=1)).no_tma == ""
+    assert lower_wgrad(support, found[0], 8, 16).no_tma == words
 
 
 def test_what_does_not_fit_is_refused() -> None:
     geometry = make_geometry(Support.dense(8, 8, 3), 1, 900, 900)
     found = windows(geometry, (2000, 2000), False)
     with pytest.raises(BackendError, match=r"no tile of .* fits in"):
-        choose(geometry.support, found, 1, False, GPU_SPECS[8, 6])
+        choose_narrow(geometry.support, found, 1, False, GPU_SPECS[8, 6])
     with pytest.raises(BackendError, match=r"no tile of .* fits in"):
         choose_wgrad(geometry.support, found[0], GPU_SPECS[8, 6])
 
@@ -247,8 +255,8 @@ def test_channels_that_are_no_multiple_of_eight_are_refused() -> None:
     geometry = make_geometry(Support.dense(12, 16, 3), 1, 1)
     found = windows(geometry, (8, 8), False)
     with pytest.raises(ArgumentError, match="channels: received 12, expected a multiple of 8"):
-        lower(geometry.support, found, SHAPE)
-    lower(geometry.support, windows(geometry, (8, 8), True), SHAPE, back=True)
+        lower_narrow(geometry.support, found, SHAPE)
+    lower_narrow(geometry.support, windows(geometry, (8, 8), True), SHAPE, back=True)
     with pytest.raises(ArgumentError, match="channels: received 12"):
         lower_wgrad(geometry.support, found[0], 4, 8)
     whole = make_geometry(HET, 1, 1)
@@ -261,3 +269,26 @@ def test_the_worked_examples_hold() -> None:
         outcome = doctest.testmod(module)
         assert outcome.attempted
         assert not outcome.failed
+
+
+@pytest.mark.parametrize(
+    ("header", "enumeration", "ours"),
+    [
+        ("narrow.h", "ClassField", table_fields.NarrowClass),
+        ("narrow.h", "HeadField", table_fields.NarrowHead),
+        ("narrow.h", "RoundField", table_fields.NarrowRound),
+        ("narrow.h", "WgradHeadField", table_fields.WgradHead),
+        ("wide.h", "ClassField", table_fields.WideClass),
+        ("wide.h", "HeadField", table_fields.WideHead),
+    ],
+)
+def test_fields_have_the_names_and_places_of_the_headers(
+    header: str, enumeration: str, ours: type[IntEnum]
+) -> None:
+    text = (ROOT / "csrc" / "cuda" / header).read_text()
+    body = re.sub(r"//[^\n]*", "", text.split(f"enum {enumeration} {{")[1].split("};")[0])
+    *named, count = [name.strip() for name in body.split(",") if name.strip()]
+    assert count.endswith("Fields")
+    snake = [re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name[1:]).upper() for name in named]
+    assert snake == [field.name for field in ours]
+    assert [*ours] == [*range(len(named))]

@@ -49,7 +49,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     def pretend(capability: tuple[int, int] = (9, 0), built: str = "80_90a_100_120") -> None:
         clear()
         fake = SimpleNamespace(architectures=lambda: built, versions=lambda: (13000, 13000))
-        fake.no_boxes = lambda: ""
+        fake.tma_unsupported = lambda: ""
         monkeypatch.setitem(sys.modules, "hetconv_kernels._cuda", fake)
         monkeypatch.setattr(hk, "_cuda", fake, raising=False)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
@@ -72,7 +72,7 @@ def test_wide_groups_run_on_hopper(on_gpu, verb: str) -> None:
     problem = described(verb, DENSE)
     engine = Cuda()
     assert engine.unsupported_reasons(problem) == []
-    assert isinstance(choice.gather_choice(problem), choice.WideChoice)
+    assert isinstance(choice.best_cuda_gather(problem), choice.WideChoice)
     (note,) = engine.notes(problem)
     assert note.startswith("It runs the kernel for wide groups: tiles of 224 pixels")
     assert 0.8 < engine.efficiency(problem) <= 1
@@ -105,7 +105,7 @@ def test_other_gpus_are_told_why_not(
 def test_narrow_groups_stay_with_their_kernel(on_gpu) -> None:
     on_gpu()
     problem = described("fprop", HET8)
-    assert isinstance(choice.gather_choice(problem), choice.GatherChoice)
+    assert isinstance(choice.best_cuda_gather(problem), choice.NarrowChoice)
     assert "kernel for narrow groups: tiles of" in Cuda().notes(problem)[0]
 
 
@@ -116,9 +116,9 @@ def test_the_faster_predicted_kernel_is_taken(on_gpu, monkeypatch: pytest.Monkey
         found = choice.best(problem)
         seconds = {}
         for only in ("narrow", "wide"):
-            monkeypatch.setattr(choice, "ONLY", only)
-            seconds[only] = choice.gather_choice(problem).seconds
-        monkeypatch.setattr(choice, "ONLY", None)
+            monkeypatch.setattr(choice, "ONLY_KERNEL", only)
+            seconds[only] = choice.best_cuda_gather(problem).seconds
+        monkeypatch.setattr(choice, "ONLY_KERNEL", None)
         assert found.seconds == min(seconds.values())
 
 
@@ -139,9 +139,9 @@ def test_filters_that_are_no_multiple_of_eight_are_refused(on_gpu) -> None:
 
 def test_tables_and_packed_weights_serve_all_batches(on_gpu) -> None:
     on_gpu()
-    many = choice.gather_choice(described("fprop", DENSE))
+    many = choice.best_cuda_gather(described("fprop", DENSE))
     problem = pretending.described("fprop", DENSE, batch=1)
-    few = choice.gather_choice(dataclasses.replace(problem, device=pretending.CUDA))
+    few = choice.best_cuda_gather(dataclasses.replace(problem, device=pretending.CUDA))
     assert few.how.tables is many.how.tables
     assert few.how.classes.tolist() != many.how.classes.tolist()
 
@@ -196,7 +196,7 @@ def operands(name: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
 def prepared(verb: str, geometry: Geometry, first: Any, w: Any, size: Any, **how: Any) -> Any:
     """Prepares fprop or dgrad on the host's kernel, past the refusal of CPU tensors."""
     problem = ops.describe(verb, geometry, first, first, w, size, **how)
-    assert isinstance(choice.gather_choice(problem), choice.WideChoice)
+    assert isinstance(choice.best_cuda_gather(problem), choice.WideChoice)
     engine = Cuda()
     return {"fprop": engine.fprop, "dgrad": engine.dgrad}[verb](problem)
 
@@ -254,21 +254,6 @@ def test_the_epilogue_is_fused(host, act: str) -> None:
     assert found.is_contiguous(memory_format=LAST)
 
 
-@pytest.mark.parametrize("name", ["stacked", "ragged", "pointwise"])
-def test_sums_are_those_of_the_accumulators(host, name: str) -> None:
-    geometry, size, _ = LAYERS[name]
-    x, w, _ = operands(name, torch.bfloat16)
-    shift = torch.randn(geometry.support.filters)
-    problem = ops.describe("fprop", geometry, x, x, w, size, extras={"shift": shift})
-    y, first, second = Cuda().fprop_stats(problem)(x, w, None, shift, None)
-    exact = oracle(x.double(), w.double(), geometry, shift.double())
-    assert torch.equal(y, Cuda().fprop(problem)(x, w, None, shift, None))
-    assert first.dtype == second.dtype == torch.float32
-    # Nearer than the sums of the rounded result can be.
-    torch.testing.assert_close(first.double(), exact.sum((0, 2, 3)), rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(second.double(), exact.square().sum((0, 2, 3)), rtol=1e-4, atol=1e-3)
-
-
 def test_what_a_problem_cannot_know_is_copied_and_counted(host) -> None:
     geometry, size, _ = LAYERS["het2"]
     x, w, residual = operands("het2", torch.bfloat16)
@@ -295,9 +280,7 @@ def test_an_empty_batch_and_two_runs(host) -> None:
     x, w, _ = operands("stacked", torch.bfloat16)
     empty = x[:0]
     problem = ops.describe("fprop", geometry, empty, empty, w, size)
-    y, *sums = Cuda().fprop_stats(problem)(empty, w, None, None, None)
-    assert y.shape == (0, 72, 7, 7)
-    assert not torch.stack(sums).any()
+    assert Cuda().fprop(problem)(empty, w, None, None, None).shape == (0, 72, 7, 7)
     run = prepared("fprop", geometry, x, w, size)
     assert torch.equal(*(run(x, w, None, None, None) for _ in range(2)))
 
@@ -354,9 +337,9 @@ def test_a_cluster_that_is_left_out_is_not_chosen(
     on_gpu: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_gpu()
-    assert choice.gather_choice(described("fprop", DENSE)).how.shape.cluster == 2
+    assert choice.best_cuda_gather(described("fprop", DENSE)).how.shape.cluster == 2
     monkeypatch.setattr(parts, "WITHOUT", frozenset({"cuda-cluster"}))
-    assert choice.gather_choice(described("fprop", DENSE)).how.shape.cluster == 1
+    assert choice.best_cuda_gather(described("fprop", DENSE)).how.shape.cluster == 1
 
 
 @pytest.mark.parametrize("name", ["cuda-wide", "cuda-narrow", "cuda-wgrad"])

@@ -9,7 +9,7 @@ from wide_layers import PART, chosen
 
 from hetconv_kernels import Support
 from hetconv_kernels.backends.cuda import wide_tiles
-from hetconv_kernels.backends.cuda.wide_lowering import lower, wide_windows
+from hetconv_kernels.backends.cuda.wide_lowering import lower_wide, wide_windows
 from hetconv_kernels.backends.cuda.wide_tiles import tilings
 from hetconv_kernels.problem import make_geometry
 
@@ -61,7 +61,7 @@ def test_pixels_in_turn_are_counted_as_the_kernel_takes_them() -> None:
                 if first < step and column < width:
                     turns += len(range(first, rows, step))
             most = max(most, turns)
-        (found,) = wide_tiles.bring_clocks(np.array([rows]), np.array([cols]))
+        (found,) = wide_tiles.producer_clocks(np.array([rows]), np.array([cols]))
         assert found == most * wide_tiles._PIECE_CLOCKS + wide_tiles._BEGIN_CLOCKS
 
 
@@ -69,7 +69,7 @@ def test_among_equals_two_blocks_share_slabs() -> None:
     """Where arithmetic is all that counts, clusters change nothing that is predicted."""
     geometry = make_geometry(Support.dense(256, 256, 3), 1, 1)
     classes, _ = wide_windows(geometry, (14, 14), False)
-    found = list(tilings(lower(geometry.support, classes), classes, (14, 14), 264, PART))
+    found = list(tilings(lower_wide(geometry.support, classes), classes, (14, 14), 264, PART))
     best = min(t.clocks for t in found)
     assert {t.shape.cluster for t in found if t.clocks == best} == {1, 2}
     assert chosen(geometry, (14, 14), 264, False)[0].shape.cluster == 2

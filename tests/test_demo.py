@@ -45,7 +45,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """One run of ``--quick``, with a log of what was read and trained, in order."""
     out = tmp_path_factory.mktemp("demo") / "new" / "folder"
     log: list[tuple[str, Any]] = []
-    real_photograph, real_train = demo.photograph, demo.train
+    real_photograph, real_train = demo.photograph, demo.train_denoiser
 
     def photograph(name: str) -> torch.Tensor:
         log.append(("read", name))
@@ -58,7 +58,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(demo, "photograph", photograph)
-        patch.setattr(demo, "train", train)
+        patch.setattr(demo, "train_denoiser", train)
         code = demo.run(options("--quick", "--out", str(out)))
     record = json.loads((out / "demo.json").read_text())
     return {"code": code, "out": out, "log": log, "printed": printed.getvalue(), "record": record}

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from hetconv_kernels import tables
-from hetconv_kernels.demo_report import Progress, Row, draw, remark, show
+from hetconv_kernels.demo_report import DemoRow, TrainingBar, draw_photographs, remark, show
 
-DENSE = Row("dense", 30.0, 1000, 2_000_000_000, 0.4, (1.0, 1.0, 1.0), ("torch",), 0.0)
-SPARSE = Row("HetConv", 29.5, 333, 666_000_000, 0.5, (0.8, 0.75, 0.85), ("vendor",), 1e-7)
+DENSE = DemoRow("dense", 30.0, 1000, 2_000_000_000, 0.4, (1.0, 1.0, 1.0), ("torch",), 0.0)
+SPARSE = DemoRow("HetConv", 29.5, 333, 666_000_000, 0.5, (0.8, 0.75, 0.85), ("vendor",), 1e-7)
 FAST = replace(SPARSE, seconds=0.2, speedup=(2.0, 1.9, 2.1), backends=("cpu", "vendor"))
 
 
@@ -44,7 +44,7 @@ def test_table_shows_a_slower_result_as_it_is(capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.usefixtures("style")
 def test_progress_reaches_the_end(capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress(30) as progress:
+    with TrainingBar(30) as progress:
         for name in ("first", "second"):
             step = progress.stage(name)
             for _ in range(15):
@@ -59,7 +59,7 @@ def test_plain_progress_prints_at_most_twenty_lines(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tables, "has_rich", lambda: False)
-    with Progress(1000) as progress:
+    with TrainingBar(1000) as progress:
         step = progress.stage("only")
         for _ in range(1000):
             step(1.0)
@@ -76,7 +76,7 @@ def test_plain_progress_prints_at_most_twenty_lines(
     ],
     ids=["vendor", "vendor twice", "partly", "another backend"],
 )
-def test_remark_names_what_vendor_ran(rows: list[Row], named: str | None) -> None:
+def test_remark_names_what_vendor_ran(rows: list[DemoRow], named: str | None) -> None:
     text = remark(rows)
     assert ("no speed-up is to be expected" in text) == (named is not None)
     assert named is None or named in text
@@ -87,8 +87,8 @@ def test_picture_has_a_panel_for_each_image(tmp_path: Path) -> None:
     from PIL import Image
 
     truth = torch.rand(1, 30, 40, generator=torch.Generator().manual_seed(0))
-    draw(tmp_path / "two.png", truth, truth, 20.0, {DENSE: truth, SPARSE: truth})
-    draw(tmp_path / "one.png", truth, truth, 20.0, {DENSE: truth})
+    draw_photographs(tmp_path / "two.png", truth, truth, 20.0, {DENSE: truth, SPARSE: truth})
+    draw_photographs(tmp_path / "one.png", truth, truth, 20.0, {DENSE: truth})
     two, one = (Image.open(tmp_path / f"{name}.png").size for name in ("two", "one"))
     assert two[0] * 3 == one[0] * 4
     assert two[1] == one[1]

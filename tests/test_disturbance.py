@@ -21,9 +21,9 @@ from hetconv_kernels import disturbance, timing
 from hetconv_kernels.compression import base
 from hetconv_kernels.disturbance import Disturbance, Watch, far_above, judged, spinning
 from hetconv_kernels.errors import SpeedupError
-from hetconv_kernels.explain import Candidate, Explanation
+from hetconv_kernels.explanation import Candidate, Explanation
 from hetconv_kernels.profiling.record import LayerProfile, Profile
-from hetconv_kernels.roofs import Roofs
+from hetconv_kernels.roofline import Roofs
 from hetconv_kernels.samples import Timings
 
 ROOT = Path(__file__).parents[1]
@@ -319,13 +319,13 @@ def test_a_required_speed_up_is_not_judged_by_a_disturbed_measurement(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def compressed(disturbed: tuple[str, ...], required: float) -> Any:
-        real = base.clock.whole
+        real = base.clock.time_networks
 
         def whole(*arguments: Any) -> Any:
             return real(*arguments)._replace(disturbed=disturbed, speedup=(2.0, 1.9, 2.1))
 
         with monkeypatch.context() as patch:
-            patch.setattr(base.clock, "whole", whole)
+            patch.setattr(base.clock, "time_networks", whole)
             return hk.compress(
                 nn.Sequential(nn.Conv2d(8, 8, 3)), hk.methods.Het(p=2, epochs=0, stem=True),
                 example=torch.randn(1, 8, 6, 6), progress=False, measure_seconds=0.02,

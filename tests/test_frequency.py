@@ -15,7 +15,7 @@ from layers import through_file
 from torch import nn
 
 import hetconv_kernels as hk
-from hetconv_kernels.backends import rates
+from hetconv_kernels.backends import cost_model
 from hetconv_kernels.compression import FrequencyPruning
 from hetconv_kernels.compression import frequency as search
 from hetconv_kernels.errors import ArgumentError, InputTypeError, SupportError
@@ -219,7 +219,7 @@ def test_a_layer_that_transforms_its_kernels_at_each_call_counts_that() -> None:
     there, back = layer.predicted(x)
     layer.mix.freeze()
     frozen_there, frozen_back = layer.predicted(x)
-    assert back > frozen_back + 9 * rates.INVERSE_CALL / 2
+    assert back > frozen_back + 9 * cost_model.INVERSE_CALL / 2
     assert there >= frozen_there
 
 

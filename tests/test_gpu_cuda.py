@@ -43,7 +43,7 @@ DTYPES = [torch.bfloat16, torch.float16]
 
 @pytest.fixture(autouse=True)
 def _narrow(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(choice, "ONLY", "narrow")
+    monkeypatch.setattr(choice, "ONLY_KERNEL", "narrow")
     with poisoned():
         yield
 
@@ -92,8 +92,8 @@ def test_tma_brings_what_cp_async_does(
     first, second = (x, w) if verb == "fprop" else (dy, x if verb == "wgrad" else w)
     problem = ops.describe(verb, geometry, first, x, w, size)
     found = []
-    for boxes in (True, False):
-        monkeypatch.setattr(choice, "BOXES", boxes)
+    for tma in (True, False):
+        monkeypatch.setattr(choice, "TMA", tma)
         engine = Cuda()
         prepare = {"fprop": engine.fprop, "dgrad": engine.dgrad, "wgrad": engine.wgrad}[verb]
         found.append(prepare(problem)(first, second))

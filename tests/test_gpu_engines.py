@@ -43,7 +43,7 @@ def test_two_runs_agree_bit_for_bit(engine: str, verb: str) -> None:
     assert all(torch.equal(first, run()) for _ in range(5))
 
 
-def test_epilogue_and_statistics(engine: str) -> None:
+def test_epilogue(engine: str) -> None:
     geometry = make_geometry(SUPPORTS[engine], 1, 1)
     x, w, dy = operands(geometry, torch.bfloat16)
     filters = geometry.support.filters
@@ -52,10 +52,6 @@ def test_epilogue_and_statistics(engine: str) -> None:
     exact = oracle(x.double(), w.double(), geometry)
     fused = torch.relu(exact * scale[:, None, None] + shift[:, None, None] + dy.double())
     torch.testing.assert_close(y.double(), fused, rtol=2e-2, atol=0.5)
-    y, total, squares = ops.run_fprop_stats(x, w, geometry, shift, CODES[engine])
-    exact = exact + shift[:, None, None]
-    torch.testing.assert_close(total.double(), exact.sum((0, 2, 3)), rtol=1e-3, atol=5.0)
-    torch.testing.assert_close(squares.double(), exact.square().sum((0, 2, 3)), rtol=1e-3, atol=5.0)
 
 
 def test_a_training_step_is_captured_and_replayed(engine: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hetconv_kernels.graph.hooks import Call, calls_of, hooked, without_values
+from hetconv_kernels.graph.hooks import LayerCall, calls_of, hooked, without_values
 
 
 class Twice(nn.Module):
@@ -67,10 +67,10 @@ def test_before_and_after_are_the_innermost_hooks_of_a_module() -> None:
     model.conv.register_forward_hook(lambda *_: log.append("theirs after"))
     seen: list[Any] = []
 
-    def before(key: str, call: Call) -> None:
+    def before(key: str, call: LayerCall) -> None:
         log.append(f"{key} before")
 
-    def after(key: str, call: Call, output: Any) -> None:
+    def after(key: str, call: LayerCall, output: Any) -> None:
         log.append(f"{key} after")
         seen.append((call.arguments[0].shape, output.shape))
 

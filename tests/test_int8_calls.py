@@ -17,7 +17,7 @@ from hetconv_kernels.problem import make_geometry
 from hetconv_kernels.quantization import reference
 from tests import int8_cases as cases
 
-pytestmark = pytest.mark.skipif(not engine.available(), reason="the extension is not built")
+pytestmark = pytest.mark.skipif(not engine.is_built(), reason="the extension is not built")
 SUPPORT = hk.Support.het(12, 20, 3, p=4)
 GEOMETRY = make_geometry(SUPPORT, 1, 1)
 BYTES = (torch.uint8, torch.int8)
@@ -364,4 +364,4 @@ def test_every_byte_and_zero_point_comes_back(isa):
         x = torch.arange(least, greatest + 1).to(dtype).view(1, 256, 1, 1)
         for zero in (least, least + 1, 0, greatest):
             numbers = engine.dequantize(x, 0.05, zero)
-            assert torch.equal(engine.quantize(numbers, 0.05, zero, dtype), x)
+            assert torch.equal(engine.quantize_tensor(numbers, 0.05, zero, dtype), x)

@@ -13,7 +13,7 @@ from hetconv_kernels.problem import make_geometry
 from hetconv_kernels.quantization import reference
 from tests import int8_cases as cases
 
-pytestmark = pytest.mark.skipif(not engine.available(), reason="the extension is not built")
+pytestmark = pytest.mark.skipif(not engine.is_built(), reason="the extension is not built")
 ISAS = engine.isas()
 LAYERS, CALLS = 70, 8  # of each kind of Support; of each layer
 GUARD = 96  # bytes on either side of an output

@@ -15,7 +15,7 @@ from benchmarks.int8_rig import Int8Rig
 from benchmarks.report import schema
 from benchmarks.rig import OURS, OURS_FLOAT32, Rig
 from hetconv_kernels import timing
-from hetconv_kernels.roofs import Roofs
+from hetconv_kernels.roofline import Roofs
 
 TINY = {
     "dense": SupportSpec("dense"),

@@ -22,7 +22,7 @@ from torch.nn.utils import parameters_to_vector, prune, vector_to_parameters
 import hetconv_kernels as hk
 from hetconv_kernels.backends import available_backends
 from hetconv_kernels.nn.fused import FusedConv2d, fuse
-from hetconv_kernels.packing import frozen_caches, watched
+from hetconv_kernels.packing import frozen_caches, watched_packings
 
 ENGINES = [name for name in available_backends("cpu") if name != "reference"]
 CHANNELS, SIZE = 32, 40  # enough work for oneDNN's own layout, see `prepacked`
@@ -54,7 +54,7 @@ def truth(layer: Any, x: Tensor) -> Tensor:
 def packings(model: nn.Module, *inputs: Any) -> list[Any]:
     """Lists what the second call packs; the first one may."""
     model(*inputs)
-    with watched() as seen:
+    with watched_packings() as seen:
         model(*inputs)
     return seen
 
@@ -201,7 +201,7 @@ def test_what_is_not_frozen_packs_at_each_call(engine: str) -> None:
     with torch.no_grad():
         assert [p.engine for p in packings(conv(engine), image())] == [engine]
         live = torch.randn(support().live)
-        with watched() as seen:
+        with watched_packings() as seen:
             for _ in range(2):
                 hk.functional.support_conv2d(image(), live, support(), padding=1, backend=engine)
         assert [p.engine for p in seen] == [engine] * 2
@@ -210,7 +210,7 @@ def test_what_is_not_frozen_packs_at_each_call(engine: str) -> None:
 def test_a_frozen_layer_never_packs_for_the_gradient_of_its_input() -> None:
     layer, x = conv("cpu" if "cpu" in ENGINES else "vendor").freeze(), image().requires_grad_()
     layer(x).sum().backward()
-    with watched() as seen:
+    with watched_packings() as seen:
         layer(x).sum().backward()
     assert not seen
 
@@ -225,7 +225,7 @@ def test_threads_that_share_a_frozen_layer_pack_nothing_once_it_has_run() -> Non
             wrong.extend(1 for _ in range(5) if not torch.equal(layer(x), expected))
 
     threads = [threading.Thread(target=work) for _ in range(4)]
-    with watched() as seen:
+    with watched_packings() as seen:
         for thread in threads:
             thread.start()
         for thread in threads:

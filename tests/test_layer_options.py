@@ -15,7 +15,7 @@ from hetconv_kernels.errors import HetconvError
 
 def parsed(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    layer_options.add_arguments(parser)
+    layer_options.add_layer_arguments(parser)
     return parser.parse_args(arguments)
 
 

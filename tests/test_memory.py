@@ -20,7 +20,7 @@ def test_a_row_compares_equal_networks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     case: dict[str, Any] = {"small": (network, (1, 16, 96, 96), 4)}
     monkeypatch.setattr(memory, "CASES", case)
-    row = memory.measure("small", 0.1)
+    row = memory.measure_plan("small", 0.1)
     assert row == json.loads(json.dumps(row))
     assert row["equal"]
     assert row["arena_bytes"] == 2 * 16 * 96 * 96 * 4

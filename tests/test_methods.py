@@ -15,15 +15,15 @@ import torch
 
 import hetconv_kernels as hk
 from benchmarks import method_tables, methods
-from benchmarks.method_rows import NETWORKS, rows, speed_methods
-from benchmarks.problems import ACCURACY_TOLERANCE, PROBLEMS, PSNR_TOLERANCE, Settings
+from benchmarks.method_rows import METHOD_NETWORKS, rows, speed_methods
+from benchmarks.problems import ACCURACY_TOLERANCE, PROBLEMS, PSNR_TOLERANCE, TaskSettings
 from benchmarks.report.schema import METHODS_SCHEMA, METHODS_TABLE_SCHEMA, problems
 from hetconv_kernels import compression, timing
 
 pytest.importorskip("sklearn", reason="the digits and photographs come with scikit-learn")
 FOLDER = Path(methods.__file__).parent
 TOLERANCES = {"digits": ACCURACY_TOLERANCE, "psnr": PSNR_TOLERANCE}
-FULL = Settings(15, 5, 30, 30, 0.01, 0.01, 0.1)
+FULL = TaskSettings(15, 5, 30, 30, 0.01, 0.01, 0.1)
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +91,7 @@ def test_a_second_call_goes_on_and_a_third_measures_anew(tmp_path: Path, monkeyp
 
 def test_speed_of_one_network(tmp_path: Path, monkeypatch: Any) -> None:
     network = hk.models.resnet20, (1, 3, 32, 32), ("layer1.*",)
-    monkeypatch.setattr(methods, "NETWORKS", {"ResNet-20": network})
+    monkeypatch.setattr(methods, "METHOD_NETWORKS", {"ResNet-20": network})
     record = quick(tmp_path, "speed")
     assert problems(record, METHODS_SCHEMA) == []
     (row,) = record["speed"]
@@ -103,7 +103,7 @@ def test_speed_of_one_network(tmp_path: Path, monkeypatch: Any) -> None:
 
 def test_lines_of_the_speed_part_are_of_all_networks(tmp_path: Path) -> None:
     names = [name for name, _ in methods.cases("speed", tmp_path, False, 1)]
-    assert len(names) == len(set(names)) == len(NETWORKS) * len(speed_methods())
+    assert len(names) == len(set(names)) == len(METHOD_NETWORKS) * len(speed_methods())
 
 
 def test_settings_of_the_full_run_are_those_of_the_papers_where_they_say_so() -> None:
@@ -131,7 +131,7 @@ def test_the_joined_table_has_a_cell_for_what_was_measured() -> None:
         "psnr": [record_of("a", "psnr", test_psnr=[31.25, 30.5])],
         "speed": [record_of("b of 8", "speed")],
     }
-    table = method_tables.joined(parts)
+    table = method_tables.joined_table(parts)
     assert problems(table, METHODS_TABLE_SCHEMA) == []
     assert table["columns"] == ["digits", "psnr", "net"]
     first, second = table["rows"]
@@ -147,7 +147,7 @@ def test_the_joined_table_has_a_cell_for_what_was_measured() -> None:
     assert lines[5] == f"| b of 8 | ours |  |  |  |  |  |  | {speed} |"
     assert len({line.count("|") for line in lines[2:6]}) == 1
     for part, records in parts.items():
-        text = method_tables.plain(part, records)
+        text = method_tables.part_table(part, records)
         assert "2.00× [1.50, 2.50]" in text
         assert ("NO" in text) == (part == "psnr")
 
@@ -159,7 +159,7 @@ def test_a_departure_from_the_schema_is_not_published(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("part", methods.PARTS)
+@pytest.mark.parametrize("part", methods.METHOD_PARTS)
 def test_records_of_the_full_runs_are_of_these_rows(part: str, tmp_path: Path) -> None:
     path = FOLDER / f"methods-{part}.json"
     if not path.exists():
@@ -182,9 +182,9 @@ def test_records_of_the_full_runs_are_of_these_rows(part: str, tmp_path: Path) -
 
 
 def test_the_joined_table_is_that_of_the_records(tmp_path: Path) -> None:
-    parts = {p: json.loads(path.read_text())[p] for p in methods.PARTS
+    parts = {p: json.loads(path.read_text())[p] for p in methods.METHOD_PARTS
              if (path := FOLDER / f"methods-{p}.json").exists()}  # fmt: skip
     table = json.loads((FOLDER / "methods.json").read_text())
     assert problems(table, METHODS_TABLE_SCHEMA) == []
-    assert table == json.loads(json.dumps(method_tables.joined(parts)))
+    assert table == json.loads(json.dumps(method_tables.joined_table(parts)))
     assert (FOLDER / "methods.md").read_text() == method_tables.markdown(table)

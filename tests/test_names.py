@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F_
 from torch import fx, nn
 
-from hetconv_kernels.graph.names import describe, module_of, name_of
+from hetconv_kernels.graph.names import describe_node, module_of, name_of
 
 
 class Says(nn.Module):
@@ -57,6 +57,6 @@ def test_one_thing_has_one_name(what, name: str) -> None:
 def test_descriptions() -> None:
     traced = fx.symbolic_trace(nn.Sequential(nn.ReLU()))
     first, called, last = traced.graph.nodes
-    assert [describe(n) for n in (first, called, last)] == ["the input", "0", "the output"]
+    assert [describe_node(n) for n in (first, called, last)] == ["the input", "0", "the output"]
     assert module_of(called) is traced.get_submodule("0")
     assert module_of(first) is None

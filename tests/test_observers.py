@@ -240,16 +240,6 @@ def test_a_gradient_is_observed_where_it_is_computed() -> None:
     torch.testing.assert_close(x.grad, expected)
 
 
-def test_statistics_are_observed_too() -> None:
-    from hetconv_kernels.functional import conv2d_stats
-
-    layer, x = build("het"), image()
-    with torch.no_grad(), Dispatches() as mode:
-        y, total, _ = conv2d_stats(x, layer.weight, layer.bias, layer._geometry)
-    assert "hetconv::fprop_stats" in mode.seen
-    torch.testing.assert_close(y.sum((0, 2, 3)), total)
-
-
 # functorch's levels ------------------------------------------------------------------------------
 
 AROUND: dict[str, Callable[[Any], Any]] = {
@@ -334,11 +324,6 @@ def test_tangents_go_through_the_raw_operators() -> None:
             lambda a, b: ops.wgrad(a, b, bits, w.shape, w.dtype, ints, 0),
             (dy, x),
             (tdy, tx),
-        ),
-        "fprop_stats": (
-            lambda a, b: ops.fprop_stats(a, b, bits, None, ints, 0)[0],
-            (x, w),
-            (tx, tw),
         ),
     }
     for run, (a, b), (ta, tb) in bilinear.values():

@@ -39,14 +39,12 @@ def call(verb: str, backend: str, **changes: Any) -> torch.Tensor:
     raw = torch.ops.hetconv
     if verb == "fprop":
         return raw.fprop(x, w, bits, scale, shift, residual, "none", ints, code)
-    if verb == "fprop_stats":
-        return raw.fprop_stats(x, w, bits, shift, ints, code)[0]
     if verb == "dgrad":
         return raw.dgrad(dy, w, bits, ints, code)
     return raw.wgrad(dy, x, bits, list(shape), dtype, ints, code)
 
 
-VERBS = ("fprop", "fprop_stats", "dgrad", "wgrad")
+VERBS = ("fprop", "dgrad", "wgrad")
 LIVE = SUPPORT.live
 # Each case: the operator, the one operand that does not fit, and what the error names.
 MISFITS = {
@@ -75,8 +73,6 @@ MISFITS = {
     "fprop-scale": ("fprop", {"scale": torch.zeros(3)}, "scale shape"),
     "fprop-scale-integers": ("fprop", {"scale": torch.ones(12).long()}, "scale dtype"),
     "fprop-residual": ("fprop", {"residual": torch.zeros(1, 12, 5, 6)}, "residual"),
-    "stats-live-long": ("fprop_stats", {"w": torch.zeros(LIVE + 7)}, "weight shape"),
-    "stats-shift": ("fprop_stats", {"shift": torch.zeros(13)}, "bias shape"),
 }
 
 

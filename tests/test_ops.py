@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import hetconv_kernels as hk
-from hetconv_kernels import ops
+from hetconv_kernels import geometries, ops
 from hetconv_kernels.errors import ArgumentError, BackendError
 from hetconv_kernels.packing import bits_on
 from hetconv_kernels.problem import make_geometry
@@ -45,14 +45,13 @@ def arguments(op: str, grad: bool, layout: torch.memory_format, backend: int) ->
         "fprop-all": (
             t["x"], t["w"], bits, t["scale"], t["shift"], t["residual"], "silu", ints, backend,
         ),
-        "fprop_stats": (t["x"], t["w"], bits, t["shift"], ints, backend),
         "dgrad": (t["dy"], t["w"], bits, ints, backend),
         "wgrad": (t["dy"], t["x"], bits, [12, 8, 3, 3], torch.float32, ints, backend),
         "wgrad-live": (t["dy"], t["x"], bits, [SUPPORT.live], torch.float32, ints, backend),
     }[op]  # fmt: skip
 
 
-OPS = ("fprop", "fprop-bias", "fprop-all", "fprop_stats", "dgrad", "wgrad", "wgrad-live")
+OPS = ("fprop", "fprop-bias", "fprop-all", "dgrad", "wgrad", "wgrad-live")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -89,34 +88,6 @@ def test_fprop_op_with_every_epilogue_equals_pytorch_in_value_and_gradient(act: 
         torch.testing.assert_close(mine, theirs)
 
 
-def test_fprop_stats_op_differentiates_through_the_sums() -> None:
-    geometry = make_geometry(SUPPORT, 1, 1)
-    x, w = torch.randn(2, 8, 5, 5).double(), torch.randn(12, 8, 3, 3).double()
-    shift = torch.randn(12).double()
-    leaves = [t.requires_grad_() for t in (x, w, shift)]
-
-    def through_op() -> tuple[torch.Tensor, ...]:
-        return torch.ops.hetconv.fprop_stats(
-            x, w, bits_on(SUPPORT, CPU), shift, geometry.ints(5, 5), 0
-        )
-
-    def plain() -> tuple[torch.Tensor, ...]:
-        y = oracle(x, w, geometry, shift)
-        return y, y.sum((0, 2, 3)), y.square().sum((0, 2, 3))
-
-    factors = [
-        torch.randn(2, 12, 5, 5).double(),
-        torch.randn(12).double(),
-        torch.randn(12).double(),
-    ]
-    mine, theirs = (
-        torch.autograd.grad(sum((o * v).sum() for o, v in zip(run(), factors, strict=True)), leaves)
-        for run in (through_op, plain)
-    )
-    for a, b in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(a, b)
-
-
 def test_a_support_unknown_to_the_process_is_read_from_its_bits() -> None:
     support = hk.Support.from_mask(np.random.default_rng(5).random((4, 3, 3, 3)) < 0.5)
     mask, digest = torch.tensor(support.mask), support.digest
@@ -144,7 +115,7 @@ def test_a_support_first_met_during_capture_is_refused(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(BackendError, match=r"hetconv_kernels\.warmup"):
-        ops._read_support(CudaBits(), (8, 3, 3))  # type: ignore[arg-type]
+        geometries._read_support(CudaBits(), (8, 3, 3))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

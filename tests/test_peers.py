@@ -11,9 +11,9 @@ import torch
 
 from benchmarks import amdahl, gate, peers, record, table
 from benchmarks.cases import SupportSpec
-from benchmarks.networks import NETWORKS, NetworkCase, build
+from benchmarks.networks import NETWORKS, NetworkCase, build_network
 from benchmarks.report import schema
-from benchmarks.test_models import _runs, layer_names, measure
+from benchmarks.test_models import _runs, layer_names, measure_case
 from hetconv_kernels import export
 from hetconv_kernels.timing import Timings
 
@@ -36,7 +36,7 @@ def test_cases_name_the_papers_networks() -> None:
 def test_no_layer_of_ours_is_left_in_a_composition(case: NetworkCase) -> None:
     image = torch.randn(2, case.channels, 32, 32)
     with torch.no_grad():
-        ours, composition = (build(case, form, image) for form in ("ours", "composition"))
+        ours, composition = (build_network(case, form, image) for form in ("ours", "composition"))
         assert gate.network_match(ours, image, composition(image)).ok
     assert export.support_layers(composition) == []
     assert len(export.support_layers(ours)) > 10
@@ -48,7 +48,9 @@ def test_a_composition_computes_what_ours_computes(kind: str, x: torch.Tensor) -
         pytest.importorskip("sklearn", reason="no Support of this size is committed")
     case = NetworkCase("c", "resnet20", SupportSpec(kind, {"het": 2, "self_group": 10}[kind]))
     with torch.no_grad():
-        ours, composition, dense = (build(case, f, x) for f in ("ours", "composition", "dense"))
+        ours, composition, dense = (
+            build_network(case, f, x) for f in ("ours", "composition", "dense")
+        )
         assert gate.network_match(ours, x, composition(x)).ok
         assert not gate.network_match(ours, x, dense(x)).ok
     assert export.support_layers(composition) == export.support_layers(dense) == []
@@ -57,7 +59,7 @@ def test_a_composition_computes_what_ours_computes(kind: str, x: torch.Tensor) -
 @pytest.mark.parametrize("peer", ["eager", "onnxruntime", "openvino"])
 def test_peers_compute_the_network(peer: str, x: torch.Tensor, tmp_path) -> None:
     with torch.no_grad():
-        dense = build(SMALL, "dense", x)
+        dense = build_network(SMALL, "dense", x)
         try:
             run = peers.PEERS[peer](copy.deepcopy(dense), x, tmp_path)
         except peers.Absent as reason:
@@ -77,7 +79,7 @@ def test_an_absent_peer_is_named(monkeypatch, x: torch.Tensor, tmp_path) -> None
 def test_row_and_table(monkeypatch, x: torch.Tensor, tmp_path) -> None:
     monkeypatch.setattr(peers, "PEERS", {"eager": peers.eager})
     with torch.no_grad():
-        row = measure(SMALL, x, tmp_path, 0.05)
+        row = measure_case(SMALL, x, tmp_path, 0.05)
     assert schema.problems(json.loads(json.dumps(row)), schema.MODEL_ROW) == []
     assert row["match"]["ok"]
     assert len(row["layers"]) == 19
@@ -93,7 +95,7 @@ def test_pytest_benchmark_collects_a_network(
     benchmark = request.getfixturevalue("benchmark")
     monkeypatch.setattr(peers, "PEERS", {"eager": peers.eager})
     with torch.no_grad():
-        row = measure(SMALL, x, tmp_path, 0.05, benchmark)
+        row = measure_case(SMALL, x, tmp_path, 0.05, benchmark)
     samples = row["timings"]["dense"]["variants"]["ours"]["samples_s"]
     assert benchmark.stats.stats.rounds == len(samples) >= 6
 
@@ -106,8 +108,11 @@ def test_the_row_has_amdahls_bound() -> None:
     for role, found in (("dense", medians), ("composition", rivals)):
         samples = {name: (time,) * 6 for name, time in found.items()}
         timings[role] = Timings(f"{role}:eager", samples, dict.fromkeys(samples, 1))
-    runs = [amdahl.Run(20.0, {"a": 12.0, "b": 4.0})], [amdahl.Run(9.0, {"a": 4.0, "b": 2.0})]
-    match = gate.Match(True, 0.1, 0.0)
+    runs = (
+        [amdahl.TimedRun(20.0, {"a": 12.0, "b": 4.0})],
+        [amdahl.TimedRun(9.0, {"a": 4.0, "b": 2.0})],
+    )
+    match = gate.Agreement(True, 0.1, 0.0)
     row = record.model_row(SMALL, match, {}, timings, runs, {"a": 3.0, "b": 2.0})
     assert row["bound"] == {
         "total_s": 20.0, "layers_s": 16.0, "rest_s": 4.0, "speedup": 2.0, "our_layers_s": 6.0,
@@ -120,7 +125,9 @@ def test_the_row_has_amdahls_bound() -> None:
 
 
 def test_a_row_without_a_match_was_not_timed() -> None:
-    row = record.model_row(SMALL, gate.Match(False, 3.0, 1.0), {"dense": {"openvino": "absent"}})
+    row = record.model_row(
+        SMALL, gate.Agreement(False, 3.0, 1.0), {"dense": {"openvino": "absent"}}
+    )
     assert "MISMATCH" in table.model_table([row])[2]
     assert "openvino" in table.model_table([row])[2]
     assert "median_s" not in row
@@ -128,9 +135,9 @@ def test_a_row_without_a_match_was_not_timed() -> None:
 
 def test_layers_are_those_that_change(x: torch.Tensor) -> None:
     with torch.no_grad():
-        ours, dense = build(SMALL, "ours", x), build(SMALL, "dense", x)
+        ours, dense = build_network(SMALL, "ours", x), build_network(SMALL, "dense", x)
         names = layer_names(ours)
-        ratios = amdahl.mac_ratios(dense, ours, x, names)
+        ratios = amdahl.layer_mac_ratios(dense, ours, x, names)
     assert names == layer_names(dense)
     # The classifier is so small that it is left plain where that is predicted to be faster.
     assert names == [name for name in export.support_layers(ours) if name != "fc"]

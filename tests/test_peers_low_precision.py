@@ -13,10 +13,10 @@ import torch
 
 from benchmarks import gate, low_precision, peers, table
 from benchmarks.cases import SupportSpec
-from benchmarks.networks import NETWORKS, NetworkCase, build
+from benchmarks.networks import NETWORKS, NetworkCase, build_network
 from benchmarks.report import schema
 from benchmarks.rig import OURS_FLOAT32
-from benchmarks.test_models import _runs, measure
+from benchmarks.test_models import _runs, measure_case
 
 LOW = [case for case in NETWORKS if case.dtype != "float32" and case.n > 1]
 SMALL = NetworkCase("small", "resnet20", SupportSpec("het", 2), n=2, size=16, dtype="int8")
@@ -31,7 +31,7 @@ def x() -> torch.Tensor:
 @pytest.fixture(scope="module")
 def dense(x: torch.Tensor) -> torch.nn.Module:
     with torch.no_grad():
-        return build(SMALL, "dense", x)
+        return build_network(SMALL, "dense", x)
 
 
 def test_targets_are_those_that_were_set() -> None:
@@ -61,7 +61,7 @@ def test_peers_compute_the_network_in_their_precision(
     dtype: str, peer: str, form: str, x: torch.Tensor, tmp_path: Path
 ) -> None:
     with torch.no_grad():
-        network = build(SMALL, form, x)  # type: ignore[arg-type]
+        network = build_network(SMALL, form, x)  # type: ignore[arg-type]
         try:
             run = low_precision.peers_of(dtype)[peer](copy.deepcopy(network), x, tmp_path)
         except peers.Absent as reason:
@@ -69,7 +69,7 @@ def test_peers_compute_the_network_in_their_precision(
         found = run()
         assert gate.low_precision_match(network, x, found, dtype).ok
         assert not gate.network_match(network, x, found.float()).ok, "that was float32"
-        other = build(SMALL, "composition" if form == "dense" else "dense", x)
+        other = build_network(SMALL, "composition" if form == "dense" else "dense", x)
         assert not gate.low_precision_match(other, x, found, dtype).ok
 
 
@@ -149,7 +149,7 @@ def test_a_row_in_bfloat16_has_no_bound_but_our_own_float32(
 ) -> None:
     monkeypatch.setitem(low_precision.BFLOAT16, "compiled", low_precision.eager_bfloat16)
     with torch.no_grad():
-        row = measure(replace(SMALL, dtype="bfloat16"), x, tmp_path, 0.05)
+        row = measure_case(replace(SMALL, dtype="bfloat16"), x, tmp_path, 0.05)
     assert row["match"]["ok"]
     assert schema.problems(json.loads(json.dumps(row)), schema.MODEL_ROW) == []
     assert row["case"]["dtype"] == "bfloat16"
@@ -168,7 +168,7 @@ def test_where_we_are_absent_the_row_says_so_and_has_no_times(
     monkeypatch.setattr(low_precision, "_ours_int8", absent)
     monkeypatch.setattr(low_precision, "INT8", {"eager": low_precision.fx_int8})
     with torch.no_grad():
-        row = measure(SMALL, x, tmp_path, 0.05)
+        row = measure_case(SMALL, x, tmp_path, 0.05)
     assert row["absent"]["ours"] == {"int8": "no engine"}
     assert row["match"]["worst"] > 0, "the peers were not checked"
     assert "median_s" not in row

@@ -14,13 +14,13 @@ import torch
 
 import benchmarks.record
 from benchmarks import primitives
-from benchmarks.cases import GPU_CASES, GPU_TARGETS, Case, het
+from benchmarks.cases import GPU_CASES, GPU_TARGETS, Case, het_case
 from benchmarks.record import Record
 from benchmarks.table import primitive_table
 from hetconv_kernels import ops
-from hetconv_kernels.roofs import Roofs
+from hetconv_kernels.roofline import Roofs
 
-TINY = Case("tiny", 2, 8, 8, 6, 6, 3, het(2), stride=1)
+TINY = Case("tiny", 2, 8, 8, 6, 6, 3, het_case(2), stride=1)
 
 
 @pytest.fixture(autouse=True)
@@ -31,12 +31,12 @@ def nominal_roofs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rows_are_checked_timed_written_and_resumed(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
     wanted = [(TINY, verb) for verb in primitives.VERBS]
-    assert primitives.run(Record(tmp_path, "p"), wanted[:2], "vendor", 0.02) == 0
+    assert primitives.run_rows(Record(tmp_path, "p"), wanted[:2], "vendor", 0.02) == 0
     rows = json.loads((tmp_path / "p.json").read_text())["rows"]
     assert [row["verb"] for row in rows] == ["fprop", "dgrad"]
     assert all(row["match"]["ok"] and row["median_s"] > 0 for row in rows)
     assert all(row["composition"]["name"] == "composition" for row in rows)
-    assert primitives.run(Record(tmp_path, "p"), wanted, "vendor", 0.02) == 0
+    assert primitives.run_rows(Record(tmp_path, "p"), wanted, "vendor", 0.02) == 0
     again = json.loads((tmp_path / "p.json").read_text())["rows"]
     assert again[:2] == rows
     assert [row["verb"] for row in again] == list(primitives.VERBS)
@@ -47,7 +47,7 @@ def test_rows_are_checked_timed_written_and_resumed(tmp_path: Path, capsys) -> N
 
 
 def test_a_training_step_is_checked_and_timed(tmp_path: Path) -> None:
-    assert primitives.run(Record(tmp_path, "p"), [(TINY, "step")], "vendor", 0.02) == 0
+    assert primitives.run_rows(Record(tmp_path, "p"), [(TINY, "step")], "vendor", 0.02) == 0
     (row,) = json.loads((tmp_path / "p.json").read_text())["rows"]
     assert row["macs"] == 3 * TINY.macs(TINY.build_support().live)
     assert row["composition"]["name"] == "composition"
@@ -56,14 +56,14 @@ def test_a_training_step_is_checked_and_timed(tmp_path: Path) -> None:
 
 def test_what_there_is_no_time_for_is_named(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
     wanted = [(TINY, "fprop"), (replace(TINY, name="other"), "wgrad")]
-    assert primitives.run(Record(tmp_path, "p"), wanted, "vendor", 0.02, budget=-1) == 0
+    assert primitives.run_rows(Record(tmp_path, "p"), wanted, "vendor", 0.02, budget=-1) == 0
     shown = capsys.readouterr().out
     assert "NOT MEASURED, -1 s were over (2 rows): tiny fprop, other wgrad" in shown
 
 
 def test_a_case_that_fails_does_not_take_the_others_along(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
     wanted = [(replace(TINY, name="bad", dtype="int8"), "fprop"), (TINY, "fprop")]
-    assert primitives.run(Record(tmp_path, "p"), wanted, "vendor", 0.02) == 1
+    assert primitives.run_rows(Record(tmp_path, "p"), wanted, "vendor", 0.02) == 1
     shown = capsys.readouterr().out
     assert "bad: FAILED" in shown
     assert "Traceback" in shown
@@ -110,7 +110,7 @@ def test_a_device_is_usable_until_it_says_otherwise(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(("ratio", "shown"), [(2.1, "2  "), (1.9, "2  missed")])
 def test_the_table_says_whether_a_target_is_met(tmp_path: Path, ratio: float, shown: str) -> None:
     record = Record(tmp_path, "p")
-    primitives.run(record, [(TINY, "fprop")], "vendor", 0.02)
+    primitives.run_rows(record, [(TINY, "fprop")], "vendor", 0.02)
     (row,) = record.data["rows"]
     row["case"]["name"] = "gpu-r50-conv4-128-het4"
     row["dense"]["ratio"], row["verdict"] = ratio, "win"
@@ -151,7 +151,7 @@ def test_a_wrong_result_is_not_timed(
     name = f"run_{verb}"
     right = getattr(ops, name)
     monkeypatch.setattr(ops, name, lambda *a: right(*a) * 1.01)
-    assert primitives.run(Record(tmp_path, "p"), [(TINY, asked or verb)], "vendor", 0.02) == 1
+    assert primitives.run_rows(Record(tmp_path, "p"), [(TINY, asked or verb)], "vendor", 0.02) == 1
     (row,) = json.loads((tmp_path / "p.json").read_text())["rows"]
     assert not row["match"]["ok"]
     assert "median_s" not in row
@@ -162,7 +162,7 @@ def test_our_other_engines_are_measured_in_the_same_row(
 ) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr("benchmarks.bench.ENGINES", ("vendor", "reference"))
     record = Record(tmp_path, "p")
-    assert primitives.run(record, [(TINY, "dgrad")], "vendor", 0.02) == 0
+    assert primitives.run_rows(record, [(TINY, "dgrad")], "vendor", 0.02) == 0
     (row,) = record.data["rows"]
     assert list(row["engines"]) == ["reference"]
     assert row["engines"]["reference"] > 0
@@ -189,7 +189,7 @@ def test_a_faulty_second_engine_is_named_and_costs_nobody_else_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, how: str
 ) -> None:  # type: ignore[no-untyped-def]
     faulty(monkeypatch, "reference", how)
-    assert primitives.run(Record(tmp_path, "q"), [(TINY, "dgrad")], "vendor", 0.02) == 1
+    assert primitives.run_rows(Record(tmp_path, "q"), [(TINY, "dgrad")], "vendor", 0.02) == 1
     (row,) = json.loads((tmp_path / "q.json").read_text())["rows"]
     assert list(row["left_out"]) == ["ours-reference"]
     assert ("misaligned" if how == "fails" else "wrong by") in row["left_out"]["ours-reference"]
@@ -206,7 +206,7 @@ def test_where_the_engine_that_was_asked_for_is_faulty_another_of_ours_has_the_r
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     faulty(monkeypatch, "vendor", how)
-    assert primitives.run(Record(tmp_path, "q"), [(TINY, "dgrad")], "vendor", 0.02) == 1
+    assert primitives.run_rows(Record(tmp_path, "q"), [(TINY, "dgrad")], "vendor", 0.02) == 1
     (row,) = json.loads((tmp_path / "q.json").read_text())["rows"]
     assert list(row["left_out"]) == ["ours"]
     assert row["backend"] == {"asked": "vendor", "ran": "reference"}
@@ -217,7 +217,7 @@ def test_what_hung_before_is_not_begun_again(tmp_path: Path, capsys) -> None:  #
     wanted = [(TINY, "dgrad"), (replace(TINY, name="other"), "fprop"), (TINY, "wgrad")]
     without = {"tiny/dgrad/composition", "other/*/*", "tiny/wgrad/*"}
     more = (False, float("inf"), without)
-    assert primitives.run(Record(tmp_path, "q"), wanted, "vendor", 0.02, *more) == 1
+    assert primitives.run_rows(Record(tmp_path, "q"), wanted, "vendor", 0.02, *more) == 1
     rows = json.loads((tmp_path / "q.json").read_text())["rows"]
     assert [(row["verb"], list(row["left_out"])) for row in rows] == [
         ("dgrad", ["composition"]),
@@ -232,7 +232,7 @@ def test_what_hung_before_is_not_begun_again(tmp_path: Path, capsys) -> None:  #
 @pytest.mark.parametrize("kind", ["dense", "grouped", "self_group"])
 def test_every_kind_of_support_has_its_rivals(tmp_path: Path, kind: str) -> None:
     value = {"dense": 1, "grouped": 2, "self_group": 60}[kind]
-    spec = replace(het(2), kind=kind, value=value)  # type: ignore[arg-type]
+    spec = replace(het_case(2), kind=kind, value=value)  # type: ignore[arg-type]
     case = replace(TINY, name=kind, support=spec, c=16, f=32)
     bench = primitives.Bench(case, "vendor")
     assert {"ours", "dense"} <= set(bench.variants["dgrad"])
@@ -245,7 +245,7 @@ def test_the_quick_table_is_what_the_targets_are_stated_for() -> None:
     quick = primitives.rows_of(full=False)
     assert len(quick) == 6 * 4 * 3 + 6
     assert [verb for _, verb in quick].count("step") == 6
-    assert quick[0][0].support == het(4)
+    assert quick[0][0].support == het_case(4)
     cases = [case.name for case, _ in quick]
     assert sum(a != b for a, b in pairwise(cases)) == 23  # the rows of a case stand together
     assert {name for name, _ in GPU_TARGETS} <= set(cases)
@@ -289,7 +289,7 @@ def test_the_table_keeps_what_was_fastest(monkeypatch: pytest.MonkeyPatch) -> No
         seen.append((problem.verb, len(choices)))
         return choices[-1].name, 1e-5
 
-    *_, found = tune.entries(cases, (9, 0), measure, most=3)
+    *_, found = tune.measured_entries(cases, (9, 0), measure, most=3)
     assert seen == [("fprop", 3), ("dgrad", 3), ("wgrad", 3)] * 2
-    assert set(found) == {table.key_of(p, (9, 0)) for c in cases for p in tune.problems(c)}
+    assert set(found) == {table.table_key(p, (9, 0)) for c in cases for p in tune.problems_of(c)}
     assert all(entry["seconds"] == 1e-5 for entry in found.values())

@@ -19,7 +19,7 @@ from hetconv_kernels import cli, profiling
 from hetconv_kernels.errors import ArgumentError, HetconvError, InputTypeError
 from hetconv_kernels.profiling import timeline
 from hetconv_kernels.profiling.measure import backends_of, dense_twin, layers_of
-from hetconv_kernels.roofs import Roofs
+from hetconv_kernels.roofline import Roofs
 
 ROOFS = {"float32": Roofs(1e9, 1e9, "cpu", "float32")}
 LOW = np.broadcast_to(np.arange(9).reshape(3, 3) < 4, (8, 8, 3, 3))

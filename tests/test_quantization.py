@@ -41,10 +41,10 @@ def test_a_range_is_covered_to_half_a_step_and_zero_is_exact(low, high, dtype) -
     assert scale.low <= min(low, 0) + 0.51 * scale.scale
     assert scale.high >= max(high, 0) - 0.51 * scale.scale
     x = torch.linspace(low, high, 999).view(1, -1, 1, 1)
-    q = reference.quantize(x, scale.scale, scale.zero_point, dtype)
+    q = reference.quantize_tensor(x, scale.scale, scale.zero_point, dtype)
     error = (reference.dequantize(q, scale.scale, scale.zero_point) - x).abs().max()
     assert 0 < float(error) <= 0.51 * scale.scale + 0.51 * scale.scale
-    zero = reference.quantize(0 * x, scale.scale, scale.zero_point, dtype)
+    zero = reference.quantize_tensor(0 * x, scale.scale, scale.zero_point, dtype)
     assert bool((zero == scale.zero_point).all())
 
 
@@ -105,7 +105,7 @@ def test_multipliers_beyond_float32_are_refused() -> None:
 
 
 def observed(name: str, x: torch.Tensor, **options) -> tuple[float, float]:
-    observer = observers.make(name, **options)
+    observer = observers.make_observer(name, **options)
     observer.see(x)
     observer.count(x)
     return observer.range(torch.uint8)
@@ -127,7 +127,7 @@ def test_a_percentile_leaves_the_tails_out() -> None:
 
 def errors(x: torch.Tensor, name: str) -> torch.Tensor:
     scale = Scale.of_range(*observed(name, x))
-    q = reference.quantize(x.view(1, -1, 1, 1), scale.scale, scale.zero_point, torch.uint8)
+    q = reference.quantize_tensor(x.view(1, -1, 1, 1), scale.scale, scale.zero_point, torch.uint8)
     return (reference.dequantize(q, scale.scale, scale.zero_point).flatten() - x).square()
 
 
@@ -144,15 +144,15 @@ def test_the_least_squares_range_errs_less_than_the_whole_on_heavy_tails() -> No
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("name", observers.NAMES)
+@pytest.mark.parametrize("name", observers.OBSERVERS)
 def test_observers_refuse_what_is_not_finite(name: str, bad: float) -> None:
     with pytest.raises(ArgumentError, match="NaN or Inf"):
-        observers.make(name).see(torch.tensor([1.0, bad, 2.0]))
+        observers.make_observer(name).see(torch.tensor([1.0, bad, 2.0]))
 
 
 def test_unknown_observers_and_percentiles_are_refused() -> None:
     with pytest.raises(ArgumentError, match="minmax, percentile, mse"):
-        observers.make("entropy")
+        observers.make_observer("entropy")
     for percent in (50, 101, float("nan")):
         with pytest.raises(ArgumentError, match="percentile"):
-            observers.make("percentile", percent)
+            observers.make_observer("percentile", percent)

@@ -9,11 +9,11 @@ from quantized_layers import X, Y, image, quantized
 from torch import nn
 
 import hetconv_kernels as hk
-from hetconv_kernels import roofs
+from hetconv_kernels import roofline
 from hetconv_kernels.errors import InputTypeError
 from hetconv_kernels.nn import QuantizedLinear
 from hetconv_kernels.nn.quantized_steps import QuantizedStep
-from hetconv_kernels.packing import watched
+from hetconv_kernels.packing import watched_packings
 from hetconv_kernels.quantization import engine
 
 
@@ -21,8 +21,8 @@ from hetconv_kernels.quantization import engine
 def test_a_quantised_layer_is_explained_with_its_engines(measure: bool) -> None:
     layer, x = quantized(), image()
     found = hk.explain(layer, x, measure=measure)
-    assert found.chosen == engine.available()[0]
-    assert tuple(c.name for c in found.candidates) == engine.available()
+    assert found.chosen == engine.engine_names()[0]
+    assert tuple(c.name for c in found.candidates) == engine.engine_names()
     assert all((c.measured_s is not None) == measure for c in found.candidates)
     assert found.macs == hk.stats.macs(layer, x)
     assert "torch.uint8" in str(found)
@@ -31,7 +31,7 @@ def test_a_quantised_layer_is_explained_with_its_engines(measure: bool) -> None:
 
 def test_packing_is_seen_once_and_not_in_a_steady_call() -> None:
     layer, x = quantized(), image()
-    with watched() as packed:
+    with watched_packings() as packed:
         layer(x)
         assert len(packed) == 1
         layer(x)
@@ -56,7 +56,7 @@ def test_every_step_between_integers_is_profiled() -> None:
     x = torch.randn(2, 3, 9, 9)
     made = hk.quantize(Net().eval(), [x], measure=False).model
     steps = [m for m in made.modules() if isinstance(m, QuantizedStep)]
-    ceilings = {"uint8": roofs.Roofs(1e9, 1e9, "cpu", "uint8")}
+    ceilings = {"uint8": roofline.Roofs(1e9, 1e9, "cpu", "uint8")}
     found = hk.profile(made, x, rounds=5, max_seconds=0.2, roofs=ceilings)
     profiled = [layer for layer in found.layers if layer.macs == 0]
     assert len(profiled) == len(steps) >= 3
@@ -77,10 +77,10 @@ def test_a_profile_says_who_runs_each_layer_and_counts_bytes_of_one() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
     x = torch.randn(2, 3, 9, 9)
     made = hk.quantize(model, [x], measure=False).model
-    ceilings = {"uint8": roofs.Roofs(1e9, 1e9, "cpu", "uint8")}
+    ceilings = {"uint8": roofline.Roofs(1e9, 1e9, "cpu", "uint8")}
     found = hk.profile(made, x, rounds=5, max_seconds=0.2, roofs=ceilings)
     step, first, last = found.layers
-    assert step.backend == first.backend == last.backend == engine.available()[0]
+    assert step.backend == first.backend == last.backend == engine.engine_names()[0]
     assert (step.kind, step.macs) == ("Quantize", 0)
     assert step.bytes == (4 + 1) * 2 * 3 * 81  # float32 in, one byte out
     assert "8 bits" in first.why
@@ -90,6 +90,6 @@ def test_a_profile_says_who_runs_each_layer_and_counts_bytes_of_one() -> None:
 
 
 def test_the_ceiling_of_8_bits_is_measured() -> None:
-    measured = roofs.measure_roofs(dtype=torch.uint8, rounds=1, size=256)
+    measured = roofline.measure_roofs(dtype=torch.uint8, rounds=1, size=256)
     assert measured.macs_per_s > 1e6
     assert measured.dtype == "uint8"

@@ -70,8 +70,8 @@ def test_opcheck(op: str, layout: torch.memory_format) -> None:
 def test_every_engine_of_this_installation_gives_the_integers_of_the_reference(op: str) -> None:
     overload = getattr(torch.ops.hetconv, op.split("-")[0])
     given = arguments(op)
-    results = [overload(*given[:-1], hk.backends.CODES[name]) for name in engine.available()]
-    assert engine.available()[-1] == "reference"
+    results = [overload(*given[:-1], hk.backends.CODES[name]) for name in engine.engine_names()]
+    assert engine.engine_names()[-1] == "reference"
     for result in results:
         assert torch.equal(result, results[-1])
         assert result.is_contiguous(memory_format=torch.channels_last)
@@ -140,4 +140,4 @@ def test_backends_that_have_no_8_bits_are_refused_when_forced() -> None:
     with pytest.raises(BackendError, match=r"vendor.*8 bits"):
         torch.ops.hetconv.requantize(*given[:-1], hk.backends.CODES["vendor"])
     with hk.use_backend("reference"):
-        assert engine.name_of(CPU) == "reference"
+        assert engine.engine_name(CPU) == "reference"

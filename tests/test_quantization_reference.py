@@ -160,7 +160,7 @@ def test_max_pooling_sees_only_pixels_that_exist() -> None:
 def test_quantising_infinities_saturates_and_nan_becomes_zero() -> None:
     inf, nan = float("inf"), float("nan")
     x = torch.tensor([nan, inf, -inf, 3e38, 0.5, 1.5, -0.0]).view(1, -1, 1, 1)
-    q = reference.quantize(x, 1.0, 7, torch.uint8).flatten().tolist()
+    q = reference.quantize_tensor(x, 1.0, 7, torch.uint8).flatten().tolist()
     assert q == [7, 255, 0, 255, 7, 9, 7]
 
 
@@ -183,7 +183,7 @@ BAD_SCALES = (0.0, -1.0, float("nan"), float("inf"), 1e-45, 1e39)
 @pytest.mark.parametrize("scale", BAD_SCALES)
 def test_scales_that_are_no_positive_numbers_are_refused(scale: float) -> None:
     for call in (
-        lambda: reference.quantize(X.float(), scale, 0, torch.uint8),
+        lambda: reference.quantize_tensor(X.float(), scale, 0, torch.uint8),
         lambda: reference.dequantize(X, scale, 0),
         lambda: reference.requantize(X, multiplier=scale, **CALL),
         lambda: reference.mean(X, multiplier=scale, **CALL),
@@ -195,7 +195,7 @@ def test_scales_that_are_no_positive_numbers_are_refused(scale: float) -> None:
 @pytest.mark.parametrize("zero", [-1, 256, 1.0, True])
 def test_zero_points_outside_of_the_dtype_are_refused(zero) -> None:
     for call in (
-        lambda: reference.quantize(X.float(), 1.0, zero, torch.uint8),
+        lambda: reference.quantize_tensor(X.float(), 1.0, zero, torch.uint8),
         lambda: reference.dequantize(X, 1.0, zero),
         lambda: reference.requantize(X, multiplier=1.0, **(CALL | {"x_zero_point": zero})),
         lambda: reference.requantize(X, multiplier=1.0, **(CALL | {"y_zero_point": zero})),

@@ -88,7 +88,7 @@ def test_ranks_agree_and_a_dead_rank_leaves_a_resumable_state(servers: Any, tmp_
 def test_alone_everything_is_itself() -> None:
     assert ranks.world_size() == 1
     assert ranks.rank() == 0
-    assert ranks.total(2.5) == 2.5
+    assert ranks.sum_over_ranks(2.5) == 2.5
     statistic = torch.tensor([1.0, 2.0])
-    assert ranks.mean(statistic).dtype == torch.float64
+    assert ranks.mean_over_ranks(statistic).dtype == torch.float64
     assert ranks.from_first(lambda: 7) == 7

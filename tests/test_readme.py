@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_the_readme_agrees_with_the_results() -> None:
     now = readme.README.read_text()
-    assert readme.updated(now) == now, "run `python -m benchmarks.readme`"
+    assert readme.updated_readme(now) == now, "run `python -m benchmarks.readme`"
 
 
 def test_the_check_notices_a_changed_number(
@@ -36,14 +36,14 @@ def test_the_check_notices_a_changed_number(
 def test_the_picture_is_drawn_from_the_results(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert picture.SVG.read_text() == picture.draw(), "run `python -m benchmarks.readme`"
+    assert picture.SVG.read_text() == picture.draw_svg(), "run `python -m benchmarks.readme`"
     monkeypatch.setattr(picture, "SVG", tmp_path / "speedup.svg")
     assert readme.main(["--check"]) == 1
     assert "stale: speedup.svg" in capsys.readouterr().out
 
 
 def test_the_picture_has_every_layer_and_the_slower_ones_below_the_line() -> None:
-    drawn = picture.draw()
+    drawn = picture.draw_svg()
     rows = [
         row
         for row in summary.results(summary.LAYERS)["rows"]
@@ -81,10 +81,12 @@ def test_the_losses_are_counted() -> None:
     assert f"{slower} are slower than dense" in text
 
 
-@pytest.mark.parametrize("text", ["none", f"{readme.END} {readme.BEGIN}", readme.BEGIN * 2])
+@pytest.mark.parametrize(
+    "text", ["none", f"{readme.END} {readme.SECTION_BEGIN}", readme.SECTION_BEGIN * 2]
+)
 def test_missing_markers_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="expected"):
-        readme.updated(text)
+        readme.updated_readme(text)
 
 
 def test_every_loss_is_shown() -> None:
@@ -126,8 +128,8 @@ def test_every_file_says_its_hardware_date_and_commit(name: str) -> None:
 
 
 def test_a_span_names_the_ends() -> None:
-    assert summary.span([3.0, 1.0, 10.0], 1) == "1.0 to 10.0"
-    assert summary.span([2.001, 2.0]) == "2.00"
+    assert summary.value_span([3.0, 1.0, 10.0], 1) == "1.0 to 10.0"
+    assert summary.value_span([2.001, 2.0]) == "2.00"
 
 
 def test_a_table_in_markdown() -> None:

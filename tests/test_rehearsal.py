@@ -18,9 +18,9 @@ import torch
 from rehearsal import Rehearsal, check_descriptor, rehearsal
 
 from benchmarks import bench, gate, primitives, tune
-from benchmarks.cases import GPU_CASES, Case, het
+from benchmarks.cases import GPU_CASES, Case, het_case
 from benchmarks.record import Record
-from hetconv_kernels.roofs import Roofs
+from hetconv_kernels.roofline import Roofs
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton"),
@@ -45,9 +45,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
         made = {"dgrad": (x,), "wgrad": (w,), "step": (x, w)}[verb]
         return tuple(torch.empty_like(t) for t in made)
 
-    def check(self: bench.Bench, verb: str, name: str) -> gate.Match:
+    def check(self: bench.Bench, verb: str, name: str) -> gate.Agreement:
         self.variants[verb][name][0]()
-        return gate.Match(True, 0.5, 0.0)
+        return gate.Agreement(True, 0.5, 0.0)
 
     roofs = Roofs(4e14, 3e12, "cuda", "bfloat16")
     monkeypatch.setattr(bench.Bench, "_backward", staticmethod(backward))
@@ -60,12 +60,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_the_table_of_make_gpu(tmp_path: Path, gpu: Rehearsal, capsys) -> None:  # type: ignore[no-untyped-def]
     """Every row is described, compiled, started, captured and written, in the real order."""
     wanted = primitives.rows_of(full=False) if EVERYTHING else FEW
-    assert primitives.run(Record(tmp_path, "p"), wanted, "triton", 1.5) == 0
+    assert primitives.run_rows(Record(tmp_path, "p"), wanted, "triton", 1.5) == 0
     rows = json.loads((tmp_path / "p.json").read_text())["rows"]
     assert [(row["case"]["name"], row["verb"]) for row in rows] == [(c.name, v) for c, v in wanted]
     assert all(row["backend"]["ran"] == "triton" and row["median_s"] > 0 for row in rows)
     names = Counter(name for name, _ in gpu.compiled)
-    assert min(names["fprop_kernel_boxes"], names["wgrad_kernel_boxes"]) > 0
+    assert min(names["fprop_kernel_tma"], names["wgrad_kernel_tma"]) > 0
     assert all(shared <= 227 * 1024 for _, shared in gpu.compiled)
     # A kernel that was met is not compiled again, and every variant is captured by itself and again
     # with the others.
@@ -82,17 +82,17 @@ def test_tuning_runs_every_choice(gpu: Rehearsal, monkeypatch: pytest.MonkeyPatc
     most = 8 if EVERYTHING else 1
     cases = [BY_NAME[f"gpu-r50-{name}"] for name in ("conv5-128-het4", "conv4-128-sg70")]
     cases = cases if EVERYTHING else cases[:1]
-    *_, found = tune.entries(cases, (9, 0), tune.timed, most)
+    *_, found = tune.measured_entries(cases, (9, 0), tune.timed, most)
     assert {key.split()[1] for key in found} == {"fprop", "dgrad", "wgrad"}
     assert gpu.started > 3 * most
 
 
 def test_descriptors_are_kept_by_address_and_keep_no_memory(gpu: Rehearsal) -> None:
-    from hetconv_kernels.backends.triton import box_calls
+    from hetconv_kernels.backends.triton import tma_calls
 
     tensors = [torch.empty(2, 8, 8, 64, dtype=torch.bfloat16) for _ in range(2)]
     shape = [2, 8, 8, 64]
-    made = box_calls.Descriptor(tensors[0], shape, [4096, 512, 64, 1], [1, 4, 4, 64])
+    made = tma_calls.Descriptor(tensors[0], shape, [4096, 512, 64, 1], [1, 4, 4, 64])
     first, second = map(made, tensors)
     assert first is made(tensors[0])
     assert first is not second
@@ -100,9 +100,9 @@ def test_descriptors_are_kept_by_address_and_keep_no_memory(gpu: Rehearsal) -> N
     assert first.base.dtype == torch.bfloat16
     gone = weakref.ref(tensors.pop())
     assert gone() is None
-    for place in range(3 * box_calls._MOST_KEPT):
+    for place in range(3 * tma_calls._MOST_KEPT):
         made(tensors[0].view(-1)[8 * place :])
-    assert len(made._kept) <= box_calls._MOST_KEPT
+    assert len(made._kept) <= tma_calls._MOST_KEPT
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_descriptors_are_kept_by_address_and_keep_no_memory(gpu: Rehearsal) -> N
         {"dtype": "float32", "n": 2},
         {"c": 36, "f": 20, "n": 3},
         {"stride": 3, "n": 2},
-        {"support": replace(het(4), order="interleaved"), "n": 2},
+        {"support": replace(het_case(4), order="interleaved"), "n": 2},
     ],
     ids=["float32", "tails", "stride-3", "interleaved"],
 )
@@ -121,7 +121,7 @@ def test_odd_cases_compile_and_start_too(
 ) -> None:
     case: Case = replace(BY_NAME["gpu-r50-conv3-128-het4"], **{"name": "odd", **change})
     wanted = [(case, verb) for verb in bench.VERBS]
-    assert primitives.run(Record(tmp_path, "p"), wanted, "triton", 1.5) == 0
+    assert primitives.run_rows(Record(tmp_path, "p"), wanted, "triton", 1.5) == 0
     assert gpu.started
 
 

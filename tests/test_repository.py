@@ -14,7 +14,6 @@ import re
 import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from tree import ROOT, files_with, modules, read
@@ -27,6 +26,7 @@ TEXT_SUFFIXES = SOURCE_SUFFIXES | {".md", ".toml", ".txt", ".in", ".json", ".yam
 SOFT_LINES, HARD_LINES = 400, 600
 # Files between the two limits, each with the reason why it is still one noun.
 LONGER_FILES = {
+    "tests/test_repository.py": "the rules about the tree, in one place",
     "hetconv_kernels/io.py": "the format of a file: what is written, and what is believed of it",
     "hetconv_kernels/problem.py": "Geometry and Problem, and the rules that make one of the other",
     "tests/test_kept_weights.py": "one table of origins and changes of a weight, for all engines",
@@ -48,10 +48,31 @@ TESTED_BY = {
     "hetconv_kernels._version": "test_repository",
     "hetconv_kernels.backends.cpu_int8": "test_int8_calls",
     "hetconv_kernels.clocks": "test_timing",
+    "hetconv_kernels.derivatives": "test_autograd",
+    "hetconv_kernels.explanation": "test_explain",
     "hetconv_kernels.factory": "test_bad_input",
     "hetconv_kernels.graph.pairs": "test_pair_rules",
     "hetconv_kernels.graph.plain": "test_rules",
     "hetconv_kernels.option_types": "test_bad_input",
+    "hetconv_kernels.plain_network": "test_export",
+}
+
+BENCHMARKS = tuple(
+    sorted(f"benchmarks.{p.stem}" for p in (ROOT / "benchmarks").glob("*.py") if p.stem[0] != "_")
+)
+# Names that several modules define because they mean the same there.
+ALIKE = {
+    "main": "what `python -m` runs",
+    "run": "the face of a command: what it does",
+    "add_arguments": "the face of a command: its options",
+    "convert": "of `hk` and of `hk.quantization`: modules become others",
+    "self_group": "the method of one layer, and the rule that is named after it",
+    "to_onnx": "of `hk.export`, which calls that of `hk.quantization` for networks in 8 bits",
+}
+# The two engines that `quantization.engine` chooses from; a caller does not know which it has.
+ENGINES_IN_8_BITS = {
+    "hetconv_kernels.backends.cpu_int8",
+    "hetconv_kernels.quantization.reference",
 }
 
 # Words of one machine or one workplace, spelt in halves so that this file does not hold them.
@@ -115,13 +136,14 @@ def test_no_test_imports_another_test_file() -> None:
 
 
 def test_no_module_imports_itself_by_way_of_others() -> None:
-    """At import: what a function imports when it is called, and types alone, are left out."""
-    names = {"hetconv_kernels", *modules()}
-    arrows = {name: top_level_imports(name, names) & names for name in names}
-    assert sum(map(len, arrows.values())) > 2 * len(names)
-    while free := {name for name, wanted in arrows.items() if not wanted & set(arrows) - {name}}:
-        arrows = {name: wanted for name, wanted in arrows.items() if name not in free}
-    assert arrows == {}, "these import one another"
+    """Not at import, and not when a function is called either; imports for types alone are none."""
+    names = {"hetconv_kernels", *modules(), *BENCHMARKS}
+    for deep in (False, True):
+        arrows = {name: imports_of(name, names, deep) for name in names}
+        assert sum(map(len, arrows.values())) > 2 * len(names)
+        while free := {name for name, wanted in arrows.items() if not wanted & set(arrows)}:
+            arrows = {name: wanted for name, wanted in arrows.items() if name not in free}
+        assert arrows == {}, "these import one another"
 
 
 def test_a_module_imports_from_its_floor_and_from_those_below() -> None:
@@ -136,26 +158,138 @@ def test_a_module_imports_from_its_floor_and_from_those_below() -> None:
     upwards = [
         f"{name} imports {other}"
         for name in floors
-        for other in top_level_imports(name, {"hetconv_kernels", *floors}) & set(floors)
+        for other in imports_of(name, set(floors), deep=False)
         if floors[other] < floors[name]
     ]
     assert upwards == []
 
 
-def top_level_imports(name: str, names: set[str]) -> set[str]:
-    """Lists what importing a module imports, but for the folders that it is in."""
-    module = importlib.import_module(name)
-    assert module.__file__ is not None
-    package = name if hasattr(module, "__path__") else name.rpartition(".")[0]
-    found = set()
-    for node in ast.parse(Path(module.__file__).read_text()).body:
+@pytest.mark.parametrize(
+    ("room", "never"),
+    [
+        ("hetconv_kernels.backends.cuda", "hetconv_kernels.backends.triton"),
+        ("hetconv_kernels.backends.triton", "hetconv_kernels.backends.cuda"),
+        ("hetconv_kernels.backends.gpu", "hetconv_kernels.backends.cuda"),
+        ("hetconv_kernels.backends.gpu", "hetconv_kernels.backends.triton"),
+        ("hetconv_kernels", "benchmarks"),
+    ],
+)
+def test_a_room_does_not_import_another(room: str, never: str) -> None:
+    names = {"hetconv_kernels", *modules(), *BENCHMARKS}
+    inside = [name for name in names if f"{name}.".startswith(f"{room}.")]
+    hits = [
+        f"{name} imports {found}"
+        for name in inside
+        for found in imports_of(name, names, deep=True)
+        if f"{found}.".startswith(f"{never}.")
+    ]
+    assert inside
+    assert not hits, "\n".join(hits)
+
+
+def imports_of(name: str, names: set[str], deep: bool) -> set[str]:
+    """Lists what a module imports of `names`, but for itself and the folders that it is in.
+
+    Args:
+        name: of the module.
+        names: that are looked for.
+        deep: whether in functions too, which import when they are called.
+    """
+    base = ROOT / name.replace(".", "/")
+    path = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+    package = name if base.is_dir() else name.rpartition(".")[0]
+    found: set[str] = set()
+    tops = [top for top in ast.parse(path.read_text()).body if not _for_types(top)]
+    for node in [inner for top in tops for inner in ast.walk(top)] if deep else tops:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
-            inner = {f"{base}.{alias.name}" for alias in node.names}
-            found |= inner & names or {base}
-    return {each for each in found if each != package and not name.startswith(f"{each}.")}
+            base_name = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            inner_names = {f"{base_name}.{alias.name}" for alias in node.names}
+            found |= inner_names & names or {base_name}
+    return {each for each in found & names if not f"{name}.".startswith(f"{each}.")}
+
+
+def _for_types(node: ast.stmt) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
+def test_a_public_name_has_one_meaning() -> None:
+    """No name without an underscore stands at the top of two modules, but for those of ALIKE."""
+    where: dict[str, set[str]] = {}
+    for name in {"hetconv_kernels", *modules(), *BENCHMARKS}:
+        base = ROOT / name.replace(".", "/")
+        path = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+        for node in ast.parse(path.read_text()).body:
+            for defined in _defined(node):
+                where.setdefault(defined, set()).add(name)
+    twice = {
+        defined: sorted(places)
+        for defined, places in where.items()
+        if len(places) > 1 and not defined.startswith(("_", "pytest_"))
+    }
+    homonyms = {
+        defined: places
+        for defined, places in twice.items()
+        if not (set(places) <= ENGINES_IN_8_BITS or defined in ALIKE)
+    }
+    assert homonyms == {}, "give each meaning a name of its own, or the reason in ALIKE"
+    assert set(ALIKE) <= set(twice), "ALIKE names what stands in one module only"
+
+
+def _defined(node: ast.stmt) -> list[str]:
+    if isinstance(node, ast.ClassDef | ast.FunctionDef):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else []
+    targets = [node.target] if isinstance(node, ast.AnnAssign) else targets
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+# What a reader of the field looks for, and where it has to be found under that name.
+FIELD_WORDS = {
+    "mbarrier": ("csrc/cuda/mbarrier.h", "csrc/cuda/wide_fprop.cu", "csrc/cuda/narrow_kernel.h"),
+    "producer": ("csrc/cuda/wide_producer.h", "csrc/cuda/wide_fprop.cu"),
+    "consumer": ("csrc/cuda/wide_fprop.cu",),
+    "TMA": ("csrc/cuda/tma.h", "hetconv_kernels/backends/triton/fprop_tma.py"),
+    "double buffering": ("csrc/cuda/narrow_kernel.h", "hetconv_kernels/backends/cuda/tiles.py"),
+    "thread block": ("csrc/cuda/wide_fprop.cu", "csrc/cuda/narrow_kernel.h"),
+    "CTA": ("csrc/cuda/wide_fprop.cu", "csrc/cuda/narrow_kernel.h"),
+    "occupancy": ("csrc/cuda/ptx.h", "hetconv_kernels/backends/cuda/tiles.py"),
+    "roofline": ("hetconv_kernels/roofline.py",),
+    "cost model": (
+        "hetconv_kernels/backends/cost_model.py",
+        "hetconv_kernels/backends/cuda/tiles.py",
+        "hetconv_kernels/backends/triton/tiles.py",
+    ),
+    "epilogue": ("csrc/cuda/epilogue.h", "csrc/cpu/emit.h", "hetconv_kernels/backends/common.py"),
+    "im2col": ("csrc/cpu/pack.h",),
+    "pack": ("csrc/cpu/pack.h", "hetconv_kernels/packing.py"),
+    "prefetch": ("csrc/cpu/ahead.h", "csrc/cuda/narrow_kernel.h"),
+    "tile": ("hetconv_kernels/backends/triton/tiles.py", "csrc/cpu/plan.h"),
+    "micro-kernel": ("csrc/cpu/micro_filters.h", "csrc/cpu/micro_pixels.h"),
+}
+
+
+@pytest.mark.parametrize("word", FIELD_WORDS)
+def test_the_words_of_the_field_are_found_where_the_thing_is(word: str) -> None:
+    for path in FIELD_WORDS[word]:
+        assert re.search(re.escape(word), read(path), re.IGNORECASE), f"{path} never says {word}"
+
+
+def test_first_lines_of_docstrings_read_alone() -> None:
+    """Who looks one up sees that line: what it is about stands in it, not in the one before."""
+    leaning = re.compile(
+        r"^(The same|Tells the same|Returns the same|Whether it is so|Tells whether it is so)\b"
+    )
+    hits = []
+    for path in files_with({".py"}):
+        if path.parts[0] not in ("hetconv_kernels", "benchmarks"):
+            continue
+        for node in ast.walk(ast.parse(read(path))):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                first = (ast.get_docstring(node) or "").split("\n")[0]
+                hits += [f"{path}:{node.lineno}: {first}"] if leaning.search(first) else []
+    assert not hits, "\n".join(hits)
 
 
 def test_every_source_names_its_licence_at_the_top() -> None:

@@ -315,12 +315,12 @@ def test_channels_that_were_dropped_fill_nothing() -> None:
 @pytest.mark.parametrize("channels", [256, 512])
 def test_matched_groups_run_at_three_quarters_of_a_plan_at_70_percent(channels: int) -> None:
     """Of the products of a plan of fprop; as the paper forms them less than a third are useful."""
-    from hetconv_kernels.backends.cuda.wide_lowering import lower, wide_windows
+    from hetconv_kernels.backends.cuda.wide_lowering import lower_wide, wide_windows
     from hetconv_kernels.problem import make_geometry
 
     def efficiency(support: Support) -> float:
         classes, _ = wide_windows(make_geometry(support, 1, 1), (14, 14), False)
-        return support.live / lower(support, classes).size
+        return support.live / lower_wide(support, classes).size
 
     support = matched(channels)
     assert 0.25 <= support.density <= 0.35

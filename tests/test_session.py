@@ -53,7 +53,7 @@ def test_each_fault_of_each_part_is_found_and_leaves_out_that_part(
     monkeypatch.setenv("STAND_IN", json.dumps({name: kind}))
     few = [name, *[other for other in smoke.CHECKS if other != name][:1]]
     child = [sys.executable, "-c", CHILD]
-    found = smoke.run(few, child, 1.5, tmp_path, Log(tmp_path / "log"))
+    found = smoke.run_parts(few, child, 1.5, tmp_path, Log(tmp_path / "log"))
     named = {"fails": "failed", "hangs": "hung", "wrong": "wrong"}[kind]
     assert [found[each]["status"] for each in few] == [named, "ok"]
     assert json.loads((tmp_path / "smoke.json").read_text()) == found
@@ -120,11 +120,11 @@ def test_a_whole_session_brings_the_table_of_the_parts_that_are_right(
     good = set(smoke.CHECKS) - faults.keys() - needed
     for row in rows:
         assert "dense" in row["timings"]["variants"]
-        parts_of_row = {"triton-wgrad", "triton-wgrad-boxes"}
+        parts_of_row = {"triton-wgrad", "triton-wgrad-tma"}
         if row["verb"] != "wgrad":
             # Boxes are for where the CUDA engine's wide kernel is not built, or left out.
             wide = "cuda-wide" in good
-            parts_of_row = {"triton-gather"} if wide else {"triton-gather", "triton-boxes"}
+            parts_of_row = {"triton-gather"} if wide else {"triton-gather", "triton-tma"}
         ours = [name for name in row["timings"]["variants"] if name.startswith("ours")]
         assert bool(good & parts_of_row) == ("ours" in ours), (row["case"]["name"], row["verb"])
         if row["case"]["name"] == "gpu-wide" and row["verb"] != "wgrad":
@@ -183,7 +183,7 @@ def test_a_test_is_named_before_it_begins(tmp_path: Path) -> None:
     assert [line.rpartition("::")[2] for line in begun] == ["test_a", "test_b"], done.stdout
 
 
-@pytest.mark.parametrize("text", ["", "cuda-wide", "cuda-wide, triton-boxes"])
+@pytest.mark.parametrize("text", ["", "cuda-wide", "cuda-wide, triton-tma"])
 def test_parts_are_read_from_a_list(text: str) -> None:
     assert parts.named(text) == {name.strip() for name in text.split(",") if name}
 

@@ -25,7 +25,7 @@ def x() -> torch.Tensor:
 
 
 def test_all_forms_compute_the_same_step(x: torch.Tensor) -> None:
-    networks = steps.build(SMALL)
+    networks = steps.build_step_networks(SMALL)
     match = steps.check(networks, x)
     assert match.ok, match
     assert match.worst > 0
@@ -47,7 +47,7 @@ class Wrong(torch.autograd.Function):
 
 
 def test_a_wrong_gradient_is_noticed(x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    networks = steps.build(SMALL)
+    networks = steps.build_step_networks(SMALL)
     right = ops.run_wgrad
     with monkeypatch.context() as patch:
         patch.setattr(ops, "run_wgrad", lambda *args: 1.01 * right(*args))
@@ -59,7 +59,7 @@ def test_a_wrong_gradient_is_noticed(x: torch.Tensor, monkeypatch: pytest.Monkey
 
 
 def test_a_step_changes_the_weights_and_lowers_the_loss(x: torch.Tensor) -> None:
-    run = steps.step(steps.build(SMALL)["ours"], x, torch.channels_last)
+    run = steps.step(steps.build_step_networks(SMALL)["ours"], x, torch.channels_last)
     first = run()
     for _ in range(30):
         last = run()
@@ -67,7 +67,7 @@ def test_a_step_changes_the_weights_and_lowers_the_loss(x: torch.Tensor) -> None
 
 
 def test_row_and_table(x: torch.Tensor) -> None:
-    networks = steps.build(SMALL)
+    networks = steps.build_step_networks(SMALL)
     timings = interleaved(
         steps.variants(networks, x), baseline="dense:nchw", target="ours", rounds=6, warmup=0
     )

@@ -11,7 +11,7 @@ from hetconv_kernels import tables
 
 
 def test_text_puts_columns_of_numbers_to_the_right() -> None:
-    table = tables.text(("layer", "macs"), [("a", 1234567), ("bcd", 8)])
+    table = tables.text_table(("layer", "macs"), [("a", 1234567), ("bcd", 8)])
     assert table.splitlines() == [
         "layer       macs",
         "----------------",
@@ -22,7 +22,7 @@ def test_text_puts_columns_of_numbers_to_the_right() -> None:
 
 def test_text_asks_which_columns_of_words_are_numbers() -> None:
     rows = [("a", "1.5 ms", "won"), ("bcd", "10.25 ms", "lost by far")]
-    assert tables.text(("case", "took", "so"), rows, left=(0, -1)).splitlines() == [
+    assert tables.text_table(("case", "took", "so"), rows, left=(0, -1)).splitlines() == [
         "case      took  so",
         "---------------------------",
         "a       1.5 ms  won",
@@ -31,12 +31,12 @@ def test_text_asks_which_columns_of_words_are_numbers() -> None:
 
 
 def test_a_table_without_rows_is_its_header() -> None:
-    assert tables.text(("a", "b"), []).splitlines() == ["a  b", "----"]
-    assert tables.markdown(("a", "b"), []).splitlines() == ["| a | b |", "| --- | --: |"]
+    assert tables.text_table(("a", "b"), []).splitlines() == ["a  b", "----"]
+    assert tables.markdown_table(("a", "b"), []).splitlines() == ["| a | b |", "| --- | --: |"]
 
 
 def test_markdown_marks_the_columns_of_numbers() -> None:
-    assert tables.markdown(("a", "b", "c"), [("x", "y", 3)], left=2).splitlines() == [
+    assert tables.markdown_table(("a", "b", "c"), [("x", "y", 3)], left=2).splitlines() == [
         "| a | b | c |",
         "| --- | --- | --: |",
         "| x | y | 3 |",
@@ -52,7 +52,7 @@ def test_a_terminal_is_shown_the_same_words_with_rich(
     def words(rich: bool) -> list[str]:
         monkeypatch.setattr(tables, "has_rich", lambda: rich)
         rows = [("[a]", "3.5"), ("b", 12345)]
-        tables.show(("what", "found"), rows, "title", left=(0,))
+        tables.show_table(("what", "found"), rows, "title", left=(0,))
         return re.sub(r"[─-╿]|-{2,}", " ", capsys.readouterr().out).split()
 
     assert (

@@ -10,7 +10,7 @@ from layers import BUILDERS, C, F, build, image
 from torch import nn
 
 import hetconv_kernels as hk
-from hetconv_kernels.graph.take import Layer, take_norm
+from hetconv_kernels.graph.take import LayerMatrix, take_norm
 from hetconv_kernels.nn import GroupedConv2d, HetConv2d, SupportConv2d, SupportLinear
 
 ROWS, COLUMNS = np.array([6, 0, 3]), np.array([1, 2, 5, 11, 4])
@@ -27,7 +27,7 @@ LAYERS = {
 def test_taken_filters_on_taken_channels(kind: str) -> None:
     """The channels that are left out get zeros; then the filters must agree."""
     layer = LAYERS[kind]().eval()
-    taken = Layer(layer).take(ROWS, COLUMNS)
+    taken = LayerMatrix(layer).take(ROWS, COLUMNS)
     x = image()
     silent = torch.zeros_like(x)
     silent[:, COLUMNS] = x[:, COLUMNS]
@@ -41,7 +41,7 @@ def test_linear_layers(kind: str) -> None:
     if kind == "support-linear":
         mask = np.random.default_rng(0).random((F, C, 1, 1)) < 0.5
         layer = SupportLinear.from_linear(layer, hk.Support.from_mask(mask))
-    taken = Layer(layer).take(ROWS, COLUMNS)
+    taken = LayerMatrix(layer).take(ROWS, COLUMNS)
     assert type(taken) is type(layer)
     x = torch.zeros(3, C)
     x[:, COLUMNS] = torch.randn(3, len(COLUMNS))
@@ -50,8 +50,8 @@ def test_linear_layers(kind: str) -> None:
 
 def test_nothing_taken_away_is_the_layer_itself() -> None:
     conv = nn.Conv2d(4, 3, 1)
-    assert Layer(conv).take(np.arange(3), np.arange(4)) is conv
-    shifted = Layer(conv).take(np.arange(3), np.arange(4), torch.ones(3, dtype=torch.float64))
+    assert LayerMatrix(conv).take(np.arange(3), np.arange(4)) is conv
+    shifted = LayerMatrix(conv).take(np.arange(3), np.arange(4), torch.ones(3, dtype=torch.float64))
     torch.testing.assert_close(shifted.bias, conv.bias + 1)
 
 
@@ -74,7 +74,7 @@ def test_nothing_taken_away_is_the_layer_itself() -> None:
     ],
 )
 def test_the_plainest_class_is_chosen(layer, rows, columns, kind) -> None:
-    taken = Layer(layer).take(np.array(rows), np.array(columns))
+    taken = LayerMatrix(layer).take(np.array(rows), np.array(columns))
     assert type(taken) is kind
     assert getattr(taken, "backend", None) == getattr(layer, "backend", None)
     if kind is HetConv2d:
@@ -84,7 +84,7 @@ def test_the_plainest_class_is_chosen(layer, rows, columns, kind) -> None:
 def test_layout_flags_and_dtype_stay() -> None:
     conv = nn.Conv2d(4, 4, 3, dtype=torch.float64).to(memory_format=torch.channels_last)
     conv.weight.requires_grad_(False)
-    taken = Layer(conv.eval()).take(np.array([0, 1, 2]), np.array([0, 1]))
+    taken = LayerMatrix(conv.eval()).take(np.array([0, 1, 2]), np.array([0, 1]))
     assert taken.weight.is_contiguous(memory_format=torch.channels_last)
     assert (taken.weight.dtype, taken.weight.requires_grad) == (torch.float64, False)
 
@@ -104,7 +104,7 @@ def test_layout_flags_and_dtype_stay() -> None:
     ],
 )
 def test_who_has_a_border(layer: nn.Module, padded: bool) -> None:
-    assert Layer(layer).padded is padded
+    assert LayerMatrix(layer).padded is padded
 
 
 def test_reads_and_sums_ignore_dead_entries() -> None:
@@ -112,7 +112,7 @@ def test_reads_and_sums_ignore_dead_entries() -> None:
     mask = layer.support.mask
     with torch.no_grad():
         layer.weight.fill_(1)
-    view = Layer(layer)
+    view = LayerMatrix(layer)
     assert np.array_equal(view.reads, mask.any((2, 3)))
     expected = torch.tensor(mask.sum((2, 3))[:, [0, 7]]).double()
     assert torch.equal(view.sums(np.array([0, 7])), expected)
@@ -121,7 +121,7 @@ def test_reads_and_sums_ignore_dead_entries() -> None:
 @pytest.mark.parametrize("kind", ["conv", "support", "het"])
 def test_one_channel_stands_for_its_multiples(kind: str) -> None:
     layer = LAYERS[kind]()
-    view = Layer(layer)
+    view = LayerMatrix(layer)
     assert view.merges
     view.merge(2, np.array([4, 5]), torch.tensor([0.5, -3.0], dtype=torch.float64))
     rest = np.setdiff1d(np.arange(C), [4, 5])
@@ -129,7 +129,7 @@ def test_one_channel_stands_for_its_multiples(kind: str) -> None:
     x = image()
     x[:, 4], x[:, 5] = x[:, 2] * 0.5, x[:, 2] * -3
     torch.testing.assert_close(merged(x[:, rest]), layer(x))
-    assert not Layer(nn.Conv2d(4, 4, 3, groups=2)).merges
+    assert not LayerMatrix(nn.Conv2d(4, 4, 3, groups=2)).merges
 
 
 @pytest.mark.parametrize("affine", [True, False])

@@ -52,13 +52,13 @@ def test_ours_is_compared_with_the_fastest_of_each_role_round_by_round() -> None
     assert (row["dense"]["name"], row["dense"]["ratio"]) == ("dense:b", 2.0)
     assert (row["composition"]["name"], row["composition"]["ratio"]) == ("composition:a", 0.5)
     assert row["images_per_s"]["ours"] == 20.0
-    assert "| **0.50** |" in throughput.shown([row])
+    assert "| **0.50** |" in throughput.shown_rows([row])
 
 
 def test_a_role_that_nobody_plays_is_left_empty() -> None:
     row = throughput.row(CASE, 1, {"ours": [1.0] * 6, "dense:a": [1.0] * 6})
     assert "composition" not in row
-    assert throughput.shown([row]).splitlines()[-1].count("|") == 10
+    assert throughput.shown_rows([row]).splitlines()[-1].count("|") == 10
 
 
 def test_an_unknown_network_is_refused() -> None:

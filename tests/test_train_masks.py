@@ -58,15 +58,15 @@ def test_a_damaged_or_missing_mask_is_noticed(monkeypatch: pytest.MonkeyPatch) -
 def test_the_command_trains_and_prunes_step_by_step() -> None:
     pytest.importorskip("sklearn", reason="the digits and k-means come from scikit-learn")
     torch.manual_seed(0)
-    digits, network = train_masks.Digits.load(), train_masks.Network((32, 64))
+    digits, network = train_masks.HeldOutDigits.load(), train_masks.MaskNetwork((32, 64))
     assert (len(digits.labels), len(digits.test_labels)) == (1437, 360)
     densities = []
-    for percent in train_masks.run(network, digits, first_epochs=2, seed=0):
+    for percent in train_masks.run_stages(network, digits, first_epochs=2, seed=0):
         densities.append([layer.support.density for layer in network.grouped.values()])
         if percent == 20:
             break
     assert np.allclose(densities, [[1, 1], [0.9, 0.9], [0.8, 0.8]], atol=0.01)
-    assert train_masks.accuracy(network, digits) > 0.8  # a guess is right one time in ten
+    assert train_masks.held_out_accuracy(network, digits) > 0.8  # a guess is right one time in ten
     for layer in network.grouped.values():
         dead = torch.as_tensor(~layer.support.mask)
         assert bool((layer.weight.detach()[dead] == 0).all())

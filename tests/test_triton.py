@@ -42,10 +42,12 @@ needs_triton = pytest.mark.skipif(
 
 @needs_triton
 @pytest.mark.parametrize("path", INTERPRETED, ids=lambda path: path.stem)
-def test_in_the_interpreter(path: Path) -> None:
+def test_in_the_interpreter(path: Path, request: pytest.FixtureRequest) -> None:
     """Runs the tests of one file where Triton's interpreter stands in for the GPU."""
+    day = request.config.getoption("--triton-sample")
+    sample = [] if day is None else [f"--triton-sample={day}"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *sample, str(path)],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,

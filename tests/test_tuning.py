@@ -72,7 +72,7 @@ def fake_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuning.Store:
     """Lets candidates on the CPU be tuned into a store of the test's own."""
     store = tuning.Store(tmp_path / "tuning.json")
     monkeypatch.setattr(tuning, "store", lambda _: store)
-    monkeypatch.setattr(tuning, "enabled", lambda _: tuning._enabled)
+    monkeypatch.setattr(tuning, "is_tuning", lambda _: tuning._enabled)
     return store
 
 
@@ -122,7 +122,7 @@ def test_tune_is_a_switch_with_a_scope() -> None:
         assert tuning._enabled
         with tuning.tune(False):
             assert not tuning._enabled
-        assert not tuning.enabled(CPU)
+        assert not tuning.is_tuning(CPU)
     assert not tuning._enabled
 
 
@@ -132,7 +132,7 @@ def test_a_capture_refuses_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ArgumentError, match="CUDA-graph capture"), tuning.tune():
         pass
     monkeypatch.setattr(tuning, "_enabled", True)
-    assert not tuning.enabled(torch.device("cuda", 0))
+    assert not tuning.is_tuning(torch.device("cuda", 0))
 
 
 def test_the_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

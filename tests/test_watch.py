@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.watch import Log, restarted, watched
+from benchmarks.watch import Log, restarted, run_watched
 
 PYTHON = [sys.executable, "-c"]
 DEAF = "import signal; [signal.signal(s, signal.SIG_IGN) for s in (2, 15)]\n"
@@ -30,7 +30,7 @@ DEAF = "import signal; [signal.signal(s, signal.SIG_IGN) for s in (2, 15)]\n"
 )
 def test_a_child_is_watched_to_its_end(code: str, status: str, begun: str, tmp_path: Path) -> None:
     started = time.monotonic()
-    ended = watched([*PYTHON, code], Log(tmp_path / "log"), limit=2.0)
+    ended = run_watched([*PYTHON, code], Log(tmp_path / "log"), limit=2.0)
     assert (ended.status, ended.begun) == (status, begun)
     assert (ended.code is None) == (status == "hung")
     assert time.monotonic() - started < 30
@@ -40,9 +40,9 @@ def test_a_child_is_watched_to_its_end(code: str, status: str, begun: str, tmp_p
 
 def test_silence_is_a_hang_and_words_are_none(tmp_path: Path) -> None:
     code = "import time\nfor i in range(8): print(i, flush=True); time.sleep(0.25)"
-    assert watched([*PYTHON, code], Log(), limit=60, quiet=20).status == "ok"
+    assert run_watched([*PYTHON, code], Log(), limit=60, quiet=20).status == "ok"
     silent = "import time\nprint(1, flush=True)\ntime.sleep(60)"
-    assert watched([*PYTHON, silent], Log(), limit=60, quiet=1.5).status == "hung"
+    assert run_watched([*PYTHON, silent], Log(), limit=60, quiet=1.5).status == "hung"
 
 
 def test_a_grandchild_does_not_outlive_the_hang(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_a_grandchild_does_not_outlive_the_hang(tmp_path: Path) -> None:
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
         "print(child.pid, flush=True)\ntime.sleep(600)"
     )
-    ended = watched([*PYTHON, code], Log(), limit=2.0)
+    ended = run_watched([*PYTHON, code], Log(), limit=2.0)
     assert ended.status == "hung"
     assert gone(int(ended.lines[0]))
 

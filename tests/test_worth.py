@@ -17,7 +17,7 @@ from hetconv_kernels.compression import Het
 from hetconv_kernels.graph import worth
 from hetconv_kernels.graph.worth import leave_plain
 from hetconv_kernels.nn import GroupedConv2d, HetConv2d, SupportConv2d, SupportLinear
-from hetconv_kernels.packing import watched
+from hetconv_kernels.packing import watched_packings
 
 C, F = 16, 24
 
@@ -212,7 +212,7 @@ def test_frozen_rows_compute_what_linear_computes(
         for each in (x, x, apart):
             assert layer(each).shape == twin(each).shape
             torch.testing.assert_close(layer(each), twin(each), rtol=1e-4, atol=1e-5)
-        with watched() as packed:
+        with watched_packings() as packed:
             layer(x)
         assert packed == []
 

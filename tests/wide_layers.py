@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from hetconv_kernels import Support
-from hetconv_kernels.backends.cuda.wide_lowering import lower, wide_windows
+from hetconv_kernels.backends.cuda.wide_lowering import lower_wide, wide_windows
 from hetconv_kernels.backends.cuda.wide_tiles import WideTiling, choose_wide, tilings
 from hetconv_kernels.backends.gpu.devices import GPU_SPECS
 from hetconv_kernels.problem import Geometry, make_geometry
@@ -58,7 +58,7 @@ def tiled(name: str, back: bool, batch: int = 5) -> tuple[list[WideTiling], tupl
     classes, every = wide_windows(geometry, size, back)
     read = geometry.output_size(*size) if back else size
     image = -(-read[0] // every[0]), -(-read[1] // every[1])
-    tables = lower(geometry.support, classes, back)
+    tables = lower_wide(geometry.support, classes, back)
     return list(tilings(tables, classes, image, batch, PART)), every
 
 
@@ -66,4 +66,6 @@ def chosen(geometry: Geometry, size: tuple[int, int], batch: int, back: bool) ->
     classes, every = wide_windows(geometry, size, back)
     read = geometry.output_size(*size) if back else size
     image = -(-read[0] // every[0]), -(-read[1] // every[1])
-    return choose_wide(lower(geometry.support, classes, back), classes, image, batch, PART), every
+    return choose_wide(
+        lower_wide(geometry.support, classes, back), classes, image, batch, PART
+    ), every

@@ -16,6 +16,7 @@ import torch
 from shim import ACTS, CODES, Case, activate, height_width, last
 from torch import Tensor
 
+from hetconv_kernels.backends.cuda.fields import WideClass
 from hetconv_kernels.testing import error_bound
 
 COLUMNS, SLAB = 8, 4096
@@ -87,7 +88,7 @@ def wide_case(
     cluster: int = 1,
     grid: int = 2,
 ) -> Case:
-    """Makes a case of fprop or dgrad; `epilogue` out of scale, shift, residual and sums."""
+    """Makes a case of fprop or dgrad; `epilogue` out of scale, shift and residual."""
     mask = layer.mask.transpose(1, 0, 2, 3) if back else layer.mask
     filters, channels = mask.shape[:2]
     read, written = layer.size, layer.output()
@@ -116,9 +117,8 @@ def wide_case(
         else:
             most = value
     bound = 1.2 * error_bound(most, channels * mask[0, 0].size, dtype)
-    plane = max(line[10] * line[12] for line in tables["classes"])
+    plane = max(line[WideClass.HALO_H] * line[WideClass.ROW_PITCH] for line in tables["classes"])
     plane += (1 - plane) % 8
-    tiles = int(sum(-(-batch // c[4]) * c[2] * c[3] for c in tables["classes"]))
     numbers = {
         "kind": 2,
         "dtype": CODES[dtype],
@@ -133,7 +133,6 @@ def wide_case(
         "batch": batch,
         "image_h": read[0],
         "image_w": read[1],
-        "filters": filters,
         "class_count": len(tables["classes"]),
         "pairs": len(tables["rows"]),
         "pixels": pixels,
@@ -153,15 +152,7 @@ def wide_case(
     }
     name = f"{layer.mask.shape} {layer} {batch} {dtype} back={back} {act} {epilogue} {pixels}"
     expected = activate(act, exact)
-    case = Case(name, numbers, arrays, last(expected), last(bound), dtype)
-    if "sums" in epilogue:
-        arrays["sums"] = torch.full((tiles, 2, filters), torch.nan)
-        squares = (2 * expected.abs() + bound) * bound
-        case.sums = (
-            torch.stack([expected.sum((0, 2, 3)), expected.square().sum((0, 2, 3))]),
-            torch.stack([bound.sum((0, 2, 3)), squares.sum((0, 2, 3))]),
-        )
-    return case
+    return Case(name, numbers, arrays, last(expected), last(bound), dtype)
 
 
 def _tables(

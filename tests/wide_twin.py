@@ -52,7 +52,7 @@ def lines(tiling: WideTiling) -> list[Line]:
 
 
 def tiles(line: Line, batch: int) -> Iterator[Tile]:
-    """Lists the tiles of a class in the order of ``sums``."""
+    """Lists the tiles of a class."""
     for stack in range(-(-batch // line.images)):
         for row in range(line.tiles_h):
             for col in range(line.tiles_w):
@@ -81,7 +81,7 @@ def places(line: Line) -> np.ndarray:
     return c % line.load_w * line.col_half + c // line.load_w
 
 
-def execute(tiling: WideTiling, x: np.ndarray, slabs: np.ndarray, y: np.ndarray) -> np.ndarray:
+def execute(tiling: WideTiling, x: np.ndarray, slabs: np.ndarray, y: np.ndarray) -> None:
     """Runs the tables; y has to be NaN, and what is written twice is an error.
 
     Args:
@@ -89,16 +89,11 @@ def execute(tiling: WideTiling, x: np.ndarray, slabs: np.ndarray, y: np.ndarray)
         x: what is read.  # [N, H, W, C]
         slabs: packed weights.  # [steps * 4096]
         y: what is written.  # [N, OH, OW, F]
-
-    Returns:
-        The sums of y and y² of each tile.  # [tiles, 2, F]
     """
     tables, high = tiling.tables, tiling.shape.pixels // 8
     weights = slabs.reshape(-1, 8, 8, 8, 8)
-    sums = []
     for line, heads in zip(lines(tiling), tables.heads, strict=True):
         for tile in tiles(line, len(x)):
-            sums.append(np.zeros((2, y.shape[3])))
             for (begin, count), rows in zip(heads, tables.rows, strict=True):
                 acc = np.zeros((2, 8, 8, high, 8))
                 for block in tables.blocks[begin : begin + count]:
@@ -108,8 +103,7 @@ def execute(tiling: WideTiling, x: np.ndarray, slabs: np.ndarray, y: np.ndarray)
                         for step in range(first, first + steps):
                             read = _window(tiling, line, halo, tables.steps[step])
                             acc[side] += np.einsum("kabc,kijc->abij", weights[step], read)
-                _store(line, high, tile, rows, acc, y, sums[-1])
-    return np.array(sums).reshape(-1, 2, y.shape[3])
+                _store(line, high, tile, rows, acc, y)
 
 
 def _halo(tiling: WideTiling, line: Line, tile: Tile, block: np.ndarray, x: np.ndarray) -> object:
@@ -150,7 +144,6 @@ def _store(
     rows: np.ndarray,
     acc: np.ndarray,
     y: np.ndarray,
-    sums: np.ndarray,
 ) -> None:
     images, own = tile_rows(line, high, tile.row)
     for i in np.flatnonzero(own >= 0):
@@ -163,11 +156,9 @@ def _store(
             for side in range(2):
                 for run, first in enumerate(rows[side]):
                     if first >= 0:
-                        values = acc[side, run, :, i, j]
                         filters = slice(first, first + 8)
                         assert np.isnan(y[at][filters]).all(), "written twice"
-                        y[at][filters] = values
-                        sums[:, filters] += values, values**2
+                        y[at][filters] = acc[side, run, :, i, j]
 
 
 def check(

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from hetconv_kernels.errors import HetconvError
+from hetconv_kernels.files import Json
 
 from .colours import FAMILY_MARKS, light, themed
-from .results import Json, Point, Roof
+from .results import Point, Roof
 
 _MOST_BARS = 40
 _LABELLED_LOSSES = 6

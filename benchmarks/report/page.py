@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from importlib import resources
 
 from hetconv_kernels._version import __version__
+from hetconv_kernels.files import Json
 
 from . import tables
 from .colours import css_variables
 from .figures import Picture, layer_bars, roofline, scatter
-from .results import Json, Results
+from .results import Results
 
 _ESTIMATES = (
     "Every time is a median. A ratio is the median of paired measurements: ours and the rival took "

@@ -8,13 +8,12 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hetconv_kernels.errors import ArgumentError, FileError, mismatch
+from hetconv_kernels.files import Json
 
 from .schema import SCHEMA_VERSION, problems
 
-Json = dict[str, Any]
 FAMILIES = {
     "het": "HetConv",
     "self_group": "self-grouped",

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from hetconv_kernels.files import Json
+
 SCHEMA_VERSION = 1
-Json = dict[str, Any]
 
 _NUMBER = {"type": "number"}
 _MAYBE_NUMBER = {"anyOf": [_NUMBER, {"type": "null"}]}

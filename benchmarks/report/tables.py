@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from itertools import compress
 from typing import Any
 
-from .results import Json, computed_dtype, verdict
+from hetconv_kernels.files import Json
+
+from .results import computed_dtype, verdict
 
 _SIGNS = {
     "win": ("win", "▲ faster"),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// From accumulators to the output tensor: scale, shift, residual, activation, storage type, memory
-// format.
+// The epilogue, from accumulators to the output tensor: scale, shift, residual, activation, storage
+// type, memory format.
 #pragma once
 #include <cmath>
 #include <limits>

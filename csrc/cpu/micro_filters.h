@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Filters in vectors: MR pixels x NV vectors of filters stay in registers over all columns of a
-// segment.
+// Micro-kernel. Filters in vectors: MR pixels x NV vectors of filters stay in registers over all
+// columns of a segment.
 #pragma once
 #include "vec.h"
 

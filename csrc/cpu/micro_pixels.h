@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Pixels in vectors: NF filters of one group x NP vectors of pixels stay in registers over all
-// columns of the group.
+// Micro-kernel. Pixels in vectors: NF filters of one group x NP vectors of pixels stay in registers
+// over all columns of the group.
 #pragma once
 #include "vec.h"
 

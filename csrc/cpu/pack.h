@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Packing of one band of input rows: padding, memory format, stride and storage type are absorbed
-// here.
+// here. It is no im2col: a pixel is packed once, and every tap reads it at an offset of its own.
 #pragma once
 #include "axis.h"
 

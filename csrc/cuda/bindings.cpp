@@ -55,25 +55,23 @@ static void bind_call(py::class_<C>& type, const char* name, int64_t (*shared_by
       [](C& p, const std::string& act) { p.act = act_named(act); });
   type.def_property_readonly("shared_bytes", shared_bytes);
   type.def(
-      "held_blocks",
+      "max_resident_blocks",
       [blocks](const C& p, const std::string& dtype) { return blocks(p, dtype_named(dtype)); },
       py::arg("dtype"));
   type.def(
       "launch",
       [name, start](C p, const std::string& dtype, uintptr_t x, uintptr_t slabs, uintptr_t y,
-                    uintptr_t scale, uintptr_t shift, uintptr_t residual, uintptr_t sums,
-                    uintptr_t stream) {
+                    uintptr_t scale, uintptr_t shift, uintptr_t residual, uintptr_t stream) {
         p.x = at<void>(x);
         p.slabs = at<void>(slabs);
         p.y = at<void>(y);
         p.scale = at<float>(scale);
         p.shift = at<float>(shift);
         p.residual = at<void>(residual);
-        p.sums = at<float>(sums);
         check(name, start(p, dtype_named(dtype), at<void>(stream)));
       },
       py::arg("dtype"), py::arg("x"), py::arg("slabs"), py::arg("y"), py::arg("scale"),
-      py::arg("shift"), py::arg("residual"), py::arg("sums"), py::arg("stream"));
+      py::arg("shift"), py::arg("residual"), py::arg("stream"));
 }
 
 static void bind_fprop(py::module_& m) {
@@ -93,7 +91,6 @@ static void bind_fprop(py::module_& m) {
   HC_FIELD(type, Narrow, x_w);
   HC_FIELD(type, Narrow, y_h);
   HC_FIELD(type, Narrow, y_w);
-  HC_FIELD(type, Narrow, filters);
   HC_FIELD(type, Narrow, batch);
   HC_FIELD(type, Narrow, image_h);
   HC_FIELD(type, Narrow, image_w);
@@ -114,7 +111,7 @@ static void bind_fprop(py::module_& m) {
   HC_FIELD(type, Narrow, resident);
   HC_FIELD(type, Narrow, blocks);
   HC_FIELD(type, Narrow, channels);
-  HC_FIELD(type, Narrow, boxes);
+  HC_FIELD(type, Narrow, tma);
   HC_FIELD(type, Narrow, box_h);
   HC_FIELD(type, Narrow, box_w);
   bind_call(type, "narrow_fprop", &narrow_shared_bytes, &narrow_blocks, &narrow_fprop);
@@ -149,7 +146,7 @@ static void bind_wgrad(py::module_& m) {
   HC_FIELD(type, NarrowWgrad, halo_pixels);
   HC_FIELD(type, NarrowWgrad, buffers);
   HC_FIELD(type, NarrowWgrad, blocks);
-  HC_FIELD(type, NarrowWgrad, boxes);
+  HC_FIELD(type, NarrowWgrad, tma);
   HC_FIELD(type, NarrowWgrad, channels);
   HC_FIELD(type, NarrowWgrad, filters);
   HC_FIELD(type, NarrowWgrad, dy_h);
@@ -158,7 +155,7 @@ static void bind_wgrad(py::module_& m) {
   HC_FIELD(type, NarrowWgrad, halo_w);
   type.def_property_readonly("shared_bytes", &narrow_wgrad_shared_bytes);
   type.def(
-      "held_blocks",
+      "max_resident_blocks",
       [](const NarrowWgrad& p, const std::string& dtype) {
         return narrow_wgrad_blocks(p, dtype_named(dtype));
       },
@@ -192,7 +189,6 @@ static void bind_wide(py::module_& m) {
   HC_FIELD(type, Wide, batch);
   HC_FIELD(type, Wide, image_h);
   HC_FIELD(type, Wide, image_w);
-  HC_FIELD(type, Wide, filters);
   HC_FIELD(type, Wide, class_count);
   HC_FIELD(type, Wide, pairs);
   HC_FIELD(type, Wide, pixels);
@@ -246,8 +242,8 @@ PYBIND11_MODULE(_cuda, m) {
     names.push_back("wide_fprop");
     return names;
   });
-  m.def("no_boxes", [] {
-    const char* reason = narrow_no_boxes();
+  m.def("tma_unsupported", [] {
+    const char* reason = narrow_tma_unsupported();
     return std::string(reason ? reason : "");
   });
   m.def("architectures", [] { return std::string(HC_TEXT(HETCONV_ARCHITECTURES)); });

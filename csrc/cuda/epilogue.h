@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Activations in float32.
+// The epilogue's activations in float32.
 #pragma once
 #include "narrow.h"
 #include "ptx.h"

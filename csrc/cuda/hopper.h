@@ -20,7 +20,7 @@
 //    way after an arrival.
 //  - that bytes of a multicast may count at a barrier before its own block expects them.
 #pragma once
-#include "bulk.h"
+#include "mbarrier.h"
 #ifdef HETCONV_HOST
 #include "host_hopper.h"
 #else
@@ -69,7 +69,7 @@ __device__ __forceinline__ void cluster_barrier() {
 // Arrives at the barrier that lies at `address` of another block of the cluster, or of this one. It
 // says that wgmma has read a slot, which is all it orders: hence no wider a scope than the default,
 // whose fences of all memory at every step would be dear (CUTLASS does the same).
-__device__ __forceinline__ void phase_arrive_at(uint32_t address, uint32_t rank) {
+__device__ __forceinline__ void mbarrier_arrive_at(uint32_t address, uint32_t rank) {
   asm volatile(
       "{\n\t.reg .b32 there;\n\tmapa.shared::cluster.u32 there, %0, %1;\n\t"
       "mbarrier.arrive.shared::cluster.b64 _, [there];\n\t}" ::"r"(address),
@@ -101,7 +101,7 @@ __device__ __forceinline__ void copy_bulk_to(uint32_t address, const void* sourc
 
 // Has the barrier count an arrival of this thread once all its copy_async so far have ended, while
 // it goes on. Without .noinc the count would be raised first, and this be no arrival of those that
-// phase_init counts.
+// mbarrier_init counts.
 __device__ __forceinline__ void copy_arrive(uint32_t address) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(address) : "memory");
 }
@@ -208,7 +208,7 @@ struct ClusterLaunch {
 
 // The blocks of a kernel that the current device holds at once in clusters; 0 if it holds none.
 template <class P>
-int64_t held_clustered(void (*kernel)(P), int threads, int64_t shared, int cluster) {
+int64_t max_resident_clustered(void (*kernel)(P), int threads, int64_t shared, int cluster) {
   if (allow_shared(kernel, shared)) return 0;
   const ClusterLaunch how(cluster, threads, shared, cluster, nullptr);
   int clusters = 0;

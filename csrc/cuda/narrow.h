@@ -18,7 +18,7 @@ using hetconv::DType;
 constexpr int kWarpPixels = 32;   // of one warp's tile: two fragments of sixteen
 constexpr int kWarpFilters = 64;  // of one warp's tile: eight fragments of eight
 constexpr int kMaxWarps = 8;      // of one block
-constexpr int kMostBoxes = 4;     // classes of pixels whose halos TMA can bring
+constexpr int kMostMaps = 4;      // classes of pixels whose halos TMA can bring
 constexpr int kLists = 15;        // step lists of one warp column: 1 of 64 filters, 2 of 32, ...
 
 // Fields of a line of `classes`.
@@ -68,7 +68,6 @@ struct Narrow {
   const void* slabs;     // packed weights, see `narrow_pack`
   const float* scale;    // [F] or null
   const float* shift;    // [F] or null
-  float* sums;           // of y and of its squares [min(blocks, tiles), 2, filters], or null
 
   const int32_t* classes;  // [class_count, kClassFields]
   const int32_t* heads;    // [class_count, parts, kHeadFields]
@@ -82,7 +81,6 @@ struct Narrow {
   int64_t x_n, y_n;
   int32_t x_h, x_w, y_h, y_w;
   int32_t batch, image_h, image_w, channels;  // of x
-  int32_t filters;                            // of y
   int32_t class_count, parts, round_count;
   int32_t tile_h, tile_w;    // pixels of a tile; at most warps_m * kWarpPixels together
   int32_t warps_m, warps_n;  // at most kMaxWarps together
@@ -95,8 +93,8 @@ struct Narrow {
   int32_t buffers;           // 1, or 2: the next halo tile is fetched while this one is computed
   int32_t resident;          // whether a head's weights stay in shared memory
   int32_t blocks;            // for each head; 0: as many as the device holds at once
-  int32_t boxes;             // whether TMA brings the halos; else cp.async does
-  std::array<int32_t, kMostBoxes> box_h, box_w;  // the halo of each class, if it does
+  int32_t tma;               // whether TMA brings the halos; else cp.async does
+  std::array<int32_t, kMostMaps> box_h, box_w;  // the halo of each class, if it does
   Act act;
 };
 
@@ -142,7 +140,7 @@ struct NarrowWgrad {
   int32_t halo_pixels;
   int32_t buffers;
   int32_t blocks;  // for each part: the number of partials
-  int32_t boxes;   // whether TMA brings the tiles; else cp.async does
+  int32_t tma;     // whether TMA brings the tiles; else cp.async does
   // If it does, for the tensor maps; else anything.
   int32_t channels, filters, dy_h, dy_w, halo_h, halo_w;
 };
@@ -165,7 +163,7 @@ int64_t narrow_blocks(const Narrow& p, DType dtype);
 int64_t narrow_wgrad_blocks(const NarrowWgrad& p, DType dtype);
 
 // Why TMA can bring no halos, whatever the device; null if it can.
-const char* narrow_no_boxes();
+const char* narrow_tma_unsupported();
 
 // Dynamic shared memory of one block, in bytes.
 int64_t narrow_shared_bytes(const Narrow& p);

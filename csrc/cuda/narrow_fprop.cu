@@ -8,13 +8,13 @@
 namespace hetconv::cuda {
 namespace {
 
-using narrow::kHeld;
+using narrow::kResidentBlocks;
 using narrow::kThreads;
 using narrow::Layout;
 using narrow::threads_of;
 
 template <class T, bool kResident, class Activation>
-__global__ void __launch_bounds__(kThreads, kHeld<kResident, Activation>)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<kResident, Activation>)
     narrow_fprop_kernel(Narrow p) {
   narrow::compute<T, kResident, Activation>(p);
 }
@@ -35,12 +35,12 @@ Kernel pick(const Narrow& p, DType dtype) {
 
 }  // namespace
 
-int64_t narrow_shared_bytes(const Narrow& p) { return Layout(p, p.boxes).total; }
+int64_t narrow_shared_bytes(const Narrow& p) { return Layout(p, p.tma).total; }
 
 int64_t narrow_blocks(const Narrow& p, DType dtype) {
   const Kernel kernel = pick(p, dtype);
-  const int64_t held = p.boxes  ? narrow::held_boxes(p, dtype)
-                       : kernel ? held_blocks(kernel, threads_of(p), narrow_shared_bytes(p))
+  const int64_t held = p.tma    ? narrow::max_resident_tma(p, dtype)
+                       : kernel ? max_resident_blocks(kernel, threads_of(p), narrow_shared_bytes(p))
                                 : 0;
   const int64_t heads = int64_t(p.class_count) * p.parts;
   // Rounded down: blocks of a second wave, each with a whole share of the tiles, double the time.
@@ -54,11 +54,9 @@ const char* narrow_fprop(const Narrow& p, DType dtype, void* stream) {
     return "a block has 1 to 8 warps";
   if (p.tile_h * p.tile_w > p.warps_m * kWarpPixels) return "the tile has more pixels than rows";
   if (p.buffers != 1 && p.buffers != 2) return "there are one or two buffers";
-  if (p.sums && (p.act != Act::none || p.scale || p.residual || p.class_count != 1))
-    return "sums are of conv(x, w) + shift only";
   const int64_t blocks = p.blocks ? p.blocks : narrow_blocks(p, dtype);
   if (blocks < 1) return "the device cannot hold a block of this shape";
-  if (p.boxes) return narrow::launch_boxes(p, dtype, blocks, stream);
+  if (p.tma) return narrow::launch_tma(p, dtype, blocks, stream);
   return launch(kernel, p, blocks, int64_t(p.class_count) * p.parts, threads_of(p),
                 narrow_shared_bytes(p), stream);
 }

@@ -2,25 +2,24 @@
 // The program of fprop and dgrad for narrow groups: a tile of pixels with its halo is brought to
 // shared memory once, and all taps and groups are computed from it.
 //
-// A block stays with one class of pixels and one part of the filters (a head) and takes tile after
-// tile, so that weights and step lists are read once. Each warp has 32 pixels by 64 filters:
-// pixels are the sixteen rows of a matrix instruction and filters its eight columns, so a group of
-// eight filters fits exactly. A step is any two slots of eight channels at any two taps; ldmatrix
-// takes an address from every lane, so a step costs one add (see lowering.py).
+// A thread block (CTA) stays with one class of pixels and one part of the filters (a head) and
+// takes tile after tile, so that weights and step lists are read once; with two buffers the next
+// halo is prefetched meanwhile (double buffering). Each warp has 32 pixels by 64 filters: pixels
+// are the sixteen rows of a matrix instruction and filters its eight columns, so a group of eight
+// filters fits exactly. A step is any two slots of eight channels at any two taps; ldmatrix takes
+// an address from every lane, so a step costs one add (see lowering.py).
 //
-// Halos are brought by cp.async (narrow_fprop.cu), or by TMA where there is one (narrow_boxes.cu):
+// Halos are brought by cp.async (narrow_fprop.cu), or by TMA where there is one (narrow_tma.cu):
 // one thread then asks for a halo as a box of raw_pitch * 8 channels, and what comes beyond the
 // round's own chunks, zeros or their neighbours, is where no step reads.
 #pragma once
 #include <type_traits>
 
-#include "boxes.h"
-#include "epilogue.h"
 #include "halo.h"
 #include "narrow.h"
+#include "narrow_results.h"
 #include "ptx.h"
-#include "stage.h"
-#include "sums.h"
+#include "tma.h"
 
 namespace hetconv::cuda {
 namespace narrow {
@@ -32,9 +31,9 @@ constexpr int kFragmentBytes = 256;
 
 // Where things lie in shared memory, in bytes from its begin.
 struct Layout {
-  int lists, words, fragments, buffers, buffer, gathered, sums, phases, total;
+  int lists, words, fragments, buffers, buffer, gathered, mbarriers, total;
 
-  __host__ __device__ Layout(const Narrow& p, bool boxes) {
+  __host__ __device__ Layout(const Narrow& p, bool tma) {
     const int pixels = p.warps_m * kWarpPixels, stage = pixels * stage_pitch(p.warps_n);
     const int halo = p.halo_pixels * p.raw_pitch * 16;
     lists = 0;
@@ -42,11 +41,10 @@ struct Layout {
     fragments = words + aligned((p.max_words + 1) * 4);
     buffers = fragments + (p.resident ? p.max_fragments * kFragmentBytes : 0);
     buffer = halo > stage ? halo : stage;
-    if (boxes) buffers = aligned(buffers, kBoxGrain), buffer = aligned(buffer, kBoxGrain);
+    if (tma) buffers = aligned(buffers, kTmaAlign), buffer = aligned(buffer, kTmaAlign);
     gathered = buffers + p.buffers * buffer;
-    sums = gathered + p.halo_pixels * p.slot_pitch * 16;
-    phases = sums + Sums::bytes(p.warps_m, p.warps_n);
-    total = phases + (boxes ? 2 * 8 : 0);
+    mbarriers = gathered + p.halo_pixels * p.slot_pitch * 16;
+    total = mbarriers + (tma ? 2 * 8 : 0);
   }
   static __host__ __device__ int aligned(int bytes, int grain = 16) {
     return (bytes + grain - 1) / grain * grain;
@@ -78,7 +76,7 @@ template <> struct Fragments<false> {
   __device__ void advance(int count) { at += count * kFragmentBytes; }
 };
 
-using Accumulators = float[2][kTiles][4];
+using Accumulators = WarpResults<kTiles>;
 
 // Runs the list of the tiles kFirst ... kFirst + kSize - 1.
 template <class T, int kFirst, int kSize, class Weights>
@@ -157,126 +155,191 @@ struct Cursor {
 inline int threads_of(const Narrow& p) { return p.warps_m * p.warps_n * 32; }
 
 // As narrow_blocks for all heads together, and narrow_fprop, for halos that TMA brings.
-int64_t held_boxes(const Narrow& p, DType dtype);
-const char* launch_boxes(const Narrow& p, DType dtype, int64_t blocks, void* stream);
+int64_t max_resident_tma(const Narrow& p, DType dtype);
+const char* launch_tma(const Narrow& p, DType dtype, int64_t blocks, void* stream);
 
 // Two blocks of most threads in the registers, where their number then suffices without spills.
 template <bool kResident, class Activation>
-constexpr int kHeld = kResident && std::is_same_v<Activation, Clamp> ? 2 : 1;
+constexpr int kResidentBlocks = kResident && std::is_same_v<Activation, Clamp> ? 2 : 1;
 
-// The program of a block; P is Narrow, or NarrowBoxes for halos that TMA brings.
-template <class T, bool kResident, class Activation, class P>
-__device__ __forceinline__ void compute(const P& p) {
-  constexpr bool kBoxes = std::is_same_v<P, NarrowBoxes>;
-  const int head_index = blockIdx.y, kind = head_index / p.parts, part = head_index % p.parts;
-  const int32_t* table = p.classes + kind * kClassFields;
-  const int tiles_h = load_table(table + kTilesH), tiles_w = load_table(table + kTilesW);
-  const int items = p.batch * tiles_h * tiles_w;
-  if (int(blockIdx.x) >= items) return;
+// What one block works on: the tiles of one class of pixels by one part of the filters (a head). P
+// is Narrow, or NarrowTma for halos that TMA brings.
+template <class P> struct Work {
+  static constexpr bool kTma = std::is_same_v<P, NarrowTma>;
+  const P& p;
+  const int index, kind, part;           // the head, its class, its part
+  const int32_t *table, *head, *rounds;  // their lines in the tables
+  const int tiles_h, tiles_w, load_h, load_w;
+  const uint32_t shared;
+  const Layout at;
 
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int warp_m = warp % p.warps_m, warp_n = warp / p.warps_m;
-  const int32_t* head = p.heads + head_index * kHeadFields;
-  const int32_t* rounds = p.rounds + head_index * p.round_count * kRoundFields;
-  const Layout at(p, kBoxes);
-  const uint32_t shared = shared_begin();
-  const int load_h = load_table(table + kLoadH), load_w = load_table(table + kLoadW);
+  __device__ explicit Work(const P& p)
+      : p(p),
+        index(blockIdx.y),
+        kind(index / p.parts),
+        part(index % p.parts),
+        table(p.classes + kind * kClassFields),
+        head(p.heads + index * kHeadFields),
+        rounds(p.rounds + index * p.round_count * kRoundFields),
+        tiles_h(load_table(table + kTilesH)),
+        tiles_w(load_table(table + kTilesW)),
+        load_h(load_table(table + kLoadH)),
+        load_w(load_table(table + kLoadW)),
+        shared(shared_begin()),
+        at(p, kTma) {}
+
+  __device__ int items() const { return p.batch * tiles_h * tiles_w; }
+  __device__ TilePlace tile(int item) const {
+    return TilePlace(item, tiles_h, tiles_w, p.tile_h, p.tile_w);
+  }
+  __device__ uint32_t buffer_at(int buffer) const {
+    return shared + at.buffers + buffer * at.buffer;
+  }
+  __device__ uint32_t mbarrier_at(int buffer) const { return shared + at.mbarriers + buffer * 8; }
+  __device__ const char* slabs() const {
+    return static_cast<const char*>(p.slabs) +
+           int64_t(load_table(head + kFragmentBegin)) * kFragmentBytes;
+  }
   // Made where it is used: it would only take registers from the products.
-  auto halo = [&] {
+  __device__ Halo halo() const {
     return Halo(load_table(table + kHaloH), load_table(table + kHaloW), load_w, p.image_h,
                 p.image_w, p.x_h, p.x_w, p.raw_pitch);
-  };
-  const char* slabs = static_cast<const char*>(p.slabs) +
-                      int64_t(load_table(head + kFragmentBegin)) * kFragmentBytes;
+  }
 
-  // What stays: lists, words, and weights.
-  const int list_count = p.round_count * p.warps_n * kListFields;
-  const int word_count = load_table(head + kWordCount);
-  const int32_t* head_words = p.words + load_table(head + kWordBegin);
-  for (int i = threadIdx.x; i < list_count; i += blockDim.x)
-    store_shared32(shared + at.lists + i * 4, load_table(p.lists + head_index * list_count + i));
-  for (int i = threadIdx.x; i <= word_count; i += blockDim.x)
-    store_shared32(shared + at.words + i * 4, i < word_count ? load_table(head_words + i) : 0);
-  if (kResident) {
+  // Loads what stays in shared memory: lists, words, and weights where they are resident.
+  __device__ __forceinline__ void load_head(bool resident) const {
+    const int list_count = p.round_count * p.warps_n * kListFields;
+    const int word_count = load_table(head + kWordCount);
+    const int32_t* words = p.words + load_table(head + kWordBegin);
+    for (int i = threadIdx.x; i < list_count; i += blockDim.x)
+      store_shared32(shared + at.lists + i * 4, load_table(p.lists + index * list_count + i));
+    for (int i = threadIdx.x; i <= word_count; i += blockDim.x)
+      store_shared32(shared + at.words + i * 4, i < word_count ? load_table(words + i) : 0);
+    if (!resident) return;
     const int pieces = load_table(head + kFragmentCount) * (kFragmentBytes / 16);
     for (int i = threadIdx.x; i < pieces; i += blockDim.x)
-      copy_async(shared + at.fragments + i * 16, slabs + i * 16, true);
+      copy_async(shared + at.fragments + i * 16, slabs() + i * 16, true);
   }
-  if constexpr (kBoxes) {
-    if (threadIdx.x == 0) {
-      for (int i = 0; i < p.buffers; ++i) phase_init(shared + at.phases + i * 8, 1);
-      phase_init_done();
-      fence_async();
-    }
-  }
-  const Sums sums(p, shared + at.sums);
-  const bool counts = std::is_same_v<Activation, Clamp> && p.sums;
-  if (counts) sums.clear();
 
-  auto fetch = [&](const Cursor& c, int buffer) {
-    if (kBoxes && threadIdx.x) return;  // one thread asks for all of a box
-    const TilePlace tile(c.item, tiles_h, tiles_w, p.tile_h, p.tile_w);
+  __device__ __forceinline__ void init_mbarriers() const {
+    if (threadIdx.x) return;
+    for (int i = 0; i < p.buffers; ++i) mbarrier_init(mbarrier_at(i), 1);
+    mbarrier_init_done();
+    fence_async();
+  }
+
+  // Starts the copy of a halo; with two buffers it is prefetched while the one before is computed
+  // from (double buffering).
+  __device__ __forceinline__ void prefetch(const Cursor& c, int buffer) const {
+    if (kTma && threadIdx.x) return;  // one thread, the producer, asks for all of a box
+    const TilePlace place = tile(c.item);
     const int32_t* round = rounds + c.round * kRoundFields;
     const int32_t* chunks = p.chunks + load_table(round + kChunkBegin);
-    const int row = tile.row * load_h + load_table(table + kBaseH);
-    const int col = tile.col * load_w + load_table(table + kBaseW);
-    const uint32_t to = shared + at.buffers + buffer * at.buffer;
-    if constexpr (kBoxes) {
-      const uint32_t phase = shared + at.phases + buffer * 8;
+    const int row = place.row * load_h + load_table(table + kBaseH);
+    const int col = place.col * load_w + load_table(table + kBaseW);
+    const uint32_t to = buffer_at(buffer);
+    if constexpr (kTma) {
       const int pixels = load_table(table + kHaloH) * load_table(table + kHaloW);
-      phase_expect(phase, pixels * p.raw_pitch * 16);
-      copy_box(to, &p.maps[kind], load_table(chunks) * 8, col, row, tile.image, phase);
+      mbarrier_expect(mbarrier_at(buffer), pixels * p.raw_pitch * 16);
+      tma_load(to, &p.maps[kind], load_table(chunks) * 8, col, row, place.image,
+               mbarrier_at(buffer));
     } else {
-      halo().load(static_cast<const char*>(p.x) + int64_t(tile.image) * p.x_n * 2, chunks,
+      halo().load(static_cast<const char*>(p.x) + int64_t(place.image) * p.x_n * 2, chunks,
                   load_table(round + kChunkCount), row, col, to);
     }
-  };
-  Cursor ahead(rounds, p.round_count, items);
-  if (p.buffers == 2 && ahead.next()) fetch(ahead, 0);
+  }
+
+  // Waits for the halo in a buffer: all copies but those of the other one have ended.
+  __device__ __forceinline__ void wait_filled(int buffer, uint32_t& parity) const {
+    if constexpr (kTma) {
+      parity ^= buffer == 0;
+      mbarrier_wait(mbarrier_at(buffer), parity, mbarrier_at(0));
+    } else {
+      copy_commit();
+      if (p.buffers == 2)
+        copy_wait<1>();
+      else
+        copy_wait<0>();
+    }
+  }
+
+  // Where the tap at the halo's begin reads a lane's rows of x, in bytes from the halo.
+  __device__ __forceinline__ void first_pixels(uint32_t (&first)[2], int warp_m, int lane) const {
+    const int pitch = p.slot_pitch ? p.slot_pitch : p.raw_pitch;
+    const int line = (load_table(table + kHaloW) + load_w - 1) / load_w * load_w;
+#pragma unroll
+    for (int f = 0; f < 2; ++f) {
+      int m = (warp_m * 2 + f) * 16 + lane % 16;
+      if (m >= p.tile_h * p.tile_w) m = 0;  // computed, not stored
+      const int i = m / p.tile_w, j = m - i * p.tile_w;
+      first[f] = uint32_t((i * load_h * line + j) * pitch * 16);
+    }
+  }
+};
+
+// Stores a tile of results through the staging tile, which takes the place of its halo.
+template <class T, class Activation, class P>
+__device__ __forceinline__ void store_tile(const Work<P>& work, int item, uint32_t stage,
+                                           const Accumulators& acc, int warp_m, int warp_n,
+                                           int lane) {
+  const P& p = work.p;
+  const Target target(p, work.table, work.tile(item));
+  const Columns columns(p, work.head, work.part);
+  if (p.residual) {
+    columns.load(p, target, stage);
+    barrier();
+  }
+  stage_results<T, Activation, kTiles>(p, columns, stage, acc, warp_m, warp_n, lane);
+  // What comes next by TMA comes after what was written here.
+  if constexpr (Work<P>::kTma) fence_async();
+  barrier();
+  columns.store(p, target, stage);
+  barrier();  // the next tile may be fetched to where the results were
+}
+
+// The program of a block.
+template <class T, bool kResident, class Activation, class P>
+__device__ __forceinline__ void compute(const P& p) {
+  const Work<P> work(p);
+  constexpr bool kTma = Work<P>::kTma;
+  const int items = work.items();
+  if (int(blockIdx.x) >= items) return;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int warp_m = warp % p.warps_m, warp_n = warp / p.warps_m;
+  const uint32_t shared = work.shared;
+  const Layout& at = work.at;
+  const char* slabs = work.slabs();
+
+  work.load_head(kResident);
+  if constexpr (kTma) work.init_mbarriers();
+  Cursor ahead(work.rounds, p.round_count, items);
+  if (p.buffers == 2 && ahead.next()) work.prefetch(ahead, 0);
   copy_commit();
-  if constexpr (kBoxes) {
+  if constexpr (kTma) {
     copy_wait<0>();  // for the weights
     barrier();
   }
-
-  // The pixels of this lane's rows of x: where the tap at the halo's begin reads them.
-  const int shift = lane / 16 * 16, pitch = p.slot_pitch ? p.slot_pitch : p.raw_pitch;
-  const int line = (load_table(table + kHaloW) + load_w - 1) / load_w * load_w;
+  const int shift = lane / 16 * 16;
   uint32_t first[2];
-#pragma unroll
-  for (int f = 0; f < 2; ++f) {
-    int m = (warp_m * 2 + f) * 16 + lane % 16;
-    if (m >= p.tile_h * p.tile_w) m = 0;  // computed, not stored
-    const int i = m / p.tile_w, j = m - i * p.tile_w;
-    first[f] = uint32_t((i * load_h * line + j) * pitch * 16);
-  }
+  work.first_pixels(first, warp_m, lane);
 
   int buffer = p.buffers - 1;  // the one in use; the first load changes it to 0
-  uint32_t parity = 1;         // of its phase
+  uint32_t parity = 1;         // of its barrier's phase
   for (int item = blockIdx.x; item < items; item += gridDim.x) {
     Accumulators acc = {};
     for (int r = 0; r < p.round_count; ++r) {
-      const int32_t* round = rounds + r * kRoundFields;
+      const int32_t* round = work.rounds + r * kRoundFields;
       if (load_table(round + kChunkCount)) {
         buffer = buffer + 1 == p.buffers ? 0 : buffer + 1;
-        if (ahead.next()) fetch(ahead, p.buffers == 2 ? 1 - buffer : 0);
-        if constexpr (kBoxes) {
-          parity ^= buffer == 0;
-          phase_wait(shared + at.phases + buffer * 8, parity, shared + at.phases);
-        } else {
-          copy_commit();
-          if (p.buffers == 2)
-            copy_wait<1>();
-          else
-            copy_wait<0>();
-        }
+        if (ahead.next()) work.prefetch(ahead, p.buffers == 2 ? 1 - buffer : 0);
+        work.wait_filled(buffer, parity);
       }
-      if constexpr (!kBoxes) barrier();
-      uint32_t source = shared + at.buffers + buffer * at.buffer;
+      if constexpr (!kTma) barrier();
+      uint32_t source = work.buffer_at(buffer);
       const int slot_count = load_table(round + kSlotCount);
       if (slot_count) {
-        halo().gather(p.slots + load_table(round + kSlotBegin) * 4, slot_count, source,
-                      p.slot_pitch, shared + at.gathered);
+        work.halo().gather(p.slots + load_table(round + kSlotBegin) * 4, slot_count, source,
+                           p.slot_pitch, shared + at.gathered);
         source = shared + at.gathered;
         barrier();
       }
@@ -289,61 +352,9 @@ __device__ __forceinline__ void compute(const P& p) {
       // Nobody reads this round's tile any more.
       barrier();
     }
-
-    const TilePlace tile(item, tiles_h, tiles_w, p.tile_h, p.tile_w);
-    const Target target(p, table, tile);
-    const uint32_t stage = shared + at.buffers + buffer * at.buffer;
-    const Columns columns(p, head, part);
-    if (p.residual) {
-      columns.bring(p, target, stage);
-      barrier();
-    }
-    const Activation activate(p.act);
-    if (counts) sums.add(p, target, columns.rows, acc, warp_m, warp_n, lane);
-    const uint32_t top = stage + (warp_m * kWarpPixels + lane / 4) * columns.pitch;
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      const int column = warp_n * kWarpFilters + n * 8 + lane % 4 * 2;
-      const int f0 = load_table(columns.rows + column), f1 = load_table(columns.rows + column + 1);
-      if (f0 < 0) continue;  // then f1 is none either
-      const bool second = f1 >= 0;
-      float scale[2] = {1.0f, 1.0f}, shifts[2] = {0.0f, 0.0f};
-      if (p.scale) scale[0] = p.scale[f0], scale[1] = second ? p.scale[f1] : 1.0f;
-      if (p.shift) shifts[0] = p.shift[f0], shifts[1] = second ? p.shift[f1] : 0.0f;
-      const uint32_t cell0 = columns.cell(column, f0), cell1 = columns.cell(column + 1, f1);
-      const bool together = cell1 == cell0 + 2 && cell0 % 4 == 0;
-#pragma unroll
-      for (int half = 0; half < 4; ++half) {
-        const uint32_t row = top + half * 8 * columns.pitch;
-        float v[2] = {acc[half / 2][n][half % 2 * 2], acc[half / 2][n][half % 2 * 2 + 1]};
-        v[0] = v[0] * scale[0] + shifts[0];
-        v[1] = v[1] * scale[1] + shifts[1];
-        if (p.residual) {
-          uint32_t old;
-          if (together)
-            old = load_shared32(row + cell0);
-          else
-            old = load_shared16(row + cell0) | (second ? load_shared16(row + cell1) << 16 : 0);
-          v[0] += widen<T>(old & 0xFFFF);
-          v[1] += widen<T>(old >> 16);
-        }
-        const uint32_t made = narrow_pair<T>(activate(v[0]), activate(v[1]));
-        if (together) {
-          store_shared32(row + cell0, made);
-        } else {
-          store_shared16(row + cell0, made & 0xFFFF);
-          if (second) store_shared16(row + cell1, made >> 16);
-        }
-      }
-    }
-    // What comes next by TMA comes after what was written here.
-    if constexpr (kBoxes) fence_async();
-    barrier();
-    columns.send(p, target, stage);
-    barrier();  // the next tile may be fetched to where the results were
+    store_tile<T, Activation>(work, item, work.buffer_at(buffer), acc, warp_m, warp_n, lane);
   }
-  if constexpr (!kBoxes) copy_wait<0>();
-  if (counts) sums.send(p, Columns(p, head, part).rows);
+  if constexpr (!kTma) copy_wait<0>();
 }
 
 }  // namespace narrow

@@ -25,13 +25,14 @@ Kernel pick(DType dtype) {
 
 }  // namespace
 
-int64_t narrow_wgrad_shared_bytes(const NarrowWgrad& p) { return Layout(p, p.boxes).total; }
+int64_t narrow_wgrad_shared_bytes(const NarrowWgrad& p) { return Layout(p, p.tma).total; }
 
 int64_t narrow_wgrad_blocks(const NarrowWgrad& p, DType dtype) {
   const Kernel kernel = pick(dtype);
   if (!kernel) return 0;
-  const int64_t held = p.boxes ? wgrad::held_boxes(p, dtype)
-                               : held_blocks(kernel, p.warps * 32, narrow_wgrad_shared_bytes(p));
+  const int64_t held =
+      p.tma ? wgrad::max_resident_tma(p, dtype)
+            : max_resident_blocks(kernel, p.warps * 32, narrow_wgrad_shared_bytes(p));
   return held ? std::max<int64_t>(held / p.parts, 1) : 0;  // rounded as in narrow_fprop.cu
 }
 
@@ -42,7 +43,7 @@ const char* narrow_wgrad(const NarrowWgrad& p, DType dtype, void* stream) {
   if (p.tile_h * p.tile_w % 16) return "a tile of wgrad has a multiple of 16 pixels";
   if (p.buffers != 1 && p.buffers != 2) return "there are one or two buffers";
   if (p.blocks < 1) return "wgrad needs its number of blocks, which its partials have";
-  if (p.boxes) return wgrad::launch_boxes(p, dtype, stream);
+  if (p.tma) return wgrad::launch_tma(p, dtype, stream);
   return launch(kernel, p, p.blocks, p.parts, p.warps * 32, narrow_wgrad_shared_bytes(p), stream);
 }
 

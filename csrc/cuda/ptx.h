@@ -191,15 +191,7 @@ __device__ __forceinline__ float lesser(float a, float b) {
   return v;
 }
 
-__device__ __forceinline__ float as_float(uint32_t bits) { return __uint_as_float(bits); }
-__device__ __forceinline__ uint32_t as_bits(float v) { return __float_as_uint(v); }
-
 __device__ __forceinline__ uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
-
-// The number of lane (own ^ mask); all lanes of the warp call it.
-__device__ __forceinline__ float shuffle_xor(float v, int mask) {
-  return __shfl_xor_sync(0xFFFFFFFFu, v, mask);
-}
 
 // Device memory ----------------------------------------------------------------------------------
 
@@ -248,8 +240,8 @@ template <class P> const char* allow_shared(void (*kernel)(P), int64_t shared) {
   return error_text(error);
 }
 
-// The blocks of a kernel that the current device holds at once; 0 if it holds none.
-template <class P> int64_t held_blocks(void (*kernel)(P), int threads, int64_t shared) {
+// The occupancy of a kernel: thread blocks that the current device holds at once; 0 if none.
+template <class P> int64_t max_resident_blocks(void (*kernel)(P), int threads, int64_t shared) {
   int device = 0, processors = 0, each = 0;
   if (allow_shared(kernel, shared)) return 0;
   cudaGetDevice(&device);

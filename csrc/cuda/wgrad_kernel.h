@@ -7,14 +7,14 @@
 // read. A block keeps its part of the gradient in registers over all its tiles and leaves one
 // float32 partial; `narrow_reduce` adds those in order, so two runs agree bit for bit.
 //
-// Tiles are brought by cp.async (narrow_wgrad.cu) or by TMA (narrow_boxes.cu); see narrow_kernel.h.
+// Tiles are brought by cp.async (narrow_wgrad.cu) or by TMA (narrow_tma.cu); see narrow_kernel.h.
 #pragma once
 #include <type_traits>
 
-#include "boxes.h"
 #include "halo.h"
 #include "narrow.h"
 #include "ptx.h"
+#include "tma.h"
 
 namespace hetconv::cuda {
 namespace wgrad {
@@ -23,18 +23,18 @@ constexpr int kThreads = kMaxWarps * 32;
 
 // Where things lie in shared memory, in bytes from its begin.
 struct Layout {
-  int dy, buffer, x_gathered, dy_gathered, phases, total;
+  int dy, buffer, x_gathered, dy_gathered, mbarriers, total;
 
-  __host__ __device__ Layout(const NarrowWgrad& p, bool boxes) {
+  __host__ __device__ Layout(const NarrowWgrad& p, bool tma) {
     const int pixels = p.tile_h * p.tile_w;
     dy = p.halo_pixels * p.x_pitch * 16;
-    if (boxes) dy = (dy + kBoxGrain - 1) / kBoxGrain * kBoxGrain;
+    if (tma) dy = (dy + kTmaAlign - 1) / kTmaAlign * kTmaAlign;
     buffer = dy + pixels * p.dy_pitch * 16;
-    if (boxes) buffer = (buffer + kBoxGrain - 1) / kBoxGrain * kBoxGrain;
+    if (tma) buffer = (buffer + kTmaAlign - 1) / kTmaAlign * kTmaAlign;
     x_gathered = p.buffers * buffer;
     dy_gathered = x_gathered + p.halo_pixels * p.x_slot_pitch * 16;
-    phases = dy_gathered + pixels * p.dy_slot_pitch * 16;
-    total = phases + (boxes ? 2 * 8 : 0);
+    mbarriers = dy_gathered + pixels * p.dy_slot_pitch * 16;
+    total = mbarriers + (tma ? 2 * 8 : 0);
   }
 };
 
@@ -45,9 +45,9 @@ struct Unit {
   bool present, second;          // the unit; its second tile
 };
 
-// The program of a block; P is NarrowWgrad, or WgradBoxes for tiles that TMA brings.
+// The program of a block; P is NarrowWgrad, or WgradTma for tiles that TMA brings.
 template <class T, class P> __device__ __forceinline__ void compute(const P& p) {
-  constexpr bool kBoxes = std::is_same_v<P, WgradBoxes>;
+  constexpr bool kTma = std::is_same_v<P, WgradTma>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int32_t* table = p.geometry;
   const int32_t* head = p.heads + blockIdx.y * kWgradHeadFields;
@@ -58,22 +58,22 @@ template <class T, class P> __device__ __forceinline__ void compute(const P& p) 
                   p.image_w, p.x_h, p.x_w, p.x_pitch);
   const Halo own(p.tile_h, p.tile_w, 1, load_table(table + kPixelsH), load_table(table + kPixelsW),
                  p.y_h, p.y_w, p.dy_pitch);
-  const Layout at(p, kBoxes);
+  const Layout at(p, kTma);
   const uint32_t shared = shared_begin();
   const Divider by_width(p.tile_w);
 
   auto fetch = [&](int item, int buffer) {
-    if (kBoxes && threadIdx.x) return;  // one thread asks for all of a box
+    if (kTma && threadIdx.x) return;  // one thread asks for all of a box
     const TilePlace tile(item, tiles_h, tiles_w, p.tile_h, p.tile_w);
     const uint32_t to = shared + buffer * at.buffer;
-    if constexpr (kBoxes) {
-      const uint32_t phase = shared + at.phases + buffer * 8;
-      phase_expect(phase,
-                   (halo.rows * halo.cols * p.x_pitch + own.rows * own.cols * p.dy_pitch) * 16);
-      copy_box(to, &p.x_map, load_table(p.chunks + load_table(head + kXChunkBegin)) * 8,
+    if constexpr (kTma) {
+      const uint32_t phase = shared + at.mbarriers + buffer * 8;
+      mbarrier_expect(phase,
+                      (halo.rows * halo.cols * p.x_pitch + own.rows * own.cols * p.dy_pitch) * 16);
+      tma_load(to, &p.x_map, load_table(p.chunks + load_table(head + kXChunkBegin)) * 8,
                tile.col * load_w + load_table(table + kBaseW),
                tile.row * load_h + load_table(table + kBaseH), tile.image, phase);
-      copy_box(to + at.dy, &p.dy_map, load_table(p.chunks + load_table(head + kDyChunkBegin)) * 8,
+      tma_load(to + at.dy, &p.dy_map, load_table(p.chunks + load_table(head + kDyChunkBegin)) * 8,
                tile.col, tile.row, tile.image, phase);
       return;
     }
@@ -103,36 +103,36 @@ template <class T, class P> __device__ __forceinline__ void compute(const P& p) 
 
   float acc[kWarpUnits][kUnitSteps][kUnitTiles][4] = {};
   const bool ahead = p.buffers == 2;
-  if constexpr (kBoxes) {
+  if constexpr (kTma) {
     if (threadIdx.x == 0) {
-      for (int i = 0; i < p.buffers; ++i) phase_init(shared + at.phases + i * 8, 1);
-      phase_init_done();
+      for (int i = 0; i < p.buffers; ++i) mbarrier_init(shared + at.mbarriers + i * 8, 1);
+      mbarrier_init_done();
       fence_async();
     }
     barrier();
   }
   if (ahead && int(blockIdx.x) < items) fetch(blockIdx.x, 0);
-  if constexpr (!kBoxes) copy_commit();
+  if constexpr (!kTma) copy_commit();
   uint32_t parity = 1;  // of the phase of the buffer in use
   int buffer = ahead ? 1 : 0;
   for (int item = blockIdx.x; item < items; item += gridDim.x) {
     if (ahead) {
       buffer = 1 - buffer;
       if (item + int(gridDim.x) < items) fetch(item + gridDim.x, 1 - buffer);
-      if constexpr (!kBoxes) {
+      if constexpr (!kTma) {
         copy_commit();
         copy_wait<1>();
       }
     } else {
       fetch(item, 0);
-      if constexpr (!kBoxes) {
+      if constexpr (!kTma) {
         copy_commit();
         copy_wait<0>();
       }
     }
-    if constexpr (kBoxes) {
+    if constexpr (kTma) {
       parity ^= buffer == 0;
-      phase_wait(shared + at.phases + buffer * 8, parity, shared + at.phases);
+      mbarrier_wait(shared + at.mbarriers + buffer * 8, parity, shared + at.mbarriers);
     } else {
       barrier();
     }
@@ -174,7 +174,7 @@ template <class T, class P> __device__ __forceinline__ void compute(const P& p) 
     }
     barrier();
   }
-  if constexpr (!kBoxes) copy_wait<0>();
+  if constexpr (!kTma) copy_wait<0>();
 
 #pragma unroll
   for (int u = 0; u < kWarpUnits; ++u) {
@@ -189,8 +189,8 @@ template <class T, class P> __device__ __forceinline__ void compute(const P& p) 
 }
 
 // As narrow_wgrad, for tiles that TMA brings; and the blocks that the device then holds.
-int64_t held_boxes(const NarrowWgrad& p, DType dtype);
-const char* launch_boxes(const NarrowWgrad& p, DType dtype, void* stream);
+int64_t max_resident_tma(const NarrowWgrad& p, DType dtype);
+const char* launch_tma(const NarrowWgrad& p, DType dtype, void* stream);
 
 }  // namespace wgrad
 }  // namespace hetconv::cuda

@@ -95,9 +95,6 @@ struct Wide {
   const void* slabs;
   const float* scale;  // [F] or null
   const float* shift;  // [F] or null
-  // Sums of y and y^2 of each filter, before rounding to 16 bits, over each tile; or null.
-  // [tiles of all classes, 2, F], the tiles in order of class, stack, row, column.
-  float* sums;
 
   const int32_t* classes;  // [class_count, kClassFields]
   const int32_t* heads;    // [class_count, pairs, kHeadFields]
@@ -111,7 +108,6 @@ struct Wide {
   int64_t x_n, y_n;
   int32_t x_h, x_w, y_h, y_w;       // within an image 32 bits suffice for an element's bytes
   int32_t batch, image_h, image_w;  // of x
-  int32_t filters;                  // F, for `sums`
   int32_t class_count, pairs;
   int32_t pixels;       // of a tile: 64, 128, 224 or 256
   int32_t plane_pitch;  // 16-byte units from a chunk's plane to the next, 1 more than a multiple of

@@ -2,14 +2,15 @@
 // fprop and dgrad for wide groups on Hopper: the halo of a tile is brought to shared memory once,
 // and all taps are computed from it by wgmma, filters by pixels.
 //
-// A block is persistent and has one warpgroup that brings (three warps the halo, one thread the
-// slabs of weights) and two that compute, each one segment of 64 filters on the same halo. In a
-// cluster two blocks compute two tiles of the same filters, and each brings one half of every slab
-// for both.
+// Warps are specialised: a thread block (CTA) is persistent and has one warpgroup of producers
+// (three warps load the halo, one thread the slabs of weights) and two of consumers, each of which
+// computes one segment of 64 filters on the same halo. mbarriers of rings in shared memory tell
+// them what is full and what is empty. In a cluster two blocks compute two tiles of the same
+// filters, and each loads one half of every slab for both.
 #include "epilogue.h"
 #include "hopper.h"
 #include "wide.h"
-#include "wide_bring.h"
+#include "wide_producer.h"
 #include "wide_results.h"
 #include "wide_work.h"
 
@@ -17,7 +18,7 @@ namespace hetconv::cuda {
 namespace wide {
 namespace {
 
-// Computes one segment of every item.
+// The consumers: each warpgroup computes one segment of every item.
 template <class T, int kPixels, class Activation>
 __device__ void compute(const Wide& p, uint32_t shared, const Layout& at, const Barriers& barriers,
                         int group, int first, int step, int rank) {
@@ -30,10 +31,10 @@ __device__ void compute(const Wide& p, uint32_t shared, const Layout& at, const 
   auto release = [&](uint32_t barrier) {
     if (lane) return;
     if (p.cluster == 1) {
-      phase_arrive(barrier);
+      mbarrier_arrive(barrier);
     } else {
-      phase_arrive_at(barrier, 0);
-      phase_arrive_at(barrier, 1);
+      mbarrier_arrive_at(barrier, 0);
+      mbarrier_arrive_at(barrier, 1);
     }
   };
   Item item;
@@ -50,7 +51,7 @@ __device__ void compute(const Wide& p, uint32_t shared, const Layout& at, const 
     uint32_t slot = 0, place = 0;
     auto let_go = [&] {
       if (slot) release(slot);
-      if (place && lane == 0) phase_arrive(place);
+      if (place && lane == 0) mbarrier_arrive(place);
       slot = place = 0;
     };
     auto finish = [&] {
@@ -100,17 +101,17 @@ __global__ void __launch_bounds__(kThreads, 1) wide_fprop_kernel(Wide p) {
   if (threadIdx.x == 0) {
     const Ring halo = barriers.halo();
     for (int i = 0; i < p.stages; ++i) {
-      phase_init(halo.full + i * 8, kHaloThreads);
-      phase_init(halo.empty + i * 8, 4 * kWarpgroups);
+      mbarrier_init(halo.full + i * 8, kHaloThreads);
+      mbarrier_init(halo.empty + i * 8, 4 * kWarpgroups);
     }
     for (int group = 0; group < kWarpgroups; ++group) {
       const Ring slabs = barriers.slabs(group);
       for (int i = 0; i < p.slots; ++i) {
-        phase_init(slabs.full + i * 8, 1);
-        phase_init(slabs.empty + i * 8, 4 * p.cluster);
+        mbarrier_init(slabs.full + i * 8, 1);
+        mbarrier_init(slabs.empty + i * 8, 4 * p.cluster);
       }
     }
-    phase_init_done();
+    mbarrier_init_done();
   }
   if (p.cluster == 1)
     barrier();
@@ -118,14 +119,14 @@ __global__ void __launch_bounds__(kThreads, 1) wide_fprop_kernel(Wide p) {
     cluster_barrier();
   const int warp = warp_index();
   if (warp < 4) {
-    fewer_registers<kBringRegisters>();
+    fewer_registers<kProducerRegisters>();
     if (warp)
-      HaloBringer<kPixels>{p, shared + at.halo, at.stage, int(threadIdx.x) - 32}.run(
+      HaloProducer<kPixels>{p, shared + at.halo, at.stage, int(threadIdx.x) - 32}.run(
           barriers.halo(), first, step, rank);
     else if (threadIdx.x == 0)
-      bring_slabs(p, shared + at.slabs, barriers, first, step, rank);
+      produce_slabs(p, shared + at.slabs, barriers, first, step, rank);
   } else {
-    more_registers<kComputeRegisters>();
+    more_registers<kConsumerRegisters>();
     compute<T, kPixels, Activation>(p, shared, at, barriers, warp / 4 - 1, first, step, rank);
   }
   // Nobody leaves while another block may still copy to its shared memory or arrive there.
@@ -172,7 +173,7 @@ int64_t wide_shared_bytes(const Wide& p) { return Layout(p).total; }
 int64_t wide_blocks(const Wide& p, DType dtype) {
   const wide::Kernel kernel = pick(p, dtype);
   if (!kernel || capability() != 90) return 0;
-  return held_clustered(kernel, kThreads, wide_shared_bytes(p), p.cluster);
+  return max_resident_clustered(kernel, kThreads, wide_shared_bytes(p), p.cluster);
 }
 
 const char* wide_fprop(const Wide& p, DType dtype, void* stream) {

@@ -8,12 +8,6 @@
 
 namespace hetconv::cuda::wide {
 
-// The sum over the four lanes 4g ... 4g + 3, in the same order for all.
-__device__ __forceinline__ float sum_of_four(float v) {
-  v += shuffle_xor(v, 1);
-  return v + shuffle_xor(v, 2);
-}
-
 // The rows and columns of a tile that are in y.
 struct Pixels {
   int64_t corner;  // of the tile's first image in y, in elements
@@ -58,18 +52,16 @@ template <class T, int kPixels, class Activation> struct Results {
     const Activation activate(p.act);
 
     // In fragments, this lane has two filters.
-    float scale[2] = {1.0f, 1.0f}, shift[2] = {0.0f, 0.0f}, sums[2] = {}, squares[2] = {};
-    int filter[2];
+    float scale[2] = {1.0f, 1.0f}, shift[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int run = load_table(rows + warp * 2 + h);
-      filter[h] = run < 0 ? -1 : run + lane / 4;
-      if (filter[h] >= 0 && p.scale) scale[h] = p.scale[filter[h]];
-      if (filter[h] >= 0 && p.shift) shift[h] = p.shift[filter[h]];
+      const int filter = run < 0 ? -1 : run + lane / 4;
+      if (filter >= 0 && p.scale) scale[h] = p.scale[filter];
+      if (filter >= 0 && p.shift) shift[h] = p.shift[filter];
     }
     const uint32_t cell =
         staged + (lane / 16 * 8 + lane % 8) * kStagedPitch + warp * 32 + lane / 8 % 2 * 16;
-    const bool counted[2] = {lane % 4 * 2 < pixels.cols_left, lane % 4 * 2 + 1 < pixels.cols_left};
 
     // As 16-byte pieces, this thread has one run of eight filters, of pixels in one column.
     const int run = load_table(rows + thread % kRuns), column = thread / kRuns % kColumns;
@@ -119,14 +111,6 @@ template <class T, int kPixels, class Activation> struct Results {
             if (residual) v[i] += widen<T>(i ? made.v[m] >> 16 : made.v[m] & 0xFFFF);
             v[i] = activate(v[i]);
           }
-          if (p.sums && pixels.place(row) >= 0) {
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-              if (!counted[i]) continue;
-              sums[h] += v[i];
-              squares[h] += v[i] * v[i];
-            }
-          }
           made.v[m] = narrow_pair<T>(v[0], v[1]);
         }
         store_matrices_transposed(at, made);
@@ -139,15 +123,6 @@ template <class T, int kPixels, class Activation> struct Results {
           store128(static_cast<uint16_t*>(p.y) + at,
                    load_shared128(piece + buffer + second * kHalf));
       }
-    }
-    if (!p.sums) return;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float sum = sum_of_four(sums[h]), square = sum_of_four(squares[h]);
-      if (!item.real || filter[h] < 0 || lane % 4) continue;
-      float* to = p.sums + int64_t(item.tile) * 2 * p.filters + filter[h];
-      to[0] = sum;
-      to[p.filters] = square;
     }
   }
 };

@@ -9,7 +9,7 @@ namespace hetconv::cuda::wide {
 constexpr int kGroupThreads = 128;
 constexpr int kThreads = kGroupThreads * (1 + kWarpgroups);
 constexpr int kHaloThreads = kGroupThreads - 32;
-constexpr int kBringRegisters = 56, kComputeRegisters = 224;  // 128 * (56 + 2 * 224) of 65536
+constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;  // 128 * (56 + 2 * 224) of 65536
 constexpr int kStagedBytes = kStagedPixels * kStagedPitch;
 constexpr int kSlotBytes = kSlabBytes;
 
@@ -38,8 +38,8 @@ struct Ring {
       : first(first), full(barriers), empty(barriers + count * 8), count(count), at(0), parity(0) {}
   __device__ uint32_t filled() const { return full + at * 8; }
   __device__ uint32_t emptied() const { return empty + at * 8; }
-  __device__ void wait_filled() const { phase_wait(filled(), parity, first); }
-  __device__ void wait_emptied() const { phase_wait(emptied(), parity ^ 1, first); }
+  __device__ void wait_filled() const { mbarrier_wait(filled(), parity, first); }
+  __device__ void wait_emptied() const { mbarrier_wait(emptied(), parity ^ 1, first); }
   __device__ void advance() {
     if (++at == count) at = 0, parity ^= 1;
   }
@@ -60,13 +60,11 @@ struct Barriers {
 struct Item {
   const int32_t* table;  // the class
   const int32_t* head;
-  int pair, tile;  // tile: among those of all classes
-  int image, row, col;
+  int pair, image, row, col;
   bool real;  // there is such a tile: the last cluster may have one too many
 
   // Pairs of the same tile follow each other, so that its halo is read from the L2 cache.
   __device__ bool find(const Wide& p, int index, int rank) {
-    int first = 0;
     for (int kind = 0; kind < p.class_count; ++kind) {
       table = p.classes + kind * kClassFields;
       const int tiles_h = load_table(table + kTilesH), tiles_w = load_table(table + kTilesW);
@@ -77,7 +75,6 @@ struct Item {
         const int group = index / p.pairs, own = group * p.cluster + rank;
         pair = index - group * p.pairs;
         head = p.heads + (kind * p.pairs + pair) * kHeadFields;
-        tile = first + own;
         real = own < tiles;
         const int stack = own / (tiles_h * tiles_w), place = own - stack * tiles_h * tiles_w;
         image = stack * images;
@@ -86,7 +83,6 @@ struct Item {
         return true;
       }
       index -= items;
-      first += tiles;
     }
     return false;
   }

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 from ..errors import BackendError, mismatch
 from ..pooling import max_pooled
 from ..problem import DTYPES, Problem
-from .rates import POOL, POOLED
+from .cost_model import POOL, POOLED
 
 __all__ = [
     "Backend",
@@ -34,7 +34,7 @@ __all__ = [
 
 # The integers travel in exported programs: a number, once given, is never reused.
 CODES = {"auto": 0, "reference": 1, "vendor": 2, "cpu": 3, "triton": 4, "cuda": 5}
-NAMES = {code: name for name, code in CODES.items()}
+ENGINE_OF_CODE = {code: name for name, code in CODES.items()}
 # Added to a code that travels with the weight of a frozen layer, of which engines may keep forms.
 FROZEN = 256
 
@@ -200,10 +200,10 @@ def choose(problem: Problem, code: int) -> Choice:
                 "quantization.engine has the engines in 8 bits.",
             )
         )
-    if code not in NAMES:
-        raise BackendError(mismatch("backend code", code, f"one of {NAMES}"))
+    if code not in ENGINE_OF_CODE:
+        raise BackendError(mismatch("backend code", code, f"one of {ENGINE_OF_CODE}"))
     if code:
-        engine = get_backend(NAMES[code])
+        engine = get_backend(ENGINE_OF_CODE[code])
         reasons = engine.unsupported_reasons(problem)
         if reasons:
             others = "" if engine.name == "vendor" else " or backend='vendor'"
@@ -245,8 +245,6 @@ def _ready(engine: Backend, problem: Problem) -> Choice:
     if problem.pool is not None and not _pools(engine, problem):
         run, pool = engine.fprop(replace(problem, pool=None)), problem.pool
         return Choice(engine, problem, lambda *operands: max_pooled(run(*operands), pool))
-    if "stats" in problem.epilogue:  # from the accumulators, where an engine can
-        prepare = getattr(engine, "fprop_stats", prepare)
     return Choice(engine, problem, prepare(problem))
 
 

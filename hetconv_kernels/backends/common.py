@@ -65,12 +65,6 @@ def empty(shape: tuple[int, ...], like: Tensor, problem: Problem) -> Tensor:
     return allocate(problem, shape, like.dtype, like.device, problem.format)
 
 
-def channel_statistics(y: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums y and y² per filter, in float32 (float64 for float64).  # [F], [F]"""
-    wide = y.double() if y.dtype == torch.float64 else y.float()
-    return wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3))
-
-
 def pad_image(x: Tensor, pads: Pads) -> Tensor:
     """Adds the zeros of `pads` around the image."""
     top, bottom, left, right = pads
@@ -90,7 +84,7 @@ def is_pointwise(problem: Problem) -> bool:
 
 
 def is_linear(problem: Problem) -> bool:
-    """Tells whether it is so on images of one pixel, as in a fully-connected layer."""
+    """Tells whether y is x times a matrix on images of one pixel, as in a fully-connected layer."""
     return is_pointwise(problem) and problem.height == problem.width == 1
 
 

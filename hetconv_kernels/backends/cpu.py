@@ -24,7 +24,7 @@ from ..problem import Problem
 from ..support import Support
 from . import UNMEASURED_MARGIN, Runner, winograd
 from .common import empty, is_linear, is_pointwise, to_format
-from .rates import (
+from .cost_model import (
     DOUBT,
     ENGINE,
     EXPAND,
@@ -347,7 +347,7 @@ class Cpu:
             transformed = self._plan(problem, "winograd")
         except ValueError:  # fewer channels or filters than a vector has
             return direct
-        margin = winograd.MARGIN * (1.0 if self.measured(problem) else UNMEASURED_MARGIN)
+        margin = winograd.WINOGRAD_MARGIN * (1.0 if self.measured(problem) else UNMEASURED_MARGIN)
         seconds = self._seconds(problem, transformed) * margin
         return transformed if seconds <= self._seconds(problem, direct) else direct
 

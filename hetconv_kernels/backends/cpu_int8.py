@@ -22,7 +22,7 @@ from ..packing import dense_weight
 from ..pooling import Pool
 from ..problem import Geometry, check_image, is_dense_shape
 from ..quantization.checks import (
-    RANGES,
+    INTEGER_RANGES,
     check_activation,
     check_bounds,
     check_per_filter,
@@ -54,7 +54,7 @@ class Packed(Protocol):
         ...
 
 
-def available() -> bool:
+def is_built() -> bool:
     """Tells whether the compiled engine is here."""
     return _cpu is not None
 
@@ -327,7 +327,7 @@ def mean(
     return y
 
 
-def quantize(x: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> Tensor:
+def quantize_tensor(x: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> Tensor:
     """Quantises float32, NaN to the zero point; see `hetconv_kernels.quantization.reference`.
 
     Raises:
@@ -416,7 +416,7 @@ def _check_cpu(name: str, tensor: Tensor) -> None:
 
 
 def _zero_of(y_zero_point: int, out_dtype: torch.dtype) -> int:
-    if out_dtype not in RANGES:
+    if out_dtype not in INTEGER_RANGES:
         return 0
     check_zero_point("y_zero_point", y_zero_point, out_dtype)
     return y_zero_point

@@ -73,7 +73,7 @@ def convolution(problem: Problem, dense: Callable[[Tensor], Tensor]) -> Finish:
     return run
 
 
-def linear(problem: Problem, dense: Callable[[Tensor], Tensor]) -> Finish:
+def prepare_linear(problem: Problem, dense: Callable[[Tensor], Tensor]) -> Finish:
     """Prepares the same where it is a matrix product: images and kernel of one pixel."""
     packed = _kept_rows(problem, dense)
     multiply, fused = torch.ops.mkldnn._linear_pointwise, _fused_act(problem)
@@ -85,7 +85,7 @@ def linear(problem: Problem, dense: Callable[[Tensor], Tensor]) -> Finish:
     return run
 
 
-def product(
+def prepare_product(
     problem: Problem, dense: Callable[[Tensor], Tensor]
 ) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     """Prepares y = x · wᵀ + bias on rows of features.  # [..., C] -> [..., F]"""

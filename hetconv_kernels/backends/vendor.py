@@ -31,9 +31,7 @@ from .common import (
     to_format,
     weight_gradient,
 )
-from .gpu.constants import GpuConstants, constants_of, dense_gpu_seconds
-from .gpu.devices import GpuSpec, spec_of
-from .rates import (
+from .cost_model import (
     DENSE,
     DTYPE_SPEED,
     LINEAR,
@@ -48,6 +46,8 @@ from .rates import (
     SMALL_MAC,
     SMALL_NCHW,
 )
+from .gpu.constants import GpuConstants, constants_of, dense_gpu_seconds
+from .gpu.devices import GpuSpec, spec_of
 
 # Bytes of weights that stay in a processor's cache from call to call.
 _NEAR = 2**24
@@ -83,7 +83,7 @@ def dense_seconds(
         problem: what runs.
         work: the fraction of the dense multiply-accumulates that is executed.
         launches: kernels started.
-        around: whether our layer's Python counts, see `rates.OVERHEAD`.
+        around: whether our layer's Python counts, see `cost_model.OVERHEAD`.
 
     Returns:
         Seconds.
@@ -188,7 +188,7 @@ class Vendor:
         each_time = self._fprop(problem)
         if not prepacked.takes(problem):
             return each_time
-        prepare = prepacked.linear if _is_product(problem) else prepacked.convolution
+        prepare = prepacked.prepare_linear if _is_product(problem) else prepacked.convolution
         once, dtype = prepare(problem, self._dense(problem)), problem.dtype
 
         def run(
@@ -215,7 +215,7 @@ class Vendor:
         if not _is_product(problem) or problem.device.type != "cpu":
             return None
         if prepacked.takes(problem):
-            return prepacked.product(problem, self._dense(problem))
+            return prepacked.prepare_product(problem, self._dense(problem))
         support, dtype, multiply = problem.support, problem.dtype, F.linear
         shape = support.shape[:2]
         weight: Callable[[Tensor], Tensor]
@@ -385,7 +385,7 @@ class Vendor:
         return build
 
     def _weight(self, problem: Problem) -> Callable[[Tensor], Tensor]:
-        """Returns the same, without work where the weight is so already or is frozen."""
+        """Returns what makes a dense weight, without work where it is dense already or frozen."""
         support, dtype, shape = problem.support, problem.dtype, _weight_shape(problem)
         groups, same = support.uniform_groups, problem.weight_dtype == dtype
         # An equal grouping's live entries, and a dense weight, are nn.Conv2d's own weight already.

@@ -16,7 +16,7 @@ from ..problem import Problem
 from ..support import Support
 
 # How much faster than the direct form it must be predicted to be chosen.
-MARGIN = 1.1
+WINOGRAD_MARGIN = 1.1
 # Roundings of one product beside its addition: of the input's transformation, two; of the weight's,
 # one; and of the outputs' transformation, four.
 _ROUNDINGS = 7

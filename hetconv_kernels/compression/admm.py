@@ -16,7 +16,7 @@ from ..errors import ArgumentError, mismatch
 from ..masks import BoolArray
 from .base import STEM, Method, is_stem
 from .projections import KINDS, keep_largest, project
-from .run import Layer, Run
+from .run import Run, WeightLayer
 from .schedule import check_count, check_fraction, check_positive
 
 
@@ -91,7 +91,7 @@ class ADMM(Method):
         check_positive("rho", self.rho)
         check_positive("growth", self.growth)
 
-    def leaves_out(self, name: str, layer: Layer) -> str | None:
+    def leaves_out(self, name: str, layer: WeightLayer) -> str | None:
         """Leaves out the stem."""
         return STEM if is_stem(layer) and not self.stem else None
 

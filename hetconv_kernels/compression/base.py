@@ -29,7 +29,7 @@ from . import ranks
 from .identity import described, digest, identity_of, weights_of
 from .progress import Progress
 from .report import CompressionReport, LayerReport
-from .run import CHOSEN, Layer, Run, support_of
+from .run import CHOSEN, Run, WeightLayer, support_of
 from .sharded import gathered, is_sharded
 from .state import StateFile
 from .training import Data, Evaluate, MakeOptimizer, Training, TrainStep, seeded
@@ -52,7 +52,7 @@ class Method:
     needs_accuracy: ClassVar[bool] = False
     removes_filters: ClassVar[bool] = False
 
-    def leaves_out(self, name: str, layer: Layer) -> str | None:
+    def leaves_out(self, name: str, layer: WeightLayer) -> str | None:
         """Says why the method leaves a layer dense; None when it takes it."""
         return None
 
@@ -76,7 +76,7 @@ class Method:
         return rules.supports(chosen)
 
 
-def is_stem(layer: Layer) -> bool:
+def is_stem(layer: WeightLayer) -> bool:
     """Whether a layer reads an image: a convolution of at most four channels."""
     return isinstance(layer, nn.Conv2d) and layer.in_channels <= _IMAGE_CHANNELS
 
@@ -226,7 +226,7 @@ def _report(
     left = _left_plain(after, run.example) if leave_plain else ()
 
     def times() -> tuple[clock.Whole | None, tuple[LayerReport, ...]]:
-        whole = clock.whole(model, after, run.example, seconds) if measure else None
+        whole = clock.time_networks(model, after, run.example, seconds) if measure else None
         layouts = whole.layouts if whole else None
         return whole, clock.layer_reports(
             model, after, run.example, rows, run.kept, layouts, seconds, left
@@ -367,9 +367,9 @@ def _densified(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
 
 def _candidates(
     model: nn.Module, method: Method, skip: Sequence[str]
-) -> tuple[dict[str, Layer], dict[str, str]]:
+) -> tuple[dict[str, WeightLayer], dict[str, str]]:
     """Finds the layers that may be compressed, and says why the others may not."""
-    every = {name: module for name, module in model.named_modules() if isinstance(module, Layer)}
+    every = {name: m for name, m in model.named_modules() if isinstance(m, WeightLayer)}
     # convert says what it would refuse at the end: hooks, shared weights, subclasses, groups.
     possible = {name: m for name, m in every.items() if getattr(m, "groups", 1) == 1}
     trial = convert(model, rules.supports({n: _full(m) for n, m in possible.items()}))
@@ -390,7 +390,7 @@ def _candidates(
     return layers, kept
 
 
-def _full(layer: Layer) -> Support:
+def _full(layer: WeightLayer) -> Support:
     if isinstance(layer, nn.Linear):
         return Support.dense(layer.in_features, layer.out_features, 1)
     return Support.dense(layer.in_channels, layer.out_channels, layer.kernel_size)

@@ -106,14 +106,14 @@ def run(options: argparse.Namespace) -> int:
     if options.settings:
         print(listed(kind))
         return 0
-    method = build(kind, options.set)
+    method = build_method(kind, options.set)
     if options.batch < 2:
         raise ArgumentError(mismatch("--batch", options.batch, "at least 2"))
     check_device(options.device)
     data = read_data(options.data, options.batch, options.validation)
     name = options.model or network_for(_first(data.test, "test")[0])
     training = sgd(data, options.learning_rate)
-    model = dense(
+    model = dense_network(
         name, options.weights, training, options.train_epochs, options.seed, options.out,
         options.device,
     )  # fmt: skip
@@ -249,7 +249,7 @@ def _plain(text: str) -> str:
     return re.sub(r"`{1,2}([^`]+)`{1,2}", r"\1", text)
 
 
-def build(kind: type[Method], settings: list[str]) -> Method:
+def build_method(kind: type[Method], settings: list[str]) -> Method:
     """Makes a method of ``name=value`` texts.
 
     Raises:
@@ -287,7 +287,7 @@ def sgd(data: Batches, learning_rate: float) -> Training:
     return Training(data.train, eval_data=data.validation, optimizer=optimizer)
 
 
-def dense(
+def dense_network(
     name: str,
     weights: Path | None,
     training: Training,
@@ -307,7 +307,7 @@ def dense(
         _load(model, weights, place)
         return model
     file = re.sub(r"[^\w.-]+", ".", name)
-    return train(model, training, epochs, seed, out / f"{file}.state.pt")
+    return train_dense(model, training, epochs, seed, out / f"{file}.state.pt")
 
 
 def _network(name: str) -> nn.Module:
@@ -340,7 +340,7 @@ def _load(model: nn.Module, path: Path, place: torch.device) -> None:
         raise HetconvError(f"--weights {path} cannot be used: {reason}") from error
 
 
-def train(
+def train_dense(
     model: nn.Module, training: Training, epochs: int, seed: int, state: Path | None
 ) -> nn.Module:
     """Trains a dense network, resumably, at ten times the rate that fine-tuning uses.
@@ -386,7 +386,7 @@ def train(
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, data: Dataset, batch: int = 256) -> float:
+def top1_accuracy(model: nn.Module, data: Dataset, batch: int = 256) -> float:
     """Returns the top-1 accuracy on the test images."""
     found = Training(eval_data=data.test.batches(batch)).judge(model)
     assert found is not None

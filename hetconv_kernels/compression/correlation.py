@@ -18,7 +18,7 @@ from .scores import FloatArray, correlation, outgoing, pair_correlation
 from .tolerance import Goal, until
 from .wsp import check_interfaces
 
-Pair = tuple[int, int]
+FilterPair = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class FilterCorrelation(Method):
     def _episode(self, run: Run, number: int, owed: dict[str, int]) -> bool:
         chosen = run.round(f"pairs {number}", lambda: self._pairs(run, owed))
         owed.update(chosen["owed"])
-        pairs: dict[str, list[Pair]] = chosen["pairs"]
+        pairs: dict[str, list[FilterPair]] = chosen["pairs"]
         if not any(pairs.values()):
             if chosen["highest"] is not None and chosen["highest"] < self.least_correlation:
                 run.note(
@@ -120,7 +120,7 @@ class FilterCorrelation(Method):
         """Chooses as many pairs as filters can go, so that widths fit and none is trained idly."""
         widths = {name: int(run.alive(name).sum()) for name in run.interfaces.readers}
         counts, owed = share(widths, self.fraction, owed, self.multiple, self.least)
-        found: dict[str, list[Pair]] = {}
+        found: dict[str, list[FilterPair]] = {}
         highest = [0.0]
         for name, count in counts.items():
             matrix, alive = correlation(run.weight(name)), run.alive(name)
@@ -138,7 +138,7 @@ class FilterCorrelation(Method):
         }
 
     def _drop(self, run: Run, before: dict[str, Any]) -> dict[str, Any]:
-        pairs: dict[str, list[Pair]] = before["pairs"]
+        pairs: dict[str, list[FilterPair]] = before["pairs"]
         alike_now = mean_correlation(run, pairs)
         removed = {}
         for name, chosen in pairs.items():
@@ -158,7 +158,7 @@ class FilterCorrelation(Method):
 
 def most_correlated(
     matrix: FloatArray, alive: BoolArray, count: int, least: float = 0.0
-) -> list[Pair]:
+) -> list[FilterPair]:
     """Chooses disjoint pairs of the largest correlations, largest first.
 
     Args:
@@ -169,7 +169,7 @@ def most_correlated(
     """
     rows, columns = np.triu_indices(len(matrix), 1)
     values = matrix[rows, columns]
-    pairs: list[Pair] = []
+    pairs: list[FilterPair] = []
     used = ~np.asarray(alive)
     for index in np.argsort(-values, kind="stable"):
         one, two = int(rows[index]), int(columns[index])
@@ -181,12 +181,12 @@ def most_correlated(
     return pairs
 
 
-def smaller_members(pairs: list[Pair], norms: FloatArray) -> list[int]:
+def smaller_members(pairs: list[FilterPair], norms: FloatArray) -> list[int]:
     """Returns of each pair the filter of smaller ℓ1 norm; the second one when they tie."""
     return [one if norms[one] < norms[two] else two for one, two in pairs]
 
 
-def alike(run: Run, pairs: dict[str, list[Pair]]) -> Tensor:
+def alike(run: Run, pairs: dict[str, list[FilterPair]]) -> Tensor:
     """Computes Σ exp(−|ρ|) over all pairs, which falls as pairs become alike.
 
     Example: two pairs of |ρ| = 0 give 2, and the slope for each is −1, whatever the other does; of
@@ -200,7 +200,7 @@ def alike(run: Run, pairs: dict[str, list[Pair]]) -> Tensor:
     return torch.stack(terms).sum()
 
 
-def mean_correlation(run: Run, pairs: dict[str, list[Pair]]) -> float | None:
+def mean_correlation(run: Run, pairs: dict[str, list[FilterPair]]) -> float | None:
     """Averages |ρ| over all pairs; None where there is none."""
     values = [
         float(pair_correlation(run.weight(name), [pair])[0])

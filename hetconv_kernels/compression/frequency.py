@@ -16,7 +16,7 @@ from ..masks import BoolArray
 from ..nn.frequency import PATHS, FrequencyConv2d, dct, idct
 from . import ranks
 from .base import STEM, Method, is_stem
-from .run import Layer, Run, support_of
+from .run import Run, WeightLayer, support_of
 from .schedule import check_count, check_positive
 
 # Where between them a coefficient stays as it is, dead or live.
@@ -78,7 +78,7 @@ class FrequencyPruning(Method):
         for name in ("filters", "search_epochs", "epochs"):
             check_count(name, getattr(self, name))
 
-    def leaves_out(self, name: str, layer: Layer) -> str | None:
+    def leaves_out(self, name: str, layer: WeightLayer) -> str | None:
         """Leaves out the stem and what has no frequencies."""
         if isinstance(layer, nn.Linear) or layer.kernel_size == (1, 1):
             return "its kernels have one tap, and so one frequency"
@@ -126,8 +126,8 @@ class FrequencyPruning(Method):
             self._update(masks[name], layer)
 
     @torch.no_grad()
-    def _update(self, mask: _Coefficients, layer: Layer) -> None:
-        coefficients = ranks.mean(layer.parametrizations.weight.original)  # type: ignore[union-attr, arg-type]
+    def _update(self, mask: _Coefficients, layer: WeightLayer) -> None:
+        coefficients = ranks.mean_over_ranks(layer.parametrizations.weight.original)  # type: ignore[union-attr, arg-type]
         size = magnitudes(coefficients, self.filters) if self.bands else coefficients.abs()
         limit = thresholds(size, self.c, self.band_slope).to(size.device)
         mask.mask.copy_(updated(mask.mask, size, limit))
@@ -136,7 +136,7 @@ class FrequencyPruning(Method):
         for mask in masks.values():
             if not bool(mask.mask.any()):
                 mask.mask[:, :, 0, 0] = True  # the mean of the patch: a layer needs something
-        ranks.check_same({name: support_of(mask.mask) for name, mask in masks.items()})
+        ranks.check_same_supports({name: support_of(mask.mask) for name, mask in masks.items()})
         return {name: int(mask.mask.sum()) for name, mask in masks.items()}
 
     @staticmethod

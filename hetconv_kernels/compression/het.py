@@ -14,7 +14,7 @@ from ..graph import rules
 from ..nn import HetConv2d
 from ..support import Support
 from .base import STEM, Method, is_stem
-from .run import Layer, Run
+from .run import Run, WeightLayer
 from .schedule import check_count
 
 
@@ -53,7 +53,7 @@ class Het(Method):
         if self.order not in ("blocked", "interleaved"):
             raise ArgumentError(mismatch("order", repr(self.order), "'blocked' or 'interleaved'"))
 
-    def leaves_out(self, name: str, layer: Layer) -> str | None:
+    def leaves_out(self, name: str, layer: WeightLayer) -> str | None:
         """Leaves out what `rules.het` does, and fully-connected layers."""
         if isinstance(layer, nn.Linear):
             return "it is fully connected: it has nothing but centre taps"

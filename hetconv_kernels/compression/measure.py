@@ -62,7 +62,7 @@ def difference(before: nn.Module, after: nn.Module, example: Tensor) -> float:
     return worst
 
 
-def whole(
+def time_networks(
     before: nn.Module, after: nn.Module, example: Tensor, max_seconds: float, rounds: int = 20
 ) -> Whole:
     """Times both networks in both memory formats, in turns; the fastest of each count."""

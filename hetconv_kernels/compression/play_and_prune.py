@@ -104,7 +104,7 @@ class PlayAndPrune(Method):
             strength = self.penalty * pressure
 
             def penalty(chosen: Any = chosen, strength: float = strength) -> Tensor:
-                return strength * size(run, chosen)
+                return strength * magnitude(run, chosen)
 
             run.train(f"press {number}", self.prune_epochs, penalty, decay=False)
             limits = {name: self.delta * pressure * limit for name, limit in first.items()}
@@ -189,7 +189,7 @@ def first_threshold(norms: FloatArray, quantile: float, steps: int = 50) -> floa
     return high
 
 
-def size(run: Run, chosen: dict[str, list[int]]) -> Tensor:
+def magnitude(run: Run, chosen: dict[str, list[int]]) -> Tensor:
     """Sums the absolute weights of the chosen filters of all layers."""
     terms = [run.layers[name].weight[rows].abs().sum() for name, rows in chosen.items() if rows]
     return torch.stack(terms).sum() if terms else torch.zeros((), device=run.device)

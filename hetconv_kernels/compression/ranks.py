@@ -37,7 +37,7 @@ def barrier() -> None:
         dist.barrier()
 
 
-def mean(statistic: Tensor) -> Tensor:
+def mean_over_ranks(statistic: Tensor) -> Tensor:
     """Averages a statistic over the ranks, in float64; every rank gets the same bits."""
     result = statistic.detach().double()
     if world_size() > 1:
@@ -47,12 +47,13 @@ def mean(statistic: Tensor) -> Tensor:
     return result
 
 
-def total(value: float) -> float:
+def sum_over_ranks(value: float) -> float:
     """Sums a number over the ranks."""
     if world_size() == 1:
         return value
     return (
-        float(mean(torch.tensor([value], dtype=torch.float64, device=_device()))[0]) * world_size()
+        float(mean_over_ranks(torch.tensor([value], dtype=torch.float64, device=_device()))[0])
+        * world_size()
     )
 
 
@@ -83,7 +84,7 @@ def same_weights(model: nn.Module) -> None:
         same_buffers(model)
 
 
-def check_same(chosen: dict[str, Support]) -> None:
+def check_same_supports(chosen: dict[str, Support]) -> None:
     """Makes sure that all ranks chose the same Supports.
 
     Raises:

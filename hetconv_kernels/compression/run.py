@@ -30,7 +30,7 @@ from .schedule import check_loss, step_decay
 from .state import StateFile
 from .training import Training, seeded
 
-Layer = nn.Conv2d | nn.Linear
+WeightLayer = nn.Conv2d | nn.Linear
 
 
 class Run:
@@ -57,7 +57,7 @@ class Run:
     def __init__(
         self,
         model: nn.Module,
-        layers: dict[str, Layer],
+        layers: dict[str, WeightLayer],
         masks: dict[str, Tensor],
         kept: dict[str, str],
         example: Tensor,
@@ -228,7 +228,7 @@ class Run:
         if not count:
             raise HetconvError("The data has no batches; expected at least one in each epoch.")
         ranks.same_buffers(self.model)
-        return ranks.total(total / count) / ranks.world_size()
+        return ranks.sum_over_ranks(total / count) / ranks.world_size()
 
     # Weights and masks ------------------------------------------------------------------------
 
@@ -237,7 +237,7 @@ class Run:
         layer: Any = self.model.get_submodule(name)
         mask = self.masks.get(name)
         masked = layer.weight if mask is None else layer.weight * mask
-        return ranks.mean(masked).cpu()
+        return ranks.mean_over_ranks(masked).cpu()
 
     def mask(self, name: str) -> Tensor:
         """Returns which weights of a layer exist, all of them when it has no mask.  # bool"""
@@ -284,7 +284,7 @@ class Run:
     def interfaces(self) -> Interfaces:
         """Which layers read which; found once."""
         if self._interfaces is None:
-            every = {n: m for n, m in self.model.named_modules() if isinstance(m, Layer)}
+            every = {n: m for n, m in self.model.named_modules() if isinstance(m, WeightLayer)}
             found = find_interfaces(self.model, every, self.example)
             allowed = {}
             fixed = {name: why for name, why in found.fixed.items() if name in self.layers}
@@ -331,7 +331,7 @@ class Run:
             HetconvError: they have not.
         """
         if ranks.world_size() > 1:
-            ranks.check_same({name: support_of(mask) for name, mask in self.masks.items()})
+            ranks.check_same_supports({name: support_of(mask) for name, mask in self.masks.items()})
 
     # Going back -------------------------------------------------------------------------------
 

@@ -21,8 +21,7 @@ from ..errors import ArgumentError, HetconvError, SupportError, mismatch
 from ..masks import BoolArray, IntArray
 from ..support import Support
 from .schedule import check_count
-
-FloatArray = npt.NDArray[np.float64]
+from .scores import FloatArray
 
 
 def self_group(

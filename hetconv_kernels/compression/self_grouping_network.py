@@ -12,7 +12,7 @@ from torch import nn
 from ..backends import get_backend
 from ..errors import ArgumentError, SupportError, mismatch
 from .base import STEM, Method, is_stem
-from .run import Layer, Run
+from .run import Run, WeightLayer
 from .schedule import check_count, check_fraction, rising
 from .self_grouping import self_group
 
@@ -98,7 +98,7 @@ class SelfGrouping(Method):
             own["adjacent"] = 1  # which the tile that was asked for does not hold
         return cls(**(own | settings))
 
-    def leaves_out(self, name: str, layer: Layer) -> str | None:
+    def leaves_out(self, name: str, layer: WeightLayer) -> str | None:
         """Leaves out the stem, as the paper does."""
         return STEM if is_stem(layer) and not self.stem else None
 

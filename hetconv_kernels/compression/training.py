@@ -126,7 +126,7 @@ class Training:
             return None
         with _mode(model, False), torch.no_grad():
             if self.evaluate is not None:
-                return ranks.total(float(self.evaluate(model))) / ranks.world_size()
+                return ranks.sum_over_ranks(float(self.evaluate(model))) / ranks.world_size()
             right = seen = 0.0
             for batch in self.eval_data or ():
                 x, label = _pair(batch, model)
@@ -136,10 +136,10 @@ class Training:
                     raise _no_classes(found, label, "")
                 right += float((found.argmax(1) == label).sum())
                 seen += len(label)
-        seen = ranks.total(seen)
+        seen = ranks.sum_over_ranks(seen)
         if not seen:
             raise ArgumentError(mismatch("eval_data", "no batches", "at least one"))
-        return ranks.total(right) / seen
+        return ranks.sum_over_ranks(right) / seen
 
 
 @contextlib.contextmanager

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from ..errors import ArgumentError, mismatch
-from .layer_json import Json, layer_from_json, layer_to_json
+from ..files import Json
+from .layer_json import layer_from_json, layer_to_json
 
 _HOOKS = {
     "_forward_pre_hooks": "forward pre-hook",

@@ -30,9 +30,9 @@ from ..support import Support
 from .alias import is_after
 from .convert import _shared_parameters, _what_would_be_lost
 from .layout import adapted
-from .names import BINARY, EACH, MOVES, SIZES, SPATIAL, describe, module_of, name_of
+from .names import BINARY, EACH, MOVES, SIZES, SPATIAL, describe_node, module_of, name_of
 from .plain import Keep, _plain
-from .take import Layer, Norm
+from .take import LayerMatrix, Norm
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Channels:
     def __init__(self, traced: fx.GraphModule) -> None:
         self.traced = traced
         self.wires: dict[fx.Node, IntArray] = {}
-        self.layers: dict[fx.Node, Layer] = {}
+        self.layers: dict[fx.Node, LayerMatrix] = {}
         self.norms: dict[fx.Node, Norm] = {}
         self.moves: dict[fx.Node, Move] = {}
         self.channelwise: set[fx.Node] = set()
@@ -98,7 +98,7 @@ class Channels:
         found: dict[int, list[tuple[str, int]]] = {}
         for node in self.layers:
             for place, number in enumerate(self.of(node)):
-                found.setdefault(int(number), []).append((describe(node), place))
+                found.setdefault(int(number), []).append((describe_node(node), place))
         return found
 
     def through_depthwise(self) -> IntArray:
@@ -155,7 +155,7 @@ class Channels:
         else:
             return False
         if len(args) == 3 and self.source(args[2])[1] is None:
-            self._freeze(node, f"{describe(args[1])} changes it through a view")
+            self._freeze(node, f"{describe_node(args[1])} changes it through a view")
         return True
 
     def source(self, view: fx.Node) -> tuple[fx.Node, IntArray | None]:
@@ -198,7 +198,7 @@ class Channels:
         conv = isinstance(module, nn.Conv2d | SupportConv2d)
         if conv or isinstance(module, nn.Linear | SupportLinear):
             rank = 4 if conv else 2
-            layer = Layer(module) if self._is_plain(module) else None
+            layer = LayerMatrix(module) if self._is_plain(module) else None
             if layer is None or len(source.meta["shape"]) != rank or layer.channels != size:
                 return False
             self.layers[node] = layer
@@ -300,9 +300,9 @@ class Channels:
             self.wires[node] = found[0]
         sizes = [np.arange(len(self.wires[n])) for n in operands]
         if adapted(node, move, sizes, None if several else np.arange(len(found[0]))) is None:
-            self._freeze_wires(np.concatenate(found), f"{describe(node)} counts channels")
+            self._freeze_wires(np.concatenate(found), f"{describe_node(node)} counts channels")
             for operand in operands:
-                self._freeze(operand, f"{describe(node)} counts channels")
+                self._freeze(operand, f"{describe_node(node)} counts channels")
         return True
 
     def _carry(self, wires: IntArray, source: IntArray) -> IntArray:
@@ -317,7 +317,7 @@ class Channels:
         reason = (
             "it is a channel of the output"
             if node.op == "output" or node.target is OrderedDict
-            else f"{describe(node)} may mix its channels"
+            else f"{describe_node(node)} may mix its channels"
         )
         for operand in operands:
             self._freeze(operand, reason)

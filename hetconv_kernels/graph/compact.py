@@ -16,10 +16,10 @@ from ..masks import BoolArray
 from ..nn.base import ForcedBackend
 from .channels import Channels
 from .check import Match, verify
-from .constants import Constant, constants, fold, foldable
+from .constants import ConstantChannels, constant_shift, constants, foldable
 from .copying import copied
 from .layout import relayout, set_module
-from .names import describe
+from .names import describe_node
 from .trace import as_inputs, check_network, record, trace
 
 __all__ = ["CompactReport", "compact"]
@@ -85,11 +85,11 @@ class CompactReport:
         if self.shrunk:
             rows = [(s.name, s.kind, *s.filters, *s.channels) for s in self.shrunk]
             header = ("layer", "is", "filters", "now", "channels", "now")
-            lines += ["", tables.text(header, rows)]
+            lines += ["", tables.text_table(header, rows)]
         if self.stayed:
             lines += [
                 "",
-                tables.text(("dead, but stayed", "channels", "because"), self.stayed),
+                tables.text_table(("dead, but stayed", "channels", "because"), self.stayed),
             ]
         return "\n".join(lines)
 
@@ -167,7 +167,7 @@ class _Plan:
         kept: the classes that something depends on.  # bool [classes]
     """
 
-    def __init__(self, channels: Channels, known: dict[fx.Node, Constant]) -> None:
+    def __init__(self, channels: Channels, known: dict[fx.Node, ConstantChannels]) -> None:
         self.channels, self.known = channels, known
         self.reads = {node: layer.reads for node, layer in channels.layers.items()}
         self.folds = {
@@ -243,7 +243,7 @@ class _Plan:
             source = channels.reader(node)
             constant, gone = self.known[source], ~self.kept[channels.of(source)]
             away = np.flatnonzero(gone & foldable(layer, constant))
-            shift = fold(layer, constant, away)
+            shift = constant_shift(layer, constant, away)
             if shift is not None:
                 shifts[node] = shift
             merged = np.flatnonzero(gone & self._merged(node, self._columns(node)))
@@ -261,14 +261,14 @@ class _Plan:
             border = self._border(node) & self._columns(node) & self.kept[classes]
             if layer.padded and border.any():
                 reason = "constant but not zero: its zero padding makes them differ at the border"
-                yield Stayed(f"inputs of {describe(node)}", int(border.sum()), reason)
+                yield Stayed(f"inputs of {describe_node(node)}", int(border.sum()), reason)
             dead = self.known[node].known & self.kept[channels.of(node)]
             if dead.any():
                 why = {channels.frozen.get(int(c)) for c in channels.of(node)[dead]}
                 reason = "; ".join(sorted(w for w in why if w)) or (
                     "what they are added to or what reads them is not dead"
                 )
-                yield Stayed(f"filters of {describe(node)}", int(dead.sum()), reason)
+                yield Stayed(f"filters of {describe_node(node)}", int(dead.sum()), reason)
 
 
 def _shrunk(channels: Channels, replaced: dict[str, nn.Module]) -> list[Shrunk]:

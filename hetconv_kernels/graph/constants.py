@@ -20,10 +20,10 @@ from ..masks import BoolArray, IntArray
 from .alias import is_after
 from .channels import Channels, call
 from .names import module_of
-from .take import Layer, Norm
+from .take import LayerMatrix, Norm
 
 
-class Constant(NamedTuple):
+class ConstantChannels(NamedTuple):
     """The constant channels of a value.
 
     Attributes:
@@ -34,21 +34,21 @@ class Constant(NamedTuple):
     known: BoolArray
     value: npt.NDArray[np.float64]
 
-    def take(self, source: IntArray) -> Constant:
+    def take(self, source: IntArray) -> ConstantChannels:
         """Follows a move; the number -1 is a channel of zeros."""
         zeros = source < 0
         place = np.where(zeros, 0, source)
-        return Constant(self.known[place] | zeros, np.where(zeros, 0.0, self.value[place]))
+        return ConstantChannels(self.known[place] | zeros, np.where(zeros, 0.0, self.value[place]))
 
 
-def constants(channels: Channels) -> dict[fx.Node, Constant]:
+def constants(channels: Channels) -> dict[fx.Node, ConstantChannels]:
     """Finds the constant channels of every node's value.
 
     Args:
         channels: of a traced network in evaluation mode.
     """
-    found: dict[fx.Node, Constant] = {}
-    parts: dict[fx.Node, tuple[Constant, ...]] = {}
+    found: dict[fx.Node, ConstantChannels] = {}
+    parts: dict[fx.Node, tuple[ConstantChannels, ...]] = {}
     for node in channels.traced.graph.nodes:
         if is_after(node) and (node in channels.wires or node.args[0] in parts):
             if node.args[0] in parts:
@@ -67,7 +67,9 @@ def constants(channels: Channels) -> dict[fx.Node, Constant]:
         elif node in channels.moves:
             move = channels.moves[node]
             read = [found[n] for n in move.operands]
-            whole = Constant(*(np.concatenate(arrays) for arrays in zip(*read, strict=True)))
+            whole = ConstantChannels(
+                *(np.concatenate(arrays) for arrays in zip(*read, strict=True))
+            )
             taken = tuple(whole.take(source) for source in move.source)
             if move.parts:
                 parts[node] = taken
@@ -86,7 +88,9 @@ def _tuple(node: Any) -> fx.Node:
     return _tuple(node.args[0]) if is_after(node) else node
 
 
-def _after(channels: Channels, node: fx.Node, found: dict[fx.Node, Constant]) -> Constant:
+def _after(
+    channels: Channels, node: fx.Node, found: dict[fx.Node, ConstantChannels]
+) -> ConstantChannels:
     """Finds the constants of a tensor after a change in its memory."""
     tensor: Any = node.args[0]
     varying = _varying(len(channels.wires[node]))
@@ -111,17 +115,17 @@ def _after(channels: Channels, node: fx.Node, found: dict[fx.Node, Constant]) ->
             known[channel], value[channel] = True, values[0]
         elif not (even and known[channel] and value[channel] == values[0]):
             known[channel], value[channel] = False, 0.0
-    return Constant(known, value)
+    return ConstantChannels(known, value)
 
 
-def foldable(layer: Layer, constant: Constant) -> BoolArray:
+def foldable(layer: LayerMatrix, constant: ConstantChannels) -> BoolArray:
     """Tells which channels can leave a layer: their part of its result is a constant.  # [C]"""
     value = constant.value
     finite = np.isfinite(value)
     return constant.known & finite & ((value == 0) | (not layer.padded))
 
 
-def fold(layer: Layer, constant: Constant, away: IntArray) -> Tensor | None:
+def constant_shift(layer: LayerMatrix, constant: ConstantChannels, away: IntArray) -> Tensor | None:
     """Returns what constant channels add to each filter; None if nothing.  # float64 [F]"""
     away = away[constant.value[away] != 0]
     if not len(away):
@@ -132,31 +136,31 @@ def fold(layer: Layer, constant: Constant, away: IntArray) -> Tensor | None:
     return shift if bool(shift.ne(0).any()) else None
 
 
-def _varying(count: int) -> Constant:
-    return Constant(np.zeros(count, bool), np.zeros(count))
+def _varying(count: int) -> ConstantChannels:
+    return ConstantChannels(np.zeros(count, bool), np.zeros(count))
 
 
-def _layer(layer: Layer, source: Constant) -> Constant:
+def _layer(layer: LayerMatrix, source: ConstantChannels) -> ConstantChannels:
     folds = foldable(layer, source)
     known: BoolArray = ~layer.reads[:, ~folds].any(axis=1)  # type: ignore[assignment]
     if not known.any():
         return _varying(layer.filters)
     value = np.zeros(layer.filters) if layer.bias is None else _array(layer.bias)
-    shift = fold(layer, source, np.flatnonzero(folds))
+    shift = constant_shift(layer, source, np.flatnonzero(folds))
     if shift is not None:
         value = value + _array(shift)
-    return Constant(known, np.where(known, value, 0.0))
+    return ConstantChannels(known, np.where(known, value, 0.0))
 
 
-def _norm(norm: Norm, source: Constant) -> Constant:
+def _norm(norm: Norm, source: ConstantChannels) -> ConstantChannels:
     mean, variance = _array(norm.running_mean), _array(norm.running_var)
     value = (source.value - mean) / np.sqrt(variance + norm.eps)
     if norm.affine:
         value = value * _array(norm.weight) + _array(norm.bias)
-    return Constant(source.known, np.where(source.known, value, 0.0))
+    return ConstantChannels(source.known, np.where(source.known, value, 0.0))
 
 
-def _channelwise(node: fx.Node, operands: dict[fx.Node, Constant]) -> Constant:
+def _channelwise(node: fx.Node, operands: dict[fx.Node, ConstantChannels]) -> ConstantChannels:
     """Runs the node on images of the constants and looks what comes out."""
     known = np.logical_and.reduce([c.known for c in operands.values()])
     if not known.any():
@@ -172,7 +176,7 @@ def _channelwise(node: fx.Node, operands: dict[fx.Node, Constant]) -> Constant:
     pixels = result.reshape(*result.shape[:2], -1)
     first, even = pixels[0, :, 0], (pixels == pixels[:, :, :1]).all(2)[0]
     known = known & even.numpy()
-    return Constant(known, np.where(known, first.double().numpy(), 0.0))
+    return ConstantChannels(known, np.where(known, first.double().numpy(), 0.0))
 
 
 def _size(node: fx.Node) -> tuple[int, ...]:

@@ -133,10 +133,10 @@ class ConversionReport:
                 )
                 for swap in self.swapped
             ]
-            lines += ["", tables.text(("swapped", "was", "is", "before", "after"), rows)]
+            lines += ["", tables.text_table(("swapped", "was", "is", "before", "after"), rows)]
         if self.kept:
             kept = [(kept.name or "(the model)", kept.reason) for kept in self.kept]
-            lines += ["", tables.text(("kept", "because"), kept)]
+            lines += ["", tables.text_table(("kept", "because"), kept)]
         return "\n".join(lines)
 
 

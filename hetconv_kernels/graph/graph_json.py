@@ -21,10 +21,9 @@ import torch.nn.functional as F
 from torch import fx
 
 from ..errors import FileError, mismatch
+from ..files import Json
 from .alias import after
 from .names import BINARY, EACH, MOVES, SIZES, SPATIAL
-
-Json = dict[str, Any]
 
 _OPERATORS = (
     "add sub mul truediv floordiv neg getitem iadd isub imul itruediv mod pow matmul eq ne lt le "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 Key = TypeVar("Key")
 
 
-class Call(NamedTuple):
+class LayerCall(NamedTuple):
     """What a module was called with."""
 
     arguments: tuple[Any, ...]
@@ -23,8 +23,8 @@ class Call(NamedTuple):
 @contextmanager
 def hooked(
     modules: Mapping[Key, nn.Module],
-    before: Callable[[Key, Call], None],
-    after: Callable[[Key, Call, Any], None] | None = None,
+    before: Callable[[Key, LayerCall], None],
+    after: Callable[[Key, LayerCall, Any], None] | None = None,
     always: bool = False,
 ) -> Iterator[None]:
     """Calls functions right before and right after each call of some modules.
@@ -42,14 +42,14 @@ def hooked(
         for key, module in modules.items():
 
             def enter(_: Any, args: Any, kwargs: Any, key: Key = key) -> None:
-                before(key, Call(args, kwargs))
+                before(key, LayerCall(args, kwargs))
 
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             if after is None:
                 continue
 
             def leave(_: Any, args: Any, kwargs: Any, output: Any, key: Key = key) -> None:
-                after(key, Call(args, kwargs), output)
+                after(key, LayerCall(args, kwargs), output)
 
             handles.append(
                 module.register_forward_hook(
@@ -76,7 +76,7 @@ def calls_of(
     modules: Mapping[Key, nn.Module],
     run: Callable[[], object],
     keep: Callable[[Tensor], Tensor] = copy_of,
-) -> dict[Key, list[Call]]:
+) -> dict[Key, list[LayerCall]]:
     """Runs something and lists what modules are called with meanwhile.
 
     Args:
@@ -87,12 +87,12 @@ def calls_of(
     Returns:
         The calls of each module in their order, none where it was not called.
     """
-    seen: dict[Key, list[Call]] = {key: [] for key in modules}
+    seen: dict[Key, list[LayerCall]] = {key: [] for key in modules}
 
-    def note(key: Key, call: Call) -> None:
+    def note(key: Key, call: LayerCall) -> None:
         arguments = tuple(_kept(a, keep) for a in call.arguments)
         keywords = {name: _kept(a, keep) for name, a in call.keywords.items()}
-        seen[key].append(Call(arguments, keywords))
+        seen[key].append(LayerCall(arguments, keywords))
 
     with hooked(modules, note):
         run()

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import FileError, mismatch
+from ..files import Json
 from ..masks import BoolArray
 from ..nn import (
     FrequencyConv2d,
@@ -23,13 +24,11 @@ from ..nn import (
     SupportLinear,
 )
 from ..nn.quantized_layer import QuantizedLayer
-from ..nn.quantized_steps import STEPS, QuantizedStep
+from ..nn.quantized_steps import STEP_CLASSES, QuantizedStep
 from ..pooling import Pool
 from ..problem import Geometry
 from ..quantization.scheme import Scale
 from ..support import Support
-
-Json = dict[str, Any]
 
 # The arguments of each class are its attributes of the same names.
 _CONV = (
@@ -91,7 +90,7 @@ _BY_NAME: dict[str, type[nn.Module]] = {
         FrequencyConv2d,
         QuantizedConv2d,
         QuantizedLinear,
-        *STEPS,
+        *STEP_CLASSES,
     )
 }
 
@@ -127,7 +126,7 @@ def layer_to_json(module: nn.Module) -> Json | None:
         }
     if isinstance(module, QuantizedLayer) and kind in (QuantizedConv2d, QuantizedLinear):
         return _quantized_to_json(module)
-    if isinstance(module, QuantizedStep) and kind in STEPS:
+    if isinstance(module, QuantizedStep) and kind in STEP_CLASSES:
         return {"kind": kind.__name__, "arguments": module.describe()}
     if isinstance(module, FrequencyConv2d) and kind is FrequencyConv2d:
         return _frequency_to_json(module, described)

@@ -122,7 +122,7 @@ def _function_name(target: Any) -> str:
     return str(getattr(target, "__name__", target))
 
 
-def describe(node: fx.Node) -> str:
+def describe_node(node: fx.Node) -> str:
     """Names a node for a report: the module's name, or what is called."""
     if node.op == "call_module":
         return str(node.target)

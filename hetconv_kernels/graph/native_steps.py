@@ -146,7 +146,7 @@ def native_step(seen: Seen, sources: Sequence[Seen]) -> Found | None:
 def _is_layer(module: nn.Module | None) -> bool:
     """Tells whether a module is a layer of this package that the engine may compute all of."""
     from ..nn import FusedConv2d, QuantizedConv2d, QuantizedLinear, SupportConv2d, SupportLinear
-    from ..nn.quantized_steps import STEPS
+    from ..nn.quantized_steps import STEP_CLASSES
 
     if module is None or not type(module).__module__.startswith("hetconv_kernels."):
         return False
@@ -154,7 +154,7 @@ def _is_layer(module: nn.Module | None) -> bool:
         return False
     if isinstance(module, SupportConv2d | SupportLinear):
         return module.frozen and module._owns_weight and _without_inference(module)
-    exact = (FusedConv2d, QuantizedConv2d, QuantizedLinear, *STEPS)
+    exact = (FusedConv2d, QuantizedConv2d, QuantizedLinear, *STEP_CLASSES)
     return type(module) in exact and _without_inference(module)
 
 

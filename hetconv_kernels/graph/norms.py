@@ -27,9 +27,9 @@ from .copying import copied
 from .layout import set_module
 from .names import module_of
 from .plain import Keep, _plain
+from .take import Norm
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-Norm = nn.BatchNorm1d | nn.BatchNorm2d
 
 
 class Beside(NamedTuple):

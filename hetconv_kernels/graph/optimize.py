@@ -96,7 +96,7 @@ class OptimizeReport:
             lines += ["", f"frozen, as they are: {', '.join(self.frozen)}"]
         if self.untraced:
             rows = [(left.name or "(the model)", left.reason) for left in self.untraced]
-            lines += ["", tables.text(("not traced", "because"), rows)]
+            lines += ["", tables.text_table(("not traced", "because"), rows)]
         return "\n".join(lines)
 
 

@@ -24,7 +24,7 @@ from ..masks import IntArray
 from ..support import Support
 from .channels import Channels, is_depthwise
 from .layout import relayout
-from .names import describe
+from .names import describe_node
 
 
 class Reordered(NamedTuple):
@@ -74,7 +74,7 @@ def order(channels: Channels) -> tuple[dict[str, nn.Module], tuple[Reordered, ..
     for space in spaces:
         before, after = _improve(space, masks)
         if after < before:
-            makers = tuple(describe(node) for node in space.makers)
+            makers = tuple(describe_node(node) for node in space.makers)
             done.append(Reordered(makers, len(space.order), (before, after)))
     if not done:
         return {}, ()

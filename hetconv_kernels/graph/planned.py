@@ -23,7 +23,7 @@ from ..backends import forced_code
 from ..observers import observed
 from .native_steps import Operand, Seen, Spec
 from .program import Frame, Program
-from .program_builder import build, tape
+from .program_builder import build_program, tape
 
 __all__ = ["PlannedNetwork", "plan_memory", "release_memory"]
 
@@ -322,7 +322,7 @@ class _Recording(fx.Interpreter):
             return None
         leaves = pytree.tree_leaves(returned)
         kept = {self._spec(leaf).storage for leaf in leaves if isinstance(leaf, Tensor)}
-        return build(self._network, self._seen, kept)
+        return build_program(self._network, self._seen, kept)
 
     def _note(self, n: fx.Node, value: Any, sources: list[tuple[fx.Node, Any]]) -> None:
         if self._tape is None:

@@ -34,7 +34,9 @@ def tape() -> Any:
     return None if _cpu is None else _cpu.Tape()
 
 
-def build(network: fx.GraphModule, record: Sequence[Seen], kept: set[int]) -> Program | None:
+def build_program(
+    network: fx.GraphModule, record: Sequence[Seen], kept: set[int]
+) -> Program | None:
     """Makes the program of a recorded call.
 
     Args:

@@ -20,7 +20,7 @@ from ..support import Support
 Norm = nn.BatchNorm1d | nn.BatchNorm2d
 
 
-class Layer:
+class LayerMatrix:
     """A convolution or fully connected layer seen as a matrix of filters × channels.
 
     Args:

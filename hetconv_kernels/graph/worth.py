@@ -16,7 +16,7 @@ from ..nn import SupportConv2d, SupportLinear
 from .hooks import calls_of, without_values
 from .layout import set_module
 
-Layer = SupportConv2d | SupportLinear
+SparseLayer = SupportConv2d | SupportLinear
 
 
 class LeftPlain(NamedTuple):
@@ -81,7 +81,7 @@ def _candidates(model: nn.Module) -> dict[str, nn.Module]:
     for name, module in model.named_modules():
         parent = parents.get(id(module))
         if (
-            isinstance(module, Layer)
+            isinstance(module, SparseLayer)
             and parent is not None
             and not hasattr(parent, "live_frequencies")
             and module.backend is None
@@ -94,7 +94,7 @@ def _candidates(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def _reason(layer: Layer, x: Tensor) -> str | None:
+def _reason(layer: SparseLayer, x: Tensor) -> str | None:
     """Says why the plain layer is as fast on such an input; None where it is not."""
     if x.dim() == 3 and not isinstance(layer, SupportLinear):
         return None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..backends import choose
-from ..backends.rates import INVERSE, INVERSE_CALL
+from ..backends.cost_model import INVERSE, INVERSE_CALL
 from ..errors import ArgumentError, InputTypeError, SupportError, mismatch
 from ..functional import conv2d
 from ..masks import kernel_pair

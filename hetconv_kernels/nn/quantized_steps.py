@@ -78,7 +78,7 @@ class Quantize(QuantizedStep):
         if observed(x):
             y = torch.ops.hetconv.quantize(image, s.scale, s.zero_point, s.dtype, code)
         else:
-            y = operations(x.device, code).quantize(image, s.scale, s.zero_point, s.dtype)
+            y = operations(x.device, code).quantize_tensor(image, s.scale, s.zero_point, s.dtype)
         return y if x.dim() == 4 else y.reshape(x.shape)
 
 
@@ -125,7 +125,7 @@ class Requantize(QuantizedStep):
     def forward(self, x: Tensor) -> Tensor:
         """Requantises.  # [...] -> [...]"""
         check_dtype(x, self.x)
-        y = run(self, "requantize", (as_image(x),), (ratio(self.x, self.y),), (self.x,))
+        y = run_step(self, "requantize", (as_image(x),), (ratio(self.x, self.y),), (self.x,))
         return y if x.dim() == 4 else y.reshape(x.shape)
 
 
@@ -152,7 +152,7 @@ class QuantizedAdd(QuantizedStep):
         check_dtype(b, self.b)
         scales = (self.a, self.b)
         ratios = tuple(ratio(s, self.y) for s in scales)
-        y = run(self, "add", (as_image(a), as_image(b)), ratios, scales)
+        y = run_step(self, "add", (as_image(a), as_image(b)), ratios, scales)
         return y if a.dim() == 4 else y.reshape(a.shape)
 
 
@@ -213,7 +213,7 @@ class QuantizedAvgPool2d(QuantizedStep):
                 return x
             numbers = Dequantize(self.x)(x)
             return Quantize(self.x)(F.adaptive_avg_pool2d(numbers, self.size))
-        y = run(self, "mean", (x,), (ratio(self.x, self.y),), (self.x,))
+        y = run_step(self, "mean", (x,), (ratio(self.x, self.y),), (self.x,))
         return y if self.keepdim else y.flatten(1)
 
 
@@ -238,7 +238,7 @@ class QuantizedPad(QuantizedStep):
 
 
 # What a file may hold.
-STEPS: tuple[type[QuantizedStep], ...] = (
+STEP_CLASSES: tuple[type[QuantizedStep], ...] = (
     Quantize, Dequantize, Requantize, QuantizedAdd, QuantizedMaxPool2d, QuantizedAvgPool2d,
     QuantizedPad,
 )  # fmt: skip
@@ -283,7 +283,7 @@ _NAMES = {
 }
 
 
-def run(
+def run_step(
     step: Any,
     name: str,
     operands: tuple[Tensor, ...],

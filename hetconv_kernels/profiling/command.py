@@ -35,7 +35,7 @@ def add_target(parser: argparse.ArgumentParser) -> None:
         help=f"'layer', described by the options of `hetconv explain`; a network of this package "
         f"({', '.join(models.names())}); module:function, which returns a network, or a network "
         f"and an input; or a {_SUFFIX} file that hetconv_kernels.io wrote")  # fmt: skip
-    layer_options.add_arguments(parser)
+    layer_options.add_layer_arguments(parser)
     parser.set_defaults(size=None)
     add("--het", type=whole(), metavar="P",
         help="make the network's convolutions HetConv of part P")  # fmt: skip
@@ -102,9 +102,11 @@ def run(options: argparse.Namespace, show: Callable[[str], None]) -> int:
 def _ncu(options: argparse.Namespace) -> list[str]:
     """Makes the command lines; where the device is no GPU they are for a machine that has one."""
     if torch.device(options.device).type == "cuda":
-        return ncu_commands(described(options), list(backends_of(*target(options)).values()))
+        return ncu_commands(target_arguments(options), list(backends_of(*target(options)).values()))
     there = argparse.Namespace(**{**vars(options), "device": "cuda"})
-    return ncu_commands(described(there), [] if options.backend is None else [options.backend])
+    return ncu_commands(
+        target_arguments(there), [] if options.backend is None else [options.backend]
+    )
 
 
 def target(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
@@ -152,7 +154,7 @@ def target(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
         )
     if options.het is not None:
         model = convert(model, het(options.het), inplace=True).model
-    form, dtype = layer_options.memory_format(options), layer_options.float_dtype(options)
+    form, dtype = layer_options.image_format(options), layer_options.float_dtype(options)
     model = model.eval().to(device, dtype)
     model = model.to(memory_format=form)  # type: ignore[call-overload]
     for module in model.modules():
@@ -185,7 +187,7 @@ def runnable(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
     return model, example
 
 
-def described(options: argparse.Namespace) -> list[str]:
+def target_arguments(options: argparse.Namespace) -> list[str]:
     """Lists the arguments that describe the same target again."""
     found = [options.target]
     for name in (

@@ -22,8 +22,8 @@ from ..integers import is_integer
 from ..nn import FrequencyConv2d, FusedConv2d
 from ..nn.base import SupportLayer
 from ..nn.quantized_steps import Quantize, QuantizedStep
-from ..packing import Packed, watched
-from ..roofs import Roofs, measure_roofs
+from ..packing import PackEvent, watched_packings
+from ..roofline import Roofs, measure_roofs
 from ..timing import check_seconds
 from .reasons import backend_and_reason, predicted
 from .record import LayerProfile, Profile
@@ -278,12 +278,12 @@ def _pack_times(model: nn.Module, example: Tensor, layers: Mapping[str, _Seen]) 
     """Notes what each layer spends on packing weights in a steady pass: the median of three."""
     passes: dict[str, list[float]] = {name: [] for name in layers}
     for _ in range(3):
-        with watched() as packed:
+        with watched_packings() as packed:
 
-            def start(seen: _Seen, _: Any, packed: list[Packed] = packed) -> None:
+            def start(seen: _Seen, _: Any, packed: list[PackEvent] = packed) -> None:
                 seen.started = sum(one.seconds for one in packed)
 
-            def stop(seen: _Seen, _: Any, __: Any, packed: list[Packed] = packed) -> None:
+            def stop(seen: _Seen, _: Any, __: Any, packed: list[PackEvent] = packed) -> None:
                 seen.packed += sum(one.seconds for one in packed) - seen.started
 
             for seen in layers.values():

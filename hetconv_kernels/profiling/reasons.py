@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from ..backends import NAMES, available_backends, choose, get_backend, predict
+from ..backends import ENGINE_OF_CODE, available_backends, choose, get_backend, predict
 from ..nn import FrequencyConv2d, FusedConv2d, SupportConv2d, SupportLinear
 from ..nn.quantized_layer import QuantizedLayer
 from ..nn.quantized_steps import QuantizedPad, QuantizedStep
 from ..problem import Problem
-from ..quantization.engine import name_of
+from ..quantization.engine import engine_name
 
 
 def backend_and_reason(layer: nn.Module, arguments: tuple[Any, ...]) -> tuple[str, str]:
@@ -28,14 +28,14 @@ def backend_and_reason(layer: nn.Module, arguments: tuple[Any, ...]) -> tuple[st
     if isinstance(layer, FrequencyConv2d):
         return layer.path_for(arguments[0]), "the faster by prediction of its two paths"
     if isinstance(layer, QuantizedLayer):
-        name = name_of(arguments[0].device, layer._backend_code())
+        name = engine_name(arguments[0].device, layer._backend_code())
         return name, "in 8 bits; the engines give the same integers" + (
             "" if name == "cpu" else ", and the compiled one is not here or not wanted"
         )
     if isinstance(layer, QuantizedPad):
         return "torch", "moves integers"
     if isinstance(layer, QuantizedStep):
-        return name_of(arguments[0].device, layer._backend_code()), "a step between integers"
+        return engine_name(arguments[0].device, layer._backend_code()), "a step between integers"
     problem = _problem(layer, arguments)
     if problem is None:
         return "torch", "a plain layer of PyTorch"
@@ -46,7 +46,7 @@ def backend_and_reason(layer: nn.Module, arguments: tuple[Any, ...]) -> tuple[st
 def reason(problem: Problem, code: int) -> tuple[str, str]:
     """Names the backend of a problem and says why: forced, or what the others would have taken."""
     chosen = choose(problem, code).backend.name
-    if NAMES[code] != "auto":
+    if ENGINE_OF_CODE[code] != "auto":
         return chosen, "forced"
     said = [f"predicted {_micros(problem, chosen)}"]
     for name in available_backends(problem.device.type):

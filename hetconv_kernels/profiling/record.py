@@ -106,7 +106,7 @@ class Profile:
                 f"{self.model} on {self.input}, {self.threads} threads",
                 f"measured ceilings: {ceilings}",
                 "",
-                tables.text((*header, "because"), rows),
+                tables.text_table((*header, "because"), rows),
                 *self._remarks(),
             )
         )

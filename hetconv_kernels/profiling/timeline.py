@@ -17,7 +17,7 @@ from torch.autograd.profiler import record_function
 from .. import ranges
 from ..errors import HetconvError
 from ..files import writing
-from ..graph.hooks import Call, hooked
+from ..graph.hooks import LayerCall, hooked
 from .measure import layers_of
 
 _WARM_UP = 2
@@ -157,11 +157,11 @@ def _named(model: nn.Module) -> AbstractContextManager[None]:
     """Puts each layer with weights in a range of its name."""
     opened: list[record_function] = []
 
-    def enter(name: str, _: Call) -> None:
+    def enter(name: str, _: LayerCall) -> None:
         opened.append(record_function(name or type(model).__name__))
         opened[-1].__enter__()
 
-    def leave(_: str, __: Call, ___: object) -> None:
+    def leave(_: str, __: LayerCall, ___: object) -> None:
         opened.pop().__exit__(None, None, None)
 
     return hooked(layers_of(model), enter, leave, always=True)

@@ -14,7 +14,7 @@ from ..problem import weight_shapes
 from ..support import Support
 
 # The activations' dtypes with the least and the greatest value of each.
-RANGES = {torch.uint8: (0, 255), torch.int8: (-128, 127)}
+INTEGER_RANGES = {torch.uint8: (0, 255), torch.int8: (-128, 127)}
 _NAMES = "uint8 or int8"
 
 
@@ -24,7 +24,7 @@ def limits(dtype: torch.dtype) -> tuple[int, int]:
     Raises:
         InputTypeError: neither uint8 nor int8.
     """
-    found = RANGES.get(dtype)
+    found = INTEGER_RANGES.get(dtype)
     if found is None:
         raise InputTypeError(mismatch("dtype of quantised activations", dtype, f"torch.{_NAMES}"))
     return found
@@ -37,7 +37,7 @@ def check_activation(name: str, x: Tensor) -> None:
         InputTypeError: another dtype or layout.
         ArgumentError: another rank.
     """
-    if x.dtype not in RANGES or x.layout != torch.strided:
+    if x.dtype not in INTEGER_RANGES or x.layout != torch.strided:
         raise InputTypeError(
             mismatch(
                 f"{name} dtype and layout",

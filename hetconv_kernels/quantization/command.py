@@ -15,22 +15,22 @@ from torch import Tensor, nn
 from .. import io
 from ..compression.command import (
     _NETWORKS,
-    accuracy,
-    dense,
+    dense_network,
     is_colour,
     network_for,
-    train,
+    top1_accuracy,
+    train_dense,
     trainer,
 )
 from ..compression.training import Training
 from ..datasets import Dataset, digits, read
 from ..errors import ArgumentError, HetconvError, mismatch
 from ..files import write_text
-from .checks import RANGES
-from .observers import NAMES
+from .checks import INTEGER_RANGES
+from .observers import OBSERVERS
 from .quantize import MIN_SQNR, convert, prepare, quantize
 
-_ACTIVATIONS = {str(dtype).removeprefix("torch."): dtype for dtype in RANGES}
+_ACTIVATIONS = {str(dtype).removeprefix("torch."): dtype for dtype in INTEGER_RANGES}
 _RATE = 1e-3
 
 
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--weights", type=Path, help="a state dict of the trained network; otherwise it is trained")
     add("--train-epochs", type=int, default=20, help="of that training (20)")
     add("--images", type=int, default=512, help="training images to calibrate on (512)")
-    add("--observer", choices=NAMES, default="minmax", help="how ranges are chosen (minmax)")
+    add("--observer", choices=OBSERVERS, default="minmax", help="how ranges are chosen (minmax)")
     add("--percentile", type=float, default=99.99, help="what that observer covers (99.99)")
     add("--activations", choices=_ACTIVATIONS, default="uint8", help="dtype between layers (uint8)")
     add("--min-sqnr", type=float, default=MIN_SQNR,
@@ -110,7 +110,7 @@ def run(options: argparse.Namespace) -> int:
     if options.qat_epochs:
         made = _trained(model, batches, options, data, choices)
         names["trained"] = made
-    found = {name: accuracy(net, data, options.batch) for name, net in names.items()}
+    found = {name: top1_accuracy(net, data, options.batch) for name, net in names.items()}
     print(f"Accuracy on {len(data.test)} images that nothing above has seen: "
           + ", ".join(f"{name} {value:.4f}" for name, value in found.items()) + ".")  # fmt: skip
     record = report.to_dict() | {"test_accuracy": found, "network": type(model).__name__}
@@ -131,7 +131,7 @@ def _network(options: argparse.Namespace, training: Training, data: Dataset) -> 
         except FileNotFoundError as error:
             raise HetconvError(f"{options.file} is not there.") from error
     name = options.model or network_for(data.test.images)
-    return dense(
+    return dense_network(
         name, options.weights, training, options.train_epochs, options.seed, options.out,
         options.device,
     )  # fmt: skip
@@ -147,4 +147,4 @@ def _trained(
     """Trains under fake quantisation, at a tenth of the rate of fine-tuning, and converts."""
     network = prepare(model, batches, **choices)
     training = trainer(data, max(options.batch, 2), _RATE / 10, False)
-    return convert(train(network, training, options.qat_epochs, options.seed, None))
+    return convert(train_dense(network, training, options.qat_epochs, options.seed, None))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .. import ranges
-from ..backends import NAMES, forced_code
+from ..backends import ENGINE_OF_CODE, forced_code
 from ..errors import BackendError
 from . import reference
 
@@ -25,10 +25,10 @@ def _cpu() -> Any:
     if importlib.util.find_spec("hetconv_kernels.backends.cpu_int8") is None:
         return None
     module = importlib.import_module("hetconv_kernels.backends.cpu_int8")
-    return module if module.available() else None
+    return module if module.is_built() else None
 
 
-def available() -> tuple[str, ...]:
+def engine_names() -> tuple[str, ...]:
     """Names the engines of this installation that compute in 8 bits, the faster first."""
     return ("reference",) if _cpu() is None else ("cpu", "reference")
 
@@ -43,7 +43,7 @@ def engine(device: torch.device, code: int = 0) -> Any:
     Raises:
         BackendError: the backend that is forced does not compute in 8 bits, or not there.
     """
-    name = NAMES[code or forced_code()]
+    name = ENGINE_OF_CODE[code or forced_code()]
     if name == "reference":
         return reference
     fast = _cpu() if device.type == "cpu" else None
@@ -65,7 +65,7 @@ _VERBS = {
     "requantize": "requantize",
     "mean": "qmean",
     "max_pool": "qmax_pool",
-    "quantize": "quantize",
+    "quantize_tensor": "quantize",
     "dequantize": "dequantize",
 }
 
@@ -105,6 +105,6 @@ def operations(device: torch.device, code: int = 0) -> Any:
     return Ranged(found) if ranges.active else found
 
 
-def name_of(device: torch.device, code: int = 0) -> str:
+def engine_name(device: torch.device, code: int = 0) -> str:
     """Names what `engine` returns: ``"cpu"`` or ``"reference"``."""
     return "reference" if engine(device, code) is reference else "cpu"

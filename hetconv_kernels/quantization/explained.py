@@ -8,11 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..backends import NAMES, forced_code
-from ..explain import Candidate, Explanation, packing_seconds
+from ..backends import ENGINE_OF_CODE, forced_code
+from ..explanation import Candidate, Explanation, packing_seconds
 from ..nn.quantized_layer import QuantizedLayer
 from ..timing import interleaved
-from .engine import available, name_of
+from .engine import engine_name, engine_names
 
 
 def explain_quantized(layer: QuantizedLayer, x: Tensor, measure: bool = True) -> Explanation:
@@ -31,8 +31,8 @@ def explain_quantized(layer: QuantizedLayer, x: Tensor, measure: bool = True) ->
     layer(x)  # refuses what the layer refuses
     support = layer.support
     code = layer._backend_code()
-    forced = NAMES[code or forced_code()] != "auto"
-    names = available() if x.device.type == "cpu" else ("reference",)
+    forced = ENGINE_OF_CODE[code or forced_code()] != "auto"
+    names = engine_names() if x.device.type == "cpu" else ("reference",)
     timed, packing = _measure(layer, x, names) if measure and x.numel() else ({}, {})
     problem = layer.problem(x)
     sizes = sorted(
@@ -48,7 +48,7 @@ def explain_quantized(layer: QuantizedLayer, x: Tensor, measure: bool = True) ->
         density=support.density,
         macs=problem.macs,
         dense_macs=problem.dense_macs,
-        chosen=name_of(x.device, code),
+        chosen=engine_name(x.device, code),
         forced=forced,
         frozen=True,
         candidates=tuple(

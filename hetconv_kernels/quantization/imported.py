@@ -31,7 +31,7 @@ from ..nn.quantized_steps import (
 from ..problem import make_geometry
 from .forms import Floats, Integers, Numbers, Pending
 from .recipe import (
-    Constant,
+    Fixed,
     Operation,
     Recipe,
     filled,
@@ -46,7 +46,7 @@ from .recipe import (
 from .scheme import Scale
 from .zeros import support_of_zeros
 
-_Value = Integers | Numbers | Floats | Pending | Constant
+_Value = Integers | Numbers | Floats | Pending | Fixed
 
 
 def assemble(recipe: Recipe) -> fx.GraphModule:
@@ -71,7 +71,7 @@ class _Assembler:
         self.recipe = recipe
         self.graph = fx.Graph()
         self.parts: dict[str, Any] = {}
-        self.values: dict[str, _Value] = {k: Constant(v) for k, v in recipe.constants.items()}
+        self.values: dict[str, _Value] = {k: Fixed(v) for k, v in recipe.constants.items()}
         self.uses = Counter(n for op in recipe.operations for n in op.inputs)
         self.uses.update(recipe.outputs)
         self.written: dict[fx.Node, fx.Node] = {}
@@ -106,12 +106,12 @@ class _Assembler:
     def _read(self, op: Operation, place: int = 0) -> _Value:
         return self._value(op.inputs[place], op.where)
 
-    def _constant(self, op: Operation, place: int, what: str) -> Constant | None:
+    def _constant(self, op: Operation, place: int, what: str) -> Fixed | None:
         """Reads an operand that has to be constant; None where it is not there."""
         if place >= len(op.inputs) or not op.inputs[place]:
             return None
         found = self._read(op, place)
-        if not isinstance(found, Constant):
+        if not isinstance(found, Fixed):
             raise refused(op.where, f"{what} that is computed", f"a constant {what}")
         return found
 
@@ -127,7 +127,7 @@ class _Assembler:
             return value.node
         if isinstance(value, Pending):
             return self._finish(value, None)
-        if isinstance(value, Constant):
+        if isinstance(value, Fixed):
             raise refused(where, "a constant operand", "a computed one")
         integers = value.integers if isinstance(value, Numbers) else value
         if integers.node not in self.written:
@@ -165,8 +165,8 @@ class _Assembler:
     def _quantize(self, op: Operation) -> _Value:
         """Settings: scale and zero_point (tensors), dtype, axis, low and high."""
         value = self._own(op)
-        if isinstance(value, Constant) and value.scale is None:
-            return Constant(rounded(value.values, op.settings))
+        if isinstance(value, Fixed) and value.scale is None:
+            return Fixed(rounded(value.values, op.settings))
         scale = scale_of(op)
         if isinstance(value, Pending):
             node = self._finish(value, scale)
@@ -184,14 +184,14 @@ class _Assembler:
     def _dequantize(self, op: Operation) -> _Value:
         """Settings: as of quantize."""
         value = self._read(op)
-        if isinstance(value, Constant):
+        if isinstance(value, Fixed):
             zero = op.settings["zero_point"]
             if bool(zero.ne(0).any()):
                 raise refused(
                     op.where, "a constant with zero points", "zero point 0",
                     "Quantise weights symmetrically.",
                 )  # fmt: skip
-            return Constant(value.values, op.settings["scale"].flatten(), op.settings["axis"])
+            return Fixed(value.values, op.settings["scale"].flatten(), op.settings["axis"])
         if not isinstance(value, Integers):
             raise refused(op.where, "numbers that were not quantised", "integers")
         scale = scale_of(op)
@@ -232,7 +232,7 @@ class _Assembler:
         assert weight is not None
         if op.settings.get("transposed"):
             axis = 1 - weight.axis if weight.values.dim() == 2 else weight.axis
-            weight = Constant(weight.values.t(), weight.scale, axis)
+            weight = Fixed(weight.values.t(), weight.scale, axis)
         if weight.values.dim() != 2:
             raise refused(op.where, f"a weight of shape {tuple(weight.values.shape)}", "[F, C]")
         value = self._own(op)
@@ -249,7 +249,7 @@ class _Assembler:
 
         return Pending("linear", op.output, op.where, make, [own.node])
 
-    def _float_conv(self, op: Operation, weight: Constant, bias: Constant | None) -> _Value:
+    def _float_conv(self, op: Operation, weight: Fixed, bias: Fixed | None) -> _Value:
         top, bottom, left, right = op.settings["pads"]
         x = self._as_floats(self._read(op), op.where)
         if top != bottom or left != right:
@@ -263,7 +263,7 @@ class _Assembler:
     def _add(self, op: Operation) -> _Value:
         values = [self._own(op, 0), self._own(op, 1)]
         for one, other in (values, values[::-1]):
-            if isinstance(one, Pending) and isinstance(other, Constant):
+            if isinstance(one, Pending) and isinstance(other, Fixed):
                 return self._with_bias(op, one, other)
         for one, other in (values, values[::-1]):
             if isinstance(one, Pending) and isinstance(other, Numbers) and one.takes_a_sum:
@@ -278,7 +278,7 @@ class _Assembler:
         nodes = tuple(self._as_floats(v, op.where) for v in values)
         return Floats(self.graph.call_function(torch.add, nodes))
 
-    def _with_bias(self, op: Operation, layer: Pending, bias: Constant) -> _Value:
+    def _with_bias(self, op: Operation, layer: Pending, bias: Fixed) -> _Value:
         numbers = bias.numbers().squeeze()
         flat = layer.kind in ("conv", "linear") and numbers.dim() <= 1
         if not flat or layer.act != "none" or layer.residual is not None:
@@ -368,8 +368,8 @@ class _Assembler:
         if isinstance(value, Pending) and value.kind == "mean" and s.get("flatten"):
             value.keepdim = False
             return value
-        if isinstance(value, Constant):
-            return Constant(s["function"](value.values, *s["arguments"]), value.scale, value.axis)
+        if isinstance(value, Fixed):
+            return Fixed(s["function"](value.values, *s["arguments"]), value.scale, value.axis)
 
         def moved(node: fx.Node) -> fx.Node:
             return self.graph.call_function(s["function"], (node, *s["arguments"]))

@@ -131,10 +131,10 @@ class MeanSquaredError(MinMax):
         return best
 
 
-NAMES = ("minmax", "percentile", "mse")
+OBSERVERS = ("minmax", "percentile", "mse")
 
 
-def make(name: str, percentile: float = 99.99) -> Observer:
+def make_observer(name: str, percentile: float = 99.99) -> Observer:
     """Builds an observer by its name.
 
     Raises:
@@ -146,4 +146,4 @@ def make(name: str, percentile: float = 99.99) -> Observer:
         return Percentile(percentile)
     if name == "mse":
         return MeanSquaredError()
-    raise ArgumentError(mismatch("observer", repr(name), f"one of {', '.join(NAMES)}"))
+    raise ArgumentError(mismatch("observer", repr(name), f"one of {', '.join(OBSERVERS)}"))

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..errors import ArgumentError, mismatch
 from ..flops import register_flop_formulas
-from ..ops import _LIBRARY, geometry_of
+from ..geometries import geometry_of
+from ..ops import _LIBRARY
 from ..packing import FrozenCache
 from ..pooling import Pool
 from ..problem import output_size
@@ -186,7 +187,7 @@ def _qmax_pool(x: Tensor, pool: Sequence[int], backend: int) -> Tensor:
 
 
 def _quantize(x: Tensor, scale: float, zero_point: int, dtype: torch.dtype, backend: int) -> Tensor:
-    y: Tensor = operations(x.device, backend).quantize(x, scale, zero_point, dtype)
+    y: Tensor = operations(x.device, backend).quantize_tensor(x, scale, zero_point, dtype)
     return y
 
 

@@ -34,19 +34,15 @@ from ..nn.quantized_steps import (
     QuantizedPad,
     Requantize,
 )
+from ..plain_network import has_quantized, plain
 from ..pooling import max_pooled
 from .qdq_layer import SUMS, QdqLayer, dequantized, finished, operators, quantized
 from .scheme import Scale
 
-STEPS = (
+QDQ_STEPS = (
     Dequantize, Quantize, QuantizedAdd, QuantizedAvgPool2d, QuantizedMaxPool2d, QuantizedPad,
     Requantize,
 )  # fmt: skip
-
-
-def has_quantized(model: nn.Module) -> bool:
-    """Tells whether a network has layers or steps in 8 bits."""
-    return any(isinstance(m, (QuantizedLayer, *STEPS)) for m in model.modules())
 
 
 def to_qdq(
@@ -91,8 +87,6 @@ def to_qdq(
                 "hetconv_kernels.quantize makes one; export.plain is for networks in float.",
             )
         )  # fmt: skip
-    from ..export import plain
-
     operators()
     made = plain(_replaced(copy.deepcopy(model), form, sums), form)
     _calibrate(made, batches)
@@ -104,7 +98,7 @@ def _replaced(module: nn.Module, form: str, sums: str) -> nn.Module:
         _note_scales(module)
     if isinstance(module, QuantizedLayer):
         return QdqLayer(module, form, sums)
-    if isinstance(module, STEPS):
+    if isinstance(module, QDQ_STEPS):
         return QdqStep(module)
     for name, child in module._modules.items():
         if child is not None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..composition import Part, compose, index_of, joined, pointwise_pads, split_pads
+from ..composition import ConvPart, compose, index_of, joined_results, pointwise_pads, split_pads
 from ..errors import HetconvError, InputTypeError
 from ..nn.quantized import QuantizedLayer, QuantizedLinear
 from ..packing import dense_weight
@@ -85,7 +85,7 @@ class QdqConv(nn.Module):
     zeros: Tensor
     channels: Tensor | None
 
-    def __init__(self, layer: QuantizedLayer, part: Part, pads: Pads, biased: bool) -> None:
+    def __init__(self, layer: QuantizedLayer, part: ConvPart, pads: Pads, biased: bool) -> None:
         super().__init__()
         geometry: Geometry = layer._geometry
         assert layer.x is not None
@@ -152,7 +152,7 @@ class QdqLayer(nn.Module):
         geometry, linear = layer._geometry, isinstance(layer, QuantizedLinear)
         self.y, self.residual, self.act, self.pool = layer.y, layer.residual, layer.act, layer.pool
         groups = 1 if linear else layer.support.uniform_groups or 1
-        rings: tuple[Part, ...] = (Part(None, None, groups, layer.support.mask),)
+        rings: tuple[ConvPart, ...] = (ConvPart(None, None, groups, layer.support.mask),)
         point, order = None, None
         found = compose(geometry) if form == "composition" and not linear else None
         if found is not None:
@@ -197,7 +197,7 @@ class QdqLayer(nn.Module):
         if self.pointwise is None and residual is None:
             # Each part is finished on its own, so that a runtime sees whole convolutions.
             results = [finished(ring(x), self.act, self.y) for ring in self.rings]
-            y = joined(results, self.order)
+            y = joined_results(results, self.order)
             return y if self.pool is None else pooled(y, self.pool, self.y)
         name = "rings" if self.pointwise is not None else "sum"
         y = self._rounded(name, [ring(x) for ring in self.rings], self.order)
@@ -215,8 +215,8 @@ class QdqLayer(nn.Module):
         """Joins partial results, on their Scale where there is one."""
         scale = self.partials.get(name)
         if scale is not None:
-            return dequantized(joined([quantized(y, scale) for y in results], order), scale)
-        y = joined(results, order)
+            return dequantized(joined_results([quantized(y, scale) for y in results], order), scale)
+        y = joined_results(results, order)
         if self.seen is not None:
             low, high = self.seen.get(name, (0.0, 0.0))
             self.seen[name] = (min(low, float(y.min())), max(high, float(y.max())))

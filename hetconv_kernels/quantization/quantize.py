@@ -26,11 +26,11 @@ from ..nn.quantized_layer import QuantizedLayer
 from ..nn.quantized_steps import Dequantize, Quantize, QuantizedStep
 from ..timing import interleaved
 from .calibrate import Inputs, as_batches, layer_errors, observe, output_error
-from .checks import RANGES
-from .engine import name_of
-from .observers import make
-from .report import LayerReport, QuantizeReport
-from .rewrite import Ranges, assign_scales, build, convert
+from .checks import INTEGER_RANGES
+from .engine import engine_name
+from .observers import make_observer
+from .report import QuantizedLayerReport, QuantizeReport
+from .rewrite import Ranges, assign_scales, build_fake_quantized, convert
 from .steps import LAYER, Flow, Step, decide, find_steps
 
 __all__ = ["convert", "prepare", "quantize"]
@@ -121,7 +121,7 @@ def quantize(
         conversions=sum(isinstance(m, Quantize | Dequantize) for m in made.modules())
         + _float_outputs(made),
         timings=timings,
-        engine=name_of(x.device),
+        engine=engine_name(x.device),
     )
 
 
@@ -186,7 +186,7 @@ class _Part:
     def fake(self) -> fx.GraphModule:
         """Builds the fake-quantised part."""
         flow = self.flow()
-        return build(self.traced, flow, assign_scales(flow, self.ranges, self.dtype))
+        return build_fake_quantized(self.traced, flow, assign_scales(flow, self.ranges, self.dtype))
 
     def full(self, layer: str) -> str:
         """Returns the name that a layer has in the whole network."""
@@ -239,7 +239,7 @@ class _Work:
         part.reasons[name] = f"the accuracy dropped by more than {max_drop}"
         return True
 
-    def layers(self) -> tuple[LayerReport, ...]:
+    def layers(self) -> tuple[QuantizedLayerReport, ...]:
         """Says what became of each layer, in the order of the network."""
         rows = []
         for part in self.parts:
@@ -250,7 +250,7 @@ class _Work:
                     continue
                 kind = type(part.traced.get_submodule(name)).__name__
                 rows.append(
-                    LayerReport(
+                    QuantizedLayerReport(
                         part.full(name),
                         known[name].what if name in known else kind,
                         name in known and name not in part.floats,
@@ -278,9 +278,9 @@ def _calibrated(
                 "dtype", dtype, "'int8'", "For 16 bits: model.to(torch.bfloat16), or autocast."
             )
         )
-    if activations not in RANGES:
+    if activations not in INTEGER_RANGES:
         raise InputTypeError(mismatch("activations", activations, "torch.uint8 or torch.int8"))
-    make(observer, percentile)  # refuses before anything long runs
+    make_observer(observer, percentile)  # refuses before anything long runs
     check_network(model)
     check_float(model)
     _check_dtype(model)
@@ -328,7 +328,7 @@ def _part(
 ) -> _Part:
     record(traced, batches[0])
     steps, reasons = find_steps(traced)
-    build_observer = partial(make, observer, percentile)
+    build_observer = partial(make_observer, observer, percentile)
     ranges = observe(traced, steps, batches, build_observer, dtype)
     return _Part(name, traced, batches, steps, ranges, reasons, {}, set(), dtype)
 

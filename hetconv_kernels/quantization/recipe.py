@@ -59,7 +59,7 @@ def refused(where: str, received: object, expected: object, way_out: str = "") -
 
 
 @dataclass
-class Constant:
+class Fixed:
     """A constant; with a scale, integers that stand for numbers.
 
     Attributes:
@@ -107,7 +107,7 @@ def ungrouped(weight: Tensor, groups: int) -> Tensor:
 
 
 def filled(
-    layer: QuantizedLayer, dense: Tensor, weight: Constant, bias: Constant | None,
+    layer: QuantizedLayer, dense: Tensor, weight: Fixed, bias: Fixed | None,
     more: Tensor | None,
 ) -> QuantizedLayer:  # fmt: skip
     """Gives a layer the integers and scales that were read.
@@ -164,7 +164,10 @@ def scale_of(op: Operation) -> Scale:
 
 
 def float_conv(
-    weight: Constant, bias: Constant | None, settings: dict[str, Any], padding: tuple[int, int]
+    weight: Fixed,
+    bias: Fixed | None,
+    settings: dict[str, Any],
+    padding: tuple[int, int],
 ) -> nn.Conv2d:
     """Makes a convolution in float of constants."""
     filters, channels, kh, kw = weight.values.shape
@@ -176,13 +179,13 @@ def float_conv(
     return _with_numbers(layer, weight, bias)
 
 
-def float_linear(weight: Constant, bias: Constant | None) -> nn.Linear:
+def float_linear(weight: Fixed, bias: Fixed | None) -> nn.Linear:
     """Makes a fully connected layer in float of constants."""
     filters, channels = weight.values.shape
     return _with_numbers(nn.Linear(channels, filters, bias is not None), weight, bias)
 
 
-def _with_numbers(layer: Any, weight: Constant, bias: Constant | None) -> Any:
+def _with_numbers(layer: Any, weight: Fixed, bias: Fixed | None) -> Any:
     layer.weight = nn.Parameter(weight.numbers().float())
     if bias is not None:
         layer.bias = nn.Parameter(bias.numbers().float())

@@ -273,7 +273,7 @@ def mean(
     return _finish(t, y_zero_point, low, high, out_dtype)
 
 
-def quantize(x: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> Tensor:
+def quantize_tensor(x: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> Tensor:
     """Quantises: clamp(rint(x / scale) + zero_point), the quotient in float32.
 
     An infinity goes to the end of the range; a NaN becomes the zero point, which stands for 0.

@@ -14,7 +14,7 @@ from ..samples import Timings
 
 
 @dataclass(frozen=True)
-class LayerReport:
+class QuantizedLayerReport:
     """What became of one layer.
 
     Attributes:
@@ -54,7 +54,7 @@ class QuantizeReport:
 
     model: nn.Module = field(repr=False)
     optimized: nn.Module = field(repr=False)
-    layers: tuple[LayerReport, ...]
+    layers: tuple[QuantizedLayerReport, ...]
     dtype: str
     observer: str
     images: int
@@ -97,7 +97,7 @@ class QuantizeReport:
         done = sum(row.integer for row in self.layers)
         before, after = self.bytes
         lines = [
-            tables.text(("layer", "kind", "computed in", "SQNR dB", "because"), rows),
+            tables.text_table(("layer", "kind", "computed in", "SQNR dB", "because"), rows),
             "",
             f"{done} of {len(self.layers)} layers in 8 bits, {self.conversions} conversions from "
             f"or to float32; calibrated by {self.observer} on {self.images} images",

@@ -92,7 +92,7 @@ def fake_layer(step: Step, x: Scale, y: Scale | None, residual: Scale | None) ->
     )
 
 
-def build(traced: fx.GraphModule, flow: Flow, scales: Scales) -> fx.GraphModule:
+def build_fake_quantized(traced: fx.GraphModule, flow: Flow, scales: Scales) -> fx.GraphModule:
     """Builds the fake-quantised network; the original stays as it is.
 
     Args:
@@ -204,7 +204,7 @@ class _Builder:
     def _light(self, step: Step, y: Scale | None) -> fx.Node:
         operands = tuple(self.as_integers(i) for i in step.inputs)
         scales = [self._scale_of(i) for i in step.inputs]
-        made = light(step, scales, y)
+        made = light_step(step, scales, y)
         return self.graph.call_module(self._module(f"{step.node.name}_step", made), operands)
 
     def _move(self, step: Step) -> fx.Node:
@@ -246,7 +246,7 @@ def _reshaped(old: fx.Node, made: fx.Node) -> None:
     made.kwargs = {}
 
 
-def light(step: Step, scales: list[Scale], y: Scale | None) -> FakeStep:
+def light_step(step: Step, scales: list[Scale], y: Scale | None) -> FakeStep:
     """Makes the fake-quantised step between layers."""
     made: ForcedBackend
     if step.what == "add":

@@ -66,10 +66,10 @@ SEEDS = {
 }
 
 
-@pytest.mark.parametrize("only", ["gather", "boxes"])
+@pytest.mark.parametrize("only", ["gather", "tma"])
 @pytest.mark.parametrize("name", SEEDS)
 def test_silent_corrupters(name: str, only: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "ONLY", only)
+    monkeypatch.setattr(choice, "ONLY_LAUNCH", only)
     started = []
     start = launch.Launch.__call__
 
@@ -83,18 +83,18 @@ def test_silent_corrupters(name: str, only: str, monkeypatch: pytest.MonkeyPatch
     properties.check("triton", SEEDS[name])
     assert not properties.refused
     # Boxes run all of them but the one whose channels no descriptor can have.
-    boxed = any("boxes" in kernel for kernel in started)
-    assert boxed == (only == "boxes" and name != "channels-of-12")
+    boxed = any("tma" in kernel for kernel in started)
+    assert boxed == (only == "tma" and name != "channels-of-12")
 
 
-@pytest.mark.parametrize("only", [None, "boxes"])
+@pytest.mark.parametrize("only", [None, "tma"])
 @pytest.mark.parametrize("shard", range(SHARDS))
 def test_triton_equals_oracle(
     shard: int, only: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On pointers, and where TMA can fetch the case on boxes."""
     functional._geometries.clear()
-    monkeypatch.setattr(choice, "ONLY", only)
+    monkeypatch.setattr(choice, "ONLY_LAUNCH", only)
     examples = EXAMPLES if only is None else EXAMPLES // 4
     properties.offered.clear()
     properties.refused.clear()

@@ -21,10 +21,11 @@ from hetconv_kernels.backends.triton import choice, wgrad_choice
 from hetconv_kernels.backends.triton.calls import GatherCall
 from hetconv_kernels.backends.triton.choice import GatherChoice
 from hetconv_kernels.backends.triton.lowering import Lowering
+from hetconv_kernels.backends.triton.picking import pick_choice
 from hetconv_kernels.backends.triton.tiles import Box, Tile
-from hetconv_kernels.backends.triton.wgrad_boxes import seen_from, seen_until
 from hetconv_kernels.backends.triton.wgrad_calls import WgradCall
 from hetconv_kernels.backends.triton.wgrad_choice import WgradChoice
+from hetconv_kernels.backends.triton.wgrad_tma import seen_from, seen_until
 from hetconv_kernels.packing import pack_slabs
 from hetconv_kernels.problem import Geometry, Problem, make_geometry
 from hetconv_kernels.testing import execute_fprop, execute_wgrad, oracle
@@ -79,7 +80,7 @@ def wgrad_call(
     coarse: bool = False,
     box: Box | None = None,
 ) -> WgradCall:
-    lowering = wgrad_choice.lowering_of(p.support, tiles, reorder, coarse)
+    lowering = wgrad_choice.wgrad_lowering_of(p.support, tiles, reorder, coarse)
     return WgradCall(p, WgradChoice(tiles, box, lowering, 0.0, 1.0))
 
 
@@ -101,9 +102,9 @@ def test_all_verbs_equal_the_oracle(support: str, where: str) -> None:
 
     exact, size = truth(x, w, dy), truth(x.abs(), w.abs(), dy.abs())
     taps = s.kernel[0] * s.kernel[1]
-    y, _ = gather_call(problem("fprop", geometry, x, x, w, SIZE), TILE).run(x, poisoned)
+    y = gather_call(problem("fprop", geometry, x, x, w, SIZE), TILE).run(x, poisoned)
     near(y, exact[0], size[0], s.channels * taps)
-    dx, _ = gather_call(problem("dgrad", geometry, dy, dy, w, SIZE), TILE).run(dy, poisoned)
+    dx = gather_call(problem("dgrad", geometry, dy, dy, w, SIZE), TILE).run(dy, poisoned)
     near(dx, exact[1], size[1], s.filters * taps)
     p = problem("wgrad", geometry, dy, x, w, SIZE)
     dw = wgrad_call(p, (Tile(32, 16, 16, 4), Tile(32, 16, 32, 4)), bool(even)).run(dy, x)
@@ -118,7 +119,7 @@ def test_fprop_equals_its_plan_run_literally(support: str, reorder: bool) -> Non
     p = problem("fprop", geometry, x, x, w, SIZE)
     call = gather_call(p, TILE, reorder)
     plan = call.lowering.plan
-    y, _ = call.run(x, poisoned)
+    y = call.run(x, poisoned)
     literal = execute_fprop(plan, geometry, x, pack_slabs(plan, poisoned))
     torch.testing.assert_close(y, literal, rtol=1e-4, atol=1e-4)
 
@@ -131,7 +132,7 @@ def test_dgrad_equals_the_plan_of_the_transposed_support(support: str) -> None:
     plan = call.lowering.plan
     back = poisoned.permute(1, 0, 2, 3).flip(2, 3)
     literal = execute_fprop(plan, make_geometry(plan.support, 1, 1), dy, pack_slabs(plan, back))
-    torch.testing.assert_close(call.run(dy, poisoned)[0], literal, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(call.run(dy, poisoned), literal, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("support", ["dense", "het", "interleaved"])
@@ -155,11 +156,11 @@ def test_a_coarse_lowering_is_the_same_function(support: str) -> None:
     x, w, poisoned, dy = tensors(geometry, torch.float32)
     for verb, first in (("fprop", x), ("dgrad", dy)):
         p = problem(verb, geometry, first, first, w, SIZE)
-        fine, _ = gather_call(p, TILE).run(first, poisoned)
+        fine = gather_call(p, TILE).run(first, poisoned)
         lowering = choice.lowering_of(p, 16, 16, False, True)
         assert lowering.gather is lowering.rows is None
         coarse = GatherCall(p, GatherChoice(TILE, None, lowering, 0.0, 1.0))
-        torch.testing.assert_close(coarse.run(first, poisoned)[0], fine, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(coarse.run(first, poisoned), fine, rtol=1e-4, atol=1e-4)
     p = problem("wgrad", geometry, dy, x, w, SIZE)
     fine, coarse = (wgrad_call(p, coarse=flag).run(dy, x) for flag in (False, True))
     torch.testing.assert_close(coarse, fine, rtol=1e-4, atol=1e-4)
@@ -220,8 +221,8 @@ def test_boxes_equal_the_oracle(support: str, box: Box, where: str) -> None:
     x, w, poisoned, dy = tensors(geometry, torch.float16)
     for verb, first in (("fprop", x), ("dgrad", dy)):
         p = problem(verb, geometry, first, first, w, SIZE)
-        pointers, _ = gather_call(p, TILE).run(first, poisoned)
-        boxed, _ = gather_call(p, TILE, True, box).run(first, poisoned)
+        pointers = gather_call(p, TILE).run(first, poisoned)
+        boxed = gather_call(p, TILE, True, box).run(first, poisoned)
         torch.testing.assert_close(boxed, pointers, rtol=2e-3, atol=2e-3)
 
 
@@ -334,7 +335,7 @@ def test_the_parity_fold_equals_the_oracle(support: str, dilation: int, pads: An
     x, w, poisoned, _ = tensors(geometry, torch.float16, (6, 8))
     p = problem("fprop", geometry, x, x, w, (6, 8))
     assert choice.folds(p, TILE, x.stride())
-    boxed, _ = gather_call(p, TILE, True, Box(1, 4, 8)).run(x, poisoned)
+    boxed = gather_call(p, TILE, True, Box(1, 4, 8)).run(x, poisoned)
     exact = oracle(x.double(), w.double(), geometry)
     near(boxed, exact, oracle(x.double().abs(), w.double().abs(), geometry), 300)
 
@@ -343,19 +344,19 @@ def test_dgrad_by_boxes_at_stride_2_writes_every_class() -> None:
     geometry = make_geometry(SUPPORTS["het"], 2, 1)
     _, w, poisoned, dy = tensors(geometry, torch.float16, (5, 6))
     p = problem("dgrad", geometry, dy, dy, w, (5, 6))
-    boxed, _ = gather_call(p, TILE, True, Box(2, 4, 4)).run(dy, poisoned)
-    pointers, _ = gather_call(p, TILE).run(dy, poisoned)
+    boxed = gather_call(p, TILE, True, Box(2, 4, 4)).run(dy, poisoned)
+    pointers = gather_call(p, TILE).run(dy, poisoned)
     torch.testing.assert_close(boxed, pointers, rtol=2e-3, atol=2e-3)
 
 
 def test_the_choice_of_boxes_runs_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "ONLY", "boxes")
+    monkeypatch.setattr(choice, "ONLY_LAUNCH", "tma")
     s = hk.Support.het(64, 64, 3, p=2)
     x = torch.randn(2, 64, 6, 6).half().contiguous(memory_format=torch.channels_last)
     w = torch.randn(s.shape).half()
     y = hk.functional.support_conv2d(x, w, s, None, 1, 1, backend="triton")
     geometry = make_geometry(s, 1, 1)
-    assert choice.best_gather(problem("fprop", geometry, x, x, w, (6, 6))).box is not None
+    assert pick_choice(problem("fprop", geometry, x, x, w, (6, 6))).box is not None
     exact = oracle(x.double(), w.double(), geometry)
     near(y, exact, oracle(x.double().abs(), w.double().abs(), geometry), 600)
 
@@ -365,7 +366,7 @@ def test_lowerings_of_several_tiles_are_one_function() -> None:
     x, w, poisoned, _ = tensors(geometry, torch.float32)
     p = problem("fprop", geometry, x, x, w, SIZE)
     results = [
-        gather_call(p, tile).run(x, poisoned)[0]
+        gather_call(p, tile).run(x, poisoned)
         for tile in (Tile(16, 16, 16, 4), Tile(64, 32, 16, 4), Tile(128, 64, 32, 4))
     ]
     for found in results[1:]:

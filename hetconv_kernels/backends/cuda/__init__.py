@@ -12,15 +12,14 @@ import re
 from functools import cache
 
 import torch
-from torch import Tensor
 
 from ...problem import Problem
 from .. import Runner
 from ..gpu.constants import constants_of
 from ..gpu.devices import gpu_reasons
 from . import choice
-from .calls import MAX_SPAN, VECTOR, NarrowCall, span
-from .wgrad_calls import WgradCall
+from .calls import MAX_SPAN, VECTOR, NarrowCall, element_span
+from .wgrad_calls import NarrowWgradCall
 from .wide_calls import WideCall
 
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -88,11 +87,11 @@ class Cuda:
                 f"filters, {shape.stages} halos and 2 x {shape.slots} slabs in shared memory, "
                 f"clusters of {shape.cluster}."
             ]
-        if isinstance(found, choice.GatherChoice):
-            tile, why = found.how.tables.shape, found.how.no_boxes
+        if isinstance(found, choice.NarrowChoice):
+            tile, why = found.how.tables.shape, found.how.no_tma
             size = f"{tile.height} x {tile.width} pixels by {tile.filters} filters"
-        elif isinstance(found, choice.WgradChoice):
-            size, why = f"{found.tables.height} x {found.tables.width} pixels", found.no_boxes
+        elif isinstance(found, choice.NarrowWgradChoice):
+            size, why = f"{found.tables.height} x {found.tables.width} pixels", found.no_tma
         else:
             return []
         way = f"cp.async, not by TMA: {why}" if why else "TMA"
@@ -102,30 +101,17 @@ class Cuda:
         """Prepares y = act(scale · conv(x, w) + shift + residual)."""
         return _call(problem).run
 
-    def fprop_stats(self, problem: Problem) -> Runner:
-        """Prepares y = conv(x, w) + shift with Σ y and Σ y² of each filter, from the accumulators.
-
-        Returns:
-            A callable like fprop's that returns y, Σ y, Σ y².  # [N, F, OH, OW], [F], [F]
-        """
-        return _call(problem).run_stats
-
     def dgrad(self, problem: Problem) -> Runner:
         """Prepares dx."""
-        call = _call(problem)
-
-        def run(dy: Tensor, w: Tensor) -> Tensor:
-            return call.run(dy, w)
-
-        return run
+        return _call(problem).run
 
     def wgrad(self, problem: Problem) -> Runner:
         """Prepares dw."""
-        return WgradCall(problem, choice.wgrad_choice(problem)).run
+        return NarrowWgradCall(problem, choice.best_cuda_wgrad(problem)).run
 
 
 def _call(problem: Problem) -> NarrowCall | WideCall:
-    found = choice.gather_choice(problem)
+    found = choice.best_cuda_gather(problem)
     if isinstance(found, choice.WideChoice):
         return WideCall(problem, found)
     return NarrowCall(problem, found)
@@ -149,7 +135,7 @@ def _layout_reasons(problem: Problem) -> list[str]:
         reasons.append("The operands are not channels_last.")
     elif any(stride % VECTOR for stride in apart):
         reasons.append(f"Pixels lie {apart} elements apart, not multiples of {VECTOR}.")
-    elif span(shape, problem.strides) > MAX_SPAN:
+    elif element_span(shape, problem.strides) > MAX_SPAN:
         reasons.append("The elements of one image span more than 2**30 places.")
     return reasons
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,10 +13,10 @@ from torch import Tensor
 from ...problem import Problem
 from ...support import Support
 from ..common import empty, unit
-from ..gpu.capture import CONVERSIONS, Kept, capturing, pin, refuse_capture, upload
+from ..gpu.capture import CONVERSIONS, DeviceTables, capturing, pin, refuse_capture, upload
 from ..gpu.packer import Packer
-from .boxes import MOST_BOXES, boxable
-from .choice import GatherChoice
+from .choice import NarrowChoice
+from .tma import MOST_MAPS, tma_readable
 
 # Elements of a 16-byte access.
 VECTOR = 8
@@ -24,14 +24,14 @@ VECTOR = 8
 MAX_SPAN = 2**30
 
 
-def engine() -> Any:
+def compiled_part() -> Any:
     """Returns the compiled part, which only a call needs."""
     from ... import _cuda
 
     return _cuda
 
 
-def name_of(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     """Returns a dtype's name as the compiled part knows it."""
     return str(dtype).removeprefix("torch.")
 
@@ -56,7 +56,7 @@ def readable(tensor: Tensor) -> Tensor:
     """
     tensor = tensor.resolve_neg()
     strided = tensor.stride(1) == 1 and unit(VECTOR, tensor) == VECTOR
-    if not strided or span(tensor.shape, tensor.stride()) > MAX_SPAN:
+    if not strided or element_span(tensor.shape, tensor.stride()) > MAX_SPAN:
         CONVERSIONS["operand brought to channels_last"] += 1
         tensor = torch.empty_like(tensor, memory_format=torch.channels_last).copy_(tensor)
     if tensor.data_ptr() % 16:
@@ -65,7 +65,7 @@ def readable(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def span(shape: Sequence[int], strides: Sequence[int]) -> int:
+def element_span(shape: Sequence[int], strides: Sequence[int]) -> int:
     """Returns how many elements lie between the first and the last one of an image, both in."""
     pairs = zip(shape[1:], strides[1:], strict=True)
     return 1 + sum((size - 1) * stride for size, stride in pairs if size > 1)
@@ -79,19 +79,19 @@ class Source(Protocol):
         ...
 
 
-def make_packer(problem: Problem, tables: Source) -> Packer:
+def cuda_packer(problem: Problem, tables: Source) -> Packer:
     """Makes what packs canonical weights into the slabs of some tables; kept with the Support."""
     support, device, dtype = problem.support, problem.device, problem.dtype
     key = ("cuda packer", device, dtype, id(tables))
     packer: Packer | None = support.derived.get(key)
     if packer is None:
-        module, name = engine(), name_of(dtype)
+        module, name = compiled_part(), dtype_name(dtype)
 
         def start(w: Tensor, source: Tensor, slabs: Tensor) -> None:
             with current(device) as stream:
                 module.pack(
                     w.data_ptr(),
-                    name_of(w.dtype),
+                    dtype_name(w.dtype),
                     source.data_ptr(),
                     slabs.data_ptr(),
                     name,
@@ -117,20 +117,7 @@ def uploaded(problem: Problem, tables: Any, names: Sequence[str]) -> dict[str, T
     return kept[1]
 
 
-class Bound(NamedTuple):
-    """A kernel made ready for operands of certain strides.
-
-    Attributes:
-        launch: takes the dtype, addresses of x, slabs, y, scale, shift, residual and sums, and the
-            stream.
-        lines: of `sums`, each for a part of the pixels.
-    """
-
-    launch: Callable[..., None]
-    lines: int
-
-
-class GatherCall:
+class CudaCall:
     """fprop or dgrad of a Problem: what the kernels for narrow and for wide groups share.
 
     Args:
@@ -143,10 +130,10 @@ class GatherCall:
         back = problem.verb == "dgrad"
         self._shape = problem.x_shape if back else problem.y_shape
         self._image = problem.output_size if back else (problem.height, problem.width)
-        self._packer = make_packer(problem, tables)
-        self._name = name_of(problem.dtype)
-        self._bound: dict[Any, Bound] = {}
-        self._kept = Kept()
+        self._packer = cuda_packer(problem, tables)
+        self._name = dtype_name(problem.dtype)
+        self._bound: dict[Any, Callable[..., None]] = {}
+        self._kept = DeviceTables()
 
     def run(
         self,
@@ -157,31 +144,9 @@ class GatherCall:
         residual: Tensor | None = None,
     ) -> Tensor:
         """Runs the kernel.  # [N, F, OH, OW]"""
-        return self._run(x, w, scale, shift, residual, False)[0]
-
-    def run_stats(
-        self, x: Tensor, w: Tensor, _scale: None, shift: Tensor | None, _residual: None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Runs the kernel; sums y and y² from the accumulators.  # [N, F, OH, OW], [F], [F]"""
-        y, partial = self._run(x, w, None, shift, None, True)
-        assert partial is not None
-        total, squares = partial.sum(0)
-        return y, total, squares
-
-    def _run(
-        self,
-        x: Tensor,
-        w: Tensor,
-        scale: Tensor | None,
-        shift: Tensor | None,
-        residual: Tensor | None,
-        stats: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Returns the result, and partial sums when asked for.  # [lines, 2, F]"""
         y = empty(self._shape, x, self.problem)
-        filters = self._shape[1]
         if not y.numel():
-            return y, y.new_zeros((1, 2, filters), dtype=torch.float32) if stats else None
+            return y
         x = self.seen(readable(x))
         if residual is not None:
             residual = self.like(residual, y)
@@ -189,28 +154,24 @@ class GatherCall:
         scale, shift = (None if v is None else _single(v) for v in (scale, shift))
         key = (x.stride(), y.stride(), residual is None or residual.data_ptr() % 16 == 0)
         with current(self._device) as stream:
-            bound = self._bound.get(key)
-            if bound is None:
+            launch = self._bound.get(key)
+            if launch is None:
                 refuse_capture(self._device, "A layout of operands")  # asks the device for blocks
-                bound = self._bound[key] = self.bind(x, y, key[2])
+                launch = self._bound[key] = self.bind(x, y, key[2])
             frozen = self.problem.frozen_weight
             slabs = self._packer(w, frozen)
             self._kept.lend(self._device)
             if capturing(self._device):
                 pin(self._device, self, slabs if frozen else None)
-            sums = None
-            if stats:
-                shape = (bound.lines, 2, filters)
-                sums = torch.empty(shape, dtype=torch.float32, device=self._device)
-            bound.launch(
+            launch(
                 self._name,
                 x.data_ptr(),
                 slabs.data_ptr(),
                 y.data_ptr(),
-                *(0 if v is None else v.data_ptr() for v in (scale, shift, residual, sums)),
+                *(0 if v is None else v.data_ptr() for v in (scale, shift, residual)),
                 stream,
             )
-        return y, sums
+        return y
 
     def seen(self, x: Tensor) -> Tensor:
         """Returns the pixels of an operand that the kernel reads."""
@@ -224,12 +185,17 @@ class GatherCall:
             same = torch.empty_like(y).copy_(same)
         return same
 
-    def bind(self, x: Tensor, y: Tensor, aligned: bool) -> Bound:
-        """Fills the kernel's arguments, all but the operands' addresses."""
+    def bind(self, x: Tensor, y: Tensor, aligned: bool) -> Callable[..., None]:
+        """Fills the kernel's arguments, all but the operands' addresses.
+
+        Returns:
+            What launches it; takes the dtype, the addresses of x, slabs, y, scale, shift and
+            residual, and the stream.
+        """
         raise NotImplementedError
 
 
-class NarrowCall(GatherCall):
+class NarrowCall(CudaCall):
     """fprop or dgrad of a Problem by the kernel for narrow groups.
 
     Args:
@@ -237,23 +203,23 @@ class NarrowCall(GatherCall):
         choice: how.
     """
 
-    def __init__(self, problem: Problem, choice: GatherChoice) -> None:
+    def __init__(self, problem: Problem, choice: NarrowChoice) -> None:
         super().__init__(problem, choice.how.tables)
         self.choice = choice
         names = ("classes", "heads", "rounds", "lists", "words", "chunks", "slots", "rows")
         self._tables = uploaded(problem, choice.how.tables, names)
-        self._kept = Kept(*self._tables.values())
+        self._kept = DeviceTables(*self._tables.values())
 
-    def bind(self, x: Tensor, y: Tensor, aligned: bool) -> Bound:
+    def bind(self, x: Tensor, y: Tensor, aligned: bool) -> Callable[..., None]:
         """Fills the kernel's arguments, all but the operands' addresses."""
         problem, choice, tables = self.problem, self.choice, self.choice.how.tables
-        call = engine().Narrow()
+        call = compiled_part().Narrow()
         for name, table in self._tables.items():
             setattr(call, name, table.data_ptr())
         call.x_n, _, call.x_h, call.x_w = strides_of(x)
         call.y_n, _, call.y_h, call.y_w = strides_of(y)
         call.batch, (call.image_h, call.image_w) = problem.batch, self._image
-        call.filters, call.channels = self._shape[1], x.shape[1]
+        call.channels = x.shape[1]
         call.class_count, call.parts, call.round_count = tables.rounds.shape[:3]
         shape = tables.shape
         call.tile_h, call.tile_w = shape.height, shape.width
@@ -263,14 +229,14 @@ class NarrowCall(GatherCall):
         call.max_words, call.max_fragments = tables.max_words, tables.max_fragments
         call.vector_stores = int(aligned and unit(VECTOR, y) == VECTOR)
         call.buffers, call.resident = choice.how.buffers, int(choice.how.resident)
-        if not choice.how.no_boxes and boxable(x):
-            call.boxes = 1
-            spare = [0] * (MOST_BOXES - len(tables.halos))
+        if not choice.how.no_tma and tma_readable(x):
+            call.tma = 1
+            spare = [0] * (MOST_MAPS - len(tables.halos))
             call.box_h, call.box_w = ([*sides, *spare] for sides in tables.halos.T.tolist())
         call.act = problem.act
-        call.blocks = call.held_blocks(self._name)
-        rows, cols = tables.classes[0, 2:4].tolist()  # of the first class, the only one of fprop
-        return Bound(call.launch, min(call.blocks, problem.batch * rows * cols))
+        call.blocks = call.max_resident_blocks(self._name)
+        launch: Callable[..., None] = call.launch
+        return launch
 
 
 def strides_of(tensor: Tensor) -> tuple[int, ...]:

@@ -19,16 +19,16 @@ from ...problem import Problem
 from ..gpu import parts
 from ..gpu.constants import constants_of
 from ..gpu.devices import GpuSpec, spec_of
-from .tiles import Choice, choose, choose_wgrad
+from .tiles import NarrowTiling, choose_narrow, choose_wgrad
 from .wgrad_lowering import UNIT_VALUES, WgradTables
-from .wide_lowering import WideTables, lower, wide_windows
+from .wide_lowering import WideTables, lower_wide, wide_windows
 from .wide_tiles import WideTiling, choose_wide
 from .windows import windows
 
 # "narrow" or "wide" leaves fprop and dgrad only that kernel; for tests and for tuning.
-ONLY: str | None = None
+ONLY_KERNEL: str | None = None
 # Whether TMA may bring tiles; for tests and for comparisons with cp.async.
-BOXES = True
+TMA = True
 # Seconds that a launch more in the same call takes.
 _NEXT_LAUNCH = 3e-6
 # Clocks in which a unit of wgrad reads one pixel of both operands from shared memory.
@@ -38,7 +38,7 @@ _UNIT_READS = 1.25
 _MOST_WEIGHTS = 2**17
 
 
-class GatherChoice(NamedTuple):
+class NarrowChoice(NamedTuple):
     """How fprop or dgrad is run.
 
     Attributes:
@@ -47,7 +47,7 @@ class GatherChoice(NamedTuple):
         efficiency: useful over executed multiply-accumulates.
     """
 
-    how: Choice
+    how: NarrowTiling
     seconds: float
     efficiency: float
 
@@ -68,32 +68,32 @@ class WideChoice(NamedTuple):
     efficiency: float
 
 
-class WgradChoice(NamedTuple):
+class NarrowWgradChoice(NamedTuple):
     """How wgrad is run.
 
     Attributes:
         tables: the lowering.
         buffers: tiles of both operands in shared memory.
-        no_boxes: why TMA does not bring them; empty where it does.
+        no_tma: why TMA does not bring them; empty where it does.
         seconds: predicted, for the whole call.
         efficiency: useful over executed multiply-accumulates.
     """
 
     tables: WgradTables
     buffers: int
-    no_boxes: str
+    no_tma: str
     seconds: float
     efficiency: float
 
 
-AnyChoice = GatherChoice | WideChoice | WgradChoice
+AnyChoice = NarrowChoice | WideChoice | NarrowWgradChoice
 
 
 def best(problem: Problem) -> AnyChoice | str:
     """Picks how a Problem is run, or says in sentences why it cannot be; kept with the Support."""
     geometry = problem.geometry
     key = (
-        *("cuda choice", ONLY, BOXES, parts.WITHOUT),
+        *("cuda choice", ONLY_KERNEL, TMA, parts.WITHOUT),
         *(problem.verb, problem.dtype, problem.device, problem.batch),
         *(problem.height, problem.width, geometry.tail),
     )
@@ -103,26 +103,26 @@ def best(problem: Problem) -> AnyChoice | str:
     return found
 
 
-def gather_choice(problem: Problem) -> GatherChoice | WideChoice:
+def best_cuda_gather(problem: Problem) -> NarrowChoice | WideChoice:
     """Picks how fprop or dgrad is run.
 
     Raises:
         BackendError: no tile fits.
     """
     found = best(problem)
-    if not isinstance(found, GatherChoice | WideChoice):
+    if not isinstance(found, NarrowChoice | WideChoice):
         raise BackendError(str(found))
     return found
 
 
-def wgrad_choice(problem: Problem) -> WgradChoice:
+def best_cuda_wgrad(problem: Problem) -> NarrowWgradChoice:
     """Picks how wgrad is run.
 
     Raises:
         BackendError: no tile fits.
     """
     found = best(problem)
-    if not isinstance(found, WgradChoice):
+    if not isinstance(found, NarrowWgradChoice):
         raise BackendError(str(found))
     return found
 
@@ -137,7 +137,7 @@ def _found(problem: Problem) -> AnyChoice | str:
         ("narrow", _narrow_reason(problem), narrow),
         ("wide", _wide_reason(problem), _wide),
     ):
-        if problem.verb != "wgrad" and ONLY not in (None, name):
+        if problem.verb != "wgrad" and ONLY_KERNEL not in (None, name):
             continue
         if not reason:
             try:
@@ -182,11 +182,11 @@ def _wide_reason(problem: Problem) -> str:
     return ""
 
 
-def _no_boxes(problem: Problem) -> str:
+def _no_tma(problem: Problem) -> str:
     """Says why a device or its driver has no TMA; empty where they have."""
-    if not BOXES:
+    if not TMA:
         return "TMA is switched off"
-    if absent := parts.left_out("cuda-boxes"):
+    if absent := parts.left_out("cuda-tma"):
         return absent.rstrip(".")
     if problem.device.type != "cuda":  # the kernels on the CPU, in tests
         return ""
@@ -195,17 +195,17 @@ def _no_boxes(problem: Problem) -> str:
         return f"TMA came with compute capability 9.0, and this is {major}.{minor}"
     from ... import _cuda
 
-    return str(_cuda.no_boxes())
+    return str(_cuda.tma_unsupported())
 
 
-def _gather(problem: Problem, spec: GpuSpec) -> GatherChoice:
+def _gather(problem: Problem, spec: GpuSpec) -> NarrowChoice:
     back = problem.verb == "dgrad"
     size = problem.height, problem.width
     found = windows(problem.geometry, size, back)
-    how = choose(problem.support, found, problem.batch, back, spec, _no_boxes(problem))
+    how = choose_narrow(problem.support, found, problem.batch, back, spec, _no_tma(problem))
     packed = how.tables.positions.size
     seconds = _whole(problem, how.clocks, packed, spec)
-    return GatherChoice(how, seconds, min(1.0, problem.support.live / max(packed, 1)))
+    return NarrowChoice(how, seconds, min(1.0, problem.support.live / max(packed, 1)))
 
 
 def _wide(problem: Problem, spec: GpuSpec) -> WideChoice:
@@ -217,7 +217,7 @@ def _wide(problem: Problem, spec: GpuSpec) -> WideChoice:
     key = ("cuda wide tables", back, problem.geometry.tail)
     tables: WideTables | None = problem.support.derived.get(key)
     if tables is None:
-        tables = problem.support.derived[key] = lower(problem.support, classes, back)
+        tables = problem.support.derived[key] = lower_wide(problem.support, classes, back)
     how = choose_wide(tables, classes, image, problem.batch, spec)
     seconds = _whole(problem, how.clocks, tables.size, spec)
     efficiency = min(1.0, problem.macs / how.executed) if how.executed else 1.0
@@ -232,9 +232,9 @@ def _whole(problem: Problem, clocks: float, packed: int, spec: GpuSpec) -> float
     return seconds + _NEXT_LAUNCH + packed * (2 * problem.dtype.itemsize + 4) / spec.bandwidth
 
 
-def _wgrad(problem: Problem, spec: GpuSpec) -> WgradChoice:
+def _wgrad(problem: Problem, spec: GpuSpec) -> NarrowWgradChoice:
     (window,) = windows(problem.geometry, (problem.height, problem.width), False)
-    tables, buffers, why = choose_wgrad(problem.support, window, spec, _no_boxes(problem))
+    tables, buffers, why = choose_wgrad(problem.support, window, spec, _no_tma(problem))
     units = tables.positions.size // UNIT_VALUES
     pixels = tables.height * tables.width
     rows, cols = problem.output_size
@@ -248,4 +248,4 @@ def _wgrad(problem: Problem, spec: GpuSpec) -> WgradChoice:
     launch = constants_of(problem.device).launch
     seconds = launch + 2 * _NEXT_LAUNCH + max(compute, memory) + partials
     efficiency = min(1.0, problem.support.live / max(tables.positions.size, 1))
-    return WgradChoice(tables, buffers, why, seconds, efficiency)
+    return NarrowWgradChoice(tables, buffers, why, seconds, efficiency)

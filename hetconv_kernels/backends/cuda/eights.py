@@ -22,7 +22,7 @@ _MOST_KINDS = 256
 Cost = Callable[[BoolArray], npt.NDArray[np.float64]]
 
 
-def eights(needs: BoolArray, cost: Cost) -> list[IntArray]:
+def cluster_by_eight(needs: BoolArray, cost: Cost) -> list[IntArray]:
     """Puts things into sets of at most eight, so that the sets together cost little.
 
     Things with the same needs fill whole sets; what is left over of each kind is merged, two sets
@@ -51,11 +51,11 @@ def eights(needs: BoolArray, cost: Cost) -> list[IntArray]:
     ways = [_cut(np.arange(count)), _cut(np.argsort(kind, kind="stable"))]
     if len(kinds) <= _MOST_KINDS:
         ways.append(_merged(needs, [np.flatnonzero(kind == k) for k in range(len(kinds))], cost))
-    best = min(ways, key=lambda way: total(needs, way, cost))
+    best = min(ways, key=lambda way: cost_together(needs, way, cost))
     return sorted((np.sort(members) for members in best), key=lambda members: int(members[0]))
 
 
-def total(needs: BoolArray, sets: Sequence[IntArray], cost: Cost) -> float:
+def cost_together(needs: BoolArray, sets: Sequence[IntArray], cost: Cost) -> float:
     """Returns what sets cost together."""
     return float(cost(_together(needs, sets)).sum())
 

@@ -14,7 +14,7 @@ word, the places of its two halves in the halo tile in units of 16 bytes, first 
 dgrad is the same on the transposed Support, one class of pixels for each residue of the stride.
 
 A halo is brought chunk by chunk by cp.async, or from compute capability 9.0 on by TMA, as one box
-of ``raw_pitch`` chunks from the round's first one (see `boxes`). What the box has beyond the
+of ``raw_pitch`` chunks from the round's first one (see `tma`). What the box has beyond the
 round's own chunks, zeros at the end of a pixel and else their neighbours, fills the place that the
 odd pitch leaves free, so the same words fit both.
 """
@@ -31,15 +31,16 @@ from ...errors import ArgumentError, BackendError, mismatch
 from ...masks import BoolArray, Int32Array, IntArray
 from ...support import Support
 from ..gpu.places import memory_places
-from .boxes import HALO, MOST_BOXES, refusal
-from .slots import LANES, RANGES, WARP_TILES, Slots, arrange, ranges
+from .fields import NarrowHead, NarrowRound
+from .slots import LANES, TILE_RANGES, WARP_TILES, Slots, arrange, ranges
+from .tma import HALO, MOST_MAPS, refusal
 from .windows import Window
 
 FRAGMENT = 128  # packed weights of one tile in one step
 NO_CHANNEL = 0xFFFF  # in `slots`: a zero
 
 
-class Shape(NamedTuple):
+class BlockShape(NamedTuple):
     """The work of one block.
 
     Attributes:
@@ -92,7 +93,7 @@ class Tables:
     slots: Int32Array
     rows: Int32Array
     positions: IntArray
-    shape: Shape
+    shape: BlockShape
     raw_pitch: int
     slot_pitch: int
     halo_pixels: int
@@ -100,12 +101,12 @@ class Tables:
     @property
     def max_words(self) -> int:
         """The most words of any head."""
-        return int(self.heads[..., 1].max())
+        return int(self.heads[..., NarrowHead.WORD_COUNT].max())
 
     @property
     def max_fragments(self) -> int:
         """The most fragments of any head."""
-        return int(self.heads[..., 3].max())
+        return int(self.heads[..., NarrowHead.FRAGMENT_COUNT].max())
 
     @property
     def halos(self) -> Int32Array:
@@ -113,11 +114,12 @@ class Tables:
         return self.classes[:, HALO]
 
     @property
-    def no_boxes(self) -> str:
+    def no_tma(self) -> str:
         """Says why TMA cannot bring the halos as boxes; empty if it can."""
-        if len(self.classes) > MOST_BOXES:
-            return f"{len(self.classes)} classes of pixels need more than {MOST_BOXES} tensor maps"
-        loads = self.rounds.reshape(-1, 4)[:, :2].tolist()
+        if len(self.classes) > MOST_MAPS:
+            return f"{len(self.classes)} classes of pixels need more than {MOST_MAPS} tensor maps"
+        columns = [NarrowRound.CHUNK_BEGIN, NarrowRound.CHUNK_COUNT]
+        loads = self.rounds[..., columns].reshape(-1, 2).tolist()
         return refusal(self.classes, self.halos, self.raw_pitch, self.chunks, loads)
 
     def source(self, support: Support, form: str) -> Int32Array:
@@ -138,7 +140,9 @@ class _Steps(NamedTuple):
     tap: IntArray  # [steps, 2]
 
 
-def lower(support: Support, windows: Sequence[Window], shape: Shape, back: bool = False) -> Tables:
+def lower_narrow(
+    support: Support, windows: Sequence[Window], shape: BlockShape, back: bool = False
+) -> Tables:
     """Lowers a Support to the tables of fprop or dgrad.
 
     Args:
@@ -192,7 +196,7 @@ class _Builder:
     """Collects the tables head by head; what depends on the pitch is made at the end."""
 
     def __init__(
-        self, slots: Slots, shape: Shape, mask: BoolArray, rows: IntArray, back: bool
+        self, slots: Slots, shape: BlockShape, mask: BoolArray, rows: IntArray, back: bool
     ) -> None:
         self._slots, self._shape, self._mask = slots, shape, mask
         self._rows, self._back = rows, back
@@ -244,7 +248,7 @@ class _Builder:
         grid = len(windows), len(self._rows)
         halo = [w.halo(shape.height, 1)[0] * w.line(shape.width) for w in windows]
         gathers = np.concatenate([np.zeros((0, LANES), np.int64), *self._gathers])
-        fields = [w.fields(shape.height, shape.width) for w in windows]
+        fields = [[*w.fields(shape.height, shape.width).values()] for w in windows]
         return Tables(
             classes=np.array(fields, np.int32),
             heads=np.array(self._heads, np.int32).reshape(*grid, -1),
@@ -296,7 +300,7 @@ class _Builder:
         line = [counts["words"] - first[0]]
         fragment = counts["fragments"] - first[1]
         places = np.array([window.place(t, self._shape.width) for t in window.taps], np.int64)
-        for (tile, size), own in zip(RANGES, taken[:, inside], strict=True):
+        for (tile, size), own in zip(TILE_RANGES, taken[:, inside], strict=True):
             slot, tap = np.nonzero(own)
             if len(slot):
                 pad = len(slot) % 2
@@ -352,7 +356,7 @@ class _Builder:
         size = most * self._shape.warps_n
         joined = []
         for lines in self._lists:
-            idle = np.zeros((size - len(lines), len(RANGES) + 2), np.int64)
+            idle = np.zeros((size - len(lines), len(TILE_RANGES) + 2), np.int64)
             joined.append(np.concatenate([np.array(lines), idle]))
         return np.stack(joined).astype(np.int32)
 

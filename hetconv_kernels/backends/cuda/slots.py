@@ -13,7 +13,7 @@ from ...masks import BoolArray, IntArray
 LANES = 8  # filters of a tile, channels of a slot
 WARP_TILES = 8  # of one warp: 64 filters
 # The ranges of a warp's tiles that have a step list: first tile and how many.
-RANGES = tuple((first, size) for size in (8, 4, 2, 1) for first in range(0, WARP_TILES, size))
+TILE_RANGES = tuple((first, size) for size in (8, 4, 2, 1) for first in range(0, WARP_TILES, size))
 # Clocks of one half for 32 pixels: two loads of x, then products and weights for each tile; and of
 # gathering one slot channel by channel. From data sheets: they order the choices, no more.
 _HALF_CLOCKS, _TILE_CLOCKS, _GATHER_CLOCKS = 5.0, 2.5, 20.0
@@ -89,7 +89,7 @@ def _clocks(slots: Slots, tiles: BoolArray) -> float:
     live = live.reshape(-1, WARP_TILES, *live.shape[1:])
     taken = ranges(live)
     cost = _GATHER_CLOCKS * int(live.any(axis=(0, 1, 3)).sum()) if slots.gather else 0.0
-    for index, (_, size) in enumerate(RANGES):
+    for index, (_, size) in enumerate(TILE_RANGES):
         cost += int(taken[index].sum()) * (_HALF_CLOCKS + _TILE_CLOCKS * size)
     return cost
 
@@ -109,7 +109,7 @@ def ranges(live: BoolArray) -> BoolArray:
         live: which tiles of a warp read which halves.  # bool [warps, 8, ...]
 
     Returns:
-        The ranges, in the order of `RANGES`.  # bool [15, warps, ...]
+        The ranges, in the order of `TILE_RANGES`.  # bool [15, warps, ...]
     """
     size, any_below = 1, live
     cost = np.where(live, _HALF_CLOCKS + _TILE_CLOCKS, 0.0)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiles of the narrow kernels: which pixels and filters one block has, by predicted clocks.
 
-The model counts clocks of one multiprocessor for one tile: reading and writing shared memory, the
-matrix unit, and device memory, of which the longest counts where blocks or buffers overlap them.
-Its constants are data sheets and arithmetic: **no GPU has confirmed them**.
+The cost model counts clocks of one multiprocessor for one tile: reading and writing shared memory,
+the matrix unit, and device memory, of which the longest counts where blocks or buffers overlap
+them. Its constants are data sheets and arithmetic: **no GPU has confirmed them**.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import numpy as np
 from ...errors import BackendError
 from ...support import Support
 from ..gpu.devices import GpuSpec
-from .boxes import BOX_GRAIN, aligned
-from .lowering import Shape, Tables, lower
-from .slots import RANGES
+from .fields import NarrowRound
+from .lowering import BlockShape, Tables, lower_narrow
+from .slots import TILE_RANGES
+from .tma import TMA_ALIGN, round_up
 from .wgrad_lowering import WARP_UNITS, WgradTables, lower_wgrad
 from .windows import Window
 
@@ -28,50 +29,49 @@ _BLOCK_RESERVE = 1024  # bytes of shared memory that the system takes of every b
 _LINE = 128  # bytes of shared memory a clock
 _REGISTERS = 65536
 _WARPS = 16
-_SIZES = np.array([size for _, size in RANGES])
+_SIZES = np.array([size for _, size in TILE_RANGES])
 
 
-class Choice(NamedTuple):
+class NarrowTiling(NamedTuple):
     """What is launched for one call, and what that is predicted to take.
 
     Attributes:
         tables: the lowering.
-        buffers: halo tiles in shared memory.
+        buffers: halo tiles in shared memory; two are double buffering.
         resident: whether weights stay in shared memory.
-        no_boxes: why TMA does not bring halos; empty where it does.
+        no_tma: why TMA does not bring halos; empty where it does.
         clocks: predicted, of the whole call.
     """
 
     tables: Tables
     buffers: int
     resident: bool
-    no_boxes: str
+    no_tma: str
     clocks: float
 
 
-def shared_bytes(tables: Tables, buffers: int, resident: bool, boxes: bool) -> int:
+def shared_bytes(tables: Tables, buffers: int, resident: bool, tma: bool) -> int:
     """Returns the dynamic shared memory of a block, as the kernel lays it out."""
-    shape, grain = tables.shape, BOX_GRAIN if boxes else 16
-    lists = aligned(tables.rounds.shape[2] * shape.warps_n * tables.lists.shape[-1] * 4)
-    words = aligned((tables.max_words + 1) * 4)
+    shape, grain = tables.shape, TMA_ALIGN if tma else 16
+    lists = round_up(tables.rounds.shape[2] * shape.warps_n * tables.lists.shape[-1] * 4)
+    words = round_up((tables.max_words + 1) * 4)
     stage = shape.warps_m * WARP_PIXELS * (shape.warps_n * WARP_FILTERS * 2 + 16)
     buffer = max(tables.halo_pixels * tables.raw_pitch * 16, stage)
     weights = tables.max_fragments * 256 if resident else 0
     gathered = tables.halo_pixels * tables.slot_pitch * 16
-    sums = shape.warps_m * shape.warps_n * WARP_FILTERS * 8
-    first = aligned(lists + words + weights, grain)
-    phases = 16 if boxes else 0
-    return first + buffers * aligned(buffer, grain) + gathered + sums + phases
+    first = round_up(lists + words + weights, grain)
+    mbarriers = 16 if tma else 0
+    return first + buffers * round_up(buffer, grain) + gathered + mbarriers
 
 
-def choose(
+def choose_narrow(
     support: Support,
     windows: Sequence[Window],
     batch: int,
     back: bool,
     spec: GpuSpec,
-    no_boxes: str = "",
-) -> Choice:
+    no_tma: str = "",
+) -> NarrowTiling:
     """Chooses the tables of fprop or dgrad: the fastest predicted ones that fit.
 
     Args:
@@ -80,30 +80,30 @@ def choose(
         batch: images.
         back: whether for dgrad.
         spec: the GPU.
-        no_boxes: why it has no TMA; empty if it has.
+        no_tma: why it has no TMA; empty if it has.
 
     Raises:
         BackendError: no tile with its halo fits in shared memory.
     """
     filters = support.channels if back else support.filters
-    best: Choice | None = None
+    best: NarrowTiling | None = None
     channels = support.filters if back else support.channels
     for slots in (64, 8, 4):  # at most so many at a time: all, or several rounds of fewer
         for shape in _shapes(windows, filters, slots):
             if max(_halo(w, shape.height, shape.width) for w in windows) * 16 > spec.shared:
                 continue
             try:
-                tables = lower(support, windows, shape, back)
+                tables = lower_narrow(support, windows, shape, back)
             except BackendError:
                 continue
-            why = no_boxes or tables.no_boxes
+            why = no_tma or tables.no_tma
             for resident, buffers in ((True, 2), (True, 1), (False, 2), (False, 1)):
                 size = shared_bytes(tables, buffers, resident, not why)
                 if size > spec.shared:
                     continue
-                clocks = predicted_clocks(tables, windows, batch, buffers, resident, spec, size)
+                clocks = narrow_clocks(tables, windows, batch, buffers, resident, spec, size)
                 if best is None or clocks < best.clocks:
-                    best = Choice(tables, buffers, resident, why, clocks)
+                    best = NarrowTiling(tables, buffers, resident, why, clocks)
         if best is not None and (channels <= 64 or slots == 8):
             return best
     if best is not None:
@@ -113,7 +113,7 @@ def choose(
     )
 
 
-def predicted_clocks(
+def narrow_clocks(
     tables: Tables,
     windows: Sequence[Window],
     batch: int,
@@ -133,8 +133,9 @@ def predicted_clocks(
         tiles *= -(-window.cols.pixels // shape.width)
         halo = _halo(window, shape.height, shape.width)
         for rounds, lists in zip(tables.rounds[index], tables.lists[index], strict=True):
-            steps = np.diff(lists[..., :-1]).reshape(-1, len(RANGES)).sum(axis=0)
-            chunks, slots = int(rounds[:, 1].sum()), int(rounds[:, 3].sum())
+            steps = np.diff(lists[..., :-1]).reshape(-1, len(TILE_RANGES)).sum(axis=0)
+            chunks = int(rounds[:, NarrowRound.CHUNK_COUNT].sum())
+            slots = int(rounds[:, NarrowRound.SLOT_COUNT].sum())
             loads = shape.warps_m * 2 * 4 * int(steps.sum())
             weights = shape.warps_m * 2 * int((steps * _SIZES).sum())
             moved = halo * chunks * 16 / _LINE + 2 * shape.filters * shape.warps_m * 64 / _LINE
@@ -146,18 +147,19 @@ def predicted_clocks(
             fill = (halo * chunks * 16 + (0 if resident else weights * _LINE)) / spec.l2
             threads = shape.warps_m * shape.warps_n * 32
             registers = 128 if resident else 192
+            # Occupancy: thread blocks that a multiprocessor holds at once.
             fitting = spec.shared // (size + _BLOCK_RESERVE)
-            held = min(fitting, _REGISTERS // (registers * threads)) or 1
+            resident_blocks = min(fitting, _REGISTERS // (registers * threads)) or 1
             moving = max(memory, fill)
-            each = max(work, moving) if held * buffers > 1 else work + moving
+            each = max(work, moving) if resident_blocks * buffers > 1 else work + moving
             # A warp waits for its own products; fewer than sixteen leave a processor waiting too.
-            each *= max(1.0, _WARPS / (held * threads / 32)) ** 0.5
+            each *= max(1.0, _WARPS / (resident_blocks * threads / 32)) ** 0.5
             total += each * max(tiles / spec.processors, 1.0)
     return total
 
 
 def choose_wgrad(
-    support: Support, window: Window, spec: GpuSpec, no_boxes: str = ""
+    support: Support, window: Window, spec: GpuSpec, no_tma: str = ""
 ) -> tuple[WgradTables, int, str]:
     """Chooses the tables of wgrad, how many buffers a block has, and why TMA does not fill them.
 
@@ -165,7 +167,7 @@ def choose_wgrad(
         support: the layer's own.
         window: the class of pixels of fprop.
         spec: the GPU.
-        no_boxes: why it has no TMA; empty if it has.
+        no_tma: why it has no TMA; empty if it has.
 
     Raises:
         BackendError: no tile with its halo fits in shared memory.
@@ -187,7 +189,7 @@ def choose_wgrad(
                     tables = lower_wgrad(support, window, height, width, units)
                 except BackendError:
                     continue
-                why = no_boxes or tables.no_boxes
+                why = no_tma or tables.no_tma
                 for buffers in (2, 1):
                     most = spec.shared // (2 if buffers == 2 else 1)
                     if tables.shared_bytes(buffers, not why) <= most:
@@ -197,7 +199,7 @@ def choose_wgrad(
     )
 
 
-def _shapes(windows: Sequence[Window], filters: int, slots: int) -> Iterator[Shape]:
+def _shapes(windows: Sequence[Window], filters: int, slots: int) -> Iterator[BlockShape]:
     """Lists the shapes that are worth a lowering, one for each arrangement of warps."""
     rows = max(window.rows.pixels for window in windows)
     cols = max(window.cols.pixels for window in windows)
@@ -219,7 +221,7 @@ def _shapes(windows: Sequence[Window], filters: int, slots: int) -> Iterator[Sha
                 uneven = 1.0 if width % 8 == 0 else 1.1
                 found.append((count * (pixels * 2 + halo) * uneven, height, width))
             _, height, width = min(found)
-            yield Shape(height, width, warps_m, warps_n, slots)
+            yield BlockShape(height, width, warps_m, warps_n, slots)
 
 
 def _halo(window: Window, height: int, width: int) -> int:

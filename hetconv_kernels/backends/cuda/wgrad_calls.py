@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from ...problem import Problem
-from ..gpu.capture import Kept, capturing, pin, refuse_capture, upload
-from .boxes import HALO, boxable
-from .calls import current, engine, name_of, readable, strides_of
-from .choice import WgradChoice
+from ..gpu.capture import DeviceTables, capturing, pin, refuse_capture, upload
+from .calls import compiled_part, current, dtype_name, readable, strides_of
+from .choice import NarrowWgradChoice
+from .tma import HALO, tma_readable
 
 # Bytes that partial gradients may take, all blocks together.
 _MOST_PARTIALS = 2**28
 
 
-class WgradCall:
+class NarrowWgradCall:
     """wgrad of a Problem.
 
     Args:
@@ -26,7 +26,7 @@ class WgradCall:
         choice: how.
     """
 
-    def __init__(self, problem: Problem, choice: WgradChoice) -> None:
+    def __init__(self, problem: Problem, choice: NarrowWgradChoice) -> None:
         self.problem, self.choice, self._device = problem, choice, problem.device
         tables, support = choice.tables, problem.support
         names = ("geometry", "heads", "units", "chunks", "slots")
@@ -35,8 +35,8 @@ class WgradCall:
         if form == "contiguous" and problem.channels_last and len(problem.weight_shape) == 4:
             form = "channels_last"
         self._targets = upload(tables.targets(support, form), self._device)
-        self._kept = Kept(*self._tables.values(), self._targets)
-        self._name, self._bound = name_of(problem.dtype), dict[Any, Any]()
+        self._kept = DeviceTables(*self._tables.values(), self._targets)
+        self._name, self._bound = dtype_name(problem.dtype), dict[Any, Any]()
 
     def run(self, dy: Tensor, x: Tensor) -> Tensor:
         """Computes dw in the problem's canonical form, dead entries zero."""
@@ -63,14 +63,14 @@ class WgradCall:
             if capturing(self._device):
                 pin(self._device, self)
             bound.launch(self._name, x.data_ptr(), dy.data_ptr(), partials.data_ptr(), stream)
-            engine().reduce(
+            compiled_part().reduce(
                 partials.data_ptr(),
                 self._targets.data_ptr(),
                 dw.data_ptr(),
                 size,
                 dw.numel(),
                 bound.blocks,
-                name_of(dw.dtype),
+                dtype_name(dw.dtype),
                 stream,
             )
         return dw
@@ -79,7 +79,7 @@ class WgradCall:
         """Fills the kernel's arguments, all but the operands' addresses."""
         refuse_capture(self._device, "A layout of operands")  # asks the device for its blocks
         problem, tables = self.problem, self.choice.tables
-        call = engine().NarrowWgrad()
+        call = compiled_part().NarrowWgrad()
         for name, table in self._tables.items():
             setattr(call, name, table.data_ptr())
         call.x_n, _, call.x_h, call.x_w = strides_of(x)
@@ -89,12 +89,12 @@ class WgradCall:
         call.tile_h, call.tile_w, call.warps = tables.height, tables.width, tables.warps
         call.x_pitch, call.x_slot_pitch, call.dy_pitch, call.dy_slot_pitch = tables.pitches
         call.halo_pixels, call.buffers = tables.halo_pixels, self.choice.buffers
-        if not self.choice.no_boxes and boxable(x) and boxable(dy):
-            call.boxes, call.channels, call.filters = 1, x.shape[1], dy.shape[1]
+        if not self.choice.no_tma and tma_readable(x) and tma_readable(dy):
+            call.tma, call.channels, call.filters = 1, x.shape[1], dy.shape[1]
             call.dy_h, call.dy_w = problem.output_size
             call.halo_h, call.halo_w = tables.geometry[HALO].tolist()
         rows, cols = problem.output_size
         tiles = problem.batch * -(-rows // tables.height) * -(-cols // tables.width)
         most = max(1, _MOST_PARTIALS // (4 * self._targets.numel()))
-        call.blocks = min(max(call.held_blocks(self._name), 1), tiles, most)
+        call.blocks = min(max(call.max_resident_blocks(self._name), 1), tiles, most)
         return call

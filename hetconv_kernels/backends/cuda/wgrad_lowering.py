@@ -18,9 +18,10 @@ from ...errors import ArgumentError, BackendError, mismatch
 from ...masks import IntArray
 from ...support import Support
 from ..gpu.places import memory_places
-from .boxes import BOX_GRAIN, HALO, aligned, refusal
+from .fields import WgradHead
 from .lowering import NO_CHANNEL, Int32Array, filter_order, odd_pitch, pack_pairs, tile_columns
 from .slots import LANES, Slots, arrange
+from .tma import HALO, TMA_ALIGN, refusal, round_up
 from .windows import Window
 
 UNIT_HALVES, UNIT_TILES, WARP_UNITS, MAX_WARPS = 8, 2, 2, 8
@@ -57,19 +58,25 @@ class WgradTables:
     pitches: tuple[int, int, int, int]
     halo_pixels: int
 
-    def shared_bytes(self, buffers: int, boxes: bool) -> int:
+    def shared_bytes(self, buffers: int, tma: bool) -> int:
         """Returns the dynamic shared memory of a block, as the kernel lays it out."""
         x, x_slot, dy, dy_slot = self.pitches
-        pixels, grain = self.height * self.width, BOX_GRAIN if boxes else 16
-        raw = aligned(self.halo_pixels * x * 16, grain) + aligned(pixels * dy * 16, grain)
+        pixels, grain = self.height * self.width, TMA_ALIGN if tma else 16
+        raw = round_up(self.halo_pixels * x * 16, grain) + round_up(pixels * dy * 16, grain)
         slots = 16 * (self.halo_pixels * x_slot + pixels * dy_slot)
-        return buffers * raw + slots + (16 if boxes else 0)
+        return buffers * raw + slots + (16 if tma else 0)
 
     @property
-    def no_boxes(self) -> str:
+    def no_tma(self) -> str:
         """Says why TMA cannot bring the tiles as boxes; empty if it can."""
         classes, tile = self.geometry[None], np.array([[self.height, self.width]], np.int32)
-        x, dy = self.heads[:, 0:2].tolist(), self.heads[:, 4:6].tolist()
+        x, dy = (
+            self.heads[:, [begin, count]].tolist()
+            for begin, count in (
+                (WgradHead.X_CHUNK_BEGIN, WgradHead.X_CHUNK_COUNT),
+                (WgradHead.DY_CHUNK_BEGIN, WgradHead.DY_CHUNK_COUNT),
+            )
+        )
         return refusal(classes, classes[:, HALO], self.pitches[0], self.chunks, x) or refusal(
             classes, tile, self.pitches[2], self.chunks, dy
         )
@@ -145,7 +152,7 @@ def lower_wgrad(
     most_units = max(len(group) for group in groups)
     gathers = np.concatenate([np.zeros((0, LANES), np.int64), *tables.gathers])
     return WgradTables(
-        geometry=np.array(window.fields(height, width), np.int32),
+        geometry=np.array([*window.fields(height, width).values()], np.int32),
         heads=np.array(tables.heads, np.int32),
         units=lines.astype(np.int32),
         chunks=np.array(tables.chunks, np.int32),

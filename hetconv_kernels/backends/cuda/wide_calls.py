@@ -3,17 +3,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ...problem import Problem
-from ..gpu.capture import CONVERSIONS, Kept, upload
-from .calls import Bound, GatherCall, engine, strides_of, uploaded
+from ..gpu.capture import CONVERSIONS, DeviceTables, upload
+from .calls import CudaCall, compiled_part, strides_of, uploaded
 from .choice import WideChoice
-from .wide_tiles import tile_counts
 
 
-class WideCall(GatherCall):
+class WideCall(CudaCall):
     """fprop or dgrad of a Problem by the kernel for wide groups.
 
     Args:
@@ -27,7 +28,7 @@ class WideCall(GatherCall):
         self.choice = choice
         self._tables = uploaded(problem, tables, ("heads", "blocks", "steps", "rows"))
         self._classes = upload(choice.how.classes, problem.device)
-        self._kept = Kept(*self._tables.values(), self._classes)
+        self._kept = DeviceTables(*self._tables.values(), self._classes)
 
     def seen(self, x: Tensor) -> Tensor:
         """Returns the pixels of an operand that the kernel reads: each n-th, as one image."""
@@ -42,21 +43,22 @@ class WideCall(GatherCall):
             same = same.clone(memory_format=torch.preserve_format)
         return same
 
-    def bind(self, x: Tensor, y: Tensor, aligned: bool) -> Bound:
+    def bind(self, x: Tensor, y: Tensor, aligned: bool) -> Callable[..., None]:
         """Fills the kernel's arguments, all but the operands' addresses."""
-        how, batch = self.choice.how, self.problem.batch
-        call = engine().Wide()
+        how = self.choice.how
+        call = compiled_part().Wide()
         call.classes = self._classes.data_ptr()
         for name, table in self._tables.items():
             setattr(call, name, table.data_ptr())
         call.x_n, _, call.x_h, call.x_w = strides_of(x)
         call.y_n, _, call.y_h, call.y_w = strides_of(y)
-        call.batch, call.filters = batch, y.shape[1]
+        call.batch = self.problem.batch
         call.image_h, call.image_w = x.shape[2:]
         call.class_count, call.pairs = how.tables.heads.shape[:2]
         shape = how.shape
         call.pixels, call.plane_pitch = shape.pixels, shape.plane_pitch
         call.stages, call.slots, call.cluster = shape.stages, shape.slots, shape.cluster
         call.act = self.problem.act
-        call.grid = call.held_blocks(self._name)
-        return Bound(call.launch, sum(tile_counts(how.classes, batch)))
+        call.grid = call.max_resident_blocks(self._name)
+        launch: Callable[..., None] = call.launch
+        return launch

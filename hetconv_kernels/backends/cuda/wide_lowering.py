@@ -33,7 +33,7 @@ from ...masks import BoolArray, Int32Array, IntArray
 from ...problem import Geometry
 from ...support import Support
 from ..gpu.places import memory_places
-from .eights import EIGHT, eights
+from .eights import EIGHT, cluster_by_eight
 from .windows import Window, windows
 
 # As in wide.h.
@@ -157,7 +157,7 @@ def wide_windows(
     return found, (every[0], every[1])
 
 
-def lower(support: Support, classes: Sequence[Window], back: bool = False) -> WideTables:
+def lower_wide(support: Support, classes: Sequence[Window], back: bool = False) -> WideTables:
     """Lowers a Support to the tables of fprop or dgrad.
 
     Args:
@@ -177,7 +177,7 @@ def lower(support: Support, classes: Sequence[Window], back: bool = False) -> Wi
     runs, chunks = mask.shape[0] // EIGHT, mask.shape[1] // EIGHT
     # Which runs read which chunks at which taps.
     live = np.any(mask.reshape(runs, EIGHT, chunks, EIGHT, -1), axis=(1, 3))
-    segments = eights(live, _segment_cost)
+    segments = cluster_by_eight(live, _segment_cost)
     needs = np.stack([live[members].any(axis=0) for members in segments])
     pairs = _paired(needs)
     builder = _Builder(mask.shape[3])
@@ -299,7 +299,7 @@ def _blocks_of(needs: BoolArray) -> list[tuple[IntArray, BoolArray]]:
     # bool [chunks, 2, taps] -> int [up to 8], bool [2, taps]
     """
     read = np.flatnonzero(needs.any(axis=(1, 2)))
-    sets = [read[members] for members in eights(needs[read], _block_cost)]
+    sets = [read[members] for members in cluster_by_eight(needs[read], _block_cost)]
     return [(members, np.any(needs[members], axis=0)) for members in sets]
 
 

@@ -20,6 +20,7 @@ from ...masks import Int32Array, IntArray
 from ..gpu import parts
 from ..gpu.devices import GpuSpec
 from .eights import EIGHT
+from .fields import WideClass
 from .wide_lowering import COLUMNS, SLAB, STEP_COUNTS, UNREAD, WideTables
 from .windows import Window
 
@@ -121,7 +122,7 @@ def tilings(
     """Lists all tiles that fit, with their predictions; arguments as `choose_wide`."""
     for pixels in PIXELS:
         lines = class_lines(classes, pixels, image[0], batch)
-        shape = _held(pixels, plane_pitch(lines), spec.shared)
+        shape = _deepest_fit(pixels, plane_pitch(lines), spec.shared)
         if shape is None or sum(tile_counts(lines, batch)) * len(tables.rows) > _MOST:
             continue
         fields = lines.astype(np.int32)  # which holds all that fits in shared memory
@@ -129,7 +130,7 @@ def tilings(
             if cluster > 1 and parts.left_out("cuda-cluster"):
                 continue
             own = shape._replace(cluster=cluster)
-            clocks, executed = predicted_clocks(tables, lines, batch, own, spec)
+            clocks, executed = wide_clocks(tables, lines, batch, own, spec)
             yield WideTiling(tables, fields, own, clocks, executed)
 
 
@@ -159,7 +160,7 @@ def class_lines(classes: Sequence[Window], pixels: int, height: int, batch: int)
     for window in classes:
         rows = window.rows.pixels
         fields = window.fields(high, COLUMNS)
-        load, base = fields[4], fields[6]
+        load, base = fields["LOAD_H"], fields["BASE_H"]
         reach = window.halo(1, 1)[0]
         # Rows of an image, and what it reads below, belong to the next one only if both are zeros.
         apart = max(height - base, (rows - 1) * load + reach + min(base, 0), rows * load)
@@ -168,15 +169,9 @@ def class_lines(classes: Sequence[Window], pixels: int, height: int, batch: int)
         if 0 < rows <= high:
             images = min(max(batch, 1), 1 + (high - rows) // pitch)
         line, step = window.line(COLUMNS), window.cols.load
-        lines.append(
-            [
-                *fields[:4],
-                *(images, pitch if images > 1 else high),
-                *fields[4:10],
-                *(line, line // step if step > 1 else 0),
-                *fields[10:],
-            ]
-        )
+        fields |= {"IMAGES": images, "IMAGE_PITCH": pitch if images > 1 else high}
+        fields |= {"ROW_PITCH": line, "COL_HALF": line // step if step > 1 else 0}
+        lines.append([fields[field.name] for field in WideClass])
     return np.array(lines, np.int64)
 
 
@@ -185,16 +180,17 @@ def plane_pitch(classes: IntArray) -> int:
 
     So the eight chunks of a pixel, written together, meet all banks once.
     """
-    most = int((classes[:, 10] * classes[:, 12]).max())
+    most = int((classes[:, WideClass.HALO_H] * classes[:, WideClass.ROW_PITCH]).max())
     return -(-(most - 1) // 8) * 8 + 1
 
 
 def tile_counts(classes: IntArray | Int32Array, batch: int) -> list[int]:
     """Returns the tiles of each class."""
-    return [-(-batch // images) * h * w for h, w, images in classes[:, 2:5].tolist()]
+    columns = [WideClass.IMAGES, WideClass.TILES_H, WideClass.TILES_W]
+    return [-(-batch // images) * h * w for images, h, w in classes[:, columns].tolist()]
 
 
-def predicted_clocks(
+def wide_clocks(
     tables: WideTables, classes: IntArray, batch: int, shape: WideShape, spec: GpuSpec
 ) -> tuple[float, int]:
     """Predicts the clocks of a call (see the module), and counts its multiply-accumulates."""
@@ -207,7 +203,7 @@ def predicted_clocks(
         unread = tables.blocks[:, UNREAD]
         rows = int(line[10]) - unread[:, :2].sum(axis=1)
         cols = int(line[11]) - unread[:, 2:].sum(axis=1)
-        halos, bringing = rows * cols * 128, bring_clocks(rows, cols)
+        halos, bringing = rows * cols * 128, producer_clocks(rows, cols)
         costs = []
         for (begin, count), written in zip(heads.tolist(), stored.tolist(), strict=True):
             steps = int(tables.blocks[begin : begin + count, STEP_COUNTS].sum())
@@ -229,7 +225,7 @@ def predicted_clocks(
     return _rounds(spans, max(spec.processors // cluster, 1)), executed
 
 
-def bring_clocks(rows: IntArray, cols: IntArray) -> npt.NDArray[np.float64]:
+def producer_clocks(rows: IntArray, cols: IntArray) -> npt.NDArray[np.float64]:
     """Predicts the clocks in which the three warps bring halos of one block, as the kernel does.
 
     Twelve columns at a time, a pixel of each in turn; six and fewer that are left over have several
@@ -237,7 +233,7 @@ def bring_clocks(rows: IntArray, cols: IntArray) -> npt.NDArray[np.float64]:
 
     Example: 30 rows of 10 columns are 30 turns, 17 columns are 30 and, two rows at a time, 15:
 
-        >>> bring_clocks(np.array([30, 30]), np.array([10, 17])).tolist()
+        >>> producer_clocks(np.array([30, 30]), np.array([10, 17])).tolist()
         [525.0, 712.5]
 
     Args:
@@ -262,7 +258,7 @@ def _rounds(spans: Sequence[tuple[int, np.ndarray]], processors: int) -> float:
     return float(each.reshape(-1, processors).sum(axis=0).max())
 
 
-def _held(pixels: int, pitch: int, shared: int) -> WideShape | None:
+def _deepest_fit(pixels: int, pitch: int, shared: int) -> WideShape | None:
     """Returns what fits in shared memory: two halos and four slabs first, then more of both."""
     fitting = [shape for shape in _shapes(pixels, pitch) if shape.shared_bytes <= shared]
     if not fitting:

@@ -80,24 +80,26 @@ class Window(NamedTuple):
             found += [min(places), size - 1 - max(places)]
         return found[0], found[1], found[2], found[3]
 
-    def fields(self, height: int, width: int) -> list[int]:
-        """Lists the fields of a line of ``classes`` in narrow.h."""
+    def fields(self, height: int, width: int) -> dict[str, int]:
+        """Lists the fields of a line of ``classes`` in narrow.h, in the order of `NarrowClass`."""
         rows, cols = self.rows, self.cols
-        return [
-            rows.pixels,
-            cols.pixels,
-            -(-rows.pixels // height),
-            -(-cols.pixels // width),
-            rows.load,
-            cols.load,
-            rows.base + _ends(rows)[0],
-            cols.base + _ends(cols)[0],
-            *self.halo(height, width),
-            rows.store,
-            cols.store,
-            rows.first,
-            cols.first,
-        ]
+        halo_h, halo_w = self.halo(height, width)
+        return {
+            "PIXELS_H": rows.pixels,
+            "PIXELS_W": cols.pixels,
+            "TILES_H": -(-rows.pixels // height),
+            "TILES_W": -(-cols.pixels // width),
+            "LOAD_H": rows.load,
+            "LOAD_W": cols.load,
+            "BASE_H": rows.base + _ends(rows)[0],
+            "BASE_W": cols.base + _ends(cols)[0],
+            "HALO_H": halo_h,
+            "HALO_W": halo_w,
+            "STORE_H": rows.store,
+            "STORE_W": cols.store,
+            "FIRST_H": rows.first,
+            "FIRST_W": cols.first,
+        }
 
 
 def windows(geometry: Geometry, size: tuple[int, int], back: bool) -> list[Window]:

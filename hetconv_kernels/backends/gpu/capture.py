@@ -48,7 +48,7 @@ def pin(device: torch.device, *used: Any) -> None:
         _pinned.extend(used)
 
 
-class Kept:
+class DeviceTables:
     """Tensors on a device that outlive a call, and the streams that use them.
 
     Freed memory is handed out again on the stream that it was allocated on, as soon as it is free:

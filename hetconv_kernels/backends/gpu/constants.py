@@ -22,7 +22,7 @@ import torch
 
 from .devices import GpuSpec
 
-PATH = Path(__file__).with_name("constants.json")
+CONSTANTS_FILE = Path(__file__).with_name("constants.json")
 # Tiles that cuDNN is taken to choose from: pixels, filters, and the share of its speed that they
 # reach; and into how many parts a sum may be cut, which is added up by a launch more.
 _TILES = ((256, 128, 1.0), (128, 128, 1.0), (128, 64, 0.8), (64, 64, 0.6))
@@ -52,14 +52,14 @@ class GpuConstants(NamedTuple):
 
 
 @cache
-def entries() -> dict[str, Any]:
+def constant_entries() -> dict[str, Any]:
     """Returns the committed entries."""
-    return dict(json.loads(PATH.read_text()))
+    return dict(json.loads(CONSTANTS_FILE.read_text()))
 
 
 def constants_of(device: torch.device | None = None) -> GpuConstants:
     """Returns the constants of a device; the nominal ones where it was not measured."""
-    found = entries()
+    found = constant_entries()
     own, on_gpu = None, device is not None and device.type == "cuda"
     if found["devices"] and on_gpu and torch.cuda.is_available():
         own = found["devices"].get(torch.cuda.get_device_name(device))

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...packing import FrozenCache, Pack
 from ...problem import is_dense_shape
 from ...support import Support
-from .capture import Kept, capturing, pin, upload
+from .capture import DeviceTables, capturing, pin, upload
 
 
 class Packer:
@@ -39,16 +39,16 @@ class Packer:
     ) -> None:
         self._support, self._source, self._start = support, source, start
         self._device, self._dtype = device, dtype
-        self._sources: dict[str, Kept] = {}
+        self._sources: dict[str, DeviceTables] = {}
         self._once = Pack(self._pack, engine)
-        self._frozen = FrozenCache(lambda w: Kept(self._pack(w, True)), engine)
+        self._frozen = FrozenCache(lambda w: DeviceTables(self._pack(w, True)), engine)
 
     def __call__(self, w: Tensor, frozen: bool) -> Tensor:
         """Returns the slabs, in the shape of their source; those of a frozen weight are kept."""
         if not frozen or w.requires_grad:  # of this call alone
             slabs: Tensor = self._once(w)
             return slabs
-        kept: Kept = self._frozen(w)
+        kept: DeviceTables = self._frozen(w)
         kept.lend(self._device)
         return kept.tensors[0]
 
@@ -66,7 +66,7 @@ class Packer:
         w = w.resolve_neg()
         source = self._sources.get(form)
         if source is None:
-            source = Kept(upload(self._source(form), self._device))
+            source = DeviceTables(upload(self._source(form), self._device))
             self._sources[form] = source
         pin(self._device, source)
         source.lend(self._device)

@@ -15,14 +15,14 @@ from ...errors import BackendError, mismatch
 # Name -> what it is.
 PARTS = {
     "cuda-narrow": "fprop and dgrad of narrow groups",
-    "cuda-boxes": "tiles of narrow groups brought by TMA",
+    "cuda-tma": "tiles of narrow groups brought by TMA",
     "cuda-wgrad": "wgrad of narrow groups",
     "cuda-wide": "fprop and dgrad of wide groups",
     "cuda-cluster": "clusters of two blocks for wide groups",
     "triton-gather": "fprop and dgrad through pointers",
-    "triton-boxes": "fprop and dgrad on boxes",
+    "triton-tma": "fprop and dgrad on tiles brought by TMA",
     "triton-wgrad": "wgrad through pointers",
-    "triton-wgrad-boxes": "wgrad on boxes",
+    "triton-wgrad-tma": "wgrad on tiles brought by TMA",
 }
 VARIABLE = "HETCONV_WITHOUT"
 

@@ -14,7 +14,6 @@ from math import prod
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from ...problem import Problem
 from .. import Runner
@@ -23,6 +22,7 @@ from ..gpu.constants import constants_of
 from ..gpu.devices import gpu_reasons
 from . import choice, table, wgrad_choice
 from .lowering import MAX_TAPS
+from .picking import all_choices, pick_choice
 
 if TYPE_CHECKING:
     from .calls import GatherCall
@@ -85,13 +85,12 @@ class Triton:
             gradient = problem.verb == "wgrad"
             pointers = parts.left_out("triton-wgrad" if gradient else "triton-gather")
             # Only boxes are left, where they can be used at all.
-            ways = wgrad_choice.wgrad_choices if gradient else choice.gather_choices
-            reasons += [pointers] if pointers and not ways(problem) else []
+            reasons += [pointers] if pointers and not all_choices(problem) else []
         return reasons
 
     def estimate(self, problem: Problem) -> float:
         """Predicts the time by the cost model of `tiles`, in seconds; nominal, not measured."""
-        return _best(problem).seconds / constants_of(problem.device).ours[self.name]
+        return pick_choice(problem).seconds / constants_of(problem.device).ours[self.name]
 
     def measured(self, problem: Problem) -> bool:
         """Whether the GPU was calibrated, or the table of tiles has such a problem; none yet."""
@@ -99,85 +98,50 @@ class Triton:
 
     def efficiency(self, problem: Problem) -> float:
         """Useful over executed multiply-accumulates; filled tiles and merged groups count."""
-        return _best(problem).efficiency
+        return pick_choice(problem).efficiency
 
     def notes(self, problem: Problem) -> list[str]:
         """Says, for `explain`, what is run, and what the problem's order or layout costs."""
-        best = _best(problem)
-        found = [f"It runs tile {best.name}."]
-        if best.reordered:
+        chosen = pick_choice(problem)
+        found = [f"It runs tile {chosen.name}."]
+        if chosen.reordered:
             found.append(
                 "Its groups' channels are not adjacent: a gather, counted in "
                 "backends.triton.launch.CONVERSIONS, copies them together at every call."
             )
-        if best.lowering.coarse:
+        if chosen.lowering.coarse:
             found.append(
                 "Its groups would fill the tiles badly: all filters are given all channels, dead "
                 "weights as zeros."
             )
-        if choice.has_boxes(problem.device) and best.box is None and problem.verb != "wgrad":
-            reasons = choice.box_reasons(problem, best.reordered)
+        if choice.has_tma(problem.device) and chosen.box is None and problem.verb != "wgrad":
+            reasons = choice.tma_reasons(problem, chosen.reordered)
             found += [f"Without TMA: {reason}" for reason in reasons]
         return found
 
     def fprop(self, problem: Problem) -> Runner:
         """Prepares y = act(scale · conv(x, w) + shift + residual)."""
-        call = _call(problem)
-
-        def run(
-            x: Tensor,
-            w: Tensor,
-            scale: Tensor | None,
-            shift: Tensor | None,
-            residual: Tensor | None,
-        ) -> Tensor:
-            return call.run(x, w, scale, shift, residual)[0]
-
-        return run
-
-    def fprop_stats(self, problem: Problem) -> Runner:
-        """Prepares y = conv(x, w) + shift with Σ y and Σ y² of each filter, from the accumulators.
-
-        Returns:
-            A callable like fprop's that returns y, Σ y, Σ y².  # [N, F, OH, OW], [F], [F]
-        """
-        call = _call(problem)
-
-        def run(
-            x: Tensor,
-            w: Tensor,
-            scale: Tensor | None,
-            shift: Tensor | None,
-            residual: Tensor | None,
-        ) -> tuple[Tensor, Tensor, Tensor]:
-            y, sums = call.run(x, w, scale, shift, residual, True)
-            assert sums is not None
-            return y, sums[0], sums[1]
-
-        return run
+        return _call(problem).run
 
     def dgrad(self, problem: Problem) -> Runner:
         """Prepares dx."""
-        call = _call(problem)
-        return lambda dy, w: call.run(dy, w)[0]
+        return _call(problem).run
 
     def wgrad(self, problem: Problem) -> Runner:
         """Prepares dw."""
         from .wgrad_calls import WgradCall
 
-        return WgradCall(problem, wgrad_choice.best_wgrad(problem)).run
-
-
-def _best(problem: Problem) -> choice.GatherChoice | wgrad_choice.WgradChoice:
-    if problem.verb == "wgrad":
-        return wgrad_choice.best_wgrad(problem)
-    return choice.best_gather(problem)
+        found = pick_choice(problem)
+        assert isinstance(found, wgrad_choice.WgradChoice)
+        return WgradCall(problem, found).run
 
 
 def _call(problem: Problem) -> GatherCall:
     from .calls import GatherCall
 
-    return GatherCall(problem, choice.best_gather(problem))
+    found = pick_choice(problem)
+    assert isinstance(found, choice.GatherChoice)
+    return GatherCall(problem, found)
 
 
 def _interpreted() -> bool:

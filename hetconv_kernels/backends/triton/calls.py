@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype != torch.float32 or convolutions.fp32_precision == "tf32" else "tf32x3"
 
 
-def make_packer(lowering: Lowering, device: torch.device, dtype: torch.dtype) -> Packer:
+def triton_packer(lowering: Lowering, device: torch.device, dtype: torch.dtype) -> Packer:
     """Makes what packs canonical weights into the slabs of a lowering.
 
     # [steps, filters, channels]
@@ -48,18 +48,6 @@ def make_packer(lowering: Lowering, device: torch.device, dtype: torch.dtype) ->
         launch(w, source, slabs, source.numel())
 
     return Packer(lowering.support, lowering.source, start, device, dtype, "triton")
-
-
-class Bound(NamedTuple):
-    """A kernel made ready for operands of certain strides.
-
-    Attributes:
-        start: launches it; takes x, slabs, y, scale, shift, residual and sums.
-        tiles: of pixels, which is what `sums` has lines for.
-    """
-
-    start: Callable[..., None]
-    tiles: int
 
 
 class GatherCall:
@@ -84,8 +72,8 @@ class GatherCall:
         self._gather = None if gather is None else upload(gather, device)
         key = ("triton packer", device, problem.dtype, id(lowering))
         packers = problem.support.derived
-        self._packer = packers.setdefault(key, make_packer(lowering, device, problem.dtype))
-        self._bound: dict[Any, Bound] = {}
+        self._packer = packers.setdefault(key, triton_packer(lowering, device, problem.dtype))
+        self._bound: dict[Any, Callable[..., None]] = {}
         self._rows: dict[int, Tensor] = {}
 
     def run(
@@ -95,36 +83,26 @@ class GatherCall:
         scale: Tensor | None = None,
         shift: Tensor | None = None,
         residual: Tensor | None = None,
-        sums: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Runs the kernel.
-
-        Returns:
-            The result, and Σ and Σ² of each filter when asked for.  # [N, F, OH, OW], [2, F]
-        """
+    ) -> Tensor:
+        """Runs the kernel.  # [N, F, OH, OW]"""
         y = empty(self.shape, x, self.problem)
-        filters = self.shape[1]
         if not y.numel():
-            return y, y.new_zeros((2, filters), dtype=torch.float32) if sums else None
+            return y
         x = in_order(x.resolve_neg(), self._gather)
         if residual is not None:
             residual = self._like(residual)
-        key = (x.stride(), precision(x.dtype), aligned(x, y, residual))
-        bound = self._bound.get(key)
-        if bound is None:
-            bound = self._bound[key] = self._bind(x, y, key[2])
-        partial = None
-        if sums:
-            shape = (bound.tiles, 2, filters)
-            partial = torch.empty(shape, dtype=torch.float32, device=x.device)
+        key = (x.stride(), precision(x.dtype), tma_aligned(x, y, residual))
+        start = self._bound.get(key)
+        if start is None:
+            start = self._bound[key] = self._bind(x, y, key[2])
         frozen = self.problem.frozen_weight
         slabs = self._packer(w, frozen)
         if capturing(self.device):
             pin(self.device, self, slabs if frozen else None)
         scale = None if scale is None else scale.resolve_neg().contiguous()
         shift = None if shift is None else shift.resolve_neg().contiguous()
-        bound.start(x, slabs, y, scale, shift, residual, partial)
-        return y, None if partial is None else partial.sum(0)
+        start(x, slabs, y, scale, shift, residual)
+        return y
 
     def rows(self, unit: int) -> Tensor:
         """Returns the table of the segments' filters, the first ones divided by `unit`."""
@@ -149,7 +127,6 @@ class GatherCall:
             y.stride(),
             units,
             x.shape[1],
-            y.shape[1],
             lists,
         )
         return upload(table, self.device)
@@ -161,15 +138,16 @@ class GatherCall:
             CONVERSIONS["residual brought to the format of y"] += 1
         return same
 
-    def _bind(self, x: Tensor, y: Tensor, aligned: bool) -> Bound:
+    def _bind(self, x: Tensor, y: Tensor, aligned: bool) -> Callable[..., None]:
+        """Returns what launches the kernel; takes x, slabs, y, scale, shift and residual."""
         if self.choice.box is not None and aligned:
-            from .box_calls import bind_boxes  # host descriptors are for Hopper only
+            from .tma_calls import bind_tma  # host descriptors are for Hopper only
 
-            return bind_boxes(self, x, y)
+            return bind_tma(self, x, y)
         refuse_left_out("triton-gather")
         return self._bind_pointers(x, y)
 
-    def _bind_pointers(self, x: Tensor, y: Tensor) -> Bound:
+    def _bind_pointers(self, x: Tensor, y: Tensor) -> Callable[..., None]:
         """Makes what depends on the strides of x: the geometry table and the kernel's constants."""
         lowering, tile = self.lowering, self.choice.tile
         widest = 16 // x.element_size()
@@ -199,8 +177,7 @@ class GatherCall:
             interpreted(),
         )
         most = max(self.problem.batch * rows.pixels * cols.pixels for rows, cols in axes)
-        tiles = -(-most // tile.pixels)
-        grid = (tiles * lowering.segments, len(axes))
+        grid = (-(-most // tile.pixels) * lowering.segments, len(axes))
         depth = stages(tile, x.element_size(), self.spec)
         launch = Launch(fprop_kernel_gather, grid, constants, tile.warps, depth, self.device)
         rows, table = self.rows(units[1]), self.table(x, y, units)
@@ -209,7 +186,7 @@ class GatherCall:
         def start(x: Tensor, slabs: Tensor, y: Tensor, *epilogue: Tensor | None) -> None:
             launch(x, slabs, y, words, starts, rows, table, *epilogue)
 
-        return Bound(start, tiles)
+        return start
 
 
 def refuse_left_out(name: str) -> None:
@@ -232,6 +209,6 @@ def in_order(x: Tensor, order: Tensor | None) -> Tensor:
     return x.permute(0, 2, 3, 1).index_select(3, order).permute(0, 3, 1, 2)
 
 
-def aligned(*tensors: Tensor | None) -> bool:
+def tma_aligned(*tensors: Tensor | None) -> bool:
     """Tells whether all begin at a multiple of 16 bytes, as descriptors want it."""
     return all(t is None or t.data_ptr() % 16 == 0 for t in tensors)

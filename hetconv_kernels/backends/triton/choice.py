@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from ...problem import Problem
 from ..gpu import parts
@@ -28,26 +27,12 @@ from .tiles import (
     fprop_seconds,
 )
 
-# "gather" or "boxes" leaves only that kernel to choose from; for tests and for tuning.
-ONLY: str | None = None
+# "gather" or "tma" leaves only that kernel to choose from; for tests and for tuning.
+ONLY_LAUNCH: str | None = None
 # Ways to lower: whether channels are reordered, and whether all filters read all channels.
-FORMS = ((False, False), (True, False), (False, True))
-# Choices that tuning measures, of those that are predicted to be best.
-MOST_TUNED = 8
+GROUPINGS = ((False, False), (True, False), (False, True))
 # A box that is nearer to a square is taken for at most so many times the steps.
 NEAR = 1.05
-
-
-class Named(Protocol):
-    """A way to run a problem."""
-
-    @property
-    def name(self) -> str:
-        """Its name in tables and measurements."""
-        ...
-
-
-Attempt = Callable[[Problem, Any], Callable[[], object]]
 
 
 class GatherChoice(NamedTuple):
@@ -70,72 +55,12 @@ class GatherChoice(NamedTuple):
     @property
     def name(self) -> str:
         """Its name in tables and measurements."""
-        return table.name_of(self.tile, self.box, self.reordered, self.lowering.coarse)
+        return table.choice_name(self.tile, self.box, self.reordered, self.lowering.coarse)
 
     @property
     def reordered(self) -> bool:
         """Whether the operand's channels are gathered into another order."""
         return self.lowering.gather is not None
-
-
-def best_gather(problem: Problem) -> GatherChoice:
-    """Picks tile and lowering of fprop or dgrad; the answer is kept with the Support."""
-    key = ("triton choice", *key_of(problem))
-    found: GatherChoice | None = problem.support.derived.get(key)
-    if found is None:
-        choices = sorted(gather_choices(problem), key=lambda c: c.seconds)
-        found = picked(problem, choices, attempt)
-        problem.support.derived[key] = found
-    return found
-
-
-def picked(problem: Problem, choices: Sequence[Named], attempt: Attempt) -> Any:
-    """Returns what was tuned, else what the table has, else the first of the choices.
-
-    Args:
-        problem: what to run.
-        choices: best predicted first.
-        attempt: makes a call that runs a choice once; for tuning.
-    """
-    named = {c.name: c for c in reversed(choices)}
-    name = _tuned(problem, choices[:MOST_TUNED], attempt) or table.look_up(problem)
-    return named.get(name or "", choices[0])
-
-
-def _tuned(problem: Problem, choices: Sequence[Named], attempt: Attempt) -> str | None:
-    """Returns the choice that this user's tuning found best, measuring it where that is on."""
-    if problem.device.type != "cuda" or not problem.batch:
-        return None
-    from ... import tuning  # not needed without a GPU
-
-    key = " ".join(map(str, key_of(problem)))
-    candidates = {c.name: attempt(problem, c) for c in choices}
-    return tuning.pick(key, candidates, problem.device)
-
-
-def attempt(problem: Problem, choice: GatherChoice) -> Callable[[], object]:
-    """Returns a call that runs a choice once on random operands, made at its first run."""
-    ready: list[Callable[[], object]] = []
-
-    def run() -> object:
-        if not ready:
-            from .calls import GatherCall
-
-            call = GatherCall(problem, choice)
-            shape = problem.y_shape if problem.verb == "dgrad" else problem.x_shape
-            x = random_operand(problem, shape, problem.strides)
-            w = torch.randn(problem.support.shape, dtype=problem.dtype, device=problem.device)
-            ready.append(lambda: call.run(x, w))
-        return ready[0]()
-
-    return run
-
-
-def random_operand(problem: Problem, shape: Sequence[int], strides: Sequence[int]) -> Tensor:
-    """Makes an operand of those strides, zeros among them, on the problem's device."""
-    own = [1 if stride == 0 else size for size, stride in zip(shape, strides, strict=True)]
-    made = torch.empty_strided(own, strides, dtype=problem.dtype, device=problem.device)
-    return made.normal_().expand(*shape)
 
 
 def gather_choices(problem: Problem) -> list[GatherChoice]:
@@ -145,30 +70,30 @@ def gather_choices(problem: Problem) -> list[GatherChoice]:
     found = []
     if parts.left_out("triton-gather"):
         tiles = ()
-    forms = [FORMS[0]] if len(problem.support.groups) == 1 else FORMS
+    forms = [GROUPINGS[0]] if len(problem.support.groups) == 1 else GROUPINGS
     for form in forms:
-        for tile in tiles if ONLY != "boxes" else ():
+        for tile in tiles if ONLY_LAUNCH != "tma" else ():
             found.append(_gather(problem, tile, None, form, spec))
-        for tile in BOX_TILES if _boxes_wanted(problem.device) else ():
-            if parts.left_out("triton-boxes"):
+        for tile in BOX_TILES if _tma_wanted(problem.device) else ():
+            if parts.left_out("triton-tma"):
                 continue
             lowering = lowering_of(problem, tile.filters, tile.channels, *form)
             work = steps_run(lowering, *axes_of(problem))
             for box in boxes_of(problem, tile, lowering.gather is not None, work):
                 found.append(_gather(problem, tile, box, form, spec, work(box)))
     return [c for c in found if c is not None] or [
-        c for t in tiles if (c := _gather(problem, t, None, FORMS[0], spec)) is not None
+        c for t in tiles if (c := _gather(problem, t, None, GROUPINGS[0], spec)) is not None
     ]
 
 
-def _boxes_wanted(device: torch.device) -> bool:
+def _tma_wanted(device: torch.device) -> bool:
     """Tells whether fprop and dgrad may run on boxes: where the CUDA engine has no kernel for it.
 
     Each tap fetches a box of its own through L2; by prediction the CUDA engine's kernel for wide
     groups, which keeps the halo, is faster on every layer (docs/backends/cuda.md).
     """
-    if ONLY is not None or not has_boxes(device):
-        return ONLY != "gather" and has_boxes(device)
+    if ONLY_LAUNCH is not None or not has_tma(device):
+        return ONLY_LAUNCH != "gather" and has_tma(device)
     if parts.left_out("cuda-wide"):
         return True
     try:
@@ -178,14 +103,14 @@ def _boxes_wanted(device: torch.device) -> bool:
     return "90a" not in _cuda.architectures().split("_")
 
 
-def has_boxes(device: torch.device) -> bool:
+def has_tma(device: torch.device) -> bool:
     """Tells whether the box kernel is for this device: Hopper, or the interpreter when asked."""
     if device.type != "cuda":
-        return ONLY == "boxes"
+        return ONLY_LAUNCH == "tma"
     return torch.cuda.get_device_capability(device)[0] == 9
 
 
-def box_reasons(problem: Problem, gathered: bool = False) -> list[str]:
+def tma_reasons(problem: Problem, gathered: bool = False) -> list[str]:
     """Lists why TMA cannot fetch the boxes of a Problem; the pointer kernel then runs it.
 
     Args:
@@ -243,7 +168,7 @@ def boxes_of(
     work: Callable[[Box], float] | None = None,
 ) -> list[Box]:
     """Lists the boxes that may be used: the best one, if any; see `best_box`."""
-    if box_reasons(problem, gathered):
+    if tma_reasons(problem, gathered):
         return []
     back = problem.verb == "dgrad"
     n, _, h, w = problem.x_shape if back else problem.y_shape
@@ -330,7 +255,7 @@ def _gather(
         pixels *= -(-shape[2] // box.rows) * -(-shape[3] // box.cols)
     item = problem.dtype.itemsize
     kernel = fprop_seconds(tile, pixels, steps, lowering.segments, item, spec, lowering.classes)
-    if box is None and has_boxes(problem.device):
+    if box is None and has_tma(problem.device):
         kernel *= BOX_GAIN
     slabs = lowering.steps * tile.filters * tile.channels
     memory = problem.bytes_moved / spec.bandwidth
@@ -345,7 +270,7 @@ def _gather(
     return GatherChoice(tile, box, lowering, seconds, min(1.0, efficiency))
 
 
-def key_of(problem: Problem) -> tuple[object, ...]:
+def choice_key(problem: Problem) -> tuple[object, ...]:
     """Returns what a choice depends on, beside the Support."""
     geometry = problem.geometry
     device: torch.device = problem.device
@@ -358,7 +283,7 @@ def key_of(problem: Problem) -> tuple[object, ...]:
         problem.channels_last,
         problem.strides,
         device,
-        ONLY,
+        ONLY_LAUNCH,
         geometry.tail,
         parts.WITHOUT,
     )

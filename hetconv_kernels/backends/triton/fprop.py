@@ -13,37 +13,35 @@ import triton.language as tl
 
 # Bits of a step word, lowest first: tap column, tap row, then the channel block.
 TAP_BITS = 5
-# The fields of one class of the geometry table (see `tables`), in order.
-FIELDS = (
-    "segments",
-    "height",  # pixels that this class computes in one image, rows and columns
-    "width",
-    "pixels",
-    "load_h",  # a pixel (i, j) reads row base_h + i * load_h + tap row * tap_h
-    "load_w",
-    "base_h",
-    "base_w",
-    "tap_h",
-    "tap_w",
-    "image_h",  # of the operand that is read
-    "image_w",
-    "x_n",  # its strides; in units of UNIT but for the channels
-    "x_h",
-    "x_w",
-    "x_c",
-    "store_h",  # and writes row first_h + i * store_h
-    "store_w",
-    "first_h",
-    "first_w",
-    "y_n",  # strides of the result, in units of ROW_UNIT but for the filters
-    "y_h",
-    "y_w",
-    "y_c",
-    "channels",
-    "taps",  # the longer edge of the kernel within this class
-    "filters",
-    "lists",  # of boxes: where the lists of its tiles are found, see `borders`
-)
+# Places of the fields of a class in the geometry table; `geometry.GATHER` has them for the host.
+SEGMENTS = tl.constexpr(0)  # of filters
+HEIGHT = tl.constexpr(1)  # pixels that this class computes in one image, rows and columns
+WIDTH = tl.constexpr(2)
+PIXELS = tl.constexpr(3)  # of all images
+LOAD_H = tl.constexpr(4)  # a pixel (i, j) reads row base_h + i * load_h + tap row * tap_h
+LOAD_W = tl.constexpr(5)
+BASE_H = tl.constexpr(6)
+BASE_W = tl.constexpr(7)
+TAP_H = tl.constexpr(8)
+TAP_W = tl.constexpr(9)
+IMAGE_H = tl.constexpr(10)  # of the operand that is read
+IMAGE_W = tl.constexpr(11)
+X_N = tl.constexpr(12)  # its strides; in units of UNIT but for the channels
+X_H = tl.constexpr(13)
+X_W = tl.constexpr(14)
+X_C = tl.constexpr(15)
+STORE_H = tl.constexpr(16)  # and writes row first_h + i * store_h
+STORE_W = tl.constexpr(17)
+FIRST_H = tl.constexpr(18)
+FIRST_W = tl.constexpr(19)
+Y_N = tl.constexpr(20)  # strides of the result, in units of ROW_UNIT but for the filters
+Y_H = tl.constexpr(21)
+Y_W = tl.constexpr(22)
+Y_C = tl.constexpr(23)
+CHANNELS = tl.constexpr(24)  # of the operand that is read, in units of UNIT
+TAPS = tl.constexpr(25)  # the longer edge of the kernel within this class
+LISTS = tl.constexpr(26)  # of boxes: where the lists of its tiles are found, see `borders`
+CLASS_FIELDS = tl.constexpr(27)
 
 
 @triton.jit
@@ -91,7 +89,6 @@ def fprop_kernel_gather(
     scale,
     shift,
     residual,
-    sums,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -114,11 +111,10 @@ def fprop_kernel_gather(
         words: channel block, tap row and tap column of each step, and one spare.  # int32
         starts: first step of each segment of each class, and the end.  # int32
         rows: filters of each segment: all of them (SCATTER), or the first of each over ROW_UNIT.
-        geometry: `FIELDS` of each class.  # int64 [classes, fields]
+        geometry: `geometry.GATHER` of each class.  # int64 [classes, fields]
         scale: per filter, or None.  # [F]
         shift: per filter, or None.  # [F]
         residual: laid out as y, or None.
-        sums: Σ y and Σ y² of each tile of pixels, or None.  # float32 [tiles, 2, F]
         BM: pixels of a tile.
         BN: filters of a tile.
         BK: channels of a step.
@@ -132,11 +128,11 @@ def fprop_kernel_gather(
         PRECISION: of products of float32.
         INTERPRETED: whether Triton's interpreter runs this.
     """
-    table = geometry + tl.program_id(1) * 28  # the numbers below are places in FIELDS
-    segments = tl.load(table).to(tl.int32)
-    height = tl.load(table + 1).to(tl.int32)
-    width = tl.load(table + 2).to(tl.int32)
-    pixels = tl.load(table + 3).to(tl.int32)
+    table = geometry + tl.program_id(1) * CLASS_FIELDS
+    segments = tl.load(table + SEGMENTS).to(tl.int32)
+    height = tl.load(table + HEIGHT).to(tl.int32)
+    width = tl.load(table + WIDTH).to(tl.int32)
+    pixels = tl.load(table + PIXELS).to(tl.int32)
     tile = tl.program_id(0)
     # Segments vary fastest: the programs that read the same pixels run together.
     segment = tile % segments
@@ -150,14 +146,14 @@ def fprop_kernel_gather(
     i = place // width
     j = place - i * width
 
-    row = i * tl.load(table + 4).to(tl.int32) + tl.load(table + 6).to(tl.int32)
-    col = j * tl.load(table + 5).to(tl.int32) + tl.load(table + 7).to(tl.int32)
-    tap_h = tl.load(table + 8).to(tl.int32)
-    tap_w = tl.load(table + 9).to(tl.int32)
-    x_h = tl.load(table + 13)
-    x_w = tl.load(table + 14)
-    x_c = tl.load(table + 15)
-    base = (image.to(tl.int64) * tl.load(table + 12) + row * x_h + col * x_w) * UNIT
+    row = i * tl.load(table + LOAD_H).to(tl.int32) + tl.load(table + BASE_H).to(tl.int32)
+    col = j * tl.load(table + LOAD_W).to(tl.int32) + tl.load(table + BASE_W).to(tl.int32)
+    tap_h = tl.load(table + TAP_H).to(tl.int32)
+    tap_w = tl.load(table + TAP_W).to(tl.int32)
+    x_h = tl.load(table + X_H)
+    x_w = tl.load(table + X_W)
+    x_c = tl.load(table + X_C)
+    base = (image.to(tl.int64) * tl.load(table + X_N) + row * x_h + col * x_w) * UNIT
     step_h = x_h * tap_h
     step_w = x_w * tap_w
     lane = tl.arange(0, BK)
@@ -165,15 +161,15 @@ def fprop_kernel_gather(
         pointers = x + (base[:, None] + lane[None, :])
     else:
         pointers = x + (base[:, None] + lane[None, :] * x_c)
-    channels = tl.load(table + 24).to(tl.int32) * UNIT
+    channels = tl.load(table + CHANNELS).to(tl.int32) * UNIT
 
     # Bit k says whether tap row (column) k of this pixel lies in the image.
     rows_seen = tl.zeros((BM,), tl.int32)
     cols_seen = tl.zeros((BM,), tl.int32)
     if PADDED:
-        image_h = tl.load(table + 10).to(tl.int32)
-        image_w = tl.load(table + 11).to(tl.int32)
-        for k in range(tl.load(table + 25).to(tl.int32)):
+        image_h = tl.load(table + IMAGE_H).to(tl.int32)
+        image_w = tl.load(table + IMAGE_W).to(tl.int32)
+        for k in range(tl.load(table + TAPS).to(tl.int32)):
             at_h = row + k * tap_h
             at_w = col + k * tap_w
             rows_seen |= ((at_h >= 0) & (at_h < image_h)).to(tl.int32) << k
@@ -220,17 +216,17 @@ def fprop_kernel_gather(
     else:
         f = tl.load(rows + segment) * ROW_UNIT + tl.arange(0, BN)
         known = f < tl.load(rows + segment + 1) * ROW_UNIT
-    out_h = i * tl.load(table + 16).to(tl.int32) + tl.load(table + 18).to(tl.int32)
-    out_w = j * tl.load(table + 17).to(tl.int32) + tl.load(table + 19).to(tl.int32)
+    out_h = i * tl.load(table + STORE_H).to(tl.int32) + tl.load(table + FIRST_H).to(tl.int32)
+    out_w = j * tl.load(table + STORE_W).to(tl.int32) + tl.load(table + FIRST_W).to(tl.int32)
     out = (
-        image.to(tl.int64) * tl.load(table + 20)
-        + out_h * tl.load(table + 21)
-        + out_w * tl.load(table + 22)
+        image.to(tl.int64) * tl.load(table + Y_N)
+        + out_h * tl.load(table + Y_H)
+        + out_w * tl.load(table + Y_W)
     ) * ROW_UNIT
     if LAST:
         target = out[:, None] + f[None, :]
     else:
-        target = out[:, None] + f[None, :] * tl.load(table + 23)
+        target = out[:, None] + f[None, :] * tl.load(table + Y_C)
     written = inside[:, None] & known[None, :]
     if scale is not None:
         acc = acc * tl.load(scale + f, mask=known, other=0.0).to(tl.float32)[None, :]
@@ -240,9 +236,3 @@ def fprop_kernel_gather(
         acc = acc + tl.load(residual + target, mask=written, other=0.0).to(tl.float32)
     acc = activate(acc, ACT)
     tl.store(y + target, acc.to(y.dtype.element_ty), mask=written)
-    if sums is not None:
-        counted = tl.where(inside[:, None], acc, 0.0)
-        filters = tl.load(table + 26)
-        part = sums + block.to(tl.int64) * 2 * filters + f
-        tl.store(part, tl.sum(counted, 0), mask=known)
-        tl.store(part + filters, tl.sum(counted * counted, 0), mask=known)

@@ -17,16 +17,16 @@ import torch
 from ...problem import Problem
 from .tiles import Box, Tile
 
-PATH = Path(__file__).with_name("table.json")
+TABLE_FILE = Path(__file__).with_name("table.json")
 
 
 @cache
-def entries() -> dict[str, Any]:
+def table_entries() -> dict[str, Any]:
     """Returns the committed entries: key -> {"name": of the choice, "seconds": measured}."""
-    return dict(json.loads(PATH.read_text())["entries"])
+    return dict(json.loads(TABLE_FILE.read_text())["entries"])
 
 
-def key_of(problem: Problem, capability: tuple[int, int]) -> str:
+def table_key(problem: Problem, capability: tuple[int, int]) -> str:
     """Names the problems that share an entry: sizes within a factor of two, density within 1/16."""
     geometry, support = problem.geometry, problem.support
     oh, ow = problem.output_size
@@ -47,14 +47,14 @@ def key_of(problem: Problem, capability: tuple[int, int]) -> str:
 
 def look_up(problem: Problem) -> str | None:
     """Returns the name of the choice that was measured for such a problem, None if none was."""
-    if problem.device.type != "cuda" or not torch.cuda.is_available() or not entries():
+    if problem.device.type != "cuda" or not torch.cuda.is_available() or not table_entries():
         return None
     capability = torch.cuda.get_device_capability(problem.device)
-    entry = entries().get(key_of(problem, capability))
+    entry = table_entries().get(table_key(problem, capability))
     return None if entry is None else str(entry["name"])
 
 
-def name_of(tile: Tile, box: Box | None, reorder: bool, coarse: bool = False) -> str:
+def choice_name(tile: Tile, box: Box | None, reorder: bool, coarse: bool = False) -> str:
     """Names a choice of fprop or dgrad, as ``128x64x64 box 1x8x16 reordered`` or ``coarse``."""
     text = f"{tile.pixels}x{tile.filters}x{tile.channels}"
     if box is not None:

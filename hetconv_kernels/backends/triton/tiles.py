@@ -93,7 +93,7 @@ def stages(tile: Tile, itemsize: int, spec: GpuSpec) -> int:
 
 
 def box_stages(tile: Tile, itemsize: int, spec: GpuSpec) -> int:
-    """The same for the box kernel, whose result also leaves through shared memory."""
+    """Returns the pipeline's depth of the TMA kernel, whose result leaves by shared memory too."""
     step = (tile.pixels + tile.filters) * tile.channels * itemsize
     result = tile.pixels * tile.filters * itemsize
     return _stages(step, MAX_STAGES, spec._replace(shared=spec.shared - result))
@@ -105,7 +105,7 @@ def box_warps(tile: Tile, whole: bool) -> int:
 
 
 def wgrad_stages(tile: Tile, taps: int, itemsize: int, spec: GpuSpec) -> int:
-    """The same for wgrad, whose step holds one block of dy and one of x for each tap."""
+    """Returns the pipeline's depth of wgrad, whose step holds dy, and x for each tap."""
     step = tile.pixels * (tile.filters + taps * tile.channels) * itemsize
     return _stages(step, MAX_STAGES - 1, spec)
 

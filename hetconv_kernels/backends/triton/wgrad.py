@@ -12,34 +12,31 @@ import triton.language as tl
 
 from .fprop import multiply
 
-# The fields of the geometry table, in order. Strides are in units of the kernel's UNIT and
-# ROW_UNIT but for those of channels and filters.
-FIELDS = (
-    "height",  # of y, in pixels
-    "width",
-    "pixels",  # of all images
-    "split",  # pixels of one split, a multiple of BP
-    "stride_h",
-    "stride_w",
-    "pad_h",
-    "pad_w",
-    "dilation_h",
-    "dilation_w",
-    "image_h",  # of x
-    "image_w",
-    "x_n",
-    "x_h",
-    "x_w",
-    "x_c",
-    "y_n",
-    "y_h",
-    "y_w",
-    "y_c",
-    "channels",  # in units
-    "filters",
-    "partial",  # float32 values of one split, those of all launches
-    "first",  # those before this launch's
-)
+# Places of the fields of the geometry table; `geometry.WGRAD` has them for the host.
+WGRAD_HEIGHT = tl.constexpr(0)  # of y, in pixels
+WGRAD_WIDTH = tl.constexpr(1)
+WGRAD_PIXELS = tl.constexpr(2)  # of all images
+WGRAD_SPLIT = tl.constexpr(3)  # pixels of one split, a multiple of BP
+WGRAD_STRIDE_H = tl.constexpr(4)
+WGRAD_STRIDE_W = tl.constexpr(5)
+WGRAD_PAD_H = tl.constexpr(6)
+WGRAD_PAD_W = tl.constexpr(7)
+WGRAD_DILATION_H = tl.constexpr(8)
+WGRAD_DILATION_W = tl.constexpr(9)
+WGRAD_IMAGE_H = tl.constexpr(10)  # of x
+WGRAD_IMAGE_W = tl.constexpr(11)
+WGRAD_X_N = tl.constexpr(12)  # strides in units of the kernel's UNIT, but for the channels
+WGRAD_X_H = tl.constexpr(13)
+WGRAD_X_W = tl.constexpr(14)
+WGRAD_X_C = tl.constexpr(15)
+WGRAD_Y_N = tl.constexpr(16)  # strides in units of ROW_UNIT, but for the filters
+WGRAD_Y_H = tl.constexpr(17)
+WGRAD_Y_W = tl.constexpr(18)
+WGRAD_Y_C = tl.constexpr(19)
+WGRAD_CHANNELS = tl.constexpr(20)  # in units
+WGRAD_FILTERS = tl.constexpr(21)
+WGRAD_PARTIAL = tl.constexpr(22)  # float32 values of one split, those of all launches
+WGRAD_FIRST = tl.constexpr(23)  # those before this launch's
 
 
 @triton.jit
@@ -72,7 +69,7 @@ def wgrad_kernel_gather(
         words: channel block, tap row and first tap column of each job (see `fprop`).  # int32
         owners: segment of each job.  # int32
         rows: filters of each segment, -1 for none (SCATTER), or the first of each over ROW_UNIT.
-        geometry: `FIELDS`.  # int64
+        geometry: `geometry.WGRAD`.  # int64
         BP: pixels of a step of the loop.
         BF: filters of a slab.
         BC: channels of a slab.
@@ -86,43 +83,43 @@ def wgrad_kernel_gather(
         INTERPRETED: whether Triton's interpreter runs this.
     """
     job = tl.program_id(0)
-    height = tl.load(geometry).to(tl.int32)  # the numbers below are places in FIELDS
-    width = tl.load(geometry + 1).to(tl.int32)
-    pixels = tl.load(geometry + 2).to(tl.int32)
-    split = tl.load(geometry + 3).to(tl.int32)
-    stride_h = tl.load(geometry + 4).to(tl.int32)
-    stride_w = tl.load(geometry + 5).to(tl.int32)
-    dilation_w = tl.load(geometry + 9).to(tl.int32)
-    image_h = tl.load(geometry + 10).to(tl.int32)
-    image_w = tl.load(geometry + 11).to(tl.int32)
-    x_n = tl.load(geometry + 12)
-    x_h = tl.load(geometry + 13)
-    x_w = tl.load(geometry + 14)
-    y_n = tl.load(geometry + 16)
-    y_h = tl.load(geometry + 17)
-    y_w = tl.load(geometry + 18)
+    height = tl.load(geometry + WGRAD_HEIGHT).to(tl.int32)
+    width = tl.load(geometry + WGRAD_WIDTH).to(tl.int32)
+    pixels = tl.load(geometry + WGRAD_PIXELS).to(tl.int32)
+    split = tl.load(geometry + WGRAD_SPLIT).to(tl.int32)
+    stride_h = tl.load(geometry + WGRAD_STRIDE_H).to(tl.int32)
+    stride_w = tl.load(geometry + WGRAD_STRIDE_W).to(tl.int32)
+    dilation_w = tl.load(geometry + WGRAD_DILATION_W).to(tl.int32)
+    image_h = tl.load(geometry + WGRAD_IMAGE_H).to(tl.int32)
+    image_w = tl.load(geometry + WGRAD_IMAGE_W).to(tl.int32)
+    x_n = tl.load(geometry + WGRAD_X_N)
+    x_h = tl.load(geometry + WGRAD_X_H)
+    x_w = tl.load(geometry + WGRAD_X_W)
+    y_n = tl.load(geometry + WGRAD_Y_N)
+    y_h = tl.load(geometry + WGRAD_Y_H)
+    y_w = tl.load(geometry + WGRAD_Y_W)
 
     word = tl.load(words + job)
     segment = tl.load(owners + job)
-    shift_h = ((word >> 5) & 31) * tl.load(geometry + 8).to(tl.int32)
-    shift_h -= tl.load(geometry + 6).to(tl.int32)
-    shift_w = (word & 31) * dilation_w - tl.load(geometry + 7).to(tl.int32)
+    shift_h = ((word >> 5) & 31) * tl.load(geometry + WGRAD_DILATION_H).to(tl.int32)
+    shift_h -= tl.load(geometry + WGRAD_PAD_H).to(tl.int32)
+    shift_w = (word & 31) * dilation_w - tl.load(geometry + WGRAD_PAD_W).to(tl.int32)
     channel = (word >> 10) * BC + tl.arange(0, BC)
-    channel_live = channel < tl.load(geometry + 20).to(tl.int32) * UNIT
+    channel_live = channel < tl.load(geometry + WGRAD_CHANNELS).to(tl.int32) * UNIT
     if SCATTER:
         f = tl.load(rows + segment * BF + tl.arange(0, BF))
         known = f >= 0
     else:
         f = tl.load(rows + segment) * ROW_UNIT + tl.arange(0, BF)
-        known = f < tl.load(geometry + 21).to(tl.int32) * ROW_UNIT
+        known = f < tl.load(geometry + WGRAD_FILTERS).to(tl.int32) * ROW_UNIT
     if LAST_Y:
         dy_lanes = dy + f[:, None]
     else:
-        dy_lanes = dy + f[:, None] * tl.load(geometry + 19)
+        dy_lanes = dy + f[:, None] * tl.load(geometry + WGRAD_Y_C)
     if LAST_X:
         x_lanes = x + channel[None, :]
     else:
-        x_lanes = x + channel[None, :] * tl.load(geometry + 15)
+        x_lanes = x + channel[None, :] * tl.load(geometry + WGRAD_X_C)
 
     acc0 = tl.zeros((BF, BC), tl.float32)
     acc1 = acc0
@@ -161,8 +158,8 @@ def wgrad_kernel_gather(
             )
             acc2 = multiply(g, b, acc2, PRECISION, INTERPRETED)
 
-    stride = tl.load(geometry + 22)
-    first = tl.load(geometry + 23)
+    stride = tl.load(geometry + WGRAD_PARTIAL)
+    first = tl.load(geometry + WGRAD_FIRST)
     cell = tl.arange(0, BF)[:, None] * BC + tl.arange(0, BC)[None, :]
     slab = partials + tl.program_id(1) * stride + first + job.to(tl.int64) * (TAPS * BF * BC)
     tl.store(slab + cell, acc0)

@@ -16,8 +16,9 @@ from ...problem import Problem
 from ..common import unit
 from ..gpu.capture import capturing, pin, upload
 from ..gpu.devices import GpuSpec, spec_of
-from .calls import aligned, in_order, precision, refuse_left_out
+from .calls import in_order, precision, refuse_left_out, tma_aligned
 from .choice import tensor_reasons
+from .geometry import wgrad_table
 from .launch import Launch, interpreted
 from .tiles import Tile, splits, wgrad_stages
 from .wgrad import reduce_kernel_splits, wgrad_kernel_gather
@@ -25,7 +26,7 @@ from .wgrad_choice import WgradChoice
 from .wgrad_lowering import Jobs
 
 _REDUCE_BLOCK = 1024
-Start = Callable[[Tensor, Tensor, Tensor], None]
+WgradLaunch = Callable[[Tensor, Tensor, Tensor], None]
 
 
 class WgradCall:
@@ -50,7 +51,7 @@ class WgradCall:
         self._places = support.derived[places_key]
         orders = lowering.filters, lowering.channels
         self._orders = [None if o is None else upload(o, self._device) for o in orders]
-        self._bound: dict[Any, list[Start]] = {}
+        self._bound: dict[Any, list[WgradLaunch]] = {}
         oh, ow = problem.output_size
         self._pixels = problem.batch * oh * ow
         # All parts share one number of splits: that of the one with the most jobs.
@@ -80,7 +81,7 @@ class WgradCall:
         if not self._pixels or not self._size:
             return dw.zero_()
         dy, x = map(in_order, (dy.resolve_neg(), x.resolve_neg()), self._orders)
-        key = (dy.stride(), x.stride(), precision(x.dtype), aligned(dy, x))
+        key = (dy.stride(), x.stride(), precision(x.dtype), tma_aligned(dy, x))
         bound = self._bound.get(key)
         if bound is None:
             boxed = (
@@ -98,22 +99,22 @@ class WgradCall:
         self._reduce(partials, self._places, dw, dw.numel(), self._size, self._splits)
         return dw
 
-    def _bind(self, dy: Tensor, x: Tensor, boxed: bool) -> list[Start]:
+    def _bind(self, dy: Tensor, x: Tensor, boxed: bool) -> list[WgradLaunch]:
         """Makes what depends on the strides of dy and x, for each launch."""
-        bound: list[Start] = []
+        bound: list[WgradLaunch] = []
         before = 0
         for jobs in self.choice.lowering.parts:
             if boxed and jobs.adjacent(16 // x.element_size()):
-                from .box_calls import bind_wgrad_boxes  # host descriptors are for Hopper only
+                from .tma_calls import bind_wgrad_tma  # host descriptors are for Hopper only
 
-                bound.append(bind_wgrad_boxes(self, jobs, dy, x, before))
+                bound.append(bind_wgrad_tma(self, jobs, dy, x, before))
             else:
                 refuse_left_out("triton-wgrad")
                 bound.append(self._bind_pointers(jobs, dy, x, before))
             before += prod(jobs.positions.shape)
         return bound
 
-    def _bind_pointers(self, jobs: Jobs, dy: Tensor, x: Tensor, before: int) -> Start:
+    def _bind_pointers(self, jobs: Jobs, dy: Tensor, x: Tensor, before: int) -> WgradLaunch:
         tile, widest = self._tiles[jobs.taps], 16 // x.element_size()
         last_x = x.stride(1) == 1 or x.shape[1] == 1
         last_y = dy.stride(1) == 1 or dy.shape[1] == 1
@@ -148,7 +149,7 @@ class WgradCall:
     def tables(
         self, jobs: Jobs, dy: Tensor, x: Tensor, units: tuple[int, int], split: int, before: int
     ) -> tuple[Tensor, ...]:
-        """Makes the tables that a kernel reads: words, owners, rows and `wgrad.FIELDS`.
+        """Makes the tables that a kernel reads: words, owners, rows and `geometry.WGRAD`.
 
         Args:
             jobs: of the launch.
@@ -158,29 +159,21 @@ class WgradCall:
             split: pixels of one split; boxes are split by the kernel.
             before: float32 values of a split that stand before those of these jobs.
         """
-        geometry, (x_unit, y_unit) = self.problem.geometry, units
         rows: Int32Array | None = jobs.rows
         if rows is None:
-            rows = (jobs.plan.segments // y_unit).astype(np.int32)
-        (x_n, x_c, x_h, x_w), (y_n, y_c, y_h, y_w) = x.stride(), dy.stride()
-        table = [
-            *self.problem.output_size,
-            self._pixels,
+            rows = (jobs.plan.segments // units[1]).astype(np.int32)
+        problem = self.problem
+        table = wgrad_table(
+            problem.geometry,
+            (problem.height, problem.width),
+            problem.output_size,
+            problem.batch,
+            (x.stride(), dy.stride()),
+            (x.shape[1], dy.shape[1]),
+            units,
             split,
-            *geometry.stride,
-            geometry.pads[0],
-            geometry.pads[2],
-            *geometry.dilation,
-            self.problem.height,
-            self.problem.width,
-            *(stride // x_unit for stride in (x_n, x_h, x_w)),
-            x_c,
-            *(stride // y_unit for stride in (y_n, y_h, y_w)),
-            y_c,
-            x.shape[1] // x_unit,
-            dy.shape[1] // y_unit,
-            self._size,
-            before,
-        ]
-        arrays = (jobs.words, jobs.owners, rows, np.array(table, np.int64))
-        return tuple(upload(array, self._device) for array in arrays)
+            (self._size, before),
+        )
+        return tuple(
+            upload(array, self._device) for array in (jobs.words, jobs.owners, rows, table)
+        )

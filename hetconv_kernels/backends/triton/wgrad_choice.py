@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import product
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ from ...support import Support
 from ..gpu import parts
 from ..gpu.devices import GpuSpec, spec_of
 from . import choice
-from .choice import FORMS, best_box, has_boxes, picked, random_operand, tensor_reasons
+from .choice import GROUPINGS, best_box, has_tma, tensor_reasons
 from .tiles import (
     BOX_FUSED,
     BOX_GAIN,
@@ -64,58 +63,28 @@ class WgradChoice(NamedTuple):
         return self.lowering.filters is not None or self.lowering.channels is not None
 
 
-def best_wgrad(problem: Problem) -> WgradChoice:
-    """Picks tiles and lowering of wgrad; the answer is kept with the Support."""
-    key = ("triton choice", *choice.key_of(problem))
-    found: WgradChoice | None = problem.support.derived.get(key)
-    if found is None:
-        choices = sorted(wgrad_choices(problem), key=lambda c: c.seconds)
-        found = picked(problem, choices, attempt)
-        problem.support.derived[key] = found
-    return found
-
-
-def attempt(problem: Problem, choice: WgradChoice) -> Callable[[], object]:
-    """Returns a call that runs a choice once on random operands, made at its first run."""
-    ready: list[Callable[[], object]] = []
-
-    def run() -> object:
-        if not ready:
-            from .wgrad_calls import WgradCall
-
-            call = WgradCall(problem, choice)
-            _, c, h, w = problem.x_shape
-            strides = (
-                (c * h * w, 1, w * c, c) if problem.channels_last else (c * h * w, h * w, w, 1)
-            )
-            x = random_operand(problem, problem.x_shape, strides)
-            dy = random_operand(problem, problem.y_shape, problem.strides)
-            ready.append(lambda: call.run(dy, x))
-        return ready[0]()
-
-    return run
-
-
 def wgrad_choices(problem: Problem) -> list[WgradChoice]:
     """Lists all ways to run wgrad, with their predictions."""
     half, spec = problem.dtype.itemsize == 2, spec_of(problem.device)
     pointers = list(product(*((HALF_FUSED, HALF_ONE) if half else (SINGLE_FUSED, SINGLE_ONE))))
-    boxed = [] if choice.ONLY == "gather" else list(product(BOX_FUSED, BOX_ONE))
+    boxed = [] if choice.ONLY_LAUNCH == "gather" else list(product(BOX_FUSED, BOX_ONE))
     if parts.left_out("triton-wgrad"):
         pointers = []
-    if parts.left_out("triton-wgrad-boxes"):
+    if parts.left_out("triton-wgrad-tma"):
         boxed = []
     found = []
-    for reorder, coarse in [FORMS[0]] if len(problem.support.groups) == 1 else FORMS:
+    for reorder, coarse in [GROUPINGS[0]] if len(problem.support.groups) == 1 else GROUPINGS:
         for tiles in boxed:
             box = wgrad_box(problem, tiles[0].pixels, reorder)
             if box is not None:
                 found.append(_wgrad(problem, tiles, box, (reorder, coarse), spec))
-        for tiles in pointers if choice.ONLY != "boxes" else ():
+        for tiles in pointers if choice.ONLY_LAUNCH != "tma" else ():
             found.append(_wgrad(problem, tiles, None, (reorder, coarse), spec))
     kept = [c for c in found if c is not None]
     return kept or [
-        c for tiles in pointers if (c := _wgrad(problem, tiles, None, FORMS[0], spec)) is not None
+        c
+        for tiles in pointers
+        if (c := _wgrad(problem, tiles, None, GROUPINGS[0], spec)) is not None
     ]
 
 
@@ -126,7 +95,7 @@ def wgrad_box(problem: Problem, pixels: int, reorder: bool) -> Box | None:
     there with whatever x holds, and a zero times infinity is NaN. At a stride it is one pixel of
     several images.
     """
-    if not has_boxes(problem.device) or tensor_reasons(problem.x_shape, None, problem.dtype):
+    if not has_tma(problem.device) or tensor_reasons(problem.x_shape, None, problem.dtype):
         return None
     if tensor_reasons(problem.y_shape, None if reorder else problem.strides, problem.dtype):
         return None
@@ -134,7 +103,7 @@ def wgrad_box(problem: Problem, pixels: int, reorder: bool) -> Box | None:
     return best_box((n, h, w), pixels, problem.geometry.stride == (1, 1), exact=True)
 
 
-def lowering_of(
+def wgrad_lowering_of(
     support: Support, tiles: tuple[Tile, Tile], reorder: bool, coarse: bool
 ) -> WgradLowering:
     """Returns the lowering of wgrad for these tiles; kept with the Support."""
@@ -153,7 +122,7 @@ def _wgrad(
     form: tuple[bool, bool],
     spec: GpuSpec,
 ) -> WgradChoice | None:
-    lowering = lowering_of(problem.support, tiles, *form)
+    lowering = wgrad_lowering_of(problem.support, tiles, *form)
     moved = [order is not None for order in (lowering.filters, lowering.channels)]
     if form[0] and not any(moved):
         return None  # the same as in their own order
@@ -169,7 +138,7 @@ def _wgrad(
         seconds = wgrad_seconds(tile, len(jobs.words), jobs.taps, covered, item, spec)
         kernel += seconds * (1.0 if jobs.rows is None else SCATTERED) + NEXT_LAUNCH
         executed += jobs.positions.size
-    if box is None and has_boxes(problem.device):
+    if box is None and has_tma(problem.device):
         kernel *= BOX_GAIN
     seconds = LAUNCH + max(kernel, problem.bytes_moved / spec.bandwidth)
     for gathered, shape in zip(moved, (problem.y_shape, problem.x_shape), strict=True):

@@ -23,7 +23,7 @@ void Hopper::copy(uint32_t address, const void* source, uint32_t bytes, uint32_t
           {w.block, offset, static_cast<const char*>(source), bytes, barrier_offset(barrier), {}});
 }
 
-void Hopper::copy_box(uint32_t address, const void* map, const int (&corner)[4], uint32_t barrier) {
+void Hopper::tma_load(uint32_t address, const void* map, const int (&corner)[4], uint32_t barrier) {
   int own[4];
   std::copy(corner, corner + 4, own);
   if (mistake.name == "skip-bulk" && copies_++ == mistake.at) return;

@@ -6,8 +6,8 @@
 // CASES is a row of cases, each: the count of numbers, then for each 24 bytes of name and an int64;
 // the count of arrays, then for each 24 bytes of name, an int64 of bytes, and those. A case runs
 // fprop of narrow or wide groups (with packing) or wgrad (with the sum of its partials), as its
-// number `kind` says, and its array `result`, which the kernels write, is appended to RESULTS, then
-// `sums` where there is one. All arrays have memory of just their size.
+// number `kind` says, and its array `result`, which the kernels write, is appended to RESULTS. All
+// arrays have memory of just their size.
 #include <cstring>
 #include <fstream>
 #include <map>
@@ -113,7 +113,6 @@ void fprop(const Case& c) {
   p.chunks = c.array<int32_t>("chunks");
   p.slots = c.array<int32_t>("slots");
   p.rows = c.array<int32_t>("rows");
-  p.sums = c.array<float>("sums");
   p.x_n = c.number("x_n");
   p.y_n = c.number("y_n");
 #define NUMBER(name) p.name = int32_t(c.number(#name))
@@ -123,11 +122,11 @@ void fprop(const Case& c) {
   NUMBER(tile_h), NUMBER(tile_w), NUMBER(warps_m), NUMBER(warps_n);
   NUMBER(raw_pitch), NUMBER(slot_pitch), NUMBER(halo_pixels);
   NUMBER(max_words), NUMBER(max_fragments), NUMBER(vector_stores);
-  NUMBER(buffers), NUMBER(resident), NUMBER(blocks), NUMBER(filters);
-  NUMBER(channels), NUMBER(boxes);
+  NUMBER(buffers), NUMBER(resident), NUMBER(blocks);
+  NUMBER(channels), NUMBER(tma);
 #undef NUMBER
   const int32_t* halo = c.array<int32_t>("halos");
-  for (int i = 0; p.boxes && i < p.class_count && i < kMostBoxes; ++i, halo += 2)
+  for (int i = 0; p.tma && i < p.class_count && i < kMostMaps; ++i, halo += 2)
     p.box_h[i] = halo[0], p.box_w[i] = halo[1];
   p.act = Act(c.number("act"));
   const DType dtype = DType(c.number("dtype"));
@@ -144,7 +143,6 @@ void wide_case(const Case& c) {
   p.residual = c.array<void>("residual");
   p.scale = c.array<float>("scale");
   p.shift = c.array<float>("shift");
-  p.sums = c.array<float>("sums");
   p.classes = c.array<int32_t>("classes");
   p.heads = c.array<int32_t>("heads");
   p.blocks = c.array<int32_t>("blocks");
@@ -154,7 +152,7 @@ void wide_case(const Case& c) {
   p.y_n = c.number("y_n");
 #define NUMBER(name) p.name = int32_t(c.number(#name))
   NUMBER(x_h), NUMBER(x_w), NUMBER(y_h), NUMBER(y_w);
-  NUMBER(batch), NUMBER(image_h), NUMBER(image_w), NUMBER(filters);
+  NUMBER(batch), NUMBER(image_h), NUMBER(image_w);
   NUMBER(class_count), NUMBER(pairs), NUMBER(pixels), NUMBER(plane_pitch);
   NUMBER(stages), NUMBER(slots), NUMBER(cluster), NUMBER(grid);
 #undef NUMBER
@@ -182,7 +180,7 @@ void wgrad(const Case& c) {
   NUMBER(batch), NUMBER(image_h), NUMBER(image_w), NUMBER(parts), NUMBER(unit_count);
   NUMBER(tile_h), NUMBER(tile_w), NUMBER(warps);
   NUMBER(x_pitch), NUMBER(x_slot_pitch), NUMBER(dy_pitch), NUMBER(dy_slot_pitch);
-  NUMBER(halo_pixels), NUMBER(buffers), NUMBER(blocks), NUMBER(boxes);
+  NUMBER(halo_pixels), NUMBER(buffers), NUMBER(blocks), NUMBER(tma);
   NUMBER(channels), NUMBER(filters), NUMBER(dy_h), NUMBER(dy_w), NUMBER(halo_h), NUMBER(halo_w);
 #undef NUMBER
   const DType dtype = DType(c.number("dtype"));
@@ -221,8 +219,7 @@ int main(int count, char** arguments) {
       default:
         hetconv::host::fail("kind is 0: fprop, 1: wgrad or 2: wide");
     }
-    for (const char* name : {"result", "sums"})
-      if (c.array<char>(name)) out.write(c.array<char>(name), c.size(name));
+    out.write(c.array<char>("result"), c.size("result"));
   }
   return 0;
 }

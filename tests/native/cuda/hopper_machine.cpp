@@ -96,18 +96,18 @@ void Hopper::fence() {
 // Barriers ---------------------------------------------------------------------------------------
 
 Hopper::Phase& Hopper::phase(const Block& at, uint32_t offset) {
-  auto& phases = watched_[size_t(at.rank())].phases;
-  const auto found = phases.find(offset);
-  if (found == phases.end()) fail("no barrier was made at %u of block %d", offset, at.rank());
+  auto& mbarriers = watched_[size_t(at.rank())].mbarriers;
+  const auto found = mbarriers.find(offset);
+  if (found == mbarriers.end()) fail("no barrier was made at %u of block %d", offset, at.rank());
   return found->second;
 }
 
-void Hopper::phase_init(uint32_t address, int count) {
+void Hopper::mbarrier_init(uint32_t address, int count) {
   const uint32_t offset = barrier_offset(address);
   Watched& own = watched_[size_t(block->rank())];
-  if (own.phases.count(offset)) fail("a barrier is made at %u twice", offset);
+  if (own.mbarriers.count(offset)) fail("a barrier is made at %u twice", offset);
   if (++phases_ > kMostPhases) fail("more than %d barriers", kMostPhases);
-  Phase& p = own.phases[offset];
+  Phase& p = own.mbarriers[offset];
   p.count = p.pending = count;
   p.engine = engines_ + int(watched_.size()) * groups_ + phases_ - 1;
   p.arrived = p.known = Clock(order_.of(0).size(), 0);
@@ -130,7 +130,7 @@ void Hopper::settle(Block& at, uint32_t offset, Phase& p) {
       p.waiters.push_back(w);
 }
 
-void Hopper::phase_arrive(uint32_t address, uint32_t rank, uint32_t expected) {
+void Hopper::mbarrier_arrive(uint32_t address, uint32_t rank, uint32_t expected) {
   Fiber& own = block->current();
   if (mistake.name == "skip-arrive" && !expected && own.fences++ == mistake.at) return;
   if (rank >= watched_.size()) fail("the cluster has no block %u", rank);
@@ -147,11 +147,11 @@ void Hopper::phase_arrive(uint32_t address, uint32_t rank, uint32_t expected) {
   settle(*there.block, offset, p);
 }
 
-void Hopper::phase_wait(uint32_t address, uint32_t parity, uint32_t first) {
+void Hopper::mbarrier_wait(uint32_t address, uint32_t parity, uint32_t first) {
   if (address < first || (address - first) % 8)
     fail("no barrier counts from %u to %u", first, address);
   Fiber& own = block->current();
-  if (mistake.name == "skip-phase" && own.phases++ == mistake.at) return;
+  if (mistake.name == "skip-phase" && own.mbarriers++ == mistake.at) return;
   const uint32_t offset = barrier_offset(address);
   Phase& p = phase(*block, offset);
   while (!has_ended(p, parity)) {
@@ -163,7 +163,7 @@ void Hopper::phase_wait(uint32_t address, uint32_t parity, uint32_t first) {
 }
 
 std::string Hopper::state(const Block& at, uint32_t offset) const {
-  const Phase& p = watched_[size_t(at.rank())].phases.at(offset);
+  const Phase& p = watched_[size_t(at.rank())].mbarriers.at(offset);
   return "which lacks " + std::to_string(p.pending) + " arrivals and " + std::to_string(p.bytes) +
          " bytes";
 }

@@ -35,15 +35,15 @@ class Hopper {
   void write(Block& at, int thread, uint32_t offset, int bytes);
   void coming(Block& at, uint32_t offset, bool is);  // 16 bytes
 
-  void phase_init(uint32_t address, int count);
-  void phase_arrive(uint32_t address, uint32_t rank, uint32_t expected = 0);
-  void phase_wait(uint32_t address, uint32_t parity, uint32_t first);
+  void mbarrier_init(uint32_t address, int count);
+  void mbarrier_arrive(uint32_t address, uint32_t rank, uint32_t expected = 0);
+  void mbarrier_wait(uint32_t address, uint32_t parity, uint32_t first);
 
   // To each block of the cluster whose bit is set.
   void copy(uint32_t address, const void* source, uint32_t bytes, uint32_t barrier,
             uint32_t blocks);
   // A box of a tensor, to the block itself.
-  void copy_box(uint32_t address, const void* map, const int (&corner)[4], uint32_t barrier);
+  void tma_load(uint32_t address, const void* map, const int (&corner)[4], uint32_t barrier);
   // Has the barrier count an arrival once all copies of this thread have ended.
   void arrive_copied(uint32_t address);
   // Waits for copies of this thread that were committed before that many groups were.
@@ -114,7 +114,7 @@ class Hopper {
   struct Watched {
     Block* block;
     std::vector<Cell> cells;
-    std::map<uint32_t, Phase> phases;
+    std::map<uint32_t, Phase> mbarriers;
     std::map<int, Named> named;
     std::vector<Warpgroup> warpgroups;
   };

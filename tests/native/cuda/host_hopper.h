@@ -3,7 +3,7 @@
 #pragma once
 #include <memory>
 
-#include "host_bulk.h"
+#include "host_mbarrier.h"
 
 #define HETCONV_WGMMA
 
@@ -20,8 +20,8 @@ inline void barrier_of(int name, int threads) { hopper().named_barrier(name, thr
 inline uint32_t cluster_rank() { return uint32_t(host::block->rank()); }
 inline void cluster_barrier() { hopper().cluster_barrier(); }
 
-inline void phase_arrive_at(uint32_t address, uint32_t rank) {
-  hopper().phase_arrive(address, rank);
+inline void mbarrier_arrive_at(uint32_t address, uint32_t rank) {
+  hopper().mbarrier_arrive(address, rank);
 }
 
 inline void copy_bulk(uint32_t address, const void* source, uint32_t bytes, uint32_t barrier) {
@@ -61,7 +61,7 @@ template <class T, int kColumns> void product(float (&d)[kColumns / 2], uint64_t
 
 // Launches ---------------------------------------------------------------------------------------
 
-template <class P> int64_t held_clustered(void (*)(P), int, int64_t, int cluster) {
+template <class P> int64_t max_resident_clustered(void (*)(P), int, int64_t, int cluster) {
   return 2 * cluster;
 }
 

@@ -183,20 +183,6 @@ template <class T> void multiply(float (&c)[4], const Quad& a, uint32_t b0, uint
 
 inline uint32_t multiply_high(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) * b >> 32); }
 
-inline void shuffle_all(host::Block&, host::Warp& warp) {
-  for (int lane = 0; lane < 32; ++lane) {
-    host::LaneArguments& own = warp.lanes[lane];
-    if (own.address != warp.lanes[0].address) host::fail("lanes shuffle by different masks");
-    own.c[1] = warp.lanes[lane ^ int(own.address)].c[0];
-  }
-}
-inline float shuffle_xor(float v, int mask) {
-  host::LaneArguments own;
-  own.c[0] = v;
-  own.address = uint32_t(mask);
-  return host::block->together("shuffle_xor", own, shuffle_all).c[1];
-}
-
 // Device memory ----------------------------------------------------------------------------------
 
 inline void check_aligned(const void* p, unsigned bytes) {
@@ -222,7 +208,7 @@ inline void store128(void* p, const float (&v)[4]) {
 
 // Launches ---------------------------------------------------------------------------------------
 
-template <class P> int64_t held_blocks(void (*)(P), int, int64_t) { return 3; }
+template <class P> int64_t max_resident_blocks(void (*)(P), int, int64_t) { return 3; }
 
 template <class P>
 const char* launch(void (*kernel)(P), P p, int64_t blocks_x, int64_t blocks_y, int threads,

@@ -50,7 +50,7 @@ struct Fiber {
   Dim thread{};
   Waiting waiting = Waiting::nothing;
   bool done = false, started = false;
-  int64_t barriers = 0, waits = 0, phases = 0, fences = 0, products = 0;
+  int64_t barriers = 0, waits = 0, mbarriers = 0, fences = 0, products = 0;
   uint32_t place = 0;  // the barrier that it waits at
   int groups = 0;      // committed
   int awaited = 0;     // copies that barriers wait for, sets of them

@@ -15,12 +15,12 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from .fields import NarrowClass
 from .slots import LANES
 
-MOST_BOXES = 4  # classes whose halos TMA brings: one tensor map each
-BOX_GRAIN = 128  # of the places in shared memory that boxes are copied to, in bytes
-HALO = slice(8, 10)  # columns of `classes`: rows and columns of the halo
-_LOAD_W = 5
+MOST_MAPS = 4  # classes whose halos TMA brings: one tensor map each
+TMA_ALIGN = 128  # of the places in shared memory that boxes are copied to, in bytes
+HALO = [NarrowClass.HALO_H, NarrowClass.HALO_W]  # columns of `classes`
 _MOST_SIDE = 256  # places of a box along one axis
 _MOST_STRIDE = 2**39  # elements: strides are below 2**40 bytes
 
@@ -41,7 +41,7 @@ def refusal(
         chunks: of the tables.
         loads: begin and count of the chunks that come together.
     """
-    if (classes[:, _LOAD_W] != 1).any():
+    if (classes[:, NarrowClass.LOAD_W] != 1).any():
         return "adjacent outputs do not read adjacent columns"
     side = max(pitch * LANES, int(sides.max()))
     if side > _MOST_SIDE:
@@ -52,7 +52,7 @@ def refusal(
     return ""
 
 
-def boxable(tensor: Tensor) -> bool:
+def tma_readable(tensor: Tensor) -> bool:
     """Tells whether boxes can be cut out of an operand in channels_last order.
 
     No axis may lie within the one inside it, as the images of an expanded tensor do.
@@ -67,6 +67,6 @@ def boxable(tensor: Tensor) -> bool:
     return True
 
 
-def aligned(size: int, grain: int = 16) -> int:
+def round_up(size: int, grain: int = 16) -> int:
     """Returns the bytes that so many take up in pieces of `grain`."""
     return -(-size // grain) * grain

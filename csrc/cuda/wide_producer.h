@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Bringing halos and slabs of weights to shared memory, for the wide kernel.
+// The producers of the wide kernel: they load halos and slabs of weights to shared memory.
 #pragma once
 #include "halo.h"
 #include "wide_work.h"
 
 namespace hetconv::cuda::wide {
 
-// Brings the halo of blocks of channels, with three warps.
-template <int kPixels> struct HaloBringer {
+// Loads the halo of blocks of channels, with three warps.
+template <int kPixels> struct HaloProducer {
   const Wide& p;
   uint32_t shared;
   int stage_bytes, thread;
@@ -80,9 +80,9 @@ template <int kPixels> struct HaloBringer {
   }
 };
 
-// Brings the slabs of both warpgroups, step by step, with one thread.
-inline __device__ void bring_slabs(const Wide& p, uint32_t slabs, const Barriers& barriers,
-                                   int first, int step, int rank) {
+// Loads the slabs of both warpgroups, step by step, with one thread.
+inline __device__ void produce_slabs(const Wide& p, uint32_t slabs, const Barriers& barriers,
+                                     int first, int step, int rank) {
   const char* source = static_cast<const char*>(p.slabs);
   Ring rings[kWarpgroups] = {barriers.slabs(0), barriers.slabs(1)};
   Item item;
@@ -102,7 +102,7 @@ inline __device__ void bring_slabs(const Wide& p, uint32_t slabs, const Barriers
           if (s >= steps[w]) continue;
           Ring& ring = rings[w];
           ring.wait_emptied();
-          phase_expect(ring.filled(), kSlabBytes);
+          mbarrier_expect(ring.filled(), kSlabBytes);
           const uint32_t to = slabs + (w * p.slots + ring.at) * kSlotBytes;
           const char* from = source + int64_t(begin[w] + s) * kSlabBytes;
           if (p.cluster == 1) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What GPUs from Hopper on have for copies that one thread asks for: barriers that count arrivals
-// and bytes, and TMA, each as one small function.
+// What GPUs from Hopper on have for copies that one thread asks for: mbarriers, which count
+// arrivals and bytes, and TMA, each as one small function.
 //
 // They exist in machine code for compute capability 9.0 and later: where HETCONV_BULK is not
 // defined, kernels that need them are built without a body, and never launched.
@@ -16,7 +16,7 @@
 #pragma once
 #include "ptx.h"
 #ifdef HETCONV_HOST
-#include "host_bulk.h"
+#include "host_mbarrier.h"
 #else
 #include <cuda.h>  // types only: the driver itself is found at run time
 
@@ -28,24 +28,24 @@
 
 namespace hetconv::cuda {
 
-// Barriers that count arrivals and bytes ---------------------------------------------------------
+// mbarriers: of arrivals and bytes ---------------------------------------------------------------
 
 // A phase ends after `count` arrivals and all bytes that are expected in it.
-__device__ __forceinline__ void phase_init(uint32_t address, int count) {
+__device__ __forceinline__ void mbarrier_init(uint32_t address, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address), "r"(count) : "memory");
 }
 
 // Makes inits visible to the copying engine and to the cluster.
-__device__ __forceinline__ void phase_init_done() {
+__device__ __forceinline__ void mbarrier_init_done() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-__device__ __forceinline__ void phase_arrive(uint32_t address) {
+__device__ __forceinline__ void mbarrier_arrive(uint32_t address) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address) : "memory");
 }
 
 // Arrives, and has the phase wait for that many bytes more.
-__device__ __forceinline__ void phase_expect(uint32_t address, uint32_t bytes) {
+__device__ __forceinline__ void mbarrier_expect(uint32_t address, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes)
                : "memory");
 }
@@ -67,8 +67,8 @@ __device__ __forceinline__ uint64_t nanoseconds() {
 // `first` is the address of the block's first barrier. With HETCONV_CHECKED a wait that lasts
 // longer than any kernel ends the launch with an error, and says at which barrier, counted from
 // that one: otherwise a wait that never ends looks like a GPU that hangs.
-__device__ __forceinline__ void phase_wait(uint32_t address, uint32_t parity,
-                                           [[maybe_unused]] uint32_t first) {
+__device__ __forceinline__ void mbarrier_wait(uint32_t address, uint32_t parity,
+                                              [[maybe_unused]] uint32_t first) {
   uint32_t ended;
 #ifdef HETCONV_CHECKED
   const uint64_t begin = nanoseconds();
@@ -111,7 +111,7 @@ using TensorMap = CUtensorMap;
 
 // Copies a box of a tensor of four dimensions to shared memory, at a multiple of 128 bytes; all its
 // bytes count at the barrier. The map is a parameter of the kernel.
-__device__ __forceinline__ void copy_box(uint32_t address, const TensorMap* map, int channel,
+__device__ __forceinline__ void tma_load(uint32_t address, const TensorMap* map, int channel,
                                          int col, int row, int image, uint32_t barrier) {
   asm volatile("cp.async.bulk.tensor.4d." HC_OWN_SHARED
                ".global.mbarrier::complete_tx::bytes "

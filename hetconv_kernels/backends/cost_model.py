@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seconds that predictions are made of. Those of a CPU come from `benchmarks.calibrate`."""
+"""The cost model of a CPU: seconds that predictions are made of, from `benchmarks.calibrate`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Results on their way from registers to y, and the residual on its way in: through a staging tile
-// in shared memory, so that device memory sees 16-byte accesses.
+// The epilogue of the narrow kernel. Results on their way from registers to y, and the residual on
+// its way in, go through a staging tile in shared memory, so that device memory sees 16-byte
+// accesses.
 #pragma once
+#include "epilogue.h"
 #include "halo.h"
 #include "narrow.h"
 #include "ptx.h"
@@ -55,8 +57,8 @@ struct Columns {
   // The byte of a line that has the part's filter number `column`, which is filter f.
   __device__ uint32_t cell(int column, int f) const { return (vectors ? f - first : column) * 2; }
 
-  // Brings the residual to the staging tile; zeros for pixels and filters that y has not.
-  __device__ void bring(const Narrow& p, const Target& target, uint32_t stage) const {
+  // Loads the residual to the staging tile; zeros for pixels and filters that y has not.
+  __device__ void load(const Narrow& p, const Target& target, uint32_t stage) const {
     const uint16_t* from = static_cast<const uint16_t*>(p.residual) + target.corner;
     const int pixels = p.warps_m * kWarpPixels;
     if (vectors) {
@@ -82,7 +84,7 @@ struct Columns {
   }
 
   // Writes the staging tile to y.
-  __device__ void send(const Narrow& p, const Target& target, uint32_t stage) const {
+  __device__ void store(const Narrow& p, const Target& target, uint32_t stage) const {
     uint16_t* to = static_cast<uint16_t*>(p.y) + target.corner;
     const int pixels = p.tile_h * p.tile_w;
     if (vectors) {
@@ -105,5 +107,52 @@ struct Columns {
     }
   }
 };
+
+// The results of a warp, 32 pixels by 64 filters: [fragment of pixels][tile of filters][register].
+template <int kTiles> using WarpResults = float[2][kTiles][4];
+
+// Writes act(scale * acc + shift + what is staged of the residual) of a warp to the staging tile.
+template <class T, class Activation, int kTiles>
+__device__ __forceinline__ void stage_results(const Narrow& p, const Columns& columns,
+                                              uint32_t stage, const WarpResults<kTiles>& acc,
+                                              int warp_m, int warp_n, int lane) {
+  const Activation activate(p.act);
+  const uint32_t top = stage + (warp_m * kWarpPixels + lane / 4) * columns.pitch;
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+    const int column = warp_n * kWarpFilters + n * 8 + lane % 4 * 2;
+    const int f0 = load_table(columns.rows + column), f1 = load_table(columns.rows + column + 1);
+    if (f0 < 0) continue;  // then f1 is none either
+    const bool second = f1 >= 0;
+    float scale[2] = {1.0f, 1.0f}, shifts[2] = {0.0f, 0.0f};
+    if (p.scale) scale[0] = p.scale[f0], scale[1] = second ? p.scale[f1] : 1.0f;
+    if (p.shift) shifts[0] = p.shift[f0], shifts[1] = second ? p.shift[f1] : 0.0f;
+    const uint32_t cell0 = columns.cell(column, f0), cell1 = columns.cell(column + 1, f1);
+    const bool together = cell1 == cell0 + 2 && cell0 % 4 == 0;
+#pragma unroll
+    for (int half = 0; half < 4; ++half) {
+      const uint32_t row = top + half * 8 * columns.pitch;
+      float v[2] = {acc[half / 2][n][half % 2 * 2], acc[half / 2][n][half % 2 * 2 + 1]};
+      v[0] = v[0] * scale[0] + shifts[0];
+      v[1] = v[1] * scale[1] + shifts[1];
+      if (p.residual) {
+        uint32_t old;
+        if (together)
+          old = load_shared32(row + cell0);
+        else
+          old = load_shared16(row + cell0) | (second ? load_shared16(row + cell1) << 16 : 0);
+        v[0] += widen<T>(old & 0xFFFF);
+        v[1] += widen<T>(old >> 16);
+      }
+      const uint32_t made = narrow_pair<T>(activate(v[0]), activate(v[1]));
+      if (together) {
+        store_shared32(row + cell0, made);
+      } else {
+        store_shared16(row + cell0, made & 0xFFFF);
+        if (second) store_shared16(row + cell1, made >> 16);
+      }
+    }
+  }
+}
 
 }  // namespace hetconv::cuda

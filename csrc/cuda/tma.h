@@ -3,27 +3,27 @@
 #pragma once
 #include <cstdio>
 
-#include "bulk.h"
+#include "mbarrier.h"
 #include "narrow.h"
 
 namespace hetconv::cuda {
 
 // Of the places in shared memory that boxes are copied to, in bytes.
-constexpr int kBoxGrain = 128;
+constexpr int kTmaAlign = 128;
 
 // The parameter of a kernel whose halos TMA brings: a tensor map for each class of pixels.
-struct NarrowBoxes : Narrow {
-  TensorMap maps[kMostBoxes];
+struct NarrowTma : Narrow {
+  TensorMap maps[kMostMaps];
 };
 
 // The same of wgrad, for both operands.
-struct WgradBoxes : NarrowWgrad {
+struct WgradTma : NarrowWgrad {
   TensorMap x_map, dy_map;
 };
-static_assert(alignof(NarrowBoxes) % 64 == 0 && alignof(WgradBoxes) % 64 == 0);
+static_assert(alignof(NarrowTma) % 64 == 0 && alignof(WgradTma) % 64 == 0);
 
 // Images of 16-bit numbers in channels_last order, and the boxes that are cut out of them.
-struct Boxed {
+struct TmaBox {
   const void* base;
   int64_t channels, cols, rows, images;
   int64_t col_stride, row_stride, image_stride;  // in elements
@@ -31,7 +31,7 @@ struct Boxed {
 };
 
 // Makes the tensor map of some boxes; returns null, or a sentence that says what is wrong.
-inline const char* encode(TensorMap& map, const Boxed& of) {
+inline const char* encode(TensorMap& map, const TmaBox& of) {
   const TensorMapEncoder encoder = tensor_map_encoder();
   if (!encoder) return "the driver encodes no tensor maps";
   // Numbers are named by their size: only bits are copied.
@@ -67,7 +67,7 @@ inline const char* encode(TensorMap& map, const Boxed& of) {
 inline const char* no_encoder() {
   return tensor_map_encoder() ? nullptr : "the driver encodes no tensor maps";
 }
-inline const char* no_boxes() {
+inline const char* tma_unsupported() {
   return capability() < 90 ? "TMA came with compute capability 9.0" : no_encoder();
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The functions of csrc/cuda/bulk.h with the same meaning on the CPU, for tests.
+// The functions of csrc/cuda/mbarrier.h with the same meaning on the CPU, for tests.
 #pragma once
 #include "hopper_machine.h"
 #include "host_ptx.h"
@@ -12,24 +12,24 @@ namespace hetconv::cuda {
 
 inline host::Hopper& hopper() { return *host::block->hopper; }
 
-inline void phase_init(uint32_t address, int count) { hopper().phase_init(address, count); }
-inline void phase_init_done() {}
-inline void phase_arrive(uint32_t address) {
-  hopper().phase_arrive(address, uint32_t(host::block->rank()));
+inline void mbarrier_init(uint32_t address, int count) { hopper().mbarrier_init(address, count); }
+inline void mbarrier_init_done() {}
+inline void mbarrier_arrive(uint32_t address) {
+  hopper().mbarrier_arrive(address, uint32_t(host::block->rank()));
 }
-inline void phase_expect(uint32_t address, uint32_t bytes) {
-  hopper().phase_arrive(address, uint32_t(host::block->rank()), bytes);
+inline void mbarrier_expect(uint32_t address, uint32_t bytes) {
+  hopper().mbarrier_arrive(address, uint32_t(host::block->rank()), bytes);
 }
-inline void phase_wait(uint32_t address, uint32_t parity, uint32_t first) {
-  hopper().phase_wait(address, parity, first);
+inline void mbarrier_wait(uint32_t address, uint32_t parity, uint32_t first) {
+  hopper().mbarrier_wait(address, parity, first);
 }
 inline void fence_async() { hopper().fence(); }
 
 using TensorMap = CUtensorMap;
 
-inline void copy_box(uint32_t address, const TensorMap* map, int channel, int col, int row,
+inline void tma_load(uint32_t address, const TensorMap* map, int channel, int col, int row,
                      int image, uint32_t barrier) {
-  hopper().copy_box(address, map, {channel, col, row, image}, barrier);
+  hopper().tma_load(address, map, {channel, col, row, image}, barrier);
 }
 
 // Launches ---------------------------------------------------------------------------------------

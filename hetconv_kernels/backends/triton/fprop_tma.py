@@ -11,11 +11,34 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .fprop import activate, multiply
+from .fprop import (
+    BASE_H,
+    BASE_W,
+    CHANNELS,
+    CLASS_FIELDS,
+    FIRST_H,
+    FIRST_W,
+    HEIGHT,
+    LISTS,
+    LOAD_H,
+    LOAD_W,
+    PIXELS,
+    SEGMENTS,
+    STORE_H,
+    STORE_W,
+    TAP_H,
+    TAP_W,
+    WIDTH,
+    Y_H,
+    Y_N,
+    Y_W,
+    activate,
+    multiply,
+)
 
 
 @triton.jit
-def fprop_kernel_boxes(
+def fprop_kernel_tma(
     xd,
     wd,
     yd,
@@ -28,7 +51,6 @@ def fprop_kernel_boxes(
     scale,
     shift,
     residual,
-    sums,
     BI: tl.constexpr,
     BH: tl.constexpr,
     BW: tl.constexpr,
@@ -53,11 +75,10 @@ def fprop_kernel_boxes(
         starts: first step of each segment of each list, and the end; then which list the tiles of
             a row and of a column run (see `borders`).  # int32
         rows: filters of each segment: all of them (SCATTER), or the first of each over ROW_UNIT.
-        geometry: `fprop.FIELDS` of each class, and the images.  # int64 [classes, fields]
+        geometry: `geometry.GATHER` of each class, and the images.  # int64 [classes, fields]
         scale: per filter, or None.  # [F]
         shift: per filter, or None.  # [F]
         residual: laid out as y, or None.
-        sums: Σ y and Σ y² of each tile of pixels, or None.  # float32 [tiles, 2, F]
         BI: images of a box.
         BH: rows of a box.
         BW: columns of a box.
@@ -71,22 +92,22 @@ def fprop_kernel_boxes(
         ACT: the activation.
         INTERPRETED: whether Triton's interpreter runs this.
     """
-    table = geometry + tl.program_id(1) * 28  # the numbers below are places in FIELDS
-    segments = tl.load(table).to(tl.int32)
-    height = tl.load(table + 1).to(tl.int32)
-    width = tl.load(table + 2).to(tl.int32)
-    images = tl.load(table + 3).to(tl.int32) // (height * width)
-    load_h = tl.load(table + 4).to(tl.int32)
-    load_w = tl.load(table + 5).to(tl.int32)
-    base_h = tl.load(table + 6).to(tl.int32)
-    base_w = tl.load(table + 7).to(tl.int32)
-    tap_h = tl.load(table + 8).to(tl.int32)
-    tap_w = tl.load(table + 9).to(tl.int32)
-    channels = tl.load(table + 24).to(tl.int32)
+    table = geometry + tl.program_id(1) * CLASS_FIELDS
+    segments = tl.load(table + SEGMENTS).to(tl.int32)
+    height = tl.load(table + HEIGHT).to(tl.int32)
+    width = tl.load(table + WIDTH).to(tl.int32)
+    images = tl.load(table + PIXELS).to(tl.int32) // (height * width)
+    load_h = tl.load(table + LOAD_H).to(tl.int32)
+    load_w = tl.load(table + LOAD_W).to(tl.int32)
+    base_h = tl.load(table + BASE_H).to(tl.int32)
+    base_w = tl.load(table + BASE_W).to(tl.int32)
+    tap_h = tl.load(table + TAP_H).to(tl.int32)
+    tap_w = tl.load(table + TAP_W).to(tl.int32)
+    channels = tl.load(table + CHANNELS).to(tl.int32)
     tiles_h = (height + BH - 1) // BH
     tiles_w = (width + BW - 1) // BW
     tiles = ((images + BI - 1) // BI) * tiles_h * tiles_w
-    lists = starts + tl.load(table + 27)
+    lists = starts + tl.load(table + LISTS)
 
     for t in tl.range(tl.program_id(0), tiles * segments, tl.num_programs(0)):
         segment = t % segments
@@ -154,12 +175,16 @@ def fprop_kernel_boxes(
             acc = activate(acc, ACT)
             yd.store(place, acc.to(yd.dtype).T.reshape(BI, BH, BW, BF))
         else:
-            out_h = i * tl.load(table + 16).to(tl.int32) + tl.load(table + 18).to(tl.int32)
-            out_w = j * tl.load(table + 17).to(tl.int32) + tl.load(table + 19).to(tl.int32)
+            out_h = i * tl.load(table + STORE_H).to(tl.int32) + tl.load(table + FIRST_H).to(
+                tl.int32
+            )
+            out_w = j * tl.load(table + STORE_W).to(tl.int32) + tl.load(table + FIRST_W).to(
+                tl.int32
+            )
             out = (
-                n.to(tl.int64) * tl.load(table + 20)
-                + out_h * tl.load(table + 21)
-                + out_w * tl.load(table + 22)
+                n.to(tl.int64) * tl.load(table + Y_N)
+                + out_h * tl.load(table + Y_H)
+                + out_w * tl.load(table + Y_W)
             ) * ROW_UNIT
             target = f[:, None] + out[None, :]
             written = known[:, None] & inside[None, :]
@@ -167,9 +192,3 @@ def fprop_kernel_boxes(
                 acc = acc + tl.load(residual + target, mask=written, other=0.0).to(tl.float32)
             acc = activate(acc, ACT)
             tl.store(y + target, acc.to(y.dtype.element_ty), mask=written)
-        if sums is not None:
-            counted = tl.where(inside[None, :], acc, 0.0)
-            filters = tl.load(table + 26)
-            part = sums + block.to(tl.int64) * 2 * filters + f
-            tl.store(part, tl.sum(counted, 1), mask=known)
-            tl.store(part + filters, tl.sum(counted * counted, 1), mask=known)

@@ -12,6 +12,21 @@ import triton
 import triton.language as tl
 
 from .fprop import multiply
+from .wgrad import (
+    WGRAD_DILATION_H,
+    WGRAD_DILATION_W,
+    WGRAD_FIRST,
+    WGRAD_HEIGHT,
+    WGRAD_IMAGE_H,
+    WGRAD_IMAGE_W,
+    WGRAD_PAD_H,
+    WGRAD_PAD_W,
+    WGRAD_PARTIAL,
+    WGRAD_PIXELS,
+    WGRAD_STRIDE_H,
+    WGRAD_STRIDE_W,
+    WGRAD_WIDTH,
+)
 
 
 @triton.jit
@@ -27,7 +42,7 @@ def seen_until(shift, edge, stride, image):
 
 
 @triton.jit
-def wgrad_kernel_boxes(
+def wgrad_kernel_tma(
     dyd,
     xd,
     partials,
@@ -53,7 +68,7 @@ def wgrad_kernel_boxes(
         words: channel block, tap row and first tap column of each job (see `fprop`).  # int32
         owners: segment of each job.  # int32
         rows: the first filter of each segment, over ROW_UNIT.  # int32
-        geometry: `wgrad.FIELDS`; boxes are split evenly here.  # int64
+        geometry: `geometry.WGRAD`; boxes are split evenly here.  # int64
         BI: images of a box.
         BH: rows of a box, a divisor of OH.
         BW: columns of a box, a divisor of OW.
@@ -64,19 +79,19 @@ def wgrad_kernel_boxes(
         INTERPRETED: whether Triton's interpreter runs this.
     """
     job = tl.program_id(0)
-    height = tl.load(geometry).to(tl.int32)  # the numbers below are places in FIELDS
-    width = tl.load(geometry + 1).to(tl.int32)
-    images = tl.load(geometry + 2).to(tl.int32) // (height * width)
-    stride_h = tl.load(geometry + 4).to(tl.int32)
-    stride_w = tl.load(geometry + 5).to(tl.int32)
-    dilation_w = tl.load(geometry + 9).to(tl.int32)
-    image_h = tl.load(geometry + 10).to(tl.int32)
-    image_w = tl.load(geometry + 11).to(tl.int32)
+    height = tl.load(geometry + WGRAD_HEIGHT).to(tl.int32)
+    width = tl.load(geometry + WGRAD_WIDTH).to(tl.int32)
+    images = tl.load(geometry + WGRAD_PIXELS).to(tl.int32) // (height * width)
+    stride_h = tl.load(geometry + WGRAD_STRIDE_H).to(tl.int32)
+    stride_w = tl.load(geometry + WGRAD_STRIDE_W).to(tl.int32)
+    dilation_w = tl.load(geometry + WGRAD_DILATION_W).to(tl.int32)
+    image_h = tl.load(geometry + WGRAD_IMAGE_H).to(tl.int32)
+    image_w = tl.load(geometry + WGRAD_IMAGE_W).to(tl.int32)
 
     word = tl.load(words + job)
-    shift_h = ((word >> 5) & 31) * tl.load(geometry + 8).to(tl.int32)
-    shift_h -= tl.load(geometry + 6).to(tl.int32)
-    shift_w = (word & 31) * dilation_w - tl.load(geometry + 7).to(tl.int32)
+    shift_h = ((word >> 5) & 31) * tl.load(geometry + WGRAD_DILATION_H).to(tl.int32)
+    shift_h -= tl.load(geometry + WGRAD_PAD_H).to(tl.int32)
+    shift_w = (word & 31) * dilation_w - tl.load(geometry + WGRAD_PAD_W).to(tl.int32)
     c = (word >> 10) * BC
     f = tl.load(rows + tl.load(owners + job)) * ROW_UNIT
 
@@ -109,8 +124,8 @@ def wgrad_kernel_boxes(
             b = xd.load([image, at_h, at_w + 2 * dilation_w, c]).reshape(BI * BH * BW, BC)
             acc2 = multiply(g, b, acc2, "tf32", INTERPRETED)
 
-    stride = tl.load(geometry + 22)
-    first = tl.load(geometry + 23)
+    stride = tl.load(geometry + WGRAD_PARTIAL)
+    first = tl.load(geometry + WGRAD_FIRST)
     cell = tl.arange(0, BF)[:, None] * BC + tl.arange(0, BC)[None, :]
     slab = partials + tl.program_id(1) * stride + first + job.to(tl.int64) * (TAPS * BF * BC)
     tl.store(slab + cell, acc0)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -13,16 +13,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..common import unit
 from ..gpu.capture import upload
 from .borders import borders
-from .boxes import fprop_kernel_boxes
-from .calls import Bound
 from .choice import folds
+from .fprop_tma import fprop_kernel_tma
 from .launch import Launch, interpreted
 from .tiles import Tile, box_stages, box_warps
-from .wgrad_boxes import wgrad_kernel_boxes
+from .wgrad_tma import wgrad_kernel_tma
 
 if TYPE_CHECKING:
     from .calls import GatherCall
-    from .wgrad_calls import Start, WgradCall
+    from .wgrad_calls import WgradCall, WgradLaunch
     from .wgrad_lowering import Jobs
 
 
@@ -91,7 +90,7 @@ class Descriptor:
         return found
 
 
-def bind_boxes(call: GatherCall, x: Tensor, y: Tensor) -> Bound:
+def bind_tma(call: GatherCall, x: Tensor, y: Tensor) -> Callable[..., None]:
     """Makes what depends on the strides of x: descriptors, table and the kernel's constants."""
     lowering, problem, choice = call.lowering, call.problem, call.choice
     tile, box = choice.tile, choice.box
@@ -133,7 +132,7 @@ def bind_boxes(call: GatherCall, x: Tensor, y: Tensor) -> Bound:
         interpreted(),
     )
     warps = box_warps(tile, whole)
-    launch = Launch(fprop_kernel_boxes, grid, constants, warps, depth, call.device)
+    launch = Launch(fprop_kernel_tma, grid, constants, warps, depth, call.device)
     lists = borders(lowering, axes, call.image, box)
     rows, table = call.rows(y_unit), call.table(x, y, (1, y_unit), lists.places)
     words, starts = upload(lists.words, call.device), upload(lists.starts, call.device)
@@ -145,7 +144,6 @@ def bind_boxes(call: GatherCall, x: Tensor, y: Tensor) -> Bound:
         scale: Tensor | None,
         shift: Tensor | None,
         residual: Tensor | None,
-        sums: Tensor | None,
     ) -> None:
         yd = None if written is None else written(y)
         rd = None if written is None or residual is None else written(residual)
@@ -162,19 +160,18 @@ def bind_boxes(call: GatherCall, x: Tensor, y: Tensor) -> Bound:
             scale,
             shift,
             None if written is not None else residual,
-            sums,
         )
 
-    return Bound(start, tiles)
+    return start
 
 
-def bind_wgrad_boxes(call: WgradCall, jobs: Jobs, dy: Tensor, x: Tensor, before: int) -> Start:
+def bind_wgrad_tma(call: WgradCall, jobs: Jobs, dy: Tensor, x: Tensor, before: int) -> WgradLaunch:
     """Makes what depends on the strides of dy and x, for one launch of wgrad's jobs."""
     box, tile = call.choice.box, call.choice.tiles[jobs.taps != 3]
     assert box is not None
     y_unit = unit(16 // x.element_size(), dy, jobs.plan.segments.tolist())
     constants = (*box, tile.filters, tile.channels, jobs.taps, y_unit, interpreted())
-    launch = call.launch(wgrad_kernel_boxes, jobs, tile, constants)
+    launch = call.launch(wgrad_kernel_tma, jobs, tile, constants)
     tables = call.tables(jobs, dy, x, (1, y_unit), 0, before)
     dy_read, x_read = _image(dy, (*box, tile.filters)), _image(x, (*box, tile.channels))
     return lambda dy, x, partials: launch(dy_read(dy), x_read(x), partials, *tables)
