@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# `make` lists the commands. Each does all its own set-up, in .venv; running it again is fast.
+# `make` lists the commands. Each sets up everything it needs, in .venv; running it again is fast.
 #
 #   PYTHON  the interpreter that makes .venv (3.11 to 3.13); by default the first one found
 #   PY      an interpreter that already has torch and pytest: used as it is, nothing is installed
@@ -9,7 +9,8 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env test browser demo bench gpu docs dist lint format types aot sanitize \
+.PHONY: help env test browser demo bench gpu docs docs-version dist wheels roots library lint \
+	format types aot external sanitize \
 	sanitize-python clang aarch64 clean
 
 VENV := .venv
@@ -22,7 +23,8 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_INDEX := $(if $(filter cpu,$(TORCH)),--extra-index-url $(TORCH_CPU_INDEX))
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 CXX_SOURCES := $(filter %.h %.cpp %.cu,$(SOURCES)) \
-	$(wildcard $(foreach folder,tests/native tests/native/cuda,$(folder)/*.h $(folder)/*.cpp))
+	$(wildcard $(foreach folder,tests/native tests/native/cuda tests/native/deploy,$(folder)/*.h \
+	$(folder)/*.cpp $(folder)/*.c))
 CLANG_FORMAT ?= $(VENV)/bin/clang-format
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
@@ -118,6 +120,9 @@ docs: $(ENV) $(if $(filter inplace,$(ENV)),,$(VENV)/.docs) ## Build the document
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 	@echo "Open site/index.html; its search wants a server: $(PY) -m http.server -d site"
 
+docs-version: $(ENV) $(if $(filter inplace,$(ENV)),,$(VENV)/.docs) ## Add this version's documentation to site-versions/
+	NO_MKDOCS_2_WARNING=1 $(PY) docs/versions.py site-versions
+
 # The wheel is built from the source distribution, so that what is missing in that shows.
 dist: $(ENV) ## Build the source distribution and the wheel in dist/, and check the wheel
 	rm -rf dist *.egg-info
@@ -125,6 +130,22 @@ dist: $(ENV) ## Build the source distribution and the wheel in dist/, and check 
 	$(PY) -m pip --disable-pip-version-check wheel --quiet --no-deps --no-build-isolation \
 	    --wheel-dir dist dist/*.tar.gz
 	$(PY) .ci/wheel.py dist/*.whl
+
+# Needs no Python: a C++17 compiler with OpenMP.
+library: ## Build libhetconv, which runs saved programs without Python, in build/library
+	$(MAKE) --no-print-directory -j$(or $(MAX_JOBS),2) -f csrc/Makefile
+
+# See .ci/wheels.py. MACHINES="x86_64 aarch64" cross-compiles too.
+MACHINES ?= x86_64
+wheels: $(ENV) $(if $(filter inplace,$(ENV)),,$(VENV)/.release) ## Build the manylinux wheels of every Python here, in dist/
+	rm -rf dist *.egg-info
+	$(PY) setup.py --quiet sdist --dist-dir dist
+	$(PY) .ci/wheels.py dist/*.tar.gz dist --machines $(MACHINES) $(ARGS)
+
+# In roots of Debian that debootstrap makes, with Python and nothing else: needs root and debootstrap.
+SUITES ?= bookworm trixie
+roots: ## Try dist/'s manylinux wheels in empty roots of other systems (needs root and debootstrap)
+	for suite in $(SUITES); do .ci/root $$suite dist || exit 1; done
 
 lint: $(ENV) ## Check style: ruff, and clang-format for csrc
 	$(PY) -m ruff check .
@@ -162,20 +183,31 @@ build/triton-$(OLDEST_TRITON)/.there: | $(ENV)
 	    triton==$(OLDEST_TRITON)
 	@touch $@
 
+# In a folder of their own: PyPI's torchvision is built for CUDA, and cannot be imported as it is
+# beside a CPU build of torch (tests/external.py says what it lacks).
+EXTERNAL := timm torchvision segmentation_models_pytorch
+external: $(ENV) build/external/.there ## Take networks of timm, torchvision and smp the whole way
+	PYTHONPATH=$(CURDIR):build/external $(PY) -m pytest -q --slow tests/test_external.py \
+	    tests/test_factory.py $(ARGS)
+
+build/external/.there: constraints/common.txt | $(ENV)
+	rm -rf $(@D)
+	$(PY) -m pip --disable-pip-version-check install --quiet --no-deps --target $(@D) \
+	    $(foreach name,$(EXTERNAL),$(shell grep '^$(name)==' constraints/common.txt)) \
+	    $(shell grep '^tqdm==' constraints/common.txt)
+	@touch $@
+
 # Needs no Python: two builds of tests/native, which run side by side.
 sanitize: ## Fuzz the compiled CPU part under the address, leak, undefined and thread sanitizers
 	$(MAKE) --no-print-directory -j$(or $(MAX_JOBS),2) -f tests/native/Makefile asan tsan
 
-# clang, or the one that PyPI's ziglang brings in .venv. Objects only: ziglang has no OpenMP to link,
-# and takes the header of GCC's.
+# clang, or the one that PyPI's ziglang brings in .venv. Objects only: ziglang has no OpenMP to link.
 CLANGXX ?= $(or $(shell command -v clang++ 2>/dev/null),$(PY) -m ziglang c++ -mcpu=baseline)
 clang: $(ENV) ## Compile the CPU part and tests/native with clang, warnings as errors
-	@mkdir -p build/clang/include
-	cp "$$(g++ -print-file-name=include/omp.h)" build/clang/include/
 	ZIG_GLOBAL_CACHE_DIR=$(CURDIR)/build/clang/cache $(MAKE) --no-print-directory \
 	    -j$(or $(MAX_JOBS),2) -f tests/native/Makefile objects build/clang/plain/engine/bindings.o \
 	    CXX="$(CLANGXX)" OUT=build/clang OPTIMISE_plain=-O1 CXXFLAGS="-Werror \
-	    -fno-sanitize=undefined -idirafter $(CURDIR)/build/clang/include $$($(PY) -c \
+	    -fno-sanitize=undefined $$($(PY) -c \
 	    "import pybind11 as p, sysconfig as s; print('-I' + p.get_include(), '-I' + s.get_path('include'))")"
 
 # Under an emulator nothing can be said of speed. qemu's max has the dot product, a Cortex-A53 has
@@ -203,12 +235,10 @@ aarch64-run:
 	echo "$$said"; ! grep -q neondot <<<"$$said"
 
 aarch64-objects:
-	@mkdir -p build/aarch64/include
-	cp "$$(g++ -print-file-name=include/omp.h)" build/aarch64/include/
 	ZIG_GLOBAL_CACHE_DIR=$(CURDIR)/build/clang/cache $(MAKE) --no-print-directory \
 	    -j$(or $(MAX_JOBS),2) -f tests/native/Makefile objects CXX="$(ARM_CLANG)" \
 	    OUT=build/aarch64-clang OPTIMISE_plain=-O1 \
-	    CXXFLAGS="-Werror -fno-sanitize=undefined -idirafter $(CURDIR)/build/aarch64/include"
+	    CXXFLAGS="-Werror -fno-sanitize=undefined"
 	@echo "make aarch64: compiled, never run: it takes $(ARM_GCC) and qemu-user to run it"
 
 # The bindings too. A second build beside the tree's own; Python itself is not instrumented, hence
@@ -246,6 +276,10 @@ $(VENV)/.packages: pyproject.toml constraints/common.txt constraints/$(TORCH).tx
 
 $(VENV)/.docs: $(VENV)/.packages
 	HETCONV_BUILD=none $(PIP) -c constraints/$(TORCH).txt --no-build-isolation -e '.[docs]'
+	@touch $@
+
+$(VENV)/.release: $(VENV)/.packages
+	HETCONV_BUILD=none $(PIP) -c constraints/$(TORCH).txt --no-build-isolation -e '.[release]'
 	@touch $@
 
 # No stamp while a part is missing, so that installing a compiler is enough to get it.

@@ -19,8 +19,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "hetconv_kernels"
-# Flags that make code for the machine that builds.
-NATIVE = re.compile(r"-m(?:arch|tune|cpu)=[\w.+-]+|-xHost")
+# Flags that make code for the machine that builds. The dot product of aarch64 has no other one; it
+# is that of a source which is chosen at run time.
+NATIVE = re.compile(r"-m(?:arch|tune|cpu)=(?!(?:armv8\.2-a|generic)\+dotprod\b)[\w.+-]+|-xHost")
 # A function of the engine that is compiled for one instruction set, by its mangled namespace.
 ISA_FUNCTION = re.compile(
     r"NK?7hetconv(?:4avx2|6avx512|10avx512bf16|7generic)"
@@ -29,15 +30,20 @@ ISA_FUNCTION = re.compile(
 )
 # AVX instructions begin with a v; these baseline ones do too.
 BASELINE = {"verr", "verw", "vmcall", "vmfunc", "vmlaunch", "vmxoff", "vmxon"}
-# What a compiled part may be linked to: the C and C++ runtime, and OpenMP.
-SYSTEM_LIBRARIES = re.compile(r"lib(?:c|m|stdc\+\+|gcc_s|gomp|pthread|dl|rt)\.so|ld-linux")
+# What a compiled part may be linked to: the C and C++ runtime. OpenMP is torch's.
+SYSTEM_LIBRARIES = re.compile(r"lib(?:c|m|stdc\+\+|gcc_s|pthread|dl|rt)\.so|ld-linux")
 
 
-def problems(path: Path) -> list[str]:
-    """Lists, in sentences, what is wrong with a wheel; empty when it is right."""
+def problems(path: Path, python: str = "") -> list[str]:
+    """Lists, in sentences, what is wrong with a wheel; empty when it is right.
+
+    Args:
+        path: the wheel.
+        python: whose tag a wheel with compiled parts has, as cp311; by default that of this one.
+    """
     with zipfile.ZipFile(path) as wheel, tempfile.TemporaryDirectory() as folder:
         files = {name: wheel.read(name) for name in wheel.namelist()}
-        found = [*_names(path, files), *_contents(files), *_flags(files)]
+        found = [*_names(path, files, python), *_contents(files), *_flags(files)]
         for name in parts(files):
             library = Path(wheel.extract(name, folder))
             found += [f"{name}: {problem}" for problem in _binary(library)]
@@ -55,14 +61,15 @@ def version() -> str:
     return re.findall(r'__version__ = "(.*)"', text)[0]
 
 
-def _names(path: Path, files: dict[str, bytes]) -> list[str]:
+def _names(path: Path, files: dict[str, bytes], python: str) -> list[str]:
     """Compares the file's name, its metadata and the tree."""
     name, named_version, *tags = path.stem.split("-")
     info = f"{PACKAGE}-{version()}.dist-info"
     if f"{info}/METADATA" not in files:
         return [f"There is no {info}/METADATA: the version is not that of _version.py."]
     metadata, wheel = files[f"{info}/METADATA"].decode(), files[f"{info}/WHEEL"].decode()
-    wanted = f"cp{sys.version_info.major}{sys.version_info.minor}" if parts(files) else "py3"
+    here = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    wanted = (python or here) if parts(files) else "py3"
     tag, pure = "-".join(tags), "false" if parts(files) else "true"
     facts = {
         f"The file is called {path.name}": (name, named_version) == (PACKAGE, version()),
@@ -162,20 +169,28 @@ def _objdump(option: str, library: Path) -> str:
     return done.stdout
 
 
-def main() -> int:
-    """Checks the wheel that the command line names, and says what it needs."""
-    path = Path(sys.argv[1])
-    if shutil.which("objdump") is None:
-        print("wheel.py needs objdump (binutils) to look into compiled parts.", file=sys.stderr)
-        return 2
-    found = problems(path)
+def report(path: Path, python: str = "") -> int:
+    """Prints what is wrong with a wheel, and what it needs of a system.
+
+    Returns:
+        The number of problems.
+    """
+    found = problems(path, python)
     for problem in found:
         print(f"{path.name}: {problem}", file=sys.stderr)
     with zipfile.ZipFile(path) as wheel, tempfile.TemporaryDirectory() as folder:
         for name in (name for name in wheel.namelist() if name.endswith(".so")):
             print(f"{name} needs {needs(Path(wheel.extract(name, folder)))}")
     print(f"{path.name}: {len(found)} problems")
-    return int(bool(found))
+    return len(found)
+
+
+def main() -> int:
+    """Checks the wheel that the command line names."""
+    if shutil.which("objdump") is None:
+        print("wheel.py needs objdump (binutils) to look into compiled parts.", file=sys.stderr)
+        return 2
+    return int(report(Path(sys.argv[1])) > 0)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 """The rig in 8 bits: a case's integers, our quantised layer and oneDNN's, checked before timing.
 
 All read the same unsigned activations and multiply the same signed weights with the same scales, so
-that each result is known but for its rounding. The rivals' weights are packed beforehand, as ours
+that each result is known but for its rounding. The rivals' weights are prepacked, as ours
 are. A *composition* is what inductor would make of it: grouped K×K, then a 1×1 that adds into it.
 """
 

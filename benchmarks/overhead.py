@@ -3,7 +3,8 @@
 
 The optimised network is called as users call it, layer by layer, and its native program alone is
 called with ready addresses. The difference of the first and the last is what Python and PyTorch
-take: the check that nothing has changed, the result's memory, the way into the program.
+take: the check that nothing has changed, the result's memory, the way into the program. The same
+program is saved and called by a host in C++ through the C library, after the others.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import statistics
+import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +25,41 @@ import hetconv_kernels as hk
 from benchmarks import record
 from hetconv_kernels import timing
 
+ROOT = Path(__file__).resolve().parents[1]
+_CALLS = 2000  # of the host, in each of its rounds
+_ROUNDS = 5
 
-def measure_chain(layers: int, seconds: float) -> dict[str, Any]:
-    """Times a chain of layers on an image of 2 × 2 pixels and 8 channels; returns the row."""
+
+def build_host(folder: Path) -> Path:
+    """Builds the C library, and the host of its tests; returns the host.
+
+    Raises:
+        subprocess.CalledProcessError: make or the compiler failed.
+        FileNotFoundError: there is none.
+    """
+    subprocess.run(["make", "--quiet", "library"], cwd=ROOT, check=True)
+    library, host = ROOT / "build" / "library", folder / "server"
+    source = ROOT / "tests" / "native" / "deploy" / "server.cpp"
+    where = [f"-I{library}", f"-L{library}", f"-Wl,-rpath,{library}", "-lhetconv", "-ldl"]
+    subprocess.run(["g++", "-std=c++17", "-O2", source, *where, "-pthread", "-o", host], check=True)
+    return host
+
+
+def time_host(host: Path, program: Path, calls: int = _CALLS) -> float:
+    """Returns the seconds of a call through the C library, in one thread: a median."""
+    command = [host, "--time", program, str(calls), "1"]
+    said = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(said.stdout)
+
+
+def measure_chain(layers: int, seconds: float, host: Path | None = None) -> dict[str, Any]:
+    """Times a chain of layers on an image of 2 × 2 pixels and 8 channels; returns the row.
+
+    Args:
+        layers: how many.
+        seconds: at most, beside the host's.
+        host: what `build_host` built; None leaves the C library out.
+    """
     torch.manual_seed(0)
     chain = (hk.nn.HetConv2d(8, 8, 3, padding=1, p=2) for _ in range(layers))
     x = torch.randn(1, 8, 2, 2).to(memory_format=torch.channels_last)
@@ -42,7 +78,11 @@ def measure_chain(layers: int, seconds: float) -> dict[str, Any]:
             "native part": lambda: piece.program.run(addresses),
         }
         found = timing.interleaved(calls, baseline="layer by layer", max_seconds=seconds)
-    medians = {name: found.median(name) for name in calls}
+        medians = {name: found.median(name) for name in calls}
+        if host is not None:
+            path = host.with_name("chain.hc")
+            hk.export.program(network, x, path)
+            medians["C library"] = statistics.median(time_host(host, path) for _ in range(_ROUNDS))
     return {
         "layers": layers,
         "threads": torch.get_num_threads(),
@@ -59,7 +99,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/overhead.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [measure_chain(layers, options.seconds) for layers in (1, 20, 50)]
+    with tempfile.TemporaryDirectory() as folder:
+        host = build_host(Path(folder))
+        rows = [measure_chain(layers, options.seconds, host) for layers in (1, 20, 50)]
     for row in rows:
         print(json.dumps(row))
     whole = {"command": record.command(), "environment": record.environment(), "rows": rows}

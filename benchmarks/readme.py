@@ -23,12 +23,13 @@ def measured_section() -> str:
     """Composes the section: three headlines, one table, how many rows are losses, and of what."""
     layers = summary.results(summary.LAYERS)
     parts = [
+        "A *composition* is the same sparse layer or network out of PyTorch's own layers: grouped "
+        "+ 1×1, or a gather and a convolution for each group.",
         "\n".join(f"- {line}" for line in headlines()),
         summary.networks_summary(),
         "Whole networks, HetConv p=4 (het4) or self-grouped at 70 % (sg70), against PyTorch, "
         "torch.compile, ONNX Runtime and OpenVINO at the same precision, alternating with every "
-        "baseline in one process. A *composition* is the same network out of ordinary layers: "
-        "grouped + 1×1, or a gather and a convolution for each group. Bold: slower. "
+        "baseline in one process. Bold: slower. "
         f"{summary.networks_provenance()}.",
         "![Measured speed-up of layers against their MAC ratio](docs/speedup.svg)",
         "Each point is a layer in float32, against the fastest dense form that PyTorch has "

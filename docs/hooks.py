@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import re
 import subprocess
 import sys
@@ -66,6 +67,36 @@ def network_files() -> str:
         for name, data in summary.all_results().items()
         if any(row["kind"] in ("model", "training") for row in data["rows"])
     )
+
+
+def routes() -> str:
+    """Lays out each network's time here beside those of ONNX Runtime and OpenVINO."""
+    engines = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+    header = ("network", "here", *(f"{label}, {role}" for role in ("dense", "composition")
+                                   for label in engines.values()))  # fmt: skip
+    lines = []
+    for row in _model_rows():
+        ours = row["median_s"]
+        cells = [f"{row['case']['name']}, {summary.images(row['case'])}", f"{ours * 1e3:.1f}"]
+        for role in ("dense", "composition"):
+            for engine in engines:
+                found = row["timings"][role]["variants"].get(f"{role}:{engine}")
+                cells.append(
+                    f"{found['median_s'] * 1e3:.1f} ({found['median_s'] / ours:.2f})"
+                    if found
+                    else "absent"
+                )
+        lines.append(cells)
+    return table.markdown(header, lines)
+
+
+def _model_rows() -> list[dict[str, Any]]:
+    return [
+        row
+        for data in summary.all_results().values()
+        for row in data["rows"]
+        if row["kind"] == "model" and row.get("dense") and "timings" in row
+    ]
 
 
 def more_methods() -> str:
@@ -135,6 +166,8 @@ MADE: dict[str, Callable[..., str]] = {
     "other-results": other_results,
     "provenance": lambda name: f"*{summary.provenance(summary.results(name))}.*",
     "provenance-of-methods": lambda part: f"*{summary.methods_provenance(part)}.*",
+    "routes": routes,
+    "routes-provenance": lambda: f"*{summary.networks_provenance()}.*",
     "right-picks": lambda: (
         f"{summary.right_picks()} (*{summary.provenance(summary.calibration())}.*)"
     ),
@@ -162,11 +195,42 @@ def with_equations(page: str) -> str:
     from latex2mathml.converter import convert
 
     def one(found: re.Match[str]) -> str:
-        block = found[2] == "["
-        drawn: str = convert(html.unescape(found[3]), display="block" if block else "inline")
-        return f'<div class="math-block">{drawn}</div>' if block else drawn
+        text = html.unescape(found[3])
+        if found[2] == "[":
+            drawn = "".join(convert(part, display="block") for part in parted(text))
+            return f'<div class="math-block">{drawn}</div>'
+        inline: str = convert(text, display="inline")
+        return inline
 
     return EQUATION.sub(one, page)
+
+
+def on_config(config: Any) -> Any:
+    """Is called by mkdocs first: every page says of which version it is.
+
+    With HETCONV_DOCS_VERSIONED=1 it has the selector of versions too (docs/versions.py).
+    """
+    text = (ROOT / "hetconv_kernels" / "_version.py").read_text()
+    number = re.findall(r'__version__ = "(.*)"', text)[0]
+    config["copyright"] = f"hetconv_kernels {number}"
+    if os.environ.get("HETCONV_DOCS_VERSIONED") == "1":
+        config["extra"]["version"] = {"provider": "mike", "default": "latest"}
+    return config
+
+
+def parted(text: str) -> list[str]:
+    """Parts an equation at its wide spaces, where a narrow page may begin a new line."""
+    parts = [""]
+    for piece in re.split(r"(\\q?quad\b)", text):
+        whole = parts[-1].count("{") == parts[-1].count("}")
+        whole &= parts[-1].count("\\begin") == parts[-1].count("\\end")
+        ends = [len(re.findall(rf"\\{end}(?![a-z])", parts[-1])) for end in ("left", "right")]
+        whole &= ends[0] == ends[1]
+        if piece.endswith("quad") and whole:
+            parts.append("")
+        else:
+            parts[-1] += piece
+    return [part for part in parts if part.strip()]
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

@@ -47,7 +47,7 @@ ROOMS = (
     Room(
         "Looking and keeping",
         "why it is fast or slow; files",
-        ("profiling", "explain", "explanation", "io", "export", "composition",
+        ("profiling", "explain", "explanation", "io", "export", "hub", "composition",
          "plain_network", "info"),
     ),
     Room(
@@ -84,7 +84,7 @@ ROOMS = (
         "Clocks, checks, words",
         "what knows nothing of convolutions",
         ("timing", "samples", "clocks", "cache", "disturbance", "roofline", "tables", "files",
-         "integers", "errors", "_version"),
+         "colours", "json_output", "openmp", "integers", "errors", "_version"),
     ),
 )  # fmt: skip
 # What the compiled engines are made of, below all Python: csrc's folders.

@@ -21,6 +21,7 @@ from .accuracy import strict_accuracy
 from .backends import available_backends, use_backend
 from .explain import explain, warmup
 from .info import info
+from .openmp import share as _share_openmp
 from .support import Support
 
 if TYPE_CHECKING:
@@ -89,6 +90,9 @@ _LAZY_NAMES = {
     "release_memory": ".graph.planned",
     "save": ".io",
 }
+
+
+_share_openmp()  # before the compiled part is imported
 
 
 def __getattr__(name: str) -> Any:

@@ -240,6 +240,25 @@ class Program:
     def kinds(self) -> list[str]: ...
     def run(self, addresses: Sequence[int]) -> None: ...
 
+class SavedProgram:
+    def __init__(self, file: bytes) -> None: ...
+    @property
+    def arena(self) -> int: ...
+    def run(self, inputs: Sequence[int], outputs: Sequence[int], threads: int = ...) -> None: ...
+    def release(self) -> int: ...
+
+_Tensor = tuple[str, str, Sequence[int], Sequence[int]]
+_Weights = tuple[bytes, int, int, str]
+
+def saved_program(
+    parts: Sequence[tuple[Program, Sequence[_Weights | None], Sequence[int]]],
+    arena: int,
+    inputs: Sequence[_Tensor],
+    outputs: Sequence[_Tensor],
+    made_by: str,
+    network: str,
+) -> bytes: ...
+
 class Guard:
     def __init__(self) -> None: ...
     def entry(self, of: dict[str, Any], key: str) -> None: ...
@@ -262,3 +281,30 @@ def pick_step(
     columns: Sequence[int],
     threads: int = ...,
 ) -> Step: ...
+def average_pool(
+    dtype: str,
+    x: int,
+    nhwc: Sequence[int],
+    y: int,
+    pool: Sequence[int],
+    inside: bool,
+    threads: int = ...,
+) -> None: ...
+def copy_step(
+    element: int,
+    sizes: Sequence[int],
+    x_strides: Sequence[int],
+    y_strides: Sequence[int],
+    threads: int = ...,
+) -> Step: ...
+def pad_step(
+    element: int,
+    sizes: Sequence[int],
+    x_strides: Sequence[int],
+    y_strides: Sequence[int],
+    count: int,
+    first: int,
+    value: bytes,
+    threads: int = ...,
+) -> Step: ...
+def cast_step(from_dtype: str, to_dtype: str, count: int, threads: int = ...) -> Step: ...

@@ -13,12 +13,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import tables
+from . import json_output, tables
 from ._version import __version__
 from .errors import HetconvError
 
@@ -52,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
     except SystemExit as stop:  # argparse has printed the help or the mistake
         return int(stop.code or 0)
+    except UsageError as error:
+        print(f"hetconv: {error}", file=sys.stderr)
+        return USAGE
     options.rest = rest
     command: Callable[[argparse.Namespace], int] = options.run
     try:
@@ -95,6 +99,12 @@ def _parser(asked: Sequence[str]) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"hetconv {__version__}")
+    parser.add_argument(
+        "--print-completion",
+        choices=("bash", "zsh", "tcsh"),
+        action=_PrintCompletion,
+        help="print a shell's completion of this command line (needs shtab)",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> Any:
@@ -109,17 +119,18 @@ def _parser(asked: Sequence[str]) -> argparse.ArgumentParser:
         return sub
 
     info = command("info", _info, "what is built and found on this machine")
-    info.add_argument("--json", action="store_true", help="print JSON")
+    json_output.add_argument(info)
     explaining = command("explain", _explain, "which backend runs a layer, and why")
-    if asked == ["explain"]:
+    if "explain" in asked:
         from . import layer_options
 
         layer_options.add_layer_arguments(explaining)
     for name, found in _ELSEWHERE.items():
         sub = command(name, partial(_elsewhere, found), found.text)
-        if asked == [name]:
+        if name in asked:
             found.load().add_arguments(sub)
     bench = command("bench", _bench, "measure this machine (a front to benchmarks/ of a checkout)")
+    json_output.add_argument(bench)
     bench.add_argument("--full", action="store_true", help="all cases, not the quick subset")
     bench.add_argument("--backend", action="append", help="force this backend (repeatable)")
     bench.add_argument("--gpu", action="store_true", help="only the GPU table")
@@ -129,6 +140,37 @@ def _parser(asked: Sequence[str]) -> argparse.ArgumentParser:
     )
     bench.epilog = "Other options go to pytest, such as -k 'het4'.\n\n" + _EXIT_CODES
     return parser
+
+
+class _PrintCompletion(argparse.Action):
+    """Prints shtab's script of completion: a file, so that no TAB has to import torch."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        try:
+            import shtab
+        except ImportError:
+            raise UsageError(
+                "completion of the shell needs shtab: pip install 'hetconv-kernels[completion]'"
+            ) from None
+        whole = _parser(["explain", *_ELSEWHERE])
+        for sub in (whole, *_commands(whole).values()):
+            for option in sub._actions:
+                if option.type is Path:
+                    option.complete = shtab.FILE  # type: ignore[attr-defined]
+        print(shtab.complete(whole, shell=values))
+        parser.exit()
+
+
+def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """Returns the parsers of the commands, by name."""
+    found = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    return dict(found.choices)
 
 
 # info --------------------------------------------------------------------------------------------
@@ -240,9 +282,17 @@ def _bench(options: argparse.Namespace) -> int:
         command += ["--results", str(options.results.resolve())]
     held = _HELD_TO[options.isa] if options.isa else {}
     sys.stdout.flush()
+    results, started = options.results or folder / "results", time.time()
     done = subprocess.run(
-        [*command, *options.rest], cwd=folder.parent, env={**os.environ, **held}, check=False
+        [*command, *options.rest],
+        cwd=folder.parent,
+        env={**os.environ, **held},
+        stdout=sys.stderr if options.json else None,
+        check=False,
     )
+    if options.json:
+        written = [p for p in sorted(results.glob("*.json")) if p.stat().st_mtime >= started]
+        print(json.dumps({"passed": done.returncode == 0, "files": list(map(str, written))}))
     # pytest: 0 passed, 1 failed, 2 interrupted, 3 internal, 4 usage, 5 nothing collected.
     return {0: OK, 4: USAGE, 5: USAGE}.get(done.returncode, FAILURE)
 

@@ -18,12 +18,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from . import stats, timing
+from . import json_output, stats, timing
 from ._version import __version__
 from .backends import use_backend
 from .compression.self_grouping import self_group
@@ -103,10 +103,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=seed, default=0, help="of all that is drawn (0)")
     add("--device", default="cpu", help="such as cpu or cuda:0")
     add("--backend", help="force this backend for the sparse networks")
+    json_output.add_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the demo: prints a table, writes ``demo.png`` and ``demo.json``.
+    """Runs the demo: prints a table, or the record as JSON; writes ``demo.png`` and ``demo.json``.
 
     Args:
         args: the options of `add_arguments`.
@@ -119,6 +120,10 @@ def run(args: argparse.Namespace) -> int:
             used, or a sparse network does not compute what its masked dense twin does.
         ArgumentError: a number is out of range.
     """
+    return json_output.emit(args, lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> dict[str, Any]:
     require_extra()
     settings, device = _settings(args), check_device(args.device)
     started = time.perf_counter()
@@ -131,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
         noisy = add_noise(truth, seed=args.seed + 2)
         rows, images, timings = _measure(networks, noisy, truth, settings, device)
     noisy_psnr_db = psnr(noisy, truth)
-    record = {
+    record: dict[str, Any] = {
         "format": "hetconv_kernels.demo/1",
         "version": __version__,
         "settings": asdict(settings)
@@ -157,7 +162,7 @@ def run(args: argparse.Namespace) -> int:
         f"Trained on {TRAINED_ON} for {training_s:.0f} s; measured on {HELD_OUT}, never trained on."
     )
     print(f"Wrote {picture} and {results}.")
-    return 0
+    return record
 
 
 # training ----------------------------------------------------------------------------------------

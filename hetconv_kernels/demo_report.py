@@ -96,7 +96,7 @@ class TrainingBar:
                 seconds = time.perf_counter() - self.started
                 print(
                     f"[{100 * self.done // self.total:3d} %] {seconds:5.0f} s  {name}: "
-                    f"loss {loss:.5f}",
+                    f"loss {loss:.5f}, {seconds * (self.total / self.done - 1):.0f} s left",
                     flush=True,
                 )
 

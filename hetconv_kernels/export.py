@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ways out of Python: networks in PyTorch's own operators only, and ONNX files of them.
+"""Ways out of Python: programs for the C library, PyTorch's own operators only, ONNX files of them.
 
 Other hosts do not know this package's operators; they all know ``aten.conv2d``. What a network
 becomes for them is `plain`'s.
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,11 @@ from .nn.quantized_layer import QuantizedLayer
 from .plain_network import PLAIN_ACTS, PlainConv2d, has_quantized, plain
 from .problem import read_ints
 
-__all__ = ["PlainConv2d", "decompose", "plain", "support_layers", "to_onnx"]
+if TYPE_CHECKING:
+    from .graph.program_file import SavedNetwork
+
+
+__all__ = ["PlainConv2d", "decompose", "plain", "program", "support_layers", "to_onnx"]
 
 _OURS = (SupportLayer, FusedConv2d, FrequencyConv2d, QuantizedLayer)
 
@@ -147,6 +151,39 @@ def to_onnx(
         raise unwritable(str(path), error) from error
     except FAILURES as error:
         raise TraceError(f"{type(model).__name__} cannot be exported: {error}") from error
+
+
+def program(model: nn.Module, example: Any, path: str | os.PathLike[str]) -> SavedNetwork:
+    """Saves a network as one file that runs without Python, by the C library ``libhetconv``.
+
+    The file holds a native program for inputs of the example's shapes, dtypes and strides: weights
+    (those that exist, unpacked, so that it serves every instruction set), geometry, epilogues and
+    the plan of the memory. All of its steps are the engine's: layers that other engines would
+    compute are given to it, average pooling too, so numbers may differ from the network's by
+    rounding, which is checked. What the file computes is compared, bit for bit, with what
+    ``network`` of the result computes in Python, before it is written.
+
+    Args:
+        model: the network, in evaluation mode: as it was trained, or what `optimize` or `quantize`
+            gave. Before `optimize` it keeps every Support.
+        example: an input, or a tuple of inputs, on the CPU.
+        path: of the file.
+
+    Returns:
+        What was saved.
+
+    Raises:
+        InputTypeError: no nn.Module, or an input that is no tensor on the CPU.
+        ArgumentError: the network is in training mode.
+        TraceError: it cannot be traced as a whole.
+        BackendError: a step is one that only PyTorch computes, an output is not a whole tensor, or
+            the engine is not built here.
+        VerificationError: the outputs differ by more than rounding.
+        HetconvError: the file cannot be written.
+    """
+    from .graph.program_file import save_program
+
+    return save_program(model, example, path)
 
 
 def support_layers(model: nn.Module) -> list[str]:

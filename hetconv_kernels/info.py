@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from . import openmp
 from ._version import __version__
 from .accuracy import is_strict
 from .backends import ENGINE_OF_CODE, available_backends, forced_code
@@ -51,6 +52,7 @@ def info() -> dict[str, Any]:
             if hasattr(os, "sched_getaffinity")
             else os.cpu_count(),
             "torch_threads": torch.get_num_threads(),
+            "openmp": openmp.loaded(),
         },
         "cuda": _cuda(),
         "backends": list(available_backends()),
@@ -77,7 +79,7 @@ def processor() -> str:
 
 def _isas() -> list[str]:
     """Lists the instruction sets that our CPU engine can run here, the one it takes first."""
-    if importlib.util.find_spec("hetconv_kernels._cpu") is None:
+    if importlib.util.find_spec("hetconv_kernels._cpu") is None or openmp.share():
         return []
     from . import _cpu
 

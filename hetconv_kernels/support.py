@@ -164,7 +164,7 @@ class Support:
         ``interleaved`` is the order of the paper: filter f has the full kernel on channel c iff
         (c − f) mod p == 0. ``blocked`` keeps the same counts with contiguous groups, which is what
         hardware reads best: full iff ⌊f·p/F⌋ == ⌊c·p/C⌋. The two agree up to a permutation when p
-        divides C and F. p need not divide either.
+        divides C and F. p need not divide the channel counts.
 
         Source: Singh, Verma, Rai, Namboodiri, "HetConv", CVPR 2019, arXiv 1903.04120.
 

@@ -197,7 +197,7 @@ def test_both_switches_of_tf32_are_read(switch: str) -> None:
     ids=["built", "for others", "absent", "left out"],
 )
 def test_boxes_of_fprop_are_for_where_no_cuda_engine_was_built(
-    on_gpu, monkeypatch: pytest.MonkeyPatch, built: str | None, without: str, boxes: bool
+    on_gpu, monkeypatch: pytest.MonkeyPatch, built: str | None, without: str, tma: bool
 ) -> None:
     on_gpu()
     fake = None if built is None else SimpleNamespace(architectures=lambda: built)
@@ -210,7 +210,7 @@ def test_boxes_of_fprop_are_for_where_no_cuda_engine_was_built(
     support = hk.Support.het(256, 256, 3, p=4)
     for verb in ("fprop", "dgrad"):
         problem = described(verb, support, batch=64, device=CUDA)
-        assert any(c.box is not None for c in choice.gather_choices(problem)) == boxes
+        assert any(c.box is not None for c in choice.gather_choices(problem)) == tma
     wgrad = described("wgrad", support, batch=64, device=CUDA)
     assert any(c.box is not None for c in wgrad_choice.wgrad_choices(wgrad))
     # Asked for, they are there: for tests and for measurements.

@@ -31,6 +31,10 @@ NOT_RUN = {
     ("docs/backends/triton.md", "needs an NVIDIA GPU"),
     ("docs/backends/cuda.md", "needs an NVIDIA GPU"),
     ("docs/cli.md", "mynets is yours"),
+    ("docs/ecosystem.md", "needs timm and torchvision"),
+    ("docs/ecosystem.md", "needs accelerate"),
+    ("docs/ecosystem.md", "needs lightning"),
+    ("docs/ecosystem.md", "needs huggingface_hub"),
     ("docs/profiling.md", "needs perf"),
 }
 
@@ -106,7 +110,7 @@ def test_every_block_has_a_language_that_is_known() -> None:
     for path in PAGES:
         text = path.read_text()
         assert len(FENCE.findall(text)) * 2 == len(re.findall(r"^ *```", text, re.M)), path
-        assert {block.language for block in blocks(path)} <= {"python", "bash", "text"}, path
+        assert {block.language for block in blocks(path)} <= {"python", "bash", "text", "c"}, path
 
 
 def test_a_failing_block_fails(tmp_path: Path) -> None:
@@ -118,6 +122,20 @@ def test_a_failing_block_fails(tmp_path: Path) -> None:
         check_command("make", ["no-such-target"])
     with pytest.raises(AssertionError):
         check_command("pip", ["install", "x[no_such_extra]"])
+
+
+def test_the_routes_are_those_of_the_committed_results() -> None:
+    from benchmarks import summary
+
+    made = runpy.run_path(str(DOCS / "hooks.py"))["routes"]()
+    row = summary.network("resnet18-het4")
+    assert row is not None
+    line = next(text for text in made.splitlines() if text.startswith("| resnet18-het4,"))
+    for engine in ("onnxruntime", "openvino"):
+        for role in ("dense", "composition"):
+            seconds = row["timings"][role]["variants"][f"{role}:{engine}"]["median_s"]
+            assert f"{seconds * 1e3:.1f} ({seconds / row['median_s']:.2f})" in line
+    assert f"| {row['median_s'] * 1e3:.1f} |" in line
 
 
 # What pages are made of --------------------------------------------------------------------------
@@ -168,6 +186,23 @@ def test_equations_become_mathml(hooks: dict[str, Any]) -> None:
     page = hooks["with_equations"]('<span class="arithmatex">\\(a &lt; b\\)</span>')
     assert page.startswith("<math")
     assert "arithmatex" not in page
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        (r"a = b", ["a = b"]),
+        (r"a = b \qquad c \quad d", ["a = b ", " c ", " d"]),
+        (r"\text{a \quad b} \quad c", [r"\text{a \quad b} ", " c"]),
+        (r"\begin{cases} a & \quad b \end{cases}", [r"\begin{cases} a & \quad b \end{cases}"]),
+        (r"a \leftarrow b \quad c", [r"a \leftarrow b ", " c"]),
+        (r"\left( a \quad b \right)", [r"\left( a \quad b \right)"]),
+    ],
+)
+def test_an_equation_is_parted_where_a_line_may_begin(
+    text: str, parts: list[str], hooks: dict[str, Any]
+) -> None:
+    assert hooks["parted"](text) == parts
 
 
 @pytest.mark.parametrize(("script", "figure"), [("figure", "idea"), ("rooms", "rooms")])

@@ -63,6 +63,28 @@ def test_exported_operators() -> None:
         assert torch.equal(copy(x), model(x))
 
 
+class AsOthersSayIt(nn.Module):
+    """Checks of shapes, attention, gates and upsampling, in the words of timm's networks."""
+
+    def forward(self, x, w, v):
+        torch._assert(x.shape[1] == 4, "four channels")
+        y = F_.conv_transpose2d(x, w, stride=2)
+        gate = F_.conv1d(y.mean((2, 3)).unsqueeze(1), v, padding=1).sigmoid().transpose(1, 2)
+        y = y * gate.unsqueeze(-1)
+        q, k = torch.stack([y, y + 1], 0).unbind(0)
+        z = F_.scaled_dot_product_attention(q.flatten(2), k.flatten(2), k.flatten(2))
+        return z.reshape_as(y).view_as(q)
+
+
+def test_what_other_packages_networks_call_is_on_the_list() -> None:
+    traced = fx.symbolic_trace(AsOthersSayIt())
+    copy = fx.GraphModule(nn.Module(), again(traced.graph))
+    inputs = torch.randn(2, 4, 3, 3), torch.randn(4, 4, 2, 2), torch.randn(1, 1, 3)
+    assert torch.equal(copy(*inputs), traced(*inputs))
+    with pytest.raises(AssertionError, match="four channels"):
+        copy(torch.randn(2, 3, 3, 3), *inputs[1:])
+
+
 @pytest.mark.parametrize(
     ("op", "target", "message"),
     [

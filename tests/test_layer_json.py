@@ -20,6 +20,8 @@ from hetconv_kernels.pooling import Pool
 MODULES = {
     "conv": lambda: nn.Conv2d(4, 6, (3, 5), 2, (1, 2), 2, 2, False, "reflect", dtype=torch.half),
     "same": lambda: nn.Conv2d(4, 6, 3, padding="same"),
+    "conv-1d": lambda: nn.Conv1d(4, 6, 3, 2, 1, 2, 2, False, "circular"),
+    "transposed": lambda: nn.ConvTranspose2d(4, 6, (3, 4), 2, 1, (1, 0), 2, False, 2),
     "linear": lambda: nn.Linear(3, 4, bias=False),
     "norm": lambda: nn.BatchNorm2d(3, eps=0.5, momentum=None, affine=False),
     "max-pool": lambda: nn.MaxPool2d(3, 2, 1, ceil_mode=True),

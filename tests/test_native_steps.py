@@ -55,6 +55,14 @@ STEPS: dict[str, tuple[Callable[..., Any], str]] = {
     "upsample": (lambda a, b: F_.interpolate(a - b, scale_factor=2), "upsample"),
     "sizes": (lambda a, b: F_.interpolate(a - b, size=(7, 11)), "upsample"),
     "exact": (lambda a, b: F_.interpolate(a - b, (5, 4), mode="nearest-exact"), "upsample"),
+    "flatten": (lambda a, b: (a - b).flatten(1).view(-1, 8, 9, 6), "copy"),
+    "clone": (lambda a, b: (a - b).clone(memory_format=ROWS), "copy"),
+    "reshape": (lambda a, b: (a - b)[:, :, 1:, ::2].reshape(2, 12, 8, 2)[:, 2:10], "copy"),
+    "pad": (lambda a, b: F_.pad(a - b, (1, 2, 0, 3)), "pad"),
+    "pad channels": (lambda a, b: F_.pad((a - b)[:, :6, ::2, 1::2], (0, 0, 0, 0, 1, 1)), "pad"),
+    "pad by a number": (lambda a, b: F_.pad(a - b, (2, 1), value=-1.5), "pad"),
+    "crop": (lambda a, b: F_.pad(a - b, (-1, 1)), "call"),
+    "reflect": (lambda a, b: F_.pad(a - b, (1, 1, 1, 1), mode="reflect"), "call"),
     "bilinear": (lambda a, b: F_.interpolate(a - b, scale_factor=2, mode="bilinear"), "call"),
     "mean": (lambda a, b: a * b.mean((2, 3), keepdim=True), "call"),
     "silu": (lambda a, b: F_.silu(a - b), "call"),
@@ -73,3 +81,20 @@ def test_a_step_between_layers_computes_what_torch_does(name: str, special: floa
         x[0, 1, 2, 3] = special
     assert_equal_calls(fast, plain, x)
     assert kind in kinds(fast)
+
+
+def test_a_cast_to_bfloat16_and_back_is_native() -> None:
+    x = torch.randn(2, 4, 9, 6).to(memory_format=LAST)
+    fast = optimized(Steps(lambda a, b: a - b), x)
+    node = next(n for n in fast.graph.nodes if n.name == "sub")
+    with fast.graph.inserting_after(node):
+        narrow = fast.graph.call_method("bfloat16", (node,))
+    with fast.graph.inserting_after(narrow):
+        wide = fast.graph.call_method("to", (narrow, torch.float32))
+    node.replace_all_uses_with(wide, delete_user_cb=lambda user: user is not narrow)
+    fast.recompile()
+    plain = unplanned(fast)
+    for special in (0.0, torch.nan, torch.inf, -torch.inf, 1e-40, 3.4e38):
+        x[0, 1, 2, 3] = special
+        assert_equal_calls(fast, plain, x)
+    assert kinds(fast).count("cast") == 2

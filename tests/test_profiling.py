@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -15,9 +16,10 @@ import torch
 from torch import nn
 
 import hetconv_kernels as hk
-from hetconv_kernels import cli, profiling
+from hetconv_kernels import cli, profiling, ranges
 from hetconv_kernels.errors import ArgumentError, HetconvError, InputTypeError
-from hetconv_kernels.profiling import timeline
+from hetconv_kernels.profiling import compiled as compiled_network
+from hetconv_kernels.profiling import flame, timeline
 from hetconv_kernels.profiling.measure import backends_of, dense_twin, layers_of
 from hetconv_kernels.roofline import Roofs
 
@@ -226,6 +228,102 @@ def test_a_trace_has_layers_and_primitives(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(HetconvError, match="cannot be written"):
         profiling.write_trace(small(), torch.randn(2, 3, 6, 6), tmp_path / "file" / "t.json")
+
+
+def test_a_timeline_is_one_page_with_layers_primitives_and_operators(tmp_path: Path) -> None:
+    path = profiling.write_timeline(small(), torch.randn(2, 3, 6, 6), tmp_path / "a" / "t.html")
+    text = path.read_text()
+    for said in (
+        "Sequential on (2, 3, 6, 6)", "<title>3: ", "fprop reference 2x8x6x6", "aten::",
+        "Where the time is", "default-src 'none'",
+    ):  # fmt: skip
+        assert said in text
+    assert not re.search(r"(?:src|href)=", text), "nothing is loaded"
+    assert "<script" not in text
+    (tmp_path / "file").write_text("")
+    with pytest.raises(HetconvError, match="cannot be written"):
+        profiling.write_timeline(small(), torch.randn(2, 3, 6, 6), tmp_path / "file" / "t.html")
+
+
+def test_bars_stand_where_they_ran_and_their_names_are_text() -> None:
+    whole = flame.Bar("the whole", "operator", 0.0, 1200.0, 0.0, 0)
+    bars = [
+        flame.Bar("<b>", "layer", 100.0, 600.0, 200.0, 1),
+        flame.Bar("fprop cpu", "primitive", 200.0, 400.0, 400.0, 2),
+        flame.Bar("short", "operator", 900.0, 0.1, 0.1, 1),
+    ]
+    text = flame.page("Net", "(1, 3)", [whole, *bars])
+    assert 'x="100.0" y="24" width="600.0"' in text
+    assert 'x="200.0" y="48" width="400.0"' in text
+    assert "&lt;b&gt;: 600.0 µs, 200.0 µs of its own" in text
+    assert "<b>" not in text
+    assert "1 bars are too short" in text
+    assert "short</text>" not in text
+    assert re.search(
+        r"fprop cpu</td><td>primitive</td><td class=\"number\">400.0</td>.*33.3%", text
+    )
+    assert re.search(r"between them</td><td></td><td class=\"number\">599.9</td>", text)
+
+
+# Under torch.compile -----------------------------------------------------------------------------
+
+
+def test_a_compiled_network_is_told_apart_layer_by_layer(tmp_path: Path) -> None:
+    model, x = small(), torch.randn(2, 3, 6, 6)
+    compiled: Any = torch.compile(model)
+    eager, found = measured(model, x), measured(compiled, x)
+    assert found.model == "Sequential, compiled"
+    ours = {"3": "HetConv2d", "5": "GroupedConv2d"}
+    layers = {layer.name: layer for layer in found.layers}
+    assert layers.keys() == {layer.name for layer in eager.layers}
+    for before in eager.layers:
+        layer = layers[before.name]
+        assert (layer.macs, layer.dense_macs, layer.bytes) == (
+            before.macs, before.dense_macs, before.bytes,
+        )  # fmt: skip
+        if before.name in ours:
+            assert layer.seconds > 0
+            assert layer.backend == before.backend
+        else:
+            assert (layer.seconds > 0) != (layer.backend == "compiled")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+    text = profiling.write_timeline(compiled, x, tmp_path / "t.html").read_text()
+    assert "fprop reference 2x8x6x6" in text
+    trace = json.loads(profiling.write_trace(compiled, x, tmp_path / "t.json").read_text())
+    names = [event.get("name", "") for event in trace["traceEvents"]]
+    assert sum(name.startswith("hetconv.fprop reference 2x8x6x6") for name in names) == 3
+
+
+def test_the_kth_event_of_a_kind_is_of_the_kth_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    twins = nn.Sequential(*(hk.nn.HetConv2d(8, 8, 3, padding=1, p=4) for _ in range(3))).eval()
+    x = torch.randn(1, 8, 5, 5)
+    with torch.no_grad(), ranges.enabled():
+        owners = compiled_network._owners(twins, x, layers_of(twins))
+        assert list(owners.values()) == [["0", "1", "2"]]
+        assert compiled_network._by_layer(twins, x, owners).keys() == {"0", "1", "2"}
+
+
+def test_a_layer_that_is_not_told_apart_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled_network, "_by_layer", lambda *_: {"3": 1e-4})
+    found = measured(torch.compile(small()), torch.randn(2, 3, 6, 6))
+    layers = {layer.name: layer for layer in found.layers}
+    assert layers["3"].seconds == 1e-4
+    for name in ("0", "5", "7"):
+        assert (layers[name].seconds, layers[name].percent_of_roof) == (0, 0)
+        assert layers[name].backend == "compiled"
+        assert "everything else" in layers[name].why
+    assert "everything else" in str(found)
+
+
+def test_the_command_compiles(tmp_path: Path, capsys: Capture) -> None:
+    words = ["profile", "digits_net", "--het", "2", "--rounds", "5", "--seconds", "0.1"]
+    out = tmp_path / "t.html"
+    assert cli.main([*words, "--compile", "--timeline", str(out)]) == 0
+    assert ", compiled on (" in capsys.readouterr().out
+    assert out.is_file()
+    assert cli.main(["profile", "digits_net", "--compile", "--ncu"]) == 0
+    assert "--compile --passes 1" in capsys.readouterr().out
 
 
 def test_proton_is_refused_where_it_cannot_run(

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.report import colours, figures, read_results, tables, write_report
+from benchmarks.report import figures, passes, read_results, tables, write_report
 from benchmarks.report.__main__ import main
 from benchmarks.report.schema import problems
+from hetconv_kernels import colours
 from hetconv_kernels.errors import ArgumentError, FileError, HetconvError
 
 COMMITTED = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -254,6 +255,24 @@ def test_figures_follow_the_page_and_are_the_same_each_time(tmp_path: Path) -> N
     assert not set(re.findall(r"#[0-9a-f]{6}", one)) - {"#ffffff", "#000000"}
     assert 'role="img" aria-labelledby="s-title s-alt"' in one
     assert "1 lose, among them bad at 0.50" in one
+
+
+def test_a_timeline_has_every_layer_where_it_runs() -> None:
+    row = network()
+    assert passes.timeline("pass", row) is None, "it does not say what the whole dense one took"
+    row["timings"] = {"dense": {"variants": {"dense:eager": {"median_s": 5e-3}}}}
+    picture = passes.timeline("pass", row)
+    assert picture is not None
+    assert list(picture.tips.values()) == [
+        "dense, a: 2.00 ms", "dense, b: 1.00 ms", "dense, everything else: 2.00 ms",
+        "ours, a: 1.00 ms", "ours, b: 3.00 ms", "ours, new: 1.00 ms",
+        "ours, everything else: 5.00 ms",
+    ]  # fmt: skip
+    assert "Dense, in PyTorch: 5.00 ms; ours: 10.00 ms" in picture.alt
+    bars = {bar.get_gid(): bar for bar in picture.figure.axes[0].patches}
+    assert bars["pass-ours-1"].get_x() == pytest.approx(1.0)
+    assert bars["pass-ours-1"].get_width() == pytest.approx(3.0)
+    assert len(re.findall('class="mark"', picture.svg())) == 7
 
 
 def test_a_deep_network_shows_its_longest_layers() -> None:

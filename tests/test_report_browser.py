@@ -4,21 +4,17 @@
 from __future__ import annotations
 
 import base64
-import html
 import json
-import os
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browsing import browser, probed
 
 from benchmarks.report import write_report
 
 COMMITTED = Path(__file__).parents[1] / "benchmarks" / "results"
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 _PROBE = """
 <script>
 const errors = [];
@@ -65,46 +61,25 @@ addEventListener("load", () => {
 """
 
 
-def browser() -> str:
-    """Finds Chromium; CI must have one, elsewhere the test is skipped."""
-    found = next(filter(None, map(shutil.which, NAMES)), None)
-    if found is None:
-        reason = f"none of {', '.join(NAMES)} is installed: `make browser` installs one"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return found
-
-
 def encoded(path: Path) -> str:
     return base64.b64encode(path.read_bytes()).decode()
 
 
 def look(page: Path, folder: Path, *options: str) -> dict[str, Any]:
     """Opens a page with the probe in it and returns what the probe saw."""
-    chromium = browser()
     text = page.read_text()
     pictures = "".join(
         f'<img class="probe" width=9 src="data:image/png;base64,{encoded(p)}">'
         for p in sorted(page.parent.glob("*.png"))
     )
-    probed = page.with_name("probed.html")
-    probed.write_text(text.replace("</head>", _PROBE + "</head>").replace("</body>", pictures))
-    profile = folder / "profile"
-    command = [
-        chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-dev-shm-usage", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", f"--user-data-dir={profile}", *options,
-        "--dump-dom", probed.as_uri(),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    seen = re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.S)
-    assert seen, f"the page did not load: {done.stdout[-500:]}\n{done.stderr[-2000:]}"
-    return dict(json.loads(html.unescape(seen[1])))
+    place = page.with_name("probed.html")
+    place.write_text(text.replace("</head>", _PROBE + "</head>").replace("</body>", pictures))
+    return probed(place, folder, *options)
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    browser()
     return write_report([COMMITTED], tmp_path_factory.mktemp("report"))[0]
 
 

@@ -384,3 +384,37 @@ def test_a_source_has_the_flags_of_the_machine_that_it_is_compiled_for(
     (cpu,) = (part for part in build.PARTS if part.module == "_cpu")
     assert (ROOT / cpu.folder / source).exists()
     assert cpu.extra_flags(Path(source)) == expected
+
+
+@pytest.mark.parametrize(
+    ("machine", "source", "expected"),
+    [
+        ("x86", "isa_int8_avx2.cpp",
+         "-mavx2 -mfma -mf16c -ffp-contract=off -mllvm -enable-misched=false"),
+        ("x86", "isa_avx2.cpp", "-mavx2 -mfma -mf16c"),
+        ("x86", "int8_plan.cpp", "-ffp-contract=off"),
+        ("arm", "isa_int8_neondot.cpp",
+         "-mcpu=generic+dotprod -ffp-contract=off -mllvm -enable-misched=false"),
+    ],
+)  # fmt: skip
+def test_ziglang_gets_its_own_spelling_and_the_order_that_is_written(
+    machine: str, source: str, expected: str, build: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "python -m ziglang c++ -target x86_64-linux-gnu.2.28")
+    monkeypatch.setattr(build, "X86", machine == "x86")
+    monkeypatch.setattr(build, "ARM", machine == "arm")
+    (cpu,) = (part for part in build.PARTS if part.module == "_cpu")
+    assert cpu.extra_flags(Path(source)) == expected
+
+
+def test_only_bindings_are_compiled_for_one_python(build: ModuleType) -> None:
+    # The other objects serve the wheels of all Pythons.
+    if shutil.which("g++") is None:
+        pytest.skip("no compiler")
+    (cpu,) = (part for part in build.PARTS if part.module == "_cpu")
+    found = build.commands(cpu)
+    assert not any(word.startswith("-I") for word in found.compile)
+    assert any(Path(word.removeprefix("-I"), "Python.h").exists() for word in found.bindings)
+    knowing = {source.name for source in cpu.sources() if "pybind11" in source.read_text()}
+    assert knowing
+    assert all(name.endswith("bindings.cpp") for name in knowing)

@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F_
 from networks import network
-from torch import nn
+from torch import fx, nn
 
 from hetconv_kernels.errors import ArgumentError, InputTypeError, TraceError
-from hetconv_kernels.graph.trace import as_inputs, check_network, trace
+from hetconv_kernels.graph.trace import as_inputs, check_network, symbolic_graph, trace
 from hetconv_kernels.nn import HetConv2d
 
 
@@ -124,3 +124,21 @@ def test_arguments() -> None:
     model[0][0].train()
     with pytest.raises(ArgumentError, match=r"training mode at '0.0'"):
         check_network(model)
+
+
+@fx.wrap
+def stochastic_depth(x, p: float, mode: str, training: bool = True):
+    """Stands for torchvision's, which torch.fx takes as one step too."""
+    return x * 0 if training else x
+
+
+class Drops(nn.Module):
+    def forward(self, x):
+        return stochastic_depth(x.relu(), 0.1, "row", self.training) + x
+
+
+def test_stochastic_depth_is_no_step_in_evaluation_mode_and_one_in_training() -> None:
+    assert len(symbolic_graph(Drops().eval()).nodes) == 4
+    assert len(symbolic_graph(Drops().train()).nodes) == 5
+    x = torch.randn(2, 3)
+    assert torch.equal(fx.GraphModule(Drops(), symbolic_graph(Drops().eval()))(x), x.relu() + x)

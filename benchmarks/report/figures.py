@@ -12,14 +12,15 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from hetconv_kernels.colours import FAMILY_MARKS, light, themed
 from hetconv_kernels.errors import HetconvError
 from hetconv_kernels.files import Json
 
-from .colours import FAMILY_MARKS, light, themed
 from .results import Point, Roof
 
+Drawn = TypeVar("Drawn")
 _MOST_BARS = 40
 _LABELLED_LOSSES = 6
 # A layer this far below its ceiling stands at the edge of the roofline, with its value: it would
@@ -114,11 +115,11 @@ def check_matplotlib() -> None:
         )
 
 
-def _styled(draw: Callable[..., Picture]) -> Callable[..., Picture]:
+def _styled(draw: Callable[..., Drawn]) -> Callable[..., Drawn]:
     """Lets a figure be drawn in the style of the report, and leaves matplotlib's as it was."""
 
     @functools.wraps(draw)
-    def styled(*args: Any) -> Picture:
+    def styled(*args: Any) -> Drawn:
         import matplotlib
 
         with matplotlib.rc_context(_RC):

@@ -3,26 +3,22 @@
 
 from __future__ import annotations
 
-import html
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib import resources
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from markupsafe import Markup
 
 from hetconv_kernels._version import __version__
+from hetconv_kernels.colours import css_variables
 from hetconv_kernels.files import Json
 
 from . import tables
-from .colours import css_variables
 from .figures import Picture, layer_bars, roofline, scatter
+from .passes import timeline
 from .results import Results
+from .templates import asset, render
 
-_ESTIMATES = (
-    "Every time is a median. A ratio is the median of paired measurements: ours and the rival took "
-    "turns in one process; in brackets is its interval, which holds the true median with at least "
-    "95 % confidence. <strong>Above 1 we are faster, below 1 slower.</strong> A row counts as "
-    "faster or slower only when its whole interval lies on that side of 1."
-)
 _READ_SCATTER = (
     "Each mark is a layer. To the right, more multiply-accumulates are left out; upwards, the "
     "layer is faster than the fastest dense convolution. On the line y = x all saved work has "
@@ -42,6 +38,65 @@ _READ_BARS = (
 )
 
 
+_BOUND = (
+    "The bound is Amdahl's: the speed-up over the fastest dense form if every convolution took as "
+    "much less time as it has fewer multiply-accumulates, and everything else what it takes in the "
+    "dense network."
+)
+_READ_LAYERS = (
+    "× dense: over the fastest of PyTorch's dense forms. × composition: over the fastest way to "
+    "write the same layer with PyTorch's own operators. × unfrozen: as × dense, with our weights "
+    "packed anew at every call. × prepacked: over a dense convolution compiled with its weights "
+    "packed once. Press a heading to sort by it; a name that is a link leads to the user's report "
+    "of slowness that the case reproduces."
+)
+_READ_DISPATCH = (
+    "Extra microseconds of one call of a whole layer over nn.Conv2d's, on an image so small "
+    "(1×8×2×2) that nothing else counts."
+)
+_READ_FILES = "A + after a commit says that files differed from it."
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of a section, under a heading of its own.
+
+    Attributes:
+        title: the heading; empty where it goes on under the last one.
+        where: hardware, day and commit, beside it.
+        level: of the heading, 3 or 4.
+        text: a paragraph.
+        table: as HTML.
+        pictures: figures, one below the other.
+    """
+
+    title: str = ""
+    where: str = ""
+    level: int = 3
+    text: str = ""
+    table: str = ""
+    pictures: Sequence[Picture] = ()
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section: what it is about, and its parts; one without parts is left out."""
+
+    name: str
+    title: str
+    text: str
+    blocks: Sequence[Block]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A number at the head of the page; ``mark`` colours it where it is not 0."""
+
+    text: str
+    value: str
+    mark: str = ""
+
+
 @dataclass
 class Page:
     """The report while it grows.
@@ -59,62 +114,33 @@ class Page:
 
     def html(self) -> str:
         """Writes the page and fills `pictures`."""
-        self.pictures.clear()
-        sections = [
-            ("speed-up", "Speed-up against saved work", self._scatters()),
-            ("roofline", "Against the measured ceilings", self._rooflines()),
-            ("networks", "Whole networks", self._networks()),
-            ("layers", "Every layer", self._layers()),
-            ("dispatch", "What a call costs", self._dispatch()),
-            ("files", "Where the numbers come from", self._files()),
-        ]
-        shown = [section for section in sections if section[2]]
-        links = "".join(f'<li><a href="#{name}">{title}</a></li>' for name, title, _ in shown)
-        parts = "\n".join(
-            f'<section id="{name}"><h2>{title}</h2>\n{text}</section>'
-            for name, title, text in shown
-        )
-        style = css_variables() + _asset("page.css")
-        return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; \
-script-src 'unsafe-inline'; img-src data:">
-<title>hetconv_kernels: what was measured</title>
-<style>
-{style}</style>
-</head>
-<body>
-<header>
-<h1>What was measured</h1>
-<p class="lead">{self._lead()}</p>
-{self._tiles()}
-<p>{_ESTIMATES}</p>
-<nav aria-label="sections"><ul>{links}</ul></nav>
-</header>
-<main>
-{parts}
-</main>
-<footer>Written by <code>python -m benchmarks.report</code> of
-hetconv_kernels {html.escape(__version__)}.</footer>
-<script>
-{_asset("page.js")}</script>
-</body>
-</html>
-"""
-
-    def _lead(self) -> str:
-        machines = list(dict.fromkeys(results.hardware for results in self.files))
+        sections = [section for section in self._sections() if section.blocks]
+        self.pictures = [p for s in sections for block in s.blocks for p in block.pictures]
         days = sorted(results.data["started"][:10] for results in self.files)
-        when = days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
-        return html.escape(
-            "Structured-sparse convolutions beside the dense ones that they replace, and beside "
-            f"compositions of PyTorch's own layers. Measured {when} on {'; on '.join(machines)}."
+        return render(
+            "page.html",
+            style=Markup(css_variables() + asset("page.css")),
+            script=Markup(asset("page.js")),
+            version=__version__,
+            when=days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}",
+            machines=list(dict.fromkeys(results.hardware for results in self.files)),
+            tiles=self._tiles(),
+            sections=sections,
         )
 
-    def _tiles(self) -> str:
+    def _sections(self) -> list[Section]:
+        return [
+            Section("speed-up", "Speed-up against saved work", _READ_SCATTER, self._scatters()),
+            Section("roofline", "Against the measured ceilings", _READ_ROOFLINE, self._rooflines()),
+            Section("networks", "Whole networks", _BOUND, self._networks()),
+            Section("layers", "Every layer", _READ_LAYERS,
+                    self._tables(_layer_rows, tables.layers)),
+            Section("dispatch", "What a call costs", _READ_DISPATCH,
+                    self._tables(lambda results: results.rows("dispatch"), tables.dispatch)),
+            Section("files", "Where the numbers come from", _READ_FILES, [self._files()]),
+        ]  # fmt: skip
+
+    def _tiles(self) -> list[Tile]:
         layers = [row for results in self.files for row in _layer_rows(results)]
         networks = [r for results in self.files for r in _network_rows(results)]
         verdicts = [tables.verdict_of(row) for row in (*layers, *networks)]
@@ -124,95 +150,67 @@ hetconv_kernels {html.escape(__version__)}.</footer>
             if "dense" in row and row["dense_macs"] > row["macs"] > 0
         ]
         tiles = [
-            ("layers and networks", f"{len(verdicts)}", ""),
-            ("faster than dense", f"{verdicts.count('win')}", "win"),
-            ("no measurable difference", f"{verdicts.count('even')}", ""),
-            ("slower than dense", f"{verdicts.count('lose')}", "lose"),
-            ("slower than a composition of PyTorch's layers",
-             f"{sum(map(tables.lost_to_composition, (*layers, *networks)))}", "lose"),
+            Tile("layers and networks", f"{len(verdicts)}"),
+            Tile("faster than dense", f"{verdicts.count('win')}", "win"),
+            Tile("no measurable difference", f"{verdicts.count('even')}"),
+            Tile("slower than dense", f"{verdicts.count('lose')}", "lose"),
+            Tile("slower than a composition of PyTorch's layers",
+                 f"{sum(map(tables.lost_to_composition, (*layers, *networks)))}", "lose"),
         ]  # fmt: skip
         if ratios:
             share = f"{100 * statistics.median(ratios):.0f} %"
-            tiles.append(("of the MAC ratio is reached, median layer", share, ""))
+            tiles.append(Tile("of the MAC ratio is reached, median layer", share))
         if "disturbed" in verdicts:
-            tiles.append(("disturbed, not judged", f"{verdicts.count('disturbed')}", ""))
+            tiles.append(Tile("disturbed, not judged", f"{verdicts.count('disturbed')}"))
         if "wrong" in verdicts:
-            tiles.append(("wrong results, not timed", f"{verdicts.count('wrong')}", "lose"))
-        inner = "".join(
-            f"<div><dd{_mark(mark, value)}>{value}</dd><dt>{html.escape(text)}</dt></div>"
-            for text, value, mark in tiles
-        )
-        return f'<dl class="tiles">{inner}</dl>'
+            tiles.append(Tile("wrong results, not timed", f"{verdicts.count('wrong')}", "lose"))
+        return tiles
 
-    def _scatters(self) -> str:
-        parts = []
-        for results in self.files:
-            points = results.points()
-            if points:
-                picture = scatter(f"speed-up-{results.name}", points, results.hardware)
-                parts.append(_heading(results) + self._figure(picture))
-        return _explained(_READ_SCATTER, parts)
+    def _scatters(self) -> list[Block]:
+        return [
+            _block(results, scatter(f"speed-up-{results.name}", points, results.hardware))
+            for results in self.files
+            if (points := results.points())
+        ]
 
-    def _rooflines(self) -> str:
-        parts = []
+    def _rooflines(self) -> list[Block]:
+        blocks = []
         for results in self.files:
             found = []
             for roof in results.roofs():
                 points = results.points(roof.dtype, roof.device)
                 if points:
                     name = f"roofline-{results.name}-{roof.device}-{roof.dtype}"
-                    found.append(self._figure(roofline(name, points, roof, results.hardware)))
+                    found.append(roofline(name, points, roof, results.hardware))
             if found:
-                parts.append(_heading(results) + "".join(found))
-        return _explained(_READ_ROOFLINE, parts)
+                blocks.append(_block(results, *found))
+        return blocks
 
-    def _networks(self) -> str:
-        parts, drawn = [], []
+    def _networks(self) -> list[Block]:
+        blocks, drawn = self._tables(_network_rows, tables.networks), []
         for results in self.files:
-            rows = _network_rows(results)
-            if rows:
-                parts.append(_heading(results) + tables.networks(rows))
-            for row in rows:
+            for row in _network_rows(results):
                 if row.get("layers"):
-                    picture = layer_bars(f"layers-{results.name}-{row['case']['name']}", row)
-                    drawn.append(f"<h4>{html.escape(picture.title)}</h4>" + self._figure(picture))
-        bound = (
-            "<p>The bound is Amdahl's: the speed-up over the fastest dense form if every "
-            "convolution took as much less time as it has fewer multiply-accumulates, and "
-            "everything else what it takes in the dense network.</p>"
-        )
+                    name = f"{results.name}-{row['case']['name']}"
+                    drawings = timeline(f"pass-{name}", row), layer_bars(f"layers-{name}", row)
+                    drawn += [
+                        Block(picture.title, level=4, pictures=[picture])
+                        for picture in filter(None, drawings)
+                    ]
         if drawn:
-            drawn.insert(0, f"<h3>Layer by layer</h3><p>{_READ_BARS}</p>")
-        return "".join((bound, *parts, *drawn)) if parts else ""
+            drawn.insert(0, Block("Layer by layer", text=_READ_BARS))
+        return [*blocks, *drawn]
 
-    def _layers(self) -> str:
-        parts = []
-        for results in self.files:
-            rows = _layer_rows(results)
-            if rows:
-                parts.append(_heading(results) + tables.layers(rows))
-        text = (
-            "× dense: over the fastest of PyTorch's dense forms. × composition: over the fastest "
-            "way to write the same layer with PyTorch's own operators. × unfrozen: as × dense, "
-            "with our weights packed anew at every call. × prepacked: over a dense convolution "
-            "compiled with its weights packed once. Press a heading to sort by it; a name that is "
-            "a link leads to the user's report of slowness that the case reproduces."
-        )
-        return _explained(text, parts)
-
-    def _dispatch(self) -> str:
-        parts = [
-            _heading(results) + tables.dispatch(results.rows("dispatch"))
+    def _tables(
+        self, rows: Callable[[Results], list[Json]], table: Callable[[list[Json]], str]
+    ) -> list[Block]:
+        return [
+            replace(_block(results), table=table(found))
             for results in self.files
-            if results.rows("dispatch")
+            if (found := rows(results))
         ]
-        text = (
-            "Extra microseconds of one call of a whole layer over nn.Conv2d's, on an image so "
-            "small (1×8×2×2) that nothing else counts."
-        )
-        return _explained(text, parts)
 
-    def _files(self) -> str:
+    def _files(self) -> Block:
         header = (
             "file", "started", "commit", "hardware", "torch", "python", "hetconv_kernels",
             "load before", "rows", "command",
@@ -228,24 +226,14 @@ hetconv_kernels {html.escape(__version__)}.</footer>
                     len(results.data["rows"]), results.data.get("command", "not kept in this file"),
                 )
             )  # fmt: skip
-        text = "A + after a commit says that files differed from it."
-        return _explained(text, [tables.plain(header, lines)])
-
-    def _figure(self, picture: Picture) -> str:
-        self.pictures.append(picture)
-        return (
-            f"<figure>{picture.svg()}<figcaption>{html.escape(picture.alt)}</figcaption></figure>\n"
-        )
+        return Block(table=tables.plain(header, lines))
 
 
-def _heading(results: Results) -> str:
+def _block(results: Results, *pictures: Picture) -> Block:
+    """Begins a part that is about one file."""
     commit = (results.environment["commit"] or "no commit")[:10]
     where = f"{results.hardware}, {results.data['started'][:10]}, {commit}"
-    return f"<h3>{html.escape(results.name)} <small>{html.escape(where)}</small></h3>\n"
-
-
-def _explained(text: str, parts: Sequence[str]) -> str:
-    return f"<p>{html.escape(text)}</p>\n" + "".join(parts) if parts else ""
+    return Block(results.name, where, pictures=pictures)
 
 
 def _layer_rows(results: Results) -> list[Json]:
@@ -254,11 +242,3 @@ def _layer_rows(results: Results) -> list[Json]:
 
 def _network_rows(results: Results) -> list[Json]:
     return [*results.rows("model"), *results.rows("training")]
-
-
-def _mark(mark: str, value: str) -> str:
-    return f' class="{mark}"' if mark and value != "0" else ""
-
-
-def _asset(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")

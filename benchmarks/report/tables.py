@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import compress
 from typing import Any
 
+from markupsafe import Markup
+
 from hetconv_kernels.files import Json
 
 from .results import computed_dtype, verdict
+from .templates import render
 
 _SIGNS = {
     "win": ("win", "▲ faster"),
@@ -38,21 +40,27 @@ class Cell:
     mark: str = ""
     link: str | None = None
 
-    def html(self, tag: str = "td") -> str:
-        """Writes the cell."""
-        inner = html.escape(self.text)
-        if self.link and self.link.startswith(("https://", "http://")):
-            inner = f'<a href="{html.escape(self.link)}">{inner}</a>'
-        sort = "" if self.key is None else f' data-key="{self.key!r}"'
-        names = " ".join(n for n in ("number" if self.key is not None else "", self.mark) if n)
-        scope = ' scope="row"' if tag == "th" else ""
-        return f"<{tag}{scope}{_class(names)}{sort}>{inner}</{tag}>"
+    @property
+    def classes(self) -> str:
+        """What the style knows it by."""
+        return " ".join(n for n in ("number" if self.key is not None else "", self.mark) if n)
+
+    @property
+    def sorted_by(self) -> str:
+        """The key, exactly."""
+        return repr(self.key)
+
+    @property
+    def href(self) -> str | None:
+        """The link, if it may be followed."""
+        followed = self.link is not None and self.link.startswith(("https://", "http://"))
+        return self.link if followed else None
 
 
 Line = tuple[str, Sequence[Cell]]
 
 
-def layers(rows: Sequence[Json]) -> str:
+def layers(rows: Sequence[Json]) -> Markup:
     """Writes the table of timed layers or primitives."""
     header = (
         "layer", "against dense", "ran on", "dtype", "ms", "% of roof", "MAC ratio", "× dense",
@@ -61,7 +69,7 @@ def layers(rows: Sequence[Json]) -> str:
     return _table("layers", header, [_layer(row) for row in rows])
 
 
-def networks(rows: Sequence[Json]) -> str:
+def networks(rows: Sequence[Json]) -> Markup:
     """Writes the table of whole networks and of training steps."""
     header = (
         "network", "what", "ms", "× dense", "over", "target", "bound", "× composition", "over",
@@ -70,7 +78,7 @@ def networks(rows: Sequence[Json]) -> str:
     return _table("networks", header, [_network(row) for row in rows])
 
 
-def dispatch(rows: Sequence[Json]) -> str:
+def dispatch(rows: Sequence[Json]) -> Markup:
     """Writes the table of what a call costs beyond the convolution."""
     header = ("call", "ran on", "extra µs", "interval", "target µs", "target met")
     return _table("calls", header, [_dispatch(row) for row in rows])
@@ -84,7 +92,7 @@ def verdict_of(row: Json) -> str:
     """
     if not row["match"]["ok"] or "dense" not in row:
         return "wrong"
-    return verdict(row["dense"], row.get("disturbed", ()))
+    return "disturbed" if "disturbed" in row else verdict(row["dense"])
 
 
 def lost_to_composition(row: Json) -> bool:
@@ -188,39 +196,29 @@ def _ratio_and_interval(estimate: Json, judged: bool = True) -> Cell:
     return Cell(text, ratio.key, ratio.mark)
 
 
-def _table(what: str, header: Sequence[str], lines: Sequence[Line]) -> str:
+def _table(what: str, header: Sequence[str], lines: Sequence[Line]) -> Markup:
     columns = list(zip(*(cells for _, cells in lines), strict=True))
     said = [any(cell.text for cell in column) for column in columns]  # an empty column says nothing
     numbers = [any(cell.key is not None for cell in column) for column in columns]
-    heads = "".join(
-        f'<th scope="col"{_class("number" * number)} aria-sort="none"><button type="button">'
-        f"{html.escape(name)}</button></th>"
-        for name, number, kept in zip(header, numbers, said, strict=True)
-        if kept
+    names = [{"name": n, "number": k} for n, k in zip(header, numbers, strict=True)]
+    return render(
+        "table.html",
+        what=what,
+        sortable=True,
+        columns=list(compress(names, said)),
+        lines=[
+            {"lost": verdict in ("lose", "wrong"), "cells": list(compress(cells, said))}
+            for verdict, cells in lines
+        ],
     )
-    body = "\n".join(_line(verdict, list(compress(cells, said))) for verdict, cells in lines)
-    return (
-        f'<div class="table" role="region" tabindex="0" aria-label="table of {html.escape(what)}">'
-        f"<table class=sortable><thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody></table>"
-        "</div>"
-    )
 
 
-def _line(verdict: str, cells: Sequence[Cell]) -> str:
-    first, *rest = cells
-    lost = "lost" if verdict in ("lose", "wrong") else ""
-    return f"<tr{_class(lost)}>{first.html('th')}{''.join(cell.html() for cell in rest)}</tr>"
-
-
-def _class(names: str) -> str:
-    return f' class="{names}"' if names else ""
-
-
-def plain(header: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
+def plain(header: Sequence[str], lines: Sequence[Sequence[Any]]) -> Markup:
     """Writes a table that cannot be sorted, such as the one of the files."""
-    heads = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in header)
-    body = "\n".join(_line("", [Cell(str(v)) for v in line]) for line in lines)
-    return (
-        f'<div class="table" role="region" tabindex="0" aria-label="table of files">'
-        f"<table><thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>"
+    return render(
+        "table.html",
+        what="files",
+        sortable=False,
+        columns=[{"name": name, "number": False} for name in header],
+        lines=[{"lost": False, "cells": [Cell(str(v)) for v in line]} for line in lines],
     )

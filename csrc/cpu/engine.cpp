@@ -10,6 +10,8 @@
 #include <new>
 #include <stdexcept>
 
+#include "processor.h"
+
 namespace hetconv {
 
 // ---- which ISA ----
@@ -29,17 +31,15 @@ static Kernels with_bf16(Kernels k) {
 static std::vector<const Kernels*> machine_isas() {
   std::vector<const Kernels*> found;
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    if (__builtin_cpu_supports("avx512bf16")) {
+  const Processor processor = this_processor();
+  if (processor.avx512) {
+    if (processor.avx512bf16) {
       static const Kernels bf16 = with_bf16(kernels_avx512);
       found.push_back(&bf16);
     }
     found.push_back(&kernels_avx512);
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    found.push_back(&kernels_avx2);
+  if (processor.avx2) found.push_back(&kernels_avx2);
 #endif
   found.push_back(&kernels_generic);
   return found;

@@ -2,7 +2,6 @@
 // fprop with filters in vectors: tasks are (image, band of rows, strip of columns, share of the
 // segments).
 #pragma once
-#include <omp.h>
 #include "ahead.h"
 #include "emit.h"
 #include "micro_filters.h"
@@ -302,15 +301,12 @@ template <class S, class A, class K = FilterColumns<A>> struct FiltersFprop {
     const int64_t tasks = units * shares;
     const size_t band_room = direct ? 0 : room_for_band(), scratch_size = room_for_scratch();
     Tasks queue(tasks, p.threads);
-#pragma omp parallel num_threads(int(least<int64_t>(p.threads, tasks))) if (p.threads > 1 && \
-                                                                                tasks > 1)
-    {
+    in_parallel(least<int64_t>(p.threads, tasks), [&](int self) {
       char* room = static_cast<char*>(workspace(band_room + scratch_size));
       Band* band = reinterpret_cast<Band*>(room);
       A* scratch = reinterpret_cast<A*>(room + band_room);
       int64_t held = -1;
       int copied = -1;  // of the band
-      const int self = omp_get_thread_num();
       for (int64_t task = queue.take(self); task >= 0; task = queue.take(self)) {
         const int64_t unit = task / shares, share = task % shares;
         const int64_t n = unit / (nb * strips);
@@ -341,7 +337,7 @@ template <class S, class A, class K = FilterColumns<A>> struct FiltersFprop {
             segment<1>(g, a, scratch, n, oy, ox, nr, nc, ahead, copied);
         }
       }
-    }
+    });
   }
 };
 

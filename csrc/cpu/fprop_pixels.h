@@ -227,14 +227,11 @@ template <class S, class A> struct PixelsFprop : PixelBands<S, A> {
     const int64_t tasks = units * shares;
     const size_t band_room = room_for_band(), scratch_room = room_for_scratch();
     Tasks queue(tasks, p.threads);
-#pragma omp parallel num_threads(int(least<int64_t>(p.threads, tasks))) if (p.threads > 1 && \
-                                                                                tasks > 1)
-    {
+    in_parallel(least<int64_t>(p.threads, tasks), [&](int self) {
       char* room = static_cast<char*>(workspace(band_room + scratch_room));
       A* band = reinterpret_cast<A*>(room);
       A* scratch = reinterpret_cast<A*>(room + band_room);
       int64_t held = -1;
-      const int self = omp_get_thread_num();
       for (int64_t task = queue.take(self); task >= 0; task = queue.take(self)) {
         const int64_t unit = task / shares, share = task % shares,
                       n0 = unit / (nb * strips) * images;
@@ -276,7 +273,7 @@ template <class S, class A> struct PixelsFprop : PixelBands<S, A> {
           emit_filters(L.tiles[t], scratch, wide, n0, nm, oy, ox, nr, nc);
         }
       }
-    }
+    });
   }
 };
 

@@ -85,9 +85,7 @@ template <class S, class A, class Form> struct Pooled : Form {
     const int64_t pitch = int64_t(p.Wo) * p.F;
     const size_t bytes = room();
     Tasks queue(tasks, p.threads);
-#pragma omp parallel num_threads(int(least<int64_t>(p.threads, tasks))) if (p.threads > 1 && \
-                                                                                tasks > 1)
-    {
+    in_parallel(least<int64_t>(p.threads, tasks), [&](int self) {
       char* memory = static_cast<char*>(workspace(bytes));
       auto* band = reinterpret_cast<typename Form::Band*>(memory);
       S* output = reinterpret_cast<S*>(memory + this->room_for_band());
@@ -96,7 +94,6 @@ template <class S, class A, class Form> struct Pooled : Form {
       mine.p.y = View{nullptr, 0, 1, pitch, p.F};
       int64_t before = -1;  // task whose outputs are there: rows [held, end)
       int held = 0, end = 0;
-      const int self = omp_get_thread_num();
       for (int64_t task = queue.take(self); task >= 0; task = queue.take(self)) {
         const int64_t n = task / bands;
         const int p0 = int(task % bands) * pooled, p1 = least(p.pool->Ho, p0 + pooled),
@@ -119,7 +116,7 @@ template <class S, class A, class Form> struct Pooled : Form {
         end = last;
         pool_rows<S, A>(p, output, first, n, p0, p1);
       }
-    }
+    });
     return true;
   }
 };

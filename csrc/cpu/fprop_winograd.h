@@ -333,13 +333,10 @@ template <class S, class A> struct WinogradFprop : FiltersFprop<S, A> {
     const int64_t tasks = units * shares;
     const size_t bytes = room();
     Tasks queue(tasks, p.threads);
-#pragma omp parallel num_threads(int(least<int64_t>(p.threads, tasks))) if (p.threads > 1 && \
-                                                                                tasks > 1)
-    {
+    in_parallel(least<int64_t>(p.threads, tasks), [&](int self) {
       const Place at = lay_out(static_cast<char*>(workspace(bytes)));
       int64_t packed_unit = -1;
       int held = -1;
-      const int self = omp_get_thread_num();
       for (int64_t task = queue.take(self); task >= 0; task = queue.take(self)) {
         const int64_t unit = task / shares, share = task % shares;
         const Block b = block(unit, bands, strips);
@@ -358,7 +355,7 @@ template <class S, class A> struct WinogradFprop : FiltersFprop<S, A> {
         }
         compute(b, at, s0, s1, &held, ahead);
       }
-    }
+    });
   }
 };
 

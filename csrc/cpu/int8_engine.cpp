@@ -5,34 +5,22 @@
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
-#if defined(__x86_64__)
-#include <cpuid.h>
-#elif defined(__aarch64__) && defined(__linux__)
+#if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
 
 #include "engine.h"
+#include "processor.h"
 
 namespace hetconv {
-
-#if defined(__x86_64__)
-static bool has_avxvnni() {
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  return __builtin_cpu_supports("avx2") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
-}
-#endif
 
 static std::vector<const Int8Kernels*> machine_int8_isas() {
   std::vector<const Int8Kernels*> found;
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512vnni"))
-    found.push_back(&int8_kernels_avx512vnni);
-  if (has_avxvnni()) found.push_back(&int8_kernels_avxvnni);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    found.push_back(&int8_kernels_avx2);
+  const Processor processor = this_processor();
+  if (processor.avx512vnni) found.push_back(&int8_kernels_avx512vnni);
+  if (processor.avxvnni) found.push_back(&int8_kernels_avxvnni);
+  if (processor.avx2) found.push_back(&int8_kernels_avx2);
 #elif defined(__aarch64__) && defined(__linux__)
   constexpr unsigned long asimddp = 1ul << 20;  // HWCAP_ASIMDDP: sdot and udot
   if (getauxval(AT_HWCAP) & asimddp) found.push_back(&int8_kernels_neondot);
@@ -73,29 +61,36 @@ int int8_unfit_filter(const Int8Packed& packed, const float* multiplier, const i
   return -1;
 }
 
-bool int8_fprop(const Int8Packed& packed, Int8Problem p, const float* multiplier,
-                const int32_t* bias) {
+Int8Lanes int8_lanes(const Int8Packed& packed, const Int8Problem& p, const float* multiplier,
+                     const int32_t* bias) {
   const Int8Plan& plan = packed.plan();
   const Int8Lowered& low = plan.lowered();
-  if (p.N == 0 || p.Ho <= 0 || p.Wo <= 0) return true;
-  p.threads = usable_threads(p.threads);
-  // What each lane needs, in one piece of memory; the zero point of x is a constant of each filter.
-  const size_t lanes = size_t(low.lanes);
-  std::unique_ptr<void, void (*)(void*)> data(std::malloc(8 * lanes + 64), std::free);
-  if (!data) throw std::bad_alloc();
-  float* scales = static_cast<float*>(data.get());
-  int32_t* shifts = reinterpret_cast<int32_t*>(scales + lanes);
+  const size_t count = size_t(low.lanes);
+  Int8Lanes lanes{std::vector<float>(count, 0.0f), std::vector<int32_t>(count, 0)};
   const uint32_t zero = uint32_t(p.x_zero + (p.x_type == Byte::s8 ? 128 : 0) -
                                  (plan.kernels().signed_bytes ? 128 : 0));
-  for (size_t l = 0; l < lanes; ++l) {
+  for (size_t l = 0; l < count; ++l) {
     const int f = low.filters[l];
-    scales[l] = f < 0 ? 0.0f : multiplier[f];
+    if (f < 0) continue;
+    lanes.multiplier[l] = multiplier[f];
     // The sum is within int32 in the end; on the way it may wrap.
-    shifts[l] = f < 0 ? 0 : int32_t(uint32_t(bias[f]) - zero * uint32_t(packed.sums()[size_t(f)]));
+    lanes.bias[l] = int32_t(uint32_t(bias[f]) - zero * uint32_t(packed.sums()[size_t(f)]));
   }
-  p.multiplier = scales;
-  p.bias = shifts;
-  return plan.kernels().fprop(low, plan.offsets(), p, packed.data());
+  return lanes;
+}
+
+bool int8_fprop(const Int8Packed& packed, Int8Problem p, const Int8Lanes& lanes) {
+  const Int8Plan& plan = packed.plan();
+  if (p.N == 0 || p.Ho <= 0 || p.Wo <= 0) return true;
+  p.threads = usable_threads(p.threads);
+  p.multiplier = lanes.multiplier.data();
+  p.bias = lanes.bias.data();
+  return plan.kernels().fprop(plan.lowered(), plan.offsets(), p, packed.data());
+}
+
+bool int8_fprop(const Int8Packed& packed, Int8Problem p, const float* multiplier,
+                const int32_t* bias) {
+  return int8_fprop(packed, p, int8_lanes(packed, p, multiplier, bias));
 }
 
 }  // namespace hetconv

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // fprop in 8 bits: tasks are (image, band of rows, strip of columns, share of the blocks).
 #pragma once
-#include <omp.h>
 #include "int8_band.h"
 #include "int8_pool.h"
 #include "tasks.h"
@@ -179,13 +178,10 @@ struct Int8Fprop {
     const size_t room = bands.room();
     const int64_t image = int64_t(p.Ho) * p.Wo * p.F * (p.y_type == Int8Out::f32 ? 4 : 1);
     Tasks queue(tasks, p.threads);
-#pragma omp parallel num_threads(int(least<int64_t>(p.threads, tasks))) if (p.threads > 1 && \
-                                                                                tasks > 1)
-    {
+    in_parallel(least<int64_t>(p.threads, tasks), [&](int self) {
       uint8_t* band = static_cast<uint8_t*>(workspace(room));
       int64_t unit_held = -1;
       int held = -1;
-      const int self = omp_get_thread_num();
       for (int64_t task = queue.take(self); task >= 0; task = queue.take(self)) {
         const int64_t unit = task / shares, share = task % shares, n = unit / (nb * strips);
         const int oy = int(unit / strips % nb) * rows, ox = int(unit % strips) * cols;
@@ -195,7 +191,7 @@ struct Int8Fprop {
                 ox, least(rows, p.Ho - oy), least(cols, p.Wo - ox), &held,
                 static_cast<uint8_t*>(p.y) + n * image);
       }
-    }
+    });
   }
 
   // The outputs of a band are pooled while they are near. False: a band would not fit.
@@ -208,12 +204,9 @@ struct Int8Fprop {
     const int64_t nb = ceil_div(q.Ho, pooled), tasks = p.N * nb;
     const size_t band_room = bands.room(), room = band_room + size_t(bands.rows * row) + 64;
     Tasks queue(tasks, p.threads);
-#pragma omp parallel num_threads(int(least<int64_t>(p.threads, tasks))) if (p.threads > 1 && \
-                                                                                tasks > 1)
-    {
+    in_parallel(least<int64_t>(p.threads, tasks), [&](int self) {
       uint8_t* band = static_cast<uint8_t*>(workspace(room));
       uint8_t* rows = band + band_room;
-      const int self = omp_get_thread_num();
       int64_t before = -1;  // the task whose outputs are there: rows [from, to)
       int from = 0, to = 0;
       for (int64_t task = queue.take(self); task >= 0; task = queue.take(self)) {
@@ -235,7 +228,7 @@ struct Int8Fprop {
         pool_bytes(q, rows, first, p.Ho, p.Wo, p.F, p.y_type == Int8Out::s8,
                    static_cast<uint8_t*>(p.y) + n * q.Ho * q.Wo * p.F, p0, p1);
       }
-    }
+    });
     return true;
   }
 };

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // What a network in 8 bits has between its convolutions. Loops that the compiler vectorises.
 #pragma once
-#include <omp.h>
 #include "int8_pool.h"
+#include "threads.h"
 
 namespace hetconv {
 namespace HETCONV_NS {
@@ -13,8 +13,7 @@ constexpr int64_t kInt8Piece = 1 << 14;  // elements that are worth a thread
 template <class Run>
 static void in_pieces(int64_t count, int64_t piece, int threads, const Run& run) {
   const int64_t pieces = most<int64_t>(1, least<int64_t>(threads, count / piece));
-#pragma omp parallel for num_threads(int(pieces)) if (pieces > 1)
-  for (int64_t i = 0; i < pieces; ++i) run(count * i / pieces, count * (i + 1) / pieces);
+  pieces_in_parallel(count, int(pieces), run);
 }
 
 HC_INLINE float scaled(uint8_t q, uint8_t flip, int zero, float multiplier) {

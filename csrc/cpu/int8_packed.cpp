@@ -6,6 +6,7 @@
 
 #include "engine.h"
 #include "int8_plan.h"
+#include "threads.h"
 
 namespace hetconv {
 
@@ -20,8 +21,7 @@ Int8Packed::Int8Packed(std::shared_ptr<const Int8Plan> plan, const int8_t* w,
   sums_.assign(size_t(low.F), 0);
   reach_.assign(size_t(low.F), 0);
   const int C = low.C;
-#pragma omp parallel for schedule(dynamic) num_threads(usable_threads(threads))
-  for (int i = 0; i < low.blocks; ++i) {
+  each_in_parallel(low.blocks, usable_threads(threads), [&](int64_t i) {
     const Int8Block& b = low.block[i];
     const Int8Order& o = low.order[b.order];
     int8_t* to = packed + b.w0;
@@ -56,7 +56,7 @@ Int8Packed::Int8Packed(std::shared_ptr<const Int8Plan> plan, const int8_t* w,
       to += b.lanes * kQuad;
       if (shuffled) picks += b.lanes * kQuad;
     }
-  }
+  });
   std::memset(packed + low.packed, 0, bytes_ - size_t(low.packed));
 }
 

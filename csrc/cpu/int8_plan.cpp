@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <map>
 
+#include "processor.h"
+
 namespace hetconv {
 namespace {
 
@@ -41,8 +43,9 @@ Int8Plan::Int8Plan(const uint8_t* mask, int F, int C, int KH, int KW, const Int8
   // Of few channels, a quad takes the end of a pixel and the beginning of the next.
   low_.span = KW > 1 && C < 16 && C % kQuad != 0;
 #if defined(__x86_64__)
-  low_.compress = __builtin_cpu_supports("avx512vbmi2") && kernels.most_units == 4;
-  low_.permute = __builtin_cpu_supports("avx512vbmi") && kernels.most_units == 4;
+  static const Processor processor = this_processor();
+  low_.compress = processor.avx512vbmi2 && kernels.most_units == 4;
+  low_.permute = processor.avx512vbmi && kernels.most_units == 4;
 #endif
   mask_.resize(size_t(F) * C * KH * KW);
   for (size_t i = 0; i < mask_.size(); ++i) {

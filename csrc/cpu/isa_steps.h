@@ -81,12 +81,35 @@ template <class T> static void pool_from(const char* x, Window s, int C, char* y
   pool_window(reinterpret_cast<const T*>(x), s, C, reinterpret_cast<T*>(y));
 }
 
+// The sum of a window's pixels over a number of taps, both in float32.
+template <class T> static void mean_from(const char* x, Window s, int C, float taps, char* y) {
+  constexpr int kChannels = 64;  // at once
+  for (int c0 = 0; c0 < C; c0 += kChannels) {
+    const int m = C - c0 < kChannels ? C - c0 : kChannels;
+    float sums[kChannels] = {0.0f};
+    for (int i = 0; i < s.h; ++i)
+      for (int j = 0; j < s.w; ++j) {
+        const T* at = reinterpret_cast<const T*>(x) + i * s.row + j * s.pixel + c0;
+        for (int c = 0; c < m; ++c) sums[c] += value_of(at[c]);
+      }
+    for (int c = 0; c < m; ++c) store(reinterpret_cast<T*>(y) + c0 + c, sums[c] / taps);
+  }
+}
+
+template <class From, class To>
+static void cast_from(const char* x, char* y, int64_t from, int64_t to) {
+  for (int64_t i = from; i < to; ++i)
+    store(reinterpret_cast<To*>(y) + i, value_of(reinterpret_cast<const From*>(x)[i]));
+}
+
 }  // namespace HETCONV_NS
 }  // namespace hetconv
 
-#define HETCONV_STEP_LOOPS                                             \
-  StepLoops {                                                          \
-    {HETCONV_NS::each_from<float>, HETCONV_NS::each_from<uint16_t>}, { \
-      HETCONV_NS::pool_from<float>, HETCONV_NS::pool_from<uint16_t>    \
-    }                                                                  \
+#define HETCONV_STEP_LOOPS                                                           \
+  StepLoops {                                                                        \
+    {HETCONV_NS::each_from<float>, HETCONV_NS::each_from<uint16_t>},                 \
+        {HETCONV_NS::pool_from<float>, HETCONV_NS::pool_from<uint16_t>},             \
+        {HETCONV_NS::mean_from<float>, HETCONV_NS::mean_from<uint16_t>}, {           \
+      HETCONV_NS::cast_from<uint16_t, float>, HETCONV_NS::cast_from<float, uint16_t> \
+    }                                                                                \
   }

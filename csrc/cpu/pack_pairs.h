@@ -155,9 +155,9 @@ static void pack_pair_segment(const Lowered& L, const PairSegment& s, const Weig
 
 template <class S>
 static void pack_pair_segments(const Lowered& L, const WeightView& v, float* out, int threads) {
-#pragma omp parallel for schedule(dynamic) \
-    num_threads(threads) if (threads > 1 && L.packed > (1 << 16))
-  for (int i = 0; i < L.count; ++i) pack_pair_segment<S>(L, L.paired[i], v, out + L.paired[i].w0);
+  each_in_parallel(L.count, L.packed > (1 << 16) ? threads : 1, [&](int64_t i) {
+    pack_pair_segment<S>(L, L.paired[i], v, out + L.paired[i].w0);
+  });
 }
 
 static void pack_pairs(const Lowered& L, const WeightView& v, DType from, void* packed,

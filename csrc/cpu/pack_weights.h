@@ -2,6 +2,7 @@
 // Weights into the order in which the micro-kernels read them. Dead entries are never read.
 #pragma once
 #include <cstdlib>
+#include "threads.h"
 #include "vec.h"
 #include "winograd.h"
 
@@ -149,21 +150,18 @@ static void pack_part(const Lowered& L, const WinogradPart& k, const WeightView&
 
 template <class S, class A>
 static void pack_all(const Lowered& L, const WeightView& v, A* out, int threads) {
-#pragma omp parallel for schedule(dynamic) \
-    num_threads(threads) if (threads > 1 && L.packed > (1 << 16))
-  for (int i = 0; i < L.count; ++i) {
+  if (L.packed <= (1 << 16)) threads = 1;
+  each_in_parallel(L.count, threads, [&](int64_t i) {
     if (L.form == Form::filters)
       pack_segment<S, A>(L, L.segments[i], v, out + L.segments[i].w0);
     else
       pack_tile<S, A>(L, L.tiles[i], v, out + L.tiles[i].w0);
-  }
+  });
   if (!L.winograd) return;
-#pragma omp parallel for schedule(dynamic) \
-    num_threads(threads) if (threads > 1 && L.packed > (1 << 16))
-  for (int i = 0; i < L.winograd->nparts; ++i) {
+  each_in_parallel(L.winograd->nparts, threads, [&](int64_t i) {
     const WinogradPart& k = L.winograd->parts[i];
     pack_part<S, A>(L, k, v, out + k.w0);
-  }
+  });
 }
 
 template <class A>

@@ -17,7 +17,11 @@ constexpr double kFarLoad = 12;
 
 Plan::Plan(const uint8_t* mask, int F, int C, int KH, int KW, DType dtype, const Kernels& kernels,
            const std::string& form, bool channels_last)
-    : kernels_(kernels), dtype_(dtype), cache_(offsets_new(), offsets_delete) {
+    : kernels_(kernels),
+      dtype_(dtype),
+      asked_form_(form),
+      channels_last_(channels_last),
+      cache_(offsets_new(), offsets_delete) {
   low_.F = F;
   low_.C = C;
   low_.KH = KH;

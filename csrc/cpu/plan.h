@@ -49,6 +49,9 @@ class Plan {
     if (low_.winograd) return "winograd";
     return low_.form == Form::filters ? "filters" : low_.accumulate ? "columns" : "pixels";
   }
+  // What it was asked for: the same again makes the same plan, on another machine that one's.
+  const std::string& asked_form() const { return asked_form_; }
+  bool channels_last() const { return channels_last_; }
   int64_t live() const { return live_count_; }
   const std::vector<Group>& groups() const { return groups_; }
   // Vector multiply-adds per pixel of the chosen form and of the useful work: their ratio is the
@@ -92,6 +95,8 @@ class Plan {
   Lowered low_{};
   const Kernels& kernels_;
   DType dtype_;
+  std::string asked_form_;
+  bool channels_last_;
   int64_t live_count_ = 0;
   double cost_ = 0;
   std::vector<uint8_t> mask_, taken_;

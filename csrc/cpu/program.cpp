@@ -16,14 +16,17 @@ void Program::add(std::shared_ptr<const Step> step, std::vector<Place> operands)
   steps_.push_back({std::move(step), std::move(operands)});
 }
 
-void Program::run(char* const* bases) const {
-  std::vector<char*> at(most_);
+void Program::run(char* const* bases, int threads) const {
+  constexpr size_t kFew = 16;
+  char* few[kFew];
+  std::vector<char*> many(most_ > kFew ? most_ : 0);
+  char** at = most_ > kFew ? many.data() : few;
   for (const Bound& bound : steps_) {
     for (size_t i = 0; i < bound.operands.size(); ++i) {
       const Place& place = bound.operands[i];
       at[i] = place.base < 0 ? nullptr : bases[place.base] + place.offset;
     }
-    bound.step->run(at.data());
+    bound.step->run(at, threads);
   }
 }
 

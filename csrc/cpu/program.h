@@ -20,8 +20,10 @@ class Program {
   int bases() const { return bases_; }  // addresses that a call gives
   size_t size() const { return steps_.size(); }
   const Step& step(size_t i) const { return *steps_[i].step; }
-  // From several threads at once, where the memory that they write is not shared.
-  void run(char* const* bases) const;
+  const std::vector<Place>& places(size_t i) const { return steps_[i].operands; }
+  // From several threads at once, where the memory that they write is not shared. threads: 0 = as
+  // many as each step was made for.
+  void run(char* const* bases, int threads = 0) const;
 
  private:
   struct Bound {

@@ -3,11 +3,17 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
+#include <cstring>
+#include <deque>
+#include <optional>
+#include <tuple>
 #include <utility>
 
 #include "../names.h"
 #include "program.h"
+#include "saved_program.h"
 
 namespace py = pybind11;
 using namespace hetconv;
@@ -88,6 +94,71 @@ class Guard {
   std::vector<Watched> tensors_;
 };
 
+// name, dtype, shape, strides
+using PlainTensor =
+    std::tuple<std::string, std::string, std::vector<int64_t>, std::vector<int64_t>>;
+
+std::vector<TensorSpec> tensor_specs(const std::vector<PlainTensor>& tensors) {
+  static const char* const names[] = {"float32", "float64", "bfloat16", "float16", "uint8", "int8"};
+  std::vector<TensorSpec> specs;
+  for (const auto& [name, dtype, shape, strides] : tensors) {
+    const auto at = std::find(std::begin(names), std::end(names), dtype);
+    if (at == std::end(names) || shape.size() != strides.size() || shape.size() > kMostAxes)
+      throw std::invalid_argument("'" + name + "' is no tensor that a program can be given");
+    specs.push_back({name, Element(at - std::begin(names)), shape, strides});
+  }
+  return specs;
+}
+
+// Of a layer: the Support's bits, the address, number and dtype ("int8" too) of its live weights.
+using PlainWeights = std::tuple<py::bytes, uintptr_t, int64_t, std::string>;
+
+using PlainPart =
+    std::tuple<const Program*, std::vector<std::optional<PlainWeights>>, std::vector<int>>;
+
+py::bytes saved_program(const std::vector<PlainPart>& parts, int64_t arena,
+                        const std::vector<PlainTensor>& inputs,
+                        const std::vector<PlainTensor>& outputs, const std::string& made_by,
+                        const std::string& network) {
+  const ProgramFile about{made_by, network, arena, tensor_specs(inputs), tensor_specs(outputs)};
+  std::deque<SavedWeights> kept;  // their addresses stay
+  std::vector<ProgramPart> made;
+  for (const auto& [program, weights, bases] : parts) {
+    made.push_back({program, {}, bases});
+    for (const auto& given : weights) {
+      if (given) {
+        const auto& [bits, at, count, dtype] = *given;
+        kept.push_back({reinterpret_cast<const uint8_t*>(PyBytes_AS_STRING(bits.ptr())),
+                        reinterpret_cast<const void*>(at), count,
+                        dtype == "int8" ? DType::f32 : dtype_named(dtype)});
+      }
+      made.back().weights.push_back(given ? &kept.back() : nullptr);
+    }
+  }
+  return py::bytes(write_program(about, made));
+}
+
+std::unique_ptr<SavedProgram> read_program(const py::bytes& file) {
+  try {
+    return std::make_unique<SavedProgram>(PyBytes_AS_STRING(file.ptr()),
+                                          size_t(PyBytes_GET_SIZE(file.ptr())));
+  } catch (const FileError& error) {
+    const py::object kind = py::module_::import("hetconv_kernels.errors").attr("FileError");
+    PyErr_SetString(kind.ptr(), error.what());
+    throw py::error_already_set();
+  }
+}
+
+void run_saved(SavedProgram& program, const std::vector<uintptr_t>& inputs,
+               const std::vector<uintptr_t>& outputs, int threads) {
+  if (inputs.size() != program.about().inputs.size() ||
+      outputs.size() != program.about().outputs.size())
+    throw std::invalid_argument("a program was given another number of addresses");
+  py::gil_scoped_release release;
+  program.run(reinterpret_cast<const void* const*>(inputs.data()),
+              reinterpret_cast<void* const*>(outputs.data()), threads);
+}
+
 }  // namespace
 
 void bind_program(py::module_& m) {
@@ -121,6 +192,15 @@ void bind_program(py::module_& m) {
       .def("tensor", &Guard::tensor, py::arg("tensor"), py::arg("storage"))
       .def("holds", &Guard::holds);
 
+  m.def("saved_program", &saved_program, py::arg("parts"), py::arg("arena"), py::arg("inputs"),
+        py::arg("outputs"), py::arg("made_by"), py::arg("network"),
+        "Returns the contents of a program's file.");
+  py::class_<SavedProgram>(m, "SavedProgram", "A program that was read from a file's contents.")
+      .def(py::init(&read_program), py::arg("file"))
+      .def_property_readonly("arena", [](const SavedProgram& p) { return p.about().arena; })
+      .def("run", &run_saved, py::arg("inputs"), py::arg("outputs"), py::arg("threads") = 0)
+      .def("release", &SavedProgram::release);
+
   m.def(
       "each_step",
       [](const std::string& what, const std::string& dtype, int64_t count, float low, float high,
@@ -137,10 +217,55 @@ void bind_program(py::module_& m) {
         for (int i = 1; i < 4; ++i)
           if (nhwc[size_t(i)] > INT32_MAX) throw std::invalid_argument("an image is too large");
         const Pool q{v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]};
-        return std::make_shared<MaxPoolStep>(dtype_named(dtype), nhwc[0], int(nhwc[1]),
-                                             int(nhwc[2]), int(nhwc[3]), q, threads);
+        return std::make_shared<PoolStep>(Pooling::max, dtype_named(dtype), nhwc[0], int(nhwc[1]),
+                                          int(nhwc[2]), int(nhwc[3]), q, threads);
       },
       py::arg("dtype"), py::arg("nhwc"), py::arg("pool"), py::arg("threads") = 1);
+  m.def(
+      "average_pool",
+      [](const std::string& dtype, uintptr_t x, const std::array<int64_t, 4>& nhwc, uintptr_t y,
+         const std::array<int, 8>& v, bool inside, int threads) {
+        for (int i = 1; i < 4; ++i)
+          if (nhwc[size_t(i)] > INT32_MAX) throw std::invalid_argument("an image is too large");
+        const Pool q{v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]};
+        const auto step = std::make_shared<PoolStep>(inside ? Pooling::mean_inside : Pooling::mean,
+                                                     dtype_named(dtype), nhwc[0], int(nhwc[1]),
+                                                     int(nhwc[2]), int(nhwc[3]), q, threads);
+        if (Tape* tape = Tape::current()) tape->note(step, {x, y});
+        py::gil_scoped_release release;
+        char* const operands[] = {reinterpret_cast<char*>(x), reinterpret_cast<char*>(y)};
+        step->run(operands, 0);
+      },
+      py::arg("dtype"), py::arg("x"), py::arg("nhwc"), py::arg("y"), py::arg("pool"),
+      py::arg("inside"), py::arg("threads") = 1);
+  m.def(
+      "copy_step",
+      [](int element, const CopyStep::Four& sizes, const CopyStep::Four& x_strides,
+         const CopyStep::Four& y_strides, int threads) -> StepPointer {
+        return std::make_shared<CopyStep>(element, sizes, x_strides, y_strides, threads);
+      },
+      py::arg("element"), py::arg("sizes"), py::arg("x_strides"), py::arg("y_strides"),
+      py::arg("threads") = 1);
+  m.def(
+      "pad_step",
+      [](int element, const CopyStep::Four& sizes, const CopyStep::Four& x_strides,
+         const CopyStep::Four& y_strides, int64_t count, int64_t first, const py::bytes& value,
+         int threads) -> StepPointer {
+        const std::string bytes = value;
+        uint64_t low = 0;
+        std::memcpy(&low, bytes.data(), bytes.size() < 8 ? bytes.size() : 8);
+        return std::make_shared<PadStep>(CopyStep(element, sizes, x_strides, y_strides, threads),
+                                         count, first, low);
+      },
+      py::arg("element"), py::arg("sizes"), py::arg("x_strides"), py::arg("y_strides"),
+      py::arg("count"), py::arg("first"), py::arg("value"), py::arg("threads") = 1);
+  m.def(
+      "cast_step",
+      [](const std::string& from, const std::string& to, int64_t count,
+         int threads) -> StepPointer {
+        return std::make_shared<CastStep>(dtype_named(from), dtype_named(to), count, threads);
+      },
+      py::arg("from_dtype"), py::arg("to_dtype"), py::arg("count"), py::arg("threads") = 1);
   m.def(
       "concat_step",
       [](int64_t outer, std::vector<int64_t> sizes, int threads) -> StepPointer {

@@ -2,6 +2,7 @@
 // Steps of a program: one call of the engine, or what a network has between two of them, with
 // everything but the addresses of its operands.
 #pragma once
+#include <array>
 #include <memory>
 #include <vector>
 
@@ -11,14 +12,36 @@
 
 namespace hetconv {
 
+class Writer;  // saved.h
+class Reader;
+struct SavedWeights;
+
+// What a step may touch of an operand: bytes from its address on, and the size of its elements.
+struct Reach {
+  int64_t bytes;
+  int element;
+};
+
 class Step {
  public:
   virtual ~Step() = default;
   virtual const char* kind() const = 0;
   virtual int operands() const = 0;
   // Inputs first, the output last. They overlap only where an input is the output.
-  virtual void run(char* const* operands) const = 0;
+  // threads: 0 = as many as the step was made for.
+  virtual void run(char* const* operands, int threads) const = 0;
+
+  // In files, see saved_program.h. Each class has a `load` that reads what `save` wrote.
+  virtual void save(Writer& to, const SavedWeights* weights) const = 0;
+  virtual Reach reach(int operand) const = 0;
+  virtual bool optional(int operand) const {  // may be null
+    (void)operand;
+    return false;
+  }
+  virtual bool in_place() const { return false; }  // an input may be the output
 };
+
+using Loaded = std::unique_ptr<const Step>;
 
 // Operands: x, residual (null: none), y.
 class ConvStep : public Step {
@@ -28,9 +51,14 @@ class ConvStep : public Step {
            const Problem& p);
   const char* kind() const override { return "conv"; }
   int operands() const override { return 3; }
-  void run(char* const* operands) const override;
+  void run(char* const* operands, int threads) const override;
+  void save(Writer& to, const SavedWeights* weights) const override;
+  Reach reach(int operand) const override;
+  static Loaded load(Reader& from);
+  bool optional(int operand) const override { return operand == 1; }
 
  private:
+  void run_apart(Problem p) const;
   std::shared_ptr<const Plan> plan_;
   std::shared_ptr<const Packed> packed_;
   Problem p_;
@@ -46,14 +74,20 @@ class Int8ConvStep : public Step {
                const float* multiplier, const int32_t* bias);
   const char* kind() const override { return "int8 conv"; }
   int operands() const override { return 3; }
-  void run(char* const* operands) const override;
+  void run(char* const* operands, int threads) const override;
+  void save(Writer& to, const SavedWeights* weights) const override;
+  Reach reach(int operand) const override;
+  static Loaded load(Reader& from);
+  bool optional(int operand) const override { return operand == 1; }
 
  private:
+  void run_apart(Int8Problem p) const;
   std::shared_ptr<const Int8Packed> packed_;
   Int8Problem p_;
   Pool pool_{};
   std::vector<float> multiplier_;
   std::vector<int32_t> bias_;
+  Int8Lanes lanes_;
 };
 
 // Operands: a, b (null: none), y.
@@ -62,7 +96,12 @@ class Int8SumStep : public Step {
   Int8SumStep(const Int8Kernels& kernels, const Int8Sum& s) : kernels_(kernels), s_(s) {}
   const char* kind() const override { return "int8 sum"; }
   int operands() const override { return 3; }
-  void run(char* const* operands) const override;
+  void run(char* const* operands, int threads) const override;
+  void save(Writer& to, const SavedWeights* weights) const override;
+  Reach reach(int operand) const override;
+  static Loaded load(Reader& from);
+  bool optional(int operand) const override { return operand == 1; }
+  bool in_place() const override { return s_.y_type != Int8Out::f32; }
 
  private:
   const Int8Kernels& kernels_;
@@ -75,7 +114,10 @@ class Int8ImagesStep : public Step {
   Int8ImagesStep(const Int8Kernels& kernels, const Int8Images& s);
   const char* kind() const override { return s_.pool ? "int8 max pool" : "int8 mean"; }
   int operands() const override { return 2; }
-  void run(char* const* operands) const override;
+  void run(char* const* operands, int threads) const override;
+  void save(Writer& to, const SavedWeights* weights) const override;
+  Reach reach(int operand) const override;
+  static Loaded load(Reader& from);
 
  private:
   const Int8Kernels& kernels_;
@@ -96,7 +138,10 @@ class QuantizeStep : public Step {
         threads_(threads) {}
   const char* kind() const override { return "quantize"; }
   int operands() const override { return 2; }
-  void run(char* const* operands) const override;
+  void run(char* const* operands, int threads) const override;
+  void save(Writer& to, const SavedWeights* weights) const override;
+  Reach reach(int operand) const override;
+  static Loaded load(Reader& from);
 
  private:
   const Int8Kernels& kernels_;
@@ -114,7 +159,12 @@ class EachStep : public Step {
   EachStep(Each what, DType dtype, int64_t count, float low, float high, int threads);
   const char* kind() const override;
   int operands() const override { return 3; }
-  void run(char* const* operands) const override;
+  void run(char* const* operands, int threads) const override;
+  void save(Writer& to, const SavedWeights* weights) const override;
+  Reach reach(int operand) const override;
+  static Loaded load(Reader& from);
+  bool optional(int operand) const override { return operand == 1 && what_ > Each::mul; }
+  bool in_place() const override { return true; }
 
  private:
   Each what_;
@@ -124,15 +174,24 @@ class EachStep : public Step {
   int threads_;
 };
 
-// Operands: x, y: images in channels_last, float32 or bfloat16; a NaN wins.
-class MaxPoolStep : public Step {
+// What is taken of a window: the greatest, where a NaN wins; or the sum over the number of all
+// taps, or of those inside the image.
+enum class Pooling : int { max = 0, mean = 1, mean_inside = 2 };
+
+// Operands: x, y: images in channels_last, float32 or bfloat16.
+class PoolStep : public Step {
  public:
-  MaxPoolStep(DType dtype, int64_t N, int H, int W, int C, const Pool& pool, int threads);
-  const char* kind() const override { return "max pool"; }
+  PoolStep(Pooling what, DType dtype, int64_t N, int H, int W, int C, const Pool& pool,
+           int threads);
+  const char* kind() const override { return what_ == Pooling::max ? "max pool" : "average pool"; }
   int operands() const override { return 2; }
-  void run(char* const* operands) const override;
+  void run(char* const* operands, int threads) const override;
+  void save(Writer& to, const SavedWeights* weights) const override;
+  Reach reach(int operand) const override;
+  static Loaded load(Reader& from);
 
  private:
+  Pooling what_;
   DType dtype_;
   int64_t N_;
   int H_, W_, C_;
@@ -147,7 +206,10 @@ class ConcatStep : public Step {
   ConcatStep(int64_t outer, std::vector<int64_t> bytes, int threads);
   const char* kind() const override { return "concat"; }
   int operands() const override { return int(bytes_.size()) + 1; }
-  void run(char* const* operands) const override;
+  void run(char* const* operands, int threads) const override;
+  void save(Writer& to, const SavedWeights* weights) const override;
+  Reach reach(int operand) const override;
+  static Loaded load(Reader& from);
 
  private:
   int64_t outer_, row_ = 0;
@@ -162,13 +224,73 @@ class PickStep : public Step {
            std::vector<int> columns, int threads);
   const char* kind() const override { return "upsample"; }
   int operands() const override { return 2; }
-  void run(char* const* operands) const override;
+  void run(char* const* operands, int threads) const override;
+  void save(Writer& to, const SavedWeights* weights) const override;
+  Reach reach(int operand) const override;
+  static Loaded load(Reader& from);
 
  private:
   int64_t N_;
   int H_, W_;
   int64_t pixel_;
   std::vector<int> rows_, columns_;
+  int threads_;
+};
+
+// Operands: x, y: the same elements in another order: element (i, j, k, l) of sizes n has these
+// strides, in elements of 1, 2, 4 or 8 bytes.
+class CopyStep : public Step {
+ public:
+  using Four = std::array<int64_t, 4>;
+  CopyStep(int element, const Four& sizes, const Four& x_strides, const Four& y_strides,
+           int threads);
+  int element() const { return element_; }
+  int threads() const { return threads_; }
+  const char* kind() const override { return "copy"; }
+  int operands() const override { return 2; }
+  void run(char* const* operands, int threads) const override;
+  void save(Writer& to, const SavedWeights* weights) const override;
+  Reach reach(int operand) const override;
+  static Loaded load(Reader& from);
+
+ private:
+  int element_;
+  Four sizes_, x_, y_;
+  int threads_;
+};
+
+// Operands: x, y: `count` elements of y that are `value`, but for a copy of x from `first` on, all
+// in elements; `value` is the lowest bytes of one.
+class PadStep : public Step {
+ public:
+  PadStep(const CopyStep& copy, int64_t count, int64_t first, uint64_t value);
+  const char* kind() const override { return "pad"; }
+  int operands() const override { return 2; }
+  void run(char* const* operands, int threads) const override;
+  void save(Writer& to, const SavedWeights* weights) const override;
+  Reach reach(int operand) const override;
+  static Loaded load(Reader& from);
+
+ private:
+  CopyStep copy_;
+  int64_t count_, first_;
+  uint64_t value_;
+};
+
+// Operands: x, y: `count` elements from float32 to bfloat16, or back.
+class CastStep : public Step {
+ public:
+  CastStep(DType from, DType to, int64_t count, int threads);
+  const char* kind() const override { return "cast"; }
+  int operands() const override { return 2; }
+  void run(char* const* operands, int threads) const override;
+  void save(Writer& to, const SavedWeights* weights) const override;
+  Reach reach(int operand) const override;
+  static Loaded load(Reader& from);
+
+ private:
+  bool narrow_;
+  int64_t count_;
   int threads_;
 };
 

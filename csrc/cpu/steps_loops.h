@@ -21,6 +21,8 @@ struct StepLoops {
   void (*each[2])(Each what, const char* a, const char* b, char* y, int64_t from, int64_t to,
                   float low, float high);
   void (*pool[2])(const char* x, Window s, int C, char* y);
+  void (*mean[2])(const char* x, Window s, int C, float taps, char* y);
+  void (*cast[2])(const char* x, char* y, int64_t from, int64_t to);  // to that dtype
 };
 
 extern const StepLoops step_loops_generic;

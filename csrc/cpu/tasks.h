@@ -3,6 +3,7 @@
 // the image follow one another in one core's cache; a thread that has finished takes from others.
 #pragma once
 #include <atomic>
+#include "threads.h"
 #include "vec.h"
 
 namespace hetconv {

@@ -8,6 +8,7 @@
 #include "channels.h"
 #include "micro_wgrad_channels.h"
 #include "pack_vectors.h"
+#include "threads.h"
 
 namespace hetconv {
 namespace HETCONV_NS {
@@ -194,9 +195,8 @@ template <class S, class A, class K = OneImage<S, A>> struct ChannelsWgrad {
                  yp_room = (y_planes() + 63) / 64 * 64;
     A* partial = static_cast<A*>(malloc(size_t(L.sums + VL<A>) * most(slots, 1) * sizeof(A)));
     if (!partial) out_of_memory();
-#pragma omp parallel for schedule(static, 1) num_threads(slots* shares) if (slots * shares > 1)
-    for (int worker = 0; worker < slots * shares; ++worker) {
-      const int slot = worker / shares, share = worker % shares;
+    each_in_parallel(slots * shares, slots * shares, [&](int64_t worker) {
+      const int slot = int(worker / shares), share = int(worker % shares);
       const int t0 = boundary(share, shares), t1 = boundary(share + 1, shares);
       char* room = static_cast<char*>(workspace(x_room + y_room + xp_room + yp_room));
       A* x = reinterpret_cast<A*>(room);
@@ -224,11 +224,10 @@ template <class S, class A, class K = OneImage<S, A>> struct ChannelsWgrad {
                    slots == 1 && unit == units - 1 ? &out : nullptr);
         }
       }
-    }
+    });
     if (slots != 1) {
-#pragma omp parallel for schedule(static) \
-    num_threads(p.threads) if (p.threads > 1 && L.sums > (1 << 15))
-      for (int t = 0; t < L.tiles; ++t) emit(L.tile[t], partial, slots, out);
+      each_in_parallel(L.tiles, L.sums > (1 << 15) ? p.threads : 1,
+                       [&](int64_t t) { emit(L.tile[t], partial, slots, out); });
     }
     free(partial);
     free(off);

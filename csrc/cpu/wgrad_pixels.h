@@ -7,6 +7,7 @@
 #include "fprop_pixels.h"
 #include "micro_wgrad.h"
 #include "pack_vectors.h"
+#include "threads.h"
 
 namespace hetconv {
 namespace HETCONV_NS {
@@ -109,9 +110,8 @@ template <class S, class A> struct PixelsWgrad {
     const int64_t span = ceil_div<int64_t>(L.packed, VL<A>) * VL<A> + VL<A>;
     A* partial = static_cast<A*>(calloc(size_t(span) * most(slots, 1), sizeof(A)));
     if (!partial) out_of_memory();
-#pragma omp parallel for schedule(static, 1) num_threads(slots* shares) if (slots * shares > 1)
-    for (int worker = 0; worker < slots * shares; ++worker) {
-      const int slot = worker / shares, share = worker % shares;
+    each_in_parallel(slots * shares, slots * shares, [&](int64_t worker) {
+      const int slot = int(worker / shares), share = int(worker % shares);
       char* room = static_cast<char*>(workspace(x_room + y_room + turn_bytes()));
       A* x = reinterpret_cast<A*>(room);
       A* dy = reinterpret_cast<A*>(room + x_room);
@@ -129,10 +129,8 @@ template <class S, class A> struct PixelsWgrad {
                           xb, gy, n0, nm, oy, ox, nr, nc, scratch, dy);
         band(off, x, dy, t0, t1, nr * images * gx.pitch, partial + slot * span);
       }
-    }
-#pragma omp parallel for schedule(static) \
-    num_threads(p.threads) if (p.threads > 1 && L.packed > (1 << 15))
-    for (int t = 0; t < L.count; ++t) {
+    });
+    each_in_parallel(L.count, L.packed > (1 << 15) ? p.threads : 1, [&](int64_t t) {
       const PixelTile& tile = L.tiles[t];
       for (int k = 0; k < tile.ncols; ++k) {
         const Column& c = L.columns[tile.col0 + k];
@@ -144,7 +142,7 @@ template <class S, class A> struct PixelsWgrad {
              c.kx * strides[3]] = Narrow<S>::of(sum);
         }
       }
-    }
+    });
     free(partial);
   }
 };

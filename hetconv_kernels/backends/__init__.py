@@ -17,6 +17,7 @@ from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 from ..errors import BackendError, mismatch
+from ..openmp import share as share_openmp
 from ..pooling import max_pooled
 from ..problem import DTYPES, Problem
 from .cost_model import POOL, POOLED
@@ -123,7 +124,7 @@ def _engines() -> dict[str, Backend]:
     from .vendor import Vendor
 
     engines: dict[str, Backend] = {"vendor": Vendor()}
-    if importlib.util.find_spec("hetconv_kernels._cpu") is not None:
+    if importlib.util.find_spec("hetconv_kernels._cpu") is not None and not share_openmp():
         from .cpu import Cpu
 
         engines["cpu"] = Cpu()

@@ -13,6 +13,7 @@ from .frequency import FrequencyPruning
 from .het import Het
 from .play_and_prune import PlayAndPrune
 from .report import CompressionReport, LayerReport, compare
+from .rounds import Rounds
 from .run import Run
 from .self_grouping import self_group
 from .self_grouping_network import SelfGrouping
@@ -28,6 +29,7 @@ __all__ = [
     "LayerReport",
     "Method",
     "PlayAndPrune",
+    "Rounds",
     "Run",
     "SelfGrouping",
     "Stability",

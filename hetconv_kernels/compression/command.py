@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import models
+from .. import json_output, models
 from ..datasets import Dataset, digits, read, shifted_and_flipped
 from ..errors import ArgumentError, HetconvError, InputTypeError, SpeedupError, mismatch
 from ..factory import call_factory, is_factory
@@ -57,7 +57,7 @@ _NETWORKS = ("digits_net", "lenet5", "vgg16_cifar", "resnet20", "resnet56", "res
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command to a parser."""
     add = parser.add_argument
-    add("method", choices=METHODS, metavar="METHOD", help=", ".join(METHODS))
+    add("method", choices=tuple(METHODS), metavar="METHOD", help=", ".join(METHODS))
     add("--data", default="digits",
         help="digits (of scikit-learn, the default), a folder with MNIST's IDX files or "
         "CIFAR-10's binary files, or "
@@ -89,6 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-measure", action="store_true", help="do not time anything")
     add("--out", type=Path, default=Path("outputs/compress"),
         help="results, and the state to continue from, go here (outputs/compress)")  # fmt: skip
+    json_output.add_argument(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -102,10 +103,28 @@ def run(options: argparse.Namespace) -> int:
         ArgumentError: a setting is unknown or out of range.
         SpeedupError: the network did not become as fast as required.
     """
-    kind = METHODS[options.method]
     if options.settings:
-        print(listed(kind))
+        kind = METHODS[options.method]
+        print(json.dumps(settings(kind), indent=2) if options.json else listed(kind))
         return 0
+    failed: list[SpeedupError] = []
+    json_output.emit(options, lambda: _run(options, failed))
+    if failed:
+        raise failed[0]
+    return 0
+
+
+def _run(options: argparse.Namespace, failed: list[SpeedupError]) -> dict[str, Any]:
+    """Compresses and writes the results.
+
+    Args:
+        options: those of the command.
+        failed: gets the error of a network that did not become as fast as required.
+
+    Returns:
+        What the results file holds.
+    """
+    kind = METHODS[options.method]
     method = build_method(kind, options.set)
     if options.batch < 2:
         raise ArgumentError(mismatch("--batch", options.batch, "at least 2"))
@@ -119,7 +138,6 @@ def run(options: argparse.Namespace) -> int:
     )  # fmt: skip
     images = _first(data.test, "test")[0]
     example = images[: min(options.batch, len(images))]
-    failed: SpeedupError | None = None
     try:
         report = compress(
             model, method, data=training.data, eval_data=training.eval_data,
@@ -128,7 +146,8 @@ def run(options: argparse.Namespace) -> int:
             require_speedup=options.require_speedup,
         )  # fmt: skip
     except SpeedupError as error:
-        failed, report = error, error.report
+        failed.append(error)
+        report = error.report
     judge = Training(eval_data=data.test)
     with torch.no_grad():
         before, after = (judge.judge(net) for net in (model, report.model))
@@ -140,9 +159,7 @@ def run(options: argparse.Namespace) -> int:
     print(f"Accuracy on {data.seen_by_nothing} that nothing above has seen: "
           f"{before:.4f} -> {after:.4f}.")  # fmt: skip
     print(f"Wrote {options.out / options.method}.json, .pt and .state.pt.")
-    if failed is not None:
-        raise failed
-    return 0
+    return record
 
 
 class Batches(NamedTuple):
@@ -171,7 +188,7 @@ def read_data(text: str, batch: int, validation: int) -> Batches:
     if is_factory(text):
         found = call_factory(text, "--data")
         if isinstance(found, Dataset):
-            return _batches(found, batch, augment=False)
+            return batches_of(found, batch, augment=False)
         if not isinstance(found, tuple | list) or len(found) != 3:
             raise InputTypeError(
                 mismatch(f"what {text} returned", type(found).__name__,
@@ -186,9 +203,9 @@ def read_data(text: str, batch: int, validation: int) -> Batches:
                 )  # fmt: skip
         return Batches(train, decide, report, "the test data")
     if text == "digits":
-        return _batches(digits(), batch, augment=False)
+        return batches_of(digits(), batch, augment=False)
     found = read(text, validation)
-    return _batches(found, batch, augment=is_colour(found))
+    return batches_of(found, batch, augment=is_colour(found))
 
 
 def is_colour(data: Dataset) -> bool:
@@ -202,7 +219,8 @@ def network_for(images: Tensor) -> str:
     return next((n for n in fitting if n.startswith(("digits", "lenet"))), "vgg16_cifar")
 
 
-def _batches(data: Dataset, batch: int, augment: bool) -> Batches:
+def batches_of(data: Dataset, batch: int, augment: bool) -> Batches:
+    """Deals the images of a data set out in batches; those of training are shuffled."""
     return Batches(
         data.train.shuffled(batch, shifted_and_flipped if augment else None),
         data.validation.batches(max(batch, 256)),
@@ -223,25 +241,42 @@ def _first(batches: Iterable[Any], name: str) -> tuple[Tensor, Tensor]:
     return batch[0], batch[1]  # type: ignore[index]
 
 
+def settings(kind: type[Method]) -> dict[str, dict[str, Any]]:
+    """Names a method's settings, each with its default and what it is."""
+    text = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:")[2]
+    described = _described(text)
+    return {
+        field.name: {
+            "default": field.default,
+            "about": _plain(described.get(field.name, "")).rstrip("."),
+        }
+        for field in dataclasses.fields(kind)
+    }
+
+
 def listed(kind: type[Method]) -> str:
     """Lists a method's settings with their defaults and what they are, in plain text."""
-    text, _, rest = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:")
+    text = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:")[0]
+    lines = [_plain(text).strip(), "", "Settings, for --set NAME=VALUE:"]
+    for name, setting in settings(kind).items():
+        lines += textwrap.wrap(
+            f"{name}={json.dumps(setting['default'])}  {setting['about']}",
+            width=100, initial_indent="  ", subsequent_indent="      ",
+        )  # fmt: skip
+    return "\n".join(lines)
+
+
+def _described(text: str) -> dict[str, str]:
+    """Takes the section of a docstring that describes attributes apart."""
     described: dict[str, str] = {}
     name = ""
-    for line in rest.partition("\nRaises:")[0].splitlines():
+    for line in text.partition("\nRaises:")[0].splitlines():
         begins = re.match(r"    (\w+): (.*)", line)
         if begins:
             name, described[name] = begins[1], begins[2]
         elif name and line.strip():
             described[name] += f" {line.strip()}"
-    lines = [_plain(text).strip(), "", "Settings, for --set NAME=VALUE:"]
-    for field in dataclasses.fields(kind):
-        about = _plain(described.get(field.name, "")).rstrip(".")
-        lines += textwrap.wrap(
-            f"{field.name}={json.dumps(field.default)}  {about}",
-            width=100, initial_indent="  ", subsequent_indent="      ",
-        )  # fmt: skip
-    return "\n".join(lines)
+    return described
 
 
 def _plain(text: str) -> str:
@@ -275,7 +310,7 @@ def build_method(kind: type[Method], settings: list[str]) -> Method:
 
 def trainer(data: Dataset, batch: int, learning_rate: float, augment: bool) -> Training:
     """Returns how a network is trained on a data set: SGD with momentum, judged by validation."""
-    return sgd(_batches(data, batch, augment), learning_rate)
+    return sgd(batches_of(data, batch, augment), learning_rate)
 
 
 def sgd(data: Batches, learning_rate: float) -> Training:

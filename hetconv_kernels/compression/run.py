@@ -25,6 +25,7 @@ from ..masks import BoolArray
 from ..support import Support
 from . import ranks
 from .interfaces import Interfaces, find_interfaces
+from .outside import Epoch, OutsideLoop
 from .progress import Progress
 from .schedule import check_loss, step_decay
 from .state import StateFile
@@ -165,8 +166,10 @@ class Run:
 
             name = f"{what}, epoch {epoch + 1}/{epochs}"
 
-            def one(scale: float = scale, last: bool = last, name: str = name) -> dict[str, float]:
-                loss = self._epoch(scale, penalty, after_step)
+            def one(
+                epoch: int = epoch, last: bool = last, scale: float = scale, name: str = name
+            ) -> dict[str, float]:
+                loss = self._epoch(scale, penalty, after_step, not epoch)
                 check_loss(name, loss)
                 if last:
                     self._optimizer = self._parallel = None
@@ -192,7 +195,13 @@ class Run:
         scale: float,
         penalty: Callable[[], Tensor] | None,
         after_step: Callable[[], None] | None,
+        first: bool,
     ) -> float:
+        if isinstance(self.training.data, OutsideLoop):
+            self.model.train()
+            mean = self.training.data.run(Epoch(self, scale, penalty, after_step, first))
+            self.project()
+            return ranks.sum_over_ranks(mean) / ranks.world_size()
         if self._optimizer is None:
             self._optimizer = self.training.make_optimizer(self.model)
             for group in self._optimizer.param_groups:

@@ -33,7 +33,10 @@ _MORE = frozenset(
     ("softmax", "log_softmax", "sum", "pow", "rsqrt", "sqrt", "exp", "matmul", "layer_norm",
      "group_norm", "batch_norm", "conv2d", "linear", "bmm", "stack", "normalize", "pixel_shuffle",
      "prelu", "amax", "amin", "max", "min", "swapaxes", "movedim", "t", "type_as", "numel",
-     "expand_as", "roll", "fprop")
+     "expand_as", "roll", "fprop",
+     # Checks of shapes, attention and upsampling as timm and segmentation_models_pytorch have them.
+     "_assert", "reshape_as", "view_as", "unbind", "scaled_dot_product_attention",
+     "conv_transpose2d", "conv1d")
 )  # fmt: skip
 _NAMES = EACH | SPATIAL | BINARY | MOVES | SIZES | _MORE
 _ATTRIBUTES = frozenset(("shape", "dtype", "device", "ndim"))

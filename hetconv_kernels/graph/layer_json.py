@@ -38,6 +38,8 @@ _CONV = (
 _NORM = ("num_features", "eps", "momentum", "affine", "track_running_stats")
 _PLAIN: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Conv2d: _CONV,
+    nn.Conv1d: _CONV,
+    nn.ConvTranspose2d: (*_CONV, "output_padding"),
     nn.Linear: ("in_features", "out_features"),
     nn.BatchNorm1d: _NORM,
     nn.BatchNorm2d: _NORM,
@@ -74,6 +76,7 @@ _PLAIN: dict[type[nn.Module], tuple[str, ...]] = {
     nn.ChannelShuffle: ("groups",),
     nn.PixelShuffle: ("upscale_factor",),
 }  # fmt: skip
+_BIASED = (nn.Conv2d, nn.Conv1d, nn.ConvTranspose2d, nn.Linear)
 _SUPPORTED: tuple[type[SupportConv2d], ...] = (
     SupportConv2d,
     SelfGroupConv2d,
@@ -104,7 +107,7 @@ def layer_to_json(module: nn.Module) -> Json | None:
         described["dtype"] = str(weight.dtype).removeprefix("torch.")
     if kind in _PLAIN:
         described["arguments"] = {name: getattr(module, name) for name in _PLAIN[kind]}
-        if kind in (nn.Conv2d, nn.Linear):
+        if kind in _BIASED:
             described["arguments"]["bias"] = module.bias is not None
         if kind is nn.Conv2d and _is_channels_last(module):
             described["channels_last"] = True
@@ -208,7 +211,7 @@ def _build(
     kind: type[nn.Module], arguments: Json, described: Json, dtype: torch.dtype
 ) -> nn.Module:
     if kind in _PLAIN:
-        known = {*_PLAIN[kind], *(("bias",) if kind in (nn.Conv2d, nn.Linear) else ())}
+        known = {*_PLAIN[kind], *(("bias",) if kind in _BIASED else ())}
         if set(arguments) != known:
             raise ValueError(f"arguments {sorted(arguments)} where {sorted(known)} are expected")
         module = kind(**arguments)

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn import Parameter
+from torch import fx, nn
 
 from .fold import _activation, _pool
 from .names import module_of, name_of
+from .native_copies import Made, cast, copied, is_padding, padded
+from .seen import Operand, Seen, Spec
 
 try:
     from .. import _cpu
@@ -21,94 +22,6 @@ except ImportError:  # nothing is compiled here
 
 _LAST, _ROWS = torch.channels_last, torch.contiguous_format
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-
-
-class Spec(NamedTuple):
-    """A tensor as it was recorded.
-
-    Attributes:
-        shape: its sizes.
-        stride: its strides, in elements.
-        dtype: of its elements.
-        storage: the number of its storage.
-        offset: where it begins in that, in bytes.
-    """
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    storage: int
-    offset: int
-
-    @property
-    def numel(self) -> int:
-        """The number of its elements."""
-        return math.prod(self.shape)
-
-    @property
-    def extent(self) -> int:
-        """From its first element to its last, in elements."""
-        if not self.numel:
-            return 0
-        return 1 + sum(s * (n - 1) for s, n in zip(self.stride, self.shape, strict=True))
-
-    @property
-    def memory_format(self) -> torch.memory_format | None:
-        """The format that ``torch.empty`` makes the same strides of; None where there is none."""
-        for layout in (_ROWS, _LAST) if len(self.shape) == 4 else (_ROWS,):
-            like = torch.empty(self.shape, device="meta", memory_format=layout)
-            if like.stride() == self.stride:
-                return layout
-        return None
-
-    def is_dense(self, layout: torch.memory_format) -> bool:
-        """Tells whether its elements lie side by side in the order of a format."""
-        if layout == _LAST and len(self.shape) != 4:
-            return False
-        like = torch.empty_strided(self.shape, self.stride, device="meta")
-        return like.is_contiguous(memory_format=layout)
-
-    def fits(self, value: Any) -> bool:
-        """Tells whether a value can be read as this tensor was."""
-        return (
-            type(value) in (Tensor, Parameter)
-            and value.shape == self.shape
-            and value.stride() == self.stride
-            and value.dtype is self.dtype
-            and value.is_cpu
-            and value.layout is torch.strided
-            and not value.is_neg()
-        )
-
-
-class Operand(NamedTuple):
-    """What a native step reads or writes: the value of a step of the graph; None: nothing."""
-
-    step: fx.Node | None
-    spec: Spec | None
-
-
-class Seen(NamedTuple):
-    """One step of the graph as it was recorded.
-
-    Attributes:
-        node: the step.
-        specs: of the tensors in its value, None for other leaves, as `pytree` lists them.
-        structure: of the value, for `pytree`.
-        made: the number of the storage that it made, -1 if none.
-        calls: of the engine: steps, and the operands of each, None where one is not known.
-    """
-
-    node: fx.Node
-    specs: tuple[Spec | None, ...]
-    structure: Any
-    made: int
-    calls: tuple[tuple[Any, tuple[Operand | None, ...]], ...]
-
-    @property
-    def spec(self) -> Spec | None:
-        """The tensor that is its value; None where that is something else."""
-        return self.specs[0] if self.structure.is_leaf() else None
 
 
 Found = tuple[Any, tuple[Operand, ...]]
@@ -125,16 +38,20 @@ def native_step(seen: Seen, sources: Sequence[Seen]) -> Found | None:
         None where there is no native step that gives the same bits.
     """
     module = module_of(seen.node)
-    if seen.node.op == "call_module" and _is_layer(module):
+    if seen.node.op == "call_module" and _is_layer(module) and not is_padding(module):
         return _engine_call(seen)
     if module is not None and (module._forward_hooks or "forward" in module.__dict__):
         return None
-    if module is not None and not type(module).__module__.startswith("torch.nn."):
+    foreign = module is not None and not type(module).__module__.startswith("torch.nn.")
+    if foreign and not (is_padding(module) and _is_layer(module)):
         return None
     specs = {s.node: s.spec for s in sources if s.spec is not None and s.spec.numel}
     if seen.spec is None or len(specs) != len(sources) or not specs:
         return None
-    for make in (_binary, _activated, _max_pooled, _concatenated, _upsampled):
+    makers = (
+        _binary, _activated, _max_pooled, _concatenated, _upsampled, copied, padded, cast,
+    )  # fmt: skip
+    for make in makers:
         found = make(seen.node, seen.spec, module, specs)
         if found is not None:
             step, nodes = found
@@ -147,6 +64,7 @@ def _is_layer(module: nn.Module | None) -> bool:
     """Tells whether a module is a layer of this package that the engine may compute all of."""
     from ..nn import FusedConv2d, QuantizedConv2d, QuantizedLinear, SupportConv2d, SupportLinear
     from ..nn.quantized_steps import STEP_CLASSES
+    from .average import AveragePool
 
     if module is None or not type(module).__module__.startswith("hetconv_kernels."):
         return False
@@ -154,7 +72,7 @@ def _is_layer(module: nn.Module | None) -> bool:
         return False
     if isinstance(module, SupportConv2d | SupportLinear):
         return module.frozen and module._owns_weight and _without_inference(module)
-    exact = (FusedConv2d, QuantizedConv2d, QuantizedLinear, *STEP_CLASSES)
+    exact = (FusedConv2d, QuantizedConv2d, QuantizedLinear, AveragePool, *STEP_CLASSES)
     return type(module) in exact and _without_inference(module)
 
 
@@ -175,9 +93,6 @@ def _engine_call(seen: Seen) -> Found | None:
     return step, tuple(known)
 
 
-_Made = tuple[Any, Sequence[fx.Node | None]]
-
-
 def _common_format(*specs: Spec) -> bool:
     """Tells whether tensors of one shape and dtype have their elements in one dense order."""
     first = specs[0]
@@ -192,7 +107,7 @@ def _each(what: str, y: Spec, low: float = 0.0, high: float = 0.0) -> Any:
 
 def _binary(
     node: fx.Node, y: Spec, module: nn.Module | None, specs: dict[fx.Node, Spec]
-) -> _Made | None:
+) -> Made | None:
     what = name_of(node)
     operands = node.args
     if what not in ("add", "sub", "mul") or module is not None or len(operands) != 2:
@@ -206,7 +121,7 @@ def _binary(
 
 def _activated(
     node: fx.Node, y: Spec, module: nn.Module | None, specs: dict[fx.Node, Spec]
-) -> _Made | None:
+) -> Made | None:
     if len(specs) != 1 or y.dtype not in _NAMES or not _common_format(y, *specs.values()):
         return None
     (x,) = specs
@@ -227,7 +142,7 @@ def _activated(
 
 def _max_pooled(
     node: fx.Node, y: Spec, module: nn.Module | None, specs: dict[fx.Node, Spec]
-) -> _Made | None:
+) -> Made | None:
     pool = _pool(node)
     if pool is None or len(specs) != 1 or y.dtype not in _NAMES:
         return None
@@ -242,7 +157,7 @@ def _max_pooled(
 
 def _concatenated(
     node: fx.Node, y: Spec, module: nn.Module | None, specs: dict[fx.Node, Spec]
-) -> _Made | None:
+) -> Made | None:
     if name_of(node) not in ("cat", "concat") or module is not None:
         return None
     parts: Any = node.args[0] if node.args else None
@@ -266,7 +181,7 @@ def _concatenated(
 
 def _upsampled(
     node: fx.Node, y: Spec, module: nn.Module | None, specs: dict[fx.Node, Spec]
-) -> _Made | None:
+) -> Made | None:
     """Upsampling to the nearest pixel, which PyTorch itself says for a row and a column."""
     if name_of(node) not in ("upsample", "interpolate", "upsample_nearest2d") or len(specs) != 1:
         return None

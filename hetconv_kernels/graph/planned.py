@@ -21,9 +21,9 @@ from ..accuracy import is_strict
 from ..arena import Arena, Lifetime, Recorder, placing
 from ..backends import forced_code
 from ..observers import observed
-from .native_steps import Operand, Seen, Spec
 from .program import Frame, Program
 from .program_builder import build_program, tape
+from .seen import Operand, Seen, Spec
 
 __all__ = ["PlannedNetwork", "plan_memory", "release_memory"]
 

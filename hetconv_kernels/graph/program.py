@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ..arena import Arena, Lifetime
-from .native_steps import Spec
+from .seen import Spec
 
 _CPU = torch.device("cpu")
 
@@ -69,6 +69,7 @@ class Native(NamedTuple):
         fresh: results that are the caller's: number of the step, shape, dtype, format.
         first: number of the graph's step that it begins with.
         done: steps whose values nothing reads after it.
+        numbers: for each native step, which of the graph's steps it is.
     """
 
     program: Any
@@ -77,6 +78,7 @@ class Native(NamedTuple):
     fresh: tuple[tuple[int, tuple[int, ...], torch.dtype, torch.memory_format], ...]
     first: int
     done: tuple[int, ...]
+    numbers: tuple[int, ...]
 
 
 class Called(NamedTuple):

@@ -10,8 +10,9 @@ from torch import fx, nn
 
 from ..arena import Arena, Lifetime
 from .names import module_of, name_of
-from .native_steps import Operand, Seen, native_step
+from .native_steps import native_step
 from .program import Called, Native, Program, View, caller
+from .seen import Operand, Seen
 
 try:
     from .. import _cpu
@@ -236,7 +237,13 @@ class _Builder:
             bound.append((step, where))
         program = _cpu.Program(bound)
         return Native(
-            program, tuple(outside), tuple(checked.items()), tuple(fresh), steps[0][0], done
+            program,
+            tuple(outside),
+            tuple(checked.items()),
+            tuple(fresh),
+            steps[0][0],
+            done,
+            tuple(index for index, _, _ in steps),
         )
 
     def _watch_call(self, node: fx.Node) -> None:

@@ -170,7 +170,19 @@ def symbolic_graph(model: nn.Module) -> fx.Graph:
     Raises:
         Whatever torch.fx and the network's own code raise.
     """
-    return _Tracer().trace(model)
+    graph = _Tracer().trace(model)
+    for node in list(graph.nodes):
+        if node.op == "call_function" and _passes_on(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    return graph
+
+
+def _passes_on(node: fx.Node) -> bool:
+    """Tells torchvision's stochastic depth in evaluation mode: it gives back what it is given."""
+    named = getattr(node.target, "__name__", "") == "stochastic_depth"
+    training = node.args[3] if len(node.args) > 3 else node.kwargs.get("training", True)
+    return named and training is False and isinstance(node.args[0], fx.Node)
 
 
 def _symbolic(model: nn.Module, inputs: tuple[Any, ...]) -> fx.GraphModule:

@@ -27,7 +27,7 @@ class HetConv2d(SupportConv2d):
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
         padding_mode, device, dtype, backend: as `SupportConv2d`; the kernel is odd.
-        p: the part, from 1 to C; need not divide C or F.
+        p: the part, from 1 to C; it need not divide the channel counts C and F.
         order: ``"blocked"`` (contiguous groups, the default) or ``"interleaved"`` (the paper's,
             filter f has the full kernel on channels c ≡ f mod p). A checkpoint belongs to one.
 

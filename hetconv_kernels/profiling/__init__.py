@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from .flame import write_timeline
 from .measure import profile
 from .record import LayerProfile, Profile
 from .timeline import ncu_commands, write_proton, write_trace
@@ -16,5 +17,6 @@ __all__ = [
     "ncu_commands",
     "profile",
     "write_proton",
+    "write_timeline",
     "write_trace",
 ]

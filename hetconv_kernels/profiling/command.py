@@ -21,6 +21,7 @@ from ..graph.rules import het
 from ..nn.base import SupportLayer
 from ..option_types import real, whole
 from ..quantization.quantize import quantize
+from .flame import write_timeline
 from .measure import backends_of, layers_of, profile
 from .timeline import ncu_commands, run_passes, write_proton, write_trace
 
@@ -46,6 +47,8 @@ def add_runnable(parser: argparse.ArgumentParser) -> None:
     add_target(parser)
     parser.add_argument("--optimize", action="store_true",
         help="freeze, fold and fuse the network first")  # fmt: skip
+    parser.add_argument("--compile", action="store_true",
+        help="torch.compile what is run")  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dense", action="store_true", help="time the dense layer in each place too")
     add("--rounds", type=whole(5), default=20, help="passes that are timed, at least 5 (20)")
     add("--seconds", type=real(0), default=10.0, help="about how long they may take (10)")
-    add("--trace", type=Path, metavar="FILE", help="write a Chrome trace")
+    add("--timeline", type=Path, metavar="FILE", help="write a timeline as an HTML page")
+    add("--trace", type=Path, metavar="FILE", help="write a Chrome trace (ui.perfetto.dev)")
     add("--proton", type=Path, metavar="FILE", help="write a profile of Triton's proton (GPU)")
     add("--ncu", action="store_true", help="print command lines for Nsight Compute, nothing else")
     add("--passes", type=whole(0), metavar="N",
@@ -76,12 +80,15 @@ def run(options: argparse.Namespace, show: Callable[[str], None]) -> int:
         HetconvError: the target is unknown or cannot be built, or a file cannot be written.
     """
     if options.ncu:
-        print("\n".join(_ncu(options)))
+        lines = _ncu(options)
+        print(json.dumps(lines, indent=2) if options.json else "\n".join(lines))
         return 0
     model, example = runnable(options)
     with torch.no_grad():
         if options.passes is not None:
             run_passes(model, example, options.passes)
+            if options.json:
+                print(json.dumps({"passes": options.passes}))
             return 0
         found = profile(
             model, example, dense=options.dense, rounds=options.rounds, max_seconds=options.seconds
@@ -90,6 +97,9 @@ def run(options: argparse.Namespace, show: Callable[[str], None]) -> int:
         print(json.dumps(found.to_dict(), indent=2))
     else:
         show(str(found))
+    if options.timeline is not None:
+        path = write_timeline(model, example, options.timeline)
+        show(f"Wrote {path}: open it in a browser.")
     if options.trace is not None:
         path = write_trace(model, example, options.trace)
         show(f"Wrote {path}: open it at chrome://tracing or ui.perfetto.dev.")
@@ -184,6 +194,8 @@ def runnable(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
     if options.optimize and not layer_options.in_8_bits(options):  # quantize does it too
         with torch.no_grad():
             model = optimize(model, example).model
+    if options.compile:
+        model = torch.compile(model)  # type: ignore[assignment]
     return model, example
 
 
@@ -199,7 +211,7 @@ def target_arguments(options: argparse.Namespace) -> list[str]:
             continue
         text = "x".join(map(str, value)) if name == "size" else str(value)
         found += [f"--{name.replace('_', '-')}", text]
-    return [*found, *["--optimize"] * options.optimize]
+    return [*found, *["--optimize"] * options.optimize, *["--compile"] * options.compile]
 
 
 def _made(name: str) -> tuple[nn.Module, Tensor | None]:

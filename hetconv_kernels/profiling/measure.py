@@ -25,6 +25,7 @@ from ..nn.quantized_steps import Quantize, QuantizedStep
 from ..packing import PackEvent, watched_packings
 from ..roofline import Roofs, measure_roofs
 from ..timing import check_seconds
+from .compiled import compiled_rounds, original
 from .reasons import backend_and_reason, predicted
 from .record import LayerProfile, Profile
 
@@ -64,10 +65,12 @@ def profile(
     """Profiles the forward pass of a network or of one layer, as it is: mode, backend, layout.
 
     The layers are timed where they are, in the running network, which has run before; the clock
-    waits for the device at both ends of each. Nothing of the network changes.
+    waits for the device at both ends of each. Nothing of the network changes. Of a network that
+    ``torch.compile`` gave, layers are told apart by the events of torch.profiler; one that was
+    compiled together with others has no time of its own, and its reason says so.
 
     Args:
-        model: a network, or a layer.
+        model: a network, compiled or not, or a layer.
         example: an input on the network's device.  # [N, C, H, W], or what it takes
         dense: whether to time the dense layer in the place of each layer with a Support, in turns
             with it, in the faster memory format.
@@ -84,6 +87,8 @@ def profile(
         ArgumentError: fewer than 5 rounds, no time for them, the network cannot run on the
             example, or has no layer with weights.
     """
+    compiled, inner = model, original(model)
+    model = model if inner is None else inner
     check_plain(model)
     if not isinstance(example, Tensor):
         raise InputTypeError(mismatch("example", type(example).__name__, "a tensor"))
@@ -93,7 +98,12 @@ def profile(
     with torch.no_grad(), _same_buffers(model):
         layers = _first_pass(model, example)
         _count(model, example, layers)
-        whole, disturbed = _rounds(model, example, layers, rounds, max_seconds)
+        if inner is None:
+            whole, disturbed = _rounds(model, example, layers, rounds, max_seconds)
+        else:
+            whole, disturbed = compiled_rounds(
+                compiled, model, example, layers, rounds, max_seconds
+            )
         _pack_times(model, example, layers)
         ceilings = _roofs(layers, example.device, roofs)
         twins, more = _dense(layers, example, rounds, max_seconds) if dense else ({}, ())
@@ -102,7 +112,7 @@ def profile(
     layout = "channels_last" if _is_channels_last(example) else "contiguous"
     dtype = str(example.dtype).removeprefix("torch.")
     return Profile(
-        model=type(model).__name__,
+        model=type(model).__name__ + ("" if inner is None else ", compiled"),
         input=f"{tuple(example.shape)}, {dtype}, {example.device}, {layout}",
         seconds=whole,
         rest_seconds=max(0.0, whole - sum(done.values())),
@@ -116,8 +126,7 @@ def profile(
                 macs=seen.macs,
                 dense_macs=seen.dense_macs,
                 bytes=seen.bytes,
-                percent_of_roof=100 * ceilings[seen.dtype].floor(seen.macs, seen.bytes)
-                / done[name],
+                percent_of_roof=_percent(ceilings[seen.dtype], seen, done[name]),
                 backend=seen.backend,
                 why=seen.why,
                 dense_seconds=twins[name][0] if name in twins else None,
@@ -131,6 +140,11 @@ def profile(
         threads=torch.get_num_threads(),
         disturbed=disturbed,
     )  # fmt: skip
+
+
+def _percent(roofs: Roofs, seen: _Seen, seconds: float) -> float:
+    """Returns the least time for a layer's work over its time, in per cent; 0 if unknown."""
+    return 100 * roofs.floor(seen.macs, seen.bytes) / seconds if seconds else 0.0
 
 
 def backends_of(model: nn.Module, example: Tensor) -> dict[str, str]:

@@ -18,6 +18,7 @@ from .. import ranges
 from ..errors import HetconvError
 from ..files import writing
 from ..graph.hooks import LayerCall, hooked
+from .compiled import original
 from .measure import layers_of
 
 _WARM_UP = 2
@@ -35,7 +36,8 @@ def write_trace(
 ) -> Path:
     """Writes a Chrome trace (chrome://tracing, ui.perfetto.dev) of a network's forward pass.
 
-    Layers stand under their names, primitives as `ranges` names them, operators and kernels below.
+    Layers stand under their names (but not those of a compiled network), primitives as `ranges`
+    names them, operators and kernels below.
 
     Args:
         model: any network.
@@ -153,15 +155,16 @@ def ncu_commands(arguments: Sequence[str], backends: Sequence[str]) -> list[str]
     ]
 
 
-def _named(model: nn.Module) -> AbstractContextManager[None]:
-    """Puts each layer with weights in a range of its name."""
+def _named(model: nn.Module, prefix: str = "") -> AbstractContextManager[None]:
+    """Puts each layer with weights in a range of its name; a compiled network has no layers."""
     opened: list[record_function] = []
 
     def enter(name: str, _: LayerCall) -> None:
-        opened.append(record_function(name or type(model).__name__))
+        opened.append(record_function(prefix + (name or type(model).__name__)))
         opened[-1].__enter__()
 
     def leave(_: str, __: LayerCall, ___: object) -> None:
         opened.pop().__exit__(None, None, None)
 
-    return hooked(layers_of(model), enter, leave, always=True)
+    layers = {} if original(model) else layers_of(model)
+    return hooked(layers, enter, leave, always=True)

@@ -5,26 +5,29 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import io
+from .. import io, json_output
 from ..compression.command import (
     _NETWORKS,
+    Batches,
+    batches_of,
     dense_network,
     is_colour,
     network_for,
-    top1_accuracy,
+    read_data,
+    sgd,
     train_dense,
-    trainer,
 )
 from ..compression.training import Training
-from ..datasets import Dataset, digits, read
+from ..datasets import digits, read
 from ..errors import ArgumentError, HetconvError, mismatch
+from ..factory import is_factory
 from ..files import write_text
 from .checks import INTEGER_RANGES
 from .observers import OBSERVERS
@@ -40,18 +43,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("file", nargs="?", type=Path, metavar="FILE",
         help="a network that hetconv_kernels.io saved, such as a compressed one")  # fmt: skip
     add("--data", default="digits",
-        help="digits (of scikit-learn, the default), or a folder of MNIST or CIFAR-10")  # fmt: skip
+        help="digits (of scikit-learn, the default), a folder of MNIST or CIFAR-10, or "
+        "module:function, which returns batches (images, labels) to train and calibrate on, to "
+        "decide by and for the report: three iterables, such as DataLoaders")  # fmt: skip
     add("--validation", type=int, default=5000,
         help="training images of such a folder to judge by (5000)")  # fmt: skip
-    add("--model", choices=_NETWORKS, metavar="MODEL",
+    add("--model", metavar="MODEL",
         help=f"{', '.join(_NETWORKS)} (digits_net for the digits, lenet5 for MNIST, else "
-        "vgg16_cifar)")  # fmt: skip
+        "vgg16_cifar), or module:function, which returns a network")  # fmt: skip
     add("--weights", type=Path, help="a state dict of the trained network; otherwise it is trained")
     add("--train-epochs", type=int, default=20, help="of that training (20)")
     add("--images", type=int, default=512, help="training images to calibrate on (512)")
     add("--observer", choices=OBSERVERS, default="minmax", help="how ranges are chosen (minmax)")
     add("--percentile", type=float, default=99.99, help="what that observer covers (99.99)")
-    add("--activations", choices=_ACTIVATIONS, default="uint8", help="dtype between layers (uint8)")
+    add(
+        "--activations",
+        choices=tuple(_ACTIVATIONS),
+        default="uint8",
+        help="dtype between layers (uint8)",
+    )
     add("--min-sqnr", type=float, default=MIN_SQNR,
         help=f"layers under this many dB stay in float ({MIN_SQNR:g})")  # fmt: skip
     add("--max-drop", type=float, metavar="X",
@@ -65,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-measure", action="store_true", help="do not time anything")
     add("--out", type=Path, default=Path("outputs/quantize"),
         help="results go here (outputs/quantize)")  # fmt: skip
+    json_output.add_argument(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -77,15 +88,19 @@ def run(options: argparse.Namespace) -> int:
         HetconvError: data, weights or the file cannot be read, or results not be written.
         ArgumentError: a value is out of range.
     """
+    return json_output.emit(options, lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> dict[str, Any]:
     if min(options.batch, options.images) < 1 or min(options.train_epochs, options.qat_epochs) < 0:
         received = options.batch, options.images, options.train_epochs, options.qat_epochs
         raise ArgumentError(
             mismatch("--batch, --images, --train-epochs, --qat-epochs", received,
                      "at least 1, 1, 0 and 0")
         )  # fmt: skip
-    data = digits() if options.data == "digits" else read(options.data, options.validation)
-    training = trainer(data, max(options.batch, 2), 0.01, is_colour(data))
-    model = _network(options, training, data).eval()
+    data, batches = _read(options)
+    training = sgd(data, 0.01)
+    model = _network(options, training, batches[0]).eval()
     choices: dict[str, Any] = {
         "observer": options.observer,
         "percentile": options.percentile,
@@ -93,16 +108,10 @@ def run(options: argparse.Namespace) -> int:
         "min_sqnr": options.min_sqnr,
         "skip": options.skip,
     }
-    images = data.train.images[: options.images].to(options.device)
-    batches = images.split(options.batch)
-
-    def evaluate(net: nn.Module) -> float:
-        found = training.judge(net)
-        assert found is not None
-        return found
+    batches = [images.to(options.device) for images in batches]
 
     report = quantize(
-        model, batches, evaluate=evaluate, max_drop=options.max_drop,
+        model, batches, evaluate=lambda net: _judged(training, net), max_drop=options.max_drop,
         measure=not options.no_measure, **choices,
     )  # fmt: skip
     print(report)
@@ -110,8 +119,8 @@ def run(options: argparse.Namespace) -> int:
     if options.qat_epochs:
         made = _trained(model, batches, options, data, choices)
         names["trained"] = made
-    found = {name: top1_accuracy(net, data, options.batch) for name, net in names.items()}
-    print(f"Accuracy on {len(data.test)} images that nothing above has seen: "
+    found = {name: _judged(Training(eval_data=data.test), net) for name, net in names.items()}
+    print(f"Accuracy on {data.seen_by_nothing} that nothing above has seen: "
           + ", ".join(f"{name} {value:.4f}" for name, value in found.items()) + ".")  # fmt: skip
     record = report.to_dict() | {"test_accuracy": found, "network": type(model).__name__}
     write_text(options.out / "quantize.json", json.dumps(record, indent=2) + "\n")
@@ -121,16 +130,43 @@ def run(options: argparse.Namespace) -> int:
         torch.save(made.state_dict(), options.out / "network.pt")
         print(f"{error} Wrote a state dict instead.")
     print(f"Wrote {options.out}/quantize.json and the network beside it.")
-    return 0
+    return record
 
 
-def _network(options: argparse.Namespace, training: Training, data: Dataset) -> nn.Module:
+def _judged(training: Training, model: nn.Module) -> float:
+    found = training.judge(model)
+    assert found is not None
+    return found
+
+
+def _read(options: argparse.Namespace) -> tuple[Batches, list[Tensor]]:
+    """Reads the data, and the images to calibrate on, in batches."""
+    size = max(options.batch, 2)
+    if is_factory(options.data):
+        data = read_data(options.data, size, options.validation)
+        return data, list(_taken(data, options.images))
+    own = digits() if options.data == "digits" else read(options.data, options.validation)
+    images = own.train.images[: options.images]
+    return batches_of(own, size, augment=is_colour(own)), list(images.split(options.batch))
+
+
+def _taken(data: Batches, most: int) -> Iterator[Tensor]:
+    """Takes so many images of an epoch."""
+    for batch in Training(data.train).batches(0):
+        if most <= 0:
+            return
+        images = batch[0][:most]
+        most -= len(images)
+        yield images
+
+
+def _network(options: argparse.Namespace, training: Training, images: Tensor) -> nn.Module:
     if options.file is not None:
         try:
             return io.load(options.file, device=options.device)
         except FileNotFoundError as error:
             raise HetconvError(f"{options.file} is not there.") from error
-    name = options.model or network_for(data.test.images)
+    name = options.model or network_for(images)
     return dense_network(
         name, options.weights, training, options.train_epochs, options.seed, options.out,
         options.device,
@@ -141,10 +177,10 @@ def _trained(
     model: nn.Module,
     batches: Sequence[Tensor],
     options: argparse.Namespace,
-    data: Dataset,
+    data: Batches,
     choices: dict[str, Any],
 ) -> nn.Module:
     """Trains under fake quantisation, at a tenth of the rate of fine-tuning, and converts."""
     network = prepare(model, batches, **choices)
-    training = trainer(data, max(options.batch, 2), _RATE / 10, False)
+    training = sgd(data, _RATE / 10)
     return convert(train_dense(network, training, options.qat_epochs, options.seed, None))

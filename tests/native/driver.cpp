@@ -2,7 +2,8 @@
 // The engine without Python: a seeded fuzz for the sanitizers. Prints what it ran; the exit status
 // is 1 when a result was wrong.
 //
-//   driver [--cases N] [--seed S] [--isa NAME]   fuzz, calls from several threads at once
+//   driver [--cases N] [--seed S] [--isa NAME]   fuzz, calls from several threads at once, of one
+//                                              instruction set, or of saved "programs"
 //   driver --workspace [--isa NAME]              the memory that calls of many sizes work in
 //   driver --mistake NAME                        see mistakes.cpp
 #include "driver.h"
@@ -106,6 +107,17 @@ static int fuzz_int8(const hetconv::Int8Kernels& isa, uint64_t seed, int cases) 
   return wrong;
 }
 
+// Files are of the best instruction set here, or of the one that $HETCONV_ISA names.
+static int fuzz_programs(uint64_t seed, int cases) {
+  int wrong = 0;
+  for (int i = 0; i < cases && wrong < 5; ++i) {
+    const Case c = random_case(seed + uint64_t(i), *hetconv::available_isas()[0]);
+    note(c);
+    wrong += report(c, check_program(c));
+  }
+  return wrong;
+}
+
 int main(int argc, char** argv) {
   int cases = 500;
   uint64_t seed = 1;
@@ -155,6 +167,11 @@ int main(int argc, char** argv) {
     const int found = fuzz_int8(*k, seed + 2000003, cases);
     std::printf("int8 %s: %d layers, each on three images, %d wrong\n", k->name, cases, found);
     std::fflush(stdout);
+    wrong += found;
+  }
+  if (!workspaces && (isa.empty() || isa == "programs")) {
+    const int found = fuzz_programs(seed + 3000003, cases);
+    std::printf("programs: %d saved, read, damaged and changed, %d wrong\n", cases, found);
     wrong += found;
   }
   return wrong ? 1 : 0;

@@ -36,6 +36,8 @@ std::string check_dgrad(const Case& c);
 std::string check_wgrad(const Case& c, const hetconv::Wgrad& wgrad);
 // A case's layer in 8 bits, and what stands between layers.
 std::string check_int8(const Case& c, const hetconv::Int8Kernels& isa);
+// A case's layer as a part of a program that is saved, read, damaged and changed.
+std::string check_program(const Case& c);
 
 size_t largest_workspace();  // bytes asked for by any thread since the last time this was asked
 

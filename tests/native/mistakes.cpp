@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Mistakes made on purpose: a sanitizer that stays silent here would stay silent on the engine's.
+#include <atomic>
 #include <climits>
 #include <cstdio>
 #include <thread>
 
+#include "../../csrc/cpu/threads.h"
 #include "driver.h"
 
 namespace driver {
@@ -36,16 +38,14 @@ static int run_engine(const hetconv::Kernels& isa, bool race) {
 
 static int run_team(bool race) {
   int shared = 0;
-#pragma omp parallel num_threads(4)
-  {
+  std::atomic<int> counted(0);
+  hetconv::in_parallel(4, [&](int) {
     if (race)
       ++shared;
-    else {
-#pragma omp atomic
-      ++shared;
-    }
-  }
-  return shared;
+    else
+      ++counted;
+  });
+  return shared + counted;
 }
 
 int make_mistake(const std::string& name) {

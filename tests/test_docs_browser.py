@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The documentation and the pages that commands write, as a phone shows them: nothing is cut."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from browsing import browser, in_a_window_of
+from pages import DOCS, ROOT
+
+import hetconv_kernels as hk
+from benchmarks.report import write_report
+from hetconv_kernels import profiling
+
+PHONE, DESKTOP = 390, 1280
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    browser()
+    if importlib.util.find_spec("mkdocs") is None or not importlib.util.find_spec("material"):
+        pytest.skip("the docs extra is not installed")
+    folder = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(folder)],
+        cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True,
+        check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def seen(site: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+    pages = [p for p in sorted(site.rglob("*.html")) if p.name != "404.html"]
+    assert len(pages) == len(list(DOCS.rglob("*.md")))
+    found = {}
+    for width in (PHONE, DESKTOP):
+        folder = tmp_path_factory.mktemp(f"browser-{width}")
+        opened = in_a_window_of(width, pages, folder)
+        found[width] = {uri.partition("site0/")[2] or uri: said for uri, said in opened.items()}
+        assert len(found[width]) == len(pages)
+    return found
+
+
+@pytest.mark.parametrize("width", [PHONE, DESKTOP])
+def test_no_page_is_wider_than_the_window(seen: dict[int, dict[str, Any]], width: int) -> None:
+    wide = {name: s["wide"] for name, s in seen[width].items() if s["width"] > width}
+    assert wide == {}
+    assert all(said["words"] > 500 for said in seen[width].values())
+
+
+@pytest.mark.parametrize("width", [PHONE, DESKTOP])
+def test_nothing_is_cut_that_does_not_scroll(seen: dict[int, dict[str, Any]], width: int) -> None:
+    assert {name: s["cut"] for name, s in seen[width].items() if s["cut"]} == {}
+    assert {name: s["wide"] for name, s in seen[width].items() if s["wide"]} == {}
+
+
+def test_a_phone_shows_the_whole_of_every_equation(seen: dict[int, dict[str, Any]]) -> None:
+    scrolled = {name: s["equations"] for name, s in seen[PHONE].items() if s["equations"]}
+    assert scrolled == {}
+
+
+def test_the_report_fits_a_phone(tmp_path: Path) -> None:
+    browser()
+    pytest.importorskip("matplotlib", reason="the matplotlib extra is not installed")
+    page, *_ = write_report([ROOT / "benchmarks" / "results"], tmp_path / "report.html")
+    found = in_a_window_of(PHONE, [page], tmp_path)[page.as_uri()]
+    assert (found["wide"], found["cut"]) == ([], [])
+    assert found["width"] <= PHONE
+
+
+def test_a_timeline_fits_a_phone(tmp_path: Path) -> None:
+    browser()
+    page = tmp_path / "timeline.html"
+    profiling.write_timeline(hk.models.digits_net(8).eval(), torch.randn(2, 1, 8, 8), page)
+    found = in_a_window_of(PHONE, [page], tmp_path)[page.as_uri()]
+    assert (found["wide"], found["cut"]) == ([], [])
+    assert found["width"] <= PHONE
+
+
+@pytest.mark.parametrize(
+    ("inner", "key"),
+    [
+        ('<div style="width: 600px; height: 9px">x</div>', "wide"),
+        ('<div style="overflow: hidden"><p style="width: 600px">x</p></div>', "cut"),
+    ],
+)
+def test_what_does_not_fit_is_noticed(inner: str, key: str, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text(f"<!DOCTYPE html><body>{inner}</body>")
+    found = in_a_window_of(PHONE, [page], tmp_path)[page.as_uri()]
+    assert found[key]
+    assert (found["width"] > PHONE) == (key == "wide")
+    page.write_text(
+        '<!DOCTYPE html><div style="overflow: auto"><p style="width: 600px">x</p></div>'
+    )
+    found = in_a_window_of(PHONE, [page], tmp_path)[page.as_uri()]
+    assert (found["wide"], found["cut"]) == ([], [])
