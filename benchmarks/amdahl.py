@@ -14,7 +14,7 @@ away, can exceed it.
 Example: 10 s, of which a takes 6 s and b 2 s; a has a third of its MACs left, b half: 10 / (2 + 2 +
 1) = 2.
 
-    >>> speedup(Run(10.0, {"a": 6.0, "b": 2.0}), {"a": 3.0, "b": 2.0})
+    >>> speedup(TimedRun(10.0, {"a": 6.0, "b": 2.0}), {"a": 3.0, "b": 2.0})
     2.0
 """
 
