@@ -14,7 +14,7 @@ away, can exceed it.
 Example: 10 s, of which a takes 6 s and b 2 s; a has a third of its MACs left, b half: 10 / (2 + 2 +
 1) = 2.
 
-    >>> speedup(Run(10.0, {"a": 6.0, "b": 2.0}), {"a": 3.0, "b": 2.0})
+    >>> speedup(TimedRun(10.0, {"a": 6.0, "b": 2.0}), {"a": 3.0, "b": 2.0})
     2.0
 """
 
@@ -22,12 +22,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from hetconv_kernels import stats, timing
 from hetconv_kernels.files import Json
+from hetconv_kernels.graph.hooks import LayerCall, hooked
 
 
 class TimedRun(NamedTuple):
@@ -66,28 +67,20 @@ def hooked_runs(
     now = clock or timing.clock(x.device)
     started: dict[str, float] = {}
     spent: dict[str, float] = {}
-    handles = []
-    for name in names:
 
-        def before(_module: Any, _args: Any, name: str = name) -> None:
-            started[name] = now()
+    def before(name: str, _call: LayerCall) -> None:
+        started[name] = now()
 
-        def after(_module: Any, _args: Any, _y: Any, name: str = name) -> None:
-            spent[name] = spent.get(name, 0.0) + now() - started[name]
+    def after(name: str, _call: LayerCall, _y: object) -> None:
+        spent[name] = spent.get(name, 0.0) + now() - started[name]
 
-        module = network.get_submodule(name)
-        handles.append(module.register_forward_pre_hook(before))
-        handles.append(module.register_forward_hook(after))
     runs = []
-    try:
+    with hooked({name: network.get_submodule(name) for name in names}, before, after):
         for _ in range(count + 1):
             spent.clear()
             begin = now()
             network(x)
             runs.append(TimedRun(now() - begin, dict(spent)))
-    finally:
-        for handle in handles:
-            handle.remove()
     return runs[1:]
 
 

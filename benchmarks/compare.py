@@ -28,9 +28,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.report.schema import problems
 from benchmarks.table import lay_out
 from hetconv_kernels.files import Json
-from hetconv_kernels.report.schema import problems
 from hetconv_kernels.timing import median_interval
 
 HARDWARE = ("processor", "instructions", "cores", "threads", "gpu", "system")

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hetconv_kernels import tables
 from hetconv_kernels.files import Json
-from hetconv_kernels.stats import text_table
 
 
 def part_table(part: str, records: Sequence[Json]) -> str:
@@ -34,7 +34,7 @@ def part_table(part: str, records: Sequence[Json]) -> str:
     ]
     tolerance = records[0]["tolerance"] if records else 0
     return (
-        text_table(header, lines)
+        tables.text_table(header, lines)
         + f"\nwithin: ≥ 50 % fewer MACs, and no more than {tolerance:g} below dense"
     )
 
@@ -52,7 +52,7 @@ def _speed(records: Sequence[Json]) -> str:
         )
         for r in records
     ]
-    return text_table(header, lines)
+    return tables.text_table(header, lines)
 
 
 def joined_table(parts: dict[str, Sequence[Json]]) -> Json:

@@ -33,8 +33,8 @@ from benchmarks import method_tables
 from benchmarks.method_rows import METHOD_NETWORKS, QualityRow, rows, speed_methods
 from benchmarks.problems import PROBLEMS, CompressionTask
 from benchmarks.record import environment
+from benchmarks.report.schema import METHODS_FORMAT, METHODS_SCHEMA, problems
 from hetconv_kernels.files import Json
-from hetconv_kernels.report.schema import METHODS_FORMAT, METHODS_SCHEMA, problems
 
 METHOD_PARTS = (*PROBLEMS, "speed")
 # Forms of ours that are not trained on the second problem too: they take long, or differ there

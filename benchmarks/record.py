@@ -27,9 +27,10 @@ from benchmarks import amdahl, rig
 from benchmarks.gate import Agreement
 from benchmarks.int8_rig import Int8Rig
 from benchmarks.networks import NetworkCase
+from benchmarks.report.results import verdict
+from benchmarks.report.schema import SCHEMA_VERSION, problems
 from hetconv_kernels.files import Json
 from hetconv_kernels.info import processor
-from hetconv_kernels.report.schema import SCHEMA_VERSION, problems
 from hetconv_kernels.roofline import Roofs
 from hetconv_kernels.timing import Timings
 
@@ -121,18 +122,6 @@ def layer_row(
         "timings": timings.to_dict(),
     } | disturbed(timings)
     return row
-
-
-def verdict(estimate: Json, reasons: Sequence[str] = ()) -> str:
-    """Says ``win`` or ``lose`` when the whole interval is on that side of 1, else ``even``.
-
-    Where the measurement was disturbed it is ``disturbed``, whatever the interval.
-    """
-    if reasons:
-        return "disturbed"
-    if estimate["low"] > 1:
-        return "win"
-    return "lose" if estimate["high"] < 1 else "even"
 
 
 def disturbed(*timings: Timings) -> Json:

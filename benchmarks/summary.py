@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from benchmarks import table
+from hetconv_kernels import tables
 from hetconv_kernels.files import Json
 
 HERE = Path(__file__).resolve().parent
@@ -86,7 +87,7 @@ def grid(name: str = LAYERS, rival: str = "dense") -> str:
     for size in sizes:
         found = [cells.get((size, column)) for column in names]
         lines.append([size, *(f"{r[rival]['ratio']:.2f}" if r else "" for r in found)])
-    return table.markdown(header, lines)
+    return tables.markdown_table(header, lines)
 
 
 def _column(row: Json) -> str | None:
@@ -162,7 +163,7 @@ def losses(name: str = LAYERS) -> str:
         elif any(row[rival] and row[rival]["ratio"] < 1 for rival in RIVALS):
             cells = (marked(row[rival]) for rival in RIVALS)
             lines.append((row["case"]["name"], describe_case(row["case"]), *cells))
-    return table.markdown(header, lines, text=2)
+    return tables.markdown_table(header, lines, left=2)
 
 
 RIVALS = ("dense", "composition", "unfrozen")
@@ -209,7 +210,7 @@ def training(name: str = LAYERS) -> str:
         for row in results(name)["rows"]
         if row["case"]["training"] and "dense" in row
     ]
-    return table.markdown(header, lines)
+    return tables.markdown_table(header, lines)
 
 
 def networks_summary() -> str:
@@ -234,7 +235,7 @@ def networks_summary() -> str:
                 interval = f"{found['low']:.2f} to {found['high']:.2f}"
                 cells += [engine, marked(found), interval]
             lines.append(cells)
-    return table.markdown(header, lines)
+    return tables.markdown_table(header, lines)
 
 
 def images(case: Json) -> str:
@@ -287,7 +288,7 @@ def methods_table(part: str = "digits", only_papers: bool = False) -> str:
                 f"{low:.2f} to {high:.2f}",
             )
         )
-    return table.markdown(header, lines, text=2)
+    return tables.markdown_table(header, lines, left=2)
 
 
 def _methods_speed() -> str:
@@ -300,7 +301,7 @@ def _methods_speed() -> str:
         lines.append(
             (row["network"], row["name"], f"{fewer:.2f}", marked({"ratio": ratio}), interval)
         )
-    return table.markdown(header, lines, text=2)
+    return tables.markdown_table(header, lines, left=2)
 
 
 def methods_grid() -> str:
@@ -314,7 +315,7 @@ def methods_grid() -> str:
     }
     names = dict.fromkeys(name for name, _ in cells)
     lines = [[name, *(cells.get((name, one), "") for one in networks_seen)] for name in names]
-    return table.markdown(["method", *networks_seen], lines)
+    return tables.markdown_table(["method", *networks_seen], lines)
 
 
 def methods_provenance(part: str) -> str:
@@ -337,7 +338,7 @@ def training_networks() -> str:
                 interval = f"{found['low']:.2f} to {found['high']:.2f}" if found else ""
                 ratio = marked(found) if found else "MISMATCH"
                 lines.append((name, ratio, interval, marked(row.get("composition"))))
-    return table.markdown(header, lines) if lines else "None is committed yet."
+    return tables.markdown_table(header, lines) if lines else "None is committed yet."
 
 
 def right_picks() -> str:

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from hetconv_kernels import tables
+
 Row = dict[str, Any]
 Cells = tuple[Sequence[str], list[tuple[str, ...]]]  # the header, and the lines
 
@@ -170,12 +172,6 @@ def _faulty(row: Row) -> str:
     return f"WITHOUT {', '.join(names)}" if names else ""
 
 
-def markdown(header: Sequence[str], lines: Sequence[Sequence[str]], text: int = 1) -> str:
-    """Lays out a Markdown table: the first `text` columns to the left, the others to the right."""
-    rules = ["---" if place < text else "--:" for place in range(len(header))]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rules, *lines))
-
-
 def _layer_line(row: Row) -> tuple[str, ...]:
     asked, ran = row["backend"]["asked"], row["backend"]["ran"]
     name = asked if asked == ran else f"{asked} → {ran}"
@@ -208,15 +204,5 @@ def _ratio(estimate: Row | None) -> str:
 
 
 def lay_out(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
-    """Pads columns; the first two are text, the others numbers on the right."""
-    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
-    text = {0, 1, len(header) - 1}
-
-    def joined(cells: Sequence[str]) -> str:
-        padded = [
-            cell.ljust(width) if place in text else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return "  ".join(padded).rstrip()
-
-    return [joined(header), joined(["-" * width for width in widths]), *map(joined, lines)]
+    """Lays out lines; the first two columns and the last are text, the others numbers."""
+    return tables.text_table(header, lines, left=(0, 1, -1)).splitlines()

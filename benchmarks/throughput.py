@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import low_precision, record, summary, table
+from benchmarks import low_precision, record, summary
 from benchmarks.networks import NETWORKS, NetworkCase, build_network
 from benchmarks.peers import Absent, Inference
 from benchmarks.rig import COMPOSITION, DENSE, OURS
-from hetconv_kernels import disturbance
+from hetconv_kernels import disturbance, tables
 from hetconv_kernels.errors import ArgumentError, mismatch
 from hetconv_kernels.files import Json, write_text
 from hetconv_kernels.option_types import real, whole
@@ -178,7 +178,7 @@ def shown_rows(rows: Sequence[Json]) -> str:
             interval = f"{rival['low']:.2f} to {rival['high']:.2f}"
             cells += [rival["name"].partition(":")[2], summary.marked(rival), interval]
         lines.append(cells)
-    return table.markdown(header, lines)
+    return tables.markdown_table(header, lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

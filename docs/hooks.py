@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import summary, table  # noqa: E402 (the line above must come first)
+from hetconv_kernels import tables  # noqa: E402
 
 MARKER = re.compile(r"^<!-- made: (.+) -->$", re.M)
 EQUATION = re.compile(
@@ -38,13 +39,13 @@ LOADED = re.compile(
 def cases(name: str) -> str:
     """Lists every layer of a results file."""
     header, lines = table.layer_cells(summary.results(name)["rows"])
-    return table.markdown(header, lines, text=2)
+    return tables.markdown_table(header, lines, left=2)
 
 
 def dispatch(name: str) -> str:
     """Lists every dispatch row of a results file."""
     header, lines = table.dispatch_cells(summary.results(name)["rows"])
-    return table.markdown(header, lines, text=2)
+    return tables.markdown_table(header, lines, left=2)
 
 
 def other_results() -> str:

@@ -14,12 +14,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import json_output
+from . import json_output, tables
 from ._version import __version__
 from .errors import HetconvError
 
@@ -138,21 +138,6 @@ def _parser(asked: Sequence[str]) -> argparse.ArgumentParser:
     bench.add_argument(
         "--isa", choices=tuple(_HELD_TO), help="hold our engine, PyTorch and oneDNN to it"
     )
-    report = command("report", _report, "results of the benchmarks as one page with figures")
-    report.add_argument(
-        "results",
-        nargs="*",
-        type=Path,
-        help="JSON files, or folders of them (benchmarks/results of the checkout)",
-    )
-    report.add_argument(
-        "-o",
-        "--out",
-        type=Path,
-        default=Path("outputs/report"),
-        help="the .html file, or a folder for report.html and its pictures (outputs/report)",
-    )
-    json_output.add_argument(report)
     bench.epilog = "Other options go to pytest, such as -k 'het4'.\n\n" + _EXIT_CODES
     return parser
 
@@ -198,7 +183,7 @@ def _info(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(found, indent=2, default=str))
     else:
-        _show("hetconv_kernels", ("what", "found"), _flat(found))
+        tables.show_table(("what", "found"), _flat(found), "hetconv_kernels")
     return OK
 
 
@@ -272,7 +257,7 @@ def _elsewhere(found: _Elsewhere, options: argparse.Namespace) -> int:
     return int(run(options, _print) if found.shows else run(options))
 
 
-# bench, report -----------------------------------------------------------------------------------
+# bench -------------------------------------------------------------------------------------------
 
 
 _HELD_TO = {
@@ -312,57 +297,13 @@ def _bench(options: argparse.Namespace) -> int:
     return {0: OK, 4: USAGE, 5: USAGE}.get(done.returncode, FAILURE)
 
 
-def _report(options: argparse.Namespace) -> int:
-    from .report import write_report
-
-    committed = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
-    if not options.results and not committed.is_dir():
-        raise UsageError(
-            "name the results files to report on, such as layers-quick.json; an installed package "
-            "has none of its own."
-        )
-    page, *pictures = write_report(options.results or [committed], options.out)
-    if options.json:
-        print(json.dumps({"page": str(page), "pictures": list(map(str, pictures))}, indent=2))
-    else:
-        print(f"Wrote {page} and {len(pictures)} pictures beside it.")
-    return OK
-
-
 # output ------------------------------------------------------------------------------------------
 
 
-def _rich() -> bool:
-    """Whether to draw with rich: it is installed and a person reads along."""
-    return sys.stdout.isatty() and importlib.util.find_spec("rich") is not None
-
-
 def _print(text: str) -> None:
-    if _rich():
+    if tables.has_rich():
         from rich.console import Console
 
         Console().print(text, markup=False, soft_wrap=True)
     else:
         print(text)
-
-
-def _show(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Prints a table: the same words with rich and without."""
-    lines = [list(row) for row in rows]
-    if _rich():
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(title=title)
-        for name in header:
-            table.add_column(name, overflow="fold")
-        for line in lines:
-            table.add_row(*map(Text, line))
-        Console().print(table)
-        return
-    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
-    print(title)
-    for cells in (header, ["-" * width for width in widths], *lines):
-        padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
-        print("  ".join(padded).rstrip())

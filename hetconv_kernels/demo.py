@@ -39,15 +39,14 @@ from .demo_data import (
 )
 from .demo_report import TORCH, DemoRow, TrainingBar, draw_photographs, show
 from .errors import ArgumentError, BackendError, HetconvError, mismatch
-from .explain import explain
 from .files import write_text, writing
 from .graph import rules
 from .graph.convert import convert
 from .layer_options import check_device
 from .models import DnCNN, dncnn
-from .nn import SupportConv2d
 from .nn.quantized_layer import QuantizedLayer
 from .option_types import seed, whole
+from .profiling.measure import backends_of as backends_by_layer
 from .quantization import engine
 from .quantization.quantize import quantize
 from .samples import Timings
@@ -337,22 +336,8 @@ def sparse_backends(network: nn.Module, x: Tensor) -> tuple[str, ...]:
     """
     if any(isinstance(m, QuantizedLayer) for m in network.modules()):
         return (f"{engine.engine_name(x.device)} int8",)
-    inputs: dict[SupportConv2d, Tensor] = {}
-
-    def remember(layer: SupportConv2d, arguments: tuple[Tensor, ...]) -> None:
-        inputs[layer] = arguments[0]
-
-    layers = [m for m in network.modules() if isinstance(m, SupportConv2d)]
-    hooks = [layer.register_forward_pre_hook(remember) for layer in layers]
-    try:
-        network(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    chosen = Counter(
-        explain(layer, layer_input, measure=False).chosen for layer, layer_input in inputs.items()
-    )
-    return tuple(name for name, _ in chosen.most_common()) or (TORCH,)
+    chosen = Counter(backends_by_layer(network, x).values())
+    return tuple(name for name, _ in chosen.most_common() if name != TORCH) or (TORCH,)
 
 
 # options -----------------------------------------------------------------------------------------

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +11,8 @@ from types import TracebackType
 from typing import Any
 
 from torch import Tensor
+
+from . import tables
 
 # The dense network is plain nn.Conv2d; no backend of this package runs it.
 TORCH = "torch"
@@ -57,7 +57,7 @@ class TrainingBar:
         self.total, self.done, self.shown = total, 0, 0
         self.started = time.perf_counter()
         self._bar: Any = None
-        if _rich():
+        if tables.has_rich():
             from rich import progress
 
             self._bar = progress.Progress(
@@ -120,22 +120,7 @@ def show(rows: Sequence[DemoRow], noisy_psnr_db: float) -> None:
                 ", ".join(row.backends),
             )
         )
-    if _rich():
-        from rich.console import Console
-        from rich.table import Table
-
-        drawn = Table()
-        for i, name in enumerate(_HEADER):
-            drawn.add_column(name, justify="right" if 0 < i < 6 else "left")
-        for line in cells:
-            drawn.add_row(*line)
-        Console().print(drawn)
-    else:
-        widths = [max(map(len, column)) for column in zip(_HEADER, *cells, strict=True)]
-        for line in (_HEADER, tuple("-" * width for width in widths), *cells):
-            first, *middle_cells, last = line
-            padded = (c.rjust(w) for c, w in zip(middle_cells, widths[1:-1], strict=True))
-            print("  ".join((first.ljust(widths[0]), *padded, last)).rstrip())
+    tables.show_table(_HEADER, cells, left=(0, -1))
     print(remark(rows))
 
 
@@ -195,8 +180,3 @@ def draw_photographs(
             axis.imshow(shown.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axis.set_axis_off()
     figure.savefig(path, dpi=150, format="png")
-
-
-def _rich() -> bool:
-    """Whether to draw with rich: it is installed and a person reads along."""
-    return sys.stdout.isatty() and importlib.util.find_spec("rich") is not None

@@ -18,9 +18,9 @@ from torch.nn import functional
 import hetconv_kernels as hk
 from benchmarks import baselines, gate, record, supports, table
 from benchmarks.cases import CPU_CASES, GPU_CASES, GPU_SHAPES, Case, SupportSpec
+from benchmarks.report.schema import DISPATCH_ROW
 from benchmarks.rig import OURS, Rig
 from hetconv_kernels import timing
-from hetconv_kernels.report.schema import DISPATCH_ROW
 from hetconv_kernels.roofline import Roofs
 from hetconv_kernels.timing import Timings
 

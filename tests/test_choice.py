@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from pretending import CUDA, described, pretended
+from shipped import configurations
 
 import hetconv_kernels as hk
 from hetconv_kernels.backends.gpu import devices, parts
@@ -24,7 +25,6 @@ from hetconv_kernels.backends.triton import (
     tiles,
     wgrad_choice,
 )
-from hetconv_kernels.backends.triton.shipped import configurations
 
 
 @pytest.fixture

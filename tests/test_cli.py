@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import hetconv_kernels as hk
-from hetconv_kernels import cli
+from hetconv_kernels import cli, tables
 from hetconv_kernels.errors import HetconvError
 
 Capture = pytest.CaptureFixture[str]
@@ -117,7 +117,7 @@ def test_rich_and_plain_say_the_same(monkeypatch: pytest.MonkeyPatch, capsys: Ca
     monkeypatch.setenv("COLUMNS", "400")
 
     def words(command: str, rich: bool) -> set[str]:
-        monkeypatch.setattr(cli, "_rich", lambda: rich)
+        monkeypatch.setattr(tables, "has_rich", lambda: rich)
         assert run(command) == 0
         # Without the frames, the rules, and measured or predicted times.
         text = re.sub(r"[─-╿]|-{2,}", " ", capsys.readouterr().out)

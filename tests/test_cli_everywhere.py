@@ -35,7 +35,6 @@ QUICK = {
     "compress": ["het", "--weights", "net.pt", "--set", "epochs=1", "--no-measure", "--out", "out"],
     "quantize": ["--weights", "net.pt", "--images", "8", "--no-measure", "--out", "out"],
     "bench": [],
-    "report": ["results.json", "-o", "page"],
 }
 OWN = """
 import torch
@@ -82,7 +81,7 @@ def test_the_list_of_commands_is_the_parsers() -> None:
 def test_every_command_prints_one_json_document_and_nothing_else(
     name: str, here: Path, capsys: Capture
 ) -> None:
-    for package in {"demo": ["sklearn", "matplotlib"], "report": ["matplotlib"]}.get(name, []):
+    for package in {"demo": ["sklearn", "matplotlib"]}.get(name, []):
         pytest.importorskip(package, reason=f"{name} needs it")
     if name in ("compress", "quantize"):
         pytest.importorskip("sklearn", reason="the digits come with scikit-learn")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hetconv_kernels import demo_report
+from hetconv_kernels import tables
 from hetconv_kernels.demo_report import DemoRow, TrainingBar, draw_photographs, remark, show
 
 DENSE = DemoRow("dense", 30.0, 1000, 2_000_000_000, 0.4, (1.0, 1.0, 1.0), ("torch",), 0.0)
@@ -22,7 +22,7 @@ FAST = replace(SPARSE, seconds=0.2, speedup=(2.0, 1.9, 2.1), backends=("cpu", "v
 def style(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "rich" and importlib.util.find_spec("rich") is None:
         pytest.skip("rich is not installed")
-    monkeypatch.setattr(demo_report, "_rich", lambda: request.param == "rich")
+    monkeypatch.setattr(tables, "has_rich", lambda: request.param == "rich")
     monkeypatch.setenv("COLUMNS", "160")
     return request.param
 
@@ -58,7 +58,7 @@ def test_progress_reaches_the_end(capsys: pytest.CaptureFixture[str]) -> None:
 def test_plain_progress_prints_at_most_twenty_lines(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo_report, "_rich", lambda: False)
+    monkeypatch.setattr(tables, "has_rich", lambda: False)
     with TrainingBar(1000) as progress:
         step = progress.stage("only")
         for _ in range(1000):

@@ -15,14 +15,14 @@ from torch import nn
 
 import hetconv_kernels as hk
 from benchmarks import compare, record, table
+from benchmarks.report import tables
+from benchmarks.report.schema import problems
 from hetconv_kernels import disturbance, timing
 from hetconv_kernels.compression import base
 from hetconv_kernels.disturbance import Disturbance, Watch, far_above, judged, spinning
 from hetconv_kernels.errors import SpeedupError
 from hetconv_kernels.explanation import Candidate, Explanation
 from hetconv_kernels.profiling.record import LayerProfile, Profile
-from hetconv_kernels.report import tables
-from hetconv_kernels.report.schema import problems
 from hetconv_kernels.roofline import Roofs
 from hetconv_kernels.samples import Timings
 
@@ -225,7 +225,7 @@ def test_rows_tables_and_comparisons_carry_the_mark() -> None:
 
 
 def record_schema(name: str) -> Any:
-    from hetconv_kernels.report import schema
+    from benchmarks.report import schema
 
     return getattr(schema, name)
 

@@ -164,7 +164,7 @@ def test_an_unknown_part_is_refused(hooks: dict[str, Any]) -> None:
 
 def test_the_help_of_every_command_is_on_the_page(hooks: dict[str, Any]) -> None:
     text = hooks["command_help"]()
-    for name in ("info", "explain", "demo", "compress", "quantize", "profile", "report", "bench"):
+    for name in ("info", "explain", "demo", "compress", "quantize", "profile", "bench"):
         assert f"## hetconv {name}\n" in text
         assert f"usage: hetconv {name}" in text
 
@@ -206,9 +206,60 @@ def test_an_equation_is_parted_where_a_line_may_begin(
     assert hooks["parted"](text) == parts
 
 
-def test_the_figure_is_the_one_that_the_script_draws() -> None:
-    drawn = runpy.run_path(str(DOCS / "figure.py"))["draw"]()
-    assert (DOCS / "idea.svg").read_text() == drawn, "run `python docs/figure.py`"
+@pytest.mark.parametrize(("script", "figure"), [("figure", "idea"), ("rooms", "rooms")])
+def test_a_figure_is_the_one_that_its_script_draws(script: str, figure: str) -> None:
+    drawn = runpy.run_path(str(DOCS / f"{script}.py"))["draw"]()
+    assert (DOCS / f"{figure}.svg").read_text() == drawn, f"run `python docs/{script}.py`"
+
+
+def test_the_picture_of_the_rooms_fits_a_phone_and_no_word_leaves_its_room() -> None:
+    """Half the size of a letter in pixels is about its width; a monospaced one takes 0.61."""
+    text = (DOCS / "rooms.svg").read_text()
+    found = re.search(r'viewBox="0 0 (\d+) (\d+)"', text)
+    assert found is not None
+    assert int(found[1]) <= 360
+    pattern = r'<text x="(\d+)" y="(\d+)" font-size="(\d+)"([^>]*)>([^<]*)</text>'
+    words = re.findall(pattern, text)
+    assert len(words) > 40
+    for x, y, size, style, said in words:
+        width = len(said) * int(size) * (0.61 if "monospace" in style else 0.55)
+        assert int(size) >= 12
+        assert int(x) + width <= 360 - 20, said
+        assert int(y) < int(found[2])
+
+
+# `NAME` (and `NAME`) of `file`
+_NAMED = re.compile(r"((?:`[\w.]+`(?: and )?)+) of\s+`([\w./]+\.\w+)`")
+_PATH = re.compile(r"`((?:[\w-]+/)+[\w.-]*|\w+\.py)`")
+
+
+@pytest.mark.parametrize(
+    ("page", "least"),
+    [("design.md", 8), ("extend/activation.md", 14), ("extend/compressor.md", 4),
+     ("extend/layer.md", 1), ("extend/backend.md", 0)],
+)  # fmt: skip
+def test_every_place_that_a_page_sends_a_newcomer_to_is_there(page: str, least: int) -> None:
+    text = (DOCS / page).read_text()
+    named = [(n, path) for names, path in _NAMED.findall(text) for n in re.findall(r"[\w.]+", names)
+             if n != "and"]  # fmt: skip
+    assert len(named) >= least
+    for name, path in named:
+        defined = rf"\b(?:def|class|struct) {re.escape(name)}\b|\b{re.escape(name)}\b[^=(]*[=({{]"
+        assert re.search(defined, place(path).read_text()), f"{name} of {path}"
+    for path in _PATH.findall(text):
+        assert place(path).exists(), path
+
+
+def place(path: str) -> Path:
+    """Finds a file that a page names from the root or from the package."""
+    inside = ROOT / "hetconv_kernels" / path
+    return inside if inside.exists() else ROOT / path
+
+
+def test_the_pages_of_a_newcomer_are_looked_at_for_places_that_are_gone() -> None:
+    assert _NAMED.findall("the `a` and `b.c` of\n`d/e.py` and") == [("`a` and `b.c`", "d/e.py")]
+    assert _PATH.findall("`tests/x.py`, `nn/`, `io.py`, `x`, `tests/test_<stem>.py`") == [
+        "tests/x.py", "nn/", "io.py"]  # fmt: skip
 
 
 def test_every_page_is_in_the_navigation_and_every_link_leads_somewhere() -> None:

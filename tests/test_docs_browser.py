@@ -16,7 +16,8 @@ from browsing import browser, in_a_window_of
 from pages import DOCS, ROOT
 
 import hetconv_kernels as hk
-from hetconv_kernels.report import write_report
+from benchmarks.report import write_report
+from hetconv_kernels import profiling
 
 PHONE, DESKTOP = 390, 1280
 
@@ -79,7 +80,7 @@ def test_the_report_fits_a_phone(tmp_path: Path) -> None:
 def test_a_timeline_fits_a_phone(tmp_path: Path) -> None:
     browser()
     page = tmp_path / "timeline.html"
-    hk.profiling.write_timeline(hk.models.digits_net(8).eval(), torch.randn(2, 1, 8, 8), page)
+    profiling.write_timeline(hk.models.digits_net(8).eval(), torch.randn(2, 1, 8, 8), page)
     found = in_a_window_of(PHONE, [page], tmp_path)[page.as_uri()]
     assert (found["wide"], found["cut"]) == ([], [])
     assert found["width"] <= PHONE

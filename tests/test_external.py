@@ -96,15 +96,15 @@ def test_a_network_of_another_package_goes_the_whole_way(given: External, tmp_pa
     small = compressed(given, model, x)
     for name, made in (("het", het), ("optimized", fast), ("compressed", small)):
         path = tmp_path / f"{name}.safetensors"
-        hk.io.save(made, path)
+        hk.save(made, path)
         with torch.no_grad():
             if name == "het" and given.id in NEEDS_THE_CLASS:
                 with pytest.raises(FileError, match=r"give load\(\.\.\., into=network\)"):
-                    hk.io.load(path)
+                    hk.load(path)
             else:
-                assert equal(hk.io.load(path), made, x)
+                assert equal(hk.load(path), made, x)
         if name == "het":
-            assert equal(hk.io.load(path, into=given.create()), het, x)
+            assert equal(hk.load(path, into=given.create()), het, x)
             continue
         hk.export.to_onnx(made, x, tmp_path / f"{name}.onnx")
         session = onnxruntime.InferenceSession(

@@ -12,9 +12,9 @@ import torch
 from benchmarks import record, table
 from benchmarks.cases import CPU_CASES, Case, SupportSpec
 from benchmarks.int8_rig import Int8Rig
+from benchmarks.report import schema
 from benchmarks.rig import OURS, OURS_FLOAT32, Rig
 from hetconv_kernels import timing
-from hetconv_kernels.report import schema
 from hetconv_kernels.roofline import Roofs
 
 TINY = {

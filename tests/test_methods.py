@@ -17,8 +17,8 @@ import hetconv_kernels as hk
 from benchmarks import method_tables, methods
 from benchmarks.method_rows import METHOD_NETWORKS, rows, speed_methods
 from benchmarks.problems import ACCURACY_TOLERANCE, PROBLEMS, PSNR_TOLERANCE, TaskSettings
+from benchmarks.report.schema import METHODS_SCHEMA, METHODS_TABLE_SCHEMA, problems
 from hetconv_kernels import compression, timing
-from hetconv_kernels.report.schema import METHODS_SCHEMA, METHODS_TABLE_SCHEMA, problems
 
 pytest.importorskip("sklearn", reason="the digits and photographs come with scikit-learn")
 FOLDER = Path(methods.__file__).parent

@@ -81,6 +81,6 @@ def test_what_the_words_of_a_notebook_name_is_there(path: Path) -> None:
         for target in re.findall(r"\]\(([^)]+)\)", text):
             assert (path.parent / target).exists(), target
         for name in re.findall(r"`(\w+)\(?`", text):
-            known = [hk, hk.nn, hk.compression, torch, sys.modules["builtins"]]
+            known = [hk, hk.nn, hk.methods, hk.datasets, torch, sys.modules["builtins"]]
             given = name in ("max_drop", "onnx", "onnxscript")
             assert given or any(hasattr(module, name) for module in known), name

@@ -12,9 +12,9 @@ import torch
 from benchmarks import amdahl, gate, peers, record, table
 from benchmarks.cases import SupportSpec
 from benchmarks.networks import NETWORKS, NetworkCase, build_network
+from benchmarks.report import schema
 from benchmarks.test_models import _runs, layer_names, measure_case
 from hetconv_kernels import export
-from hetconv_kernels.report import schema
 from hetconv_kernels.timing import Timings
 
 SMALL = NetworkCase("small", "resnet20", SupportSpec("het", 2), n=2, size=16, target_dense=2.0)

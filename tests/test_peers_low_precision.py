@@ -14,9 +14,9 @@ import torch
 from benchmarks import gate, low_precision, peers, table
 from benchmarks.cases import SupportSpec
 from benchmarks.networks import NETWORKS, NetworkCase, build_network
+from benchmarks.report import schema
 from benchmarks.rig import OURS_FLOAT32
 from benchmarks.test_models import _runs, measure_case
-from hetconv_kernels.report import schema
 
 LOW = [case for case in NETWORKS if case.dtype != "float32" and case.n > 1]
 SMALL = NetworkCase("small", "resnet20", SupportSpec("het", 2), n=2, size=16, dtype="int8")

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import hetconv_kernels as hk
-from hetconv_kernels import cli, profiling
+from hetconv_kernels import cli, profiling, ranges
 from hetconv_kernels.errors import ArgumentError, HetconvError, InputTypeError
 from hetconv_kernels.profiling import compiled as compiled_network
 from hetconv_kernels.profiling import flame, timeline
@@ -231,7 +231,7 @@ def test_a_trace_has_layers_and_primitives(tmp_path: Path) -> None:
 
 
 def test_a_timeline_is_one_page_with_layers_primitives_and_operators(tmp_path: Path) -> None:
-    path = hk.profiling.write_timeline(small(), torch.randn(2, 3, 6, 6), tmp_path / "a" / "t.html")
+    path = profiling.write_timeline(small(), torch.randn(2, 3, 6, 6), tmp_path / "a" / "t.html")
     text = path.read_text()
     for said in (
         "Sequential on (2, 3, 6, 6)", "<title>3: ", "fprop reference 2x8x6x6", "aten::",
@@ -242,7 +242,7 @@ def test_a_timeline_is_one_page_with_layers_primitives_and_operators(tmp_path: P
     assert "<script" not in text
     (tmp_path / "file").write_text("")
     with pytest.raises(HetconvError, match="cannot be written"):
-        hk.profiling.write_timeline(small(), torch.randn(2, 3, 6, 6), tmp_path / "file" / "t.html")
+        profiling.write_timeline(small(), torch.randn(2, 3, 6, 6), tmp_path / "file" / "t.html")
 
 
 def test_bars_stand_where_they_ran_and_their_names_are_text() -> None:
@@ -288,9 +288,9 @@ def test_a_compiled_network_is_told_apart_layer_by_layer(tmp_path: Path) -> None
             assert (layer.seconds > 0) != (layer.backend == "compiled")
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
-    text = hk.profiling.write_timeline(compiled, x, tmp_path / "t.html").read_text()
+    text = profiling.write_timeline(compiled, x, tmp_path / "t.html").read_text()
     assert "fprop reference 2x8x6x6" in text
-    trace = json.loads(hk.profiling.write_trace(compiled, x, tmp_path / "t.json").read_text())
+    trace = json.loads(profiling.write_trace(compiled, x, tmp_path / "t.json").read_text())
     names = [event.get("name", "") for event in trace["traceEvents"]]
     assert sum(name.startswith("hetconv.fprop reference 2x8x6x6") for name in names) == 3
 
@@ -298,7 +298,7 @@ def test_a_compiled_network_is_told_apart_layer_by_layer(tmp_path: Path) -> None
 def test_the_kth_event_of_a_kind_is_of_the_kth_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     twins = nn.Sequential(*(hk.nn.HetConv2d(8, 8, 3, padding=1, p=4) for _ in range(3))).eval()
     x = torch.randn(1, 8, 5, 5)
-    with torch.no_grad(), hk.ranges.enabled():
+    with torch.no_grad(), ranges.enabled():
         owners = compiled_network._owners(twins, x, layers_of(twins))
         assert list(owners.values()) == [["0", "1", "2"]]
         assert compiled_network._by_layer(twins, x, owners).keys() == {"0", "1", "2"}

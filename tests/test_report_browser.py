@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from browsing import browser, probed
 
-from hetconv_kernels.report import write_report
+from benchmarks.report import write_report
 
 COMMITTED = Path(__file__).parents[1] / "benchmarks" / "results"
 _PROBE = """

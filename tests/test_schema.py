@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from hetconv_kernels.report.schema import METHODS_SCHEMA, METHODS_TABLE_SCHEMA, SCHEMA, problems
+from benchmarks.report.schema import METHODS_SCHEMA, METHODS_TABLE_SCHEMA, SCHEMA, problems
 
 jsonschema = pytest.importorskip("jsonschema", reason="the dev extra is not installed")
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

@@ -256,16 +256,6 @@ def test_scripted_networks_are_refused():
         stats.macs(nn.Sequential(scripted), (3, 5, 5))
 
 
-def test_text_table_aligns_numbers_right():
-    table = stats.text_table(("layer", "macs"), [("a", 1234567), ("bcd", 8)])
-    assert table.splitlines() == [
-        "layer       macs",
-        "----------------",
-        "a      1,234,567",
-        "bcd            8",
-    ]
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_quantised_layers_count_like_those_they_came_from() -> None:
     from torch.ao.nn import quantized

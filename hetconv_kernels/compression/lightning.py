@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Lightning callback that compresses a network while `Trainer.fit` trains it.
 
-    callback = lightning.Compression(hk.SelfGrouping(target=0.7), example=images)
+    callback = lightning.Compression(hk.methods.SelfGrouping(target=0.7), example=images)
     Trainer(max_epochs=100, callbacks=[callback]).fit(module, loader)
     print(callback.report)
 
@@ -68,7 +68,7 @@ def _make(library: Any) -> Any:
             rounds: what runs, see `Rounds`; None before the fit.
 
         Args:
-            method: such as ``hk.SelfGrouping(target=0.7)``.
+            method: such as ``hk.methods.SelfGrouping(target=0.7)``.
             example: an input, on any device.  # [N, C, H, W]
             network: the name of the attribute.
             settings: more arguments of `Rounds`, such as ``eval_data`` and ``skip``.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import stats, timing
 from ..errors import HetconvError
 from ..graph.copying import copied, settle
+from ..graph.hooks import calls_of
 from ..graph.worth import LeftPlain
 from ..nn.base import SupportLayer
 from ..profiling.reasons import backend_and_reason
@@ -194,22 +195,10 @@ def _time_layers(
 
 
 def _inputs(model: nn.Module, names: list[str], example: Tensor) -> dict[str, Tensor]:
-    """Runs a network once and notes the input of each named layer."""
-    seen: dict[str, Tensor] = {}
-    hooks = []
-    for name in names:
-
-        def note(module: nn.Module, arguments: tuple[Any, ...], name: str = name) -> None:
-            seen[name] = arguments[0].detach().clone(memory_format=torch.preserve_format)
-
-        hooks.append(_at(model, name).register_forward_pre_hook(note))
-    try:
-        with torch.no_grad():
-            model(example)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return seen
+    """Runs a network once and notes the last input of each named layer."""
+    with torch.no_grad():
+        calls = calls_of({name: _at(model, name) for name in names}, lambda: model(example))
+    return {name: seen[-1].arguments[0] for name, seen in calls.items() if seen}
 
 
 def _call(model: nn.Module, example: Tensor, layout: str) -> Callable[[], Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from .. import stats
+from .. import tables
 from .._version import __version__
 from ..disturbance import shown
 
@@ -116,7 +116,7 @@ class CompressionReport:
             rows.append((*row, layer.note))
         if timed:
             header += ("µs before", "after", "speed-up", "ran on")
-        lines = [self.summary(), "", stats.text_table((*header, "kept dense because"), rows)]
+        lines = [self.summary(), "", tables.text_table((*header, "kept dense because"), rows)]
         return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
 
     def summary(self) -> str:
@@ -175,7 +175,7 @@ def compare(reports: Sequence[CompressionReport], names: Sequence[str] | None = 
         "method", "accuracy", "live weights", "fewer", "MACs", "fewer", "ms before", "ms after",
         "speed-up",
     )  # fmt: skip
-    return stats.text_table(header, rows)
+    return tables.text_table(header, rows)
 
 
 def _times(layer: LayerReport) -> tuple[str, str, str, str]:

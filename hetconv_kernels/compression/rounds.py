@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rounds: `compress` inside a training loop of the user's own, such as accelerate's.
 
-rounds = Rounds(network, hk.SelfGrouping(target=0.7), example=images)
+rounds = Rounds(network, hk.methods.SelfGrouping(target=0.7), example=images)
 optimizer = torch.optim.SGD(rounds.network.parameters(), lr=0.01)
 for epoch in rounds.epochs(optimizer):
     for x, label in loader:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from .. import stats
+from .. import stats, tables
 from ..masks import BoolArray
 from ..nn.base import ForcedBackend
 from .channels import Channels
@@ -85,11 +85,11 @@ class CompactReport:
         if self.shrunk:
             rows = [(s.name, s.kind, *s.filters, *s.channels) for s in self.shrunk]
             header = ("layer", "is", "filters", "now", "channels", "now")
-            lines += ["", stats.text_table(header, rows)]
+            lines += ["", tables.text_table(header, rows)]
         if self.stayed:
             lines += [
                 "",
-                stats.text_table(("dead, but stayed", "channels", "because"), self.stayed),
+                tables.text_table(("dead, but stayed", "channels", "because"), self.stayed),
             ]
         return "\n".join(lines)
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import stats
+from .. import stats, tables
 from ..errors import ArgumentError, InputTypeError, mismatch
 from .copying import copied
 from .rules import Keep, Rule
@@ -133,10 +133,10 @@ class ConversionReport:
                 )
                 for swap in self.swapped
             ]
-            lines += ["", stats.text_table(("swapped", "was", "is", "before", "after"), rows)]
+            lines += ["", tables.text_table(("swapped", "was", "is", "before", "after"), rows)]
         if self.kept:
             kept = [(kept.name or "(the model)", kept.reason) for kept in self.kept]
-            lines += ["", stats.text_table(("kept", "because"), kept)]
+            lines += ["", tables.text_table(("kept", "because"), kept)]
         return "\n".join(lines)
 
 

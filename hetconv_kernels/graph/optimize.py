@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .. import stats
+from .. import tables
 from ..errors import HetconvError
 from ..nn.base import SupportLayer
 from . import trace
@@ -21,6 +21,7 @@ from .check import Match, verify
 from .compact import CompactReport, shrink
 from .copying import copied, settle
 from .fold import Folded, Left, fold
+from .hooks import calls_of
 from .layout import set_module
 from .narrow import check_narrow, narrow
 from .order import Reordered, order
@@ -95,7 +96,7 @@ class OptimizeReport:
             lines += ["", f"frozen, as they are: {', '.join(self.frozen)}"]
         if self.untraced:
             rows = [(left.name or "(the model)", left.reason) for left in self.untraced]
-            lines += ["", stats.text_table(("not traced", "because"), rows)]
+            lines += ["", tables.text_table(("not traced", "because"), rows)]
         return "\n".join(lines)
 
 
@@ -206,38 +207,20 @@ class _Work:
 
     def _children(self, module: nn.Module, name: str, inputs: tuple[Any, ...]) -> None:
         """Optimises the children that are called once, on what they are called with."""
-        calls = _calls(module, inputs)
-        for key, child in list(module.named_children()):
+        parts = dict(module.named_children())
+        calls = calls_of(parts, lambda: module(*copy.deepcopy(inputs)))
+        for key, child in parts.items():
             path = f"{name}.{key}" if name else key
-            seen = calls.get(id(child), [])
+            seen = calls[key]
             leaf = not any(True for _ in child.children())
             if leaf or len(seen) != 1:
                 continue
-            if seen[0] is None:
+            if seen[0].keywords:
                 self.untraced.append(Left(path, "it is called with keyword arguments"))
                 continue
-            new = self.optimize(child, path, seen[0])
+            new = self.optimize(child, path, seen[0].arguments)
             if new is not None:
                 set_module(module, key, new)
-
-
-def _calls(module: nn.Module, inputs: tuple[Any, ...]) -> dict[int, list[tuple[Any, ...] | None]]:
-    """Runs a module and notes what its children are called with; None has keyword arguments."""
-    seen: dict[int, list[tuple[Any, ...] | None]] = {}
-
-    def note(child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kept = tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in args)
-        seen.setdefault(id(child), []).append(None if kwargs else kept)
-
-    handles = [
-        child.register_forward_pre_hook(note, with_kwargs=True) for child in module.children()
-    ]
-    try:
-        module(*copy.deepcopy(inputs))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
 
 
 def _freeze(root: nn.Module) -> Iterator[str]:

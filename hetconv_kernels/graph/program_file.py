@@ -30,6 +30,8 @@ from .program import Called, Native, Program
 from .seen import Seen, Spec
 from .trace import FAILURES, as_inputs, check_network
 
+__all__ = ["SavedNetwork", "save_program"]
+
 try:
     from .. import _cpu
 except ImportError:  # nothing is compiled here

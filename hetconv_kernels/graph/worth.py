@@ -15,6 +15,7 @@ from ..backends import choose, predict
 from ..backends.vendor import Vendor, plain_seconds
 from ..nn import FrequencyConv2d, SupportConv2d, SupportLinear
 from ..nn.base import SupportLayer
+from .hooks import calls_of, without_values
 from .layout import set_module
 
 SparseLayer = SupportConv2d | SupportLinear | FrequencyConv2d
@@ -51,12 +52,18 @@ def leave_plain(model: nn.Module, inputs: Sequence[tuple[Any, ...]]) -> tuple[Le
     """
     if backends.forced_code():
         return ()
-    seen = _inputs(model, inputs)
+    candidates = _candidates(model)
+    if not candidates:
+        return ()
+    seen = calls_of(candidates, lambda: [model(*each) for each in inputs], without_values)
     left = []
-    for name, calls in seen.items():
-        layer: Any = model.get_submodule(name)
+    for name, noted in seen.items():
+        layer: Any = candidates[name]
+        if not noted or any(call.keywords for call in noted):
+            continue
+        calls = [call.arguments[0] for call in noted]
         answers = [_reason(layer, x) for x in calls]
-        if not answers or None in answers:
+        if None in answers:
             continue
         plain: Any = layer.to_linear() if isinstance(layer, SupportLinear) else layer.to_conv2d()
         if any(x.dim() == 4 and not x.is_contiguous() for x in calls):
@@ -72,15 +79,14 @@ def _holder(layer: SparseLayer) -> SupportLayer:
     return layer.mix if isinstance(layer, FrequencyConv2d) else layer
 
 
-def _inputs(model: nn.Module, inputs: Sequence[tuple[Any, ...]]) -> dict[str, list[Tensor]]:
-    """Runs a network and notes the inputs of the layers that may be replaced, without values."""
+def _candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """Finds the layers that may be replaced, by name."""
     places: dict[int, int] = {}
     for _, module in model.named_modules(remove_duplicate=False):
         for owned in (module, *module.parameters(recurse=False)):
             places[id(owned)] = places.get(id(owned), 0) + 1
-    seen: dict[str, list[Tensor]] = {}
-    handles = []
     parents = {id(c): m for m in model.modules() for c in m.children()}
+    found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         parent = parents.get(id(module))
         if (
@@ -91,28 +97,15 @@ def _inputs(model: nn.Module, inputs: Sequence[tuple[Any, ...]]) -> dict[str, li
             continue
         holder = _holder(module)
         if (
-            module.backend is not None
-            or holder.backend is not None
-            or getattr(module, "path", "auto") != "auto"
-            or not holder._owns_weight
-            or any(m._forward_hooks or m._forward_pre_hooks for m in (module, holder))
-            or any(places[id(o)] > 1 for o in (module, holder, *module.parameters()))
+            module.backend is None
+            and holder.backend is None
+            and getattr(module, "path", "auto") == "auto"
+            and holder._owns_weight
+            and not any(m._forward_hooks or m._forward_pre_hooks for m in (module, holder))
+            and all(places[id(o)] == 1 for o in (module, holder, *module.parameters()))
         ):
-            continue
-        calls = seen.setdefault(name, [])
-
-        def note(_: nn.Module, arguments: tuple[Any, ...], calls: list[Tensor] = calls) -> None:
-            calls.append(torch.empty_like(arguments[0], memory_format=torch.preserve_format))
-
-        handles.append(module.register_forward_pre_hook(note))
-    try:
-        if handles:
-            for each in inputs:
-                model(*each)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
+            found[name] = module
+    return found
 
 
 def _reason(layer: SparseLayer, x: Tensor) -> str | None:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import ranges
+from ..colours import css_variables
 from ..files import write_text
-from ..report.colours import css_variables
 from .timeline import _named
 
 _WARM_UP = 2

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from .. import export, stats, timing
 from ..disturbance import Watch
 from ..errors import ArgumentError, InputTypeError, mismatch
 from ..explain import _same_buffers
+from ..graph.hooks import hooked
 from ..graph.trace import check_plain
 from ..integers import is_integer
 from ..nn import FrequencyConv2d, FusedConv2d
@@ -184,26 +185,16 @@ def _first_pass(model: nn.Module, example: Tensor) -> dict[str, _Seen]:
     return called
 
 
-@contextlib.contextmanager
-def _hooked(layers: Mapping[str, _Seen], before: Any, after: Any) -> Iterator[None]:
-    handles = []
-    for seen in layers.values():
-
-        def enter(_: Any, arguments: Any, seen: _Seen = seen) -> None:
-            before(seen, arguments)
-
-        def leave(_: Any, arguments: Any, output: Any, seen: _Seen = seen) -> None:
-            after(seen, arguments, output)
-
-        handles += [
-            seen.layer.register_forward_pre_hook(enter),
-            seen.layer.register_forward_hook(leave, prepend=True),
-        ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _hooked(
+    layers: Mapping[str, _Seen],
+    before: Callable[[_Seen, tuple[Any, ...]], None],
+    after: Callable[[_Seen, tuple[Any, ...], Any], None],
+) -> AbstractContextManager[None]:
+    return hooked(
+        {name: seen.layer for name, seen in layers.items()},
+        lambda name, call: before(layers[name], call.arguments),
+        lambda name, call, output: after(layers[name], call.arguments, output),
+    )
 
 
 def _note(seen: _Seen, arguments: tuple[Any, ...]) -> None:

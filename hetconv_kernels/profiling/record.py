@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .. import stats
+from .. import tables
 from ..disturbance import far_above, shown
 
 
@@ -106,7 +106,7 @@ class Profile:
                 f"{self.model} on {self.input}, {self.threads} threads",
                 f"measured ceilings: {ceilings}",
                 "",
-                stats.text_table((*header, "because"), rows),
+                tables.text_table((*header, "because"), rows),
                 *self._remarks(),
             )
         )

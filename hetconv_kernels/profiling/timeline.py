@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from torch.autograd.profiler import record_function
 from .. import ranges
 from ..errors import HetconvError
 from ..files import writing
+from ..graph.hooks import LayerCall, hooked
 from .compiled import original
 from .measure import layers_of
 
@@ -154,26 +155,16 @@ def ncu_commands(arguments: Sequence[str], backends: Sequence[str]) -> list[str]
     ]
 
 
-@contextlib.contextmanager
-def _named(model: nn.Module, prefix: str = "") -> Iterator[None]:
+def _named(model: nn.Module, prefix: str = "") -> AbstractContextManager[None]:
     """Puts each layer with weights in a range of its name; a compiled network has no layers."""
-    handles = []
-    for name, layer in ({} if original(model) else layers_of(model)).items():
-        opened: list[record_function] = []
+    opened: list[record_function] = []
 
-        def enter(*_: object, name: str = name, opened: list[record_function] = opened) -> None:
-            opened.append(record_function(prefix + (name or type(model).__name__)))
-            opened[-1].__enter__()
+    def enter(name: str, _: LayerCall) -> None:
+        opened.append(record_function(prefix + (name or type(model).__name__)))
+        opened[-1].__enter__()
 
-        def leave(*_: object, opened: list[record_function] = opened) -> None:
-            opened.pop().__exit__(None, None, None)
+    def leave(_: str, __: LayerCall, ___: object) -> None:
+        opened.pop().__exit__(None, None, None)
 
-        handles += [
-            layer.register_forward_pre_hook(enter),
-            layer.register_forward_hook(leave, always_call=True),
-        ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    layers = {} if original(model) else layers_of(model)
+    return hooked(layers, enter, leave, always=True)

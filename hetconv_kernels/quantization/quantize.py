@@ -14,10 +14,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from .. import stats
 from ..errors import ArgumentError, InputTypeError, TraceError, mismatch
+from ..graph.hooks import calls_of
 from ..graph.layout import set_module
 from ..graph.optimize import optimize
 from ..graph.trace import check_float, check_network, record
@@ -354,19 +355,9 @@ def _calls(root: nn.Module, part: fx.GraphModule, batches: list[Inputs]) -> list
     """Lists what a part is called with."""
     if part is root:
         return batches
-    seen: list[Inputs] = []
-
-    def note(_: nn.Module, arguments: Inputs) -> None:
-        seen.append(tuple(t.detach().clone() if isinstance(t, Tensor) else t for t in arguments))
-
-    handle = part.register_forward_pre_hook(note)
-    try:
-        with torch.no_grad():
-            for inputs in batches:
-                root(*inputs)
-    finally:
-        handle.remove()
-    return seen
+    with torch.no_grad():
+        calls = calls_of({0: part}, lambda: [root(*inputs) for inputs in batches])
+    return [call.arguments for call in calls[0]]
 
 
 def _check_dtype(model: nn.Module) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from .. import stats
+from .. import tables
 from ..samples import Timings
 
 
@@ -97,7 +97,7 @@ class QuantizeReport:
         done = sum(row.integer for row in self.layers)
         before, after = self.bytes
         lines = [
-            stats.text_table(("layer", "kind", "computed in", "SQNR dB", "because"), rows),
+            tables.text_table(("layer", "kind", "computed in", "SQNR dB", "because"), rows),
             "",
             f"{done} of {len(self.layers)} layers in 8 bits, {self.conversions} conversions from "
             f"or to float32; calibrated by {self.observer} on {self.images} images",

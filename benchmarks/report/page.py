@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 
 from markupsafe import Markup
 
-from .._version import __version__
-from ..files import Json
+from hetconv_kernels._version import __version__
+from hetconv_kernels.colours import css_variables
+from hetconv_kernels.files import Json
+
 from . import tables
-from .colours import css_variables
 from .figures import Picture, layer_bars, roofline, scatter
 from .passes import timeline
 from .results import Results

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report: results files of the benchmarks as one HTML page with figures and every row.
 
-``hetconv report`` does it from the command line. Needs the ``matplotlib`` extra.
+    python -m benchmarks.report [FILE or FOLDER ...] [--out FILE or FOLDER]
+
+By default of all committed results, into outputs/report. Needs matplotlib.
 """
 
 from __future__ import annotations
@@ -10,7 +12,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..errors import HetconvError
+from hetconv_kernels.errors import HetconvError
+
 from .figures import check_matplotlib
 from .page import Page
 from .results import Results, read_results

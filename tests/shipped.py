@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from .tiles import (
+from hetconv_kernels.backends.triton.tiles import (
     BOX_FUSED,
     BOX_ONE,
     BOX_TILES,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ahead-of-time compilation: what each shipped configuration becomes, without a GPU.
 
-    python -m hetconv_kernels.backends.triton.aot --capability 90 [--name PART] [--out FILE]
+    python tests/aot.py --capability 90 [--name PART] [--out FILE]
 
 Each configuration says what its machine code must show, and `shortcomings` lists where it does not:
 the matrix instruction of its path, asynchronous copies of both operands, every stage of the
@@ -23,9 +23,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..gpu.devices import GPU_SPECS
-from .shipped import Configuration, chosen
-from .tiles import box_stages, box_warps, stages, wgrad_stages
+from shipped import Configuration, chosen
+
+from hetconv_kernels.backends.gpu.devices import GPU_SPECS
+from hetconv_kernels.backends.triton.tiles import box_stages, box_warps, stages, wgrad_stages
 
 CAPABILITIES = (80, 90, 100, 120)
 _FROM_SHARED = r"warp_group_dot %.*!ttg\.memdesc<[^>]*> \* !ttg\.memdesc<"
@@ -170,10 +171,10 @@ def _wide(configuration: Configuration) -> bool:
 
 def _source(configuration: Configuration) -> tuple[Any, Any, Any, Any]:
     """Returns the kernel with its signature, constants and what is known of its arguments."""
-    from .fprop import fprop_kernel_gather
-    from .fprop_tma import fprop_kernel_tma
-    from .wgrad import wgrad_kernel_gather
-    from .wgrad_tma import wgrad_kernel_tma
+    from hetconv_kernels.backends.triton.fprop import fprop_kernel_gather
+    from hetconv_kernels.backends.triton.fprop_tma import fprop_kernel_tma
+    from hetconv_kernels.backends.triton.wgrad import wgrad_kernel_gather
+    from hetconv_kernels.backends.triton.wgrad_tma import wgrad_kernel_tma
 
     dtype, tile = configuration.dtype, configuration.tile
     unit = 16 // _ITEM[dtype]

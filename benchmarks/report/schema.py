@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..files import Json
+from hetconv_kernels.files import Json
 
 SCHEMA_VERSION = 1
 

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from ..files import Json
-from .colours import light
+from hetconv_kernels.colours import light
+from hetconv_kernels.files import Json
+
 from .figures import Picture, _axes, _ms, _styled
 
 # A layer's name is written into its segment where that is at least this share of the longer pass.

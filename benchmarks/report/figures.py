@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import HetconvError
-from ..files import Json
-from .colours import FAMILY_MARKS, light, themed
+from hetconv_kernels.colours import FAMILY_MARKS, light, themed
+from hetconv_kernels.errors import HetconvError
+from hetconv_kernels.files import Json
+
 from .results import Point, Roof
 
 Drawn = TypeVar("Drawn")

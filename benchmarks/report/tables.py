@@ -10,8 +10,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ..files import Json
-from .results import computed_dtype
+from hetconv_kernels.files import Json
+
+from .results import computed_dtype, verdict
 from .templates import render
 
 _SIGNS = {
@@ -91,13 +92,13 @@ def verdict_of(row: Json) -> str:
     """
     if not row["match"]["ok"] or "dense" not in row:
         return "wrong"
-    return "disturbed" if "disturbed" in row else _verdict(row["dense"])
+    return "disturbed" if "disturbed" in row else verdict(row["dense"])
 
 
 def lost_to_composition(row: Json) -> bool:
     """Tells whether the whole interval against the fastest composition lies below 1."""
     judged = bool(row.get("composition")) and "disturbed" not in row
-    return judged and _verdict(row["composition"]) == "lose"
+    return judged and verdict(row["composition"]) == "lose"
 
 
 def _layer(row: Json) -> Line:
@@ -184,7 +185,7 @@ def _number(value: float, form: str) -> Cell:
 def _ratio(estimate: Json | None, judged: bool = True) -> Cell:
     if estimate is None:
         return _EMPTY
-    lost = judged and _verdict(estimate) == "lose"
+    lost = judged and verdict(estimate) == "lose"
     text = f"{estimate['ratio']:.2f}" + " ▼" * lost
     return Cell(text, estimate["ratio"], mark="lose" if lost else "")
 
@@ -193,12 +194,6 @@ def _ratio_and_interval(estimate: Json, judged: bool = True) -> Cell:
     ratio = _ratio(estimate, judged)
     text = f"{ratio.text} [{estimate['low']:.2f}, {estimate['high']:.2f}]"
     return Cell(text, ratio.key, ratio.mark)
-
-
-def _verdict(estimate: Json) -> str:
-    if estimate["low"] > 1:
-        return "win"
-    return "lose" if estimate["high"] < 1 else "even"
 
 
 def _table(what: str, header: Sequence[str], lines: Sequence[Line]) -> Markup:

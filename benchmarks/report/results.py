@@ -9,8 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import ArgumentError, FileError, mismatch
-from ..files import Json
+from hetconv_kernels.errors import ArgumentError, FileError, mismatch
+from hetconv_kernels.files import Json
+
 from .schema import SCHEMA_VERSION, problems
 
 FAMILIES = {
@@ -223,3 +224,15 @@ def _point(row: Json) -> Point:
 def _device(row: Json) -> str:
     case = row.get("case")
     return str(case.get("device", "cpu")) if isinstance(case, dict) else "cpu"
+
+
+def verdict(estimate: Json, reasons: Sequence[str] = ()) -> str:
+    """Says ``win`` or ``lose`` when the whole interval is on that side of 1, else ``even``.
+
+    Where the measurement was disturbed it is ``disturbed``, whatever the interval.
+    """
+    if reasons:
+        return "disturbed"
+    if estimate["low"] > 1:
+        return "win"
+    return "lose" if estimate["high"] < 1 else "even"
