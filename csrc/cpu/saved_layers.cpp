@@ -2,6 +2,7 @@
 // How layers are saved, and read back: see saved_steps.cpp. Weights are those that exist; the plan
 // and the packed weights are made anew, for the machine that reads.
 #include "saved_parts.h"
+#include "threads.h"
 
 namespace hetconv {
 namespace {

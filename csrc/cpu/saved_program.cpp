@@ -9,6 +9,7 @@
 #include <typeinfo>
 
 #include "blake2.h"
+#include "threads.h"
 
 namespace hetconv {
 namespace {
