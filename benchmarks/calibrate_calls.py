@@ -30,11 +30,11 @@ from torch import nn
 import hetconv_kernels as hk
 from benchmarks.record import environment
 from hetconv_kernels import ops, timing
-from hetconv_kernels.backends import get_backend, predict, rates
+from hetconv_kernels.backends import cost_model, get_backend, predict
 from hetconv_kernels.backends.cpu import Cpu
+from hetconv_kernels.files import Json
 from hetconv_kernels.packing import dense_weight, masked, watched
 
-Row = dict[str, Any]
 # Images, channels, groups, side.
 GROUPS = [
     (8, 128, 128, 14), (8, 32, 32, 56), (8, 512, 512, 7), (1, 128, 128, 28),  # of 1 channel
@@ -45,7 +45,7 @@ GROUPS = [
 WEIGHTS = [(64, 3), (128, 3), (256, 3), (512, 3), (1024, 1)]  # channels and kernel
 
 
-def compare(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
+def median_times(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
     """Times calls, interleaved: the median seconds of each."""
     found = timing.interleaved(
         calls, baseline=next(iter(calls)), rounds=30, min_time=3e-4, max_seconds=seconds
@@ -53,7 +53,7 @@ def compare(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, fl
     return {name: found.median(name) for name in calls}
 
 
-def groups(n: int, c: int, g: int, side: int, last: bool, seconds: float) -> Row:
+def groups(n: int, c: int, g: int, side: int, last: bool, seconds: float) -> Json:
     """Times a frozen equal grouping on both engines beside the plain layer."""
     layout = torch.channels_last if last else torch.contiguous_format
     x = torch.randn(n, c, side, side).contiguous(memory_format=layout)
@@ -64,7 +64,7 @@ def groups(n: int, c: int, g: int, side: int, last: bool, seconds: float) -> Row
     plain: nn.Module = layers["cpu"].to_conv2d().to(memory_format=layout)  # type: ignore[call-overload]
     calls: dict[str, Callable[[], Any]] = {"plain": lambda: plain(x)}
     calls |= {name: lambda layer=layer: layer(x) for name, layer in layers.items()}
-    took = compare(calls, seconds)
+    took = median_times(calls, seconds)
     layer = layers["cpu"]
     problem = ops.describe(
         "fprop", layer._geometry, x, x, layer.weight, (side, side), {"shift": layer.bias}
@@ -72,7 +72,7 @@ def groups(n: int, c: int, g: int, side: int, last: bool, seconds: float) -> Row
     engines = {name: get_backend(name) for name in layers}
     macs = problem.dense_macs / g
     slower = took["cpu"] / predict(engines["cpu"], problem)
-    rate = (took["plain"] / slower - rates.DENSE.call) / macs
+    rate = (took["plain"] / slower - cost_model.DENSE.call) / macs
     return {
         "layer": f"{n}x{c}x{side}^2, {g} groups, {'nhwc' if last else 'nchw'}",
         "width": c // g,
@@ -84,12 +84,12 @@ def groups(n: int, c: int, g: int, side: int, last: bool, seconds: float) -> Row
     }
 
 
-def masks(c: int, k: int, seconds: float) -> Row:
+def masks(c: int, k: int, seconds: float) -> Json:
     """Times what a weight costs a call that is not a frozen layer's, in seconds per element."""
     mask = np.random.default_rng(0).random((c, c, k, k)) < 0.3
     support = hk.Support.from_mask(mask)
     dense, live = torch.randn(c, c, k, k), torch.randn(support.live)
-    took = compare(
+    took = median_times(
         {
             "mask": lambda: masked(support, dense, brief=True),
             "expand": lambda: dense_weight(support, live, torch.float32),
@@ -100,7 +100,7 @@ def masks(c: int, k: int, seconds: float) -> Row:
     return {"weights": dense.numel(), **each}
 
 
-def packing(name: str, support: hk.Support, calls: int = 7) -> Row:
+def packing(name: str, support: hk.Support, calls: int = 7) -> Json:
     """Times what `cpu` packs of a weight that is not frozen, in seconds per packed element."""
     f, c, kernel, _ = support.shape
     layer = hk.nn.SupportConv2d(c, f, kernel, padding=kernel // 2, support=support, backend="cpu")
@@ -111,7 +111,7 @@ def packing(name: str, support: hk.Support, calls: int = 7) -> Row:
         with watched() as seen:
             layer(x)
         found.append(sum(one.seconds for one in seen))
-    share = torch.get_num_threads() if plan.packed_elements > rates.PACK_ALONE else 1
+    share = torch.get_num_threads() if plan.packed_elements > cost_model.PACK_ALONE else 1
     each = statistics.median(found) * share / plan.packed_elements
     return {"support": name, "elements": plan.packed_elements, "per_element": each}
 
@@ -128,7 +128,7 @@ def packed_supports() -> dict[str, hk.Support]:
     return found
 
 
-def small(seconds: float) -> Row:
+def small(seconds: float) -> Json:
     """Times the smallest layers beside plain ones: microseconds of ours beyond them."""
     support = hk.Support.from_mask(np.random.default_rng(0).random((4, 4, 3, 3)) < 0.3)
     x, layers = torch.randn(1, 4, 8, 8), {}
@@ -138,7 +138,7 @@ def small(seconds: float) -> Row:
     plain = layers["frozen"].to_conv2d()
     calls: dict[str, Callable[[], Any]] = {"plain": lambda: plain(x)}
     calls |= {name: lambda layer=layer: layer(x) for name, layer in layers.items()}
-    took = compare(calls, seconds)
+    took = median_times(calls, seconds)
     return {name: (value - took["plain"]) * 1e6 for name, value in took.items() if name != "plain"}
 
 

@@ -85,7 +85,7 @@ def write_idx(file: IO[bytes], array: np.ndarray) -> None:
     file.write(np.ascontiguousarray(array, np.uint8).tobytes())
 
 
-def write(images: np.ndarray, labels: np.ndarray, folder: Path, test: int = _TEST) -> None:
+def write_mnist(images: np.ndarray, labels: np.ndarray, folder: Path, test: int = _TEST) -> None:
     """Shuffles digits and writes them as MNIST's four files, the last ``test`` for the report."""
     order = np.random.default_rng(0).permutation(len(labels))
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=MNIST, help=f"folder ({MNIST})")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
-        write(*digits_of(fetch(Path(scratch))), options.out)
+        write_mnist(*digits_of(fetch(Path(scratch))), options.out)
     print(f"Wrote {options.out}: hetconv compress admm --data {options.out} reads it.")
     return 0
 

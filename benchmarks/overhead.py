@@ -25,7 +25,7 @@ import hetconv_kernels as hk
 from benchmarks import record
 from hetconv_kernels import timing
 
-ROOT = Path(__file__).resolve().parents[1]
+_ROOT = Path(__file__).resolve().parents[1]
 _CALLS = 2000  # of the host, in each of its rounds
 _ROUNDS = 5
 
@@ -37,9 +37,9 @@ def build_host(folder: Path) -> Path:
         subprocess.CalledProcessError: make or the compiler failed.
         FileNotFoundError: there is none.
     """
-    subprocess.run(["make", "--quiet", "library"], cwd=ROOT, check=True)
-    library, host = ROOT / "build" / "library", folder / "server"
-    source = ROOT / "tests" / "native" / "deploy" / "server.cpp"
+    subprocess.run(["make", "--quiet", "library"], cwd=_ROOT, check=True)
+    library, host = _ROOT / "build" / "library", folder / "server"
+    source = _ROOT / "tests" / "native" / "deploy" / "server.cpp"
     where = [f"-I{library}", f"-L{library}", f"-Wl,-rpath,{library}", "-lhetconv", "-ldl"]
     subprocess.run(["g++", "-std=c++17", "-O2", source, *where, "-pthread", "-o", host], check=True)
     return host

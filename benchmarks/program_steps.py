@@ -29,7 +29,7 @@ from hetconv_kernels.graph.program import Native
 from hetconv_kernels.stats import text_table
 
 
-class Step(NamedTuple):
+class StepTime(NamedTuple):
     """What one step of a program took.
 
     Attributes:
@@ -47,7 +47,7 @@ class Step(NamedTuple):
     bytes: int
 
 
-def steps_of(network: Any, x: Tensor, rounds: int = 9) -> list[Step]:
+def steps_of(network: Any, x: Tensor, rounds: int = 9) -> list[StepTime]:
     """Times each step of an optimised network in its place.
 
     Args:
@@ -95,7 +95,9 @@ def steps_of(network: Any, x: Tensor, rounds: int = 9) -> list[Step]:
         program_builder.caller = caller
     order = {node.name: i for i, node in enumerate(network.graph.nodes)}
     ran = sorted((p for p in found if p.times), key=lambda p: order[p.name])
-    return [Step(p.name, p.kind, statistics.median(p.times) / 1e9, p.macs, p.bytes) for p in ran]
+    return [
+        StepTime(p.name, p.kind, statistics.median(p.times) / 1e9, p.macs, p.bytes) for p in ran
+    ]
 
 
 class _Timed:

@@ -21,7 +21,7 @@ from .accuracy import strict_accuracy
 from .backends import available_backends, use_backend
 from .explain import explain, warmup
 from .info import info
-from .openmp import share as _share_openmp
+from .openmp import share_openmp as _share_openmp
 from .support import Support
 
 if TYPE_CHECKING:

@@ -128,7 +128,7 @@ def from_pretrained(
     return io.load(_weights(os.fspath(name), download), into, device).eval()
 
 
-def described(model: nn.Module) -> dict[str, Any]:
+def _described(model: nn.Module) -> dict[str, Any]:
     """Describes a network in plain words, as config.json has it: classes, sizes and Supports."""
     layers: dict[str, dict[str, str]] = {}
     for name, module in (model.body if isinstance(model, Narrow) else model).named_modules():
@@ -186,7 +186,7 @@ def _make(library: Any) -> dict[str, Any]:
             given = self._hub_mixin_config if config is None else config
             if dataclasses.is_dataclass(given) and not isinstance(given, type):
                 given = dataclasses.asdict(given)
-            whole = {**(given or {}), KEY: described(_inside(self))}
+            whole = {**(given or {}), KEY: _described(_inside(self))}
             return super().save_pretrained(save_directory, config=whole, **more)
 
         def _save_pretrained(self, save_directory: Path) -> None:

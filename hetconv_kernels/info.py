@@ -79,7 +79,7 @@ def processor() -> str:
 
 def _isas() -> list[str]:
     """Lists the instruction sets that our CPU engine can run here, the one it takes first."""
-    if importlib.util.find_spec("hetconv_kernels._cpu") is None or openmp.share():
+    if importlib.util.find_spec("hetconv_kernels._cpu") is None or openmp.share_openmp():
         return []
     from . import _cpu
 

@@ -19,7 +19,7 @@ _RUNTIME = re.compile(r"/lib(?:gomp|omp|iomp5)\b[^/]*\.so[^/]*$")
 
 
 @cache
-def share() -> str | None:
+def share_openmp() -> str | None:
     """Makes the OpenMP runtime of this process visible to our compiled part.
 
     Torch loads its own for all to see; where a build of it does not, this does. Only a process

@@ -14,7 +14,7 @@ import torch
 from cifar import write_cifar
 
 from benchmarks import data as fetching
-from hetconv_kernels.datasets import cifar10, image_folder, mnist, read
+from hetconv_kernels.datasets import cifar10, image_folder, mnist, read_folder
 from hetconv_kernels.errors import ArgumentError, HetconvError
 
 NAMES = [
@@ -30,7 +30,7 @@ def _digits(count: int = 30) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    fetching.write(*_digits(), tmp_path, test=6)
+    fetching.write_mnist(*_digits(), tmp_path, test=6)
     return tmp_path
 
 
@@ -102,7 +102,7 @@ def test_other_idx_files_are_refused(
 @pytest.mark.parametrize("kind", ["mnist", "cifar"])
 def test_files_with_other_digests_are_refused(kind: str, tmp_path: Path) -> None:
     if kind == "mnist":
-        fetching.write(*_digits(), tmp_path, test=6)
+        fetching.write_mnist(*_digits(), tmp_path, test=6)
         load, name = mnist, NAMES[3]
     else:
         write_cifar(tmp_path, {"data_batch_1.bin": 4, "test_batch.bin": 2})
@@ -116,19 +116,19 @@ def test_files_with_other_digests_are_refused(kind: str, tmp_path: Path) -> None
 
 
 def test_a_folder_is_told_apart_by_its_files(folder: Path, tmp_path: Path) -> None:
-    assert len(read(folder, 4).test) == 6
+    assert len(read_folder(folder, 4).test) == 6
     with pytest.raises(HetconvError, match="no such folder"):
-        read(tmp_path / "nowhere")
+        read_folder(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(HetconvError, match="neither"):
-        read(tmp_path / "empty")
+        read_folder(tmp_path / "empty")
     other = tmp_path / "cifar"
     other.mkdir()
     write_cifar(other, {"data_batch_1.bin": 4, "test_batch.bin": 2})
-    assert read(other, 1).test.images.shape[1:] == (3, 32, 32)
+    assert read_folder(other, 1).test.images.shape[1:] == (3, 32, 32)
     write_cifar(folder, {"data_batch_1.bin": 4, "test_batch.bin": 2})
     with pytest.raises(HetconvError, match="both"):
-        read(folder, 1)
+        read_folder(folder, 1)
 
 
 # Folders of images ---------------------------------------------------------------------------

@@ -57,6 +57,8 @@ MADE: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {
 ELSEWHERE = {
     "export.to_onnx": "tests/test_export.py; it works on what export.plain returns",
     "pruning.live_only": "tests/test_pruning.py; it is meant to change the layer that it is given",
+    "export.program": "tests/test_program_file.py; it saves a copy on the engine",
+    "profiling.write_timeline": "tests/test_profiling.py; it profiles the network, as profile",
     "profiling.write_proton": "needs a GPU; it only calls the network",
 }
 

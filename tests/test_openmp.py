@@ -50,7 +50,7 @@ print(torch.__file__)
 """
     runtimes, torch_file = said(code).splitlines()
     (runtime,) = runtimes.split()
-    assert openmp.share() is None
+    assert openmp.share_openmp() is None
     own = Path(torch_file).resolve().parent
     if list(own.glob("lib/lib*omp*.so*")):
         assert Path(runtime).resolve().is_relative_to(own)
@@ -107,7 +107,7 @@ module = module_from_spec(spec)
 spec.loader.exec_module(module)
 assert not module._visible()
 assert module.loaded() == [place]
-assert module.share() is None
+assert module.share_openmp() is None
 assert module._visible()
 print("shared")
 """
@@ -124,11 +124,11 @@ def test_without_any_runtime_the_engine_is_left_out_with_a_sentence(
         raise OSError(f"{name}: cannot open shared object file")
 
     monkeypatch.setattr(ctypes, "CDLL", absent)
-    openmp.share.cache_clear()
+    openmp.share_openmp.cache_clear()
     try:
-        assert "install libgomp1" in str(openmp.share())
+        assert "install libgomp1" in str(openmp.share_openmp())
     finally:
-        openmp.share.cache_clear()
+        openmp.share_openmp.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import picture, readme, summary, table
+from benchmarks import picture, readme, summary
+from hetconv_kernels.tables import markdown_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -133,7 +134,7 @@ def test_a_span_names_the_ends() -> None:
 
 
 def test_a_table_in_markdown() -> None:
-    text = table.markdown(("a", "b"), [("x", "1")])
+    text = markdown_table(("a", "b"), [("x", "1")])
     assert text.splitlines() == ["| a | b |", "| --- | --: |", "| x | 1 |"]
 
 

@@ -17,7 +17,7 @@ from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 from ..errors import BackendError, mismatch
-from ..openmp import share as share_openmp
+from ..openmp import share_openmp
 from ..pooling import max_pooled
 from ..problem import DTYPES, Problem
 from .cost_model import POOL, POOLED

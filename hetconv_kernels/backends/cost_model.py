@@ -73,7 +73,7 @@ FRESH = 4e-10
 # Groups of at most so many channels: seconds per multiply-accumulate on all threads, in NCHW and in
 # channels_last. `python -m benchmarks.calibrate_calls` has them, measured on two threads of an AMD
 # Zen 4 server core and brought to the machine of the fitted ones by what `cpu` takes on both.
-NARROW = {1: (1.8e-11, 1.9e-11), 3: (9e-11, 7.4e-11), 7: (1.6e-11, 1.8e-11)}
+NARROW_GROUPS = {1: (1.8e-11, 1.9e-11), 3: (9e-11, 7.4e-11), 7: (1.6e-11, 1.8e-11)}
 # What a whole layer's call takes around the above, mostly Python: measured once, on two threads of
 # an AMD Zen 4 server core, on layers so small that it is nearly all there is, less the seconds per
 # call above. By what runs, for images and for rows of features. `benchmarks/test_dispatch.py` has

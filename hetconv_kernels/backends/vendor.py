@@ -41,7 +41,7 @@ from .cost_model import (
     LINEAR_FAR,
     MASK,
     MASK_CALL,
-    NARROW,
+    NARROW_GROUPS,
     OVERHEAD,
     POINTWISE,
     PREPACKED,
@@ -139,8 +139,8 @@ def dense_seconds(
         macs *= -(-filters // FILTERS_BLOCK) * FILTERS_BLOCK / max(1, filters)
         macs *= POINTWISE if problem.support.kernel == (1, 1) and rates is PREPACKED else 1.0
     width = problem.support.channels // groups
-    if work < 1.0 and width <= max(NARROW):
-        mac = next(mac for most, mac in NARROW.items() if width <= most)
+    if work < 1.0 and width <= max(NARROW_GROUPS):
+        mac = next(mac for most, mac in NARROW_GROUPS.items() if width <= most)
         return macs * mac[problem.channels_last] + launches * rates.call + ours
     speed = torch.get_num_threads() * DTYPE_SPEED.get(problem.dtype, 1.0)
     return (

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import json_output, models
-from ..datasets import Dataset, digits, read, shifted_and_flipped
+from ..datasets import Dataset, digits, read_folder, shifted_and_flipped
 from ..errors import ArgumentError, HetconvError, InputTypeError, SpeedupError, mismatch
 from ..factory import call_factory, is_factory
 from ..files import write_text, writing
@@ -203,7 +203,7 @@ def read_data(text: str, batch: int, validation: int) -> Batches:
         return Batches(train, decide, report, "the test data")
     if text == "digits":
         return batches_of(digits(), batch, augment=False)
-    found = read(text, validation)
+    found = read_folder(text, validation)
     return batches_of(found, batch, augment=is_colour(found))
 
 

@@ -8,8 +8,8 @@ Nothing is downloaded: `mnist`, `cifar10` and `image_folder` read a folder.
 from .cifar import cifar10, shifted_and_flipped
 from .digits import digits
 from .images import image_folder
+from .known import read_folder
 from .mnist import mnist
-from .read import read
 from .split import Batch, Dataset, Shuffled, Split
 
 __all__ = [
@@ -21,6 +21,6 @@ __all__ = [
     "digits",
     "image_folder",
     "mnist",
-    "read",
+    "read_folder",
     "shifted_and_flipped",
 ]

@@ -36,7 +36,7 @@ _ORDERED = (
 )
 
 
-def copied(
+def native_copy(
     node: fx.Node, y: Spec, module: nn.Module | None, specs: dict[fx.Node, Spec]
 ) -> Made | None:
     """A copy in another memory format, as a reshape makes where no view will do."""

@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from .fold import _activation, _pool
 from .names import module_of, name_of
-from .native_copies import Made, cast, copied, is_padding, padded
+from .native_copies import Made, cast, is_padding, native_copy, padded
 from .seen import Operand, Seen, Spec
 
 try:
@@ -49,7 +49,7 @@ def native_step(seen: Seen, sources: Sequence[Seen]) -> Found | None:
     if seen.spec is None or len(specs) != len(sources) or not specs:
         return None
     makers = (
-        _binary, _activated, _max_pooled, _concatenated, _upsampled, copied, padded, cast,
+        _binary, _activated, _max_pooled, _concatenated, _upsampled, native_copy, padded, cast,
     )  # fmt: skip
     for make in makers:
         found = make(seen.node, seen.spec, module, specs)

@@ -26,7 +26,7 @@ from ..compression.command import (
     train_dense,
 )
 from ..compression.training import Training
-from ..datasets import digits, read
+from ..datasets import digits, read_folder
 from ..errors import ArgumentError, HetconvError, InputTypeError, mismatch
 from ..factory import is_factory
 from ..files import write_text, writing
@@ -154,7 +154,7 @@ def _read(options: argparse.Namespace) -> tuple[Batches, list[Tensor]]:
                          "images of one size to calibrate on")
             )  # fmt: skip
         return data, taken
-    own = digits() if options.data == "digits" else read(options.data, options.validation)
+    own = digits() if options.data == "digits" else read_folder(options.data, options.validation)
     images = own.train.images[: options.images]
     return batches_of(own, size, augment=is_colour(own)), list(images.split(options.batch))
 

@@ -11,7 +11,7 @@ from .mnist import mnist
 from .split import Dataset, Folder
 
 
-def read(folder: Folder, validation: int = 5000) -> Dataset:
+def read_folder(folder: Folder, validation: int = 5000) -> Dataset:
     """Reads MNIST (or its kin) or CIFAR-10, whichever a folder holds.
 
     Args:
