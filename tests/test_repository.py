@@ -39,6 +39,8 @@ LONGER_FILES = {
     "hetconv_kernels/nn/frequency.py": "the transform and the one layer that it is for",
     "hetconv_kernels/backends/cpu_int8.py": "the eight operations in 8 bits, one face",
     "hetconv_kernels/backends/vendor.py": "the dense convolution, and what it is kept away from",
+    "hetconv_kernels/profiling/measure.py": "one measurement: what is counted, timed and packed",
+    "tests/test_profiling.py": "the profile, its timelines and its command, on the same networks",
     "csrc/cpu/fprop_winograd.h": "one form: transforms, products and the way back",
 }
 
@@ -47,6 +49,7 @@ TESTED_BY = {
     "hetconv_kernels._version": "test_repository",
     "hetconv_kernels.backends.cpu_int8": "test_int8_calls",
     "hetconv_kernels.clocks": "test_timing",
+    "hetconv_kernels.compression.outside": "test_rounds",
     "hetconv_kernels.factory": "test_bad_input",
     "hetconv_kernels.graph.pairs": "test_pair_rules",
     "hetconv_kernels.graph.plain": "test_rules",
