@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.networks import NETWORKS, build
-from hetconv_kernels import roofs
+from benchmarks.networks import NETWORKS, build_network
+from hetconv_kernels import roofline
 from hetconv_kernels.graph import program_builder
 from hetconv_kernels.graph.names import module_of
 from hetconv_kernels.graph.program import Native
@@ -158,9 +158,9 @@ def main() -> None:
     (case,) = (c for c in NETWORKS if c.name == options.network)
     torch.manual_seed(1)
     x = torch.randn(case.shape).to(memory_format=torch.channels_last)
-    roof = roofs.measure_roofs()
+    roof = roofline.measure_roofs()
     with torch.no_grad():
-        steps = steps_of(build(case, "ours", x), x, options.rounds)
+        steps = steps_of(build_network(case, "ours", x), x, options.rounds)
     rows = []
     for s in steps:
         floor = roof.floor(s.macs, s.bytes)

@@ -87,7 +87,7 @@ def routes() -> str:
                     else "absent"
                 )
         lines.append(cells)
-    return table.markdown(header, lines)
+    return tables.markdown_table(header, lines)
 
 
 def _model_rows() -> list[dict[str, Any]]:

@@ -31,6 +31,7 @@ NOT_RUN = {
     ("docs/backends/triton.md", "needs an NVIDIA GPU"),
     ("docs/backends/cuda.md", "needs an NVIDIA GPU"),
     ("docs/cli.md", "mynets is yours"),
+    ("docs/cli.md", "it writes to your home"),
     ("docs/ecosystem.md", "needs timm and torchvision"),
     ("docs/ecosystem.md", "needs accelerate"),
     ("docs/ecosystem.md", "needs lightning"),

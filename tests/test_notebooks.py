@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import builtins
 import json
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import hetconv_kernels as hk
+from hetconv_kernels import compression
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
@@ -81,6 +83,6 @@ def test_what_the_words_of_a_notebook_name_is_there(path: Path) -> None:
         for target in re.findall(r"\]\(([^)]+)\)", text):
             assert (path.parent / target).exists(), target
         for name in re.findall(r"`(\w+)\(?`", text):
-            known = [hk, hk.nn, hk.methods, hk.datasets, torch, sys.modules["builtins"]]
-            given = name in ("max_drop", "onnx", "onnxscript")
+            known = [hk, hk.nn, hk.methods, hk.datasets, compression, torch, builtins]
+            given = name in ("max_drop", "onnx", "onnxscript", "p")
             assert given or any(hasattr(module, name) for module in known), name

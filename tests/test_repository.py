@@ -44,6 +44,7 @@ LONGER_FILES = {
     "hetconv_kernels/nn/frequency.py": "the transform and the one layer that it is for",
     "hetconv_kernels/backends/cpu_int8.py": "the eight operations in 8 bits, one face",
     "hetconv_kernels/backends/vendor.py": "the dense convolution, and what it is kept away from",
+    "hetconv_kernels/profiling/measure.py": "one measurement: what is counted, timed and packed",
     "csrc/cpu/fprop_winograd.h": "one form: transforms, products and the way back",
 }
 
@@ -53,6 +54,7 @@ TESTED_BY = {
     "hetconv_kernels.backends.cpu_int8": "test_int8_calls",
     "hetconv_kernels.clocks": "test_timing",
     "hetconv_kernels.colours": "test_report",
+    "hetconv_kernels.compression.outside": "test_rounds",
     "hetconv_kernels.derivatives": "test_autograd",
     "hetconv_kernels.explanation": "test_explain",
     "hetconv_kernels.factory": "test_bad_input",
