@@ -26,7 +26,7 @@ from hetconv_kernels import roofline
 from hetconv_kernels.graph import program_builder
 from hetconv_kernels.graph.names import module_of
 from hetconv_kernels.graph.program import Native
-from hetconv_kernels.stats import text_table
+from hetconv_kernels.tables import text_table
 
 
 class StepTime(NamedTuple):
