@@ -281,11 +281,6 @@ BAD: list[tuple[str, str]] = [
     ("demo --channels 1", "--channels"),
     ("demo --seed -1", "--seed"),
     ("demo --quick --out {}/text.pt", "--out|cannot be"),
-    ("report {}/none.json", "none.json"),
-    ("report {}/text.json", "text.json"),
-    ("report {}/list.json", "list.json"),
-    ("report {}/random.pt", "random.pt"),
-    ("report {}/folder.pt", "results files"),
     ("bench --isa none", "--isa"),
 ]  # fmt: skip
 

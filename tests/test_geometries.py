@@ -12,7 +12,7 @@ import torch
 from strategies import random_mask
 
 import hetconv_kernels as hk
-from hetconv_kernels import functional, ops
+from hetconv_kernels import functional, geometries
 from hetconv_kernels.backends import available_backends
 from hetconv_kernels.geometries import GeometryCache, footprint
 from hetconv_kernels.problem import make_geometry
@@ -118,7 +118,7 @@ def test_one_that_is_too_large_is_kept_alone() -> None:
 
 def test_geometries_of_operators_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = GeometryCache(max_bytes=MIB // 4)
-    monkeypatch.setattr(ops, "_geometries", cache)
+    monkeypatch.setattr(geometries, "_of_operators", cache)
     seen = []
     for seed in range(40):
         support = hk.Support(random_mask(seed, (32, 32, 3, 3)))

@@ -272,10 +272,10 @@ def test_a_sum_that_could_leave_int32_is_refused_and_no_smaller_one(isa, bias, f
         ("mean", {"high": 300}, ArgumentError),
         ("max_pool", {"x": torch.zeros(1, 2, 3, 4)}, InputTypeError),
         ("max_pool", {"pool": Pool((7, 7), (1, 1), (0, 0))}, ArgumentError),
-        ("quantize", {"x": torch.zeros(1, 2, 3, 4, dtype=torch.float64)}, InputTypeError),
-        ("quantize", {"scale": 0.0}, ArgumentError),
-        ("quantize", {"dtype": torch.int32}, InputTypeError),
-        ("quantize", {"x": torch.zeros(2, 3)}, ArgumentError),
+        ("quantize_tensor", {"x": torch.zeros(1, 2, 3, 4, dtype=torch.float64)}, InputTypeError),
+        ("quantize_tensor", {"scale": 0.0}, ArgumentError),
+        ("quantize_tensor", {"dtype": torch.int32}, InputTypeError),
+        ("quantize_tensor", {"x": torch.zeros(2, 3)}, ArgumentError),
         ("dequantize", {"scale": float("nan")}, ArgumentError),
         ("dequantize", {"zero_point": -3}, ArgumentError),
     ],
@@ -289,7 +289,7 @@ def test_bad_operands_of_the_other_operations_are_refused(name, changes, error):
         "requantize": {"x": x, "multiplier": 1.0, "x_zero_point": 0, **finish},
         "mean": {"x": x, "multiplier": 1.0, "x_zero_point": 0, **finish},
         "max_pool": {"x": x, "pool": Pool((2, 2), (1, 1), (0, 0))},
-        "quantize": {"x": x.float(), "scale": 1.0, "zero_point": 0, "dtype": torch.uint8},
+        "quantize_tensor": {"x": x.float(), "scale": 1.0, "zero_point": 0, "dtype": torch.uint8},
         "dequantize": {"x": x, "scale": 1.0, "zero_point": 0},
     }[name]
     getattr(engine, name)(**good)
@@ -354,7 +354,7 @@ def test_quantising_equals_the_reference_at_ties_and_ends(isa, dtype, layout):
     x.view(-1)[: len(special)] = torch.tensor(special)
     x = x.contiguous(memory_format=layout)
     for scale, zero in ((1.0, 0), (0.1, 100), (3.7, 5), (1e-30, 127)):
-        y = both("quantize", x, scale, zero, dtype)
+        y = both("quantize_tensor", x, scale, zero, dtype)
         both("dequantize", y, scale, zero)
 
 

@@ -111,7 +111,7 @@ def test_it_does_not_go_on_for_ever(code: str, limit: float, status: int) -> Non
 def test_a_terminated_watcher_leaves_no_child(tmp_path: Path) -> None:
     code = (
         "from benchmarks.watch import *\nimport sys\nend_on_term()\n"
-        "watched([sys.executable, '-c', 'import os, time; print(os.getpid(), flush=True); "
+        "run_watched([sys.executable, '-c', 'import os, time; print(os.getpid(), flush=True); "
         "time.sleep(600)'], Log(), limit=600)"
     )
     watcher = subprocess.Popen([*PYTHON, code], stdout=subprocess.PIPE, text=True)
