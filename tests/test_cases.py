@@ -327,7 +327,11 @@ def test_record_refuses_what_departs_from_the_schema(tmp_path: Path) -> None:
         (1.5, {"type": "integer"}, r"\$: float is no integer"),
         ({}, {"type": "object", "required": ["a"]}, r"\$: 'a' is missing"),
         ({"a": ["x", 1]}, {"properties": {"a": {"items": {"type": "string"}}}}, r"\$\.a\[1\]"),
-        ({"z": 1}, {"type": "object", "additionalProperties": {"type": "string"}}, r"\$\.z: int is no string"),
+        (
+            {"z": 1},
+            {"type": "object", "additionalProperties": {"type": "string"}},
+            r"\$\.z: int is no string",
+        ),
         (2, {"enum": [1]}, r"2 is none of \[1\]"),
         ("x", {"anyOf": [{"type": "null"}, {"type": "number"}]}, r"str is no null"),
     ],
