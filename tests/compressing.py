@@ -69,19 +69,23 @@ def batches(epoch: int = 0) -> list[tuple[Tensor, Tensor]]:
     return [(x[i], label[i]) for i in order.split(8)]
 
 
-def run(method: Any, model: nn.Module | None = None, **keywords: Any) -> Any:
-    """Compresses the tiny network, or another one, quietly and without timing."""
+def quietly() -> dict[str, Any]:
+    """Returns what is given beside the training: what judges, nothing shown, nothing timed."""
     with torch.random.fork_rng():
         torch.manual_seed(0)  # a state is of one set of data, also in another process
         judged, example = batches(), torch.randn(4, 5, 6, 6)
-    arguments = {
-        "data": batches,
+    return {
         "eval_data": judged,
         "example": example,
         "leave_plain": False,  # a tiny network has no layer for which a Support pays
         "progress": False,
         "measure": False,
     }
+
+
+def run(method: Any, model: nn.Module | None = None, **keywords: Any) -> Any:
+    """Compresses the tiny network, or another one, quietly and without timing."""
+    arguments = {"data": batches, **quietly()}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # so small a network only loses by more
     try:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F_
-from compressing import Columns, assert_same_network, batches, run, tiny
+from compressing import Columns, assert_same_network, batches, quietly, run, tiny
 from torch import nn
 
 from hetconv_kernels.compression import FilterCorrelation, FrequencyPruning, SelfGrouping
@@ -71,16 +71,6 @@ class Module(pl.LightningModule):
         return [sgd], [torch.optim.lr_scheduler.ConstantLR(sgd, factor=1.0)]
 
 
-def given() -> dict[str, Any]:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        judged, example = batches(), torch.randn(4, 5, 6, 6)
-    return {
-        "eval_data": judged, "example": example, "leave_plain": False, "progress": False,
-        "measure": False,
-    }  # fmt: skip
-
-
 def trainer(folder: Path, *callback: Any, epochs: int = 50, **settings: Any) -> Any:
     return pl.Trainer(
         max_epochs=epochs, callbacks=list(callback), accelerator="cpu", devices=1, logger=False,
@@ -93,7 +83,7 @@ def trainer(folder: Path, *callback: Any, epochs: int = 50, **settings: Any) -> 
 def test_a_fit_gives_what_compress_gives_bit_by_bit(name: str, tmp_path: Path) -> None:
     expected = run(METHODS[name])
     module = Module()
-    callback = callbacks.Compression(METHODS[name], **given())
+    callback = callbacks.Compression(METHODS[name], **quietly())
     fit = trainer(tmp_path, callback)
     fit.fit(module, Batches())
     assert_same_network(callback.report.model, expected.model)
@@ -110,7 +100,7 @@ def test_a_scheduler_of_the_modules_own_keeps_the_learning_rate(tmp_path: Path) 
     rates = {}
     for scheduled in (False, True):
         module = Module(scheduled)
-        callback = callbacks.Compression(Columns(epochs=3), **given())
+        callback = callbacks.Compression(Columns(epochs=3), **quietly())
         trainer(tmp_path, callback).fit(module, Batches())
         rates[scheduled] = sorted(set(module.rates), reverse=True)
     assert rates[False] == pytest.approx([0.01, 0.001, 0.0001])
@@ -119,7 +109,7 @@ def test_a_scheduler_of_the_modules_own_keeps_the_learning_rate(tmp_path: Path) 
 
 def test_accumulated_gradients_make_a_step_of_several_batches(tmp_path: Path) -> None:
     module = Module()
-    callback = callbacks.Compression(Columns(epochs=2), **given())
+    callback = callbacks.Compression(Columns(epochs=2), **quietly())
     fit = trainer(tmp_path, callback, accumulate_grad_batches=2)
     fit.fit(module, Batches())
     assert fit.global_step == 2 * 2
@@ -128,13 +118,13 @@ def test_accumulated_gradients_make_a_step_of_several_batches(tmp_path: Path) ->
 
 def test_a_fit_that_ends_early_has_no_report_and_leaves_no_thread(tmp_path: Path) -> None:
     module = Module()
-    callback = callbacks.Compression(Columns(epochs=4), **given())
+    callback = callbacks.Compression(Columns(epochs=4), **quietly())
     trainer(tmp_path, callback, epochs=2).fit(module, Batches())
     with pytest.raises(HetconvError, match="the method asks for more epochs"):
         callback.report  # noqa: B018
     assert not callback.rounds._thread.is_alive()
     with pytest.raises(HetconvError, match="in no fit"):
-        callbacks.Compression(Columns(), **given()).report  # noqa: B018
+        callbacks.Compression(Columns(), **quietly()).report  # noqa: B018
 
 
 class Breaks(Module):
@@ -143,20 +133,20 @@ class Breaks(Module):
 
 
 def test_a_fit_that_breaks_ends_the_method(tmp_path: Path) -> None:
-    callback = callbacks.Compression(Columns(), **given())
+    callback = callbacks.Compression(Columns(), **quietly())
     with pytest.raises(KeyError, match="mine"):
         trainer(tmp_path, callback).fit(Breaks(), Batches())
     assert not callback.rounds._thread.is_alive()
 
 
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
-    callback = callbacks.Compression(Columns(), network="body", **given())
+    callback = callbacks.Compression(Columns(), network="body", **quietly())
     with pytest.raises(ArgumentError, match="attribute 'body' of Module: received NoneType"):
         trainer(tmp_path, callback).fit(Module(), Batches())
     first = trainer(tmp_path, epochs=1)
     first.fit(Module(), Batches())
     first.save_checkpoint(tmp_path / "x.ckpt")
-    fit = trainer(tmp_path, callbacks.Compression(Columns(), **given()))
+    fit = trainer(tmp_path, callbacks.Compression(Columns(), **quietly()))
     with pytest.raises(ArgumentError, match="ckpt_path of a fit under compression"):
         fit.fit(Module(), Batches(), ckpt_path=str(tmp_path / "x.ckpt"))
 
@@ -166,7 +156,7 @@ def test_other_stages_are_left_alone(tmp_path: Path) -> None:
         def test_step(self, batch: Any, number: int) -> None:
             self.model(batch[0])
 
-    module, callback = Tested(), callbacks.Compression(Columns(), **given())
+    module, callback = Tested(), callbacks.Compression(Columns(), **quietly())
     network: nn.Module = module.model
     trainer(tmp_path, callback).test(module, Batches(), verbose=False)
     assert module.model is network

@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F_
-from compressing import Columns, assert_same_network, batches, run, tiny
+from compressing import Columns, assert_same_network, batches, quietly, run, tiny
 from torch import nn
 
 import hetconv_kernels as hk
@@ -54,16 +53,6 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-def arguments() -> dict[str, Any]:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        judged, example = batches(), torch.randn(4, 5, 6, 6)
-    return {
-        "eval_data": judged, "example": example, "leave_plain": False, "progress": False,
-        "measure": False,
-    }  # fmt: skip
-
-
 def fit(rounds: Rounds) -> int:
     """Trains as hk.compress does by default; returns how many epochs that were."""
     optimizer = torch.optim.SGD(
@@ -85,7 +74,7 @@ def fit(rounds: Rounds) -> int:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_loop_of_ones_own_gives_what_compress_gives_bit_by_bit(name: str) -> None:
     expected = run(METHODS[name])
-    rounds = Rounds(tiny(), METHODS[name], **arguments())
+    rounds = Rounds(tiny(), METHODS[name], **quietly())
     assert not rounds.finished
     assert fit(rounds) == sum("loss" in (e["result"] or ()) for e in expected.history
                               if isinstance(e["result"], dict))  # fmt: skip
@@ -99,7 +88,7 @@ def test_a_loop_of_ones_own_gives_what_compress_gives_bit_by_bit(name: str) -> N
 def test_the_given_network_is_not_changed_and_dead_weights_stay_zero() -> None:
     model = tiny()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    rounds = Rounds(model, Columns(epochs=2), **arguments())
+    rounds = Rounds(model, Columns(epochs=2), **quietly())
     assert rounds.network is not model
     optimizer = torch.optim.SGD(rounds.network.parameters(), 0.1, momentum=0.9)
     for epoch in rounds.epochs(optimizer):
@@ -114,14 +103,14 @@ def test_the_given_network_is_not_changed_and_dead_weights_stay_zero() -> None:
 
 
 def test_a_method_without_epochs_is_done_at_once() -> None:
-    rounds = Rounds(tiny(), Columns(epochs=0), **arguments())
+    rounds = Rounds(tiny(), Columns(epochs=0), **quietly())
     assert list(rounds.epochs()) == []
     assert rounds.network is rounds.report.model
 
 
 def test_a_loop_that_ends_early_ends_the_method_and_leaves_the_generators_as_they_were() -> None:
     threads, state = threading.active_count(), torch.random.get_rng_state()
-    with Rounds(tiny(), Columns(epochs=3), **arguments()) as rounds:
+    with Rounds(tiny(), Columns(epochs=3), **quietly()) as rounds:
         for _ in rounds.epochs():
             break
         assert threading.active_count() == threads + 1
@@ -136,7 +125,7 @@ def test_what_the_method_raises_reaches_the_loop() -> None:
     def broken(model: nn.Module) -> float:
         raise KeyError("mine")
 
-    given = arguments() | {"evaluate": broken}
+    given = quietly() | {"evaluate": broken}
     with pytest.raises(KeyError, match="mine"):
         Rounds(tiny(), Columns(), **given)
     calls = []
@@ -147,7 +136,7 @@ def test_what_the_method_raises_reaches_the_loop() -> None:
             raise KeyError("later")
         return 0.5
 
-    rounds = Rounds(tiny(), Columns(epochs=1), **(arguments() | {"evaluate": breaks_later}))
+    rounds = Rounds(tiny(), Columns(epochs=1), **(quietly() | {"evaluate": breaks_later}))
     with pytest.raises(KeyError, match="later"):
         fit(rounds)
     assert rounds.current is None
@@ -156,15 +145,15 @@ def test_what_the_method_raises_reaches_the_loop() -> None:
 def test_what_is_the_loops_own_is_refused() -> None:
     for name in ("data", "train_step", "optimizer", "state", "key"):
         with pytest.raises(ArgumentError, match=f"received {name}"):
-            Rounds(tiny(), Columns(), **arguments(), **{name: None})
+            Rounds(tiny(), Columns(), **quietly(), **{name: None})
     with pytest.raises(InputTypeError, match="example"):
-        Rounds(tiny(), Columns(), **(arguments() | {"example": None}))
+        Rounds(tiny(), Columns(), **(quietly() | {"example": None}))
     with pytest.raises(ArgumentError, match=r"finds no layer"):
-        Rounds(nn.Sequential(nn.ReLU(), nn.Conv2d(5, 4, 1)), Het(), **arguments())
+        Rounds(nn.Sequential(nn.ReLU(), nn.Conv2d(5, 4, 1)), Het(), **quietly())
 
 
 def test_an_epoch_that_was_not_asked_for_is_refused() -> None:
-    with Rounds(tiny(), Columns(epochs=2), **arguments()) as rounds:
+    with Rounds(tiny(), Columns(epochs=2), **quietly()) as rounds:
         first = rounds.current
         assert first is not None
         rounds.done(first)
@@ -180,5 +169,5 @@ def test_the_backend_that_is_forced_around_holds_for_the_method_too() -> None:
         return 0.5
 
     with hk.use_backend("reference"):
-        Rounds(tiny(), Columns(epochs=0), **(arguments() | {"evaluate": judge}))
+        Rounds(tiny(), Columns(epochs=0), **(quietly() | {"evaluate": judge}))
     assert set(seen) == {"reference"}

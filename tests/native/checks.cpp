@@ -29,22 +29,9 @@ static Values draw_weights(Random& r, const Conv& v) {
 
 static Problem problem_of(const Case& c) {
   const Conv& v = c.conv;
-  Problem p{};
-  p.N = v.N;
-  p.C = v.C;
-  p.H = v.H;
-  p.W = v.W;
-  p.F = v.F;
-  p.Ho = v.Ho;
-  p.Wo = v.Wo;
+  auto p = problem_of<Problem>(v);
   p.KH = v.KH;
   p.KW = v.KW;
-  p.sh = v.sh;
-  p.sw = v.sw;
-  p.pt = v.pt;
-  p.pl = v.pl;
-  p.dh = v.dh;
-  p.dw = v.dw;
   p.act = c.act;
   p.threads = c.threads;
   return p;

@@ -161,20 +161,7 @@ std::string check_convolution(Random& r, const Case& c, const hetconv::Int8Packe
           if (residual) t = t + product(float(res.at(at, added) - added_zero), scale);
           expected[at] = f.of(t);
         }
-  hetconv::Int8Problem p{};
-  p.N = v.N;
-  p.C = v.C;
-  p.F = v.F;
-  p.H = v.H;
-  p.W = v.W;
-  p.Ho = v.Ho;
-  p.Wo = v.Wo;
-  p.sh = v.sh;
-  p.sw = v.sw;
-  p.pt = v.pt;
-  p.pl = v.pl;
-  p.dh = v.dh;
-  p.dw = v.dw;
+  auto p = problem_of<hetconv::Int8Problem>(v);
   p.x = x.data();
   p.x_type = type;
   p.x_zero = zero;

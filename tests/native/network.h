@@ -32,22 +32,10 @@ class Made {
                                    c.threads),
         {{x, 0}, image});
 
-    Problem p{};
+    auto p = problem_of<Problem>(v);
     p.N = N;
-    p.C = v.C;
-    p.H = v.H;
-    p.W = v.W;
-    p.F = v.F;
-    p.Ho = v.Ho;
-    p.Wo = v.Wo;
     p.KH = v.KH;
     p.KW = v.KW;
-    p.sh = v.sh;
-    p.sw = v.sw;
-    p.pt = v.pt;
-    p.pl = v.pl;
-    p.dh = v.dh;
-    p.dw = v.dw;
     p.x = {nullptr, plane * v.C, 1, int64_t(v.W) * v.C, v.C};
     p.y = {nullptr, pixels * v.F, 1, int64_t(v.Wo) * v.F, v.F};
     p.res = {nullptr, pixels * v.F, pixels, v.Wo, 1};

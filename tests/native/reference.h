@@ -19,6 +19,25 @@ struct Conv {
   }
 };
 
+// The sizes, strides and padding of a convolution, in the engine's problem of either kind.
+template <class P> P problem_of(const Conv& v) {
+  P p{};
+  p.N = v.N;
+  p.C = v.C;
+  p.F = v.F;
+  p.H = v.H;
+  p.W = v.W;
+  p.Ho = v.Ho;
+  p.Wo = v.Wo;
+  p.sh = v.sh;
+  p.sw = v.sw;
+  p.pt = v.pt;
+  p.pl = v.pl;
+  p.dh = v.dh;
+  p.dw = v.dw;
+  return p;
+}
+
 using Values = std::vector<double>;
 
 Values reference_fprop(const Conv& v, const Values& x, const Values& w);
