@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from . import json_output, stats, timing
 from ._version import __version__
 from .backends import use_backend
-from .compression.self_grouping import self_group
+from .compression.methods.self_grouping import self_group
 from .demo_data import (
     HELD_OUT,
     SIGMA,

@@ -14,7 +14,7 @@ from compressing import check_kills, run
 from torch import nn
 
 from hetconv_kernels.compression import FilterCorrelation
-from hetconv_kernels.compression import correlation as module
+from hetconv_kernels.compression.methods import correlation as module
 from hetconv_kernels.compression.scores import correlation, outgoing, pair_correlation
 from hetconv_kernels.errors import ArgumentError
 

@@ -17,7 +17,7 @@ from torch import nn
 import hetconv_kernels as hk
 from hetconv_kernels.backends import cost_model
 from hetconv_kernels.compression import FrequencyPruning
-from hetconv_kernels.compression import frequency as search
+from hetconv_kernels.compression.methods import frequency as search
 from hetconv_kernels.errors import ArgumentError, InputTypeError, SupportError
 from hetconv_kernels.nn import frequency
 from hetconv_kernels.nn.frequency import FrequencyConv2d, dct, dct_basis, idct

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import hetconv_kernels as hk
-from hetconv_kernels.compression.self_grouping import self_group
+from hetconv_kernels.compression.methods.self_grouping import self_group
 from hetconv_kernels.errors import ArgumentError, InputTypeError
 
 

@@ -13,7 +13,7 @@ from compressing import check_kills, run
 from torch import nn
 
 from hetconv_kernels.compression import PlayAndPrune
-from hetconv_kernels.compression.play_and_prune import first_threshold, headroom, mean_norms
+from hetconv_kernels.compression.methods.play_and_prune import first_threshold, headroom, mean_norms
 from hetconv_kernels.errors import ArgumentError
 
 

@@ -12,7 +12,7 @@ from compressing import check_kills, run, tiny
 from torch import nn
 
 from hetconv_kernels.compression import WeakSubnetwork
-from hetconv_kernels.compression.wsp import fit_width, weak_channels
+from hetconv_kernels.compression.methods.wsp import fit_width, weak_channels
 from hetconv_kernels.errors import ArgumentError
 
 # Four channels between two 1×1 convolutions. Outgoing scores (rows of FIRST): 1, 2, 3, 4.

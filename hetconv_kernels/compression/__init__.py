@@ -6,19 +6,19 @@
 `hk.compress` is the function and `hk.methods` has the methods; here is what both are made of.
 """
 
-from .admm import ADMM
 from .base import Method, compress
-from .correlation import FilterCorrelation
-from .frequency import FrequencyPruning
-from .het import Het
-from .play_and_prune import PlayAndPrune
+from .methods.admm import ADMM
+from .methods.correlation import FilterCorrelation
+from .methods.frequency import FrequencyPruning
+from .methods.het import Het
+from .methods.play_and_prune import PlayAndPrune
+from .methods.self_grouping import self_group
+from .methods.self_grouping_network import SelfGrouping
+from .methods.stability import Stability
+from .methods.wsp import WeakSubnetwork
 from .report import CompressionReport, LayerReport, compare
 from .rounds import Rounds
 from .run import Run
-from .self_grouping import self_group
-from .self_grouping_network import SelfGrouping
-from .stability import Stability
-from .wsp import WeakSubnetwork
 
 __all__ = [
     "ADMM",

@@ -137,8 +137,8 @@ def self_group(
         HetconvError: scikit-learn is not installed, or a layer would lose every weight; raised
             when a network is converted.
     """
-    from ..compression.self_grouping import _check_percent
-    from ..compression.self_grouping import self_group as group
+    from ..compression.methods.self_grouping import _check_percent
+    from ..compression.methods.self_grouping import self_group as group
 
     _check_percent(percent)
     if not is_integer(clusters) or clusters < 1:

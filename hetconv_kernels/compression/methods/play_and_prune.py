@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..masks import BoolArray
-from .base import Method
-from .run import Run
-from .schedule import check_count, check_fraction, check_positive, weakest
-from .scores import FloatArray, outgoing
+from ...masks import BoolArray
+from ..base import Method
+from ..run import Run
+from ..schedule import check_count, check_fraction, check_positive, weakest
+from ..scores import FloatArray, outgoing
 from .wsp import check_interfaces
 
 

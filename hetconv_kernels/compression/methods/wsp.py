@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import nn
 
-from ..errors import ArgumentError
-from ..masks import BoolArray
-from .base import Method
-from .run import Run
-from .schedule import check_count, check_fraction, weakest
-from .scores import FloatArray, incoming, outgoing
+from ...errors import ArgumentError
+from ...masks import BoolArray
+from ..base import Method
+from ..run import Run
+from ..schedule import check_count, check_fraction, weakest
+from ..scores import FloatArray, incoming, outgoing
 
 
 @dataclass(frozen=True)

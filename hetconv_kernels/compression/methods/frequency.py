@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..errors import ArgumentError, mismatch
-from ..graph import rules
-from ..masks import BoolArray
-from ..nn.frequency import PATHS, FrequencyConv2d, dct, idct
-from . import ranks
-from .base import STEM, Method, is_stem
-from .run import Run, WeightLayer, support_of
-from .schedule import check_count, check_positive
+from ...errors import ArgumentError, mismatch
+from ...graph import rules
+from ...masks import BoolArray
+from ...nn.frequency import PATHS, FrequencyConv2d, dct, idct
+from .. import ranks
+from ..base import STEM, Method, is_stem
+from ..run import Run, WeightLayer, support_of
+from ..schedule import check_count, check_positive
 
 # Where between them a coefficient stays as it is, dead or live.
 _LOW, _HIGH = 0.9, 1.1

@@ -17,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..errors import ArgumentError, HetconvError, SupportError, mismatch
-from ..masks import BoolArray, IntArray
-from ..support import Support
-from .schedule import check_count
-from .scores import FloatArray
+from ...errors import ArgumentError, HetconvError, SupportError, mismatch
+from ...masks import BoolArray, IntArray
+from ...support import Support
+from ..schedule import check_count
+from ..scores import FloatArray
 
 
 def self_group(

@@ -9,13 +9,13 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from ..errors import ArgumentError, mismatch
-from ..graph import rules
-from ..nn import HetConv2d
-from ..support import Support
-from .base import STEM, Method, is_stem
-from .run import Run, WeightLayer
-from .schedule import check_count
+from ...errors import ArgumentError, mismatch
+from ...graph import rules
+from ...nn import HetConv2d
+from ...support import Support
+from ..base import STEM, Method, is_stem
+from ..run import Run, WeightLayer
+from ..schedule import check_count
 
 
 @dataclass(frozen=True)

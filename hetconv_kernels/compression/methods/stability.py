@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError, mismatch
-from .base import Method
-from .run import Run
-from .schedule import check_count, check_fraction, check_positive, share, weakest
-from .scores import instability, outgoing
-from .tolerance import Goal, until
+from ...errors import ArgumentError, mismatch
+from ..base import Method
+from ..run import Run
+from ..schedule import check_count, check_fraction, check_positive, share, weakest
+from ..scores import instability, outgoing
+from ..tolerance import Goal, until
 from .wsp import check_interfaces
 
 REGULARISERS = ("l1", "l2")

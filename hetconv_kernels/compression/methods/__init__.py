@@ -4,8 +4,8 @@
 One of your own is a subclass of `Method`; docs/extend/compressor.md has a whole small one.
 """
 
+from ..base import Method
 from .admm import ADMM
-from .base import Method
 from .correlation import FilterCorrelation
 from .frequency import FrequencyPruning
 from .het import Het
