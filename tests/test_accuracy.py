@@ -101,7 +101,8 @@ def test_layers_it_would_not_pay_for_are_not(
         {"dtype": torch.float64},
         {"dtype": torch.bfloat16},
         {"layout": torch.contiguous_format},
-        {"pool": Pool((2, 2), (2, 2), (0, 0))},
+        {"pool": Pool((3, 3), (2, 2), (1, 1))},
+        {"pool": Pool((2, 2), (1, 1), (0, 0))},
         {"strict": True},
         {"verb": "dgrad"},
     ],
@@ -131,6 +132,26 @@ def test_supports_it_is_not_for_keep_the_direct_form(
 ) -> None:
     monkeypatch.setattr(winograd, "WINOGRAD_MARGIN", 0.0)
     assert form(problem(support, (8, 16, 16))) != "winograd"
+
+
+@wide_vectors
+@pytest.mark.parametrize("edge", [28, 29])
+def test_a_layer_whose_windows_are_tiles_is_transformed(edge: int) -> None:
+    """VGG's pooled layers: the network's result is what the layers give one after the other."""
+    pool = Pool((2, 2), (2, 2), (0, 0))
+    assert form(problem(HET, (2, edge, edge), pool=pool)) == "winograd"
+    torch.manual_seed(0)
+    conv = hk.nn.HetConv2d(256, 256, 3, padding=1, p=4).eval()
+    x = torch.randn(2, 256, edge, edge).to(memory_format=LAST)
+    with torch.no_grad():
+        fused = hk.nn.fuse(conv, None, "relu", pool).to(memory_format=LAST)
+        alone = hk.nn.fuse(conv, None, "relu").to(memory_format=LAST)
+        y, want = fused(x), F_.max_pool2d(alone(x), 2)
+        with hk.strict_accuracy():
+            direct = fused(x)
+    assert torch.equal(y, want)
+    assert not torch.equal(y, direct), "the switch chose no other form"
+    assert torch.allclose(y, direct, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("measured", [True, False])

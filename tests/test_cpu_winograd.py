@@ -233,12 +233,66 @@ def test_other_steps_are_refused(steps: dict[str, tuple[int, int]]) -> None:
         call(support, x, w, **steps)  # type: ignore[arg-type]
 
 
-def test_it_leaves_pooling_to_its_caller_and_writes_nothing() -> None:
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("name", SUPPORTS)
+def test_windows_that_are_tiles_are_pooled_bit_for_bit(name: str, seed: int, isa: str) -> None:
+    """With all that an epilogue has; a row or a column without a partner is in no window."""
+    rng, support = random.Random(f"{name} {seed}"), SUPPORTS[name]
+    torch.manual_seed(seed)
+    h, w_ = rng.randint(2, 33), rng.randint(2, 70)
+    x = torch.randn(rng.randint(1, 3), support.channels, h, w_)
+    x = x.contiguous(memory_format=torch.channels_last)
+    w, f = torch.randn(*support.shape), support.filters
+    more: dict[str, Any] = {
+        "act": rng.choice(["none", "relu", "relu6"]), "threads": rng.randint(1, 2), "isa": isa,
+    }  # fmt: skip
+    for key in ("scale", "shift"):
+        more[key] = torch.randn(f) if rng.random() < 0.5 else None
+    if rng.random() < 0.5:
+        residual = torch.randn(len(x), f, h, w_)
+        more["residual"] = residual.contiguous(memory_format=torch.channels_last)
+    whole = call(support, x, w, **more)
+    assert whole is not None
+    want = F_.max_pool2d(whole, 2)
+    y = torch.full_like(want, float("nan"))
+    assert call(support, x, w, out=y, pool=(2, 2, 2, 2, 0, 0, h // 2, w_ // 2), **more) is y
+    assert torch.equal(y, want)
+
+
+def test_a_nan_wins_in_a_window() -> None:
+    support = SUPPORTS["het p=4"]
+    x = torch.randn(1, 64, 12, 12).contiguous(memory_format=torch.channels_last)
+    x[0, 5, 6, 6] = float("nan")
+    w = torch.randn(*support.shape)
+    whole = call(support, x, w, act="relu")
+    assert whole is not None
+    want = F_.max_pool2d(whole, 2)
+    y = torch.full_like(want, 0.0)
+    assert call(support, x, w, act="relu", out=y, pool=(2, 2, 2, 2, 0, 0, 6, 6)) is y
+    assert 0 < int(want.isnan().sum()) < want.numel()
+    assert torch.equal(y.isnan(), want.isnan())
+    assert torch.equal(y.nan_to_num(), want.nan_to_num())
+
+
+@pytest.mark.parametrize(
+    ("pool", "layout"),
+    [
+        ((3, 3, 2, 2, 1, 1, 4, 4), "channels_last"),
+        ((2, 2, 1, 1, 0, 0, 7, 7), "channels_last"),
+        ((2, 2, 2, 2, 1, 1, 5, 5), "channels_last"),
+        ((2, 1, 2, 2, 0, 0, 4, 4), "channels_last"),
+        ((2, 2, 2, 2, 0, 0, 4, 4), "contiguous"),
+    ],
+)
+def test_it_leaves_other_pooling_to_its_caller_and_writes_nothing(
+    pool: tuple[int, ...], layout: str
+) -> None:
     support = SUPPORTS["het p=4"]
     x = torch.randn(1, 64, 8, 8).contiguous(memory_format=torch.channels_last)
-    y = torch.full((1, 64, 4, 4), float("nan")).contiguous(memory_format=torch.channels_last)
+    y = torch.full((1, 64, *pool[6:]), float("nan")).contiguous(memory_format=LAYOUTS[layout])
     w = torch.randn(*support.shape)
-    assert call(support, x, w, out=y, pool=(2, 2, 2, 2, 0, 0, 4, 4)) is None
+    assert call(support, x, w, out=y, pool=pool) is None
     assert bool(y.isnan().all())
 
 

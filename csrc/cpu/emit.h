@@ -70,26 +70,30 @@ template <class S, class A> struct Lanes {
   bool simple() const {
     return vectors && n == VL<A> && !o.scale && (o.act == Act::none || o.act == Act::relu);
   }
-  // y, res: the pixel at filter 0; res may be null.
-  HC_INLINE void put(const Lanes& k, Vec<A> v, S* y, const S* res) {
+  // What becomes of accumulators; res: the pixel at filter 0, or null.
+  HC_INLINE Vec<A> finished(const Lanes& k, Vec<A> v, const S* res) {
     if (k.o.scale) v *= k.scale;
     if (k.o.shift) v += k.shift;
-    if (k.vectors) {
-      const int f0 = k.filters[0];
-      if (res) v += read_n<S, A>(res + f0, k.n);
-      v = activate<A>(v, k.o.act);
-      if (k.n == VL<A>)
-        write<S, A>(y + f0, v);
-      else
-        write_n<S, A>(y + f0, v, k.n);
+    if (res && k.vectors)
+      v += read_n<S, A>(res + k.filters[0], k.n);
+    else if (res)
+      for (int l = 0; l < k.n; ++l) v[l] += widen(res[k.filters[l] * k.o.res.sc]);
+    return activate<A>(v, k.o.act);
+  }
+  // y: the pixel at filter 0.
+  HC_INLINE void keep(const Lanes& k, Vec<A> v, S* y) {
+    if (k.vectors && k.n == VL<A>) {
+      write<S, A>(y + k.filters[0], v);
+    } else if (k.vectors) {
+      write_n<S, A>(y + k.filters[0], v, k.n);
     } else {
-      if (res)
-        for (int l = 0; l < k.n; ++l) v[l] += widen(res[k.filters[l] * k.o.res.sc]);
-      v = activate<A>(v, k.o.act);
       A lane[VL<A>];
       store<A>(lane, v);
       for (int l = 0; l < k.n; ++l) y[k.filters[l] * k.o.y.sc] = Narrow<S>::of(lane[l]);
     }
+  }
+  HC_INLINE void put(const Lanes& k, Vec<A> v, S* y, const S* res) {
+    keep(k, finished(k, v, res), y);
   }
 };
 
@@ -99,10 +103,14 @@ template <class S, class A> struct Simple {
   explicit Simple(const Lanes<S, A>& k)
       : floor(splat<A>(k.o.act == Act::relu ? A(0) : -std::numeric_limits<A>::infinity())),
         shift(k.shift) {}
-  HC_INLINE void put(const Simple& k, Vec<A> v, S* y, const S* res) {
+  HC_INLINE Vec<A> finished(const Simple& k, Vec<A> v, const S* res) {
     v += k.shift;
     if (res) v += read<S, A>(res);
-    write<S, A>(y, k.floor > v ? k.floor : v);
+    return k.floor > v ? k.floor : v;
+  }
+  HC_INLINE void keep(const Simple&, Vec<A> v, S* y) { write<S, A>(y, v); }
+  HC_INLINE void put(const Simple& k, Vec<A> v, S* y, const S* res) {
+    keep(k, finished(k, v, res), y);
   }
 };
 

@@ -5,7 +5,7 @@
 #pragma once
 #include "fprop_filters.h"
 #include "winograd.h"
-#include "winograd_transforms.h"
+#include "winograd_pooled.h"
 
 namespace hetconv {
 namespace HETCONV_NS {
@@ -200,6 +200,20 @@ template <class S, class A> struct WinogradFprop : FiltersFprop<S, A> {
         });
     }
   }
+  // Brings the outputs of a tile of row i near, and what is added to them, for one vector of
+  // filters from f0.
+  HC_INLINE void fetch_outputs(const Problem& p, const Block& b, int i, int t, int f0) {
+    const int64_t n = b.n + i / b.tr;
+    const int r = i % b.tr * 2;
+    const S* y = reinterpret_cast<const S*>(p.y.data) + n * p.y.sn + (b.oy + r) * p.y.sh +
+                 (b.ox + 2 * t) * p.y.sw + f0;
+    const S* res = reinterpret_cast<const S*>(p.res.data) + n * p.res.sn + (b.oy + r) * p.res.sh +
+                   (b.ox + 2 * t) * p.res.sw + f0;
+    for (int k = 0; k < 4; ++k) {
+      __builtin_prefetch(y + k / 2 * p.y.sh + k % 2 * p.y.sw, 1, 3);
+      if (p.res.data) __builtin_prefetch(res + k / 2 * p.res.sh + k % 2 * p.res.sw, 0, 3);
+    }
+  }
   // The same with shift, residual and ReLU, to the output itself.
   template <bool ADD, bool RES>
   void to_output(const A* m, ptrdiff_t step, ptrdiff_t pitch, const Block& b, const A* o, int ft,
@@ -212,13 +226,16 @@ template <class S, class A> struct WinogradFprop : FiltersFprop<S, A> {
       const S* res = RES ? reinterpret_cast<const S*>(p.res.data) + n * p.res.sn +
                                (b.oy + r) * p.res.sh + b.ox * p.res.sw + f0
                          : nullptr;
-      for (int t = 0; t < b.tc; ++t, m += step)
+      const bool more = i + 1 < b.images * b.tr;
+      for (int t = 0; t < b.tc; ++t, m += step) {
+        if (more) fetch_outputs(p, b, i + 1, t, f0);
         finish_tile(m, pitch, b.nr - r, b.nc - 2 * t, [&](int dy, int dx, Vec<A> v) {
           const int x = 2 * t + dx;
           if (ADD) v += load<A>(row + (ptrdiff_t(dy) * b.nc + x) * ft);
           Simple<S, A>::put(e, v, y + dy * p.y.sh + x * p.y.sw,
                             RES ? res + dy * p.res.sh + x * p.res.sw : nullptr);
         });
+      }
     }
   }
   // Of a tile at the lower or right edge, the outputs that exist.
@@ -250,6 +267,8 @@ template <class S, class A> struct WinogradFprop : FiltersFprop<S, A> {
     for (const WinogradPart* k = first; k < last; ++k) {
       if (*held != k->unit) transform(W.units[k->unit], b, at);
       *held = k->unit;
+      for (int v = k->vector; !p.pool && p.y.sc == 1 && v < k->vector + k->nv; ++v)
+        for (int t = 0; t < b.tc; ++t) fetch_outputs(p, b, 0, t, filters[v * VL<A>]);
       if (k->nv == 2)
         multiply<2>(*k, b, at, ahead);
       else
@@ -262,7 +281,11 @@ template <class S, class A> struct WinogradFprop : FiltersFprop<S, A> {
         const Lanes<S, A> lanes(out, filters + v * VL<A>, least(VL<A>, s.lanes - v * VL<A>),
                                 s.contiguous);
         A* o = at.scratch + v * VL<A>;
-        done[v] = lanes.simple();
+        done[v] = lanes.simple() || p.pool;
+        if (p.pool) {
+          pool(b, TileSums<A>{m, step, pitch, rest ? o : nullptr, FT}, lanes);
+          continue;
+        }
         if (!done[v]) {
           to_scratch(m, step, pitch, b, o, FT, rest);
           continue;
@@ -277,7 +300,18 @@ template <class S, class A> struct WinogradFprop : FiltersFprop<S, A> {
                      : to_output<false, false>(m, step, pitch, b, o, FT, e, f0);
       }
     }
-    emit<NV>(s, b, at, done);
+    if (!p.pool) return emit<NV>(s, b, at, done);
+    for (int v = 0; v < s.nv; ++v)
+      if (!done[v])
+        pool(
+            b, TileSums<A>{nullptr, 0, 0, at.scratch + v * VL<A>, FT},
+            Lanes<S, A>(out, filters + v * VL<A>, least(VL<A>, s.lanes - v * VL<A>), s.contiguous));
+  }
+  void pool(const Block& b, const TileSums<A>& from, const Lanes<S, A>& lanes) const {
+    if (lanes.simple())
+      pool_tiles<S, A>(p, b, from, Simple<S, A>(lanes), lanes.filters[0]);
+    else
+      pool_tiles<S, A>(p, b, from, lanes, 0);
   }
   // What is not yet in the output goes there from scratch.
   template <int NV>
@@ -359,10 +393,13 @@ template <class S, class A> struct WinogradFprop : FiltersFprop<S, A> {
   }
 };
 
+// False: what is to be pooled is no tile; nothing was written.
 template <class S, class A>
-static void fprop_winograd(const Lowered& L, OffsetCache* cache, const Problem& p,
+static bool fprop_winograd(const Lowered& L, OffsetCache* cache, const Problem& p,
                            const void* packed) {
+  if (p.pool && !pools_tiles(p)) return false;
   WinogradFprop<S, A>(L, p, static_cast<const A*>(packed)).run(cache);
+  return true;
 }
 
 }  // namespace HETCONV_NS

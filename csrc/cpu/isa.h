@@ -14,11 +14,7 @@ namespace HETCONV_NS {
 template <class S, class A, class K = FilterColumns<A>>
 static bool fprop(const Lowered& L, OffsetCache* cache, const Problem& p, const void* packed) {
   if constexpr (__is_same(S, float)) {
-    if (L.winograd) {
-      if (p.pool) return false;
-      fprop_winograd<S, A>(L, cache, p, packed);
-      return true;
-    }
+    if (L.winograd) return fprop_winograd<S, A>(L, cache, p, packed);
   }
   if (p.pool) return fprop_pooled<S, A, K>(L, cache, p, packed);
   if (L.form == Form::filters)

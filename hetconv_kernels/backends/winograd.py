@@ -12,11 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ..pooling import Pool
 from ..problem import Problem
 from ..support import Support
 
 # How much faster than the direct form it must be predicted to be chosen.
 WINOGRAD_MARGIN = 1.1
+# The pooling whose windows are the tiles: it is done on the way.
+_TILE = Pool((2, 2), (2, 2), (0, 0))
 # Roundings of one product beside its addition: of the input's transformation, two; of the weight's,
 # one; and of the outputs' transformation, four.
 _ROUNDINGS = 7
@@ -26,8 +29,8 @@ def suits(problem: Problem) -> bool:
     """Tells whether a call may be transformed; whether it pays is for the predictions to say.
 
     The weight must be kept, since transforming one takes longer than it saves, and the image in
-    channels_last, for which the cost is measured. A pooled call would be computed unpooled. Dense
-    layers are left to PyTorch's own kernels: nothing was measured beside them.
+    channels_last, for which the cost is measured. Windows that are not its tiles would be computed
+    unpooled. Dense layers are left to PyTorch's own kernels: nothing was measured beside them.
     """
     return (
         problem.verb == "fprop"
@@ -35,7 +38,7 @@ def suits(problem: Problem) -> bool:
         and problem.frozen_weight
         and problem.dtype == torch.float32
         and problem.channels_last
-        and problem.pool is None
+        and (problem.pool is None or problem.pool == _TILE)
         and problem.support.kernel == (3, 3)
         and problem.geometry.stride == problem.geometry.dilation == (1, 1)
         and _is_sparse_with_whole_kernels(problem.support)
