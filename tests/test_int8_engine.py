@@ -15,14 +15,21 @@ from tests import int8_cases as cases
 
 pytestmark = pytest.mark.skipif(not engine.is_built(), reason="the extension is not built")
 ISAS = engine.isas()
+# Instruction set and form: what is in its vectors.
+WAYS = [(isa, "filters") for isa in ISAS] + [(isa, "pixels") for isa in ISAS if isa == "avx512vnni"]
 LAYERS, CALLS = 70, 8  # of each kind of Support; of each layer
 GUARD = 96  # bytes on either side of an output
 
 
-@pytest.fixture(params=ISAS)
+def take(monkeypatch, isa, form):
+    monkeypatch.setattr(engine, "_ISA", isa)
+    monkeypatch.setattr(engine, "_FORM", form)
+
+
+@pytest.fixture(params=WAYS, ids="-".join)
 def isa(request, monkeypatch):
-    monkeypatch.setattr(engine, "_ISA", request.param)
-    return request.param
+    take(monkeypatch, *request.param)
+    return request.param[0]
 
 
 class Guarded:
@@ -65,26 +72,27 @@ def test_every_call_equals_whole_numbers_bit_by_bit(kind, monkeypatch, threads):
         layer = cases.draw_layer(rng, kind)
         threads(1 if number % 4 else 3)
         packed = {}
-        for isa in ISAS:
-            monkeypatch.setattr(engine, "_ISA", isa)
-            packed[isa] = engine.pack(layer.weight(live=number % 2 == 0), layer.support)
+        for way in WAYS:
+            take(monkeypatch, *way)
+            packed[way] = engine.pack(layer.weight(live=number % 2 == 0), layer.support)
+            assert engine.plan_of(layer.support).form == way[1]
         for _ in range(CALLS):
             arguments, expected = cases.draw_call(rng, layer)
-            for isa in ISAS:
-                monkeypatch.setattr(engine, "_ISA", isa)
+            for way in WAYS:
+                take(monkeypatch, *way)
                 memory = Guarded(int(rng.integers(256)))
                 monkeypatch.setattr(
                     engine, "_empty", lambda _, *what, memory=memory: memory.empty(*what)
                 )
                 x = arguments["x"]
                 others = {name: value for name, value in arguments.items() if name != "x"}
-                y = engine.fprop(x, packed[isa], layer.support, layer.geometry, **others)
+                y = engine.fprop(x, packed[way], layer.support, layer.geometry, **others)
                 right = y.dtype == expected.dtype and torch.equal(y, expected)
                 if not (right and memory.untouched()):
                     told = f"{layer.support} {layer.geometry} {arguments}"
-                    pytest.fail(f"{isa}, layer {number}, right: {right}: {told}")
+                    pytest.fail(f"{way}, layer {number}, right: {right}: {told}")
                 compared += 1
-    assert compared == LAYERS * CALLS * len(ISAS)
+    assert compared == LAYERS * CALLS * len(WAYS)
 
 
 def test_there_are_ten_thousand_cases_where_there_are_three_instruction_sets():
@@ -274,8 +282,9 @@ def test_scattered_filters_and_their_residual_come_to_their_places(isa, filters,
     support = hk.Support.from_mask(mask)
     geometry = make_geometry(support, 1, 1)
     plan = engine.plan_of(support)
-    assert not all(block[5] for block in plan.blocks)
-    assert any(plan.spreads) == (isa == "avx512vnni" and _has_vbmi())
+    if plan.form == "filters":
+        assert not all(block[5] for block in plan.blocks)
+        assert any(plan.spreads) == (isa == "avx512vnni" and _has_vbmi())
     shape = (2, filters, 7, 9)
     for out, kind in ((torch.uint8, torch.int8), (torch.int8, torch.uint8)):
         low, high = cases.LIMITS[out]
@@ -300,8 +309,10 @@ def _has_vbmi() -> bool:
         return "avx512vbmi" in file.read().split()
 
 
-def test_the_lowering_uses_every_kind_of_step(isa):
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_lowering_uses_every_kind_of_step(isa, monkeypatch):
     """Or the fuzz would not see some of them: quads across taps, shuffles, gathered channels."""
+    take(monkeypatch, isa, "filters")
     rng = np.random.default_rng(5)
     depthwise = engine.plan_of(hk.Support.grouped(32, 32, 3, 32)).blocks
     assert any(block[3] > 0 for block in depthwise)
@@ -310,3 +321,34 @@ def test_the_lowering_uses_every_kind_of_step(isa):
     keep = rng.random((4, 128)) < 0.3
     clusters = hk.Support.self_grouped(np.arange(64) // 16, keep, 3)
     assert any(block[4] > 0 for block in engine.plan_of(clusters).blocks)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_pixels_are_in_vectors_where_groups_are_of_few_filters(isa, monkeypatch):
+    take(monkeypatch, isa, "auto")
+    keep = np.random.default_rng(5).random((16, 64)) < 0.3
+    ragged = engine.plan_of(hk.Support.self_grouped(np.arange(64) % 16, keep, 3))
+    assert ragged.form == ("pixels" if isa == "avx512vnni" else "filters")
+    assert ragged.cost < 2 * ragged.useful or isa != "avx512vnni"
+    for support in (hk.Support.dense(64, 64, 3), hk.Support.het(64, 64, 3, p=4)):
+        assert engine.plan_of(support).form == "filters"
+
+
+@pytest.mark.skipif("avx512vnni" not in ISAS, reason="needs AVX-512 VNNI")
+def test_what_several_groups_read_is_gathered_for_each_and_dead_filters_are_bias(monkeypatch):
+    take(monkeypatch, "avx512vnni", "pixels")
+    mask = np.zeros((21, 9, 3, 3), bool)
+    mask[:9, ::2] = True
+    mask[9:20, 1::2, 1, 1] = True
+    support = hk.Support.from_mask(mask)  # filter 20 is dead
+    geometry = make_geometry(support, 1, 1)
+    rng = np.random.default_rng(3)
+    x = cases.draw_bytes(rng, (2, 9, 5, 33), torch.uint8)
+    w = torch.as_tensor(rng.integers(-127, 128, support.shape).astype("i1"))
+    arguments = {
+        "multiplier": torch.full((21,), 0.003), "bias": torch.full((21,), 4000, dtype=torch.int32),
+        "x_zero_point": 7, "y_zero_point": 3, "low": 0, "high": 255, "out_dtype": torch.uint8,
+    }  # fmt: skip
+    y = engine.fprop(x, w, support, geometry, **arguments)
+    assert torch.equal(y, reference.fprop(x, w, support, geometry, **arguments))
+    assert (y[:, 20] == 15).all()

@@ -70,6 +70,14 @@ static inline void axis_phases(Axis* a, int K, int s, int d, int count) {
   }
 }
 
+// So that neighbouring outputs are 1 entry apart.
+static inline void axis_neighbours(Axis* a, int K, int s, int d, int count) {
+  if (s == 1)
+    axis_shared(a, K, s, d, count);
+  else
+    axis_phases(a, K, s, d, count);
+}
+
 // Length of a piece when only n of `count` outputs are wanted.
 HC_INLINE int piece_length(const Axis& a, const Piece& p, int n) {
   return p.len - (a.count - n) * a.step;

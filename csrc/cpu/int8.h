@@ -13,7 +13,8 @@ enum class Int8Out : int { u8 = 0, s8 = 1, f32 = 2 };
 
 constexpr int kUnit = 8;  // filters: blocks are one to four times as wide
 constexpr int kQuad = 4;
-constexpr int kWindow = 16;  // bytes that a shuffled step picks from
+constexpr int kWindow = 16;          // bytes that a shuffled step picks from
+constexpr int kInt8TileFilters = 8;  // at most, where pixels are in vectors
 
 // The channels of a pixel in the order that some blocks read them in, `pitch` bytes from the next.
 // `classes` sets of channels, one after another, each ascending; set k is the bits of
@@ -57,6 +58,19 @@ struct Int8Block {
   double cost;
 };
 
+// Pixels in vectors: quads of any channels, side by side, channels[channel0 + 4 q + j] of quad q.
+struct Int8Gather {
+  int quads;
+  int64_t channel0;
+};
+
+// Filters that read the same quads of the same taps; of their steps, `at` is the quad. Weights,
+// from `w0`: [steps][filters][4]; a byte of `own` that is not set has none.
+struct Int8PixelTile {
+  int filters, filter0, gather, steps;
+  int64_t step0, w0;
+};
+
 struct Int8Lowered {
   int F, C, KH, KW;
   int span;   // quads go on into the next tap: pixels must lie C bytes apart
@@ -76,6 +90,10 @@ struct Int8Lowered {
   int64_t packed;       // bytes
   int compress;         // this machine can pick bytes by a mask
   int permute;          // it can put the bytes of a vector in any order
+  int tiles;            // not 0: pixels are in vectors, and there are no blocks
+  int most_quads;       // of a tile
+  const Int8PixelTile* tile;
+  const Int8Gather* gather;
 };
 
 // One call. Images are dense and channels_last: [N][H][W][C] bytes.
@@ -143,6 +161,7 @@ struct Int8Kernels {
   void (*quantize)(const float* x, int64_t count, float scale, int zero, Byte type, uint8_t* y,
                    int threads);
   bool signed_bytes = false;  // tiles read an activation as x - 128
+  bool pixels = false;        // it can have pixels in vectors
 };
 
 extern const Int8Kernels int8_kernels_generic;

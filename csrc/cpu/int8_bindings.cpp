@@ -42,7 +42,8 @@ int size_of(const char* name, int64_t size) {
   return int(size);
 }
 
-std::shared_ptr<Int8Plan> make_plan(const py::buffer& mask, const std::string& isa) {
+std::shared_ptr<Int8Plan> make_plan(const py::buffer& mask, const std::string& isa,
+                                    const std::string& form) {
   const py::buffer_info info = mask.request();
   if (info.ndim != 4 || info.itemsize != 1)
     throw std::invalid_argument("mask must be a C-contiguous one-byte array [F, C, KH, KW]");
@@ -61,11 +62,13 @@ std::shared_ptr<Int8Plan> make_plan(const py::buffer& mask, const std::string& i
     refuse(
         "kernel: received more than 64 taps along an axis, expected at most 64. Use the backend "
         "'reference'.");
+  if (form != "auto" && form != "filters" && form != "pixels")
+    throw std::invalid_argument("form '" + form + "' is not auto, filters or pixels");
   const Int8Kernels& kernels = int8_isa_named(isa);
   const auto* data = static_cast<const uint8_t*>(info.ptr);
   py::gil_scoped_release release;
   return std::make_shared<Int8Plan>(data, int(info.shape[0]), int(info.shape[1]),
-                                    int(info.shape[2]), int(info.shape[3]), kernels);
+                                    int(info.shape[2]), int(info.shape[3]), kernels, form);
 }
 
 bool run_fprop(const std::shared_ptr<Int8Packed>& packed_, uintptr_t x, bool x_signed, int x_zero,
@@ -220,7 +223,8 @@ void bind_int8(py::module_& m) {
            py::arg("residual_signed"), py::arg("residual_multiplier"), py::arg("residual_zero"),
            py::arg("threads"), py::arg("pool"));
   py::class_<Int8Plan, std::shared_ptr<Int8Plan>>(m, "Int8Plan")
-      .def(py::init(&make_plan), py::arg("mask"), py::arg("isa") = "")
+      .def(py::init(&make_plan), py::arg("mask"), py::arg("isa") = "", py::arg("form") = "auto")
+      .def_property_readonly("form", &Int8Plan::form)
       .def_property_readonly("isa", [](const Int8Plan& p) { return p.kernels().name; })
       .def_property_readonly("live", &Int8Plan::live)
       .def_property_readonly("cost", &Int8Plan::cost)

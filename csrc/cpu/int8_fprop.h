@@ -2,6 +2,9 @@
 // fprop in 8 bits: tasks are (image, band of rows, strip of columns, share of the blocks).
 #pragma once
 #include "int8_band.h"
+#if defined(__AVX512VNNI__)
+#include "int8_pixels.h"
+#endif
 #include "int8_pool.h"
 #include "tasks.h"
 
@@ -150,6 +153,10 @@ struct Int8Fprop {
   // what they read, add and write is there, too.
   void compute(int b0, int b1, uint8_t* band, int64_t n, int oy, int ox, int nr, int nc, int* held,
                uint8_t* y0) const {
+#if defined(__AVX512VNNI__)
+    if (L.tiles)
+      return Int8Pixels{L, p, packed, finish, bands, off}.compute(band, n, oy, ox, nr, nc, y0);
+#endif
     Scratch scratch;
     if (p.res) memset(scratch.added, 0, sizeof scratch.added);
     Sweep some[kInt8Together];

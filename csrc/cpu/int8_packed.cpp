@@ -21,6 +21,25 @@ Int8Packed::Int8Packed(std::shared_ptr<const Int8Plan> plan, const int8_t* w,
   sums_.assign(size_t(low.F), 0);
   reach_.assign(size_t(low.F), 0);
   const int C = low.C;
+  each_in_parallel(low.tiles, usable_threads(threads), [&](int64_t i) {
+    const Int8PixelTile& t = low.tile[i];
+    const int* channels = low.channels + low.gather[t.gather].channel0;
+    int8_t* to = packed + t.w0;
+    for (int s = 0; s < t.steps; ++s) {
+      const Int8Step& step = low.steps[t.step0 + s];
+      for (int l = 0; l < t.filters; ++l)
+        for (int j = 0; j < kQuad; ++j) {
+          const int f = low.filters[t.filter0 + l], c = channels[kQuad * step.at + j];
+          const int8_t value =
+              step.own >> j & 1
+                  ? w[f * strides[0] + c * strides[1] + step.ky * strides[2] + step.kx * strides[3]]
+                  : int8_t(0);
+          *to++ = value;
+          sums_[size_t(f)] += value;
+          reach_[size_t(f)] += value < 0 ? -int(value) : int(value);
+        }
+    }
+  });
   each_in_parallel(low.blocks, usable_threads(threads), [&](int64_t i) {
     const Int8Block& b = low.block[i];
     const Int8Order& o = low.order[b.order];

@@ -34,7 +34,8 @@ double step_cost(int units) { return std::max(0.5 * units, kFewest); }
 
 }  // namespace
 
-Int8Plan::Int8Plan(const uint8_t* mask, int F, int C, int KH, int KW, const Int8Kernels& kernels)
+Int8Plan::Int8Plan(const uint8_t* mask, int F, int C, int KH, int KW, const Int8Kernels& kernels,
+                   const std::string& form)
     : kernels_(kernels), cache_(offsets_new(), offsets_delete) {
   low_.F = F;
   low_.C = C;
@@ -58,6 +59,12 @@ Int8Plan::Int8Plan(const uint8_t* mask, int F, int C, int KH, int KW, const Int8
     if (units == kernels.most_units || found.cost < lowering_.cost) lowering_ = std::move(found);
     if (distinct.size() == 1) break;
   }
+  if (kernels.pixels && form != "filters") {
+    Lowering found = lower_pixels(distinct);
+    if (!found.tiles.empty() && (form == "pixels" || found.cost < lowering_.cost))
+      lowering_ = std::move(found);
+  }
+  if (!lowering_.tiles.empty()) low_.span = 0;
   cost_ = lowering_.cost;
   low_.blocks = int(lowering_.blocks.size());
   low_.orders = int(lowering_.orders.size());
@@ -74,6 +81,10 @@ Int8Plan::Int8Plan(const uint8_t* mask, int F, int C, int KH, int KW, const Int8
   low_.mask = mask_.data();
   low_.packed = lowering_.packed;
   low_.reach = lowering_.reach;
+  low_.tiles = int(lowering_.tiles.size());
+  low_.tile = lowering_.tiles.data();
+  low_.gather = lowering_.gathers.data();
+  low_.most_quads = lowering_.most_quads;
 }
 
 std::vector<Int8Part> Int8Plan::groups() const {
@@ -179,11 +190,11 @@ std::vector<Int8Part> Int8Plan::merged(const std::vector<Int8Part>& all, int mos
   return parts;
 }
 
-// The order in which channels with the same taps are neighbours, and dead ones left out.
-int Int8Plan::gathered(Lowering& to, const Int8Part& part) const {
+// The channels that a part reads, in sets of which all have the same taps.
+std::vector<std::vector<int>> Int8Plan::by_taps(const Int8Part& part) const {
   const int C = low_.C, taps = tap_count();
   std::vector<std::vector<bool>> seen(size_t(C), std::vector<bool>(size_t(taps), false));
-  std::map<std::vector<bool>, std::vector<int>> by_taps;
+  std::map<std::vector<bool>, std::vector<int>> found;
   for (int c = 0; c < C; ++c) {
     bool any = false;
     for (int t = 0; t < taps; ++t) {
@@ -192,11 +203,18 @@ int Int8Plan::gathered(Lowering& to, const Int8Part& part) const {
       seen[size_t(c)][size_t(t)] = on;
       any |= on;
     }
-    if (any) by_taps[seen[size_t(c)]].push_back(c);
+    if (any) found[seen[size_t(c)]].push_back(c);
   }
   std::vector<std::vector<int>> sets;
-  for (auto& entry : by_taps) sets.push_back(std::move(entry.second));
+  for (auto& entry : found) sets.push_back(std::move(entry.second));
   std::sort(sets.begin(), sets.end());
+  return sets;
+}
+
+// The order in which channels with the same taps are neighbours, and dead ones left out.
+int Int8Plan::gathered(Lowering& to, const Int8Part& part) const {
+  const int C = low_.C;
+  const std::vector<std::vector<int>> sets = by_taps(part);
   std::vector<int> channels;
   for (const auto& set : sets) channels.insert(channels.end(), set.begin(), set.end());
   for (size_t i = 0; i < to.orders.size(); ++i) {

@@ -22,12 +22,16 @@ struct Int8Part {
 class Int8Plan {
  public:
   // mask: F * C * KH * KW bytes, non-zero = the weight exists.
-  Int8Plan(const uint8_t* mask, int F, int C, int KH, int KW, const Int8Kernels& kernels);
+  // form: "auto", "filters" or "pixels", whichever are in vectors; where the instruction set has no
+  // kernels for pixels, it is always filters.
+  Int8Plan(const uint8_t* mask, int F, int C, int KH, int KW, const Int8Kernels& kernels,
+           const std::string& form = "auto");
   Int8Plan(const Int8Plan&) = delete;
   Int8Plan& operator=(const Int8Plan&) = delete;
 
   const Int8Lowered& lowered() const { return low_; }
   const Int8Kernels& kernels() const { return kernels_; }
+  const char* form() const { return low_.tiles ? "pixels" : "filters"; }
   OffsetCache* offsets() const { return cache_.get(); }
   int64_t live() const { return live_; }
   // Vector operations (of 64 bytes) per pixel, and those that the live weights need at least.
@@ -43,6 +47,9 @@ class Int8Plan {
     std::vector<uint64_t> masks;
     std::vector<uint8_t> picks;
     std::vector<Int8Spread> spreads;
+    std::vector<Int8PixelTile> tiles;
+    std::vector<Int8Gather> gathers;
+    int most_quads = 0;
     int64_t packed = 0;
     int reach = 0;
     double cost = 0;
@@ -54,6 +61,8 @@ class Int8Plan {
   void add_block(Lowering& to, const std::vector<int>& filters, int order) const;
   void add_spreads(Lowering& to, Int8Block& b) const;
   int gathered(Lowering& to, const Int8Part& part) const;
+  std::vector<std::vector<int>> by_taps(const Int8Part& part) const;
+  Lowering lower_pixels(const std::vector<Int8Part>& groups) const;
   bool has(int f, int c, int ky, int kx) const {
     return mask_[((size_t(f) * low_.C + c) * low_.KH + ky) * low_.KW + kx] != 0;
   }

@@ -43,6 +43,8 @@ _CPU = torch.device("cpu")
 _NAMES = {torch.uint8: "uint8", torch.int8: "int8", torch.float32: "float32"}
 # The instruction set; "" takes the best one here, or what HETCONV_ISA says.
 _ISA = ""
+# What is in the engine's vectors, "filters" or "pixels"; "auto" takes what costs less.
+_FORM = "auto"
 
 
 class Packed(Protocol):
@@ -88,11 +90,11 @@ def pack(weight: Tensor, support: Support) -> Packed:
 
 def plan_of(support: Support) -> Any:
     """Returns the engine's lowering of a Support, made once and kept with it."""
-    key = ("cpu int8", _ISA)
+    key = ("cpu int8", _ISA, _FORM)
     plan = support.derived.get(key)
     if plan is None:
         mask: Any = np.ascontiguousarray(support.mask).view(np.uint8)
-        plan = support.derived[key] = _cpu.Int8Plan(mask, _ISA)
+        plan = support.derived[key] = _cpu.Int8Plan(mask, _ISA, _FORM)
     return plan
 
 
