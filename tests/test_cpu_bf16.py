@@ -24,6 +24,8 @@ SUPPORTS = {
     "dense": hk.Support.dense(20, 18, 3),
     "one channel": hk.Support.dense(1, 5, 3),
     "odd": hk.Support.dense(33, 40, 3),
+    "stem": hk.Support.dense(3, 20, (3, 7)),
+    "few, irregular": hk.Support.from_mask(RNG.random((19, 5, 3, 3)) < 0.5),
     "het": hk.Support.het(64, 64, 3, p=4),
     "het-interleaved": hk.Support.het(36, 40, 3, p=4, order="interleaved"),
     "depthwise-like": hk.Support.het(70, 70, 3, p=70),
@@ -37,6 +39,8 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
     "same": {"padding": 1},
     "strided": {"stride": 2, "padding": 1},
     "dilated": {"dilation": (2, 1), "padding": (3, 0)},
+    "dilated along rows": {"dilation": (1, 2), "padding": (0, 3)},
+    "far": {"stride": (3, 8), "padding": (1, 3)},
 }
 
 
@@ -279,6 +283,12 @@ def test_scattered_channels_of_a_wide_group_find_partners() -> None:
     keep[0, 0::3], keep[1, 1::3] = True, True
     plan = lowered(hk.Support.self_grouped(np.arange(64) // 32, keep, 3), "bfloat16", "avx512bf16")
     assert plan.packed_elements == 64 * 9 * 32 // 2
+
+
+@PAIRS
+def test_a_pair_of_few_channels_goes_on_into_the_next_pixel() -> None:
+    plan = lowered(hk.Support.dense(3, 64, 7), "bfloat16", "avx512bf16")
+    assert plan.packed_elements == 64 * 7 * 11  # 21 channels of a row in 11 pairs
 
 
 @PAIRS

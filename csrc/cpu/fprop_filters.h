@@ -76,6 +76,12 @@ template <class A> struct FilterColumns {
   static bool copies(const Segment&) { return false; }
   static int copy_of(const Segment&) { return -1; }
   static void copy(const Lowered&, const Segment&, const Band*, int64_t, int, Band*) {}
+  // Whether pixels lie C elements apart, so that columns go on into the next one. Where the taps of
+  // an output are no neighbours, it reads a copy of them that are.
+  static bool spans(const Lowered&) { return false; }
+  template <class S>
+  static void patches(const Problem&, const S*, int, const Axis&, int, int, int, int, int64_t,
+                      Band*) {}
   // Whether it may read pixels of C channels where they lie.
   static bool in_place(int C, bool /*vectors*/) { return C % VL<A> == 0; }
   static FilterSteps steps(const Lowered& L, const Segment& s, const int* off) {
@@ -101,6 +107,7 @@ template <class S, class A, class K = FilterColumns<A>> struct FiltersFprop {
   Axis ya{}, xa{};
   int Cb = 0, rows = 0, cols = 0;       // of a band
   bool direct = false, copies = false;  // reads the input in place; segments read copies of a band
+  bool patches = false;                 // of the taps of each output
   int64_t in_row = 0, in_pixel = 0;     // input distance of neighbouring output rows and pixels
 
   // Picks the band so that it fits its share of the cache.
@@ -115,6 +122,7 @@ template <class S, class A, class K = FilterColumns<A>> struct FiltersFprop {
     Cb = ceil_div(p.C, unit) * unit;
     if (int64_t(Cb) * sizeof(Band) % 1024 == 0)
       Cb += 64 / int(sizeof(Band));  // neighbouring pixels in different cache sets
+    if (K::spans(L)) Cb = p.C;
     direct = sizeof(S) == sizeof(Band) && p.x.sc == 1 && L.KH == 1 && L.KW == 1 && p.pt <= 0 &&
              p.pl <= 0 && !copies && K::in_place(p.C, vectors) && (p.Ho - 1) * p.sh - p.pt < p.H &&
              (p.Wo - 1) * p.sw - p.pl < p.W;
@@ -163,15 +171,26 @@ template <class S, class A, class K = FilterColumns<A>> struct FiltersFprop {
     axis_shared(&ya, L.KH, p.sh, p.dh, r);
     axis_shared(&xa, L.KW, p.sw, p.dw, c);
     if (ya.entries > L.KH * r) axis_copies(&ya, L.KH, p.sh, p.dh, r);
-    if (xa.entries > L.KW * c) axis_copies(&xa, L.KW, p.sw, p.dw, c);
+    patches = K::spans(L) && (xa.entries > L.KW * c || p.dw != 1);
+    if (patches)  // an entry for each tap of each output
+      axis_shared(&xa, 1, L.KW, 1, c), xa.entries = L.KW * c;
+    else if (xa.entries > L.KW * c)
+      axis_copies(&xa, L.KW, p.sw, p.dw, c);
     in_row = int64_t(ya.step) * xa.entries * Cb;
     in_pixel = int64_t(xa.step) * Cb;
+  }
+  void pack(const S* x, int oy, int ox, int nr, int nc, Band* band) const {
+    if (patches)
+      K::patches(p, x, L.KW, ya, oy, ox, nr, nc, int64_t(xa.entries) * Cb, band);
+    else
+      pack_channels_last<S, Band>(p, x, ya, xa, oy, ox, nr, nc, Cb, band);
   }
   size_t band_bytes(int r, int c) {
     const int64_t h =
         least<int64_t>((r - 1) * int64_t(p.sh) + (L.KH - 1) * int64_t(p.dh) + 1, int64_t(L.KH) * r);
     const int64_t w =
         least<int64_t>((c - 1) * int64_t(p.sw) + (L.KW - 1) * int64_t(p.dw) + 1, int64_t(L.KW) * c);
+    if (K::spans(L)) return size_t(h * L.KW * c * Cb) * sizeof(Band);  // patches, at most
     return size_t(h * w * Cb) * sizeof(Band);
   }
   // Long runs where the output has pixels innermost: each filter's plane is far from the next.
@@ -280,7 +299,7 @@ template <class S, class A, class K = FilterColumns<A>> struct FiltersFprop {
   size_t room_for_scratch() const { return scratch_bytes(cols) + (copies ? room_for_band() : 0); }
   void compute_rows(int64_t n, int oy, int nr, Band* band, A* scratch, Ahead& ahead) {
     const S* x = reinterpret_cast<const S*>(p.x.data) + n * p.x.sn;
-    pack_channels_last<S, Band>(p, x, ya, xa, oy, 0, nr, cols, Cb, band);
+    pack(x, oy, 0, nr, cols, band);
     int copied = -1;
     for (int s = 0; s < L.count; ++s) {
       const Segment& g = K::segments(L)[s];
@@ -318,7 +337,7 @@ template <class S, class A, class K = FilterColumns<A>> struct FiltersFprop {
           a = reinterpret_cast<const Band*>(x + int64_t(oy * p.sh - p.pt) * p.x.sh +
                                             int64_t(ox * p.sw - p.pl) * p.x.sw);
         else if (held != unit) {
-          pack_channels_last<S, Band>(p, x, ya, xa, oy, ox, nr, nc, Cb, band);
+          pack(x, oy, ox, nr, nc, band);
           copied = -1;
         }
         held = unit;

@@ -24,6 +24,11 @@ struct PairColumns {
                    Band* to) {
     gather_band(L, s, band, pixels, Cb, to);
   }
+  static bool spans(const Lowered& L) { return L.span != 0; }
+  static void patches(const Problem& p, const bf16* x, int KW, const Axis& ya, int oy, int ox,
+                      int rows, int cols, int64_t row_elements, Band* band) {
+    pack_patches(p, x, KW, ya, oy, ox, rows, cols, row_elements, band);
+  }
   static bool in_place(int C, bool vectors) { return vectors ? C % VL<bf16> == 0 : C > 1; }
   static PairSteps steps(const Lowered& L, const Segment& s, const int* off) {
     return {off + s.col0, s.runs, s.pairs, s.windows,

@@ -73,6 +73,25 @@ inline void pack_run_channels_last<bf16, bf16>(const bf16* x, int64_t sc, int64_
   }
 }
 
+// For each output, the rows of taps that it reads: `KW` pixels of C channels, side by side.
+static void pack_patches(const Problem& p, const bf16* x, int KW, const Axis& ya, int oy, int ox,
+                         int rows, int cols, int64_t row_elements, bf16* band) {
+  for (int q = 0; q < ya.pieces; ++q) {
+    const Piece& yp = ya.piece[q];
+    for (int i = 0, n = piece_length(ya, yp, rows); i < n; ++i) {
+      const int iy = oy * p.sh - p.pt + yp.rel + i * yp.istride;
+      bf16* d = band + int64_t(yp.e0 + i) * row_elements;
+      for (int j = 0; j < cols; ++j)
+        for (int k = 0; k < KW; ++k, d += p.C) {
+          const int64_t ix = (int64_t(ox) + j) * p.sw - p.pl + int64_t(k) * p.dw;
+          const bool inside = iy >= 0 && iy < p.H && ix >= 0 && ix < p.W;
+          for (int c = 0; c < p.C; ++c)
+            d[c] = inside ? x[iy * p.x.sh + ix * p.x.sw + c * p.x.sc] : bf16{};
+        }
+    }
+  }
+}
+
 // A copy of a band's pixels, Cb apart, with the channels that a segment reads. Writes up to 32
 // elements beyond the last.
 static inline void gather_band(const Lowered& L, const PairSegment& s, const bf16* band,
@@ -113,8 +132,9 @@ static void pack_pair_segment(const Lowered& L, const PairSegment& s, const Weig
         const int channel =
             s.gathers > 0 && !idle_of(c, half) ? L.gathered[s.gathered0 + number] : number;
         const bool idle = idle_of(c, half);
-        at[2 * k + half] = channel * v.sc + c.ky * v.sh + c.kx * v.sw;
-        live[2 * k + half] = idle ? -1 : mask_at(L, 0, channel, c.ky, c.kx);
+        const int own = L.span ? channel % L.C : channel, kx = c.kx + (L.span ? channel / L.C : 0);
+        at[2 * k + half] = own * v.sc + c.ky * v.sh + kx * v.sw;
+        live[2 * k + half] = idle ? -1 : mask_at(L, 0, own, c.ky, kx);
       }
     }
     for (int j = 0; j < s.nv; ++j) {

@@ -93,6 +93,7 @@ void Plan::clear() {
   perms64_.clear();
   taken_.clear();
   low_.accumulate = 0;
+  low_.span = 0;
   low_.packed = 0;
 }
 

@@ -50,6 +50,8 @@ void Plan::lower_pairs() {
 void Plan::lower_pairs_in(const std::vector<int>& narrow) {
   clear();
   low_.form = Form::filters;
+  // Of few channels, a pair takes the last one of a pixel and the first of the next.
+  low_.span = low_.KW > 1 && low_.C < 16 && low_.C % 2 != 0;
   const size_t vl = size_t(low_.vl);
   const auto block = [](const std::vector<int>& filters, size_t first, size_t most) {
     return std::vector<int>(filters.begin() + first,
@@ -110,15 +112,16 @@ void Plan::add_pair_segment(const std::vector<int>& filters, const Group* group)
   std::vector<std::vector<Column>> taps;  // what is read of each tap
   double costs = 0;
   std::vector<std::vector<LaneColumn>> windows(static_cast<size_t>(s.nv));
+  const int together = low_.span ? low_.KW : 1, width = together * low_.C;
   for (int ky = 0; ky < low_.KH; ++ky)
-    for (int kx = 0; kx < low_.KW; ++kx) {
+    for (int kx = 0; kx < low_.KW; kx += together) {
       std::vector<Column> some,
           all;  // channels that some of the lanes read, and that all of them do
       std::vector<std::vector<int>> rest(filters.size());  // of each lane, what not all read
-      for (int c = 0; c < low_.C; ++c) {
+      for (int c = 0; c < width; ++c) {
         size_t readers = 0;
         for (int f : filters) {
-          readers += has(f, c, ky, kx);
+          readers += has(f, c % low_.C, ky, kx + c / low_.C);
           if (group) break;  // one speaks for all
         }
         if (readers == 0) continue;
@@ -127,10 +130,10 @@ void Plan::add_pair_segment(const std::vector<int>& filters, const Group* group)
           all.push_back(some.back());
         else
           for (size_t l = 0; l < filters.size(); ++l)
-            if (has(filters[l], c, ky, kx)) rest[l].push_back(c);
+            if (has(filters[l], c % low_.C, ky, kx + c / low_.C)) rest[l].push_back(c);
       }
-      std::vector<Column> broadcast = cover(some, low_.C);
-      if (all.size() < some.size()) {
+      std::vector<Column> broadcast = cover(some, width);
+      if (all.size() < some.size() && !low_.span) {
         const std::vector<Column> common = cover(all, low_.C);
         std::vector<std::vector<LaneColumn>> own;
         size_t most = 0;
@@ -153,7 +156,7 @@ void Plan::add_pair_segment(const std::vector<int>& filters, const Group* group)
       pairs.insert(pairs.end(), broadcast.begin(), broadcast.end());
       if (!some.empty()) taps.push_back(some);
     }
-  if (gather_channels(s, taps, costs + double(pairs.size()))) {
+  if (!low_.span && gather_channels(s, taps, costs + double(pairs.size()))) {
     pairs.clear();
     for (auto& own : windows) own.clear();
     for (std::vector<Column>& tap : taps) {

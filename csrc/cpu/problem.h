@@ -125,6 +125,7 @@ struct Lowered {
   int accumulate;  // pixels only: a filter is the sum of several tiles
   int vl;          // lanes of the accumulation type
   int F, C, KH, KW;
+  int span;   // paired only: channels are numbered on through a row of taps, C to a tap
   int count;  // segments or tiles
   const FilterSegment* segments;
   const PixelTile* tiles;
