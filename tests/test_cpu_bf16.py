@@ -11,6 +11,8 @@ import torch
 
 import hetconv_kernels as hk
 from hetconv_kernels import ops
+from hetconv_kernels.nn import fuse
+from hetconv_kernels.pooling import Pool
 from hetconv_kernels.problem import make_geometry
 from hetconv_kernels.testing import error_bound, oracle
 
@@ -83,7 +85,7 @@ def test_sums_of_integers_are_exact(name: str, geometry: str, layout: str, isa: 
     x = integers(3, support.channels, 11, 19).contiguous(memory_format=LAYOUTS[layout])
     w = integers(*support.shape, seed=1)
     exact = oracle(x.float(), w.float(), make_geometry(support, **options)).to(torch.bfloat16)
-    for form in ("filters", "pixels"):
+    for form in ("filters", "pixels", "pixel pairs"):
         assert torch.equal(engine(x, w, support, isa, form, **options), exact), form
 
 
@@ -127,11 +129,18 @@ def test_a_sum_is_rounded_once_to_the_nearest_even(isa: str) -> None:
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("act", ["none", "relu", "silu"])
 @pytest.mark.parametrize("extras", ["shift", "shift residual", "scale shift residual"])
+@pytest.mark.parametrize(
+    "support",
+    [
+        hk.Support.het(32, 48, 3, p=4),  # whole vectors of filters, and less than one
+        hk.Support.self_grouped(np.arange(48) % 16, RNG.random((16, 32)) < 0.3, 3),  # pixel pairs
+    ],
+    ids=["filters", "pixel pairs"],
+)
 def test_the_epilogue_is_that_of_float32_rounded_once(
-    extras: str, act: str, isa: str, monkeypatch: pytest.MonkeyPatch
+    support: hk.Support, extras: str, act: str, isa: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hetconv_kernels.backends.cpu._ISA", isa)
-    support = hk.Support.het(32, 48, 3, p=4)  # whole vectors of filters, and less than one
     x, w = integers(2, 32, 8, 9), integers(*support.shape, most=1, seed=1)
     x = x.contiguous(memory_format=torch.channels_last)
     residual = integers(2, 48, 8, 9, most=40, seed=2).contiguous(memory_format=torch.channels_last)
@@ -254,8 +263,9 @@ def test_thread_counts_agree_bit_by_bit(name: str, isa: str) -> None:
     x = torch.randn(3, support.channels, 20, 21).to(torch.bfloat16)
     x = x.contiguous(memory_format=torch.channels_last)
     w = torch.randn(support.shape).to(torch.bfloat16)
-    results = [engine(x, w, support, isa, threads=t, padding=1) for t in (1, 2, 3)]
-    assert all(torch.equal(other, results[0]) for other in results[1:])
+    for form in ("filters", "pixels", "pixel pairs"):
+        results = [engine(x, w, support, isa, form, t, padding=1) for t in (1, 2, 3)]
+        assert all(torch.equal(other, results[0]) for other in results[1:]), form
 
 
 def lowered(support: hk.Support, dtype: str, isa: str) -> Any:
@@ -283,6 +293,32 @@ def test_scattered_channels_of_a_wide_group_find_partners() -> None:
     keep[0, 0::3], keep[1, 1::3] = True, True
     plan = lowered(hk.Support.self_grouped(np.arange(64) // 32, keep, 3), "bfloat16", "avx512bf16")
     assert plan.packed_elements == 64 * 9 * 32 // 2
+
+
+@PAIRS
+def test_pixels_are_in_vectors_where_groups_are_of_few_filters() -> None:
+    keep = np.random.default_rng(5).random((16, 64)) < 0.3
+    ragged = hk.Support.self_grouped(np.arange(64) % 16, keep, 3)
+    for support, form in ((ragged, "pixel pairs"), (hk.Support.het(64, 64, 3, p=4), "filters")):
+        mask = np.ascontiguousarray(support.mask).view(np.uint8)
+        plan = _cpu.Plan(mask, "bfloat16", "avx512bf16", "auto", True)
+        assert plan.form == form
+        assert plan.cost < 2 * support.live / 32
+
+
+@PAIRS
+@pytest.mark.parametrize("pool", [((2, 2), (2, 2), (0, 0)), ((3, 3), (2, 2), (1, 1))])
+def test_ragged_groups_are_pooled_as_they_are_computed(pool: Any) -> None:
+    keep = np.random.default_rng(5).random((16, 32)) < 0.3
+    support = hk.Support.self_grouped(np.arange(48) % 16, keep, 3)
+    x = integers(2, 32, 23, 40).contiguous(memory_format=torch.channels_last)
+    w = integers(*support.shape, seed=1)
+    exact = oracle(x.float(), w.float(), make_geometry(support, 1, 1)).to(torch.bfloat16)
+    conv = hk.nn.SupportConv2d(32, 48, 3, padding=1, bias=False, support=support).bfloat16()
+    conv.weight.data.copy_(w)
+    layer = fuse(conv, None, "none", Pool(*pool)).eval().freeze()
+    with torch.no_grad(), hk.use_backend("cpu"):
+        assert torch.equal(layer(x), torch.nn.functional.max_pool2d(exact, *pool))
 
 
 @PAIRS

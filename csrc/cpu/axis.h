@@ -70,12 +70,13 @@ static inline void axis_phases(Axis* a, int K, int s, int d, int count) {
   }
 }
 
-// So that neighbouring outputs are 1 entry apart.
+// So that neighbouring outputs are 1 entry apart, with at most K entries an output.
 static inline void axis_neighbours(Axis* a, int K, int s, int d, int count) {
   if (s == 1)
     axis_shared(a, K, s, d, count);
   else
     axis_phases(a, K, s, d, count);
+  if (a->entries > K * count) axis_copies(a, K, s, d, count);
 }
 
 // Length of a piece when only n of `count` outputs are wanted.

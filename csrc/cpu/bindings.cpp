@@ -72,9 +72,9 @@ static MaskView mask_view(const py::buffer_info& info) {
 
 static void check_form(const std::string& form) {
   if (form != "auto" && form != "filters" && form != "pixels" && form != "columns" &&
-      form != "winograd")
+      form != "winograd" && form != "pixel pairs")
     throw std::invalid_argument("form '" + form +
-                                "' is not auto, filters, pixels, columns or winograd");
+                                "' is not auto, filters, pixels, columns, winograd or pixel pairs");
 }
 
 static void check_steps(const Pair& stride, const Pair& dilation) {

@@ -148,7 +148,7 @@ struct Int8Bands {
     look_at_blocks();
     int r = 1, c = p.Wo;
     if (L.tiles) {
-      while (c > 64 && band_bytes(1, c) > kInt8PixelBytes) c = ceil_div(c, 2);
+      while (c > kFewestPixels && band_bytes(1, c) > kInt8PixelBytes) c = ceil_div(c, 2);
       while (c == p.Wo && r < p.Ho && band_bytes(r + 1, c) <= kInt8PixelBytes) ++r;
     } else if (packs) {
       while (c > 1 && band_bytes(1, c) > int64_t(kWorkspaceBytes) / 2) c = ceil_div(c, 2);

@@ -76,7 +76,12 @@ Int8Plan::Lowering Int8Plan::lower_pixels(const std::vector<Int8Part>& groups) c
       to.tiles.push_back(tile);
     }
   }
-  return to;
+  // A band of the fewest pixels, whatever the stride and the dilation: see Int8Bands::pixel_room.
+  const int64_t pixels = int64_t(kFewestPixels) * taps, plane = (pixels + 63) / 64 * 64 + 128,
+                filters = (low_.F + 63) / 64 * 64,
+                bytes = plane * (2 * std::max<int64_t>(staged.pitch, filters) +
+                                 int64_t(kQuad) * to.most_quads + 2 * filters);
+  return bytes <= int64_t(kWorkspaceBytes) ? to : Lowering{};
 }
 
 }  // namespace hetconv

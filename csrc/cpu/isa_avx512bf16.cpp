@@ -3,6 +3,7 @@
 #if defined(__x86_64__)
 #define HETCONV_NS avx512bf16
 #define HETCONV_VECTOR_BYTES 64
+#include "fprop_pixel_pairs.h"
 #include "isa.h"
 #include "micro_pairs.h"
 #include "pack_pairs.h"
@@ -50,11 +51,15 @@ struct PairColumns {
   template <int NV> static PairsKernel kernel(int mr) { return pairs_kernel_for<NV>(mr); }
 };
 
+static bool fprop_bf16(const Lowered& L, OffsetCache* cache, const Problem& p, const void* packed) {
+  if (L.pixel_pairs) return fprop_pixel_pairs(L, cache, p, packed);
+  return fprop<bf16, float, PairColumns>(L, cache, p, packed);
+}
+
 }  // namespace HETCONV_NS
 
-extern const Bf16Kernels kernels_avx512bf16 = {
-    avx512bf16::fprop<avx512bf16::bf16, float, avx512bf16::PairColumns>, avx512bf16::pack_pairs,
-    avx512bf16::wgrad_twins};
+extern const Bf16Kernels kernels_avx512bf16 = {avx512bf16::fprop_bf16, avx512bf16::pack_pairs,
+                                               avx512bf16::wgrad_twins};
 
 }  // namespace hetconv
 #endif

@@ -180,19 +180,31 @@ static void pack_pair_segments(const Lowered& L, const WeightView& v, float* out
   });
 }
 
+template <class S>
+static void pack_pixel_pairs(const Lowered& L, const WeightView& v, float* out, int threads);
+
+template <class S>
+static void pack_as(const Lowered& L, const WeightView& v, float* out, int threads) {
+  if (L.pixel_pairs)
+    pack_pixel_pairs<S>(L, v, out, threads);
+  else
+    pack_pair_segments<S>(L, v, out, threads);
+}
+
 static void pack_pairs(const Lowered& L, const WeightView& v, DType from, void* packed,
                        int threads) {
-  if (L.form != Form::filters) return pack_weights<float>(L, v, from, packed, threads);
+  if (L.form != Form::filters && !L.pixel_pairs)
+    return pack_weights<float>(L, v, from, packed, threads);
   float* out = static_cast<float*>(packed);
   switch (from) {
     case DType::f32:
-      return pack_pair_segments<float>(L, v, out, threads);
+      return pack_as<float>(L, v, out, threads);
     case DType::f64:
-      return pack_pair_segments<double>(L, v, out, threads);
+      return pack_as<double>(L, v, out, threads);
     case DType::bf16:
-      return pack_pair_segments<bf16>(L, v, out, threads);
+      return pack_as<bf16>(L, v, out, threads);
     case DType::f16:
-      return pack_pair_segments<f16>(L, v, out, threads);
+      return pack_as<f16>(L, v, out, threads);
   }
 }
 

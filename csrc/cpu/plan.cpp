@@ -58,6 +58,8 @@ Plan::Plan(const uint8_t* mask, int F, int C, int KH, int KW, DType dtype, const
     lower_filters();
   else if (form == "pixels")
     lower_pixels();
+  else if (form == "pixel pairs")
+    pairs() && fits_pixel_pairs() ? lower_pixel_pairs() : lower_pixels();
   else if (form == "columns")
     lower_columns();
   else if (form == "winograd")
@@ -69,12 +71,23 @@ Plan::Plan(const uint8_t* mask, int F, int C, int KH, int KW, DType dtype, const
     const double as_columns = pixels_cost(channels_last);
     lower_pixels();
     const double as_pixels = pixels_cost(channels_last);
-    if (as_filters <= as_pixels && as_filters <= as_columns)
+    double in_pairs = std::min({as_filters, as_pixels, as_columns});
+    if (pairs() && channels_last && fits_pixel_pairs()) {
+      lower_pixel_pairs();
+      in_pairs = std::min(in_pairs, pixel_pairs_cost());
+    }
+    if (in_pairs < std::min({as_filters, as_pixels, as_columns}))
+      lower_pixel_pairs();
+    else if (as_filters <= as_pixels && as_filters <= as_columns)
       lower_filters();
     else if (as_columns < as_pixels)
       lower_columns();
+    else
+      lower_pixels();
   }
-  cost_ = low_.form == Form::filters ? filters_cost(channels_last) : pixels_cost(channels_last);
+  cost_ = low_.form == Form::filters ? filters_cost(channels_last)
+          : !pair_tiles_.empty()     ? pixel_pairs_cost()
+                                     : pixels_cost(channels_last);
   if (form == "winograd") cost_ += winograd_cost();
   finish();
 }
@@ -84,6 +97,9 @@ Plan::~Plan() = default;
 void Plan::clear() {
   segments_.clear();
   paired_.clear();
+  pair_tiles_.clear();
+  pair_gathers_.clear();
+  pixel_pairs_ = {};
   gather_.clear();
   gathered_.clear();
   tiles_.clear();
@@ -188,6 +204,12 @@ void Plan::finish() {
   low_.ascending = ascending_.data();
   low_.identity = identity_.data();
   low_.mask = mask_.data();
+  if (!pair_tiles_.empty()) {
+    pixel_pairs_.tiles = pair_tiles_.data();
+    pixel_pairs_.count = low_.count = int(pair_tiles_.size());
+    pixel_pairs_.gathers = pair_gathers_.data();
+    low_.pixel_pairs = &pixel_pairs_;
+  }
   if (parts_.empty()) return;
   winograd_.units = units_.data();
   winograd_.from = from_.data();

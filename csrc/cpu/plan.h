@@ -32,7 +32,8 @@ class Plan {
  public:
   // mask: F * C * KH * KW bytes, non-zero = the weight exists. form: "auto", "filters", "pixels"
   // (tiles of filters with the same columns) or "columns" (tiles of columns with the same filters,
-  // added up); "winograd" (see winograd.h; float32, for stride and dilation 1);
+  // added up); "winograd" (see winograd.h; float32, for stride and dilation 1); "pixel pairs" (of
+  // bfloat16, where it has instructions; else as "pixels");
   // "auto" is never "winograd", and expects most calls with channels innermost in memory
   // (channels_last) or not.
   Plan(const uint8_t* mask, int F, int C, int KH, int KW, DType dtype, const Kernels& kernels,
@@ -47,6 +48,7 @@ class Plan {
   OffsetCache* offsets() const { return cache_.get(); }
   const char* form() const {
     if (low_.winograd) return "winograd";
+    if (low_.pixel_pairs) return "pixel pairs";
     return low_.form == Form::filters ? "filters" : low_.accumulate ? "columns" : "pixels";
   }
   // What it was asked for: the same again makes the same plan, on another machine that one's.
@@ -83,6 +85,9 @@ class Plan {
                                        const std::vector<Column>& columns) const;
   double filters_cost(bool channels_last) const;
   double pairs_cost(bool channels_last) const;
+  void lower_pixel_pairs();
+  bool fits_pixel_pairs() const;
+  double pixel_pairs_cost() const;
   double pixels_cost(bool channels_last) const;
   void clear();
   void finish();
@@ -103,6 +108,9 @@ class Plan {
   std::vector<Group> groups_;
   std::vector<FilterSegment> segments_;
   std::vector<PairSegment> paired_;
+  std::vector<PixelPairTile> pair_tiles_;
+  std::vector<PixelPairGather> pair_gathers_;
+  PixelPairs pixel_pairs_{};
   std::vector<Gather> gather_;
   std::vector<int> gathered_;
   std::vector<PixelTile> tiles_;

@@ -12,6 +12,7 @@ namespace hetconv {
 
 constexpr int kMaxKernel = 64;                // taps per axis
 constexpr size_t kWorkspaceBytes = 2u << 20;  // per thread, whatever the image
+constexpr int kFewestPixels = 16;             // in a row of a band whose pixels are in vectors
 constexpr size_t kBandBytes = 320u << 10;  // what a packed band should fit in (part of an L2 cache)
 
 constexpr size_t kImageBlockBytes = 640u << 10;   // small images side by side in one band
@@ -108,6 +109,22 @@ struct Gather {
   int from, to;
   int64_t perm0;
 };
+// Pixels in vectors of bfloat16: pair q of a gather is of channels gathered[channel0 + 2 q] and the
+// next, which is -1 where there is none; a tile's columns from `col0` have the pair in place of the
+// channel. Weights, from `w0`: [steps][filters], in lanes of two.
+struct PixelPairGather {
+  int pairs, channel0;
+};
+struct PixelPairTile {
+  int filters, filter0, gather, steps;
+  int64_t col0, w0;
+};
+struct PixelPairs {
+  const PixelPairTile* tiles;
+  int count;
+  const PixelPairGather* gathers;
+  int most_pairs;  // of a gather
+};
 // Of the two channels of a lane, those that count; in Column::idle those that do not.
 constexpr int kLower = 1, kUpper = 2;
 
@@ -145,6 +162,7 @@ struct Lowered {
   const uint8_t* mask;       // [F][C][KH][KW]
   int64_t packed;            // elements of the packed weights
   const Winograd* winograd;  // added to the segments, or null
+  const PixelPairs* pixel_pairs;  // in place of tiles, or null
 };
 
 // Column offsets depend on the band layout only; the plan keeps the last few.

@@ -95,7 +95,7 @@ class Cpu:
         """Predicts the time of one call of fprop or dgrad by a plan."""
         threads = torch.get_num_threads()
         transformed = plan.form == "winograd"
-        name = "filters" if plan.form == "filters" or transformed else "pixels"
+        name = "pixels" if plan.form in ("pixels", "columns") else "filters"
         cost = winograd.executed(plan, problem) if transformed else plan.cost
         form, rows = ENGINE[name], is_linear(problem)
         around = OVERHEAD[f"{name} rows" if rows else name]
@@ -332,7 +332,7 @@ class Cpu:
         """Whether two channels of bfloat16 are multiplied by one instruction."""
         plan = self._plan(problem)
         bf16 = problem.dtype == torch.bfloat16
-        return bf16 and plan.form == "filters" and bool(plan.isa == "avx512bf16")
+        return bf16 and plan.form in ("filters", "pixel pairs") and bool(plan.isa == "avx512bf16")
 
     @staticmethod
     def _wgrad_plan(problem: Problem, form: str = "auto") -> Any:

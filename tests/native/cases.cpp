@@ -95,8 +95,8 @@ Case random_case(uint64_t seed, const hetconv::Kernels& isa) {
   c.dtype = chance(r, 0.4) ? DType::f32 : types[pick(r, 0, 3)];
   if (isa.pairs) c.dtype = DType::bf16;  // the rest is another instruction set's
   c.weight_dtype = chance(r, 0.7) ? c.dtype : types[pick(r, 0, 3)];
-  const char* forms[] = {"auto", "filters", "pixels", "columns"};
-  c.form = forms[pick(r, 0, 3)];
+  const char* forms[] = {"auto", "filters", "pixels", "columns", "pixel pairs"};
+  c.form = forms[pick(r, 0, isa.pairs ? 4 : 3)];
   if (transform && has_whole_kernels(c.conv)) {
     c.dtype = DType::f32;
     c.form = "winograd";

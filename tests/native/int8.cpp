@@ -284,9 +284,8 @@ std::string check_int8(const Case& c, const hetconv::Int8Kernels& isa) {
   Random r(c.seed ^ 0x9e3779b97f4a7c15u);
   std::vector<int8_t> w(v.mask.size());
   for (int8_t& k : w) k = int8_t(pick(r, -127, 127));
-  const auto plan =
-      std::make_shared<const hetconv::Int8Plan>(v.mask.data(), v.F, v.C, v.KH, v.KW, isa,
-                                                chance(r, 0.3) ? "pixels" : "auto");
+  const auto plan = std::make_shared<const hetconv::Int8Plan>(
+      v.mask.data(), v.F, v.C, v.KH, v.KW, isa, chance(r, 0.3) ? "pixels" : "auto");
   const int64_t strides[4] = {int64_t(v.C) * v.KH * v.KW, int64_t(v.KH) * v.KW, v.KW, 1};
   const hetconv::Int8Packed packed(plan, w.data(), strides, c.threads);
   std::string wrong;
