@@ -25,7 +25,7 @@ from benchmarks.networks import NETWORKS, build_network
 from hetconv_kernels import roofline
 from hetconv_kernels.graph.names import module_of
 from hetconv_kernels.graph.planned import observe_steps
-from hetconv_kernels.graph.program_builder import Step
+from hetconv_kernels.graph.program_builder import ProgramStep
 from hetconv_kernels.tables import text_table
 
 
@@ -59,9 +59,9 @@ def steps_of(network: Any, x: Tensor, rounds: int = 9) -> list[StepTime]:
         The steps in order; none where nothing of the network is native.
     """
     clock = time.thread_time_ns if torch.get_num_threads() == 1 else time.perf_counter_ns
-    times: dict[Step, list[int]] = {}
+    times: dict[ProgramStep, list[int]] = {}
 
-    def timed(step: Step, run: Callable[[], Any]) -> Any:
+    def timed(step: ProgramStep, run: Callable[[], Any]) -> Any:
         begun = clock()
         result = run()
         times.setdefault(step, []).append(clock() - begun)
@@ -85,7 +85,7 @@ def steps_of(network: Any, x: Tensor, rounds: int = 9) -> list[StepTime]:
     ]
 
 
-def _macs(step: Step) -> int:
+def _macs(step: ProgramStep) -> int:
     """Counts a layer's live multiply-accumulates; none of what is no layer of ours."""
     layer = module_of(step.node)
     support = getattr(layer, "support", None)

@@ -14,7 +14,7 @@ import hetconv_kernels as hk
 from benchmarks.program_steps import steps_of
 from hetconv_kernels import stats
 from hetconv_kernels.graph.planned import observe_steps
-from hetconv_kernels.graph.program_builder import Step
+from hetconv_kernels.graph.program_builder import ProgramStep
 
 pytestmark = pytest.mark.skipif(
     "cpu" not in hk.available_backends(), reason="the native engine is not built here"
@@ -50,7 +50,7 @@ def test_the_network_runs_as_before_while_and_after_it_is_looked_at() -> None:
         plans = made._memory
         seen: list[str] = []
 
-        def noting(step: Step, run: Callable[[], Any]) -> Any:
+        def noting(step: ProgramStep, run: Callable[[], Any]) -> Any:
             seen.append(step.kind)
             return run()
 
@@ -79,7 +79,7 @@ def test_steps_that_follow_one_another_are_seen_one_by_one() -> None:
 def test_an_observer_that_fails_leaves_the_plans_as_they_were() -> None:
     made, x = network()
 
-    def failing(step: Step, run: Callable[[], Any]) -> Any:
+    def failing(step: ProgramStep, run: Callable[[], Any]) -> Any:
         raise RuntimeError(step.kind)
 
     with torch.no_grad(), hk.use_backend("cpu"):

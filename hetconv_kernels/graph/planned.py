@@ -23,7 +23,7 @@ from ..autograd import transforms_active
 from ..backends import forced_code
 from ..observers import observed
 from .program import Frame, Program
-from .program_builder import Observer, build_program, tape
+from .program_builder import StepObserver, build_program, tape, taped
 from .seen import Operand, Seen, Spec
 
 __all__ = ["PlannedNetwork", "observe_steps", "plan_memory", "release_memory"]
@@ -34,17 +34,9 @@ MOST_PLANS = 8
 _MOST_SURPRISES = 16
 # What a step may give beside tensors; anything else could hide one.
 _PLAIN: tuple[type, ...] = (
-    int,
-    float,
-    complex,
-    bool,
-    str,
-    type(None),
-    torch.dtype,
-    torch.device,
-    torch.layout,
-)
-_PLAIN += (torch.memory_format, slice, range, type(...))
+    int, float, complex, bool, str, type(None), torch.dtype, torch.device, torch.layout,
+    torch.memory_format, slice, range, type(...),
+)  # fmt: skip
 
 
 class PlannedNetwork(fx.GraphModule):
@@ -134,7 +126,7 @@ def plan_memory(network: nn.Module, on: bool = True) -> int:
 
 
 @contextmanager
-def observe_steps(network: nn.Module, observer: Observer) -> Iterator[None]:
+def observe_steps(network: nn.Module, observer: StepObserver) -> Iterator[None]:
     """Lets an observer see the steps of native programs, inside a ``with``.
 
     The network is recorded anew, and its native steps are run one by one, where they were run in
@@ -142,7 +134,7 @@ def observe_steps(network: nn.Module, observer: Observer) -> Iterator[None]:
 
     Args:
         network: what `optimize` gave.
-        observer: is called with each `graph.program_builder.Step` and what runs it, and returns
+        observer: is called with each `program_builder.ProgramStep` and what runs it, and returns
             what that returns.
     """
     parts = [m for m in network.modules() if isinstance(m, PlannedNetwork)]
@@ -209,7 +201,7 @@ class _Plan:
 class _Memory:
     """The plans of a network; a copied or unpickled network starts without any."""
 
-    def __init__(self, observer: Observer | None = None) -> None:
+    def __init__(self, observer: StepObserver | None = None) -> None:
         self._observer = observer
         self._plans: OrderedDict[Any, _Plan] = OrderedDict()
         self._lock = threading.Lock()
@@ -355,7 +347,7 @@ class _Recording(fx.Interpreter):
             )
         ]
 
-    def program(self, returned: Any, observer: Observer | None) -> Program | None:
+    def program(self, returned: Any, observer: StepObserver | None) -> Program | None:
         """Makes a program of what was seen; None where there is no engine, or a hidden tensor."""
         if self._opaque or self._tape is None:
             return None
@@ -400,16 +392,3 @@ class _Recording(fx.Interpreter):
                     yield number
             elif not isinstance(leaf, _PLAIN):
                 self._opaque = True
-
-
-@contextmanager
-def taped(noting: Any) -> Iterator[None]:
-    """Notes this thread's calls of the engine on a `Tape`, inside a ``with``."""
-    if noting is None:
-        yield
-        return
-    noting.start()
-    try:
-        yield
-    finally:
-        noting.stop()

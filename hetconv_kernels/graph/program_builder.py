@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import fx, nn
@@ -35,7 +36,20 @@ def tape() -> Any:
     return None if _cpu is None else _cpu.Tape()
 
 
-class Step(NamedTuple):
+@contextmanager
+def taped(noting: Any) -> Iterator[None]:
+    """Notes this thread's calls of the engine on a `Tape`, inside a ``with``."""
+    if noting is None:
+        yield
+        return
+    noting.start()
+    try:
+        yield
+    finally:
+        noting.stop()
+
+
+class ProgramStep(NamedTuple):
     """One step of a program, as an observer sees it.
 
     Attributes:
@@ -50,14 +64,14 @@ class Step(NamedTuple):
 
 
 # Is called in the place of each step, with what runs it and is to be returned.
-Observer = Callable[[Step, Callable[[], Any]], Any]
+StepObserver = Callable[[ProgramStep, Callable[[], Any]], Any]
 
 
 def build_program(
     network: fx.GraphModule,
     record: Sequence[Seen],
     kept: set[int],
-    observer: Observer | None = None,
+    observer: StepObserver | None = None,
 ) -> Program | None:
     """Makes the program of a recorded call.
 
@@ -82,14 +96,16 @@ class _Pending(NamedTuple):
     steps: tuple[_Bindable, ...]
 
 
-def _observed(observer: Observer, step: Step, call: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def _observed(
+    observer: StepObserver, step: ProgramStep, call: Callable[[Any], Any]
+) -> Callable[[Any], Any]:
     return lambda given: observer(step, lambda: call(given))
 
 
 class _ObservedProgram:
     """The native program of one step, which an observer sees."""
 
-    def __init__(self, program: Any, observer: Observer, step: Step) -> None:
+    def __init__(self, program: Any, observer: StepObserver, step: ProgramStep) -> None:
         self.kinds, self.run = program.kinds, _observed(observer, step, program.run)
 
 
@@ -101,7 +117,7 @@ class _Builder:
         network: fx.GraphModule,
         record: Sequence[Seen],
         kept: set[int],
-        observer: Observer | None,
+        observer: StepObserver | None,
     ) -> None:
         self.network, self.record, self.kept, self.observer = network, record, kept, observer
         self.index = {seen.node: i for i, seen in enumerate(record)}
@@ -133,7 +149,7 @@ class _Builder:
                 self._flush(run, pieces)
                 call = caller(self.network, node, self.index)
                 if self.observer is not None:
-                    call = _observed(self.observer, Step(node, "call", ()), call)
+                    call = _observed(self.observer, ProgramStep(node, "call", ()), call)
                 pieces.append(Called(index, call, ()))
                 self._watch_call(node)
         self._flush(run, pieces)
@@ -282,7 +298,7 @@ class _Builder:
         if self.observer is not None:
             ((index, step, operands),) = steps
             specs = tuple(operand.spec for operand in operands)
-            seen_as = Step(self.record[index].node, step.kind, specs)
+            seen_as = ProgramStep(self.record[index].node, step.kind, specs)
             program = _ObservedProgram(program, self.observer, seen_as)
         return Native(
             program,
