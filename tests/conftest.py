@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import os
-from functools import cache
+from functools import partial
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
-from sampling import FILES, is_left
+from sampling import FILES, is_left, is_ours
+
+from hetconv_kernels.roofline import measure_roofs
 
 # The same examples on every run of CI, new ones on a developer's machine; slowness is no failure.
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
@@ -57,17 +59,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     """Leaves the tests of a file to the process that came to it first, see `in_parts`."""
     folder = item.config.getoption("--share")
-    if folder is None or _is_ours(Path(folder), item.path.relative_to(item.config.rootpath)):
+    if folder is None or is_ours(Path(folder), item.path.relative_to(item.config.rootpath)):
         return None
-    return True
-
-
-@cache
-def _is_ours(folder: Path, file: Path) -> bool:
-    try:
-        (folder / "-".join(file.parts)).touch(exist_ok=False)
-    except FileExistsError:
-        return False
     return True
 
 
@@ -84,6 +77,13 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _ceilings_at_a_glance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A profile's ceilings are measured for seconds; no test's result depends on how well."""
+    glance = partial(measure_roofs, rounds=1, size=128)
+    monkeypatch.setattr("hetconv_kernels.roofline.measure_roofs", glance)
 
 
 @pytest.fixture(autouse=True)

@@ -72,6 +72,12 @@ def test_the_face_of_the_package_is_small_and_nothing_else_shows() -> None:
     assert set(dir(hk)) == {*hk.__all__, "__version__"}
 
 
+def test_what_pages_call_hk_s_is_public() -> None:
+    named = {name for page in PAGES for name in re.findall(r"\bhk\.(\w+)", page.read_text())}
+    assert len(named) > 10
+    assert named <= {*hk.__all__, "__version__"}
+
+
 def test_the_page_of_the_api_lists_the_whole_face_by_public_names() -> None:
     """A module stands there by the names in its `__all__`, or whole."""
     page = read("docs/api.md")

@@ -347,7 +347,7 @@ class _Recording(fx.Interpreter):
             )
         ]
 
-    def program(self, returned: Any, observer: StepObserver | None) -> Program | None:
+    def program(self, returned: Any, observer: StepObserver | None = None) -> Program | None:
         """Makes a program of what was seen; None where there is no engine, or a hidden tensor."""
         if self._opaque or self._tape is None:
             return None
