@@ -27,6 +27,10 @@ torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.allow_tf32 = False
 
 
+# Files that take longest go first where processes share them, or one is left with the last alone.
+_LONG = ("triton", "cuda_host", "session", "deploy", "docs", "cuda_wide_host", "typing", "methods")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
     parser.addoption("--share", help="folder of processes that share the tests, file by file")
@@ -53,6 +57,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left = [item for item in items if day is not None and is_left(item, engine, day)]
         config.hook.pytest_deselected(items=left)
         items[:] = [item for item in items if item not in set(left)]
+    if config.getoption("--share"):
+        place = {f"test_{name}": number for number, name in enumerate(_LONG)}
+        items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.hookimpl(tryfirst=True)
