@@ -36,7 +36,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--cache", choices=("cold", "warm"), help="default: warm on CPU, cold on GPU")
     group.addoption("--results", type=Path, default=_RESULTS, help="folder of the JSON files")
     group.addoption("--name", help="name of the JSON file; default: what is run, quick or full")
-    group.addoption("--seconds", type=float, help="time per row; default 0.8, with --full 4")
+    group.addoption(
+        "--seconds",
+        type=float,
+        help="time per row; default 0.8, with --full 4. Below 0.8 the ceilings are a glance too",
+    )
 
 
 @dataclass
@@ -81,7 +85,7 @@ class Session:
         """Returns this machine's ceilings in a dtype, measured at their first use."""
         key = (device, dtype)
         if key not in self.roofs:
-            self.roofs[key] = ceilings(device, dtype)
+            self.roofs[key] = ceilings(device, dtype, 25 if self.seconds >= 0.8 else 3)
         roofs = self.roofs[key]
         known = self.record(topic).data["roofs"]
         if vars(roofs) not in known:
@@ -93,7 +97,7 @@ class Session:
 _LANES = {torch.bfloat16: 2, torch.int8: 4}
 
 
-def ceilings(device: str, dtype: torch.dtype) -> Roofs:
+def ceilings(device: str, dtype: torch.dtype, rounds: int) -> Roofs:
     """Measures the ceilings; a CPU's in low precision follow from those in float32.
 
     PyTorch's products and convolutions stay far below the rate of the instructions for bfloat16 and
@@ -101,11 +105,11 @@ def ceilings(device: str, dtype: torch.dtype) -> Roofs:
     the float32 rate is the ceiling, where nothing was measured above it.
     """
     if device != "cpu" or dtype not in _LANES:
-        return measure_roofs(device, dtype)
-    roofs = measure_roofs(device, torch.float32)
+        return measure_roofs(device, dtype, rounds=rounds)
+    roofs = measure_roofs(device, torch.float32, rounds=rounds)
     rate = _LANES[dtype] * roofs.macs_per_s
     if dtype == torch.bfloat16:
-        rate = max(rate, measure_roofs(device, dtype).macs_per_s)
+        rate = max(rate, measure_roofs(device, dtype, rounds=rounds).macs_per_s)
     return Roofs(rate, roofs.bytes_per_s, device, str(dtype).removeprefix("torch."))
 
 

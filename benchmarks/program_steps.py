@@ -23,9 +23,9 @@ from torch import Tensor
 
 from benchmarks.networks import NETWORKS, build_network
 from hetconv_kernels import roofline
-from hetconv_kernels.graph import program_builder
 from hetconv_kernels.graph.names import module_of
-from hetconv_kernels.graph.program import Native
+from hetconv_kernels.graph.planned import observe_steps
+from hetconv_kernels.graph.program_builder import ProgramStep
 from hetconv_kernels.tables import text_table
 
 
@@ -51,7 +51,7 @@ def steps_of(network: Any, x: Tensor, rounds: int = 9) -> list[StepTime]:
     """Times each step of an optimised network in its place.
 
     Args:
-        network: what `hk.optimize` gave, which has not run on such an input yet.
+        network: what `hk.optimize` gave.
         x: an input.  # [N, C, H, W]
         rounds: calls that are timed.
 
@@ -59,92 +59,41 @@ def steps_of(network: Any, x: Tensor, rounds: int = 9) -> list[StepTime]:
         The steps in order; none where nothing of the network is native.
     """
     clock = time.thread_time_ns if torch.get_num_threads() == 1 else time.perf_counter_ns
-    found: list[_Timed] = []
-    bind, caller = program_builder._Builder._bound, program_builder.caller
+    times: dict[ProgramStep, list[int]] = {}
 
-    def bound(builder: Any, steps: Any, places: Any, called: Any, done: Any) -> Native:
-        native = bind(builder, steps, places, called, done)
-        parts = []
-        for index, step, operands in steps:
-            one = bind(builder, ((index, step, operands),), places, called, ())
-            where = [native.outside.index(i) + 1 for i in one.outside]
-            name = builder.record[index].node.name
-            sizes = [o.spec.numel * o.spec.dtype.itemsize for o in operands if o.spec is not None]
-            macs = _macs(builder.network, builder.record[index].node, operands)
-            parts.append(_Timed(name, step.kind, macs, sum(sizes), one.program.run, where, clock))
-        found.extend(parts)
-        return native._replace(program=_Parts(parts))
+    def timed(step: ProgramStep, run: Callable[[], Any]) -> Any:
+        begun = clock()
+        result = run()
+        times.setdefault(step, []).append(clock() - begun)
+        return result
 
-    def timed_caller(module: Any, node: Any, index: Any) -> Callable[[Any], Any]:
-        part = _Timed(node.name, "call", 0, 0, caller(module, node, index), None, clock)
-        found.append(part)
-        return part
-
-    program_builder._Builder._bound = bound  # type: ignore[method-assign]
-    program_builder.caller = timed_caller
-    try:
-        with torch.no_grad():
-            for _ in range(3):
-                network(x)
-            for part in found:
-                part.times.clear()
-            for _ in range(rounds):
-                network(x)
-    finally:
-        program_builder._Builder._bound = bind  # type: ignore[method-assign]
-        program_builder.caller = caller
-    order = {node.name: i for i, node in enumerate(network.graph.nodes)}
-    ran = sorted((p for p in found if p.times), key=lambda p: order[p.name])
+    with torch.no_grad(), observe_steps(network, timed):
+        for _ in range(3):
+            network(x)
+        times.clear()
+        for _ in range(rounds):
+            network(x)
     return [
-        StepTime(p.name, p.kind, statistics.median(p.times) / 1e9, p.macs, p.bytes) for p in ran
+        StepTime(
+            step.node.name,
+            step.kind,
+            statistics.median(taken) / 1e9,
+            _macs(step),
+            sum(s.numel * s.dtype.itemsize for s in step.specs if s is not None),
+        )
+        for step, taken in times.items()
     ]
 
 
-class _Timed:
-    """One step, and what its calls took, in nanoseconds."""
-
-    def __init__(
-        self,
-        name: str,
-        kind: str,
-        macs: int,
-        size: int,
-        call: Callable[[Any], Any],
-        outside: list[int] | None,
-        clock: Callable[[], int],
-    ) -> None:
-        self.name, self.kind, self.macs, self.bytes = name, kind, macs, size
-        self._call, self._outside, self._clock = call, outside, clock
-        self.times: list[int] = []
-
-    def __call__(self, given: Any) -> Any:
-        if self._outside is not None:  # addresses: of those of all steps, its own
-            given = [given[0], *(given[i] for i in self._outside)]
-        begun = self._clock()
-        result = self._call(given)
-        self.times.append(self._clock() - begun)
-        return result
-
-
-class _Parts:
-    """Stands for a native program: its steps one by one."""
-
-    def __init__(self, parts: list[_Timed]) -> None:
-        self.kinds, self._parts = [part.kind for part in parts], parts
-
-    def run(self, addresses: list[int]) -> None:
-        for part in self._parts:
-            part(addresses)
-
-
-def _macs(network: Any, node: Any, operands: Any) -> int:
+def _macs(step: ProgramStep) -> int:
     """Counts a layer's live multiply-accumulates; none of what is no layer of ours."""
-    layer = module_of(node)
-    support, specs = getattr(layer, "support", None), [o.spec for o in operands]
-    if support is None or specs[0] is None or len(specs[0].shape) != 4:
-        return support.live * specs[0].shape[0] if support is not None and specs[0] else 0
-    (n, _, h, w), geometry = specs[0].shape, layer._geometry  # type: ignore[union-attr]
-    return int(support.live * n * math.prod(geometry.output_size(h, w)))
+    layer = module_of(step.node)
+    support = getattr(layer, "support", None)
+    if support is None or not step.specs or step.specs[0] is None:
+        return 0
+    n, _, *size = step.specs[0].shape
+    positions = math.prod(layer._geometry.output_size(*size)) if size else 1  # type: ignore[union-attr]
+    return int(support.live * n * positions)
 
 
 def main() -> None:

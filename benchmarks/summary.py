@@ -304,20 +304,6 @@ def _methods_speed() -> str:
     return tables.markdown_table(header, lines, left=2)
 
 
-def methods_grid() -> str:
-    """Lays out the speed of the methods, a line a method, a column a network."""
-    rows = methods()["speed"]["speed"]
-    networks_seen = list(dict.fromkeys(row["network"] for row in rows))
-    cells = {
-        (row["name"], row["network"]): f"{marked({'ratio': row['speedup'][0]})} of "
-        f"{row['macs'][0] / row['macs'][1]:.2f}"
-        for row in rows
-    }
-    names = dict.fromkeys(name for name, _ in cells)
-    lines = [[name, *(cells.get((name, one), "") for one in networks_seen)] for name in names]
-    return tables.markdown_table(["method", *networks_seen], lines)
-
-
 def methods_provenance(part: str) -> str:
     """Says what a table of methods was measured on; its lines may be of several commits."""
     data = methods()[part]

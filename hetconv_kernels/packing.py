@@ -27,6 +27,8 @@ from .plan import Plan
 from .problem import is_dense_shape
 from .support import Support
 
+__all__ = ["dense_weight", "watched_packings"]
+
 
 def bits_on(support: Support, device: torch.device) -> Tensor:
     """Returns the bit-packed mask, the form in which a Support crosses an operator.

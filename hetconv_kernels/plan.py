@@ -17,6 +17,8 @@ from .errors import ArgumentError, mismatch
 from .masks import BoolArray, IntArray
 from .support import Support
 
+__all__ = ["Block", "Plan"]
+
 STEP = np.dtype([("dy", "i4"), ("dx", "i4"), ("channel", "i4"), ("count", "i4"), ("slab", "i8")])
 
 

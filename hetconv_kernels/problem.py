@@ -22,7 +22,7 @@ from .integers import INT32_MAX, as_pair
 from .pooling import Pool
 from .support import Support
 
-__all__ = ["Geometry", "Problem", "make_geometry"]
+__all__ = ["ACTIVATIONS", "Geometry", "Problem", "make_geometry"]
 
 ACTIVATIONS = ("none", "relu", "relu6", "silu", "gelu")
 VERBS = ("fprop", "dgrad", "wgrad")

@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import os
-from functools import cache
+from functools import partial
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
-from sampling import FILES, is_left
+from sampling import FILES, is_left, is_ours
+
+from hetconv_kernels.roofline import measure_roofs
 
 # The same examples on every run of CI, new ones on a developer's machine; slowness is no failure.
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
@@ -23,6 +25,10 @@ torch.set_num_threads(max(1, min(8, len(os.sched_getaffinity(0)))))
 # References are exact float32: TF32 would hide an error of the size that the bounds look for.
 torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.allow_tf32 = False
+
+
+# Files that take longest go first where processes share them, or one is left with the last alone.
+_LONG = ("triton", "cuda_host", "session", "deploy", "docs", "cuda_wide_host", "typing", "methods")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -51,23 +57,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left = [item for item in items if day is not None and is_left(item, engine, day)]
         config.hook.pytest_deselected(items=left)
         items[:] = [item for item in items if item not in set(left)]
+    if config.getoption("--share"):
+        place = {f"test_{name}": number for number, name in enumerate(_LONG)}
+        items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     """Leaves the tests of a file to the process that came to it first, see `in_parts`."""
     folder = item.config.getoption("--share")
-    if folder is None or _is_ours(Path(folder), item.path.relative_to(item.config.rootpath)):
+    if folder is None or is_ours(Path(folder), item.path.relative_to(item.config.rootpath)):
         return None
-    return True
-
-
-@cache
-def _is_ours(folder: Path, file: Path) -> bool:
-    try:
-        (folder / "-".join(file.parts)).touch(exist_ok=False)
-    except FileExistsError:
-        return False
     return True
 
 
@@ -84,6 +84,13 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _ceilings_at_a_glance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A profile's ceilings are measured for seconds; no test's result depends on how well."""
+    glance = partial(measure_roofs, rounds=1, size=128)
+    monkeypatch.setattr("hetconv_kernels.roofline.measure_roofs", glance)
 
 
 @pytest.fixture(autouse=True)

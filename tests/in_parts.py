@@ -2,10 +2,11 @@
 """Runs all tests, a process for each core; `make test` without ARGS is this.
 
 The processes take file after file, whoever is free. Tests of the GPU engines' code (the CUDA
-kernels on the CPU, Triton's in its interpreter, and what nvcc and Triton compile) are more than a
-third of the time, and say the same while what they are made from is the same: where all of them
-passed on these sources, here or as ``tests/gpu_code.json`` records, a part of them is run, another
-one each day. CI runs all.
+kernels on the CPU, Triton's in its interpreter, what nvcc and Triton compile, and `make gpu` as a
+rehearsal) are more than a third of the time, and say the same while what they are made from is the
+same: where all of them passed on these sources, here or as ``tests/gpu_code.json`` records, an
+eighth of them is run, another one each day. In CI that record alone counts, so a change of those
+sources is tested whole there until it is recorded with them.
 
     python tests/in_parts.py --record
 
@@ -53,9 +54,21 @@ SOURCES = {
         "hetconv_kernels/plan.py",
         "hetconv_kernels/backends/triton/*",
         "tests/interpreted/*.py",
-        "tests/test_aot.py",
+        *(f"tests/{name}.py" for name in ("aot", "shipped", "test_aot")),
+    ),
+    "session": (
+        *_BOTH,
+        *(f"benchmarks/{name}.py" for name in ("announce", "bench", "cases", "primitives")),
+        *(f"benchmarks/{name}.py" for name in ("session", "smoke", "watch")),
+        "hetconv_kernels/backends/cuda/*.py",
+        "hetconv_kernels/backends/triton/*",
+        *(f"tests/{name}.py" for name in ("pretending", "rehearsal", "stand_in")),
+        "tests/test_rehearsal.py",
+        "tests/test_session.py",
     ),
 }
+# The interpreter is started by this one.
+_STARTERS = {"triton": ("test_triton",)}
 
 
 def digest(engine: str) -> str:
@@ -73,7 +86,8 @@ def passed() -> set[str]:
     """Lists the engines whose code is what all its tests passed on, here or as recorded."""
     recorded = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     found = {engine: digest(engine) for engine in SOURCES}
-    return {e for e, key in found.items() if (PASSED / key).exists() or recorded.get(e) == key}
+    here = {e for e, key in found.items() if (PASSED / key).exists() and not os.environ.get("CI")}
+    return here | {e for e, key in found.items() if recorded.get(e) == key}
 
 
 def main() -> int:
@@ -81,13 +95,14 @@ def main() -> int:
     arguments = sys.argv[1:]
     recording = arguments == ["--record"]
     if recording:
-        code = [path for prefix in FILES["cuda"] for path in ROOT.glob(f"tests/{prefix}*.py")]
-        code += [ROOT / "tests" / name for name in ("test_aot.py", "test_triton.py")]
+        names = [name for engine in FILES for name in (*FILES[engine], *_STARTERS.get(engine, ()))]
+        code = {path for name in names for path in ROOT.glob(f"tests/{name}*.py")}
         arguments = [str(path.relative_to(ROOT)) for path in sorted(code)]
     keys = {engine: digest(engine) for engine in SOURCES}
-    sampled = set() if os.environ.get("CI") or recording else passed()
+    sampled = set() if recording else passed()
     day = datetime.datetime.now(tz=datetime.UTC).toordinal()
     options = [f"--{engine}-sample={day}" for engine in sorted(sampled)]
+    print(f"samples: {' '.join(options) or 'none, everything is run'}", flush=True)
     states = _run(options + arguments)
     print(f"exit status of each of {len(states)} processes: {states}")
     if not any(states) and (recording or not sys.argv[1:]):

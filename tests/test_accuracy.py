@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import fresh
 import numpy as np
 import pytest
 import torch
@@ -311,13 +309,7 @@ def test_the_switch_works_as_a_call_and_ends_with_an_exception() -> None:
 )
 def test_the_environment_sets_it(value: str, answer: str) -> None:
     code = "import hetconv_kernels as hk; print('strict', hk.info()['strict_accuracy'])"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "HETCONV_WINOGRAD": value},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = fresh.python(code, environment={"HETCONV_WINOGRAD": value})
     assert answer in done.stdout + done.stderr
 
 

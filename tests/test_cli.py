@@ -6,12 +6,12 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import fresh
 import pytest
 import torch
 
@@ -75,14 +75,9 @@ def test_module_runs_and_stays_light() -> None:
         "heavy = {'rich', 'sklearn', 'matplotlib', 'triton', 'pytest'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1])
-    done = subprocess.run(
-        [sys.executable, "-m", "hetconv_kernels", "explain", "--backend", "none-such"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parents[1],
-    )
+    light = fresh.python(script)
+    assert light.returncode == 0, light.stderr
+    done = fresh.python("", "explain", "--backend", "none-such", module="hetconv_kernels")
     assert done.returncode == 1
     assert done.stderr.startswith("hetconv: ")
     assert "Traceback" not in done.stderr

@@ -351,4 +351,5 @@ def test_benchmark_disable_checks_and_measures_nothing(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 passed" in done.stdout
     assert "hetconv layers" not in done.stdout
+    assert "Median" not in done.stdout
     assert list(tmp_path.iterdir()) == []

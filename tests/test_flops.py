@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
+import fresh
 import pytest
 import torch
 from torch import nn
@@ -95,7 +93,5 @@ def test_registration_waits_for_the_counter(order):
         "for name in ('fprop', 'dgrad', 'wgrad'):",
         "    assert getattr(torch.ops.hetconv, name) in c.flop_registry, name",
     ]
-    done = subprocess.run(
-        [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False
-    )
+    done = fresh.python("\n".join(lines))
     assert done.returncode == 0, done.stderr

@@ -4,12 +4,11 @@
 # Annotations are real here: huggingface_hub reads those of a constructor.
 import dataclasses
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 from networks import interleaved, network
@@ -236,5 +235,6 @@ def test_without_the_library_a_sentence_says_how_to_get_it() -> None:
         "try: hub.HubMixin\n"
         "except hub.HetconvError as error: print(error)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = fresh.python(code)
+    assert done.returncode == 0, done.stderr
     assert "pip install 'hetconv-kernels[hub]'" in done.stdout

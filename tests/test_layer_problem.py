@@ -18,7 +18,7 @@ import hetconv_kernels as hk
 from hetconv_kernels import ops
 from hetconv_kernels.backends import choose
 from hetconv_kernels.errors import ArgumentError, BackendError, InputTypeError
-from hetconv_kernels.nn import QuantizedLinear, SupportLinear, fuse
+from hetconv_kernels.nn import FrequencyConv2d, QuantizedLinear, SupportLinear, fuse
 from hetconv_kernels.problem import Problem
 
 
@@ -40,6 +40,16 @@ def linear(**how: Any) -> SupportLinear:
     return SupportLinear(C, F, support=hk.Support.het(C, F, 1, p=4), **how).eval()
 
 
+def frequency() -> FrequencyConv2d:
+    return FrequencyConv2d(C, F, 3, padding=1, stride=2, path="spatial").eval()
+
+
+def frozen_frequency() -> FrequencyConv2d:
+    layer = frequency()
+    layer.mix.freeze()
+    return layer
+
+
 def values(problem: Problem) -> dict[str, Any]:
     """What a Problem says, a Geometry by its values: two objects are never equal."""
     found = {field.name: getattr(problem, field.name) for field in dataclasses.fields(problem)}
@@ -57,6 +67,8 @@ CALLS: dict[str, Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]] = {
         (image().contiguous(memory_format=torch.channels_last),),
     ),
     "frozen": lambda: (build("support").freeze(), (image(),)),
+    "frequency": lambda: (frequency(), (image(),)),
+    "frequency, frozen": lambda: (frozen_frequency(), (image()[0],)),
     "linear": lambda: (linear(), (torch.randn(5, C),)),
     "linear, sequences": lambda: (linear(bias=False), (torch.randn(2, 3, C),)),
     "linear, frozen": lambda: (linear().freeze(), (torch.randn(5, C),)),
@@ -99,6 +111,18 @@ def test_a_layer_describes_its_call_after_freezing(name: str, asked: list[Proble
     assert values(asked[0]) == values(described)
 
 
+def test_a_layer_sparse_in_frequency_describes_its_call_after_freezing(
+    asked: list[Problem],
+) -> None:
+    layer, x = frequency(), image()
+    described = layer.problem(x, frozen=True)
+    assert values(described) != values(layer.problem(x))
+    layer.mix.freeze()
+    with torch.no_grad():
+        layer(x)
+    assert asked == [described]
+
+
 @pytest.mark.parametrize("residual", [False, True])
 def test_a_layer_in_8_bits_describes_its_work(residual: bool) -> None:
     layer = quantized(residual=R if residual else None)
@@ -123,6 +147,7 @@ def test_a_linear_layer_in_8_bits_is_described_a_row_a_pixel() -> None:
 def test_what_the_call_refuses_cannot_be_described() -> None:
     wide, rows = image(2, C + 1, 9, 7), torch.randn(5, C + 1)
     refused = {"het": wide, "linear": rows, "fused": wide, "frozen": image().double()}
+    refused["frequency"] = wide
     for name, wrong in refused.items():
         layer, _ = CALLS[name]()
         for call in (layer, layer.problem):

@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 import torch.nn.functional as F_
@@ -170,5 +169,6 @@ def test_without_the_library_a_sentence_says_how_to_get_it() -> None:
         "try: lightning.Compression\n"
         "except lightning.HetconvError as error: print(error)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = fresh.python(code)
+    assert done.returncode == 0, done.stderr
     assert "pip install 'hetconv-kernels[lightning]'" in done.stdout

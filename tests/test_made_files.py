@@ -14,6 +14,7 @@ import torch
 from made import MAKERS, image, plain_network
 
 import hetconv_kernels as hk
+from hetconv_kernels import io
 
 safetensors = pytest.importorskip("safetensors", reason="the safetensors extra is not installed")
 from safetensors.torch import load_file, save_file  # noqa: E402
@@ -22,10 +23,10 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 def rewritten(path: Path, change: Callable[[Any], None]) -> None:
     """Changes the description in a file and its digest, as a careful attacker would."""
     with safetensors.safe_open(str(path), "pt") as file:
-        description = json.loads(file.metadata()[hk.io._KEY])
+        description = json.loads(file.metadata()[io._KEY])
     change(description)
     text = json.dumps(description)
-    metadata = {hk.io._KEY: text, hk.io._DIGEST_KEY: hk.io._text_digest(text)}
+    metadata = {io._KEY: text, io._DIGEST_KEY: io._text_digest(text)}
     save_file(load_file(str(path)), str(path), metadata=metadata)
 
 
@@ -67,7 +68,7 @@ def test_arguments_that_no_layer_has_are_refused_before_they_run(
     if not changed:
         pytest.skip(f"no layer of a network in this form has {name}")
     with pytest.raises(hk.errors.FileError, match="description of a layer"):
-        hk.io.load(path)
+        hk.load(path)
 
 
 @pytest.mark.parametrize("form", ["optimised", "bfloat16", "int8"])
@@ -84,7 +85,7 @@ def test_a_layer_that_is_called_with_something_else_is_refused(
 
     rewritten(path, change)
     with pytest.raises(hk.errors.FileError, match="arguments of a step"):
-        hk.io.load(path)
+        hk.load(path)
 
 
 @pytest.mark.parametrize("form", ["optimised", "bfloat16", "int8"])
@@ -93,7 +94,7 @@ def test_a_flipped_bit_of_a_made_networks_file_is_found_or_harmless(
 ) -> None:
     raw, x = saved_networks[form].read_bytes(), image()
     with torch.no_grad():
-        wanted = hk.io.load(saved_networks[form])(x)
+        wanted = hk.load(saved_networks[form])(x)
     generator, path = np.random.default_rng(0), tmp_path / "net.safetensors"
     places = generator.choice(8 * len(raw), 150, replace=False)
     found = 0
@@ -102,7 +103,7 @@ def test_a_flipped_bit_of_a_made_networks_file_is_found_or_harmless(
         damaged[place // 8] ^= 1 << place % 8
         path.write_bytes(bytes(damaged))
         try:
-            loaded = hk.io.load(path)
+            loaded = hk.load(path)
         except hk.errors.FileError:
             found += 1
             continue
@@ -117,5 +118,5 @@ def saved_networks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     paths = {}
     for form, maker in MAKERS.items():
         paths[form] = folder / f"{form}.safetensors"
-        hk.io.save(maker(plain_network(), image()), paths[form])
+        hk.save(maker(plain_network(), image()), paths[form])
     return paths

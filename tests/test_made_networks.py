@@ -41,8 +41,8 @@ def through_torch_save(model: nn.Module, folder: Path) -> nn.Module:
 
 def through_a_file_and_pickle(model: nn.Module, folder: Path) -> nn.Module:
     pytest.importorskip("safetensors", reason="the safetensors extra is not installed")
-    hk.io.save(model, folder / "model.safetensors")
-    return pickle.loads(pickle.dumps(hk.io.load(folder / "model.safetensors")))
+    hk.save(model, folder / "model.safetensors")
+    return pickle.loads(pickle.dumps(hk.load(folder / "model.safetensors")))
 
 
 WAYS: dict[str, Callable[[nn.Module, Path], nn.Module]] = {

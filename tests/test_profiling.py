@@ -194,7 +194,7 @@ def test_the_roof_is_measured_when_it_is_not_given(monkeypatch: pytest.MonkeyPat
         asked.append((device.type, dtype))
         return ROOFS["float32"]
 
-    monkeypatch.setattr("hetconv_kernels.profiling.measure.measure_roofs", fake)
+    monkeypatch.setattr("hetconv_kernels.roofline.measure_roofs", fake)
     found = measured(small(), torch.randn(2, 3, 6, 6), roofs=None)
     assert asked == [("cpu", torch.float32)]
     assert found.roofs == {"float32": (1e9, 1e9)}
@@ -379,9 +379,7 @@ SMALL = ["layer", "--channels", "8", "--size", "5x6", "--rounds", "5", "--second
 
 @pytest.fixture
 def quick_roofs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "hetconv_kernels.profiling.measure.measure_roofs", lambda *_: ROOFS["float32"]
-    )
+    monkeypatch.setattr("hetconv_kernels.roofline.measure_roofs", lambda *_: ROOFS["float32"])
 
 
 @pytest.mark.usefixtures("quick_roofs")

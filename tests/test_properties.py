@@ -19,7 +19,8 @@ from properties import (
 
 import hetconv_kernels as hk
 
-EXAMPLES = 500
+# The native engine has its own kernels for all of this; the others hand it to PyTorch's.
+EXAMPLES = {"cpu": 500, "reference": 200, "vendor": 200}
 # Cases that a backend may refuse, of all that it is offered.
 MAY_REFUSE = {"reference": 0.0, "vendor": 0.10, "cpu": 0.05}
 
@@ -42,7 +43,7 @@ def test_backend_equals_oracle(backend: str, isa: str, monkeypatch: pytest.Monke
         monkeypatch.setattr("hetconv_kernels.backends.cpu._ISA", isa)
 
     @settings(
-        max_examples=EXAMPLES,
+        max_examples=EXAMPLES[backend],
         deadline=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
@@ -51,7 +52,7 @@ def test_backend_equals_oracle(backend: str, isa: str, monkeypatch: pytest.Monke
         check(backend, case)
 
     run()
-    assert offered[backend] >= EXAMPLES
+    assert offered[backend] >= EXAMPLES[backend]
     reasons = {reason: n for (name, reason), n in refused.items() if name == backend}
     share = sum(reasons.values()) / offered[backend]
     assert share <= MAY_REFUSE[backend], f"{backend} refused {share:.0%}: {reasons}"

@@ -67,12 +67,20 @@ def test_autosave_numbers_the_runs(saved: Path) -> None:
     assert json.loads(file.read_text())["benchmarks"][0]["name"] == ROW
 
 
-def test_compare_sets_a_run_beside_the_saved_one_and_fails_where_it_is_asked_to(
-    saved: Path,
-) -> None:
-    _, said = bench(saved, "--benchmark-compare")
+def test_a_run_is_set_beside_the_saved_one_in_the_columns_that_are_asked_for(saved: Path) -> None:
+    options = ("--benchmark-only", "--benchmark-compare", "--benchmark-columns=min,ops")
+    _, said = bench(saved, *options)
     assert "(0001_" in said
     assert "(NOW)" in said
+    table = next(line for line in said.splitlines() if line.startswith("Name (time in"))
+    assert "Min" in table
+    assert "OPS" in table
+    assert "Median" not in table
+    assert counted(said, "skipped") == 0
+    assert counted(said, "passed") + counted(said, "failed") == 1
+
+
+def test_a_comparison_fails_where_it_is_asked_to(saved: Path) -> None:
     data = json.loads(next((saved / "storage").rglob("0001_*.json")).read_text())
     stats = data["benchmarks"][0]["stats"]
     for key in ("min", "max", "mean", "median", "q1", "q3"):
@@ -86,28 +94,10 @@ def test_compare_sets_a_run_beside_the_saved_one_and_fails_where_it_is_asked_to(
     faster.unlink()
 
 
-def test_disable_checks_the_results_and_times_and_writes_nothing(tmp_path: Path) -> None:
-    code, said = bench(tmp_path, "--benchmark-disable")
-    assert (code, counted(said, "passed")) == (0, 1)
-    assert "Median" not in said
-    assert not (tmp_path / "results").exists()
-
-
-def test_skip_runs_none_and_only_runs_all(tmp_path: Path) -> None:
+def test_skip_runs_none(tmp_path: Path) -> None:
     code, said = bench(tmp_path, "--benchmark-skip")
     assert (code, counted(said, "skipped")) == (0, 1)
-    _, said = bench(tmp_path, "--benchmark-only")
-    assert counted(said, "skipped") == 0
-    assert counted(said, "passed") + counted(said, "failed") == 1
-    assert "Median" in said
-
-
-def test_columns_and_sorting_are_the_users(tmp_path: Path) -> None:
-    _, said = bench(tmp_path, "--benchmark-columns=min,ops")
-    table = next(line for line in said.splitlines() if line.startswith("Name (time in"))
-    assert "Min" in table
-    assert "OPS" in table
-    assert "Median" not in table
+    assert "Median" not in said
 
 
 def test_histogram_draws_one(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_a_user_s_network_and_data_are_quantised(
     record = json.loads((tmp_path / "outputs" / "quantize" / "quantize.json").read_text())
     assert record["images"] == 6
     assert len(record["test_accuracy"]) == 2 + int(qat)
-    loaded = hk.io.load(tmp_path / "outputs" / "quantize" / "network.safetensors")
+    loaded = hk.load(tmp_path / "outputs" / "quantize" / "network.safetensors")
     assert loaded(torch.randn(2, 2, 6, 6)).shape == (2, 3)
 
 

@@ -63,6 +63,17 @@ class Net(nn.Module):
         return self.last(self.step(self.first(x), self.second(other)))
 
 
+class Beside(nn.Module):
+    """Networks of one input beside one another: one file holds them all."""
+
+    def __init__(self, *nets: Net) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(nets)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(net(x) for net in self.nets)
+
+
 def conv(
     support: hk.Support, *, stride: Any = 1, padding: Any = 1, act: str = "none",
     pool: Pool | None = None, y: Scale | None = Y, residual: Scale | None = None, x: Scale = X,
@@ -77,12 +88,13 @@ def runtime(tmp_path: Path) -> Any:
     """Writes a network and returns a runner of the file by ONNX Runtime, and the graph."""
     ort = pytest.importorskip("onnxruntime")
 
-    def write(net: nn.Module, *inputs: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    def write(net: nn.Module, *inputs: torch.Tensor) -> tuple[Any, Any]:
         path = tmp_path / "net.onnx"
         to_onnx(net.eval(), inputs if len(inputs) > 1 else inputs[0], path)
         session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         feed = {i.name: x.numpy() for i, x in zip(session.get_inputs(), inputs, strict=True)}
-        return torch.from_numpy(session.run(None, feed)[0]), onnx.load(str(path))
+        found = [torch.from_numpy(y) for y in session.run(None, feed)]
+        return found if isinstance(net, Beside) else found[0], onnx.load(str(path))
 
     return write
 
@@ -94,43 +106,43 @@ def within_a_step(found: torch.Tensor, expected: torch.Tensor, step: float) -> b
 # Layers and steps
 
 
-@pytest.mark.parametrize("kind", SUPPORTS)
-def test_onnx_runtime_computes_the_layer_of_every_support(kind: str, runtime: Any) -> None:
+def test_onnx_runtime_computes_the_layer_of_every_support(runtime: Any) -> None:
     x = image(2, C, 9, 7)
-    net = Net(conv(SUPPORTS[kind]))
+    net = Beside(*(Net(conv(support)) for support in SUPPORTS.values()))
     with torch.no_grad():
-        expected = net(x)
-        found, model = runtime(net, x)
-    assert within_a_step(found, expected, Y.scale)
-    assert float((found == expected).float().mean()) > 0.99, "off by a step nearly everywhere"
-    (node,) = (n for n in model.graph.node if n.op_type == "Conv")
-    (groups,) = [a.i for a in node.attribute if a.name == "group"]
-    assert groups == (SUPPORTS[kind].uniform_groups or 1)
+        every = net(x)
+        outputs, model = runtime(net, x)
+    nodes = [n for n in model.graph.node if n.op_type == "Conv"]
+    for kind, node, found, expected in zip(SUPPORTS, nodes, outputs, every, strict=True):
+        assert within_a_step(found, expected, Y.scale), kind
+        right = float((found == expected).float().mean())
+        assert right > 0.99, f"{kind}: off by a step nearly everywhere"
+        (groups,) = [a.i for a in node.attribute if a.name == "group"]
+        assert groups == (SUPPORTS[kind].uniform_groups or 1), kind
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"act": "relu"},
-        {"act": "relu6", "y": Scale(0.03, 0)},
-        {"stride": 2, "padding": (1, 1, 1, 0), "act": "relu"},
-        {"pool": Pool((3, 3), (2, 2), (1, 1)), "act": "relu"},
-        {"y": None},
-        {"y": None, "act": "relu", "pool": Pool((2, 2), (2, 2), (0, 0))},
-        {"x": Scale(0.02, -3, torch.int8), "y": Scale(0.05, 4, torch.int8)},
-    ],
-    ids=["relu", "relu6", "uneven-pads", "pool", "float", "float-pool", "int8"],
-)
-def test_onnx_runtime_computes_the_epilogue(settings: dict[str, Any], runtime: Any) -> None:
-    layer = conv(SUPPORTS["het"], **settings)
-    net = Net(layer, settings.get("x", X), layer.y)
+EPILOGUES: dict[str, dict[str, Any]] = {
+    "relu": {"act": "relu"},
+    "relu6": {"act": "relu6", "y": Scale(0.03, 0)},
+    "uneven pads": {"stride": 2, "padding": (1, 1, 1, 0), "act": "relu"},
+    "pool": {"pool": Pool((3, 3), (2, 2), (1, 1)), "act": "relu"},
+    "float": {"y": None},
+    "float, pool": {"y": None, "act": "relu", "pool": Pool((2, 2), (2, 2), (0, 0))},
+    "int8": {"x": Scale(0.02, -3, torch.int8), "y": Scale(0.05, 4, torch.int8)},
+}
+
+
+def test_onnx_runtime_computes_the_epilogue(runtime: Any) -> None:
+    layers = {name: conv(SUPPORTS["het"], **how) for name, how in EPILOGUES.items()}
+    net = Beside(*(Net(one, EPILOGUES[n].get("x", X), one.y) for n, one in layers.items()))
     x = image(2, C, 9, 7)
     with torch.no_grad():
-        expected = net(x)
-        found, _ = runtime(net, x)
-    step = 1e-4 if layer.y is None else layer.y.scale
-    assert expected.std() > 10 * step, "there is nothing to compare"
-    assert within_a_step(found, expected, step)
+        every = net(x)
+        outputs, _ = runtime(net, x)
+    for (name, layer), found, expected in zip(layers.items(), outputs, every, strict=True):
+        step = 1e-4 if layer.y is None else layer.y.scale
+        assert expected.std() > 10 * step, f"{name}: there is nothing to compare"
+        assert within_a_step(found, expected, step), name
 
 
 def test_onnx_runtime_adds_the_residual(runtime: Any) -> None:
@@ -144,27 +156,26 @@ def test_onnx_runtime_adds_the_residual(runtime: Any) -> None:
     assert within_a_step(found, expected, Y.scale)
 
 
-@pytest.mark.parametrize(
-    "step",
-    [
-        QuantizedAvgPool2d(X, Y),
-        QuantizedAvgPool2d(X, Y, keepdim=False),
-        QuantizedMaxPool2d(Pool((3, 3), (2, 2), (1, 1))),
-        QuantizedPad(X, (1, 2, 0, 1)),
-        Requantize(X, Y, "relu"),
-        QuantizedAvgPool2d(X, X, size=(3, 3)),
-    ],
-    ids=["mean", "mean-flat", "max-pool", "pad", "requantize", "average-3x3"],
-)
-def test_onnx_runtime_computes_the_steps(step: nn.Module, runtime: Any) -> None:
-    scale = getattr(step, "y", X)
-    net = Net(step, y=scale)
+STEPS = {
+    "mean": QuantizedAvgPool2d(X, Y),
+    "mean, flat": QuantizedAvgPool2d(X, Y, keepdim=False),
+    "max-pool": QuantizedMaxPool2d(Pool((3, 3), (2, 2), (1, 1))),
+    "pad": QuantizedPad(X, (1, 2, 0, 1)),
+    "requantize": Requantize(X, Y, "relu"),
+    "average of 3×3": QuantizedAvgPool2d(X, X, size=(3, 3)),
+}
+
+
+def test_onnx_runtime_computes_the_steps(runtime: Any) -> None:
+    scales = [getattr(step, "y", X) for step in STEPS.values()]
+    net = Beside(*(Net(step, y=y) for step, y in zip(STEPS.values(), scales, strict=True)))
     x = image(2, C, 6, 6)
     with torch.no_grad():
-        expected = net(x)
-        found, _ = runtime(net, x)
-    assert found.shape == expected.shape
-    assert within_a_step(found, expected, scale.scale)
+        every = net(x)
+        outputs, _ = runtime(net, x)
+    for name, scale, found, expected in zip(STEPS, scales, outputs, every, strict=True):
+        assert found.shape == expected.shape, name
+        assert within_a_step(found, expected, scale.scale), name
 
 
 def test_onnx_runtime_adds_and_multiplies_matrices(runtime: Any) -> None:

@@ -72,7 +72,25 @@ def image(*shape: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def by_onnxruntime(path: Path, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, Counter]:
+class Layers(nn.Module):
+    """One layer of each kind, beside one another: one file shows them all."""
+
+    def __init__(self, with_residual: bool) -> None:
+        super().__init__()
+        residual = R if with_residual else None
+        self.each = nn.ModuleDict(
+            {kind: Layer(support, "relu", residual) for kind, support in SUPPORTS.items()}
+        )
+
+    def forward(
+        self, x: torch.Tensor, other: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        return tuple(layer(x, other) for layer in self.each.values())
+
+
+def by_onnxruntime(
+    path: Path, inputs: tuple[torch.Tensor, ...]
+) -> tuple[list[torch.Tensor], Counter]:
     """Runs a file and counts the operators that ONNX Runtime makes of it."""
     ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     options = ort.SessionOptions()
@@ -80,18 +98,21 @@ def by_onnxruntime(path: Path, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.
     options.log_severity_level = 3  # that such a file is for this machine only
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     feed = {i.name: x.numpy() for i, x in zip(session.get_inputs(), inputs, strict=True)}
-    found = torch.from_numpy(session.run(None, feed)[0])
+    found = [torch.from_numpy(y) for y in session.run(None, feed)]
     optimised = onnx.load(options.optimized_model_filepath)
     return found, Counter(node.op_type for node in optimised.graph.node)
 
 
-def by_openvino(path: Path, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, list[str]]:
+def by_openvino(
+    path: Path, inputs: tuple[torch.Tensor, ...]
+) -> tuple[list[torch.Tensor], list[str]]:
     """Runs a file and lists the precisions in which OpenVINO convolves."""
     openvino = pytest.importorskip("openvino", reason="OpenVINO is a dependency of benchmarks only")
     core = openvino.Core()
     exact = {"INFERENCE_PRECISION_HINT": "f32"}
     compiled = core.compile_model(core.read_model(str(path)), "CPU", exact)
-    found = torch.from_numpy(next(iter(compiled([x.numpy() for x in inputs]).values())))
+    results = compiled([x.numpy() for x in inputs])
+    found = [torch.from_numpy(results[output]) for output in compiled.outputs]
     infos = [op.get_rt_info() for op in compiled.get_runtime_model().get_ops()]
     convs = [i for i in infos if i["layerType"].astype(str) == "Convolution"]
     return found, [i["runtimePrecision"].astype(str) for i in convs]
@@ -104,33 +125,36 @@ def floats(kinds: Counter) -> int:
 
 @pytest.mark.parametrize("with_residual", [False, True], ids=["alone", "residual"])
 @pytest.mark.parametrize(("form", "sums"), FORMS)
-@pytest.mark.parametrize("kind", SUPPORTS)
 def test_every_form_is_within_its_steps_in_both_runtimes(
-    kind: str, form: str, sums: str, with_residual: bool, tmp_path: Path
+    form: str, sums: str, with_residual: bool, tmp_path: Path
 ) -> None:
-    net = Layer(SUPPORTS[kind], "relu", R if with_residual else None).eval()
+    net = Layers(with_residual).eval()
     x, other = image(2, C, 9, 7), image(2, C, 9, 7, seed=5)
     inputs = (x, other) if with_residual else (x,)
     path = tmp_path / "net.onnx"
     to_onnx(net, inputs if with_residual else x, path, form, sums)
-    (part,) = (m for m in to_qdq(net, form, sums, [inputs]).modules() if isinstance(m, QdqLayer))
+    qdq = to_qdq(net, form, sums, [inputs])
+    parts = [m for m in qdq.modules() if isinstance(m, QdqLayer)]
+    assert len(parts) == len(SUPPORTS)
     if sums == "fused":
-        assert part.steps == 1
-    assert part.steps <= 4, "steps that say nothing"
+        assert all(part.steps == 1 for part in parts)
+    assert all(part.steps <= 4 for part in parts), "steps that say nothing"
     with torch.no_grad():
         expected = net(*inputs)
-    scale = net.last.x.scale
-    assert expected.std() > 10 * scale, "there is nothing to compare"
+    (scale,) = {layer.last.x.scale for layer in net.each.values()}
+    assert all(y.std() > 10 * scale for y in expected), "there is nothing to compare"
 
-    def check(found: torch.Tensor) -> None:
-        off = ((found - expected) / scale).abs()
-        assert float(off.max()) < part.steps + 1e-3
-        if sums == "fused":
-            assert float((off < 1e-3).float().mean()) > 0.99, "off by a step nearly everywhere"
+    def check(found: list[torch.Tensor]) -> None:
+        for kind, part, own, wanted in zip(SUPPORTS, parts, found, expected, strict=True):
+            off = ((own - wanted) / scale).abs()
+            assert float(off.max()) < part.steps + 1e-3, kind
+            if sums == "fused":
+                right = float((off < 1e-3).float().mean())
+                assert right > 0.99, f"{kind}: off by a step nearly everywhere"
 
     found, kinds = by_onnxruntime(path, inputs)
     check(found)
-    count = PARTS[kind] if form == "composition" else 1
+    count = sum(PARTS.values()) if form == "composition" else len(SUPPORTS)
     convs = [node.op_type for node in onnx.load(str(path)).graph.node].count("Conv")
     assert convs == count
     if sums == "rounded":
@@ -159,7 +183,7 @@ def test_a_rounded_composition_keeps_its_epilogue(settings: dict[str, Any], tmp_
     )
     with torch.no_grad():
         expected = net(x)
-    found, kinds = by_onnxruntime(tmp_path / "net.onnx", (x,))
+    (found,), kinds = by_onnxruntime(tmp_path / "net.onnx", (x,))
     assert found.shape == expected.shape
     assert float((found - expected).abs().max()) < (part.steps + 1e-3) * net.last.x.scale
     assert (kinds["QLinearConv"], floats(kinds)) == (2, 0)
@@ -190,14 +214,24 @@ def resnet() -> tuple[nn.Module, torch.Tensor]:
     return hk.quantize(net, [x], measure=False).model, x
 
 
+@pytest.fixture(scope="module")
+def files(resnet: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    """The network in every form."""
+    net, x = resnet
+    folder = tmp_path_factory.mktemp("resnet")
+    paths = {each: folder / f"{'-'.join(each)}.onnx" for each in FORMS}
+    for (form, sums), path in paths.items():
+        to_onnx(net, x, path, form, sums)
+    return paths
+
+
 @pytest.mark.parametrize("form", ["dense", "composition"])
 def test_onnx_runtime_convolves_a_resnet_in_integers_only(
-    resnet: Any, form: str, tmp_path: Path
+    resnet: Any, files: Any, form: str
 ) -> None:
     net, x = resnet
-    path = tmp_path / "net.onnx"
-    to_onnx(net, x, path, form, "rounded")
-    found, kinds = by_onnxruntime(path, (x,))
+    path = files[form, "rounded"]
+    (found,), kinds = by_onnxruntime(path, (x,))
     count = [node.op_type for node in onnx.load(str(path)).graph.node].count("Conv")
     assert count == (20 if form == "dense" else 36)
     assert (kinds["QLinearConv"], floats(kinds)) == (count, 0)
@@ -209,32 +243,28 @@ def test_onnx_runtime_convolves_a_resnet_in_integers_only(
 
 @pytest.mark.parametrize(("form", "count"), [("dense", (12, 8)), ("composition", (4, 32))])
 def test_onnx_runtime_leaves_fused_sums_in_float(
-    form: str, count: tuple[int, int], resnet: Any, tmp_path: Path
+    form: str, count: tuple[int, int], resnet: Any, files: Any
 ) -> None:
     """The reason for the other way to sum: where this fails, ONNX Runtime has learnt it."""
-    net, x = resnet
-    to_onnx(net, x, tmp_path / "net.onnx", form)
-    _, kinds = by_onnxruntime(tmp_path / "net.onnx", (x,))
+    _, kinds = by_onnxruntime(files[form, "fused"], (resnet[1],))
     assert (kinds["QLinearConv"], floats(kinds)) == count
 
 
 @pytest.mark.parametrize(("form", "sums"), FORMS)
 def test_openvino_convolves_every_form_in_integers(
-    resnet: Any, form: str, sums: str, tmp_path: Path
+    resnet: Any, files: Any, form: str, sums: str
 ) -> None:
     net, x = resnet
-    to_onnx(net, x, tmp_path / "net.onnx", form, sums)
-    found, precisions = by_openvino(tmp_path / "net.onnx", (x,))
+    (found,), precisions = by_openvino(files[form, sums], (x,))
     assert precisions == ["u8"] * (20 if form == "dense" else 36)
     with torch.no_grad():
         expected = net(x)
     assert (found - expected).norm() < 0.05 * expected.norm()
 
 
-def test_a_file_of_rounded_sums_comes_back_in(resnet: Any, tmp_path: Path) -> None:
+def test_a_file_of_rounded_sums_comes_back_in(resnet: Any, files: Any) -> None:
     net, x = resnet
-    to_onnx(net, x, tmp_path / "net.onnx", sums="rounded")
-    again = from_onnx(tmp_path / "net.onnx")
+    again = from_onnx(files["dense", "rounded"])
     with torch.no_grad():
         expected = to_qdq(net, sums="rounded")(x)
         assert (again(x) - expected).norm() < 0.02 * expected.norm()

@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import dis
-import subprocess
-import sys
 from types import SimpleNamespace
 from typing import Any
 
+import fresh
 import pytest
 import torch
 
@@ -151,10 +150,9 @@ def test_a_narrowed_network_has_ranges_like_any_other() -> None:
     [("profiler", 0, "True"), ("", 0, "False"), ("loud", 1, "received 'loud', expected profiler")],
 )
 def test_the_environment_turns_them_on(value: str, code: int, said: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", "from hetconv_kernels import ranges; print(ranges.active)"],
-        env={"HETCONV_RANGES": value, "PYTHONPATH": ":".join(filter(None, sys.path))},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = fresh.python(
+        "from hetconv_kernels import ranges; print(ranges.active)",
+        environment={"HETCONV_RANGES": value},
+    )
     assert done.returncode == code
     assert said in done.stdout + done.stderr

@@ -163,15 +163,6 @@ def test_a_method_that_costs_too_much_quality_is_bold() -> None:
     assert bold
 
 
-def test_the_grid_of_methods_says_what_was_saved_and_what_was_gained() -> None:
-    first = summary.methods()["speed"]["speed"][0]
-    cell = f"{first['speedup'][0]:.2f} of {first['macs'][0] / first['macs'][1]:.2f}"
-    line = next(
-        x for x in summary.methods_grid().splitlines() if x.startswith("| " + first["name"])
-    )
-    assert cell in line
-
-
 def test_ratios_are_those_of_the_rows_that_are_asked_for() -> None:
     rows = summary.results(summary.LAYERS)["rows"]
     wanted = [

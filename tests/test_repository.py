@@ -375,46 +375,6 @@ def test_every_public_name_has_a_docstring() -> None:
     assert not without, "\n".join(without)
 
 
-def test_every_name_in_all_exists() -> None:
-    missing = [
-        f"{module_name}.{name}"
-        for module_name in ["hetconv_kernels", *modules()]
-        for name in getattr(importlib.import_module(module_name), "__all__", [])
-        if not hasattr(importlib.import_module(module_name), name)
-    ]
-    assert not missing, "\n".join(missing)
-
-
-def test_the_face_of_the_package_is_small_and_nothing_else_shows() -> None:
-    assert 24 <= len(hk.__all__) <= 28
-    assert sorted(hk.__all__) == sorted(set(hk.__all__))
-    assert set(dir(hk)) == {*hk.__all__, "__version__"}
-
-
-def test_the_page_of_the_api_lists_the_whole_face_by_public_names() -> None:
-    """A module stands there by the names in its `__all__`, or whole."""
-    page = read("docs/api.md")
-    listed = re.findall(r"^::: (\S+)$", page, re.M)
-    assert len(listed) == len(set(listed)) > 50
-    found = []
-    for path in listed:
-        home, _, name = path.rpartition(".")
-        value = getattr(importlib.import_module(home), name)
-        assert inspect.ismodule(value) or name in importlib.import_module(home).__all__, path
-        found.append(value)
-    table = page[: page.index("## Support")]
-    rows = "".join(row for row in table.splitlines() if row.startswith("|"))
-    shown = set(re.findall(r"`(\w+)`", rows))
-    assert shown == set(hk.__all__)
-    for name in hk.__all__:
-        value = getattr(hk, name)
-        if inspect.ismodule(value):
-            public = [getattr(value, each) for each in value.__all__]
-            assert any(value is each or each in public for each in found), name
-        else:
-            assert any(value is each for each in found), name
-
-
 def test_import_is_lean() -> None:
     """Importing the package loads no optional package and does not touch the GPU."""
     code = """

@@ -6,11 +6,11 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 from compressing import (
@@ -115,8 +115,7 @@ print(report.history[-1]["result"]["loss"].hex(), weights.hex())
 def test_a_process_that_is_really_killed_continues(tmp_path: Path) -> None:
     def start(die_at: int) -> subprocess.CompletedProcess[str]:
         here, state = str(Path(__file__).resolve().parent), str(tmp_path / "state.pt")
-        arguments = [sys.executable, "-c", _SCRIPT, here, state, str(die_at)]
-        return subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=300)
+        return fresh.python(_SCRIPT, here, state, str(die_at))
 
     assert start(7).returncode == -signal.SIGKILL
     assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]

@@ -44,7 +44,7 @@ REFUSED: dict[str, Call] = {
     "compress": lambda model: hk.compress(
         model, Het(p=2, epochs=0), example=X, measure=False, progress=False
     ),
-    "save": lambda model: hk.io.save(model, Path("net.safetensors")),
+    "save": lambda model: hk.save(model, Path("net.safetensors")),
 }
 
 

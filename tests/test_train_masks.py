@@ -58,7 +58,7 @@ def test_a_damaged_or_missing_mask_is_noticed(monkeypatch: pytest.MonkeyPatch) -
 def test_the_command_trains_and_prunes_step_by_step() -> None:
     pytest.importorskip("sklearn", reason="the digits and k-means come from scikit-learn")
     torch.manual_seed(0)
-    digits, network = train_masks.HeldOutDigits.load(), train_masks.MaskNetwork((32, 64))
+    digits, network = train_masks.HeldOutDigits.load(), train_masks.MaskNetwork((16, 32))
     assert (len(digits.labels), len(digits.test_labels)) == (1437, 360)
     densities = []
     for percent in train_masks.run_stages(network, digits, first_epochs=2, seed=0):

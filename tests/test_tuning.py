@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 
@@ -49,21 +48,29 @@ def test_a_folder_that_cannot_be_written_is_no_failure(tmp_path: Path) -> None:
 
 def test_concurrent_writers_lose_nothing(tmp_path: Path) -> None:
     path = tmp_path / "tuning.json"
-    code = (
-        "import sys; from pathlib import Path; from hetconv_kernels.tuning import Store\n"
-        "store = Store(Path(sys.argv[1]))\n"
-        "for i in range(20): store.put(f'{sys.argv[2]}-{i}', i)"
-    )
-    root = Path(__file__).resolve().parents[1]
-    writers = [
-        subprocess.Popen([sys.executable, "-c", code, str(path), name], cwd=root)
-        for name in ("one", "two", "three")
-    ]
-    while any(writer.poll() is None for writer in writers):
-        if path.exists():  # whole at every moment
-            json.loads(path.read_text())
-        time.sleep(0.01)
-    assert all(writer.returncode == 0 for writer in writers)
+    code = """
+import json, os, sys, time
+from pathlib import Path
+from hetconv_kernels.tuning import Store
+path, writers = Path(sys.argv[1]), []
+for name in ("one", "two", "three"):
+    writers.append(os.fork())
+    if writers[-1] == 0:
+        store = Store(path)
+        for i in range(20):
+            store.put(f"{name}-{i}", i)
+        os._exit(0)
+ended = 0
+while ended < len(writers):
+    if path.exists():  # whole at every moment
+        json.loads(path.read_text())
+    child, status = os.waitpid(-1, os.WNOHANG)
+    assert status == 0
+    ended += child != 0
+    time.sleep(0.001)
+"""
+    done = fresh.python(code, str(path))
+    assert done.returncode == 0, done.stderr
     assert len(json.loads(path.read_text())["entries"]) == 60
 
 

@@ -3,11 +3,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
+import fresh
 import pytest
 import torch
 from layers import IRREGULAR, C, F, image
@@ -75,24 +71,18 @@ def test_a_named_backend_beats_use_backend() -> None:
         torch.testing.assert_close(support_conv2d(*call, backend="vendor"), y, rtol=0, atol=0)
 
 
-def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **environment},
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 def test_the_environment_forces_a_backend() -> None:
-    code = "import hetconv_kernels as hk; print(hk.info()['forced_backend'])"
-    done = run(code, HETCONV_BACKEND="reference")
-    assert (done.stdout.strip(), done.returncode) == ("reference", 0), done.stderr
+    code = (
+        "import torch, hetconv_kernels as hk;"
+        "layer = hk.nn.HetConv2d(4, 4, 3); y = layer(torch.randn(2, 4, 5, 5));"
+        "chosen, = layer._geometry.choices.values();"
+        "print(len(y), chosen.backend.name, hk.info()['forced_backend'])"
+    )
+    done = fresh.python(code, environment={"HETCONV_BACKEND": "reference"})
+    assert (done.stdout.split(), done.returncode) == (["2", "reference", "reference"], 0), done
 
 
 def test_the_environment_names_an_unknown_backend() -> None:
-    done = run("import hetconv_kernels", HETCONV_BACKEND="hand")
+    done = fresh.python("import hetconv_kernels", environment={"HETCONV_BACKEND": "hand"})
     assert done.returncode != 0
     assert "BackendError: HETCONV_BACKEND: received 'hand', expected one of auto" in done.stderr

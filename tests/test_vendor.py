@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 
@@ -181,11 +180,8 @@ def test_idle_taps_are_those_that_a_count_finds(stride: int, dilation: int) -> N
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_what_vendor_accepts_is_right_on_perturbed_memory(dtype: str) -> None:
     """A small part of the fuzz, in a process of its own: a crash is a fault too."""
-    command = [sys.executable, "-m", "benchmarks.pytorch_faults", "--dtypes", dtype]
-    done = subprocess.run(
-        [*command, "--cases", "60", "--seed", "700"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    options = ("--dtypes", dtype, "--cases", "60", "--seed", "700")
+    done = fresh.python("", *options, module="benchmarks.pytorch_faults")
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{dtype}: 60 layers" in done.stdout
 

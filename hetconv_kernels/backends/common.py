@@ -14,6 +14,8 @@ from ..arena import allocate
 from ..packing import mask_, mask_on
 from ..problem import Pads, Problem
 
+__all__ = ["epilogue", "weight_gradient"]
+
 _ACTS = {
     "none": lambda y: y,
     "relu": torch.relu,

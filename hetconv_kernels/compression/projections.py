@@ -16,6 +16,8 @@ from ..errors import ArgumentError, mismatch
 from ..masks import BoolArray
 from .scores import FloatArray
 
+__all__ = ["KINDS", "keep_largest", "project"]
+
 KINDS = ("irregular", "kernels", "columns", "blocks")
 
 

@@ -23,10 +23,10 @@ from ..autograd import transforms_active
 from ..backends import forced_code
 from ..observers import observed
 from .program import Frame, Program
-from .program_builder import build_program, tape
+from .program_builder import StepObserver, build_program, tape, taped
 from .seen import Operand, Seen, Spec
 
-__all__ = ["PlannedNetwork", "plan_memory", "release_memory"]
+__all__ = ["PlannedNetwork", "observe_steps", "plan_memory", "release_memory"]
 
 # Signatures of inputs whose plans are kept; the one that was not used for longest goes first.
 MOST_PLANS = 8
@@ -34,17 +34,9 @@ MOST_PLANS = 8
 _MOST_SURPRISES = 16
 # What a step may give beside tensors; anything else could hide one.
 _PLAIN: tuple[type, ...] = (
-    int,
-    float,
-    complex,
-    bool,
-    str,
-    type(None),
-    torch.dtype,
-    torch.device,
-    torch.layout,
-)
-_PLAIN += (torch.memory_format, slice, range, type(...))
+    int, float, complex, bool, str, type(None), torch.dtype, torch.device, torch.layout,
+    torch.memory_format, slice, range, type(...),
+)  # fmt: skip
 
 
 class PlannedNetwork(fx.GraphModule):
@@ -133,6 +125,29 @@ def plan_memory(network: nn.Module, on: bool = True) -> int:
     return len(parts)
 
 
+@contextmanager
+def observe_steps(network: nn.Module, observer: StepObserver) -> Iterator[None]:
+    """Lets an observer see the steps of native programs, inside a ``with``.
+
+    The network is recorded anew, and its native steps are run one by one, where they were run in
+    one call; afterwards it has the plans that it had.
+
+    Args:
+        network: what `optimize` gave.
+        observer: is called with each `program_builder.ProgramStep` and what runs it, and returns
+            what that returns.
+    """
+    parts = [m for m in network.modules() if isinstance(m, PlannedNetwork)]
+    before = [part.__dict__["_memory"] for part in parts]
+    try:
+        for part in parts:
+            part.__dict__["_memory"] = _Memory(observer)
+        yield
+    finally:
+        for part, memory in zip(parts, before, strict=True):
+            part.__dict__["_memory"] = memory
+
+
 def release_memory(network: nn.Module) -> int:
     """Frees the arenas of a network; the next call takes new ones.
 
@@ -186,7 +201,8 @@ class _Plan:
 class _Memory:
     """The plans of a network; a copied or unpickled network starts without any."""
 
-    def __init__(self) -> None:
+    def __init__(self, observer: StepObserver | None = None) -> None:
+        self._observer = observer
         self._plans: OrderedDict[Any, _Plan] = OrderedDict()
         self._lock = threading.Lock()
         self._watched: tuple[Any, ...] | None = None
@@ -243,7 +259,7 @@ class _Memory:
         result = run.run(*args)
         cast = signature[-1]
         native = not cast and not ranges.active and self._replaced <= _MOST_SURPRISES
-        plan = _Plan(run.lifetimes(result), run.program(result) if native else None)
+        plan = _Plan(run.lifetimes(result), run.program(result, self._observer) if native else None)
         with self._lock:
             self._plans[signature] = plan
             while len(self._plans) > MOST_PLANS:
@@ -331,13 +347,13 @@ class _Recording(fx.Interpreter):
             )
         ]
 
-    def program(self, returned: Any) -> Program | None:
+    def program(self, returned: Any, observer: StepObserver | None = None) -> Program | None:
         """Makes a program of what was seen; None where there is no engine, or a hidden tensor."""
         if self._opaque or self._tape is None:
             return None
         leaves = pytree.tree_leaves(returned)
         kept = {self._spec(leaf).storage for leaf in leaves if isinstance(leaf, Tensor)}
-        return build_program(self._network, self._seen, kept)
+        return build_program(self._network, self._seen, kept, observer)
 
     def _note(self, n: fx.Node, value: Any, sources: list[tuple[fx.Node, Any]]) -> None:
         if self._tape is None:
@@ -376,16 +392,3 @@ class _Recording(fx.Interpreter):
                     yield number
             elif not isinstance(leaf, _PLAIN):
                 self._opaque = True
-
-
-@contextmanager
-def taped(noting: Any) -> Iterator[None]:
-    """Notes this thread's calls of the engine on a `Tape`, inside a ``with``."""
-    if noting is None:
-        yield
-        return
-    noting.start()
-    try:
-        yield
-    finally:
-        noting.stop()

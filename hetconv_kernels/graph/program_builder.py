@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import fx, nn
@@ -12,7 +13,7 @@ from ..arena import Arena, Lifetime
 from .names import module_of, name_of
 from .native_steps import native_step
 from .program import Called, Native, Program, View, caller
-from .seen import Operand, Seen
+from .seen import Operand, Seen, Spec
 
 try:
     from .. import _cpu
@@ -35,8 +36,42 @@ def tape() -> Any:
     return None if _cpu is None else _cpu.Tape()
 
 
+@contextmanager
+def taped(noting: Any) -> Iterator[None]:
+    """Notes this thread's calls of the engine on a `Tape`, inside a ``with``."""
+    if noting is None:
+        yield
+        return
+    noting.start()
+    try:
+        yield
+    finally:
+        noting.stop()
+
+
+class ProgramStep(NamedTuple):
+    """One step of a program, as an observer sees it.
+
+    Attributes:
+        node: the graph's step.
+        kind: what is run; ``call`` where the step is called as the graph says.
+        specs: of a native step's operands.
+    """
+
+    node: fx.Node
+    kind: str
+    specs: tuple[Spec | None, ...]
+
+
+# Is called in the place of each step, with what runs it and is to be returned.
+StepObserver = Callable[[ProgramStep, Callable[[], Any]], Any]
+
+
 def build_program(
-    network: fx.GraphModule, record: Sequence[Seen], kept: set[int]
+    network: fx.GraphModule,
+    record: Sequence[Seen],
+    kept: set[int],
+    observer: StepObserver | None = None,
 ) -> Program | None:
     """Makes the program of a recorded call.
 
@@ -44,11 +79,12 @@ def build_program(
         network: the network.
         record: of all steps, in the order of the graph.
         kept: the storages that are returned.
+        observer: sees each step; native ones are then run one by one, at the same places.
 
     Returns:
         The program; None where no step would be native.
     """
-    return _Builder(network, record, kept).program()
+    return _Builder(network, record, kept, observer).program()
 
 
 _Bindable = tuple[int, Any, tuple[Operand, ...]]  # number of the graph's step, native step
@@ -60,11 +96,30 @@ class _Pending(NamedTuple):
     steps: tuple[_Bindable, ...]
 
 
+def _observed(
+    observer: StepObserver, step: ProgramStep, call: Callable[[Any], Any]
+) -> Callable[[Any], Any]:
+    return lambda given: observer(step, lambda: call(given))
+
+
+class _ObservedProgram:
+    """The native program of one step, which an observer sees."""
+
+    def __init__(self, program: Any, observer: StepObserver, step: ProgramStep) -> None:
+        self.kinds, self.run = program.kinds, _observed(observer, step, program.run)
+
+
 class _Builder:
     """A program that is being made."""
 
-    def __init__(self, network: fx.GraphModule, record: Sequence[Seen], kept: set[int]) -> None:
-        self.network, self.record, self.kept = network, record, kept
+    def __init__(
+        self,
+        network: fx.GraphModule,
+        record: Sequence[Seen],
+        kept: set[int],
+        observer: StepObserver | None,
+    ) -> None:
+        self.network, self.record, self.kept, self.observer = network, record, kept, observer
         self.index = {seen.node: i for i, seen in enumerate(record)}
         self.constant: set[fx.Node] = set()  # numbers that follow from shapes
         self.lifetimes: list[Lifetime] = []
@@ -88,9 +143,13 @@ class _Builder:
             if bound is not None:
                 run.append((index, *bound))
                 native = True
+                if self.observer is not None:
+                    self._flush(run, pieces)
             elif not self._is_view(seen):
                 self._flush(run, pieces)
                 call = caller(self.network, node, self.index)
+                if self.observer is not None:
+                    call = _observed(self.observer, ProgramStep(node, "call", ()), call)
                 pieces.append(Called(index, call, ()))
                 self._watch_call(node)
         self._flush(run, pieces)
@@ -235,7 +294,12 @@ class _Builder:
                 life = self.lifetimes[self.life[seen.made]]
                 fresh.append((index, life.shape, life.dtype, life.layout))
             bound.append((step, where))
-        program = _cpu.Program(bound)
+        program: Any = _cpu.Program(bound)
+        if self.observer is not None:
+            ((index, step, operands),) = steps
+            specs = tuple(operand.spec for operand in operands)
+            seen_as = ProgramStep(self.record[index].node, step.kind, specs)
+            program = _ObservedProgram(program, self.observer, seen_as)
         return Native(
             program,
             tuple(outside),

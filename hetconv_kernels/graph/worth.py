@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .. import backends, ops
+from .. import backends
 from ..backends import choose, predict
 from ..backends.vendor import Vendor, plain_seconds
 from ..nn import FrequencyConv2d, SupportConv2d, SupportLinear
@@ -114,13 +113,7 @@ def _reason(layer: SparseLayer, x: Tensor) -> str | None:
         return None
     if getattr(layer, "padding_mode", "zeros") != "zeros":
         return None
-    if isinstance(layer, FrequencyConv2d):
-        geometry, dtype = replace(layer._spatial, frozen=True), _holder(layer).weight.dtype
-        live = torch.empty(geometry.support.live, dtype=dtype, device="meta")
-        size = (x.shape[2], x.shape[3])
-        problem = ops.describe("fprop", geometry, x, x, live, size, {"shift": layer.bias})
-    else:
-        problem = layer.problem(x, frozen=True)
+    problem = layer.problem(x, frozen=True)
     if not Vendor().measured(problem):
         return None
     if isinstance(layer, FrequencyConv2d):

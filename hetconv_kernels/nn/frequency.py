@@ -18,11 +18,11 @@ from ..autograd import transforms_active
 from ..backends import choose
 from ..backends.cost_model import INVERSE, INVERSE_CALL
 from ..errors import ArgumentError, InputTypeError, SupportError, mismatch
-from ..functional import _autocasting, conv2d
+from ..functional import _autocasting, conv2d, fprop_problem
 from ..masks import kernel_pair
 from ..observers import observed, sizes
 from ..packing import FrozenCache, dense_weight, owned
-from ..problem import Geometry, make_geometry
+from ..problem import Geometry, Problem, make_geometry
 from ..support import Support
 from .base import ForcedBackend
 from .conv import SupportConv2d
@@ -228,6 +228,25 @@ class FrequencyConv2d(ForcedBackend):
         if torch.is_grad_enabled() or transforms_active() or _autocasting(x):
             return conv2d(x, derived, bias, self._spatial_frozen, code)
         return ops.run_fprop(x, derived, self._spatial_frozen, bias, code, False)
+
+    def problem(self, x: Tensor, frozen: bool = False) -> Problem:
+        """Describes the convolution that this layer is, with its kernels in space.
+
+        It is what engines are asked about on the path ``"spatial"``; by way of the frequencies the
+        layer asks for two other convolutions, which `predicted` counts.
+
+        Args:
+            x: the input.  # [N, C, H, W] or [C, H, W]
+            frozen: whether to describe the call after ``mix.freeze``.
+
+        Raises:
+            ArgumentError, InputTypeError: as the forward.
+        """
+        x, kept = x.unsqueeze(0) if x.dim() == 3 else x, frozen or self.mix.frozen
+        geometry = self._spatial_frozen if kept else self._spatial
+        support = geometry.support
+        weight = self.weight.new_empty((support.live,) if kept else support.shape)
+        return fprop_problem(x, weight, geometry, self.bias)
 
     def _kept_basis(self) -> Tensor:
         """Returns the transform's weights as the live vector of its Support."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import export, stats, timing
+from .. import export, roofline, stats, timing
 from ..disturbance import Watch
 from ..errors import ArgumentError, InputTypeError, mismatch
 from ..explain import _same_buffers
@@ -23,7 +23,7 @@ from ..nn import FrequencyConv2d, FusedConv2d
 from ..nn.base import SupportLayer
 from ..nn.quantized_steps import Quantize, QuantizedStep
 from ..packing import PackEvent, watched_packings
-from ..roofline import Roofs, measure_roofs
+from ..roofline import Roofs
 from ..timing import check_seconds
 from .compiled import compiled_rounds, original
 from .reasons import backend_and_reason, predicted
@@ -316,7 +316,7 @@ def _roofs(
     found = dict(given or {})
     for dtype in dict.fromkeys(seen.dtype for seen in layers.values()):
         if dtype not in found:
-            found[dtype] = measure_roofs(device, getattr(torch, dtype))
+            found[dtype] = roofline.measure_roofs(device, getattr(torch, dtype))
     return found
 
 

@@ -18,6 +18,8 @@ from ..scores import FloatArray, correlation, outgoing, pair_correlation
 from ..tolerance import Goal, until
 from .wsp import check_interfaces
 
+__all__ = ["FilterCorrelation", "most_correlated"]
+
 FilterPair = tuple[int, int]
 
 

@@ -18,6 +18,8 @@ from ..schedule import check_count, check_fraction, check_positive, weakest
 from ..scores import FloatArray, outgoing
 from .wsp import check_interfaces
 
+__all__ = ["PlayAndPrune", "headroom"]
+
 
 @dataclass(frozen=True)
 class PlayAndPrune(Method):

@@ -23,6 +23,8 @@ from ...support import Support
 from ..schedule import check_count
 from ..scores import FloatArray
 
+__all__ = ["self_group"]
+
 
 def self_group(
     weight: torch.Tensor | npt.ArrayLike,

@@ -16,6 +16,8 @@ from ..run import Run
 from ..schedule import check_count, check_fraction, weakest
 from ..scores import FloatArray, incoming, outgoing
 
+__all__ = ["WeakSubnetwork", "weak_channels"]
+
 
 @dataclass(frozen=True)
 class WeakSubnetwork(Method):
