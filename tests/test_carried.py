@@ -94,6 +94,32 @@ def test_what_was_made_permanent_is_saved(tmp_path) -> None:
         assert torch.equal(hk.load(tmp_path / "net")(x), model(x))
 
 
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: hk.nn.HetConv2d(8, 8, 3, p=2),
+        lambda: hk.nn.HetConv2d(9, 8, 3, p=4, order="interleaved"),
+        lambda: hk.nn.GroupedConv2d(8, 8, 3, groups=4),
+    ],
+    ids=["het", "het-interleaved", "grouped"],
+)
+def test_a_support_of_the_same_weights_by_another_name_is_the_same(
+    layer, frozen: bool, tmp_path
+) -> None:
+    # So compressors leave it: a mask that happens to be that of the class.
+    model = nn.Sequential(layer())
+    named = model[0].support
+    model[0].set_support(hk.Support.from_mask(named.mask.copy()))
+    assert str(model[0].support.kind) != str(named.kind)
+    if frozen:
+        model[0].freeze()
+    hk.save(model, tmp_path / "net")
+    (loaded,) = (m for m in hk.load(tmp_path / "net").modules() if type(m) is type(model[0]))
+    assert loaded.support == named
+    assert torch.equal(loaded.weight, model[0].weight)
+
+
 def test_tensors_that_no_step_reads_need_the_class(tmp_path) -> None:
     model = small()
     model.register_buffer("mean", torch.ones(2))
