@@ -218,9 +218,15 @@ def test_an_equation_is_parted_where_a_line_may_begin(
     assert hooks["parted"](text) == parts
 
 
-@pytest.mark.parametrize(("script", "figure"), [("figure", "idea"), ("rooms", "rooms")])
-def test_a_figure_is_the_one_that_its_script_draws(script: str, figure: str) -> None:
-    drawn = runpy.run_path(str(DOCS / f"{script}.py"))["draw"]()
+@pytest.mark.parametrize(
+    ("script", "figure", "how"),
+    [("figure", "idea", {}), ("figure", "idea-phone", {"phone": True}), ("rooms", "rooms", {})],
+    ids=["idea", "idea-phone", "rooms"],
+)
+def test_a_figure_is_the_one_that_its_script_draws(
+    script: str, figure: str, how: dict[str, Any]
+) -> None:
+    drawn = runpy.run_path(str(DOCS / f"{script}.py"))["draw"](**how)
     assert (DOCS / f"{figure}.svg").read_text() == drawn, f"run `python docs/{script}.py`"
 
 
