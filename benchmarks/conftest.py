@@ -36,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--cache", choices=("cold", "warm"), help="default: warm on CPU, cold on GPU")
     group.addoption("--results", type=Path, default=_RESULTS, help="folder of the JSON files")
     group.addoption("--name", help="name of the JSON file; default: what is run, quick or full")
-    group.addoption("--seconds", type=float, help="time per row; default 0.8, with --full 4")
+    group.addoption("--seconds", type=float, help="time per row; default 0.5, with --full 4")
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Session:
     def seconds(self) -> float:
         """The time that one row may take, in seconds."""
         given = self.config.getoption("--seconds")
-        return float(given or (4.0 if self.config.getoption("--full") else 0.8))
+        return float(given or (4.0 if self.config.getoption("--full") else 0.5))
 
     def record(self, topic: str) -> Record:
         """Returns the results file of a topic, opened at its first use."""
