@@ -39,7 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--seconds",
         type=float,
-        help="time per row; default 0.8, with --full 4. Below 0.8 the ceilings are a glance too",
+        help="time per row; default 0.5, with --full 4. Below 0.5 the ceilings are a glance too",
     )
 
 
@@ -61,7 +61,7 @@ class Session:
     def seconds(self) -> float:
         """The time that one row may take, in seconds."""
         given = self.config.getoption("--seconds")
-        return float(given or (4.0 if self.config.getoption("--full") else 0.8))
+        return float(given or (4.0 if self.config.getoption("--full") else 0.5))
 
     def record(self, topic: str) -> Record:
         """Returns the results file of a topic, opened at its first use."""
@@ -85,7 +85,7 @@ class Session:
         """Returns this machine's ceilings in a dtype, measured at their first use."""
         key = (device, dtype)
         if key not in self.roofs:
-            self.roofs[key] = ceilings(device, dtype, 25 if self.seconds >= 0.8 else 3)
+            self.roofs[key] = ceilings(device, dtype, 25 if self.seconds >= 0.5 else 3)
         roofs = self.roofs[key]
         known = self.record(topic).data["roofs"]
         if vars(roofs) not in known:

@@ -12,7 +12,6 @@ import argparse
 from pathlib import Path
 
 from benchmarks import picture, summary
-from hetconv_kernels.files import Json
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 SECTION_BEGIN = "<!-- measured: written by `python -m benchmarks.readme` -->"
@@ -27,9 +26,9 @@ def measured_section() -> str:
         "+ 1×1, or a gather and a convolution for each group.",
         "\n".join(f"- {line}" for line in headlines()),
         summary.networks_summary(),
-        "Whole networks, HetConv p=4 (het4) or self-grouped at 70 % (sg70), against PyTorch, "
-        "torch.compile, ONNX Runtime and OpenVINO at the same precision, alternating with every "
-        "baseline in one process. Bold: slower. "
+        "Whole networks with HetConv p=4 (het4) or self-grouped at 70 % (sg70), how many times as "
+        "fast as the fastest of PyTorch, torch.compile, ONNX Runtime and OpenVINO at the same "
+        "precision, alternating with every baseline in one process. A bold number is a loss. "
         f"{summary.networks_provenance()}.",
         "![Measured speed-up of layers against their MAC ratio](docs/speedup.svg)",
         "Each point is a layer in float32, against the fastest dense form that PyTorch has "
@@ -43,9 +42,9 @@ def headlines() -> list[str]:
     found = [
         "**One layer**: 3×3 HetConv with p=4, 64 to 512 channels, needs "
         f"{summary.value_span(summary.mac_ratios('HetConv p=4'), 1)} times fewer "
-        "multiply-accumulates and runs "
+        "multiply-accumulates and is "
         f"{summary.value_span(summary.speedups('HetConv p=4'))} times "
-        "faster than the fastest dense convolution in PyTorch (float32)."
+        "as fast as the fastest dense convolution in PyTorch (float32)."
     ]
     for title, case in (
         ("One network", "resnet18-het4"),
@@ -57,23 +56,17 @@ def headlines() -> list[str]:
             continue
         dense, composition = row["dense"], row.get("composition")
         line = (
-            f"**{title}**: ResNet-18 with HetConv p=4, {summary.images(row['case'])}, runs "
-            f"{dense['ratio']:.2f} times faster than the fastest dense engine at that precision "
-            f"({engine_title(dense)})"
+            f"**{title}**: ResNet-18 with HetConv p=4, {summary.images(row['case'])}, is "
+            f"{dense['ratio']:.2f} times as fast as the fastest dense engine at that precision "
+            f"({summary.engine_title(dense)})"
         )
         if composition:
             line += (
                 f", and {composition['ratio']:.2f} times as fast as the fastest composition "
-                f"({engine_title(composition)})"
+                f"({summary.engine_title(composition)})"
             )
         found.append(line + ".")
     return found
-
-
-def engine_title(rival: Json) -> str:
-    """Names the engine of a rival as its makers write it."""
-    name = str(rival["name"]).partition(":")[2]
-    return {"openvino": "OpenVINO", "onnxruntime": "ONNX Runtime"}.get(name, name)
 
 
 def updated_readme(text: str) -> str:

@@ -124,6 +124,20 @@ def mac_ratios(column: str, name: str = LAYERS) -> list[float]:
     return [row["dense_macs"] / row["macs"] for row in rows]
 
 
+_ENGINES = {
+    "eager": "PyTorch",
+    "compiled": "torch.compile",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+}
+
+
+def engine_title(rival: Json) -> str:
+    """Names the engine of a rival as its makers write it."""
+    name = str(rival["name"]).partition(":")[2]
+    return _ENGINES.get(name, name)
+
+
 def networks_provenance() -> str:
     """Says what the whole networks were measured on; files of one machine share a sentence."""
     commits: dict[str, list[str]] = {}
@@ -216,8 +230,8 @@ def training(name: str = LAYERS) -> str:
 def networks_summary() -> str:
     """Lays out the whole networks beside the fastest of all engines."""
     header = (
-        "network", "fastest dense", "times faster", "interval",
-        "fastest composition", "times faster", "interval",
+        "network", "fastest dense", "times as fast", "interval",
+        "fastest composition", "times as fast", "interval",
     )  # fmt: skip
     lines = []
     for data in all_results().values():
@@ -231,7 +245,7 @@ def networks_summary() -> str:
                 if found is None:
                     cells += ["", table.untimed(row), ""]
                     continue
-                engine = found["name"].partition(":")[2]
+                engine = engine_title(found)
                 interval = f"{found['low']:.2f} to {found['high']:.2f}"
                 cells += [engine, marked(found), interval]
             lines.append(cells)

@@ -32,6 +32,33 @@ _EXIT_CODES = """exit codes:
 """
 
 
+# What a user would type, by command; the help shows them.
+EXAMPLES = {
+    "explain": ("hetconv explain --channels 128 --size 28 --p 4",),
+    "profile": (
+        "hetconv profile resnet20 --het 4 --optimize --timeline timeline.html",
+        "hetconv profile timm:resnet18 --size 224 --batch 8",
+    ),
+    "run": (
+        "hetconv run outputs/optimized.safetensors --size 224 --batch 1 --threads 1 --threads 2",
+        "hetconv run resnet18 --het 4 --dtype int8",
+    ),
+    "optimize": (
+        "hetconv optimize resnet18 --het 4 -o fast.safetensors",
+        "hetconv optimize mynets:resnet --dtype bf16",
+    ),
+    "compress": (
+        "hetconv compress self-grouping --set target=0.7",
+        "hetconv compress wsp --model mynets:net --weights net.pt --data mynets:loaders",
+    ),
+    "quantize": (
+        "hetconv quantize outputs/compress/self-grouping.safetensors --max-drop 0.005",
+        "hetconv quantize --model mynets:net --weights net.pt --data mynets:loaders",
+    ),
+    "bench": ("hetconv bench -k het4", "hetconv bench --full --results results"),
+}
+
+
 class UsageError(HetconvError):
     """A command cannot run in this installation or with these options."""
 
@@ -94,7 +121,7 @@ def _parser(asked: Sequence[str]) -> argparse.ArgumentParser:
     """Builds the parser; options that need imports only for the command that is asked for."""
     parser = argparse.ArgumentParser(
         prog="hetconv",
-        description="Structured-sparse convolutions that are fast: what is there, and why.",
+        description="Structured-sparse convolutions that are fast: explain, time, compress, run.",
         epilog=_EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -112,7 +139,7 @@ def _parser(asked: Sequence[str]) -> argparse.ArgumentParser:
             name,
             help=text,
             description=text,
-            epilog=_EXIT_CODES,
+            epilog=_examples(name) + _EXIT_CODES,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         sub.set_defaults(run=run)
@@ -138,8 +165,13 @@ def _parser(asked: Sequence[str]) -> argparse.ArgumentParser:
     bench.add_argument(
         "--isa", choices=tuple(_HELD_TO), help="hold our engine, PyTorch and oneDNN to it"
     )
-    bench.epilog = "Other options go to pytest, such as -k 'het4'.\n\n" + _EXIT_CODES
+    bench.epilog = f"Other options go to pytest.\n\n{bench.epilog}"
     return parser
+
+
+def _examples(name: str) -> str:
+    lines = "".join(f"  {line}\n" for line in EXAMPLES.get(name, ()))
+    return f"examples:\n{lines}\n" if lines else ""
 
 
 class _PrintCompletion(argparse.Action):

@@ -39,6 +39,7 @@ _FORMAT = "hetconv_kernels.Network/2"
 # Without a digest of the description, modes and ties; still read.
 _OLD_FORMAT = "hetconv_kernels.Network/1"
 _KEY = "hetconv_kernels"
+_COUNT = "num_batches_tracked"
 _DIGEST_KEY = "hetconv_kernels.digest"
 # A file may declare masks of this many entries, or this many for each weight that it has.
 _DECLARED, _DECLARED_PER_WEIGHT = 1 << 26, 256
@@ -403,7 +404,13 @@ def _assemble(
             value = tensors[name]
             trained = value.is_floating_point() and name not in buffers
             parts[name] = nn.Parameter(value) if trained else value
-    return fx.GraphModule(parts, graph)
+    made = fx.GraphModule(parts, graph)
+    for name in sorted(buffers - parts.keys()):
+        # The count of a batch norm whose own forward was traced: only training reads it.
+        place, _, last = name.rpartition(".")
+        if last == _COUNT and f"{place}.running_mean" in parts and name in tensors:
+            made.get_submodule(place).register_buffer(last, tensors[name])
+    return made
 
 
 def _check_step(node: fx.Node, layer: nn.Module) -> None:

@@ -25,30 +25,38 @@ _RANGE = 4.0
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-def add_layer_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options to a parser."""
-    add = parser.add_argument
-    add("--kind", choices=("het", "dense", "grouped", "mask"), default="het")
+def add_layer_arguments(parser: argparse.ArgumentParser, title: str = "the layer") -> None:
+    """Adds the options to a parser.
+
+    Args:
+        parser: of a command.
+        title: over those that describe the layer itself.
+    """
+    add = parser.add_argument_group(title).add_argument
+    add("--kind", choices=("het", "dense", "grouped", "mask"), default="het",
+        help="which weights exist (het)")  # fmt: skip
     add("--channels", type=whole(), default=64, help="input channels (64)")
     add("--filters", type=whole(), help="output channels (as many as input channels)")
     add("--kernel", type=whole(), default=3, help="kernel edge (3)")
     add("--p", type=whole(), default=4, help="part of a HetConv, or number of groups (4)")
-    add("--order", choices=("blocked", "interleaved"), default="blocked")
+    add("--order", choices=("blocked", "interleaved"), default="blocked",
+        help="which channels of a HetConv keep all taps (blocked)")  # fmt: skip
     add("--density", type=real(0, 1), default=0.3, help="of a random mask, 0…1 (0.3)")
+    add("--stride", type=whole(), default=1, help="in pixels (1)")
+    add = parser.add_argument_group("its input, and what computes").add_argument
     add("--size", type=size, default=(56, 56), help="input height, or HEIGHTxWIDTH (56)")
     add("--batch", type=whole(), default=1, help="images (1)")
-    add("--stride", type=whole(), default=1)
     add("--dtype", choices=DTYPE_NAMES, default="float32", type=lambda text: _SHORT.get(text, text),
         help="of weights and activations; bf16 for bfloat16; int8: weights of a scale for each "
         "filter, unsigned activations (float32)")  # fmt: skip
-    add("--backend", help="force this backend")
-    add("--device", default="cpu", help="such as cpu or cuda:0")
     add(
         "--memory-format",
         choices=tuple(FORMATS),
         help="of images (contiguous; int8: channels_last, into which others are copied)",
     )
-    add("--json", action="store_true", help="print JSON")
+    add("--backend", help="force this backend; `hetconv info` lists them")
+    add("--device", default="cpu", help="such as cpu or cuda:0 (cpu)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def float_dtype(options: argparse.Namespace) -> torch.dtype:

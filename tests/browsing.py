@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import html
+import http.server
 import json
 import os
+import queue
 import re
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +119,64 @@ def in_a_window_of(width: int, pages: list[Path], folder: Path) -> dict[str, Any
         wrapper, folder, f"--window-size={max(width, 500)},2000", "--allow-file-access-from-files",
         "--disable-web-security", "--virtual-time-budget=60000",
     )  # fmt: skip
+
+
+def answered(site: Path, address: str, script: str, folder: Path, seconds: float = 60.0) -> Any:
+    """Opens a page of a site as a reader does, its own scripts running, by a server of files.
+
+    Workers need a server, and take their time: no moment of loading says that they are done. So the
+    page gets a script more, which waits for what it wants and calls ``answer(json)``.
+
+    Args:
+        site: the folder that is served.
+        address: of the page in it, as ``index.html?q=word``.
+        script: JavaScript that calls ``answer`` once.
+        folder: for the browser.
+        seconds: how long to wait.
+
+    Returns:
+        What the script answered.
+    """
+    tail = (
+        "<script>const answer = (said) => fetch('/answer', {method: 'POST', "
+        f"body: JSON.stringify(said)}});\n{script}</script>"
+    ).encode()
+    answers: queue.Queue[Any] = queue.Queue()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments, directory=str(site))
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def do_POST(self) -> None:
+            answers.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def do_GET(self) -> None:
+            page = Path(self.translate_path(self.path))
+            if page.suffix != ".html" or not page.is_file():
+                return super().do_GET()
+            whole = page.read_bytes().replace(b"</body>", tail + b"</body>")
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.end_headers()
+            self.wfile.write(whole)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        opened = f"http://127.0.0.1:{server.server_address[1]}/{address}"
+        options = ("--remote-debugging-port=0", "--window-size=1280,900")  # it stays open
+        with subprocess.Popen(
+            [*command(folder, *options), opened],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        ) as process:  # fmt: skip
+            try:
+                return answers.get(timeout=seconds)
+            except queue.Empty:
+                raise AssertionError(f"{opened} did not answer within {seconds:.0f} s") from None
+            finally:
+                process.terminate()
+                server.shutdown()

@@ -94,6 +94,57 @@ def test_what_was_made_permanent_is_saved(tmp_path) -> None:
         assert torch.equal(hk.load(tmp_path / "net")(x), model(x))
 
 
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: hk.nn.HetConv2d(8, 8, 3, p=2),
+        lambda: hk.nn.HetConv2d(9, 8, 3, p=4, order="interleaved"),
+        lambda: hk.nn.GroupedConv2d(8, 8, 3, groups=4),
+    ],
+    ids=["het", "het-interleaved", "grouped"],
+)
+def test_a_support_of_the_same_weights_by_another_name_is_the_same(
+    layer, frozen: bool, tmp_path
+) -> None:
+    # So compressors leave it: a mask that happens to be that of the class.
+    model = nn.Sequential(layer())
+    named = model[0].support
+    model[0].set_support(hk.Support.from_mask(named.mask.copy()))
+    assert str(model[0].support.kind) != str(named.kind)
+    if frozen:
+        model[0].freeze()
+    hk.save(model, tmp_path / "net")
+    (loaded,) = (m for m in hk.load(tmp_path / "net").modules() if type(m) is type(model[0]))
+    assert loaded.support == named
+    assert torch.equal(loaded.weight, model[0].weight)
+
+
+class NormAct(nn.BatchNorm2d):
+    """A batch norm with a forward of its own, as timm has: its steps are traced, no count."""
+
+    def forward(self, x):
+        return torch.relu(
+            nn.functional.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.1, self.eps
+            )
+        )
+
+
+def test_the_count_of_a_batch_norm_comes_back_where_no_step_reads_it(tmp_path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(NormAct(8)), NormAct(8)).eval()
+    model[1][0].num_batches_tracked += 7
+    hk.save(model, tmp_path / "net")
+    loaded, x = hk.load(tmp_path / "net"), torch.randn(2, 3, 7, 7)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), model(x))
+    state = loaded.state_dict()
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    hk.save(loaded, tmp_path / "again")
+    assert hk.load(tmp_path / "again").state_dict().keys() == state.keys()
+
+
 def test_tensors_that_no_step_reads_need_the_class(tmp_path) -> None:
     model = small()
     model.register_buffer("mean", torch.ones(2))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,23 @@ def test_a_speedup_that_was_missed_is_exit_code_1_with_its_json(
     assert "1000" in said.err
 
 
+def test_what_one_command_writes_the_next_one_takes(here: Path, capsys: Capture) -> None:
+    pytest.importorskip("safetensors", reason="the safetensors extra is not installed")
+    own = ["--data", "ownnets:loaders", "--no-measure", "--out", "out"]
+    words = ["het", "--model", "ownnets:net", "--weights", "net.pt", "--set", "epochs=1", *own]
+    assert cli.main(["compress", *words]) == 0
+    assert "hetconv quantize out/het.safetensors" in capsys.readouterr().out
+    whole = hk.load("out/het.safetensors").state_dict()
+    for name, value in torch.load("out/het.pt", weights_only=True).items():
+        assert name.endswith("_extra_state") or torch.equal(whole[name], value)
+    assert cli.main(["quantize", "out/het.safetensors", *own]) == 0
+    words = ["--size", "8", "--rounds", "6", "--seconds", "0.1", "--json"]
+    for file in ("out/het.safetensors", "out/network.safetensors"):
+        capsys.readouterr()
+        assert cli.main(["run", file, *words]) == 0
+        assert json.loads(capsys.readouterr().out)
+
+
 # module:function ---------------------------------------------------------------------------------
 
 
@@ -142,6 +160,23 @@ def test_quantize_calibrates_on_as_many_images_of_a_user_as_asked(here: Path) ->
     options = argparse.Namespace(data="ownnets:loaders", batch=4, validation=0, images=6)
     _, batches = command._read(options)
     assert [len(images) for images in batches] == [4, 2]
+
+
+def test_every_command_that_wants_a_model_a_method_or_a_layer_has_an_example() -> None:
+    assert set(COMMANDS) - set(cli.EXAMPLES) == {"info", "demo"}
+
+
+@pytest.mark.parametrize("name", cli.EXAMPLES)
+def test_the_examples_of_a_command_are_in_its_help_and_parse(name: str, capsys: Capture) -> None:
+    for line in cli.EXAMPLES[name]:
+        program, *words = shlex.split(line)
+        assert (program, words[0]) == ("hetconv", name)
+        options, rest = cli._parser([name]).parse_known_args(words)
+        assert rest == (["-k", "het4"] if "-k" in words else [])
+        assert options.command == name
+    assert cli.main([name, "--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"  {line}\n" in said for line in cli.EXAMPLES[name])
 
 
 @pytest.mark.parametrize("name", COMMANDS)

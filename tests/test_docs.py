@@ -33,7 +33,7 @@ NOT_RUN = {
     ("docs/cli.md", "mynets is yours"),
     ("docs/cli.md", "it writes to your home"),
     ("docs/ecosystem.md", "needs timm and torchvision"),
-    ("docs/ecosystem.md", "needs accelerate"),
+    ("docs/ecosystem.md", "needs accelerate (tests/test_accelerate.py runs it)"),
     ("docs/ecosystem.md", "needs lightning"),
     ("docs/ecosystem.md", "needs torchao"),
     ("docs/ecosystem.md", "needs huggingface_hub"),
@@ -126,18 +126,29 @@ def test_a_failing_block_fails(tmp_path: Path) -> None:
         check_command("pip", ["install", "x[no_such_extra]"])
 
 
-def test_the_routes_are_those_of_the_committed_results() -> None:
+def test_the_routes_are_those_of_the_committed_results_with_the_ratios_of_the_readme() -> None:
     from benchmarks import summary
 
     made = runpy.run_path(str(DOCS / "hooks.py"))["routes"]()
     row = summary.network("resnet18-het4")
     assert row is not None
-    line = next(text for text in made.splitlines() if text.startswith("| resnet18-het4,"))
-    for engine in ("onnxruntime", "openvino"):
-        for role in ("dense", "composition"):
+    lines = {text.split("|")[1].partition(",")[0].strip(): text for text in made.splitlines()}
+    line = lines["resnet18-het4"]
+    for role in ("dense", "composition"):
+        for engine in ("onnxruntime", "openvino"):
             seconds = row["timings"][role]["variants"][f"{role}:{engine}"]["median_s"]
-            assert f"{seconds * 1e3:.1f} ({seconds / row['median_s']:.2f})" in line
+            assert f"| {seconds * 1e3:.1f} (" in line
     assert f"| {row['median_s'] * 1e3:.1f} |" in line
+    rivals = [
+        (name, rival)
+        for name in lines
+        for row in filter(None, [summary.network(name)])
+        for rival in (row["dense"], row["composition"])
+        if rival["name"].partition(":")[2] in ("onnxruntime", "openvino")
+    ]
+    assert rivals
+    for name, rival in rivals:
+        assert f"| {rival['median_s'] * 1e3:.1f} ({rival['ratio']:.2f})" in lines[name]
 
 
 # What pages are made of --------------------------------------------------------------------------
@@ -207,9 +218,15 @@ def test_an_equation_is_parted_where_a_line_may_begin(
     assert hooks["parted"](text) == parts
 
 
-@pytest.mark.parametrize(("script", "figure"), [("figure", "idea"), ("rooms", "rooms")])
-def test_a_figure_is_the_one_that_its_script_draws(script: str, figure: str) -> None:
-    drawn = runpy.run_path(str(DOCS / f"{script}.py"))["draw"]()
+@pytest.mark.parametrize(
+    ("script", "figure", "how"),
+    [("figure", "idea", {}), ("figure", "idea-phone", {"phone": True}), ("rooms", "rooms", {})],
+    ids=["idea", "idea-phone", "rooms"],
+)
+def test_a_figure_is_the_one_that_its_script_draws(
+    script: str, figure: str, how: dict[str, Any]
+) -> None:
+    drawn = runpy.run_path(str(DOCS / f"{script}.py"))["draw"](**how)
     assert (DOCS / f"{figure}.svg").read_text() == drawn, f"run `python docs/{script}.py`"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from browsing import browser, in_a_window_of
+from browsing import answered, browser, in_a_window_of
 from pages import DOCS, ROOT
 
 import hetconv_kernels as hk
@@ -66,6 +67,42 @@ def test_nothing_is_cut_that_does_not_scroll(seen: dict[int, dict[str, Any]], wi
 def test_a_phone_shows_the_whole_of_every_equation(seen: dict[int, dict[str, Any]]) -> None:
     scrolled = {name: s["equations"] for name, s in seen[PHONE].items() if s["equations"]}
     assert scrolled == {}
+
+
+# What a reader sees after a search: waits until the theme's worker has answered the question.
+_FOUND = """
+(async () => {
+  const meta = () => (document.querySelector(".md-search-result__meta") || {}).innerText || "";
+  while (!/\\d+ matching|No matching/.test(meta())) await new Promise((r) => setTimeout(r, 50));
+  answer({
+    said: meta().trim(),
+    typed: document.querySelector(".md-search__input").value,
+    places: [...document.querySelectorAll(".md-search-result__link")]
+      .map((a) => new URL(a.href).pathname.slice(1)),
+    texts: [...document.querySelectorAll(".md-search-result__link")].map((a) => a.innerText),
+  });
+})();
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "page"),
+    [("self-grouping", "methods/self-grouping.html"), ("quantize", "low-precision.html")],
+)
+def test_the_search_of_the_built_site_finds_the_page(
+    words: str, page: str, site: Path, tmp_path: Path
+) -> None:
+    found = answered(site, f"index.html?q={words}", _FOUND, tmp_path)
+    assert found["typed"] == words
+    assert re.fullmatch(r"\d+ matching documents?", found["said"])
+    assert page in found["places"]
+    assert all((site / place).is_file() for place in found["places"])
+    assert any(words in text.lower() for text in found["texts"])
+
+
+def test_the_search_says_that_there_is_nothing(site: Path, tmp_path: Path) -> None:
+    found = answered(site, "methods/index.html?q=zyxwvutsrq", _FOUND, tmp_path)
+    assert (found["said"], found["places"]) == ("No matching documents", [])
 
 
 def test_the_report_fits_a_phone(tmp_path: Path) -> None:

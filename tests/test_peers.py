@@ -56,6 +56,17 @@ def test_a_composition_computes_what_ours_computes(kind: str, x: torch.Tensor) -
     assert export.support_layers(composition) == export.support_layers(dense) == []
 
 
+def test_who_is_left_out_of_a_quick_run_is_absent_with_the_reason(
+    x: torch.Tensor, tmp_path
+) -> None:
+    left_out = {"compiled": "slow", "onnxruntime": "not now", "openvino": "not now"}
+    with torch.no_grad():
+        module = torch.nn.Conv2d(3, 4, 3).eval()
+        runs, absent = _runs("dense", module, x, tmp_path, skipped=left_out)
+    assert absent == left_out
+    assert list(runs) == ["dense:eager"]
+
+
 @pytest.mark.parametrize("peer", ["eager", "onnxruntime", "openvino"])
 def test_peers_compute_the_network(peer: str, x: torch.Tensor, tmp_path) -> None:
     with torch.no_grad():

@@ -70,7 +70,7 @@ def test_the_headlines_are_of_the_results() -> None:
     measured = [row for row in networks.values() if row is not None and row.get("dense")]
     assert len(lines) == 1 + len(measured)
     for line, row in zip(lines[1:], measured, strict=True):
-        assert f"{row['dense']['ratio']:.2f} times faster" in line
+        assert f"{row['dense']['ratio']:.2f} times as fast" in line
     assert summary.network("no such network") is None
 
 

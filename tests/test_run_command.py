@@ -99,6 +99,8 @@ def test_what_is_no_network_is_refused() -> None:
         ["optimize", "missing.safetensors"],
         ["optimize", "digits_net", "--dtype", "float64"],
         ["optimize", "digits_net", "-o", "/proc/none/x.safetensors"],
+        ["optimize", "digits_net", "-o", "digits.onnx"],
+        ["optimize", "digits_net", "-o", "digits"],
     ],
     ids=" ".join,
 )
@@ -108,6 +110,24 @@ def test_what_cannot_be_done_is_said_in_one_sentence(command: list[str], capsys:
     assert captured.out == ""
     assert captured.err.startswith("hetconv: ")
     assert "Traceback" not in captured.err
+
+
+def test_a_name_that_nothing_has_is_told_with_the_nearest(capsys: Capture) -> None:
+    assert cli.main(["run", "resnet21"]) == 1
+    assert "Did you mean resnet20?" in capsys.readouterr().err
+    assert cli.main(["run", "qqqq"]) == 1
+    assert "Did you mean" not in capsys.readouterr().err
+
+
+def test_an_optimized_network_goes_under_no_name_of_another_kind(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    out = tmp_path / "digits.onnx"
+    assert cli.main(["optimize", "digits_net", "--size", "8", "-o", str(out)]) == 1
+    said = capsys.readouterr().err
+    assert "ends in .safetensors" in said
+    assert "export.to_onnx" in said
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(

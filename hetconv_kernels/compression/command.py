@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import json_output, models
+from .. import io, json_output, models
 from ..datasets import Dataset, digits, read_folder, shifted_and_flipped
 from ..errors import ArgumentError, HetconvError, InputTypeError, SpeedupError, mismatch
 from ..factory import call_factory, is_factory
@@ -157,6 +157,13 @@ def _run(options: argparse.Namespace, failed: list[SpeedupError]) -> dict[str, A
     print(report)
     print(f"Accuracy on {data.seen_by_nothing} that nothing above has seen: "
           f"{before:.4f} -> {after:.4f}.")  # fmt: skip
+    whole = options.out / f"{options.method}.safetensors"
+    try:
+        io.save(report.model, whole)
+    except HetconvError as error:  # safetensors is an extra
+        print(f"{error} Wrote a state dict only.")
+    else:
+        print(f"Wrote {whole}: hetconv run {whole}, hetconv quantize {whole}")
     print(f"Wrote {options.out / options.method}.json, .pt and .state.pt.")
     return record
 

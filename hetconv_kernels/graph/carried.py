@@ -16,6 +16,7 @@ from torch import nn
 
 from ..errors import ArgumentError, mismatch
 from ..files import Json
+from ..support import Support
 from .layer_json import layer_from_json, layer_to_json
 
 _HOOKS = {
@@ -38,7 +39,7 @@ class Carried(NamedTuple):
         tensors: size and dtype of its parameters and buffers, by name.
         hooks: what hooks are on it and its parts.
         own_forward: its parts with a forward of their own, not of their class.
-        arguments: its description, the memory format left out.
+        arguments: its description, without the memory format and the name of its Support.
     """
 
     tensors: dict[str, str]
@@ -59,8 +60,10 @@ class Carried(NamedTuple):
             here, there = self.tensors.get(name, "nothing"), other.tensors.get(name, "nothing")
             if here != there:
                 found.append(f"{name!r} as {here} where a rebuilt one has {there}")
-        if self.arguments != other.arguments:
-            found.append("arguments that its class does not take over")
+        here, there = self.arguments or {}, other.arguments or {}
+        apart = [k for k in sorted({*here, *there}) if here.get(k) != there.get(k)]
+        if apart:
+            found.append(f"{', '.join(apart)} that its class does not take over")
         return found
 
 
@@ -89,6 +92,8 @@ def carried(module: nn.Module, tensors: bool = True) -> Carried:
     described = layer_to_json(module) if tensors else None
     if described is not None:
         described = {k: v for k, v in described.items() if k != "channels_last"}
+        if "support" in described:  # which weights exist; how it was made is only its name
+            described["support"] = Support.from_json(described["support"]).digest
     return Carried(sizes, tuple(hooks), own, described)
 
 

@@ -12,10 +12,13 @@ from typing import Any
 import torch
 
 from .. import io
+from ..errors import ArgumentError, mismatch
 from ..files import unwritable
 from ..profiling import command as profiling
 from ..stats import fitting
 from .optimize import OptimizeReport, optimize
+
+_SUFFIX = ".safetensors"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,8 +40,14 @@ def run(options: argparse.Namespace, show: Callable[[str], None]) -> int:
         The exit code, 0.
 
     Raises:
+        ArgumentError: the file is called like one of another kind.
         HetconvError: the target is unknown or cannot be built, or the file not be written.
     """
+    if options.out.suffix != _SUFFIX:  # before the work: what is written is read by its name
+        raise ArgumentError(
+            mismatch("--out", repr(str(options.out)), f"a name that ends in {_SUFFIX}",
+                     "hetconv_kernels.export.to_onnx writes ONNX.")
+        )  # fmt: skip
     dtype = None if options.dtype == "float32" else getattr(torch, options.dtype)
     # `--dtype` is that of the result; the network itself and its inputs are in float32.
     model, example = profiling.target(argparse.Namespace(**vars(options) | {"dtype": "float32"}))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -34,10 +35,11 @@ def add_target(parser: argparse.ArgumentParser) -> None:
     """Adds the options that name a network or describe a layer, as `target` reads them."""
     add = parser.add_argument
     add("target", metavar="MODEL|layer",
-        help=f"'layer', described by the options of `hetconv explain`; a network of this package "
-        f"({', '.join(models.names())}); module:function, which returns a network, or a network "
-        f"and an input; or a {_SUFFIX} file that hetconv_kernels.io wrote")  # fmt: skip
-    layer_options.add_layer_arguments(parser)
+        help=f"a {_SUFFIX} file that hetconv_kernels.io wrote; a network of this package "
+        f"({', '.join(models.names())}), of timm (timm:NAME) or of torchvision "
+        "(torchvision:NAME), with random weights; module:function of yours, which returns a "
+        "network, or a network and an input; or 'layer' for one layer")  # fmt: skip
+    layer_options.add_layer_arguments(parser, "the layer, where MODEL is 'layer'")
     parser.set_defaults(size=None)
     add("--het", type=whole(), metavar="P",
         help="make the network's convolutions HetConv of part P")  # fmt: skip
@@ -156,11 +158,13 @@ def target(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
         if example is None:
             channels, image = _channels(model), [224, 224]
     else:
+        near = difflib.get_close_matches(name, ["layer", *models.names()], n=1)
         raise ArgumentError(
             mismatch(
                 "MODEL",
                 repr(name),
                 f"layer, module:function, a {_SUFFIX} file, or one of {', '.join(models.names())}",
+                f"Did you mean {near[0]}?" if near else "",
             )
         )
     if options.het is not None:
