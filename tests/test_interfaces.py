@@ -142,3 +142,35 @@ def test_modes_are_left_as_they_were() -> None:
     assert model.training
     assert not model[1].training
     assert model[1].num_batches_tracked == 0
+
+
+class Shortcuts(nn.Module):
+    """A residual stage whose first shortcut is a convolution, called before or after the others."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.first = first
+        for name in ("one", "two", "three", "four"):
+            setattr(self, name, nn.Conv2d(4, 4, 1))
+        self.shortcut = nn.Conv2d(4, 4, 1)
+        self.head = nn.Linear(4 * 9, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = self.shortcut(x) if self.first else x
+        y = self.two(F.relu(self.one(x)))
+        x = F.relu(y + (shortcut if self.first else self.shortcut(x)))
+        x = F.relu(self.four(F.relu(self.three(x))) + x)
+        return self.head(x.flatten(1))
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["shortcut first", "shortcut last"])
+def test_a_sum_is_read_behind_its_deepest_summand(first: bool) -> None:
+    found = interfaces(Shortcuts(first), 2, 4, 3, 3)
+    assert found.summed == {"two": (Reader("three", 1),), "four": (Reader("head", 9),)}
+    assert found.readers == {"one": (Reader("two", 1),), "three": (Reader("four", 1),)}
+    assert "residual sum" in found.fixed["shortcut"]
+
+
+def test_what_is_no_sum_has_no_interface_behind_it() -> None:
+    assert interfaces(Branches(), 2, 4, 5, 5).summed == {}
+    assert interfaces(tiny(), 2, 5, 6, 6).summed == {}

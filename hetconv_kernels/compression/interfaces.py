@@ -4,12 +4,16 @@
 Removing filter i of a layer is exact when every layer that reads channel i is known and drops it
 too, and nothing mixes the channels in between. Where that does not hold (a residual sum, a
 concatenation, the output of the network) the layer keeps its width, and a sentence says why.
+
+Behind a residual sum a filter can still die, together with what the *next* layer reads of it: the
+sum keeps its width, since the other summand and later layers need it, and both layers have dead
+rows and columns.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor, fx, nn
@@ -39,10 +43,14 @@ class Interfaces:
     Attributes:
         readers: for each layer whose filters can be removed, all layers that read them.
         fixed: for each other layer, why its width stays.
+        summed: for layers among the fixed ones whose output goes into a residual sum, those that
+            read the sum next. Of the summands a reader is behind the deepest, the main path; one
+            that no reader is behind, such as a down-sampling, is not here.
     """
 
     readers: dict[str, tuple[Reader, ...]]
     fixed: dict[str, str]
+    summed: dict[str, tuple[Reader, ...]] = field(default_factory=dict)
 
 
 class _Blocked(Exception):
@@ -72,12 +80,16 @@ def find_interfaces(
             module.training = flag
     readers: dict[str, tuple[Reader, ...]] = {}
     fixed: dict[str, str] = {}
+    summed: dict[str, tuple[Reader, ...]] = {}
     for name in layers:
         try:
             readers[name] = known.readers(name)
         except _Blocked as reason:
             fixed[name] = str(reason)
-    return Interfaces(readers, fixed)
+            behind = known.summed(name)
+            if behind:
+                summed[name] = behind
+    return Interfaces(readers, fixed, summed)
 
 
 class _Known:
@@ -104,6 +116,9 @@ class _Known:
             self.read[name] = self._of(channels, channels.reader(node))
             for number in self.made[name]:
                 self.makers[int(number)].add(name)
+        given = [n for n in channels.traced.graph.nodes if n.op == "placeholder"]
+        self.given = {int(c) for n in given if n in channels.wires for c in self._of(channels, n)}
+        self.depth, self.before = _depths(channels.traced.graph, set(channels.layers))
 
     def _of(self, channels: Channels, node: fx.Node) -> IntArray:
         result: IntArray = self.alias[channels.of(node)]
@@ -140,3 +155,37 @@ class _Known:
         if not found:
             raise _Blocked("no layer reads its output")
         return tuple(found)
+
+    def summed(self, name: str) -> tuple[Reader, ...]:
+        """Lists the layers that read a residual sum next behind a layer that feeds it."""
+        made = self.made.get(name)
+        if made is None or not any(
+            len(self.makers[int(c)]) > 1 or int(c) in self.given for c in made
+        ):
+            return ()
+        found = []
+        for reader, read in self.read.items():
+            repeat = len(read) // len(made)
+            if not repeat or not np.array_equal(read, np.repeat(made, repeat)):
+                continue
+            makers = {maker for c in read for maker in self.makers[int(c)]}
+            ahead = [maker for maker in makers if maker in self.before[reader]]
+            if name in ahead and self.depth[name] == max(self.depth[maker] for maker in ahead):
+                found.append(Reader(reader, repeat))
+        return tuple(found)
+
+
+def _depths(graph: fx.Graph, layers: set[fx.Node]) -> tuple[dict[str, int], dict[str, set[str]]]:
+    """Counts the layers on the longest way to each layer, and names all that are before it."""
+    depth: dict[fx.Node, int] = {}
+    before: dict[fx.Node, frozenset[str]] = {}
+    for node in graph.nodes:
+        operands = node.all_input_nodes
+        deepest = max((depth[n] for n in operands), default=0)
+        names = frozenset().union(*(before[n] for n in operands))
+        depth[node] = deepest + (node in layers)
+        before[node] = names | {str(node.target)} if node in layers else names
+    return (
+        {str(node.target): depth[node] for node in layers},
+        {str(node.target): set(before[node]) - {str(node.target)} for node in layers},
+    )

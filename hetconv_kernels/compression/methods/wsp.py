@@ -12,6 +12,7 @@ from torch import nn
 from ...errors import ArgumentError
 from ...masks import BoolArray
 from ..base import Method
+from ..interfaces import Reader
 from ..run import Run
 from ..schedule import check_count, check_fraction, weakest
 from ..scores import FloatArray, incoming, outgoing
@@ -24,7 +25,8 @@ class WeakSubnetwork(Method):
     Channel i between layers l and l+1 has an outgoing score Σ|W_l[i]| and an incoming score
     Σ|W_l+1[:, i]|; it is weak when it is below the q-th percentile of *both* layers, and all weak
     channels go at once: q = 70 % removes about 56 %. Where several layers read a channel, its
-    incoming score is the sum over them. On residual sums only what is inside a block is pruned.
+    incoming score is the sum over them. Behind a residual sum the last layer of a block is paired
+    with the layers that read the sum next: their rows and columns die, and the sum keeps its width.
 
     Source: Guo, Wu, Kittler, Feng, "Weak sub-network pruning for strong and efficient neural
     networks", Neural Networks 144, 2021.
@@ -40,6 +42,8 @@ class WeakSubnetwork(Method):
         fc_percentile: q between fully-connected layers; None is ``percentile``.
         conv_fc_percentile: q where a fully-connected layer reads a convolution; None is
             ``percentile``.
+        residual: whether interfaces behind residual sums are pruned too; their layers become
+            Supports with dead rows and columns, where the others become smaller dense layers.
 
     Raises:
         ArgumentError: a value out of range.
@@ -54,6 +58,7 @@ class WeakSubnetwork(Method):
     least: int = 1
     fc_percentile: float | None = None
     conv_fc_percentile: float | None = None
+    residual: bool = True
 
     def __post_init__(self) -> None:
         for name in ("percentile", "fc_percentile", "conv_fc_percentile"):
@@ -65,18 +70,18 @@ class WeakSubnetwork(Method):
         check_count("least", self.least, 1)
 
     def check(self, run: Run) -> None:
-        """Refuses a network without a width that can be changed."""
+        """Refuses a network without an interface to prune."""
         super().check(run)
-        check_interfaces(self.title, run)
+        check_interfaces(self.title, run, self.residual)
 
     def run(self, run: Run) -> None:
         """Removes the weak channels of all interfaces at once, then trains."""
         run.round("remove weak channels", lambda: self._remove(run))
         run.train("global", self.epochs)
 
-    def _percentile(self, run: Run, name: str) -> float:
+    def _percentile(self, run: Run, name: str, readers: tuple[Reader, ...]) -> float:
         """Returns q for the interface behind a layer, by the kinds of layers on its two sides."""
-        layers = [run.model.get_submodule(r.name) for r in run.interfaces.readers[name]]
+        layers = [run.model.get_submodule(reader.name) for reader in readers]
         special = None
         if isinstance(run.layers[name], nn.Linear):
             special = self.fc_percentile
@@ -86,15 +91,18 @@ class WeakSubnetwork(Method):
 
     def _remove(self, run: Run) -> dict[str, Any]:
         chosen = {}
-        for name, readers in run.interfaces.readers.items():  # all scores before any removal
+        found = run.interfaces
+        pairs = found.readers | (found.summed if self.residual else {})
+        for name, readers in pairs.items():  # all scores before any removal
             out = outgoing(run.weight(name))
             into = sum(
                 (incoming(run.weight(reader.name), reader.repeat) for reader in readers),
                 np.zeros_like(out),
             )
-            weak = weak_channels(out, into, self._percentile(run, name))
+            weak = weak_channels(out, into, self._percentile(run, name, readers))
             alive = run.alive(name)
-            chosen[name] = fit_width(weak, out + into, alive, self.multiple, self.least)
+            multiple = self.multiple if name in found.readers else 1  # a sum keeps its width
+            chosen[name] = fit_width(weak, out + into, alive, multiple, self.least)
         for name, filters in chosen.items():
             run.remove(name, filters)
         removed = {name: int(filters.sum()) for name, filters in chosen.items()}
@@ -132,15 +140,20 @@ def fit_width(
     return weakest(order, alive, int(wanted.sum()), multiple, least) & wanted
 
 
-def check_interfaces(title: str, run: Run) -> None:
+def check_interfaces(title: str, run: Run, residual: bool = False) -> None:
     """Refuses a network in which no layer's width can be changed.
+
+    Args:
+        title: of the method.
+        run: the network.
+        residual: whether an interface behind a residual sum is enough.
 
     Raises:
         ArgumentError: there is none.
     """
     found = run.interfaces
     run.kept.update({name: f"width kept: {why}" for name, why in found.fixed.items()})
-    if not found.readers:
+    if not found.readers and not (residual and found.summed):
         reasons = "; ".join(f"{n}: {why}" for n, why in list(found.fixed.items())[:3])
         raise ArgumentError(
             f"{title} removes whole filters, and finds no layer whose width can change ({reasons})."
