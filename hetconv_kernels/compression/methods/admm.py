@@ -5,10 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import partial
 from itertools import pairwise
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +19,9 @@ from ..projections import KINDS, keep_largest, project
 from ..run import Run, WeightLayer
 from ..schedule import check_count, check_fraction, check_positive
 from ..sensitivity import costs, densities
+from ..wildcards import check_patterns, first_that_fits
 
 ALLOCATIONS = ("sensitivity", "uniform")
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -136,15 +135,8 @@ class ADMM(Method):
     def check(self, run: Run) -> None:
         """Refuses patterns that fit no layer, and a search that nothing can judge."""
         super().check(run)
-        for what, chosen in (("layer_rates", self.layer_rates), ("layer_rho", self.layer_rho)):
-            for pattern in chosen or {}:
-                if not any(fnmatchcase(name, pattern) for name in run.layers):
-                    raise ArgumentError(
-                        mismatch(
-                            what, repr(pattern), f"the name of a layer, or a pattern that fits one "
-                            f"of {list(run.layers)[:8]}",
-                        )
-                    )  # fmt: skip
+        check_patterns("layer_rates", self.layer_rates, run.layers)
+        check_patterns("layer_rho", self.layer_rho, run.layers)
         if (self.tolerance is not None or len(self.candidates) > 1) and not run.training.can_judge:
             raise ArgumentError(
                 mismatch(
@@ -171,7 +163,7 @@ class ADMM(Method):
         """Returns the rate of all layers, of the fully-connected ones, or of a single one."""
         if name == "fc_rates" and self.fc_rates is not None:
             return self.fc_rates[step]
-        named = _first_that_fits(name, self.layer_rates) if name in run.layers else None
+        named = first_that_fits(name, self.layer_rates) if name in run.layers else None
         if named is not None:
             return named[step]
         linear = isinstance(run.layers.get(name), nn.Linear)
@@ -231,7 +223,7 @@ class ADMM(Method):
         rates = {
             name: wanted[name]
             for name in run.layers
-            if _first_that_fits(name, self.layer_rates) is not None
+            if first_that_fits(name, self.layer_rates) is not None
         }
         free = [name for name in run.layers if name not in rates]
         linear = [name for name in free if isinstance(run.layers[name], nn.Linear)]
@@ -259,7 +251,7 @@ class ADMM(Method):
         """Prunes to one rate: the updates, hard pruning and retraining."""
         run.round(f"Z = Π(W), U = 0 at {at}", lambda: self._start(run, rates))
         rho = {
-            name: factor * (_first_that_fits(name, self.layer_rho) or self.rho)
+            name: factor * (first_that_fits(name, self.layer_rho) or self.rho)
             for name in run.layers
         }
         for update in range(1, self.updates + 1):
@@ -320,11 +312,6 @@ def distance(run: Run, rho: Mapping[str, float]) -> Tensor:
         for name, layer in run.layers.items()
     ]  # fmt: skip
     return torch.stack(terms).sum()
-
-
-def _first_that_fits(name: str, chosen: Mapping[str, T] | None) -> T | None:
-    """Returns what the first pattern that fits a name stands for."""
-    return next((v for pattern, v in (chosen or {}).items() if fnmatchcase(name, pattern)), None)
 
 
 def _percent(rate: float) -> str:
