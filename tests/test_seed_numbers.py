@@ -157,7 +157,7 @@ def without_a_fraction(
 @pytest.mark.parametrize(("percent", "fraction", "gigamacs", "millions"), WSP_RESNET50)
 def test_wsp_of_resnet50_by_shapes(resnet50, percent, fraction, gigamacs, millions):
     model, found, rows = resnet50
-    live = without_a_fraction(model, found.readers | found.summed, fraction)
+    live = without_a_fraction(model, found.readers | found.behind, fraction)
     assert stats.macs_with(rows, live) / 1e9 == pytest.approx(gigamacs, rel=5e-3)
     dense = sum(model.get_submodule(n).weight.numel() for n in live)
     others = sum(p.numel() for p in model.parameters()) - dense  # biases, batch normalisation

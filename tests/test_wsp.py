@@ -211,6 +211,50 @@ def test_masked_network_equals_the_one_with_its_filters_removed_by_hand() -> Non
     torch.testing.assert_close(report.model[3](report.model[:3](x))[:, inner], y)
 
 
+class Branches(nn.Module):
+    """Two branches, joined end to end or summed."""
+
+    def __init__(self, joined: bool) -> None:
+        super().__init__()
+        self.joined = joined
+        self.one, self.two = nn.Conv2d(2, 4, 1, bias=False), nn.Conv2d(2, 4, 1, bias=False)
+        self.last = nn.Conv2d(8 if joined else 4, 3, 1, bias=False)
+        with torch.no_grad():
+            self.one.weight.copy_(torch.tensor(FIRST)[:, :, None, None])
+            self.two.weight.copy_(torch.tensor(FIRST).flip(0)[:, :, None, None])
+            second = torch.tensor(SECOND)
+            second = torch.cat([second, second.flip(1)], 1) if joined else second
+            self.last.weight.copy_(second[:, :, None, None])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        one, two = self.one(x), self.two(x)
+        return self.last(torch.cat([one, two], 1).relu() if self.joined else (one + two).relu())
+
+
+def test_of_a_concatenation_each_layer_is_paired_with_its_own_columns() -> None:
+    method = WeakSubnetwork(0.7, epochs=0)
+    report = run(method, Branches(True), example=X, eval_data=None, compact=False)
+    # As in the golden trace: of the first all but the last, of the second, mirrored, but the first.
+    assert report.history[1]["result"]["removed"] == {"one": 3, "two": 3}
+    assert live(report, "one", FILTERS) == [False, False, False, True]
+    assert live(report, "two", FILTERS) == [True, False, False, False]
+    assert live(report, "last", CHANNELS) == [False] * 3 + [True] * 2 + [False] * 3
+
+
+def test_parallel_branches_are_one_layer() -> None:
+    method = WeakSubnetwork(0.5, epochs=0)
+    report = run(method, Branches(False), example=X, eval_data=None, compact=False)
+    # Outgoing 1 + 4, 2 + 3, 3 + 2, 4 + 1: none is below the median, though each layer has some.
+    assert report.history[1]["result"]["removed"] == {"one": 0, "two": 0}
+    model = Branches(False)
+    with torch.no_grad():
+        model.two.weight.copy_(model.one.weight)
+    report = run(method, model, example=X, eval_data=None, compact=False)
+    for name in ("one", "two"):
+        assert live(report, name, FILTERS) == [False, True, True, True]
+    assert live(report, "last", CHANNELS) == [False, True, True, True]
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"percentile": 1.0}, {"percentile": -0.1}, {"epochs": -1}, {"multiple": 0}, {"least": 0}],

@@ -5,20 +5,22 @@ Removing filter i of a layer is exact when every layer that reads channel i is k
 too, and nothing mixes the channels in between. Where that does not hold (a residual sum, a
 concatenation, the output of the network) the layer keeps its width, and a sentence says why.
 
-Behind a residual sum a filter can still die, together with what the *next* layer reads of it: the
-sum keeps its width, since the other summand and later layers need it, and both layers have dead
-rows and columns.
+Where a width stays, a filter can still die together with what the *next* layers read of it: both
+have dead rows and columns, and whatever is between them is as it was. That holds behind a residual
+sum, whose other summand and later layers need its width, behind a gate, a concatenation, a channel
+shuffle and a group normalisation.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor, fx, nn
 
 from ..graph.channels import Channels, is_depthwise
+from ..graph.names import name_of
 from ..graph.trace import trace
 from ..masks import IntArray
 
@@ -30,10 +32,23 @@ class Reader:
     Attributes:
         name: of the layer.
         repeat: its inputs for each channel: 1, or H·W after a flatten.
+        inputs: for each of its inputs the filter that it reads, -1 for another layer's; None where
+            it reads all in order, each ``repeat`` times.
     """
 
     name: str
     repeat: int
+    inputs: tuple[int, ...] | None = None
+
+    def of_filters(self, filters: int) -> IntArray:
+        """Returns for each input the filter that it reads, -1 for another layer's.
+
+        Args:
+            filters: of the layer that is read.
+        """
+        if self.inputs is not None:
+            return np.array(self.inputs, dtype=np.int64)
+        return np.repeat(np.arange(filters), self.repeat)
 
 
 @dataclass(frozen=True)
@@ -43,14 +58,14 @@ class Interfaces:
     Attributes:
         readers: for each layer whose filters can be removed, all layers that read them.
         fixed: for each other layer, why its width stays.
-        summed: for layers among the fixed ones whose output goes into a residual sum, those that
-            read the sum next. Of the summands a reader is behind the deepest, the main path; one
-            that no reader is behind, such as a down-sampling, is not here.
+        behind: for layers among the fixed ones, those that read their channels next. Of several
+            summands a reader is behind the deepest, the main path, or all of the deepest; one that
+            no reader is behind, such as a down-sampling or what makes a gate, is not here.
     """
 
     readers: dict[str, tuple[Reader, ...]]
     fixed: dict[str, str]
-    summed: dict[str, tuple[Reader, ...]] = field(default_factory=dict)
+    behind: dict[str, tuple[Reader, ...]] = field(default_factory=dict)
 
 
 class _Blocked(Exception):
@@ -80,16 +95,16 @@ def find_interfaces(
             module.training = flag
     readers: dict[str, tuple[Reader, ...]] = {}
     fixed: dict[str, str] = {}
-    summed: dict[str, tuple[Reader, ...]] = {}
+    behind: dict[str, tuple[Reader, ...]] = {}
+    every = known.behind()
     for name in layers:
         try:
             readers[name] = known.readers(name)
         except _Blocked as reason:
             fixed[name] = str(reason)
-            behind = known.summed(name)
-            if behind:
-                summed[name] = behind
-    return Interfaces(readers, fixed, summed)
+            if name in every:
+                behind[name] = every[name]
+    return Interfaces(readers, fixed, behind)
 
 
 class _Known:
@@ -107,6 +122,8 @@ class _Known:
         self.passing: set[str] = set()
         self.makers: dict[int, set[str]] = defaultdict(set)
         self.called = {str(n.target) for n in channels.traced.graph.nodes if n.op == "call_module"}
+        names = Counter(str(node.target) for node in channels.layers)
+        self.often = {name for name, calls in names.items() if calls > 1}
         for node, layer in channels.layers.items():
             name = str(node.target)
             if is_depthwise(layer.support):
@@ -116,8 +133,6 @@ class _Known:
             self.read[name] = self._of(channels, channels.reader(node))
             for number in self.made[name]:
                 self.makers[int(number)].add(name)
-        given = [n for n in channels.traced.graph.nodes if n.op == "placeholder"]
-        self.given = {int(c) for n in given if n in channels.wires for c in self._of(channels, n)}
         self.depth, self.before = _depths(channels.traced.graph, set(channels.layers))
 
     def _of(self, channels: Channels, node: fx.Node) -> IntArray:
@@ -156,31 +171,44 @@ class _Known:
             raise _Blocked("no layer reads its output")
         return tuple(found)
 
-    def summed(self, name: str) -> tuple[Reader, ...]:
-        """Lists the layers that read a residual sum next behind a layer that feeds it."""
-        made = self.made.get(name)
-        if made is None or not any(
-            len(self.makers[int(c)]) > 1 or int(c) in self.given for c in made
-        ):
-            return ()
-        found = []
+    def behind(self) -> dict[str, tuple[Reader, ...]]:
+        """Lists for each layer those that read its channels next, on the longest way."""
+        found: dict[str, list[Reader]] = defaultdict(list)
         for reader, read in self.read.items():
-            repeat = len(read) // len(made)
-            if not repeat or not np.array_equal(read, np.repeat(made, repeat)):
-                continue
-            makers = {maker for c in read for maker in self.makers[int(c)]}
-            ahead = [maker for maker in makers if maker in self.before[reader]]
-            if name in ahead and self.depth[name] == max(self.depth[maker] for maker in ahead):
-                found.append(Reader(reader, repeat))
-        return tuple(found)
+            before = self.before[reader]
+            inputs: dict[str, IntArray] = {}
+            for number in np.unique(read):
+                ahead = [m for m in self.makers[int(number)] if m in before and m not in self.often]
+                deepest = max((self.depth[maker] for maker in ahead), default=0)
+                for maker in ahead:
+                    if self.depth[maker] < deepest:
+                        continue
+                    mine = np.flatnonzero(self.made[maker] == number)
+                    if len(mine) == 1:  # and not in a sum with others of its own
+                        places = inputs.setdefault(maker, np.full(len(read), -1))
+                        places[read == number] = mine[0]
+            for maker, places in inputs.items():
+                repeat = len(read) // len(self.made[maker])
+                whole = repeat and np.array_equal(
+                    places, np.repeat(np.arange(len(self.made[maker])), repeat)
+                )
+                found[maker].append(
+                    Reader(reader, repeat)
+                    if whole
+                    else Reader(reader, 1, tuple(int(place) for place in places))
+                )
+        return {name: tuple(readers) for name, readers in found.items()}
 
 
 def _depths(graph: fx.Graph, layers: set[fx.Node]) -> tuple[dict[str, int], dict[str, set[str]]]:
-    """Counts the layers on the longest way to each layer, and names all that are before it."""
+    """Counts the layers on the longest way to each layer, and names all that are before it.
+
+    What makes a gate is on no way: it says how much of a channel passes, not what is in it.
+    """
     depth: dict[fx.Node, int] = {}
     before: dict[fx.Node, frozenset[str]] = {}
     for node in graph.nodes:
-        operands = node.all_input_nodes
+        operands = _without_gates(node)
         deepest = max((depth[n] for n in operands), default=0)
         names = frozenset().union(*(before[n] for n in operands))
         depth[node] = deepest + (node in layers)
@@ -189,3 +217,13 @@ def _depths(graph: fx.Graph, layers: set[fx.Node]) -> tuple[dict[str, int], dict
         {str(node.target): depth[node] for node in layers},
         {str(node.target): set(before[node]) - {str(node.target)} for node in layers},
     )
+
+
+def _without_gates(node: fx.Node) -> list[fx.Node]:
+    """Lists what a node reads, without factors of one pixel where another one is an image."""
+    operands = node.all_input_nodes
+    if name_of(node) != "mul":
+        return operands
+    shapes = {n: tuple(n.meta.get("shape") or ()) for n in operands}
+    images = [n for n, shape in shapes.items() if shape[2:] not in ((), (1, 1))]
+    return images or operands

@@ -309,22 +309,22 @@ class Run:
                     allowed[name] = readers
                 elif name in self.layers:
                     fixed[name] = f"its reader {locked[0]!r} cannot be changed"
-            summed = {
+            behind = {
                 name: tuple(r for r in readers if r.name in self.layers)
-                for name, readers in found.summed.items()
+                for name, readers in found.behind.items()
                 if name in self.layers and name in fixed
             }
-            summed = {name: readers for name, readers in summed.items() if readers}
-            self._interfaces = Interfaces(allowed, fixed, summed)
+            behind = {name: readers for name, readers in behind.items() if readers}
+            self._interfaces = Interfaces(allowed, fixed, behind)
         return self._interfaces
 
     def remove(self, name: str, filters: BoolArray) -> None:
         """Removes whole filters of a layer, and the channels of all layers that read them.
 
-        Behind a residual sum those are the layers that read it next; the sum keeps its width.
+        Where the width stays, those are the layers that read it next, see `Interfaces`.
 
         Args:
-            name: of a layer in ``interfaces.readers`` or ``interfaces.summed``.
+            name: of a layer in ``interfaces.readers`` or ``interfaces.behind``.
             filters: which.  # bool [F]
         """
         rows = torch.from_numpy(np.array(filters, bool))
@@ -332,11 +332,12 @@ class Run:
         mask[rows.to(mask.device)] = False
         self.masks[name] = mask
         found = self.interfaces
-        for reader in found.readers[name] if name in found.readers else found.summed[name]:
+        for reader in found.readers[name] if name in found.readers else found.behind[name]:
             layer: Any = self.model.get_submodule(reader.name)
             old = self.masks.get(reader.name)
             mask = torch.ones_like(layer.weight, dtype=torch.bool) if old is None else old.clone()
-            mask[:, rows.repeat_interleave(reader.repeat).to(mask.device)] = False
+            read = torch.from_numpy(reader.of_filters(len(rows)))
+            mask[:, ((read >= 0) & rows[read]).to(mask.device)] = False
             self.masks[reader.name] = mask
         self.project()
 

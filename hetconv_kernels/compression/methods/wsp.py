@@ -25,8 +25,10 @@ class WeakSubnetwork(Method):
     Channel i between layers l and l+1 has an outgoing score Σ|W_l[i]| and an incoming score
     Σ|W_l+1[:, i]|; it is weak when it is below the q-th percentile of *both* layers, and all weak
     channels go at once: q = 70 % removes about 56 %. Where several layers read a channel, its
-    incoming score is the sum over them. Behind a residual sum the last layer of a block is paired
-    with the layers that read the sum next: their rows and columns die, and the sum keeps its width.
+    incoming score is the sum over them. Where a width cannot change (behind a residual sum, a gate,
+    a concatenation or a shuffle) a layer is paired with those that read its channels next: their
+    rows and columns die, and what is between keeps its width. Layers whose outputs are summed with
+    equal rights, such as parallel branches, are one layer in this.
 
     Source: Guo, Wu, Kittler, Feng, "Weak sub-network pruning for strong and efficient neural
     networks", Neural Networks 144, 2021.
@@ -42,8 +44,8 @@ class WeakSubnetwork(Method):
         fc_percentile: q between fully-connected layers; None is ``percentile``.
         conv_fc_percentile: q where a fully-connected layer reads a convolution; None is
             ``percentile``.
-        residual: whether interfaces behind residual sums are pruned too; their layers become
-            Supports with dead rows and columns, where the others become smaller dense layers.
+        residual: whether interfaces are pruned too whose width stays; their layers become Supports
+            with dead rows and columns, where the others become smaller dense layers.
 
     Raises:
         ArgumentError: a value out of range.
@@ -89,20 +91,36 @@ class WeakSubnetwork(Method):
             special = self.conv_fc_percentile
         return self.percentile if special is None else special
 
+    def _pairs(self, run: Run) -> list[tuple[list[str], tuple[Reader, ...]]]:
+        """Lists the interfaces: the layers on the one side, mostly one, and on the other."""
+        found = run.interfaces
+        pairs = [([name], readers) for name, readers in found.readers.items()]
+        if self.residual:
+            parallel: dict[tuple[Reader, ...], list[str]] = {}
+            for name, readers in found.behind.items():
+                parallel.setdefault(readers, []).append(name)
+            pairs += [(names, readers) for readers, names in parallel.items()]
+        return pairs
+
     def _remove(self, run: Run) -> dict[str, Any]:
         chosen = {}
         found = run.interfaces
-        pairs = found.readers | (found.summed if self.residual else {})
-        for name, readers in pairs.items():  # all scores before any removal
-            out = outgoing(run.weight(name))
-            into = sum(
-                (incoming(run.weight(reader.name), reader.repeat) for reader in readers),
-                np.zeros_like(out),
-            )
-            weak = weak_channels(out, into, self._percentile(run, name, readers))
-            alive = run.alive(name)
-            multiple = self.multiple if name in found.readers else 1  # a sum keeps its width
-            chosen[name] = fit_width(weak, out + into, alive, multiple, self.least)
+        chosen = {}
+        for names, readers in self._pairs(run):  # all scores before any removal
+            out = np.sum([outgoing(run.weight(name)) for name in names], axis=0)
+            into, read = np.zeros_like(out), np.zeros(len(out), bool)
+            for reader in readers:
+                filters = reader.of_filters(len(out))
+                mine = filters >= 0
+                np.add.at(into, filters[mine], incoming(run.weight(reader.name))[mine])
+                read[filters[mine]] = True
+            weak = np.zeros(len(out), bool)  # what none of the readers reads is somebody else's
+            q = self._percentile(run, names[0], readers)
+            weak[read] = weak_channels(out[read], into[read], q)
+            alive = np.any([run.alive(name) for name in names], axis=0)
+            multiple = self.multiple if names[0] in found.readers else 1  # the width stays
+            filters = fit_width(weak, out + into, alive, multiple, self.least)
+            chosen.update(dict.fromkeys(names, filters))
         for name, filters in chosen.items():
             run.remove(name, filters)
         removed = {name: int(filters.sum()) for name, filters in chosen.items()}
@@ -153,7 +171,7 @@ def check_interfaces(title: str, run: Run, residual: bool = False) -> None:
     """
     found = run.interfaces
     run.kept.update({name: f"width kept: {why}" for name, why in found.fixed.items()})
-    if not found.readers and not (residual and found.summed):
+    if not found.readers and not (residual and found.behind):
         reasons = "; ".join(f"{n}: {why}" for n, why in list(found.fixed.items())[:3])
         raise ArgumentError(
             f"{title} removes whole filters, and finds no layer whose width can change ({reasons})."
