@@ -249,7 +249,7 @@ class _Press:
     def step(self) -> None:
         """Takes an equal part of the epoch's share."""
         self._steps += 1
-        data = self._run.training.data
+        data: Any = self._run.training.data
         known = self._run.tensors.get(self._BATCHES)
         if known is not None:
             batches = int(known)

@@ -105,15 +105,15 @@ class WeakSubnetwork(Method):
     def _remove(self, run: Run) -> dict[str, Any]:
         chosen = {}
         found = run.interfaces
-        chosen = {}
+        chosen: dict[str, BoolArray] = {}
         for names, readers in self._pairs(run):  # all scores before any removal
             out = np.sum([outgoing(run.weight(name)) for name in names], axis=0)
             into, read = np.zeros_like(out), np.zeros(len(out), bool)
             for reader in readers:
-                filters = reader.of_filters(len(out))
-                mine = filters >= 0
-                np.add.at(into, filters[mine], incoming(run.weight(reader.name))[mine])
-                read[filters[mine]] = True
+                inputs = reader.of_filters(len(out))
+                mine = inputs >= 0
+                np.add.at(into, inputs[mine], incoming(run.weight(reader.name))[mine])
+                read[inputs[mine]] = True
             weak = np.zeros(len(out), bool)  # what none of the readers reads is somebody else's
             q = self._percentile(run, names[0], readers)
             weak[read] = weak_channels(out[read], into[read], q)
