@@ -103,7 +103,6 @@ class WeakSubnetwork(Method):
         return pairs
 
     def _remove(self, run: Run) -> dict[str, Any]:
-        chosen = {}
         found = run.interfaces
         chosen: dict[str, BoolArray] = {}
         for names, readers in self._pairs(run):  # all scores before any removal
