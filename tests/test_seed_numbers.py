@@ -66,6 +66,34 @@ def test_imagenet_networks(name, gigamacs):
     assert round(stats.macs(model, (3, 224, 224)) / 1e9, 4) == gigamacs
 
 
+@pytest.mark.parametrize(
+    ("name", "side", "megamacs"),
+    [
+        ("resnet20", 32, 40.551), ("resnet56", 32, 125.486), ("resnet110", 32, 252.888),
+        ("mobilenet", 224, 568.740), ("resnet18", 224, 1814.073), ("resnet34", 224, 3663.761),
+    ],
+)  # fmt: skip
+def test_dense_networks_that_the_tables_begin_with(name, side, megamacs):
+    with torch.device("meta"):
+        model = getattr(models, name)()
+    assert round(stats.macs(model, (3, side, side)) / 1e6, 3) == megamacs
+
+
+@pytest.mark.parametrize("p", [2, 4, 8, 16])
+def test_hetconv_resnet56(p):
+    """By arithmetic: 54 convolutions, F·(9·C/p + C − C/p) a pixel; the stem and classifier dense."""
+    with torch.device("meta"):
+        model = models.resnet56()
+    report = hk.convert(model, hk.rules.het(p=p))
+    total, C = 32 * 32 * 16 * 27 + 64 * 10, 16
+    for F, side in ((16, 32), (32, 16), (64, 8)):
+        for _ in range(18):
+            total += side * side * F * (9 * C // p + C - C // p)
+            C = F
+    assert len(report.swapped) == 54
+    assert stats.macs(report.model, (3, 32, 32)) == total
+
+
 def test_densenet_of_the_self_grouping_papers_cifar_table():
     with torch.device("meta"):
         model = models.densenet121_cifar()
