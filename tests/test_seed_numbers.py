@@ -81,7 +81,7 @@ def test_dense_networks_that_the_tables_begin_with(name, side, megamacs):
 
 @pytest.mark.parametrize("p", [2, 4, 8, 16])
 def test_hetconv_resnet56(p):
-    """By arithmetic: 54 convolutions, F·(9·C/p + C − C/p) a pixel; the stem and classifier dense."""
+    """By arithmetic: 54 layers, F·(9·C/p + C − C/p) a pixel; the stem and classifier are dense."""
     with torch.device("meta"):
         model = models.resnet56()
     report = hk.convert(model, hk.rules.het(p=p))
