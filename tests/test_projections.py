@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hetconv_kernels.compression.projections import keep_largest, project
+from hetconv_kernels.compression.projections import KINDS, keep_largest, project
 from hetconv_kernels.errors import ArgumentError
 
 # Two filters, three channels, two taps.
@@ -111,3 +111,12 @@ def test_with_patterns_what_more_is_to_go_goes_in_whole_kernels() -> None:
     assert len(np.unique(mask[mask.any(1)], axis=0)) <= 8
     one = torch.randn(8, 6, 1, 1, generator=torch.Generator().manual_seed(0))
     assert keep_largest(one, 0.75, "patterns").sum() == 12  # single weights
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_unit_stays_at_any_rate(kind: str) -> None:
+    weight = torch.randn(4, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    mask = keep_largest(weight, 0.9999, kind, 2, 2)
+    unit = {"irregular": 1, "kernels": 9, "columns": 2, "runs": 2, "blocks": 36, "filters": 36,
+            "channels": 36, "patterns": 4}  # fmt: skip
+    assert mask.sum() == unit[kind]

@@ -33,7 +33,8 @@ def keep_largest(
 ) -> BoolArray:
     """Chooses the units that the projection Π keeps.  # [F, C, KH, KW] or [F, C] -> bool, same
 
-    Exactly round((1 − ``pruned``)·units) stay; ties are decided by the order of the units. The last
+    Exactly round((1 − ``pruned``)·units) stay, and at least one, since a layer without a weight
+    gives nothing; ties are decided by the order of the units. The last
     unit of a row may be smaller than the others where the sizes do not divide, and is ranked by
     its own energy.
 
@@ -65,7 +66,7 @@ def keep_largest(
     if kind == "patterns" and taps > entries:
         chosen = pattern_taps(squares.reshape(-1, taps), entries, patterns)
         energy = np.where(chosen, squares.reshape(-1, taps), 0.0).sum(1)
-        kept = min(round((1 - pruned) * squares.size / entries), len(energy))
+        kept = min(max(round((1 - pruned) * squares.size / entries), 1), len(energy))
         return (chosen & _largest(energy, kept)[:, None]).reshape(shape)
     group = {
         "patterns": (1, 1, 1),
@@ -80,7 +81,7 @@ def keep_largest(
     energy = squares
     for axis, size in enumerate(group):
         energy = np.add.reduceat(energy, np.arange(0, squares.shape[axis], size), axis=axis)
-    kept = round((1 - pruned) * energy.size)
+    kept = max(round((1 - pruned) * energy.size), 1)
     mask: BoolArray = _largest(energy.ravel(), kept).reshape(energy.shape)
     for axis, size in enumerate(group):
         mask = np.repeat(mask, size, axis=axis)
