@@ -26,19 +26,19 @@ from hetconv_kernels.compression import Method
 from hetconv_kernels.compression.command import top1_accuracy, train_dense, trainer
 
 TOLERANCE = 0.003
-_DENSE_EPOCHS, _BATCH, _RATE = 20, 64, 0.01
+_DENSE_EPOCHS, _BATCH, _RATE = 10, 64, 0.01
 
 
 def lenet_methods() -> dict[str, Method]:
     """Lists the methods by the names of their lines."""
-    saved: dict[str, Any] = {"tolerance": TOLERANCE, "target": 0.95, "epochs": 12}
+    saved: dict[str, Any] = {"tolerance": TOLERANCE, "target": 0.95, "epochs": 6}
     return {
         "filter correlation": methods.FilterCorrelation(
-            **saved, fraction=0.15, pair_epochs=1, tune_epochs=3, least_correlation=0.0
+            **saved, fraction=0.15, pair_epochs=1, tune_epochs=2, least_correlation=0.0
         ),
-        "stability": methods.Stability(**saved, fraction=0.15, probe_epochs=1, tune_epochs=3),
+        "stability": methods.Stability(**saved, fraction=0.15, probe_epochs=1, tune_epochs=2),
         "Play and Prune": methods.PlayAndPrune(
-            **saved, fraction=0.15, threshold=0.15, prune_epochs=1, recover_epochs=3
+            **saved, fraction=0.15, threshold=0.15, prune_epochs=1, recover_epochs=2
         ),
         # The first two rates are on the way; the last is the paper's 167 times fewer weights.
         "ADMM": methods.ADMM(

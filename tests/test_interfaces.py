@@ -232,6 +232,21 @@ def test_layers_are_followed_through_what_keeps_its_width(way: str, behind: dict
     assert not set(behind) & set(found.readers)
 
 
+def test_channels_that_the_output_shows_are_behind_nothing() -> None:
+    class Features(nn.Module):
+        """Gives the sum of its first block too, as backbones of detectors do."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.head = (nn.Conv2d(4, 4, 1) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            x = F.relu(self.one(x) + self.two(x))
+            return x, self.head(x)
+
+    assert interfaces(Features(), 2, 4, 3, 3).behind == {}
+
+
 def test_filters_of_a_reader_are_by_number_or_in_order() -> None:
     assert Reader("a", 2).of_filters(3).tolist() == [0, 0, 1, 1, 2, 2]
     assert Reader("a", 1, ONE).of_filters(4).tolist() == list(ONE)

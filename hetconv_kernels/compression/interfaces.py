@@ -133,6 +133,14 @@ class _Known:
             self.read[name] = self._of(channels, channels.reader(node))
             for number in self.made[name]:
                 self.makers[int(number)].add(name)
+        shown = [n for n in channels.traced.graph.nodes if n.op == "output"]
+        self.shown = {
+            int(c)
+            for n in shown
+            for operand in n.all_input_nodes
+            if operand in channels.wires
+            for c in self._of(channels, operand)
+        }
         self.depth, self.before = _depths(channels.traced.graph, set(channels.layers))
 
     def _of(self, channels: Channels, node: fx.Node) -> IntArray:
@@ -172,13 +180,16 @@ class _Known:
         return tuple(found)
 
     def behind(self) -> dict[str, tuple[Reader, ...]]:
-        """Lists for each layer those that read its channels next, on the longest way."""
+        """Lists for each layer those that read its channels next, on the longest way.
+
+        A channel that the network's output shows is nobody's to drop.
+        """
         found: dict[str, list[Reader]] = defaultdict(list)
         for reader, read in self.read.items():
             before = self.before[reader]
             inputs: dict[str, IntArray] = {}
-            for number in np.unique(read):
-                ahead = [m for m in self.makers[int(number)] if m in before and m not in self.often]
+            for number in set(np.unique(read).tolist()) - self.shown:
+                ahead = [m for m in self.makers[number] if m in before and m not in self.often]
                 deepest = max((self.depth[maker] for maker in ahead), default=0)
                 for maker in ahead:
                     if self.depth[maker] < deepest:
