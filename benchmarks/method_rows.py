@@ -46,7 +46,7 @@ def rows(settings: TaskSettings) -> list[QualityRow]:
     by_pairs = saved | {"fraction": 0.1, "pair_epochs": 1, "tune_epochs": short,
                         "episodes": settings.steps}  # fmt: skip
     by_players = saved | {
-        "fraction": 0.2, "penalty": 1e-2, "threshold": 0.2, "prune_epochs": 1,
+        "fraction": 0.2, "threshold": 0.2, "prune_epochs": 1,
         "recover_epochs": short, "rounds": settings.steps,
     }  # fmt: skip
     by_change = saved | {

@@ -161,3 +161,36 @@ def test_a_lone_parameter_freezes_what_it_meets() -> None:
 
     found = channels_of(Scaled())
     assert set(found.of(next(iter(found.layers)))) <= set(found.frozen)
+
+
+def shuffled(x):
+    n, c, h, w = x.shape
+    return x.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().reshape(n, c, h, w)
+
+
+def normed(x):
+    return F_.batch_norm(x, torch.zeros(4), torch.ones(4))
+
+
+@pytest.mark.parametrize(
+    ("middle", "read", "reason"),
+    [
+        (shuffled, [0, 2, 1, 3], "counts channels"),
+        (normed, [0, 1, 2, 3], "may mix its channels"),
+        (nn.GroupNorm(2, 4), [0, 1, 2, 3], "may mix its channels"),
+    ],
+    ids=["shuffle", "batch norm as a function", "group norm"],
+)
+def test_channels_are_followed_through_what_nothing_is_taken_out_of(middle, read, reason) -> None:
+    found = channels_of(Net(middle))
+    assert seen(found) == read
+    frozen = {found.frozen.get(int(c), "") for c in found.of(next(iter(found.layers)))}
+    assert all(reason in why for why in frozen)
+
+
+def test_five_dimensions_that_mix_pixels_with_channels_end_the_way() -> None:
+    def mixed(x):
+        n, c, h, w = x.shape
+        return x.view(n, 2, 2, h, w).transpose(2, 4).reshape(n, c, h, w)
+
+    assert seen(channels_of(Net(mixed))) == [9] * 4

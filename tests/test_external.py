@@ -24,10 +24,17 @@ pytestmark = pytest.mark.slow  # minutes, and three packages that are not small
 
 # Networks in which no filter can be removed, by the first reason that is given.
 NO_FILTER_GOES = {
-    "timm:repvgg_a0": "batch_norm .* may mix its channels",  # parallel batch norms
-    "timm:resnetv2_50": "batch_norm .* may mix its channels",  # standardised weights
-    "timm:skresnet18": "may mix its channels",  # attention over branches
     "timm:vit_tiny_patch16_224": "may mix its channels",  # tokens
+}
+# How many times fewer MACs WSP at 70 % leaves, at least, where widths go through gates, shuffles,
+# splits, parallel branches and normalisations that are functions.
+FEWER = {
+    "timm:mobilenetv3_small_100": 1.8,
+    "timm:efficientnet_b0": 1.8,
+    "timm:res2net50_26w_4s": 1.8,
+    "timm:repvgg_a0": 1.8,
+    "timm:resnetv2_50": 1.8,
+    "torchvision:shufflenet_v2_x0_5": 1.8,
 }
 # Networks whose own code torch.fx cannot follow: a file of theirs needs the class.
 NEEDS_THE_CLASS = {"smp:FPN:mobilenet_v2", "smp:DeepLabV3Plus:resnet18"}
@@ -80,7 +87,8 @@ def compressed(given: External, model: nn.Module, x: Tensor) -> nn.Module:
         report = hk.compress(model, method, **arguments)
     else:
         report = hk.compress(model, WeakSubnetwork(0.7, epochs=1), **arguments)
-    assert report.macs[0] >= 1.001 * report.macs[1]
+    least = FEWER.get(given.id, 1.001)
+    assert report.macs[0] >= least * report.macs[1]
     assert report.difference < TOLERANCE
     return report.model.eval()
 

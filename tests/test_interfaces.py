@@ -142,3 +142,111 @@ def test_modes_are_left_as_they_were() -> None:
     assert model.training
     assert not model[1].training
     assert model[1].num_batches_tracked == 0
+
+
+class Shortcuts(nn.Module):
+    """A residual stage whose first shortcut is a convolution, called before or after the others."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.first = first
+        for name in ("one", "two", "three", "four"):
+            setattr(self, name, nn.Conv2d(4, 4, 1))
+        self.shortcut = nn.Conv2d(4, 4, 1)
+        self.head = nn.Linear(4 * 9, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = self.shortcut(x) if self.first else x
+        y = self.two(F.relu(self.one(x)))
+        x = F.relu(y + (shortcut if self.first else self.shortcut(x)))
+        x = F.relu(self.four(F.relu(self.three(x))) + x)
+        return self.head(x.flatten(1))
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["shortcut first", "shortcut last"])
+def test_a_sum_is_read_behind_its_deepest_summand(first: bool) -> None:
+    found = interfaces(Shortcuts(first), 2, 4, 3, 3)
+    assert found.behind == {"two": (Reader("three", 1),), "four": (Reader("head", 9),)}
+    assert found.readers == {"one": (Reader("two", 1),), "three": (Reader("four", 1),)}
+    assert "residual sum" in found.fixed["shortcut"]
+
+
+def test_a_layer_is_behind_none_of_those_whose_width_can_change() -> None:
+    assert interfaces(tiny(), 2, 5, 6, 6).behind == {}
+
+
+class Ways(nn.Module):
+    """What channels pass through with their width as it was, and are still themselves."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.one, self.two = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+        self.squeeze, self.excite = nn.Conv2d(4, 2, 1), nn.Conv2d(2, 4, 1)
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("var", torch.ones(4))
+        self.norm = nn.GroupNorm(2, 4)
+        self.wide, self.last = nn.Conv2d(8, 2, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.one(x)
+        if self.way == "gate":
+            z = self.excite(F.relu(self.squeeze(y.mean((2, 3), keepdim=True))))
+            return self.last(y * torch.sigmoid(z))
+        if self.way == "batch_norm":
+            return self.last(F.relu(F.batch_norm(y, self.mean, self.var)))
+        if self.way == "group_norm":
+            return self.last(self.norm(y))
+        if self.way == "branches":
+            return self.last(F.relu(y + self.two(x)))
+        both = torch.cat([y, self.two(x)], 1)
+        if self.way == "shuffle":
+            n, c, h, w = both.shape
+            both = both.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
+        return self.wide(F.relu(both))
+
+
+ONE, TWO = (0, 1, 2, 3, -1, -1, -1, -1), (-1, -1, -1, -1, 0, 1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("way", "behind"),
+    [
+        ("gate", {"one": (Reader("squeeze", 1), Reader("last", 1))}),  # and not what excites
+        ("batch_norm", {"one": (Reader("last", 1),)}),
+        ("group_norm", {"one": (Reader("last", 1),)}),
+        ("branches", {"one": (Reader("last", 1),), "two": (Reader("last", 1),)}),
+        ("cat", {"one": (Reader("wide", 1, ONE),), "two": (Reader("wide", 1, TWO),)}),
+        (
+            "shuffle",
+            {
+                "one": (Reader("wide", 1, (0, -1, 1, -1, 2, -1, 3, -1)),),
+                "two": (Reader("wide", 1, (-1, 0, -1, 1, -1, 2, -1, 3)),),
+            },
+        ),
+    ],
+)
+def test_layers_are_followed_through_what_keeps_its_width(way: str, behind: dict) -> None:
+    found = interfaces(Ways(way), 2, 3, 3, 3)
+    assert found.behind == behind
+    assert not set(behind) & set(found.readers)
+
+
+def test_channels_that_the_output_shows_are_behind_nothing() -> None:
+    class Features(nn.Module):
+        """Gives the sum of its first block too, as backbones of detectors do."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.head = (nn.Conv2d(4, 4, 1) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            x = F.relu(self.one(x) + self.two(x))
+            return x, self.head(x)
+
+    assert interfaces(Features(), 2, 4, 3, 3).behind == {}
+
+
+def test_filters_of_a_reader_are_by_number_or_in_order() -> None:
+    assert Reader("a", 2).of_filters(3).tolist() == [0, 0, 1, 1, 2, 2]
+    assert Reader("a", 1, ONE).of_filters(4).tolist() == list(ONE)

@@ -20,7 +20,7 @@ METHODS = {
     ),
     "stability": hk.methods.Stability(**COMMON, probe_epochs=1, tune_epochs=0, steps=40),
     "play and prune": hk.methods.PlayAndPrune(
-        **COMMON, penalty=1.0, threshold=0.4, prune_epochs=1, recover_epochs=0, rounds=60
+        **COMMON, penalty=0.5, threshold=0.2, prune_epochs=1, recover_epochs=0, rounds=60
     ),
 }
 
@@ -75,7 +75,7 @@ def test_what_is_owed_is_remembered_over_a_kill(name: str, tmp_path: Path) -> No
     def dying(model: nn.Module, batch: int) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        if calls == 13:
+        if calls == 5:  # in the third step, which knows what the second left over
             raise Stop
         return 1e-3 * sum(p.abs().sum() for p in model.parameters())
 

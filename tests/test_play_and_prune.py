@@ -13,7 +13,12 @@ from compressing import check_kills, run
 from torch import nn
 
 from hetconv_kernels.compression import PlayAndPrune
-from hetconv_kernels.compression.methods.play_and_prune import first_threshold, headroom, mean_norms
+from hetconv_kernels.compression.methods.play_and_prune import (
+    headroom,
+    mean_norms,
+    next_pressure,
+    threshold_of,
+)
 from hetconv_kernels.errors import ArgumentError
 
 
@@ -43,12 +48,12 @@ def play(method: PlayAndPrune, accuracies: list[float], **options):
     return run(method, network(), **(arguments | options))
 
 
-def test_first_threshold_is_where_a_fraction_lies_under() -> None:
+def test_threshold_of_is_where_a_fraction_lies_under() -> None:
     norms = np.arange(1.0, 7.0)
     # Two of six are a third: just above 2 it is the first time at least 0.3.
-    assert first_threshold(norms, 0.3) == pytest.approx(2.0)
-    assert (norms < first_threshold(norms, 0.3)).sum() == 2
-    assert first_threshold(norms, 0.34) == pytest.approx(3.0)
+    assert threshold_of(norms, 0.3) == pytest.approx(2.0)
+    assert (norms < threshold_of(norms, 0.3)).sum() == 2
+    assert threshold_of(norms, 0.34) == pytest.approx(3.0)
 
 
 @pytest.mark.parametrize(
@@ -58,48 +63,113 @@ def test_headroom_is_what_is_left_of_the_tolerance(accuracy: float, left: float)
     assert headroom(accuracy, 0.95, 0.02) == left
 
 
-def test_golden_trace_of_two_rounds() -> None:
+@pytest.mark.parametrize(
+    ("left", "after"), [(1.0, 3.0), (0.8, 2.4), (2 / 3, 2.0), (0.4, 1.2), (0.1, 1.0), (0.0, 1.0)]
+)
+def test_the_pressure_rises_and_falls_and_is_halved_at_most(left: float, after: float) -> None:
+    assert next_pressure(2.0, left, 1.5) == pytest.approx(after)
+
+
+def rounds_of(report) -> dict:
+    return {entry["what"]: entry["result"] for entry in report.history}
+
+
+def test_golden_trace_of_three_rounds() -> None:
     method = PlayAndPrune(
-        tolerance=0.02, fraction=0.34, penalty=0.1, threshold=0.3, prune_epochs=1,
-        recover_epochs=0, epochs=0, target=0.99, least=1,
+        tolerance=0.02, fraction=0.34, penalty=0.1, threshold=0.3, delta=1.5, prune_epochs=1,
+        recover_epochs=0, rounds=3, epochs=0, target=0.99, least=1,
     )  # fmt: skip
-    # Before, baseline, after round 1 (half of the tolerance left), after round 2 (spent), result.
-    report = play(method, [0.90, 0.90, 0.89, 0.88, 0.88])
-    rounds = {entry["what"]: entry["result"] for entry in report.history}
-    assert rounds["first thresholds"]["0"] == pytest.approx(2.0)
-    # Round 1: 34 % of six filters are two; the penalty takes 0.1 off their weights; the filters of
-    # mean 0.9 and 1.9 are under the threshold 2.
-    assert rounds["choose 1"] == {"0": [0, 1]}
+    # Before, baseline, after round 1 (half of the tolerance left), 2 and 3 (all left), result.
+    report = play(method, [0.90, 0.90, 0.89, 0.90, 0.90, 0.90])
+    rounds = rounds_of(report)
+    # Round 1: 34 % of six filters are two, of mean magnitude 1.5; the penalty takes a tenth of it
+    # off their weights; the filters of mean 0.85 and 1.85 are under 2, where 30 % lie under.
+    chosen = rounds["choose 1"]["0"]
+    assert chosen == {"filters": [0, 1], "magnitude": 1.5, "threshold": pytest.approx(2.0)}
     assert rounds["drop 1"]["removed"] == {"0": 2}
-    # Round 2, T = 1/2: 34 % of four is one; penalty 0.05; threshold 1, nothing is under it.
-    assert rounds["choose 2"] == {"0": [2]}
-    assert rounds["drop 2"]["removed"] == {"0": 0}
-    assert "choose 3" not in rounds
-    assert report.notes == ("the tolerance was spent after 2 rounds",
-                            *report.notes[1:])  # fmt: skip
-    weight = report.model[0].weight[:, :, 0, 0]
-    expected = torch.tensor([[0.0, 0], [0, 0], [2.95, -2.95], [4, -4], [5, -5], [6, -6]])
-    torch.testing.assert_close(weight.detach(), expected)
-    assert report.model[2].support.mask.any(axis=(0, 2, 3)).tolist() == [False] * 2 + [True] * 4
+    assert rounds["pressure after 1"] == 0.75
+    # Round 2: 34 % · 0.75 of four is one, of magnitude 3, and 30 % · 0.75 lie under 3; it loses
+    # 0.075 · 3 and is under it.
+    chosen = rounds["choose 2"]["0"]
+    assert chosen == {"filters": [2], "magnitude": 3, "threshold": pytest.approx(3.0)}
+    assert rounds["drop 2"]["removed"] == {"0": 1}
+    assert rounds["pressure after 2"] == 1.125
+    # Round 3: one of magnitude 4 loses a tenth of it; two of three lie under 5 (and a little).
+    chosen = rounds["choose 3"]["0"]
+    assert chosen == {"filters": [3], "magnitude": 4, "threshold": pytest.approx(5.0)}
+    assert rounds["drop 3"]["removed"] == {"0": 2}
+    weight = report.model[0].weight[:, :, 0, 0].detach()
+    torch.testing.assert_close(weight, torch.tensor([[0.0, 0]] * 5 + [[6, -6]]))
+    assert report.model[2].support.mask.any(axis=(0, 2, 3)).tolist() == [False] * 5 + [True]
 
 
-def test_delta_scales_the_threshold_of_the_first_round_too() -> None:
+def test_the_threshold_rises_while_the_tolerance_is_not_touched() -> None:
     method = PlayAndPrune(
-        tolerance=0.02, threshold=0.3, delta=2.2, penalty=0.0, prune_epochs=0, recover_epochs=0,
-        epochs=0, rounds=1, least=1,
+        tolerance=0.02, threshold=0.15, delta=2.2, penalty=0.0, prune_epochs=0, recover_epochs=0,
+        epochs=0, rounds=2, target=0.99, least=1,
     )  # fmt: skip
-    report = play(method, [0.9] * 4)
-    rounds = {entry["what"]: entry["result"] for entry in report.history}
-    assert rounds["drop 1"]["removed"] == {"0": 4}  # under 4.4 are 1, 2, 3 and 4
+    rounds = rounds_of(play(method, [0.9] * 5))
+    assert rounds["drop 1"]["removed"] == {"0": 1}  # of six 15 % lie under 1 (and a little)
+    assert rounds["drop 2"]["removed"] == {"0": 2}  # of five 33 % lie under 3
 
 
-def test_a_round_that_costs_too_much_is_taken_back() -> None:
+def test_a_round_over_the_tolerance_is_taken_back_and_a_smaller_one_tried() -> None:
     method = PlayAndPrune(
-        tolerance=0.02, threshold=0.3, prune_epochs=0, recover_epochs=0, epochs=0, least=1
-    )
-    report = play(method, [0.90, 0.90, 0.50, 0.90])
-    assert "round 1 cost more than the tolerance" in report.notes[0]
+        tolerance=0.02, threshold=0.3, penalty=0.0, prune_epochs=0, recover_epochs=0, epochs=0,
+        rounds=2, target=0.99, least=1,
+    )  # fmt: skip
+    report = play(method, [0.90, 0.90, 0.50, 0.90, 0.90])
+    rounds = rounds_of(report)
+    assert rounds["drop 1"]["removed"] == {"0": 2}
+    assert report.notes[0] == "round 1 cost more than the tolerance and was taken back"
+    assert rounds["pressure after 1"] == 0.5
+    assert rounds["drop 2"]["removed"] == {"0": 1}
+    assert report.model[0].support.mask.any(axis=(1, 2, 3)).tolist() == [False] + [True] * 5
+
+
+def test_pruning_ends_after_as_many_vain_rounds_as_it_may_retry() -> None:
+    method = PlayAndPrune(
+        tolerance=0.02, threshold=0.3, prune_epochs=0, recover_epochs=0, epochs=0, retries=2,
+        least=1,
+    )  # fmt: skip
+    report = play(method, [0.90, 0.90, 0.50, 0.50, 0.50, 0.90])
+    assert "3 rounds in a row could not remove a filter" in report.notes[-1]
     assert isinstance(report.model[0], nn.Conv2d)
+    assert "choose 4" not in rounds_of(report)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [range(1), range(7), lambda epoch: range(7), lambda epoch: iter(range(3 + epoch))],
+    ids=["one batch", "seven", "of unknown length", "of changing length"],
+)
+@pytest.mark.parametrize("rate", [1.0, 1e-3])
+def test_the_penalty_takes_the_same_in_any_number_of_steps_at_any_rate(data, rate) -> None:
+    method = PlayAndPrune(
+        tolerance=0.02, fraction=0.34, penalty=0.5, threshold=0.0, prune_epochs=2,
+        recover_epochs=0, epochs=0, rounds=1,
+    )  # fmt: skip
+    report = play(method, [0.9] * 4, data=data, optimizer=lambda p: torch.optim.SGD(p, lr=rate))
+    # Half of 1.5 from the two filters of least norm.
+    norms = report.model[0].weight.detach().abs().mean((1, 2, 3))
+    torch.testing.assert_close(norms, torch.tensor([0.25, 1.25, 3, 4, 5, 6]))
+
+
+def test_where_the_loss_opposes_a_pressed_filter_stays() -> None:
+    def loss(model: nn.Module, batch: int) -> torch.Tensor:
+        return (model[0].weight[0].abs() - 1).square().sum()
+
+    method = PlayAndPrune(
+        tolerance=0.02, fraction=0.34, penalty=0.5, threshold=0.0, prune_epochs=1,
+        recover_epochs=0, epochs=0, rounds=1,
+    )  # fmt: skip
+    report = play(
+        method, [0.9] * 4, data=range(100), train_step=loss,
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+    )  # fmt: skip
+    norms = report.model[0].weight.detach().abs().mean((1, 2, 3))
+    assert norms[0] > 0.9
+    assert norms[1] == pytest.approx(1.25, rel=1e-4)
 
 
 def test_norms_are_means_over_live_weights() -> None:
@@ -113,7 +183,7 @@ def test_norms_are_means_over_live_weights() -> None:
 @pytest.mark.parametrize(
     "settings",
     [{"tolerance": 0.0}, {"fraction": 1.0}, {"penalty": -1.0}, {"threshold": 2}, {"delta": 0.0},
-     {"rounds": 0}, {"multiple": 0}],
+     {"retries": -1}, {"rounds": 0}, {"multiple": 0}],
     ids=str,
 )  # fmt: skip
 def test_bad_settings(settings: dict) -> None:
@@ -123,6 +193,6 @@ def test_bad_settings(settings: dict) -> None:
 
 def test_killed_and_resumed(tmp_path: Path) -> None:
     method = PlayAndPrune(
-        tolerance=1.0, prune_epochs=1, recover_epochs=1, epochs=1, rounds=2, threshold=0.2
+        tolerance=1.0, prune_epochs=2, recover_epochs=1, epochs=1, rounds=2, threshold=0.2
     )
     check_kills(method, tmp_path, seed=3)

@@ -41,7 +41,8 @@ METHODS = {
     "stability": Stability(
         fraction=0.2, probe_epochs=1, tune_epochs=1, tolerance=1.0, steps=2, epochs=1
     ),
-    "admm": ADMM(rates=(0.5,), updates=2, admm_epochs=1, retrain_epochs=1),
+    # Sensitivity is by training batches, which only the loop has; here by the weights.
+    "admm": ADMM(rates=(0.5,), updates=2, admm_epochs=1, retrain_epochs=1, allocation="uniform"),
 }
 
 

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from torch import nn
 from hetconv_kernels.compression import WeakSubnetwork
 from hetconv_kernels.compression.methods.wsp import fit_width, weak_channels
 from hetconv_kernels.errors import ArgumentError
+from hetconv_kernels.models.resnet import BasicBlock
 
 # Four channels between two 1×1 convolutions. Outgoing scores (rows of FIRST): 1, 2, 3, 4.
 # Incoming scores (columns of SECOND): 2, 3, 1, 4.
@@ -105,14 +108,89 @@ def test_a_layer_keeps_its_strongest_channel() -> None:
     assert report.model[0].support.mask.any(axis=(1, 2, 3)).sum() == 1
 
 
-def test_residual_sums_keep_their_width_and_the_report_says_so() -> None:
-    from hetconv_kernels.models.resnet import BasicBlock
+def residual() -> nn.Sequential:
+    """A stem and two blocks whose sums have eight channels, and a classifier."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return nn.Sequential(
+            nn.Conv2d(5, 4, 3, padding=1), nn.ReLU(),
+            BasicBlock(4, 8, downsample=nn.Conv2d(4, 8, 1, bias=False)), BasicBlock(8, 8),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3),
+        )  # fmt: skip
 
+
+def live(report: Any, name: str, axis: tuple[int, ...]) -> list[bool]:
+    """Says which filters (axis 1, 2, 3) or channels (axis 0, 2, 3) of a layer are live."""
+    layer = report.model.get_submodule(name)
+    if not hasattr(layer, "support"):
+        return [True] * layer.weight.shape[1 - axis[0]]
+    return layer.support.mask.any(axis=axis).tolist()
+
+
+FILTERS, CHANNELS = (1, 2, 3), (0, 2, 3)
+
+
+def test_without_residual_interfaces_sums_keep_their_width_and_the_report_says_so() -> None:
     model = nn.Sequential(nn.Conv2d(5, 8, 3, padding=1), BasicBlock(8, 8))
-    report = run(WeakSubnetwork(0.7, epochs=0), model, eval_data=None, compact=False)
+    report = run(WeakSubnetwork(0.7, epochs=0, residual=False), model, eval_data=None)
     assert list(report.history[1]["result"]["removed"]) == ["1.conv1"]
     notes = {row.name: row.note for row in report.layers}
     assert "residual sum" in notes["0"]
+
+
+def test_behind_a_residual_sum_rows_and_columns_die_and_the_sum_keeps_its_width() -> None:
+    method, model = WeakSubnetwork(0.7, epochs=0), residual()
+    report = run(method, model, skip=["*.downsample"], eval_data=None, compact=False)
+    removed = report.history[1]["result"]["removed"]
+    assert set(removed) == {"0", "2.conv1", "3.conv1", "2.conv2", "3.conv2"}
+    first, second = live(report, "2.conv2", FILTERS), live(report, "3.conv2", FILTERS)
+    assert first.count(False) == removed["2.conv2"] > 0
+    assert second.count(False) == removed["3.conv2"] > 0
+    assert live(report, "3.conv1", CHANNELS) == first
+    assert live(report, "6", CHANNELS) == second
+    assert all(live(report, "2.downsample", FILTERS))
+    inside = run(replace(method, residual=False), model, skip=["*.downsample"], eval_data=None)
+    assert report.macs[1] < inside.macs[1]
+
+
+def test_of_a_sum_only_channels_that_nobody_reads_are_taken_out() -> None:
+    method, model = WeakSubnetwork(0.7, epochs=0), residual()
+    masked = run(method, model, skip=["*.downsample"], eval_data=None, compact=False)
+    small = run(method, model, skip=["*.downsample"], eval_data=None)
+    read = np.array([live(masked, name, CHANNELS) for name in ("3.conv1", "6")]).any(0)
+    assert 0 < (~read).sum() < 8
+    assert small.compacted
+    assert small.model[3].conv2.out_channels == read.sum()
+    x = torch.randn(2, 5, 6, 6)
+    torch.testing.assert_close(small.model.eval()(x), masked.model.eval()(x))
+
+
+def test_the_scores_behind_a_residual_sum_are_those_of_the_layer_that_reads_it_next() -> None:
+    model = residual()
+    with torch.no_grad():
+        model[2].conv2.weight.fill_(1)
+        model[2].conv2.weight[5].fill_(0.1)
+        model[3].conv1.weight.fill_(1)
+        model[3].conv1.weight[:, 5].fill_(0.1)
+        model[6].weight[:, 5].fill_(9)  # reads the sum behind the next block
+    report = run(WeakSubnetwork(0.5, epochs=0), model, eval_data=None, compact=False)
+    assert [i for i, on in enumerate(live(report, "3.conv1", CHANNELS)) if not on] == [5]
+
+
+def test_a_network_whose_only_interfaces_are_behind_sums_is_taken() -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(5, 5, 1), nn.Conv2d(5, 5, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(self.a(x) + x)
+
+    torch.manual_seed(0)
+    report = run(WeakSubnetwork(0.7, epochs=0), Sum(), eval_data=None)
+    assert list(report.history[1]["result"]["removed"]) == ["a"]
+    with pytest.raises(ArgumentError, match="no layer whose width can change"):
+        run(WeakSubnetwork(epochs=0, residual=False), Sum())
 
 
 def test_masked_network_equals_the_one_with_its_filters_removed_by_hand() -> None:
@@ -131,6 +209,50 @@ def test_masked_network_equals_the_one_with_its_filters_removed_by_hand() -> Non
     ).relu()
     y = nn.functional.conv2d(y, model[3].weight[inner][:, alive], padding=1)
     torch.testing.assert_close(report.model[3](report.model[:3](x))[:, inner], y)
+
+
+class Branches(nn.Module):
+    """Two branches, joined end to end or summed."""
+
+    def __init__(self, joined: bool) -> None:
+        super().__init__()
+        self.joined = joined
+        self.one, self.two = nn.Conv2d(2, 4, 1, bias=False), nn.Conv2d(2, 4, 1, bias=False)
+        self.last = nn.Conv2d(8 if joined else 4, 3, 1, bias=False)
+        with torch.no_grad():
+            self.one.weight.copy_(torch.tensor(FIRST)[:, :, None, None])
+            self.two.weight.copy_(torch.tensor(FIRST).flip(0)[:, :, None, None])
+            second = torch.tensor(SECOND)
+            second = torch.cat([second, second.flip(1)], 1) if joined else second
+            self.last.weight.copy_(second[:, :, None, None])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        one, two = self.one(x), self.two(x)
+        return self.last(torch.cat([one, two], 1).relu() if self.joined else (one + two).relu())
+
+
+def test_of_a_concatenation_each_layer_is_paired_with_its_own_columns() -> None:
+    method = WeakSubnetwork(0.7, epochs=0)
+    report = run(method, Branches(True), example=X, eval_data=None, compact=False)
+    # As in the golden trace: of the first all but the last, of the second, mirrored, but the first.
+    assert report.history[1]["result"]["removed"] == {"one": 3, "two": 3}
+    assert live(report, "one", FILTERS) == [False, False, False, True]
+    assert live(report, "two", FILTERS) == [True, False, False, False]
+    assert live(report, "last", CHANNELS) == [False] * 3 + [True] * 2 + [False] * 3
+
+
+def test_parallel_branches_are_one_layer() -> None:
+    method = WeakSubnetwork(0.5, epochs=0)
+    report = run(method, Branches(False), example=X, eval_data=None, compact=False)
+    # Outgoing 1 + 4, 2 + 3, 3 + 2, 4 + 1: none is below the median, though each layer has some.
+    assert report.history[1]["result"]["removed"] == {"one": 0, "two": 0}
+    model = Branches(False)
+    with torch.no_grad():
+        model.two.weight.copy_(model.one.weight)
+    report = run(method, model, example=X, eval_data=None, compact=False)
+    for name in ("one", "two"):
+        assert live(report, name, FILTERS) == [False, True, True, True]
+    assert live(report, "last", CHANNELS) == [False, True, True, True]
 
 
 @pytest.mark.parametrize(

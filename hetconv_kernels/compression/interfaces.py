@@ -4,17 +4,23 @@
 Removing filter i of a layer is exact when every layer that reads channel i is known and drops it
 too, and nothing mixes the channels in between. Where that does not hold (a residual sum, a
 concatenation, the output of the network) the layer keeps its width, and a sentence says why.
+
+Where a width stays, a filter can still die together with what the *next* layers read of it: both
+have dead rows and columns, and whatever is between them is as it was. That holds behind a residual
+sum, whose other summand and later layers need its width, behind a gate, a concatenation, a channel
+shuffle and a group normalisation.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor, fx, nn
 
 from ..graph.channels import Channels, is_depthwise
+from ..graph.names import name_of
 from ..graph.trace import trace
 from ..masks import IntArray
 
@@ -26,10 +32,23 @@ class Reader:
     Attributes:
         name: of the layer.
         repeat: its inputs for each channel: 1, or H·W after a flatten.
+        inputs: for each of its inputs the filter that it reads, -1 for another layer's; None where
+            it reads all in order, each ``repeat`` times.
     """
 
     name: str
     repeat: int
+    inputs: tuple[int, ...] | None = None
+
+    def of_filters(self, filters: int) -> IntArray:
+        """Returns for each input the filter that it reads, -1 for another layer's.
+
+        Args:
+            filters: of the layer that is read.
+        """
+        if self.inputs is not None:
+            return np.array(self.inputs, dtype=np.int64)
+        return np.repeat(np.arange(filters), self.repeat)
 
 
 @dataclass(frozen=True)
@@ -39,10 +58,14 @@ class Interfaces:
     Attributes:
         readers: for each layer whose filters can be removed, all layers that read them.
         fixed: for each other layer, why its width stays.
+        behind: for layers among the fixed ones, those that read their channels next. Of several
+            summands a reader is behind the deepest, the main path, or all of the deepest; one that
+            no reader is behind, such as a down-sampling or what makes a gate, is not here.
     """
 
     readers: dict[str, tuple[Reader, ...]]
     fixed: dict[str, str]
+    behind: dict[str, tuple[Reader, ...]] = field(default_factory=dict)
 
 
 class _Blocked(Exception):
@@ -72,12 +95,16 @@ def find_interfaces(
             module.training = flag
     readers: dict[str, tuple[Reader, ...]] = {}
     fixed: dict[str, str] = {}
+    behind: dict[str, tuple[Reader, ...]] = {}
+    every = known.behind()
     for name in layers:
         try:
             readers[name] = known.readers(name)
         except _Blocked as reason:
             fixed[name] = str(reason)
-    return Interfaces(readers, fixed)
+            if name in every:
+                behind[name] = every[name]
+    return Interfaces(readers, fixed, behind)
 
 
 class _Known:
@@ -95,6 +122,8 @@ class _Known:
         self.passing: set[str] = set()
         self.makers: dict[int, set[str]] = defaultdict(set)
         self.called = {str(n.target) for n in channels.traced.graph.nodes if n.op == "call_module"}
+        names = Counter(str(node.target) for node in channels.layers)
+        self.often = {name for name, calls in names.items() if calls > 1}
         for node, layer in channels.layers.items():
             name = str(node.target)
             if is_depthwise(layer.support):
@@ -104,6 +133,15 @@ class _Known:
             self.read[name] = self._of(channels, channels.reader(node))
             for number in self.made[name]:
                 self.makers[int(number)].add(name)
+        shown = [n for n in channels.traced.graph.nodes if n.op == "output"]
+        self.shown = {
+            int(c)
+            for n in shown
+            for operand in n.all_input_nodes
+            if operand in channels.wires
+            for c in self._of(channels, operand)
+        }
+        self.depth, self.before = _depths(channels.traced.graph, set(channels.layers))
 
     def _of(self, channels: Channels, node: fx.Node) -> IntArray:
         result: IntArray = self.alias[channels.of(node)]
@@ -140,3 +178,63 @@ class _Known:
         if not found:
             raise _Blocked("no layer reads its output")
         return tuple(found)
+
+    def behind(self) -> dict[str, tuple[Reader, ...]]:
+        """Lists for each layer those that read its channels next, on the longest way.
+
+        A channel that the network's output shows is nobody's to drop.
+        """
+        found: dict[str, list[Reader]] = defaultdict(list)
+        for reader, read in self.read.items():
+            before = self.before[reader]
+            inputs: dict[str, IntArray] = {}
+            for number in set(np.unique(read).tolist()) - self.shown:
+                ahead = [m for m in self.makers[number] if m in before and m not in self.often]
+                deepest = max((self.depth[maker] for maker in ahead), default=0)
+                for maker in ahead:
+                    if self.depth[maker] < deepest:
+                        continue
+                    mine = np.flatnonzero(self.made[maker] == number)
+                    if len(mine) == 1:  # and not in a sum with others of its own
+                        places = inputs.setdefault(maker, np.full(len(read), -1))
+                        places[read == number] = mine[0]
+            for maker, places in inputs.items():
+                repeat = len(read) // len(self.made[maker])
+                whole = repeat and np.array_equal(
+                    places, np.repeat(np.arange(len(self.made[maker])), repeat)
+                )
+                found[maker].append(
+                    Reader(reader, repeat)
+                    if whole
+                    else Reader(reader, 1, tuple(int(place) for place in places))
+                )
+        return {name: tuple(readers) for name, readers in found.items()}
+
+
+def _depths(graph: fx.Graph, layers: set[fx.Node]) -> tuple[dict[str, int], dict[str, set[str]]]:
+    """Counts the layers on the longest way to each layer, and names all that are before it.
+
+    What makes a gate is on no way: it says how much of a channel passes, not what is in it.
+    """
+    depth: dict[fx.Node, int] = {}
+    before: dict[fx.Node, frozenset[str]] = {}
+    for node in graph.nodes:
+        operands = _without_gates(node)
+        deepest = max((depth[n] for n in operands), default=0)
+        names = frozenset().union(*(before[n] for n in operands))
+        depth[node] = deepest + (node in layers)
+        before[node] = names | {str(node.target)} if node in layers else names
+    return (
+        {str(node.target): depth[node] for node in layers},
+        {str(node.target): set(before[node]) - {str(node.target)} for node in layers},
+    )
+
+
+def _without_gates(node: fx.Node) -> list[fx.Node]:
+    """Lists what a node reads, without factors of one pixel where another one is an image."""
+    operands = node.all_input_nodes
+    if name_of(node) != "mul":
+        return operands
+    shapes = {n: tuple(n.meta.get("shape") or ()) for n in operands}
+    images = [n for n, shape in shapes.items() if shape[2:] not in ((), (1, 1))]
+    return images or operands

@@ -39,7 +39,8 @@ class Rounds:
 
     The method runs as in `compress`, in a thread of its own, and waits whenever it wants an epoch
     trained. One of the two threads always waits for the other. With the same batches, seed and
-    optimiser the result is that of `compress`, bit by bit.
+    optimiser the result is that of `compress`, bit by bit; but for the sensitivity by which `ADMM`
+    divides its rates: it is of the weights here, since the training batches are the loop's.
 
     Attributes:
         network: what is to be trained: a copy of the given one, in plain layers.

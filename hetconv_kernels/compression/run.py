@@ -146,6 +146,7 @@ class Run:
         penalty: Callable[[], Tensor] | None = None,
         after_step: Callable[[], None] | None = None,
         decay: bool = True,
+        after_epoch: Callable[[], None] | None = None,
     ) -> None:
         """Trains for some epochs, each a round, with a fresh optimiser; dead weights stay zero.
 
@@ -155,6 +156,7 @@ class Run:
             penalty: computes what is added to the loss of each batch.
             after_step: called after each step of the optimiser.
             decay: whether the learning rate falls to a tenth after a third and after two thirds.
+            after_epoch: called at the end of each epoch's round.
 
         Raises:
             HetconvError: the training diverged: the mean loss of an epoch is not finite.
@@ -171,6 +173,8 @@ class Run:
             ) -> dict[str, float]:
                 loss = self._epoch(scale, penalty, after_step, not epoch)
                 check_loss(name, loss)
+                if after_epoch is not None:
+                    after_epoch()
                 if last:
                     self._optimizer = self._parallel = None
                 return {"loss": loss}
@@ -305,25 +309,35 @@ class Run:
                     allowed[name] = readers
                 elif name in self.layers:
                     fixed[name] = f"its reader {locked[0]!r} cannot be changed"
-            self._interfaces = Interfaces(allowed, fixed)
+            behind = {
+                name: tuple(r for r in readers if r.name in self.layers)
+                for name, readers in found.behind.items()
+                if name in self.layers and name in fixed
+            }
+            behind = {name: readers for name, readers in behind.items() if readers}
+            self._interfaces = Interfaces(allowed, fixed, behind)
         return self._interfaces
 
     def remove(self, name: str, filters: BoolArray) -> None:
         """Removes whole filters of a layer, and the channels of all layers that read them.
 
+        Where the width stays, those are the layers that read it next, see `Interfaces`.
+
         Args:
-            name: of a layer in ``interfaces.readers``.
+            name: of a layer in ``interfaces.readers`` or ``interfaces.behind``.
             filters: which.  # bool [F]
         """
         rows = torch.from_numpy(np.array(filters, bool))
         mask = self.mask(name).clone()
         mask[rows.to(mask.device)] = False
         self.masks[name] = mask
-        for reader in self.interfaces.readers[name]:
+        found = self.interfaces
+        for reader in found.readers[name] if name in found.readers else found.behind[name]:
             layer: Any = self.model.get_submodule(reader.name)
             old = self.masks.get(reader.name)
             mask = torch.ones_like(layer.weight, dtype=torch.bool) if old is None else old.clone()
-            mask[:, rows.repeat_interleave(reader.repeat).to(mask.device)] = False
+            read = torch.from_numpy(reader.of_filters(len(rows)))
+            mask[:, ((read >= 0) & rows[read]).to(mask.device)] = False
             self.masks[reader.name] = mask
         self.project()
 

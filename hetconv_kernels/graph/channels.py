@@ -30,7 +30,7 @@ from ..support import Support
 from .alias import is_after
 from .convert import _shared_parameters, _what_would_be_lost
 from .layout import adapted
-from .names import BINARY, EACH, MOVES, SIZES, SPATIAL, describe_node, module_of, name_of
+from .names import BINARY, EACH, MOVES, NORMS, SIZES, SPATIAL, describe_node, module_of, name_of
 from .plain import Keep, _plain
 from .take import LayerMatrix, Norm
 
@@ -73,6 +73,8 @@ class Channels:
         self.moves: dict[fx.Node, Move] = {}
         self.channelwise: set[fx.Node] = set()
         self._parts: dict[fx.Node, tuple[IntArray, ...]] = {}
+        # Values of other ranks that only moves made of one with channels: that one, and the moves.
+        self._between: dict[fx.Node, tuple[fx.Node, tuple[fx.Node, ...]]] = {}
         self._parent: list[int] = []
         self._frozen: list[tuple[IntArray, str]] = []
         self._tied: list[tuple[IntArray, IntArray]] = []
@@ -89,9 +91,7 @@ class Channels:
 
     def reader(self, node: fx.Node) -> fx.Node:
         """Returns the node whose channels a layer or normalisation reads."""
-        operand = node.args[0]
-        assert isinstance(operand, fx.Node)
-        return operand
+        return _operand(node)
 
     def members(self) -> dict[int, list[tuple[str, int]]]:
         """Lists for each class the channels in it, as (name of the layer, filter)."""
@@ -129,6 +129,8 @@ class Channels:
                 self._new(node, shape[1])
                 self._freeze(node, "it is a channel of the input")
             return
+        if self._shuffle(node, name):
+            return
         operands = [n for n in node.all_input_nodes if n in self.wires or n in self._parts]
         if not operands or ("value" in node.meta and name in SIZES):
             return
@@ -138,6 +140,7 @@ class Channels:
             or self._channelwise(node, name)
             or self._binary(node, name, operands)
             or (name in MOVES and self._move(node, name, operands))
+            or self._normalised(node, name)
         )
         if not known:
             self._opaque(node, operands)
@@ -268,7 +271,45 @@ class Channels:
         self.channelwise.add(node)
         return True
 
+    def _normalised(self, node: fx.Node, name: str) -> bool:
+        """Follows channels through normalisations that nothing can be taken out of."""
+        source = node.args[0] if node.args else None
+        if name not in NORMS or source not in self.wires:
+            return False
+        assert isinstance(source, fx.Node)
+        if node.meta["shape"] != source.meta["shape"]:
+            return False
+        self.wires[node] = self.wires[source]
+        self._freeze(node, f"{describe_node(node)} may mix its channels")
+        return True
+
     # Moves ------------------------------------------------------------------------------------
+
+    def _shuffle(self, node: fx.Node, name: str) -> bool:
+        """Follows channels through values of five dimensions, as a channel shuffle makes."""
+        shape, source = node.meta.get("shape"), node.args[0] if node.args else None
+        if name not in MOVES | {"contiguous"} or not isinstance(source, fx.Node):
+            return False
+        begin = self._between.get(source, (source, ()) if source in self.wires else None)
+        if begin is None or not isinstance(shape, tuple | torch.Size) or not shape:
+            return False
+        if isinstance(shape[0], tuple) or (len(shape) in (2, 4) and source in self.wires):
+            return False
+        owner, moves = begin[0], (*begin[1], node)
+        if len(shape) not in (2, 4):
+            self._between[node] = owner, moves
+            return True
+        numbers = _images(np.arange(len(self.wires[owner])), owner.meta["shape"])
+        for move in moves:
+            numbers = call(move, {_operand(move): numbers})
+        found = _numbers_of(numbers)
+        if found is None:
+            self._opaque(node, [owner])
+            return True
+        self.wires[node] = self._carry(self.wires[owner], found)
+        for fixed in (owner, node):
+            self._freeze(fixed, f"{describe_node(moves[0])} counts channels")
+        return True
 
     def _move(self, node: fx.Node, name: str, operands: list[fx.Node]) -> bool:
         if any(n in self._parts for n in operands):
@@ -413,6 +454,12 @@ def _numbers_of(images: Tensor) -> IntArray | None:
     if not torch.equal(first.expand_as(images), images):
         return None
     return first.flatten().numpy().astype(np.int64)
+
+
+def _operand(node: fx.Node) -> fx.Node:
+    operand = node.args[0]
+    assert isinstance(operand, fx.Node)
+    return operand
 
 
 def _pads(node: fx.Node) -> tuple[int, ...]:

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,8 @@ from ...nn.frequency import PATHS, FrequencyConv2d, dct, idct
 from .. import ranks
 from ..base import STEM, Method, is_stem
 from ..run import Run, WeightLayer, support_of
-from ..schedule import check_count, check_positive
+from ..schedule import check_count, check_fraction, check_positive
+from ..wildcards import check_patterns, first_that_fits
 
 # Where between them a coefficient stays as it is, dead or live.
 _LOW, _HIGH = 0.9, 1.1
@@ -38,11 +40,19 @@ class FrequencyPruning(Method):
 
     Deviations: the probability of an update is 1 / (1 + ``decay``·iteration). The band-adaptive
     threshold of frequency (u, v) is t·(1 + ``band_slope``·(u + v)/(KH + KW − 2)), a straight line.
-    1×1 kernels have one frequency and stay dense. ``bands`` is ours: hardware can use it.
+    1×1 kernels have one frequency and stay dense. ``bands`` is ours: hardware can use it. A rate
+    (``target``, ``layer_rates``, ``band_rates``) finds t where that fraction of the layer, or band,
+    lies under it, instead of by mean and deviation, and the frozen mask has that rate exactly, or
+    with ``bands`` as nearly as whole bands can, rather less.
 
     Attributes:
         c: how many standard deviations the threshold lies above the mean.
-        band_slope: how much higher it is for the highest frequency; 0 is one threshold for all.
+        target: the fraction of each layer's coefficients to have dropped; None leaves that to c.
+        layer_rates: that of layers by name, or by a pattern such as ``"layer3.*"``, the first one
+            that fits.
+        band_rates: that of each band u + v of a layer, the last one of all higher bands too; of
+            layers that ``layer_rates`` does not name.
+        band_slope: how much higher the threshold is for the highest frequency; 0 is one for all.
         decay: of the probability of an update.
         bands: whether a frequency lives or dies for a whole layer, by the root mean square of its
             coefficients, instead of for each kernel.
@@ -60,6 +70,9 @@ class FrequencyPruning(Method):
     title: ClassVar[str] = "frequency pruning"
 
     c: float = 0.0
+    target: float | None = None
+    layer_rates: Mapping[str, float] | None = None
+    band_rates: Sequence[float] | None = None
     band_slope: float = 1.0
     decay: float = 0.01
     bands: bool = False
@@ -71,6 +84,14 @@ class FrequencyPruning(Method):
 
     def __post_init__(self) -> None:
         check_positive("c", abs(self.c), zero=True)
+        if self.target is not None:
+            check_fraction("target", self.target)
+        for rate in (*(self.layer_rates or {}).values(), *(self.band_rates or ())):
+            check_fraction("a rate", rate)
+        if self.band_rates is not None and (not self.band_rates or self.target is not None):
+            raise ArgumentError(
+                mismatch("band_rates", list(self.band_rates), "one or more, and no target")
+            )
         check_positive("band_slope", self.band_slope, zero=True)
         check_positive("decay", self.decay, zero=True)
         if self.path not in PATHS:
@@ -92,6 +113,7 @@ class FrequencyPruning(Method):
             del run.layers[name]
             run.kept[name] = "it has a Support of single taps, which the transform would mix"
         super().check(run)
+        check_patterns("layer_rates", self.layer_rates, run.layers)
 
     def run(self, run: Run) -> None:
         """Searches the mask while training, freezes it, and trains on."""
@@ -107,12 +129,12 @@ class FrequencyPruning(Method):
             # Of its own generator: the global one differs from rank to rank.
             own = torch.Generator().manual_seed((run.seed * 1_000_003 + iteration) % 2**64)
             if float(torch.rand((), generator=own)) < 1 / (1 + self.decay * iteration):
-                for name, layer in run.layers.items():
-                    self._update(masks[name], layer)
+                for name in run.layers:
+                    self._update(run, masks[name], name)
 
         run.round("first mask", lambda: self._first(run, masks))
         run.train("search", self.search_epochs, after_step=after_step, decay=False)
-        live = run.round("freeze the mask", lambda: self._freeze(masks))
+        live = run.round("freeze the mask", lambda: self._freeze(run, masks))
         for mask in masks.values():
             mask.searching = False
         run.train("train", self.epochs)
@@ -122,18 +144,35 @@ class FrequencyPruning(Method):
 
     def _first(self, run: Run, masks: dict[str, _Coefficients]) -> None:
         run.tensors["iteration"] = torch.zeros((), dtype=torch.int64)
-        for name, layer in run.layers.items():
-            self._update(masks[name], layer)
+        for name in run.layers:
+            self._update(run, masks[name], name)
+
+    def _sizes(self, run: Run, name: str) -> tuple[Tensor, Tensor]:
+        """Returns the magnitudes of a layer's coefficients, and each frequency's threshold."""
+        layer: Any = run.layers[name]
+        coefficients = ranks.mean_over_ranks(layer.parametrizations.weight.original)
+        size = magnitudes(coefficients, self.filters) if self.bands else coefficients.abs()
+        rate = first_that_fits(name, self.layer_rates)
+        rates = self.band_rates if rate is None else None
+        rate = self.target if rate is None else rate
+        if rates is not None:
+            return size, band_limits(size, rates)
+        if rate is not None:
+            return size, limits(size, rate, self.band_slope)
+        return size, thresholds(size, self.c, self.band_slope)
 
     @torch.no_grad()
-    def _update(self, mask: _Coefficients, layer: WeightLayer) -> None:
-        coefficients = ranks.mean_over_ranks(layer.parametrizations.weight.original)  # type: ignore[union-attr, arg-type]
-        size = magnitudes(coefficients, self.filters) if self.bands else coefficients.abs()
-        limit = thresholds(size, self.c, self.band_slope).to(size.device)
-        mask.mask.copy_(updated(mask.mask, size, limit))
+    def _update(self, run: Run, mask: _Coefficients, name: str) -> None:
+        size, limit = self._sizes(run, name)
+        mask.mask.copy_(updated(mask.mask, size, limit.to(size.device)))
 
-    def _freeze(self, masks: dict[str, _Coefficients]) -> dict[str, int]:
-        for mask in masks.values():
+    @torch.no_grad()
+    def _freeze(self, run: Run, masks: dict[str, _Coefficients]) -> dict[str, int]:
+        for name, mask in masks.items():
+            by_rate = (self.target, self.band_rates, first_that_fits(name, self.layer_rates))
+            if any(rate is not None for rate in by_rate):
+                size, limit = self._sizes(run, name)
+                mask.mask.copy_(size >= limit.to(size.device))
             if not bool(mask.mask.any()):
                 mask.mask[:, :, 0, 0] = True  # the mean of the patch: a layer needs something
         ranks.check_same_supports({name: support_of(mask.mask) for name, mask in masks.items()})
@@ -194,6 +233,41 @@ def thresholds(size: Tensor, c: float, band_slope: float) -> Tensor:
     kh, kw = size.shape[2:]
     band = torch.arange(kh)[:, None] + torch.arange(kw)[None]
     return base * (1 + band_slope * band / max(kh + kw - 2, 1)).double()
+
+
+def limits(size: Tensor, rate: float, band_slope: float) -> Tensor:
+    """Finds the thresholds that a fraction of all coefficients lies under.  # -> [KH, KW]
+
+    Example: of the sizes 5, 1, 2 and 0 of a 2×2 kernel, by a slope of 0, half lies under 2.
+
+    Args:
+        size: the magnitudes |F| of the coefficients.  # [F, C, KH, KW]
+        rate: the fraction.
+        band_slope: see `FrequencyPruning`.
+    """
+    slope = thresholds(torch.ones_like(size), 0.0, band_slope).to(size.device)
+    # Rounded as the sizes are, so that the smallest one that stays is no smaller than its limit.
+    scaled = (size.double() / slope).flatten()
+    kept = max(round((1 - rate) * scaled.numel()), 1)
+    base = scaled.kthvalue(scaled.numel() - kept + 1).values
+    return base * slope * (1 - 1e-12)
+
+
+def band_limits(size: Tensor, rates: Sequence[float]) -> Tensor:
+    """Finds the thresholds that a fraction of each band u + v lies under.  # -> [KH, KW]
+
+    Args:
+        size: the magnitudes |F| of the coefficients.  # [F, C, KH, KW]
+        rates: by band, the last one of all higher bands too.
+    """
+    kh, kw = size.shape[2:]
+    found = torch.zeros(kh, kw, dtype=torch.float64, device=size.device)
+    band = (torch.arange(kh)[:, None] + torch.arange(kw)[None]).to(size.device)
+    for number in range(kh + kw - 1):
+        chosen = size[:, :, band == number]
+        rate = rates[min(number, len(rates) - 1)]
+        found[band == number] = limits(chosen[..., None], rate, 0.0).max()
+    return found
 
 
 def updated(mask: Tensor, size: Tensor, limit: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import nn
 from ...errors import ArgumentError
 from ...masks import BoolArray
 from ..base import Method
+from ..interfaces import Reader
 from ..run import Run
 from ..schedule import check_count, check_fraction, weakest
 from ..scores import FloatArray, incoming, outgoing
@@ -26,7 +27,10 @@ class WeakSubnetwork(Method):
     Channel i between layers l and l+1 has an outgoing score Σ|W_l[i]| and an incoming score
     Σ|W_l+1[:, i]|; it is weak when it is below the q-th percentile of *both* layers, and all weak
     channels go at once: q = 70 % removes about 56 %. Where several layers read a channel, its
-    incoming score is the sum over them. On residual sums only what is inside a block is pruned.
+    incoming score is the sum over them. Where a width cannot change (behind a residual sum, a gate,
+    a concatenation or a shuffle) a layer is paired with those that read its channels next: their
+    rows and columns die, and what is between keeps its width. Layers whose outputs are summed with
+    equal rights, such as parallel branches, are one layer in this.
 
     Source: Guo, Wu, Kittler, Feng, "Weak sub-network pruning for strong and efficient neural
     networks", Neural Networks 144, 2021.
@@ -42,6 +46,8 @@ class WeakSubnetwork(Method):
         fc_percentile: q between fully-connected layers; None is ``percentile``.
         conv_fc_percentile: q where a fully-connected layer reads a convolution; None is
             ``percentile``.
+        residual: whether interfaces are pruned too whose width stays; their layers become Supports
+            with dead rows and columns, where the others become smaller dense layers.
 
     Raises:
         ArgumentError: a value out of range.
@@ -56,6 +62,7 @@ class WeakSubnetwork(Method):
     least: int = 1
     fc_percentile: float | None = None
     conv_fc_percentile: float | None = None
+    residual: bool = True
 
     def __post_init__(self) -> None:
         for name in ("percentile", "fc_percentile", "conv_fc_percentile"):
@@ -67,18 +74,18 @@ class WeakSubnetwork(Method):
         check_count("least", self.least, 1)
 
     def check(self, run: Run) -> None:
-        """Refuses a network without a width that can be changed."""
+        """Refuses a network without an interface to prune."""
         super().check(run)
-        check_interfaces(self.title, run)
+        check_interfaces(self.title, run, self.residual)
 
     def run(self, run: Run) -> None:
         """Removes the weak channels of all interfaces at once, then trains."""
         run.round("remove weak channels", lambda: self._remove(run))
         run.train("global", self.epochs)
 
-    def _percentile(self, run: Run, name: str) -> float:
+    def _percentile(self, run: Run, name: str, readers: tuple[Reader, ...]) -> float:
         """Returns q for the interface behind a layer, by the kinds of layers on its two sides."""
-        layers = [run.model.get_submodule(r.name) for r in run.interfaces.readers[name]]
+        layers = [run.model.get_submodule(reader.name) for reader in readers]
         special = None
         if isinstance(run.layers[name], nn.Linear):
             special = self.fc_percentile
@@ -86,17 +93,35 @@ class WeakSubnetwork(Method):
             special = self.conv_fc_percentile
         return self.percentile if special is None else special
 
+    def _pairs(self, run: Run) -> list[tuple[list[str], tuple[Reader, ...]]]:
+        """Lists the interfaces: the layers on the one side, mostly one, and on the other."""
+        found = run.interfaces
+        pairs = [([name], readers) for name, readers in found.readers.items()]
+        if self.residual:
+            parallel: dict[tuple[Reader, ...], list[str]] = {}
+            for name, readers in found.behind.items():
+                parallel.setdefault(readers, []).append(name)
+            pairs += [(names, readers) for readers, names in parallel.items()]
+        return pairs
+
     def _remove(self, run: Run) -> dict[str, Any]:
-        chosen = {}
-        for name, readers in run.interfaces.readers.items():  # all scores before any removal
-            out = outgoing(run.weight(name))
-            into = sum(
-                (incoming(run.weight(reader.name), reader.repeat) for reader in readers),
-                np.zeros_like(out),
-            )
-            weak = weak_channels(out, into, self._percentile(run, name))
-            alive = run.alive(name)
-            chosen[name] = fit_width(weak, out + into, alive, self.multiple, self.least)
+        found = run.interfaces
+        chosen: dict[str, BoolArray] = {}
+        for names, readers in self._pairs(run):  # all scores before any removal
+            out = np.sum([outgoing(run.weight(name)) for name in names], axis=0)
+            into, read = np.zeros_like(out), np.zeros(len(out), bool)
+            for reader in readers:
+                inputs = reader.of_filters(len(out))
+                mine = inputs >= 0
+                np.add.at(into, inputs[mine], incoming(run.weight(reader.name))[mine])
+                read[inputs[mine]] = True
+            weak = np.zeros(len(out), bool)  # what none of the readers reads is somebody else's
+            q = self._percentile(run, names[0], readers)
+            weak[read] = weak_channels(out[read], into[read], q)
+            alive = np.any([run.alive(name) for name in names], axis=0)
+            multiple = self.multiple if names[0] in found.readers else 1  # the width stays
+            filters = fit_width(weak, out + into, alive, multiple, self.least)
+            chosen.update(dict.fromkeys(names, filters))
         for name, filters in chosen.items():
             run.remove(name, filters)
         removed = {name: int(filters.sum()) for name, filters in chosen.items()}
@@ -134,15 +159,20 @@ def fit_width(
     return weakest(order, alive, int(wanted.sum()), multiple, least) & wanted
 
 
-def check_interfaces(title: str, run: Run) -> None:
+def check_interfaces(title: str, run: Run, residual: bool = False) -> None:
     """Refuses a network in which no layer's width can be changed.
+
+    Args:
+        title: of the method.
+        run: the network.
+        residual: whether an interface behind a residual sum is enough.
 
     Raises:
         ArgumentError: there is none.
     """
     found = run.interfaces
     run.kept.update({name: f"width kept: {why}" for name, why in found.fixed.items()})
-    if not found.readers:
+    if not found.readers and not (residual and found.behind):
         reasons = "; ".join(f"{n}: {why}" for n, why in list(found.fixed.items())[:3])
         raise ArgumentError(
             f"{title} removes whole filters, and finds no layer whose width can change ({reasons})."
