@@ -211,8 +211,9 @@ class FrequencyConv2d(ForcedBackend):
         mix: Any = self._modules["mix"]
         code, path = self._backend_code(), self.path
         weight, bias = mix._operands()
+        seen = observed(x, weight)
         # Derived weights are kept of a frozen layer, in an ordinary call.
-        kept = mix._geometry.frozen and not observed(x, weight)
+        kept = mix._geometry.frozen and not seen
         if path == "auto":
             path = self._faster(x, x.shape if kept else sizes(x), code)
         if path == "frequency":
@@ -223,7 +224,8 @@ class FrequencyConv2d(ForcedBackend):
                 maps = conv2d(x, self.basis.to(x.dtype), None, self._transform, code)
             return self.mix(maps)
         if not kept:
-            return conv2d(x, self._transformed(self._masked()), bias, self._spatial, code)
+            back = self._transformed(self._masked(), not seen)
+            return conv2d(x, back, bias, self._spatial, code)
         derived = self._kept_spatial_weight(weight)
         if torch.is_grad_enabled() or transforms_active() or _autocasting(x):
             return conv2d(x, derived, bias, self._spatial_frozen, code)
@@ -249,7 +251,7 @@ class FrequencyConv2d(ForcedBackend):
 
             def build(live: Tensor) -> Tensor:
                 dense = dense_weight(support, live.detach(), live.dtype)
-                return owned(_to_spatial(dense, channels, images).flatten())
+                return owned(_to_spatial(dense, channels, images, True).flatten())
 
             cache = support.derived[key] = FrozenCache(build, "frequency")
         flat: Tensor = cache(weight)
@@ -268,8 +270,9 @@ class FrequencyConv2d(ForcedBackend):
         # Not a product: a dead coefficient may hold anything, NaN too.
         return weight if mix.support.is_dense else dense_weight(mix.support, weight, weight.dtype)
 
-    def _transformed(self, masked: Tensor) -> Tensor:
-        return _to_spatial(masked, self.in_channels, self.basis[: len(self.live_frequencies), 0])
+    def _transformed(self, masked: Tensor, multiplied: bool = False) -> Tensor:
+        images = self.basis[: len(self.live_frequencies), 0]
+        return _to_spatial(masked, self.in_channels, images, multiplied)
 
     def path_for(self, x: Tensor) -> str:
         """Says which way an input goes: ``"frequency"`` or ``"spatial"``; predicted for auto."""
@@ -411,14 +414,25 @@ class FrequencyConv2d(ForcedBackend):
         )
 
 
-def _to_spatial(masked: Tensor, channels: int, images: Tensor) -> Tensor:
+def _to_spatial(masked: Tensor, channels: int, images: Tensor, multiplied: bool) -> Tensor:
     """Sums the images of the frequencies, scaled by their coefficients.
 
-    # [F, C·frequencies, 1, 1], [frequencies, KH, KW] -> [F, C, KH, KW]
+    Args:
+        masked: coefficients, dead ones zero.  # [F, C·frequencies, 1, 1]
+        channels: C.
+        images: of the frequencies.  # [frequencies, KH, KW]
+        multiplied: whether a product of matrices may do it, several times as fast: an observer
+            (a counter of FLOPs) would count that as work of the convolution.
+
+    Returns:
+        The kernels.  # [F, C, KH, KW]
     """
-    # Sums of scaled images: not a product that would count as work of the convolution.
-    coefficients = masked.reshape(len(masked), channels, len(images), 1, 1)
     images = images.to(masked)
+    # Not where a product may round its operands: TF32, or bfloat16 by PyTorch's own setting.
+    if multiplied and masked.is_cpu and torch.get_float32_matmul_precision() == "highest":
+        kernels = masked.reshape(-1, len(images)) @ images.flatten(1)
+        return kernels.view(len(masked), channels, *images.shape[1:])
+    coefficients = masked.reshape(len(masked), channels, len(images), 1, 1)
     if masked.numel() * images[0].numel() <= _AT_ONCE:
         return (coefficients * images).sum(2)
     terms, scaled = coefficients.unbind(2), images.unbind(0)
