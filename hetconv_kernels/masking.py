@@ -103,6 +103,35 @@ def multiply(x: Tensor, w: Tensor, bits: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
+def sum_images(w: Tensor, mask: Tensor, images: Tensor) -> Tensor:
+    """Sums images, scaled by the coefficients that exist.
+
+    Args:
+        w: contiguous float32 coefficients; dead ones are ignored.  # [rows, images]
+        mask: which exist, contiguous.  # bool [rows, images]
+        images: contiguous float32, rows of zeros after them up to whole vectors of 16.
+            # [images, taps], a view of [images, 16·n]
+
+    Returns:
+        The sums.  # [rows, taps]
+    """
+    native: Any = engine()
+    rows, (count, taps) = len(w), images.shape
+    y = torch.empty((rows, taps), dtype=torch.float32, device="cpu")
+    native.sum_images(
+        w.data_ptr(),
+        mask.data_ptr(),
+        images.data_ptr(),
+        y.data_ptr(),
+        rows,
+        count,
+        taps,
+        images.stride(0),
+        torch.get_num_threads(),
+    )
+    return y
+
+
 class NativeMask:
     """Masks weights of one shape, layout and dtype by the engine.
 

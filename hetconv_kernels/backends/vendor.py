@@ -50,6 +50,7 @@ from .cost_model import (
     SMALL_IMAGE,
     SMALL_MAC,
     SMALL_NCHW,
+    TURN,
 )
 from .gpu.constants import GpuConstants, constants_of, dense_gpu_seconds
 from .gpu.devices import GpuSpec, spec_of
@@ -200,7 +201,9 @@ class Vendor:
         seconds = dense_seconds(problem, work=1 / (problem.support.uniform_groups or 1))
         masks = problem.verb != "wgrad" and problem.support.uniform_groups is None
         if masks and not problem.frozen_weight and problem.device.type == "cpu":
-            each = EXPAND if problem.live_weight else MASK
+            turned = problem.channels_last and problem.support.kernel != (1, 1)
+            each = EXPAND if problem.live_weight else TURN if turned else MASK
+            each = 0.0 if _multiplies_masked(problem) else each
             seconds += MASK_CALL + math.prod(problem.support.shape) * each
         return seconds + _fresh_seconds(problem)
 

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from .. import ops
+from .. import masking, ops
 from ..autograd import transforms_active
 from ..backends import choose
 from ..backends.cost_model import INVERSE, INVERSE_CALL
@@ -21,10 +22,10 @@ from ..errors import ArgumentError, InputTypeError, SupportError, mismatch
 from ..functional import _autocasting, conv2d
 from ..masks import kernel_pair
 from ..observers import observed, sizes
-from ..packing import FrozenCache, dense_weight, owned
+from ..packing import FrozenCache, dense_weight, mask_on, owned
 from ..problem import Geometry, make_geometry
 from ..support import Support
-from .base import ForcedBackend
+from .base import ForcedBackend, as_step
 from .conv import SupportConv2d
 from .extra_state import described_by, extra_state
 
@@ -205,6 +206,9 @@ class FrequencyConv2d(ForcedBackend):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolves.  # [N, C, H, W] -> [N, F, OH, OW]"""
+        if type(x) is Proxy:
+            recorded: Tensor = as_step(self, x)
+            return recorded
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
         # Not by attributes: every one of a Module's parts costs a search.
@@ -224,7 +228,9 @@ class FrequencyConv2d(ForcedBackend):
                 maps = conv2d(x, self.basis.to(x.dtype), None, self._transform, code)
             return self.mix(maps)
         if not kept:
-            back = self._transformed(self._masked(), not seen)
+            back = None if seen else self._summed(weight)
+            if back is None:
+                back = self._transformed(self._masked(), not seen)
             return conv2d(x, back, bias, self._spatial, code)
         derived = self._kept_spatial_weight(weight)
         if torch.is_grad_enabled() or transforms_active() or _autocasting(x):
@@ -273,6 +279,30 @@ class FrequencyConv2d(ForcedBackend):
     def _transformed(self, masked: Tensor, multiplied: bool = False) -> Tensor:
         images = self.basis[: len(self.live_frequencies), 0]
         return _to_spatial(masked, self.in_channels, images, multiplied)
+
+    def _summed(self, weight: Tensor) -> Tensor | None:
+        """Transforms back by the compiled engine, in one pass; None where it cannot."""
+        support = self._modules["mix"].support  # type: ignore[union-attr]
+        if (
+            weight.dtype is not torch.float32
+            or weight.shape[0] != support.filters
+            or not weight.is_cpu
+            or not weight.is_contiguous()
+            or masking.engine() is None
+            or not masking.unobserved(weight)
+        ):
+            return None
+        live, taps = self.live_frequencies, math.prod(self.kernel_size)
+        key = ("images", self.kernel_size, live)
+        images: Tensor | None = support.derived.get(key)
+        if images is None:
+            with torch.inference_mode(False), torch.no_grad():
+                images = dct_basis(self.kernel_size, torch.float32)[list(live)].flatten(1)
+                images = torch.nn.functional.pad(images, (0, -taps % 16))
+            support.derived[key] = images
+        mask = mask_on(support, weight.device).view(-1, len(live))
+        kernels = masking.sum_images(weight.view(-1, len(live)), mask, images[:, :taps])
+        return kernels.view(self._spatial.support.shape)
 
     def path_for(self, x: Tensor) -> str:
         """Says which way an input goes: ``"frequency"`` or ``"spatial"``; predicted for auto."""
