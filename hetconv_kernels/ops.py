@@ -44,8 +44,8 @@ _SCHEMAS = (
     "SymInt[] geometry, int backend) -> Tensor",
 )
 
-# Signatures kept for one layer; past that they start afresh.
-_MAX_SIGNATURES = 1024
+# Signatures kept for one layer, the latest ones: each takes about 3 KiB.
+_MAX_SIGNATURES = 128
 
 
 # Eager bodies -----------------------------------------------------------------------------------
@@ -290,8 +290,12 @@ def _remember(geometry: Geometry, key: Any, problem: Problem, backend: int) -> C
 
 
 def _make_room(geometry: Geometry) -> None:
-    if len(geometry.choices) >= _MAX_SIGNATURES:
-        geometry.choices.clear()
+    choices = geometry.choices
+    while len(choices) >= _MAX_SIGNATURES:
+        try:
+            choices.pop(next(iter(choices)), None)  # the oldest
+        except (StopIteration, RuntimeError):  # another thread made room meanwhile
+            return
 
 
 # Operators --------------------------------------------------------------------------------------
