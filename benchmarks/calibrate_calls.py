@@ -33,7 +33,7 @@ from hetconv_kernels import ops, timing
 from hetconv_kernels.backends import cost_model, get_backend, predict
 from hetconv_kernels.backends.cpu import Cpu
 from hetconv_kernels.files import Json
-from hetconv_kernels.packing import dense_weight, masked, watched
+from hetconv_kernels.packing import dense_weight, masked, watched_packings
 
 # Images, channels, groups, side.
 GROUPS = [
@@ -108,7 +108,7 @@ def packing(name: str, support: hk.Support, calls: int = 7) -> Json:
     problem = ops.describe("fprop", layer._geometry, x, x, layer.weight, (7, 7), {})
     plan, found = Cpu()._chosen(problem), []
     for _ in range(calls):
-        with watched() as seen:
+        with watched_packings() as seen:
             layer(x)
         found.append(sum(one.seconds for one in seen))
     share = torch.get_num_threads() if plan.packed_elements > cost_model.PACK_ALONE else 1

@@ -31,13 +31,9 @@ from .derivatives import (
     wgrad_grads,
 )
 from .observers import functionalised, has_values, observed
+from .observers import transforms_active as transforms_active
 from .packing import bits_on
 from .problem import Geometry
-
-
-def transforms_active() -> bool:
-    """Tells whether a functorch transform or forward-mode differentiation is running."""
-    return torch._C._are_functorch_transforms_active() or _forward_ad._current_level >= 0
 
 
 def through_operator(x: Tensor, *others: Tensor | None) -> bool:

@@ -134,16 +134,15 @@ def linear(
 ) -> Tensor:
     """Multiplies rows of features: the convolution of one-pixel images.  # [..., C] -> [..., F]
 
-    A plain call with a frozen weight goes to an engine's product of matrices without any image,
+    A plain call without gradients goes to an engine's product of matrices without any image,
     which would cost a small layer more than its arithmetic.
 
     Args and errors as `support_conv2d`; the Geometry is that of a 1×1 kernel.
     """
     support = geometry.support
     if (
-        geometry.frozen
+        not torch.is_grad_enabled()
         and not observed(x, weight, bias)
-        and not torch.is_grad_enabled()
         and not (transforms_active() or _autocasting(x) or ranges.active)
     ):
         return ops.product(x, weight, bias, geometry, backend)(x, weight, bias)

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad as _forward_ad
 from torch.autograd import profiler as _profiler
 from torch.nn import Parameter
 from torch.overrides import _get_current_function_mode_stack
@@ -84,6 +85,11 @@ def observed(x: Tensor, *others: Tensor | None) -> bool:
 def has_values(*operands: Tensor | None) -> bool:
     """Tells whether what the engines would read in memory is what the tensors hold."""
     return not any(o is not None and _keys_of(o).raw_repr() & _EXTRAORDINARY for o in operands)
+
+
+def transforms_active() -> bool:
+    """Tells whether a functorch transform or forward-mode differentiation is running."""
+    return torch._C._are_functorch_transforms_active() or _forward_ad._current_level >= 0
 
 
 def functionalised(*operands: Tensor | None) -> bool:

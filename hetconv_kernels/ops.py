@@ -44,8 +44,8 @@ _SCHEMAS = (
     "SymInt[] geometry, int backend) -> Tensor",
 )
 
-# Signatures kept for one layer; past that they start afresh.
-_MAX_SIGNATURES = 1024
+# Signatures kept for one layer, the latest ones: each takes about 3 KiB.
+_MAX_SIGNATURES = 128
 
 
 # Eager bodies -----------------------------------------------------------------------------------
@@ -116,13 +116,13 @@ def run_fprop(
 def product(
     x: Tensor, w: Tensor, bias: Tensor | None, geometry: Geometry, backend: int = 0
 ) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """Returns what multiplies such rows of features by a frozen weight.
+    """Returns what multiplies such rows of features by a weight.
 
     Where the engine has no product of matrices for them, they go by the convolution.
 
     Args:
         x: rows of features.  # [..., C]
-        w: canonical weight.  # [live]
+        w: canonical weight.  # [F, C], [F, C, 1, 1] or [live]
         bias: added per filter.  # [F]
         geometry: of a 1×1 kernel.
         backend: a forced backend's code, 0 for auto.
@@ -137,6 +137,7 @@ def product(
         x.dtype,
         x.device,
         w.shape,
+        w.stride(),
         w.dtype,
         w.device,
         backend,
@@ -152,7 +153,7 @@ def product(
     offered = getattr(engine, "product", None)
     run: Callable[..., Tensor] | None = None
     # Other layouts, and rows that are none, go by the convolution.
-    if x.is_contiguous() and x.numel() and problem.frozen_weight and offered is not None:
+    if x.is_contiguous() and w.is_contiguous() and x.numel() and offered is not None:
         run = offered(problem)
     _make_room(geometry)
     choice = Choice(engine, problem, run or partial(_by_convolution, geometry, backend))
@@ -289,8 +290,12 @@ def _remember(geometry: Geometry, key: Any, problem: Problem, backend: int) -> C
 
 
 def _make_room(geometry: Geometry) -> None:
-    if len(geometry.choices) >= _MAX_SIGNATURES:
-        geometry.choices.clear()
+    choices = geometry.choices
+    while len(choices) >= _MAX_SIGNATURES:
+        try:
+            choices.pop(next(iter(choices)), None)  # the oldest
+        except (StopIteration, RuntimeError):  # another thread made room meanwhile
+            return
 
 
 # Operators --------------------------------------------------------------------------------------

@@ -10,11 +10,10 @@ derives from it is private to the engine and kept only while the weight is uncha
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -22,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .observers import untraced
+from . import masking
+from .observers import transforms_active, untraced
 from .plan import Plan
 from .problem import is_dense_shape
 from .support import Support
@@ -92,51 +92,53 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ZEROS: dict[torch.dtype, Tensor] = {}
 
 
-def masked(support: Support, dense: Tensor, brief: bool = False) -> Tensor:
-    """Returns a copy of a dense tensor, in its layout, whose dead entries are zero, NaN too.
+def masked(
+    support: Support,
+    dense: Tensor,
+    brief: bool = False,
+    layout: torch.memory_format | None = None,
+) -> Tensor:
+    """Returns a copy of a dense tensor whose dead entries are zero, whatever they hold (NaN too).
 
     Args:
         support: which entries live.
         dense: of that shape.  # [F, C, KH, KW]
-        brief: whether the copy is read at once and then forgotten: it may lie in memory that the
-            thread's next such copy is written to.
+        brief: whether an engine asks, inside a call, for a copy that it reads at once and then
+            forgets: it may lie in memory that the thread's next such copy is written to.
+        layout: the copy's memory format where that costs no other pass; None for the tensor's own.
     """
     plain = type(dense) in (Tensor, Parameter)
+    if plain and dense.is_cpu and (brief or masking.unobserved(dense)):
+        key = "masked", dense.stride(), dense.dtype, layout
+        native = support.derived.get(key)
+        if native is None:  # False: it is none of the engine's
+            native = support.derived[key] = _native_mask(support, dense, layout)
+        if native:
+            copy: Tensor = native(dense, brief)
+            return copy
     bits = _INTEGERS.get(dense.element_size())
     if (
         not plain
         or bits is None
         or dense.numel() < _MANY
         or (dense.requires_grad and torch.is_grad_enabled())
+        or transforms_active()
     ):
         zero = _zero(dense.dtype) if plain and dense.is_cpu else 0.0
         return torch.where(_mask_like(support, dense), dense, zero)
-    integers, mask = dense.view(bits), _mask_like(support, dense, bits)
-    if not brief or not dense.is_cpu:
-        return torch.bitwise_and(integers, mask).view(dense.dtype)
-    return torch.bitwise_and(integers, mask, out=_scratch.like(integers)).view(dense.dtype)
+    return torch.bitwise_and(dense.view(bits), _mask_like(support, dense, bits)).view(dense.dtype)
 
 
-class _Scratch(threading.local):
-    """Memory of a thread for a copy that is read at once: fresh pages cost more than the copy."""
-
-    memory: Tensor | None = None
-
-    def like(self, dense: Tensor) -> Tensor:
-        """Returns room for a tensor's elements in its layout; of its own where it is too large."""
-        size = dense.numel() * dense.element_size()
-        last = dense.is_contiguous(memory_format=torch.channels_last)
-        if size > _MOST_SCRATCH or not (last or dense.is_contiguous()):
-            return torch.empty_like(dense)
-        memory = self.memory
-        if memory is None or len(memory) < size:
-            with torch.inference_mode(False):
-                memory = self.memory = torch.empty(size, dtype=torch.uint8, device="cpu")
-        return memory[:size].view(dense.dtype).as_strided(dense.shape, dense.stride())
-
-
-_MOST_SCRATCH = 2**26  # bytes
-_scratch = _Scratch()
+def _native_mask(
+    support: Support, dense: Tensor, layout: torch.memory_format | None
+) -> masking.NativeMask | Literal[False]:
+    """Prepares the engine's masking of tensors in one layout; False where it is none of its."""
+    if not masking.takes(dense):
+        return False
+    turned = layout is torch.channels_last and masking.turns(dense)
+    with torch.inference_mode(False), torch.no_grad(), untraced():
+        like = masking.room(dense, turned)
+        return masking.NativeMask(_mask_like(support, like), like.stride(), dense, turned)
 
 
 def mask_(support: Support, dense: Tensor) -> Tensor:
@@ -144,7 +146,14 @@ def mask_(support: Support, dense: Tensor) -> Tensor:
     bits = _INTEGERS.get(dense.element_size())
     if type(dense) is not Tensor or bits is None:
         return torch.where(_mask_like(support, dense), dense, 0.0)
-    dense.view(bits).bitwise_and_(_mask_like(support, dense, bits))
+    key = "masked", dense.stride(), dense.dtype, None
+    native = support.derived.get(key)
+    if native is None:
+        native = support.derived[key] = _native_mask(support, dense, None)
+    if native and dense.is_cpu:
+        native.mask(dense, dense)
+    else:
+        dense.view(bits).bitwise_and_(_mask_like(support, dense, bits))
     return dense
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -149,4 +150,24 @@ def test_the_cache_of_choices_is_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
     geometry, w = make_geometry(SUPPORT, 1, 1), torch.randn(12, 8, 3, 3)
     for size in range(3, 12):
         ops.run_fprop(torch.randn(1, 8, size, size), w, geometry)
-    assert len(geometry.choices) <= 4
+    assert len(geometry.choices) == 4
+    sizes = [key[0][2] for key in geometry.choices]
+    assert sizes == [8, 9, 10, 11], "the latest ones stay"
+
+
+def test_what_a_layer_remembers_of_changing_shapes_is_small() -> None:
+    """Of 1,500 shapes that a server met, a layer kept 1,024, and a network megabytes a layer."""
+    tracemalloc.start()
+    try:
+        layer, taken = hk.nn.HetConv2d(8, 8, 3, p=2).freeze(), []
+        with torch.no_grad():
+            for height in range(3, 403):
+                layer(torch.zeros(1, 8, height, 4))
+                if height in (203, 402):
+                    gc.collect()
+                    taken.append(tracemalloc.get_traced_memory()[0])
+        assert len(layer._geometry.choices) <= 128
+        assert taken[1] - taken[0] < 2**16
+        assert taken[1] < 2**20
+    finally:
+        tracemalloc.stop()

@@ -118,6 +118,18 @@ def test_optional_arguments_that_are_fixed_are_reported() -> None:
 
 
 @torch.no_grad()
+def test_optional_arguments_that_8_bits_fix_are_reported() -> None:
+    model, x = Optional().eval(), torch.randn(2, 3, 6, 6)
+    report = hk.quantize(model, [x])
+    assert report.fixed == ("scale", "power")
+    assert "the batches give no others: scale, power" in str(report)
+    assert report.to_dict()["fixed"] == ["scale", "power"]
+    with pytest.raises(TypeError):
+        report.model(x, torch.tensor(2.0))
+    assert hk.quantize(nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), [x]).fixed == ()
+
+
+@torch.no_grad()
 def test_parts_that_are_called_with_keywords_keep_their_arguments() -> None:
     class Body(nn.Module):
         def __init__(self) -> None:

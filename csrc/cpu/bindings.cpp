@@ -210,6 +210,7 @@ static void run_wgrad(const Wgrad& w, uintptr_t x, const Strides& xs,
 }
 
 void bind_int8(py::module_& m);     // int8_bindings.cpp
+void bind_masking(py::module_& m);  // masking_bindings.cpp
 void bind_program(py::module_& m);  // program_bindings.cpp
 
 PYBIND11_MODULE(_cpu, m) {
@@ -295,5 +296,6 @@ PYBIND11_MODULE(_cpu, m) {
           py::arg("packed"), py::arg("dy"), py::arg("dy_strides"), py::arg("nhw"), py::arg("dx"),
           py::arg("dx_strides"), py::arg("size"), py::arg("threads") = 1);
   bind_int8(m);
+  bind_masking(m);
   bind_program(m);
 }

@@ -4,9 +4,11 @@
 #define HETCONV_VECTOR_BYTES 64
 #include "isa.h"
 #include "isa_steps.h"
+#include "mask_loops.h"
 
 namespace hetconv {
 extern const Kernels kernels_avx512 = HETCONV_KERNELS(avx512);
 extern const StepLoops step_loops_avx512 = HETCONV_STEP_LOOPS;
+extern const MaskLoops mask_loops_avx512 = HETCONV_MASK_LOOPS;
 }  // namespace hetconv
 #endif

@@ -73,7 +73,7 @@ FRESH = 4e-10
 # Groups of at most so many channels: seconds per multiply-accumulate on all threads, in NCHW and in
 # channels_last. `python -m benchmarks.calibrate_calls` has them, measured on two threads of an AMD
 # Zen 4 server core and brought to the machine of the fitted ones by what `cpu` takes on both.
-NARROW_GROUPS = {1: (1.8e-11, 1.9e-11), 3: (9e-11, 7.4e-11), 7: (1.6e-11, 1.8e-11)}
+NARROW_GROUPS = {1: (1.7e-11, 2.0e-11), 3: (1.05e-10, 5.6e-11), 7: (2.3e-11, 1.8e-11)}
 # What a whole layer's call takes around the above, mostly Python: measured once, on two threads of
 # an AMD Zen 4 server core, on layers so small that it is nearly all there is, less the seconds per
 # call above. By what runs, for images and for rows of features. `benchmarks/test_dispatch.py` has
@@ -93,12 +93,15 @@ DOUBT = 1.15
 # pooled as it is computed.
 POOL, POOLED = 5e-11, 0.2
 # A trained weight is packed at each call: seconds per element of the packed weight on one thread;
-# from so many elements on all threads do it. `benchmarks.calibrate_calls` measures it.
-PACK, PACK_ALONE = 1.5e-9, 2**16
-# For `vendor` its dead entries are masked: seconds per dense weight and per call; where only the
-# live entries are given they are expanded first. From `benchmarks.calibrate_calls`.
-MASK, MASK_CALL = 8e-11, 4e-6
-EXPAND = 2.5e-9
+# from so many elements on all threads do it. Two runs of `python -m benchmarks.calibrate_calls`, on
+# two threads of an AMD Zen 4 server core that took 2.6 times as long as the machine of the fitted
+# rates, gave 1.4e-9 and 8.0e-10 there.
+PACK, PACK_ALONE = 1.1e-9, 2**16
+# For `vendor` its dead entries are masked: seconds per dense weight, into its own layout and into
+# channels_last, and per call; where only the live entries are given they are expanded first. From
+# the same runs; without the compiled engine PyTorch's operators take several times as long.
+MASK, TURN, MASK_CALL = 2.7e-11, 7e-11, 1.4e-6
+EXPAND = 1.1e-9
 # Kernels are transformed back from frequencies: seconds per element of a weight, and per operation,
 # both for each frequency.
 INVERSE, INVERSE_CALL = 5e-10, 1.2e-5

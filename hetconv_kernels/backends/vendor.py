@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..packing import FrozenCache, Pack, dense_weight, masked, own_blocks
+from .. import masking
+from ..packing import FrozenCache, Pack, bits_on, dense_weight, masked, own_blocks
 from ..problem import Problem, is_dense_shape
 from ..support import Support
 from . import Runner, prepacked
@@ -49,6 +50,7 @@ from .cost_model import (
     SMALL_IMAGE,
     SMALL_MAC,
     SMALL_NCHW,
+    TURN,
 )
 from .gpu.constants import GpuConstants, constants_of, dense_gpu_seconds
 from .gpu.devices import GpuSpec, spec_of
@@ -199,7 +201,9 @@ class Vendor:
         seconds = dense_seconds(problem, work=1 / (problem.support.uniform_groups or 1))
         masks = problem.verb != "wgrad" and problem.support.uniform_groups is None
         if masks and not problem.frozen_weight and problem.device.type == "cpu":
-            each = EXPAND if problem.live_weight else MASK
+            turned = problem.channels_last and problem.support.kernel != (1, 1)
+            each = EXPAND if problem.live_weight else TURN if turned else MASK
+            each = 0.0 if _multiplies_masked(problem) else each
             seconds += MASK_CALL + math.prod(problem.support.shape) * each
         return seconds + _fresh_seconds(problem)
 
@@ -235,13 +239,16 @@ class Vendor:
         return run
 
     def product(self, problem: Problem) -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
-        """Prepares a frozen fully-connected layer on rows of features, as ``nn.Linear`` has them.
+        """Prepares a fully-connected layer on rows of features, as ``nn.Linear`` has them.
 
         Returns:
             A callable (x, w, bias) -> y, None where it is none of ours.  # [..., C] -> [..., F]
         """
         if not _is_product(problem) or problem.device.type != "cpu":
             return None
+        if _multiplies_masked(problem):
+            bits = bits_on(problem.support, problem.device)
+            return lambda x, w, bias: masking.multiply(x, w, bits, bias)
         if prepacked.takes(problem):
             return prepacked.prepare_product(problem, self._dense(problem))
         support, dtype, multiply = problem.support, problem.dtype, F.linear
@@ -251,6 +258,12 @@ class Vendor:
 
             def weight(w: Tensor) -> Tensor:
                 return w.view(shape)
+        elif not problem.frozen_weight:
+            make = self._weight(problem)
+
+            def weight(w: Tensor) -> Tensor:
+                masked_now: Tensor = make(w)
+                return masked_now.view(shape)
         else:
             dense, key = self._dense(problem), ("vendor product", dtype)
             kept = FrozenCache(lambda w: dense(w).view(shape), "vendor")
@@ -417,7 +430,10 @@ class Vendor:
         support, dtype, shape = problem.support, problem.dtype, _weight_shape(problem)
         groups, same = support.uniform_groups, problem.weight_dtype == dtype
         # An equal grouping's live entries, and a dense weight, are nn.Conv2d's own weight already.
-        whole = groups is not None and (problem.live_weight or support.is_dense)
+        whole, layout = (
+            groups is not None and (problem.live_weight or support.is_dense),
+            problem.format,
+        )
         if whole and same and problem.weight_shape == shape:
             return lambda w: w
         if whole and same and (problem.format == torch.contiguous_format or shape[2:] == (1, 1)):
@@ -426,12 +442,30 @@ class Vendor:
         if not problem.frozen_weight:
             # Masked for this call alone.
             if groups is None and same and is_dense_shape(support, problem.weight_shape):
-                full = support.shape
-                return Pack(lambda w: masked(support, w.view(full), brief=True), "vendor")
+                full, layout = support.shape, problem.format
+
+                def mask(w: Tensor) -> Tensor:
+                    # In the layout that the convolution would otherwise copy it to.
+                    w = w if w.dim() == 4 else w.view(full)
+                    return masked(support, w, brief=True, layout=layout)
+
+                return Pack(mask, "vendor")
             return Pack(build, "vendor")
         key = ("vendor", dtype, problem.format)
         cache: FrozenCache = support.derived.setdefault(key, FrozenCache(build, "vendor"))
         return cache
+
+
+def _multiplies_masked(problem: Problem) -> bool:
+    """Tells whether a product masks a weight as it reads it, instead of a copy beforehand."""
+    return (
+        _is_product(problem)
+        and not (problem.frozen_weight or problem.live_weight or problem.support.is_dense)
+        and problem.device.type == "cpu"
+        and problem.dtype == problem.weight_dtype == torch.float32
+        and 0 < problem.batch <= masking.MOST_ROWS
+        and masking.engine() is not None
+    )
 
 
 def _is_product(problem: Problem) -> bool:

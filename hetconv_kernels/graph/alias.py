@@ -33,6 +33,26 @@ def is_after(node: Any) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target is after
 
 
+def changed_in_place(graph: fx.Graph) -> set[fx.Node]:
+    """Finds the values that share memory with one that is changed and then read.
+
+    A copy of such a value, in another dtype for example, would not change with it.
+    """
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if not is_after(node):
+            continue
+        found.add(node)
+        owner = node.args[0]
+        for part in node.args:
+            while isinstance(part, fx.Node) and part is not owner and part.op != "call_module":
+                found.add(part)
+                part = part.args[0] if part.args else None
+            if isinstance(part, fx.Node):
+                found.add(part)
+    return found
+
+
 def say(traced: fx.GraphModule) -> bool:
     """Rewrites a recorded graph; tells whether anything was changed in place.
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import operator
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from ..nn import SupportConv2d, SupportLinear, fuse
 from ..nn.base import SupportLayer
 from ..pooling import Pool
 from ..support import Support
+from .alias import is_after
 from .layout import set_module
 from .names import module_of, name_of
 from .norms import NORMS, fold_norms
@@ -91,7 +93,8 @@ def fold(traced: fx.GraphModule) -> Folded:
             convs.append((node, module))
     # A stable sort: layers with a Support choose first.
     convs.sort(key=lambda pair: not isinstance(pair[1], SupportConv2d))
-    chosen = [(node, conv, _chain(node)) for node, conv in convs]
+    changes = _Changes(traced.graph)
+    chosen = [(node, conv, _chain(node, changes)) for node, conv in convs]
     done = [
         Fused(b.layer, f"bn + {b.kind}" if b.before else f"{b.kind} + bn")
         for b in beside
@@ -156,10 +159,42 @@ class _Chain(NamedTuple):
         return self._replace(nodes=nodes, parts=parts, act="none", pool=None)
 
 
-def _chain(conv: fx.Node) -> _Chain:
+class _Changes:
+    """Where tensors are changed in place: what reads one may not be moved beyond that.
+
+    Args:
+        graph: each node's ``meta`` has ``alias`` and ``mutates``, where there are such.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.place = {node: place for place, node in enumerate(graph.nodes)}
+        self._places: dict[fx.Node, list[int]] = {}
+        for node, place in self.place.items():
+            if "mutates" in node.meta:
+                self._places.setdefault(_owner(node.meta["mutates"]), []).append(place)
+
+    def next_of(self, tensor: Any, after: fx.Node) -> float:
+        """Returns the place of the first change of a tensor's memory after a node."""
+        if not isinstance(tensor, fx.Node):
+            return math.inf
+        places = self._places.get(_owner(tensor), [])
+        return min((place for place in places if place > self.place[after]), default=math.inf)
+
+
+def _owner(node: fx.Node) -> fx.Node:
+    """Returns the node that made the memory in which a node's value lies."""
+    while isinstance(node.meta.get("alias"), fx.Node):
+        node = node.meta["alias"]
+    return node
+
+
+def _chain(conv: fx.Node, changes: _Changes) -> _Chain:
     chain = _Chain((conv,))
+    end = changes.next_of(conv.args[0] if conv.args else None, conv)
     while len(chain.nodes[-1].users) == 1 and chain.pool is None:
         last, user = chain.nodes[-1], next(iter(chain.nodes[-1].users))
+        if changes.place[user] > end:
+            break
         module = module_of(user)
         summed = _is_sum(user, last)
         act, pool = _activation(user), _pool(user)
@@ -172,6 +207,8 @@ def _chain(conv: fx.Node) -> _Chain:
             step = {"parts": ("bn",), "bn": module}
         elif summed and "residual" not in chain.parts:
             step = {"parts": (*chain.parts, "residual")}
+            for other in user.all_input_nodes:
+                end = min(end, changes.next_of(other, user))
         elif act is not None:
             step = {"parts": (*chain.parts, act), "act": act}
         else:
@@ -299,6 +336,8 @@ def _protect(traced: fx.GraphModule) -> None:
     for node in traced.graph.nodes:
         if not node.args or not isinstance(node.args[0], fx.Node) or len(node.args[0].users) < 2:
             continue
+        if any(is_after(user) and node in user.args[1:] for user in node.users):
+            continue  # it changes a view: others read the memory that it changes
         module = module_of(node)
         if module is not None and getattr(module, "inplace", False):
             own = copy.copy(module)
@@ -310,4 +349,8 @@ def _protect(traced: fx.GraphModule) -> None:
             node.kwargs = {**node.kwargs, "inplace": False}
         elif node.target is operator.iadd:
             node.target = operator.add
+        else:
+            continue
+        for key in ("alias", "mutates"):
+            node.meta.pop(key, None)
     traced.recompile()

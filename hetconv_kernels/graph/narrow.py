@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.utils import _pytree as pytree
 
-from ..errors import ArgumentError, mismatch
+from ..errors import ArgumentError, TraceError, mismatch
+from ..nn.base import as_step
 from ..nn.fused import FusedConv2d
 
 NARROW = (torch.bfloat16, torch.float16)
@@ -35,7 +37,22 @@ class Narrow(nn.Module):
         self.body, self.dtype = body, dtype
 
     def forward(self, *inputs: Any) -> Any:
-        """Runs the network on narrowed inputs."""
+        """Runs the network on narrowed inputs.
+
+        Raises:
+            TraceError: torch.fx traces this module itself, whose arguments it does not know.
+        """
+        if isinstance(inputs, Proxy):
+            raise TraceError(
+                mismatch(
+                    "network of 16 bits for torch.fx",
+                    "itself",
+                    "a network that it is in",
+                    "Trace torch.nn.Sequential(network), or its body, network.body.",
+                )
+            )
+        if any(isinstance(x, Proxy) for x in inputs):
+            return as_step(self, *inputs)
         given = _floats(inputs)
         outputs = self.body(*_cast(inputs, self.dtype))
         return _cast(outputs, given[0].dtype) if given else outputs

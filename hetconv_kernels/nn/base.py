@@ -9,13 +9,37 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from .. import backends
-from ..errors import InputTypeError, SupportError, mismatch
+from ..errors import InputTypeError, SupportError, TraceError, mismatch
 from ..packing import bits_on, dense_weight, forget, live_weight, mask_on, owned
 from ..problem import Geometry, memory_format
 from ..support import Support
 from .extra_state import described_by, extra_state
+
+
+def as_step(layer: nn.Module, *operands: Any) -> Any:
+    """Records a layer as one step of a graph: its forward was given what a tracer of torch.fx made.
+
+    Such a tracer goes into every module that is not of torch.nn; the layers of this package ask
+    their operands for what only tensors have.
+
+    Raises:
+        TraceError: the layer is the whole network, which is no step of itself.
+    """
+    tracer = next(o.tracer for o in operands if isinstance(o, Proxy))
+    name = tracer.path_of_module(layer)
+    if not name:
+        raise TraceError(
+            mismatch(
+                f"{type(layer).__name__} for torch.fx",
+                "the layer alone",
+                "a network that it is in",
+                "Trace torch.nn.Sequential(layer); torch.export takes the layer itself.",
+            )
+        )
+    return tracer.create_proxy("call_module", name, operands, {})
 
 
 class ForcedBackend(nn.Module):

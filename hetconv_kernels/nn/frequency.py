@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from .. import ops
+from .. import masking, ops
 from ..autograd import transforms_active
 from ..backends import choose
 from ..backends.cost_model import INVERSE, INVERSE_CALL
@@ -21,10 +22,10 @@ from ..errors import ArgumentError, InputTypeError, SupportError, mismatch
 from ..functional import _autocasting, conv2d, fprop_problem
 from ..masks import kernel_pair
 from ..observers import observed, sizes
-from ..packing import FrozenCache, dense_weight, owned
+from ..packing import FrozenCache, dense_weight, mask_on, owned
 from ..problem import Geometry, Problem, make_geometry
 from ..support import Support
-from .base import ForcedBackend
+from .base import ForcedBackend, as_step
 from .conv import SupportConv2d
 from .extra_state import described_by, extra_state
 
@@ -205,14 +206,18 @@ class FrequencyConv2d(ForcedBackend):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolves.  # [N, C, H, W] -> [N, F, OH, OW]"""
+        if type(x) is Proxy:
+            recorded: Tensor = as_step(self, x)
+            return recorded
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
         # Not by attributes: every one of a Module's parts costs a search.
         mix: Any = self._modules["mix"]
         code, path = self._backend_code(), self.path
         weight, bias = mix._operands()
+        seen = observed(x, weight)
         # Derived weights are kept of a frozen layer, in an ordinary call.
-        kept = mix._geometry.frozen and not observed(x, weight)
+        kept = mix._geometry.frozen and not seen
         if path == "auto":
             path = self._faster(x, x.shape if kept else sizes(x), code)
         if path == "frequency":
@@ -223,7 +228,10 @@ class FrequencyConv2d(ForcedBackend):
                 maps = conv2d(x, self.basis.to(x.dtype), None, self._transform, code)
             return self.mix(maps)
         if not kept:
-            return conv2d(x, self._transformed(self._masked()), bias, self._spatial, code)
+            back = None if seen else self._summed(weight)
+            if back is None:
+                back = self._transformed(self._masked(), not seen)
+            return conv2d(x, back, bias, self._spatial, code)
         derived = self._kept_spatial_weight(weight)
         if torch.is_grad_enabled() or transforms_active() or _autocasting(x):
             return conv2d(x, derived, bias, self._spatial_frozen, code)
@@ -268,7 +276,7 @@ class FrequencyConv2d(ForcedBackend):
 
             def build(live: Tensor) -> Tensor:
                 dense = dense_weight(support, live.detach(), live.dtype)
-                return owned(_to_spatial(dense, channels, images).flatten())
+                return owned(_to_spatial(dense, channels, images, True).flatten())
 
             cache = support.derived[key] = FrozenCache(build, "frequency")
         flat: Tensor = cache(weight)
@@ -287,8 +295,33 @@ class FrequencyConv2d(ForcedBackend):
         # Not a product: a dead coefficient may hold anything, NaN too.
         return weight if mix.support.is_dense else dense_weight(mix.support, weight, weight.dtype)
 
-    def _transformed(self, masked: Tensor) -> Tensor:
-        return _to_spatial(masked, self.in_channels, self.basis[: len(self.live_frequencies), 0])
+    def _transformed(self, masked: Tensor, multiplied: bool = False) -> Tensor:
+        images = self.basis[: len(self.live_frequencies), 0]
+        return _to_spatial(masked, self.in_channels, images, multiplied)
+
+    def _summed(self, weight: Tensor) -> Tensor | None:
+        """Transforms back by the compiled engine, in one pass; None where it cannot."""
+        support = self._modules["mix"].support  # type: ignore[union-attr]
+        if (
+            weight.dtype is not torch.float32
+            or weight.shape[0] != support.filters
+            or not weight.is_cpu
+            or not weight.is_contiguous()
+            or masking.engine() is None
+            or not masking.unobserved(weight)
+        ):
+            return None
+        live, taps = self.live_frequencies, math.prod(self.kernel_size)
+        key = ("images", self.kernel_size, live)
+        images: Tensor | None = support.derived.get(key)
+        if images is None:
+            with torch.inference_mode(False), torch.no_grad():
+                images = dct_basis(self.kernel_size, torch.float32)[list(live)].flatten(1)
+                images = torch.nn.functional.pad(images, (0, -taps % 16))
+            support.derived[key] = images
+        mask = mask_on(support, weight.device).view(-1, len(live))
+        kernels = masking.sum_images(weight.view(-1, len(live)), mask, images[:, :taps])
+        return kernels.view(self._spatial.support.shape)
 
     def path_for(self, x: Tensor) -> str:
         """Says which way an input goes: ``"frequency"`` or ``"spatial"``; predicted for auto."""
@@ -430,14 +463,25 @@ class FrequencyConv2d(ForcedBackend):
         )
 
 
-def _to_spatial(masked: Tensor, channels: int, images: Tensor) -> Tensor:
+def _to_spatial(masked: Tensor, channels: int, images: Tensor, multiplied: bool) -> Tensor:
     """Sums the images of the frequencies, scaled by their coefficients.
 
-    # [F, C·frequencies, 1, 1], [frequencies, KH, KW] -> [F, C, KH, KW]
+    Args:
+        masked: coefficients, dead ones zero.  # [F, C·frequencies, 1, 1]
+        channels: C.
+        images: of the frequencies.  # [frequencies, KH, KW]
+        multiplied: whether a product of matrices may do it, several times as fast: an observer
+            (a counter of FLOPs) would count that as work of the convolution.
+
+    Returns:
+        The kernels.  # [F, C, KH, KW]
     """
-    # Sums of scaled images: not a product that would count as work of the convolution.
-    coefficients = masked.reshape(len(masked), channels, len(images), 1, 1)
     images = images.to(masked)
+    # Not where a product may round its operands: TF32, or bfloat16 by PyTorch's own setting.
+    if multiplied and masked.is_cpu and torch.get_float32_matmul_precision() == "highest":
+        kernels = masked.reshape(-1, len(images)) @ images.flatten(1)
+        return kernels.view(len(masked), channels, *images.shape[1:])
+    coefficients = masked.reshape(len(masked), channels, len(images), 1, 1)
     if masked.numel() * images[0].numel() <= _AT_ONCE:
         return (coefficients * images).sum(2)
     terms, scaled = coefficients.unbind(2), images.unbind(0)

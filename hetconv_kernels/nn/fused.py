@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ..errors import ArgumentError, InputTypeError, SupportError, mismatch
 from ..functional import fprop_problem, fused_conv2d
@@ -15,7 +16,7 @@ from ..packing import bits_on, dense_weight, forget, live_weight, owned
 from ..pooling import Pool
 from ..problem import ACTIVATIONS, Geometry, Problem, make_geometry
 from ..support import Support
-from .base import ForcedBackend
+from .base import ForcedBackend, as_step
 from .conv import SupportConv2d, expanded_weight
 from .extra_state import described_by, extra_state
 
@@ -102,6 +103,9 @@ class FusedConv2d(ForcedBackend):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Convolves and applies the epilogue in one pass.  # [N, C, H, W] -> [N, F, OH, OW]"""
+        if type(x) is Proxy:
+            recorded: Tensor = as_step(self, x, residual)
+            return recorded
         return fused_conv2d(
             x,
             self._frozen_weight(),

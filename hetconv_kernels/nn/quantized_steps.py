@@ -8,13 +8,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx import Proxy
 
 from ..errors import ArgumentError, InputTypeError, mismatch
 from ..pooling import Pool
 from ..quantization import ops
 from ..quantization.engine import operations
 from ..quantization.scheme import Scale, bounds, ratio
-from .base import ForcedBackend
+from .base import ForcedBackend, as_step
 
 
 class QuantizedStep(ForcedBackend):
@@ -73,8 +74,12 @@ class Quantize(QuantizedStep):
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantises.  # float32 [...] -> uint8 or int8 [...]"""
+        if type(x) is Proxy:
+            recorded: Tensor = as_step(self, x)
+            return recorded
         image, s, code = as_image(x), self.y, self._backend_code()
         if ops.by_operator(x):
+            ops.refuse_derivatives(x)
             y = torch.ops.hetconv.quantize(image, s.scale, s.zero_point, s.dtype, code)
         else:
             y = operations(x.device, code).quantize_tensor(image, s.scale, s.zero_point, s.dtype)
@@ -96,6 +101,9 @@ class Dequantize(QuantizedStep):
 
     def forward(self, x: Tensor) -> Tensor:
         """Dequantises.  # uint8 or int8 [...] -> float32 [...]"""
+        if type(x) is Proxy:
+            recorded: Tensor = as_step(self, x)
+            return recorded
         check_dtype(x, self.x)
         image, s, code = as_image(x), self.x, self._backend_code()
         if ops.by_operator(x):
@@ -123,6 +131,9 @@ class Requantize(QuantizedStep):
 
     def forward(self, x: Tensor) -> Tensor:
         """Requantises.  # [...] -> [...]"""
+        if type(x) is Proxy:
+            recorded: Tensor = as_step(self, x)
+            return recorded
         check_dtype(x, self.x)
         y = run_step(self, "requantize", (as_image(x),), (ratio(self.x, self.y),), (self.x,))
         return y if x.dim() == 4 else y.reshape(x.shape)
@@ -147,6 +158,9 @@ class QuantizedAdd(QuantizedStep):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Adds.  # [...], [...] -> [...]"""
+        if type(a) is Proxy or type(b) is Proxy:
+            recorded: Tensor = as_step(self, a, b)
+            return recorded
         check_dtype(a, self.a)
         check_dtype(b, self.b)
         scales = (self.a, self.b)
@@ -170,6 +184,9 @@ class QuantizedMaxPool2d(QuantizedStep):
 
     def forward(self, x: Tensor) -> Tensor:
         """Pools.  # [N, C, H, W] -> [N, C, PH, PW]"""
+        if type(x) is Proxy:
+            recorded: Tensor = as_step(self, x)
+            return recorded
         code = self._backend_code()
         if ops.by_operator(x):
             y: Tensor = torch.ops.hetconv.qmax_pool(x, ops.pool_ints(self.pool), code)
@@ -206,6 +223,9 @@ class QuantizedAvgPool2d(QuantizedStep):
 
     def forward(self, x: Tensor) -> Tensor:
         """Averages.  # [N, C, H, W] -> [N, C, *size] or [N, C]"""
+        if type(x) is Proxy:
+            recorded: Tensor = as_step(self, x)
+            return recorded
         check_dtype(x, self.x)
         if self.size != (1, 1):
             if tuple(x.shape[2:]) == self.size:
@@ -232,6 +252,9 @@ class QuantizedPad(QuantizedStep):
 
     def forward(self, x: Tensor) -> Tensor:
         """Pads.  # [N, C, H, W] -> [N, C', H', W']"""
+        if type(x) is Proxy:
+            recorded: Tensor = as_step(self, x)
+            return recorded
         check_dtype(x, self.x)
         return F.pad(x, self.pads, value=self.x.zero_point)
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ..functional import conv2d
-from ..nn.base import ForcedBackend
+from ..nn.base import ForcedBackend, as_step
 from ..nn.quantized import QuantizedConv2d, QuantizedLinear
 from ..nn.quantized_layer import QuantizedLayer
 from ..nn.quantized_steps import (
@@ -120,6 +121,9 @@ class FakeQuantizedLayer(ForcedBackend):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Convolves (multiplies) with rounded weights and rounds the output."""
+        if type(x) is Proxy:
+            recorded: Tensor = as_step(self, x, residual)
+            return recorded
         weight, shift = self.rounded()
         linear = self.kind is QuantizedLinear
         image = x.reshape(-1, x.shape[-1], 1, 1) if linear else x
@@ -170,6 +174,9 @@ class FakeStep(nn.Module):
 
     def forward(self, *operands: Tensor) -> Tensor:
         """Computes what the step computes."""
+        if any(isinstance(operand, Proxy) for operand in operands):
+            recorded: Tensor = as_step(self, *operands)
+            return recorded
         (step,) = self._step
         numbers = _MEANINGS[type(step)](step, *operands)
         y = getattr(step, "y", None)

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..autograd import transforms_active
-from ..errors import ArgumentError, mismatch
+from ..errors import ArgumentError, InputTypeError, mismatch
 from ..flops import register_flop_formulas
 from ..geometries import geometry_of
 from ..observers import observed
@@ -47,6 +48,32 @@ def by_operator(x: Tensor, *others: Tensor | None) -> bool:
     The operators have no rules of their own for functorch: PyTorch maps them one by one.
     """
     return observed(x, *others) or transforms_active()
+
+
+def refuse_derivatives(x: Tensor) -> None:
+    """Refuses what would be a derivative of rounding: zero, or lost without a word.
+
+    Raises:
+        InputTypeError: forward-mode differentiation, or a functorch transform that differentiates,
+            follows x.
+    """
+    level = x
+    while torch._C._functorch.is_functorch_wrapped_tensor(level):
+        if torch._C._functorch.is_gradtrackingtensor(level):
+            break
+        level = torch._C._functorch.get_unwrapped(level)
+    else:
+        if forward_ad._current_level < 0 or forward_ad.unpack_dual(level).tangent is None:
+            return
+    raise InputTypeError(
+        mismatch(
+            "input of a network in 8 bits",
+            "a tensor that is being differentiated (torch.func or forward mode)",
+            "a plain tensor: rounding to integers has no useful derivative",
+            "Differentiate the network in float, or the one of "
+            "hetconv_kernels.quantization.prepare, whose gradients pass through the rounding.",
+        )
+    )
 
 
 def pool_ints(pool: Pool | None) -> list[int]:

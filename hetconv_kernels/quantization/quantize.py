@@ -124,6 +124,7 @@ def quantize(
         + _float_outputs(made),
         timings=timings,
         engine=engine_name(x.device),
+        fixed=work.fixed,
     )
 
 
@@ -205,11 +206,13 @@ class _Work:
         root: in float, fused.
         parts: those that were traced.
         batches: of the whole.
+        fixed: optional arguments that it no longer has.
     """
 
     root: nn.Module
     parts: list[_Part]
     batches: list[Inputs]
+    fixed: tuple[str, ...] = ()
 
     def fake(self) -> dict[str, nn.Module]:
         """Builds the parts under fake quantisation."""
@@ -319,7 +322,7 @@ def _calibrated(
                 "at least one convolution or fully connected layer",
             )
         )
-    return _Work(report.model, parts, inputs)
+    return _Work(report.model, parts, inputs, report.fixed)
 
 
 def _part(

@@ -50,6 +50,7 @@ class QuantizeReport:
         conversions: the steps between 8 bits and float32, input and output among them.
         timings: of both on the first batch; None where nothing was timed.
         engine: what computes in 8 bits: ``"cpu"`` or ``"reference"``.
+        fixed: optional arguments of the forward that the result no longer has, see `optimize`.
     """
 
     model: nn.Module = field(repr=False)
@@ -64,6 +65,7 @@ class QuantizeReport:
     conversions: int
     timings: Timings | None
     engine: str
+    fixed: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what was measured as JSON-serialisable data; infinite ratios become None."""
@@ -81,6 +83,7 @@ class QuantizeReport:
             if timings is None
             else {name: timings.median(name) for name in timings.samples},
             "engine": self.engine,
+            "fixed": list(self.fixed),
         }
 
     def __str__(self) -> str:
@@ -103,6 +106,10 @@ class QuantizeReport:
             f"or to float32; calibrated by {self.observer} on {self.images} images",
             f"output SQNR {self.sqnr_db:.1f} dB; weights {before:,} -> {after:,} bytes",
         ]
+        if self.fixed:
+            lines.append(
+                f"fixed to their defaults, for the batches give no others: {', '.join(self.fixed)}"
+            )
         if self.accuracy is not None:
             lines.append(f"accuracy {self.accuracy[0]:.4f} -> {self.accuracy[1]:.4f}")
         if self.timings is not None:

@@ -18,6 +18,7 @@ import torch
 from torch import fx, nn
 
 from ..errors import ArgumentError
+from ..graph.alias import changed_in_place
 from ..graph.fold import _activation, _is_sum, _pool
 from ..graph.names import module_of, name_of
 from ..nn import FusedConv2d, SupportLinear
@@ -96,16 +97,18 @@ def find_steps(traced: fx.GraphModule) -> tuple[dict[fx.Node, Step], dict[str, s
     """
     steps: dict[fx.Node, Step] = {}
     reasons: dict[str, str] = {}
+    changed = changed_in_place(traced.graph)
     for node in traced.graph.nodes:
         step, reason = _step(node)
         if reason:
             reasons[str(node.target)] = reason
-        if step is None:
-            continue
-        if step.what in ("linear", "add") and len(node.users) == 1:
+        if step is None or (step.kind != LAYER and node in changed):
+            continue  # integers would be copies, which do not change with what they are of
+        still = changed.isdisjoint(step.inputs)
+        if step.what in ("linear", "add") and len(node.users) == 1 and still:
             (user,) = node.users
             act = _activation(user)
-            if act in _CLAMPS:
+            if act in _CLAMPS and user not in changed:
                 step = Step(user, step.what, step.kind, step.inputs, node, act)
         elif step.what == "act" and node in steps:
             continue  # it is part of the step before
@@ -231,7 +234,7 @@ def decide(traced: fx.GraphModule, steps: dict[fx.Node, Step], floats: Iterable[
         steps: what `find_steps` found.
         floats: names of layers that stay in float.
     """
-    left = set(floats)
+    left, changed = set(floats), changed_in_place(traced.graph)
     able: set[fx.Node] = set()
     for node, step in steps.items():
         sources = [i in able for i in step.inputs]
@@ -250,7 +253,7 @@ def decide(traced: fx.GraphModule, steps: dict[fx.Node, Step], floats: Iterable[
         wanted = any(reader.node in runs for reader in readers.get(node, ()))
         if node in able and (step.kind != MOVE or wanted):
             runs.add(node)
-            if wanted:
+            if wanted and node not in changed:
                 quantized.add(node)
     for node in list(quantized):
         # The parts of a tuple of integers are integers, whoever reads them.

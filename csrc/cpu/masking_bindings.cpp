@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+// Python face of masking.h: addresses as integers.
+#include <pybind11/pybind11.h>
+
+#include "masking.h"
+
+namespace py = pybind11;
+using namespace hetconv;
+
+void bind_masking(py::module_& m) {
+  m.def(
+      "mask_weights",
+      [](uintptr_t w, uintptr_t live, uintptr_t y, int64_t count, int size, int threads) {
+        py::gil_scoped_release release;
+        mask_weights(reinterpret_cast<const void*>(w), reinterpret_cast<const uint8_t*>(live),
+                     reinterpret_cast<void*>(y), count, size, threads);
+      },
+      "Copies elements of some bytes that a byte each says exist, and zeros for the others.");
+  m.def(
+      "turn_weights",
+      [](uintptr_t w, uintptr_t live, uintptr_t y, int64_t F, int64_t C, int64_t taps, int size,
+         int threads) {
+        py::gil_scoped_release release;
+        turn_weights(reinterpret_cast<const void*>(w), reinterpret_cast<const uint8_t*>(live),
+                     reinterpret_cast<void*>(y), F, C, taps, size, threads);
+      },
+      "The same of filters [C, taps], written as [taps, C], the order of the bytes too.");
+  m.def(
+      "multiply_masked",
+      [](uintptr_t w, uintptr_t bits, uintptr_t x, uintptr_t bias, uintptr_t y, int64_t rows,
+         int64_t F, int64_t C, int threads) {
+        const MaskedProduct p{reinterpret_cast<const void*>(w),
+                              reinterpret_cast<const uint8_t*>(bits),
+                              reinterpret_cast<const void*>(x),
+                              reinterpret_cast<const void*>(bias),
+                              reinterpret_cast<float*>(y),
+                              rows,
+                              F,
+                              C};
+        py::gil_scoped_release release;
+        multiply_masked(p, threads);
+      },
+      "Multiplies rows of float32 by a matrix of which bits say which entries exist.");
+}

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Native masking: weights copied with zeros where none exist, in one pass of the compiled engine.
+
+A layer that is not frozen keeps nothing of its weight, so that this is done in each call. PyTorch
+takes several times what the memory does: it converts a mask of booleans, or reads one of integers
+that is as large as the weight. The engine reads a byte for each weight and chooses: a dead entry
+counts as zero whatever it holds, NaN and Inf too, and a NaN of a weight that exists stays.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import threading
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .observers import has_values, observed, transforms_active
+from .openmp import share_openmp
+
+_SIZES = (2, 4, 8)  # bytes of an element
+_MOST_SCRATCH = 2**26  # bytes
+# Rows of features for which a product masks the weight as it reads it; for more of them PyTorch's
+# product on a masked copy is faster, see `benchmarks.calibrate_calls`.
+MOST_ROWS = 8
+
+
+@cache
+def engine() -> Any | None:
+    """Returns the compiled engine, None where there is none."""
+    if importlib.util.find_spec("hetconv_kernels._cpu") is None or share_openmp():
+        return None
+    from . import _cpu
+
+    return _cpu
+
+
+def takes(dense: Tensor) -> bool:
+    """Tells whether the engine masks such a plain tensor, of which the memory is all."""
+    return (
+        dense.is_cpu
+        and dense.element_size() in _SIZES
+        and (
+            dense.is_contiguous()
+            or (dense.dim() == 4 and dense.is_contiguous(memory_format=torch.channels_last))
+        )
+        and engine() is not None
+    )
+
+
+def unobserved(dense: Tensor) -> bool:
+    """Tells whether nobody has to see how a plain tensor is masked, nor derives through it."""
+    return not (
+        observed(dense)
+        or (dense.requires_grad and torch.is_grad_enabled())
+        or transforms_active()
+        or not has_values(dense)
+    )
+
+
+def turns(dense: Tensor) -> bool:
+    """Tells whether a copy in channels_last has another order than the tensor."""
+    return dense.is_contiguous() and not dense.is_contiguous(memory_format=torch.channels_last)
+
+
+def room(dense: Tensor, turned: bool) -> Tensor:
+    """Returns memory for a copy, in channels_last where it is turned."""
+    layout = torch.channels_last if turned else torch.preserve_format
+    return torch.empty_like(dense, requires_grad=False, memory_format=layout)
+
+
+def multiply(x: Tensor, w: Tensor, bits: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiplies rows by a masked matrix, which is read once and copied nowhere.
+
+    Args:
+        x: contiguous float32 rows, few of them.  # [..., C]
+        w: contiguous float32; dead entries are ignored.  # [F, C]
+        bits: the bit-packed mask.  # uint8 [F, ceil(C / 8)]
+        bias: added per filter.  # [F]
+
+    Returns:
+        x · (w ∘ mask)ᵀ + bias.  # [..., F]
+    """
+    native: Any = engine()
+    f, c = w.shape[:2]
+    y = x.new_empty((*x.shape[:-1], f))
+    if bias is not None:
+        bias = bias.float().contiguous()
+    native.multiply_masked(
+        w.data_ptr(),
+        bits.data_ptr(),
+        x.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        x.numel() // c,
+        f,
+        c,
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def sum_images(w: Tensor, mask: Tensor, images: Tensor) -> Tensor:
+    """Sums images, scaled by the coefficients that exist.
+
+    Args:
+        w: contiguous float32 coefficients; dead ones are ignored.  # [rows, images]
+        mask: which exist, contiguous.  # bool [rows, images]
+        images: contiguous float32, rows of zeros after them up to whole vectors of 16.
+            # [images, taps], a view of [images, 16·n]
+
+    Returns:
+        The sums.  # [rows, taps]
+    """
+    native: Any = engine()
+    rows, (count, taps) = len(w), images.shape
+    y = torch.empty((rows, taps), dtype=torch.float32, device="cpu")
+    native.sum_images(
+        w.data_ptr(),
+        mask.data_ptr(),
+        images.data_ptr(),
+        y.data_ptr(),
+        rows,
+        count,
+        taps,
+        images.stride(0),
+        torch.get_num_threads(),
+    )
+    return y
+
+
+class NativeMask:
+    """Masks weights of one shape, layout and dtype by the engine.
+
+    Args:
+        mask: which entries exist, in the layout of the copies.  # bool [F, C, KH, KW]
+        stride: of the copies.
+        like: a weight.
+        turned: whether copies are in channels_last of a weight that is contiguous.
+    """
+
+    def __init__(self, mask: Tensor, stride: tuple[int, ...], like: Tensor, turned: bool) -> None:
+        native: Any = engine()
+        self._mask, self._stride, self._turned = mask, stride, turned
+        self._shape, self._dtype = like.shape, like.dtype
+        self._bytes = like.numel() * like.element_size()
+        f, c, *taps = like.shape
+        sizes = (f, c, math.prod(taps)) if turned else (like.numel(),)
+        self._run = native.turn_weights if turned else native.mask_weights
+        self._sizes = (*sizes, like.element_size())
+        self._address = mask.data_ptr()
+        self._view = _View()
+
+    def __call__(self, dense: Tensor, brief: bool) -> Tensor:
+        """Returns a masked copy; a brief one may lie where the thread's next one will."""
+        out = self._view.out if brief and self._view.memory is _scratch.memory else None
+        if out is None:
+            out = self._room(brief)
+        self.mask(dense, out)
+        return out
+
+    def mask(self, dense: Tensor, out: Tensor) -> None:
+        """Masks into a tensor of the copies' layout, which may be the weight itself."""
+        threads = torch.get_num_threads()
+        self._run(dense.data_ptr(), self._address, out.data_ptr(), *self._sizes, threads)
+
+    def _room(self, brief: bool) -> Tensor:
+        if not brief or self._bytes > _MOST_SCRATCH:
+            return torch.empty_strided(self._shape, self._stride, dtype=self._dtype, device="cpu")
+        with torch.inference_mode(False), torch.no_grad():
+            view = _scratch.room(self._bytes).view(self._dtype)
+            view = view.as_strided(self._shape, self._stride)
+        self._view.out, self._view.memory = view, _scratch.memory
+        return view
+
+
+class _View(threading.local):
+    """A thread's memory as one mask's copies, and the memory that it is of."""
+
+    out: Tensor | None = None
+    memory: Tensor | None = None
+
+
+class _Scratch(threading.local):
+    """Memory of a thread for a copy that is read at once: fresh pages cost more than the copy."""
+
+    memory: Tensor | None = None
+
+    def room(self, size: int) -> Tensor:
+        """Returns the memory's first bytes.  # uint8 [size]"""
+        if self.memory is None or len(self.memory) < size:
+            # A power of two: what views still hold of former ones is no more than this.
+            room = 1 << (size - 1).bit_length()
+            self.memory = torch.empty(room, dtype=torch.uint8, device="cpu")
+        return self.memory[:size]
+
+
+_scratch = _Scratch()
