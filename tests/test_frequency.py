@@ -329,3 +329,10 @@ def test_images_of_frequencies_are_summed_alike_one_by_one_and_at_once(
 
 def some(filters: int, channels: int, kernel: int) -> np.ndarray:
     return np.random.default_rng(0).random((filters, channels, kernel, kernel)) < 0.4
+
+
+def test_what_is_remembered_of_changing_shapes_is_bounded() -> None:
+    layer = FrequencyConv2d(2, 2, 3, coefficients=np.ones((2, 2, 3, 3), bool), path="auto")
+    for height in range(3, 303):
+        layer.path_for(torch.empty(1, 2, height, 4))
+    assert len(layer._paths) <= 128
