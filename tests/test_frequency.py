@@ -15,6 +15,7 @@ from layers import through_file
 from torch import nn
 
 import hetconv_kernels as hk
+from hetconv_kernels import masking
 from hetconv_kernels.backends import cost_model
 from hetconv_kernels.compression import FrequencyPruning
 from hetconv_kernels.compression.methods import frequency as search
@@ -219,7 +220,8 @@ def test_a_layer_that_transforms_its_kernels_at_each_call_counts_that() -> None:
     there, back = layer.predicted(x)
     layer.mix.freeze()
     frozen_there, frozen_back = layer.predicted(x)
-    assert back > frozen_back + 2 * cost_model.INVERSE_CALL
+    passes = 2 if masking.native_engine() is None else 1
+    assert back > frozen_back + passes * cost_model.INVERSE_CALL
     assert there >= frozen_there
 
 
