@@ -103,7 +103,7 @@ def multiply_masked(x: Tensor, w: Tensor, bits: Tensor, bias: Tensor | None) -> 
     return y
 
 
-def sum_images(w: Tensor, mask: Tensor, images: Tensor) -> Tensor:
+def sum_images(w: Tensor, mask: Tensor, images: Tensor, brief: bool = False) -> Tensor:
     """Sums images, scaled by the coefficients that exist.
 
     Args:
@@ -111,13 +111,19 @@ def sum_images(w: Tensor, mask: Tensor, images: Tensor) -> Tensor:
         mask: which exist, contiguous.  # bool [rows, images]
         images: contiguous float32, rows of zeros after them up to whole vectors of 16.
             # [images, taps], a view of [images, 16·n]
+        brief: whether the sums are read at once and then forgotten: they may lie in memory that
+            the thread's next such result is written to.
 
     Returns:
         The sums.  # [rows, taps]
     """
     native: Any = native_engine()
     rows, (count, taps) = len(w), images.shape
-    y = torch.empty((rows, taps), dtype=torch.float32, device="cpu")
+    if brief and rows * taps * 4 <= _MOST_SCRATCH:
+        with torch.inference_mode(False), torch.no_grad():
+            y = _scratch.room(rows * taps * 4).view(torch.float32).view(rows, taps)
+    else:
+        y = torch.empty((rows, taps), dtype=torch.float32, device="cpu")
     native.sum_images(
         w.data_ptr(),
         mask.data_ptr(),

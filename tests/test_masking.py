@@ -242,6 +242,7 @@ def test_images_are_summed_by_the_coefficients_that_exist(rows: int, count: int,
     w = torch.where(mask, whole, float("nan"))
     found = masking.sum_images(w, mask, padded[:, :taps])
     assert torch.equal(found, torch.where(mask, whole, 0.0) @ images)
+    assert torch.equal(masking.sum_images(w, mask, padded[:, :taps], brief=True), found)
 
 
 @needs_engine
@@ -274,3 +275,16 @@ def test_a_trained_layer_of_frequencies_ignores_dead_coefficients(
     grads.backward()
     assert not layer.mix.weight.grad.isnan().any()
     assert not layer.mix.weight.grad[dead].any()
+
+
+@needs_engine
+def test_a_gradient_of_the_input_keeps_the_kernels_that_it_was_computed_with() -> None:
+    """Of two layers that transform at each call; a brief result would be the second one's."""
+    layers = [hk.nn.FrequencyConv2d(4, 4, 3, path="spatial").requires_grad_(False) for _ in "ab"]
+    x = torch.randn(1, 4, 6, 6, requires_grad=True)
+    ys = [layer(x) for layer in layers]
+    with torch.no_grad():
+        layers[1](x)
+    found = torch.autograd.grad(ys[0].sum(), x)[0]
+    plain = layers[0].to_conv2d()
+    torch.testing.assert_close(found, torch.autograd.grad(plain(x).sum(), x)[0])

@@ -315,7 +315,9 @@ class FrequencyConv2d(ForcedBackend):
                 images = torch.nn.functional.pad(images, (0, -taps % 16))
             support.derived[key] = images
         mask = mask_on(support, weight.device).view(-1, len(live))
-        kernels = masking.sum_images(weight.view(-1, len(live)), mask, images[:, :taps])
+        # Where a gradient is wanted the convolution keeps its weight.
+        brief = not torch.is_grad_enabled()
+        kernels = masking.sum_images(weight.view(-1, len(live)), mask, images[:, :taps], brief)
         return kernels.view(self._spatial.support.shape)
 
     def path_for(self, x: Tensor) -> str:
