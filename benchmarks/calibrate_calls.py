@@ -92,6 +92,7 @@ def masks(c: int, k: int, seconds: float) -> Json:
     took = median_times(
         {
             "mask": lambda: masked(support, dense, brief=True),
+            "turn": lambda: masked(support, dense, brief=True, layout=torch.channels_last),
             "expand": lambda: dense_weight(support, live, torch.float32),
         },
         seconds,
@@ -165,9 +166,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     weights = [masks(c, k, options.seconds) for c, k in WEIGHTS]
     speed = math.exp(statistics.mean(math.log(r["slower"]) for r in rows))
     for row in weights:
-        print(f"{row['weights']} weights: mask {row['mask_per_weight']:.1e} s each, expand "
+        print(f"{row['weights']} weights: mask {row['mask_per_weight']:.1e} s each, into "
+              f"channels_last {row['turn_per_weight']:.1e}, expand "
               f"{row['expand_per_weight']:.1e}")  # fmt: skip
+    for name in ("mask", "turn", "expand"):
+        each = statistics.median(row[f"{name}_per_weight"] for row in weights) / speed
+        print(f"  {name}: {each:.1e} s for each weight on the machine of the fitted rates")
     packs = [packing(name, support) for name, support in packed_supports().items()]
+    each = statistics.median(row["per_element"] for row in packs) / speed
+    print(f"packing: {each:.1e} s for each element on the machine of the fitted rates")
     for row in packs:
         print(f"{row['support']}: {row['elements']} packed elements, "
               f"{row['per_element']:.1e} s each on one thread")  # fmt: skip

@@ -29,7 +29,7 @@ MOST_ROWS = 8
 
 
 @cache
-def engine() -> Any | None:
+def native_engine() -> Any | None:
     """Returns the compiled engine, None where there is none."""
     if importlib.util.find_spec("hetconv_kernels._cpu") is None or share_openmp():
         return None
@@ -38,7 +38,7 @@ def engine() -> Any | None:
     return _cpu
 
 
-def takes(dense: Tensor) -> bool:
+def can_mask(dense: Tensor) -> bool:
     """Tells whether the engine masks such a plain tensor, of which the memory is all."""
     return (
         dense.is_cpu
@@ -47,7 +47,7 @@ def takes(dense: Tensor) -> bool:
             dense.is_contiguous()
             or (dense.dim() == 4 and dense.is_contiguous(memory_format=torch.channels_last))
         )
-        and engine() is not None
+        and native_engine() is not None
     )
 
 
@@ -72,7 +72,7 @@ def room(dense: Tensor, turned: bool) -> Tensor:
     return torch.empty_like(dense, requires_grad=False, memory_format=layout)
 
 
-def multiply(x: Tensor, w: Tensor, bits: Tensor, bias: Tensor | None) -> Tensor:
+def multiply_masked(x: Tensor, w: Tensor, bits: Tensor, bias: Tensor | None) -> Tensor:
     """Multiplies rows by a masked matrix, which is read once and copied nowhere.
 
     Args:
@@ -84,7 +84,7 @@ def multiply(x: Tensor, w: Tensor, bits: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         x · (w ∘ mask)ᵀ + bias.  # [..., F]
     """
-    native: Any = engine()
+    native: Any = native_engine()
     f, c = w.shape[:2]
     y = x.new_empty((*x.shape[:-1], f))
     if bias is not None:
@@ -103,7 +103,7 @@ def multiply(x: Tensor, w: Tensor, bits: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-def sum_images(w: Tensor, mask: Tensor, images: Tensor) -> Tensor:
+def sum_images(w: Tensor, mask: Tensor, images: Tensor, brief: bool = False) -> Tensor:
     """Sums images, scaled by the coefficients that exist.
 
     Args:
@@ -111,13 +111,19 @@ def sum_images(w: Tensor, mask: Tensor, images: Tensor) -> Tensor:
         mask: which exist, contiguous.  # bool [rows, images]
         images: contiguous float32, rows of zeros after them up to whole vectors of 16.
             # [images, taps], a view of [images, 16·n]
+        brief: whether the sums are read at once and then forgotten: they may lie in memory that
+            the thread's next such result is written to.
 
     Returns:
         The sums.  # [rows, taps]
     """
-    native: Any = engine()
+    native: Any = native_engine()
     rows, (count, taps) = len(w), images.shape
-    y = torch.empty((rows, taps), dtype=torch.float32, device="cpu")
+    if brief and rows * taps * 4 <= _MOST_SCRATCH:
+        with torch.inference_mode(False), torch.no_grad():
+            y = _scratch.room(rows * taps * 4).view(torch.float32).view(rows, taps)
+    else:
+        y = torch.empty((rows, taps), dtype=torch.float32, device="cpu")
     native.sum_images(
         w.data_ptr(),
         mask.data_ptr(),
@@ -143,7 +149,7 @@ class NativeMask:
     """
 
     def __init__(self, mask: Tensor, stride: tuple[int, ...], like: Tensor, turned: bool) -> None:
-        native: Any = engine()
+        native: Any = native_engine()
         self._mask, self._stride, self._turned = mask, stride, turned
         self._shape, self._dtype = like.shape, like.dtype
         self._bytes = like.numel() * like.element_size()

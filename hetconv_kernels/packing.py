@@ -133,7 +133,7 @@ def _native_mask(
     support: Support, dense: Tensor, layout: torch.memory_format | None
 ) -> masking.NativeMask | Literal[False]:
     """Prepares the engine's masking of tensors in one layout; False where it is none of its."""
-    if not masking.takes(dense):
+    if not masking.can_mask(dense):
         return False
     turned = layout is torch.channels_last and masking.turns(dense)
     with torch.inference_mode(False), torch.no_grad(), untraced():

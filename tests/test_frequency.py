@@ -15,6 +15,7 @@ from layers import through_file
 from torch import nn
 
 import hetconv_kernels as hk
+from hetconv_kernels import masking
 from hetconv_kernels.backends import cost_model
 from hetconv_kernels.compression import FrequencyPruning
 from hetconv_kernels.compression.methods import frequency as search
@@ -297,7 +298,8 @@ def test_a_layer_that_transforms_its_kernels_at_each_call_counts_that() -> None:
     there, back = layer.predicted(x)
     layer.mix.freeze()
     frozen_there, frozen_back = layer.predicted(x)
-    assert back > frozen_back + 2 * cost_model.INVERSE_CALL
+    passes = 2 if masking.native_engine() is None else 1
+    assert back > frozen_back + passes * cost_model.INVERSE_CALL
     assert there >= frozen_there
 
 
@@ -407,3 +409,10 @@ def test_images_of_frequencies_are_summed_alike_one_by_one_and_at_once(
 
 def some(filters: int, channels: int, kernel: int) -> np.ndarray:
     return np.random.default_rng(0).random((filters, channels, kernel, kernel)) < 0.4
+
+
+def test_what_is_remembered_of_changing_shapes_is_bounded() -> None:
+    layer = FrequencyConv2d(2, 2, 3, coefficients=np.ones((2, 2, 3, 3), bool), path="auto")
+    for height in range(3, 303):
+        layer.path_for(torch.empty(1, 2, height, 4))
+    assert len(layer._paths) <= 128

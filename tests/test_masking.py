@@ -22,7 +22,9 @@ import hetconv_kernels as hk
 from hetconv_kernels import Support, masking
 from hetconv_kernels.packing import dense_weight, mask_, masked
 
-needs_engine = pytest.mark.skipif(masking.engine() is None, reason="the CPU part is not built")
+needs_engine = pytest.mark.skipif(
+    masking.native_engine() is None, reason="the CPU part is not built"
+)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 # Filters, channels, kernel: less than a vector, with tails, and more than a thread's piece.
@@ -33,8 +35,8 @@ SHAPES = [(3, 5, 1, 1), (6, 4, 3, 3), (7, 33, 3, 2), (40, 200, 3, 3), (129, 1, 5
 def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The engine's masking, and PyTorch's own where there is no engine."""
     if request.param == "PyTorch":
-        monkeypatch.setattr(masking, "engine", lambda: None)
-    elif masking.engine() is None:
+        monkeypatch.setattr(masking, "native_engine", lambda: None)
+    elif masking.native_engine() is None:
         pytest.skip("the CPU part is not built")
     return request.param
 
@@ -225,3 +227,64 @@ def test_a_product_sees_every_write_to_the_weight() -> None:
             torch.testing.assert_close(layer(x), layer.to_linear()(x))
             layer.weight = torch.nn.Parameter(layer.weight.t().contiguous().t())  # other strides
             torch.testing.assert_close(layer(x), layer.to_linear()(x))
+
+
+@needs_engine
+@pytest.mark.parametrize("rows", [1, 5, 700, 20000])
+@pytest.mark.parametrize(("count", "taps"), [(1, 1), (3, 9), (9, 9), (25, 25), (5, 16), (40, 49)])
+def test_images_are_summed_by_the_coefficients_that_exist(rows: int, count: int, taps: int) -> None:
+    """Small integers, whose sums are exact in any order; the rest of the memory stays as it is."""
+    drawn = np.random.default_rng(rows + taps)
+    whole = torch.tensor(drawn.integers(-8, 8, (rows, count)), dtype=torch.float32)
+    mask = torch.tensor(drawn.random((rows, count)) < 0.4)
+    images = torch.tensor(drawn.integers(-8, 8, (count, taps)), dtype=torch.float32)
+    padded = torch.nn.functional.pad(images, (0, -taps % 16))
+    w = torch.where(mask, whole, float("nan"))
+    found = masking.sum_images(w, mask, padded[:, :taps])
+    assert torch.equal(found, torch.where(mask, whole, 0.0) @ images)
+    assert torch.equal(masking.sum_images(w, mask, padded[:, :taps], brief=True), found)
+
+
+@needs_engine
+def test_images_that_are_no_whole_vectors_are_refused() -> None:
+    w, mask = torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="whole vectors"):
+        masking.sum_images(w, mask, torch.ones(3, 9))
+
+
+@pytest.mark.parametrize("kernel", [1, 3, (1, 7), 5, (2, 3)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_trained_layer_of_frequencies_ignores_dead_coefficients(
+    either: str, kernel: Any, dtype: torch.dtype
+) -> None:
+    size = (kernel, kernel) if isinstance(kernel, int) else kernel
+    chosen = random_mask(3, (6, 5, *size))
+    layer = hk.nn.FrequencyConv2d(5, 6, kernel, padding="same", coefficients=chosen, path="spatial")
+    layer, x = layer.to(dtype).eval(), torch.randn(2, 5, 9, 9).to(dtype)
+    with torch.no_grad():
+        dead = ~torch.tensor(layer.mix.support.mask)
+        layer.mix.weight[dead] = float("nan")
+        expected = layer.to_conv2d().double()(x.double())
+        bound = 2.0 ** (-8 if dtype is torch.bfloat16 else -10) if dtype.itemsize == 2 else 1e-5
+        for _ in range(2):
+            error = (layer(x).double() - expected).abs().max() / expected.abs().max()
+            assert error < 4 * bound
+            layer.mix.weight.data.mul_(-0.5)  # seen, though it leaves no version
+            expected = layer.to_conv2d().double()(x.double())
+    grads = layer(x.requires_grad_()).float().square().sum()
+    grads.backward()
+    assert not layer.mix.weight.grad.isnan().any()
+    assert not layer.mix.weight.grad[dead].any()
+
+
+@needs_engine
+def test_a_gradient_of_the_input_keeps_the_kernels_that_it_was_computed_with() -> None:
+    """Of two layers that transform at each call; a brief result would be the second one's."""
+    layers = [hk.nn.FrequencyConv2d(4, 4, 3, path="spatial").requires_grad_(False) for _ in "ab"]
+    x = torch.randn(1, 4, 6, 6, requires_grad=True)
+    ys = [layer(x) for layer in layers]
+    with torch.no_grad():
+        layers[1](x)
+    found = torch.autograd.grad(ys[0].sum(), x)[0]
+    plain = layers[0].to_conv2d()
+    torch.testing.assert_close(found, torch.autograd.grad(plain(x).sum(), x)[0])

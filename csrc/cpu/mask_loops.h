@@ -112,6 +112,27 @@ static void multiply_masked(const MaskedProduct& p, int64_t from, int64_t to) {
   if (row < p.rows) multiply_rows<1>(p, row, from, to);
 }
 
+// One row after another: a whole vector may be written over the beginning of the next one's.
+static void images_from(const MaskedImages& p, int64_t from, int64_t to) {
+  constexpr int L = VL<float>;
+  const any_f32* w = static_cast<const any_f32*>(p.w);
+  float* const end = p.y + to * p.taps;
+  for (int64_t row = from; row < to; ++row) {
+    const any_f32* coefficients = w + row * p.images;
+    const uint8_t* live = p.live + row * p.images;
+    for (int64_t t = 0; t < p.taps; t += L) {
+      vec_f32 sum = {};
+      for (int64_t u = 0; u < p.images; ++u)
+        sum += (live[u] ? float(coefficients[u]) : 0.0f) * load(p.image + u * p.stride + t);
+      float* to_here = p.y + row * p.taps + t;
+      if (to_here + L <= end)
+        std::memcpy(to_here, &sum, sizeof sum);
+      else
+        std::memcpy(to_here, &sum, size_t(least<int64_t>(L, p.taps - t)) * sizeof(float));
+    }
+  }
+}
+
 }  // namespace HETCONV_NS
 }  // namespace hetconv
 
@@ -121,5 +142,5 @@ static void multiply_masked(const MaskedProduct& p, int64_t from, int64_t to) {
      HETCONV_NS::mask_from<HETCONV_NS::any_u64>},                                                \
         {HETCONV_NS::turn_from<HETCONV_NS::any_u16>, HETCONV_NS::turn_from<HETCONV_NS::any_u32>, \
          HETCONV_NS::turn_from<HETCONV_NS::any_u64>},                                            \
-        HETCONV_NS::multiply_masked                                                              \
+        HETCONV_NS::multiply_masked, HETCONV_NS::images_from                                     \
   }

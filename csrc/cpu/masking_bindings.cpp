@@ -41,4 +41,20 @@ void bind_masking(py::module_& m) {
         multiply_masked(p, threads);
       },
       "Multiplies rows of float32 by a matrix of which bits say which entries exist.");
+  m.def(
+      "sum_images",
+      [](uintptr_t w, uintptr_t live, uintptr_t image, uintptr_t y, int64_t rows, int64_t images,
+         int64_t taps, int64_t stride, int threads) {
+        const MaskedImages p{reinterpret_cast<const void*>(w),
+                             reinterpret_cast<const uint8_t*>(live),
+                             reinterpret_cast<const float*>(image),
+                             reinterpret_cast<float*>(y),
+                             rows,
+                             images,
+                             taps,
+                             stride};
+        py::gil_scoped_release release;
+        sum_images(p, threads);
+      },
+      "Sums images of float32, scaled by coefficients that a byte each says exist.");
 }

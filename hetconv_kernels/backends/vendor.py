@@ -248,7 +248,7 @@ class Vendor:
             return None
         if _multiplies_masked(problem):
             bits = bits_on(problem.support, problem.device)
-            return lambda x, w, bias: masking.multiply(x, w, bits, bias)
+            return lambda x, w, bias: masking.multiply_masked(x, w, bits, bias)
         if prepacked.takes(problem):
             return prepacked.prepare_product(problem, self._dense(problem))
         support, dtype, multiply = problem.support, problem.dtype, F.linear
@@ -464,7 +464,7 @@ def _multiplies_masked(problem: Problem) -> bool:
         and problem.device.type == "cpu"
         and problem.dtype == problem.weight_dtype == torch.float32
         and 0 < problem.batch <= masking.MOST_ROWS
-        and masking.engine() is not None
+        and masking.native_engine() is not None
     )
 
 

@@ -17,7 +17,7 @@ from torch.fx import Proxy
 from .. import masking, ops
 from ..autograd import transforms_active
 from ..backends import choose
-from ..backends.cost_model import INVERSE, INVERSE_CALL
+from ..backends.cost_model import INVERSE, INVERSE_CALL, SUMMED
 from ..errors import ArgumentError, InputTypeError, SupportError, mismatch
 from ..functional import _autocasting, conv2d, fprop_problem
 from ..masks import kernel_pair
@@ -35,6 +35,8 @@ Band = tuple[int, int]
 # Images of the frequencies, in elements, that are scaled and summed at once: two operations, where
 # one image after the other needs no memory for all of them.
 _AT_ONCE = 2**16
+# Shapes of inputs whose way is remembered.
+_MOST_PATHS = 128
 
 
 def dct_basis(kernel: tuple[int, int], dtype: torch.dtype = torch.float64) -> Tensor:
@@ -102,6 +104,9 @@ class FrequencyConv2d(ForcedBackend):
 
     mix: SupportConv2d
     basis: Tensor
+
+    # The kept spatial weights, and of which Support.
+    _held: tuple[Support, FrozenCache] | None = None
 
     def __init__(
         self,
@@ -179,6 +184,7 @@ class FrequencyConv2d(ForcedBackend):
         basis = dct_basis(self.kernel_size)[live].repeat(c, 1, 1)[:, None]
         self.register_buffer("basis", owned(basis.to(self.mix.weight)), persistent=False)
         self._paths.clear()
+        self._held = None
 
     @property
     def bands(self) -> tuple[Band, ...]:
@@ -268,7 +274,16 @@ class FrequencyConv2d(ForcedBackend):
 
     def _kept_spatial_weight(self, weight: Tensor) -> Tensor:
         """Returns the frozen spatial weight as the live vector of a dense Support, kept."""
-        support, channels = self.mix.support, self.in_channels
+        support = self._modules["mix"]._geometry.support  # type: ignore[union-attr]
+        held = self._held  # a search by all that decides it takes longer than the rest
+        if held is None or held[0] is not support:
+            held = self._held = support, self._spatial_cache(support)
+        cache = held[1]
+        flat: Tensor = cache(weight)
+        return flat
+
+    def _spatial_cache(self, support: Support) -> FrozenCache:
+        channels = self.in_channels
         key = ("spatial weight", channels, self.kernel_size, self.live_frequencies)
         cache: FrozenCache | None = support.derived.get(key)
         if cache is None:
@@ -279,8 +294,7 @@ class FrequencyConv2d(ForcedBackend):
                 return owned(_to_spatial(dense, channels, images, True).flatten())
 
             cache = support.derived[key] = FrozenCache(build, "frequency")
-        flat: Tensor = cache(weight)
-        return flat
+        return cache
 
     def spatial_weight(self) -> Tensor:
         """Transforms the coefficients back.  # [F, C, KH, KW]"""
@@ -307,7 +321,7 @@ class FrequencyConv2d(ForcedBackend):
             or weight.shape[0] != support.filters
             or not weight.is_cpu
             or not weight.is_contiguous()
-            or masking.engine() is None
+            or masking.native_engine() is None
             or not masking.unobserved(weight)
         ):
             return None
@@ -320,7 +334,9 @@ class FrequencyConv2d(ForcedBackend):
                 images = torch.nn.functional.pad(images, (0, -taps % 16))
             support.derived[key] = images
         mask = mask_on(support, weight.device).view(-1, len(live))
-        kernels = masking.sum_images(weight.view(-1, len(live)), mask, images[:, :taps])
+        # Where a gradient is wanted the convolution keeps its weight.
+        brief = not torch.is_grad_enabled()
+        kernels = masking.sum_images(weight.view(-1, len(live)), mask, images[:, :taps], brief)
         return kernels.view(self._spatial.support.shape)
 
     def path_for(self, x: Tensor) -> str:
@@ -333,6 +349,8 @@ class FrequencyConv2d(ForcedBackend):
         path = self._paths.get(key)
         if path is None:
             there, back = self.predicted(x)
+            if len(self._paths) >= _MOST_PATHS:
+                self._paths.clear()
             path = self._paths[key] = "frequency" if there < back else "spatial"
         return path
 
@@ -366,8 +384,11 @@ class FrequencyConv2d(ForcedBackend):
         back = self._predicted(spatial, x, x, dense)
         if not frozen:
             count = len(self.live_frequencies)
-            passes = 2 if count * dense.numel() <= _AT_ONCE else count
-            back += count * dense.numel() * INVERSE + passes * INVERSE_CALL
+            images = count * dense.numel()
+            if x.is_cpu and x.dtype == torch.float32 and masking.native_engine() is not None:
+                back += images * SUMMED + INVERSE_CALL
+            else:
+                back += images * INVERSE + (2 if images <= _AT_ONCE else count) * INVERSE_CALL
         return there, back
 
     def _predicted(self, geometry: Geometry, maps: Tensor, x: Tensor, weight: Tensor) -> float:
@@ -424,6 +445,9 @@ class FrequencyConv2d(ForcedBackend):
         super()._apply(fn, recurse)
         self.basis = owned(self.basis)
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_held": None}  # what copies hold is made of their own weights
 
     def get_extra_state(self) -> Tensor:
         """Saves which frequencies are live, as a tensor.  # uint8"""
