@@ -117,6 +117,8 @@ NETWORKS = (
         "dncnn-het4-photo", "dncnn", SupportSpec("het", 4), n=1, size=427, width=640, channels=1,
         target_dense=3.0, target_composition=1.6,
     ),
+    NetworkCase("resnet20-het4", "resnet20", SupportSpec("het", 4), size=32,
+                note="small enough for the default run"),
 )  # fmt: skip
 
 Form = Literal["ours", "dense", "composition"]
