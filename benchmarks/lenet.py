@@ -44,9 +44,9 @@ def lenet_methods() -> dict[str, Method]:
         "ADMM": methods.ADMM(
             rates=(0.9, 0.98, 1 - 1 / 167.5),
             stem=True,
-            updates=3,
-            admm_epochs=2,
-            retrain_epochs=8,
+            updates=2,
+            admm_epochs=1,
+            retrain_epochs=4,
             rho=0.03,
         ),
     }

@@ -30,7 +30,17 @@ from ..support import Support
 from .alias import is_after
 from .convert import _shared_parameters, _what_would_be_lost
 from .layout import adapted
-from .names import BINARY, EACH, MOVES, NORMS, SIZES, SPATIAL, describe_node, module_of, name_of
+from .names import (
+    BINARY,
+    EACH,
+    MOVES,
+    NORMALISATIONS,
+    SIZES,
+    SPATIAL,
+    describe_node,
+    module_of,
+    name_of,
+)
 from .plain import Keep, _plain
 from .take import LayerMatrix, Norm
 
@@ -274,7 +284,7 @@ class Channels:
     def _normalised(self, node: fx.Node, name: str) -> bool:
         """Follows channels through normalisations that nothing can be taken out of."""
         source = node.args[0] if node.args else None
-        if name not in NORMS or source not in self.wires:
+        if name not in NORMALISATIONS or source not in self.wires:
             return False
         assert isinstance(source, fx.Node)
         if node.meta["shape"] != source.meta["shape"]:

@@ -27,7 +27,9 @@ SPATIAL = frozenset(
     )
 )  # fmt: skip
 # Channel i of the result is made of channel i, by numbers that may be of others too.
-NORMS = frozenset(("batch_norm", "group_norm", "GroupNorm", "instance_norm", "InstanceNorm2d"))
+NORMALISATIONS = frozenset(
+    ("batch_norm", "group_norm", "GroupNorm", "instance_norm", "InstanceNorm2d")
+)
 # Of two tensors, channel by channel (or of one and a number).
 BINARY = frozenset(
     (

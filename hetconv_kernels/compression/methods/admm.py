@@ -38,7 +38,7 @@ class ADMM(Method):
     arXiv 1810.07378.
 
     Deviations: the paper sets the rate of each layer by hand. Here it comes from the layer's
-    sensitivity unless ``layer_rates`` names it: the last weights of all layers cost the same (see
+    sensitivity unless ``layer_rates`` names it: the last weight of each layer costs the same (see
     `sensitivity`). The structured projections are the same method with another Π, as later work of
     the authors does; they are what hardware reads well. The optimiser begins anew after each update
     of Z.

@@ -158,7 +158,7 @@ class FrequencyPruning(Method):
         if rates is not None:
             return size, band_limits(size, rates)
         if rate is not None:
-            return size, limits(size, rate, self.band_slope)
+            return size, rate_limits(size, rate, self.band_slope)
         return size, thresholds(size, self.c, self.band_slope)
 
     @torch.no_grad()
@@ -235,7 +235,7 @@ def thresholds(size: Tensor, c: float, band_slope: float) -> Tensor:
     return base * (1 + band_slope * band / max(kh + kw - 2, 1)).double()
 
 
-def limits(size: Tensor, rate: float, band_slope: float) -> Tensor:
+def rate_limits(size: Tensor, rate: float, band_slope: float) -> Tensor:
     """Finds the thresholds that a fraction of all coefficients lies under.  # -> [KH, KW]
 
     Example: of the sizes 5, 1, 2 and 0 of a 2×2 kernel, by a slope of 0, half lies under 2.
@@ -266,7 +266,7 @@ def band_limits(size: Tensor, rates: Sequence[float]) -> Tensor:
     for number in range(kh + kw - 1):
         chosen = size[:, :, band == number]
         rate = rates[min(number, len(rates) - 1)]
-        found[band == number] = limits(chosen[..., None], rate, 0.0).max()
+        found[band == number] = rate_limits(chosen[..., None], rate, 0.0).max()
     return found
 
 
