@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from ..arena import allocate
 from ..errors import ArgumentError, mismatch
-from ..nn.base import as_step
+from ..nn.base import STAND_IN, as_step
 from ..pooling import Pool
 from .names import module_of, name_of
 
@@ -45,7 +45,7 @@ class AveragePool(nn.Module):
         Raises:
             ArgumentError: the image is of another dtype, or not on the CPU.
         """
-        if type(x) is fx.Proxy:
+        if type(x) is STAND_IN:
             recorded: Tensor = as_step(self, x)
             return recorded
         if x.dtype not in _NAMES or not x.is_cpu:

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 from torch.utils import _pytree as pytree
 
 from ..errors import ArgumentError, TraceError, mismatch
-from ..nn.base import as_step
+from ..nn.base import STAND_IN, as_step
 from ..nn.fused import FusedConv2d
 
 NARROW = (torch.bfloat16, torch.float16)
@@ -42,7 +41,7 @@ class Narrow(nn.Module):
         Raises:
             TraceError: torch.fx traces this module itself, whose arguments it does not know.
         """
-        if isinstance(inputs, Proxy):
+        if type(inputs) is STAND_IN:
             raise TraceError(
                 mismatch(
                     "network of 16 bits for torch.fx",
@@ -51,7 +50,7 @@ class Narrow(nn.Module):
                     "Trace torch.nn.Sequential(network), or its body, network.body.",
                 )
             )
-        if any(isinstance(x, Proxy) for x in inputs):
+        if any(type(x) is STAND_IN for x in inputs):
             return as_step(self, *inputs)
         given = _floats(inputs)
         outputs = self.body(*_cast(inputs, self.dtype))

@@ -18,6 +18,9 @@ from ..problem import Geometry, memory_format
 from ..support import Support
 from .extra_state import described_by, extra_state
 
+# What torch.fx's tracers put in the place of tensors; of no type that a checker could follow.
+STAND_IN: Any = Proxy
+
 
 def as_step(layer: nn.Module, *operands: Any) -> Any:
     """Records a layer as one step of a graph: its forward was given what a tracer of torch.fx made.
@@ -28,7 +31,7 @@ def as_step(layer: nn.Module, *operands: Any) -> Any:
     Raises:
         TraceError: the layer is the whole network, which is no step of itself.
     """
-    tracer = next(o.tracer for o in operands if isinstance(o, Proxy))
+    tracer: Any = next(o.tracer for o in operands if isinstance(o, Proxy))
     name = tracer.path_of_module(layer)
     if not name:
         raise TraceError(

@@ -9,7 +9,6 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx import Proxy
 
 from ..errors import ArgumentError, InputTypeError, SupportError, mismatch
 from ..functional import conv2d, fprop_problem
@@ -18,7 +17,7 @@ from ..masks import kernel_pair
 from ..packing import bits_on, dense_weight
 from ..problem import Geometry, Problem, make_geometry
 from ..support import Support
-from .base import SupportLayer, as_step, take_parameters
+from .base import STAND_IN, SupportLayer, as_step, take_parameters
 
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -132,7 +131,7 @@ class SupportConv2d(SupportLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolves.  # [N, C, H, W] -> [N, F, OH, OW]"""
-        if type(x) is Proxy:
+        if type(x) is STAND_IN:
             recorded: Tensor = as_step(self, x)
             return recorded
         if self._outer_pads is not None:
@@ -152,9 +151,6 @@ class SupportConv2d(SupportLayer):
             ArgumentError, InputTypeError: as the forward.
         """
         x = x.unsqueeze(0) if x.dim() == 3 else x
-        if type(x) is Proxy:
-            recorded: Tensor = as_step(self, x)
-            return recorded
         if self._outer_pads is not None:
             x = F.pad(x, self._outer_pads, mode=self.padding_mode)
         return fprop_problem(x, *self._weight_as(frozen), self.bias)

@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 
 from .. import masking, ops
 from ..autograd import transforms_active
@@ -25,7 +24,7 @@ from ..observers import observed, sizes
 from ..packing import FrozenCache, dense_weight, mask_on, owned
 from ..problem import Geometry, Problem, make_geometry
 from ..support import Support
-from .base import ForcedBackend, as_step
+from .base import STAND_IN, ForcedBackend, as_step
 from .conv import SupportConv2d
 from .extra_state import described_by, extra_state
 
@@ -212,7 +211,7 @@ class FrequencyConv2d(ForcedBackend):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolves.  # [N, C, H, W] -> [N, F, OH, OW]"""
-        if type(x) is Proxy:
+        if type(x) is STAND_IN:
             recorded: Tensor = as_step(self, x)
             return recorded
         if x.dim() == 3:
@@ -274,7 +273,8 @@ class FrequencyConv2d(ForcedBackend):
 
     def _kept_spatial_weight(self, weight: Tensor) -> Tensor:
         """Returns the frozen spatial weight as the live vector of a dense Support, kept."""
-        support = self._modules["mix"]._geometry.support  # type: ignore[union-attr]
+        mix: Any = self._modules["mix"]
+        support: Support = mix._geometry.support
         held = self._held  # a search by all that decides it takes longer than the rest
         if held is None or held[0] is not support:
             held = self._held = support, self._spatial_cache(support)
@@ -315,7 +315,8 @@ class FrequencyConv2d(ForcedBackend):
 
     def _summed(self, weight: Tensor) -> Tensor | None:
         """Transforms back by the compiled engine, in one pass; None where it cannot."""
-        support = self._modules["mix"].support  # type: ignore[union-attr]
+        mix: Any = self._modules["mix"]
+        support: Support = mix._geometry.support
         if (
             weight.dtype is not torch.float32
             or weight.shape[0] != support.filters

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 
 from ..errors import ArgumentError, InputTypeError, SupportError, mismatch
 from ..functional import fprop_problem, fused_conv2d
@@ -16,7 +15,7 @@ from ..packing import bits_on, dense_weight, forget, live_weight, owned
 from ..pooling import Pool
 from ..problem import ACTIVATIONS, Geometry, Problem, make_geometry
 from ..support import Support
-from .base import ForcedBackend, as_step
+from .base import STAND_IN, ForcedBackend, as_step
 from .conv import SupportConv2d, expanded_weight
 from .extra_state import described_by, extra_state
 
@@ -103,7 +102,7 @@ class FusedConv2d(ForcedBackend):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Convolves and applies the epilogue in one pass.  # [N, C, H, W] -> [N, F, OH, OW]"""
-        if type(x) is Proxy:
+        if type(x) is STAND_IN:
             recorded: Tensor = as_step(self, x, residual)
             return recorded
         return fused_conv2d(

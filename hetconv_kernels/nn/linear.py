@@ -7,14 +7,13 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 
 from ..errors import ArgumentError, InputTypeError, SupportError, mismatch
 from ..functional import fprop_problem, linear
 from ..packing import bits_on
 from ..problem import Problem, make_geometry
 from ..support import Support
-from .base import SupportLayer, as_step, take_parameters
+from .base import STAND_IN, SupportLayer, as_step, take_parameters
 
 
 class SupportLinear(SupportLayer):
@@ -77,7 +76,7 @@ class SupportLinear(SupportLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiplies.  # [..., C] -> [..., F]"""
-        if type(x) is Proxy:
+        if type(x) is STAND_IN:
             recorded: Tensor = as_step(self, x)
             return recorded
         self._check_features(x)

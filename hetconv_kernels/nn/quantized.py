@@ -7,14 +7,13 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 
 from ..errors import ArgumentError, InputTypeError, mismatch
 from ..packing import live_weight
 from ..problem import Geometry
 from ..quantization.scheme import Scale
 from ..support import Support
-from .base import as_step
+from .base import STAND_IN, as_step
 from .conv import SupportConv2d
 from .fused import FusedConv2d, fuse
 from .linear import SupportLinear
@@ -48,7 +47,7 @@ class QuantizedConv2d(QuantizedLayer):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Convolves with the epilogue in one pass.  # [N, C, H, W] -> [N, F, OH, OW]"""
-        if type(x) is Proxy:
+        if type(x) is STAND_IN:
             recorded: Tensor = as_step(self, x, residual)
             return recorded
         return self._run(x, residual)
@@ -118,7 +117,7 @@ class QuantizedLinear(QuantizedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiplies.  # [..., C] -> [..., F]"""
-        if type(x) is Proxy:
+        if type(x) is STAND_IN:
             recorded: Tensor = as_step(self, x)
             return recorded
         y = self._run(self._image(x), None)

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx import Proxy
 
 from ..errors import ArgumentError, InputTypeError, mismatch
 from ..pooling import Pool
 from ..quantization import ops
 from ..quantization.engine import operations
 from ..quantization.scheme import Scale, bounds, ratio
-from .base import ForcedBackend, as_step
+from .base import STAND_IN, ForcedBackend, as_step
 
 
 class QuantizedStep(ForcedBackend):
@@ -74,7 +73,7 @@ class Quantize(QuantizedStep):
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantises.  # float32 [...] -> uint8 or int8 [...]"""
-        if type(x) is Proxy:
+        if type(x) is STAND_IN:
             recorded: Tensor = as_step(self, x)
             return recorded
         image, s, code = as_image(x), self.y, self._backend_code()
@@ -101,7 +100,7 @@ class Dequantize(QuantizedStep):
 
     def forward(self, x: Tensor) -> Tensor:
         """Dequantises.  # uint8 or int8 [...] -> float32 [...]"""
-        if type(x) is Proxy:
+        if type(x) is STAND_IN:
             recorded: Tensor = as_step(self, x)
             return recorded
         check_dtype(x, self.x)
@@ -131,7 +130,7 @@ class Requantize(QuantizedStep):
 
     def forward(self, x: Tensor) -> Tensor:
         """Requantises.  # [...] -> [...]"""
-        if type(x) is Proxy:
+        if type(x) is STAND_IN:
             recorded: Tensor = as_step(self, x)
             return recorded
         check_dtype(x, self.x)
@@ -158,7 +157,7 @@ class QuantizedAdd(QuantizedStep):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Adds.  # [...], [...] -> [...]"""
-        if type(a) is Proxy or type(b) is Proxy:
+        if type(a) is STAND_IN or type(b) is STAND_IN:
             recorded: Tensor = as_step(self, a, b)
             return recorded
         check_dtype(a, self.a)
@@ -184,7 +183,7 @@ class QuantizedMaxPool2d(QuantizedStep):
 
     def forward(self, x: Tensor) -> Tensor:
         """Pools.  # [N, C, H, W] -> [N, C, PH, PW]"""
-        if type(x) is Proxy:
+        if type(x) is STAND_IN:
             recorded: Tensor = as_step(self, x)
             return recorded
         code = self._backend_code()
@@ -223,7 +222,7 @@ class QuantizedAvgPool2d(QuantizedStep):
 
     def forward(self, x: Tensor) -> Tensor:
         """Averages.  # [N, C, H, W] -> [N, C, *size] or [N, C]"""
-        if type(x) is Proxy:
+        if type(x) is STAND_IN:
             recorded: Tensor = as_step(self, x)
             return recorded
         check_dtype(x, self.x)
@@ -252,7 +251,7 @@ class QuantizedPad(QuantizedStep):
 
     def forward(self, x: Tensor) -> Tensor:
         """Pads.  # [N, C, H, W] -> [N, C', H', W']"""
-        if type(x) is Proxy:
+        if type(x) is STAND_IN:
             recorded: Tensor = as_step(self, x)
             return recorded
         check_dtype(x, self.x)

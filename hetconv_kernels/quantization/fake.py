@@ -13,10 +13,9 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx import Proxy
 
 from ..functional import conv2d
-from ..nn.base import ForcedBackend, as_step
+from ..nn.base import STAND_IN, ForcedBackend, as_step
 from ..nn.quantized import QuantizedConv2d, QuantizedLinear
 from ..nn.quantized_layer import QuantizedLayer
 from ..nn.quantized_steps import (
@@ -121,7 +120,7 @@ class FakeQuantizedLayer(ForcedBackend):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Convolves (multiplies) with rounded weights and rounds the output."""
-        if type(x) is Proxy:
+        if type(x) is STAND_IN:
             recorded: Tensor = as_step(self, x, residual)
             return recorded
         weight, shift = self.rounded()
@@ -174,7 +173,7 @@ class FakeStep(nn.Module):
 
     def forward(self, *operands: Tensor) -> Tensor:
         """Computes what the step computes."""
-        if any(isinstance(operand, Proxy) for operand in operands):
+        if any(type(operand) is STAND_IN for operand in operands):
             recorded: Tensor = as_step(self, *operands)
             return recorded
         (step,) = self._step
