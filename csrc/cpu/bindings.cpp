@@ -71,8 +71,7 @@ static MaskView mask_view(const py::buffer_info& info) {
 }
 
 static void check_form(const std::string& form) {
-  if (form != "auto" && form != "filters" && form != "pixels" && form != "columns" &&
-      form != "winograd" && form != "pixel pairs")
+  if (!is_form(form))
     throw std::invalid_argument("form '" + form +
                                 "' is not auto, filters, pixels, columns, winograd or pixel pairs");
 }

@@ -92,6 +92,12 @@ Plan::Plan(const uint8_t* mask, int F, int C, int KH, int KW, DType dtype, const
   finish();
 }
 
+bool is_form(const std::string& name) {
+  for (const char* known : {"auto", "filters", "pixels", "columns", "winograd", "pixel pairs"})
+    if (name == known) return true;
+  return false;
+}
+
 Plan::~Plan() = default;
 
 void Plan::clear() {

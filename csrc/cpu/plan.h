@@ -126,6 +126,8 @@ class Plan {
   std::unique_ptr<OffsetCache, void (*)(OffsetCache*)> cache_;
 };
 
+bool is_form(const std::string& name);  // that a Plan can be asked for
+
 OffsetCache* offsets_new();
 void offsets_delete(OffsetCache*);
 

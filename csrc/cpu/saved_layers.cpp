@@ -125,9 +125,7 @@ void ConvStep::save(Writer& to, const SavedWeights* weights) const {
 Loaded ConvStep::load(Reader& from) {
   const auto dtype = from.one_of<DType>(4, "the dtype of a layer");
   std::string form = from.text();
-  if (form != "auto" && form != "filters" && form != "pixels" && form != "columns" &&
-      form != "winograd")
-    throw FileError("a layer has a form that is not known");
+  if (!is_form(form)) throw FileError("a layer has a form that is not known");
   const bool last = from.within<int32_t>(0, 1, "the layout of a layer") != 0;
   Problem p{};
   read_geometry(from, &p, &p.KH, &p.KW);
