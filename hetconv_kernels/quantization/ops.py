@@ -57,6 +57,8 @@ def refuse_derivatives(x: Tensor) -> None:
         InputTypeError: forward-mode differentiation, or a functorch transform that differentiates,
             follows x.
     """
+    if torch.compiler.is_compiling() or not transforms_active():
+        return
     level = x
     while torch._C._functorch.is_functorch_wrapped_tensor(level):
         if torch._C._functorch.is_gradtrackingtensor(level):
