@@ -60,8 +60,8 @@ class Carried(NamedTuple):
             here, there = self.tensors.get(name, "nothing"), other.tensors.get(name, "nothing")
             if here != there:
                 found.append(f"{name!r} as {here} where a rebuilt one has {there}")
-        here, there = self.arguments or {}, other.arguments or {}
-        apart = [k for k in sorted({*here, *there}) if here.get(k) != there.get(k)]
+        mine, theirs = self.arguments or {}, other.arguments or {}
+        apart = [k for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k)]
         if apart:
             found.append(f"{', '.join(apart)} that its class does not take over")
         return found
