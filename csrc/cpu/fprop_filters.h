@@ -63,7 +63,7 @@ static const int* filter_offsets(const Lowered& L, OffsetCache* cache, const Axi
     const Column& c = L.columns[i];
     off[i] = int(ya.start[c.ky] * row + xa.start[c.kx] * pixel + c.channel);
   }
-  return offsets_keep(cache, key, off);
+  return offsets_keep(cache, key, off, sizeof(int) * size_t(L.ncolumns + 1));
 }
 
 // What FiltersFprop multiplies: here columns of a band of the accumulation type.

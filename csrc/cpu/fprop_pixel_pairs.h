@@ -123,7 +123,7 @@ struct PixelPairsFprop {
       const Column& c = L.columns[i];
       fresh[i] = int(c.channel * plane + int64_t(ya.start[c.ky]) * xa.entries + xa.start[c.kx]);
     }
-    off = offsets_keep(cache, key, fresh);
+    off = offsets_keep(cache, key, fresh, sizeof(int) * size_t(L.ncolumns + 1));
   }
 
   Ahead input_of_rows(int64_t, int) const { return {}; }

@@ -32,7 +32,7 @@ static const int* pixel_offsets(const Lowered& L, OffsetCache* cache, const Axis
     const int64_t channel = direct ? c.channel : L.plane[c.channel];
     off[i] = int(channel * g.plane + rows[c.ky] + columns[c.kx]);
   }
-  return offsets_keep(cache, key, off);
+  return offsets_keep(cache, key, off, sizeof(int) * size_t(L.ncolumns + 1));
 }
 
 template <class S, class A> struct PixelsFprop : PixelBands<S, A> {

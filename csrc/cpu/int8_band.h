@@ -239,7 +239,7 @@ struct Int8Bands {
                             step.at);
       }
     }
-    return offsets_keep(cache, key, off);
+    return offsets_keep(cache, key, off, sizeof(int) * size_t(L.nsteps + 1));
   }
 
   // `n` pixels `px` bytes apart.

@@ -91,7 +91,8 @@ bool int8_fprop(const Int8Packed& packed, Int8Problem p, const Int8Lanes& lanes)
   p.bias = lanes.bias.data();
   const float residual = p.res ? 255 * std::fabs(p.res_multiplier) : 0.0f;
   p.bounded = lanes.reach + residual < float(1 << 30);
-  return plan.kernels().fprop(plan.lowered(), plan.offsets(), p, packed.data());
+  const OffsetUse use(plan.offsets());
+  return plan.kernels().fprop(plan.lowered(), use.cache, p, packed.data());
 }
 
 bool int8_fprop(const Int8Packed& packed, Int8Problem p, const float* multiplier,

@@ -128,6 +128,17 @@ class Plan {
 
 bool is_form(const std::string& name);  // that a Plan can be asked for
 
+// For the time of a call: what it finds in the cache is not freed. Of many layouts the cache keeps
+// those that were asked for last.
+struct OffsetUse {
+  OffsetCache* cache;
+  explicit OffsetUse(OffsetCache*);
+  ~OffsetUse();
+  OffsetUse(const OffsetUse&) = delete;
+  OffsetUse& operator=(const OffsetUse&) = delete;
+};
+
+size_t offsets_count(OffsetCache*);
 OffsetCache* offsets_new();
 void offsets_delete(OffsetCache*);
 

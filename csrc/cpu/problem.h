@@ -171,8 +171,8 @@ struct OffsetKey {
 };
 struct OffsetCache;
 const int* offsets_find(OffsetCache*, const OffsetKey&);
-const int* offsets_keep(OffsetCache*, const OffsetKey&,
-                        int* fresh);  // takes ownership of `fresh` (malloc)
+const int* offsets_keep(OffsetCache*, const OffsetKey&, int* fresh,
+                        size_t bytes);  // takes ownership of `fresh` (malloc)
 
 [[noreturn]] void out_of_memory();
 void* workspace(size_t bytes);  // this thread's, 64-byte aligned, kept between calls

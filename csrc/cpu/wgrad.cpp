@@ -36,10 +36,9 @@ void Wgrad::run(Problem p, void* dw, const int64_t strides[4]) const {
   forget_idle_strides(&p);
   const Kernels& kernels = plan_.kernels();
   const int type = int(plan_.dtype());
-  if (channels_)
-    kernels.wgrad_channels[type](channels_->lowered(), p, dw, strides);
-  else
-    kernels.wgrad_pixels[type](plan_.lowered(), plan_.offsets(), p, dw, strides);
+  if (channels_) return kernels.wgrad_channels[type](channels_->lowered(), p, dw, strides);
+  const OffsetUse use(plan_.offsets());
+  kernels.wgrad_pixels[type](plan_.lowered(), use.cache, p, dw, strides);
 }
 
 }  // namespace hetconv
