@@ -65,6 +65,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "data_batch_1.bin").write_bytes(b"12345")
     (folder / "test_batch.bin").write_bytes(b"12345")
     (folder / "folder.pt").mkdir()
+    (folder / "folder.safetensors").mkdir()
     (folder / "bad_user_code.py").write_text(USER_CODE)
     (folder / "bad_syntax.py").write_text("def net(:\n")
     (folder / "bad_import.py").write_text("import none_such\n")
@@ -267,7 +268,7 @@ BAD: list[tuple[str, str]] = [
         ("bad_user_code:net --size 3", "input: received"),
     )),
     ("optimize digits_net --out {}/text.pt/net.safetensors", "cannot be written"),
-    ("optimize digits_net --out {}/folder.pt", "cannot be written"),
+    ("optimize digits_net --out {}/folder.safetensors", "cannot be written"),
     ("run digits_net --threads 0", "--threads"),
     ("run digits_net --threads 5000", "--threads"),
     ("run digits_net --rounds 5", "--rounds"),

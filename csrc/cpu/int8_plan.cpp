@@ -190,27 +190,6 @@ std::vector<Int8Part> Int8Plan::merged(const std::vector<Int8Part>& all, int mos
   return parts;
 }
 
-// The channels that a part reads, in sets of which all have the same taps.
-std::vector<std::vector<int>> Int8Plan::by_taps(const Int8Part& part) const {
-  const int C = low_.C, taps = tap_count();
-  std::vector<std::vector<bool>> seen(size_t(C), std::vector<bool>(size_t(taps), false));
-  std::map<std::vector<bool>, std::vector<int>> found;
-  for (int c = 0; c < C; ++c) {
-    bool any = false;
-    for (int t = 0; t < taps; ++t) {
-      const size_t bit = size_t(t) * C + c;
-      const bool on = part.columns[bit / 64] >> bit % 64 & 1;
-      seen[size_t(c)][size_t(t)] = on;
-      any |= on;
-    }
-    if (any) found[seen[size_t(c)]].push_back(c);
-  }
-  std::vector<std::vector<int>> sets;
-  for (auto& entry : found) sets.push_back(std::move(entry.second));
-  std::sort(sets.begin(), sets.end());
-  return sets;
-}
-
 // The order in which channels with the same taps are neighbours, and dead ones left out.
 int Int8Plan::gathered(Lowering& to, const Int8Part& part) const {
   const int C = low_.C;

@@ -2,6 +2,7 @@
 // Pixels in vectors, in 8 bits: a group of any number of filters takes what its live weights take,
 // but every group wants its channels side by side, and the image is turned twice.
 #include <algorithm>
+#include <map>
 
 #include "int8_plan.h"
 
@@ -20,6 +21,27 @@ constexpr double kHalo = 1.3;        // pixels that are turned and gathered, per
 constexpr double kJunk = 1.06;       // pixels that are computed, per output pixel
 
 }  // namespace
+
+// The channels that a part reads, in sets of which all have the same taps.
+std::vector<std::vector<int>> Int8Plan::by_taps(const Int8Part& part) const {
+  const int C = low_.C, taps = tap_count();
+  std::vector<std::vector<bool>> seen(size_t(C), std::vector<bool>(size_t(taps), false));
+  std::map<std::vector<bool>, std::vector<int>> found;
+  for (int c = 0; c < C; ++c) {
+    bool any = false;
+    for (int t = 0; t < taps; ++t) {
+      const size_t bit = size_t(t) * C + c;
+      const bool on = part.columns[bit / 64] >> bit % 64 & 1;
+      seen[size_t(c)][size_t(t)] = on;
+      any |= on;
+    }
+    if (any) found[seen[size_t(c)]].push_back(c);
+  }
+  std::vector<std::vector<int>> sets;
+  for (auto& entry : found) sets.push_back(std::move(entry.second));
+  std::sort(sets.begin(), sets.end());
+  return sets;
+}
 
 Int8Plan::Lowering Int8Plan::lower_pixels(const std::vector<Int8Part>& groups) const {
   const int C = low_.C, taps = tap_count();

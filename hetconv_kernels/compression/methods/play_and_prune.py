@@ -18,7 +18,7 @@ from ..schedule import check_count, check_fraction, check_positive, weakest
 from ..scores import FloatArray, outgoing
 from .wsp import check_interfaces
 
-__all__ = ["PlayAndPrune", "headroom"]
+__all__ = ["PlayAndPrune", "headroom", "next_pressure"]
 
 
 @dataclass(frozen=True)
