@@ -12,8 +12,6 @@ Everybody is given the image in the dtype that suits him, before the clock start
 
 from __future__ import annotations
 
-import copy
-import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -196,8 +194,17 @@ def ours(case: NetworkCase, float32: nn.Module, x: Tensor) -> dict[str, Inferenc
     image = x.to(memory_format=_LAST)
     if case.dtype == "float32":
         return {OURS: lambda: float32(image)}
-    own = _ours_int8 if case.dtype == "int8" else _ours_bfloat16
-    return {OURS: own(case, x), OURS_FLOAT32: lambda: float32(image)}
+    network, low = our_network(case, x)
+    return {OURS: lambda: network(low), OURS_FLOAT32: lambda: float32(image)}
+
+
+def our_network(case: NetworkCase, x: Tensor) -> tuple[nn.Module, Tensor]:
+    """Makes our network of a case in bfloat16 or 8 bits, and the images as it takes them.
+
+    Raises:
+        Absent: this build has nothing that runs the case's dtype.
+    """
+    return (_ours_int8 if case.dtype == "int8" else _ours_bfloat16)(case, x)
 
 
 def reference_match(run: Inference) -> gate.Agreement:
@@ -211,23 +218,18 @@ def reference_match(run: Inference) -> gate.Agreement:
     return gate.Agreement(False, float("inf"), error)
 
 
-def _ours_bfloat16(case: NetworkCase, x: Tensor) -> Inference:
+def _ours_bfloat16(case: NetworkCase, x: Tensor) -> tuple[nn.Module, Tensor]:
     network = converted(case, seeded_network(case))
     image = x.to(torch.bfloat16).contiguous(memory_format=_LAST)
-    if "dtype" in inspect.signature(hk.optimize).parameters:
-        options: dict[str, Any] = {"dtype": torch.bfloat16}
-        network = hk.optimize(network, x[:1], **options).model
-    else:
-        network = copy.deepcopy(hk.optimize(network, x[:1]).model).to(torch.bfloat16)
-    return lambda: network(image)
+    network = hk.optimize(network, x[:1], dtype=torch.bfloat16).model
+    return network, image
 
 
-def _ours_int8(case: NetworkCase, x: Tensor) -> Inference:
+def _ours_int8(case: NetworkCase, x: Tensor) -> tuple[nn.Module, Tensor]:
     if engine.engine_names()[0] == "reference":
         raise Absent("the int8 engine is not compiled, or does not run on this processor")
     batches = list(x.split(1))
     network = hk.quantize(
         converted(case, seeded_network(case)), batches, "int8", measure=False
     ).model
-    image = x.to(memory_format=_LAST)
-    return lambda: network(image)
+    return network, x.to(memory_format=_LAST)

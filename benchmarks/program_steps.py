@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks import low_precision
 from benchmarks.networks import NETWORKS, build_network
 from hetconv_kernels import roofline
 from hetconv_kernels.graph.names import module_of
@@ -99,7 +100,7 @@ def _macs(step: ProgramStep) -> int:
 def main() -> None:
     """Prints the table of a network."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("network", choices=[c.name for c in NETWORKS if c.dtype == "float32"])
+    parser.add_argument("network", choices=[c.name for c in NETWORKS])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
@@ -107,9 +108,14 @@ def main() -> None:
     (case,) = (c for c in NETWORKS if c.name == options.network)
     torch.manual_seed(1)
     x = torch.randn(case.shape).to(memory_format=torch.channels_last)
-    roof = roofline.measure_roofs()
+    kind = getattr(torch, case.dtype)
+    roof = roofline.measure_roofs(dtype=kind)
     with torch.no_grad():
-        steps = steps_of(build_network(case, "ours", x), x, options.rounds)
+        if kind == torch.float32:
+            network = build_network(case, "ours", x)
+        else:
+            network, x = low_precision.our_network(case, x)
+        steps = steps_of(network, x, options.rounds)
     rows = []
     for s in steps:
         floor = roof.floor(s.macs, s.bytes)

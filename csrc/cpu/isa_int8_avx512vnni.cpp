@@ -8,11 +8,7 @@
 #include "int8_ops.h"
 
 namespace hetconv {
-static constexpr Int8Kernels with_pixels() {
-  Int8Kernels k = HETCONV_INT8_KERNELS(avx512vnni, 1.7);
-  k.pixels = true;
-  return k;
+extern const Int8Kernels int8_kernels_avx512vnni =
+    HETCONV_INT8_KERNELS(avx512vnni, 1.7, /*signed_bytes=*/false, /*pixels=*/true);
 }
-extern const Int8Kernels int8_kernels_avx512vnni = with_pixels();
-}  // namespace hetconv
 #endif

@@ -8,11 +8,7 @@
 #include "int8_ops.h"
 
 namespace hetconv {
-static constexpr Int8Kernels neondot_kernels() {
-  Int8Kernels k = HETCONV_INT8_KERNELS(neondot, 1.6);
-  k.signed_bytes = true;
-  return k;
+extern const Int8Kernels int8_kernels_neondot =
+    HETCONV_INT8_KERNELS(neondot, 1.6, /*signed_bytes=*/true);
 }
-extern const Int8Kernels int8_kernels_neondot = neondot_kernels();
-}  // namespace hetconv
 #endif

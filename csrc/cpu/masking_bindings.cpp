@@ -7,13 +7,16 @@
 namespace py = pybind11;
 using namespace hetconv;
 
+namespace {
+template <class T> T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
+}  // namespace
+
 void bind_masking(py::module_& m) {
   m.def(
       "mask_weights",
       [](uintptr_t w, uintptr_t live, uintptr_t y, int64_t count, int size, int threads) {
         py::gil_scoped_release release;
-        mask_weights(reinterpret_cast<const void*>(w), reinterpret_cast<const uint8_t*>(live),
-                     reinterpret_cast<void*>(y), count, size, threads);
+        mask_weights(at<const void>(w), at<const uint8_t>(live), at<void>(y), count, size, threads);
       },
       "Copies elements of some bytes that a byte each says exist, and zeros for the others.");
   m.def(
@@ -21,19 +24,19 @@ void bind_masking(py::module_& m) {
       [](uintptr_t w, uintptr_t live, uintptr_t y, int64_t F, int64_t C, int64_t taps, int size,
          int threads) {
         py::gil_scoped_release release;
-        turn_weights(reinterpret_cast<const void*>(w), reinterpret_cast<const uint8_t*>(live),
-                     reinterpret_cast<void*>(y), F, C, taps, size, threads);
+        turn_weights(at<const void>(w), at<const uint8_t>(live), at<void>(y), F, C, taps, size,
+                     threads);
       },
       "The same of filters [C, taps], written as [taps, C], the order of the bytes too.");
   m.def(
       "multiply_masked",
       [](uintptr_t w, uintptr_t bits, uintptr_t x, uintptr_t bias, uintptr_t y, int64_t rows,
          int64_t F, int64_t C, int threads) {
-        const MaskedProduct p{reinterpret_cast<const void*>(w),
-                              reinterpret_cast<const uint8_t*>(bits),
-                              reinterpret_cast<const void*>(x),
-                              reinterpret_cast<const void*>(bias),
-                              reinterpret_cast<float*>(y),
+        const MaskedProduct p{at<const void>(w),
+                              at<const uint8_t>(bits),
+                              at<const void>(x),
+                              at<const void>(bias),
+                              at<float>(y),
                               rows,
                               F,
                               C};
@@ -45,10 +48,10 @@ void bind_masking(py::module_& m) {
       "sum_images",
       [](uintptr_t w, uintptr_t live, uintptr_t image, uintptr_t y, int64_t rows, int64_t images,
          int64_t taps, int64_t stride, int threads) {
-        const MaskedImages p{reinterpret_cast<const void*>(w),
-                             reinterpret_cast<const uint8_t*>(live),
-                             reinterpret_cast<const float*>(image),
-                             reinterpret_cast<float*>(y),
+        const MaskedImages p{at<const void>(w),
+                             at<const uint8_t>(live),
+                             at<const float>(image),
+                             at<float>(y),
                              rows,
                              images,
                              taps,

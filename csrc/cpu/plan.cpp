@@ -54,42 +54,42 @@ Plan::Plan(const uint8_t* mask, int F, int C, int KH, int KW, DType dtype, const
       plane_[c] = int(live_.size());
       live_.push_back(c);
     }
+  if (form == "auto") {
+    std::vector<const char*> forms = {"filters", "pixels", "columns"};
+    if (pairs() && channels_last && fits_pixel_pairs()) forms.push_back("pixel pairs");
+    std::string best;
+    for (const std::string other : forms) {
+      lower(other);
+      const double found = cost_of_form();
+      if (!best.empty() && found >= cost_) continue;
+      best = other;
+      cost_ = found;
+    }
+    if (best != forms.back()) lower(best);
+  } else {
+    lower(form);
+    cost_ = cost_of_form();
+  }
+  if (form == "winograd") cost_ += winograd_cost();
+  finish();
+}
+
+void Plan::lower(const std::string& form) {
   if (form == "filters")
     lower_filters();
-  else if (form == "pixels")
-    lower_pixels();
-  else if (form == "pixel pairs")
-    pairs() && fits_pixel_pairs() ? lower_pixel_pairs() : lower_pixels();
   else if (form == "columns")
     lower_columns();
   else if (form == "winograd")
     lower_winograd();
-  else {
-    lower_filters();
-    const double as_filters = filters_cost(channels_last);
-    lower_columns();
-    const double as_columns = pixels_cost(channels_last);
+  else if (form == "pixel pairs" && pairs() && fits_pixel_pairs())
+    lower_pixel_pairs();
+  else
     lower_pixels();
-    const double as_pixels = pixels_cost(channels_last);
-    double in_pairs = std::min({as_filters, as_pixels, as_columns});
-    if (pairs() && channels_last && fits_pixel_pairs()) {
-      lower_pixel_pairs();
-      in_pairs = std::min(in_pairs, pixel_pairs_cost());
-    }
-    if (in_pairs < std::min({as_filters, as_pixels, as_columns}))
-      lower_pixel_pairs();
-    else if (as_filters <= as_pixels && as_filters <= as_columns)
-      lower_filters();
-    else if (as_columns < as_pixels)
-      lower_columns();
-    else
-      lower_pixels();
-  }
-  cost_ = low_.form == Form::filters ? filters_cost(channels_last)
-          : !pair_tiles_.empty()     ? pixel_pairs_cost()
-                                     : pixels_cost(channels_last);
-  if (form == "winograd") cost_ += winograd_cost();
-  finish();
+}
+
+double Plan::cost_of_form() const {
+  if (low_.form == Form::filters) return filters_cost();
+  return pair_tiles_.empty() ? pixels_cost() : pixel_pairs_cost();
 }
 
 bool is_form(const std::string& name) {
@@ -171,9 +171,9 @@ void Plan::lower_columns() {
 }
 
 // As filters_cost.
-double Plan::pixels_cost(bool channels_last) const {
+double Plan::pixels_cost() const {
   static const double slow[9] = {0, 2.2, 1.25, 1.1, 1.05, 1.05, 1.05, 1.05, 1.05};
-  double total = channels_last ? 3.0 * double(live_.size()) + 3.4 * low_.F
+  double total = channels_last_ ? 3.0 * double(live_.size()) + 3.4 * low_.F
                                : 2.6 * double(live_.size()) + 2.2 * low_.F;
   // One vector of each plane, for each row of taps: beyond a core's cache every load is a wait.
   const bool far = live_.size() * size_t(low_.KH) * size_t(kernels_.vector_bytes) > kNearBytes;

@@ -64,6 +64,8 @@ class Plan {
   size_t accumulator_bytes() const { return dtype_ == DType::f64 ? 8 : 4; }
 
  private:
+  void lower(const std::string& form);  // anything but "auto"
+  double cost_of_form() const;          // of what was lowered last
   void lower_filters();
   bool take_whole_channels();
   void lower_winograd();
@@ -83,12 +85,12 @@ class Plan {
                               const std::vector<Column>& columns) const;
   std::vector<LaneColumn> lane_columns(const std::vector<int>& filters, int first, int last,
                                        const std::vector<Column>& columns) const;
-  double filters_cost(bool channels_last) const;
-  double pairs_cost(bool channels_last) const;
+  double filters_cost() const;
+  double pairs_cost() const;
   void lower_pixel_pairs();
   bool fits_pixel_pairs() const;
   double pixel_pairs_cost() const;
-  double pixels_cost(bool channels_last) const;
+  double pixels_cost() const;
   void clear();
   void finish();
   bool has(int f, int c, int ky, int kx) const {

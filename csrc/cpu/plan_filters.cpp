@@ -288,15 +288,15 @@ void Plan::add_lane_columns(const FilterSegment& s, const std::vector<int>& filt
 
 // Vector multiply-adds per output pixel, weighted by how far each micro-kernel stays from the peak,
 // and what it costs to bring a channel in and a filter out.
-double Plan::filters_cost(bool channels_last) const {
-  if (pairs()) return pairs_cost(channels_last);
-  double total = (channels_last ? 1.5 : 3.2) * double(low_.C + low_.F);
+double Plan::filters_cost() const {
+  if (pairs()) return pairs_cost();
+  double total = (channels_last_ ? 1.5 : 3.2) * double(low_.C + low_.F);
   for (const FilterSegment& s : segments_) {
     total +=
         s.nv * ((s.nv == 1 ? kSplitCost : 1.0) * (4 * s.quads + s.singles) + kSplitCost * s.split +
                 kStraightCost * s.straight + kTurnedCost * s.turned + 2);
     for (int j = 0; j < s.nv; ++j) total += 2 * (kPairCost * s.pairs[j] + kHalfCost * s.halves[j]);
-    if (channels_last && !s.contiguous) total += kScatterCost * s.lanes;
+    if (channels_last_ && !s.contiguous) total += kScatterCost * s.lanes;
   }
   return total;
 }

@@ -42,9 +42,9 @@ void Plan::lower_pairs() {
   std::sort(ascending.begin(), ascending.end());
   lower_pairs_in(by_group);
   if (by_group == ascending) return;
-  const double cost = pairs_cost(true);
+  const double cost = pairs_cost();
   lower_pairs_in(ascending);
-  if (cost < pairs_cost(true)) lower_pairs_in(by_group);
+  if (cost < pairs_cost()) lower_pairs_in(by_group);
 }
 
 void Plan::lower_pairs_in(const std::vector<int>& narrow) {
@@ -251,8 +251,8 @@ void Plan::add_windows(PairSegment& s, const std::vector<std::vector<LaneColumn>
 }
 
 // As filters_cost: each product of a vector is of two channels.
-double Plan::pairs_cost(bool channels_last) const {
-  double total = (channels_last ? 0.8 : 3.2) * double(low_.C + low_.F);
+double Plan::pairs_cost() const {
+  double total = (channels_last_ ? 0.8 : 3.2) * double(low_.C + low_.F);
   int copy = -1;
   for (const PairSegment& s : paired_) {
     if (s.gathers > 0 && s.gather0 != copy)
@@ -260,7 +260,7 @@ double Plan::pairs_cost(bool channels_last) const {
     copy = s.gathers > 0 ? s.gather0 : -1;
     total += s.nv * ((s.nv == 1 ? kAloneCost : 1.0) * (4 * s.runs + s.pairs) +
                      kWindowCost * s.windows + 2);
-    if (channels_last && !s.contiguous) total += kScatterCost * s.lanes;
+    if (channels_last_ && !s.contiguous) total += kScatterCost * s.lanes;
   }
   return total;
 }

@@ -10,21 +10,21 @@ namespace HETCONV_NS {
 
 constexpr int kPairTurned = 32;  // pixels and channels
 
-// Element numbers of two vectors side by side, the second's from 32 on.
-HC_INLINE __m512i every_other(int first) {
-  const __m512i number =
-      _mm512_setr_epi32(0x00000, 0x10001, 0x20002, 0x30003, 0x40004, 0x50005, 0x60006, 0x70007,
-                        0x80008, 0x90009, 0xa000a, 0xb000b, 0xc000c, 0xd000d, 0xe000e, 0xf000f);
-  // Lanes 0, 1, ... hold 2 * 0, 2 * 1 as the two halves of a lane: 4 l + first, 4 l + 2 + first.
-  const __m512i doubled = _mm512_slli_epi16(number, 2);
-  return _mm512_add_epi16(doubled, _mm512_set1_epi32((first + 2) << 16 | first));
+// Both halves of lane l hold l.
+HC_INLINE __m512i lane_numbers() {
+  return _mm512_setr_epi32(0x00000, 0x10001, 0x20002, 0x30003, 0x40004, 0x50005, 0x60006, 0x70007,
+                           0x80008, 0x90009, 0xa000a, 0xb000b, 0xc000c, 0xd000d, 0xe000e, 0xf000f);
+}
+// Numbers of elements of two vectors, the second's from 32 on, as permutex2var takes them. Every
+// other one, from `first` on.
+HC_INLINE __m512i pick_alternate(int first) {
+  // The halves of lane l are elements 4 l + first and 4 l + 2 + first.
+  const __m512i fours = _mm512_slli_epi16(lane_numbers(), 2);
+  return _mm512_add_epi16(fours, _mm512_set1_epi32((first + 2) << 16 | first));
 }
 // Of both vectors, elements first + l in the halves of lane l.
-HC_INLINE __m512i side_by_side(int first) {
-  const __m512i number =
-      _mm512_setr_epi32(0x00000, 0x10001, 0x20002, 0x30003, 0x40004, 0x50005, 0x60006, 0x70007,
-                        0x80008, 0x90009, 0xa000a, 0xb000b, 0xc000c, 0xd000d, 0xe000e, 0xf000f);
-  return _mm512_add_epi16(number, _mm512_set1_epi32((first + 32) << 16 | first));
+HC_INLINE __m512i pick_interleaved(int first) {
+  return _mm512_add_epi16(lane_numbers(), _mm512_set1_epi32((first + 32) << 16 | first));
 }
 HC_INLINE void transpose_pairs(__m512i* r) { transpose<float>(reinterpret_cast<Vec<float>*>(r)); }
 
@@ -32,7 +32,7 @@ HC_INLINE void transpose_pairs(__m512i* r) { transpose<float>(reinterpret_cast<V
 // that far.
 static void planes_of_pairs(const bf16* x, int64_t pitch, int64_t pixels, int channels,
                             bf16* planes, int64_t plane) {
-  const __m512i lower = every_other(0), upper = every_other(1);
+  const __m512i lower = pick_alternate(0), upper = pick_alternate(1);
   alignas(64) __m512i words[2][16];
   for (int64_t p = 0; p < pixels; p += kPairTurned)
     for (int c = 0; c < channels; c += kPairTurned) {
@@ -54,7 +54,7 @@ static void planes_of_pairs(const bf16* x, int64_t pitch, int64_t pixels, int ch
 
 // The pairs of two channels for `pixels` pixels, rounded up to 32.
 static inline void gather_pair(const bf16* lower, const bf16* upper, int64_t pixels, float* pairs) {
-  const __m512i first = side_by_side(0), second = side_by_side(16);
+  const __m512i first = pick_interleaved(0), second = pick_interleaved(16);
   for (int64_t p = 0; p < pixels; p += kPairTurned) {
     const __m512i a = _mm512_loadu_si512(lower + p), b = _mm512_loadu_si512(upper + p);
     _mm512_storeu_si512(pairs + p, _mm512_permutex2var_epi16(a, first, b));
@@ -66,7 +66,7 @@ static inline void gather_pair(const bf16* lower, const bf16* upper, int64_t pix
 // filters innermost.
 static void pixels_of_pairs(const bf16* planes, int64_t plane, int rows, int columns, int row,
                             int filters, bf16* y, int64_t y_row, int64_t y_pixel) {
-  const __m512i first = side_by_side(0), second = side_by_side(16);
+  const __m512i first = pick_interleaved(0), second = pick_interleaved(16);
   const int64_t pixels = int64_t(rows - 1) * row + columns;
   int r = 0, column = 0;
   for (int64_t p = 0; p < pixels; p += kPairTurned) {
