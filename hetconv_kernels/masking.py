@@ -103,36 +103,43 @@ def multiply_masked(x: Tensor, w: Tensor, bits: Tensor, bias: Tensor | None) -> 
     return y
 
 
-def sum_images(w: Tensor, mask: Tensor, images: Tensor, brief: bool = False) -> Tensor:
+def sum_images(
+    w: Tensor, mask: Tensor, images: Tensor, last: bool = False, brief: bool = False
+) -> Tensor:
     """Sums images, scaled by the coefficients that exist.
 
     Args:
-        w: contiguous float32 coefficients; dead ones are ignored.  # [rows, images]
-        mask: which exist, contiguous.  # bool [rows, images]
-        images: contiguous float32, rows of zeros after them up to whole vectors of 16.
-            # [images, taps], a view of [images, 16·n]
+        w: contiguous float32 coefficients; dead ones are ignored.  # [F, C, images]
+        mask: which exist, contiguous.  # bool [F, images, C]
+        images: contiguous float32.  # [images, KH, KW]
+        last: whether the sums are in channels_last.
         brief: whether the sums are read at once and then forgotten: they may lie in memory that
             the thread's next such result is written to.
 
     Returns:
-        The sums.  # [rows, taps]
+        The sums.  # [F, C, KH, KW]
     """
     native: Any = native_engine()
-    rows, (count, taps) = len(w), images.shape
-    if brief and rows * taps * 4 <= _MOST_SCRATCH:
+    (f, c, count), (height, width) = w.shape, images.shape[1:]
+    taps = height * width
+    stride = (taps * c, 1, width * c, c) if last else (taps * c, taps, width, 1)
+    size = f * c * taps * 4
+    if brief and size <= _MOST_SCRATCH:
         with torch.inference_mode(False), torch.no_grad():
-            y = _scratch.room(rows * taps * 4).view(torch.float32).view(rows, taps)
+            y = _scratch.room(size).view(torch.float32)
+            y = y.as_strided((f, c, height, width), stride)
     else:
-        y = torch.empty((rows, taps), dtype=torch.float32, device="cpu")
+        y = torch.empty_strided((f, c, height, width), stride, dtype=torch.float32, device="cpu")
     native.sum_images(
         w.data_ptr(),
         mask.data_ptr(),
         images.data_ptr(),
         y.data_ptr(),
-        rows,
+        f,
+        c,
         count,
         taps,
-        images.stride(0),
+        last,
         torch.get_num_threads(),
     )
     return y

@@ -230,26 +230,36 @@ def test_a_product_sees_every_write_to_the_weight() -> None:
 
 
 @needs_engine
-@pytest.mark.parametrize("rows", [1, 5, 700, 20000])
-@pytest.mark.parametrize(("count", "taps"), [(1, 1), (3, 9), (9, 9), (25, 25), (5, 16), (40, 49)])
-def test_images_are_summed_by_the_coefficients_that_exist(rows: int, count: int, taps: int) -> None:
+@pytest.mark.parametrize("features", [(1, 1), (3, 5), (17, 16), (40, 500)], ids=str)
+@pytest.mark.parametrize(
+    ("count", "kernel"),
+    [(1, (1, 1)), (3, (3, 3)), (9, (3, 3)), (25, (5, 5)), (5, (2, 8)), (40, (7, 7))],
+)
+@pytest.mark.parametrize("last", [False, True])
+def test_images_are_summed_by_the_coefficients_that_exist(
+    features: tuple[int, int], count: int, kernel: tuple[int, int], last: bool
+) -> None:
     """Small integers, whose sums are exact in any order; the rest of the memory stays as it is."""
-    drawn = np.random.default_rng(rows + taps)
-    whole = torch.tensor(drawn.integers(-8, 8, (rows, count)), dtype=torch.float32)
-    mask = torch.tensor(drawn.random((rows, count)) < 0.4)
-    images = torch.tensor(drawn.integers(-8, 8, (count, taps)), dtype=torch.float32)
-    padded = torch.nn.functional.pad(images, (0, -taps % 16))
+    f, c = features
+    drawn = np.random.default_rng(f + count)
+    whole = torch.tensor(drawn.integers(-8, 8, (f, c, count)), dtype=torch.float32)
+    mask = torch.tensor(drawn.random((f, c, count)) < 0.4)
+    images = torch.tensor(drawn.integers(-8, 8, (count, *kernel)), dtype=torch.float32)
     w = torch.where(mask, whole, float("nan"))
-    found = masking.sum_images(w, mask, padded[:, :taps])
-    assert torch.equal(found, torch.where(mask, whole, 0.0) @ images)
-    assert torch.equal(masking.sum_images(w, mask, padded[:, :taps], brief=True), found)
+    turned = mask.transpose(1, 2).contiguous()
+    expected = torch.einsum("fcu,uij->fcij", torch.where(mask, whole, 0.0), images)
+    for brief in (False, True):
+        found = masking.sum_images(w, turned, images, last, brief)
+        layout = torch.channels_last if last else torch.contiguous_format
+        assert found.is_contiguous(memory_format=layout)
+        assert torch.equal(found, expected)
 
 
 @needs_engine
-def test_images_that_are_no_whole_vectors_are_refused() -> None:
-    w, mask = torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool)
-    with pytest.raises(ValueError, match="whole vectors"):
-        masking.sum_images(w, mask, torch.ones(3, 9))
+def test_images_of_too_many_taps_are_refused() -> None:
+    w, mask = torch.ones(2, 3, 1), torch.ones(2, 1, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="1 to 1024 taps"):
+        masking.sum_images(w, mask, torch.ones(1, 33, 32))
 
 
 @pytest.mark.parametrize("kernel", [1, 3, (1, 7), 5, (2, 3)], ids=str)

@@ -38,6 +38,10 @@ static void mask_from(const char* w, const uint8_t* live, char* y, int64_t from,
   for (int64_t i = from; i < to; ++i) out[i] = live[i] ? in[i] : T(0);
 }
 
+// w where the byte is not 0, else 0. Not a choice, of which compilers make gathers under a mask:
+// ten times as slow.
+template <class T> HC_INLINE T kept_if(T w, uint8_t live) { return w & T(T(0) - T(live != 0)); }
+
 // Filters [C][taps] become [taps][C], the order of `live`; blocks of channels stay in the cache
 // while their taps are read one after another.
 template <class T>
@@ -51,10 +55,9 @@ static void turn_from(const char* w, const uint8_t* live, char* y, int64_t C, in
       T* out = reinterpret_cast<T*>(y) + f * C * taps + c0;
       const uint8_t* exists = live + f * C * taps + c0;
       for (int64_t t = 0; t < taps; ++t) {
-        // Not a choice, of which compilers make gathers under a mask: ten times as slow.
         HC_INDEPENDENT
         for (int64_t c = 0; c < n; ++c)
-          out[t * C + c] = in[c * taps + t] & T(T(0) - T(exists[t * C + c] != 0));
+          out[t * C + c] = kept_if<T>(in[c * taps + t], exists[t * C + c]);
       }
     }
 }
@@ -112,35 +115,39 @@ static void multiply_masked(const MaskedProduct& p, int64_t from, int64_t to) {
   if (row < p.rows) multiply_rows<1>(p, row, from, to);
 }
 
-// Without a branch, which random masks would mispredict at every second coefficient.
-HC_INLINE float kept_if(const any_f32* value, uint8_t live) {
-  uint32_t bits;
-  std::memcpy(&bits, value, sizeof bits);
-  bits &= 0u - uint32_t(live != 0);
-  float kept;
-  std::memcpy(&kept, &bits, sizeof kept);
-  return kept;
-}
-
-// One row after another: a whole vector may be written over the beginning of the next one's.
+// Some channels of all frequencies at a time: first their coefficients by frequency, then sums.
 static void images_from(const MaskedImages& p, int64_t from, int64_t to) {
-  constexpr int L = VL<float>;
-  const any_f32* w = static_cast<const any_f32*>(p.w);
-  float* const end = p.y + to * p.taps;
-  for (int64_t row = from; row < to; ++row) {
-    const any_f32* coefficients = w + row * p.images;
-    const uint8_t* live = p.live + row * p.images;
-    for (int64_t t = 0; t < p.taps; t += L) {
-      vec_f32 sum = {};
-      for (int64_t u = 0; u < p.images; ++u)
-        sum += kept_if(coefficients + u, live[u]) * load(p.image + u * p.stride + t);
-      float* to_here = p.y + row * p.taps + t;
-      if (to_here + L <= end)
-        std::memcpy(to_here, &sum, sizeof sum);
-      else
-        std::memcpy(to_here, &sum, size_t(least<int64_t>(L, p.taps - t)) * sizeof(float));
+  constexpr int V = 16 / VL<float>;
+  constexpr int64_t kChannels = V * VL<float>;
+  any_f32* const y = p.y;
+  alignas(64) any_f32 coefficients[kMostTaps * kChannels];
+  const int64_t C = p.C, count = p.images, taps = p.taps;
+  for (int64_t f = from; f < to; ++f)
+    for (int64_t c0 = 0; c0 < C; c0 += kChannels) {
+      const int64_t n = least(kChannels, C - c0);
+      const any_u32* in = static_cast<const any_u32*>(p.w) + (f * C + c0) * count;
+      const uint8_t* exists = p.live + f * C * count + c0;
+      for (int64_t u = 0; u < count; ++u) {
+        any_u32* out = reinterpret_cast<any_u32*>(coefficients + u * kChannels);
+        HC_INDEPENDENT
+        for (int64_t c = 0; c < n; ++c)
+          out[c] = kept_if<any_u32>(in[c * count + u], exists[u * C + c]);
+      }
+      for (int64_t t = 0; t < taps; ++t) {
+        vec_f32 sum[V] = {};
+        for (int64_t u = 0; u < count; ++u) {
+          const vec_f32 image = splat<float>(p.image[u * taps + t]);
+          HC_UNROLL
+          for (int v = 0; v < V; ++v)
+            sum[v] += load_any(coefficients + u * kChannels + v * VL<float>) * image;
+        }
+        float sums[kChannels];
+        std::memcpy(sums, sum, sizeof sums);
+        const int64_t step = p.turned ? 1 : taps;
+        any_f32* out = y + (p.turned ? (f * taps + t) * C + c0 : (f * C + c0) * taps + t);
+        for (int64_t c = 0; c < n; ++c) out[c * step] = sums[c];
+      }
     }
-  }
 }
 
 }  // namespace HETCONV_NS

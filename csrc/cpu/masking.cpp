@@ -60,12 +60,10 @@ void multiply_masked(const MaskedProduct& p, int threads) {
 }
 
 void sum_images(const MaskedImages& p, int threads) {
-  constexpr int64_t kWidest = 16;  // floats
-  if (p.taps < 1 || p.images < 1 || p.stride < p.taps || p.stride % kWidest != 0)
-    throw std::invalid_argument("images are not whole vectors of 16 floats");
+  if (p.taps < 1 || p.images < 1 || p.taps > kMostTaps)
+    throw std::invalid_argument("images have 1 to " + std::to_string(kMostTaps) + " taps");
   const auto loop = loops().sum;
-  in_pieces(p.rows, p.images * (p.stride / kWidest), threads,
-            [&](int64_t from, int64_t to) { loop(p, from, to); });
+  in_pieces(p.F, p.C * p.images, threads, [&](int64_t from, int64_t to) { loop(p, from, to); });
 }
 
 }  // namespace hetconv

@@ -17,14 +17,16 @@ struct MaskedProduct {
   int64_t rows, F, C;
 };
 
-// Sums of images, float32: y[row] = the sum over u of image[u] · w[row][u], where that is live.
+// Sums of images, float32: y[f][c] = the sum over u of image[u] · w[f][c][u], where that is live.
 struct MaskedImages {
-  const void* w;        // [rows][images], at any address
-  const uint8_t* live;  // [rows][images]
-  const float* image;   // [images][stride], whole vectors of the widest instruction set
-  float* y;             // [rows][taps]
-  int64_t rows, images, taps, stride;
+  const void* w;        // [F][C][images], at any address
+  const uint8_t* live;  // [F][images][C]
+  const float* image;   // [images][taps]
+  float* y;             // [F][C][taps], or [F][taps][C] where it is turned
+  int64_t F, C, images, taps;
+  bool turned;
 };
+constexpr int64_t kMostTaps = 1024;
 
 // By the size of an element: 2, 4 and 8 bytes.
 struct MaskLoops {
@@ -32,7 +34,7 @@ struct MaskLoops {
   void (*turn[3])(const char* w, const uint8_t* live, char* y, int64_t C, int64_t taps,
                   int64_t from, int64_t to);
   void (*product)(const MaskedProduct& p, int64_t from, int64_t to);  // filters
-  void (*sum)(const MaskedImages& p, int64_t from, int64_t to);       // rows
+  void (*sum)(const MaskedImages& p, int64_t from, int64_t to);       // filters
 };
 
 extern const MaskLoops mask_loops_generic;
@@ -49,7 +51,7 @@ void mask_weights(const void* w, const uint8_t* live, void* y, int64_t count, in
 void turn_weights(const void* w, const uint8_t* live, void* y, int64_t F, int64_t C, int64_t taps,
                   int size, int threads);
 void multiply_masked(const MaskedProduct& p, int threads);
-// Throws std::invalid_argument for images that are no whole vectors.
+// Throws std::invalid_argument for images of more than kMostTaps.
 void sum_images(const MaskedImages& p, int threads);
 
 }  // namespace hetconv

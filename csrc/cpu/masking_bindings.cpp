@@ -46,16 +46,17 @@ void bind_masking(py::module_& m) {
       "Multiplies rows of float32 by a matrix of which bits say which entries exist.");
   m.def(
       "sum_images",
-      [](uintptr_t w, uintptr_t live, uintptr_t image, uintptr_t y, int64_t rows, int64_t images,
-         int64_t taps, int64_t stride, int threads) {
+      [](uintptr_t w, uintptr_t live, uintptr_t image, uintptr_t y, int64_t F, int64_t C,
+         int64_t images, int64_t taps, bool turned, int threads) {
         const MaskedImages p{at<const void>(w),
                              at<const uint8_t>(live),
                              at<const float>(image),
                              at<float>(y),
-                             rows,
+                             F,
+                             C,
                              images,
                              taps,
-                             stride};
+                             turned};
         py::gil_scoped_release release;
         sum_images(p, threads);
       },

@@ -174,7 +174,7 @@ void Plan::lower_columns() {
 double Plan::pixels_cost() const {
   static const double slow[9] = {0, 2.2, 1.25, 1.1, 1.05, 1.05, 1.05, 1.05, 1.05};
   double total = channels_last_ ? 3.0 * double(live_.size()) + 3.4 * low_.F
-                               : 2.6 * double(live_.size()) + 2.2 * low_.F;
+                                : 2.6 * double(live_.size()) + 2.2 * low_.F;
   // One vector of each plane, for each row of taps: beyond a core's cache every load is a wait.
   const bool far = live_.size() * size_t(low_.KH) * size_t(kernels_.vector_bytes) > kNearBytes;
   for (const PixelTile& t : tiles_)

@@ -233,7 +233,7 @@ class FrequencyConv2d(ForcedBackend):
                 maps = conv2d(x, self.basis.to(x.dtype), None, self._transform, code)
             return self.mix(maps)
         if not kept:
-            back = None if seen else self._summed(weight)
+            back = None if seen else self._summed(weight, x)
             if back is None:
                 back = self._transformed(self._masked(), not seen)
             return conv2d(x, back, bias, self._spatial, code)
@@ -313,8 +313,8 @@ class FrequencyConv2d(ForcedBackend):
         images = self.basis[: len(self.live_frequencies), 0]
         return _to_spatial(masked, self.in_channels, images, multiplied)
 
-    def _summed(self, weight: Tensor) -> Tensor | None:
-        """Transforms back by the compiled engine, in one pass; None where it cannot."""
+    def _summed(self, weight: Tensor, x: Tensor) -> Tensor | None:
+        """Transforms back by the compiled engine for an input; None where it cannot."""
         mix: Any = self._modules["mix"]
         support: Support = mix._geometry.support
         if (
@@ -326,19 +326,19 @@ class FrequencyConv2d(ForcedBackend):
             or not masking.unobserved(weight)
         ):
             return None
-        live, taps = self.live_frequencies, math.prod(self.kernel_size)
+        live = self.live_frequencies
         key = ("images", self.kernel_size, live)
-        images: Tensor | None = support.derived.get(key)
-        if images is None:
+        held: tuple[Tensor, Tensor] | None = support.derived.get(key)
+        if held is None:
             with torch.inference_mode(False), torch.no_grad():
-                images = dct_basis(self.kernel_size, torch.float32)[list(live)].flatten(1)
-                images = torch.nn.functional.pad(images, (0, -taps % 16))
-            support.derived[key] = images
-        mask = mask_on(support, weight.device).view(-1, len(live))
+                images = dct_basis(self.kernel_size, torch.float32)[list(live)].contiguous()
+                mask = mask_on(support, weight.device).view(len(weight), -1, len(live))
+                held = support.derived[key] = images, mask.transpose(1, 2).contiguous()
+        images, mask = held
         # Where a gradient is wanted the convolution keeps its weight.
         brief = not torch.is_grad_enabled()
-        kernels = masking.sum_images(weight.view(-1, len(live)), mask, images[:, :taps], brief)
-        return kernels.view(self._spatial.support.shape)
+        coefficients = weight.view(len(weight), -1, len(live))
+        return masking.sum_images(coefficients, mask, images, not x.is_contiguous(), brief)
 
     def path_for(self, x: Tensor) -> str:
         """Says which way an input goes: ``"frequency"`` or ``"spatial"``; predicted for auto."""
