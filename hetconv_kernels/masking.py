@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import threading
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -103,49 +104,69 @@ def multiply_masked(x: Tensor, w: Tensor, bits: Tensor, bias: Tensor | None) -> 
     return y
 
 
-def sum_images(
-    w: Tensor, mask: Tensor, images: Tensor, last: bool = False, brief: bool = False
-) -> Tensor:
+class _Results:
+    """Where results of one shape, layout and dtype go: what a call prepares once.
+
+    Args:
+        shape, stride, dtype: of a result.
+    """
+
+    def __init__(self, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> None:
+        self._shape, self._stride, self._dtype = tuple(shape), tuple(stride), dtype
+        self._bytes = math.prod(shape) * dtype.itemsize
+        self._view = _View()
+
+    def place(self, brief: bool) -> Tensor:
+        """Returns memory for a result; a brief one's may be the thread's next one's."""
+        view = self._view
+        if brief and view.memory is _scratch.memory and view.out is not None:
+            return view.out
+        if not brief or self._bytes > _MOST_SCRATCH:
+            return torch.empty_strided(self._shape, self._stride, dtype=self._dtype, device="cpu")
+        with torch.inference_mode(False), torch.no_grad():
+            out = _scratch.room(self._bytes).view(self._dtype)
+            out = out.as_strided(self._shape, self._stride)
+        view.out, view.memory = out, _scratch.memory
+        return out
+
+
+class ImageSums(_Results):
     """Sums images, scaled by the coefficients that exist.
 
     Args:
-        w: contiguous float32 coefficients; dead ones are ignored.  # [F, C, images]
         mask: which exist, contiguous.  # bool [F, images, C]
         images: contiguous float32.  # [images, KH, KW]
         last: whether the sums are in channels_last.
-        brief: whether the sums are read at once and then forgotten: they may lie in memory that
-            the thread's next such result is written to.
-
-    Returns:
-        The sums.  # [F, C, KH, KW]
     """
-    native: Any = native_engine()
-    (f, c, count), (height, width) = w.shape, images.shape[1:]
-    taps = height * width
-    stride = (taps * c, 1, width * c, c) if last else (taps * c, taps, width, 1)
-    size = f * c * taps * 4
-    if brief and size <= _MOST_SCRATCH:
-        with torch.inference_mode(False), torch.no_grad():
-            y = _scratch.room(size).view(torch.float32)
-            y = y.as_strided((f, c, height, width), stride)
-    else:
-        y = torch.empty_strided((f, c, height, width), stride, dtype=torch.float32, device="cpu")
-    native.sum_images(
-        w.data_ptr(),
-        mask.data_ptr(),
-        images.data_ptr(),
-        y.data_ptr(),
-        f,
-        c,
-        count,
-        taps,
-        last,
-        torch.get_num_threads(),
-    )
-    return y
+
+    def __init__(self, mask: Tensor, images: Tensor, last: bool) -> None:
+        (f, count, c), (height, width) = mask.shape, images.shape[1:]
+        taps = height * width
+        stride = (taps * c, 1, width * c, c) if last else (taps * c, taps, width, 1)
+        super().__init__((f, c, height, width), stride, torch.float32)
+        native: Any = native_engine()
+        self._run, self._sizes = native.sum_images, (f, c, count, taps, last)
+        self._operands = mask, images
+        self._addresses = mask.data_ptr(), images.data_ptr()
+
+    def __call__(self, w: Tensor, brief: bool = False) -> Tensor:
+        """Returns the sums.
+
+        Args:
+            w: contiguous float32 coefficients; dead ones are ignored.  # [F, C·images, ...]
+            brief: whether the sums are read at once and then forgotten: they may lie in memory
+                that the thread's next such result is written to.
+
+        Returns:
+            The sums.  # [F, C, KH, KW]
+        """
+        y = self.place(brief)
+        threads = torch.get_num_threads()
+        self._run(w.data_ptr(), *self._addresses, y.data_ptr(), *self._sizes, threads)
+        return y
 
 
-class NativeMask:
+class NativeMask(_Results):
     """Masks weights of one shape, layout and dtype by the engine.
 
     Args:
@@ -156,22 +177,18 @@ class NativeMask:
     """
 
     def __init__(self, mask: Tensor, stride: tuple[int, ...], like: Tensor, turned: bool) -> None:
+        super().__init__(like.shape, stride, like.dtype)
         native: Any = native_engine()
-        self._mask, self._stride, self._turned = mask, stride, turned
-        self._shape, self._dtype = like.shape, like.dtype
-        self._bytes = like.numel() * like.element_size()
+        self._mask = mask
         f, c, *taps = like.shape
         sizes = (f, c, math.prod(taps)) if turned else (like.numel(),)
         self._run = native.turn_weights if turned else native.mask_weights
         self._sizes = (*sizes, like.element_size())
         self._address = mask.data_ptr()
-        self._view = _View()
 
     def __call__(self, dense: Tensor, brief: bool) -> Tensor:
         """Returns a masked copy; a brief one may lie where the thread's next one will."""
-        out = self._view.out if brief and self._view.memory is _scratch.memory else None
-        if out is None:
-            out = self._room(brief)
+        out = self.place(brief)
         self.mask(dense, out)
         return out
 
@@ -180,18 +197,9 @@ class NativeMask:
         threads = torch.get_num_threads()
         self._run(dense.data_ptr(), self._address, out.data_ptr(), *self._sizes, threads)
 
-    def _room(self, brief: bool) -> Tensor:
-        if not brief or self._bytes > _MOST_SCRATCH:
-            return torch.empty_strided(self._shape, self._stride, dtype=self._dtype, device="cpu")
-        with torch.inference_mode(False), torch.no_grad():
-            view = _scratch.room(self._bytes).view(self._dtype)
-            view = view.as_strided(self._shape, self._stride)
-        self._view.out, self._view.memory = view, _scratch.memory
-        return view
-
 
 class _View(threading.local):
-    """A thread's memory as one mask's copies, and the memory that it is of."""
+    """A thread's memory as one kind of results, and the memory that it is of."""
 
     out: Tensor | None = None
     memory: Tensor | None = None

@@ -249,7 +249,7 @@ def test_images_are_summed_by_the_coefficients_that_exist(
     turned = mask.transpose(1, 2).contiguous()
     expected = torch.einsum("fcu,uij->fcij", torch.where(mask, whole, 0.0), images)
     for brief in (False, True):
-        found = masking.sum_images(w, turned, images, last, brief)
+        found = masking.ImageSums(turned, images, last)(w, brief)
         layout = torch.channels_last if last else torch.contiguous_format
         assert found.is_contiguous(memory_format=layout)
         assert torch.equal(found, expected)
@@ -259,7 +259,7 @@ def test_images_are_summed_by_the_coefficients_that_exist(
 def test_images_of_too_many_taps_are_refused() -> None:
     w, mask = torch.ones(2, 3, 1), torch.ones(2, 1, 3, dtype=torch.bool)
     with pytest.raises(ValueError, match="1 to 1024 taps"):
-        masking.sum_images(w, mask, torch.ones(1, 33, 32))
+        masking.ImageSums(mask, torch.ones(1, 33, 32), last=False)(w)
 
 
 @pytest.mark.parametrize("kernel", [1, 3, (1, 7), 5, (2, 3)], ids=str)

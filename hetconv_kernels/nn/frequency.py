@@ -314,31 +314,30 @@ class FrequencyConv2d(ForcedBackend):
         return _to_spatial(masked, self.in_channels, images, multiplied)
 
     def _summed(self, weight: Tensor, x: Tensor) -> Tensor | None:
-        """Transforms back by the compiled engine for an input; None where it cannot."""
+        """Transforms back by the compiled engine, for a call that nobody observes, if it can."""
         mix: Any = self._modules["mix"]
         support: Support = mix._geometry.support
         if (
             weight.dtype is not torch.float32
-            or weight.shape[0] != support.filters
             or not weight.is_cpu
             or not weight.is_contiguous()
+            or weight.shape[0] != support.filters
+            or (weight.requires_grad and torch.is_grad_enabled())
+            or transforms_active()
             or masking.native_engine() is None
-            or not masking.unobserved(weight)
         ):
             return None
-        live = self.live_frequencies
-        key = ("images", self.kernel_size, live)
-        held: tuple[Tensor, Tensor] | None = support.derived.get(key)
-        if held is None:
+        live, last = self.live_frequencies, not x.is_contiguous()
+        key = ("images", self.kernel_size, live, last)
+        sums: masking.ImageSums | None = support.derived.get(key)
+        if sums is None:
             with torch.inference_mode(False), torch.no_grad():
                 images = dct_basis(self.kernel_size, torch.float32)[list(live)].contiguous()
                 mask = mask_on(support, weight.device).view(len(weight), -1, len(live))
-                held = support.derived[key] = images, mask.transpose(1, 2).contiguous()
-        images, mask = held
+                mask = mask.transpose(1, 2).contiguous()
+                sums = support.derived[key] = masking.ImageSums(mask, images, last)
         # Where a gradient is wanted the convolution keeps its weight.
-        brief = not torch.is_grad_enabled()
-        coefficients = weight.view(len(weight), -1, len(live))
-        return masking.sum_images(coefficients, mask, images, not x.is_contiguous(), brief)
+        return sums(weight, brief=not torch.is_grad_enabled())
 
     def path_for(self, x: Tensor) -> str:
         """Says which way an input goes: ``"frequency"`` or ``"spatial"``; predicted for auto."""
