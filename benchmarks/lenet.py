@@ -116,11 +116,11 @@ def main(arguments: list[str] | None = None) -> int:
     if options.publish is not None:
         record = {"environment": environment(), "lines": found}
         (options.publish / "lenet.json").write_text(json.dumps(record, indent=1) + "\n")
-        (options.publish / "lenet.md").write_text(table(found) + "\n")
+        (options.publish / "lenet.md").write_text(lenet_table(found) + "\n")
     return 0
 
 
-def table(found: Sequence[dict[str, Any]]) -> str:
+def lenet_table(found: Sequence[dict[str, Any]]) -> str:
     """Lays out the lines, the seeds of a method in one: mean ± standard deviation.
 
     Args:

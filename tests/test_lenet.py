@@ -43,7 +43,7 @@ def test_a_finished_line_is_told_and_not_done_again(
 
 def test_the_seeds_of_a_method_are_one_row_with_mean_and_spread() -> None:
     lines = [record(0, 10, 0.98), record(1, 20, 0.99), record(0, 500, 0.985, "WSP")]
-    rows = [line.strip("| ").split(" | ") for line in lenet.table(lines).splitlines()]
+    rows = [line.strip("| ").split(" | ") for line in lenet.lenet_table(lines).splitlines()]
     # 100 and 50 times fewer: mean 75, deviation 50 / √2; 98 and 99 %: 98.5 and 1 / √2.
     assert rows[2] == [
         "ADMM", "2", "75.0 ± 35.4×", "10.0 ± 0.0×", "98.50 ± 0.71", "+0.00 ± 0.71", "2.00 ± 0.00×",
