@@ -67,12 +67,12 @@ def test_transfer(monkeypatch, capsys) -> None:
 
 
 def test_segmentation(monkeypatch, tmp_path: Path, capsys) -> None:
-    words = ["--train-epochs", "3", "--epochs", "1", "--batches", "6", "--width", "4",
+    words = ["--train-epochs", "10", "--epochs", "4", "--batches", "6", "--width", "8",
              "--out", str(tmp_path)]  # fmt: skip
     run("segmentation.py", monkeypatch, *words)
     last = capsys.readouterr().out.strip().splitlines()[-1]
     before, after, optimised = (float(w.strip(",")) for w in last.split() if w[0].isdigit())
-    assert min(before, after) > 0.3  # all pixels give less
+    assert min(before, after) > 0.6  # all pixels give a third
     assert optimised == pytest.approx(after, abs=0.01)
     assert hk.load(tmp_path / "unet.safetensors") is not None
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..nn import SupportConv2d
 from .copying import copied
 from .plain import Answer, Keep, Rule
 from .trace import FAILURES
@@ -37,9 +36,7 @@ def computed_weights() -> Rule:
     """
 
     def rule(name: str, module: nn.Module) -> Answer:
-        if not isinstance(module, nn.Conv2d) or isinstance(module, SupportConv2d):
-            return None
-        if type(module) is nn.Conv2d:
+        if not isinstance(module, nn.Conv2d) or type(module) is nn.Conv2d:
             return None
         try:
             return _plain_twin(module)
@@ -78,7 +75,7 @@ def _plain_twin(module: nn.Conv2d) -> Answer:
         return Keep(f"a {type(module).__name__} changes its input before the convolution")
     weight, bias = call["weight"], call["bias"]
     twin = nn.Conv2d(
-        module.in_channels, module.out_channels, module.kernel_size, call["stride"],
+        module.in_channels, module.out_channels, module.kernel_size, call["stride"],  # type: ignore[arg-type]
         call["padding"], call["dilation"], call["groups"], bias is not None,
         device=weight.device, dtype=weight.dtype,
     )  # fmt: skip

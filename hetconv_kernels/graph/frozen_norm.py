@@ -40,7 +40,7 @@ def make_ordinary(model: nn.Module) -> tuple[str, ...]:
     for name, frozen in found.items():
         buffers: dict[str, Any] = frozen._buffers
         weight = buffers["weight"]
-        norm = nn.BatchNorm2d(len(weight), frozen.eps, device=weight.device, dtype=weight.dtype)  # type: ignore[arg-type]
+        norm = nn.BatchNorm2d(len(weight), frozen.eps, device=weight.device, dtype=weight.dtype)
         for key in _BUFFERS:
             getattr(norm, key).copy_(buffers[key])
         set_module(model, name, norm.requires_grad_(False).eval())

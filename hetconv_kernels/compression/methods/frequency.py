@@ -146,11 +146,11 @@ class FrequencyPruning(Method):
         for layer in run.layers.values():
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
         for name in live:
-            mask = masks[name].mask.cpu().numpy()
+            chosen = masks[name].mask.cpu().numpy()
             if _has_one_tap(run.layers[name]):
-                run.choose(name, mask)
+                run.choose(name, chosen)
             else:
-                self._chosen(run)[name] = mask
+                self._chosen(run)[name] = chosen
 
     def _first(self, run: Run, masks: dict[str, _Coefficients]) -> None:
         run.tensors["iteration"] = torch.zeros((), dtype=torch.int64)
