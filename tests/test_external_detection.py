@@ -17,10 +17,8 @@ pytestmark = pytest.mark.slow  # minutes, and a package that is not small
 
 # Their settings, the size of an image, and how many times fewer MACs WSP at 70 % leaves, at least.
 DETECTORS: dict[str, tuple[dict[str, Any], int, float]] = {
-    "ssdlite320_mobilenet_v3_large": ({}, 320, 1.5),
-    "ssd300_vgg16": ({}, 300, 1.5),
     "retinanet_resnet50_fpn": ({"min_size": 128, "max_size": 128}, 128, 1.5),
-    "fasterrcnn_mobilenet_v3_large_320_fpn": ({"min_size": 128, "max_size": 128}, 128, 1.3),
+    "fasterrcnn_mobilenet_v3_large_320_fpn": ({"min_size": 128, "max_size": 128}, 128, 1.5),
 }
 
 
@@ -28,18 +26,12 @@ def no_loss(model: nn.Module, batch: Tensor) -> Tensor:
     raise AssertionError("nothing is trained here")
 
 
-@pytest.mark.parametrize("frozen", [False, True], ids=["trained norms", "frozen norms"])
 @pytest.mark.parametrize("name", DETECTORS)
-def test_wsp_removes_filters_of_a_detector(name: str, frozen: bool) -> None:
+def test_wsp_removes_filters_of_a_detector(name: str) -> None:
     package("torchvision")
     from torchvision.models import detection
-    from torchvision.ops import FrozenBatchNorm2d
 
     settings, size, fewer = DETECTORS[name]
-    if frozen:
-        if "retinanet" not in name:
-            pytest.skip("one network with frozen norms is enough")
-        settings = settings | {"norm_layer": FrozenBatchNorm2d}
     torch.manual_seed(0)
     model = getattr(detection, name)(weights=None, weights_backbone=None, **settings).eval()
     x = torch.rand(1, 3, size, size)
