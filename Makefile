@@ -188,7 +188,8 @@ build/triton-$(OLDEST_TRITON)/.there: | $(ENV)
 EXTERNAL := timm torchvision segmentation_models_pytorch
 external: $(ENV) build/external/.there ## Take networks of timm, torchvision and smp the whole way
 	PYTHONPATH=$(CURDIR):build/external $(PY) -m pytest -q --slow tests/test_external.py \
-	    tests/test_factory.py $(ARGS)
+	    tests/test_external_detection.py tests/test_factory.py tests/test_examples.py::test_detection \
+	    $(ARGS)
 
 build/external/.there: constraints/common.txt | $(ENV)
 	rm -rf $(@D)

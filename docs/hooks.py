@@ -118,11 +118,15 @@ def more_methods() -> str:
         "speed": "Networks of the papers' shapes, untrained, compressed to the papers' rates: time "
         "alone.",
     }
-    return "\n\n".join(
+    found = [
         f"{title}\n\n{summary.methods_table(part)}\n\n*{summary.methods_provenance(part)}.*"
         for part, title in titles.items()
         if part in summary.methods()
-    )
+    ]
+    lenet = ROOT / "benchmarks" / "lenet.md"
+    if lenet.exists():
+        found.append(f"LeNet-5 on MNIST, mean ± deviation over seeds:\n\n{lenet.read_text()}")
+    return "\n\n".join(found)
 
 
 @cache

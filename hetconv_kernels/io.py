@@ -30,7 +30,14 @@ from .graph.layer_json import layer_from_json, layer_to_json
 from .graph.layout import set_module
 from .graph.narrow import NARROW, Narrow
 from .graph.planned import PlannedNetwork, planned
-from .graph.trace import FAILURES, check_plain, check_tensors, symbolic_graph
+from .graph.trace import (
+    FAILURES,
+    check_network,
+    check_plain,
+    check_tensors,
+    symbolic_graph,
+    trace,
+)
 from .nn.quantized_layer import QuantizedLayer
 
 __all__ = ["load", "save"]
@@ -46,7 +53,12 @@ _DECLARED, _DECLARED_PER_WEIGHT = 1 << 26, 256
 _MALFORMED = (*FAILURES, MemoryError, RecursionError)
 
 
-def save(model: nn.Module, path: str | os.PathLike[str], into: nn.Module | None = None) -> None:
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    into: nn.Module | None = None,
+    example: Any = None,
+) -> None:
     """Writes a network to a file, which replaces an older one only when it is whole.
 
     What `load` could not give back is refused: hooks, pruning and weight norms that are not
@@ -57,9 +69,13 @@ def save(model: nn.Module, path: str | os.PathLike[str], into: nn.Module | None 
         path: of the file.
         into: a network like the one that the file will be loaded into; what it carries too (the
             same pruning, the same hooks) is not refused. It is looked at and not changed.
+        example: an input, or a tuple of inputs, for a network in evaluation mode whose code asks
+            for sizes and which torch.fx therefore cannot trace: torch.export's graph is written,
+            for images of that size, and the file is loaded without the class.
 
     Raises:
-        InputTypeError: no nn.Module, or a scripted or wrapped one.
+        InputTypeError: no nn.Module, or a scripted or wrapped one; the example has no tensor.
+        TraceError: torch.export cannot trace it either.
         ArgumentError: a weight has no values yet (meta device, lazy); or the network carries what
             a file cannot describe, which the message names.
         HetconvError: safetensors is not installed.
@@ -70,6 +86,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], into: nn.Module | None 
         check_plain(into)
     dtype = model.dtype if isinstance(model, Narrow) else None
     model, into = _inside(model), None if into is None else _inside(into)
+    if example is not None:
+        model = _as_graph(model, example)
     tensors = _tensors(model)
     for name, tensor in tensors.items():
         if tensor.is_meta or not isinstance(tensor, Tensor):
@@ -184,7 +202,8 @@ def _built(
         if not isinstance(steps, list):
             raise FileError(
                 f"{path.name} holds no steps: {steps}. Expected a network that torch.fx can trace; "
-                "give load(..., into=network) a network of the saved one's class."
+                "give load(..., into=network) a network of the saved one's class, or save(..., "
+                "example=...) an input."
             )
         into = _assemble(steps, layers, tensors, buffers)
         there = {*_named(into)}
@@ -305,6 +324,17 @@ def _laid_out(tensor: Tensor, strides: Any, path: Path) -> Tensor:
     return torch.empty_strided(
         tensor.shape, strides, dtype=tensor.dtype, device=tensor.device
     ).copy_(tensor)
+
+
+def _as_graph(model: nn.Module, example: Any) -> nn.Module:
+    """Returns a network whose steps can be written: itself, or the graph of its example."""
+    try:
+        if not isinstance(model, fx.GraphModule):
+            graph_to_json(symbolic_graph(model))
+    except (HetconvError, *FAILURES):
+        check_network(model)
+        return trace(model, example).eval()
+    return model
 
 
 def _graph(model: nn.Module, layers: Mapping[str, Json]) -> list[Json] | str:

@@ -89,8 +89,8 @@ def package(name: str) -> Any:
     """Imports a package, or skips the test with the reason.
 
     PyPI's torchvision is built for CUDA. Beside a CPU build of torch its compiled part cannot be
-    loaded, and its Python part asks for two operators of that. No network here calls them, so it is
-    enough to declare them.
+    loaded, and its Python part asks for two operators of that. It is enough to declare them, and to
+    give detectors a suppression of overlapping boxes in Python.
     """
     if importlib.util.find_spec("torchvision") is not None and not _DECLARED:
         try:
@@ -99,5 +99,18 @@ def package(name: str) -> Any:
             library = torch.library.Library("torchvision", "FRAGMENT")
             for operator in ("nms", "qnms"):
                 library.define(f"{operator}(Tensor dets, Tensor scores, float threshold) -> Tensor")
+            library.impl("nms", _nms, "CPU")
             _DECLARED.append(library)
+            importlib.import_module("torchvision").extension._has_ops = lambda: True
     return pytest.importorskip(name, reason=f"{name} is not installed: `make external` does it")
+
+
+def _nms(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
+    """Lists the boxes that no better one overlaps by more than the threshold, best first."""
+    overlaps = importlib.import_module("torchvision.ops").box_iou(boxes, boxes) > threshold
+    left, kept = torch.ones(len(boxes), dtype=torch.bool), []
+    for place in scores.argsort(descending=True, stable=True).tolist():
+        if left[place]:
+            kept.append(place)
+            left &= ~overlaps[place]
+    return torch.tensor(kept, dtype=torch.int64)

@@ -176,6 +176,31 @@ def test_uneven_groups_keep_a_support_even_ones_stay_groups() -> None:
     assert_same(uneven, found, x)
 
 
+@pytest.mark.parametrize(
+    ("dead", "width"), [((0, 1), 4), ((0, 1, 2), 4), ((0, 2), 6), ((2, 3, 4, 5), 2)], ids=str
+)
+def test_group_normalisation_loses_whole_groups(dead: tuple[int, ...], width: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 6, 1), nn.GroupNorm(3, 6), nn.ReLU(), nn.Conv2d(6, 3, 3, padding=1)
+    ).eval()
+    with torch.no_grad():
+        nn.init.normal_(model[1].weight)
+        nn.init.normal_(model[1].bias)
+        model[0].weight[list(dead)] = 0
+        model[3].weight[:, list(dead)] = 0
+    x = torch.randn(2, 2, 5, 5)
+    report = hk.compact(model, x)
+    assert_same(model, report.model, x)
+    assert report.model[0].out_channels == report.model[1].num_channels == width
+    assert report.model[1].num_groups == width // 2
+    if width == 6:
+        return
+    partly = width == 4 and len(dead) == 3
+    assert isinstance(report.model[3], nn.Conv2d)
+    assert bool(report.model[3].weight.eq(0).all((0, 2, 3)).any()) is partly
+
+
 def test_self_grouped_layers_lose_the_channels_that_no_group_reads() -> None:
     torch.manual_seed(0)
     keep = np.zeros((2, 8), bool)

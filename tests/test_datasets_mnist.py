@@ -168,6 +168,16 @@ def test_parts_that_are_there_are_taken(tmp_path: Path) -> None:
     assert [len(part) for part in (data.train, data.validation, data.test)] == [10, 4, 2]
 
 
+def test_images_with_other_digests_are_refused(tmp_path: Path) -> None:
+    for part in ("train", "val", "test"):
+        for name in ("a", "b"):
+            _paint(tmp_path / part / name / "0.png", (1, 2, 3))
+    right = hashlib.sha256((tmp_path / "val" / "b" / "0.png").read_bytes()).hexdigest()
+    image_folder(tmp_path, size=4, digests={"val/b/0.png": right})
+    with pytest.raises(HetconvError, match="fetch it again"):
+        image_folder(tmp_path, size=4, digests={"val/b/0.png": right[::-1]})
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

@@ -36,7 +36,7 @@ FEWER = {
     "timm:resnetv2_50": 1.8,
     "torchvision:shufflenet_v2_x0_5": 1.8,
 }
-# Networks whose own code torch.fx cannot follow: a file of theirs needs the class.
+# Networks whose own code torch.fx cannot follow: a file of theirs needs the class, or an example.
 NEEDS_THE_CLASS = {"smp:FPN:mobilenet_v2", "smp:DeepLabV3Plus:resnet18"}
 # Relative to the largest value: float32 in another order of sums.
 TOLERANCE = 1e-4
@@ -112,6 +112,8 @@ def test_a_network_of_another_package_goes_the_whole_way(given: External, tmp_pa
             if name == "het" and given.id in NEEDS_THE_CLASS:
                 with pytest.raises(FileError, match=r"give load\(\.\.\., into=network\)"):
                     hk.load(path)
+                hk.save(made, tmp_path / "graph.safetensors", example=x)
+                assert apart(hk.load(tmp_path / "graph.safetensors")(x), made(x)) < TOLERANCE
             else:
                 assert equal(hk.load(path), made, x)
         if name == "het":
@@ -124,6 +126,20 @@ def test_a_network_of_another_package_goes_the_whole_way(given: External, tmp_pa
         found = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         with torch.no_grad():
             assert apart([torch.from_numpy(y) for y in found], made(x)) < TOLERANCE
+
+
+def test_standardised_weights_are_computed_once_and_filters_go() -> None:
+    given = External("timm", "resnetv2_50x1_bit")
+    model, x = given.create(), given.images()
+    plain = hk.convert(model, hk.rules.computed_weights()).model.eval()
+    with torch.no_grad():
+        assert apart(plain(x), model(x)) < TOLERANCE
+        assert apart(hk.optimize(model, x).model(x), model(x)) < TOLERANCE
+    report = hk.compress(
+        plain, WeakSubnetwork(0.7, epochs=0), example=x, measure=False, progress=False
+    )
+    assert report.macs[0] >= 1.8 * report.macs[1]
+    assert report.difference < TOLERANCE
 
 
 def test_what_is_listed_as_refused_is_there() -> None:

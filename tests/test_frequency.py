@@ -141,8 +141,10 @@ def test_coefficients_come_back_when_they_grow() -> None:
     assert live.all()
 
 
-def test_killed_and_resumed(tmp_path: Path) -> None:
-    check_kills(FrequencyPruning(search_epochs=3, epochs=2, stem=True), tmp_path, seed=6)
+@pytest.mark.parametrize("single", [False, True])
+def test_killed_and_resumed(tmp_path: Path, single: bool) -> None:
+    method = FrequencyPruning(search_epochs=3, epochs=2, stem=True, single=single)
+    check_kills(method, tmp_path, seed=6)
 
 
 @pytest.mark.parametrize(

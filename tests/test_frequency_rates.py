@@ -6,11 +6,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from compressing import run
+from compressing import run, tiny
 
 from hetconv_kernels.compression import FrequencyPruning
 from hetconv_kernels.compression.methods import frequency as search
 from hetconv_kernels.errors import ArgumentError
+from hetconv_kernels.nn import SupportLinear
 from hetconv_kernels.nn.frequency import dct
 
 # The magnitudes of the coefficients of one 2×2 kernel.
@@ -82,3 +83,26 @@ def test_whole_bands_keep_at_least_what_the_target_leaves() -> None:
 def test_a_pattern_that_fits_no_layer_is_refused() -> None:
     with pytest.raises(ArgumentError, match="pattern that fits one"):
         run(FrequencyPruning(layer_rates={"features.*": 0.5}))
+
+
+def test_layers_of_one_tap_lose_weights_by_the_same_search() -> None:
+    report = run(FrequencyPruning(target=0.5, single=True, search_epochs=1, epochs=1))
+    for name, dense in (("8", 192), ("10", 18)):
+        layer = report.model.get_submodule(name)
+        assert isinstance(layer, SupportLinear)
+        assert layer.support.live == dense // 2
+    rows = {row.name: row for row in report.layers}
+    assert rows["8"].macs == (4 * 192, 4 * 96)
+
+
+def test_whole_bands_leave_layers_of_one_tap_their_single_weights() -> None:
+    report = run(FrequencyPruning(target=0.5, single=True, bands=True, search_epochs=0, epochs=0))
+    assert report.model[8].support.live == 96
+
+
+def test_a_layer_of_one_tap_that_would_lose_all_keeps_the_largest_weight_of_each_filter() -> None:
+    model = tiny()
+    report = run(FrequencyPruning(c=1e6, single=True, search_epochs=0, epochs=0), model)
+    kept = torch.from_numpy(report.model[8].support.mask.reshape(6, 32).copy())
+    assert kept.sum(1).tolist() == [1] * 6
+    assert torch.equal(kept.int().argmax(1), model[8].weight.abs().argmax(1))

@@ -64,7 +64,7 @@ def test_branches_sums_and_joins() -> None:
         "joined": "residual sum, with that of 'summed'",
         "summed": "residual sum, with that of 'joined'",
         "twice": "called 2 times",
-        "normed": "norm may mix its channels",
+        "normed": "norm normalises groups of channels, which go together",
         "head": "channel of the output",
         "unused": "called 0 times",
         "depthwise": "channels are those of its input",

@@ -5,32 +5,51 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks import lenet
-from hetconv_kernels.compression import Method
 from hetconv_kernels.errors import HetconvError
 
 
-def test_the_methods_of_the_lines_are_methods() -> None:
+def test_all_eight_methods_have_a_line() -> None:
     found = lenet.lenet_methods()
-    assert set(found) == {"filter correlation", "stability", "Play and Prune", "ADMM"}
-    assert all(isinstance(method, Method) for method in found.values())
+    assert len({type(method) for method in found.values()}) == len(found) == 8
+    assert set(lenet.PAPER) <= set(found)
+
+
+def record(seed: int, weights: int, accuracy: float, name: str = "ADMM") -> dict[str, Any]:
+    return {
+        "name": name, "seed": seed, "weights": [1000, weights], "macs": [1000, 100],
+        "seconds": [2e-3, 1e-3], "speedup": [2.0, 1.9, 2.1], "accuracy": [0.985, accuracy],
+        "notes": [],
+    }  # fmt: skip
 
 
 def test_a_finished_line_is_told_and_not_done_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    record = {
-        "name": "ADMM", "seed": 3, "weights": [1000, 10], "macs": [1000, 100],
-        "accuracy": [0.985, 0.983], "notes": [],
-    }  # fmt: skip
-    (tmp_path / "admm-3.json").write_text(json.dumps(record))
-    assert lenet.main(["--only", "ADMM", "--seed", "3", "--out", str(tmp_path)]) == 0
+    (tmp_path / "admm-3.json").write_text(json.dumps(record(3, 10, 0.983)))
+    words = ["--only", "ADMM", "--seeds", "3", "--out", str(tmp_path), "--publish", str(tmp_path)]
+    assert lenet.main(words) == 0
     assert capsys.readouterr().out.splitlines() == [
         "ADMM, seed 3: 100.0× fewer weights, 10.0× fewer MACs, 98.50 % -> 98.30 % (-0.20)"
     ]
+    published = json.loads((tmp_path / "lenet.json").read_text())
+    assert published["lines"] == [record(3, 10, 0.983)]
+    assert "167× fewer weights" in (tmp_path / "lenet.md").read_text()
+
+
+def test_the_seeds_of_a_method_are_one_row_with_mean_and_spread() -> None:
+    lines = [record(0, 10, 0.98), record(1, 20, 0.99), record(0, 500, 0.985, "WSP")]
+    rows = [line.strip("| ").split(" | ") for line in lenet.lenet_table(lines).splitlines()]
+    # 100 and 50 times fewer: mean 75, deviation 50 / √2; 98 and 99 %: 98.5 and 1 / √2.
+    assert rows[2] == [
+        "ADMM", "2", "75.0 ± 35.4×", "10.0 ± 0.0×", "98.50 ± 0.71", "+0.00 ± 0.71", "2.00 ± 0.00×",
+        "167× fewer weights, no loss",
+    ]  # fmt: skip
+    assert rows[3][:4] == ["WSP", "1", "2.0×", "10.0×"]
 
 
 def test_without_the_digits_it_says_what_is_missing(tmp_path: Path) -> None:

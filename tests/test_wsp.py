@@ -14,7 +14,7 @@ from compressing import check_kills, run, tiny
 from torch import nn
 
 from hetconv_kernels.compression import WeakSubnetwork
-from hetconv_kernels.compression.methods.wsp import fit_width, weak_channels
+from hetconv_kernels.compression.methods.wsp import by_units, fit_width, weak_channels
 from hetconv_kernels.errors import ArgumentError
 from hetconv_kernels.models.resnet import BasicBlock
 
@@ -239,6 +239,24 @@ def test_of_a_concatenation_each_layer_is_paired_with_its_own_columns() -> None:
     assert live(report, "one", FILTERS) == [False, False, False, True]
     assert live(report, "two", FILTERS) == [True, False, False, False]
     assert live(report, "last", CHANNELS) == [False] * 3 + [True] * 2 + [False] * 3
+
+
+def test_what_a_group_normalisation_binds_goes_by_whole_groups() -> None:
+    first, _, last = network()
+    with torch.no_grad():
+        last.weight[:, 3] = torch.tensor([3.0, 2, 1])[:, None, None]
+    # Outgoing scores 1, 2, 3, 4, by groups 1.5 and 3.5; incoming 2, 3, 1, 6, by groups 2.5 and 3.5.
+    model = nn.Sequential(first, nn.GroupNorm(2, 4), nn.ReLU(), last)
+    report = run(WeakSubnetwork(0.7, epochs=0), model, example=X, eval_data=None)
+    assert report.history[1]["result"]["removed"] == {"0": 2}
+    small = report.model
+    assert (small[0].out_channels, small[1].num_groups, small[3].in_channels) == (2, 1, 2)
+    torch.testing.assert_close(small[0].weight, first.weight[2:])
+
+
+def test_golden_scores_by_units() -> None:
+    found = by_units(np.array([1.0, 5, 3, 2]), np.array([7, 2, 7, 2]))
+    assert found.tolist() == [2.0, 3.5, 2.0, 3.5]
 
 
 def test_parallel_branches_are_one_layer() -> None:

@@ -5,6 +5,9 @@ Removing filter i of a layer is exact when every layer that reads channel i is k
 too, and nothing mixes the channels in between. Where that does not hold (a residual sum, a
 concatenation, the output of the network) the layer keeps its width, and a sentence says why.
 
+A network that cannot be traced whole, such as a detector, is looked at part by part
+(`graph.parts`): what goes in and out of a part keeps its channels.
+
 Where a width stays, a filter can still die together with what the *next* layers read of it: both
 have dead rows and columns, and whatever is between them is as it was. That holds behind a residual
 sum, whose other summand and later layers need its width, behind a gate, a concatenation, a channel
@@ -13,15 +16,15 @@ shuffle and a group normalisation.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from collections import Counter, OrderedDict, defaultdict
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import Tensor, fx, nn
 
 from ..graph.channels import Channels, is_depthwise
 from ..graph.names import name_of
-from ..graph.trace import trace
+from ..graph.parts import traced_parts
 from ..masks import IntArray
 
 
@@ -61,11 +64,21 @@ class Interfaces:
         behind: for layers among the fixed ones, those that read their channels next. Of several
             summands a reader is behind the deepest, the main path, or all of the deepest; one that
             no reader is behind, such as a down-sampling or what makes a gate, is not here.
+        units: for layers among those, whose filters a group normalisation binds, the number of each
+            filter's group: where whole groups go, the width can change.
     """
 
     readers: dict[str, tuple[Reader, ...]]
     fixed: dict[str, str]
     behind: dict[str, tuple[Reader, ...]] = field(default_factory=dict)
+    units: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+# What can be done about layers that are in no graph.
+_WAY = (
+    "Methods that keep filters work without a graph (HetConv, self-grouping, ADMM, frequency), and "
+    "code without branches on values, in a module of its own, can be traced by itself"
+)
 
 
 class _Blocked(Exception):
@@ -78,7 +91,7 @@ def find_interfaces(
     """Finds the layers that read each layer, from the classes of channels that hang together.
 
     Args:
-        model: the network; one that cannot be traced keeps all its widths.
+        model: the network; what of it cannot be traced keeps its widths.
         layers: the layers to look at.
         example: an input, for the shapes.
     """
@@ -86,25 +99,41 @@ def find_interfaces(
     try:
         for module, _ in training:
             module.training = False
-        known = _Known(Channels(trace(model, example)))
+        found = traced_parts(model, (example,))
+        known = {part.name: _Known(Channels(part.graph, part.elsewhere)) for part in found.parts}
     except Exception as error:  # noqa: BLE001  # user code may raise anything while it is traced
         reason = f"the network cannot be traced ({(str(error).splitlines() or [''])[0]})"
-        return Interfaces({}, dict.fromkeys(layers, reason))
+        return Interfaces({}, dict.fromkeys(layers, f"{reason}. {_WAY}"))
     finally:
         for module, flag in training:
             module.training = flag
-    readers: dict[str, tuple[Reader, ...]] = {}
-    fixed: dict[str, str] = {}
-    behind: dict[str, tuple[Reader, ...]] = {}
-    every = known.behind()
+    result = Interfaces({}, {})
     for name in layers:
-        try:
-            readers[name] = known.readers(name)
-        except _Blocked as reason:
-            fixed[name] = str(reason)
-            if name in every:
-                behind[name] = every[name]
-    return Interfaces(readers, fixed, behind)
+        part = found.part_of(name)
+        if part is None:
+            result.fixed[name] = f"{found.why_not(name)}. {_WAY}"
+        else:
+            _look_up(name, part.name, known[part.name], result)
+    return result
+
+
+def _look_up(name: str, part: str, known: _Known, found: Interfaces) -> None:
+    """Enters what is known of a layer in its part of the network."""
+    prefix = f"{part}." if part else ""
+
+    def named(readers: tuple[Reader, ...]) -> tuple[Reader, ...]:
+        return tuple(replace(reader, name=prefix + reader.name) for reader in readers)
+
+    own = name.removeprefix(prefix)
+    try:
+        found.readers[name] = named(known.readers(own))
+    except _Blocked as reason:
+        found.fixed[name] = f"{reason} (of the part {part!r})" if part else str(reason)
+        if own in known.next:
+            found.behind[name] = named(known.next[own])
+            units = known.units_of(own)
+            if units is not None:
+                found.units[name] = units
 
 
 class _Known:
@@ -116,7 +145,11 @@ class _Known:
 
     def __init__(self, channels: Channels) -> None:
         self.alias = channels.through_depthwise()
-        self.frozen = {int(self.alias[c]): why for c, why in reversed(channels.frozen.items())}
+        fixed = channels.bound() | channels.frozen
+        self.frozen = {int(self.alias[c]): why for c, why in reversed(fixed.items())}
+        self.units = {
+            int(self.alias[c]): number for number, unit in enumerate(channels.units) for c in unit
+        }
         self.made: dict[str, IntArray] = {}
         self.read: dict[str, IntArray] = {}
         self.passing: set[str] = set()
@@ -133,7 +166,9 @@ class _Known:
             self.read[name] = self._of(channels, channels.reader(node))
             for number in self.made[name]:
                 self.makers[int(number)].add(name)
-        shown = [n for n in channels.traced.graph.nodes if n.op == "output"]
+        shown = [
+            n for n in channels.traced.graph.nodes if n.op == "output" or n.target is OrderedDict
+        ]
         self.shown = {
             int(c)
             for n in shown
@@ -142,6 +177,7 @@ class _Known:
             for c in self._of(channels, operand)
         }
         self.depth, self.before = _depths(channels.traced.graph, set(channels.layers))
+        self.next = self._behind()
 
     def _of(self, channels: Channels, node: fx.Node) -> IntArray:
         result: IntArray = self.alias[channels.of(node)]
@@ -179,7 +215,12 @@ class _Known:
             raise _Blocked("no layer reads its output")
         return tuple(found)
 
-    def behind(self) -> dict[str, tuple[Reader, ...]]:
+    def units_of(self, name: str) -> tuple[int, ...] | None:
+        """Returns the group that each filter of a layer is normalised in; None if some are not."""
+        units = tuple(self.units.get(int(number), -1) for number in self.made[name])
+        return None if -1 in units else units
+
+    def _behind(self) -> dict[str, tuple[Reader, ...]]:
         """Lists for each layer those that read its channels next, on the longest way.
 
         A channel that the network's output shows is nobody's to drop.

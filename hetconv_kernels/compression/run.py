@@ -315,7 +315,8 @@ class Run:
                 if name in self.layers and name in fixed
             }
             behind = {name: readers for name, readers in behind.items() if readers}
-            self._interfaces = Interfaces(allowed, fixed, behind)
+            units = {name: found.units[name] for name in behind if name in found.units}
+            self._interfaces = Interfaces(allowed, fixed, behind, units)
         return self._interfaces
 
     def remove(self, name: str, filters: BoolArray) -> None:

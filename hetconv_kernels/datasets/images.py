@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, HetconvError, mismatch
-from .split import Dataset, Folder, Split
+from .split import Dataset, Folder, Split, check_digests
 
 # Means and standard deviations of ImageNet's channels, as everybody uses them.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -19,7 +20,12 @@ _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", 
 
 
 def image_folder(
-    folder: Folder, size: int, validation: float = 0.1, test: float = 0.1, seed: int = 0
+    folder: Folder,
+    size: int,
+    validation: float = 0.1,
+    test: float = 0.1,
+    seed: int = 0,
+    digests: Mapping[str, str] | None = None,
 ) -> Dataset:
     """Reads a folder of images, one folder within it for each class; needs Pillow.
 
@@ -35,9 +41,12 @@ def image_folder(
         validation: fraction for decisions, where it is drawn.
         test: fraction for the report, where it is drawn.
         seed: of drawing.
+        digests: SHA-256, in hexadecimal, of files by their path within the folder; each must be
+            there and have it.
 
     Raises:
-        HetconvError: Pillow is not installed, a file cannot be read, or there are no classes.
+        HetconvError: Pillow is not installed, a file cannot be read or has another digest, or there
+            are no classes.
         ArgumentError: a fraction that leaves nothing, or a size below one.
     """
     if size < 1:
@@ -47,6 +56,7 @@ def image_folder(
             mismatch("validation and test", (validation, test), "fractions whose sum is below 1")
         )
     place = Path(folder)
+    check_digests(place, digests)
     if (place / "train").is_dir() and (place / "val").is_dir():
         classes = _class_names(place / "train")
         train, decide = (_images(place / part, classes, size) for part in ("train", "val"))

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import operator
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from ..nn import SupportConv2d, SupportLinear
 from ..support import Support
 from .alias import is_after
 from .convert import _shared_parameters, _what_would_be_lost
+from .frozen_norm import is_frozen_norm
 from .layout import adapted
 from .names import (
     BINARY,
@@ -66,20 +68,28 @@ class Channels:
 
     Args:
         traced: what `trace` gave.
+        elsewhere: why layers cannot be replaced that are used outside of the graph too, by name.
 
     Attributes:
         wires: of each node whose value has channels, the wire of each.  # int [C]
         layers: the convolutions and fully connected layers, by node.
         norms: the batch normalisations, by node.
+        group_norms: the group normalisations, by node.
         moves: the moves, by node.
         channelwise: the other nodes that treat every channel by itself.
+        frozen: the classes that cannot be removed or moved, and why.
+        units: classes that can only be removed together, and not moved: the groups of a group
+            normalisation.
     """
 
-    def __init__(self, traced: fx.GraphModule) -> None:
-        self.traced = traced
+    def __init__(
+        self, traced: fx.GraphModule, elsewhere: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        self.traced, self.elsewhere = traced, elsewhere
         self.wires: dict[fx.Node, IntArray] = {}
         self.layers: dict[fx.Node, LayerMatrix] = {}
         self.norms: dict[fx.Node, Norm] = {}
+        self.group_norms: dict[fx.Node, nn.GroupNorm] = {}
         self.moves: dict[fx.Node, Move] = {}
         self.channelwise: set[fx.Node] = set()
         self._parts: dict[fx.Node, tuple[IntArray, ...]] = {}
@@ -88,12 +98,14 @@ class Channels:
         self._parent: list[int] = []
         self._frozen: list[tuple[IntArray, str]] = []
         self._tied: list[tuple[IntArray, IntArray]] = []
+        self._units: list[tuple[IntArray, fx.Node]] = []
         self._calls = Counter(n.target for n in traced.graph.nodes if n.op == "call_module")
         self._shared = _shared_parameters(traced)
         for node in traced.graph.nodes:
             self._visit(node)
         self.classes, self.count = self._classes()
         self.frozen = self._reasons()
+        self.units = tuple(row for wires, _ in self._units for row in self.classes[wires])
 
     def of(self, node: fx.Node) -> IntArray:
         """Returns the class of each channel of a node's value.  # int [C]"""
@@ -102,6 +114,14 @@ class Channels:
     def reader(self, node: fx.Node) -> fx.Node:
         """Returns the node whose channels a layer or normalisation reads."""
         return _operand(node)
+
+    def bound(self) -> dict[int, str]:
+        """Says of each class that is in a unit which normalisation binds it."""
+        return {
+            int(number): f"{describe_node(node)} normalises groups of channels, which go together"
+            for wires, node in self._units
+            for number in self.classes[wires].flatten()
+        }
 
     def members(self) -> dict[int, list[tuple[str, int]]]:
         """Lists for each class the channels in it, as (name of the layer, filter)."""
@@ -216,11 +236,15 @@ class Channels:
                 return False
             self.layers[node] = layer
             self._new(node, layer.filters)
-        elif type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
-            if module.running_mean is None or module.num_features != size:
+        elif type(module) in (nn.BatchNorm1d, nn.BatchNorm2d) or is_frozen_norm(module):
+            if module.running_mean is None or len(module.running_mean) != size:  # type: ignore[arg-type]
                 return False
             self.norms[node] = module  # type: ignore[assignment]
             self.wires[node] = self.wires[source]
+        elif type(module) is nn.GroupNorm and module.num_channels == size:
+            self.group_norms[node] = module
+            self.wires[node] = self.wires[source]
+            self._units.append((self.wires[source].reshape(module.num_groups, -1), node))
         else:
             return False
         for reason in self._fixed(node, module):
@@ -240,6 +264,8 @@ class Channels:
         """Says why a layer cannot be replaced by a smaller one."""
         if self._calls[node.target] > 1:
             yield f"{node.target} is called {self._calls[node.target]} times"
+        if str(node.target) in self.elsewhere:
+            yield f"{node.target} stays as it is: {self.elsewhere[str(node.target)]}"
         for reason in _what_would_be_lost(module, self._shared):
             yield f"{node.target} stays as it is: {reason}"
 

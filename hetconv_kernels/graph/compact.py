@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .. import stats, tables
+from ..errors import TraceError, VerificationError
 from ..masks import BoolArray
 from ..nn.base import ForcedBackend
 from .channels import Channels
@@ -20,7 +21,8 @@ from .constants import ConstantChannels, constant_shift, constants, foldable
 from .copying import copied
 from .layout import relayout, set_module
 from .names import describe_node
-from .trace import as_inputs, check_network, record, trace
+from .parts import TracedParts, same_around, traced_parts
+from .trace import FAILURES, as_inputs, check_network, record, trace
 
 __all__ = ["CompactReport", "compact"]
 
@@ -41,6 +43,18 @@ class Shrunk(NamedTuple):
     filters: tuple[int, int]
     channels: tuple[int, int]
     weights: tuple[int, int]
+
+
+class Untraced(NamedTuple):
+    """A module that was left as it is.
+
+    Attributes:
+        name: of the module; "the network" is the whole.
+        reason: completes "left as it is because …".
+    """
+
+    name: str
+    reason: str
 
 
 class Stayed(NamedTuple):
@@ -66,13 +80,17 @@ class CompactReport:
             to be replaced, else an ``fx.GraphModule``.
         shrunk: the layers that are smaller.
         stayed: dead channels that had to stay, and why.
-        match: how far the outputs are from the original's; None where nothing changed.
+        match: how far the outputs are from the original's; None where nothing changed. Where the
+            network cannot be traced whole, it is that of the part that is farthest.
+        untraced: what cannot be traced or made smaller, and why; where that is anything, the parts
+            that can be traced were made smaller by themselves.
     """
 
     model: nn.Module
     shrunk: tuple[Shrunk, ...]
     stayed: tuple[Stayed, ...]
     match: Match | None
+    untraced: tuple[Untraced, ...] = ()
 
     def __str__(self) -> str:
         before = sum(row.weights[0] for row in self.shrunk)
@@ -91,6 +109,8 @@ class CompactReport:
                 "",
                 tables.text_table(("dead, but stayed", "channels", "because"), self.stayed),
             ]
+        if self.untraced:
+            lines += ["", tables.text_table(("left as it is", "because"), self.untraced)]
         return "\n".join(lines)
 
 
@@ -100,13 +120,17 @@ def compact(model: nn.Module, example: Any) -> CompactReport:
     A channel goes when every layer that reads it has no weight other than zero on it, or when it is
     constant and can be folded into the biases of those layers. That holds through residual sums
     (whose channels go together), concatenations, pooling, flattening (a channel is H·W features),
-    depthwise and grouped layers. The result is exact for every finite input, up to rounding. A
-    constant that is not zero cannot be folded into a zero-padded layer, for at the border its part
-    is another; there one of the constant channels stays and stands for the others, whose weights,
-    in proportion, are added to its own. Layers whose groups become uneven keep a Support; all
-    others are ordinary.
+    depthwise and grouped layers, and group normalisation, whose groups go as a whole. The result is
+    exact for every finite input, up to rounding. A constant that is not zero cannot be folded into
+    a zero-padded layer, for at the border its part is another; there one of the constant channels
+    stays and stands for the others, whose weights, in proportion, are added to its own. Layers
+    whose groups become uneven keep a Support; all others are ordinary.
 
-    The original is not touched. The outputs of both are compared on the example and on noise.
+    Where the whole network cannot be traced, as a detector cannot, the largest parts that can be
+    are made smaller, each by itself: what goes in and out of it keeps its channels.
+
+    The original is not touched. The outputs of both are compared on the example and on noise; of
+    parts, on what they are called with, and what is around them has to give the same bit for bit.
 
     Args:
         model: the network, in evaluation mode: constants go through batch normalisation.
@@ -118,43 +142,119 @@ def compact(model: nn.Module, example: Any) -> CompactReport:
     Raises:
         InputTypeError: no nn.Module, or no tensor in the example.
         ArgumentError: the network is in training mode.
-        TraceError: the network cannot be traced.
+        TraceError: no part of the network can be traced.
         VerificationError: the outputs differ by more than rounding.
     """
     check_network(model)
     inputs = as_inputs(example)
-    report, _ = shrink(copied(model), inputs)
+    work = copied(model)
+    found = traced_parts(work, inputs)
+    if not found.parts:
+        raise TraceError(found.untraced[""])
+    if found.whole is None:
+        return _in_parts(model, work, found, inputs)
+    report, _ = shrink(work, inputs, found.whole.graph)
     if not report.shrunk:
         return report
     return replace(report, match=verify(model, report.model, inputs, "compact"))
 
 
-def shrink(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[CompactReport, fx.GraphModule]:
+def shrink(
+    model: nn.Module, inputs: tuple[Any, ...], traced: fx.GraphModule | None = None
+) -> tuple[CompactReport, fx.GraphModule]:
     """Does the work of `compact`, on the network itself and without comparing the outputs.
+
+    Args:
+        model: the network.
+        inputs: arguments of its forward.
+        traced: its graph, if that is known.
 
     Returns:
         The report, and the graph of the smaller network.
     """
-    traced = trace(model, inputs)
-    channels = Channels(traced)
+    traced = trace(model, inputs) if traced is None else traced
+    outcome = _smaller(Channels(traced))
+    result: nn.Module = traced
+    if (
+        traced.meta["traced by"] == "torch.fx"
+        and not outcome.changed
+        and not isinstance(model, ForcedBackend)
+    ):
+        for name, module in outcome.replaced.items():
+            set_module(model, name, module)
+        result = model
+    if outcome.replaced:
+        record(traced, inputs)
+    traced.eval()
+    return CompactReport(result, outcome.shrunk, outcome.stayed, None), traced
+
+
+class _Outcome(NamedTuple):
+    """What became of a graph: its new modules, and whether anything but modules changed."""
+
+    replaced: dict[str, nn.Module]
+    changed: bool
+    shrunk: tuple[Shrunk, ...]
+    stayed: tuple[Stayed, ...]
+
+
+def _smaller(channels: Channels) -> _Outcome:
+    """Makes a traced network smaller, in place."""
     plan = _Plan(channels, constants(channels))
     layout = {node: np.flatnonzero(plan.kept[channels.of(node)]) for node in channels.wires}
     shifts = plan.fold()
     stayed = tuple(plan.stayed())
     replaced, changed = relayout(channels, layout, shifts)
-    result: nn.Module = traced
-    if (
-        traced.meta["traced by"] == "torch.fx"
-        and not changed
-        and not isinstance(model, ForcedBackend)
-    ):
-        for name, module in replaced.items():
-            set_module(model, name, module)
-        result = model
-    if replaced:
-        record(traced, inputs)
-    traced.eval()
-    return CompactReport(result, tuple(_shrunk(channels, replaced)), stayed, None), traced
+    return _Outcome(replaced, changed, tuple(_shrunk(channels, replaced)), stayed)
+
+
+def _in_parts(
+    model: nn.Module, work: nn.Module, found: TracedParts, inputs: tuple[Any, ...]
+) -> CompactReport:
+    """Makes the parts of a copy smaller.
+
+    Raises:
+        VerificationError: what is around the parts does not give the same with the smaller ones.
+    """
+    shrunk: list[Shrunk] = []
+    stayed: list[Stayed] = []
+    untraced = [Untraced(name or "the network", why) for name, why in found.untraced.items()]
+    matches, changed = [], []
+    for part in found.parts:
+        outcome = _smaller(Channels(part.graph, part.elsewhere))
+        stayed += [row._replace(name=_within(part.name, row.name)) for row in outcome.stayed]
+        if not outcome.replaced:
+            continue
+        if outcome.changed:
+            untraced.append(Untraced(part.name, "its own code says how many channels there are"))
+            continue
+        old = {name: part.module.get_submodule(name) for name in outcome.replaced}
+        try:
+            for name, module in outcome.replaced.items():
+                set_module(part.module, name, module)
+            whole = model.get_submodule(part.name)
+            matches += [verify(whole, part.module, call, "compact") for call in part.calls]
+        except (VerificationError, *FAILURES) as error:
+            for name, module in old.items():
+                set_module(part.module, name, module)
+            untraced.append(Untraced(part.name, str(error)))
+        else:
+            changed.append(part.name)
+            shrunk += [row._replace(name=f"{part.name}.{row.name}") for row in outcome.shrunk]
+    if changed and not same_around(model, work, changed, inputs):
+        raise VerificationError(
+            f"compact changes what is around {', '.join(changed)}: with the same outputs of these "
+            "parts the network gives another result. The network was left as it was. Its code may "
+            "read their weights or widths."
+        )
+    worst = max(matches, key=lambda match: match.error, default=None)
+    return CompactReport(work, tuple(shrunk), tuple(stayed), worst, tuple(untraced))
+
+
+def _within(part: str, described: str) -> str:
+    """Names a layer, as a row of a part's report does, in the whole network."""
+    what, of, name = described.partition(" of ")
+    return f"{what}{of}{part}.{name}"
 
 
 class _Plan:
@@ -223,6 +323,8 @@ class _Plan:
                 classes = channels.of(node)
                 if len(classes) and not needed[classes].any():
                     needed[classes[0]] = True
+            for unit in channels.units:
+                needed[unit] |= needed[unit].any()
             needed &= self.kept
             if np.array_equal(needed, self.kept):
                 return self.kept
@@ -256,6 +358,7 @@ class _Plan:
     def stayed(self) -> Iterator[Stayed]:
         """Lists dead channels that stay, with the reason."""
         channels = self.channels
+        reasons = channels.bound() | channels.frozen
         for node, layer in channels.layers.items():
             classes = channels.of(channels.reader(node))
             border = self._border(node) & self._columns(node) & self.kept[classes]
@@ -264,7 +367,7 @@ class _Plan:
                 yield Stayed(f"inputs of {describe_node(node)}", int(border.sum()), reason)
             dead = self.known[node].known & self.kept[channels.of(node)]
             if dead.any():
-                why = {channels.frozen.get(int(c)) for c in channels.of(node)[dead]}
+                why = {reasons.get(int(c)) for c in channels.of(node)[dead]}
                 reason = "; ".join(sorted(w for w in why if w)) or (
                     "what they are added to or what reads them is not dead"
                 )

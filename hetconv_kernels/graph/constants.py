@@ -155,7 +155,7 @@ def _layer(layer: LayerMatrix, source: ConstantChannels) -> ConstantChannels:
 def _norm(norm: Norm, source: ConstantChannels) -> ConstantChannels:
     mean, variance = _array(norm.running_mean), _array(norm.running_var)
     value = (source.value - mean) / np.sqrt(variance + norm.eps)
-    if norm.affine:
+    if norm.weight is not None:
         value = value * _array(norm.weight) + _array(norm.bias)
     return ConstantChannels(source.known, np.where(source.known, value, 0.0))
 

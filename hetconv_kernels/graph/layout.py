@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from ..masks import IntArray
 from .names import module_of, name_of
-from .take import take_norm
+from .take import take_group_norm, take_norm
 
 if TYPE_CHECKING:
     from .channels import Channels, Move
@@ -57,6 +57,10 @@ def relayout(
         smaller = take_norm(norm, layout[channels.reader(node)])
         if smaller is not norm:
             replaced[str(node.target)] = smaller
+    for node, grouped in channels.group_norms.items():
+        fewer = take_group_norm(grouped, layout[channels.reader(node)])
+        if fewer is not grouped:
+            replaced[str(node.target)] = fewer
     changed = False
     for node, move in channels.moves.items():
         results = () if move.parts else (node,)

@@ -19,8 +19,11 @@ from . import trace
 from .channels import Channels
 from .check import Match, verify
 from .compact import CompactReport, shrink
+from .computed import computed_weights
+from .convert import convert
 from .copying import copied, settle
 from .fold import Folded, Left, fold
+from .frozen_norm import make_ordinary
 from .hooks import calls_of
 from .layout import set_module
 from .narrow import check_narrow, narrow
@@ -63,8 +66,8 @@ class OptimizeReport:
         untraced: the modules that could not be traced, and why.
         frozen: layers outside of all parts that were frozen.
         match: how far the outputs are from the original's.
-        settled: weights that a parametrisation, pruning or a norm computed at each call, and that
-            are ordinary ones now.
+        settled: weights that a parametrisation, pruning or a norm computed at each call, and
+            frozen batch normalisations: they are ordinary ones now.
         dtype: of weights and activations, where another than the original's was asked for.
         fixed: optional arguments of the forward that the result no longer has: they are fixed to
             their defaults, since the example did not give them.
@@ -91,7 +94,7 @@ class OptimizeReport:
         for part in self.parts:
             lines += ["", *_account(part)]
         if self.settled:
-            lines += ["", f"computed once and for all: {', '.join(self.settled)}"]
+            lines += ["", f"made ordinary, once and for all: {', '.join(self.settled)}"]
         if self.frozen:
             lines += ["", f"frozen, as they are: {', '.join(self.frozen)}"]
         if self.untraced:
@@ -151,7 +154,7 @@ def optimize(
     if dtype is not None:
         check_narrow(dtype)
     work = _Work(copied(model), leave_plain and dtype is None)
-    settled = settle(work.root)
+    settled = settle(work.root) + make_ordinary(work.root) + _plain_weights(work)
     with torch.no_grad():
         result = work.optimize(work.root, "", inputs)
         if result is not None:
@@ -165,6 +168,13 @@ def optimize(
     parts, untraced = tuple(work.parts), tuple(work.untraced)
     fixed = () if result is None else _fixed_arguments(model, len(inputs))
     return OptimizeReport(work.root, parts, untraced, frozen, matched, settled, dtype, fixed)
+
+
+def _plain_weights(work: _Work) -> tuple[str, ...]:
+    """Makes convolutions that compute their weight at each call plain, in place."""
+    done = convert(work.root, computed_weights(), inplace=True)
+    work.root = done.model
+    return tuple(f"{swap.name}.weight" if swap.name else "weight" for swap in done.swapped)
 
 
 def _fixed_arguments(model: nn.Module, given: int) -> tuple[str, ...]:

@@ -97,7 +97,7 @@ def _spaces(channels: Channels) -> tuple[list[_Space], dict[fx.Node, list[_Block
     by_class: dict[int, _Space] = {}
     spaces: list[_Space] = []
     alias = channels.through_depthwise()
-    frozen = {int(alias[number]) for number in channels.frozen}
+    frozen = {int(alias[number]) for number in (*channels.frozen, *channels.bound())}
     broken: set[int] = set()
     for node in channels.layers:
         classes = alias[channels.of(node)]

@@ -67,7 +67,10 @@ def _plain(module: nn.Module, kind: type[nn.Module]) -> nn.Module | Keep | None:
     if is_parametrized(module):
         return Keep("it is parametrised: its weight is computed from others")
     if type(module) is not kind:
-        return Keep(f"{type(module).__name__}, a subclass of {kind.__name__}, may do other things")
+        way = "; rules.computed_weights may make it plain" if kind is nn.Conv2d else ""
+        return Keep(
+            f"{type(module).__name__}, a subclass of {kind.__name__}, may do other things{way}"
+        )
     weight = module._parameters.get("weight")
     if weight is None:
         return Keep("its weight is not a parameter of its own (weight normalisation or pruning)")

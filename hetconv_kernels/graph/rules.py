@@ -22,6 +22,7 @@ from ..nn import (
     SupportLinear,
 )
 from ..support import Support
+from .computed import computed_weights
 from .pairs import depthwise_pointwise, grouped_pointwise, het_pairs, self_group
 from .plain import _IMAGE_CHANNELS, Answer, Keep, Rule, _check_part, _plain, _plain_conv2d
 
@@ -29,6 +30,7 @@ __all__ = [
     "Answer",
     "Keep",
     "Rule",
+    "computed_weights",
     "dense",
     "depthwise_pointwise",
     "first_of",

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import cast
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -16,8 +16,10 @@ from ..nn.conv import expanded_weight
 from ..packing import mask_on, own_blocks
 from ..problem import memory_format
 from ..support import Support
+from .copying import copied
 
 Norm = nn.BatchNorm1d | nn.BatchNorm2d
+Normalisation = TypeVar("Normalisation", bound=nn.Module)
 
 
 class LayerMatrix:
@@ -183,11 +185,27 @@ class LayerMatrix:
 
 def take_norm(norm: Norm, channels: IntArray) -> Norm:
     """Makes the batch normalisation of some channels, in their new order."""
-    if np.array_equal(channels, np.arange(norm.num_features)):
+    assert norm.running_mean is not None
+    if np.array_equal(channels, np.arange(len(norm.running_mean))):
         return norm
-    new = type(norm)(
-        len(channels), norm.eps, norm.momentum, norm.affine, norm.track_running_stats,
-    )  # fmt: skip
+    new = _taken(norm, channels)
+    new.num_features = len(channels)
+    return new
+
+
+def take_group_norm(norm: nn.GroupNorm, channels: IntArray) -> nn.GroupNorm:
+    """Makes the group normalisation of some whole groups of channels."""
+    if np.array_equal(channels, np.arange(norm.num_channels)):
+        return norm
+    new = _taken(norm, channels)
+    new.num_groups = len(channels) // (norm.num_channels // norm.num_groups)
+    new.num_channels = len(channels)
+    return new
+
+
+def _taken(norm: Normalisation, channels: IntArray) -> Normalisation:
+    """Copies a normalisation with what it has for some channels."""
+    new = copied(norm)
     index = torch.as_tensor(channels)
     for owner in ("_parameters", "_buffers"):
         for key, old in getattr(norm, owner).items():
@@ -198,7 +216,7 @@ def take_norm(norm: Norm, channels: IntArray) -> Norm:
             if owner == "_parameters":
                 taken = nn.Parameter(taken, requires_grad=old.requires_grad)
             getattr(new, owner)[key] = taken
-    return new.train(norm.training)
+    return new
 
 
 def _fill(new: nn.Module, old: nn.Module, weight: Tensor, bias: Tensor | None) -> None:

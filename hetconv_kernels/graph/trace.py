@@ -16,6 +16,7 @@ from ..errors import ArgumentError, InputTypeError, TraceError, mismatch
 from ..nn.base import ForcedBackend
 from .alias import say
 from .exported import lift
+from .frozen_norm import is_frozen_norm
 
 # What a network's own code raises when it meets a tracer's stand-ins for tensors.
 FAILURES = (
@@ -178,8 +179,8 @@ def trace(model: nn.Module, example: Any) -> fx.GraphModule:
         return doubtful  # those who rewrite it compare outputs, and say what may be the matter
     raise TraceError(
         f"{type(model).__name__} cannot be traced ({'; '.join(reasons)}); expected a forward "
-        "without branches on values of tensors. hetconv_kernels.convert needs no trace, and "
-        "optimize takes the parts that can be traced."
+        "without branches on values of tensors. hetconv_kernels.convert needs no trace; compact, "
+        "compress and optimize take the parts that can be traced."
     )
 
 
@@ -190,13 +191,24 @@ class _Tracer(fx.Tracer):
         return isinstance(m, ForcedBackend) or super().is_leaf_module(m, module_qualified_name)
 
 
-def symbolic_graph(model: nn.Module) -> fx.Graph:
+class _NormTracer(_Tracer):
+    """Stops at frozen batch normalisations too."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return is_frozen_norm(m) or super().is_leaf_module(m, module_qualified_name)
+
+
+def symbolic_graph(model: nn.Module, norms: bool = False) -> fx.Graph:
     """Traces a network with torch.fx, the layers of this package being single steps.
+
+    Args:
+        model: the network.
+        norms: whether frozen batch normalisations are single steps too.
 
     Raises:
         Whatever torch.fx and the network's own code raise.
     """
-    graph = _Tracer().trace(model)
+    graph = (_NormTracer if norms else _Tracer)().trace(model)
     for node in list(graph.nodes):
         if node.op == "call_function" and _passes_on(node):
             node.replace_all_uses_with(node.args[0])
@@ -214,7 +226,7 @@ def _passes_on(node: fx.Node) -> bool:
 def _symbolic(model: nn.Module, inputs: tuple[Any, ...]) -> fx.GraphModule:
     if isinstance(model, ForcedBackend):
         model = nn.Sequential(model)
-    graph = symbolic_graph(model)
+    graph = symbolic_graph(model, norms=True)
     # Arguments that are left out keep their defaults: the traced code has to see them constant.
     names = [node for node in graph.nodes if node.op == "placeholder"]
     for node in names[len(inputs) :]:

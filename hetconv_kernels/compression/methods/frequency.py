@@ -40,10 +40,11 @@ class FrequencyPruning(Method):
 
     Deviations: the probability of an update is 1 / (1 + ``decay``·iteration). The band-adaptive
     threshold of frequency (u, v) is t·(1 + ``band_slope``·(u + v)/(KH + KW − 2)), a straight line.
-    1×1 kernels have one frequency and stay dense. ``bands`` is ours: hardware can use it. A rate
-    (``target``, ``layer_rates``, ``band_rates``) finds t where that fraction of the layer, or band,
-    lies under it, instead of by mean and deviation, and the frozen mask has that rate exactly, or
-    with ``bands`` as nearly as whole bands can, rather less.
+    1×1 kernels and fully-connected layers have one frequency, the weight itself: they stay dense,
+    or with ``single`` lose weights by the same search. ``bands`` is ours: hardware can use it. A
+    rate (``target``, ``layer_rates``, ``band_rates``) finds t where that fraction of the layer, or
+    band, lies under it, instead of by mean and deviation, and the frozen mask has that rate
+    exactly, or with ``bands`` as nearly as whole bands can, rather less.
 
     Attributes:
         c: how many standard deviations the threshold lies above the mean.
@@ -57,6 +58,8 @@ class FrequencyPruning(Method):
         bands: whether a frequency lives or dies for a whole layer, by the root mean square of its
             coefficients, instead of for each kernel.
         filters: with ``bands``, decides for each group of this many filters; 0 is the whole layer.
+        single: whether layers of one tap, fully-connected and 1×1, are taken too: single weights
+            go, with ``bands`` as well, and the layers become Supports.
         path: how the layers run: ``"frequency"`` (the paper), ``"spatial"`` (kernels transformed
             back), or ``"auto"`` for what is predicted faster, see `FrequencyConv2d`.
         search_epochs: of training with a changing mask.
@@ -77,6 +80,7 @@ class FrequencyPruning(Method):
     decay: float = 0.01
     bands: bool = False
     filters: int = 0
+    single: bool = False
     path: str = "auto"
     search_epochs: int = 30
     epochs: int = 90
@@ -101,8 +105,9 @@ class FrequencyPruning(Method):
 
     def leaves_out(self, name: str, layer: WeightLayer) -> str | None:
         """Leaves out the stem and what has no frequencies."""
-        if isinstance(layer, nn.Linear) or layer.kernel_size == (1, 1):
-            return "its kernels have one tap, and so one frequency"
+        if _has_one_tap(layer):
+            return None if self.single else "its kernels have one tap, and so one frequency"
+        assert isinstance(layer, nn.Conv2d)
         if layer.padding_mode != "zeros":
             return f"its padding mode is {layer.padding_mode!r}"
         return STEM if is_stem(layer) and not self.stem else None
@@ -140,7 +145,12 @@ class FrequencyPruning(Method):
         run.train("train", self.epochs)
         for layer in run.layers.values():
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
-        self._chosen(run).update({name: masks[name].mask.cpu().numpy() for name in live})
+        for name in live:
+            chosen = masks[name].mask.cpu().numpy()
+            if _has_one_tap(run.layers[name]):
+                run.choose(name, chosen)
+            else:
+                self._chosen(run)[name] = chosen
 
     def _first(self, run: Run, masks: dict[str, _Coefficients]) -> None:
         run.tensors["iteration"] = torch.zeros((), dtype=torch.int64)
@@ -148,10 +158,16 @@ class FrequencyPruning(Method):
             self._update(run, masks[name], name)
 
     def _sizes(self, run: Run, name: str) -> tuple[Tensor, Tensor]:
-        """Returns the magnitudes of a layer's coefficients, and each frequency's threshold."""
+        """Returns the magnitudes of a layer's coefficients, and each frequency's threshold.
+
+        # [F, C, KH, KW], [KH, KW]
+        """
         layer: Any = run.layers[name]
         coefficients = ranks.mean_over_ranks(layer.parametrizations.weight.original)
-        size = magnitudes(coefficients, self.filters) if self.bands else coefficients.abs()
+        if coefficients.dim() == 2:
+            coefficients = coefficients[:, :, None, None]
+        whole = self.bands and not _has_one_tap(layer)
+        size = magnitudes(coefficients, self.filters) if whole else coefficients.abs()
         rate = first_that_fits(name, self.layer_rates)
         rates = self.band_rates if rate is None else None
         rate = self.target if rate is None else rate
@@ -164,17 +180,24 @@ class FrequencyPruning(Method):
     @torch.no_grad()
     def _update(self, run: Run, mask: _Coefficients, name: str) -> None:
         size, limit = self._sizes(run, name)
-        mask.mask.copy_(updated(mask.mask, size, limit.to(size.device)))
+        old = mask.mask.view(size.shape)
+        old.copy_(updated(old, size, limit.to(size.device)))
 
     @torch.no_grad()
     def _freeze(self, run: Run, masks: dict[str, _Coefficients]) -> dict[str, int]:
         for name, mask in masks.items():
             by_rate = (self.target, self.band_rates, first_that_fits(name, self.layer_rates))
+            size, limit = self._sizes(run, name)
+            live = mask.mask.view(size.shape)
             if any(rate is not None for rate in by_rate):
-                size, limit = self._sizes(run, name)
-                mask.mask.copy_(size >= limit.to(size.device))
-            if not bool(mask.mask.any()):
-                mask.mask[:, :, 0, 0] = True  # the mean of the patch: a layer needs something
+                live.copy_(size >= limit.to(size.device))
+            if live.any():
+                continue
+            # A layer needs something: the mean of the patch, or each filter's largest weight.
+            if _has_one_tap(run.layers[name]):
+                live.copy_(size == size.amax((1, 2, 3), keepdim=True))
+            else:
+                live[:, :, 0, 0] = True
         ranks.check_same_supports({name: support_of(mask.mask) for name, mask in masks.items()})
         return {name: int(mask.mask.sum()) for name, mask in masks.items()}
 
@@ -199,7 +222,7 @@ class _Coefficients(nn.Module):
     """Makes a layer's weight the inverse transform of masked coefficients (a parametrisation).
 
     Args:
-        shape: of the weight.  # (F, C, KH, KW)
+        shape: of the weight.  # (F, C, KH, KW) or (F, C)
     """
 
     mask: Tensor
@@ -214,11 +237,15 @@ class _Coefficients(nn.Module):
         masked = coefficients * self.mask
         if self.searching:
             masked = coefficients + (masked - coefficients).detach()
-        return idct(masked)
+        return masked if masked.dim() == 2 else idct(masked)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """Transforms."""
-        return dct(weight)
+        """Transforms; the one frequency of a fully-connected layer is the weight itself."""
+        return weight if weight.dim() == 2 else dct(weight)
+
+
+def _has_one_tap(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear) or layer.kernel_size == (1, 1)
 
 
 def thresholds(size: Tensor, c: float, band_slope: float) -> Tensor:

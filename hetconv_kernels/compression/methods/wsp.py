@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from ...errors import ArgumentError
-from ...masks import BoolArray
+from ...masks import BoolArray, IntArray
 from ..base import Method
 from ..interfaces import Reader
 from ..run import Run
@@ -29,8 +29,9 @@ class WeakSubnetwork(Method):
     channels go at once: q = 70 % removes about 56 %. Where several layers read a channel, its
     incoming score is the sum over them. Where a width cannot change (behind a residual sum, a gate,
     a concatenation or a shuffle) a layer is paired with those that read its channels next: their
-    rows and columns die, and what is between keeps its width. Layers whose outputs are summed with
-    equal rights, such as parallel branches, are one layer in this.
+    rows and columns die, and what is between keeps its width. Where a group normalisation is
+    between them, the channels of a group have their mean scores and go together. Layers whose
+    outputs are summed with equal rights, such as parallel branches, are one layer in this.
 
     Source: Guo, Wu, Kittler, Feng, "Weak sub-network pruning for strong and efficient neural
     networks", Neural Networks 144, 2021.
@@ -115,6 +116,9 @@ class WeakSubnetwork(Method):
                 mine = inputs >= 0
                 np.add.at(into, inputs[mine], incoming(run.weight(reader.name))[mine])
                 read[inputs[mine]] = True
+            if names[0] in found.units:
+                units = np.array(found.units[names[0]])
+                out, into = by_units(out, units), by_units(into, units)
             weak = np.zeros(len(out), bool)  # what none of the readers reads is somebody else's
             q = self._percentile(run, names[0], readers)
             weak[read] = weak_channels(out[read], into[read], q)
@@ -126,6 +130,21 @@ class WeakSubnetwork(Method):
             run.remove(name, filters)
         removed = {name: int(filters.sum()) for name, filters in chosen.items()}
         return {"macs": run.macs(), "removed": removed}
+
+
+def by_units(scores: FloatArray, units: IntArray) -> FloatArray:
+    """Gives all filters of a unit their mean score, so that they go or stay together.
+
+    Example: of the units 0, 0, 1 the scores 1, 3 and 5 become 2, 2 and 5.
+
+    Args:
+        scores: of the filters.  # float64 [F]
+        units: the number of each filter's unit.  # int [F]
+    """
+    _, place = np.unique(units, return_inverse=True)
+    sums, counts = np.bincount(place, scores), np.bincount(place)
+    means: FloatArray = (sums / counts)[place]
+    return means
 
 
 def weak_channels(out: FloatArray, into: FloatArray, percentile: float) -> BoolArray:
