@@ -49,15 +49,15 @@ def test_bringing_halos_counts_where_a_block_has_few_steps(
 
 
 def test_pixels_in_turn_are_counted_as_the_kernel_takes_them() -> None:
-    """Against its loops, written out: bands of twelve columns, their rows by each lane's step."""
-    for rows, cols in ((8, 8), (30, 10), (34, 17), (13, 12), (9, 15), (1, 25)):
+    """Against its loops, written out: bands of eight columns, their rows by each lane's step."""
+    for rows, cols in ((8, 8), (30, 10), (34, 17), (13, 12), (9, 15), (1, 25), (5, 3)):
         most = 0
-        for lane in range(12):
+        for lane in range(8):
             turns = 0
-            for band in range(0, cols, 12):
-                width = min(cols - band, 12)
-                step = 12 // width if width <= 6 else 1
-                first, column = divmod(lane, width) if width <= 6 else (0, lane)
+            for band in range(0, cols, 8):
+                width = min(cols - band, 8)
+                step = 8 // width if width <= 4 else 1
+                first, column = divmod(lane, width) if width <= 4 else (0, lane)
                 if first < step and column < width:
                     turns += len(range(first, rows, step))
             most = max(most, turns)
