@@ -22,6 +22,9 @@ from torch import Tensor
 # Encoded descriptors that one operand keeps; an allocator gives the same few addresses again.
 MOST_KEPT = 64
 _MAP_BYTES, _MAP_ALIGNMENT = 128, 64
+# Up to this version drivers encode tensors of fewer bytes wrongly: a bit is to be cleared (CUTLASS,
+# commit b7ecaa6; Triton does it too).
+_FAULTY, _SMALL = 13010, 128 * 1024
 # `CU_TENSOR_MAP_L2_PROMOTION_L2_128B`, as Triton asks for it.
 _L2_PROMOTION = 2
 _INTEGERS = ("i1", "i8", "i16", "i32", "i64", "u1", "u8", "u16", "u32", "u64")
@@ -51,6 +54,12 @@ def driver() -> Any:
     return library
 
 
+def _driver_version(library: Any) -> int:
+    found = ctypes.c_int()
+    library.cuDriverGetVersion(ctypes.byref(found))
+    return found.value
+
+
 class _Frame(NamedTuple):
     """The memory of one launch: two threads that launch at once have one each."""
 
@@ -76,6 +85,8 @@ class EncodedDescriptor:
         long, short = ctypes.c_uint64 * rank, ctypes.c_uint32 * rank
         strides = [stride * size for stride in descriptor.strides[:-1]]
         self._encode = library.cuTensorMapEncodeTiled
+        last = sum((n - 1) * s for n, s in zip(descriptor.shape, (*strides, size), strict=True))
+        self._mended = last + 1 < _SMALL and _driver_version(library) <= _FAULTY
         self._kind = TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]], rank
         self._rest = (
             long(*reversed(descriptor.shape)),
@@ -98,6 +109,8 @@ class EncodedDescriptor:
             base = ctypes.c_void_p(place)
             if self._encode(ctypes.c_void_p(at), *self._kind, base, *self._rest):
                 return 0, None
+            if self._mended:
+                ctypes.c_uint64.from_address(at + 8).value &= ~(1 << 21)
             if len(self._kept) >= MOST_KEPT:
                 self._kept.clear()
             found = self._kept[place] = at, memory
