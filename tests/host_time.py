@@ -136,11 +136,13 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         for frozen in (True, False):
             geometry = make_geometry(support, 1, 1, frozen=frozen)
             extras = {"shift": shift, "residual": x}
-            problem = ops.describe("fprop", geometry, x, x, w, (size, size), extras)
+            # A frozen layer keeps the live weights alone.
+            given = w.new_zeros(support.live) if frozen else w
+            problem = ops.describe("fprop", geometry, x, x, given, (size, size), extras)
             choice.ONLY_LAUNCH = "tma" if boxed else "gather"
             made: Any = picking.all_choices(problem)[0]
             assert (made.box is not None) == boxed
-            operands = x, w, None, shift, x
+            operands = x, given, None, shift, x
             key = f"fprop {name}, {'frozen' if frozen else 'trained'}"
             found[key] = GatherCall(problem, made), operands
         problem = ops.describe("wgrad", geometry, x, x, w, (size, size))

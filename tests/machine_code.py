@@ -76,6 +76,7 @@ class Code:
         described: HGMMA whose operands both lie in shared memory.
         losses: warnings of ptxas, such as that wgmma is serialized.
         turn: instructions for each LDGSTS of the shortest loop that has one; 0 without such.
+        step: instructions of the shortest loop of HGMMA for each four of them, which are a step.
         results: clocks in which a warp brings its part of 32 pixels from registers to memory,
             no residual added: what it issues, or half-rate instructions, whichever take longer; 0
             where results are not written in such parts. **Predicted**, latencies left out.
@@ -93,6 +94,7 @@ class Code:
     described: int = 0
     losses: int = 0
     turn: float = 0.0
+    step: float = 0.0
     results: float = 0.0
 
 
@@ -269,7 +271,8 @@ def read(architecture: str, said: str, sass: str) -> list[Code]:
                 copies=_count(body, r"\b(LDGSTS|UTMALDG|UBLKCP|ARRIVES)\b"),
                 local=sum(_count(body, r"\b(LDL|STL)\b").values()),
                 described=len(re.findall(r"\bHGMMA\S* R\d+, gdesc\[", body)),
-                turn=_turn(body),
+                turn=_turn(body, "LDGSTS"),
+                step=4 * _turn(body, "HGMMA"),
                 results=_results(body),
                 losses=len(re.findall(rf"^ptxas .*(?:warn|Potential).*{name}.*$", said, re.M)),
             )
@@ -278,15 +281,15 @@ def read(architecture: str, said: str, sass: str) -> list[Code]:
     return found
 
 
-def _turn(body: str) -> float:
-    """Counts the instructions for each LDGSTS in the shortest loop that has one."""
+def _turn(body: str, name: str) -> float:
+    """Counts the instructions for each of some name in the shortest loop that has one."""
     listed = [(int(place, 16), text) for place, text in _INSTRUCTION.findall(body)]
     found = []
     for end, text in listed:
         jump = re.match(r"BRA\b.*?0x([0-9a-f]+)", text)
         if jump and (begin := int(jump[1], 16)) <= end:
             loop = [text for place, text in listed if begin <= place <= end]
-            copies = sum(text.startswith("LDGSTS") for text in loop)
+            copies = sum(text.startswith(name) for text in loop)
             if copies:
                 found.append((len(loop), copies))
     return min(found)[0] / min(found)[1] if found else 0.0

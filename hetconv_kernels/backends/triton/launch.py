@@ -130,5 +130,5 @@ class Launch:
 def _hooked() -> bool:
     """Tells whether somebody, a profiler, wants to be told of launches."""
     runtime = _options()
-    hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
-    return any(getattr(hook, "calls", hook) for hook in hooks)
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
