@@ -68,7 +68,7 @@ def test_pixels_in_turn_are_counted_as_the_kernel_takes_them() -> None:
 def test_one_warpgroup_multiplies_while_the_other_writes_results(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Results count once, at the end; but each time where one of the two has nothing to multiply."""
+    """Results count once, at the end; each time where one of the two has nothing to multiply."""
     clocks: dict[int, list[float]] = {64: [], 256: []}
     for stage in (0.0, 150.0):
         monkeypatch.setattr(wide_tiles, "_STAGE_CLOCKS", stage)

@@ -29,8 +29,6 @@ MOST_GRAPHS = 8
 # Calls before a capture, in which engines are chosen, kernels compiled and weights packed.
 _BEFORE = 2
 
-Call = Callable[..., Any]
-
 
 def check_gpu(inputs: Sequence[Any]) -> None:
     """Refuses to capture what is not on one GPU.
@@ -145,7 +143,7 @@ class CudaGraphs:
         cast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
         return (devices.pop(), *parts, forced_code(), is_strict(), cast)
 
-    def run(self, signature: Any, args: Sequence[Any], call: Call) -> Any:
+    def run(self, signature: Any, args: Sequence[Any], call: Callable[..., Any]) -> Any:
         """Replays the graph of a signature; captures it first where there is none.
 
         Args:
@@ -173,7 +171,7 @@ class CudaGraphs:
         return freed
 
 
-def _capture(args: Sequence[Any], call: Call) -> _Captured:
+def _capture(args: Sequence[Any], call: Callable[..., Any]) -> _Captured:
     """Captures a call on copies of its inputs.
 
     Raises:

@@ -32,7 +32,8 @@ _LINE = 128  # bytes of shared memory a clock
 # Slabs in flight that cover what L2 takes to answer: 64 KB of two warpgroups.
 _DEEP = 4
 # Clocks in which a warpgroup brings 32 pixels from its registers to y, and of starting to: what its
-# machine code issues (`results` of tests/machine_code.json), and a barrier and a read of shared memory.
+# machine code issues (`results` of tests/machine_code.json), and waits for a barrier and for staged
+# numbers.
 _STAGE_CLOCKS, _FINISH_CLOCKS = 94.0 + 56.0, 300.0
 # Columns of a halo that are brought side by side, and the instructions of each warp, a clock each:
 # for a pixel in every column, and to begin a halo. Counted in machine code (nvcc 13.0).
