@@ -16,6 +16,7 @@ enum { kMost = 256, kMap = 128 };
 // knows them from the kernel.
 int64_t kept_sizes[kMost];
 int kept_count, kept_launches, kept_encodings, kept_refusals;
+int kept_version = 13000;
 unsigned char kept_params[kMost][kMap];
 Config kept_config;
 uint64_t kept_function;
@@ -91,7 +92,7 @@ int cuGetErrorString(int code, const char **text) {
   return *text = "the stand-in refuses", 0;
 }
 int cuStreamIsCapturing(void *stream, int *found) { return (void)stream, *found = 0; }
-int cuDriverGetVersion(int *found) { return *found = 13000, 0; }
+int cuDriverGetVersion(int *found) { return *found = kept_version, 0; }
 #define NOTHING(name)                                                                              \
   int name() { return 0; }
 NOTHING(cuCtxSetCurrent)
