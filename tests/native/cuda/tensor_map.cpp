@@ -81,7 +81,8 @@ std::vector<char> box_of(const void* map, const int (&corner)[4]) {
   cuuint64_t last = (own.sizes[0] - 1) * own.bytes;
   for (int i = 0; i + 1 < kRank; ++i) last += (own.sizes[i + 1] - 1) * own.strides[i];
   if (bool(own.flags & kFlag) != (last + 1 >= 128 * 1024))
-    fail("a tensor map of %llu bytes that was not mended as it should be", last + 1);
+    fail("a tensor map of %llu bytes that was not mended as it should be",
+         static_cast<unsigned long long>(last + 1));
   const int64_t number = own.bytes, line = own.box[0] * number;
   std::vector<char> found(size_t(line) * own.box[1] * own.box[2] * own.box[3], 0);
   char* to = found.data();
