@@ -158,6 +158,8 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
 
 def check(driver: Driver) -> dict[str, Any]:
     """Compares what both launchers hand to the driver, for the last launch of each call."""
+    from triton import knobs
+
     from hetconv_kernels.backends.triton import launch, prepared
 
     found: dict[str, Any] = {}
@@ -207,6 +209,13 @@ def check(driver: Driver) -> dict[str, Any]:
                 found[f"{name}: {compiled.name} {nth}"]["after a refusal"] = (
                     driver.took() == (both["triton"])
                 )
+    seen: list[Any] = []
+    hook = knobs.runtime.launch_enter_hook
+    hook.add(seen.append)
+    begin(start, *given)
+    hook.remove(seen.append)
+    begin(start, *given)
+    found["a profiler is told"] = len(seen)
     return found
 
 

@@ -70,13 +70,13 @@ def test_one_warpgroup_multiplies_while_the_other_writes_results(
 ) -> None:
     """Results count once, at the end; each time where one of the two has nothing to multiply."""
     clocks: dict[int, list[float]] = {64: [], 256: []}
-    for stage in (0.0, 150.0):
-        monkeypatch.setattr(wide_tiles, "_STAGE_CLOCKS", stage)
+    for stage in (0.0, 94.0):
+        monkeypatch.setattr(wide_tiles, "_RESULT_CLOCKS", stage)
         for filters, found in clocks.items():
             geometry = make_geometry(Support.dense(256, filters, 3), 1, 1)
             tiling, _ = chosen(geometry, (14, 14), 2 * PART.processors * 2, False)
             found.append(tiling.clocks)
-    written = 150.0 * 256 / 32
+    written = 94.0 * 256 / 32
     assert clocks[256][1] - clocks[256][0] == written
     assert clocks[64][1] - clocks[64][0] > 2 * written
 

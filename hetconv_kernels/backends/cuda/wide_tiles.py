@@ -31,10 +31,10 @@ _PLANES, _WARPGROUPS, _STAGED = 8, 2, 4 * 32 * 144
 _LINE = 128  # bytes of shared memory a clock
 # Slabs in flight that cover what L2 takes to answer: 64 KB of two warpgroups.
 _DEEP = 4
-# Clocks in which a warpgroup brings 32 pixels from its registers to y, and of starting to: what its
-# machine code issues (`results` of tests/machine_code.json), and waits for a barrier and for staged
-# numbers.
-_STAGE_CLOCKS, _FINISH_CLOCKS = 94.0 + 56.0, 300.0
+# Clocks in which a warpgroup brings 32 pixels from its registers to y, what its machine code issues
+# (`results` of tests/machine_code.json) and what it waits for, a barrier and staged numbers; and of
+# starting to.
+_RESULT_CLOCKS, _WAIT_CLOCKS, _FINISH_CLOCKS = 94.0, 56.0, 300.0
 # Columns of a halo that are brought side by side, and the instructions of each warp, a clock each:
 # for a pixel in every column, and to begin a halo. Counted in machine code (nvcc 13.0).
 _LANES, _PIECE_CLOCKS, _BEGIN_CLOCKS = 8, 12.5, 150.0
@@ -199,7 +199,7 @@ def wide_clocks(
     pixels, cluster = shape.pixels, shape.cluster
     # Bytes that a pair writes.
     stored = (tables.rows >= 0).sum(axis=(1, 2)) * EIGHT * pixels * 2
-    finish = _FINISH_CLOCKS + _STAGE_CLOCKS * pixels / 32
+    finish = _FINISH_CLOCKS + (_RESULT_CLOCKS + _WAIT_CLOCKS) * pixels / 32
     step = SLAB * pixels / spec.rate
     spans, executed = [], 0
     for line, heads, tiles in zip(classes, tables.heads, tile_counts(classes, batch), strict=True):
