@@ -75,12 +75,17 @@ class DeviceTables:
 
     def lend(self, device: torch.device) -> None:
         """Has the current stream of the device use them; said to the allocator once a stream."""
-        if device.type != "cuda" or capturing(device):  # a capture pins what it uses
-            return
-        place = current_stream(device)
-        if place in self._streams:
+        place = _lent_to(device)
+        if place is None or place in self._streams:
             return
         stream = torch.cuda.current_stream(device)
         for tensor in self.tensors:
             tensor.record_stream(stream)
         self._streams.add(place)
+
+
+def _lent_to(device: torch.device) -> int | None:
+    """Returns the current stream; None on the CPU, and under a capture, which pins what it uses."""
+    if device.type != "cuda" or capturing(device):
+        return None
+    return current_stream(device)
