@@ -35,6 +35,27 @@ TMA_KERNELS = ("narrow_tma", "wgrad_tma")  # kernels whose tiles TMA brings
 _WIDE_REGISTERS = 168
 # Instructions that a halo's copies may take, each, beside products that wait for them.
 _WIDE_TURN = 16.0
+# Instructions of the integer pipe and of that of IMAD, which take half of a warp a clock each
+# (CUDA C++ Programming Guide, "Arithmetic Instructions", compute capability 9.0).
+_ALU = frozenset(
+    [
+        "F2FP",
+        "FMNMX",
+        "FSEL",
+        "FSETP",
+        "HMNMX2",
+        "IADD3",
+        "ISETP",
+        "LEA",
+        "LOP3",
+        "PLOP3",
+        "PRMT",
+        "SEL",
+        "SHF",
+        "VIADD",
+        "VIMNMX",
+    ]
+)
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?(.*?);")
 
 
@@ -55,6 +76,10 @@ class Code:
         described: HGMMA whose operands both lie in shared memory.
         losses: warnings of ptxas, such as that wgmma is serialized.
         turn: instructions for each LDGSTS of the shortest loop that has one; 0 without such.
+        step: instructions of the shortest loop of HGMMA for each four of them, which are a step.
+        results: clocks in which a warp brings its part of 32 pixels from registers to memory,
+            no residual added: what it issues, or half-rate instructions, whichever take longer; 0
+            where results are not written in such parts. **Predicted**, latencies left out.
     """
 
     name: str
@@ -69,6 +94,8 @@ class Code:
     described: int = 0
     losses: int = 0
     turn: float = 0.0
+    step: float = 0.0
+    results: float = 0.0
 
 
 def problems(code: Code) -> list[str]:
@@ -244,7 +271,9 @@ def read(architecture: str, said: str, sass: str) -> list[Code]:
                 copies=_count(body, r"\b(LDGSTS|UTMALDG|UBLKCP|ARRIVES)\b"),
                 local=sum(_count(body, r"\b(LDL|STL)\b").values()),
                 described=len(re.findall(r"\bHGMMA\S* R\d+, gdesc\[", body)),
-                turn=_turn(body),
+                turn=_turn(body, "LDGSTS"),
+                step=4 * _turn(body, "HGMMA"),
+                results=_results(body),
                 losses=len(re.findall(rf"^ptxas .*(?:warn|Potential).*{name}.*$", said, re.M)),
             )
         )
@@ -252,18 +281,31 @@ def read(architecture: str, said: str, sass: str) -> list[Code]:
     return found
 
 
-def _turn(body: str) -> float:
-    """Counts the instructions for each LDGSTS in the shortest loop that has one."""
+def _turn(body: str, name: str) -> float:
+    """Counts the instructions for each of some name in the shortest loop that has one."""
     listed = [(int(place, 16), text) for place, text in _INSTRUCTION.findall(body)]
     found = []
     for end, text in listed:
         jump = re.match(r"BRA\b.*?0x([0-9a-f]+)", text)
         if jump and (begin := int(jump[1], 16)) <= end:
             loop = [text for place, text in listed if begin <= place <= end]
-            copies = sum(text.startswith("LDGSTS") for text in loop)
+            copies = sum(text.startswith(name) for text in loop)
             if copies:
                 found.append((len(loop), copies))
     return min(found)[0] / min(found)[1] if found else 0.0
+
+
+def _results(body: str) -> float:
+    """Predicts the clocks from one part of the results to the next, each of two STSM."""
+    names = [text.split()[0].split(".")[0] for _, text in _INSTRUCTION.findall(body)]
+    stored = [place for place, name in enumerate(names) if name == "STSM"]
+    found = []
+    for begin, end in zip(stored, stored[2:], strict=False):
+        part = names[begin:end]
+        if "LDSM" not in part and "HGMMA" not in part and "EXIT" not in part:
+            slow = sum(name in _ALU for name in part), sum(name == "IMAD" for name in part)
+            found.append(float(max(len(part), 2 * slow[0], 2 * slow[1])))
+    return sorted(found)[len(found) // 2] if found else 0.0
 
 
 def _plain(name: str) -> str:

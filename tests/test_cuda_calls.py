@@ -90,7 +90,8 @@ def test_every_stream_that_reads_what_is_kept_is_told_to_the_allocator(
     first, second = (x, x) if verb == "fprop" else (dy, x)
     stream = SimpleNamespace(cuda_stream=1)
     told: list[tuple[int, int]] = []
-    monkeypatch.setattr(capture, "_lent_to", lambda _: stream)
+    monkeypatch.setattr(capture, "_lent_to", lambda _: stream.cuda_stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
     monkeypatch.setattr(
         torch.Tensor, "record_stream", lambda t, s: told.append((s.cuda_stream, t.data_ptr()))
     )
@@ -112,7 +113,8 @@ def test_what_is_made_for_one_call_is_told_to_nobody(host, monkeypatch: pytest.M
     found = run("fprop", GEOMETRY, x, x, w, None, None, None)
     assert capture._lent_to(x.device) is None
     told: list[torch.Tensor] = []
-    monkeypatch.setattr(capture, "_lent_to", lambda _: SimpleNamespace(cuda_stream=1))
+    monkeypatch.setattr(capture, "_lent_to", lambda _: 1)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda t, _: told.append(t))
     assert torch.equal(run("fprop", GEOMETRY, x, x, w, None, None, None), found)
     assert len(told) == 9  # the tables

@@ -19,6 +19,8 @@ import machine_code
 import pytest
 from machine_code import TMA_KERNELS, Code, problems, regressions
 
+from hetconv_kernels.backends.cuda import wide_tiles
+
 EVERYTHING = os.environ.get("HETCONV_AOT_ALL") == "1"
 DEFAULT = ("80", "90a")
 TABLE = json.loads(machine_code.EXPECTED.read_text())
@@ -200,4 +202,24 @@ def test_what_the_tools_say_is_read() -> None:
         described=1,
         losses=1,
         turn=8.0,
+        step=12.0,
     )
+
+
+def test_clocks_of_results_are_what_is_issued_or_half_rate() -> None:
+    """A part begins and ends at every second STSM; parts that add a residual are others."""
+    few, many = ["FFMA R1, R2, R3, R4"] * 3, ["F2FP R1, R2"] * 3 + ["IMAD R1, R2, R3, R4"] * 4
+    store, load = ["STSM.16.MT88.4 [R1], R2"] * 2, ["LDSM.16.MT88.4 R2, [R1]"]
+    for part, clocks in ((few, 5.0), (many, 9.0), (2 * many, 16.0)):
+        listed = [*store, *load, *store, *part, *store, *part, *store]
+        body = "".join(f"/*{16 * place:04x}*/ {text} ;" for place, text in enumerate(listed))
+        assert machine_code._results(body) == clocks
+    assert machine_code._results("/*0000*/ EXIT ;") == 0.0
+
+
+def test_the_cost_model_has_the_clocks_of_the_machine_code() -> None:
+    rows = TABLE["rows"]["90a"].items()
+    found = {name: row["results"] for name, row in rows if "Clamp" in name and "wide" in name}
+    large = [clocks for name, clocks in found.items() if ", 64," not in name]
+    assert len(large) == 6
+    assert all(abs(clocks - wide_tiles._RESULT_CLOCKS) <= 8 for clocks in large), found

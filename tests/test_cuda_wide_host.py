@@ -262,7 +262,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         numbers = case.numbers
         numbers["shared"] = numbers["stages"] * numbers["plane_pitch"] * 128 + 18432
         numbers["shared"] += numbers["slots"] * 16384
-        numbers["shared"] += 16 * (numbers["stages"] + 2 * numbers["slots"])
+        numbers["shared"] += 16 * (numbers["stages"] + 2 * numbers["slots"] + 1)
         done = shim.execute([case], tmp_path)
         assert done.returncode == 3
         assert said in done.stderr or name == "dtype", done.stderr

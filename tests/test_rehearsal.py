@@ -88,7 +88,7 @@ def test_tuning_runs_every_choice(gpu: Rehearsal, monkeypatch: pytest.MonkeyPatc
 
 
 def test_descriptors_are_kept_by_address_and_keep_no_memory(gpu: Rehearsal) -> None:
-    from hetconv_kernels.backends.triton import tma_calls
+    from hetconv_kernels.backends.triton import prepared, tma_calls
 
     tensors = [torch.empty(2, 8, 8, 64, dtype=torch.bfloat16) for _ in range(2)]
     shape = [2, 8, 8, 64]
@@ -100,9 +100,9 @@ def test_descriptors_are_kept_by_address_and_keep_no_memory(gpu: Rehearsal) -> N
     assert first.base.dtype == torch.bfloat16
     gone = weakref.ref(tensors.pop())
     assert gone() is None
-    for place in range(3 * tma_calls._MOST_KEPT):
+    for place in range(3 * prepared.MOST_KEPT):
         made(tensors[0].view(-1)[8 * place :])
-    assert len(made._kept) <= tma_calls._MOST_KEPT
+    assert len(made._kept) <= prepared.MOST_KEPT
 
 
 @pytest.mark.parametrize(

@@ -275,18 +275,18 @@ def test_a_launch_compiles_once_for_each_alignment(monkeypatch: pytest.MonkeyPat
     capture = {"on": False}
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capture["on"])
     kernel = FakeKernel()
-    start = launch.Launch(kernel, (3,), (64, True), warps=4, stages=3, device=CUDA)
+    start = launch.Launch(kernel, (3,), (64, True), 4, 3, CUDA, fixed={2: 5})
     storage = torch.empty(64)
     whole, odd = storage[:32], storage[1:33]
     assert whole.data_ptr() % 16 == 0
     for argument in (whole, whole, odd, whole, odd):
-        start(argument, None, 5)
+        start(argument, None)
     assert [entry[1].data_ptr() for entry in kernel.compiled] == [whole.data_ptr(), odd.data_ptr()]
     assert kernel.compiled[0][0] == (3, 1, 1)
     assert kernel.compiled[0][2:] == (None, 5, 64, True, 4, 3)
     assert len(kernel.started) == 3
     assert kernel.started[0][1:] == (None, 5, 64, True)
     capture["on"] = True
-    start(whole, None, 5)
+    start(whole, None)
     with pytest.raises(BackendError, match="while a CUDA graph is captured"):
-        start(whole.double(), None, 5)
+        start(whole.double(), None)

@@ -141,7 +141,7 @@ def wide_case(
         "slots": slots,
         "cluster": cluster,
         "grid": grid,
-        "shared": stages * plane * 128 + slots * 16384 + 18432 + 16 * (stages + 2 * slots),
+        "shared": stages * plane * 128 + slots * 16384 + 18432 + 16 * (stages + 2 * slots + 1),
     }
     arrays: dict[str, Any] = {
         "x": last(x),

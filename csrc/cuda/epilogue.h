@@ -1,25 +1,32 @@
 // SPDX-License-Identifier: Apache-2.0
-// The epilogue's activations in float32.
+// The epilogue's activations: of two float32 numbers, which are rounded to 16 bits.
 #pragma once
 #include "narrow.h"
 #include "ptx.h"
 
 namespace hetconv::cuda {
 
-// The piecewise linear ones are a clamp that lets NaN through, as PyTorch's do.
+// The piecewise linear ones are a clamp that lets NaN through, as PyTorch's do. It comes after
+// rounding, of two numbers at a time: the bounds are numbers of 16 bits, and rounding keeps order.
 struct Clamp {
   float low, high;
   __device__ explicit Clamp(Act act)
       : low(act == Act::none ? -INFINITY : 0.0f), high(act == Act::relu6 ? 6.0f : INFINITY) {}
-  __device__ float operator()(float v) const { return lesser(greater(v, low), high); }
+  template <class T> __device__ uint32_t pair(float first, float second) const {
+    const uint32_t risen = greater_pair<T>(narrow_pair<T>(first, second), narrow_pair<T>(low, low));
+    return lesser_pair<T>(risen, narrow_pair<T>(high, high));
+  }
 };
 
 struct Smooth {
   bool gelu;
   __device__ explicit Smooth(Act act) : gelu(act == Act::gelu) {}
-  __device__ float operator()(float v) const {
+  __device__ float of(float v) const {
     if (gelu) return 0.5f * v * (1.0f + erff(v * 0.70710678f));
     return v / (1.0f + expf(-v));
+  }
+  template <class T> __device__ uint32_t pair(float first, float second) const {
+    return narrow_pair<T>(of(first), of(second));
   }
 };
 

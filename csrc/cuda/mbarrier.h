@@ -131,6 +131,13 @@ inline int capability() {
   return found[0] * 10 + found[1];
 }
 
+// The version of CUDA that the driver is of, as 13010.
+inline int driver_version() {
+  int found = 0;
+  cudaDriverGetVersion(&found);
+  return found;
+}
+
 // What encodes a tensor map, asked of the driver once; null if it has none.
 using TensorMapEncoder = decltype(&cuTensorMapEncodeTiled);
 inline TensorMapEncoder tensor_map_encoder() {

@@ -144,7 +144,7 @@ __device__ __forceinline__ void stage_results(const Narrow& p, const Columns& co
         v[0] += widen<T>(old & 0xFFFF);
         v[1] += widen<T>(old >> 16);
       }
-      const uint32_t made = narrow_pair<T>(activate(v[0]), activate(v[1]));
+      const uint32_t made = activate.template pair<T>(v[0], v[1]);
       if (together) {
         store_shared32(row + cell0, made);
       } else {

@@ -179,17 +179,23 @@ template <> __device__ __forceinline__ float widen<Half>(uint32_t bits) {
   return v;
 }
 
-// The greater and the lesser of two numbers; NaN if either is.
-__device__ __forceinline__ float greater(float a, float b) {
-  float v;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(v) : "f"(a), "f"(b));
-  return v;
-}
-__device__ __forceinline__ float lesser(float a, float b) {
-  float v;
-  asm("min.NaN.f32 %0, %1, %2;" : "=f"(v) : "f"(a), "f"(b));
-  return v;
-}
+// Of two pairs of 16-bit numbers the greater and the lesser of each place; NaN where either is.
+template <class T> __device__ __forceinline__ uint32_t greater_pair(uint32_t a, uint32_t b);
+template <class T> __device__ __forceinline__ uint32_t lesser_pair(uint32_t a, uint32_t b);
+#define HC_PAIRS(Type, type)                                                                   \
+  template <> __device__ __forceinline__ uint32_t greater_pair<Type>(uint32_t a, uint32_t b) { \
+    uint32_t v;                                                                                \
+    asm("max.NaN." type " %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));                            \
+    return v;                                                                                  \
+  }                                                                                            \
+  template <> __device__ __forceinline__ uint32_t lesser_pair<Type>(uint32_t a, uint32_t b) {  \
+    uint32_t v;                                                                                \
+    asm("min.NaN." type " %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));                            \
+    return v;                                                                                  \
+  }
+HC_PAIRS(Bfloat, "bf16x2")
+HC_PAIRS(Half, "f16x2")
+#undef HC_PAIRS
 
 __device__ __forceinline__ uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 

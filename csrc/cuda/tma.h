@@ -10,6 +10,9 @@ namespace hetconv::cuda {
 
 // Of the places in shared memory that boxes are copied to, in bytes.
 constexpr int kTmaAlign = 128;
+// Which tensors need their maps mended, by their bytes, and of which drivers.
+constexpr cuuint64_t kSmallTensor = 128 * 1024;
+constexpr int kFaultyDriver = 13010;
 
 // The parameter of a kernel whose halos TMA brings: a tensor map for each class of pixels.
 struct NarrowTma : Narrow {
@@ -56,7 +59,15 @@ inline const char* encode(TensorMap& map, const TmaBox& of) {
   };
   CUresult result = encoded();
   if (result == CUDA_ERROR_INVALID_CONTEXT && bind_context()) result = encoded();
-  if (result == CUDA_SUCCESS) return nullptr;
+  if (result == CUDA_SUCCESS) {
+    cuuint64_t last = (sizes[0] - 1) * kBytes;
+    for (int i = 0; i < 3; ++i) last += (sizes[i + 1] - 1) * strides[i];
+    // Drivers up to 13.1 encode small tensors wrongly: a bit is to be cleared (CUTLASS, commit
+    // b7ecaa6; Triton does it too).
+    if (last + 1 < kSmallTensor && driver_version() <= kFaultyDriver)
+      map.opaque[1] &= ~(cuuint64_t(1) << 21);
+    return nullptr;
+  }
   static thread_local char text[96];
   std::snprintf(text, sizeof text, "the driver refuses a tensor map of these operands, error %d",
                 int(result));

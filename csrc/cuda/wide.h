@@ -127,7 +127,7 @@ const char* wide_fprop(const Wide& p, DType dtype, void* stream);
 int64_t wide_blocks(const Wide& p, DType dtype);
 
 // Dynamic shared memory of one block, in bytes: stages * plane_pitch * 128, then slots * 2 *
-// kSlabBytes, 4 * kStagedPixels * kStagedPitch for results, and 16 * (stages + 2 * slots) for
+// kSlabBytes, 4 * kStagedPixels * kStagedPitch for results, and 16 * (stages + 2 * slots + 1) for
 // barriers.
 int64_t wide_shared_bytes(const Wide& p);
 

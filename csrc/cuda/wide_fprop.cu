@@ -3,10 +3,10 @@
 // and all taps are computed from it by wgmma, filters by pixels.
 //
 // Warps are specialised: a thread block (CTA) is persistent and has one warpgroup of producers
-// (three warps load the halo, one thread the slabs of weights) and two of consumers, each of which
-// computes one segment of 64 filters on the same halo. mbarriers of rings in shared memory tell
-// them what is full and what is empty. In a cluster two blocks compute two tiles of the same
-// filters, and each loads one half of every slab for both.
+// (two warps load the halo, a thread for each consumer its slabs of weights) and two of consumers,
+// each of which computes one segment of 64 filters on the same halo, the second some steps behind.
+// mbarriers of rings in shared memory tell them what is full and what is empty. In a cluster two
+// blocks compute two tiles of the same filters, and each loads one half of every slab for both.
 #include "epilogue.h"
 #include "hopper.h"
 #include "wide.h"
@@ -37,8 +37,16 @@ __device__ void compute(const Wide& p, uint32_t shared, const Layout& at, const 
       mbarrier_arrive_at(barrier, 1);
     }
   };
+  // The first warpgroup has the other one begin after some steps, or after its first block: with
+  // one halo in shared memory it would wait for the other one there.
+  int lead = group ? 0 : kLead;
+  auto follow = [&] {
+    if (lane == 0) mbarrier_arrive(barriers.lead());
+    lead = 0;
+  };
   Item item;
   for (int index = first; item.find(p, index, rank); index += step) {
+    if (group && index == first) mbarrier_wait(barriers.lead(), 0, barriers.begin);
     const int32_t* block = p.blocks + load_table(item.head + kBlockBegin) * kBlockFields;
     const int count = load_table(item.head + kBlockCount);
     const uint32_t next_rows =
@@ -80,12 +88,15 @@ __device__ void compute(const Wide& p, uint32_t shared, const Layout& at, const 
         hold_registers(acc);
         let_go();
         slot = ring.emptied();
+        if (lead && s + 1 == lead) follow();
       }
+      if (lead) follow();
       if (!steps) finish();
       place = halo.emptied();
       if (!steps || p.stages == 1) finish();
     }
     finish();
+    if (lead) follow();  // there was no block
     results.send(acc, item);
   }
 }
@@ -111,6 +122,7 @@ __global__ void __launch_bounds__(kThreads, 1) wide_fprop_kernel(Wide p) {
         mbarrier_init(slabs.empty + i * 8, 4 * p.cluster);
       }
     }
+    mbarrier_init(barriers.lead(), 4);
     mbarrier_init_done();
   }
   if (p.cluster == 1)
@@ -120,11 +132,12 @@ __global__ void __launch_bounds__(kThreads, 1) wide_fprop_kernel(Wide p) {
   const int warp = warp_index();
   if (warp < 4) {
     fewer_registers<kProducerRegisters>();
-    if (warp)
-      HaloProducer<kPixels>{p, shared + at.halo, at.stage, int(threadIdx.x) - 32}.run(
+    if (warp >= kWarpgroups)
+      HaloProducer<kPixels>{p, shared + at.halo, at.stage, int(threadIdx.x) - 32 * kWarpgroups}.run(
           barriers.halo(), first, step, rank);
-    else if (threadIdx.x == 0)
-      produce_slabs(p, shared + at.slabs, barriers, first, step, rank);
+    else if (threadIdx.x % 32 == 0)
+      produce_slabs(p, shared + at.slabs + warp * p.slots * kSlotBytes, barriers.slabs(warp), warp,
+                    first, step, rank);
   } else {
     more_registers<kConsumerRegisters>();
     compute<T, kPixels, Activation>(p, shared, at, barriers, warp / 4 - 1, first, step, rank);

@@ -6,7 +6,7 @@
 
 namespace hetconv::cuda::wide {
 
-// Loads the halo of blocks of channels, with three warps.
+// Loads the halo of blocks of channels, with two warps.
 template <int kPixels> struct HaloProducer {
   const Wide& p;
   uint32_t shared;
@@ -80,38 +80,27 @@ template <int kPixels> struct HaloProducer {
   }
 };
 
-// Loads the slabs of both warpgroups, step by step, with one thread.
-inline __device__ void produce_slabs(const Wide& p, uint32_t slabs, const Barriers& barriers,
-                                     int first, int step, int rank) {
+// Loads the slabs of a warpgroup, step by step, with one thread. Each warpgroup has a thread of its
+// own, in warps of their own, so that neither waits for what the other has not used.
+inline __device__ void produce_slabs(const Wide& p, uint32_t slabs, Ring ring, int group, int first,
+                                     int step, int rank) {
   const char* source = static_cast<const char*>(p.slabs);
-  Ring rings[kWarpgroups] = {barriers.slabs(0), barriers.slabs(1)};
   Item item;
   for (int index = first; item.find(p, index, rank); index += step) {
     const int32_t* block = p.blocks + load_table(item.head + kBlockBegin) * kBlockFields;
     const int count = load_table(item.head + kBlockCount);
     for (int b = 0; b < count; ++b, block += kBlockFields) {
-      int begin[kWarpgroups], steps[kWarpgroups];
-#pragma unroll
-      for (int w = 0; w < kWarpgroups; ++w) {
-        begin[w] = load_table(block + kStepBegin + 2 * w);
-        steps[w] = load_table(block + kStepCount + 2 * w);
-      }
-      for (int s = 0; s < steps[0] || s < steps[1]; ++s) {
-#pragma unroll
-        for (int w = 0; w < kWarpgroups; ++w) {
-          if (s >= steps[w]) continue;
-          Ring& ring = rings[w];
-          ring.wait_emptied();
-          mbarrier_expect(ring.filled(), kSlabBytes);
-          const uint32_t to = slabs + (w * p.slots + ring.at) * kSlotBytes;
-          const char* from = source + int64_t(begin[w] + s) * kSlabBytes;
-          if (p.cluster == 1) {
-            copy_bulk(to, from, kSlabBytes, ring.filled());
-          } else {
-            const int part = rank * (kSlabBytes / 2);
-            copy_bulk_to(to + part, from + part, kSlabBytes / 2, ring.filled(), 3);
-          }
-          ring.advance();
+      const int steps = load_table(block + kStepCount + 2 * group);
+      const char* from = source + int64_t(load_table(block + kStepBegin + 2 * group)) * kSlabBytes;
+      for (int s = 0; s < steps; ++s, from += kSlabBytes, ring.advance()) {
+        ring.wait_emptied();
+        mbarrier_expect(ring.filled(), kSlabBytes);
+        const uint32_t to = slabs + ring.at * kSlotBytes;
+        if (p.cluster == 1) {
+          copy_bulk(to, from, kSlabBytes, ring.filled());
+        } else {
+          const int part = rank * (kSlabBytes / 2);
+          copy_bulk_to(to + part, from + part, kSlabBytes / 2, ring.filled(), 3);
         }
       }
     }

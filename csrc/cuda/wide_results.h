@@ -3,7 +3,6 @@
 // through a staging buffer in shared memory, so that device memory sees 16-byte accesses.
 #pragma once
 #include "epilogue.h"
-#include "halo.h"
 #include "wide_work.h"
 
 namespace hetconv::cuda::wide {
@@ -13,10 +12,9 @@ struct Pixels {
   int64_t corner;  // of the tile's first image in y, in elements
   int64_t image_step;
   int rows_left, cols_left, image_rows, images_left, step_h, step_w;
-  Divider by_image;
 
   __device__ Pixels(const Wide& p, const Item& item, int tile_rows)
-      : image_step(p.y_n), image_rows(load_table(item.table + kImagePitch)), by_image(image_rows) {
+      : image_step(p.y_n), image_rows(load_table(item.table + kImagePitch)) {
     const int32_t* table = item.table;
     const int row = item.row * tile_rows, images = load_table(table + kImages);
     const int store_h = load_table(table + kStoreH), store_w = load_table(table + kStoreW);
@@ -28,11 +26,39 @@ struct Pixels {
     corner = item.image * p.y_n + int64_t(row * store_h + load_table(table + kFirstH)) * p.y_h +
              int64_t(item.col * store_w + load_table(table + kFirstW)) * p.y_w;
   }
-  // Tile row i's first pixel in y, in elements; negative if the row is not in y.
-  __device__ int64_t place(int i) const {
-    const int image = int(by_image(i)), row = i - image * image_rows;
-    if (image >= images_left || row >= rows_left) return -1;
-    return corner + image * image_step + row * step_h;
+};
+
+// Where a thread's pieces lie in y, or in the residual: eight filters of one column of pixels, in
+// every kEvery-th row of a tile. Nothing is divided on the way.
+struct Walk {
+  static constexpr int kEvery = 2;
+  int64_t at, turn, wrap;  // bytes: of the piece, to the next one, and if that is of another image
+  int row, image, row_turn, image_turn, image_rows, rows_left, images_left;
+
+  __device__ Walk(const Pixels& pixels, int first, int column, int run)
+      : image_rows(pixels.image_rows), rows_left(pixels.rows_left) {
+    image = first / image_rows;
+    row = first - image * image_rows;
+    image_turn = kEvery / image_rows;
+    row_turn = kEvery - image_turn * image_rows;
+    turn = (image_turn * pixels.image_step + row_turn * pixels.step_h) * 2;
+    wrap = (pixels.image_step - int64_t(image_rows) * pixels.step_h) * 2;
+    at = (pixels.corner + image * pixels.image_step + int64_t(row) * pixels.step_h +
+          int64_t(column) * pixels.step_w + run) *
+         2;
+    // Who has no filters, or no column, has no piece anywhere.
+    images_left = run >= 0 && column < pixels.cols_left ? pixels.images_left : 0;
+  }
+  __device__ bool inside() const { return image < images_left && row < rows_left; }
+  __device__ void next() {
+    row += row_turn;
+    image += image_turn;
+    at += turn;
+    if (row >= image_rows) {
+      row -= image_rows;
+      ++image;
+      at += wrap;
+    }
   }
 };
 
@@ -46,6 +72,14 @@ template <class T, int kPixels, class Activation> struct Results {
   __device__ void barrier() const { barrier_of(1 + group, kGroupThreads); }
 
   __device__ void send(const float (&acc)[kPixels / 2], const Item& item) const {
+    if (p.residual)
+      send_with<true>(acc, item);
+    else
+      send_with<false>(acc, item);
+  }
+
+  template <bool kResidual>
+  __device__ void send_with(const float (&acc)[kPixels / 2], const Item& item) const {
     const int lane = thread % 32, warp = thread / 32;
     const int32_t* rows = p.rows + (item.pair * kWarpgroups + group) * kRuns;
     const Pixels pixels(p, item, kTiles);
@@ -64,43 +98,37 @@ template <class T, int kPixels, class Activation> struct Results {
         staged + (lane / 16 * 8 + lane % 8) * kStagedPitch + warp * 32 + lane / 8 % 2 * 16;
 
     // As 16-byte pieces, this thread has one run of eight filters, of pixels in one column.
-    const int run = load_table(rows + thread % kRuns), column = thread / kRuns % kColumns;
-    const bool mine = run >= 0 && column < pixels.cols_left;
-    const int64_t along = int64_t(column) * pixels.step_w + run;
+    const int run = load_table(rows + thread % kRuns);
+    Walk to(pixels, thread / (kRuns * kColumns), thread / kRuns % kColumns, run), from = to;
     const uint32_t piece = staged + thread / kRuns * kStagedPitch + thread % kRuns * 16;
     constexpr int kHalf = kStagedPixels / 2 * kStagedPitch;  // from the first to the second piece
-    auto place = [&](int part, int second) {
-      const int64_t at = pixels.place(part * 4 + second * 2 + thread / (kRuns * kColumns));
-      return mine && at >= 0 ? at + along : -1;
-    };
-    const uint16_t* residual = static_cast<const uint16_t*>(p.residual);
     Quad old[2] = {};
-    auto fetch = [&](int part) {
+    auto fetch = [&] {
 #pragma unroll
-      for (int second = 0; second < 2; ++second) {
-        const int64_t at = place(part, second);
+      for (int second = 0; second < 2; ++second, from.next()) {
         old[second] = {};
-        if (at >= 0) old[second] = load_table128(residual + at);
+        if (from.inside())
+          old[second] = load_table128(static_cast<const char*>(p.residual) + from.at);
       }
     };
-    if (residual) fetch(0);
+    if (kResidual) fetch();
     barrier();  // all have written out what was here before
 
 #pragma unroll
     for (int part = 0; part < kTiles / 4; ++part) {
       const int buffer = part % 2 * kStagedBytes;
-      if (residual) {
+      if (kResidual) {
 #pragma unroll
         for (int second = 0; second < 2; ++second)
           store_shared128(piece + buffer + second * kHalf, old[second]);
-        if (part + 1 < kTiles / 4) fetch(part + 1);
+        if (part + 1 < kTiles / 4) fetch();
         barrier();
       }
 #pragma unroll
       for (int second = 0; second < 2; ++second) {
         Quad made = {};
         const uint32_t at = cell + buffer + second * kHalf;
-        if (residual) made = load_matrices_transposed(at);
+        if (kResidual) made = load_matrices_transposed(at);
 #pragma unroll
         for (int m = 0; m < 4; ++m) {  // matrices: filters by pixels of one tile row
           const int h = m % 2, row = part * 4 + second * 2 + m / 2;
@@ -108,21 +136,18 @@ template <class T, int kPixels, class Activation> struct Results {
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             v[i] = v[i] * scale[h] + shift[h];
-            if (residual) v[i] += widen<T>(i ? made.v[m] >> 16 : made.v[m] & 0xFFFF);
-            v[i] = activate(v[i]);
+            if (kResidual) v[i] += widen<T>(i ? made.v[m] >> 16 : made.v[m] & 0xFFFF);
           }
-          made.v[m] = narrow_pair<T>(v[0], v[1]);
+          made.v[m] = activate.template pair<T>(v[0], v[1]);
         }
         store_matrices_transposed(at, made);
       }
       barrier();
 #pragma unroll
-      for (int second = 0; second < 2; ++second) {
-        const int64_t at = place(part, second);
-        if (at >= 0)
-          store128(static_cast<uint16_t*>(p.y) + at,
+      for (int second = 0; second < 2; ++second, to.next())
+        if (to.inside())
+          store128(static_cast<char*>(p.y) + to.at,
                    load_shared128(piece + buffer + second * kHalf));
-      }
     }
   }
 };

@@ -8,10 +8,14 @@ namespace hetconv::cuda::wide {
 
 constexpr int kGroupThreads = 128;
 constexpr int kThreads = kGroupThreads * (1 + kWarpgroups);
-constexpr int kHaloThreads = kGroupThreads - 32;
+constexpr int kHaloThreads = kGroupThreads - 32 * kWarpgroups;
 constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;  // 128 * (56 + 2 * 224) of 65536
 constexpr int kStagedBytes = kStagedPixels * kStagedPitch;
 constexpr int kSlotBytes = kSlabBytes;
+// Steps that the first warpgroup computes before the second one begins. From then on one of them
+// multiplies while the other writes results, which takes about as long as these steps: with both at
+// it at a time the matrix units would idle.
+constexpr int kLead = 4;
 
 // Where things lie in shared memory, in bytes from its begin.
 struct Layout {
@@ -23,7 +27,7 @@ struct Layout {
     slabs = halo + p.stages * stage;
     staged = slabs + p.slots * kWarpgroups * kSlotBytes;
     barriers = staged + kWarpgroups * 2 * kStagedBytes;
-    total = barriers + 2 * (p.stages + kWarpgroups * p.slots) * 8;
+    total = barriers + 2 * (p.stages + kWarpgroups * p.slots + 1) * 8;
   }
 };
 
@@ -45,7 +49,8 @@ struct Ring {
   }
 };
 
-// The barriers in shared memory: of the halo's ring, then of the slabs' of each warpgroup.
+// The barriers in shared memory: of the halo's ring, then of the slabs' of each warpgroup, then the
+// one that the second warpgroup begins after.
 struct Barriers {
   uint32_t begin;
   int stages, slots;
@@ -54,6 +59,7 @@ struct Barriers {
   __device__ Ring slabs(int group) const {
     return Ring(begin, begin + (stages + group * slots) * 16, slots);
   }
+  __device__ uint32_t lead() const { return begin + (stages + kWarpgroups * slots) * 16; }
 };
 
 // What a block computes at a time: a tile of a class, with the filters of a pair.

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .. import tables
-from ..errors import HetconvError
+from ..errors import HetconvError, TraceError, mismatch
 from ..nn.base import SupportLayer
 from . import trace
 from .channels import Channels
@@ -26,9 +26,10 @@ from .fold import Folded, Left, fold
 from .frozen_norm import make_ordinary
 from .hooks import calls_of
 from .layout import set_module
-from .narrow import check_narrow, narrow
+from .narrow import Narrow, check_narrow, narrow
 from .order import Reordered, order
-from .planned import planned
+from .planned import PlannedNetwork, planned
+from .replay import check_gpu, replay_on_gpu
 from .trace import as_inputs, check_network
 from .worth import LeftPlain, leave_plain
 
@@ -71,6 +72,7 @@ class OptimizeReport:
         dtype: of weights and activations, where another than the original's was asked for.
         fixed: optional arguments of the forward that the result no longer has: they are fixed to
             their defaults, since the example did not give them.
+        cuda_graph: whether calls on a GPU are captured and replayed.
     """
 
     model: nn.Module
@@ -81,12 +83,15 @@ class OptimizeReport:
     settled: tuple[str, ...] = ()
     dtype: torch.dtype | None = None
     fixed: tuple[str, ...] = ()
+    cuda_graph: bool = False
 
     def __str__(self) -> str:
         lines = [f"outputs compared: {self.match}"]
         if self.dtype is not None:
             name = str(self.dtype).removeprefix("torch.")
             lines.append(f"weights and activations in {name}, outputs in the dtype of the inputs")
+        if self.cuda_graph:
+            lines.append("calls on a GPU are captured in CUDA graphs and replayed")
         if self.fixed:
             lines.append(
                 f"fixed to their defaults, for the example gives no others: {', '.join(self.fixed)}"
@@ -111,6 +116,7 @@ def optimize(
     dtype: torch.dtype | None = None,
     *,
     leave_plain: bool = True,
+    cuda_graph: bool = False,
 ) -> OptimizeReport:
     """Makes a trained network fast for inference.
 
@@ -139,13 +145,19 @@ def optimize(
             caller's: an input in channels_last is the faster one.
         dtype: ``torch.bfloat16`` or ``torch.float16``; None keeps the network's own.
         leave_plain: whether layers may be left plain; False keeps every Support.
+        cuda_graph: whether calls on an NVIDIA GPU are captured, once for each signature of inputs
+            (the latest eight), and replayed. It pays where launches take longer than what they
+            launch: small images, few of them. The network must be traceable as a whole.
 
     Returns:
         The report, with the network as ``report.model``.
 
     Raises:
         InputTypeError: no nn.Module, or no tensor in the example.
-        ArgumentError: the network is in training mode, or the dtype is another one.
+        ArgumentError: the network is in training mode, the dtype is another one, or a CUDA graph
+            is asked for and the example not on a GPU.
+        BackendError: a CUDA graph is asked for, and there is no GPU or a step cannot be captured.
+        TraceError: a CUDA graph is asked for, and the network cannot be traced as a whole.
         VerificationError: the outputs differ by more than rounding.
     """
     trace.check_float(model)
@@ -153,6 +165,8 @@ def optimize(
     inputs = as_inputs(example)
     if dtype is not None:
         check_narrow(dtype)
+    if cuda_graph:
+        check_gpu(inputs)
     work = _Work(copied(model), leave_plain and dtype is None)
     settled = settle(work.root) + make_ordinary(work.root) + _plain_weights(work)
     with torch.no_grad():
@@ -162,12 +176,32 @@ def optimize(
         frozen = tuple(_freeze(work.root))
         if dtype is not None:
             work.root = narrow(work.root, dtype)
+    if cuda_graph:
+        _captured(work)
     matched = work.match
-    if matched is None or result is None or frozen or dtype is not None:
+    if matched is None or result is None or frozen or dtype is not None or cuda_graph:
         matched = verify(model, work.root, inputs, "optimize", dtype)
     parts, untraced = tuple(work.parts), tuple(work.untraced)
     fixed = () if result is None else _fixed_arguments(model, len(inputs))
-    return OptimizeReport(work.root, parts, untraced, frozen, matched, settled, dtype, fixed)
+    return OptimizeReport(
+        work.root, parts, untraced, frozen, matched, settled, dtype, fixed, cuda_graph
+    )
+
+
+def _captured(work: _Work) -> None:
+    """Has the network capture its calls.
+
+    Raises:
+        TraceError: it was not traced as a whole.
+    """
+    body = work.root.body if isinstance(work.root, Narrow) else work.root
+    if not isinstance(body, PlannedNetwork):
+        why = next((left.reason for left in work.untraced), "it is no graph")
+        raise TraceError(
+            mismatch("network for cuda_graph", f"one that is not traced: {why}",
+                     "one that is traced as a whole", "Leave cuda_graph out.")
+        )  # fmt: skip
+    replay_on_gpu(body)
 
 
 def _plain_weights(work: _Work) -> tuple[str, ...]:

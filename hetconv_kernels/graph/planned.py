@@ -24,6 +24,7 @@ from ..backends import forced_code
 from ..observers import observed
 from .program import Frame, Program
 from .program_builder import StepObserver, build_program, tape, taped
+from .replay import CudaGraphs
 from .seen import Operand, Seen, Spec
 
 __all__ = ["PlannedNetwork", "observe_steps", "plan_memory", "release_memory"]
@@ -57,6 +58,9 @@ class PlannedNetwork(fx.GraphModule):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the network."""
+        graphs: CudaGraphs | None = self.__dict__.get("_graphs")
+        if graphs and not kwargs and (signature := graphs.signature(self, args)):
+            return graphs.run(signature, args, super().__call__)
         memory = self.__dict__.get("_memory")
         if memory is None or kwargs or torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)
@@ -86,8 +90,9 @@ class PlannedNetwork(fx.GraphModule):
 
     def recompile(self) -> Any:
         """Makes the code of a graph that was changed; what was recorded of the old one is gone."""
-        if self.__dict__.get("_memory") is not None:
-            self.__dict__["_memory"] = _Memory()
+        for name, new in (("_memory", _Memory), ("_graphs", CudaGraphs)):
+            if self.__dict__.get(name) is not None:
+                self.__dict__[name] = new()
         return super().recompile()
 
     def __reduce__(self) -> Any:
@@ -149,13 +154,14 @@ def observe_steps(network: nn.Module, observer: StepObserver) -> Iterator[None]:
 
 
 def release_memory(network: nn.Module) -> int:
-    """Frees the arenas of a network; the next call takes new ones.
+    """Frees the arenas and CUDA graphs of a network; the next call takes new ones.
 
     Returns:
-        The number of bytes that were freed. Arenas of calls that are running are not among them.
+        The number of bytes that were freed. Arenas of calls that are running are not among them;
+        of CUDA graphs inputs and results are counted.
     """
-    memories = [m.__dict__.get("_memory") for m in network.modules()]
-    return sum(m.release() for m in memories if isinstance(m, _Memory))
+    kept = [m.__dict__.get(name) for m in network.modules() for name in ("_memory", "_graphs")]
+    return sum(each.release() for each in kept if isinstance(each, _Memory | CudaGraphs))
 
 
 class _Plan:

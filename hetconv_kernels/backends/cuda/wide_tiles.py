@@ -31,11 +31,13 @@ _PLANES, _WARPGROUPS, _STAGED = 8, 2, 4 * 32 * 144
 _LINE = 128  # bytes of shared memory a clock
 # Slabs in flight that cover what L2 takes to answer: 64 KB of two warpgroups.
 _DEEP = 4
-# Clocks in which both warpgroups bring 32 pixels from their registers to y, and of starting to.
-_STAGE_CLOCKS, _FINISH_CLOCKS = 120.0, 300.0
+# Clocks in which a warpgroup brings 32 pixels from its registers to y, what its machine code issues
+# (`results` of tests/machine_code.json) and what it waits for, a barrier and staged numbers; and of
+# starting to.
+_RESULT_CLOCKS, _WAIT_CLOCKS, _FINISH_CLOCKS = 94.0, 56.0, 300.0
 # Columns of a halo that are brought side by side, and the instructions of each warp, a clock each:
 # for a pixel in every column, and to begin a halo. Counted in machine code (nvcc 13.0).
-_LANES, _PIECE_CLOCKS, _BEGIN_CLOCKS = 12, 12.5, 150.0
+_LANES, _PIECE_CLOCKS, _BEGIN_CLOCKS = 8, 12.5, 150.0
 # Tiles whose rounds are counted one by one; and those, times pairs, that a 32-bit integer counts.
 _COUNTED, _MOST = 2**16, 2**30
 
@@ -62,7 +64,7 @@ class WideShape(NamedTuple):
         """Dynamic shared memory, as the kernel lays it out."""
         halos = self.stages * _PLANES * self.plane_pitch * 16
         slabs = self.slots * _WARPGROUPS * SLAB * 2
-        return halos + slabs + _STAGED + 16 * (self.stages + 2 * self.slots)
+        return halos + slabs + _STAGED + 16 * (self.stages + 2 * self.slots + 1)
 
 
 class WideTiling(NamedTuple):
@@ -197,7 +199,8 @@ def wide_clocks(
     pixels, cluster = shape.pixels, shape.cluster
     # Bytes that a pair writes.
     stored = (tables.rows >= 0).sum(axis=(1, 2)) * EIGHT * pixels * 2
-    finish = _FINISH_CLOCKS + _STAGE_CLOCKS * pixels / 32
+    finish = _FINISH_CLOCKS + (_RESULT_CLOCKS + _WAIT_CLOCKS) * pixels / 32
+    step = SLAB * pixels / spec.rate
     spans, executed = [], 0
     for line, heads, tiles in zip(classes, tables.heads, tile_counts(classes, batch), strict=True):
         unread = tables.blocks[:, UNREAD]
@@ -206,7 +209,8 @@ def wide_clocks(
         halos, bringing = rows * cols * 128, producer_clocks(rows, cols)
         costs = []
         for (begin, count), written in zip(heads.tolist(), stored.tolist(), strict=True):
-            steps = int(tables.blocks[begin : begin + count, STEP_COUNTS].sum())
+            each = tables.blocks[begin : begin + count, STEP_COUNTS].sum(axis=0)
+            steps = int(each.sum())
             macs = steps * SLAB * pixels
             executed += tiles * macs
             halo = int(halos[begin : begin + count].sum())
@@ -215,26 +219,28 @@ def wide_clocks(
             moved = steps * SLAB * 2 + halo
             port = (read + moved + 2 * written) / _LINE
             fill = (moved - steps * SLAB * 2 * (1 - 1 / cluster) + written) / spec.l2
-            busy = max(macs / spec.rate, port) + finish
+            # One warpgroup multiplies while the other one writes its results.
+            busy = max(steps * step, port, int(each.max()) * step + finish)
             # With one halo in shared memory nothing is fetched while it is computed.
             if shape.stages > 1:
                 costs.append(max(busy, fill, bring))
             else:
                 costs.append(busy + max(halo / spec.l2, bring))
         spans.append((-(-tiles // cluster), np.array(costs)))
-    return _rounds(spans, max(spec.processors // cluster, 1)), executed
+    clocks = _rounds(spans, max(spec.processors // cluster, 1))
+    return clocks + finish if clocks else 0.0, executed  # beside the last one nothing is computed
 
 
 def producer_clocks(rows: IntArray, cols: IntArray) -> npt.NDArray[np.float64]:
-    """Predicts the clocks in which the three warps bring halos of one block, as the kernel does.
+    """Predicts the clocks in which the two warps bring halos of one block, as the kernel does.
 
-    Twelve columns at a time, a pixel of each in turn; six and fewer that are left over have several
+    Eight columns at a time, a pixel of each in turn; four and fewer that are left over have several
     of their rows at a time.
 
-    Example: 30 rows of 10 columns are 30 turns, 17 columns are 30 and, two rows at a time, 15:
+    Example: 30 rows of 8 columns are 30 turns, 10 columns are 30 and, four rows at a time, 8:
 
-        >>> producer_clocks(np.array([30, 30]), np.array([10, 17])).tolist()
-        [525.0, 712.5]
+        >>> producer_clocks(np.array([30, 30]), np.array([8, 10])).tolist()
+        [525.0, 625.0]
 
     Args:
         rows: of each halo.  # [halos]

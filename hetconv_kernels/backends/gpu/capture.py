@@ -22,6 +22,17 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+# What PyTorch's own wrapper asks, without the object that it makes at each call.
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
+def current_stream(device: torch.device) -> int:
+    """Returns the current CUDA stream of a device, as an integer."""
+    if _raw_stream is None:
+        return int(torch.cuda.current_stream(device).cuda_stream)
+    return int(_raw_stream(device.index))
+
+
 def refuse_capture(device: torch.device, what: str) -> None:
     """Refuses to build something while a CUDA graph is being captured.
 
@@ -64,16 +75,17 @@ class DeviceTables:
 
     def lend(self, device: torch.device) -> None:
         """Has the current stream of the device use them; said to the allocator once a stream."""
-        stream = _lent_to(device)
-        if stream is None or stream.cuda_stream in self._streams:
+        place = _lent_to(device)
+        if place is None or place in self._streams:
             return
+        stream = torch.cuda.current_stream(device)
         for tensor in self.tensors:
             tensor.record_stream(stream)
-        self._streams.add(stream.cuda_stream)
+        self._streams.add(place)
 
 
-def _lent_to(device: torch.device) -> torch.cuda.Stream | None:
+def _lent_to(device: torch.device) -> int | None:
     """Returns the current stream; None on the CPU, and under a capture, which pins what it uses."""
     if device.type != "cuda" or capturing(device):
         return None
-    return torch.cuda.current_stream(device)
+    return current_stream(device)

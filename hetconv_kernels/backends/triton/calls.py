@@ -42,12 +42,8 @@ def triton_packer(lowering: Lowering, device: torch.device, dtype: torch.dtype) 
     """
     size = lowering.steps * lowering.plan.block.filters * lowering.plan.block.channels
     grid = (-(-size // _PACK_BLOCK),)
-    launch = Launch(pack_kernel_gather, grid, (_PACK_BLOCK,), 4, 1, device)
-
-    def start(w: Tensor, source: Tensor, slabs: Tensor) -> None:
-        launch(w, source, slabs, source.numel())
-
-    return Packer(lowering.support, lowering.source, start, device, dtype, "triton")
+    launch = Launch(pack_kernel_gather, grid, (_PACK_BLOCK,), 4, 1, device, {3: size})
+    return Packer(lowering.support, lowering.source, launch, device, dtype, "triton")
 
 
 class GatherCall:
@@ -65,6 +61,7 @@ class GatherCall:
         self.device = device = problem.device
         self.spec = spec_of(device)
         self.shape = problem.x_shape if self.back else problem.y_shape
+        self._nothing = 0 in self.shape
         self.axes, self.image = axes_of(problem)
         self.words = upload(lowering.words, device)
         self.starts = upload(lowering.starts, device)
@@ -86,15 +83,16 @@ class GatherCall:
     ) -> Tensor:
         """Runs the kernel.  # [N, F, OH, OW]"""
         y = empty(self.shape, x, self.problem)
-        if not y.numel():
+        if self._nothing:
             return y
         x = in_order(x.resolve_neg(), self._gather)
         if residual is not None:
             residual = self._like(residual)
-        key = (x.stride(), precision(x.dtype), tma_aligned(x, y, residual))
+        aligned = self.choice.box is None or tma_aligned(x, y, residual)
+        key = (x.stride(), precision(x.dtype), aligned)
         start = self._bound.get(key)
         if start is None:
-            start = self._bound[key] = self._bind(x, y, key[2])
+            start = self._bound[key] = self._bind(x, y, aligned)
         frozen = self.problem.frozen_weight
         slabs = self._packer(w, frozen)
         if capturing(self.device):
@@ -179,14 +177,16 @@ class GatherCall:
         most = max(self.problem.batch * rows.pixels * cols.pixels for rows, cols in axes)
         grid = (-(-most // tile.pixels) * lowering.segments, len(axes))
         depth = stages(tile, x.element_size(), self.spec)
-        launch = Launch(fprop_kernel_gather, grid, constants, tile.warps, depth, self.device)
-        rows, table = self.rows(units[1]), self.table(x, y, units)
-        words, starts = self.words, self.starts
-
-        def start(x: Tensor, slabs: Tensor, y: Tensor, *epilogue: Tensor | None) -> None:
-            launch(x, slabs, y, words, starts, rows, table, *epilogue)
-
-        return start
+        tables = self.words, self.starts, self.rows(units[1]), self.table(x, y, units)
+        return Launch(
+            fprop_kernel_gather,
+            grid,
+            constants,
+            tile.warps,
+            depth,
+            self.device,
+            dict(enumerate(tables, 3)),
+        )
 
 
 def refuse_left_out(name: str) -> None:

@@ -16,6 +16,7 @@ from .borders import borders
 from .choice import folds
 from .fprop_tma import fprop_kernel_tma
 from .launch import Launch, interpreted
+from .prepared import MOST_KEPT
 from .tiles import Tile, box_stages, box_warps
 from .wgrad_tma import wgrad_kernel_tma
 
@@ -23,10 +24,6 @@ if TYPE_CHECKING:
     from .calls import GatherCall
     from .wgrad_calls import WgradCall, WgradLaunch
     from .wgrad_lowering import Jobs
-
-
-# Descriptors that one operand keeps; an allocator gives the same few addresses again and again.
-_MOST_KEPT = 64
 
 
 class Address:
@@ -49,8 +46,7 @@ class Address:
 class Descriptor:
     """Makes the descriptors of one operand, one for each address; the rest is checked once.
 
-    Triton's launcher (3.6 to 3.9) encodes them for the hardware at every launch, on the CPU; to
-    hand it encoded ones would mean to replace it. The replay of a CUDA graph encodes nothing.
+    These are Triton's own, for launches that are left to it; see `prepared`.
 
     Args:
         tensor: an example.
@@ -84,7 +80,7 @@ class Descriptor:
                 found.base = tensor
                 return found
             found.base = Address(tensor)
-            if len(self._kept) >= _MOST_KEPT:
+            if len(self._kept) >= MOST_KEPT:
                 self._kept.clear()
             self._kept[place] = found
         return found
@@ -132,10 +128,12 @@ def bind_tma(call: GatherCall, x: Tensor, y: Tensor) -> Callable[..., None]:
         interpreted(),
     )
     warps = box_warps(tile, whole)
-    launch = Launch(fprop_kernel_tma, grid, constants, warps, depth, call.device)
     lists = borders(lowering, axes, call.image, box)
     rows, table = call.rows(y_unit), call.table(x, y, (1, y_unit), lists.places)
     words, starts = upload(lists.words, call.device), upload(lists.starts, call.device)
+    fixed = dict(enumerate((words, starts, rows, table), 5))
+    described = {0: read, 1: slabs_read} | ({} if written is None else {2: written, 3: written})
+    launch = Launch(fprop_kernel_tma, grid, constants, warps, depth, call.device, fixed, described)
 
     def start(
         x: Tensor,
@@ -145,22 +143,10 @@ def bind_tma(call: GatherCall, x: Tensor, y: Tensor) -> Callable[..., None]:
         shift: Tensor | None,
         residual: Tensor | None,
     ) -> None:
-        yd = None if written is None else written(y)
-        rd = None if written is None or residual is None else written(residual)
-        launch(
-            read(x),
-            slabs_read(slabs),
-            yd,
-            rd,
-            y,
-            words,
-            starts,
-            rows,
-            table,
-            scale,
-            shift,
-            None if written is not None else residual,
-        )
+        if whole:
+            launch(x, slabs, y, residual, y, scale, shift, None)
+        else:
+            launch(x, slabs, None, None, y, scale, shift, residual)
 
     return start
 
@@ -171,10 +157,9 @@ def bind_wgrad_tma(call: WgradCall, jobs: Jobs, dy: Tensor, x: Tensor, before: i
     assert box is not None
     y_unit = unit(16 // x.element_size(), dy, jobs.plan.segments.tolist())
     constants = (*box, tile.filters, tile.channels, jobs.taps, y_unit, interpreted())
-    launch = call.launch(wgrad_kernel_tma, jobs, tile, constants)
     tables = call.tables(jobs, dy, x, (1, y_unit), 0, before)
-    dy_read, x_read = _image(dy, (*box, tile.filters)), _image(x, (*box, tile.channels))
-    return lambda dy, x, partials: launch(dy_read(dy), x_read(x), partials, *tables)
+    described = {0: _image(dy, (*box, tile.filters)), 1: _image(x, (*box, tile.channels))}
+    return call.launch(wgrad_kernel_tma, jobs, tile, constants, tables, described)
 
 
 def _image(x: Tensor, block: Sequence[int]) -> Descriptor:

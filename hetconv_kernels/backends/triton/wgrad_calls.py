@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any
 
@@ -64,7 +64,10 @@ class WgradCall:
         )
         self._size = lowering.size
         grid = (-(-self._places.numel() // _REDUCE_BLOCK),)
-        self._reduce = Launch(reduce_kernel_splits, grid, (_REDUCE_BLOCK,), 4, 1, self._device)
+        fixed = {1: self._places, 3: prod(problem.weight_shape), 4: self._size, 5: self._splits}
+        self._reduce = Launch(
+            reduce_kernel_splits, grid, (_REDUCE_BLOCK,), 4, 1, self._device, fixed
+        )
 
     def run(self, dy: Tensor, x: Tensor) -> Tensor:
         """Computes dw in the problem's canonical form, dead entries zero."""
@@ -96,7 +99,7 @@ class WgradCall:
             pin(self._device, self)
         for start in bound:
             start(dy, x, partials)
-        self._reduce(partials, self._places, dw, dw.numel(), self._size, self._splits)
+        self._reduce(partials, dw)
         return dw
 
     def _bind(self, dy: Tensor, x: Tensor, boxed: bool) -> list[WgradLaunch]:
@@ -136,15 +139,22 @@ class WgradCall:
             precision(x.dtype),
             interpreted(),
         )
-        launch = self.launch(wgrad_kernel_gather, jobs, tile, constants)
         tables = self.tables(jobs, dy, x, (x_unit, y_unit), split, before)
-        return lambda dy, x, partials: launch(dy, x, partials, *tables)
+        return self.launch(wgrad_kernel_gather, jobs, tile, constants, tables)
 
-    def launch(self, kernel: Any, jobs: Jobs, tile: Tile, constants: tuple[Any, ...]) -> Launch:
-        """Makes the launch of some jobs."""
+    def launch(
+        self,
+        kernel: Any,
+        jobs: Jobs,
+        tile: Tile,
+        constants: tuple[Any, ...],
+        tables: tuple[Tensor, ...],
+        described: Mapping[int, Any] | None = None,
+    ) -> Launch:
+        """Makes the launch of some jobs, for dy, x and partials."""
         depth = wgrad_stages(tile, jobs.taps, self.problem.dtype.itemsize, self._spec)
-        grid = len(jobs.words), self._splits
-        return Launch(kernel, grid, constants, tile.warps, depth, self._device)
+        grid, fixed = (len(jobs.words), self._splits), dict(enumerate(tables, 3))
+        return Launch(kernel, grid, constants, tile.warps, depth, self._device, fixed, described)
 
     def tables(
         self, jobs: Jobs, dy: Tensor, x: Tensor, units: tuple[int, int], split: int, before: int

@@ -39,6 +39,7 @@ inline int capability() { return 90; }
 using TensorMapEncoder = host::TensorMapEncoder;
 inline TensorMapEncoder tensor_map_encoder() { return host::encode_tiled; }
 inline bool bind_context() { return true; }
+inline int driver_version() { return 13010; }
 
 template <class P>
 const char* launch_bulk(void (*kernel)(P), const P& p, int64_t blocks_x, int64_t blocks_y,

@@ -101,13 +101,6 @@ inline Quad load_matrices_transposed(uint32_t address) {
 
 // Numbers ----------------------------------------------------------------------------------------
 
-inline float greater(float a, float b) {
-  return std::isnan(a) || std::isnan(b) ? NAN : a > b ? a : b;
-}
-inline float lesser(float a, float b) {
-  return std::isnan(a) || std::isnan(b) ? NAN : a < b ? a : b;
-}
-
 inline float as_float(uint32_t bits) {
   float v;
   std::memcpy(&v, &bits, 4);
@@ -150,6 +143,23 @@ template <> inline uint16_t rounded<Half>(float v) {
 }
 template <class T> uint32_t narrow_pair(float first, float second) {
   return rounded<T>(first) | uint32_t(rounded<T>(second)) << 16;
+}
+
+template <class T, class Pick> uint32_t picked_pair(uint32_t a, uint32_t b, Pick pick) {
+  uint32_t found = 0;
+  for (int half = 0; half < 32; half += 16) {
+    const uint32_t bits[2] = {a >> half & 0xFFFF, b >> half & 0xFFFF};
+    const float v[2] = {widen<T>(bits[0]), widen<T>(bits[1])};
+    const bool nan = std::isnan(v[0]) || std::isnan(v[1]);
+    found |= (nan ? 0x7FFFu : bits[pick(v[0], v[1]) ? 0 : 1]) << half;
+  }
+  return found;
+}
+template <class T> uint32_t greater_pair(uint32_t a, uint32_t b) {
+  return picked_pair<T>(a, b, [](float x, float y) { return x > y; });
+}
+template <class T> uint32_t lesser_pair(uint32_t a, uint32_t b) {
+  return picked_pair<T>(a, b, [](float x, float y) { return x < y; });
 }
 
 template <class T> void multiply_all(host::Block&, host::Warp& warp) {

@@ -12,10 +12,12 @@ namespace {
 
 constexpr cuuint64_t kMagic = 0x686574636F6E7678;  // of a map that was encoded
 constexpr int kRank = 4;
+constexpr cuuint64_t kFlag = cuuint64_t(1) << 21;
 
 // What the opaque words of a map hold here.
 struct Fields {
   cuuint64_t magic;
+  cuuint64_t flags;  // which faulty drivers set, and what is encoded has to mend for small tensors
   const char* base;
   cuuint64_t sizes[kRank], strides[kRank - 1];
   cuuint32_t box[kRank];
@@ -61,7 +63,7 @@ CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t ran
     std::fprintf(stderr, "tensor map: %s\n", wrong);
     return CUDA_ERROR_INVALID_VALUE;
   }
-  Fields own{kMagic, static_cast<const char*>(base), {}, {}, {}, 0};
+  Fields own{kMagic, kFlag, static_cast<const char*>(base), {}, {}, {}, 0};
   own.bytes = type == CU_TENSOR_MAP_DATA_TYPE_UINT16 ? 2 : 1;
   std::memcpy(own.sizes, sizes, sizeof own.sizes);
   std::memcpy(own.strides, strides, sizeof own.strides);
@@ -76,6 +78,11 @@ std::vector<char> box_of(const void* map, const int (&corner)[4]) {
   if (uintptr_t(map) % 64) fail("a tensor map at %p, which is not aligned to 64", map);
   std::memcpy(&own, map, sizeof own);
   if (own.magic != kMagic) fail("a tensor map that nobody has encoded");
+  cuuint64_t last = (own.sizes[0] - 1) * own.bytes;
+  for (int i = 0; i + 1 < kRank; ++i) last += (own.sizes[i + 1] - 1) * own.strides[i];
+  if (bool(own.flags & kFlag) != (last + 1 >= 128 * 1024))
+    fail("a tensor map of %llu bytes that was not mended as it should be",
+         static_cast<unsigned long long>(last + 1));
   const int64_t number = own.bytes, line = own.box[0] * number;
   std::vector<char> found(size_t(line) * own.box[1] * own.box[2] * own.box[3], 0);
   char* to = found.data();
