@@ -100,7 +100,9 @@ def test_every_loss_is_shown() -> None:
 
 
 def test_a_case_is_described_in_todays_words() -> None:
-    row = next(r for r in summary.results(summary.LAYERS)["rows"] if r["case"]["name"] == "lose-tiny")
+    row = next(
+        r for r in summary.results(summary.LAYERS)["rows"] if r["case"]["name"] == "lose-tiny"
+    )
     assert row["case"]["note"] != summary.NOTES["lose-tiny"], "the committed file has other words"
     assert summary.describe_case(row["case"]).endswith("dominated by call overhead")
     gone = row["case"] | {"name": "a case that is no more", "note": "as it was"}
