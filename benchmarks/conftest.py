@@ -199,7 +199,7 @@ def pytest_terminal_summary(
                 f"{roof['macs_per_s'] / 1e9:.0f} GMAC/s, {roof['bytes_per_s'] / 1e9:.0f} GB/s"
             )
         terminalreporter.line(
-            "A ratio above 1 means that ours is faster than the rival of that column."
+            "A ratio above 1 means that ours is faster than the baseline of that column."
             if topic != "dispatch"
             else "Extra time of a whole call over nn.Conv2d's, 1×8×2×2."
         )

@@ -9,10 +9,12 @@ from functools import cache
 from pathlib import Path
 
 from benchmarks import table
+from benchmarks.cases import CPU_CASES
 from hetconv_kernels import tables
 from hetconv_kernels.files import Json
 
 HERE = Path(__file__).resolve().parent
+NOTES = {case.name: case.note for case in CPU_CASES}
 LAYERS, PREPACKED, NARROW = "layers-full", "layers-full-prepacked", "layers-full-avx2"
 # The columns of the README's table: (kind, value of the Support) and what people call it; the
 # value None is p = C.
@@ -192,7 +194,10 @@ def marked(found: Json | None) -> str:
 
 
 def describe_case(case: Json) -> str:
-    """Says what a benchmark case is, with the report that it comes from."""
+    """Says what a benchmark case is, with the report that it comes from.
+
+    A case that still exists is described in today's words, not in those of the file.
+    """
     kind, value = case["support"]["kind"], case["support"]["value"]
     kinds = {
         "het": f"HetConv p={value}",
@@ -206,7 +211,8 @@ def describe_case(case: Json) -> str:
     channels = f"{case['c']}" if case["c"] == case["f"] else f"{case['c']} to {case['f']}"
     size = f"{channels} channels, {case['k']}×{case['k']}, {case['h']}²"
     parts = [kinds.get(kind, kind), size, "" if case["dtype"] == "float32" else case["dtype"]]
-    parts += ["under autocast" if case["amp"] else "", case["note"]]
+    note = NOTES.get(case["name"], case["note"])
+    parts += ["under autocast" if case["amp"] else "", note]
     text = ", ".join(part for part in parts if part)
     return f"{text} ([report]({case['issue']}))" if case["issue"] else text
 

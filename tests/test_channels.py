@@ -193,3 +193,29 @@ def test_five_dimensions_that_mix_pixels_with_channels_end_the_way() -> None:
         return x.view(n, 2, 2, h, w).transpose(2, 4).reshape(n, c, h, w)
 
     assert seen(channels_of(Net(mixed))) == [9] * 4
+
+
+def tokens(x):
+    y = x.flatten(2).transpose(1, 2)
+    return torch.cat([y[:, :1], y], 1)[:, 1:].transpose(1, 2).reshape(x.shape)
+
+
+@pytest.mark.parametrize(
+    "middle",
+    [
+        tokens,
+        lambda x: F_.relu(x.flatten(2)).view(x.shape),
+        lambda x: x.flatten(2).softmax(1).view(x.shape),
+        lambda x: (x.flatten(2) + x.view(2, 4, 16).flip(1)).view(x.shape),
+    ],
+    ids=["tokens", "relu", "softmax", "sum"],
+)
+def test_what_reads_channels_in_another_rank_keeps_them(middle) -> None:
+    found = channels_of(Net(middle))
+    assert set(found.of(next(iter(found.layers)))) <= set(found.frozen)
+
+
+def test_an_output_of_another_rank_keeps_its_channels() -> None:
+    found = channels_of(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(2)))
+    assert set(found.frozen.values()) >= {"it is a channel of the output"}
+    assert set(found.of(next(iter(found.layers)))) <= set(found.frozen)

@@ -99,6 +99,16 @@ def test_every_loss_is_shown() -> None:
             assert f"**{row[rival]['ratio']:.2f}**" in shown
 
 
+def test_a_case_is_described_in_todays_words() -> None:
+    row = next(
+        r for r in summary.results(summary.LAYERS)["rows"] if r["case"]["name"] == "lose-tiny"
+    )
+    assert row["case"]["note"] != summary.NOTES["lose-tiny"], "the committed file has other words"
+    assert summary.describe_case(row["case"]).endswith("dominated by call overhead")
+    gone = row["case"] | {"name": "a case that is no more", "note": "as it was"}
+    assert summary.describe_case(gone).endswith("as it was")
+
+
 def test_a_row_that_never_matched_is_shown_as_a_mismatch(monkeypatch: pytest.MonkeyPatch) -> None:
     data = copy.deepcopy(summary.results(summary.LAYERS))
     del data["rows"][0]["dense"]

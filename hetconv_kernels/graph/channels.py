@@ -162,7 +162,11 @@ class Channels:
         if self._shuffle(node, name):
             return
         operands = [n for n in node.all_input_nodes if n in self.wires or n in self._parts]
-        if not operands or ("value" in node.meta and name in SIZES):
+        owners = [self._between[n][0] for n in node.all_input_nodes if n in self._between]
+        if not (operands or owners) or ("value" in node.meta and name in SIZES):
+            return
+        if owners:  # tokens, for example: a value of another rank, and no move reads it
+            self._opaque(node, [*operands, *owners])
             return
         known = shape is not None and (
             self._after(node)

@@ -74,7 +74,7 @@ def het_pairs(p: int = 32, order: str = "blocked") -> Rule:
 
 
 def grouped_pointwise(groups: int, norm: bool = True) -> Rule:
-    """Makes every suitable ``nn.Conv2d`` a grouped K×K and a 1×1 convolution, a rival of HetConv.
+    """Makes every suitable ``nn.Conv2d`` a grouped K×K and a 1×1 convolution, HetConv's baseline.
 
     C·C·K²/groups + C·F multiply-accumulates for each output pixel; where C = F that is
     1/groups + 1/K² of the dense layer, the HetConv paper's ratio. The new layers begin from fresh

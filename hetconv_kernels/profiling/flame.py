@@ -41,7 +41,8 @@ svg rect { stroke: var(--page); stroke-width: .5; }
 svg line { stroke: var(--rule); }
 table { border-collapse: collapse; font-size: .9rem; }
 td, th { border-bottom: 1px solid var(--rule); padding: .2rem .8rem .2rem 0; text-align: left; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td:not(:first-child), th { white-space: nowrap; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; }
 """
 
 
