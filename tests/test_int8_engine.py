@@ -335,6 +335,16 @@ def test_pixels_are_in_vectors_where_groups_are_of_few_filters(isa, monkeypatch)
 
 
 @pytest.mark.skipif("avx512vnni" not in ISAS, reason="needs AVX-512 VNNI")
+@pytest.mark.parametrize("seed", range(3))
+def test_the_page_on_low_precision_counts_as_the_lowering_does(seed):
+    read = np.random.default_rng(seed).random((16, 64)) < 0.3
+    mask = hk.Support.self_grouped(np.arange(64) // 4, read, 3).mask.astype(np.uint8)
+    filters, pixels = (engine._cpu.Int8Plan(mask, "avx512vnni", f) for f in ("filters", "pixels"))
+    assert 2.5 < filters.cost / filters.useful < 2.8
+    assert 1.65 < pixels.cost / pixels.useful < 1.75
+
+
+@pytest.mark.skipif("avx512vnni" not in ISAS, reason="needs AVX-512 VNNI")
 def test_what_several_groups_read_is_gathered_for_each_and_dead_filters_are_bias(monkeypatch):
     take(monkeypatch, "avx512vnni", "pixels")
     mask = np.zeros((21, 9, 3, 3), bool)
