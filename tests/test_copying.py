@@ -128,7 +128,7 @@ def test_an_optimized_network_computes_no_weights_and_packs_none(how: str) -> No
     model, x = changed(how)
     report = hk.optimize(model, x)
     assert {"0.weight", "3.weight", "6.weight"} <= set(report.settled)
-    assert "computed once and for all: 0." in str(report)
+    assert "made ordinary, once and for all: 0." in str(report)
     with torch.inference_mode():
         report.model(x)
         with watched_packings() as seen:
