@@ -26,6 +26,7 @@ from hetconv_kernels import cli
 
 # Blocks that cannot run here, by page, with the reason that the reader sees.
 NOT_RUN = {
+    ("docs/ecosystem.md", "needs torchvision (make external runs more of it)"),
     ("docs/start.md", "needs an NVIDIA GPU"),
     ("docs/start.md", "starts several processes (tests/test_examples.py does)"),
     ("docs/backends/triton.md", "needs an NVIDIA GPU"),
