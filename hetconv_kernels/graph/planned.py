@@ -21,11 +21,10 @@ from ..accuracy import is_strict
 from ..arena import Arena, Lifetime, Recorder, placing
 from ..autograd import transforms_active
 from ..backends import forced_code
-from ..observers import observed
 from .program import Frame, Program
 from .program_builder import StepObserver, build_program, tape, taped
 from .replay import CudaGraphs
-from .seen import Operand, Seen, Spec
+from .seen import Operand, Seen, Spec, describe_arguments
 
 __all__ = ["PlannedNetwork", "observe_steps", "plan_memory", "release_memory"]
 
@@ -224,19 +223,10 @@ class _Memory:
         """Returns what a plan depends on; None where this call must not be planned."""
         if self._surprises > _MOST_SURPRISES or transforms_active():
             return None
-        parts: list[Any] = []
-        wants_gradient = False
-        for value in args:
-            if isinstance(value, Tensor):
-                strided = value.layout is torch.strided
-                if not strided or value.device.type != "cpu" or observed(value):
-                    return None
-                parts.append((value.shape, value.stride(), value.dtype))
-                wants_gradient |= value.requires_grad
-            elif isinstance(value, int | float | str | bool | None):
-                parts.append((type(value), value))
-            else:
-                return None  # containers of tensors
+        described = describe_arguments(args, _on_cpu)
+        if described is None:
+            return None
+        parts, wants_gradient = described
         if self._watched is None:
             self._watched = _watched(network)
         hooks, parameters, modules, inputs = self._watched
@@ -287,6 +277,10 @@ class _Memory:
     def release(self) -> int:
         with self._lock:
             return sum(plan.release() for plan in self._plans.values())
+
+
+def _on_cpu(device: torch.device) -> bool:
+    return device.type == "cpu"
 
 
 def _watched(network: PlannedNetwork) -> tuple[Any, ...]:

@@ -22,7 +22,7 @@ from ..accuracy import is_strict
 from ..autograd import transforms_active
 from ..backends import forced_code
 from ..errors import ArgumentError, BackendError, mismatch
-from ..observers import observed
+from .seen import describe_arguments
 
 # Signatures of inputs whose graphs are kept; the one that was not used for longest goes first.
 MOST_GRAPHS = 8
@@ -116,19 +116,11 @@ class CudaGraphs:
         """Returns what a graph depends on; None where this call must run as the network says."""
         if torch.compiler.is_compiling():
             return None
-        parts: list[Any] = []
-        devices, wants_gradient = set(), False
-        for value in args:
-            if isinstance(value, Tensor):
-                if not on_gpu(value.device) or value.layout is not torch.strided or observed(value):
-                    return None
-                devices.add(value.device)
-                parts.append((value.shape, value.stride(), value.dtype))
-                wants_gradient |= value.requires_grad
-            elif isinstance(value, int | float | str | bool | None):
-                parts.append((type(value), value))
-            else:
-                return None  # containers of tensors
+        described = describe_arguments(args, on_gpu)
+        if described is None:
+            return None
+        parts, wants_gradient = described
+        devices = {value.device for value in args if isinstance(value, Tensor)}
         if len(devices) != 1 or ranges.active or transforms_active():
             return None
         if torch.cuda.is_current_stream_capturing() or torch_module._has_any_global_hook():

@@ -4,13 +4,45 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 from torch.nn import Parameter
 
+from ..observers import observed
+
 _LAST, _ROWS = torch.channels_last, torch.contiguous_format
+
+
+def describe_arguments(
+    args: Sequence[Any], takes: Callable[[torch.device], bool]
+) -> tuple[list[Any], bool] | None:
+    """Describes a call's arguments by what its plan or its graph depends on.
+
+    Args:
+        args: tensors, numbers, strings and None.
+        takes: tells whether a tensor may be on a device.
+
+    Returns:
+        Shape, strides and dtype of each tensor, type and value of the others, and whether one
+        requires a gradient. None for containers, and for tensors that are elsewhere, not strided or
+        observed.
+    """
+    parts: list[Any] = []
+    wants_gradient = False
+    for value in args:
+        if isinstance(value, Tensor):
+            if value.layout is not torch.strided or not takes(value.device) or observed(value):
+                return None
+            parts.append((value.shape, value.stride(), value.dtype))
+            wants_gradient |= value.requires_grad
+        elif isinstance(value, int | float | str | bool | None):
+            parts.append((type(value), value))
+        else:
+            return None
+    return parts, wants_gradient
 
 
 class Spec(NamedTuple):
