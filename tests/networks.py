@@ -117,3 +117,20 @@ def assert_same(before: nn.Module, after: nn.Module, x: Tensor) -> None:
 def kinds(model: nn.Module, kind: type[nn.Module]) -> list[Any]:
     """Lists a network's modules of exactly one class."""
     return [m for m in model.modules() if type(m) is kind]
+
+
+class Forks(nn.Module):
+    """Branches on its input's values, so that nothing traces it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) if x.sum() > 0 else x
+
+
+def equal(first: nn.Module, second: nn.Module, x: Tensor) -> None:
+    """Compares what two networks compute."""
+    with torch.no_grad():
+        torch.testing.assert_close(first(x), second(x))

@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+from networks import equal
 from torch import nn
 from torch.nn.utils import prune
 
@@ -14,11 +15,6 @@ import hetconv_kernels as hk
 from hetconv_kernels.errors import ArgumentError, FileError
 
 pytest.importorskip("safetensors", reason="the safetensors extra is not installed")
-
-
-def equal(first: nn.Module, second: nn.Module, x: torch.Tensor) -> None:
-    with torch.no_grad():
-        torch.testing.assert_close(first(x), second(x))
 
 
 def doubles(module, args, output):

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from networks import NETWORKS, interleaved, network
+from networks import NETWORKS, Forks, equal, interleaved, network
 from torch import nn
 
 import hetconv_kernels as hk
@@ -20,11 +20,6 @@ safetensors = pytest.importorskip("safetensors", reason="the safetensors extra i
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 KEY, DIGEST_KEY = "hetconv_kernels", "hetconv_kernels.digest"
-
-
-def equal(first: nn.Module, second: nn.Module, x: torch.Tensor) -> None:
-    with torch.no_grad():
-        torch.testing.assert_close(first(x), second(x))
 
 
 @pytest.mark.parametrize("form", ["as-it-is", "compact", "het", "optimized"])
@@ -118,15 +113,6 @@ def test_a_pruned_and_a_changed_frequency_layer_come_back(tmp_path) -> None:
     assert found.mix.support == layer.mix.support
     x = torch.randn(1, 4, 6, 6, dtype=torch.float64)
     assert torch.equal(found(x), layer(x))
-
-
-class Forks(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 1)
-
-    def forward(self, x):
-        return self.conv(x) if x.sum() > 0 else x
 
 
 def test_what_cannot_be_traced_needs_its_class(tmp_path) -> None:

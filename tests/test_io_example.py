@@ -7,26 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from networks import Forks, equal
 from torch import nn
 
 import hetconv_kernels as hk
 from hetconv_kernels.errors import ArgumentError, FileError, TraceError
 
 pytest.importorskip("safetensors", reason="safetensors is not installed")
-
-
-class Forks(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 1)
-
-    def forward(self, x):
-        return self.conv(x) if x.sum() > 0 else x
-
-
-def equal(first: nn.Module, second: nn.Module, x: torch.Tensor) -> None:
-    with torch.no_grad():
-        torch.testing.assert_close(first(x), second(x))
 
 
 class Sizes(nn.Module):
