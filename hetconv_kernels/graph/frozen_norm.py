@@ -20,10 +20,11 @@ _BUFFERS = frozenset(("weight", "bias", "running_mean", "running_var"))
 def is_frozen_norm(module: nn.Module | None) -> bool:
     """Tells a batch normalisation that computes the same in both modes and is never trained."""
     return (
-        type(module).__name__ == "FrozenBatchNorm2d"
+        module is not None
+        and type(module).__name__ == "FrozenBatchNorm2d"
         and isinstance(getattr(module, "eps", None), float)
-        and not module._parameters  # type: ignore[union-attr]
-        and module._buffers.keys() >= _BUFFERS  # type: ignore[union-attr]
+        and not module._parameters
+        and module._buffers.keys() >= _BUFFERS
     )
 
 
