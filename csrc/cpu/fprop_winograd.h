@@ -5,12 +5,12 @@
 #pragma once
 #include "fprop_filters.h"
 #include "winograd.h"
-#include "winograd_pooled.h"
+#include "winograd_outputs.h"
 
 namespace hetconv {
 namespace HETCONV_NS {
 
-constexpr size_t kTransformedBytes = 448u << 10;  // of a band, of inputs and sums
+constexpr size_t kTransformedBytes = 384u << 10;  // of a band's inputs
 constexpr int kEnoughTiles = 5 * kMaxPixels;      // for weights that come from far
 
 template <class S, class A> struct WinogradFprop : FiltersFprop<S, A> {
@@ -26,6 +26,11 @@ template <class S, class A> struct WinogradFprop : FiltersFprop<S, A> {
   using Base::rows;
   using Base::xa;
   using Base::ya;
+  // Sums of a chunk: [position][tile][nv * VL], the same room for each number of tiles.
+  template <int NV>
+  static constexpr ptrdiff_t kSumsPitch = (ptrdiff_t(kMaxPixels) * NV | 1) * VL<A>;
+  static constexpr size_t kSumsBytes = size_t(kSumsPitch<2>) * kPositions * sizeof(A);
+
   const Winograd& W;
   int images = 1;  // side by side in one band
 
@@ -36,19 +41,11 @@ template <class S, class A> struct WinogradFprop : FiltersFprop<S, A> {
   struct Place {
     A *band, *inputs, *sums, *scratch;
   };
-  // A band of one call: its images, first output, and size, in outputs and in tiles.
-  struct Block {
-    int64_t n;
-    int images, oy, ox, nr, nc, tr, tc, tiles;
-  };
 
   static int even(int n) { return n + (n & 1); }
   int tiles_of(int r, int c) const { return even(r) / 2 * (even(c) / 2); }
   size_t inputs_bytes(int tiles) const {
     return size_t(position_pitch<A>(tiles, W.widest * VL<A>)) * kPositions * sizeof(A);
-  }
-  static size_t sums_bytes(int tiles) {
-    return size_t(position_pitch<A>(tiles, 2 * VL<A>)) * kPositions * sizeof(A);
   }
   size_t outputs_bytes(int r, int c) const {
     const size_t pixels = size_t(ceil_div(images * r * c, VL<A>)) * VL<A>;
@@ -59,7 +56,7 @@ template <class S, class A> struct WinogradFprop : FiltersFprop<S, A> {
   }
   bool fits(int m, int r, int c) const {
     const int tiles = m * tiles_of(r, c);
-    return inputs_bytes(tiles) + sums_bytes(tiles) <= kTransformedBytes &&
+    return inputs_bytes(tiles) <= kTransformedBytes &&
            m * image_bytes(r, c) <= kImageBlockBytes;
   }
 
@@ -93,7 +90,7 @@ template <class S, class A> struct WinogradFprop : FiltersFprop<S, A> {
   }
   int most_tiles() const { return images * tiles_of(rows, cols); }
   size_t room() const {
-    return images * room_for_image() + inputs_bytes(most_tiles()) + sums_bytes(most_tiles()) +
+    return images * room_for_image() + inputs_bytes(most_tiles()) + kSumsBytes +
            outputs_bytes(rows, cols) + 4 * HETCONV_VECTOR_BYTES;
   }
   Place lay_out(char* memory) const {
@@ -101,19 +98,19 @@ template <class S, class A> struct WinogradFprop : FiltersFprop<S, A> {
     at.band = reinterpret_cast<A*>(memory);
     at.inputs = reinterpret_cast<A*>(memory += images * room_for_image());
     at.sums = reinterpret_cast<A*>(memory += inputs_bytes(most_tiles()));
-    at.scratch = reinterpret_cast<A*>(memory + sums_bytes(most_tiles()));
+    at.scratch = reinterpret_cast<A*>(memory + kSumsBytes);
     return at;
   }
   const A* image(const Place& at, int m) const {
     return at.band + m * (room_for_image() / sizeof(A));
   }
 
-  void pack(const Block& b, const Place& at) const {
+  void pack(const TileBlock& b, const Place& at) const {
     for (int m = 0; m < b.images; ++m)
       pack_channels_last<S, A>(p, reinterpret_cast<const S*>(p.x.data) + (b.n + m) * p.x.sn, ya, xa,
                                b.oy, b.ox, 2 * b.tr, 2 * b.tc, Cb, const_cast<A*>(image(at, m)));
   }
-  void transform(const WinogradUnit& u, const Block& b, const Place& at) const {
+  void transform(const WinogradUnit& u, const TileBlock& b, const Place& at) const {
     const int width = u.vectors * VL<A>;
     const ptrdiff_t pitch = position_pitch<A>(b.tiles, width);
     for (int m = 0; m < b.images; ++m)
@@ -126,7 +123,7 @@ template <class S, class A> struct WinogradFprop : FiltersFprop<S, A> {
 
   // What is not transformed, to scratch: [image][row][column][nv * VL].
   template <int NV>
-  void compute_rest(const FilterSegment& s, const Block& b, const Place& at) const {
+  void compute_rest(const FilterSegment& s, const TileBlock& b, const Place& at) const {
     constexpr int FT = NV * VL<A>;
     const FilterSteps steps = FilterColumns<A>::steps(L, s, off);
     const int tiles = ceil_div(b.nc, kMaxPixels), base = b.nc / tiles, more = b.nc % tiles;
@@ -145,30 +142,25 @@ template <class S, class A> struct WinogradFprop : FiltersFprop<S, A> {
       }
   }
 
-  // The products of all positions, to sums: [position][tile][NV * VL].
+  // The products of all positions for a chunk's tiles, to sums: [position][tile][NV * VL].
   template <int NV>
-  void multiply(const WinogradPart& k, const Block& b, const Place& at, Ahead& ahead) const {
+  void multiply(const WinogradPart& k, const TileBlock& b, const TileChunk& c, const Place& at,
+                const int* filters, Ahead& ahead) const {
     static const int none[2] = {0, 0};
     const int width = W.units[k.unit].vectors * VL<A>, pairs[2] = {k.pairs, 0},
               columns = 4 * k.quads + k.singles + k.pairs;
     const FilterSteps steps{W.offsets + k.off0,     k.quads, k.singles, 0,      0, 0,
                             NV == 1 ? pairs : none, none,    NV == 1,   nullptr};
-    const ptrdiff_t from = position_pitch<A>(b.tiles, width),
-                    to = position_pitch<A>(b.tiles, NV * VL<A>);
-    const int blocks = ceil_div(b.tiles, kMaxPixels), base = b.tiles / blocks,
-              more = b.tiles % blocks;
-    const auto big = products_kernel<NV>(least(base + 1, kMaxPixels)),
-               small = products_kernel<NV>(base);
-    for (int q = 0; q < kPositions; ++q) {
-      const A *a = at.inputs + q * from, *w = packed + k.w0 + ptrdiff_t(q) * columns * 2 * VL<A>;
-      A* o = at.sums + q * to;
-      for (int t = 0; t < blocks; ++t) {
-        const int n = base + (t < more);
-        Ahead::step<false>(ahead);
-        (t < more ? big : small)(a, width, steps, w, o, NV * VL<A>);
-        a += n * width;
-        o += n * NV * VL<A>;
-      }
+    const ptrdiff_t from = position_pitch<A>(b.tiles, width);
+    const auto kernel = products_kernel<NV>(c.tiles);
+    const A *a = at.inputs + ptrdiff_t(c.first) * width, *w = packed + k.w0;
+    TileAt near(b, c.first);
+    int fetched = 0;
+    for (int q = 0; q < kPositions; ++q, a += from, w += ptrdiff_t(columns) * 2 * VL<A>) {
+      Ahead::step<false>(ahead);
+      for (; filters && fetched < (q + 1) * c.tiles / kPositions; ++fetched, near.next(b))
+        fetch_outputs<NV>(p, b, near, filters);
+      kernel(a, width, steps, w, at.sums + q * kSumsPitch<NV>, NV * VL<A>);
     }
   }
   // One vector of filters: two products a load.
@@ -187,72 +179,67 @@ template <class S, class A> struct WinogradFprop : FiltersFprop<S, A> {
     return pairs_product_for(n, std::make_integer_sequence<int, kMaxPixels>());
   }
 
-  // Outputs of one vector of filters: to scratch, where `add` adds to what is there.
-  void to_scratch(const A* m, ptrdiff_t step, ptrdiff_t pitch, const Block& b, A* o, int ft,
-                  bool add) const {
-    for (int i = 0; i < b.images * b.tr; ++i) {
-      const int r = i % b.tr * 2;
-      A* row = o + (ptrdiff_t(i / b.tr) * b.nr + r) * b.nc * ft;
-      for (int t = 0; t < b.tc; ++t, m += step)
-        finish_tile(m, pitch, b.nr - r, b.nc - 2 * t, [&](int y, int x, Vec<A> v) {
-          A* at = row + (ptrdiff_t(y) * b.nc + 2 * t + x) * ft;
-          store<A>(at, add ? v + load<A>(at) : v);
-        });
-    }
-  }
-  // Brings the outputs of a tile of row i near, and what is added to them, for one vector of
-  // filters from f0.
-  HC_INLINE void fetch_outputs(const Problem& p, const Block& b, int i, int t, int f0) {
-    const int64_t n = b.n + i / b.tr;
-    const int r = i % b.tr * 2;
-    const S* y = reinterpret_cast<const S*>(p.y.data) + n * p.y.sn + (b.oy + r) * p.y.sh +
-                 (b.ox + 2 * t) * p.y.sw + f0;
-    const S* res = reinterpret_cast<const S*>(p.res.data) + n * p.res.sn + (b.oy + r) * p.res.sh +
-                   (b.ox + 2 * t) * p.res.sw + f0;
-    for (int k = 0; k < 4; ++k) {
-      __builtin_prefetch(y + k / 2 * p.y.sh + k % 2 * p.y.sw, 1, 3);
-      if (p.res.data) __builtin_prefetch(res + k / 2 * p.res.sh + k % 2 * p.res.sw, 0, 3);
-    }
-  }
-  // The same with shift, residual and ReLU, to the output itself.
-  template <bool ADD, bool RES>
-  void to_output(const A* m, ptrdiff_t step, ptrdiff_t pitch, const Block& b, const A* o, int ft,
-                 const Simple<S, A>& e, int f0) const {
-    for (int i = 0; i < b.images * b.tr; ++i) {
-      const int r = i % b.tr * 2;
-      const int64_t n = b.n + i / b.tr;
-      const A* row = o + (ptrdiff_t(i / b.tr) * b.nr + r) * b.nc * ft;
-      S* y = reinterpret_cast<S*>(p.y.data) + n * p.y.sn + (b.oy + r) * p.y.sh + b.ox * p.y.sw + f0;
-      const S* res = RES ? reinterpret_cast<const S*>(p.res.data) + n * p.res.sn +
-                               (b.oy + r) * p.res.sh + b.ox * p.res.sw + f0
-                         : nullptr;
-      const bool more = i + 1 < b.images * b.tr;
-      for (int t = 0; t < b.tc; ++t, m += step) {
-        if (more) fetch_outputs(p, b, i + 1, t, f0);
-        finish_tile(m, pitch, b.nr - r, b.nc - 2 * t, [&](int dy, int dx, Vec<A> v) {
-          const int x = 2 * t + dx;
-          if (ADD) v += load<A>(row + (ptrdiff_t(dy) * b.nc + x) * ft);
-          Simple<S, A>::put(e, v, y + dy * p.y.sh + x * p.y.sw,
-                            RES ? res + dy * p.res.sh + x * p.res.sw : nullptr);
-        });
+  // Brings the outputs of a tile near, and what is added to them, for NV vectors of filters.
+  template <int NV>
+  HC_INLINE void fetch_outputs(const Problem& p, const TileBlock& b, const TileAt& at,
+                               const int* filters) {
+    const ptrdiff_t y = at.place(b, p.y), res = at.place(b, p.res);
+    for (int v = 0; v < NV; ++v)
+      for (int k = 0; k < 4; ++k) {
+        const S* to = reinterpret_cast<const S*>(p.y.data) + y + filters[v * VL<A>];
+        const S* more = reinterpret_cast<const S*>(p.res.data) + res + filters[v * VL<A>];
+        __builtin_prefetch(to + k / 2 * p.y.sh + k % 2 * p.y.sw, 1, 3);
+        if (p.res.data) __builtin_prefetch(more + k / 2 * p.res.sh + k % 2 * p.res.sw, 0, 3);
       }
-    }
   }
-  // Of a tile at the lower or right edge, the outputs that exist.
-  template <class Put>
-  HC_INLINE void finish_tile(const A* m, ptrdiff_t pitch, int height, int width, const Put& put) {
-    Vec<A> o[4];
-    outputs_of<A>(m, pitch, o);
-    put(0, 0, o[0]);
-    if (width > 1) put(0, 1, o[1]);
-    if (height > 1) {
-      put(1, 0, o[2]);
-      if (width > 1) put(1, 1, o[3]);
+
+  void put(const TileBlock& b, const TileChunk& c, const TileSums<A>& from, bool add,
+           const Lanes<S, A>& lanes) const {
+    if (p.pool) return pool(b, c, add ? from : without_rest(from), lanes);
+    if (!lanes.simple()) return scratch_tiles<A>(b, c, from, add);
+    const Simple<S, A> e(lanes);
+    const int f0 = lanes.filters[0];
+    if (add)
+      p.res.data ? output_tiles<S, A, true, true>(p, b, c, from, e, f0)
+                 : output_tiles<S, A, true, false>(p, b, c, from, e, f0);
+    else
+      p.res.data ? output_tiles<S, A, false, true>(p, b, c, from, e, f0)
+                 : output_tiles<S, A, false, false>(p, b, c, from, e, f0);
+  }
+  static TileSums<A> without_rest(TileSums<A> from) {
+    from.rest = nullptr;
+    return from;
+  }
+  void pool(const TileBlock& b, const TileChunk& c, const TileSums<A>& from,
+            const Lanes<S, A>& lanes) const {
+    if (lanes.simple())
+      pool_tiles<S, A>(p, b, c, from, Simple<S, A>(lanes), lanes.filters[0]);
+    else
+      pool_tiles<S, A>(p, b, c, from, lanes, 0);
+  }
+
+  // What a part adds to, or makes of, its segment's filters: chunk by chunk, so that the sums of
+  // the second product still find those of the first in the first cache.
+  template <int PV>
+  void part(const WinogradPart& k, const FilterSegment& s, const Lanes<S, A>* lanes, bool rest,
+            const TileBlock& b, const Place& at, Ahead& ahead) const {
+    const int ft = s.nv * VL<A>, chunks = ceil_div(b.tiles, kMaxPixels);
+    const int* fetched = p.pool || p.y.sc != 1 ? nullptr : lanes[k.vector].filters;
+    for (int i = 0; i < chunks; ++i) {
+      const int first = int(int64_t(b.tiles) * i / chunks);
+      const TileChunk c{first, int(int64_t(b.tiles) * (i + 1) / chunks) - first};
+      multiply<PV>(k, b, c, at, fetched, ahead);
+      for (int j = 0; j < PV; ++j) {
+        const int v = k.vector + j;
+        const TileSums<A> from{at.sums + j * VL<A>, PV * VL<A>, kSumsPitch<PV>,
+                               at.scratch + v * VL<A>, ft};
+        put(b, c, from, rest, lanes[v]);
+      }
     }
   }
 
   template <int NV>
-  void segment(int number, const Block& b, const Place& at, int* held, Ahead& ahead) const {
+  void segment(int number, const TileBlock& b, const Place& at, int* held, Ahead& ahead) const {
     constexpr int FT = NV * VL<A>;
     const FilterSegment& s = L.segments[number];
     const int* filters = L.filters + s.filter0;
@@ -263,59 +250,29 @@ template <class S, class A> struct WinogradFprop : FiltersFprop<S, A> {
         covered < s.nv || s.quads + s.singles + s.split + s.straight + s.turned > 0 || s.paired();
     if (rest) compute_rest<NV>(s, b, at);
     const Out<A> out = out_of<A>(p);
+    const auto lanes_of = [&](int v) {
+      v = least(v, NV - 1);
+      return Lanes<S, A>(out, filters + v * VL<A>, least(VL<A>, s.lanes - v * VL<A>), s.contiguous);
+    };
+    const Lanes<S, A> lanes[2] = {lanes_of(0), lanes_of(1)};
     bool done[2] = {false, false};
     for (const WinogradPart* k = first; k < last; ++k) {
       if (*held != k->unit) transform(W.units[k->unit], b, at);
       *held = k->unit;
-      for (int v = k->vector; !p.pool && p.y.sc == 1 && v < k->vector + k->nv; ++v)
-        for (int t = 0; t < b.tc; ++t) fetch_outputs(p, b, 0, t, filters[v * VL<A>]);
       if (k->nv == 2)
-        multiply<2>(*k, b, at, ahead);
+        part<2>(*k, s, lanes, rest, b, at, ahead);
       else
-        multiply<1>(*k, b, at, ahead);
-      const int step = k->nv * VL<A>;
-      const ptrdiff_t pitch = position_pitch<A>(b.tiles, step);
-      for (int j = 0; j < k->nv; ++j) {
-        const int v = k->vector + j;
-        const A* m = at.sums + j * VL<A>;
-        const Lanes<S, A> lanes(out, filters + v * VL<A>, least(VL<A>, s.lanes - v * VL<A>),
-                                s.contiguous);
-        A* o = at.scratch + v * VL<A>;
-        done[v] = lanes.simple() || p.pool;
-        if (p.pool) {
-          pool(b, TileSums<A>{m, step, pitch, rest ? o : nullptr, FT}, lanes);
-          continue;
-        }
-        if (!done[v]) {
-          to_scratch(m, step, pitch, b, o, FT, rest);
-          continue;
-        }
-        const Simple<S, A> e(lanes);
-        const int f0 = filters[v * VL<A>];
-        if (rest)
-          p.res.data ? to_output<true, true>(m, step, pitch, b, o, FT, e, f0)
-                     : to_output<true, false>(m, step, pitch, b, o, FT, e, f0);
-        else
-          p.res.data ? to_output<false, true>(m, step, pitch, b, o, FT, e, f0)
-                     : to_output<false, false>(m, step, pitch, b, o, FT, e, f0);
-      }
+        part<1>(*k, s, lanes, rest, b, at, ahead);
+      for (int v = k->vector; v < k->vector + k->nv; ++v) done[v] = p.pool || lanes[v].simple();
     }
     if (!p.pool) return emit<NV>(s, b, at, done);
-    for (int v = 0; v < s.nv; ++v)
+    for (int v = 0; v < NV; ++v)
       if (!done[v])
-        pool(
-            b, TileSums<A>{nullptr, 0, 0, at.scratch + v * VL<A>, FT},
-            Lanes<S, A>(out, filters + v * VL<A>, least(VL<A>, s.lanes - v * VL<A>), s.contiguous));
-  }
-  void pool(const Block& b, const TileSums<A>& from, const Lanes<S, A>& lanes) const {
-    if (lanes.simple())
-      pool_tiles<S, A>(p, b, from, Simple<S, A>(lanes), lanes.filters[0]);
-    else
-      pool_tiles<S, A>(p, b, from, lanes, 0);
+        pool(b, {0, b.tiles}, TileSums<A>{nullptr, 0, 0, at.scratch + v * VL<A>, FT}, lanes[v]);
   }
   // What is not yet in the output goes there from scratch.
   template <int NV>
-  void emit(const FilterSegment& s, const Block& b, const Place& at, const bool* done) const {
+  void emit(const FilterSegment& s, const TileBlock& b, const Place& at, const bool* done) const {
     constexpr int FT = NV * VL<A>;
     const int* filters = L.filters + s.filter0;
     const Out<A> out = out_of<A>(p);
@@ -340,18 +297,18 @@ template <class S, class A> struct WinogradFprop : FiltersFprop<S, A> {
     }
   }
 
-  void compute(const Block& b, const Place& at, int s0, int s1, int* held, Ahead& ahead) const {
+  void compute(const TileBlock& b, const Place& at, int s0, int s1, int* held, Ahead& ahead) const {
     for (int s = s0; s < s1; ++s)
       if (L.segments[s].nv == 2)
         segment<2>(s, b, at, held, ahead);
       else
         segment<1>(s, b, at, held, ahead);
   }
-  Block block_of(int64_t n, int m, int oy, int ox, int nr, int nc) const {
+  TileBlock block_of(int64_t n, int m, int oy, int ox, int nr, int nc) const {
     const int tr = even(nr) / 2, tc = even(nc) / 2;
     return {n, m, oy, ox, nr, nc, tr, tc, m * tr * tc};
   }
-  Block block(int64_t unit, int64_t bands, int64_t strips) const {
+  TileBlock block(int64_t unit, int64_t bands, int64_t strips) const {
     const int64_t n = unit / (bands * strips) * images;
     const int oy = int(unit / strips % bands) * rows, ox = int(unit % strips) * cols;
     return block_of(n, int(least<int64_t>(images, p.N - n)), oy, ox, least(rows, p.Ho - oy),
@@ -373,7 +330,7 @@ template <class S, class A> struct WinogradFprop : FiltersFprop<S, A> {
       int held = -1;
       for (int64_t task = queue.take(self); task >= 0; task = queue.take(self)) {
         const int64_t unit = task / shares, share = task % shares;
-        const Block b = block(unit, bands, strips);
+        const TileBlock b = block(unit, bands, strips);
         if (packed_unit != unit) {
           pack(b, at);
           held = -1;
@@ -383,7 +340,7 @@ template <class S, class A> struct WinogradFprop : FiltersFprop<S, A> {
         const int64_t following = queue.expected(self), next = following / shares;
         Ahead ahead;
         if (following >= 0 && next != unit) {
-          const Block f = block(next, bands, strips);
+          const TileBlock f = block(next, bands, strips);
           ahead = this->input_of(f.n, f.oy, f.ox, 1);
           ahead.spread(int64_t(s1 - s0) * kPositions * ceil_div(b.tiles, kMaxPixels));
         }
