@@ -167,7 +167,7 @@ void forget_idle_strides(Problem* p) {
 
 bool fprop(const Plan& plan, const Packed& packed, Problem p) {
   if (plan.lowered().winograd && (p.sh != 1 || p.sw != 1 || p.dh != 1 || p.dw != 1))
-    throw std::invalid_argument("form 'winograd' is for stride 1 and dilation 1");
+    throw std::invalid_argument("Winograd's forms are for stride 1 and dilation 1");
   if (p.N == 0 || p.F == 0 || p.Ho <= 0 || p.Wo <= 0) return true;
   p.threads = usable_threads(p.threads);
   forget_idle_strides(&p);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// fprop by Winograd's F(2x2, 3x3) with filters in vectors (see winograd.h). Tasks are (images, band
+// fprop by Winograd's F(MxM, 3x3) with filters in vectors (see winograd.h). Tasks are (images, band
 // of rows, strip of columns, share of the segments); a band is packed as ever, and what is not
 // transformed is computed from it first.
 #pragma once
@@ -13,7 +13,7 @@ namespace HETCONV_NS {
 constexpr size_t kTransformedBytes = 384u << 10;  // of a band's inputs
 constexpr int kEnoughTiles = 5 * kMaxPixels;      // for weights that come from far
 
-template <class S, class A> struct WinogradFprop : FiltersFprop<S, A> {
+template <class S, class A, int M> struct WinogradFprop : FiltersFprop<S, A> {
   using Base = FiltersFprop<S, A>;
   using Base::Cb;
   using Base::cols;
@@ -26,6 +26,7 @@ template <class S, class A> struct WinogradFprop : FiltersFprop<S, A> {
   using Base::rows;
   using Base::xa;
   using Base::ya;
+  static constexpr int kPositions = positions(M);
   // Sums of a chunk: [position][tile][nv * VL], the same room for each number of tiles.
   template <int NV>
   static constexpr ptrdiff_t kSumsPitch = (ptrdiff_t(kMaxPixels) * NV | 1) * VL<A>;
@@ -42,8 +43,15 @@ template <class S, class A> struct WinogradFprop : FiltersFprop<S, A> {
     A *band, *inputs, *sums, *scratch;
   };
 
-  static int even(int n) { return n + (n & 1); }
-  int tiles_of(int r, int c) const { return even(r) / 2 * (even(c) / 2); }
+  // What is brought near ahead of its use: the outputs of a chunk, from the first of its filters.
+  struct Outputs {
+    TileChunk tiles;
+    const int* filters;
+  };
+
+  static int in_tiles(int n) { return ceil_div(n, M); }
+  static int whole(int n) { return in_tiles(n) * M; }
+  int tiles_of(int r, int c) const { return in_tiles(r) * in_tiles(c); }
   size_t inputs_bytes(int tiles) const {
     return size_t(position_pitch<A>(tiles, W.widest * VL<A>)) * kPositions * sizeof(A);
   }
@@ -52,7 +60,7 @@ template <class S, class A> struct WinogradFprop : FiltersFprop<S, A> {
     return pixels * 2 * VL<A> * 2 * sizeof(A);
   }
   size_t image_bytes(int r, int c) const {
-    return size_t(even(r) + 2) * size_t(even(c) + 2) * size_t(Cb) * sizeof(A);
+    return size_t(whole(r) + 2) * size_t(whole(c) + 2) * size_t(Cb) * sizeof(A);
   }
   bool fits(int m, int r, int c) const {
     const int tiles = m * tiles_of(r, c);
@@ -63,16 +71,16 @@ template <class S, class A> struct WinogradFprop : FiltersFprop<S, A> {
   void choose_band() {
     Cb = ceil_div(p.C, VL<A>) * VL<A>;
     if (int64_t(Cb) * sizeof(A) % 1024 == 0) Cb += VL<A>;
-    rows = least(2, p.Ho);
+    rows = least(M, p.Ho);
     cols = p.Wo;
-    while (cols > 2 && !fits(1, rows, cols)) cols = even(ceil_div(cols, 2));
-    while (rows < p.Ho && fits(1, rows + 2, cols) &&
-           (image_bytes(rows + 2, cols) <= kBandBytes || tiles_of(rows, cols) < 2 * kMaxPixels))
-      rows += 2;
+    while (cols > M && !fits(1, rows, cols)) cols = whole(ceil_div(cols, 2));
+    while (rows < p.Ho && fits(1, rows + M, cols) &&
+           (image_bytes(rows + M, cols) <= kBandBytes || tiles_of(rows, cols) < 2 * kMaxPixels))
+      rows += M;
     const int64_t strips = ceil_div(p.Wo, cols);
     int64_t bands = ceil_div(p.Ho, rows);
-    if (p.N * strips * bands < p.threads) bands = least<int64_t>(ceil_div(p.Ho, 2), bands * 2);
-    rows = least(p.Ho, even(int(ceil_div<int64_t>(p.Ho, bands))));
+    if (p.N * strips * bands < p.threads) bands = least<int64_t>(in_tiles(p.Ho), bands * 2);
+    rows = least(p.Ho, whole(int(ceil_div<int64_t>(p.Ho, bands))));
     // Several small images, as long as every thread has some.
     if (rows == p.Ho && cols == p.Wo) {
       const int64_t most_images = p.N / most(1, p.threads);
@@ -82,7 +90,7 @@ template <class S, class A> struct WinogradFprop : FiltersFprop<S, A> {
       images = int(ceil_div<int64_t>(p.N, ceil_div<int64_t>(p.N, images)));
     }
     this->direct = false;
-    this->lay_axes(even(rows), even(cols));
+    this->lay_axes(whole(rows), whole(cols));
   }
 
   size_t room_for_image() const {
@@ -108,7 +116,7 @@ template <class S, class A> struct WinogradFprop : FiltersFprop<S, A> {
   void pack(const TileBlock& b, const Place& at) const {
     for (int m = 0; m < b.images; ++m)
       pack_channels_last<S, A>(p, reinterpret_cast<const S*>(p.x.data) + (b.n + m) * p.x.sn, ya, xa,
-                               b.oy, b.ox, 2 * b.tr, 2 * b.tc, Cb, const_cast<A*>(image(at, m)));
+                               b.oy, b.ox, M * b.tr, M * b.tc, Cb, const_cast<A*>(image(at, m)));
   }
   void transform(const WinogradUnit& u, const TileBlock& b, const Place& at) const {
     const int width = u.vectors * VL<A>;
@@ -116,8 +124,8 @@ template <class S, class A> struct WinogradFprop : FiltersFprop<S, A> {
     for (int m = 0; m < b.images; ++m)
       for (int r = 0; r < b.tr; ++r)
         for (int v = 0; v < u.vectors; ++v)
-          transform_inputs<A>(
-              image(at, m) + 2 * r * in_row + W.from[u.from0 + v], in_row, in_pixel, b.tc,
+          transform_inputs<A, M>(
+              image(at, m) + M * r * in_row + W.from[u.from0 + v], in_row, in_pixel, b.tc,
               at.inputs + (ptrdiff_t(m) * b.tr + r) * b.tc * width + v * VL<A>, width, pitch);
   }
 
@@ -145,7 +153,7 @@ template <class S, class A> struct WinogradFprop : FiltersFprop<S, A> {
   // The products of all positions for a chunk's tiles, to sums: [position][tile][NV * VL].
   template <int NV>
   void multiply(const WinogradPart& k, const TileBlock& b, const TileChunk& c, const Place& at,
-                const int* filters, Ahead& ahead) const {
+                const Outputs& next, Ahead& ahead) const {
     static const int none[2] = {0, 0};
     const int width = W.units[k.unit].vectors * VL<A>, pairs[2] = {k.pairs, 0},
               columns = 4 * k.quads + k.singles + k.pairs;
@@ -154,12 +162,12 @@ template <class S, class A> struct WinogradFprop : FiltersFprop<S, A> {
     const ptrdiff_t from = position_pitch<A>(b.tiles, width);
     const auto kernel = products_kernel<NV>(c.tiles);
     const A *a = at.inputs + ptrdiff_t(c.first) * width, *w = packed + k.w0;
-    TileAt near(b, c.first);
+    TileAt<M> near(b, next.tiles.first);
     int fetched = 0;
     for (int q = 0; q < kPositions; ++q, a += from, w += ptrdiff_t(columns) * 2 * VL<A>) {
       Ahead::step<false>(ahead);
-      for (; filters && fetched < (q + 1) * c.tiles / kPositions; ++fetched, near.next(b))
-        fetch_outputs<NV>(p, b, near, filters);
+      for (; fetched < (q + 1) * next.tiles.tiles / kPositions; ++fetched, near.next(b))
+        fetch_outputs<NV>(p, b, near, next.filters);
       kernel(a, width, steps, w, at.sums + q * kSumsPitch<NV>, NV * VL<A>);
     }
   }
@@ -181,30 +189,30 @@ template <class S, class A> struct WinogradFprop : FiltersFprop<S, A> {
 
   // Brings the outputs of a tile near, and what is added to them, for NV vectors of filters.
   template <int NV>
-  HC_INLINE void fetch_outputs(const Problem& p, const TileBlock& b, const TileAt& at,
+  HC_INLINE void fetch_outputs(const Problem& p, const TileBlock& b, const TileAt<M>& at,
                                const int* filters) {
     const ptrdiff_t y = at.place(b, p.y), res = at.place(b, p.res);
     for (int v = 0; v < NV; ++v)
-      for (int k = 0; k < 4; ++k) {
+      HC_UNROLL for (int k = 0; k < M * M; ++k) {
         const S* to = reinterpret_cast<const S*>(p.y.data) + y + filters[v * VL<A>];
         const S* more = reinterpret_cast<const S*>(p.res.data) + res + filters[v * VL<A>];
-        __builtin_prefetch(to + k / 2 * p.y.sh + k % 2 * p.y.sw, 1, 3);
-        if (p.res.data) __builtin_prefetch(more + k / 2 * p.res.sh + k % 2 * p.res.sw, 0, 3);
+        __builtin_prefetch(to + k / M * p.y.sh + k % M * p.y.sw, 1, 2);
+        if (p.res.data) __builtin_prefetch(more + k / M * p.res.sh + k % M * p.res.sw, 0, 2);
       }
   }
 
   void put(const TileBlock& b, const TileChunk& c, const TileSums<A>& from, bool add,
            const Lanes<S, A>& lanes) const {
     if (p.pool) return pool(b, c, add ? from : without_rest(from), lanes);
-    if (!lanes.simple()) return scratch_tiles<A>(b, c, from, add);
+    if (!lanes.simple()) return scratch_tiles<A, M>(b, c, from, add);
     const Simple<S, A> e(lanes);
     const int f0 = lanes.filters[0];
     if (add)
-      p.res.data ? output_tiles<S, A, true, true>(p, b, c, from, e, f0)
-                 : output_tiles<S, A, true, false>(p, b, c, from, e, f0);
+      p.res.data ? output_tiles<S, A, M, true, true>(p, b, c, from, e, f0)
+                 : output_tiles<S, A, M, true, false>(p, b, c, from, e, f0);
     else
-      p.res.data ? output_tiles<S, A, false, true>(p, b, c, from, e, f0)
-                 : output_tiles<S, A, false, false>(p, b, c, from, e, f0);
+      p.res.data ? output_tiles<S, A, M, false, true>(p, b, c, from, e, f0)
+                 : output_tiles<S, A, M, false, false>(p, b, c, from, e, f0);
   }
   static TileSums<A> without_rest(TileSums<A> from) {
     from.rest = nullptr;
@@ -213,22 +221,29 @@ template <class S, class A> struct WinogradFprop : FiltersFprop<S, A> {
   void pool(const TileBlock& b, const TileChunk& c, const TileSums<A>& from,
             const Lanes<S, A>& lanes) const {
     if (lanes.simple())
-      pool_tiles<S, A>(p, b, c, from, Simple<S, A>(lanes), lanes.filters[0]);
+      pool_tiles<S, A, M>(p, b, c, from, Simple<S, A>(lanes), lanes.filters[0]);
     else
-      pool_tiles<S, A>(p, b, c, from, lanes, 0);
+      pool_tiles<S, A, M>(p, b, c, from, lanes, 0);
   }
 
   // What a part adds to, or makes of, its segment's filters: chunk by chunk, so that the sums of
   // the second product still find those of the first in the first cache.
+  // following: the filters whose outputs are made next, or null.
   template <int PV>
   void part(const WinogradPart& k, const FilterSegment& s, const Lanes<S, A>* lanes, bool rest,
-            const TileBlock& b, const Place& at, Ahead& ahead) const {
+            const int* following, const TileBlock& b, const Place& at, Ahead& ahead) const {
     const int ft = s.nv * VL<A>, chunks = ceil_div(b.tiles, kMaxPixels);
-    const int* fetched = p.pool || p.y.sc != 1 ? nullptr : lanes[k.vector].filters;
-    for (int i = 0; i < chunks; ++i) {
+    const auto chunk = [&](int i) {
       const int first = int(int64_t(b.tiles) * i / chunks);
-      const TileChunk c{first, int(int64_t(b.tiles) * (i + 1) / chunks) - first};
-      multiply<PV>(k, b, c, at, fetched, ahead);
+      return TileChunk{first, int(int64_t(b.tiles) * (i + 1) / chunks) - first};
+    };
+    const bool fetch = !p.pool && p.y.sc == 1;
+    for (int i = 0; i < chunks; ++i) {
+      const TileChunk c = chunk(i);
+      const bool last = i + 1 == chunks;
+      Outputs next{chunk(last ? 0 : i + 1), last ? following : lanes[k.vector].filters};
+      if (!fetch || !next.filters) next.tiles.tiles = 0;
+      multiply<PV>(k, b, c, at, next, ahead);
       for (int j = 0; j < PV; ++j) {
         const int v = k.vector + j;
         const TileSums<A> from{at.sums + j * VL<A>, PV * VL<A>, kSumsPitch<PV>,
@@ -255,14 +270,18 @@ template <class S, class A> struct WinogradFprop : FiltersFprop<S, A> {
       return Lanes<S, A>(out, filters + v * VL<A>, least(VL<A>, s.lanes - v * VL<A>), s.contiguous);
     };
     const Lanes<S, A> lanes[2] = {lanes_of(0), lanes_of(1)};
+    const auto following = [&](const WinogradPart* k) -> const int* {
+      if (++k == W.parts + W.nparts) return nullptr;
+      return L.filters + L.segments[k->segment].filter0 + k->vector * VL<A>;
+    };
     bool done[2] = {false, false};
     for (const WinogradPart* k = first; k < last; ++k) {
       if (*held != k->unit) transform(W.units[k->unit], b, at);
       *held = k->unit;
       if (k->nv == 2)
-        part<2>(*k, s, lanes, rest, b, at, ahead);
+        part<2>(*k, s, lanes, rest, following(k), b, at, ahead);
       else
-        part<1>(*k, s, lanes, rest, b, at, ahead);
+        part<1>(*k, s, lanes, rest, following(k), b, at, ahead);
       for (int v = k->vector; v < k->vector + k->nv; ++v) done[v] = p.pool || lanes[v].simple();
     }
     if (!p.pool) return emit<NV>(s, b, at, done);
@@ -305,7 +324,7 @@ template <class S, class A> struct WinogradFprop : FiltersFprop<S, A> {
         segment<1>(s, b, at, held, ahead);
   }
   TileBlock block_of(int64_t n, int m, int oy, int ox, int nr, int nc) const {
-    const int tr = even(nr) / 2, tc = even(nc) / 2;
+    const int tr = in_tiles(nr), tc = in_tiles(nc);
     return {n, m, oy, ox, nr, nc, tr, tc, m * tr * tc};
   }
   TileBlock block(int64_t unit, int64_t bands, int64_t strips) const {
@@ -350,12 +369,16 @@ template <class S, class A> struct WinogradFprop : FiltersFprop<S, A> {
   }
 };
 
-// False: what is to be pooled is no tile; nothing was written.
+// False: tiles are not made of what is to be pooled; nothing was written.
 template <class S, class A>
 static bool fprop_winograd(const Lowered& L, OffsetCache* cache, const Problem& p,
                            const void* packed) {
   if (p.pool && !pools_tiles(p)) return false;
-  WinogradFprop<S, A>(L, p, static_cast<const A*>(packed)).run(cache);
+  const A* weights = static_cast<const A*>(packed);
+  if (L.winograd->tile == 2)
+    WinogradFprop<S, A, 2>(L, p, weights).run(cache);
+  else
+    WinogradFprop<S, A, 4>(L, p, weights).run(cache);
   return true;
 }
 

@@ -8,6 +8,7 @@
 #include "threads.h"
 #include "vec.h"
 #include "winograd.h"
+#include "winograd_transforms.h"
 
 namespace hetconv {
 namespace HETCONV_NS {
@@ -121,26 +122,7 @@ static void pack_tile(const Lowered& L, const PixelTile& t, const WeightView& v,
   }
 }
 
-// G g G^T, position by position, computed in double: out is that of position 0, `pitch` apart.
-template <class S, class A>
-static void pack_transformed(const S* g, int64_t sh, int64_t sw, A* out, ptrdiff_t pitch) {
-  double t[4][3];
-  for (int x = 0; x < 3; ++x) {
-    const double a = double(widen(g[x * sw])), b = double(widen(g[sh + x * sw])),
-                 c = double(widen(g[2 * sh + x * sw]));
-    t[0][x] = a;
-    t[1][x] = (a + b + c) / 2;
-    t[2][x] = (a - b + c) / 2;
-    t[3][x] = c;
-  }
-  for (int y = 0; y < 4; ++y) {
-    const double a = t[y][0], b = t[y][1], c = t[y][2];
-    const double row[4] = {a, (a + b + c) / 2, (a - b + c) / 2, c};
-    for (int x = 0; x < 4; ++x) out[(4 * y + x) * pitch] = A(row[x]);
-  }
-}
-
-template <class S, class A>
+template <class S, class A, int M>
 static void pack_part(const Lowered& L, const WinogradPart& k, const WeightView& v, A* out) {
   const S* w = reinterpret_cast<const S*>(v.data);
   const FilterSegment& s = L.segments[k.segment];
@@ -160,9 +142,9 @@ static void pack_part(const Lowered& L, const WinogradPart& k, const WeightView&
       const bool taken = k.nv == 2 || (L.winograd->taken[k.off0 + q] & (l % 2 ? kUpper : kLower));
       const int f = taken && lane < s.lanes ? L.filters[s.filter0 + lane] : -1;
       if (f >= 0 && channel < L.C && L.winograd->whole[int64_t(f) * L.C + channel])
-        pack_transformed<S, A>(w + f * v.sf + channel * v.sc, v.sh, v.sw, to, pitch);
+        transform_weight<S, A, M>(w + f * v.sf + channel * v.sc, v.sh, v.sw, to, pitch);
       else
-        for (int i = 0; i < kPositions; ++i) to[i * pitch] = A(0);
+        for (int i = 0; i < positions(M); ++i) to[i * pitch] = A(0);
     }
 }
 
@@ -178,7 +160,7 @@ static void pack_all(const Lowered& L, const WeightView& v, A* out, int threads)
   if (!L.winograd) return;
   each_in_parallel(L.winograd->nparts, threads, [&](int64_t i) {
     const WinogradPart& k = L.winograd->parts[i];
-    pack_part<S, A>(L, k, v, out + k.w0);
+    (L.winograd->tile == 2 ? pack_part<S, A, 2> : pack_part<S, A, 4>)(L, k, v, out + k.w0);
   });
 }
 

@@ -70,7 +70,7 @@ Plan::Plan(const uint8_t* mask, int F, int C, int KH, int KW, DType dtype, const
     lower(form);
     cost_ = cost_of_form();
   }
-  if (form == "winograd") cost_ += winograd_cost();
+  if (tile_of(form)) cost_ += winograd_cost();
   finish();
 }
 
@@ -79,8 +79,8 @@ void Plan::lower(const std::string& form) {
     lower_filters();
   else if (form == "columns")
     lower_columns();
-  else if (form == "winograd")
-    lower_winograd();
+  else if (tile_of(form))
+    lower_winograd(tile_of(form));
   else if (form == "pixel pairs" && pairs() && fits_pixel_pairs())
     lower_pixel_pairs();
   else
@@ -93,9 +93,13 @@ double Plan::cost_of_form() const {
 }
 
 bool is_form(const std::string& name) {
-  for (const char* known : {"auto", "filters", "pixels", "columns", "winograd", "pixel pairs"})
+  for (const char* known : {"auto", "filters", "pixels", "columns", "pixel pairs"})
     if (name == known) return true;
-  return false;
+  return tile_of(name) != 0;
+}
+
+int tile_of(const std::string& form) {
+  return form == "winograd 2x2" ? 2 : form == "winograd 4x4" ? 4 : 0;
 }
 
 Plan::~Plan() = default;

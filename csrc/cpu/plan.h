@@ -32,9 +32,9 @@ class Plan {
  public:
   // mask: F * C * KH * KW bytes, non-zero = the weight exists. form: "auto", "filters", "pixels"
   // (tiles of filters with the same columns) or "columns" (tiles of columns with the same filters,
-  // added up); "winograd" (see winograd.h; float32, for stride and dilation 1); "pixel pairs" (of
-  // bfloat16, where it has instructions; else as "pixels");
-  // "auto" is never "winograd", and expects most calls with channels innermost in memory
+  // added up); "winograd 2x2" and "winograd 4x4", after the outputs of a tile (see winograd.h;
+  // float32, for stride and dilation 1); "pixel pairs" (of bfloat16, where it has instructions; else
+  // as "pixels"); "auto" is never Winograd's, and expects most calls with channels innermost in memory
   // (channels_last) or not.
   Plan(const uint8_t* mask, int F, int C, int KH, int KW, DType dtype, const Kernels& kernels,
        const std::string& form, bool channels_last);
@@ -47,7 +47,7 @@ class Plan {
   DType dtype() const { return dtype_; }
   OffsetCache* offsets() const { return cache_.get(); }
   const char* form() const {
-    if (low_.winograd) return "winograd";
+    if (low_.winograd) return winograd_.tile == 2 ? "winograd 2x2" : "winograd 4x4";
     if (low_.pixel_pairs) return "pixel pairs";
     return low_.form == Form::filters ? "filters" : low_.accumulate ? "columns" : "pixels";
   }
@@ -59,7 +59,7 @@ class Plan {
   // Vector multiply-adds per pixel of the chosen form and of the useful work: their ratio is the
   // efficiency.
   double cost() const { return cost_; }
-  double winograd_cost() const;  // of cost(), what is executed in tiles of 2 x 2
+  double winograd_cost() const;  // of cost(), what is executed in tiles
   double useful() const { return double(live_count_) / low_.vl; }
   size_t accumulator_bytes() const { return dtype_ == DType::f64 ? 8 : 4; }
 
@@ -68,7 +68,7 @@ class Plan {
   double cost_of_form() const;          // of what was lowered last
   void lower_filters();
   bool take_whole_channels();
-  void lower_winograd();
+  void lower_winograd(int tile);
   void add_places(WinogradPart& p, const std::vector<int>& places);
   void lower_pairs();
   void lower_pairs_in(const std::vector<int>& narrow);
@@ -129,6 +129,7 @@ class Plan {
 };
 
 bool is_form(const std::string& name);  // that a Plan can be asked for
+int tile_of(const std::string& form);   // of Winograd's, the outputs along an axis; else 0
 
 // For the time of a call: what it finds in the cache is not freed. Of many layouts the cache keeps
 // those that were asked for last.

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Winograd's F(2x2, 3x3): which channels are transformed together, and which filters read them.
+// Winograd's F(2x2, 3x3) and F(4x4, 3x3): which channels are transformed together, and which
+// filters read them.
 #include <algorithm>
 #include <stdexcept>
 
@@ -48,13 +49,14 @@ bool Plan::take_whole_channels() {
   return any;
 }
 
-void Plan::lower_winograd() {
+void Plan::lower_winograd(int tile) {
   if (low_.KH != 3 || low_.KW != 3 || dtype_ != DType::f32 || low_.F < low_.vl || low_.C < low_.vl)
     throw std::invalid_argument(
-        "form 'winograd' is for 3x3 kernels in float32, with a vector of channels and of filters");
+        "Winograd's forms are for 3x3 kernels in float32, with a vector of channels and of filters");
   if (!take_whole_channels())
-    throw std::invalid_argument("form 'winograd' needs channels with all nine taps");
+    throw std::invalid_argument("Winograd's forms need channels with all nine taps");
   lower_filters();
+  winograd_.tile = tile;
   const int vl = low_.vl, C = low_.C, padded = (C + vl - 1) / vl * vl;
 
   // Which channels each vector of a segment reads. Vectors of a segment that read the same ones are
@@ -139,13 +141,15 @@ void Plan::add_places(WinogradPart& p, const std::vector<int>& places) {
   }
   wino_offsets_.insert(wino_offsets_.end(), singles.begin(), singles.end());
   wino_taken_.resize(wino_offsets_.size(), 0);
-  low_.packed += int64_t(kPositions) * 2 * low_.vl * (4 * p.quads + p.singles + p.pairs);
+  low_.packed += int64_t(positions(winograd_.tile)) * 2 * low_.vl * (4 * p.quads + p.singles + p.pairs);
 }
 
 double Plan::winograd_cost() const {
+  const int tile = winograd_.tile;
+  const double products = double(positions(tile)) / (tile * tile);
   double total = 0;
   for (const WinogradPart& p : parts_)
-    total += 4 * (p.nv == 2 ? 2 * kProductCost * (4 * p.quads + p.singles)
+    total += products * (p.nv == 2 ? 2 * kProductCost * (4 * p.quads + p.singles)
                             : 2 * kPairProductCost * p.pairs) +
              kTransformCost * p.nv;
   for (const WinogradUnit& u : units_) total += kTransformCost * u.vectors;

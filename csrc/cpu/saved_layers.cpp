@@ -155,7 +155,7 @@ Loaded ConvStep::load(Reader& from) {
   for (int i = 0; i < 4; ++i)
     if (p.pool && shape[i] > 1 && strides[i] != dense[i])
       throw FileError("a pooled output is not in channels_last");
-  if (form == "winograd" && (p.sh != 1 || p.sw != 1 || p.dh != 1 || p.dw != 1))
+  if (tile_of(form) && (p.sh != 1 || p.sw != 1 || p.dh != 1 || p.dw != 1))
     throw FileError("a layer has a form that is not for it");
   const auto weight_type = from.one_of<DType>(4, "the dtype of weights");
   const int element = size_of(weight_type);
@@ -170,7 +170,7 @@ Loaded ConvStep::load(Reader& from) {
   try {
     plan = make(form);
   } catch (const std::invalid_argument&) {  // fewer filters than a vector of this machine has
-    if (form != "winograd") throw;
+    if (!tile_of(form)) throw;
     plan = make("auto");
   }
   const WeightView view{w.dense.data(), columns, int64_t(p.KH) * p.KW, p.KW, 1};

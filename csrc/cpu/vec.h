@@ -75,6 +75,18 @@ template <class A> HC_INLINE Vec<A> splat(A a) {
     return Vec<A>{a, a};
 }
 
+// Hides from the compiler where a value comes from, so that a product is not fused with what is
+// added to it later: its bits are then the same in every place that it is inlined into.
+template <class A> HC_INLINE void keep_rounded(Vec<A>& v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#else
+  asm("" : "+m"(v));
+#endif
+}
+
 // ---- permutations: clang has GCC's vectors but not its __builtin_shuffle ----
 
 // Lane l is that of a number index[l]; each index is below VL.

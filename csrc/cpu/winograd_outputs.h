@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The outputs of Winograd's tiles, while the sums of a few of them are in the first cache: to the
-// output with shift, residual and ReLU, max-pooled by 2 x 2, where the window is the tile, or to
+// output with shift, residual and ReLU, max-pooled by 2 x 2, where tiles are made of windows, or to
 // scratch.
 #pragma once
 #include "emit.h"
@@ -18,8 +18,8 @@ struct TileBlock {
 struct TileChunk {
   int first, tiles;
 };
-// Where a tile stands: image, row of tiles, and place in it.
-struct TileAt {
+// Where a tile of M x M outputs stands: image, row of tiles, and place in it.
+template <int M> struct TileAt {
   int m, r, t;
 
   TileAt(const TileBlock& b, int tile)
@@ -32,11 +32,11 @@ struct TileAt {
     ++m;
   }
   // Of its first output.
-  int row() const { return 2 * r; }
-  int column() const { return 2 * t; }
-  // Whether the outputs beside the first one, and below it, exist.
-  bool wide(const TileBlock& b) const { return b.nc - 2 * t > 1; }
-  bool high(const TileBlock& b) const { return b.nr - 2 * r > 1; }
+  int row() const { return M * r; }
+  int column() const { return M * t; }
+  // How many outputs exist from the first one on.
+  int high(const TileBlock& b) const { return b.nr - row(); }
+  int wide(const TileBlock& b) const { return b.nc - column(); }
   // In [image][row][column], `ft` from pixel to pixel.
   ptrdiff_t scratch(const TileBlock& b, int ft) const {
     return ((ptrdiff_t(m) * b.nr + row()) * b.nc + column()) * ft;
@@ -56,28 +56,26 @@ template <class A> struct TileSums {
   int ft;
 };
 
-// put(number, row, column, value) for each output of a tile that exists.
-template <class A, class Put>
-HC_INLINE void each_output(const A* m, ptrdiff_t pitch, bool high, bool wide, const Put& put) {
-  Vec<A> o[4];
-  outputs_of<A>(m, pitch, o);
-  put(0, 0, o[0]);
-  if (wide) put(0, 1, o[1]);
-  if (high) {
-    put(1, 0, o[2]);
-    if (wide) put(1, 1, o[3]);
-  }
+// put(row, column, value) for each output of a tile that exists.
+template <class A, int M, class Put>
+HC_INLINE void each_output(const A* m, ptrdiff_t pitch, int high, int wide, const Put& put) {
+  Vec<A> o[M * M];
+  outputs_of<A, M>(m, pitch, o);
+  HC_UNROLL for (int y = 0; y < M; ++y)
+    if (y < high)
+      HC_UNROLL for (int x = 0; x < M; ++x)
+        if (x < wide) put(y, x, o[M * y + x]);
 }
 
 // Outputs of one vector of filters, to scratch; `add`: to what is there.
-template <class A>
+template <class A, int M>
 static void scratch_tiles(const TileBlock& b, const TileChunk& c, const TileSums<A>& from,
                           bool add) {
-  TileAt at(b, c.first);
+  TileAt<M> at(b, c.first);
   const A* m = from.sums;
   for (int k = 0; k < c.tiles; ++k, m += from.step, at.next(b)) {
     A* o = from.rest + at.scratch(b, from.ft);
-    each_output(m, from.pitch, at.high(b), at.wide(b), [&](int y, int x, Vec<A> v) {
+    each_output<A, M>(m, from.pitch, at.high(b), at.wide(b), [&](int y, int x, Vec<A> v) {
       A* to = o + (ptrdiff_t(y) * b.nc + x) * from.ft;
       store<A>(to, add ? v + load<A>(to) : v);
     });
@@ -85,10 +83,10 @@ static void scratch_tiles(const TileBlock& b, const TileChunk& c, const TileSums
 }
 
 // The same with shift, residual and ReLU, to the output itself, from filter f0; ADD: the rest.
-template <class S, class A, bool ADD, bool RES>
+template <class S, class A, int M, bool ADD, bool RES>
 static void output_tiles(const Problem& p, const TileBlock& b, const TileChunk& c,
                          const TileSums<A>& from, const Simple<S, A>& e, int f0) {
-  TileAt at(b, c.first);
+  TileAt<M> at(b, c.first);
   const A* m = from.sums;
   S* ys = reinterpret_cast<S*>(p.y.data) + f0;
   const S* rs = RES ? reinterpret_cast<const S*>(p.res.data) + f0 : nullptr;
@@ -96,7 +94,7 @@ static void output_tiles(const Problem& p, const TileBlock& b, const TileChunk& 
     S* y = ys + at.place(b, p.y);
     const S* res = RES ? rs + at.place(b, p.res) : nullptr;
     const A* rest = ADD ? from.rest + at.scratch(b, from.ft) : nullptr;
-    each_output(m, from.pitch, at.high(b), at.wide(b), [&](int dy, int dx, Vec<A> v) {
+    each_output<A, M>(m, from.pitch, at.high(b), at.wide(b), [&](int dy, int dx, Vec<A> v) {
       if (ADD) v += load<A>(rest + (ptrdiff_t(dy) * b.nc + dx) * from.ft);
       Simple<S, A>::put(e, v, y + dy * p.y.sh + dx * p.y.sw,
                         RES ? res + dy * p.res.sh + dx * p.res.sw : nullptr);
@@ -104,7 +102,7 @@ static void output_tiles(const Problem& p, const TileBlock& b, const TileChunk& 
   }
 }
 
-// Whether the windows of the pooling are the tiles.
+// Whether tiles are made of the windows of the pooling.
 static inline bool pools_tiles(const Problem& p) {
   const Pool& q = *p.pool;
   return q.KH == 2 && q.KW == 2 && q.sh == 2 && q.sw == 2 && q.pt == 0 && q.pl == 0 &&
@@ -113,27 +111,32 @@ static inline bool pools_tiles(const Problem& p) {
 
 // The pooled outputs. End: Simple, with f0 the first filter, or Lanes, with f0 = 0. A window of
 // which a pixel is missing at an edge is none.
-template <class S, class A, class End>
+template <class S, class A, int M, class End>
 static void pool_tiles(const Problem& p, const TileBlock& b, const TileChunk& c,
                        const TileSums<A>& from, const End& e, int f0) {
-  TileAt at(b, c.first);
+  TileAt<M> at(b, c.first);
   const A* m = from.sums;
   for (int k = 0; k < c.tiles; ++k, m += m ? from.step : 0, at.next(b)) {
-    if (!at.high(b) || !at.wide(b)) continue;
     const A* rest = from.rest ? from.rest + at.scratch(b, from.ft) : nullptr;
     S* y = reinterpret_cast<S*>(p.y.data) + (b.n + at.m) * p.y.sn +
            ((b.oy + at.row()) / 2) * p.y.sh + ((b.ox + at.column()) / 2) * p.y.sw + f0;
     const S* res = p.res.data
                        ? reinterpret_cast<const S*>(p.res.data) + at.place(b, p.res) + f0
                        : nullptr;
-    Vec<A> o[4] = {};
-    if (m) outputs_of<A>(m, from.pitch, o);
-    HC_UNROLL for (int i = 0; i < 4; ++i) {
-      const int dy = i / 2, dx = i % 2;
-      if (rest) o[i] += load<A>(rest + (ptrdiff_t(dy) * b.nc + dx) * from.ft);
-      o[i] = End::finished(e, o[i], res ? res + dy * p.res.sh + dx * p.res.sw : nullptr);
+    Vec<A> o[M * M] = {};
+    if (m) outputs_of<A, M>(m, from.pitch, o);
+    HC_UNROLL for (int wy = 0; wy < M; wy += 2) HC_UNROLL for (int wx = 0; wx < M; wx += 2) {
+      if (wy + 1 >= at.high(b) || wx + 1 >= at.wide(b)) continue;
+      Vec<A> v[4];
+      HC_UNROLL for (int i = 0; i < 4; ++i) {
+        const int dy = wy + i / 2, dx = wx + i % 2;
+        v[i] = o[M * dy + dx];
+        if (rest) v[i] += load<A>(rest + (ptrdiff_t(dy) * b.nc + dx) * from.ft);
+        v[i] = End::finished(e, v[i], res ? res + dy * p.res.sh + dx * p.res.sw : nullptr);
+      }
+      End::keep(e, larger<A>(larger<A>(v[0], v[1]), larger<A>(v[2], v[3])),
+                y + wy / 2 * p.y.sh + wx / 2 * p.y.sw);
     }
-    End::keep(e, larger<A>(larger<A>(o[0], o[1]), larger<A>(o[2], o[3])), y);
   }
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The transforms of F(2x2, 3x3) on vectors of channels or filters: B^T d B of inputs, A^T m A of
-// sums.
+// The transforms of F(2x2, 3x3) and F(4x4, 3x3) on vectors of channels or filters: B^T d B of
+// inputs, A^T m A of sums; and G g G^T of weights, in double. Equations: docs/backends/cpu.md.
 #pragma once
 #include "vec.h"
 
@@ -14,53 +14,126 @@ template <class A> HC_INLINE ptrdiff_t position_pitch(int tiles, int width) {
   return ((ptrdiff_t(tiles) * width + line - 1) / line | 1) * line;
 }
 
-// B^T d of a column of four inputs, `row` apart.
-template <class A> HC_INLINE void transform_column(const A* d, ptrdiff_t row, Vec<A>* t) {
-  const Vec<A> d0 = load<A>(d), d1 = load<A>(d + row), d2 = load<A>(d + 2 * row),
-               d3 = load<A>(d + 3 * row);
-  t[0] = d0 - d2;
-  t[1] = d1 + d2;
-  t[2] = d2 - d1;
-  t[3] = d1 - d3;
-}
+// Along one axis. M: outputs of a tile.
+template <int M> struct Transform;
+
+// By the points 0, 1, -1 and infinity.
+template <> struct Transform<2> {
+  template <class A> HC_INLINE void inputs(const Vec<A>* d, Vec<A>* t) {
+    t[0] = d[0] - d[2];
+    t[1] = d[1] + d[2];
+    t[2] = d[2] - d[1];
+    t[3] = d[1] - d[3];
+  }
+  template <class A> HC_INLINE void outputs(const Vec<A>* m, Vec<A>* y) {
+    y[0] = m[0] + m[1] + m[2];
+    y[1] = m[1] - m[2] - m[3];
+  }
+  HC_INLINE void weights(const double* g, double* t) {
+    t[0] = g[0];
+    t[1] = (g[0] + g[1] + g[2]) / 2;
+    t[2] = (g[0] - g[1] + g[2]) / 2;
+    t[3] = g[2];
+  }
+};
+
+// By the points 0, a, -a, b, -b and infinity, a = 3/4 and b = 3/2: exact numbers whose powers stay
+// near one, which errs less than half as much as 1 and 2 do.
+template <> struct Transform<4> {
+  static constexpr double a = 0.75, b = 1.5, a2 = a * a, b2 = b * b;
+
+  template <class A> HC_INLINE void inputs(const Vec<A>* d, Vec<A>* t) {
+    const Vec<A> a_even = d[4] - A(b2) * d[2], a_odd = d[3] - A(b2) * d[1],
+                 b_even = d[4] - A(a2) * d[2], b_odd = d[3] - A(a2) * d[1];
+    t[0] = A(a2 * b2) * d[0] + (d[4] - A(a2 + b2) * d[2]);
+    t[1] = a_even + A(a) * a_odd;
+    t[2] = a_even - A(a) * a_odd;
+    t[3] = b_even + A(b) * b_odd;
+    t[4] = b_even - A(b) * b_odd;
+    t[5] = A(a2 * b2) * d[1] + (d[5] - A(a2 + b2) * d[3]);
+  }
+  template <class A> HC_INLINE void outputs(const Vec<A>* m, Vec<A>* y) {
+    const Vec<A> a_even = m[1] + m[2], a_odd = m[1] - m[2], b_even = m[3] + m[4],
+                 b_odd = m[3] - m[4];
+    // With b = 2a only products by powers of two are added to others: however the compiler fuses
+    // them, the bits are the same. Nor may it fuse a product with what is done to it next.
+    y[0] = m[0] + a_even + b_even;
+    y[1] = A(a) * (a_odd + A(2) * b_odd);
+    y[2] = A(a2) * (a_even + A(4) * b_even);
+    y[3] = A(a2 * a) * (a_odd + A(8) * b_odd);
+    HC_UNROLL for (int i = 1; i < 4; ++i) keep_rounded<A>(y[i]);
+    y[3] += m[5];
+  }
+  HC_INLINE void weights(const double* g, double* t) {
+    const double at_a = 2 * a2 * (a2 - b2), at_b = 2 * b2 * (b2 - a2);
+    t[0] = g[0] / (a2 * b2);
+    t[1] = (g[0] + a * g[1] + a2 * g[2]) / at_a;
+    t[2] = (g[0] - a * g[1] + a2 * g[2]) / at_a;
+    t[3] = (g[0] + b * g[1] + b2 * g[2]) / at_b;
+    t[4] = (g[0] - b * g[1] + b2 * g[2]) / at_b;
+    t[5] = g[2];
+  }
+};
 
 // One row of tiles of one vector of channels: d is the band at the first tile's corner, v where its
 // first position goes; tiles are `step` apart there.
-template <class A>
+template <class A, int M>
 static void transform_inputs(const A* d, ptrdiff_t row, ptrdiff_t pixel, int tiles, A* v,
                              ptrdiff_t step, ptrdiff_t pitch) {
-  Vec<A> a[4], b[4], c[4], e[4];
-  transform_column<A>(d, row, a);
-  transform_column<A>(d + pixel, row, b);
-  d += 2 * pixel;
-  for (int k = 0; k < tiles; ++k, d += 2 * pixel, v += step) {
-    transform_column<A>(d, row, c);
-    transform_column<A>(d + pixel, row, e);
-    HC_UNROLL for (int i = 0; i < 4; ++i) {
-      A* to = v + 4 * i * pitch;
-      store<A>(to, a[i] - c[i]);
-      store<A>(to + pitch, b[i] + c[i]);
-      store<A>(to + 2 * pitch, c[i] - b[i]);
-      store<A>(to + 3 * pitch, b[i] - e[i]);
-      a[i] = c[i];
-      b[i] = e[i];
+  constexpr int N = M + 2;
+  Vec<A> columns[N][N];  // the last two are the next tile's first
+  const auto column = [&](int x) {
+    Vec<A> c[N];
+    HC_UNROLL for (int y = 0; y < N; ++y) c[y] = load<A>(d + x * pixel + y * row);
+    Transform<M>::template inputs<A>(c, columns[x]);
+  };
+  column(0);
+  column(1);
+  for (int k = 0; k < tiles; ++k, d += M * pixel, v += step) {
+    HC_UNROLL for (int x = 2; x < N; ++x) column(x);
+    HC_UNROLL for (int y = 0; y < N; ++y) {
+      Vec<A> r[N], t[N];
+      HC_UNROLL for (int x = 0; x < N; ++x) r[x] = columns[x][y];
+      Transform<M>::template inputs<A>(r, t);
+      HC_UNROLL for (int x = 0; x < N; ++x) store<A>(v + (N * y + x) * pitch, t[x]);
+      columns[0][y] = r[M];
+      columns[1][y] = r[M + 1];
     }
   }
 }
 
-// A^T m A: the four outputs of a tile, o[2 * row + column].
-template <class A> HC_INLINE void outputs_of(const A* m, ptrdiff_t pitch, Vec<A>* o) {
-  Vec<A> top[4], bottom[4];
-  HC_UNROLL for (int j = 0; j < 4; ++j) {
-    const Vec<A> m0 = load<A>(m + j * pitch), m1 = load<A>(m + (4 + j) * pitch),
-                 m2 = load<A>(m + (8 + j) * pitch), m3 = load<A>(m + (12 + j) * pitch);
-    top[j] = m0 + m1 + m2;
-    bottom[j] = m1 - m2 - m3;
+// The outputs of a tile, o[M * row + column].
+template <class A, int M> HC_INLINE void outputs_of(const A* m, ptrdiff_t pitch, Vec<A>* o) {
+  constexpr int N = M + 2;
+  Vec<A> columns[N][M];
+  HC_UNROLL for (int x = 0; x < N; ++x) {
+    Vec<A> c[N];
+    HC_UNROLL for (int y = 0; y < N; ++y) c[y] = load<A>(m + (N * y + x) * pitch);
+    Transform<M>::template outputs<A>(c, columns[x]);
   }
-  o[0] = top[0] + top[1] + top[2];
-  o[1] = top[1] - top[2] - top[3];
-  o[2] = bottom[0] + bottom[1] + bottom[2];
-  o[3] = bottom[1] - bottom[2] - bottom[3];
+  HC_UNROLL for (int y = 0; y < M; ++y) {
+    Vec<A> r[N];
+    HC_UNROLL for (int x = 0; x < N; ++x) r[x] = columns[x][y];
+    Transform<M>::template outputs<A>(r, o + M * y);
+  }
+}
+
+// G g G^T, position by position: out is that of position 0, `pitch` apart.
+template <class S, class A, int M>
+static void transform_weight(const S* g, int64_t sh, int64_t sw, A* out, ptrdiff_t pitch) {
+  constexpr int N = M + 2;
+  double columns[3][N];
+  for (int x = 0; x < 3; ++x) {
+    const double c[3] = {double(widen(g[x * sw])), double(widen(g[sh + x * sw])),
+                         double(widen(g[2 * sh + x * sw]))};
+    Transform<M>::weights(c, columns[x]);
+  }
+  for (int y = 0; y < N; ++y) {
+    const double r[3] = {columns[0][y], columns[1][y], columns[2][y]};
+    double t[N];
+    Transform<M>::weights(r, t);
+    for (int x = 0; x < N; ++x) out[(N * y + x) * pitch] = A(t[x]);
+  }
 }
 
 }  // namespace HETCONV_NS

@@ -94,7 +94,7 @@ class Cpu:
     def _seconds(self, problem: Problem, plan: Any) -> float:
         """Predicts the time of one call of fprop or dgrad by a plan."""
         threads = torch.get_num_threads()
-        transformed = plan.form == "winograd"
+        transformed = plan.form in winograd.FORMS
         name = "pixels" if plan.form in ("pixels", "columns") else "filters"
         cost = winograd.executed(plan, problem) if transformed else plan.cost
         form, rows = ENGINE[name], is_linear(problem)
@@ -147,7 +147,7 @@ class Cpu:
         if plan is direct:
             return ()
         gain = self._seconds(problem, direct) / self._seconds(problem, plan)
-        return (winograd.note(problem, gain),)
+        return (winograd.note(problem, winograd.FORMS[plan.form], gain),)
 
     def pools(self, problem: Problem) -> bool:
         """Whether max-pooling happens while a band of the output is in the cache."""
@@ -348,12 +348,13 @@ class Cpu:
         if not winograd.suits(problem):
             return direct
         try:
-            transformed = self._plan(problem, "winograd")
+            transformed = [self._plan(problem, form) for form in winograd.FORMS]
         except ValueError:  # fewer channels or filters than a vector has
             return direct
+        fastest = min(transformed, key=lambda plan: self._seconds(problem, plan))
         margin = winograd.WINOGRAD_MARGIN * (1.0 if self.measured(problem) else UNMEASURED_MARGIN)
-        seconds = self._seconds(problem, transformed) * margin
-        return transformed if seconds <= self._seconds(problem, direct) else direct
+        seconds = self._seconds(problem, fastest) * margin
+        return fastest if seconds <= self._seconds(problem, direct) else direct
 
     @staticmethod
     def _packer(verb: str, plan: Any, problem: Problem) -> Pack:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Winograd's F(2x2, 3x3) in the native engine: for which calls, what it executes, how it errs.
+"""Winograd's F(2x2, 3x3) and F(4x4, 3x3) in the native engine: when, how much work, which errors.
 
 Equations, counts and the derivation of the errors: docs/backends/cpu.md.
 """
@@ -18,11 +18,15 @@ from ..support import Support
 
 # How much faster than the direct form it must be predicted to be chosen.
 WINOGRAD_MARGIN = 1.1
-# The pooling whose windows are the tiles: it is done on the way.
+# The pooling whose windows make up the tiles: it is done on the way.
 _TILE = Pool((2, 2), (2, 2), (0, 0))
-# Roundings of one product beside its addition: of the input's transformation, two; of the weight's,
-# one; and of the outputs' transformation, four.
-_ROUNDINGS = 7
+# The forms of the engine's plans, and how many outputs a tile has along an axis.
+FORMS = {"winograd 2x2": 2, "winograd 4x4": 4}
+# The points by which each tile's transforms interpolate; infinity is one more.
+_POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 0.75, -0.75, 1.5, -1.5)}
+# Roundings of one product beside its addition, of the inputs' transformation, the weight's (one)
+# and the outputs': along an axis one and two for tiles of two outputs, two and three for four.
+_ROUNDINGS = {2: 2 + 1 + 4, 4: 4 + 1 + 6}
 
 
 def suits(problem: Problem) -> bool:
@@ -49,12 +53,46 @@ def executed(plan: Any, problem: Problem) -> float:
     """Returns the plan's cost of one output pixel, with what tiles beyond the edges cost.
 
     Args:
-        plan: the engine's, in the form ``"winograd"``.
+        plan: the engine's, in one of the FORMS.
         problem: the call; 7 × 7 outputs are 8 × 8 in tiles.
     """
     height, width = problem.output_size
-    tiled = (height + height % 2) * (width + width % 2)
+    tile = FORMS[plan.form]
+    tiled = math.ceil(height / tile) * math.ceil(width / tile) * tile * tile
     return float(plan.cost + plan.winograd_cost * (tiled / max(1, height * width) - 1))
+
+
+class Transforms(NamedTuple):
+    """The matrices of a tile of m outputs: y = outputs @ ((weights @ g) * (inputs @ d)), an axis.
+
+    Attributes:
+        inputs: Bᵀ.  # [m + 2, m + 2]
+        weights: G.  # [m + 2, 3]
+        outputs: Aᵀ.  # [m, m + 2]
+    """
+
+    inputs: np.ndarray
+    weights: np.ndarray
+    outputs: np.ndarray
+
+
+def transforms(tile: int) -> Transforms:
+    """Returns what the engine transforms a tile by, as Toom and Cook interpolate polynomials.
+
+    Args:
+        tile: outputs along an axis, 2 or 4.
+    """
+    points = np.array(_POINTS[tile])
+    others = [np.delete(points, i) for i in range(len(points))]
+    slopes = np.array([np.prod(x - rest) for x, rest in zip(points, others, strict=True)])
+    inputs = np.zeros((tile + 2, tile + 2))
+    for i, rest in enumerate(others):
+        inputs[i, :-1] = np.poly(rest)[::-1]
+    inputs[-1] = np.poly(points)[::-1]
+    weights = np.vstack([np.vander(points, 3, increasing=True) / slopes[:, None], [0, 0, 1]])
+    outputs = np.vander(points, tile, increasing=True).T
+    infinity = np.eye(tile)[:, -1:]
+    return Transforms(inputs, weights, np.hstack([outputs, infinity]))
 
 
 class Errors(NamedTuple):
@@ -69,35 +107,42 @@ class Errors(NamedTuple):
     bound: float
 
 
-def errors(support: Support) -> Errors:
-    """Derives what the form's errors are in comparison with the direct form's.
+def errors(support: Support, tile: int) -> Errors:
+    """Derives what a form's errors are in comparison with the direct form's.
 
     Of the filter that reads most: c channels with nine taps and r single products. In units of one
     rounding of one product, a direct sum of n products has the variance n² / 2 and the worst case
-    n². Transformed, 9c products are nine sums of c, of 25 / 81 of that variance (rows of Bᵀ have
-    two terms, the squares of G and A weigh the nine sums by 6.25), and 16 times the magnitude in
-    the worst case.
+    n². Transformed, 9c products are sums of c at each position: the squares of Bᵀ, G and Aᵀ weigh
+    their variance, the magnitudes of the same their worst case.
+
+    Args:
+        support: of the layer, with 3 × 3 kernels.
+        tile: outputs along an axis, 2 or 4.
     """
     whole = np.all(support.mask, axis=(2, 3))
     single = np.where(whole, 0, support.mask.sum((2, 3)))
     filter_ = int(support.mask.sum((1, 2, 3)).argmax())
     c, r = int(whole[filter_].sum()), int(single[filter_].sum())
-    n = 9 * c + r
-    variance = 25 * (c * c / 2 + _ROUNDINGS * c) + r * r / 2 + n
-    worst = 16 * 9 * c * (c + _ROUNDINGS + 1) + r * (r + 1)
+    n, roundings, by = 9 * c + r, _ROUNDINGS[tile], transforms(tile)
+    squares = by.outputs**2 @ ((by.inputs**2).sum(1) * (by.weights**2).sum(1))
+    sizes = np.abs(by.outputs) @ (np.abs(by.inputs).sum(1)[:, None] * np.abs(by.weights))
+    spread, most = float(squares.mean() ** 2), float(sizes.max() ** 2)
+    variance = spread * (c * c / 2 + roundings * c) + r * r / 2 + n
+    worst = most * 9 * c * (c + roundings + 1) + r * (r + 1)
     return Errors(math.sqrt(variance / (n * n / 2)), worst / (n * n))
 
 
-def note(problem: Problem, gain: float) -> str:
+def note(problem: Problem, tile: int, gain: float) -> str:
     """Says in a sentence that a layer is run this way, and what that means.
 
     Args:
         problem: the call.
+        tile: outputs along an axis, 2 or 4.
         gain: predicted time of the direct form over this one's.
     """
-    expected, bound = errors(problem.support)
+    expected, bound = errors(problem.support, tile)
     return (
-        f"Winograd F(2x2, 3x3), predicted {gain:.2f} times as fast as direct sums; its rounding "
+        f"Winograd F({tile}x{tile}, 3x3), predicted {gain:.2f} times as fast as direct sums; its rounding "
         f"error is expected at {expected:.2f} times theirs, and bounded by {bound:.1f} times their "
         "bound; hk.strict_accuracy() leaves it out."
     )

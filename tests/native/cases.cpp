@@ -99,7 +99,7 @@ Case random_case(uint64_t seed, const hetconv::Kernels& isa) {
   c.form = forms[pick(r, 0, isa.pairs ? 4 : 3)];
   if (transform && has_whole_kernels(c.conv)) {
     c.dtype = DType::f32;
-    c.form = "winograd";
+    c.form = chance(r, 0.5) ? "winograd 2x2" : "winograd 4x4";
   }
   const Act acts[] = {Act::none, Act::relu, Act::relu6, Act::silu, Act::gelu};
   c.planted = chance(r, 0.2);
@@ -116,7 +116,7 @@ Case another_image(const Case& like, uint64_t seed) {
   Random r(seed);
   Case c = like;
   c.seed = seed;
-  draw_image(r, c.conv, c.form == "winograd");
+  draw_image(r, c.conv, tile_of(c.form) != 0);
   c.threads = pick(r, 1, 2);
   return c;
 }
