@@ -100,46 +100,54 @@ def truth(
     return Truth(values, tuple(bounds))
 
 
-def network_match(network: nn.Module, x: Tensor, result: Tensor) -> Agreement:
-    """Compares a network's result on the first and the last image with the network in float64.
-
-    No bound through tens of layers is tight, so rounding is measured: the largest error may be
-    `_NETWORK_MARGIN` times the largest one that the network itself makes in float32 (other engines
-    use transforms that round more, Winograd's among them), plus some roundings of the result.
-    """
-    images = x[[0, -1]]
-    exact = copy.deepcopy(network).double()(images.double())
-    own = (network(images) - exact).abs().max()
-    allowed = _NETWORK_MARGIN * own + 64 * torch.finfo(x.dtype).eps * exact.abs().max()
-    error = (result[[0, -1]].double() - exact).abs().max()
-    worst = _finite_max(error / allowed)
-    return Agreement(worst <= 1.0, worst, _finite_max(error))
-
-
-def low_precision_match(network: nn.Module, x: Tensor, result: Tensor, dtype: str) -> Agreement:
-    """Compares a network's result in bfloat16 or int8, on the first and last image, with float64.
-
-    What the precision costs is measured: the root mean square of the error may be
-    `_PRECISION_MARGIN` times that of the network itself, in bfloat16, or with the weights and the
-    inputs of its convolutions and linear layers rounded to 8 bits (`rounded_to_8_bits`). Engines
-    choose other scales and round other tensors too; a wrong sum is off by far more.
+class NetworkTruth:
+    """What a network makes of the first and the last image, in float64; computed once.
 
     Args:
         network: in float32.  # in PyTorch's own layers
         x: the images.
-        result: of whoever is judged.
-        dtype: ``bfloat16`` or ``int8``.
     """
-    images = x[[0, -1]]
-    exact = copy.deepcopy(network).double()(images.double())
-    if dtype == "int8":
-        own = rounded_to_8_bits(network)(images)
-    else:
-        own = copy.deepcopy(network).to(torch.bfloat16)(images.to(torch.bfloat16))
-    error = result[[0, -1]].double() - exact
-    worst = float(_rms(error) / (_PRECISION_MARGIN * _rms(own.double() - exact)))
-    worst = worst if worst == worst else math.inf
-    return Agreement(worst <= 1.0, worst, _finite_max(error.abs()))
+
+    def __init__(self, network: nn.Module, x: Tensor) -> None:
+        self.network, self.images = network, x[[0, -1]]
+        self.exact: Tensor = copy.deepcopy(network).double()(self.images.double())
+        self._errors: dict[str, Tensor] = {}
+
+    def match(self, result: Tensor, dtype: str = "float32") -> Agreement:
+        """Compares a result of all images.
+
+        No bound through tens of layers is tight, so rounding is measured. In float32 the largest
+        error may be `_NETWORK_MARGIN` times the largest one that the network itself makes (other
+        engines use transforms that round more, Winograd's among them), plus some roundings of the
+        result. In bfloat16 and int8 the root mean square may be `_PRECISION_MARGIN` times that of
+        the network itself, in bfloat16, or with the weights and the inputs of its convolutions and
+        linear layers rounded to 8 bits (`rounded_to_8_bits`). Engines choose other scales and round
+        other tensors too; a wrong sum is off by far more.
+
+        Args:
+            result: of whoever is judged.
+            dtype: ``float32``, ``bfloat16`` or ``int8``.
+        """
+        error, own = result[[0, -1]].double() - self.exact, self._own_error(dtype)
+        largest = _finite_max(error.abs())
+        if dtype == "float32":
+            roundings = 64 * torch.finfo(torch.float32).eps * self.exact.abs().max()
+            worst = float(error.abs().max() / (_NETWORK_MARGIN * own.abs().max() + roundings))
+        else:
+            worst = float(_rms(error) / (_PRECISION_MARGIN * _rms(own)))
+        worst = worst if worst == worst else math.inf
+        return Agreement(worst <= 1.0, worst, largest)
+
+    def _own_error(self, dtype: str) -> Tensor:
+        """Returns how the network itself errs in a precision."""
+        if dtype not in self._errors:
+            network, images = self.network, self.images
+            if dtype == "int8":
+                network = rounded_to_8_bits(network)
+            elif dtype == "bfloat16":
+                network, images = copy.deepcopy(network).bfloat16(), images.bfloat16()
+            self._errors[dtype] = network(images).double() - self.exact
+        return self._errors[dtype]
 
 
 def rounded_to_8_bits(network: nn.Module) -> nn.Module:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,7 @@ def _with_relu_modules(module: nn.Module) -> fx.GraphModule:
 # Ours ---------------------------------------------------------------------------------------------
 
 
-def ours(case: NetworkCase, float32: nn.Module, x: Tensor) -> dict[str, Inference]:
+def ours(case: NetworkCase, float32: nn.Module, x: Tensor) -> dict[str, partial[Tensor]]:
     """Makes our runs of a case: in its dtype, and in float32 where that is another one.
 
     Args:
@@ -193,9 +194,9 @@ def ours(case: NetworkCase, float32: nn.Module, x: Tensor) -> dict[str, Inferenc
     """
     image = x.to(memory_format=_LAST)
     if case.dtype == "float32":
-        return {OURS: lambda: float32(image)}
+        return {OURS: partial(float32, image)}
     network, low = our_network(case, x)
-    return {OURS: lambda: network(low), OURS_FLOAT32: lambda: float32(image)}
+    return {OURS: partial(network, low), OURS_FLOAT32: partial(float32, image)}
 
 
 def our_network(case: NetworkCase, x: Tensor) -> tuple[nn.Module, Tensor]:
@@ -207,11 +208,15 @@ def our_network(case: NetworkCase, x: Tensor) -> tuple[nn.Module, Tensor]:
     return (_ours_int8 if case.dtype == "int8" else _ours_bfloat16)(case, x)
 
 
-def reference_match(run: Inference) -> gate.Agreement:
-    """Compares our run in 8 bits with the same network on the integer reference, bit for bit."""
-    found = run()
+def reference_match(run: partial[Tensor]) -> gate.Agreement:
+    """Compares our run in 8 bits with the same network on the integer reference, bit for bit.
+
+    The first and the last image alone: the reference takes seconds for each.
+    """
+    (images,) = run.args
+    found = run()[[0, -1]]
     with hk.use_backend("reference"):
-        expected = run()
+        expected = run.func(images[[0, -1]].contiguous(memory_format=_LAST))
     if torch.equal(found, expected):
         return gate.Agreement(True, 0.0, 0.0)
     error = float((found.double() - expected.double()).abs().max())

@@ -38,6 +38,7 @@ class NetworkCase:
         target_dense: the speed-up over the best (a) in that dtype that is aimed at.
         target_composition: the same over the best (b).
         note: what else there is to know.
+        pointwise: whether self-grouping takes the 1×1 convolutions too, the shortcuts among them.
     """
 
     name: str
@@ -52,6 +53,7 @@ class NetworkCase:
     note: str = ""
     width: int | None = None
     threads: int | None = None
+    pointwise: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -65,18 +67,28 @@ class NetworkCase:
 
 NETWORKS = (
     NetworkCase(
-        "vgg16-het4", "vgg16", SupportSpec("het", 4), target_dense=2.5, target_composition=1.1
+        "vgg16-het4", "vgg16", SupportSpec("het", 4), target_dense=3.3, target_composition=1.5
     ),
     NetworkCase(
-        "resnet18-het4", "resnet18", SupportSpec("het", 4), target_dense=2.2, target_composition=1.0
+        "resnet18-het4", "resnet18", SupportSpec("het", 4),
+        target_dense=3.0, target_composition=1.45,
     ),
     NetworkCase(
-        "vgg16-sg70", "vgg16", SupportSpec("self_group", 70), target_dense=2.4,
+        "vgg16-sg70", "vgg16", SupportSpec("self_group", 70),
+        target_dense=3.2, target_composition=3.6,
         note="convolutions only; the fully connected layers stay dense",
     ),
     NetworkCase("resnet50-het4", "resnet50", SupportSpec("het", 4)),
     NetworkCase("densenet121-het4", "densenet121", SupportSpec("het", 4)),
     NetworkCase("dncnn-het4", "dncnn", SupportSpec("het", 4), n=1, size=256, channels=1),
+    NetworkCase(
+        "resnet50-sg70", "resnet50", SupportSpec("self_group", 70), pointwise=True,
+        target_dense=2.1, target_composition=2.0, note="1x1 layers too",
+    ),
+    NetworkCase(
+        "resnet50-sg70-b1", "resnet50", SupportSpec("self_group", 70), n=1, pointwise=True,
+        target_dense=2.1, target_composition=2.0, note="1x1 layers too",
+    ),
     NetworkCase(
         "resnet18-het4-int8", "resnet18", SupportSpec("het", 4), dtype="int8",
         target_dense=2.5, target_composition=1.5,
@@ -156,5 +168,7 @@ def self_grouped_layers(
     return [
         (name, (case.support.value, m.in_channels, m.out_channels, m.kernel_size[0], 0))
         for name, m in network.named_modules()
-        if isinstance(m, nn.Conv2d) and m.in_channels > 3 and m.kernel_size == (3, 3)
+        if isinstance(m, nn.Conv2d)
+        and m.in_channels > 3
+        and (m.kernel_size == (3, 3) or (case.pointwise and m.kernel_size == (1, 1)))
     ]

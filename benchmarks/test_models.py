@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -72,7 +73,7 @@ def measure_case(
     timings: dict[str, Timings] = {}
     absent: dict[str, dict[str, str]] = {}
     match = gate.Agreement(True, 0.0, 0.0)
-    own: dict[str, peers.Inference] = {}
+    own: dict[str, partial[Tensor]] = {}
     try:
         own = low_precision.ours(case, ours, x)
     except peers.Absent as reason:
@@ -80,11 +81,16 @@ def measure_case(
     if own and case.dtype == "int8":
         match = low_precision.reference_match(own[OURS])
     # The truth is in PyTorch's own layers: what ours computes is what the composition computes.
+    composed = gate.NetworkTruth(composition, x)
+    matches = [_match(case, composed, name, run()) for name, run in own.items()]
+    match = max([match, *matches], key=lambda m: m.worst)
+    if not match.ok:
+        return record.model_row(case, match, absent)
     for role, rival in ((DENSE, dense), (COMPOSITION, composition)):
         runs, absent[role] = _runs(role, rival, x, folder, case.dtype, skipped or {})
-        matches = [_match(case, rival, x, name, run()) for name, run in runs.items()]
-        matches += [_match(case, composition, x, name, run()) for name, run in own.items()]
-        match = max(match, *matches, key=lambda m: m.worst)
+        truth = composed if role == COMPOSITION else gate.NetworkTruth(rival, x)
+        matches = [_match(case, truth, name, run()) for name, run in runs.items()]
+        match = max([match, *matches], key=lambda m: m.worst)
         if not match.ok:
             return record.model_row(case, match, absent)
         if not runs or not own:  # nobody to compare with; the others' matches are still worth it
@@ -110,11 +116,9 @@ def measure_case(
     return record.model_row(case, match, absent, timings, (layers[0], layers[1]), ratios)
 
 
-def _match(case: NetworkCase, truth: nn.Module, x: Tensor, name: str, y: Tensor) -> gate.Agreement:
+def _match(case: NetworkCase, truth: gate.NetworkTruth, name: str, y: Tensor) -> gate.Agreement:
     """Judges a result by the precision that it was computed in."""
-    if case.dtype == "float32" or name == OURS_FLOAT32:
-        return gate.network_match(truth, x, y)
-    return gate.low_precision_match(truth, x, y, case.dtype)
+    return truth.match(y, "float32" if name == OURS_FLOAT32 else case.dtype)
 
 
 def _runs(

@@ -67,7 +67,7 @@ wide_vectors = pytest.mark.skipif(
 )
 def test_the_layers_of_a_resnet_are_transformed(images: int, channels: int, edge: int) -> None:
     support = hk.Support.het(channels, channels, 3, p=4)
-    assert form(problem(support, (images, edge, edge))) in winograd.FORMS
+    assert form(problem(support, (images, edge, edge))) in winograd.TILES
 
 
 @wide_vectors
@@ -86,7 +86,7 @@ def test_the_layers_of_a_resnet_are_transformed(images: int, channels: int, edge
 def test_layers_it_would_not_pay_for_are_not(
     support: hk.Support, size: tuple[int, int, int]
 ) -> None:
-    assert form(problem(support, size)) not in winograd.FORMS
+    assert form(problem(support, size)) not in winograd.TILES
 
 
 @pytest.mark.parametrize(
@@ -109,8 +109,8 @@ def test_calls_it_is_not_for_are_not_even_asked(
     changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(winograd, "WINOGRAD_MARGIN", 0.0)  # whatever it costs
-    assert form(problem(HET, (8, 14, 14))) in winograd.FORMS
-    assert form(problem(HET, (8, 14, 14), **changes)) not in winograd.FORMS
+    assert form(problem(HET, (8, 14, 14))) in winograd.TILES
+    assert form(problem(HET, (8, 14, 14), **changes)) not in winograd.TILES
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_supports_it_is_not_for_keep_the_direct_form(
     support: hk.Support, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(winograd, "WINOGRAD_MARGIN", 0.0)
-    assert form(problem(support, (8, 16, 16))) not in winograd.FORMS
+    assert form(problem(support, (8, 16, 16))) not in winograd.TILES
 
 
 @wide_vectors
@@ -136,7 +136,7 @@ def test_supports_it_is_not_for_keep_the_direct_form(
 def test_a_layer_whose_windows_are_tiles_is_transformed(edge: int) -> None:
     """VGG's pooled layers: the network's result is what the layers give one after the other."""
     pool = Pool((2, 2), (2, 2), (0, 0))
-    assert form(problem(HET, (2, edge, edge), pool=pool)) in winograd.FORMS
+    assert form(problem(HET, (2, edge, edge), pool=pool)) in winograd.TILES
     torch.manual_seed(0)
     conv = hk.nn.HetConv2d(256, 256, 3, padding=1, p=4).eval()
     x = torch.randn(2, 256, edge, edge).to(memory_format=LAST)
@@ -151,7 +151,7 @@ def test_a_layer_whose_windows_are_tiles_is_transformed(edge: int) -> None:
     assert torch.allclose(y, direct, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("tile", winograd.FORMS.values())
+@pytest.mark.parametrize("tile", winograd.TILES.values())
 def test_its_transforms_are_a_convolution(tile: int) -> None:
     """An axis of a tile, in double: what errors are derived from is what the engine computes by."""
     by, rng = winograd.transforms(tile), np.random.default_rng(0)
@@ -174,17 +174,17 @@ def test_a_predicted_gain_of_a_tenth_decides(
     engine = type(get_backend("cpu"))
 
     def seconds(_self: Any, _made: Problem, plan: Any) -> float:
-        return 1.0 if plan.form in winograd.FORMS else gain
+        return 1.0 if plan.form in winograd.TILES else gain
 
     monkeypatch.setattr(engine, "_seconds", seconds)
     monkeypatch.setattr(engine, "measured", lambda *_: measured)
     made = problem(hk.Support.het(48, 48, 3, p=4), (2, 9, 9))
     taken = chosen == "always" or (chosen == "measured" and measured)
-    assert (form(made) in winograd.FORMS) is taken
+    assert (form(made) in winograd.TILES) is taken
     assert get_backend("cpu").estimate(made) == (1.0 if taken else gain), "auto predicts the same"
 
 
-@pytest.mark.parametrize("name", winograd.FORMS)
+@pytest.mark.parametrize("name", winograd.TILES)
 def test_tiles_beyond_the_edge_are_counted(name: str) -> None:
     plan = get_backend("cpu")._plan(problem(HET, (8, 7, 7)), name)  # type: ignore[attr-defined]
     even, odd = (winograd.executed(plan, problem(HET, (8, n, n))) for n in (8, 7))
@@ -278,15 +278,15 @@ def test_a_planned_network_does_not_mix_the_settings_up() -> None:
 @pytest.mark.parametrize("row", [10, 11])
 @pytest.mark.parametrize("column", [0, 12, 15])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", winograd.FORMS)
+@pytest.mark.parametrize("name", winograd.TILES)
 def test_what_is_not_finite_reaches_no_other_tiles(
     name: str, value: float, row: int, column: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In tiles of two not even other outputs: there rows of A^T and B^T that skip an input are
     those of the taps.
     """
-    tile = winograd.FORMS[name]
-    monkeypatch.setattr(winograd, "FORMS", {name: tile})
+    tile = winograd.TILES[name]
+    monkeypatch.setattr(winograd, "TILES", {name: tile})
     made, x = layer(), image()
     x[0, 5, row, column] = value
     with torch.no_grad():
@@ -348,7 +348,7 @@ def test_explain_shows_the_form_and_its_error() -> None:
     told = hk.explain(made, x, measure=False)
     (ours,) = (c for c in told.candidates if c.name == "cpu")
     (note,) = ours.notes
-    (tile,) = (n for n in winograd.FORMS.values() if f"F({n}x{n}, 3x3)" in note)
+    (tile,) = (n for n in winograd.TILES.values() if f"F({n}x{n}, 3x3)" in note)
     expected, bound = winograd.errors(made.support, tile)
     assert f"expected at {expected:.2f} times" in note
     assert f"bounded by {bound:.1f} times" in note
@@ -370,7 +370,7 @@ def test_explain_shows_the_form_and_its_error() -> None:
     ],
     ids=["64 by 4", "256 by 4", "128 by 2", "grouped"],
 )
-@pytest.mark.parametrize("form", winograd.FORMS)
+@pytest.mark.parametrize("form", winograd.TILES)
 def test_the_expected_error_is_the_one_that_is_seen(support: hk.Support, form: str) -> None:
     """Within a third: the direct form keeps more than one sum, which the derivation leaves out."""
     g = torch.Generator().manual_seed(1)
@@ -388,4 +388,6 @@ def test_the_expected_error_is_the_one_that_is_seen(support: hk.Support, form: s
         )  # fmt: skip
         rms[name] = float((y - exact).square().mean().sqrt())
     seen = rms[form] / rms["filters"]
-    assert seen == pytest.approx(winograd.errors(support, winograd.FORMS[form]).expected, rel=0.35), seen
+    assert seen == pytest.approx(
+        winograd.errors(support, winograd.TILES[form]).expected, rel=0.35
+    ), seen

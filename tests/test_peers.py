@@ -37,7 +37,7 @@ def test_no_layer_of_ours_is_left_in_a_composition(case: NetworkCase) -> None:
     image = torch.randn(2, case.channels, 32, 32)
     with torch.no_grad():
         ours, composition = (build_network(case, form, image) for form in ("ours", "composition"))
-        assert gate.network_match(ours, image, composition(image)).ok
+        assert gate.NetworkTruth(ours, image).match(composition(image)).ok
     assert export.support_layers(composition) == []
     assert len(export.support_layers(ours)) > 10
 
@@ -51,8 +51,8 @@ def test_a_composition_computes_what_ours_computes(kind: str, x: torch.Tensor) -
         ours, composition, dense = (
             build_network(case, f, x) for f in ("ours", "composition", "dense")
         )
-        assert gate.network_match(ours, x, composition(x)).ok
-        assert not gate.network_match(ours, x, dense(x)).ok
+        assert gate.NetworkTruth(ours, x).match(composition(x)).ok
+        assert not gate.NetworkTruth(ours, x).match(dense(x)).ok
     assert export.support_layers(composition) == export.support_layers(dense) == []
 
 
@@ -75,8 +75,8 @@ def test_peers_compute_the_network(peer: str, x: torch.Tensor, tmp_path) -> None
             run = peers.PEERS[peer](copy.deepcopy(dense), x, tmp_path)
         except peers.Absent as reason:
             pytest.skip(str(reason))
-        assert gate.network_match(dense, x, run()).ok
-        assert not gate.network_match(dense, x, run() + 1e-3).ok
+        assert gate.NetworkTruth(dense, x).match(run()).ok
+        assert not gate.NetworkTruth(dense, x).match(run() + 1e-3).ok
 
 
 def test_an_absent_peer_is_named(monkeypatch, x: torch.Tensor, tmp_path) -> None:

@@ -67,10 +67,10 @@ def test_peers_compute_the_network_in_their_precision(
         except peers.Absent as reason:
             pytest.skip(str(reason))
         found = run()
-        assert gate.low_precision_match(network, x, found, dtype).ok
-        assert not gate.network_match(network, x, found.float()).ok, "that was float32"
+        assert gate.NetworkTruth(network, x).match(found, dtype).ok
+        assert not gate.NetworkTruth(network, x).match(found.float()).ok, "that was float32"
         other = build_network(SMALL, "composition" if form == "dense" else "dense", x)
-        assert not gate.low_precision_match(other, x, found, dtype).ok
+        assert not gate.NetworkTruth(other, x).match(found, dtype).ok
 
 
 @pytest.mark.slow  # inductor compiles for minutes
@@ -80,8 +80,8 @@ def test_a_compiled_peer_computes_in_its_precision(
 ) -> None:
     with torch.no_grad():
         found = low_precision.peers_of(dtype)["compiled"](copy.deepcopy(dense), x, tmp_path)()
-        assert gate.low_precision_match(dense, x, found, dtype).ok
-        assert not gate.network_match(dense, x, found.float()).ok
+        assert gate.NetworkTruth(dense, x).match(found, dtype).ok
+        assert not gate.NetworkTruth(dense, x).match(found.float()).ok
 
 
 def test_pytorchs_own_int8_fuses_convolution_sum_and_relu(
@@ -126,9 +126,9 @@ def test_the_bound_refuses_what_is_not_the_network(
 ) -> None:
     with torch.no_grad():
         exact = dense(x)
-        assert gate.low_precision_match(dense, x, exact, dtype).ok
+        assert gate.NetworkTruth(dense, x).match(exact, dtype).ok
         for wrong in (exact * 1.1, exact.flip(1), exact + exact.std(), exact * float("nan")):
-            found = gate.low_precision_match(dense, x, wrong, dtype)
+            found = gate.NetworkTruth(dense, x).match(wrong, dtype)
             assert not found.ok
             assert found.worst > 1
 

@@ -94,7 +94,7 @@ class Cpu:
     def _seconds(self, problem: Problem, plan: Any) -> float:
         """Predicts the time of one call of fprop or dgrad by a plan."""
         threads = torch.get_num_threads()
-        transformed = plan.form in winograd.FORMS
+        transformed = plan.form in winograd.TILES
         name = "pixels" if plan.form in ("pixels", "columns") else "filters"
         cost = winograd.executed(plan, problem) if transformed else plan.cost
         form, rows = ENGINE[name], is_linear(problem)
@@ -147,7 +147,7 @@ class Cpu:
         if plan is direct:
             return ()
         gain = self._seconds(problem, direct) / self._seconds(problem, plan)
-        return (winograd.note(problem, winograd.FORMS[plan.form], gain),)
+        return (winograd.note(problem, winograd.TILES[plan.form], gain),)
 
     def pools(self, problem: Problem) -> bool:
         """Whether max-pooling happens while a band of the output is in the cache."""
@@ -348,7 +348,7 @@ class Cpu:
         if not winograd.suits(problem):
             return direct
         try:
-            transformed = [self._plan(problem, form) for form in winograd.FORMS]
+            transformed = [self._plan(problem, form) for form in winograd.TILES]
         except ValueError:  # fewer channels or filters than a vector has
             return direct
         fastest = min(transformed, key=lambda plan: self._seconds(problem, plan))

@@ -21,7 +21,7 @@ WINOGRAD_MARGIN = 1.1
 # The pooling whose windows make up the tiles: it is done on the way.
 _TILE = Pool((2, 2), (2, 2), (0, 0))
 # The forms of the engine's plans, and how many outputs a tile has along an axis.
-FORMS = {"winograd 2x2": 2, "winograd 4x4": 4}
+TILES = {"winograd 2x2": 2, "winograd 4x4": 4}
 # The points by which each tile's transforms interpolate; infinity is one more.
 _POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 0.75, -0.75, 1.5, -1.5)}
 # Roundings of one product beside its addition, of the inputs' transformation, the weight's (one)
@@ -53,11 +53,11 @@ def executed(plan: Any, problem: Problem) -> float:
     """Returns the plan's cost of one output pixel, with what tiles beyond the edges cost.
 
     Args:
-        plan: the engine's, in one of the FORMS.
+        plan: the engine's, in one of the TILES.
         problem: the call; 7 × 7 outputs are 8 × 8 in tiles.
     """
     height, width = problem.output_size
-    tile = FORMS[plan.form]
+    tile = TILES[plan.form]
     tiled = math.ceil(height / tile) * math.ceil(width / tile) * tile * tile
     return float(plan.cost + plan.winograd_cost * (tiled / max(1, height * width) - 1))
 
@@ -142,9 +142,9 @@ def note(problem: Problem, tile: int, gain: float) -> str:
     """
     expected, bound = errors(problem.support, tile)
     return (
-        f"Winograd F({tile}x{tile}, 3x3), predicted {gain:.2f} times as fast as direct sums; its rounding "
-        f"error is expected at {expected:.2f} times theirs, and bounded by {bound:.1f} times their "
-        "bound; hk.strict_accuracy() leaves it out."
+        f"Winograd F({tile}x{tile}, 3x3), predicted {gain:.2f} times as fast as direct sums; its "
+        f"rounding error is expected at {expected:.2f} times theirs, and bounded by {bound:.1f} times "
+        "their bound; hk.strict_accuracy() leaves it out."
     )
 
 
