@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+__all__ = ["dct", "dct_basis", "idct"]
+
 # Images of the frequencies, in elements, that are scaled and summed at once: two operations, where
 # one image after the other needs no memory for all of them.
 AT_ONCE = 2**16

@@ -447,6 +447,3 @@ class FrequencyConv2d(ForcedBackend):
             f"stride={self.stride}, frequencies={len(self.live_frequencies)} of "
             f"{math.prod(self.kernel_size)}, path={self.path!r}"
         )
-
-
-__all__ = ["PATHS", "FrequencyConv2d"]
