@@ -29,7 +29,11 @@ torch.backends.cudnn.allow_tf32 = False
 
 
 # Files that take longest go first where processes share them, or one is left with the last alone.
-_LONG = ("triton", "cuda_host", "session", "deploy", "docs", "cuda_wide_host", "typing", "methods")
+_LONG = (
+    "triton", "cuda_host", "session", "deploy", "cuda_wide_host", "quantization_onnx_forms",
+    "made_networks", "docs", "peers_low_precision", "ranks", "methods", "examples", "peers",
+    "narrow", "compose", "quantization_quantize", "typing",
+)  # fmt: skip
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
