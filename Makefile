@@ -33,6 +33,12 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 IN_TREE := HETCONV_CUDA_ARCHS=$(or $(HETCONV_CUDA_ARCHS),$(if $(shell command -v nvidia-smi \
 	2>/dev/null),native,80))
 
+# Nothing is compiled twice where g++ compiles.
+ifneq (,$(and $(filter default undefined,$(origin CXX)),$(filter 1,$(words $(CURDIR))),\
+	$(wildcard .ci/cxx),$(shell command -v g++ 2>/dev/null)))
+export CXX := $(CURDIR)/.ci/cxx
+endif
+
 ifdef PY
 ENV := inplace
 export PYTHONPATH := .$(if $(PYTHONPATH),:$(PYTHONPATH))
@@ -199,8 +205,9 @@ build/external/.there: constraints/common.txt | $(ENV)
 	@touch $@
 
 # Needs no Python: two builds of tests/native, which run side by side.
+SANITIZERS ?= asan tsan
 sanitize: ## Fuzz the compiled CPU part under the address, leak, undefined and thread sanitizers
-	$(MAKE) --no-print-directory -j$(or $(MAX_JOBS),2) -f tests/native/Makefile asan tsan
+	$(MAKE) --no-print-directory -j$(or $(MAX_JOBS),2) -f tests/native/Makefile $(SANITIZERS)
 
 # clang, or the one that PyPI's ziglang brings in .venv. Objects only: ziglang has no OpenMP to link.
 CLANGXX ?= $(or $(shell command -v clang++ 2>/dev/null),$(PY) -m ziglang c++ -mcpu=baseline)

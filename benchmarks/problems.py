@@ -118,7 +118,10 @@ class Digits(CompressionTask):
         )
         data = digits()
         if quick:
-            data = dataclasses.replace(data, train=Split(*(t[:256] for t in data.train.tensors)))
+            train, validation = (
+                Split(*(t[:128] for t in split.tensors)) for split in (data.train, data.validation)
+            )
+            data = dataclasses.replace(data, train=train, validation=validation)
         self.data = data
         self.example = data.test.images[:_BATCH]
 

@@ -47,8 +47,8 @@ ROOMS = (
     Room(
         "Looking and keeping",
         "why it is fast or slow; files",
-        ("profiling", "explain", "explanation", "io", "export", "hub", "composition",
-         "plain_network", "info"),
+        ("profiling", "explain", "explanation", "io", "file_tensors", "export", "hub",
+         "composition", "plain_network", "info"),
     ),
     Room(
         "Networks",

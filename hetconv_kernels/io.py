@@ -9,12 +9,10 @@ class, as an ``fx.GraphModule``. Needs the ``safetensors`` extra.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
-import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,18 @@ from torch import Tensor, fx, nn
 
 from ._version import __version__
 from .errors import ArgumentError, FileError, HetconvError, mismatch
+from .file_tensors import (
+    check_sizes,
+    damaged,
+    fill,
+    laid_out,
+    named_tensors,
+    separate_tensors,
+    special_strides,
+    tensors_digest,
+    text_digest,
+    tied_names,
+)
 from .files import Json, writing
 from .graph.carried import check_described
 from .graph.graph_json import graph_from_json, graph_to_json
@@ -38,7 +48,6 @@ from .graph.trace import (
     symbolic_graph,
     trace,
 )
-from .nn.quantized_layer import QuantizedLayer
 
 __all__ = ["load", "save"]
 
@@ -48,8 +57,6 @@ _OLD_FORMAT = "hetconv_kernels.Network/1"
 _KEY = "hetconv_kernels"
 _COUNT = "num_batches_tracked"
 _DIGEST_KEY = "hetconv_kernels.digest"
-# A file may declare masks of this many entries, or this many for each weight that it has.
-_DECLARED, _DECLARED_PER_WEIGHT = 1 << 26, 256
 _MALFORMED = (*FAILURES, MemoryError, RecursionError)
 
 
@@ -88,7 +95,7 @@ def save(
     model, into = _inside(model), None if into is None else _inside(into)
     if example is not None:
         model = _as_graph(model, example)
-    tensors = _tensors(model)
+    tensors = separate_tensors(model)
     for name, tensor in tensors.items():
         if tensor.is_meta or not isinstance(tensor, Tensor):
             raise ArgumentError(mismatch(f"values of {name!r}", "none", "a tensor with values"))
@@ -108,11 +115,11 @@ def save(
         "graph": _graph(model, layers),
         "fixed": [name for name, p in model.named_parameters() if not p.requires_grad],
         "buffers": [name for name, _ in model.named_buffers(remove_duplicate=False)],
-        "tied": _tied(model),
+        "tied": tied_names(model),
         "training": model.training,
-        "strides": _strides(model),
+        "strides": special_strides(model),
         "other_mode": [n for n, m in model.named_modules() if m.training != model.training],
-        "digest": _digest(tensors),
+        "digest": tensors_digest(tensors),
         "planned": isinstance(model, PlannedNetwork),
     }
     if dtype is not None:
@@ -121,7 +128,7 @@ def save(
     text = json.dumps(description)
     path = Path(path)
     library = _safetensors()
-    metadata = {_KEY: text, _DIGEST_KEY: _text_digest(text)}
+    metadata = {_KEY: text, _DIGEST_KEY: text_digest(text)}
     with writing(path, also=(library.SafetensorError,)) as part:
         library.torch.save_file(tensors, str(part), metadata=metadata)
 
@@ -169,7 +176,7 @@ def load(
         raise
     except _MALFORMED as error:
         why = f"its description makes no sense ({error!r:.200})"
-        raise FileError(_damaged(path, why)) from error
+        raise FileError(damaged(path, why)) from error
 
 
 def _inside(model: nn.Module) -> nn.Module:
@@ -184,7 +191,7 @@ def _narrow_dtype(description: Json, path: Path) -> torch.dtype | None:
         return None
     dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in NARROW}
     if not isinstance(name, str) or name not in dtypes:
-        raise FileError(_damaged(path, f"{name!r:.40} is no 16-bit type"))
+        raise FileError(damaged(path, f"{name!r:.40} is no 16-bit type"))
     return dtypes[name]
 
 
@@ -192,7 +199,7 @@ def _built(
     description: Json, tensors: Mapping[str, Tensor], into: nn.Module | None, path: Path
 ) -> nn.Module:
     """Makes the network of a file's contents."""
-    _check_sizes(description["layers"], tensors, path)
+    check_sizes(description["layers"], tensors, path)
     layers = {name: layer_from_json(d) for name, d in description["layers"].items()}
     steps, fixed = description["graph"], set(description["fixed"])
     training = bool(description["training"])
@@ -206,14 +213,14 @@ def _built(
                 "example=...) an input."
             )
         into = _assemble(steps, layers, tensors, buffers)
-        there = {*_named(into)}
+        there = {*named_tensors(into)}
         # A module that stood at two names has one in the steps.
         tensors = {n: t for n, t in tensors.items() if n in there or tied.get(n) not in there}
     else:
         into = _exchange(into, layers, path)
     strides = description.get("strides", {})
-    tensors = {name: _laid_out(t, strides.get(name), path) for name, t in tensors.items()}
-    _fill(into, tensors, tied, path)
+    tensors = {name: laid_out(t, strides.get(name), path) for name, t in tensors.items()}
+    fill(into, tensors, tied, path)
     for name, described in description["layers"].items():
         if described.get("channels_last"):
             weight: Any = into.get_submodule(name).weight
@@ -240,90 +247,16 @@ def _device(device: torch.device | str) -> torch.device:
     return found
 
 
-def _named(model: nn.Module) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    return found | dict(model.named_buffers(remove_duplicate=False))
-
-
-def _tied(model: nn.Module) -> dict[str, str]:
-    """Names for each tensor that is there under an earlier name that name."""
-    first: dict[int, str] = {}
-    found: dict[str, str] = {}
-    for name, tensor in _named(model).items():
-        earlier = first.setdefault(id(tensor), name)
-        if earlier != name:
-            found[name] = earlier
-    return found
-
-
 def _rebuildable(description: Json, tensors: Mapping[str, Tensor]) -> list[Json] | str:
     """Returns the steps, or says why a network of them would lack something."""
     steps = description["graph"]
     if not isinstance(steps, list):
         return str(steps)
     layers = {name: layer_from_json(d) for name, d in description["layers"].items()}
-    there = {*_named(_assemble(steps, layers, tensors, set(description["buffers"])))}
+    there = {*named_tensors(_assemble(steps, layers, tensors, set(description["buffers"])))}
     tied = description["tied"]
     unread = sorted(n for n in tensors if n not in there and tied.get(n) not in there)
     return f"no step reads {', '.join(unread[:5])}" if unread else steps
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Lists parameters and buffers, each with memory of its own, as safetensors wants."""
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    named: list[tuple[str, Tensor]] = [*model.named_parameters(remove_duplicate=False)]
-    named += model.named_buffers(remove_duplicate=False)
-    for name, tensor in named:
-        value = tensor.detach()
-        if not value.is_meta:
-            value = value.contiguous()
-            if value.untyped_storage().data_ptr() in seen:
-                value = value.clone()
-            seen.add(value.untyped_storage().data_ptr())
-        found[name] = value
-    return found
-
-
-def _strides(model: nn.Module) -> dict[str, list[int]]:
-    """Lists the strides of what is not laid out row by row: PyTorch picks kernels by them.
-
-    Those of an axis of length one count: they tell channels_last from contiguous 1×1 kernels.
-    """
-    named = dict(model.named_parameters(remove_duplicate=False))
-    both: dict[str, Tensor] = {**named, **dict(model.named_buffers(remove_duplicate=False))}
-    return {
-        name: list(tensor.stride())
-        for name, tensor in both.items()
-        if tensor.stride() != torch.empty(tensor.shape, device="meta").stride()
-        and _is_dense(tensor.shape, tensor.stride())
-    }
-
-
-def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Tells whether strides order the axes of a tensor without holes or overlaps."""
-    expected = 1
-    for stride, size in sorted(zip(strides, shape, strict=True)):
-        if size > 1 and stride != expected:
-            return False
-        expected *= max(size, 1)
-    return True
-
-
-def _laid_out(tensor: Tensor, strides: Any, path: Path) -> Tensor:
-    """Copies a tensor out of the file, to an aligned address and with the strides that it had.
-
-    At the file's own addresses a matrix product may round in another way.
-    """
-    if strides is None:
-        return tensor.clone()
-    numbers = isinstance(strides, list) and all(type(n) is int for n in strides)
-    fits = numbers and len(strides) == tensor.dim() and _is_dense(tensor.shape, strides)
-    if not fits or not all(0 <= n < 2**62 for n in strides):
-        raise FileError(_damaged(path, f"{strides!r:.100} are no strides of {tensor.shape}"))
-    return torch.empty_strided(
-        tensor.shape, strides, dtype=tensor.dtype, device=tensor.device
-    ).copy_(tensor)
 
 
 def _as_graph(model: nn.Module, example: Any) -> nn.Module:
@@ -351,19 +284,6 @@ def _graph(model: nn.Module, layers: Mapping[str, Json]) -> list[Json] | str:
     return steps
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(tensors):
-        tensor = tensors[name].cpu()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _text_digest(text: str) -> str:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-
-
 def _read(path: Path, device: torch.device) -> tuple[Json, dict[str, Tensor]]:
     library = _safetensors()
     if not path.is_file():
@@ -374,42 +294,21 @@ def _read(path: Path, device: torch.device) -> tuple[Json, dict[str, Tensor]]:
             text = metadata.get(_KEY)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (library.SafetensorError, *_MALFORMED) as error:
-        raise FileError(_damaged(path, f"it is no whole safetensors file ({error})")) from error
+        raise FileError(damaged(path, f"it is no whole safetensors file ({error})")) from error
     if text is None:
-        raise FileError(_damaged(path, "another program wrote it"))
+        raise FileError(damaged(path, "another program wrote it"))
     try:
         description: Json = json.loads(text)
         form, digest = description["format"], description["digest"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise FileError(_damaged(path, f"its description cannot be read ({error!r})")) from error
+        raise FileError(damaged(path, f"its description cannot be read ({error!r})")) from error
     if form not in (_FORMAT, _OLD_FORMAT):
         raise FileError(mismatch(f"format of {path.name}", form, _FORMAT, "Update this package."))
-    if form == _FORMAT and metadata.get(_DIGEST_KEY) != _text_digest(text):
-        raise FileError(_damaged(path, "its description is not the one that was saved"))
-    if digest != _digest(tensors):
-        raise FileError(_damaged(path, "its weights are not those that were saved"))
+    if form == _FORMAT and metadata.get(_DIGEST_KEY) != text_digest(text):
+        raise FileError(damaged(path, "its description is not the one that was saved"))
+    if digest != tensors_digest(tensors):
+        raise FileError(damaged(path, "its weights are not those that were saved"))
     return description, tensors
-
-
-def _damaged(path: Path, how: str) -> str:
-    return f"{path.name} cannot be loaded: {how}; expected a file of hetconv_kernels.io.save."
-
-
-def _check_sizes(layers: Mapping[str, Json], tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Refuses masks that are far larger than the weights they are for, before they are made."""
-    declared = 0
-    for described in layers.values():
-        if "support" not in described:
-            continue  # built without memory
-        declared += math.prod(map(int, json.loads(described["support"])["shape"]))
-        arguments = described["arguments"]
-        if "kernel_size" in arguments:
-            sizes = (arguments["in_channels"], arguments["out_channels"], *arguments["kernel_size"])
-            declared += math.prod(map(int, sizes))
-    allowed = max(_DECLARED, _DECLARED_PER_WEIGHT * sum(t.numel() for t in tensors.values()))
-    if declared > allowed:
-        why = f"it declares masks of {declared:,} entries, where its weights allow {allowed:,}"
-        raise FileError(_damaged(path, why))
 
 
 def _assemble(
@@ -479,33 +378,6 @@ def _exchange(into: nn.Module, layers: Mapping[str, nn.Module], path: Path) -> n
             return layer
         set_module(into, name, layer)
     return into
-
-
-def _fill(
-    model: nn.Module, tensors: Mapping[str, Tensor], tied: Mapping[str, str], path: Path
-) -> None:
-    names = {*_named(model)}
-    if names != tensors.keys():
-        odd = sorted(names ^ tensors.keys())[:5]
-        raise FileError(_damaged(path, f"weights and layers do not fit at {odd}"))
-    owners = dict(model.named_modules(remove_duplicate=False))
-    for name, tensor in tensors.items():
-        owner, _, key = name.rpartition(".")
-        module = owners[owner]
-        slots: Any = module._parameters if key in module._parameters else module._buffers
-        if slots[key].shape != tensor.shape or slots[key].dtype != tensor.dtype:
-            raise FileError(_damaged(path, f"{name!r} has another size or dtype than its layer"))
-        slots[key] = nn.Parameter(tensor, False) if slots is module._parameters else tensor
-    for name, first in tied.items():
-        if name in tensors and first in tensors:
-            owner, _, key = name.rpartition(".")
-            into, (origin, _, origin_key) = owners[owner], first.rpartition(".")
-            for kind in ("_parameters", "_buffers"):
-                if key in getattr(into, kind) and origin_key in getattr(owners[origin], kind):
-                    getattr(into, kind)[key] = getattr(owners[origin], kind)[origin_key]
-    for module in owners.values():
-        if isinstance(module, QuantizedLayer):
-            module.prepare_()
 
 
 def _safetensors() -> Any:

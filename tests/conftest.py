@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,11 @@ torch.backends.cudnn.allow_tf32 = False
 
 
 # Files that take longest go first where processes share them, or one is left with the last alone.
-_LONG = ("triton", "cuda_host", "session", "deploy", "docs", "cuda_wide_host", "typing", "methods")
+_LONG = (
+    "triton", "cuda_host", "session", "deploy", "cuda_wide_host", "quantization_onnx_forms",
+    "made_networks", "docs", "peers_low_precision", "ranks", "methods", "examples", "peers",
+    "narrow", "compose", "quantization_quantize", "typing",
+)  # fmt: skip
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -60,6 +65,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--share"):
         place = {f"test_{name}": number for number, name in enumerate(_LONG)}
         items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
+def pytest_collection_finish() -> None:
+    """Has the collector leave alone what was there before the tests: it is looked at for 0.6 s."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or bindings say at the end that it leaks
 
 
 @pytest.hookimpl(tryfirst=True)

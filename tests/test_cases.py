@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 from torch.nn import functional
@@ -372,11 +371,10 @@ def test_dispatch_table_says_when_a_target_is_missed() -> None:
 
 
 def test_benchmarks_run_from_pytest_to_json(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pytest", "benchmarks", "-k", "lose-tiny", "-q"]
-    command += ["--results", str(tmp_path), "--name", "test", "--seconds", "0.2"]
-    done = subprocess.run(
-        [*command, "--backend", "vendor"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = fresh.python(
+        "", "benchmarks", "-k", "lose-tiny", "-q", "--results", str(tmp_path), "--name", "test",
+        "--seconds", "0.2", "--backend", "vendor", module="pytest",
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     data = json.loads((tmp_path / "layers-test.json").read_text())
     assert record.problems(data) == []

@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 from torch import nn
@@ -344,10 +343,11 @@ def test_a_required_speed_up_is_not_judged_by_a_disturbed_measurement(
 
 def test_benchmark_disable_checks_and_measures_nothing(tmp_path: Path) -> None:
     pytest.importorskip("pytest_benchmark")
-    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "--benchmark-disable",
-               "-k", "lose-tiny or (dispatch and without)", "--results", str(tmp_path),
-               "--backend", "vendor", "--seconds", "0.2"]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = fresh.python(
+        "", "benchmarks", "-q", "--benchmark-disable",
+        "-k", "lose-tiny or (dispatch and without)", "--results", str(tmp_path),
+        "--backend", "vendor", "--seconds", "0.2", module="pytest",
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 passed" in done.stdout
     assert "hetconv layers" not in done.stdout

@@ -21,7 +21,8 @@ from hetconv_kernels.compression import FrequencyPruning
 from hetconv_kernels.compression.methods import frequency as search
 from hetconv_kernels.errors import ArgumentError, InputTypeError, SupportError
 from hetconv_kernels.nn import frequency
-from hetconv_kernels.nn.frequency import FrequencyConv2d, dct, dct_basis, idct
+from hetconv_kernels.nn.dct import dct, dct_basis, idct
+from hetconv_kernels.nn.frequency import FrequencyConv2d
 
 # ½·(1 + 2 + 3 + 4), ½·(1 − 2 + 3 − 4), ½·(1 + 2 − 3 − 4), ½·(1 − 2 − 3 + 4).
 KERNEL, COEFFICIENTS = [[1.0, 2], [3, 4]], [[5.0, -1], [-2, 0]]
@@ -330,7 +331,7 @@ def test_dead_coefficients_may_hold_anything(path: str, frozen: bool, held: floa
 def test_images_of_frequencies_are_summed_alike_one_by_one_and_at_once(
     at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(frequency, "_AT_ONCE", at_once)
+    monkeypatch.setattr("hetconv_kernels.nn.dct.AT_ONCE", at_once)
     layer = FrequencyConv2d(6, 8, 3, coefficients=some(8, 6, 3), path="spatial").double()
     twin = layer.to_conv2d()
     x = torch.randn(2, 6, 5, 5, dtype=torch.float64)

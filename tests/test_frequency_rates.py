@@ -12,7 +12,7 @@ from hetconv_kernels.compression import FrequencyPruning
 from hetconv_kernels.compression.methods import frequency as search
 from hetconv_kernels.errors import ArgumentError
 from hetconv_kernels.nn import SupportLinear
-from hetconv_kernels.nn.frequency import dct
+from hetconv_kernels.nn.dct import dct
 
 # The magnitudes of the coefficients of one 2×2 kernel.
 SIZE = torch.tensor([[5.0, 1], [2, 0]]).reshape(1, 1, 2, 2)

@@ -14,7 +14,7 @@ from torch import nn
 import hetconv_kernels as hk
 from hetconv_kernels import io
 from hetconv_kernels.errors import ArgumentError, FileError, InputTypeError
-from hetconv_kernels.io import _digest, _text_digest
+from hetconv_kernels.file_tensors import tensors_digest, text_digest
 
 safetensors = pytest.importorskip("safetensors", reason="the safetensors extra is not installed")
 from safetensors.torch import load_file, save_file  # noqa: E402
@@ -175,7 +175,7 @@ def rewrite(path, change) -> None:
     tensors = load_file(str(path))
     change(description, tensors)
     text = json.dumps(description)
-    save_file(tensors, str(path), metadata={KEY: text, DIGEST_KEY: _text_digest(text)})
+    save_file(tensors, str(path), metadata={KEY: text, DIGEST_KEY: text_digest(text)})
 
 
 @pytest.mark.parametrize("kept", [0, 1, 7, 100, 0.5, 0.99, -1])
@@ -295,7 +295,7 @@ def _graph(index: int, **change):
 def test_changed_files_run_nothing(saved, change) -> None:
     def with_digest(description, tensors):
         change(description, tensors)
-        description["digest"] = _digest(tensors)
+        description["digest"] = tensors_digest(tensors)
 
     rewrite(saved, with_digest)
     with pytest.raises(FileError):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import hetconv_kernels as hk
 from hetconv_kernels import io
 from hetconv_kernels.errors import FileError
+from hetconv_kernels.file_tensors import laid_out
 
 pytest.importorskip("safetensors", reason="the file's format")
 
@@ -138,7 +139,7 @@ def test_strides_that_are_none_are_a_damaged_file(strides: Any, tmp_path: Path) 
     _, tensors = io._read(path, torch.device("cpu"))
     weight = tensors["0.weight"]
     if strides is None:  # an older file has none
-        assert io._laid_out(weight, None, path).stride() == (27, 9, 3, 1)
+        assert laid_out(weight, None, path).stride() == (27, 9, 3, 1)
         return
     with pytest.raises(FileError, match="are no strides of"):
-        io._laid_out(weight, strides, path)
+        laid_out(weight, strides, path)

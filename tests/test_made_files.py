@@ -15,6 +15,7 @@ from made import MAKERS, image, plain_network
 
 import hetconv_kernels as hk
 from hetconv_kernels import io
+from hetconv_kernels.file_tensors import text_digest
 
 safetensors = pytest.importorskip("safetensors", reason="the safetensors extra is not installed")
 from safetensors.torch import load_file, save_file  # noqa: E402
@@ -26,7 +27,7 @@ def rewritten(path: Path, change: Callable[[Any], None]) -> None:
         description = json.loads(file.metadata()[io._KEY])
     change(description)
     text = json.dumps(description)
-    metadata = {io._KEY: text, io._DIGEST_KEY: io._text_digest(text)}
+    metadata = {io._KEY: text, io._DIGEST_KEY: text_digest(text)}
     save_file(load_file(str(path)), str(path), metadata=metadata)
 
 

@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
+import fresh
 import numpy as np
 import pytest
 import torch
@@ -102,14 +100,10 @@ def test_every_instruction_set_masks_and_multiplies(isa: str) -> None:
     if isa not in _cpu.isas():
         pytest.skip("this machine does not have it")
     here = Path(__file__)
-    ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", here.name, "-k",
-         "(native and float16) or layout_of_the_convolution or masks_as_it_reads"],
-        cwd=here.parent,
-        env=os.environ | {"HETCONV_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        check=False,
+    ran = fresh.python(
+        "", "-q", "-p", "no:cacheprovider", here.name, "-k",
+        "(native and float16) or layout_of_the_convolution or masks_as_it_reads",
+        module="pytest", environment={"HETCONV_ISA": isa}, cwd=here.parent,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:]
     assert " passed" in ran.stdout

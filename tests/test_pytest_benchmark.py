@@ -4,11 +4,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 import pytest
 
 pytest.importorskip("pytest_benchmark", reason="the dev extra is not installed")
@@ -19,16 +17,12 @@ ROW = "test_dispatch[vendor-without-grad]"
 
 def bench(folder: Path, *options: str, rows: str = ROW) -> tuple[int, str]:
     """Runs one benchmark in a process of its own; returns pytest's exit code and what it said."""
-    command = [
-        sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(ROOT),
+    done = fresh.python(
+        "", "-p", "no:cacheprovider", "--rootdir", str(ROOT),
         f"{ROOT / 'benchmarks' / 'test_dispatch.py'}::{rows}",
         "--results", str(folder / "results"), "--seconds", "0.2",
-        f"--benchmark-storage={folder / 'storage'}", *options,
-    ]  # fmt: skip
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=300
-    )
+        f"--benchmark-storage={folder / 'storage'}", *options, module="pytest",
+    )  # fmt: skip
     # The row asserts a speed, which a busy machine may miss; that is not what is asked here.
     assert done.returncode in (0, 1), done.stdout + done.stderr
     return done.returncode, done.stderr + done.stdout

@@ -14,7 +14,7 @@ from torch import nn
 
 import hetconv_kernels as hk
 from hetconv_kernels.errors import FileError, SupportError
-from hetconv_kernels.io import _text_digest
+from hetconv_kernels.file_tensors import text_digest
 from hetconv_kernels.nn import QuantizedConv2d, QuantizedLinear
 
 
@@ -191,7 +191,7 @@ def test_a_file_with_a_scale_that_is_none_is_refused(part: str, value, tmp_path)
         tmp_path / "net",
         metadata={
             "hetconv_kernels": json.dumps(text),
-            "hetconv_kernels.digest": _text_digest(json.dumps(text)),
+            "hetconv_kernels.digest": text_digest(json.dumps(text)),
         },
     )
     with pytest.raises(FileError, match="description of a layer"):

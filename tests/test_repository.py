@@ -27,7 +27,6 @@ SOFT_LINES, HARD_LINES = 400, 600
 # Files between the two limits, each with the reason why it is still one noun.
 LONGER_FILES = {
     "tests/test_repository.py": "the rules about the tree, in one place",
-    "hetconv_kernels/io.py": "the format of a file: what is written, and what is believed of it",
     "hetconv_kernels/problem.py": "Geometry and Problem, and the rules that make one of the other",
     "tests/test_kept_weights.py": "one table of origins and changes of a weight, for all engines",
     "hetconv_kernels/support.py": "Support with all its constructors, its algebra and its JSON",
@@ -41,9 +40,8 @@ LONGER_FILES = {
     "hetconv_kernels/graph/channels.py": "one walk over a graph with all that it can meet",
     "tests/test_observers.py": "the list of all observers that torch has, in one place",
     "hetconv_kernels/backends/cpu.py": "the primitives and the product, one face of the engine",
-    "hetconv_kernels/nn/frequency.py": "the transform and the one layer that it is for",
+    "hetconv_kernels/nn/frequency.py": "the layer, its two ways and the choice between them",
     "hetconv_kernels/backends/cpu_int8.py": "the eight operations in 8 bits, one face",
-    "hetconv_kernels/backends/vendor.py": "the dense convolution, and what it is kept away from",
     "hetconv_kernels/profiling/measure.py": "one measurement: what is counted, timed and packed",
     "csrc/cpu/fprop_winograd.h": "one form: transforms, products and the way back",
 }
@@ -52,17 +50,22 @@ LONGER_FILES = {
 TESTED_BY = {
     "hetconv_kernels._version": "test_repository",
     "hetconv_kernels.backends.cpu_int8": "test_int8_calls",
+    "hetconv_kernels.backends.dense_cost": "test_vendor",
     "hetconv_kernels.clocks": "test_timing",
     "hetconv_kernels.colours": "test_report",
     "hetconv_kernels.compression.outside": "test_rounds",
     "hetconv_kernels.derivatives": "test_autograd",
     "hetconv_kernels.explanation": "test_explain",
     "hetconv_kernels.factory": "test_bad_input",
+    "hetconv_kernels.file_tensors": "test_io",
     "hetconv_kernels.graph.native_copies": "test_native_steps",
+    "hetconv_kernels.graph.numbered": "test_channels",
     "hetconv_kernels.graph.pairs": "test_pair_rules",
     "hetconv_kernels.graph.plain": "test_rules",
     "hetconv_kernels.graph.seen": "test_program_builder",
+    "hetconv_kernels.graph.wires": "test_channels",
     "hetconv_kernels.json_output": "test_cli_everywhere",
+    "hetconv_kernels.nn.dct": "test_frequency",
     "hetconv_kernels.option_types": "test_bad_input",
     "hetconv_kernels.plain_network": "test_export",
 }

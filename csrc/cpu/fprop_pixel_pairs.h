@@ -42,15 +42,12 @@ template <int NF, int NP> static void pair_run(const PairRun& t) {
 
 using PairRunKernel = void (*)(const PairRun&);
 
-template <int NF, int... p>
-static PairRunKernel pair_run_of(int vectors, std::integer_sequence<int, p...>) {
-  static const PairRunKernel table[] = {pair_run<NF, p + 1>...};
-  return table[vectors - 1];
-}
-template <int NF = kMaxPixelFilters> static PairRunKernel pair_run_for(int filters, int vectors) {
-  if constexpr (NF > 1)
-    if (filters < NF) return pair_run_for<NF - 1>(filters, vectors);
-  return pair_run_of<NF>(vectors, std::make_integer_sequence<int, kPixelVectors[NF]>());
+static PairRunKernel pair_run_for(int filters, int vectors) {
+  return choose<PairRunKernel, kMaxPixelFilters>(filters, [vectors](auto f) {
+    constexpr int NF = f();
+    return choose<PairRunKernel, kPixelVectors[NF]>(vectors,
+                                                    [](auto m) { return pair_run<NF, m()>; });
+  });
 }
 
 // Has what `Pooled` wants of a form.

@@ -2,6 +2,7 @@
 // Micro-kernel. Filters in vectors: MR pixels x NV vectors of filters stay in registers over all
 // columns of a segment.
 #pragma once
+#include "choose.h"
 #include "vec.h"
 
 namespace hetconv {
@@ -174,28 +175,8 @@ static void filters_kernel(const A* a, ptrdiff_t ps, const FilterSteps& s, const
 }
 
 template <class A, int NV> static FiltersKernel<A> filters_kernel_for(int mr) {
-#define HC_ROW(m)                                                   \
-  case m:                                                           \
-    if constexpr (m <= kMaxPixels) return filters_kernel<A, m, NV>; \
-    break;
-  switch (mr) {
-    HC_ROW(1)
-    HC_ROW(2)
-    HC_ROW(3)
-    HC_ROW(4)
-    HC_ROW(5)
-    HC_ROW(6)
-    HC_ROW(7)
-    HC_ROW(8)
-    HC_ROW(9)
-    HC_ROW(10)
-    HC_ROW(11)
-    HC_ROW(12)
-    HC_ROW(13)
-    HC_ROW(14)
-  }
-#undef HC_ROW
-  return nullptr;
+  return choose<FiltersKernel<A>, kMaxPixels>(mr,
+                                              [](auto m) { return filters_kernel<A, m(), NV>; });
 }
 
 }  // namespace HETCONV_NS

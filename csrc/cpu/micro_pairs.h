@@ -2,6 +2,7 @@
 // Filters in vectors, of bfloat16: each lane holds two channels of one filter and takes two
 // products in one instruction, summed in float32.
 #pragma once
+#include "choose.h"
 #include "emit.h"
 #include "micro_filters.h"
 
@@ -107,28 +108,7 @@ static void pairs_kernel(const bf16* a, ptrdiff_t ps, const PairSteps& s, const 
 }
 
 template <int NV> static PairsKernel pairs_kernel_for(int mr) {
-#define HC_ROW(m)                                              \
-  case m:                                                      \
-    if constexpr (m <= kMaxPixels) return pairs_kernel<m, NV>; \
-    break;
-  switch (mr) {
-    HC_ROW(1)
-    HC_ROW(2)
-    HC_ROW(3)
-    HC_ROW(4)
-    HC_ROW(5)
-    HC_ROW(6)
-    HC_ROW(7)
-    HC_ROW(8)
-    HC_ROW(9)
-    HC_ROW(10)
-    HC_ROW(11)
-    HC_ROW(12)
-    HC_ROW(13)
-    HC_ROW(14)
-  }
-#undef HC_ROW
-  return nullptr;
+  return choose<PairsKernel, kMaxPixels>(mr, [](auto m) { return pairs_kernel<m(), NV>; });
 }
 
 }  // namespace HETCONV_NS

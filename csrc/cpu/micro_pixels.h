@@ -2,6 +2,7 @@
 // Micro-kernel. Pixels in vectors: NF filters of one group x NP vectors of pixels stay in registers
 // over all columns of the group.
 #pragma once
+#include "choose.h"
 #include "vec.h"
 
 namespace hetconv {
@@ -48,44 +49,12 @@ static void pixels_kernel(const A* a, const int* off, int step, int ncols, const
       store<A>(o + rows[i] * os + j * VL<A>, acc[i][j]);
 }
 
-template <class A, int NF> static PixelsKernel<A> pixels_kernel_of(int np) {
-#define HC_ROW(m)                                                         \
-  case m:                                                                 \
-    if constexpr (m <= kPixelVectors[NF]) return pixels_kernel<A, NF, m>; \
-    break;
-  switch (np) {
-    HC_ROW(1)
-    HC_ROW(2)
-    HC_ROW(3)
-    HC_ROW(4)
-    HC_ROW(5)
-    HC_ROW(6)
-    HC_ROW(7)
-    HC_ROW(8)
-  }
-#undef HC_ROW
-  return nullptr;
-}
-
 template <class A> static PixelsKernel<A> pixels_kernel_for(int nf, int np) {
-  switch (nf) {
-    case 1:
-      return pixels_kernel_of<A, 1>(np);
-    case 2:
-      return pixels_kernel_of<A, 2>(np);
-    case 3:
-      return pixels_kernel_of<A, 3>(np);
-    case 4:
-      return pixels_kernel_of<A, 4>(np);
-    case 5:
-      return pixels_kernel_of<A, 5>(np);
-    case 6:
-      return pixels_kernel_of<A, 6>(np);
-    case 7:
-      return pixels_kernel_of<A, 7>(np);
-    default:
-      return pixels_kernel_of<A, 8>(np);
-  }
+  return choose<PixelsKernel<A>, 8>(nf, [np](auto f) {
+    constexpr int NF = f();
+    return choose<PixelsKernel<A>, kPixelVectors[NF]>(
+        np, [](auto m) { return pixels_kernel<A, NF, m()>; });
+  });
 }
 
 }  // namespace HETCONV_NS

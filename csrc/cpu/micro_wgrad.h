@@ -2,6 +2,7 @@
 // wgrad with pixels in vectors: NF filters x NC columns of dot products stay in registers over all
 // pixels of a band.
 #pragma once
+#include "choose.h"
 #include "vec.h"
 
 namespace hetconv {
@@ -55,52 +56,12 @@ static void wgrad_kernel(const A* dy, ptrdiff_t plane, const A* x, const int* of
   }
 }
 
-template <class A, int NF> static WgradKernel<A> wgrad_kernel_of(int nc) {
-#define HC_ROW(m)                                                        \
-  case m:                                                                \
-    if constexpr (m <= kWgradColumns[NF]) return wgrad_kernel<A, NF, m>; \
-    break;
-  switch (nc) {
-    HC_ROW(1)
-    HC_ROW(2)
-    HC_ROW(3)
-    HC_ROW(4)
-    HC_ROW(5)
-    HC_ROW(6)
-    HC_ROW(7)
-    HC_ROW(8)
-    HC_ROW(9)
-    HC_ROW(10)
-    HC_ROW(11)
-    HC_ROW(12)
-    HC_ROW(13)
-    HC_ROW(14)
-    HC_ROW(15)
-    HC_ROW(16)
-  }
-#undef HC_ROW
-  return nullptr;
-}
-
 template <class A> static WgradKernel<A> wgrad_kernel_for(int nf, int nc) {
-  switch (nf) {
-    case 1:
-      return wgrad_kernel_of<A, 1>(nc);
-    case 2:
-      return wgrad_kernel_of<A, 2>(nc);
-    case 3:
-      return wgrad_kernel_of<A, 3>(nc);
-    case 4:
-      return wgrad_kernel_of<A, 4>(nc);
-    case 5:
-      return wgrad_kernel_of<A, 5>(nc);
-    case 6:
-      return wgrad_kernel_of<A, 6>(nc);
-    case 7:
-      return wgrad_kernel_of<A, 7>(nc);
-    default:
-      return wgrad_kernel_of<A, 8>(nc);
-  }
+  return choose<WgradKernel<A>, 8>(nf, [nc](auto f) {
+    constexpr int NF = f();
+    return choose<WgradKernel<A>, kWgradColumns[NF]>(
+        nc, [](auto m) { return wgrad_kernel<A, NF, m()>; });
+  });
 }
 
 }  // namespace HETCONV_NS

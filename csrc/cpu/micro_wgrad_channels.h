@@ -2,6 +2,7 @@
 // wgrad with channels in vectors: NF filters x NV windows of channels stay in registers over all
 // pixels of a band.
 #pragma once
+#include "choose.h"
 #include "vec.h"
 
 namespace hetconv {
@@ -85,46 +86,19 @@ static void channels_kernel(const A* dy, const A* x, const ptrdiff_t* off, const
   }
 }
 
-template <class A, int NF, bool turned, class P>
-static ChannelsKernel<A> channels_kernel_of(int nv) {
-  constexpr int limit = turned ? kTurnedWindows[NF <= kTurns ? NF : 0] : kWindows[NF];
-#define HC_ROW(m)                                                          \
-  case m:                                                                  \
-    if constexpr (m <= limit) return channels_kernel<A, NF, m, turned, P>; \
-    break;
-  switch (nv) {
-    HC_ROW(1)
-    HC_ROW(2)
-    HC_ROW(3)
-    HC_ROW(4)
-    HC_ROW(5)
-    HC_ROW(6)
-    HC_ROW(7)
-    HC_ROW(8)
-  }
-#undef HC_ROW
-  return nullptr;
-}
-
 template <class A, class P>
 static ChannelsKernel<A> channels_kernel_for(bool turned, int nf, int nv) {
-#define HC_ROW(m)                                               \
-  case m:                                                       \
-    if constexpr (m <= kTurns)                                  \
-      if (turned) return channels_kernel_of<A, m, true, P>(nv); \
-    return channels_kernel_of<A, m, false, P>(nv);
-  switch (nf) {
-    HC_ROW(1)
-    HC_ROW(2)
-    HC_ROW(3)
-    HC_ROW(4)
-    HC_ROW(5)
-    HC_ROW(6)
-    HC_ROW(7)
-    HC_ROW(8)
-  }
-#undef HC_ROW
-  return nullptr;
+  if (turned && nf <= kTurns)
+    return choose<ChannelsKernel<A>, kTurns>(nf, [nv](auto f) {
+      constexpr int NF = f();
+      return choose<ChannelsKernel<A>, kTurnedWindows[NF]>(
+          nv, [](auto m) { return channels_kernel<A, NF, m(), true, P>; });
+    });
+  return choose<ChannelsKernel<A>, 8>(nf, [nv](auto f) {
+    constexpr int NF = f();
+    return choose<ChannelsKernel<A>, kWindows[NF]>(
+        nv, [](auto m) { return channels_kernel<A, NF, m(), false, P>; });
+  });
 }
 
 }  // namespace HETCONV_NS

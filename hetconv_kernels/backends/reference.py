@@ -11,7 +11,7 @@ from ..reference import group_dgrad, group_fprop, group_wgrad
 from ..support import Support
 from . import Runner
 from .common import epilogue, weight_gradient
-from .vendor import dense_seconds
+from .dense_cost import dense_seconds
 
 
 class Reference:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,6 @@ from torch import Tensor
 from .. import masking
 from ..packing import FrozenCache, Pack, bits_on, dense_weight, masked, own_blocks
 from ..problem import Problem, is_dense_shape
-from ..support import Support
 from . import Runner, prepacked
 from .common import (
     crop_image,
@@ -33,144 +31,12 @@ from .common import (
     weight_gradient,
 )
 from .cost_model import (
-    DENSE,
-    DTYPE_SPEED,
     EXPAND,
-    FILTERS_BLOCK,
-    FRESH,
-    LINEAR,
-    LINEAR_FAR,
     MASK,
     MASK_CALL,
-    NARROW_GROUPS,
-    OVERHEAD,
-    POINTWISE,
-    PREPACKED,
-    SMALL_CALL,
-    SMALL_IMAGE,
-    SMALL_MAC,
-    SMALL_NCHW,
     TURN,
 )
-from .gpu.constants import GpuConstants, constants_of, dense_gpu_seconds
-from .gpu.devices import GpuSpec, spec_of
-
-# Bytes of weights that stay in a processor's cache from call to call.
-_NEAR = 2**24
-# Memory beyond this comes from the system at each call and goes back to it: the largest that glibc
-# lets its threshold grow to.
-_KEPT = 2**25
-
-
-def dense_gpu_prediction(
-    problem: Problem, spec: GpuSpec, constants: GpuConstants, work: float = 1.0, launches: int = 1
-) -> float:
-    """Predicts the time of cuDNN on a GPU, in seconds; arguments beyond it as `dense_seconds`."""
-    (f, c, kh, kw), (oh, ow) = problem.support.shape, problem.output_size
-    pixels = {
-        "fprop": problem.batch * oh * ow,
-        "dgrad": problem.batch * problem.height * problem.width,
-        "wgrad": c * kh * kw,
-    }[problem.verb]
-    seconds = dense_gpu_seconds(
-        problem.dense_macs * work,
-        (pixels, c if problem.verb == "dgrad" else f),
-        problem.bytes_moved,
-        problem.dtype,
-        spec,
-        constants,
-    )
-    return seconds + launches * constants.launch
-
-
-def _fresh_seconds(problem: Problem) -> float:
-    """Predicts what pages of a large output cost, where an engine writes to memory that is kept.
-
-    That is so in the networks of `hk.optimize`, whose arena PyTorch's own convolution cannot write
-    to; a call with an activation is one of theirs.
-    """
-    size = math.prod(problem.y_shape) * problem.dtype.itemsize
-    planned = problem.verb == "fprop" and problem.act != "none" and problem.frozen_weight
-    if problem.device.type != "cpu" or not planned or size <= _KEPT:
-        return 0.0
-    return size * FRESH / torch.get_num_threads()
-
-
-def dense_seconds(
-    problem: Problem, work: float = 1.0, launches: int = 1, around: bool = True
-) -> float:
-    """Predicts the time of a dense engine.
-
-    Args:
-        problem: what runs.
-        work: the fraction of the dense multiply-accumulates that is executed.
-        launches: kernels started.
-        around: whether our layer's Python counts, see `cost_model.OVERHEAD`.
-
-    Returns:
-        Seconds.
-    """
-    macs = problem.dense_macs * work
-    if problem.device.type != "cpu":
-        device = problem.device
-        return dense_gpu_prediction(problem, spec_of(device), constants_of(device), work, launches)
-    pixels = problem.height * problem.width
-    weights = math.prod(problem.support.shape) * work
-    rates, ours = DENSE, OVERHEAD["vendor"]
-    if is_linear(problem):
-        rates = LINEAR if weights * problem.dtype.itemsize <= _NEAR else LINEAR_FAR
-        ours = OVERHEAD["vendor rows"]
-    if prepacked.takes(problem):
-        rates = PREPACKED
-    if not around:
-        ours = 0.0
-    if (
-        rates is DENSE
-        and problem.batch == 1
-        and problem.support.channels * pixels <= SMALL_IMAGE
-        and max(problem.support.kernel) <= 3
-        and work == 1.0
-    ):
-        ours = OVERHEAD["vendor small"] if around else 0.0
-        layout = 1.0 if problem.channels_last or problem.support.kernel == (1, 1) else SMALL_NCHW
-        return macs * SMALL_MAC * layout + launches * SMALL_CALL + ours
-    groups = problem.support.uniform_groups or 1
-    if work == 1.0 and problem.verb == "fprop" and not is_linear(problem):
-        # Filters go in blocks: one takes as long as a block.
-        filters = problem.support.filters
-        macs *= -(-filters // FILTERS_BLOCK) * FILTERS_BLOCK / max(1, filters)
-        macs *= POINTWISE if problem.support.kernel == (1, 1) and rates is PREPACKED else 1.0
-    width = problem.support.channels // groups
-    if work < 1.0 and width <= max(NARROW_GROUPS):
-        mac = next(mac for most, mac in NARROW_GROUPS.items() if width <= most)
-        return macs * mac[problem.channels_last] + launches * rates.call + ours
-    speed = torch.get_num_threads() * DTYPE_SPEED.get(problem.dtype, 1.0)
-    return (
-        macs * rates.mac / speed
-        + weights * rates.weight
-        + problem.bytes_moved * rates.byte
-        + launches * rates.call
-        + ours
-    )
-
-
-def plain_seconds(problem: Problem) -> float:
-    """Predicts the plain layer that a layer with a Support replaced, zeros in its weight.
-
-    Args:
-        problem: of the layer with a Support, on a CPU.
-
-    Returns:
-        Seconds of ``nn.Conv2d`` or ``nn.Linear``, which lays nothing out in advance.
-    """
-    geometry = problem.geometry
-    support = geometry.support
-    if support.uniform_groups is None:
-        f, c, kh, kw = support.shape
-        support = Support.dense(c, f, (kh, kw))
-    trained = replace(geometry, support=support, frozen=False)
-    plain = replace(problem, geometry=trained)
-    return dense_seconds(plain, work=1 / (support.uniform_groups or 1), around=False)
+from .dense_cost import dense_seconds, fresh_seconds
 
 
 class Vendor:
@@ -205,7 +71,7 @@ class Vendor:
             each = EXPAND if problem.live_weight else TURN if turned else MASK
             each = 0.0 if _multiplies_masked(problem) else each
             seconds += MASK_CALL + math.prod(problem.support.shape) * each
-        return seconds + _fresh_seconds(problem)
+        return seconds + fresh_seconds(problem)
 
     def measured(self, problem: Problem) -> bool:
         """The rates were fitted on CPUs, in float32; elsewhere they are nominal."""

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from ..masks import IntArray
 from ..nn import SupportConv2d, SupportLinear
@@ -43,8 +43,10 @@ from .names import (
     module_of,
     name_of,
 )
+from .numbered import call, numbered, numbers_of
 from .plain import Keep, _plain
 from .take import LayerMatrix, Norm
+from .wires import Wires
 
 
 @dataclass(frozen=True)
@@ -95,16 +97,14 @@ class Channels:
         self._parts: dict[fx.Node, tuple[IntArray, ...]] = {}
         # Values of other ranks that only moves made of one with channels: that one, and the moves.
         self._between: dict[fx.Node, tuple[fx.Node, tuple[fx.Node, ...]]] = {}
-        self._parent: list[int] = []
-        self._frozen: list[tuple[IntArray, str]] = []
-        self._tied: list[tuple[IntArray, IntArray]] = []
+        self._known = Wires()
         self._units: list[tuple[IntArray, fx.Node]] = []
         self._calls = Counter(n.target for n in traced.graph.nodes if n.op == "call_module")
         self._shared = _shared_parameters(traced)
         for node in traced.graph.nodes:
             self._visit(node)
-        self.classes, self.count = self._classes()
-        self.frozen = self._reasons()
+        self.classes, self.count = self._known.classes()
+        self.frozen = self._known.reasons(self.classes)
         self.units = tuple(row for wires, _ in self._units for row in self.classes[wires])
 
     def of(self, node: fx.Node) -> IntArray:
@@ -290,9 +290,9 @@ class Channels:
         return True
 
     def _keeps_channels(self, node: fx.Node, source: fx.Node) -> bool:
-        numbers = _images(np.arange(len(self.wires[source])), source.meta["shape"]).float()
+        numbers = numbered(np.arange(len(self.wires[source])), source.meta["shape"]).float()
         result = call(node, {source: numbers})
-        return torch.equal(result, _images(np.arange(result.shape[1]), result.shape).float())
+        return torch.equal(result, numbered(np.arange(result.shape[1]), result.shape).float())
 
     def _binary(self, node: fx.Node, name: str, operands: list[fx.Node]) -> bool:
         tensors = [n for n in node.all_input_nodes if "shape" in n.meta]
@@ -306,7 +306,7 @@ class Channels:
             return False
         first = self.wires[operands[0]]
         for other in operands[1:]:
-            self._tied.append((first, self.wires[other]))
+            self._known.tie(first, self.wires[other])
         self.wires[node] = first
         self.channelwise.add(node)
         return True
@@ -339,10 +339,10 @@ class Channels:
         if len(shape) not in (2, 4):
             self._between[node] = owner, moves
             return True
-        numbers = _images(np.arange(len(self.wires[owner])), owner.meta["shape"])
+        numbers = numbered(np.arange(len(self.wires[owner])), owner.meta["shape"])
         for move in moves:
             numbers = call(move, {_operand(move): numbers})
-        found = _numbers_of(numbers)
+        found = numbers_of(numbers)
         if found is None:
             self._opaque(node, [owner])
             return True
@@ -364,11 +364,11 @@ class Channels:
         numbers, first = {}, 1
         for operand in operands:
             size = len(self.wires[operand])
-            numbers[operand] = _images(np.arange(first, first + size), operand.meta["shape"])
+            numbers[operand] = numbered(np.arange(first, first + size), operand.meta["shape"])
             first += size
         result = call(node, numbers)
         several = isinstance(result, tuple | list)
-        sources = [_numbers_of(part) for part in (result if several else (result,))]
+        sources = [numbers_of(part) for part in (result if several else (result,))]
         if any(source is None for source in sources):
             return False
         move = Move(tuple(operands), tuple(s - 1 for s in sources if s is not None), several)
@@ -381,7 +381,7 @@ class Channels:
             self.wires[node] = found[0]
         sizes = [np.arange(len(self.wires[n])) for n in operands]
         if adapted(node, move, sizes, None if several else np.arange(len(found[0]))) is None:
-            self._freeze_wires(np.concatenate(found), f"{describe_node(node)} counts channels")
+            self._known.freeze(np.concatenate(found), f"{describe_node(node)} counts channels")
             for operand in operands:
                 self._freeze(operand, f"{describe_node(node)} counts channels")
         return True
@@ -390,7 +390,7 @@ class Channels:
         """Follows a move; channels of zeros get wires of their own."""
         zeros = source < 0
         carried = wires[np.where(zeros, 0, source)]
-        carried[zeros] = self._fresh(int(zeros.sum()))
+        carried[zeros] = self._known.new(int(zeros.sum()))
         return carried
 
     def _opaque(self, node: fx.Node, operands: list[fx.Node]) -> None:
@@ -407,93 +407,25 @@ class Channels:
             return
         if shape and isinstance(shape[0], tuple):
             sizes = [s[1] if len(s) in (2, 4) else 0 for s in shape]
-            self._parts[node] = tuple(self._fresh(size) for size in sizes)
-            self._freeze_wires(np.concatenate(self._parts[node]), reason)
+            self._parts[node] = tuple(self._known.new(size) for size in sizes)
+            self._known.freeze(np.concatenate(self._parts[node]), reason)
         elif len(shape) in (2, 4):
             self._new(node, shape[1])
             self._freeze(node, reason)
 
     # Wires ------------------------------------------------------------------------------------
 
-    def _fresh(self, count: int) -> IntArray:
-        first = len(self._parent)
-        self._parent.extend(range(first, first + count))
-        return np.arange(first, first + count)
-
     def _new(self, node: fx.Node, count: int) -> None:
-        self.wires[node] = self._fresh(count)
+        self.wires[node] = self._known.new(count)
 
     def _freeze(self, node: fx.Node, reason: str) -> None:
         for wires in self._parts.get(node, (self.wires.get(node),)):
-            self._freeze_wires(wires, reason)
-
-    def _freeze_wires(self, wires: IntArray | None, reason: str) -> None:
-        if wires is not None and len(wires):
-            self._frozen.append((wires, reason))
-
-    def _find(self, wire: int) -> int:
-        root = wire
-        while self._parent[root] != root:
-            root = self._parent[root]
-        while self._parent[wire] != root:
-            self._parent[wire], wire = root, self._parent[wire]
-        return root
-
-    def _classes(self) -> tuple[IntArray, int]:
-        for first, second in self._tied:
-            for a, b in zip(first.tolist(), second.tolist(), strict=True):
-                self._parent[self._find(b)] = self._find(a)
-        roots = np.array([self._find(w) for w in range(len(self._parent))], dtype=np.int64)
-        kinds, classes = np.unique(roots, return_inverse=True)
-        return classes, len(kinds)
-
-    def _reasons(self) -> dict[int, str]:
-        """Gives each class that cannot be removed or moved the first reason why."""
-        found: dict[int, str] = {}
-        for wires, reason in self._frozen:
-            for number in np.unique(self.classes[wires]).tolist():
-                found.setdefault(number, reason)
-        return found
+            self._known.freeze(wires, reason)
 
 
 def is_depthwise(support: Support) -> bool:
     """Whether filter i reads channel i alone, for several of them."""
     return support.uniform_groups == support.channels == support.filters > 1
-
-
-def call(node: fx.Node, values: dict[fx.Node, Tensor]) -> Any:
-    """Calls what a node calls, on other values of some of its operands."""
-
-    def value(operand: fx.Node) -> Any:
-        if operand in values:
-            return values[operand].clone()  # what works in place must not write to a view
-        return operand.meta["value"]
-
-    args: Any = fx.map_arg(node.args, value)
-    kwargs: Any = fx.map_arg(node.kwargs, value)
-    module = module_of(node)
-    if module is not None:
-        return module(*args, **kwargs)
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    assert callable(node.target)
-    return node.target(*args, **kwargs)
-
-
-def _images(numbers: IntArray, shape: tuple[int, ...]) -> Tensor:
-    """Paints each channel with its number.  # [N, C] or [N, C, H, W]"""
-    column = torch.as_tensor(numbers, dtype=torch.int32)
-    return column.view(1, -1, *[1] * (len(shape) - 2)).expand(shape)
-
-
-def _numbers_of(images: Tensor) -> IntArray | None:
-    """Reads the number of each channel back; None where they are not one to a channel."""
-    if images.dim() not in (2, 4):
-        return None
-    first = images[(slice(0, 1), slice(None), *[slice(0, 1)] * (images.dim() - 2))]
-    if not torch.equal(first.expand_as(images), images):
-        return None
-    return first.flatten().numpy().astype(np.int64)
 
 
 def _operand(node: fx.Node) -> fx.Node:

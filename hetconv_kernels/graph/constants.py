@@ -18,8 +18,9 @@ from torch import Tensor, fx
 
 from ..masks import BoolArray, IntArray
 from .alias import is_after
-from .channels import Channels, call
+from .channels import Channels
 from .names import module_of
+from .numbered import call
 from .take import LayerMatrix, Norm
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..backends import choose, predict
-from ..backends.vendor import Vendor, plain_seconds
+from ..backends.dense_cost import plain_seconds
+from ..backends.vendor import Vendor
 from ..nn import FrequencyConv2d, SupportConv2d, SupportLinear
 from ..nn.base import SupportLayer
 from .hooks import calls_of, without_values

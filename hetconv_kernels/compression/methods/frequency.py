@@ -14,7 +14,8 @@ from torch.nn.utils import parametrize
 from ...errors import ArgumentError, mismatch
 from ...graph import rules
 from ...masks import BoolArray
-from ...nn.frequency import PATHS, FrequencyConv2d, dct, idct
+from ...nn.dct import dct, idct
+from ...nn.frequency import PATHS, FrequencyConv2d
 from .. import ranks
 from ..base import STEM, Method, is_stem
 from ..run import Run, WeightLayer, support_of
