@@ -1,0 +1,382 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernel for scattered groups on the CPU, with the engine's tables, against the oracle.
+
+Out-of-bounds, uninitialised and racing accesses of shared memory are found on the way (see
+tests/native/cuda). The tables are also read by themselves, by the words of scattered.h.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import cuda_host
+import numpy as np
+import pretending
+import pytest
+import shim
+import torch
+
+from benchmarks.supports import self_grouped, trained
+from hetconv_kernels import Support
+from hetconv_kernels.backends.cuda import Cuda, choice, scattered_tiles
+from hetconv_kernels.backends.cuda.scattered_lowering import (
+    ScatteredTables,
+    lower_scattered,
+    scattered_jobs,
+)
+from hetconv_kernels.backends.cuda.scattered_tiles import ScatteredShape, choose_scattered
+from hetconv_kernels.backends.gpu.devices import GPU_SPECS
+from hetconv_kernels.errors import ArgumentError, BackendError
+from hetconv_kernels.problem import Geometry, make_geometry
+
+PART = GPU_SPECS[9, 0]
+needs_compiler = pytest.mark.skipif(shim.compiler() is None, reason="g++ is not installed here")
+
+
+def scattered(filters: int, channels: int, groups: int, kernel: int = 3) -> Support:
+    """Makes groups of filters anywhere that keep single channels anywhere."""
+    rng = np.random.default_rng(filters + channels + groups)
+    keep = rng.random((groups, channels)) < 0.3
+    return Support.self_grouped(rng.integers(0, groups, filters), keep, kernel)
+
+
+def irregular() -> Support:
+    mask = np.random.default_rng(0).random((24, 40, 3, 3)) < 0.05
+    mask[5] = False
+    return Support.from_mask(mask)
+
+
+# Name: the layer, the size of its images, and slots, parts and warps.
+LAYERS: dict[str, tuple[Geometry, tuple[int, int], tuple[int, int, int]]] = {
+    "one-block": (make_geometry(scattered(40, 64, 3), 1, 1), (5, 9), (64, 1, 8)),
+    "several-turns": (make_geometry(scattered(160, 40, 12), 1, 1), (2, 7), (64, 1, 8)),
+    "several-blocks": (make_geometry(scattered(24, 104, 3), 1, 1), (3, 8), (32, 1, 8)),
+    "blocks-and-turns": (make_geometry(scattered(136, 72, 14), 1, 1), (2, 3), (32, 1, 8)),
+    "parts": (make_geometry(scattered(64, 64, 5), 1, 1), (4, 7), (64, 3, 8)),
+    "sixteen-warps": (make_geometry(scattered(80, 64, 5), 1, 1), (2, 8), (64, 1, 16)),
+    "irregular": (make_geometry(irregular(), 1, 1), (5, 5), (64, 1, 8)),
+    "pointwise": (make_geometry(scattered(48, 72, 4, 1)), (3, 9), (96, 1, 8)),
+    "pointwise-parts": (make_geometry(scattered(48, 72, 4, 1), 1, 1), (3, 9), (64, 2, 8)),
+    "uneven-padding": (make_geometry(scattered(24, 32, 3), 1, (2, 0, 0, 3)), (4, 8), (64, 1, 8)),
+    "no-weights": (
+        make_geometry(Support.from_mask(np.zeros((16, 8, 3, 3), bool)), 1, 1),
+        (3, 4),
+        (64, 1, 8),
+    ),
+}
+
+
+def tables_of(name: str) -> tuple[ScatteredTables, ScatteredShape]:
+    geometry, _, how = LAYERS[name]
+    support = geometry.support
+    tables = lower_scattered(support, scattered_jobs(support), *how)
+    return tables, ScatteredShape(support.kernel[0], tables.slots, tables.widest, how[2])
+
+
+def case_of(
+    name: str,
+    batch: int = 9,
+    dtype: torch.dtype = torch.bfloat16,
+    act: str = "none",
+    epilogue: tuple[str, ...] = (),
+    integers: bool = False,
+) -> shim.Case:
+    """Makes a case of fprop; `epilogue` out of scale, shift and residual."""
+    geometry, size, _ = LAYERS[name]
+    support, out = geometry.support, geometry.output_size(*size)
+    f, c = support.filters, support.channels
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return (torch.randint(-2, 3, shape) if integers else torch.randn(*shape)).to(dtype)
+
+    x, w = drawn(batch, c, *size), drawn(*support.shape)
+    extras = {n: torch.randn(f) for n in ("scale", "shift") if n in epilogue}
+    if "residual" in epilogue:
+        extras["residual"] = drawn(batch, f, *out)
+    truths = []
+    for values in ((x, w, extras), (x.abs(), w.abs(), {n: t.abs() for n, t in extras.items()})):
+        truth = shim._apply(geometry, values[0], values[1], size, False)
+        terms = {n: t.double() for n, t in values[2].items()}
+        truth = truth * terms.get("scale", torch.ones(()))[..., None, None]
+        truth = truth + terms.get("shift", torch.zeros(()))[..., None, None]
+        truths.append(truth + terms.get("residual", 0.0))
+    bound = 1.2 * shim.error_bound(truths[1], c * int(np.prod(support.kernel)), dtype)
+    if integers:
+        assert truths[0].abs().max() <= 256, "not exact in bfloat16"
+        bound = torch.zeros_like(bound)
+    elif not support.live:
+        bound = bound + 0.02 * truths[0].abs()
+    tables, shape = tables_of(name)
+    dead = ~torch.tensor(np.array(support.mask))
+    numbers = {
+        "kind": 3,
+        "dtype": shim.CODES[dtype],
+        "w_dtype": shim.CODES[dtype],
+        "act": shim.ACTS.index(act),
+        "x_n": c * size[0] * size[1],
+        "x_h": size[1] * c,
+        "x_w": c,
+        "y_n": f * out[0] * out[1],
+        "y_h": out[1] * f,
+        "y_w": f,
+        "batch": batch,
+        "channels": c,
+        "image_h": size[0],
+        "image_w": size[1],
+        "out_h": out[0],
+        "out_w": out[1],
+        "base_h": -geometry.pads[0],
+        "base_w": -geometry.pads[2],
+        "part_count": len(tables.parts),
+        "most_blocks": tables.spans.shape[1] - 1,
+        "side": shape.side,
+        "warps": shape.warps,
+        "pixel_bytes": shape.slots * 16,
+        "width": shape.columns,
+        "shared": shape.shared_bytes,
+    }
+    names = ("parts", "blocks", "segments", "begins", "jobs", "spans", "steps", "columns")
+    arrays: dict[str, Any] = {
+        "x": shim.last(x),
+        "w": torch.where(dead, float("nan"), w.float()).to(dtype),  # dead entries are never read
+        "source": tables.source(support, "contiguous"),
+        "result": torch.full((batch, *out, f), torch.nan).to(dtype),
+        **{n: getattr(tables, n) for n in names},
+        **{n: shim.last(t) if t.dim() == 4 else t for n, t in extras.items()},
+    }
+    title = f"{name} {shape} {dtype} {act} {epilogue}"
+    return shim.Case(
+        title, numbers, arrays, shim.last(shim.activate(act, truths[0])), shim.last(bound), dtype
+    )
+
+
+# The kernel --------------------------------------------------------------------------------------
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", LAYERS)
+def test_it_equals_the_oracle(name: str, tmp_path: Path) -> None:
+    shim.run([case_of(name)], tmp_path)
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["one-block", "several-blocks", "parts", "pointwise"])
+def test_integers_are_exact(name: str, tmp_path: Path) -> None:
+    shim.run([case_of(name, integers=True)], tmp_path, seed=3)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_its_epilogue_equals_the_oracle(dtype: torch.dtype, tmp_path: Path) -> None:
+    every = ("scale", "shift", "residual")
+    cases = [
+        case_of(name, dtype=dtype, act=act, epilogue=epilogue)
+        for name, act, epilogue in (
+            ("one-block", "relu", every),
+            ("parts", "gelu", every),
+            ("pointwise", "relu6", ("scale", "residual")),
+            ("several-blocks", "silu", ("shift",)),
+            ("no-weights", "none", ("shift",)),
+        )
+    ]
+    shim.run(cases, tmp_path, seed=7)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("mistake", "words"),
+    [("skip-barrier", "race|nobody has written"), ("wrong-address", "outside of")],
+    ids=["barrier", "address"],
+)
+def test_a_mistake_in_the_kernel_is_found(mistake: str, words: str, tmp_path: Path) -> None:
+    import re
+
+    done = shim.execute([case_of("several-blocks")], tmp_path, (mistake, "1"))
+    assert done.returncode
+    assert re.search(words, done.stderr), done.stderr
+
+
+@needs_compiler
+def test_a_mistake_in_the_tables_is_found(tmp_path: Path) -> None:
+    case = case_of("one-block", integers=True)
+    steps = case.arrays["steps"] = case.arrays["steps"].copy()
+    steps[0, 3] = steps[0, 4]
+    with pytest.raises(AssertionError, match="differ"):
+        shim.run([case], tmp_path)
+
+
+# The tables --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_tables_hold_each_live_weight_once_at_its_channel(name: str) -> None:
+    geometry, _, _ = LAYERS[name]
+    support, (tables, _) = geometry.support, tables_of(name)
+    packed = tables.positions(support)
+    assert (np.sort(packed[packed >= 0]) == np.flatnonzero(support.mask)).all()
+    taps, at = support.mask[0, 0].size, 0
+    written: list[int] = []
+    for part, begins in zip(tables.parts.tolist(), tables.begins, strict=True):
+        block_begin, block_count, turns, column_begin, count, eights = part
+        columns = tables.columns[column_begin : column_begin + count]
+        assert (np.diff(columns) > 0).all()
+        assert not eights or (columns.reshape(-1, 8)[:, 0] % 8 == 0).all()
+        written += columns.tolist()
+        assert turns == np.diff(begins).max()
+        places = []
+        for first, segments in tables.blocks[block_begin : block_begin + block_count]:
+            channel_of = np.full(tables.slots, -1)
+            for line in tables.segments[first : first + segments]:
+                own = np.flatnonzero(line[1:] >= 0)
+                assert (channel_of[line[1:][own]] == -1).all(), "two channels in a slot"
+                channel_of[line[1:][own]] = line[0] * 32 + own
+            places.append(channel_of)
+        for job in range(begins[0], begins[-1]):
+            fragment, tiles, *filters = tables.jobs[job]
+            assert fragment * 128 == at
+            for b, channel_of in enumerate(places):
+                for step in range(tables.spans[job, b], tables.spans[job, b + 1]):
+                    size = taps * 32 * tiles * 4
+                    own = packed[at : at + size].reshape(taps, 32, tiles, 4)
+                    at += size
+                    channels = channel_of[tables.steps[step]]
+                    assert (channels >= 0).all(), "a slot that nothing is brought to"
+                    for tap, lane, tile, number in np.argwhere(own >= 0):
+                        column = filters[tile * 8 + lane // 4]
+                        row = lane % 4 * 2 + number % 2 + number // 2 * 8
+                        flat = (columns[column] * support.channels + channels[row]) * taps + tap
+                        assert own[tap, lane, tile, number] == flat
+    assert at == len(packed)
+    assert sorted(written) == list(range(support.filters))
+
+
+def test_eights_of_slots_lie_in_banks_of_their_own() -> None:
+    """Nearly: of the committed self-grouped layers less than one in ten waits a turn more."""
+    for channels in (128, 256, 512):
+        support = self_grouped(70, channels, channels, 3, seed=0)
+        tables = lower_scattered(support, scattered_jobs(support), 256, 1, 16)
+        eights = 2 * len(tables.steps)
+        assert eights <= tables.meetings.sum() < 1.1 * eights
+
+
+@pytest.mark.parametrize(
+    ("support", "least"),
+    [
+        (self_grouped(70, 256, 256, 3, seed=0), 0.75),
+        (self_grouped(70, 512, 512, 3, seed=0), 0.75),
+        (self_grouped(70, 128, 128, 3, seed=0), 0.65),  # 16 groups of 8 filters, more or less
+        (trained(70, 256, 256), 0.75),
+        (trained(70, 512, 512), 0.75),
+    ],
+    ids=["256", "512", "128", "trained-256", "trained-512"],
+)
+def test_scattered_channels_leave_most_products_useful(support: Support, least: float) -> None:
+    """With all channels in a block; the eights of other kernels have a live one everywhere."""
+    channels = support.channels
+    tables = lower_scattered(support, scattered_jobs(support), channels, 1, 16)
+    assert least < tables.useful(support) <= 1
+    keep = support.mask.any(axis=(2, 3)).reshape(channels // 8, 8, channels // 8, 8)
+    assert keep.any(axis=(1, 3)).mean() > 0.9
+
+
+def test_odd_layers_are_refused() -> None:
+    for filters, channels in ((12, 16), (16, 12)):
+        with pytest.raises(ArgumentError, match="12, expected a multiple of 8"):
+            scattered_jobs(scattered(filters, channels, 2))
+
+
+# The choice --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("geometry", "words"),
+    [
+        (make_geometry(scattered(64, 64, 4), 2, 1), r"stride \(2, 2\)"),
+        (make_geometry(scattered(64, 64, 4), 1, 2, 2), r"dilation \(2, 2\)"),
+        (make_geometry(scattered(64, 64, 4, 5), 1, 2), "5 x 5, neither"),
+        (make_geometry(Support.het(64, 64, 3, p=4), 1, 1), "eights that follow each other"),
+        (make_geometry(Support.dense(64, 64, 3), 1, 1), "eights that follow each other"),
+    ],
+    ids=["stride", "dilation", "kernel", "het", "dense"],
+)
+def test_layers_for_other_kernels_are_refused(geometry: Geometry, words: str) -> None:
+    with pytest.raises(BackendError, match=words):
+        choose_scattered(geometry, (14, 14), 128, PART)
+
+
+def test_little_shared_memory_is_refused() -> None:
+    geometry = make_geometry(scattered(256, 256, 8), 1, 1)
+    with pytest.raises(BackendError, match="fits in 20000 bytes"):
+        choose_scattered(geometry, (14, 14), 128, PART._replace(shared=20000))
+
+
+def described(support: Support, size: int, batch: int = 128) -> Any:
+    support.derived.clear()
+    problem = pretending.described("fprop", support, batch=batch)
+    return dataclasses.replace(problem, device=pretending.CUDA, height=size, width=size)
+
+
+@pytest.mark.parametrize(("channels", "size"), [(128, 28), (256, 14), (512, 7)])
+def test_self_grouped_layers_are_predicted_to_gain(
+    channels: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "_wide_reason", lambda problem: "")
+    problem = described(self_grouped(70, channels, channels, 3, seed=0), size)
+    seconds = {}
+    for only in ("wide", "scattered"):
+        monkeypatch.setattr(choice, "ONLY_KERNEL", only)
+        problem.support.derived.clear()
+        seconds[only] = choice.best_cuda_gather(problem).seconds
+    assert seconds["scattered"] < 0.8 * seconds["wide"]
+
+
+def test_its_clocks_are_no_fewer_than_those_of_its_products() -> None:
+    for batch in (1, 8, 128):
+        geometry = make_geometry(self_grouped(70, 256, 256, 3, seed=0), 1, 1)
+        tiling = choose_scattered(geometry, (14, 14), batch, PART)
+        assert tiling.executed >= batch * geometry.support.macs(14, 14)
+        assert tiling.clocks * PART.processors * PART.rate * 0.625 >= tiling.executed
+        assert tiling.shape.shared_bytes <= PART.shared
+    assert scattered_tiles.tile_count((14, 14), 9) == 2 * 7 * 2
+
+
+# The engine --------------------------------------------------------------------------------------
+
+
+@needs_compiler
+@pytest.mark.parametrize("form", ["dense", "live"])
+def test_the_engine_runs_it(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = cuda_host.install(monkeypatch, "scattered")
+    assert "scattered_fprop" in module.kernels()
+    geometry = make_geometry(scattered(40, 64, 3), 1, 1)
+    x, w, _ = cuda_host.operands(geometry, torch.bfloat16)
+    residual = torch.randn(2, 40, 6, 9).bfloat16().to(memory_format=torch.channels_last)
+    scale, shift = torch.randn(40), torch.randn(40)
+    mask = torch.as_tensor(np.array(geometry.support.mask))
+    weight = w[mask] if form == "live" else w
+    found = cuda_host.run(
+        "fprop", geometry, x, weight, w, scale, shift, residual, act="relu", epilogue=True
+    )
+    truth = shim._apply(geometry, x, w, (6, 9), False) * scale.double()[:, None, None]
+    truth = torch.relu(truth + shift.double()[:, None, None] + residual.double())
+    most = shim._apply(geometry, x.abs(), w.abs(), (6, 9), False)
+    most = most * scale.abs().double()[:, None, None] + shift.abs().double()[:, None, None]
+    bound = 1.2 * shim.error_bound(most + residual.abs().double(), 64 * 9, torch.bfloat16)
+    assert ((found.double() - truth).abs() <= bound).all()
+
+
+def test_it_says_what_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "ONLY_KERNEL", "scattered")
+    problem = described(scattered(64, 64, 4), 14)
+    (note,) = Cuda().notes(problem)
+    assert note.startswith("It runs the kernel for scattered groups: ")
+    assert 0 < Cuda().efficiency(problem) <= 1
+
+
+def test_gradients_are_for_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "ONLY_KERNEL", "scattered")
+    problem = pretending.described("dgrad", scattered(64, 64, 4), batch=8)
+    problem = dataclasses.replace(problem, device=pretending.CUDA)
+    assert "it has fprop alone" in str(choice.best(problem))
