@@ -8,18 +8,18 @@ tests/native/cuda). The tables are also read by themselves, by the words of scat
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
 import cuda_host
 import numpy as np
-import pretending
 import pytest
 import shim
 import torch
 
 from benchmarks.supports import self_grouped, trained
-from hetconv_kernels import Support
+from hetconv_kernels import Support, ops
 from hetconv_kernels.backends.cuda import Cuda, choice, scattered_tiles
 from hetconv_kernels.backends.cuda.scattered_lowering import (
     ScatteredTables,
@@ -191,8 +191,6 @@ def test_its_epilogue_equals_the_oracle(dtype: torch.dtype, tmp_path: Path) -> N
     ids=["barrier", "address"],
 )
 def test_a_mistake_in_the_kernel_is_found(mistake: str, words: str, tmp_path: Path) -> None:
-    import re
-
     done = shim.execute([case_of("several-blocks")], tmp_path, (mistake, "1"))
     assert done.returncode
     assert re.search(words, done.stderr), done.stderr
@@ -234,20 +232,20 @@ def test_tables_hold_each_live_weight_once_at_its_channel(name: str) -> None:
                 channel_of[line[1:][own]] = line[0] * 32 + own
             places.append(channel_of)
         for job in range(begins[0], begins[-1]):
-            fragment, tiles, *filters = tables.jobs[job]
+            fragment, *filters = tables.jobs[job]
             assert fragment * 128 == at
             for b, channel_of in enumerate(places):
                 for step in range(tables.spans[job, b], tables.spans[job, b + 1]):
-                    size = taps * 32 * tiles * 4
-                    own = packed[at : at + size].reshape(taps, 32, tiles, 4)
+                    size = taps * 32 * 4
+                    own = packed[at : at + size].reshape(taps, 32, 4)
                     at += size
                     channels = channel_of[tables.steps[step]]
                     assert (channels >= 0).all(), "a slot that nothing is brought to"
-                    for tap, lane, tile, number in np.argwhere(own >= 0):
-                        column = filters[tile * 8 + lane // 4]
+                    for tap, lane, number in np.argwhere(own >= 0):
+                        column = filters[lane // 4]
                         row = lane % 4 * 2 + number % 2 + number // 2 * 8
                         flat = (columns[column] * support.channels + channels[row]) * taps + tap
-                        assert own[tap, lane, tile, number] == flat
+                        assert own[tap, lane, number] == flat
     assert at == len(packed)
     assert sorted(written) == list(range(support.filters))
 
@@ -312,24 +310,33 @@ def test_little_shared_memory_is_refused() -> None:
         choose_scattered(geometry, (14, 14), 128, PART._replace(shared=20000))
 
 
-def described(support: Support, size: int, batch: int = 128) -> Any:
-    support.derived.clear()
-    problem = pretending.described("fprop", support, batch=batch)
-    return dataclasses.replace(problem, device=pretending.CUDA, height=size, width=size)
+def described(support: Support, size: int, verb: str = "fprop", batch: int = 128) -> Any:
+    """Describes a layer of images of that size, on the CPU, which knows an H100's data."""
+    geometry = make_geometry(support, 1, support.kernel[0] // 2)
+    x, w, dy = (
+        torch.empty(shape, dtype=torch.bfloat16, device="meta")
+        for shape in (
+            (batch, support.channels, size, size),
+            support.shape,
+            (batch, support.filters, size, size),
+        )
+    )
+    first = (x if verb == "fprop" else dy).to(memory_format=torch.channels_last)
+    problem = ops.describe(verb, geometry, first, x, w, (size, size))
+    return dataclasses.replace(problem, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("channels", "size"), [(128, 28), (256, 14), (512, 7)])
 def test_self_grouped_layers_are_predicted_to_gain(
     channels: int, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(choice, "_wide_reason", lambda problem: "")
     problem = described(self_grouped(70, channels, channels, 3, seed=0), size)
     seconds = {}
     for only in ("wide", "scattered"):
         monkeypatch.setattr(choice, "ONLY_KERNEL", only)
         problem.support.derived.clear()
         seconds[only] = choice.best_cuda_gather(problem).seconds
-    assert seconds["scattered"] < 0.8 * seconds["wide"]
+    assert seconds["scattered"] < 0.9 * seconds["wide"]
 
 
 def test_its_clocks_are_no_fewer_than_those_of_its_products() -> None:
@@ -356,9 +363,8 @@ def test_the_engine_runs_it(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     scale, shift = torch.randn(40), torch.randn(40)
     mask = torch.as_tensor(np.array(geometry.support.mask))
     weight = w[mask] if form == "live" else w
-    found = cuda_host.run(
-        "fprop", geometry, x, weight, w, scale, shift, residual, act="relu", epilogue=True
-    )
+    problem = ops.describe("fprop", geometry, x, x, weight, (6, 9), act="relu")
+    found = Cuda().fprop(problem)(x, weight, scale, shift, residual)
     truth = shim._apply(geometry, x, w, (6, 9), False) * scale.double()[:, None, None]
     truth = torch.relu(truth + shift.double()[:, None, None] + residual.double())
     most = shim._apply(geometry, x.abs(), w.abs(), (6, 9), False)
@@ -377,6 +383,5 @@ def test_it_says_what_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_gradients_are_for_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "ONLY_KERNEL", "scattered")
-    problem = pretending.described("dgrad", scattered(64, 64, 4), batch=8)
-    problem = dataclasses.replace(problem, device=pretending.CUDA)
+    problem = described(scattered(64, 64, 4), 14, "dgrad")
     assert "it has fprop alone" in str(choice.best(problem))

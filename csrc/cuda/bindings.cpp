@@ -232,8 +232,7 @@ static void bind_scattered(py::module_& m) {
   HC_FIELD(type, Scattered, warps);
   HC_FIELD(type, Scattered, pixel_bytes);
   HC_FIELD(type, Scattered, width);
-  bind_call(type, "scattered_fprop", &scattered_shared_bytes, &scattered_blocks,
-            &scattered_fprop);
+  bind_call(type, "scattered_fprop", &scattered_shared_bytes, &scattered_blocks, &scattered_fprop);
 }
 
 PYBIND11_MODULE(_cuda, m) {

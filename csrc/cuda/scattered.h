@@ -22,9 +22,8 @@ namespace scattered {
 
 constexpr int kImages = 8, kRows = 2, kCols = 7;  // of a tile
 constexpr int kPixels = kImages * kRows * kCols;
-constexpr int kStep = 16;         // channels of a step
-constexpr int kSegment = 32;      // channels that are brought side by side
-constexpr int kMostTiles = 2;     // of eight filters, of a job
+constexpr int kStep = 16;     // channels of a step
+constexpr int kSegment = 32;  // channels that are brought side by side
 constexpr int kMostThreads = 512;
 
 // Fields of a line of `parts`.
@@ -34,8 +33,9 @@ enum PartField {
   kTurns,        // the most jobs of a warp
   kColumnBegin,  // in `columns`
   kColumnCount,
-  kEights,  // whether the filters of columns are eights that follow each other in y, each from a
-            // multiple of eight
+  // Whether the filters of columns are eights that follow each other in y, each from a multiple of
+  // eight.
+  kEights,
   kPartFields
 };
 
@@ -47,7 +47,7 @@ enum BlockField { kSegmentBegin, kSegmentCount, kBlockFields };
 constexpr int kSegmentFields = 1 + kSegment;
 
 // Fields of a line of `jobs`; from kColumn on the column of each filter, -1: there is none.
-enum JobField { kFragmentBegin, kTiles, kColumn, kJobFields = kColumn + 8 * kMostTiles };
+enum JobField { kFragmentBegin, kColumn, kJobFields = kColumn + 8 };
 
 }  // namespace scattered
 
@@ -56,9 +56,9 @@ struct Scattered {
   const void* x;         // [batch, image_h, image_w, C]; 16-byte aligned, strides multiples of 8
   void* y;               // [batch, OH, OW, F]; the same
   const void* residual;  // strided and aligned as y, or null
-  // Packed weights by `narrow_pack`, of each job [step][tap][lane: 32][tile][4]: lane 4g + t has of
+  // Packed weights by `narrow_pack`, of each job [step][tap][lane: 32][4]: lane 4g + t has of
   // filter g the step's channels 2t, 2t + 1, 2t + 8, 2t + 9. A fragment is 128 elements, those of a
-  // step, tap and tile. 16-byte aligned
+  // step and tap. 16-byte aligned
   const void* slabs;
   const float* scale;  // [F] or null
   const float* shift;  // [F] or null
@@ -80,10 +80,10 @@ struct Scattered {
   int32_t out_h, out_w;
   int32_t base_h, base_w;  // of x, what the first pixel of y reads at the first tap: -padding
   int32_t part_count, most_blocks;
-  int32_t side;   // rows and columns of the kernel: 1 or 3
-  int32_t warps;  // 8 or 16
+  int32_t side;         // rows and columns of the kernel: 1 or 3
+  int32_t warps;        // 8 or 16
   int32_t pixel_bytes;  // of shared memory: 16 for each slot of any block, a multiple of 128
-  int32_t width;  // the most columns of any part, a multiple of eight
+  int32_t width;        // the most columns of any part, a multiple of eight
   Act act;
 };
 

@@ -3,9 +3,9 @@
 // every lane, so nothing is moved or multiplied that a filter's tile of eight does not keep.
 //
 // A thread block (CTA) has a tile of pixels and a part of the filters. It brings the channels of a
-// block, transposed, to shared memory; each warp then runs its own job on them, all pixels of the
-// tile by eight or sixteen filters, whose weights it reads by itself. A pair of pixels is loaded once
-// for all taps of a row.
+// block, transposed, to shared memory; each warp then runs jobs of its own on them, all pixels of
+// the tile by eight filters, whose weights it reads by itself. A step loads each pixel once for all
+// taps.
 #include "epilogue.h"
 #include "ptx.h"
 #include "scattered.h"
@@ -90,11 +90,11 @@ __device__ __forceinline__ void bring(const Scattered& p, const int32_t* block) 
   }
 }
 
-// What a warp adds up: of the pixels of a column, of kTiles * 8 filters.
-using Sums = float[kCols][kMostTiles][4];
+// What a warp adds up: of the pixels of a column, of a tile of eight filters.
+using Sums = float[kCols][4];
 
 // Runs the steps of a job in one block of channels.
-template <class T, int kSide, int kUsed>
+template <class T, int kSide>
 __device__ __forceinline__ void run(const Scattered& p, Sums& acc, int step, int last,
                                     uint32_t fragment) {
   constexpr int kHaloCols = kCols + kSide - 1;
@@ -103,42 +103,35 @@ __device__ __forceinline__ void run(const Scattered& p, Sums& acc, int step, int
   // pixels.
   const uint32_t pixels = shared_begin() + lane / 8 % 2 * kHaloCols * p.pixel_bytes;
   const int own = lane / 16 * 8 + lane % 8;
-  // Counted in what a lane reads at a time: with 32 bits for addresses a register is left.
-  fragment = fragment / kUsed * 32 + lane;
   uint32_t slot = step < last ? load_table(p.steps + step * kStep + own) : 0;
   while (step < last) {
-    const uint32_t from = pixels + slot * 16;
+    Pair b[kSide][kSide];
+#pragma unroll
+    for (int tap = 0; tap < kSide * kSide; ++tap)
+      b[tap / kSide][tap % kSide] = load_table64(static_cast<const char*>(p.slabs) +
+                                                 (int64_t(fragment + tap) * 32 + lane) * 8);
+    fragment += kSide * kSide;
+    uint32_t from = pixels + slot * 16;
     if (++step < last) slot = load_table(p.steps + step * kStep + own);
 #pragma unroll
-    for (int ky = 0; ky < kSide; ++ky) {
-      uint32_t b[kSide][kUsed][2];
+    for (int col = 0; col < kHaloCols; ++col, from += p.pixel_bytes) {
+      // Two rows of pixels by sixteen channels each: of taps in the first row and in the last;
+      // those between have the lower one of the former and the upper one of the latter.
+      Quad a[kSide];
+      a[0] = load_matrices_transposed(from);
+      if constexpr (kSide == 3) {
+        a[2] = load_matrices_transposed(from + 2 * kHaloCols * p.pixel_bytes);
+        a[1] = {{a[0].v[1], a[2].v[0], a[0].v[3], a[2].v[2]}};
+      }
 #pragma unroll
       for (int kx = 0; kx < kSide; ++kx) {
-        const char* weights = static_cast<const char*>(p.slabs) + int64_t(fragment) * (8 * kUsed) +
-                              (ky * kSide + kx) * (256 * kUsed);
-        if constexpr (kUsed == 1) {
-          const Pair read = load_table64(weights);
-          b[kx][0][0] = read.v[0], b[kx][0][1] = read.v[1];
-        } else {
-          const Quad read = load_table128(weights);
-          b[kx][0][0] = read.v[0], b[kx][0][1] = read.v[1];
-          b[kx][1][0] = read.v[2], b[kx][1][1] = read.v[3];
-        }
-      }
+        const int out = col - kx;
+        if (out < 0 || out >= kCols) continue;
 #pragma unroll
-      for (int col = 0; col < kHaloCols; ++col) {
-        const Quad a = load_matrices_transposed(from + (ky * kHaloCols + col) * p.pixel_bytes);
-#pragma unroll
-        for (int kx = 0; kx < kSide; ++kx) {
-          const int out = col - kx;
-          if (out < 0 || out >= kCols) continue;
-#pragma unroll
-          for (int tile = 0; tile < kUsed; ++tile)
-            multiply<T>(acc[out][tile], a, b[kx][tile][0], b[kx][tile][1]);
-        }
+        for (int ky = 0; ky < kSide; ++ky)
+          multiply<T>(acc[out], a[ky], b[ky][kx].v[0], b[ky][kx].v[1]);
       }
     }
-    fragment += kSide * kSide * 32;
   }
 }
 
@@ -148,44 +141,38 @@ __device__ __forceinline__ void stage(const Scattered& p, const Sums& acc, const
                                       const int32_t* columns) {
   const int lane = int(threadIdx.x) % 32;
   const Activation activate(p.act);
-  const int tiles = load_table(job + kTiles);
+  const int pitch = Layout(p).pitch;
+  const uint32_t staged = shared_begin() + Layout(p).staged + lane / 4 * pitch;
+  int column[2];
+  float scale[2] = {1.0f, 1.0f}, shift[2] = {0.0f, 0.0f};
 #pragma unroll
-  for (int tile = 0; tile < kMostTiles; ++tile) {
-    if (tile >= tiles) break;
-    const int pitch = anew(Layout(p).pitch);
-    const uint32_t staged = shared_begin() + Layout(p).staged + lane / 4 * pitch;
-    int column[2];
-    float scale[2] = {1.0f, 1.0f}, shift[2] = {0.0f, 0.0f};
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      column[h] = load_table(job + kColumn + tile * 8 + lane % 4 * 2 + h);
-      if (column[h] < 0) continue;
-      const int filter = load_table(columns + column[h]);
-      if (p.scale) scale[h] = p.scale[filter];
-      if (p.shift) shift[h] = p.shift[filter];
-    }
-#pragma unroll
-    for (int col = 0; col < kCols; ++col)
-#pragma unroll
-      for (int row = 0; row < kRows; ++row) {
-        const uint32_t to = staged + (row * kCols + col) * kImages * pitch;
-        float v[2];
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          v[h] = acc[col][tile][row * 2 + h] * scale[h] + shift[h];
-          if (p.residual && column[h] >= 0) v[h] += widen<T>(load_shared16(to + column[h] * 2));
-        }
-        const uint32_t made = activate.template pair<T>(v[0], v[1]);
-        if (column[0] >= 0) store_shared16(to + column[0] * 2, made & 0xFFFF);
-        if (column[1] >= 0) store_shared16(to + column[1] * 2, made >> 16);
-      }
+  for (int h = 0; h < 2; ++h) {
+    column[h] = load_table(job + kColumn + lane % 4 * 2 + h);
+    if (column[h] < 0) continue;
+    const int filter = load_table(columns + column[h]);
+    if (p.scale) scale[h] = p.scale[filter];
+    if (p.shift) shift[h] = p.shift[filter];
   }
+#pragma unroll
+  for (int col = 0; col < kCols; ++col)
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      const uint32_t to = staged + (row * kCols + col) * kImages * pitch;
+      float v[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        v[h] = acc[col][row * 2 + h] * scale[h] + shift[h];
+        if (p.residual && column[h] >= 0) v[h] += widen<T>(load_shared16(to + column[h] * 2));
+      }
+      const uint32_t made = activate.template pair<T>(v[0], v[1]);
+      if (column[0] >= 0) store_shared16(to + column[0] * 2, made & 0xFFFF);
+      if (column[1] >= 0) store_shared16(to + column[1] * 2, made >> 16);
+    }
 }
 
 // Copies a tile of results to y, or the residual to where they will be: by eights of filters, or
 // one by one.
-template <bool kToY>
-__device__ __forceinline__ void copy_tile(const Scattered& p) {
+template <bool kToY> __device__ __forceinline__ void copy_tile(const Scattered& p) {
   const int32_t* part = p.parts + blockIdx.y * kPartFields;
   const int pitch = Layout(p).pitch;
   const uint32_t staged = shared_begin() + Layout(p).staged;
@@ -248,18 +235,13 @@ __global__ void __launch_bounds__(kMostThreads, 1) scattered_fprop_kernel(Scatte
       if (number >= first_job(1)) continue;
       const int32_t* span = p.spans + number * (p.most_blocks + 1);
       const int32_t* job = p.jobs + number * kJobFields;
-      const int begin = load_table(span + b), end = load_table(span + b + 1);
-      const int tiles = load_table(job + kTiles), done = begin - load_table(span);
-      const uint32_t fragment = load_table(job + kFragmentBegin) + done * tiles * kSide * kSide;
-      if (tiles == 1)
-        run<T, kSide, 1>(p, acc, begin, end, fragment);
-      else
-        run<T, kSide, 2>(p, acc, begin, end, fragment);
+      const int begin = load_table(span + b), done = begin - load_table(span);
+      const uint32_t fragment = load_table(job + kFragmentBegin) + done * kSide * kSide;
+      run<T, kSide>(p, acc, begin, load_table(span + b + 1), fragment);
     }
     const int number = first_job(0) + turn;
     if (number < first_job(1))
-      stage<T, Activation>(p, acc, p.jobs + number * kJobFields,
-                           p.columns + field(kColumnBegin));
+      stage<T, Activation>(p, acc, p.jobs + number * kJobFields, p.columns + field(kColumnBegin));
   }
   barrier();
   copy_tile<true>(p);

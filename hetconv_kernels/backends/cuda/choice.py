@@ -250,7 +250,7 @@ def _wide(problem: Problem, spec: GpuSpec) -> WideChoice:
 
 def _scattered(problem: Problem, spec: GpuSpec) -> ScatteredChoice:
     how = choose_scattered(problem.geometry, problem.output_size, problem.batch, spec)
-    seconds = _whole(problem, how.clocks, how.tables.step_tiles * 128 * how.shape.side**2, spec)
+    seconds = _whole(problem, how.clocks, len(how.tables.steps) * 128 * how.shape.side**2, spec)
     efficiency = min(1.0, problem.macs / how.executed) if how.executed else 1.0
     return ScatteredChoice(how, seconds, efficiency)
 

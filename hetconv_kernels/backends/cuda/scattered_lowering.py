@@ -2,8 +2,7 @@
 """Lowering for scattered groups: a Support as the tables that ``csrc/cuda/scattered.h`` reads.
 
 Filters that keep the same channels stand in *tiles* of eight, the width of a matrix instruction,
-wherever they are; one or two tiles with nearly the same channels are a *job*, which one warp
-computes. Single channels are gathered, and that costs nothing: a pixel's channels lie in *slots* of
+wherever they are; a tile is a *job*, which one warp computes. Single channels are gathered, and that costs nothing: a pixel's channels lie in *slots* of
 shared memory, each with eight images of the batch, 16 bytes, and a matrix instruction takes any
 eight slots for its rows. Eight slots whose numbers differ modulo eight are read without meeting in
 a bank, so slots are dealt to channels, and channels to eights, with that in mind.
@@ -12,17 +11,17 @@ Sixteen channels of a job, at all taps, are a *step*. Jobs are in one or several
 block of threads of its own. Where not all channels of a part fit in shared memory they are brought
 there in several *blocks*, one after the other.
 
-Example: two groups of eight filters that share no channel are two jobs of one tile each, of one
-step of sixteen channels:
+Example: two groups of eight filters that share no channel are two jobs, of one step of sixteen
+channels each:
 
     >>> from hetconv_kernels import Support
     >>> keep = np.eye(2, dtype=bool).repeat(16, axis=1)
     >>> support = Support.self_grouped(np.arange(16) % 2, keep, 3)
     >>> tables = lower_scattered(support, scattered_jobs(support), 64, 1, 8)
-    >>> tables.jobs[:, :2].tolist(), tables.spans.tolist()
-    ([[0, 1], [9, 1]], [[0, 1], [1, 2]])
-    >>> tables.jobs[0, 2:10].tolist(), tables.useful(support)
-    ([0, 2, 4, 6, 8, 10, 12, 14], 1.0)
+    >>> tables.jobs.tolist()
+    [[0, 0, 2, 4, 6, 8, 10, 12, 14], [9, 1, 3, 5, 7, 9, 11, 13, 15]]
+    >>> tables.spans.tolist(), tables.useful(support)
+    ([[0, 1], [1, 2]], 1.0)
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from ..gpu.places import memory_places
 from .eights import EIGHT, cluster_by_eight
 
 # As in scattered.h.
-STEP, SEGMENT, MOST_TILES = 16, 32, 2
+STEP, SEGMENT = 16, 32
 # What a tile costs beside its steps, in steps: results, and the job's begin.
 _TILE_STEPS = 0.25
 
@@ -56,12 +55,12 @@ class ScatteredTables:
         blocks: the segments of a block.  # int32 [.., 2]
         segments: a segment of 32 channels, and the slot of each, -1 for none.  # int32 [.., 33]
         begins: the first job of each warp, and the end.  # int32 [parts, warps + 1]
-        jobs: first fragment, tiles, then sixteen columns, -1 for none.  # int32 [jobs, 18]
+        jobs: first fragment, then eight columns, -1 for none.  # int32 [jobs, 9]
         spans: the first step of a job in each block, and the end.  # int32 [jobs, most blocks + 1]
         steps: slots, as they are the rows of a matrix instruction.  # int32 [steps, 16]
         columns: the filter of each column, ascending in a part.  # int32
-        packed: filters of the tiles, and channels of the steps, of each job; -1 is none.
-            # int [tiles, 8], int [steps, 16]
+        packed: filters of each job, and channels of its steps; -1 is none.
+            # int [8], int [steps, 16]
         slots: the most of any block, a multiple of eight.
         widest: the most columns of any part, a multiple of eight.
         meetings: turns in which shared memory gives the eights of a job.  # int [jobs]
@@ -81,32 +80,27 @@ class ScatteredTables:
     widest: int
     meetings: IntArray
 
-    @property
-    def step_tiles(self) -> int:
-        """Steps, each times the tiles that it is for."""
-        return int(((self.spans[:, -1] - self.spans[:, 0]) * self.jobs[:, 1]).sum())
-
     def useful(self, support: Support) -> float:
         """Returns live over packed weights."""
         taps = support.mask[0, 0].size
-        return support.live / max(self.step_tiles * taps * STEP * EIGHT, 1)
+        return support.live / max(len(self.steps) * taps * STEP * EIGHT, 1)
 
     def positions(self, support: Support) -> IntArray:
         """Lists the flat dense position of each packed weight, -1 for a zero.
 
-        Of each job [step][tap][lane][tile][4]: lane 4·g + t has filter g of each tile, and of a
-        step's rows 2·t, 2·t + 1 and the two that are eight further.
+        Of each job [step][tap][lane][4]: lane 4·g + t has filter g, and of a step's rows 2·t,
+        2·t + 1 and the two that are eight further.
 
         # int64
         """
         mask = support.mask.reshape(*support.mask.shape[:2], -1)
         taps, lane, number = mask.shape[2], np.arange(32), np.arange(4)
         row = lane[:, None] % 4 * 2 + number % 2 + number // 2 * EIGHT  # [32, 4]
-        tap = np.arange(taps)[None, :, None, None, None]
+        tap = np.arange(taps)[None, :, None, None]
         found = [np.zeros(0, np.int64)]
         for filters, rows in self.packed:
-            c = rows[:, row][:, None, :, None, :]  # [steps, 1, 32, 1, 4]
-            f = filters[:, lane // 4].T[None, None, :, :, None]  # [1, 1, 32, tiles, 1]
+            c = rows[:, row][:, None]  # [steps, 1, 32, 4]
+            f = filters[lane // 4][:, None]  # [32, 1]
             known = (c >= 0) & (f >= 0) & mask[f, c, tap]
             position = (f * mask.shape[1] + c) * taps + tap
             found.append(np.where(known, position, -1).reshape(-1))
@@ -123,29 +117,24 @@ class ScatteredTables:
 
 
 class Job(NamedTuple):
-    """What a warp computes at a time.
+    """What a warp computes at a time: a tile of filters.
 
     Attributes:
-        tiles: the filters of one or two tiles.
+        filters: at most eight.
         channels: those that any of them keeps.  # bool [channels]
     """
 
-    tiles: tuple[IntArray, ...]
+    filters: IntArray
     channels: BoolArray
 
     @property
-    def steps(self) -> int:
-        """Sixteens of channels, were they all in one block."""
-        return -(-int(self.channels.sum()) // STEP)
-
-    @property
     def cost(self) -> float:
-        """Products, in steps of one tile."""
-        return len(self.tiles) * (self.steps + _TILE_STEPS)
+        """Steps, were all channels in one block, and what else it takes."""
+        return float(_tile_cost(self.channels[None])[0])
 
 
 def scattered_jobs(support: Support) -> list[Job]:
-    """Makes tiles of filters, and jobs of one tile, or of two where that adds no step.
+    """Makes tiles of filters that keep nearly the same channels, wherever they are.
 
     Raises:
         ArgumentError: channels or filters are no multiple of 8.
@@ -154,21 +143,8 @@ def scattered_jobs(support: Support) -> list[Job]:
         if count % EIGHT:
             raise ArgumentError(mismatch(name, count, f"a multiple of {EIGHT}", 'backend="triton"'))
     keep: BoolArray = support.mask.any(axis=(2, 3))
-    alone = [
-        Job((members,), keep[members].any(axis=0)) for members in cluster_by_eight(keep, _tile_cost)
-    ]
-    alone.sort(key=lambda job: -job.steps)
-    found = []
-    while alone:
-        one = alone.pop(0)
-        for index, other in enumerate(alone):
-            both = Job((*one.tiles, *other.tiles), one.channels | other.channels)
-            if both.steps == one.steps == other.steps:
-                one = both
-                alone.pop(index)
-                break
-        found.append(one)
-    return found
+    tiles = cluster_by_eight(keep, _tile_cost)
+    return [Job(members, keep[members].any(axis=0)) for members in tiles]
 
 
 def _tile_cost(needs: BoolArray) -> npt.NDArray[np.float64]:
@@ -230,7 +206,7 @@ class _Builder:
 
     def add(self, jobs: list[Job]) -> None:
         """Adds a part."""
-        columns = np.sort(np.concatenate([f for job in jobs for f in job.tiles]))
+        columns = np.sort(np.concatenate([job.filters for job in jobs]))
         column_of = {int(f): index for index, f in enumerate(columns)}
         warps = _dealt(jobs, self._warps, 4)
         begin = len(self._blocks)
@@ -297,12 +273,8 @@ class _Builder:
         return found
 
     def _add_job(self, job: Job, blocks: list[IntArray], column_of: dict[int, int]) -> None:
-        filters = np.full((len(job.tiles), EIGHT), -1)
-        for line, members in zip(filters, job.tiles, strict=True):
-            line[: len(members)] = members
-        columns = [column_of.get(int(f), -1) for f in filters.reshape(-1)]
-        columns += [-1] * (MOST_TILES * EIGHT - len(columns))
-        self._jobs.append([self._fragments, len(job.tiles), *columns])
+        filters = np.append(job.filters, np.full(EIGHT - len(job.filters), -1))
+        self._jobs.append([self._fragments, *(column_of.get(int(f), -1) for f in filters)])
         span, meetings, lines = [self._step_count], 0, []
         for slot in blocks:
             own = np.flatnonzero(job.channels & (slot >= 0))
@@ -316,7 +288,7 @@ class _Builder:
             meetings += sum(int(np.bincount(np.unique(slot[e]) % EIGHT).max()) for e in eights)
             lines.append(rows)
             self._step_count += len(rows)
-            self._fragments += len(rows) * self._mask[0, 0].size * len(job.tiles)
+            self._fragments += len(rows) * self._mask[0, 0].size
             span.append(self._step_count)
         self._spans.append(span)
         self._packed.append((filters, np.concatenate(lines)))

@@ -125,7 +125,7 @@ def choose_scattered(
     for tables, shape in _lowered(support):
         if shape.shared_bytes <= spec.shared:
             clocks = scattered_clocks(tables, shape, size, batch, spec)
-            found.append(ScatteredTiling(tables, shape, clocks, multiplied * tables.step_tiles))
+            found.append(ScatteredTiling(tables, shape, clocks, multiplied * len(tables.steps)))
     if not found:
         raise BackendError(
             f"no tile of {support} with its halo fits in {spec.shared} bytes of shared memory."
@@ -160,21 +160,20 @@ def scattered_clocks(
     """Predicts the clocks of a call; see the module."""
     held = max(1, min(spec.shared // (shape.shared_bytes + _RESERVE), _MOST_WARPS // shape.warps))
     taps, positions = shape.side**2, shape.halo
-    # Pairs of pixels that are loaded for each row of taps, and shared memory's turns for each.
-    loads = shape.side * (COLUMNS + shape.side - 1) * ROWS
     # mma.sync reaches 5/8 of what Hopper's matrix unit does.
     rate = spec.rate * (0.625 if spec.waits else 1.0)
     total = 0.0
     for part, begins in zip(tables.parts.tolist(), tables.begins, strict=True):
         own = slice(begins[0], begins[-1])
-        spans, tiles = tables.spans[own], tables.jobs[own, 1]
-        steps = (spans[:, -1] - spans[:, 0]) * tiles
+        steps = tables.spans[own, -1] - tables.spans[own, 0]
         warp = np.searchsorted(begins, np.arange(begins[0], begins[-1]), side="right") - 1
         products = steps * taps * COLUMNS * 2048 / rate
         busiest = 4 * np.bincount(warp % 4, products, minlength=4).max()
-        results = int(tiles.sum()) * 8 * PIXELS / 32 * 2
-        port = int(tables.meetings[own].sum()) * loads + int(steps.sum()) * taps * 2 + results
-        compute = max(busiest, port, int(steps.sum()) * taps * 256 / spec.l2)
+        results = len(steps) * 8 * PIXELS / 32 * 2
+        weights = int(steps.sum()) * taps * 256
+        # Each pixel of an eight of slots is read once, and each weight.
+        port = int(tables.meetings[own].sum()) * positions + weights / _LINE + results
+        compute = max(busiest, port, weights / spec.l2)
         first, count, turns, column, columns, _ = part
         segments = int(tables.blocks[first : first + count, 1].sum())
         again = turns if count > 1 else 1
