@@ -18,6 +18,7 @@ import pytest
 import shim
 import torch
 
+from benchmarks import gathers
 from benchmarks.supports import self_grouped, trained
 from hetconv_kernels import Support, ops
 from hetconv_kernels.backends.cuda import Cuda, choice, scattered_tiles
@@ -277,6 +278,24 @@ def test_scattered_channels_leave_most_products_useful(support: Support, least: 
     assert least < tables.useful(support) <= 1
     keep = support.mask.any(axis=(2, 3)).reshape(channels // 8, 8, channels // 8, 8)
     assert keep.any(axis=(1, 3)).mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("rows", "together", "reordered", "share"),
+    [
+        (8, 1, False, 1.0),  # a group a tile, its own channels
+        (8, 2, False, 0.5),  # each pair has a channel of both groups
+        (8, 2, True, 1.0),
+        (16, 1, False, 0.5),  # both groups in a tile
+    ],
+)
+def test_shares_of_useful_products_are_counted(
+    rows: int, together: int, reordered: bool, share: float
+) -> None:
+    """Two groups of eight filters in turn, that keep channels in turn, 32 of 64 each."""
+    keep = np.stack([np.arange(64) % 2 == 0, np.arange(64) % 2 == 1])
+    support = Support.self_grouped(np.arange(16) % 2, keep, 3)
+    assert gathers.useful(support, rows, together, reordered) == share
 
 
 def test_odd_layers_are_refused() -> None:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The choice of a kernel and its tables for a Problem, and what it is predicted to take.
 
-fprop and dgrad have a kernel for narrow groups, and on Hopper one for wide groups; fprop has one for
-scattered groups. The one that is predicted to be fastest is taken. The clocks come from `tiles`,
-`wide_tiles` and `scattered_tiles`; here the launch, packing and device memory are added. All constants are data sheets and arithmetic: **no GPU has
-confirmed them**. What was chosen is kept with the Support.
+fprop and dgrad have a kernel for narrow groups, and on Hopper one for wide groups; fprop has one
+for scattered groups. The one that is predicted to be fastest is taken. The clocks come from
+`tiles`, `wide_tiles` and `scattered_tiles`; here the launch, packing and device memory are added.
+All constants are data sheets and arithmetic: **no GPU has confirmed them**. What was chosen is kept
+with the Support.
 """
 
 from __future__ import annotations

@@ -2,10 +2,11 @@
 """Lowering for scattered groups: a Support as the tables that ``csrc/cuda/scattered.h`` reads.
 
 Filters that keep the same channels stand in *tiles* of eight, the width of a matrix instruction,
-wherever they are; a tile is a *job*, which one warp computes. Single channels are gathered, and that costs nothing: a pixel's channels lie in *slots* of
-shared memory, each with eight images of the batch, 16 bytes, and a matrix instruction takes any
-eight slots for its rows. Eight slots whose numbers differ modulo eight are read without meeting in
-a bank, so slots are dealt to channels, and channels to eights, with that in mind.
+wherever they are; a tile is a *job*, which one warp computes. Single channels are gathered, and
+that costs nothing: a pixel's channels lie in *slots* of shared memory, each with eight images of
+the batch, 16 bytes, and a matrix instruction takes any eight slots for its rows. Eight slots whose
+numbers differ modulo eight are read without meeting in a bank, so slots are dealt to channels, and
+channels to eights, with that in mind.
 
 Sixteen channels of a job, at all taps, are a *step*. Jobs are in one or several *parts*, each for a
 block of threads of its own. Where not all channels of a part fit in shared memory they are brought
