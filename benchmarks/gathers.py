@@ -15,15 +15,13 @@ import sys
 from collections.abc import Iterator
 
 import numpy as np
-import numpy.typing as npt
 
 from benchmarks.supports import self_grouped, trained
 from hetconv_kernels import Support
+from hetconv_kernels.masks import BoolArray, IntArray
 
-STEP = 16
-ROWS, TOGETHER = (64, 32, 16, 8), (8, 4, 2, 1)
-Bools = npt.NDArray[np.bool_]
-Ints = npt.NDArray[np.int64]
+_STEP = 16
+_ROWS, _TOGETHER = (64, 32, 16, 8), (8, 4, 2, 1)
 
 
 def useful(support: Support, rows: int, together: int, reordered: bool) -> float:
@@ -35,7 +33,7 @@ def useful(support: Support, rows: int, together: int, reordered: bool) -> float
         together: neighbouring channels that are gathered at a time.
         reordered: whether channels may be brought into another order, one for the whole layer.
     """
-    keep: Bools = support.mask.any(axis=(2, 3))
+    keep: BoolArray = support.mask.any(axis=(2, 3))
     if reordered:
         keep = keep[:, channel_order(keep, together)]
     eights = keep.reshape(len(keep), -1, together).any(axis=2)
@@ -43,11 +41,11 @@ def useful(support: Support, rows: int, together: int, reordered: bool) -> float
     for order in filter_orders(keep):
         tiles = [order[begin : begin + rows] for begin in range(0, len(order), rows)]
         channels = [int(eights[tile].any(axis=0).sum()) * together for tile in tiles]
-        found.append(sum(-(-count // STEP) * STEP * rows for count in channels))
+        found.append(sum(-(-count // _STEP) * _STEP * rows for count in channels))
     return float(keep.sum()) / min(found)
 
 
-def filter_orders(keep: Bools) -> Iterator[Ints]:
+def filter_orders(keep: BoolArray) -> Iterator[IntArray]:
     """Lists orders with the filters of a group together, like groups beside each other."""
     groups: dict[bytes, list[int]] = {}
     for filter_, row in enumerate(keep):
@@ -64,7 +62,7 @@ def filter_orders(keep: Bools) -> Iterator[Ints]:
         yield np.concatenate([np.array(members[number]) for number in order])
 
 
-def channel_order(keep: Bools, together: int) -> Ints:
+def channel_order(keep: BoolArray, together: int) -> IntArray:
     """Puts channels beside each other that the same filters keep, one after another."""
     left, order = set(range(keep.shape[1])), []
     while left:
@@ -89,10 +87,10 @@ def main() -> int:
         ):
             print(f"{channels} channels and filters, 70 % dropped, {name}:")
             print("  filters   channels gathered at a time: in their order | in a chosen one")
-            print("   a tile " + "  ".join(" ".join(f"{n:>5}" for n in TOGETHER) for _ in "12"))
-            for rows in ROWS:
+            print("   a tile " + "  ".join(" ".join(f"{n:>5}" for n in _TOGETHER) for _ in "12"))
+            for rows in _ROWS:
                 shares = [
-                    [useful(support, rows, together, reordered) for together in TOGETHER]
+                    [useful(support, rows, together, reordered) for together in _TOGETHER]
                     for reordered in (False, True)
                 ]
                 print(

@@ -251,7 +251,7 @@ def test_the_cost_model_has_the_traffic_of_the_machine_code() -> None:
     for architecture in ("80", "90a"):
         row = TABLE["rows"][architecture]["scattered_fprop_kernel<Bfloat, 3, Clamp>"]
         shape = scattered_tiles.ScatteredShape(3, 128, 128, 8)
-        products = 9 * scattered_tiles.COLUMNS
+        products = 9 * 7  # columns of a tile
         assert row["traffic"]["shared"] * products == pytest.approx(2 * 128 * shape.halo, rel=0.01)
         slots = 128  # a word of each lane
         assert row["traffic"]["global"] * products == pytest.approx(9 * 256 + slots, rel=0.01)

@@ -102,8 +102,8 @@ class NarrowWgradChoice(NamedTuple):
     efficiency: float
 
 
-GatherChoice = NarrowChoice | WideChoice | ScatteredChoice
-AnyChoice = GatherChoice | NarrowWgradChoice
+CudaGatherChoice = NarrowChoice | WideChoice | ScatteredChoice
+AnyChoice = CudaGatherChoice | NarrowWgradChoice
 
 
 def best(problem: Problem) -> AnyChoice | str:
@@ -120,14 +120,14 @@ def best(problem: Problem) -> AnyChoice | str:
     return found
 
 
-def best_cuda_gather(problem: Problem) -> GatherChoice:
+def best_cuda_gather(problem: Problem) -> CudaGatherChoice:
     """Picks how fprop or dgrad is run.
 
     Raises:
         BackendError: no tile fits.
     """
     found = best(problem)
-    if not isinstance(found, GatherChoice):
+    if not isinstance(found, CudaGatherChoice):
         raise BackendError(str(found))
     return found
 

@@ -117,7 +117,7 @@ class ScatteredTables:
         return memory_places(self.positions(support), support, form)
 
 
-class Job(NamedTuple):
+class TileJob(NamedTuple):
     """What a warp computes at a time: a tile of filters.
 
     Attributes:
@@ -134,7 +134,7 @@ class Job(NamedTuple):
         return float(_tile_cost(self.channels[None])[0])
 
 
-def scattered_jobs(support: Support) -> list[Job]:
+def scattered_jobs(support: Support) -> list[TileJob]:
     """Makes tiles of filters that keep nearly the same channels, wherever they are.
 
     Raises:
@@ -145,7 +145,7 @@ def scattered_jobs(support: Support) -> list[Job]:
             raise ArgumentError(mismatch(name, count, f"a multiple of {EIGHT}", 'backend="triton"'))
     keep: BoolArray = support.mask.any(axis=(2, 3))
     tiles = cluster_by_eight(keep, _tile_cost)
-    return [Job(members, keep[members].any(axis=0)) for members in tiles]
+    return [TileJob(members, keep[members].any(axis=0)) for members in tiles]
 
 
 def _tile_cost(needs: BoolArray) -> npt.NDArray[np.float64]:
@@ -155,7 +155,7 @@ def _tile_cost(needs: BoolArray) -> npt.NDArray[np.float64]:
 
 
 def lower_scattered(
-    support: Support, jobs: Sequence[Job], most_slots: int, parts: int, warps: int
+    support: Support, jobs: Sequence[TileJob], most_slots: int, parts: int, warps: int
 ) -> ScatteredTables:
     """Lowers a Support to the tables of fprop.
 
@@ -173,12 +173,12 @@ def lower_scattered(
     return builder.finish()
 
 
-def _dealt(jobs: Sequence[Job], hands: int, lanes: int = 1) -> list[list[Job]]:
+def _dealt(jobs: Sequence[TileJob], hands: int, lanes: int = 1) -> list[list[TileJob]]:
     """Deals jobs, each to the hand with the least to do, and the dearest first.
 
     Hands h, h + lanes, h + 2 * lanes, ... share what computes them, as warps do a scheduler.
     """
-    own: list[list[Job]] = [[] for _ in range(hands)]
+    own: list[list[TileJob]] = [[] for _ in range(hands)]
     loads = np.zeros(hands)
     for job in sorted(jobs, key=lambda job: -job.cost):
         shared = np.array([loads[h % lanes :: lanes].sum() for h in range(hands)])
@@ -205,7 +205,7 @@ class _Builder:
         self._meetings: list[int] = []
         self._slots, self._widest, self._step_count, self._fragments = EIGHT, EIGHT, 0, 0
 
-    def add(self, jobs: list[Job]) -> None:
+    def add(self, jobs: list[TileJob]) -> None:
         """Adds a part."""
         columns = np.sort(np.concatenate([job.filters for job in jobs]))
         column_of = {int(f): index for index, f in enumerate(columns)}
@@ -243,7 +243,7 @@ class _Builder:
             meetings=np.array(self._meetings, np.int64),
         )
 
-    def _add_blocks(self, jobs: list[Job]) -> list[IntArray]:
+    def _add_blocks(self, jobs: list[TileJob]) -> list[IntArray]:
         """Divides a part's channels into blocks; returns the slot of each channel, -1: not there.
 
         # int [blocks][channels]
@@ -273,7 +273,7 @@ class _Builder:
             found.append(slot)
         return found
 
-    def _add_job(self, job: Job, blocks: list[IntArray], column_of: dict[int, int]) -> None:
+    def _add_job(self, job: TileJob, blocks: list[IntArray], column_of: dict[int, int]) -> None:
         filters = np.append(job.filters, np.full(EIGHT - len(job.filters), -1))
         self._jobs.append([self._fragments, *(column_of.get(int(f), -1) for f in filters)])
         span, meetings, lines = [self._step_count], 0, []

@@ -27,10 +27,10 @@ from .scattered_lowering import (
 )
 
 # As in scattered.h.
-IMAGES, ROWS, COLUMNS = 8, 2, 7
-SIDES, WARPS = (1, 3), (16, 8)
+_IMAGES, _ROWS, _COLUMNS = 8, 2, 7
+_SIDES, _WARPS = (1, 3), (16, 8)
 _PARTS, _SLOTS = (1, 2, 3, 4, 6), (128, 192, 256)
-PIXELS = IMAGES * ROWS * COLUMNS
+_PIXELS = _IMAGES * _ROWS * _COLUMNS
 _LINE = 128  # bytes of shared memory a clock
 _MOST_WARPS = 16  # of a multiprocessor, by registers: 128 of each thread
 _RESERVE = 1024  # bytes of shared memory that the system takes of every block
@@ -59,12 +59,12 @@ class ScatteredShape(NamedTuple):
     @property
     def halo(self) -> int:
         """Pixels of an image's halo."""
-        return (ROWS + self.side - 1) * (COLUMNS + self.side - 1)
+        return (_ROWS + self.side - 1) * (_COLUMNS + self.side - 1)
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory, as the kernel lays it out."""
-        return self.halo * self.slots * 16 + PIXELS * (self.columns * 2 + 16)
+        return self.halo * self.slots * 16 + _PIXELS * (self.columns * 2 + 16)
 
 
 class ScatteredTiling(NamedTuple):
@@ -83,10 +83,10 @@ class ScatteredTiling(NamedTuple):
     executed: int
 
 
-def refusal(geometry: Geometry) -> str:
+def scattered_refusal(geometry: Geometry) -> str:
     """Says why a layer is not for the kernel; empty when it is."""
     support = geometry.support
-    if support.kernel[0] != support.kernel[1] or support.kernel[0] not in SIDES:
+    if support.kernel[0] != support.kernel[1] or support.kernel[0] not in _SIDES:
         return f"the kernel is {support.kernel[0]} x {support.kernel[1]}, neither 1 x 1 nor 3 x 3."
     if geometry.stride != (1, 1) or geometry.dilation != (1, 1):
         return f"stride {geometry.stride} or dilation {geometry.dilation} is not 1."
@@ -100,7 +100,7 @@ def refusal(geometry: Geometry) -> str:
 
 def tile_count(size: tuple[int, int], batch: int) -> int:
     """Returns the tiles of y: eight images, two rows and seven columns each."""
-    return -(-batch // IMAGES) * -(-size[0] // ROWS) * -(-size[1] // COLUMNS)
+    return -(-batch // _IMAGES) * -(-size[0] // _ROWS) * -(-size[1] // _COLUMNS)
 
 
 def choose_scattered(
@@ -118,10 +118,10 @@ def choose_scattered(
         ArgumentError: channels or filters are no multiple of 8.
         BackendError: the layer is not for this kernel, or does not fit in shared memory.
     """
-    if reason := refusal(geometry):
+    if reason := scattered_refusal(geometry):
         raise BackendError(reason)
     support, found = geometry.support, []
-    multiplied = tile_count(size, batch) * PIXELS * support.kernel[0] ** 2 * STEP * EIGHT
+    multiplied = tile_count(size, batch) * _PIXELS * support.kernel[0] ** 2 * STEP * EIGHT
     for tables, shape in _lowered(support):
         if shape.shared_bytes <= spec.shared:
             clocks = scattered_clocks(tables, shape, size, batch, spec)
@@ -142,7 +142,7 @@ def _lowered(support: Support) -> list[tuple[ScatteredTables, ScatteredShape]]:
         whole = -(-support.channels // SEGMENT) * SEGMENT
         for most in {min(slots, whole) for slots in (*_SLOTS, whole)}:
             for parts in _PARTS[: len(jobs)]:
-                for warps in WARPS:
+                for warps in _WARPS:
                     tables = lower_scattered(support, jobs, most, parts, warps)
                     shape = ScatteredShape(support.kernel[0], tables.slots, tables.widest, warps)
                     found.append((tables, shape))
@@ -167,9 +167,9 @@ def scattered_clocks(
         own = slice(begins[0], begins[-1])
         steps = tables.spans[own, -1] - tables.spans[own, 0]
         warp = np.searchsorted(begins, np.arange(begins[0], begins[-1]), side="right") - 1
-        products = steps * taps * COLUMNS * 2048 / rate
+        products = steps * taps * _COLUMNS * 2048 / rate
         busiest = 4 * np.bincount(warp % 4, products, minlength=4).max()
-        results = len(steps) * 8 * PIXELS / 32 * 2
+        results = len(steps) * 8 * _PIXELS / 32 * 2
         weights = int(steps.sum()) * taps * 256
         # Each pixel of an eight of slots is read once, and each weight.
         port = int(tables.meetings[own].sum()) * positions + weights / _LINE + results
@@ -177,11 +177,11 @@ def scattered_clocks(
         first, count, turns, column, columns, _ = part
         segments = int(tables.blocks[first : first + count, 1].sum())
         again = turns if count > 1 else 1
-        brought = again * segments * SEGMENT * 2 * positions * IMAGES
+        brought = again * segments * SEGMENT * 2 * positions * _IMAGES
         load = max(brought / spec.l2, 3 * brought / _LINE) + again * count * _LATENCY
         # Of each pixel the sectors, of 32 bytes, that the part's filters lie in.
         sectors = len(np.unique(tables.columns[column : column + columns] // 16))
-        store = PIXELS * max(sectors * 32 / spec.l2, columns * 4 / _LINE)
+        store = _PIXELS * max(sectors * 32 / spec.l2, columns * 4 / _LINE)
         # Another block computes while this one's pixels come and go, where two are held.
         total += max(compute, (load + compute + store) / held)
     blocks = tile_count(size, batch) * len(tables.parts)
