@@ -33,10 +33,10 @@ def useful(support: Support, rows: int, together: int, reordered: bool) -> float
         together: neighbouring channels that are gathered at a time.
         reordered: whether channels may be brought into another order, one for the whole layer.
     """
-    keep: BoolArray = support.mask.any(axis=(2, 3))
+    keep = np.any(support.mask, axis=(2, 3))
     if reordered:
         keep = keep[:, channel_order(keep, together)]
-    eights = keep.reshape(len(keep), -1, together).any(axis=2)
+    eights = np.any(keep.reshape(len(keep), -1, together), axis=2)
     found = []
     for order in filter_orders(keep):
         tiles = [order[begin : begin + rows] for begin in range(0, len(order), rows)]

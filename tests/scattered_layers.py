@@ -76,7 +76,9 @@ def case_of(
         return (torch.randint(-2, 3, shape) if integers else torch.randn(*shape)).to(dtype)
 
     x, w = drawn(batch, c, *size), drawn(*support.shape)
-    extras = {n: torch.randn(f) for n in ("scale", "shift") if n in epilogue}
+    extras: dict[str, torch.Tensor] = {
+        n: torch.randn(f) for n in ("scale", "shift") if n in epilogue
+    }
     if "residual" in epilogue:
         extras["residual"] = drawn(batch, f, *out)
     truths = []

@@ -118,15 +118,15 @@ def test_tables_hold_each_live_weight_once_at_its_channel(name: str) -> None:
             for b, channel_of in enumerate(places):
                 for step in range(tables.spans[job, b], tables.spans[job, b + 1]):
                     size = taps * 32 * 4
-                    own = packed[at : at + size].reshape(taps, 32, 4)
+                    weights = packed[at : at + size].reshape(taps, 32, 4)
                     at += size
                     channels = channel_of[tables.steps[step]]
                     assert (channels >= 0).all(), "a slot that nothing is brought to"
-                    for tap, lane, number in np.argwhere(own >= 0):
+                    for tap, lane, number in np.argwhere(weights >= 0):
                         column = filters[lane // 4]
                         row = lane % 4 * 2 + number % 2 + number // 2 * 8
                         flat = (columns[column] * support.channels + channels[row]) * taps + tap
-                        assert own[tap, lane, number] == flat
+                        assert weights[tap, lane, number] == flat
     assert at == len(packed)
     assert sorted(written) == list(range(support.filters))
 

@@ -143,9 +143,9 @@ def scattered_jobs(support: Support) -> list[TileJob]:
     for name, count in (("filters", support.filters), ("channels", support.channels)):
         if count % EIGHT:
             raise ArgumentError(mismatch(name, count, f"a multiple of {EIGHT}", 'backend="triton"'))
-    keep: BoolArray = support.mask.any(axis=(2, 3))
+    keep = np.any(support.mask, axis=(2, 3))
     tiles = cluster_by_eight(keep, _tile_cost)
-    return [TileJob(members, keep[members].any(axis=0)) for members in tiles]
+    return [TileJob(members, np.any(keep[members], axis=0)) for members in tiles]
 
 
 def _tile_cost(needs: BoolArray) -> npt.NDArray[np.float64]:

@@ -91,7 +91,7 @@ def scattered_refusal(geometry: Geometry) -> str:
     if geometry.stride != (1, 1) or geometry.dilation != (1, 1):
         return f"stride {geometry.stride} or dilation {geometry.dilation} is not 1."
     if support.channels % EIGHT == 0:  # else the lowering says so
-        keep = support.mask.any(axis=(2, 3))
+        keep = np.any(support.mask, axis=(2, 3))
         eights = int(keep.reshape(len(keep), -1, EIGHT).any(axis=2).sum()) * EIGHT
         if keep.sum() >= _IN_EIGHTS * eights:
             return "filters keep channels in eights that follow each other, as other kernels do."
