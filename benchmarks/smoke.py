@@ -26,6 +26,7 @@ RESULT = "result "
 # CUDA first: nothing is compiled for it here, and wide groups are worth most.
 CHECKS = (
     "cuda-wide", "cuda-cluster", "cuda-rate", "cuda-narrow", "cuda-tma", "cuda-wgrad",
+    "cuda-scattered",
     "triton-gather", "triton-tma", "triton-wgrad", "triton-wgrad-tma",
 )  # fmt: skip
 # What else a part needs to be run at all.
@@ -159,10 +160,16 @@ def _part(name: str) -> int:
 
 
 def _supports(name: str) -> list[Any]:
+    import numpy as np
+
     from hetconv_kernels import Support
 
     if name in ("cuda-wide", "cuda-cluster", "triton-tma"):
         return [Support.het(256, 256, 3, p=4), Support.dense(128, 128, 3)]
+    if name == "cuda-scattered":
+        rng = np.random.default_rng(0)
+        keep = rng.random((16, 256)) < 0.3
+        return [Support.self_grouped(rng.integers(0, 16, 256), keep, kernel) for kernel in (3, 1)]
     return [Support.het(64, 64, 3, p=4), Support.grouped(64, 64, 3, 8)]
 
 
@@ -177,7 +184,7 @@ def _compared(
     from hetconv_kernels.problem import make_geometry
     from hetconv_kernels.testing import oracle
 
-    geometry, code = make_geometry(support, 1, 1), CODES[engine]
+    geometry, code = make_geometry(support, 1, support.kernel[0] // 2), CODES[engine]
     generator = torch.Generator().manual_seed(0)
 
     def integers(*shape: int) -> torch.Tensor:

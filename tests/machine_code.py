@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -35,6 +35,9 @@ TMA_KERNELS = ("narrow_tma", "wgrad_tma")  # kernels whose tiles TMA brings
 _WIDE_REGISTERS = 168
 # Instructions that a halo's copies may take, each, beside products that wait for them.
 _WIDE_TURN = 16.0
+# Of a thread, so that sixteen warps are held; and the instructions that a product may take in the
+# loop of the kernel for scattered groups: it takes a scheduler 6.4 clocks on Hopper.
+_SCATTERED_REGISTERS, _SCATTERED_TURN = 128, 5.0
 # Instructions of the integer pipe and of that of IMAD, which take half of a warp a clock each
 # (CUDA C++ Programming Guide, "Arithmetic Instructions", compute capability 9.0).
 _ALU = frozenset(
@@ -77,6 +80,11 @@ class Code:
         losses: warnings of ptxas, such as that wgmma is serialized.
         turn: instructions for each LDGSTS of the shortest loop that has one; 0 without such.
         step: instructions of the shortest loop of HGMMA for each four of them, which are a step.
+        products: instructions for each HMMA of the shortest loop that has one; 0 without such.
+        traffic: bytes that this loop, or that of HGMMA, moves for each product of a warp (HGMMA: of
+            a warpgroup): ``shared`` from and to shared memory, operands in it included; ``global``
+            asked of L1 and L2 by loads. Copies by other warps are not in it. **Predicted**: lanes
+            that are switched off count, and none meets another in a bank.
         results: clocks in which a warp brings its part of 32 pixels from registers to memory,
             no residual added: what it issues, or half-rate instructions, whichever take longer; 0
             where results are not written in such parts. **Predicted**, latencies left out.
@@ -95,6 +103,8 @@ class Code:
     losses: int = 0
     turn: float = 0.0
     step: float = 0.0
+    products: float = 0.0
+    traffic: dict[str, float] = field(default_factory=dict)
     results: float = 0.0
 
 
@@ -111,6 +121,15 @@ def problems(code: Code) -> list[str]:
             found.append(f"no asynchronous copies: {code.copies}")
         if code.registers > 255:
             found.append(f"{code.registers} registers")
+    if code.name.startswith("scattered_fprop"):
+        if "HMMA" not in code.matrix:
+            found.append(f"no HMMA instruction: {code.matrix}")
+        if code.registers > _SCATTERED_REGISTERS:
+            found.append(f"{code.registers} registers")
+        if code.name.startswith("scattered_fprop_kernel<Bfloat, 3") and not (
+            0 < code.products <= _SCATTERED_TURN
+        ):
+            found.append(f"{code.products} instructions for each product")
     if code.name.startswith("wide_fprop"):
         if not code.described or code.described != code.matrix.get("HGMMA"):
             found.append(f"{code.described} HGMMA of operands in shared memory: {code.matrix}")
@@ -273,6 +292,8 @@ def read(architecture: str, said: str, sass: str) -> list[Code]:
                 described=len(re.findall(r"\bHGMMA\S* R\d+, gdesc\[", body)),
                 turn=_turn(body, "LDGSTS"),
                 step=4 * _turn(body, "HGMMA"),
+                products=_turn(body, "HMMA"),
+                traffic=_traffic(body),
                 results=_results(body),
                 losses=len(re.findall(rf"^ptxas .*(?:warn|Potential).*{name}.*$", said, re.M)),
             )
@@ -281,18 +302,50 @@ def read(architecture: str, said: str, sass: str) -> list[Code]:
     return found
 
 
-def _turn(body: str, name: str) -> float:
-    """Counts the instructions for each of some name in the shortest loop that has one."""
+def _loop(body: str, name: str) -> list[str]:
+    """Lists the instructions of the shortest loop that has one of some name; none without such."""
     listed = [(int(place, 16), text) for place, text in _INSTRUCTION.findall(body)]
-    found = []
+    found: list[list[str]] = []
     for end, text in listed:
         jump = re.match(r"BRA\b.*?0x([0-9a-f]+)", text)
         if jump and (begin := int(jump[1], 16)) <= end:
             loop = [text for place, text in listed if begin <= place <= end]
-            copies = sum(text.startswith(name) for text in loop)
-            if copies:
-                found.append((len(loop), copies))
-    return min(found)[0] / min(found)[1] if found else 0.0
+            if any(text.startswith(name) for text in loop):
+                found.append(loop)
+    return min(found, key=lambda loop: (len(loop), _named(loop, name)), default=[])
+
+
+def _named(loop: list[str], name: str) -> int:
+    return sum(text.startswith(name) for text in loop)
+
+
+def _turn(body: str, name: str) -> float:
+    """Counts the instructions for each of some name in the shortest loop that has one."""
+    loop = _loop(body, name)
+    return len(loop) / _named(loop, name) if loop else 0.0
+
+
+def _traffic(body: str) -> dict[str, float]:
+    """Counts bytes for each product of the shortest loop that has one; see `Code`."""
+    loop = _loop(body, "HGMMA") or _loop(body, "HMMA")
+    found = {"shared": 0, "global": 0}
+    for text in loop:
+        name, *kinds = text.split()[0].split(".")
+        if name == "HGMMA":
+            rows, columns, depth = (int(size) for size in kinds[0].split("x"))
+            both = re.match(r"HGMMA\S* R\d+, gdesc\[", text)
+            found["shared"] += 2 * depth * (columns + (rows if both else 0))
+        elif name in ("LDSM", "STSM"):
+            found["shared"] += 128 * int(kinds[-1] if kinds[-1].isdigit() else 1)
+        elif name in ("LDS", "STS", "LDG", "STG", "LDGSTS"):
+            widths = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+            width = next((widths[kind] for kind in kinds if kind in widths), 4)
+            if name in ("LDS", "STS", "LDGSTS"):
+                found["shared"] += 32 * width
+            if name in ("LDG", "STG", "LDGSTS"):
+                found["global"] += 32 * width
+    count = _named(loop, "HGMMA") or _named(loop, "HMMA")
+    return {kind: round(number / count, 2) for kind, number in found.items()} if count else {}
 
 
 def _results(body: str) -> float:
@@ -311,7 +364,7 @@ def _results(body: str) -> float:
 def _plain(name: str) -> str:
     """Returns a kernel's name without namespaces and arguments."""
     long = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout
-    spaces = r"\(anonymous namespace\)::|hetconv::cuda::|(wide|narrow|wgrad)::|^void "
+    spaces = r"\(anonymous namespace\)::|hetconv::cuda::|(wide|narrow|wgrad|scattered)::|^void "
     short = re.sub(spaces, "", long.strip())
     return short[: short.rindex("(")]
 

@@ -19,7 +19,7 @@ import machine_code
 import pytest
 from machine_code import TMA_KERNELS, Code, problems, regressions
 
-from hetconv_kernels.backends.cuda import wide_tiles
+from hetconv_kernels.backends.cuda import scattered_tiles, wide_tiles
 
 EVERYTHING = os.environ.get("HETCONV_AOT_ALL") == "1"
 DEFAULT = ("80", "90a")
@@ -64,6 +64,7 @@ def test_the_committed_rows_are_of_all_architectures_and_show_no_problem() -> No
             assert problems(Code(name=name, **row)) == []
         assert any(name.startswith("narrow_fprop") for name in kernels)
         assert any(name.startswith("narrow_wgrad") for name in kernels)
+        assert sum(name.startswith("scattered_fprop") for name in kernels) == 8
     for architecture, kernels in TABLE["rows"].items():
         brought = {name.split("_kernel")[0] for name in kernels if name.startswith(TMA_KERNELS)}
         assert brought == (set(TMA_KERNELS) if architecture in ("90a", "100", "120") else set())
@@ -142,6 +143,28 @@ def test_lost_speed_of_wide_groups_is_noticed(change: dict[str, Any], words: str
     assert words in found
 
 
+SCATTERED = dataclasses.replace(
+    GOOD, name="scattered_fprop_kernel<Bfloat, 3, Clamp>", copies={}, products=3.8
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"matrix": {}}, "no HMMA"),
+        ({"registers": 136}, "136 registers"),
+        ({"products": 7.0}, "7.0 instructions for each product"),
+        ({"products": 0.0}, "0.0 instructions for each product"),
+        ({"spills": 8}, "8 B of spills"),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else value,
+)
+def test_lost_speed_of_scattered_groups_is_noticed(change: dict[str, Any], words: str) -> None:
+    assert problems(SCATTERED) == []
+    (found,) = problems(dataclasses.replace(SCATTERED, **change))
+    assert words in found
+
+
 def test_kernels_without_products_need_neither() -> None:
     assert problems(dataclasses.replace(GOOD, name="pack_kernel", matrix={}, copies={})) == []
 
@@ -203,7 +226,35 @@ def test_what_the_tools_say_is_read() -> None:
         losses=1,
         turn=8.0,
         step=12.0,
+        products=3.0,
+        traffic={"shared": 9216.0, "global": 0.0},  # one of two HGMMA has its rows in registers
     )
+
+
+def test_traffic_of_a_loop_of_products_is_counted() -> None:
+    """Eight bytes of each lane from memory, two matrices of 128 and a store, for two products."""
+    body = """
+        /*0000*/  LDG.E.128 R4, [R2.64] ;
+        /*0010*/  LDG.E.64.CONSTANT R4, [R2.64] ;
+        /*0020*/  LDSM.16.MT88.2 R8, [R3] ;
+        /*0030*/  @P0 STS.U16 [R1], R3 ;
+        /*0040*/  HMMA.16816.F32.BF16 R4, R8, R10, R4 ;
+        /*0050*/  HMMA.16816.F32.BF16 R4, R8, R10, R4 ;
+        /*0060*/  @!P0 BRA 0x10 ;
+"""
+    assert machine_code._traffic(body) == {"shared": (256 + 64) / 2, "global": 128.0}
+    assert machine_code._traffic("/*0000*/ EXIT ;") == {}
+
+
+def test_the_cost_model_has_the_traffic_of_the_machine_code() -> None:
+    """Of a step with all taps: each pixel of the halo once, and weights, a turn for 128 bytes."""
+    for architecture in ("80", "90a"):
+        row = TABLE["rows"][architecture]["scattered_fprop_kernel<Bfloat, 3, Clamp>"]
+        shape = scattered_tiles.ScatteredShape(3, 128, 128, 8)
+        products = 9 * 7  # columns of a tile
+        assert row["traffic"]["shared"] * products == pytest.approx(2 * 128 * shape.halo, rel=0.01)
+        slots = 128  # a word of each lane
+        assert row["traffic"]["global"] * products == pytest.approx(9 * 256 + slots, rel=0.01)
 
 
 def test_clocks_of_results_are_what_is_issued_or_half_rate() -> None:

@@ -11,6 +11,7 @@
 
 #include "../names.h"
 #include "narrow.h"
+#include "scattered.h"
 #include "wide.h"
 
 namespace py = pybind11;
@@ -45,7 +46,7 @@ static void address(py::class_<C>& type, const char* name, T C::* field) {
 #define HC_FIELD(type, Struct, name) type.def_readwrite(#name, &Struct::name)
 #define HC_ADDRESS(type, Struct, name) address(type, #name, &Struct::name)
 
-// What the calls of fprop and dgrad have in common: C is Narrow or Wide.
+// What the calls of fprop and dgrad have in common: C is Narrow, Wide or Scattered.
 template <class C>
 static void bind_call(py::class_<C>& type, const char* name, int64_t (*shared_bytes)(const C&),
                       int64_t (*blocks)(const C&, DType),
@@ -200,11 +201,46 @@ static void bind_wide(py::module_& m) {
   bind_call(type, "wide_fprop", &wide_shared_bytes, &wide_blocks, &wide_fprop);
 }
 
+static void bind_scattered(py::module_& m) {
+  py::class_<Scattered> type(m, "Scattered");
+  type.def(py::init([] { return Scattered{}; }));
+  HC_ADDRESS(type, Scattered, parts);
+  HC_ADDRESS(type, Scattered, blocks);
+  HC_ADDRESS(type, Scattered, segments);
+  HC_ADDRESS(type, Scattered, begins);
+  HC_ADDRESS(type, Scattered, jobs);
+  HC_ADDRESS(type, Scattered, spans);
+  HC_ADDRESS(type, Scattered, steps);
+  HC_ADDRESS(type, Scattered, columns);
+  HC_FIELD(type, Scattered, x_n);
+  HC_FIELD(type, Scattered, y_n);
+  HC_FIELD(type, Scattered, x_h);
+  HC_FIELD(type, Scattered, x_w);
+  HC_FIELD(type, Scattered, y_h);
+  HC_FIELD(type, Scattered, y_w);
+  HC_FIELD(type, Scattered, batch);
+  HC_FIELD(type, Scattered, channels);
+  HC_FIELD(type, Scattered, image_h);
+  HC_FIELD(type, Scattered, image_w);
+  HC_FIELD(type, Scattered, out_h);
+  HC_FIELD(type, Scattered, out_w);
+  HC_FIELD(type, Scattered, base_h);
+  HC_FIELD(type, Scattered, base_w);
+  HC_FIELD(type, Scattered, part_count);
+  HC_FIELD(type, Scattered, most_blocks);
+  HC_FIELD(type, Scattered, side);
+  HC_FIELD(type, Scattered, warps);
+  HC_FIELD(type, Scattered, pixel_bytes);
+  HC_FIELD(type, Scattered, width);
+  bind_call(type, "scattered_fprop", &scattered_shared_bytes, &scattered_blocks, &scattered_fprop);
+}
+
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "The CUDA engine: built, not measured.";
   bind_fprop(m);
   bind_wgrad(m);
   bind_wide(m);
+  bind_scattered(m);
   m.def(
       "reduce",
       [](uintptr_t partials, uintptr_t targets, uintptr_t dw, int64_t size, int64_t dw_size,
@@ -240,6 +276,7 @@ PYBIND11_MODULE(_cuda, m) {
     for (const char* const* name = narrow_kernels(); *name != nullptr; ++name)
       names.push_back(*name);
     names.push_back("wide_fprop");
+    names.push_back("scattered_fprop");
     return names;
   });
   m.def("tma_unsupported", [] {

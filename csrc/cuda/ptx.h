@@ -28,6 +28,13 @@ struct Pair {
   uint32_t v[2];
 };
 
+// The same number; what is computed from it is computed here and now, not kept in registers from
+// where it was before.
+__device__ __forceinline__ int anew(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+
 // Shared memory ---------------------------------------------------------------------------------
 
 __device__ __forceinline__ uint32_t shared_begin() {
@@ -121,6 +128,14 @@ __device__ __forceinline__ Quad load_matrices_transposed(uint32_t address) {
                : "r"(address)
                : "memory");
   return q;
+}
+
+// An 8x8 matrix of 16-bit numbers, transposed. Lane l has the numbers 2 * (l % 4) and the next one
+// of row l / 4, before and afterwards.
+__device__ __forceinline__ uint32_t transpose_matrix(uint32_t v) {
+  uint32_t made;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(made) : "r"(v));
+  return made;
 }
 
 // c += a * b with a [16, 16], b [16, 8]. Lane 4g + t has in c the rows g and g + 8, columns 2t and

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`cuda`: narrow groups on NVIDIA GPUs from sm_80 on, and wide ones on Hopper; bf16 and fp16.
+"""`cuda`: narrow and scattered groups from sm_80 on, wide ones on Hopper; bf16 and fp16.
 
 A tile of pixels with its halo is brought to shared memory once, and all taps and groups are
 computed from it (``csrc/cuda``): by mma.sync where groups are narrow, by wgmma, which only compute
@@ -19,6 +19,7 @@ from ..gpu.constants import constants_of
 from ..gpu.devices import gpu_reasons
 from . import choice
 from .calls import MAX_SPAN, VECTOR, NarrowCall, element_span
+from .scattered_calls import ScatteredCall
 from .wgrad_calls import NarrowWgradCall
 from .wide_calls import WideCall
 
@@ -87,6 +88,13 @@ class Cuda:
                 f"filters, {shape.stages} halos and 2 x {shape.slots} slabs in shared memory, "
                 f"clusters of {shape.cluster}."
             ]
+        if isinstance(found, choice.ScatteredChoice):
+            halo, tables = found.how.shape, found.how.tables
+            return [
+                f"It runs the kernel for scattered groups: {halo.slots} channels and "
+                f"{halo.columns} filters in shared memory, {len(tables.parts)} parts of the "
+                f"filters, {halo.warps} warps."
+            ]
         if isinstance(found, choice.NarrowChoice):
             tile, why = found.how.tables.shape, found.how.no_tma
             size = f"{tile.height} x {tile.width} pixels by {tile.filters} filters"
@@ -110,8 +118,10 @@ class Cuda:
         return NarrowWgradCall(problem, choice.best_cuda_wgrad(problem)).run
 
 
-def _call(problem: Problem) -> NarrowCall | WideCall:
+def _call(problem: Problem) -> NarrowCall | WideCall | ScatteredCall:
     found = choice.best_cuda_gather(problem)
+    if isinstance(found, choice.ScatteredChoice):
+        return ScatteredCall(problem, found)
     if isinstance(found, choice.WideChoice):
         return WideCall(problem, found)
     return NarrowCall(problem, found)

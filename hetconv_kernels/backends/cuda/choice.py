@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The choice of a kernel and its tables for a Problem, and what it is predicted to take.
 
-fprop and dgrad have a kernel for narrow groups, and on Hopper one for wide groups; the one that is
-predicted to be faster is taken. The clocks come from `tiles` and `wide_tiles`; here the launch,
-packing and device memory are added. All constants are data sheets and arithmetic: **no GPU has
-confirmed them**. What was chosen is kept with the Support.
+fprop and dgrad have a kernel for narrow groups, and on Hopper one for wide groups; fprop has one
+for scattered groups. The one that is predicted to be fastest is taken. The clocks come from
+`tiles`, `wide_tiles` and `scattered_tiles`; here the launch, packing and device memory are added.
+All constants are data sheets and arithmetic: **no GPU has confirmed them**. What was chosen is kept
+with the Support.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from ...problem import Problem
 from ..gpu import parts
 from ..gpu.constants import constants_of
 from ..gpu.devices import GpuSpec, spec_of
+from .scattered_tiles import ScatteredTiling, choose_scattered
 from .tiles import NarrowTiling, choose_narrow, choose_wgrad
 from .wgrad_lowering import UNIT_VALUES, WgradTables
 from .wide_lowering import WideTables, lower_wide, wide_windows
 from .wide_tiles import WideTiling, choose_wide
 from .windows import windows
 
-# "narrow" or "wide" leaves fprop and dgrad only that kernel; for tests and for tuning.
+# "narrow", "wide" or "scattered" leaves fprop and dgrad only that kernel; for tests and for tuning.
 ONLY_KERNEL: str | None = None
 # Whether TMA may bring tiles; for tests and for comparisons with cp.async.
 TMA = True
@@ -68,6 +70,20 @@ class WideChoice(NamedTuple):
     efficiency: float
 
 
+class ScatteredChoice(NamedTuple):
+    """How fprop is run by the kernel for scattered groups.
+
+    Attributes:
+        how: tables, and what a block of threads holds.
+        seconds: predicted, for the whole call.
+        efficiency: useful over executed multiply-accumulates.
+    """
+
+    how: ScatteredTiling
+    seconds: float
+    efficiency: float
+
+
 class NarrowWgradChoice(NamedTuple):
     """How wgrad is run.
 
@@ -86,7 +102,8 @@ class NarrowWgradChoice(NamedTuple):
     efficiency: float
 
 
-AnyChoice = NarrowChoice | WideChoice | NarrowWgradChoice
+CudaGatherChoice = NarrowChoice | WideChoice | ScatteredChoice
+AnyChoice = CudaGatherChoice | NarrowWgradChoice
 
 
 def best(problem: Problem) -> AnyChoice | str:
@@ -103,14 +120,14 @@ def best(problem: Problem) -> AnyChoice | str:
     return found
 
 
-def best_cuda_gather(problem: Problem) -> NarrowChoice | WideChoice:
+def best_cuda_gather(problem: Problem) -> CudaGatherChoice:
     """Picks how fprop or dgrad is run.
 
     Raises:
         BackendError: no tile fits.
     """
     found = best(problem)
-    if not isinstance(found, NarrowChoice | WideChoice):
+    if not isinstance(found, CudaGatherChoice):
         raise BackendError(str(found))
     return found
 
@@ -136,6 +153,7 @@ def _found(problem: Problem) -> AnyChoice | str:
     for name, reason, make in (
         ("narrow", _narrow_reason(problem), narrow),
         ("wide", _wide_reason(problem), _wide),
+        ("scattered", _scattered_reason(problem), _scattered),
     ):
         if problem.verb != "wgrad" and ONLY_KERNEL not in (None, name):
             continue
@@ -182,6 +200,13 @@ def _wide_reason(problem: Problem) -> str:
     return ""
 
 
+def _scattered_reason(problem: Problem) -> str:
+    """Says why the kernel for scattered groups is not for a Problem; empty when it is."""
+    if problem.verb != "fprop":
+        return "it has fprop alone."
+    return parts.left_out("cuda-scattered")
+
+
 def _no_tma(problem: Problem) -> str:
     """Says why a device or its driver has no TMA; empty where they have."""
     if not TMA:
@@ -222,6 +247,13 @@ def _wide(problem: Problem, spec: GpuSpec) -> WideChoice:
     seconds = _whole(problem, how.clocks, tables.size, spec)
     efficiency = min(1.0, problem.macs / how.executed) if how.executed else 1.0
     return WideChoice(how, every, seconds, efficiency)
+
+
+def _scattered(problem: Problem, spec: GpuSpec) -> ScatteredChoice:
+    how = choose_scattered(problem.geometry, problem.output_size, problem.batch, spec)
+    seconds = _whole(problem, how.clocks, len(how.tables.steps) * 128 * how.shape.side**2, spec)
+    efficiency = min(1.0, problem.macs / how.executed) if how.executed else 1.0
+    return ScatteredChoice(how, seconds, efficiency)
 
 
 def _whole(problem: Problem, clocks: float, packed: int, spec: GpuSpec) -> float:

@@ -14,7 +14,19 @@ from .calls import CudaCall, compiled_part, strides_of, uploaded
 from .choice import WideChoice
 
 
-class WideCall(CudaCall):
+class AlignedCall(CudaCall):
+    """A call whose residual is read by 16-byte accesses at the places of y."""
+
+    def like(self, residual: Tensor, y: Tensor) -> Tensor:
+        """Returns the residual with the strides of y, and at an address for 16-byte accesses."""
+        same = super().like(residual, y)
+        if same.data_ptr() % 16:
+            CONVERSIONS["residual brought to an aligned address"] += 1
+            same = same.clone(memory_format=torch.preserve_format)
+        return same
+
+
+class WideCall(AlignedCall):
     """fprop or dgrad of a Problem by the kernel for wide groups.
 
     Args:
@@ -34,14 +46,6 @@ class WideCall(CudaCall):
         """Returns the pixels of an operand that the kernel reads: each n-th, as one image."""
         rows, cols = self.choice.every
         return x[:, :, ::rows, ::cols]
-
-    def like(self, residual: Tensor, y: Tensor) -> Tensor:
-        """Returns the residual with the strides of y, and at an address for 16-byte accesses."""
-        same = super().like(residual, y)
-        if same.data_ptr() % 16:
-            CONVERSIONS["residual brought to an aligned address"] += 1
-            same = same.clone(memory_format=torch.preserve_format)
-        return same
 
     def bind(self, x: Tensor, y: Tensor, aligned: bool) -> Callable[..., None]:
         """Fills the kernel's arguments, all but the operands' addresses."""

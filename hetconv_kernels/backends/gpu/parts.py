@@ -19,6 +19,7 @@ PARTS = {
     "cuda-wgrad": "wgrad of narrow groups",
     "cuda-wide": "fprop and dgrad of wide groups",
     "cuda-cluster": "clusters of two blocks for wide groups",
+    "cuda-scattered": "fprop of scattered groups",
     "triton-gather": "fprop and dgrad through pointers",
     "triton-tma": "fprop and dgrad on tiles brought by TMA",
     "triton-wgrad": "wgrad through pointers",

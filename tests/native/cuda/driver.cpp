@@ -5,9 +5,9 @@
 //
 // CASES is a row of cases, each: the count of numbers, then for each 24 bytes of name and an int64;
 // the count of arrays, then for each 24 bytes of name, an int64 of bytes, and those. A case runs
-// fprop of narrow or wide groups (with packing) or wgrad (with the sum of its partials), as its
-// number `kind` says, and its array `result`, which the kernels write, is appended to RESULTS. All
-// arrays have memory of just their size.
+// fprop of narrow, wide or scattered groups (with packing) or wgrad (with the sum of its partials),
+// as its number `kind` says, and its array `result`, which the kernels write, is appended to
+// RESULTS. All arrays have memory of just their size.
 #include <cstring>
 #include <fstream>
 #include <map>
@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "../../../csrc/cuda/narrow.h"
+#include "../../../csrc/cuda/scattered.h"
 #include "../../../csrc/cuda/wide.h"
 #include "machine.h"
 
@@ -164,6 +165,38 @@ void wide_case(const Case& c) {
   check(wide_fprop(p, dtype, nullptr));
 }
 
+void scattered_case(const Case& c) {
+  Scattered p{};
+  p.x = c.array<void>("x");
+  p.y = c.array<void>("result");
+  p.residual = c.array<void>("residual");
+  p.scale = c.array<float>("scale");
+  p.shift = c.array<float>("shift");
+  p.parts = c.array<int32_t>("parts");
+  p.blocks = c.array<int32_t>("blocks");
+  p.segments = c.array<int32_t>("segments");
+  p.begins = c.array<int32_t>("begins");
+  p.jobs = c.array<int32_t>("jobs");
+  p.spans = c.array<int32_t>("spans");
+  p.steps = c.array<int32_t>("steps");
+  p.columns = c.array<int32_t>("columns");
+  p.x_n = c.number("x_n");
+  p.y_n = c.number("y_n");
+#define NUMBER(name) p.name = int32_t(c.number(#name))
+  NUMBER(x_h), NUMBER(x_w), NUMBER(y_h), NUMBER(y_w);
+  NUMBER(batch), NUMBER(channels), NUMBER(image_h), NUMBER(image_w);
+  NUMBER(out_h), NUMBER(out_w), NUMBER(base_h), NUMBER(base_w);
+  NUMBER(part_count), NUMBER(most_blocks), NUMBER(side), NUMBER(warps), NUMBER(pixel_bytes);
+  NUMBER(width);
+#undef NUMBER
+  p.act = Act(c.number("act"));
+  const DType dtype = DType(c.number("dtype"));
+  check_shared(c, scattered_shared_bytes(p));
+  const Slabs slabs = packed(c, dtype);
+  p.slabs = slabs.get();
+  check(scattered_fprop(p, dtype, nullptr));
+}
+
 void wgrad(const Case& c) {
   NarrowWgrad p{};
   p.x = c.array<void>("x");
@@ -216,8 +249,11 @@ int main(int count, char** arguments) {
       case 2:
         wide_case(c);
         break;
+      case 3:
+        scattered_case(c);
+        break;
       default:
-        hetconv::host::fail("kind is 0: fprop, 1: wgrad or 2: wide");
+        hetconv::host::fail("kind is 0: fprop, 1: wgrad, 2: wide or 3: scattered");
     }
     out.write(c.array<char>("result"), c.size("result"));
   }

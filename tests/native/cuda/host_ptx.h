@@ -29,6 +29,7 @@ struct Pair {
   uint32_t v[2];
 };
 
+inline int anew(int v) { return v; }
 inline uint32_t shared_begin() { return host::block->begin(); }
 
 inline uint32_t load_shared32(uint32_t address) {
@@ -97,6 +98,22 @@ inline Quad load_matrices(uint32_t address) {
 inline Quad load_matrices_transposed(uint32_t address) {
   return loaded("load_matrices_transposed", address,
                 [](host::Block& b, host::Warp& w) { load_all(b, w, true); });
+}
+
+inline void transpose_all(host::Block&, host::Warp& warp) {
+  uint16_t rows[8][8];
+  for (int lane = 0; lane < 32; ++lane)
+    for (int h = 0; h < 2; ++h)
+      rows[lane / 4][lane % 4 * 2 + h] = uint16_t(warp.lanes[lane].a[0] >> h * 16);
+  for (int lane = 0; lane < 32; ++lane) {
+    const int row = lane / 4, col = lane % 4 * 2;
+    warp.lanes[lane].result[0] = rows[col][row] | uint32_t(rows[col + 1][row]) << 16;
+  }
+}
+inline uint32_t transpose_matrix(uint32_t v) {
+  host::LaneArguments own;
+  own.a[0] = v;
+  return host::block->together("transpose_matrix", own, transpose_all).result[0];
 }
 
 // Numbers ----------------------------------------------------------------------------------------

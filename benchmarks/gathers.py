@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What share of products is useful on self-grouped layers, by what is gathered and multiplied.
+
+    python -m benchmarks.gathers
+
+A matrix instruction multiplies a tile of filters by the channels that any of them keeps, gathered
+so many at a time, in steps of sixteen. Filters may stand in any order, and channels in their own or
+in one that is chosen for the layer; of several orders the best is counted, so more may be possible,
+though hardly much. Nothing is run: live weights are counted against multiplied ones.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+
+from benchmarks.supports import self_grouped, trained
+from hetconv_kernels import Support
+from hetconv_kernels.masks import BoolArray, IntArray
+
+_STEP = 16
+_ROWS, _TOGETHER = (64, 32, 16, 8), (8, 4, 2, 1)
+
+
+def useful(support: Support, rows: int, together: int, reordered: bool) -> float:
+    """Returns the share of multiplied weights that are live, at the best order tried.
+
+    Args:
+        support: of whole kernels.
+        rows: filters of a tile.
+        together: neighbouring channels that are gathered at a time.
+        reordered: whether channels may be brought into another order, one for the whole layer.
+    """
+    keep = np.any(support.mask, axis=(2, 3))
+    if reordered:
+        keep = keep[:, channel_order(keep, together)]
+    eights = np.any(keep.reshape(len(keep), -1, together), axis=2)
+    found = []
+    for order in filter_orders(keep):
+        tiles = [order[begin : begin + rows] for begin in range(0, len(order), rows)]
+        channels = [int(eights[tile].any(axis=0).sum()) * together for tile in tiles]
+        found.append(sum(-(-count // _STEP) * _STEP * rows for count in channels))
+    return float(keep.sum()) / min(found)
+
+
+def filter_orders(keep: BoolArray) -> Iterator[IntArray]:
+    """Lists orders with the filters of a group together, like groups beside each other."""
+    groups: dict[bytes, list[int]] = {}
+    for filter_, row in enumerate(keep):
+        groups.setdefault(row.tobytes(), []).append(filter_)
+    members = list(groups.values())
+    yield np.concatenate([np.array(own) for own in members])
+    for first in range(len(members)):
+        left = [number for number in range(len(members)) if number != first]
+        order = [first]
+        while left:
+            last = keep[members[order[-1]][0]]
+            order.append(min(left, key=lambda n: int((keep[members[n][0]] ^ last).sum())))
+            left.remove(order[-1])
+        yield np.concatenate([np.array(members[number]) for number in order])
+
+
+def channel_order(keep: BoolArray, together: int) -> IntArray:
+    """Puts channels beside each other that the same filters keep, one after another."""
+    left, order = set(range(keep.shape[1])), []
+    while left:
+        first = max(sorted(left), key=lambda c: int(keep[:, c].sum()))
+        union = keep[:, first].copy()
+        order.append(first)
+        left.remove(first)
+        for _ in range(min(together - 1, len(left))):
+            best = min(sorted(left), key=lambda c: int((union | keep[:, c]).sum()))
+            union |= keep[:, best]
+            order.append(best)
+            left.remove(best)
+    return np.array(order)
+
+
+def main() -> int:
+    """Prints a table for each layer."""
+    for channels in (128, 256, 512):
+        for name, support in (
+            ("random weights", self_grouped(70, channels, channels, 3, seed=0)),
+            ("trained", trained(70, channels, channels)),
+        ):
+            print(f"{channels} channels and filters, 70 % dropped, {name}:")
+            print("  filters   channels gathered at a time: in their order | in a chosen one")
+            print("   a tile " + "  ".join(" ".join(f"{n:>5}" for n in _TOGETHER) for _ in "12"))
+            for rows in _ROWS:
+                shares = [
+                    [useful(support, rows, together, reordered) for together in _TOGETHER]
+                    for reordered in (False, True)
+                ]
+                print(
+                    f"   {rows:>6} "
+                    + "  ".join(" ".join(f"{share:5.2f}" for share in half) for half in shares)
+                )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
