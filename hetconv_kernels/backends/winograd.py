@@ -143,8 +143,8 @@ def note(problem: Problem, tile: int, gain: float) -> str:
     expected, bound = errors(problem.support, tile)
     return (
         f"Winograd F({tile}x{tile}, 3x3), predicted {gain:.2f} times as fast as direct sums; its "
-        f"rounding error is expected at {expected:.2f} times theirs, and bounded by {bound:.1f} times "
-        "their bound; hk.strict_accuracy() leaves it out."
+        f"rounding error is expected at {expected:.2f} times theirs, and bounded by {bound:.1f} "
+        "times their bound; hk.strict_accuracy() leaves it out."
     )
 
 
