@@ -147,7 +147,7 @@ class PlayAndPrune(Method):
         )  # fmt: skip
         limits = {name: found["threshold"] for name, found in chosen.items()}
         done: dict[str, Any] = run.round(f"drop {number}", lambda: self._drop(run, limits))
-        run.train(f"recover {number}", self.recover_epochs, decay=False)
+        run.train(f"recover {number}", self.recover_epochs)
         return done
 
     def _choose(self, run: Run, owed: dict[str, int], pressure: float) -> dict[str, dict[str, Any]]:
