@@ -201,43 +201,6 @@ def test_group_normalisation_loses_whole_groups(dead: tuple[int, ...], width: in
     assert bool(report.model[3].weight.eq(0).all((0, 2, 3)).any()) is partly
 
 
-class GroupNormAct(nn.GroupNorm):
-    """timm's: the function in its own forward, an activation after it."""
-
-    def __init__(self, groups: int, channels: int) -> None:
-        super().__init__(groups, channels)
-        self.drop, self.act = nn.Identity(), nn.ReLU(inplace=True)
-
-    def forward(self, x):
-        x = nn.functional.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
-        return self.act(self.drop(x))
-
-
-def test_whole_groups_leave_a_group_normalisation_with_an_activation() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(2, 6, 1), GroupNormAct(3, 6), nn.Conv2d(6, 3, 3, padding=1)
-    ).eval()
-    with torch.no_grad():
-        nn.init.normal_(model[1].weight)
-        nn.init.normal_(model[1].bias)
-        for dead in (2, 3, 4):
-            model[0].weight[dead] = 0
-            model[2].weight[:, dead] = 0
-    x = torch.randn(2, 2, 5, 5)
-    report = hk.compact(model, x)
-    assert_same(model, report.model, x)
-    # The group of 2 and 3 goes; that of 4 and 5 stays for 5.
-    assert type(report.model[1]) is GroupNormAct
-    assert (report.model[1].num_groups, report.model[1].num_channels) == (2, 4)
-    assert model[1].num_channels == 6
-    again = hk.compact(report.model, x)
-    assert_same(model, again.model, x)
-    optimized = hk.optimize(model, x).model
-    assert_same(model, optimized, x)
-    assert optimized.get_submodule("1").num_channels == 4
-
-
 def test_self_grouped_layers_lose_the_channels_that_no_group_reads() -> None:
     torch.manual_seed(0)
     keep = np.zeros((2, 8), bool)
