@@ -34,7 +34,10 @@ from hetconv_kernels.compression.command import top1_accuracy, train_dense, trai
 TOLERANCE = 0.003
 # What a paper says of this network, where its abstract or its authors' code does.
 PAPER = {"ADMM": "167× fewer weights, no loss"}
-_DENSE_EPOCHS, _BATCH, _RATE = 10, 64, 0.01
+_BATCH = 64
+_DENSE_EPOCHS, _DENSE_RATE = 20, 0.03  # at the start
+_RATE = 0.01  # of the methods' training, at the start; where few weights are left, a higher one
+_RATES = {"ADMM": 0.03}
 _SEEDS = (0, 1, 2, 3, 4)
 _TIMED = 64  # images
 
@@ -56,14 +59,14 @@ def lenet_methods() -> dict[str, Method]:
         "Play and Prune": methods.PlayAndPrune(
             **saved, fraction=0.15, threshold=0.15, prune_epochs=1, recover_epochs=2
         ),
-        # The first two rates are on the way; the last is the paper's 167 times fewer weights.
+        # Small steps: of five settings, tried with seed 0, the best on the images that decide.
         "ADMM": methods.ADMM(
-            rates=(0.9, 0.98, 1 - 1 / 167.5),
+            rates=(0.8, 0.92, 0.96, 0.98, 0.987, 0.991, 0.99403),  # 167.5 times fewer weights
             stem=True,
-            updates=2,
+            updates=1,
             admm_epochs=1,
             retrain_epochs=4,
-            rho=0.03,
+            rho=0.05,
         ),
     }
 
@@ -72,10 +75,10 @@ def line(name: str, seed: int, folder: Path, out: Path) -> dict[str, Any]:
     """Compresses by one method; returns what its line says."""
     data = hk.datasets.mnist(folder, validation=1000, digests=DIGESTS)
     torch.manual_seed(seed)
-    training = trainer(data, _BATCH, _RATE, False)
-    dense = hk.models.lenet5()
-    slow = trainer(data, _BATCH, _RATE / 10, False)  # train_dense takes ten times that
-    dense = train_dense(dense, slow, _DENSE_EPOCHS, seed, out / f"dense-{seed}.pt")
+    training = trainer(data, _BATCH, _RATES.get(name, _RATE), False)
+    dense = hk.models.lenet5().to(memory_format=torch.channels_last)
+    anew = trainer(data, _BATCH, _DENSE_RATE / 10, False)  # train_dense takes ten times that
+    dense = train_dense(dense, anew, _DENSE_EPOCHS, seed, out / f"dense-{seed}.pt")
     report = hk.compress(
         dense, lenet_methods()[name], data=training.data, eval_data=training.eval_data,
         optimizer=training.optimizer, example=data.test.images[:_TIMED], seed=seed,
@@ -116,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.publish is not None:
         record = {"environment": environment(), "lines": found}
         (options.publish / "lenet.json").write_text(json.dumps(record, indent=1) + "\n")
-        (options.publish / "lenet.md").write_text(lenet_table(found) + "\n")
+        (options.publish / "lenet.md").write_text(f"{lenet_table(found)}\n\n{below(found)}\n")
     return 0
 
 
@@ -149,6 +152,16 @@ def lenet_table(found: Sequence[dict[str, Any]]) -> str:
             )
         )
     return tables.markdown_table(header, rows)
+
+
+def below(found: Sequence[dict[str, Any]]) -> str:
+    """Says what the table is held to: the dense networks, one for each seed."""
+    dense = {record["seed"]: 100 * record["accuracy"][0] for record in found}
+    return (
+        f"Dense: {_spread(list(dense.values()), '.2f')} % of the images that no decision has seen. "
+        f"Points: against the dense network of the same seed. Speed-up: measured against it, "
+        f"{_TIMED} images at once."
+    )
 
 
 def _spread(values: Sequence[float], form: str, unit: str = "") -> str:

@@ -125,7 +125,9 @@ def more_methods() -> str:
     ]
     lenet = ROOT / "benchmarks" / "lenet.md"
     if lenet.exists():
-        found.append(f"LeNet-5 on MNIST, mean ± deviation over seeds:\n\n{lenet.read_text()}")
+        made = summary.provenance(json.loads(lenet.with_suffix(".json").read_text()))
+        title = "LeNet-5 on MNIST, mean ± deviation over seeds:"
+        found.append(f"{title}\n\n{lenet.read_text()}\n*{made}.*")
     return "\n\n".join(found)
 
 

@@ -140,6 +140,9 @@ def test_standardised_weights_are_computed_once_and_filters_go() -> None:
     )
     assert report.macs[0] >= 1.8 * report.macs[1]
     assert report.difference < TOLERANCE
+    norm = report.model.get_submodule("stages.0.blocks.0.norm2")  # a GroupNormAct: groups are gone
+    assert type(norm) is type(plain.get_submodule("stages.0.blocks.0.norm2"))
+    assert norm.num_channels < 64
 
 
 def test_what_is_listed_as_refused_is_there() -> None:

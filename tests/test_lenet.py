@@ -38,7 +38,9 @@ def test_a_finished_line_is_told_and_not_done_again(
     ]
     published = json.loads((tmp_path / "lenet.json").read_text())
     assert published["lines"] == [record(3, 10, 0.983)]
-    assert "167× fewer weights" in (tmp_path / "lenet.md").read_text()
+    text = (tmp_path / "lenet.md").read_text()
+    assert "167× fewer weights" in text
+    assert "Dense: 98.50 % of the images" in text
 
 
 def test_the_seeds_of_a_method_are_one_row_with_mean_and_spread() -> None:

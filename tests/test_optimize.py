@@ -8,6 +8,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from detecting import detector
 from networks import NETWORKS, assert_same, interleaved, kinds, network
 from torch import nn
 
@@ -83,6 +84,51 @@ def test_what_cannot_be_traced_is_optimised_part_by_part() -> None:
     assert "body, traced by torch.fx" in text
     assert "frozen, as they are: tail" in text
     assert "Forks cannot be traced" in text
+
+
+def test_a_part_that_is_called_several_times_is_optimised_for_all_of_them() -> None:
+    model, x = detector(), torch.randn(2, 3, 8, 8)
+    report = hk.optimize(model, x)
+    # The tower stands in a list and is called for two sizes of maps.
+    assert [part.name for part in report.parts] == ["backbone", "towers.0"]
+    with torch.no_grad():
+        for mine, own in zip(report.model(x), model(x), strict=True):
+            torch.testing.assert_close(mine, own)
+
+
+class SizesMatter(nn.Module):
+    """Its graph is that of one size: torch.export takes one of the branches."""
+
+    def __init__(self, other: str) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        self.other = other
+
+    def forward(self, x):
+        y = self.conv(x)
+        if x.shape[2] > 4:
+            return y.relu()
+        return y if self.other == "branch" else y.reshape(len(y), 8, x.shape[2], x.shape[3])
+
+
+class Twice(Forks):
+    def __init__(self, other: str) -> None:
+        super().__init__()
+        self.body = SizesMatter(other)
+
+    def forward(self, x):
+        one, two = self.body(x), self.body(x[:, :, :4, :4])
+        return one + two.sum() if one.sum() > 0 else one
+
+
+@pytest.mark.parametrize("other", ["branch", "reshape"])
+def test_a_part_whose_graph_fits_its_first_call_only_stays(other: str) -> None:
+    torch.manual_seed(0)
+    model, x = Twice(other).eval(), torch.randn(2, 8, 5, 5)
+    report = hk.optimize(model, x)
+    assert not report.parts
+    assert [left.name for left in report.untraced] == ["", "body"]
+    assert_same(model, report.model, x)
 
 
 def test_a_network_that_cannot_be_traced_converts_layer_by_layer() -> None:

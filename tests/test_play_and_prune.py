@@ -172,6 +172,21 @@ def test_where_the_loss_opposes_a_pressed_filter_stays() -> None:
     assert norms[1] == pytest.approx(1.25, rel=1e-4)
 
 
+def test_a_round_is_judged_after_the_learning_rate_has_fallen() -> None:
+    rates: list[float] = []
+
+    class Noted(torch.optim.SGD):
+        def step(self, closure=None):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    method = PlayAndPrune(
+        tolerance=0.02, threshold=0.0, prune_epochs=2, recover_epochs=3, epochs=0, rounds=1
+    )
+    play(method, [0.9] * 4, optimizer=lambda p: Noted(p, lr=1.0))
+    assert rates == pytest.approx([1, 1, 1, 0.1, 0.01])
+
+
 def test_norms_are_means_over_live_weights() -> None:
     """A layer whose filters lost half of their channels must not fall under its threshold."""
     mask = torch.tensor([[True, True, False, False], [True, False, False, False], [False] * 4])

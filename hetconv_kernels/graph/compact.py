@@ -19,6 +19,7 @@ from .channels import Channels
 from .check import Match, verify
 from .constants import ConstantChannels, constant_shift, constants, foldable
 from .copying import copied
+from .group_norm import of_class
 from .layout import relayout, set_module
 from .names import describe_node
 from .parts import TracedParts, same_around, traced_parts
@@ -181,7 +182,7 @@ def shrink(
         and not isinstance(model, ForcedBackend)
     ):
         for name, module in outcome.replaced.items():
-            set_module(model, name, module)
+            set_module(model, name, of_class(model.get_submodule(name), module))
         result = model
     if outcome.replaced:
         record(traced, inputs)
@@ -231,7 +232,7 @@ def _in_parts(
         old = {name: part.module.get_submodule(name) for name in outcome.replaced}
         try:
             for name, module in outcome.replaced.items():
-                set_module(part.module, name, module)
+                set_module(part.module, name, of_class(old[name], module))
             whole = model.get_submodule(part.name)
             matches += [verify(whole, part.module, call, "compact") for call in part.calls]
         except (VerificationError, *FAILURES) as error:

@@ -28,6 +28,7 @@ from .hooks import calls_of
 from .layout import set_module
 from .narrow import Narrow, check_narrow, narrow
 from .order import Reordered, order
+from .parts import children
 from .planned import PlannedNetwork, planned
 from .replay import check_gpu, replay_on_gpu
 from .trace import as_inputs, check_network
@@ -127,8 +128,9 @@ def optimize(
     of the example, what a call takes in Python included, are left as plain ``nn.Linear`` or
     ``nn.Conv2d`` with zeros, whose multiplications `stats` then counts. A `FusedConv2d` stays: what
     it took over would be a step as long as what it adds. Where the network cannot be traced, its
-    parts are tried, down to single layers. The outputs of the result are compared with the
-    original's.
+    parts are tried, down to single layers; one that is called several times, as the tower of a
+    detector's head is for each map, on what each call gives it. The outputs of the result are
+    compared with the original's.
 
     With a dtype, weights are then rounded to it, once, and activations are of it from layer to
     layer; sums and shifts inside of a layer stay float32, and the outputs have the dtype of the
@@ -170,7 +172,7 @@ def optimize(
     work = _Work(copied(model), leave_plain and dtype is None)
     settled = settle(work.root) + make_ordinary(work.root) + _plain_weights(work)
     with torch.no_grad():
-        result = work.optimize(work.root, "", inputs)
+        result = work.optimize(work.root, "", [inputs])
         if result is not None:
             work.root = result
         frozen = tuple(_freeze(work.root))
@@ -233,38 +235,72 @@ class _Work:
     untraced: list[Left] = field(default_factory=list)
     match: Match | None = None
 
-    def optimize(self, module: nn.Module, name: str, inputs: tuple[Any, ...]) -> nn.Module | None:
-        """Optimises a module as a whole, or its children in place; returns what replaces it."""
+    def optimize(
+        self, module: nn.Module, name: str, calls: list[tuple[Any, ...]]
+    ) -> nn.Module | None:
+        """Optimises a module as a whole, or its children in place; returns what replaces it.
+
+        Args:
+            module: in evaluation mode.
+            name: of it; "" is the whole network.
+            calls: the arguments of each call. The first is the example, the outputs of all are
+                compared.
+        """
         try:
-            compacted, traced = shrink(copied(module), inputs)
+            if len({len(inputs) for inputs in calls}) > 1:
+                raise TraceError("it is called with different numbers of arguments")
+            compacted, traced = shrink(copied(module), calls[0])
             _, reordered = order(Channels(traced))
             folded = fold(traced.eval())
-            plain = leave_plain(traced, [inputs]) if self.plain else ()
-            self.match = verify(module, traced, inputs, "optimize")
+            plain = leave_plain(traced, calls) if self.plain else ()
+            matches = [_verified(module, traced, inputs) for inputs in calls]
         except HetconvError as error:
             self.untraced.append(Left(name, str(error)))
-            self._children(module, name, inputs)
+            self._children(module, name, calls)
             return None
+        self.match = matches[0]
         how = traced.meta["traced by"]
         self.parts.append(Part(name, how, compacted, reordered, folded, plain))
         return planned(traced)
 
-    def _children(self, module: nn.Module, name: str, inputs: tuple[Any, ...]) -> None:
-        """Optimises the children that are called once, on what they are called with."""
-        parts = dict(module.named_children())
-        calls = calls_of(parts, lambda: module(*copy.deepcopy(inputs)))
-        for key, child in parts.items():
+    def _children(self, module: nn.Module, name: str, calls: list[tuple[Any, ...]]) -> None:
+        """Optimises the children on what they are called with; those of mere lists of modules too.
+
+        A child that is a layer stays: `_freeze` has it.
+        """
+        parts = dict(children("", module))
+
+        def run() -> None:
+            for inputs in calls:
+                module(*copy.deepcopy(inputs))
+
+        for key, seen in calls_of(parts, run).items():
             path = f"{name}.{key}" if name else key
-            seen = calls[key]
-            leaf = not any(True for _ in child.children())
-            if leaf or len(seen) != 1:
+            if not seen or not any(True for _ in parts[key].children()):
                 continue
-            if seen[0].keywords:
+            if any(call.keywords for call in seen):
                 self.untraced.append(Left(path, "it is called with keyword arguments"))
                 continue
-            new = self.optimize(child, path, seen[0].arguments)
+            new = self.optimize(parts[key], path, [call.arguments for call in seen])
             if new is not None:
                 set_module(module, key, new)
+
+
+def _verified(module: nn.Module, traced: nn.Module, inputs: tuple[Any, ...]) -> Match:
+    """Compares a part with its graph.
+
+    Raises:
+        HetconvError: they differ, or the graph cannot take these inputs.
+    """
+    try:
+        return verify(module, traced, inputs, "optimize")
+    except HetconvError:
+        raise
+    except trace.FAILURES as error:  # the graph of another call's sizes
+        shapes = [tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor)]
+        raise TraceError(
+            f"the graph of its first call cannot take {shapes}, which another gives it: {error}"
+        ) from error
 
 
 def _freeze(root: nn.Module) -> Iterator[str]:

@@ -118,17 +118,17 @@ class _Walk:
         else:
             self.parts.append(TracedPart(name, module, graph, tuple(given), {}))
             return
-        children = dict(_children(name, module))
+        below = dict(children(name, module))
 
         def run() -> None:
             for call in calls:
                 module(*copy.deepcopy(call.arguments), **copy.deepcopy(call.keywords))
 
-        for path, seen in calls_of(children, run).items():
+        for path, seen in calls_of(below, run).items():
             if not seen:
                 self.untraced[path] = "it is not called"
-            elif any(True for _ in children[path].children()):
-                self.visit(path, children[path], seen)
+            elif any(True for _ in below[path].children()):
+                self.visit(path, below[path], seen)
 
     def look_around(self, inputs: Arguments) -> None:
         """Notes which layers of the parts are used outside of them too."""
@@ -155,12 +155,12 @@ class _Walk:
             )
 
 
-def _children(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def children(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Lists the children of a module; in the place of a mere list of modules, what is in it."""
     for key, child in module.named_children():
         path = f"{name}.{key}" if name else key
         if type(child).forward is nn.Module.forward:
-            yield from _children(path, child)
+            yield from children(path, child)
         else:
             yield path, child
 

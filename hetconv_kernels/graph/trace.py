@@ -17,6 +17,7 @@ from ..nn.base import ForcedBackend
 from .alias import say
 from .exported import lift
 from .frozen_norm import is_frozen_norm
+from .group_norm import lift_group_norms
 
 # What a network's own code raises when it meets a tracer's stand-ins for tensors.
 FAILURES = (
@@ -234,7 +235,9 @@ def _symbolic(model: nn.Module, inputs: tuple[Any, ...]) -> fx.GraphModule:
             raise TypeError(f"its argument {node.target!r} is not in the example")
     for node in graph.nodes:
         node.type = None  # annotations, which fx cannot pickle where they are strings
-    return fx.GraphModule(model, graph)
+    traced = fx.GraphModule(model, graph)
+    lift_group_norms(traced, model)
+    return traced
 
 
 @torch.inference_mode(False)

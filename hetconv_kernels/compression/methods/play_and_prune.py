@@ -54,7 +54,8 @@ class PlayAndPrune(Method):
             the filters are pressed; at most ½ with the pressure.
         delta: δ, what the pressure rises by while all of the tolerance is left.
         prune_epochs: of training under the penalty, in each round.
-        recover_epochs: of training without it after each removal.
+        recover_epochs: of training without it after each removal, at a learning rate that falls as
+            at the end: the baseline that the round is held to was trained so.
         retries: rounds in a row that may be taken back, or remove nothing, before pruning ends.
         rounds: at most so many.
         target: the fraction of MACs that is enough; pruning ends there too.
@@ -147,7 +148,7 @@ class PlayAndPrune(Method):
         )  # fmt: skip
         limits = {name: found["threshold"] for name, found in chosen.items()}
         done: dict[str, Any] = run.round(f"drop {number}", lambda: self._drop(run, limits))
-        run.train(f"recover {number}", self.recover_epochs, decay=False)
+        run.train(f"recover {number}", self.recover_epochs)
         return done
 
     def _choose(self, run: Run, owed: dict[str, int], pressure: float) -> dict[str, dict[str, Any]]:
