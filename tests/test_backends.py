@@ -78,6 +78,21 @@ def test_auto_leaves_vendor_only_for_a_better_prediction(
     assert choose(problem(), 0).backend.name == winner
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize(
+    ("factor", "chosen"), [(0.99, "always"), (1.04, "frozen"), (1.06, "never")]
+)
+def test_a_tie_is_the_engines_where_the_layer_is_frozen(
+    registry, factor: float, chosen: str, frozen: bool
+) -> None:
+    registry(Fake(factor, measured=True))
+    geometry = make_geometry(hk.Support.het(8, 12, 3, p=4), 1, 1, frozen=frozen)
+    x, w = torch.randn(2, 8, 6, 6), torch.randn(geometry.support.live)
+    made = ops.describe("fprop", geometry, x, x, w, (6, 6))
+    taken = chosen == "always" or (chosen == "frozen" and frozen)
+    assert (choose(made, 0).backend.name == "triton") is taken
+
+
 def test_auto_passes_over_an_engine_with_reasons(registry) -> None:
     registry(Fake(0.1, True, reasons=("It is too old.",)))
     assert choose(problem(), 0).backend.name == "vendor"
