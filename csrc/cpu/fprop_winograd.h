@@ -43,10 +43,11 @@ template <class S, class A, int M> struct WinogradFprop : FiltersFprop<S, A> {
     A *band, *inputs, *sums, *scratch;
   };
 
-  // What is brought near ahead of its use: the outputs of a chunk, from the first of its filters.
+  // What is brought near ahead of its use: a chunk's outputs of some vectors of filters.
   struct Outputs {
     TileChunk tiles;
     const int* filters;
+    int vectors;
   };
 
   static int in_tiles(int n) { return ceil_div(n, M); }
@@ -167,7 +168,7 @@ template <class S, class A, int M> struct WinogradFprop : FiltersFprop<S, A> {
     for (int q = 0; q < kPositions; ++q, a += from, w += ptrdiff_t(columns) * 2 * VL<A>) {
       Ahead::step<false>(ahead);
       for (; fetched < (q + 1) * next.tiles.tiles / kPositions; ++fetched, near.next(b))
-        fetch_outputs<NV>(p, b, near, next.filters);
+        fetch_outputs(p, b, near, next);
       kernel(a, width, steps, w, at.sums + q * kSumsPitch<NV>, NV * VL<A>);
     }
   }
@@ -187,15 +188,14 @@ template <class S, class A, int M> struct WinogradFprop : FiltersFprop<S, A> {
     return pairs_product_for(n, std::make_integer_sequence<int, kMaxPixels>());
   }
 
-  // Brings the outputs of a tile near, and what is added to them, for NV vectors of filters.
-  template <int NV>
+  // Brings the outputs of a tile near, and what is added to them.
   HC_INLINE void fetch_outputs(const Problem& p, const TileBlock& b, const TileAt<M>& at,
-                               const int* filters) {
+                               const Outputs& next) {
     const ptrdiff_t y = at.place(b, p.y), res = at.place(b, p.res);
-    for (int v = 0; v < NV; ++v)
+    for (int v = 0; v < next.vectors; ++v)
       HC_UNROLL for (int k = 0; k < M * M; ++k) {
-        const S* to = reinterpret_cast<const S*>(p.y.data) + y + filters[v * VL<A>];
-        const S* more = reinterpret_cast<const S*>(p.res.data) + res + filters[v * VL<A>];
+        const S* to = reinterpret_cast<const S*>(p.y.data) + y + next.filters[v * VL<A>];
+        const S* more = reinterpret_cast<const S*>(p.res.data) + res + next.filters[v * VL<A>];
         __builtin_prefetch(to + k / M * p.y.sh + k % M * p.y.sw, 1, 2);
         if (p.res.data) __builtin_prefetch(more + k / M * p.res.sh + k % M * p.res.sw, 0, 2);
       }
@@ -226,12 +226,17 @@ template <class S, class A, int M> struct WinogradFprop : FiltersFprop<S, A> {
       pool_tiles<S, A, M>(p, b, c, from, lanes, 0);
   }
 
-  // What a part adds to, or makes of, its segment's filters: chunk by chunk, so that the sums of
-  // the second product still find those of the first in the first cache.
-  // following: the filters whose outputs are made next, or null.
+  const int* filters_of(const WinogradPart& k) const {
+    return L.filters + L.segments[k.segment].filter0 + k.vector * VL<A>;
+  }
+  const WinogradPart* after(const WinogradPart* k) const {
+    return k + 1 < W.parts + W.nparts ? k + 1 : nullptr;
+  }
+  // What a part adds to, or makes of, its segment's filters: chunk by chunk, so that sums are
+  // transformed while they are in the first cache. following: whose outputs are made next, or null.
   template <int PV>
   void part(const WinogradPart& k, const FilterSegment& s, const Lanes<S, A>* lanes, bool rest,
-            const int* following, const TileBlock& b, const Place& at, Ahead& ahead) const {
+            const WinogradPart* following, const TileBlock& b, const Place& at, Ahead& ahead) const {
     const int ft = s.nv * VL<A>, chunks = ceil_div(b.tiles, kMaxPixels);
     const auto chunk = [&](int i) {
       const int first = int(int64_t(b.tiles) * i / chunks);
@@ -241,8 +246,9 @@ template <class S, class A, int M> struct WinogradFprop : FiltersFprop<S, A> {
     for (int i = 0; i < chunks; ++i) {
       const TileChunk c = chunk(i);
       const bool last = i + 1 == chunks;
-      Outputs next{chunk(last ? 0 : i + 1), last ? following : lanes[k.vector].filters};
-      if (!fetch || !next.filters) next.tiles.tiles = 0;
+      const WinogradPart* then = last ? following : &k;
+      Outputs next{};
+      if (fetch && then) next = {chunk(last ? 0 : i + 1), filters_of(*then), then->nv};
       multiply<PV>(k, b, c, at, next, ahead);
       for (int j = 0; j < PV; ++j) {
         const int v = k.vector + j;
@@ -270,18 +276,14 @@ template <class S, class A, int M> struct WinogradFprop : FiltersFprop<S, A> {
       return Lanes<S, A>(out, filters + v * VL<A>, least(VL<A>, s.lanes - v * VL<A>), s.contiguous);
     };
     const Lanes<S, A> lanes[2] = {lanes_of(0), lanes_of(1)};
-    const auto following = [&](const WinogradPart* k) -> const int* {
-      if (++k == W.parts + W.nparts) return nullptr;
-      return L.filters + L.segments[k->segment].filter0 + k->vector * VL<A>;
-    };
     bool done[2] = {false, false};
     for (const WinogradPart* k = first; k < last; ++k) {
       if (*held != k->unit) transform(W.units[k->unit], b, at);
       *held = k->unit;
       if (k->nv == 2)
-        part<2>(*k, s, lanes, rest, following(k), b, at, ahead);
+        part<2>(*k, s, lanes, rest, after(k), b, at, ahead);
       else
-        part<1>(*k, s, lanes, rest, following(k), b, at, ahead);
+        part<1>(*k, s, lanes, rest, after(k), b, at, ahead);
       for (int v = k->vector; v < k->vector + k->nv; ++v) done[v] = p.pool || lanes[v].simple();
     }
     if (!p.pool) return emit<NV>(s, b, at, done);
