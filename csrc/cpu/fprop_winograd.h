@@ -65,8 +65,7 @@ template <class S, class A, int M> struct WinogradFprop : FiltersFprop<S, A> {
   }
   bool fits(int m, int r, int c) const {
     const int tiles = m * tiles_of(r, c);
-    return inputs_bytes(tiles) <= kTransformedBytes &&
-           m * image_bytes(r, c) <= kImageBlockBytes;
+    return inputs_bytes(tiles) <= kTransformedBytes && m * image_bytes(r, c) <= kImageBlockBytes;
   }
 
   void choose_band() {
@@ -192,8 +191,7 @@ template <class S, class A, int M> struct WinogradFprop : FiltersFprop<S, A> {
   HC_INLINE void fetch_outputs(const Problem& p, const TileBlock& b, const TileAt<M>& at,
                                const Outputs& next) {
     const ptrdiff_t y = at.place(b, p.y), res = at.place(b, p.res);
-    for (int v = 0; v < next.vectors; ++v)
-      HC_UNROLL for (int k = 0; k < M * M; ++k) {
+    for (int v = 0; v < next.vectors; ++v) HC_UNROLL for (int k = 0; k < M * M; ++k) {
         const S* to = reinterpret_cast<const S*>(p.y.data) + y + next.filters[v * VL<A>];
         const S* more = reinterpret_cast<const S*>(p.res.data) + res + next.filters[v * VL<A>];
         __builtin_prefetch(to + k / M * p.y.sh + k % M * p.y.sw, 1, 2);
@@ -236,7 +234,8 @@ template <class S, class A, int M> struct WinogradFprop : FiltersFprop<S, A> {
   // transformed while they are in the first cache. following: whose outputs are made next, or null.
   template <int PV>
   void part(const WinogradPart& k, const FilterSegment& s, const Lanes<S, A>* lanes, bool rest,
-            const WinogradPart* following, const TileBlock& b, const Place& at, Ahead& ahead) const {
+            const WinogradPart* following, const TileBlock& b, const Place& at,
+            Ahead& ahead) const {
     const int ft = s.nv * VL<A>, chunks = ceil_div(b.tiles, kMaxPixels);
     const auto chunk = [&](int i) {
       const int first = int(int64_t(b.tiles) * i / chunks);

@@ -33,9 +33,9 @@ class Plan {
   // mask: F * C * KH * KW bytes, non-zero = the weight exists. form: "auto", "filters", "pixels"
   // (tiles of filters with the same columns) or "columns" (tiles of columns with the same filters,
   // added up); "winograd 2x2" and "winograd 4x4", after the outputs of a tile (see winograd.h;
-  // float32, for stride and dilation 1); "pixel pairs" (of bfloat16, where it has instructions; else
-  // as "pixels"); "auto" is never Winograd's, and expects most calls with channels innermost in memory
-  // (channels_last) or not.
+  // float32, for stride and dilation 1); "pixel pairs" (of bfloat16, where it has instructions;
+  // else as "pixels"); "auto" is never Winograd's, and expects most calls with channels innermost
+  // in memory (channels_last) or not.
   Plan(const uint8_t* mask, int F, int C, int KH, int KW, DType dtype, const Kernels& kernels,
        const std::string& form, bool channels_last);
   ~Plan();

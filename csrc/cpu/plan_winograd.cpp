@@ -52,7 +52,8 @@ bool Plan::take_whole_channels() {
 void Plan::lower_winograd(int tile) {
   if (low_.KH != 3 || low_.KW != 3 || dtype_ != DType::f32 || low_.F < low_.vl || low_.C < low_.vl)
     throw std::invalid_argument(
-        "Winograd's forms are for 3x3 kernels in float32, with a vector of channels and of filters");
+        "Winograd's forms are for 3x3 kernels in float32, with a vector of channels and of "
+        "filters");
   if (!take_whole_channels())
     throw std::invalid_argument("Winograd's forms need channels with all nine taps");
   lower_filters();
@@ -141,7 +142,8 @@ void Plan::add_places(WinogradPart& p, const std::vector<int>& places) {
   }
   wino_offsets_.insert(wino_offsets_.end(), singles.begin(), singles.end());
   wino_taken_.resize(wino_offsets_.size(), 0);
-  low_.packed += int64_t(positions(winograd_.tile)) * 2 * low_.vl * (4 * p.quads + p.singles + p.pairs);
+  low_.packed +=
+      int64_t(positions(winograd_.tile)) * 2 * low_.vl * (4 * p.quads + p.singles + p.pairs);
 }
 
 double Plan::winograd_cost() const {
@@ -150,7 +152,7 @@ double Plan::winograd_cost() const {
   double total = 0;
   for (const WinogradPart& p : parts_)
     total += products * (p.nv == 2 ? 2 * kProductCost * (4 * p.quads + p.singles)
-                            : 2 * kPairProductCost * p.pairs) +
+                                   : 2 * kPairProductCost * p.pairs) +
              kTransformCost * p.nv;
   for (const WinogradUnit& u : units_) total += kTransformCost * u.vectors;
   return total;

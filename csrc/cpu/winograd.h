@@ -3,10 +3,10 @@
 // problem.h.
 //
 // The outputs of a tile are A^T [sum over channels of (G g G^T) * (B^T d B)] A: 16 products of a
-// channel and a filter in place of 36, or 36 in place of 144. The channels of a filter that have all nine taps are
-// multiplied that way; what is left of it (HetConv's centre taps) is a FilterSegment as ever, and
-// is added. Example: HetConv with 64 channels and filters, p = 4: 16 channels of 4 products an
-// output and 48 of one, 112 in place of 192.
+// channel and a filter in place of 36, or 36 in place of 144. The channels of a filter that have
+// all nine taps are multiplied that way; what is left of it (HetConv's centre taps) is a
+// FilterSegment as ever, and is added. Example: HetConv with 64 channels and filters, p = 4: 16
+// channels of 4 products an output and 48 of one, 112 in place of 192.
 //
 // Transformed inputs lie [position][tile][width], sums [position][tile][nv * VL].
 #pragma once
@@ -27,7 +27,8 @@ struct WinogradUnit {
 // position a matrix product over columns from `off0`, which are places in a transformed tile.
 //   nv == 2: quads of four neighbouring places, then singles
 //   nv == 1: pairs of neighbouring places, as in FilterSegment
-// Weights from `w0`: [position][4 * quads + singles][2 * VL], or [position][pairs][2 * VL] in lanes of a pair.
+// Weights from `w0`: [position][4 * quads + singles][2 * VL], or [position][pairs][2 * VL] in lanes
+// of a pair.
 struct WinogradPart {
   int segment, vector, nv, unit;
   int quads, singles, pairs;

@@ -61,10 +61,8 @@ template <class A, int M, class Put>
 HC_INLINE void each_output(const A* m, ptrdiff_t pitch, int high, int wide, const Put& put) {
   Vec<A> o[M * M];
   outputs_of<A, M>(m, pitch, o);
-  HC_UNROLL for (int y = 0; y < M; ++y)
-    if (y < high)
-      HC_UNROLL for (int x = 0; x < M; ++x)
-        if (x < wide) put(y, x, o[M * y + x]);
+  HC_UNROLL for (int y = 0; y < M; ++y) if (y < high)
+      HC_UNROLL for (int x = 0; x < M; ++x) if (x < wide) put(y, x, o[M * y + x]);
 }
 
 // Outputs of one vector of filters, to scratch; `add`: to what is there.
@@ -120,9 +118,8 @@ static void pool_tiles(const Problem& p, const TileBlock& b, const TileChunk& c,
     const A* rest = from.rest ? from.rest + at.scratch(b, from.ft) : nullptr;
     S* y = reinterpret_cast<S*>(p.y.data) + (b.n + at.m) * p.y.sn +
            ((b.oy + at.row()) / 2) * p.y.sh + ((b.ox + at.column()) / 2) * p.y.sw + f0;
-    const S* res = p.res.data
-                       ? reinterpret_cast<const S*>(p.res.data) + at.place(b, p.res) + f0
-                       : nullptr;
+    const S* res =
+        p.res.data ? reinterpret_cast<const S*>(p.res.data) + at.place(b, p.res) + f0 : nullptr;
     Vec<A> o[M * M] = {};
     if (m) outputs_of<A, M>(m, from.pitch, o);
     HC_UNROLL for (int wy = 0; wy < M; wy += 2) HC_UNROLL for (int wx = 0; wx < M; wx += 2) {
