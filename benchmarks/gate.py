@@ -109,7 +109,7 @@ class NetworkTruth:
     """
 
     def __init__(self, network: nn.Module, x: Tensor) -> None:
-        self.network, self.images = network, x[[0, -1]]
+        self.network, self.images = network, ends(x)
         self.exact: Tensor = copy.deepcopy(network).double()(self.images.double())
         self._errors: dict[str, Tensor] = {}
 
@@ -128,7 +128,7 @@ class NetworkTruth:
             result: of whoever is judged.
             dtype: ``float32``, ``bfloat16`` or ``int8``.
         """
-        error, own = result[[0, -1]].double() - self.exact, self._own_error(dtype)
+        error, own = ends(result).double() - self.exact, self._own_error(dtype)
         largest = _finite_max(error.abs())
         if dtype == "float32":
             roundings = 64 * torch.finfo(torch.float32).eps * self.exact.abs().max()
@@ -148,6 +148,11 @@ class NetworkTruth:
                 network, images = copy.deepcopy(network).bfloat16(), images.bfloat16()
             self._errors[dtype] = network(images).double() - self.exact
         return self._errors[dtype]
+
+
+def ends(images: Tensor) -> Tensor:
+    """Returns the first and the last image; of a single one no second copy."""
+    return images[[0, -1]] if len(images) > 1 else images
 
 
 def rounded_to_8_bits(network: nn.Module) -> nn.Module:

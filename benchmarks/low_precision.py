@@ -214,9 +214,9 @@ def reference_match(run: partial[Tensor]) -> gate.Agreement:
     The first and the last image alone: the reference takes seconds for each.
     """
     (images,) = run.args
-    found = run()[[0, -1]]
+    found = gate.ends(run())
     with hk.use_backend("reference"):
-        expected = run.func(images[[0, -1]].contiguous(memory_format=_LAST))
+        expected = run.func(gate.ends(images).contiguous(memory_format=_LAST))
     if torch.equal(found, expected):
         return gate.Agreement(True, 0.0, 0.0)
     error = float((found.double() - expected.double()).abs().max())
