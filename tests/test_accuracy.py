@@ -160,6 +160,16 @@ def test_its_transforms_are_a_convolution(tile: int) -> None:
     assert np.allclose(y, np.correlate(d, g))
 
 
+def test_the_points_err_less_than_half_as_much_as_one_and_two(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As the documents say, by the derivation."""
+    support = hk.Support.het(64, 64, 3, p=4)
+    ours = winograd.errors(support, 4).expected
+    monkeypatch.setitem(winograd._POINTS, 4, (0.0, 1.0, -1.0, 2.0, -2.0))
+    assert winograd.errors(support, 4).expected > 2 * ours
+
+
 @pytest.mark.parametrize("measured", [True, False])
 @pytest.mark.parametrize(
     ("gain", "chosen"), [(1.5, "always"), (1.2, "measured"), (1.09, "never"), (0.5, "never")]
