@@ -151,25 +151,6 @@ def test_a_layer_whose_windows_are_tiles_is_transformed(edge: int) -> None:
     assert torch.allclose(y, direct, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("tile", winograd.TILES.values())
-def test_its_transforms_are_a_convolution(tile: int) -> None:
-    """An axis of a tile, in double: what errors are derived from is what the engine computes by."""
-    by, rng = winograd.transforms(tile), np.random.default_rng(0)
-    d, g = rng.standard_normal(tile + 2), rng.standard_normal(3)
-    y = by.outputs @ ((by.weights @ g) * (by.inputs @ d))
-    assert np.allclose(y, np.correlate(d, g))
-
-
-def test_the_points_err_less_than_half_as_much_as_one_and_two(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """As the documents say, by the derivation."""
-    support = hk.Support.het(64, 64, 3, p=4)
-    ours = winograd.errors(support, 4).expected
-    monkeypatch.setitem(winograd._POINTS, 4, (0.0, 1.0, -1.0, 2.0, -2.0))
-    assert winograd.errors(support, 4).expected > 2 * ours
-
-
 @pytest.mark.parametrize("measured", [True, False])
 @pytest.mark.parametrize(
     ("gain", "chosen"), [(1.5, "always"), (1.2, "measured"), (1.09, "never"), (0.5, "never")]
