@@ -273,6 +273,12 @@ def test_a_timeline_has_every_layer_where_it_runs() -> None:
     assert bars["pass-ours-1"].get_x() == pytest.approx(1.0)
     assert bars["pass-ours-1"].get_width() == pytest.approx(3.0)
     assert len(re.findall('class="mark"', picture.svg())) == 7
+    row["median_s"] = 4e-3  # less than its layers, each timed for itself, add up to
+    picture = passes.timeline("pass", row)
+    assert picture is not None
+    assert [tip for tip in picture.tips.values() if "everything else" in tip] == [
+        "dense, everything else: 2.00 ms"
+    ]
 
 
 def test_a_deep_network_shows_its_longest_layers() -> None:

@@ -37,8 +37,9 @@ def timeline(name: str, row: Json) -> Picture | None:
     tips = {}
     for place, (label, whole, parts) in enumerate(passes):
         start = 0.0
-        rest = max(0.0, whole - sum(seconds for _, seconds in parts))
-        for number, (layer, seconds) in enumerate([*parts, ("everything else", rest)]):
+        rest = whole - sum(seconds for _, seconds in parts)
+        behind = [("everything else", rest)] if rest > 0 else []
+        for number, (layer, seconds) in enumerate([*parts, *behind]):
             own = number < len(parts)
             role = ("dense" if label == "dense" else "blue") if own else "rule"
             (bar,) = axes.barh(
@@ -67,7 +68,8 @@ def timeline(name: str, row: Json) -> Picture | None:
         f"One pass of {case['network']}, batch {case['n']}, {case['size']} pixels, as two bars: "
         f"its {len(layers)} convolutions in the order in which they run, and everything else "
         f"behind them. Dense, in PyTorch: {_ms(passes[0][1])}; ours: {_ms(passes[1][1])}. Each is "
-        "a median of its own, so that they need not add up to the whole.",
+        "a median of its own, so that they need not add up to the whole; where the layers alone "
+        "add up to more, nothing is drawn behind them.",
         figure,
         tips,
     )
