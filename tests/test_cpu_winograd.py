@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F_
 from torch import Tensor
+from winograd_calls import ACTS, LAYOUTS, call
 
 import hetconv_kernels as hk
 from hetconv_kernels.testing import error_bound
@@ -28,7 +29,6 @@ if "cpu" in hk.available_backends():
 # bfloat16's own instruction set computes float32 as avx512 does.
 ISAS = _cpu.isas() if "cpu" in hk.available_backends() else []
 FORMS = {"winograd 2x2": 2, "winograd 4x4": 4}
-LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 
 def self_grouped(channels: int, filters: int, groups: int, keep: float, seed: int) -> hk.Support:
@@ -62,50 +62,6 @@ SUPPORTS = {
     "self-grouped, narrow": self_grouped(40, 50, 9, 0.1, seed=2),
     "ragged": ragged(24, 34, seed=3),
 }
-
-
-def call(
-    support: hk.Support,
-    x: Tensor,
-    w: Tensor,
-    *,
-    padding: tuple[int, int] = (1, 1),
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    residual: Tensor | None = None,
-    act: str = "none",
-    threads: int = 2,
-    isa: str = "",
-    form: str = "winograd 2x2",
-    stride: tuple[int, int] = (1, 1),
-    dilation: tuple[int, int] = (1, 1),
-    out: Tensor | None = None,
-    pool: Any = None,
-) -> Tensor | None:
-    """Returns what the engine computes in this form; None of what it does not pool."""
-    plan = _cpu.Plan(support.mask.view(np.uint8).copy(), "float32", isa, form)
-    assert plan.form == form
-    poisoned = torch.where(torch.tensor(support.mask), w, float("nan"))
-    packed = plan.pack(poisoned.data_ptr(), poisoned.stride(), "float32", threads)
-    size = tuple(
-        (n + 2 * p - d * 2 - 1) // s + 1
-        for n, p, d, s in zip(x.shape[2:], padding, dilation, stride, strict=True)
-    )
-    y = out
-    if y is None:
-        y = torch.full((len(x), support.filters, *size), float("nan"))
-        if x.is_contiguous(memory_format=torch.channels_last):
-            y = y.contiguous(memory_format=torch.channels_last)
-    done = plan.fprop(
-        packed, x.data_ptr(), x.stride(), (len(x), *x.shape[2:]), y.data_ptr(), y.stride(), size,
-        stride, padding, dilation,
-        scale=0 if scale is None else scale.data_ptr(),
-        shift=0 if shift is None else shift.data_ptr(),
-        residual=0 if residual is None else residual.data_ptr(),
-        residual_strides=(0, 0, 0, 0) if residual is None else residual.stride(),
-        act=act, threads=threads, pool=pool,
-    )  # fmt: skip
-    return y if done else None
 
 
 def integers(shape: tuple[int, ...], most: int, seed: int) -> Tensor:
@@ -158,15 +114,6 @@ def drawn_case(rng: random.Random) -> tuple[hk.Support, dict[str, Any]]:
         "residual layout": rng.choice(list(LAYOUTS)),
         "threads": rng.choice([1, 2, 3]),
     }
-
-
-ACTS = {
-    "none": lambda y: y,
-    "relu": F_.relu,
-    "relu6": F_.relu6,
-    "silu": F_.silu,
-    "gelu": F_.gelu,
-}
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -235,7 +182,7 @@ def test_its_error_is_no_larger_than_a_few_times_the_direct_forms() -> None:
 def test_other_steps_are_refused(steps: dict[str, tuple[int, int]]) -> None:
     support = SUPPORTS["het p=4"]
     x, w = torch.randn(1, 64, 9, 9), torch.randn(*support.shape)
-    with pytest.raises(ValueError, match="stride 1 and dilation 1"):
+    with pytest.raises(ValueError, match="is for dilation 1 and stride 1"):
         call(support, x, w, **steps)  # type: ignore[arg-type]
 
 
@@ -348,7 +295,7 @@ def test_a_gradient_may_have_this_form() -> None:
 
 def test_callers_in_the_engine_itself_are_refused_a_dilation() -> None:
     """The gradient's plans call the engine from C++, past what the bindings check."""
-    with pytest.raises(ValueError, match="stride 1 and dilation 1"):
+    with pytest.raises(ValueError, match="is for dilation 1 and stride 1"):
         gradient(dilation=2)
 
 

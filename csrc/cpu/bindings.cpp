@@ -72,9 +72,9 @@ static MaskView mask_view(const py::buffer_info& info) {
 
 static void check_form(const std::string& form) {
   if (!is_form(form))
-    throw std::invalid_argument(
-        "form '" + form +
-        "' is not auto, filters, pixels, columns, winograd 2x2, winograd 4x4 or pixel pairs");
+    throw std::invalid_argument("form '" + form +
+                                "' is not auto, filters, pixels, columns, winograd 2x2, winograd "
+                                "3x3, winograd 4x4 or pixel pairs");
 }
 
 static void check_steps(const Pair& stride, const Pair& dilation) {

@@ -288,6 +288,7 @@ template <class S, class A, class K = FilterColumns<A>> struct FiltersFprop {
   }
 
   // What `Pooled` needs: bands of whole rows, of as many rows as it wants.
+  static constexpr int kTileRows = 1;
   bool has_bands() const { return !direct && cols == p.Wo && p.y.sc == 1; }
   void lay_rows(int r) {
     rows = r;

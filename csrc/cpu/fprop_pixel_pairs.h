@@ -84,6 +84,7 @@ struct PixelPairsFprop {
             2 * X.most_pairs * plane, results, p.res.data ? results : 0};
   }
 
+  static constexpr int kTileRows = 1;
   void lay_rows(int r) {
     rows = r;
     axis_neighbours(&ya, L.KH, p.sh, p.dh, rows);

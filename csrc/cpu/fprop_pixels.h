@@ -203,6 +203,7 @@ template <class S, class A> struct PixelsFprop : PixelBands<S, A> {
   }
 
   // What `Pooled` needs: bands of whole rows of one image, of as many rows as it wants.
+  static constexpr int kTileRows = 1;
   bool has_bands() const { return !direct && cols == p.Wo && images == 1 && turn; }
   void lay_rows(int r) {
     this->lay(r, cols, 1, false);

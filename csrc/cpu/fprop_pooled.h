@@ -41,16 +41,20 @@ static void pool_rows(const Problem& p, const S* rows, int first, int64_t n, int
   }
 }
 
-// Form: FiltersFprop or PixelsFprop.
+// Form: FiltersFprop, PixelsFprop or WinogradFprop.
 template <class S, class A, class Form> struct Pooled : Form {
   using Form::p;
   int pooled = 0;  // rows of a band
 
   explicit Pooled(const Form& form) : Form(form) {}
 
+  // Rows are computed from a multiple of kTileRows on, so that tiles are the same in all bands.
+  static constexpr int kTileRows = Form::kTileRows;
   int rows_for(int pooled_rows) const {
-    return int(least<int64_t>(p.Ho, (pooled_rows - 1) * int64_t(p.pool->sh) + p.pool->KH));
+    const int64_t windows = (pooled_rows - 1) * int64_t(p.pool->sh) + p.pool->KH;
+    return int(least<int64_t>(p.Ho, windows + kTileRows - 1));
   }
+  static int tile_of(int row) { return row - row % kTileRows; }
   size_t room_for_outputs() const {
     return ((size_t(this->rows) * p.Wo * p.F + VL<A>)*sizeof(S) + 63) / 64 * 64;
   }
@@ -72,6 +76,10 @@ template <class S, class A, class Form> struct Pooled : Form {
     int64_t bands = ceil_div(p.pool->Ho, pooled);
     if (p.N * bands < p.threads) bands = least<int64_t>(p.pool->Ho, bands * 2);
     pooled = int(ceil_div<int64_t>(p.pool->Ho, bands));
+    // A band that follows another computes `sh` rows for each pooled one: whole tiles of them.
+    int unit = 1;
+    while (unit * p.pool->sh % kTileRows != 0) ++unit;
+    if (pooled > unit) pooled -= pooled % unit;
     this->lay_rows(rows_for(pooled));
     return true;
   }
@@ -92,15 +100,18 @@ template <class S, class A, class Form> struct Pooled : Form {
       A* scratch = reinterpret_cast<A*>(memory + this->room_for_band() + room_for_outputs());
       Form mine(*this);  // writes its outputs to this thread's memory
       mine.p.y = View{nullptr, 0, 1, pitch, p.F};
+      mine.p.pool = nullptr;
       int64_t before = -1;  // task whose outputs are there: rows [held, end)
       int held = 0, end = 0;
       for (int64_t task = queue.take(self); task >= 0; task = queue.take(self)) {
         const int64_t n = task / bands;
         const int p0 = int(task % bands) * pooled, p1 = least(p.pool->Ho, p0 + pooled),
-                  first = first_of(p0),
+                  needed = first_of(p0),
                   last = least(p.Ho, (p1 - 1) * p.pool->sh - p.pool->pt + p.pool->KH);
         // Windows of neighbouring bands share rows.
-        const int known = before >= 0 && before + 1 == task && p0 > 0 ? most(0, end - first) : 0;
+        const int known =
+            before >= 0 && before + 1 == task && p0 > 0 ? most(0, tile_of(end) - needed) : 0;
+        const int first = known > 0 ? needed : tile_of(needed);
         if (known > 0)
           memmove(output, output + (first - held) * pitch, size_t(known * pitch) * sizeof(S));
         mine.p.y.data = reinterpret_cast<char*>(output - first * pitch);

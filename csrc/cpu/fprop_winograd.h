@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// fprop by Winograd's F(MxM, 3x3) with filters in vectors (see winograd.h). Tasks are (images, band
-// of rows, strip of columns, share of the segments); a band is packed as ever, and what is not
-// transformed is computed from it first.
+// fprop by Winograd's F(MxM, 3x3) or F(3x3, 4x4) with filters in vectors (see winograd.h). Tasks
+// are (images, band of rows, strip of columns, share of the segments); a band is packed as ever, or
+// by phases, and what is not transformed is computed from it first.
 #pragma once
-#include "fprop_filters.h"
-#include "winograd.h"
+#include "fprop_pooled.h"
+#include "pack_phases.h"
 #include "winograd_outputs.h"
 
 namespace hetconv {
@@ -26,7 +26,8 @@ template <class S, class A, int M> struct WinogradFprop : FiltersFprop<S, A> {
   using Base::rows;
   using Base::xa;
   using Base::ya;
-  static constexpr int kPositions = positions(M);
+  static constexpr int kPositions = positions(M), kBeyond = taps(M) - 1, kPhases = phases(M);
+  static constexpr int kTileRows = M;
   // Sums of a chunk: [position][tile][nv * VL], the same room for each number of tiles.
   template <int NV>
   static constexpr ptrdiff_t kSumsPitch = (ptrdiff_t(kMaxPixels) * NV | 1) * VL<A>;
@@ -56,12 +57,13 @@ template <class S, class A, int M> struct WinogradFprop : FiltersFprop<S, A> {
   size_t inputs_bytes(int tiles) const {
     return size_t(position_pitch<A>(tiles, W.widest * VL<A>)) * kPositions * sizeof(A);
   }
+  bool turns() const { return p.y.sc != 1 && p.y.sw == 1; }
   size_t outputs_bytes(int r, int c) const {
     const size_t pixels = size_t(ceil_div(images * r * c, VL<A>)) * VL<A>;
-    return pixels * 2 * VL<A> * 2 * sizeof(A);
+    return pixels * 2 * VL<A> * (turns() ? 2 : 1) * sizeof(A);
   }
   size_t image_bytes(int r, int c) const {
-    return size_t(whole(r) + 2) * size_t(whole(c) + 2) * size_t(Cb) * sizeof(A);
+    return size_t(whole(r) + kBeyond) * size_t(whole(c) + kBeyond) * size_t(Cb) * sizeof(A);
   }
   bool fits(int m, int r, int c) const {
     const int tiles = m * tiles_of(r, c);
@@ -69,9 +71,9 @@ template <class S, class A, int M> struct WinogradFprop : FiltersFprop<S, A> {
   }
 
   void choose_band() {
-    Cb = ceil_div(p.C, VL<A>) * VL<A>;
+    Cb = ceil_div(W.channels, VL<A>) * VL<A>;
     if (int64_t(Cb) * sizeof(A) % 1024 == 0) Cb += VL<A>;
-    rows = least(M, p.Ho);
+    rows = least(p.pool && !pools_tiles(p) ? 2 * M : M, p.Ho);
     cols = p.Wo;
     while (cols > M && !fits(1, rows, cols)) cols = whole(ceil_div(cols, 2));
     while (rows < p.Ho && fits(1, rows + M, cols) &&
@@ -89,12 +91,17 @@ template <class S, class A, int M> struct WinogradFprop : FiltersFprop<S, A> {
         ++images;
       images = int(ceil_div<int64_t>(p.N, ceil_div<int64_t>(p.N, images)));
     }
+    lay();
+  }
+  void lay() {
     this->direct = false;
-    this->lay_axes(whole(rows), whole(cols));
+    if (kPhases == 1) return this->lay_axes(whole(rows), whole(cols));
+    in_row = int64_t(whole(cols) + kBeyond) * Cb;
+    in_pixel = Cb;
   }
 
   size_t room_for_image() const {
-    return ((size_t(ya.entries) * xa.entries * Cb + VL<A>)*sizeof(A) + 63) / 64 * 64;
+    return (image_bytes(rows, cols) + VL<A> * sizeof(A) + 63) / 64 * 64;
   }
   int most_tiles() const { return images * tiles_of(rows, cols); }
   size_t room() const {
@@ -114,9 +121,15 @@ template <class S, class A, int M> struct WinogradFprop : FiltersFprop<S, A> {
   }
 
   void pack(const TileBlock& b, const Place& at) const {
-    for (int m = 0; m < b.images; ++m)
-      pack_channels_last<S, A>(p, reinterpret_cast<const S*>(p.x.data) + (b.n + m) * p.x.sn, ya, xa,
-                               b.oy, b.ox, M * b.tr, M * b.tc, Cb, const_cast<A*>(image(at, m)));
+    for (int m = 0; m < b.images; ++m) {
+      const S* x = reinterpret_cast<const S*>(p.x.data) + (b.n + m) * p.x.sn;
+      A* band = const_cast<A*>(image(at, m));
+      if (kPhases == 1)
+        pack_channels_last<S, A>(p, x, ya, xa, b.oy, b.ox, M * b.tr, M * b.tc, Cb, band);
+      else
+        pack_phases<S, A>(p, x, b.oy, b.ox, M * b.tr + kBeyond, M * b.tc + kBeyond, Cb, in_row,
+                          band);
+    }
   }
   void transform(const WinogradUnit& u, const TileBlock& b, const Place& at) const {
     const int width = u.vectors * VL<A>;
@@ -241,7 +254,7 @@ template <class S, class A, int M> struct WinogradFprop : FiltersFprop<S, A> {
       const int first = int(int64_t(b.tiles) * i / chunks);
       return TileChunk{first, int(int64_t(b.tiles) * (i + 1) / chunks) - first};
     };
-    const bool fetch = !p.pool && p.y.sc == 1;
+    const bool fetch = !p.pool && p.y.sc == 1 && p.y.sn != 0;  // else they are near already
     for (int i = 0; i < chunks; ++i) {
       const TileChunk c = chunk(i);
       const bool last = i + 1 == chunks;
@@ -297,7 +310,7 @@ template <class S, class A, int M> struct WinogradFprop : FiltersFprop<S, A> {
     const int* filters = L.filters + s.filter0;
     const Out<A> out = out_of<A>(p);
     const int pixels = b.nr * b.nc;
-    const bool turn = p.y.sc != 1 && p.y.sw == 1;
+    const bool turn = turns();
     for (int m = 0; m < b.images; ++m) {
       const int64_t n = b.n + m, y = n * p.y.sn + b.oy * p.y.sh + b.ox * p.y.sw,
                     res = n * p.res.sn + b.oy * p.res.sh + b.ox * p.res.sw;
@@ -335,9 +348,34 @@ template <class S, class A, int M> struct WinogradFprop : FiltersFprop<S, A> {
                     least(cols, p.Wo - ox));
   }
 
+  void find_offsets(OffsetCache* cache) {
+    if (kPhases == 1) Base::find_offsets(cache);  // else all is transformed
+  }
+
+  // What `Pooled` needs: of rows, strip after strip.
+  bool has_bands() const { return p.y.sc == 1; }
+  void lay_rows(int r) {
+    rows = r;
+    images = 1;
+    lay();
+  }
+  size_t room_for_band() const { return room_for_image() + inputs_bytes(most_tiles()); }
+  size_t room_for_scratch() const { return room() - room_for_band(); }
+  void compute_rows(int64_t n, int oy, int nr, A* band, A* scratch, Ahead& ahead) const {
+    Place at = lay_out(reinterpret_cast<char*>(band));
+    at.sums = scratch;
+    at.scratch = scratch + kSumsBytes / sizeof(A);
+    for (int ox = 0; ox < p.Wo; ox += cols) {
+      const TileBlock b = block_of(n, 1, oy, ox, nr, least(cols, p.Wo - ox));
+      pack(b, at);
+      int held = -1;
+      compute(b, at, 0, L.count, &held, ahead);
+    }
+  }
+
   void run(OffsetCache* cache) {
     choose_band();
-    this->find_offsets(cache);
+    find_offsets(cache);
     const int64_t bands = ceil_div(p.Ho, rows), strips = ceil_div(p.Wo, cols),
                   units = ceil_div<int64_t>(p.N, images) * bands * strips;
     const int shares = shares_for(units, L.count, p.threads);
@@ -370,12 +408,18 @@ template <class S, class A, int M> struct WinogradFprop : FiltersFprop<S, A> {
   }
 };
 
-// False: tiles are not made of what is to be pooled; nothing was written.
+// False: tiles are not made of what is to be pooled, or a band would not fit; nothing was written.
 template <class S, class A>
 static bool fprop_winograd(const Lowered& L, OffsetCache* cache, const Problem& p,
                            const void* packed) {
-  if (p.pool && !pools_tiles(p)) return false;
   const A* weights = static_cast<const A*>(packed);
+  if (L.winograd->tile == 3) {
+    WinogradFprop<S, A, 3> form(L, p, weights);
+    if (p.pool) return Pooled<S, A, WinogradFprop<S, A, 3>>(form).run(cache);
+    form.run(cache);
+    return true;
+  }
+  if (p.pool && !pools_tiles(p)) return false;
   if (L.winograd->tile == 2)
     WinogradFprop<S, A, 2>(L, p, weights).run(cache);
   else

@@ -122,9 +122,23 @@ static void pack_tile(const Lowered& L, const PixelTile& t, const WeightView& v,
   }
 }
 
+// The taps of a filter that a transformed channel is multiplied by, row by row; what is dead, or
+// beyond the kernel, is zero.
+template <class S, int M>
+static void taps_of(const Lowered& L, const WeightView& v, int f, int channel, double* g) {
+  constexpr int R = taps(M), P = phases(M);
+  const int c = channel % L.C, phase = channel / L.C, y0 = phase / P, x0 = phase % P;
+  const uint8_t* live = L.mask + (int64_t(f) * L.C + c) * L.KH * L.KW;
+  const S* w = reinterpret_cast<const S*>(v.data) + f * v.sf + c * v.sc;
+  for (int i = 0; i < R * R; ++i) {
+    const int y = P * (i / R) + y0, x = P * (i % R) + x0;
+    const bool there = y < L.KH && x < L.KW && (P == 1 || live[y * L.KW + x]);
+    g[i] = there ? double(widen(w[y * v.sh + x * v.sw])) : 0.0;
+  }
+}
+
 template <class S, class A, int M>
 static void pack_part(const Lowered& L, const WinogradPart& k, const WeightView& v, A* out) {
-  const S* w = reinterpret_cast<const S*>(v.data);
   const FilterSegment& s = L.segments[k.segment];
   const int* from = L.winograd->from + L.winograd->units[k.unit].from0;
   const int* places = L.winograd->offsets + k.off0;
@@ -141,10 +155,14 @@ static void pack_part(const Lowered& L, const WinogradPart& k, const WeightView&
       A* to = out + ptrdiff_t(q) * ft + l;
       const bool taken = k.nv == 2 || (L.winograd->taken[k.off0 + q] & (l % 2 ? kUpper : kLower));
       const int f = taken && lane < s.lanes ? L.filters[s.filter0 + lane] : -1;
-      if (f >= 0 && channel < L.C && L.winograd->whole[int64_t(f) * L.C + channel])
-        transform_weight<S, A, M>(w + f * v.sf + channel * v.sc, v.sh, v.sw, to, pitch);
-      else
+      const int channels = L.winograd->channels;
+      if (f >= 0 && channel < channels && L.winograd->whole[int64_t(f) * channels + channel]) {
+        double g[taps(M) * taps(M)];
+        taps_of<S, M>(L, v, f, channel, g);
+        transform_weight<A, M>(g, to, pitch);
+      } else {
         for (int i = 0; i < positions(M); ++i) to[i * pitch] = A(0);
+      }
     }
 }
 
@@ -160,7 +178,11 @@ static void pack_all(const Lowered& L, const WeightView& v, A* out, int threads)
   if (!L.winograd) return;
   each_in_parallel(L.winograd->nparts, threads, [&](int64_t i) {
     const WinogradPart& k = L.winograd->parts[i];
-    (L.winograd->tile == 2 ? pack_part<S, A, 2> : pack_part<S, A, 4>)(L, k, v, out + k.w0);
+    const int tile = L.winograd->tile;
+    const auto pack = tile == 2   ? pack_part<S, A, 2>
+                      : tile == 3 ? pack_part<S, A, 3>
+                                  : pack_part<S, A, 4>;
+    pack(L, k, v, out + k.w0);
   });
 }
 

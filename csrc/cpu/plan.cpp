@@ -99,7 +99,13 @@ bool is_form(const std::string& name) {
 }
 
 int tile_of(const std::string& form) {
-  return form == "winograd 2x2" ? 2 : form == "winograd 4x4" ? 4 : 0;
+  for (int tile : {2, 3, 4})
+    if (form == form_of(tile)) return tile;
+  return 0;
+}
+
+const char* form_of(int tile) {
+  return tile == 2 ? "winograd 2x2" : tile == 3 ? "winograd 3x3" : "winograd 4x4";
 }
 
 Plan::~Plan() = default;

@@ -11,6 +11,8 @@ namespace hetconv {
 
 struct OffsetCache;
 
+const char* form_of(int tile);  // Winograd's, by the outputs along an axis
+
 struct Group {
   std::vector<int> filters;
   std::vector<Column> columns;  // by tap, then channel
@@ -32,10 +34,10 @@ class Plan {
  public:
   // mask: F * C * KH * KW bytes, non-zero = the weight exists. form: "auto", "filters", "pixels"
   // (tiles of filters with the same columns) or "columns" (tiles of columns with the same filters,
-  // added up); "winograd 2x2" and "winograd 4x4", after the outputs of a tile (see winograd.h;
-  // float32, for stride and dilation 1); "pixel pairs" (of bfloat16, where it has instructions;
-  // else as "pixels"); "auto" is never Winograd's, and expects most calls with channels innermost
-  // in memory (channels_last) or not.
+  // added up); "winograd 2x2", "winograd 4x4" and "winograd 3x3", after the outputs of a tile (see
+  // winograd.h; float32, dilation 1, the last for stride 2, the others for 1); "pixel pairs" (of
+  // bfloat16, where it has instructions; else as "pixels"); "auto" is never Winograd's, and expects
+  // most calls with channels innermost in memory (channels_last) or not.
   Plan(const uint8_t* mask, int F, int C, int KH, int KW, DType dtype, const Kernels& kernels,
        const std::string& form, bool channels_last);
   ~Plan();
@@ -47,7 +49,7 @@ class Plan {
   DType dtype() const { return dtype_; }
   OffsetCache* offsets() const { return cache_.get(); }
   const char* form() const {
-    if (low_.winograd) return winograd_.tile == 2 ? "winograd 2x2" : "winograd 4x4";
+    if (low_.winograd) return form_of(winograd_.tile);
     if (low_.pixel_pairs) return "pixel pairs";
     return low_.form == Form::filters ? "filters" : low_.accumulate ? "columns" : "pixels";
   }
@@ -68,6 +70,7 @@ class Plan {
   double cost_of_form() const;          // of what was lowered last
   void lower_filters();
   bool take_whole_channels();
+  bool take_phases(int tile);
   void lower_winograd(int tile);
   void add_places(WinogradPart& p, const std::vector<int>& places);
   void lower_pairs();

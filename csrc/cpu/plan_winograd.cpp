@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Winograd's F(2x2, 3x3) and F(4x4, 3x3): which channels are transformed together, and which
-// filters read them.
+// Winograd's forms: which channels are transformed together, and which filters read them.
 #include <algorithm>
 #include <stdexcept>
 
@@ -49,16 +48,37 @@ bool Plan::take_whole_channels() {
   return any;
 }
 
+// Takes all phases of the channels that filters read, which must be the same for all of them;
+// false: they are not.
+bool Plan::take_phases(int tile) {
+  if (groups_.size() != 1 || groups_[0].columns.empty()) return false;
+  const int P = phases(tile);
+  whole_.assign(size_t(low_.F) * size_t(P * P * low_.C), 0);
+  for (const Column& c : groups_[0].columns)
+    for (int f = 0; f < low_.F; ++f)
+      whole_[(size_t(f) * P * P + size_t(c.ky % P * P + c.kx % P)) * low_.C + c.channel] = 1;
+  groups_[0].columns.clear();
+  return true;
+}
+
 void Plan::lower_winograd(int tile) {
-  if (low_.KH != 3 || low_.KW != 3 || dtype_ != DType::f32 || low_.F < low_.vl || low_.C < low_.vl)
+  const int P = phases(tile), vl = low_.vl, C = P * P * low_.C;
+  const bool kernels = (low_.KH + P - 1) / P == taps(tile) && (low_.KW + P - 1) / P == taps(tile);
+  if (!kernels || dtype_ != DType::f32 || low_.F < vl || (P == 1 && C < vl))
     throw std::invalid_argument(
-        "Winograd's forms are for 3x3 kernels in float32, with a vector of channels and of "
-        "filters");
-  if (!take_whole_channels())
+        P == 1 ? "Winograd's forms of tiles of 2x2 and 4x4 outputs are for 3x3 kernels in float32, "
+                 "with a vector of channels and of filters"
+               : "Winograd's form of tiles of 3x3 outputs is for 7x7 and 8x8 kernels in float32, "
+                 "with a vector of filters");
+  if (P == 1 && !take_whole_channels())
     throw std::invalid_argument("Winograd's forms need channels with all nine taps");
+  if (P > 1 && !take_phases(tile))
+    throw std::invalid_argument(
+        "Winograd's form of tiles of 3x3 outputs needs filters that read the same inputs");
   lower_filters();
   winograd_.tile = tile;
-  const int vl = low_.vl, C = low_.C, padded = (C + vl - 1) / vl * vl;
+  winograd_.channels = C;
+  const int padded = (C + vl - 1) / vl * vl;
 
   // Which channels each vector of a segment reads. Vectors of a segment that read the same ones are
   // one part.

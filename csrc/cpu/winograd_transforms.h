@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The transforms of F(2x2, 3x3) and F(4x4, 3x3) on vectors of channels or filters: B^T d B of
-// inputs, A^T m A of sums; and G g G^T of weights, in double. Equations: docs/backends/cpu.md.
+// The transforms of F(2x2, 3x3), F(4x4, 3x3) and F(3x3, 4x4) on vectors of channels or filters:
+// B^T d B of inputs, A^T m A of sums; and G g G^T of weights, in double. Equations:
+// docs/backends/cpu.md.
 #pragma once
 #include "vec.h"
+#include "winograd.h"
 
 namespace hetconv {
 namespace HETCONV_NS {
@@ -64,15 +66,41 @@ template <> struct Transform<4> {
     HC_UNROLL for (int i = 1; i < 4; ++i) keep_rounded<A>(y[i]);
     y[3] += m[5];
   }
-  HC_INLINE void weights(const double* g, double* t) {
+  HC_INLINE void weights(const double* g, double* t) { weights_of<3>(g, t); }
+  // Of a kernel of R taps.
+  template <int R> HC_INLINE void weights_of(const double* g, double* t) {
     const double at_a = 2 * a2 * (a2 - b2), at_b = 2 * b2 * (b2 - a2);
+    const auto value = [&](double x) {  // of the polynomial with these coefficients
+      double sum = g[R - 1];
+      HC_UNROLL for (int i = R - 2; i >= 0; --i) sum = sum * x + g[i];
+      return sum;
+    };
     t[0] = g[0] / (a2 * b2);
-    t[1] = (g[0] + a * g[1] + a2 * g[2]) / at_a;
-    t[2] = (g[0] - a * g[1] + a2 * g[2]) / at_a;
-    t[3] = (g[0] + b * g[1] + b2 * g[2]) / at_b;
-    t[4] = (g[0] - b * g[1] + b2 * g[2]) / at_b;
-    t[5] = g[2];
+    t[1] = value(a) / at_a;
+    t[2] = value(-a) / at_a;
+    t[3] = value(b) / at_b;
+    t[4] = value(-b) / at_b;
+    t[5] = g[R - 1];
   }
+};
+
+// Three outputs of four taps, by the same points: their inputs are the same.
+template <> struct Transform<3> {
+  using Four = Transform<4>;
+
+  template <class A> HC_INLINE void inputs(const Vec<A>* d, Vec<A>* t) {
+    Four::template inputs<A>(d, t);
+  }
+  template <class A> HC_INLINE void outputs(const Vec<A>* m, Vec<A>* y) {
+    const Vec<A> a_even = m[1] + m[2], a_odd = m[1] - m[2], b_even = m[3] + m[4],
+                 b_odd = m[3] - m[4];
+    y[0] = m[0] + a_even + b_even;
+    y[1] = A(Four::a) * (a_odd + A(2) * b_odd);
+    y[2] = A(Four::a2) * (a_even + A(4) * b_even);
+    HC_UNROLL for (int i = 1; i < 3; ++i) keep_rounded<A>(y[i]);
+    y[2] += m[5];
+  }
+  HC_INLINE void weights(const double* g, double* t) { Four::weights_of<4>(g, t); }
 };
 
 // One row of tiles of one vector of channels: d is the band at the first tile's corner, v where its
@@ -80,31 +108,29 @@ template <> struct Transform<4> {
 template <class A, int M>
 static void transform_inputs(const A* d, ptrdiff_t row, ptrdiff_t pixel, int tiles, A* v,
                              ptrdiff_t step, ptrdiff_t pitch) {
-  constexpr int N = M + 2;
-  Vec<A> columns[N][N];  // the last two are the next tile's first
+  constexpr int N = side(M), shared = N - M;
+  Vec<A> columns[N][N];  // the last `shared` are the next tile's first
   const auto column = [&](int x) {
     Vec<A> c[N];
     HC_UNROLL for (int y = 0; y < N; ++y) c[y] = load<A>(d + x * pixel + y * row);
     Transform<M>::template inputs<A>(c, columns[x]);
   };
-  column(0);
-  column(1);
+  HC_UNROLL for (int x = 0; x < shared; ++x) column(x);
   for (int k = 0; k < tiles; ++k, d += M * pixel, v += step) {
-    HC_UNROLL for (int x = 2; x < N; ++x) column(x);
+    HC_UNROLL for (int x = shared; x < N; ++x) column(x);
     HC_UNROLL for (int y = 0; y < N; ++y) {
       Vec<A> r[N], t[N];
       HC_UNROLL for (int x = 0; x < N; ++x) r[x] = columns[x][y];
       Transform<M>::template inputs<A>(r, t);
       HC_UNROLL for (int x = 0; x < N; ++x) store<A>(v + (N * y + x) * pitch, t[x]);
-      columns[0][y] = r[M];
-      columns[1][y] = r[M + 1];
+      HC_UNROLL for (int x = 0; x < shared; ++x) columns[x][y] = r[M + x];
     }
   }
 }
 
 // The outputs of a tile, o[M * row + column].
 template <class A, int M> HC_INLINE void outputs_of(const A* m, ptrdiff_t pitch, Vec<A>* o) {
-  constexpr int N = M + 2;
+  constexpr int N = side(M);
   Vec<A> columns[N][M];
   HC_UNROLL for (int x = 0; x < N; ++x) {
     Vec<A> c[N];
@@ -118,19 +144,18 @@ template <class A, int M> HC_INLINE void outputs_of(const A* m, ptrdiff_t pitch,
   }
 }
 
-// G g G^T, position by position: out is that of position 0, `pitch` apart.
-template <class S, class A, int M>
-static void transform_weight(const S* g, int64_t sh, int64_t sw, A* out, ptrdiff_t pitch) {
-  constexpr int N = M + 2;
-  double columns[3][N];
-  for (int x = 0; x < 3; ++x) {
-    const double c[3] = {double(widen(g[x * sw])), double(widen(g[sh + x * sw])),
-                         double(widen(g[2 * sh + x * sw]))};
+// G g G^T, position by position: out is that of position 0, `pitch` apart. g: [row][column].
+template <class A, int M> static void transform_weight(const double* g, A* out, ptrdiff_t pitch) {
+  constexpr int N = side(M), R = taps(M);
+  double columns[R][N];
+  for (int x = 0; x < R; ++x) {
+    double c[R];
+    for (int y = 0; y < R; ++y) c[y] = g[R * y + x];
     Transform<M>::weights(c, columns[x]);
   }
   for (int y = 0; y < N; ++y) {
-    const double r[3] = {columns[0][y], columns[1][y], columns[2][y]};
-    double t[N];
+    double r[R], t[N];
+    for (int x = 0; x < R; ++x) r[x] = columns[x][y];
     Transform<M>::weights(r, t);
     for (int x = 0; x < N; ++x) out[(N * y + x) * pitch] = A(t[x]);
   }

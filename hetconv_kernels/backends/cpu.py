@@ -94,7 +94,7 @@ class Cpu:
     def _seconds(self, problem: Problem, plan: Any) -> float:
         """Predicts the time of one call of fprop or dgrad by a plan."""
         threads = torch.get_num_threads()
-        transformed = plan.form in winograd.TILES
+        transformed = winograd.tile_of(plan.form) > 0
         name = "pixels" if plan.form in ("pixels", "columns") else "filters"
         cost = winograd.executed(plan, problem) if transformed else plan.cost
         form, rows = ENGINE[name], is_linear(problem)
@@ -147,7 +147,7 @@ class Cpu:
         if plan is direct:
             return ()
         gain = self._seconds(problem, direct) / self._seconds(problem, plan)
-        return (winograd.note(problem, winograd.TILES[plan.form], gain),)
+        return (winograd.note(problem, winograd.tile_of(plan.form), gain),)
 
     def pools(self, problem: Problem) -> bool:
         """Whether max-pooling happens while a band of the output is in the cache."""
@@ -167,8 +167,9 @@ class Cpu:
             pooled_size = pool.output_size(*problem.output_size)
             shape = (*shape[:2], *pooled_size)
             pooling = (*pool.kernel, *pool.stride, *pool.padding, *pooled_size)
-            # The sums that would have been pooled: direct ones.
-            whole = self.fprop(replace(problem, pool=None, strict=True))
+            # Direct sums, pooled as they are computed or, where those were it, afterwards.
+            direct = plan is self._plan(problem)
+            other = self.fprop(replace(problem, pool=None if direct else pool, strict=True))
 
         def run(
             x: Tensor,
@@ -209,7 +210,8 @@ class Cpu:
             if done or pool is None:
                 return y
             # Not even one row of the pooled image fits in the cache.
-            return max_pooled(whole(x, w, scale, shift, residual), pool)
+            sums = other(x, w, scale, shift, residual)
+            return max_pooled(sums, pool) if direct else sums
 
         return run
 
@@ -345,10 +347,11 @@ class Cpu:
     def _chosen(self, problem: Problem) -> Any:
         """Returns the plan that a call is run by: Winograd's where that is predicted to win."""
         direct = self._plan(problem)
-        if not winograd.suits(problem):
+        forms = winograd.forms(problem)
+        if not forms:
             return direct
         try:
-            transformed = [self._plan(problem, form) for form in winograd.TILES]
+            transformed = [self._plan(problem, form) for form in forms]
         except ValueError:  # fewer channels or filters than a vector has
             return direct
         fastest = min(transformed, key=lambda plan: self._seconds(problem, plan))

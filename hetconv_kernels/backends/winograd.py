@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Winograd's F(2x2, 3x3) and F(4x4, 3x3) in the native engine: when, how much work, which errors.
+"""Winograd's forms in the native engine: when, how much work, which errors.
+
+F(2x2, 3x3) and F(4x4, 3x3) are for sparse 3 × 3 layers, F(3x3, 4x4) for the four phases of the
+image that a 7 × 7 or 8 × 8 layer of stride 2 reads, as the first of many networks is.
 
 Equations, counts and the derivation of the errors: docs/backends/cpu.md.
 """
@@ -20,44 +23,63 @@ from ..support import Support
 WINOGRAD_MARGIN = 1.1
 # The pooling whose windows make up the tiles: it is done on the way.
 _TILE = Pool((2, 2), (2, 2), (0, 0))
-# The forms of the engine's plans, and how many outputs a tile has along an axis.
+# The forms of the engine's plans for 3 × 3 layers, and how many outputs a tile has along an axis;
+# the same of the form for the phases of an image.
 TILES = {"winograd 2x2": 2, "winograd 4x4": 4}
+PHASES = {"winograd 3x3": 3}
+# Of those, a layer reads so many channels at most: a vector holds their four phases.
+_FEW = 4
 # The points by which each tile's transforms interpolate; infinity is one more.
-_POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 0.75, -0.75, 1.5, -1.5)}
+_POINTS = dict.fromkeys((3, 4), (0.0, 0.75, -0.75, 1.5, -1.5)) | {2: (0.0, 1.0, -1.0)}
 # Roundings of one product beside its addition, of the inputs' transformation, the weight's (one)
-# and the outputs': along an axis one and two for tiles of two outputs, two and three for four.
-_ROUNDINGS = {2: 2 + 1 + 4, 4: 4 + 1 + 6}
+# and the outputs': along an axis one and two for tiles of two outputs, two and three for larger.
+_ROUNDINGS = {2: 2 + 1 + 4, 3: 4 + 1 + 6, 4: 4 + 1 + 6}
 
 
-def suits(problem: Problem) -> bool:
-    """Tells whether a call may be transformed; whether it pays is for the predictions to say.
+def forms(problem: Problem) -> dict[str, int]:
+    """Lists the forms a call may be run by, with their tiles; predictions say whether one pays.
 
     The weight must be kept, since transforming one takes longer than it saves, and the image in
-    channels_last, for which the cost is measured. Windows that are not its tiles would be computed
-    unpooled. Dense layers are left to PyTorch's own kernels: nothing was measured beside them.
+    channels_last, for which the cost is measured. Windows that are not the tiles of a 3 × 3 layer
+    would be computed unpooled. Dense 3 × 3 layers are left to PyTorch's own kernels: nothing was
+    measured beside them.
     """
-    return (
+    plain = (
         problem.verb == "fprop"
         and not problem.strict
         and problem.frozen_weight
         and problem.dtype == torch.float32
         and problem.channels_last
-        and (problem.pool is None or problem.pool == _TILE)
-        and problem.support.kernel == (3, 3)
-        and problem.geometry.stride == problem.geometry.dilation == (1, 1)
-        and _is_sparse_with_whole_kernels(problem.support)
+        and problem.geometry.dilation == (1, 1)
     )
+    if plain and problem.geometry.stride == (1, 1) and problem.support.kernel == (3, 3):
+        tiles = problem.pool is None or problem.pool == _TILE
+        return TILES if tiles and _is_sparse_with_whole_kernels(problem.support) else {}
+    if plain and problem.geometry.stride == (2, 2) and set(problem.support.kernel) <= {7, 8}:
+        few = problem.support.channels <= _FEW and len(problem.support.groups) == 1
+        return PHASES if few else {}
+    return {}
+
+
+def tile_of(form: str) -> int:
+    """Returns how many outputs a tile of a plan's form has along an axis; 0: it has no tiles."""
+    return (TILES | PHASES).get(form, 0)
+
+
+def taps(tile: int) -> int:
+    """Returns how many taps of each channel, or phase of one, a tile's form takes along an axis."""
+    return 4 if tile == 3 else 3
 
 
 def executed(plan: Any, problem: Problem) -> float:
     """Returns the plan's cost of one output pixel, with what tiles beyond the edges cost.
 
     Args:
-        plan: the engine's, in one of the TILES.
+        plan: the engine's, in one of these forms.
         problem: the call; 7 × 7 outputs are 8 × 8 in tiles.
     """
     height, width = problem.output_size
-    tile = TILES[plan.form]
+    tile = tile_of(plan.form)
     tiled = math.ceil(height / tile) * math.ceil(width / tile) * tile * tile
     return float(plan.cost + plan.winograd_cost * (tiled / max(1, height * width) - 1))
 
@@ -66,9 +88,9 @@ class Transforms(NamedTuple):
     """The matrices of a tile of m outputs: y = outputs @ ((weights @ g) * (inputs @ d)), an axis.
 
     Attributes:
-        inputs: Bᵀ.  # [m + 2, m + 2]
-        weights: G.  # [m + 2, 3]
-        outputs: Aᵀ.  # [m, m + 2]
+        inputs: Bᵀ.  # [m + r - 1, m + r - 1], for r taps
+        weights: G.  # [m + r - 1, r]
+        outputs: Aᵀ.  # [m, m + r - 1]
     """
 
     inputs: np.ndarray
@@ -80,16 +102,17 @@ def transforms(tile: int) -> Transforms:
     """Returns what the engine transforms a tile by, as Toom and Cook interpolate polynomials.
 
     Args:
-        tile: outputs along an axis, 2 or 4.
+        tile: outputs along an axis, 2, 3 or 4.
     """
+    r, side = taps(tile), tile + taps(tile) - 1
     points = np.array(_POINTS[tile])
     others = [np.delete(points, i) for i in range(len(points))]
     slopes = np.array([np.prod(x - rest) for x, rest in zip(points, others, strict=True)])
-    inputs = np.zeros((tile + 2, tile + 2))
+    inputs = np.zeros((side, side))
     for i, rest in enumerate(others):
         inputs[i, :-1] = np.poly(rest)[::-1]
     inputs[-1] = np.poly(points)[::-1]
-    weights = np.vstack([np.vander(points, 3, increasing=True) / slopes[:, None], [0, 0, 1]])
+    weights = np.vstack([np.vander(points, r, increasing=True) / slopes[:, None], np.eye(r)[-1:]])
     outputs = np.vander(points, tile, increasing=True).T
     infinity = np.eye(tile)[:, -1:]
     return Transforms(inputs, weights, np.hstack([outputs, infinity]))
@@ -110,26 +133,45 @@ class Errors(NamedTuple):
 def errors(support: Support, tile: int) -> Errors:
     """Derives what a form's errors are in comparison with the direct form's.
 
-    Of the filter that reads most: c channels with nine taps and r single products. In units of one
-    rounding of one product, a direct sum of n products has the variance n² / 2 and the worst case
-    n². Transformed, 9c products are sums of c at each position: the squares of Bᵀ, G and Aᵀ weigh
-    their variance, the magnitudes of the same their worst case.
+    Of the filter that reads most: c channels (or phases) with all taps and r single products. In
+    units of one rounding of one product, a direct sum of n products has the variance n² / 2 and the
+    worst case n². Transformed, those of the c channels are sums of c at each position: the squares
+    of Bᵀ, G and Aᵀ weigh their variance, the magnitudes of the same their worst case.
 
     Args:
-        support: of the layer, with 3 × 3 kernels.
-        tile: outputs along an axis, 2 or 4.
+        support: of the layer, with 3 × 3 kernels; for tiles of three outputs 7 × 7 or 8 × 8.
+        tile: outputs along an axis, 2, 3 or 4.
     """
-    whole = np.all(support.mask, axis=(2, 3))
-    single = np.where(whole, 0, support.mask.sum((2, 3)))
     filter_ = int(support.mask.sum((1, 2, 3)).argmax())
-    c, r = int(whole[filter_].sum()), int(single[filter_].sum())
-    n, roundings, by = 9 * c + r, _ROUNDINGS[tile], transforms(tile)
-    squares = by.outputs**2 @ ((by.inputs**2).sum(1) * (by.weights**2).sum(1))
-    sizes = np.abs(by.outputs) @ (np.abs(by.inputs).sum(1)[:, None] * np.abs(by.weights))
-    spread, most = float(squares.mean() ** 2), float(sizes.max() ** 2)
-    variance = spread * (c * c / 2 + roundings * c) + r * r / 2 + n
-    worst = most * 9 * c * (c + roundings + 1) + r * (r + 1)
+    mask = support.mask[filter_]
+    n, roundings, by = int(mask.sum()), _ROUNDINGS[tile], transforms(tile)
+    if tile in PHASES.values():
+        c, r, taps_of = (
+            4 * len(mask),
+            0,
+            [[len(range(i, k, 2)) for i in (0, 1)] for k in mask.shape[1:]],
+        )
+    else:
+        whole = mask.all((1, 2))
+        c, r, taps_of = int(whole.sum()), int(mask[~whole].sum()), [[3], [3]]
+    # Of each number of taps along an axis: the rest of a phase is zero.
+    spreads, sizes = [], []
+    for kinds in taps_of:
+        axes = [_axis(by, k) for k in kinds]
+        spreads.append(np.mean([spread for spread, _ in axes]))
+        sizes.append(max(size for _, size in axes))
+    most_taps = max(taps_of[0]) * max(taps_of[1])
+    variance = math.prod(spreads) * (c * c / 2 + roundings * c) + r * r / 2 + n
+    worst = math.prod(sizes) * most_taps * c * (c + roundings + 1) + r * (r + 1)
     return Errors(math.sqrt(variance / (n * n / 2)), worst / (n * n))
+
+
+def _axis(by: Transforms, count: int) -> tuple[float, float]:
+    """Weighs the variance and the worst case of one axis, of kernels with so many taps."""
+    weights = by.weights[:, :count]
+    squares = by.outputs**2 @ ((by.inputs**2).sum(1) * (weights**2).sum(1))
+    sizes = np.abs(by.outputs) @ (np.abs(by.inputs).sum(1)[:, None] * np.abs(weights))
+    return float(squares.mean()), float(sizes.max())
 
 
 def note(problem: Problem, tile: int, gain: float) -> str:
@@ -137,14 +179,15 @@ def note(problem: Problem, tile: int, gain: float) -> str:
 
     Args:
         problem: the call.
-        tile: outputs along an axis, 2 or 4.
+        tile: outputs along an axis, 2, 3 or 4.
         gain: predicted time of the direct form over this one's.
     """
     expected, bound = errors(problem.support, tile)
+    r, of = taps(tile), " of the image's four phases" if tile in PHASES.values() else ""
     return (
-        f"Winograd F({tile}x{tile}, 3x3), predicted {gain:.2f} times as fast as direct sums; its "
-        f"rounding error is expected at {expected:.2f} times theirs, and bounded by {bound:.1f} "
-        "times their bound; hk.strict_accuracy() leaves it out."
+        f"Winograd F({tile}x{tile}, {r}x{r}){of}, predicted {gain:.2f} times as fast as direct "
+        f"sums; its rounding error is expected at {expected:.2f} times theirs, and bounded by "
+        f"{bound:.1f} times their bound; hk.strict_accuracy() leaves it out."
     )
 
 

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls of the native engine in one of Winograd's forms, without `auto` in between."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F_
+from torch import Tensor
+
+import hetconv_kernels as hk
+
+if "cpu" in hk.available_backends():
+    from hetconv_kernels import _cpu
+
+LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+ACTS = {
+    "none": lambda y: y,
+    "relu": F_.relu,
+    "relu6": F_.relu6,
+    "silu": F_.silu,
+    "gelu": F_.gelu,
+}
+
+
+def call(
+    support: hk.Support,
+    x: Tensor,
+    w: Tensor,
+    *,
+    padding: tuple[int, int] = (1, 1),
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    act: str = "none",
+    threads: int = 2,
+    isa: str = "",
+    form: str = "winograd 2x2",
+    stride: tuple[int, int] = (1, 1),
+    dilation: tuple[int, int] = (1, 1),
+    out: Tensor | None = None,
+    pool: Any = None,
+) -> Tensor | None:
+    """Returns what the engine computes in this form; None of what it does not pool.
+
+    Dead weights are NaN, and so is the output before.
+
+    Args:
+        support: of the layer.
+        x: the image.  # [N, C, H, W]
+        w: dense, in any layout.  # [F, C, KH, KW]
+        padding: of both sides, rows and columns.
+        scale: by filter, as ``shift``.  # [F]
+        shift: see above.
+        residual: added before the activation.
+        act: the activation's name.
+        threads: of the engine.
+        isa: the instruction set; "" is the best one.
+        form: the plan's.
+        stride: by rows and columns.
+        dilation: by rows and columns.
+        out: where the result goes.
+        pool: kernel, stride, padding and pooled size, as the engine takes them; with ``out``.
+    """
+    plan = _cpu.Plan(support.mask.view(np.uint8).copy(), "float32", isa, form)
+    assert plan.form == form
+    poisoned = torch.where(torch.tensor(support.mask), w, float("nan"))
+    packed = plan.pack(poisoned.data_ptr(), poisoned.stride(), "float32", threads)
+    size = tuple(
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, p, d, s in zip(
+            x.shape[2:], support.kernel, padding, dilation, stride, strict=True
+        )
+    )
+    y = out
+    if y is None:
+        y = torch.full((len(x), support.filters, *size), float("nan"))
+        if x.is_contiguous(memory_format=torch.channels_last):
+            y = y.contiguous(memory_format=torch.channels_last)
+    done = plan.fprop(
+        packed, x.data_ptr(), x.stride(), (len(x), *x.shape[2:]), y.data_ptr(), y.stride(), size,
+        stride, padding, dilation,
+        scale=0 if scale is None else scale.data_ptr(),
+        shift=0 if shift is None else shift.data_ptr(),
+        residual=0 if residual is None else residual.data_ptr(),
+        residual_strides=(0, 0, 0, 0) if residual is None else residual.stride(),
+        act=act, threads=threads, pool=pool,
+    )  # fmt: skip
+    return y if done else None
