@@ -3,6 +3,7 @@
 // are (images, band of rows, strip of columns, share of the segments); a band is packed as ever, or
 // by phases, and what is not transformed is computed from it first.
 #pragma once
+#include <cmath>
 #include "fprop_pooled.h"
 #include "pack_phases.h"
 #include "winograd_outputs.h"
@@ -79,10 +80,7 @@ template <class S, class A, int M> struct WinogradFprop : FiltersFprop<S, A> {
     while (rows < p.Ho && fits(1, rows + M, cols) &&
            (image_bytes(rows + M, cols) <= kBandBytes || tiles_of(rows, cols) < 2 * kMaxPixels))
       rows += M;
-    const int64_t strips = ceil_div(p.Wo, cols);
-    int64_t bands = ceil_div(p.Ho, rows);
-    if (p.N * strips * bands < p.threads) bands = least<int64_t>(in_tiles(p.Ho), bands * 2);
-    rows = least(p.Ho, whole(int(ceil_div<int64_t>(p.Ho, bands))));
+    if (!p.pool || pools_tiles(p)) balance();
     // Several small images, as long as every thread has some.
     if (rows == p.Ho && cols == p.Wo) {
       const int64_t most_images = p.N / most(1, p.threads);
@@ -92,6 +90,25 @@ template <class S, class A, int M> struct WinogradFprop : FiltersFprop<S, A> {
       images = int(ceil_div<int64_t>(p.N, ceil_div<int64_t>(p.N, images)));
     }
     lay();
+  }
+  // Lower bands where threads would otherwise wait for the last one. Each packs two rows twice; a
+  // row of tiles of less than a chunk reads the weights too often.
+  void balance() {
+    const int64_t strips = ceil_div(p.Wo, cols), per_image = in_tiles(p.Ho),
+                  all = p.N * strips * per_image;
+    double best = 0;
+    for (int64_t r = in_tiles(rows); r > 0; --r) {
+      const int64_t units = p.N * strips * ceil_div(per_image, r),
+                    shares = shares_for(units, L.count, p.threads);
+      if (best > 0 && tiles_of(int(r) * M, cols) < kMaxPixels && units >= p.threads) break;
+      // Rows of tiles of the thread that has most, in units of a share.
+      const double share = double(r) / double(shares),
+                   most_rows = std::ceil(double(all) / p.threads / share) * share,
+                   time = most_rows * (1 + 0.2 / double(M * r));
+      if (best > 0 && time > 0.97 * best) continue;
+      best = time;
+      rows = least(p.Ho, int(r) * M);
+    }
   }
   void lay() {
     this->direct = false;
