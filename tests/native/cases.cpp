@@ -39,18 +39,18 @@ static void draw_mask(Random& r, Case& c) {
   c.mask_kind = names[kind];
 }
 
-// `unit`: stride and dilation 1.
-static void draw_image(Random& r, Conv& v, bool unit) {
+// Steps: the stride, with dilation 1; 0: any.
+static void draw_image(Random& r, Conv& v, int steps) {
   for (;;) {
     const int size = pick(r, 0, 9);
     v.N = chance(r, 0.03) ? 0 : size == 7 ? pick(r, 4, 9) : pick(r, 1, 3);
     v.H = size == 8 ? pick(r, 1, 3) : size == 9 ? pick(r, 20, 40) : pick(r, 1, 14);
     v.W = size == 8 ? pick(r, 60, 300) : size == 9 ? pick(r, 20, 40) : pick(r, 1, 18);
-    const auto step = [&] { return unit || chance(r, 0.5) ? 1 : pick(r, 1, 3); };
-    v.sh = step();
-    v.sw = step();
-    v.dh = step();
-    v.dw = step();
+    const auto step = [&] { return chance(r, 0.5) ? 1 : pick(r, 1, 3); };
+    v.sh = steps ? steps : step();
+    v.sw = steps ? steps : step();
+    v.dh = steps ? 1 : step();
+    v.dw = steps ? 1 : step();
     const bool same = chance(r, 0.4);
     v.pt = same ? v.dh * (v.KH - 1) / 2 : pick(r, 0, v.KH + 1);
     v.pl = same ? v.dw * (v.KW - 1) / 2 : pick(r, 0, v.KW + 1);
@@ -72,6 +72,13 @@ static bool has_whole_kernels(const Conv& v) {
   return false;
 }
 
+// All filters read what the first one does; false: that is nothing.
+static bool read_alike(Conv& v) {
+  const auto row = v.mask.begin(), end = row + ptrdiff_t(v.mask.size()) / v.F;
+  for (int f = 1; f < v.F; ++f) std::copy(row, end, row + f * (end - row));
+  return std::find(row, end, 1) != end;
+}
+
 Case random_case(uint64_t seed, const hetconv::Kernels& isa) {
   Random r(seed);
   Case c{};
@@ -79,31 +86,35 @@ Case random_case(uint64_t seed, const hetconv::Kernels& isa) {
   c.isa = &isa;
   const int edges[] = {1, 3, 3, 5, 7, 2};
   const bool square = chance(r, 0.7);
-  // What Winograd's form is for.
-  const bool transform = !isa.pairs && chance(r, 0.2);
+  // What Winograd's forms are for: of whole kernels, and of phases.
+  const bool transform = !isa.pairs && chance(r, 0.2), first = !isa.pairs && chance(r, 0.08);
   do {
-    c.conv.KH = transform ? 3 : edges[pick(r, 0, 5)];
-    c.conv.KW = transform || square ? c.conv.KH : edges[pick(r, 0, 5)];
+    c.conv.KH = first ? pick(r, 7, 8) : transform ? 3 : edges[pick(r, 0, 5)];
+    c.conv.KW = first ? pick(r, 7, 8) : transform || square ? c.conv.KH : edges[pick(r, 0, 5)];
     const int most = chance(r, 0.6) && !transform ? 20 : 80;
-    const int least = transform ? isa.vector_bytes / 4 : 1;
-    c.conv.C = pick(r, least, most);
-    c.conv.F = pick(r, least, most);
+    const int least = transform || first ? isa.vector_bytes / 4 : 1;
+    c.conv.C = first ? pick(r, 1, 4) : pick(r, least, std::max(least, most));
+    c.conv.F = pick(r, least, std::max(least, most));
   } while (int64_t(c.conv.C) * c.conv.F * c.conv.KH * c.conv.KW > 40000);
   draw_mask(r, c);
-  draw_image(r, c.conv, transform);
+  const bool alike = first && read_alike(c.conv);
+  draw_image(r, c.conv, first ? 2 : transform ? 1 : 0);
   const DType types[] = {DType::f32, DType::f64, DType::bf16, DType::f16};
   c.dtype = chance(r, 0.4) ? DType::f32 : types[pick(r, 0, 3)];
   if (isa.pairs) c.dtype = DType::bf16;  // the rest is another instruction set's
   c.weight_dtype = chance(r, 0.7) ? c.dtype : types[pick(r, 0, 3)];
   const char* forms[] = {"auto", "filters", "pixels", "columns", "pixel pairs"};
   c.form = forms[pick(r, 0, isa.pairs ? 4 : 3)];
-  if (transform && has_whole_kernels(c.conv)) {
+  if (alike) {
+    c.dtype = DType::f32;
+    c.form = "winograd 3x3";
+  } else if (transform && !first && has_whole_kernels(c.conv)) {
     c.dtype = DType::f32;
     c.form = chance(r, 0.5) ? "winograd 2x2" : "winograd 4x4";
   }
   const Act acts[] = {Act::none, Act::relu, Act::relu6, Act::silu, Act::gelu};
-  // In tiles of four outputs what is not finite reaches a whole tile.
-  c.planted = chance(r, 0.2) && hetconv::tile_of(c.form) != 4;
+  // In tiles of more than two outputs what is not finite reaches a whole tile.
+  c.planted = chance(r, 0.2) && hetconv::tile_of(c.form) <= 2;
   c.act = c.planted || chance(r, 0.5) ? Act::none : acts[pick(r, 1, 4)];
   c.scale = chance(r, 0.3);
   c.shift = chance(r, 0.4);
@@ -117,7 +128,8 @@ Case another_image(const Case& like, uint64_t seed) {
   Random r(seed);
   Case c = like;
   c.seed = seed;
-  draw_image(r, c.conv, hetconv::tile_of(c.form) != 0);
+  const int tile = hetconv::tile_of(c.form);
+  draw_image(r, c.conv, tile ? hetconv::phases(tile) : 0);
   c.threads = pick(r, 1, 2);
   return c;
 }
