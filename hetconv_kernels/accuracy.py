@@ -17,10 +17,10 @@ def strict_accuracy(on: bool = True) -> AbstractContextManager[None]:
 
     Without it the native engine may run frozen float32 layers by Winograd's F(2x2, 3x3) or
     F(4x4, 3x3), and first layers of stride 2 by F(3x3, 4x4), whose roundings are others, expected
-    at 0.6, 2 and 2.2 times those of direct sums, which overflow earlier, and where an infinity of the input becomes NaN and reaches the outputs of its
-    whole tile (docs/backends/cpu.md). Like `use_backend` it is one switch for all threads, and
-    nothing that was prepared under the other setting is used. The environment variable
-    HETCONV_WINOGRAD=0 sets it at import.
+    at 0.6, 2 and 2.2 times those of direct sums, which overflow earlier, and where an infinity of
+    the input becomes NaN and reaches the outputs of its whole tile (docs/backends/cpu.md). Like
+    `use_backend` it is one switch for all threads, and nothing that was prepared under the other
+    setting is used. The environment variable HETCONV_WINOGRAD=0 sets it at import.
 
         with hk.strict_accuracy():
             y = network(x)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import fresh
@@ -14,15 +13,15 @@ import torch
 import torch.nn.functional as F_
 from planning import optimized
 from torch import Tensor, nn
+from winograd_calls import chosen_form, problem, wide_vectors
 
 import hetconv_kernels as hk
 from hetconv_kernels import accuracy, packing
 from hetconv_kernels.backends import cpu as module
 from hetconv_kernels.backends import get_backend, winograd
 from hetconv_kernels.errors import ArgumentError
-from hetconv_kernels.ops import describe
 from hetconv_kernels.pooling import Pool
-from hetconv_kernels.problem import Problem, make_geometry
+from hetconv_kernels.problem import Problem
 
 pytestmark = pytest.mark.skipif(
     "cpu" not in hk.available_backends(), reason="the native engine is not built here"
@@ -37,27 +36,7 @@ def not_strict() -> Iterator[None]:
         yield
 
 
-def problem(support: hk.Support, size: tuple[int, int, int], **changes: Any) -> Problem:
-    """A frozen layer's call on channels_last images (N, H, W)."""
-    steps = {key: changes.pop(key) for key in ("stride", "dilation") if key in changes}
-    geometry = make_geometry(support, padding=1, frozen=changes.pop("frozen", True), **steps)
-    dtype = changes.pop("dtype", torch.float32)
-    layout = changes.pop("layout", LAST)
-    x = torch.empty(size[0], support.channels, *size[1:], dtype=dtype)
-    x = x.contiguous(memory_format=layout)
-    w = torch.empty(support.live, dtype=dtype)
-    return replace(describe("fprop", geometry, x, x, w, size[1:]), **changes)
-
-
-def form(made: Problem) -> str:
-    return str(get_backend("cpu")._chosen(made).form)  # type: ignore[attr-defined]
-
-
 HET = hk.Support.het(256, 256, 3, p=4)
-wide_vectors = pytest.mark.skipif(
-    "cpu" in hk.available_backends() and not module._cpu.isas()[0].startswith("avx512"),
-    reason="what is chosen was measured with AVX-512",
-)
 
 
 @wide_vectors
@@ -67,7 +46,7 @@ wide_vectors = pytest.mark.skipif(
 )
 def test_the_layers_of_a_resnet_are_transformed(images: int, channels: int, edge: int) -> None:
     support = hk.Support.het(channels, channels, 3, p=4)
-    assert form(problem(support, (images, edge, edge))) in winograd.TILES
+    assert chosen_form(problem(support, (images, edge, edge))) in winograd.TILES
 
 
 @wide_vectors
@@ -86,7 +65,7 @@ def test_the_layers_of_a_resnet_are_transformed(images: int, channels: int, edge
 def test_layers_it_would_not_pay_for_are_not(
     support: hk.Support, size: tuple[int, int, int]
 ) -> None:
-    assert form(problem(support, size)) not in winograd.TILES
+    assert chosen_form(problem(support, size)) not in winograd.TILES
 
 
 @pytest.mark.parametrize(
@@ -109,47 +88,8 @@ def test_calls_it_is_not_for_are_not_even_asked(
     changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(winograd, "WINOGRAD_MARGIN", 0.0)  # whatever it costs
-    assert form(problem(HET, (8, 14, 14))) in winograd.TILES
-    assert form(problem(HET, (8, 14, 14), **changes)) not in winograd.TILES
-
-
-FIRST = hk.Support.dense(3, 64, 7)
-
-
-@wide_vectors
-@pytest.mark.parametrize("images", [1, 8])
-@pytest.mark.parametrize("pool", [None, Pool((3, 3), (2, 2), (1, 1))], ids=["whole", "pooled"])
-def test_the_first_layer_of_a_resnet_is_transformed_by_phases(
-    images: int, pool: Pool | None
-) -> None:
-    made = problem(FIRST, (images, 224, 224), stride=2, pool=pool)
-    assert form(made) in winograd.PHASES
-
-
-@pytest.mark.parametrize(
-    ("support", "changes"),
-    [
-        (FIRST, {"stride": 1}),
-        (FIRST, {"stride": (2, 1)}),
-        (FIRST, {"frozen": False}),
-        (FIRST, {"dilation": 2}),
-        (FIRST, {"dtype": torch.bfloat16}),
-        (FIRST, {"layout": torch.contiguous_format}),
-        (FIRST, {"strict": True}),
-        (hk.Support.dense(5, 64, 7), {}),
-        (hk.Support.dense(3, 64, 6), {}),
-        (hk.Support.dense(3, 64, (7, 3)), {}),
-        (hk.Support.grouped(4, 64, 7, groups=2), {}),
-        (hk.Support.dense(3, 2, 7), {}),
-    ],
-    ids=lambda given: " ".join(given) if isinstance(given, dict) else None,
-)
-def test_other_first_layers_are_not(
-    support: hk.Support, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(winograd, "WINOGRAD_MARGIN", 0.0)  # whatever it costs
-    assert form(problem(FIRST, (2, 30, 30), stride=2)) in winograd.PHASES
-    assert form(problem(support, (2, 30, 30), **{"stride": 2, **changes})) not in winograd.PHASES
+    assert chosen_form(problem(HET, (8, 14, 14))) in winograd.TILES
+    assert chosen_form(problem(HET, (8, 14, 14), **changes)) not in winograd.TILES
 
 
 @pytest.mark.parametrize(
@@ -167,7 +107,7 @@ def test_supports_it_is_not_for_keep_the_direct_form(
     support: hk.Support, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(winograd, "WINOGRAD_MARGIN", 0.0)
-    assert form(problem(support, (8, 16, 16))) not in winograd.TILES
+    assert chosen_form(problem(support, (8, 16, 16))) not in winograd.TILES
 
 
 @wide_vectors
@@ -175,7 +115,7 @@ def test_supports_it_is_not_for_keep_the_direct_form(
 def test_a_layer_whose_windows_are_tiles_is_transformed(edge: int) -> None:
     """VGG's pooled layers: the network's result is what the layers give one after the other."""
     pool = Pool((2, 2), (2, 2), (0, 0))
-    assert form(problem(HET, (2, edge, edge), pool=pool)) in winograd.TILES
+    assert chosen_form(problem(HET, (2, edge, edge), pool=pool)) in winograd.TILES
     torch.manual_seed(0)
     conv = hk.nn.HetConv2d(256, 256, 3, padding=1, p=4).eval()
     x = torch.randn(2, 256, edge, edge).to(memory_format=LAST)
@@ -210,7 +150,7 @@ def test_a_predicted_gain_of_a_tenth_decides(
     monkeypatch.setattr(engine, "measured", lambda *_: measured)
     made = problem(hk.Support.het(48, 48, 3, p=4), (2, 9, 9))
     taken = chosen == "always" or (chosen == "measured" and measured)
-    assert (form(made) in winograd.TILES) is taken
+    assert (chosen_form(made) in winograd.TILES) is taken
     assert get_backend("cpu").estimate(made) == (1.0 if taken else gain), "auto predicts the same"
 
 

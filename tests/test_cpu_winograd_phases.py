@@ -15,10 +15,11 @@ import pytest
 import torch
 import torch.nn.functional as F_
 from torch import Tensor
-from winograd_calls import ACTS, LAYOUTS, call
+from winograd_calls import ACTS, LAYOUTS, call, chosen_form, problem, wide_vectors
 
 import hetconv_kernels as hk
 from hetconv_kernels.backends import winograd
+from hetconv_kernels.pooling import Pool
 from hetconv_kernels.testing import error_bound
 
 pytestmark = pytest.mark.skipif(
@@ -212,3 +213,45 @@ def test_the_expected_error_is_the_one_that_is_seen() -> None:
         rms.append(float((y - exact).square().mean().sqrt()))
     expected = winograd.errors(support, 3).expected
     assert rms[0] / rms[1] == pytest.approx(expected, rel=0.35)
+
+
+FIRST = hk.Support.dense(3, 64, 7)
+
+
+@wide_vectors
+@pytest.mark.parametrize("images", [1, 8])
+@pytest.mark.parametrize("pool", [None, Pool((3, 3), (2, 2), (1, 1))], ids=["whole", "pooled"])
+def test_the_first_layer_of_a_resnet_is_transformed_by_phases(
+    images: int, pool: Pool | None
+) -> None:
+    made = problem(FIRST, (images, 224, 224), stride=2, pool=pool)
+    assert chosen_form(made) in winograd.PHASES
+
+
+@pytest.mark.parametrize(
+    ("support", "changes"),
+    [
+        (FIRST, {"stride": 1}),
+        (FIRST, {"stride": (2, 1)}),
+        (FIRST, {"frozen": False}),
+        (FIRST, {"dilation": 2}),
+        (FIRST, {"dtype": torch.bfloat16}),
+        (FIRST, {"layout": torch.contiguous_format}),
+        (FIRST, {"strict": True}),
+        (hk.Support.dense(5, 64, 7), {}),
+        (hk.Support.dense(3, 64, 6), {}),
+        (hk.Support.dense(3, 64, (7, 3)), {}),
+        (hk.Support.grouped(4, 64, 7, groups=2), {}),
+        (hk.Support.dense(3, 2, 7), {}),
+    ],
+    ids=lambda given: " ".join(given) if isinstance(given, dict) else None,
+)
+def test_other_first_layers_are_not(
+    support: hk.Support, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(winograd, "WINOGRAD_MARGIN", 0.0)  # whatever it costs
+    assert chosen_form(problem(FIRST, (2, 30, 30), stride=2)) in winograd.PHASES
+    assert (
+        chosen_form(problem(support, (2, 30, 30), **{"stride": 2, **changes}))
+        not in winograd.PHASES
+    )

@@ -10,11 +10,12 @@ import hetconv_kernels as hk
 from hetconv_kernels.backends import winograd
 
 
-@pytest.mark.parametrize("tile", winograd.TILES.values())
+@pytest.mark.parametrize("tile", (winograd.TILES | winograd.PHASES).values())
 def test_its_transforms_are_a_convolution(tile: int) -> None:
     """An axis of a tile, in double: what errors are derived from is what the engine computes by."""
     by, rng = winograd.transforms(tile), np.random.default_rng(0)
-    d, g = rng.standard_normal(tile + 2), rng.standard_normal(3)
+    r = winograd.taps(tile)
+    d, g = rng.standard_normal(tile + r - 1), rng.standard_normal(r)
     y = by.outputs @ ((by.weights @ g) * (by.inputs @ d))
     assert np.allclose(y, np.correlate(d, g))
 

@@ -1,20 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls of the native engine in one of Winograd's forms, without `auto` in between."""
+"""Calls of the native engine in one of Winograd's forms, and which one it would choose."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F_
 from torch import Tensor
 
 import hetconv_kernels as hk
+from hetconv_kernels.backends import get_backend
+from hetconv_kernels.ops import describe
+from hetconv_kernels.problem import Problem, make_geometry
 
 if "cpu" in hk.available_backends():
     from hetconv_kernels import _cpu
 
+wide_vectors = pytest.mark.skipif(
+    "cpu" in hk.available_backends() and not _cpu.isas()[0].startswith("avx512"),
+    reason="what is chosen was measured with AVX-512",
+)
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 ACTS = {
     "none": lambda y: y,
@@ -89,3 +98,24 @@ def call(
         act=act, threads=threads, pool=pool,
     )  # fmt: skip
     return y if done else None
+
+
+def problem(support: hk.Support, size: tuple[int, int, int], **changes: Any) -> Problem:
+    """Describes a frozen layer's call on channels_last images (N, H, W).
+
+    Not strict, whatever the environment says.
+    """
+    changes.setdefault("strict", False)
+    steps = {key: changes.pop(key) for key in ("stride", "dilation") if key in changes}
+    geometry = make_geometry(support, padding=1, frozen=changes.pop("frozen", True), **steps)
+    dtype = changes.pop("dtype", torch.float32)
+    layout = changes.pop("layout", torch.channels_last)
+    x = torch.empty(size[0], support.channels, *size[1:], dtype=dtype)
+    x = x.contiguous(memory_format=layout)
+    w = torch.empty(support.live, dtype=dtype)
+    return replace(describe("fprop", geometry, x, x, w, size[1:]), **changes)
+
+
+def chosen_form(made: Problem) -> str:
+    """Returns the form that the engine would run a call by."""
+    return str(get_backend("cpu")._chosen(made).form)  # type: ignore[attr-defined]
