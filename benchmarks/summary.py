@@ -61,7 +61,8 @@ def _read(path: Path) -> Json:
 def provenance(data: Json) -> str:
     """Says what a file was measured on, when, and at which commit."""
     found = data["environment"]
-    processor = f"{found['threads']} threads of an {found['processor']} ({found['instructions']})"
+    threads = "1 thread" if found["threads"] == 1 else f"{found['threads']} threads"
+    processor = f"{threads} of an {found['processor']} ({found['instructions']})"
     where = found["gpu"] or processor
     commit = found["commit"] or "unknown"
     dirty = " with local changes" if commit.endswith("+") else ""
