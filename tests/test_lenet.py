@@ -49,6 +49,26 @@ def test_a_finished_line_is_told_and_not_done_again(
     assert "Dense: 98.50 % of the images" in text
 
 
+def test_a_finished_line_is_measured_anew_when_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "wsp-3.json"
+    path.write_text(json.dumps(record(3, 10, 0.983, "WSP")))
+    asked: list[tuple[str, int]] = []
+
+    def line(name: str, seed: int, folder: Path, out: Path) -> dict[str, Any]:
+        asked.append((name, seed))
+        return record(seed, 20, 0.98, name)
+
+    monkeypatch.setattr(lenet, "line", line)
+    words = ["--only", "WSP", "--out", str(tmp_path), "--seeds"]
+    assert lenet.main([*words, "3"]) == 0
+    assert not asked
+    assert lenet.main([*words, "3", "4", "--again"]) == 0
+    assert asked == [("WSP", 3), ("WSP", 4)]
+    assert json.loads(path.read_text()) == record(3, 20, 0.98, "WSP")
+
+
 def test_the_seeds_of_a_method_are_one_row_with_mean_and_spread() -> None:
     lines = [record(0, 10, 0.98), record(1, 20, 0.99), record(0, 500, 0.985, "WSP")]
     rows = [line.strip("| ").split(" | ") for line in lenet.lenet_table(lines).splitlines()]
