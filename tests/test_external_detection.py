@@ -54,7 +54,8 @@ def test_wsp_removes_filters_of_a_detector(name: str) -> None:
     assert report.difference < TOLERANCE
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+# With random weights the others find nothing: no score of theirs is above their threshold.
+@pytest.mark.parametrize("name", ["ssdlite320_mobilenet_v3_large", "ssd300_vgg16"])
 def test_an_optimised_detector_finds_the_same(name: str) -> None:
     model, x = create(name)
     report = hk.optimize(model, x)
@@ -63,7 +64,7 @@ def test_an_optimised_detector_finds_the_same(name: str) -> None:
         (own,), (fast,) = model(x), report.model(x)
     assert own.keys() == fast.keys() == {"boxes", "labels", "scores"}
     assert len(own["boxes"])
-    # Random weights find many places nearly alike: they may change places in the order of scores.
+    # Places of nearly the same score may change theirs in the order of scores.
     for key, largest in (("boxes", x.shape[-1]), ("scores", float(own["scores"].max()))):
         assert own[key].shape == fast[key].shape
         apart = (own[key].sort(0).values - fast[key].sort(0).values).abs().max()
