@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import warnings
 
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 import hetconv_kernels as hk
 from hetconv_kernels import export
 from hetconv_kernels.errors import ArgumentError, InputTypeError
-from hetconv_kernels.graph.onnx_file import OnnxFile, warn_of_differences
 from hetconv_kernels.nn import FusedConv2d, GroupedConv2d, SupportLinear, fuse
 from hetconv_kernels.pooling import Pool
 
@@ -139,27 +137,6 @@ def test_onnx_runtime_gives_the_same(name: str, form: str, tmp_path) -> None:
         with torch.no_grad():
             expected = model(images)
         torch.testing.assert_close(torch.tensor(result), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_a_file_that_gives_something_else_is_spoken_of(tmp_path, monkeypatch) -> None:
-    """As it is where torch's exporter or ONNX Runtime has a fault: here the network is another."""
-    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
-    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    layer, x, path = nn.Sequential(nn.Conv2d(C, F, 3)).eval(), image(), tmp_path / "net.onnx"
-    export.to_onnx(layer, x, path)
-    with torch.no_grad():
-        layer[0].weight[0, 0, 0, 0] += 0.01
-    with pytest.warns(UserWarning, match=r"gives other outputs for .*net\.onnx.*largest error"):
-        warn_of_differences(layer, path, (x,))
-    with pytest.raises(ValueError, match="it has 1 inputs, and the example 2"):
-        OnnxFile(path)(x, x)
-    path.write_bytes(b"no file of ONNX")
-    with pytest.warns(UserWarning, match=r"ONNX Runtime cannot run .*net\.onnx: "):
-        warn_of_differences(layer, path, (x,))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warn_of_differences(layer, path, (x,))
 
 
 def test_refusals(tmp_path) -> None:
