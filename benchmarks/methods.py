@@ -6,7 +6,8 @@
 
 ``digits`` and ``psnr`` train one network, compress it by every method as the paper has it and in
 the form that hardware reads well, and measure quality on images that no decision has seen,
-multiply-accumulates and time. ``speed`` compresses networks of the papers' shapes to the papers'
+multiply-accumulates and time; ``psnr`` on more photographs too, where ``python -m benchmarks.data
+photographs`` has fetched them. ``speed`` compresses networks of the papers' shapes to the papers'
 rates and measures time alone: their weights are random, so it has no accuracy. Losses are in.
 
 Each line is written when it is finished, and a second call goes on where the first one stopped;
@@ -77,6 +78,7 @@ def quality(problem: CompressionTask, row: QualityRow, seconds: float) -> Json:
         measure_seconds=seconds, progress=False,
     )  # fmt: skip
     found = [problem.reference, problem.quality(report.model)]
+    before, after = problem.reference_elsewhere, problem.elsewhere(report.model)
     return report.to_dict() | {
         "name": row.name,
         "paper": row.paper,
@@ -84,6 +86,7 @@ def quality(problem: CompressionTask, row: QualityRow, seconds: float) -> Json:
         "tolerance": settings.tolerance,
         "macs_saved": report.macs_saved,
         "within": found[1] >= found[0] - settings.tolerance and report.macs_saved >= 0.5,
+        "elsewhere": {name: [before[name], after[name]] for name in before},
     }
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks import picture, summary
+from benchmarks import papers, picture, summary
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 SECTION_BEGIN = "<!-- measured: written by `python -m benchmarks.readme` -->"
@@ -19,7 +19,7 @@ END = "<!-- /measured -->"
 
 
 def measured_section() -> str:
-    """Composes the section: three headlines, one table, how many rows are losses, and of what."""
+    """Composes the section: headlines, networks, layers, and the papers' numbers beside ours."""
     layers = summary.results(summary.LAYERS)
     parts = [
         "A *composition* is the same sparse layer or network out of PyTorch's own layers: grouped "
@@ -33,6 +33,8 @@ def measured_section() -> str:
         "![Measured speed-up of layers against their MAC ratio](docs/speedup.svg)",
         "Each point is a layer in float32, against the fastest dense form that PyTorch has "
         f"eagerly: {summary.provenance(layers)}. {summary.lost()}",
+        papers.papers_table(),
+        papers.papers_provenance(),
     ]
     return "\n\n".join(parts)
 

@@ -61,7 +61,8 @@ def _read(path: Path) -> Json:
 def provenance(data: Json) -> str:
     """Says what a file was measured on, when, and at which commit."""
     found = data["environment"]
-    processor = f"{found['threads']} threads of an {found['processor']} ({found['instructions']})"
+    threads = "1 thread" if found["threads"] == 1 else f"{found['threads']} threads"
+    processor = f"{threads} of an {found['processor']} ({found['instructions']})"
     where = found["gpu"] or processor
     commit = found["commit"] or "unknown"
     dirty = " with local changes" if commit.endswith("+") else ""
@@ -289,9 +290,13 @@ def methods_table(part: str = "digits", only_papers: bool = False) -> str:
         return _methods_speed()
     key, name = ("test_psnr", "PSNR, dB") if part == "psnr" else ("test_accuracy", "test accuracy")
     digits = 2 if part == "psnr" else 3
-    header = ("method", "form", name, "of dense", "fewer MACs", "times faster", "interval")
+    header = ["method", "form", name, "of dense", "fewer MACs", "times faster", "interval"]
+    rows = methods()[part][part]
+    others = list(dict.fromkeys(name for row in rows for name in row.get("elsewhere", {})))
+    if others:
+        header += [f"on {len(others)} other photographs", "of dense"]
     lines = []
-    for row in methods()[part][part]:
+    for row in rows:
         if only_papers and not row["paper"]:
             continue
         ratio, low, high = row["speedup"]
@@ -306,9 +311,19 @@ def methods_table(part: str = "digits", only_papers: bool = False) -> str:
                 f"{100 * row['macs_saved']:.0f} %",
                 marked({"ratio": ratio}),
                 f"{low:.2f} to {high:.2f}",
+                *(_elsewhere(row, others) if others else ()),
             )
         )
     return tables.markdown_table(header, lines, left=2)
+
+
+def _elsewhere(row: Json, names: Sequence[str]) -> tuple[str, str]:
+    """Averages the PSNR of a row over the other photographs: compressed, and dense."""
+    if not row.get("elsewhere"):
+        return "", ""
+    dense, found = (sum(row["elsewhere"][n][k] for n in names) / len(names) for k in (0, 1))
+    shown = f"{found:.2f}"
+    return (f"**{shown}**" if found < dense - row["tolerance"] else shown), f"{dense:.2f}"
 
 
 def _methods_speed() -> str:

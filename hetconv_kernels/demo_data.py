@@ -7,6 +7,7 @@ import importlib.util
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .errors import ArgumentError, HetconvError, mismatch
@@ -45,7 +46,11 @@ def photograph(name: str) -> Tensor:
     """
     from sklearn.datasets import load_sample_image
 
-    rgb = load_sample_image(name)  # uint8 [H, W, 3]
+    return luminance(load_sample_image(name))
+
+
+def luminance(rgb: NDArray[np.uint8]) -> Tensor:
+    """Returns the brightness of an image, from 0 to 1.  # uint8 [H, W, 3] -> float32 [1, H, W]"""
     return torch.from_numpy(rgb.astype(np.float32) / 255 @ _LUMINANCE)[None]
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .errors import HetconvError, TraceError
 from .files import unwritable
 from .graph.check import verify
+from .graph.onnx_file import warn_of_differences
 from .graph.trace import FAILURES, as_inputs, check_network
 from .nn import FrequencyConv2d, FusedConv2d
 from .nn.base import SupportLayer
@@ -110,8 +111,9 @@ def to_onnx(
     """Writes a network as an ONNX file, in operators that every ONNX host has.
 
     The network is made `plain` and compared with itself before; the batch is dynamic where the
-    network allows it. A quantised network is written in QDQ form, by
-    `hetconv_kernels.quantization.to_onnx`. Needs onnx and onnxscript.
+    network allows it. Where ONNX Runtime is installed, it runs the file beside the network, and a
+    warning says when they differ by more than rounding. A quantised network is written in QDQ form,
+    by `hetconv_kernels.quantization.to_onnx`. Needs onnx and onnxscript.
 
     Args:
         model: the network, in evaluation mode, of any layers of this package.
@@ -151,6 +153,7 @@ def to_onnx(
         raise unwritable(str(path), error) from error
     except FAILURES as error:
         raise TraceError(f"{type(model).__name__} cannot be exported: {error}") from error
+    warn_of_differences(model, Path(path), inputs)
 
 
 def program(model: nn.Module, example: Any, path: str | os.PathLike[str]) -> SavedNetwork:

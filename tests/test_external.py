@@ -27,7 +27,7 @@ NO_FILTER_GOES = {
     "timm:vit_tiny_patch16_224": "may mix its channels",  # tokens
 }
 # How many times fewer MACs WSP at 70 % leaves, at least, where widths go through gates, shuffles,
-# splits, parallel branches and normalisations that are functions.
+# splits, parallel branches and normalisations that are functions, and in networks of segmentation.
 FEWER = {
     "timm:mobilenetv3_small_100": 1.8,
     "timm:efficientnet_b0": 1.8,
@@ -35,6 +35,10 @@ FEWER = {
     "timm:repvgg_a0": 1.8,
     "timm:resnetv2_50": 1.8,
     "torchvision:shufflenet_v2_x0_5": 1.8,
+    "torchvision:lraspp_mobilenet_v3_large": 3.0,
+    "smp:Unet:resnet18": 2.4,
+    "smp:FPN:mobilenet_v2": 2.1,
+    "smp:DeepLabV3Plus:resnet18": 3.4,
 }
 # Networks whose own code torch.fx cannot follow: a file of theirs needs the class, or an example.
 NEEDS_THE_CLASS = {"smp:FPN:mobilenet_v2", "smp:DeepLabV3Plus:resnet18"}

@@ -15,8 +15,11 @@ from hetconv_kernels.errors import HetconvError
 
 def test_all_eight_methods_have_a_line() -> None:
     found = lenet.lenet_methods()
-    assert len({type(method) for method in found.values()}) == len(found) == 8
-    assert set(lenet.PAPER) <= set(found)
+    own = [method for name, method in found.items() if name not in lenet.DISTILLED]
+    assert len({type(method) for method in own}) == len(own) == 8
+    assert set(lenet.PAPER) | set(lenet.DISTILLED) <= set(found)
+    for name, method in lenet.DISTILLED.items():
+        assert found[name] == found[method]
 
 
 def record(seed: int, weights: int, accuracy: float, name: str = "ADMM") -> dict[str, Any]:
@@ -30,17 +33,40 @@ def record(seed: int, weights: int, accuracy: float, name: str = "ADMM") -> dict
 def test_a_finished_line_is_told_and_not_done_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "admm-3.json").write_text(json.dumps(record(3, 10, 0.983)))
+    for file, name in (("admm-3", "ADMM"), ("admm-distilled-3", "ADMM, distilled")):
+        (tmp_path / f"{file}.json").write_text(json.dumps(record(3, 10, 0.983, name)))
     words = ["--only", "ADMM", "--seeds", "3", "--out", str(tmp_path), "--publish", str(tmp_path)]
     assert lenet.main(words) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "ADMM, seed 3: 100.0× fewer weights, 10.0× fewer MACs, 98.50 % -> 98.30 % (-0.20)"
+        f"{name}, seed 3: 100.0× fewer weights, 10.0× fewer MACs, 98.50 % -> 98.30 % (-0.20)"
+        for name in ("ADMM", "ADMM, distilled")
     ]
     published = json.loads((tmp_path / "lenet.json").read_text())
-    assert published["lines"] == [record(3, 10, 0.983)]
+    assert [line["name"] for line in published["lines"]] == ["ADMM", "ADMM, distilled"]
+    assert published["lines"][0] == record(3, 10, 0.983)
     text = (tmp_path / "lenet.md").read_text()
     assert "167× fewer weights" in text
     assert "Dense: 98.50 % of the images" in text
+
+
+def test_a_finished_line_is_measured_anew_when_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "wsp-3.json"
+    path.write_text(json.dumps(record(3, 10, 0.983, "WSP")))
+    asked: list[tuple[str, int]] = []
+
+    def line(name: str, seed: int, folder: Path, out: Path) -> dict[str, Any]:
+        asked.append((name, seed))
+        return record(seed, 20, 0.98, name)
+
+    monkeypatch.setattr(lenet, "line", line)
+    words = ["--only", "WSP", "--out", str(tmp_path), "--seeds"]
+    assert lenet.main([*words, "3"]) == 0
+    assert not asked
+    assert lenet.main([*words, "3", "4", "--again"]) == 0
+    assert asked == [("WSP", 3), ("WSP", 4)]
+    assert json.loads(path.read_text()) == record(3, 20, 0.98, "WSP")
 
 
 def test_the_seeds_of_a_method_are_one_row_with_mean_and_spread() -> None:

@@ -14,9 +14,16 @@ import pytest
 import torch
 
 import hetconv_kernels as hk
-from benchmarks import method_tables, methods
+from benchmarks import method_tables, methods, summary
+from benchmarks.data import PHOTOGRAPH_FILES
 from benchmarks.method_rows import METHOD_NETWORKS, rows, speed_methods
-from benchmarks.problems import ACCURACY_TOLERANCE, PROBLEMS, PSNR_TOLERANCE, TaskSettings
+from benchmarks.problems import (
+    ACCURACY_TOLERANCE,
+    PROBLEMS,
+    PSNR_TOLERANCE,
+    Denoising,
+    TaskSettings,
+)
 from benchmarks.report.schema import METHODS_SCHEMA, METHODS_TABLE_SCHEMA, problems
 from hetconv_kernels import compression, timing
 
@@ -49,7 +56,8 @@ def titles() -> set[str]:
 
 
 @pytest.mark.parametrize("part", ["digits", "psnr"])
-def test_quick_run_has_every_method(part: str, tmp_path: Path) -> None:
+def test_quick_run_has_every_method(part: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(Denoising, "photographs", tmp_path / "none")
     record = quick(tmp_path, part)
     assert problems(record, METHODS_SCHEMA) == []
     for paper in (True, False) if part == "digits" else (True,):
@@ -62,6 +70,32 @@ def test_quick_run_has_every_method(part: str, tmp_path: Path) -> None:
         dense, found = row[f"test_{'psnr' if part == 'psnr' else 'accuracy'}"]
         fits = found >= dense - TOLERANCES[part]
         assert row["within"] == (fits and row["macs"][1] <= row["macs"][0] / 2)
+        assert not row["elsewhere"]
+
+
+def test_a_denoiser_is_judged_on_photographs_that_were_fetched(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    images = pytest.importorskip("PIL.Image")
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for place, name in enumerate(PHOTOGRAPH_FILES):
+        grey = torch.arange(64 * 80, dtype=torch.int64).reshape(64, 80).mul(place + 1) % 256
+        rgb = grey[..., None].expand(-1, -1, 3).to(torch.uint8).numpy()
+        images.fromarray(rgb).save(folder / name)
+    monkeypatch.setattr(Denoising, "photographs", folder)
+    row = quick(tmp_path, "psnr", "--only", "WSP")["psnr"][0]
+    assert [Path(name).stem for name in PHOTOGRAPH_FILES] == [*row["elsewhere"]]
+    problem = PROBLEMS["psnr"](tmp_path / "work" / "psnr", True)
+    dense = problem.elsewhere(problem.standard)
+    assert {name: pair[0] for name, pair in row["elsewhere"].items()} == dense
+    for before, after in row["elsewhere"].values():
+        assert 5 < after < 60
+        assert before != after
+    monkeypatch.setattr(summary, "methods", lambda: {"psnr": {"psnr": [row]}})
+    header, _, line = summary.methods_table("psnr").splitlines()
+    assert header.endswith("| on 7 other photographs | of dense |")
+    assert line.split("|")[-2].strip() == f"{sum(dense.values()) / 7:.2f}"
 
 
 def test_a_second_call_goes_on_and_a_third_measures_anew(tmp_path: Path, monkeypatch: Any) -> None:

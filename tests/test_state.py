@@ -25,7 +25,9 @@ from compressing import (
 )
 from torch import nn
 
-from hetconv_kernels.compression import Het, Run
+from hetconv_kernels import methods
+from hetconv_kernels.compression import Run
+from hetconv_kernels.compression.identity import digest, weights_of
 from hetconv_kernels.errors import ArgumentError, HetconvError
 
 
@@ -93,37 +95,69 @@ def test_a_finished_run_is_not_done_again(tmp_path: Path) -> None:
 
 
 _SCRIPT = """
-import os, signal, sys
+import json, os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import torch
 from compressing import run
-from hetconv_kernels.compression import Het
+from hetconv_kernels import methods
+from hetconv_kernels.compression.identity import digest, weights_of
+
+_, _, state, name, settings, die_at = sys.argv
 
 def train_step(model, batch):
     train_step.calls += 1
-    if train_step.calls == int(sys.argv[3]):
+    if train_step.calls == int(die_at):
         os.kill(os.getpid(), signal.SIGKILL)
     return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
 
 train_step.calls = 0
-report = run(Het(p=2, epochs=3), state=sys.argv[2], train_step=train_step)
-weights = report.model[3].weight.double().sum().item()
-print(report.history[-1]["result"]["loss"].hex(), weights.hex())
+method = getattr(methods, name)(**json.loads(settings))
+report = run(method, state=state, train_step=train_step)
+print(json.dumps([report.history, digest(weights_of(report.model)), train_step.calls]))
 """
+_SPEND: dict[str, Any] = {"tolerance": 1.0, "epochs": 1}
+# The settings of each method, and in which of its training steps it dies: after it has saved.
+_KILLED: dict[str, tuple[dict[str, Any], int]] = {
+    "Het": ({"p": 2, "epochs": 3}, 7),
+    "SelfGrouping": (
+        {"target": 0.3, "clusters": 2, "schedule": "LG", "local_epochs": 1, "epochs": 2}, 7,
+    ),
+    "WeakSubnetwork": ({"percentile": 0.6, "epochs": 3}, 7),
+    "FilterCorrelation": (
+        _SPEND | {"fraction": 0.2, "pair_epochs": 1, "tune_epochs": 1, "episodes": 2}, 11,
+    ),
+    "PlayAndPrune": (
+        _SPEND | {"prune_epochs": 2, "recover_epochs": 1, "rounds": 2, "threshold": 0.2}, 11,
+    ),
+    "Stability": (_SPEND | {"fraction": 0.2, "probe_epochs": 1, "tune_epochs": 1, "steps": 2}, 11),
+    "FrequencyPruning": ({"search_epochs": 3, "epochs": 2, "stem": True}, 7),
+    # The sensitivity of four layers is measured first, in 4·41 calls for each of the rates.
+    "ADMM": ({"rates": [0.5, 0.8], "admm_epochs": 1, "updates": 2, "retrain_epochs": 1}, 171),
+}  # fmt: skip
 
 
-def test_a_process_that_is_really_killed_continues(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", _KILLED)
+def test_a_process_that_is_really_killed_continues(name: str, tmp_path: Path) -> None:
+    settings, step = _KILLED[name]
+
     def start(die_at: int) -> subprocess.CompletedProcess[str]:
         here, state = str(Path(__file__).resolve().parent), str(tmp_path / "state.pt")
-        return fresh.python(_SCRIPT, here, state, str(die_at))
+        return fresh.python(_SCRIPT, here, state, name, json.dumps(settings), str(die_at))
 
-    assert start(7).returncode == -signal.SIGKILL
+    def train_step(model: nn.Module, batch: Any) -> torch.Tensor:
+        train_step.calls += 1
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    assert start(step).returncode == -signal.SIGKILL
     assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
     resumed = start(0)
     assert resumed.returncode == 0, resumed.stderr
-    whole = run(Het(p=2, epochs=3))
-    loss, weights = whole.history[-1]["result"]["loss"], whole.model[3].weight.double().sum().item()
-    assert resumed.stdout.split() == [loss.hex(), weights.hex()]
+    train_step.calls = 0
+    whole = run(getattr(methods, name)(**settings), train_step=train_step)
+    history, weights, calls = json.loads(resumed.stdout)
+    assert history == list(whole.history)
+    assert weights == digest(weights_of(whole.model))
+    assert calls < train_step.calls  # what was saved is not done again
 
 
 @pytest.mark.parametrize(

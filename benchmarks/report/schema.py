@@ -247,6 +247,8 @@ METHOD_ROW = {
         "tolerance": _NUMBER,
         "macs_saved": _NUMBER,
         "within": {"type": "boolean"},
+        # psnr: (dense, compressed) on more photographs, by name.
+        "elsewhere": {"type": "object"},
         # speed: which network.
         "network": _STRING,
         # How long the line took, with its training; and where and when it was measured.

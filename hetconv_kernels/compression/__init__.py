@@ -7,6 +7,7 @@
 """
 
 from .base import Method, compress
+from .distillation import Distillation
 from .methods.admm import ADMM
 from .methods.correlation import FilterCorrelation
 from .methods.frequency import FrequencyPruning
@@ -23,6 +24,7 @@ from .run import Run
 __all__ = [
     "ADMM",
     "CompressionReport",
+    "Distillation",
     "FilterCorrelation",
     "FrequencyPruning",
     "Het",

@@ -112,13 +112,10 @@ class Training:
                     )
                 )
             return loss
-        x, label = _pair(batch, model)
+        x, label = pair_of(batch, model)
         with stats.fitting(x):
             found = model(x)
-        try:
-            return nn.functional.cross_entropy(found, label)
-        except (IndexError, RuntimeError, TypeError, ValueError) as error:
-            raise _no_classes(found, label, error) from error
+        return cross_entropy(found, label)
 
     def judge(self, model: nn.Module) -> float | None:
         """Measures the accuracy in evaluation mode, averaged over all ranks; None if unknown."""
@@ -129,7 +126,7 @@ class Training:
                 return ranks.sum_over_ranks(float(self.evaluate(model))) / ranks.world_size()
             right = seen = 0.0
             for batch in self.eval_data or ():
-                x, label = _pair(batch, model)
+                x, label = pair_of(batch, model)
                 with stats.fitting(x):
                     found = model(x)
                 if not isinstance(found, Tensor) or found.dim() < 2 or len(found) != len(label):
@@ -168,6 +165,18 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
         model.train(before)
 
 
+def cross_entropy(found: Any, label: Tensor) -> Tensor:
+    """Computes the loss of outputs [N, classes] under labels [N].
+
+    Raises:
+        ArgumentError: they are none for cross-entropy.
+    """
+    try:
+        return nn.functional.cross_entropy(found, label)
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise _no_classes(found, label, error) from error
+
+
 def _no_classes(found: Any, label: Tensor, reason: object) -> ArgumentError:
     """Says that outputs and labels are none for cross-entropy and top-1 accuracy."""
     most = f" up to {int(label.max())}" if label.numel() and not label.is_complex() else ""
@@ -184,7 +193,12 @@ def _no_classes(found: Any, label: Tensor, reason: object) -> ArgumentError:
     )
 
 
-def _pair(batch: Any, model: nn.Module) -> tuple[Tensor, Tensor]:
+def pair_of(batch: Any, model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Takes a batch apart, and moves it to where a network is.
+
+    Raises:
+        InputTypeError: it is no pair (x, label).
+    """
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         raise InputTypeError(
             mismatch(

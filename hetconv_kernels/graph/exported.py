@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import sys
 from typing import Any
 
 import torch
@@ -36,7 +39,10 @@ def lift(model: nn.Module, inputs: tuple[Any, ...]) -> fx.GraphModule:
     if not all(isinstance(x, Tensor) for x in inputs):
         raise TypeError("its inputs are not all tensors")
     free_batch = tuple({0: torch.export.Dim.AUTO} if x.dim() else {} for x in inputs)
-    program = torch.export.export(model, inputs, dynamic_shapes=free_batch)
+    # Where it fails, torch prints all of the graph so far: for a detector that is a megabyte.
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        program = torch.export.export(model, inputs, dynamic_shapes=free_batch)
+    sys.stderr.write(said.getvalue())
     traced: fx.GraphModule = program.module(check_guards=False)
     modules: dict[str, Any] = {}
     for node in traced.graph.nodes:
