@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 import hetconv_kernels as hk
 from hetconv_kernels import accuracy, packing
-from hetconv_kernels.backends import cpu as module
-from hetconv_kernels.backends import get_backend, winograd
+from hetconv_kernels.backends import cpu, cpu_plans, get_backend, winograd
 from hetconv_kernels.errors import ArgumentError
 from hetconv_kernels.ops import describe
 from hetconv_kernels.pooling import Pool
@@ -50,12 +49,12 @@ def problem(support: hk.Support, size: tuple[int, int, int], **changes: Any) -> 
 
 
 def form(made: Problem) -> str:
-    return str(get_backend("cpu")._chosen(made).form)  # type: ignore[attr-defined]
+    return str(cpu_plans.chosen_plan(made).form)
 
 
 HET = hk.Support.het(256, 256, 3, p=4)
 wide_vectors = pytest.mark.skipif(
-    "cpu" in hk.available_backends() and not module._cpu.isas()[0].startswith("avx512"),
+    "cpu" in hk.available_backends() and not cpu._cpu.isas()[0].startswith("avx512"),
     reason="what is chosen was measured with AVX-512",
 )
 
@@ -162,13 +161,13 @@ def test_a_predicted_gain_of_a_tenth_decides(
 
     Where nothing was measured, as without AVX-512, the gain must be 1.3 times that.
     """
-    engine = type(get_backend("cpu"))
 
-    def seconds(_self: Any, _made: Problem, plan: Any) -> float:
+    def seconds(_made: Problem, plan: Any) -> float:
         return 1.0 if plan.form in winograd.TILES else gain
 
-    monkeypatch.setattr(engine, "_seconds", seconds)
-    monkeypatch.setattr(engine, "measured", lambda *_: measured)
+    for module in (cpu, cpu_plans):
+        monkeypatch.setattr(module, "plan_seconds", seconds)
+        monkeypatch.setattr(module, "is_measured", lambda _: measured)
     made = problem(hk.Support.het(48, 48, 3, p=4), (2, 9, 9))
     taken = chosen == "always" or (chosen == "measured" and measured)
     assert (form(made) in winograd.TILES) is taken
@@ -177,7 +176,7 @@ def test_a_predicted_gain_of_a_tenth_decides(
 
 @pytest.mark.parametrize("name", winograd.TILES)
 def test_tiles_beyond_the_edge_are_counted(name: str) -> None:
-    plan = get_backend("cpu")._plan(problem(HET, (8, 7, 7)), name)  # type: ignore[attr-defined]
+    plan = cpu_plans.direct_plan(problem(HET, (8, 7, 7)), name)
     even, odd = (winograd.executed(plan, problem(HET, (8, n, n))) for n in (8, 7))
     assert even == pytest.approx(plan.cost)
     assert odd - even == pytest.approx(plan.winograd_cost * (64 / 49 - 1))
@@ -370,7 +369,7 @@ def test_the_expected_error_is_the_one_that_is_seen(support: hk.Support, form: s
     exact = F_.conv2d(x.double(), w.double(), padding=1)
     rms = {}
     for name in ("filters", form):
-        plan = module._cpu.Plan(support.mask.view(np.uint8).copy(), "float32", "", name)
+        plan = cpu._cpu.Plan(support.mask.view(np.uint8).copy(), "float32", "", name)
         packed = plan.pack(w.data_ptr(), w.stride(), "float32")
         y = torch.full(exact.shape, float("nan")).contiguous(memory_format=LAST)
         plan.fprop(

@@ -39,7 +39,6 @@ LONGER_FILES = {
     "hetconv_kernels/autograd.py": "every derivative of the primitives, forward mode too",
     "hetconv_kernels/graph/channels.py": "one walk over a graph with all that it can meet",
     "tests/test_observers.py": "the list of all observers that torch has, in one place",
-    "hetconv_kernels/backends/cpu.py": "the primitives and the product, one face of the engine",
     "hetconv_kernels/nn/frequency.py": "the layer, its two ways and the choice between them",
     "hetconv_kernels/backends/cpu_int8.py": "the eight operations in 8 bits, one face",
     "hetconv_kernels/profiling/measure.py": "one measurement: what is counted, timed and packed",
