@@ -38,7 +38,6 @@ LONGER_FILES = {
     "hetconv_kernels/ops.py": "the schemas of the primitives with their fakes and bodies",
     "hetconv_kernels/autograd.py": "every derivative of the primitives, forward mode too",
     "tests/test_observers.py": "the list of all observers that torch has, in one place",
-    "hetconv_kernels/nn/frequency.py": "the layer, its two ways and the choice between them",
     "hetconv_kernels/backends/cpu_int8.py": "the eight operations in 8 bits, one face",
     "hetconv_kernels/profiling/measure.py": "one measurement: what is counted, timed and packed",
     "csrc/cpu/fprop_winograd.h": "one form: transforms, products and the way back",
@@ -65,6 +64,8 @@ TESTED_BY = {
     "hetconv_kernels.graph.wires": "test_channels",
     "hetconv_kernels.json_output": "test_cli_everywhere",
     "hetconv_kernels.nn.dct": "test_frequency",
+    "hetconv_kernels.nn.frequency_cost": "test_frequency",
+    "hetconv_kernels.nn.frequency_weights": "test_frequency",
     "hetconv_kernels.option_types": "test_bad_input",
     "hetconv_kernels.plain_network": "test_export",
 }
