@@ -116,7 +116,7 @@ class Cpu:
         if pool is not None:
             pooled_size = pool.output_size(*problem.output_size)
             shape = (*shape[:2], *pooled_size)
-            pooling = (*pool.kernel, *pool.stride, *pool.padding, *pooled_size)
+            pooling = _cpu.Pool(*pool, pooled_size)
             # The sums that would have been pooled: direct ones.
             whole = self.fprop(replace(problem, pool=None, strict=True))
 

@@ -10,6 +10,7 @@ activations in that format.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -173,9 +174,7 @@ def fprop(
     x = x.contiguous(memory_format=_LAST)
     multiplier, bias = multiplier.contiguous(), bias.contiguous()
     pads = geometry.pads
-    ints = None
-    if inside and pool is not None:
-        ints = (*pool.kernel, *pool.stride, *pool.padding, *size)
+    window = _window(pool, size) if inside and pool is not None else None
     arguments = (
         x.data_ptr(),
         x.dtype == torch.int8,
@@ -198,7 +197,7 @@ def fprop(
         residual_zero_point,
         torch.get_num_threads(),
     )
-    if packed.fprop(*arguments, ints) and (pool is None or inside):
+    if packed.fprop(*arguments, window) and (pool is None or inside):
         return y
     if inside:  # not even one row of the pooled image fits in the cache
         y = _empty(support, (n, f, *out), out_dtype)
@@ -275,14 +274,13 @@ def max_pool(x: Tensor, pool: Pool) -> Tensor:
     size = pool.output_size(h, w)
     y = _empty("max_pool", (n, c, *size), x.dtype)
     x = x.contiguous(memory_format=_LAST)
-    ints = (*pool.kernel, *pool.stride, *pool.padding, *size)
     _kernels().max_pool(
         x.data_ptr(),
         x.dtype == torch.int8,
         (n, h, w, c),
         y.data_ptr(),
         torch.get_num_threads(),
-        ints,
+        _window(pool, size),
     )
     return y
 
@@ -398,6 +396,12 @@ def _kernels() -> Any:
 
 
 _known_kernels: dict[str, Any] = {}
+
+
+@lru_cache(256)
+def _window(pool: Pool, size: tuple[int, int]) -> Any:
+    """Returns the engine's description of a pooling that gives so many pixels."""
+    return _cpu.Pool(*pool, size)
 
 
 def _empty(owner: object, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
