@@ -38,7 +38,6 @@ LONGER_FILES = {
     "hetconv_kernels/ops.py": "the schemas of the primitives with their fakes and bodies",
     "hetconv_kernels/autograd.py": "every derivative of the primitives, forward mode too",
     "tests/test_observers.py": "the list of all observers that torch has, in one place",
-    "hetconv_kernels/backends/cpu_int8.py": "the eight operations in 8 bits, one face",
     "hetconv_kernels/profiling/measure.py": "one measurement: what is counted, timed and packed",
     "csrc/cpu/fprop_winograd.h": "one form: transforms, products and the way back",
 }
