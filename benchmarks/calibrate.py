@@ -30,7 +30,7 @@ import hetconv_kernels as hk
 from benchmarks.record import environment
 from hetconv_kernels import ops
 from hetconv_kernels.backends import get_backend
-from hetconv_kernels.backends.cpu_plans import direct_plan, tile_columns
+from hetconv_kernels.backends.cpu_plans import columns_of_tiles, direct_plan
 from hetconv_kernels.files import Json
 from hetconv_kernels.problem import make_geometry
 from hetconv_kernels.timing import interleaved
@@ -104,7 +104,7 @@ def measure_layer(support: hk.Support, n: int, side: int, stride: int, rounds: i
         "weights": math.prod(support.shape),
         "bytes": problem.bytes_moved,
         "operations": n * oh * ow * plan.cost,
-        "loads": n * oh * ow * tile_columns(problem) / 16,
+        "loads": n * oh * ow * columns_of_tiles(problem) / 16,
         "images": n * plan.cost,
         "packed": plan.packed_elements,
     }

@@ -34,7 +34,7 @@ from .cpu_plans import (
     name_of_dtype,
     plan_seconds,
     wgrad_plan,
-    wgrad_seconds,
+    wgrad_plan_seconds,
 )
 
 _MAX_INT = 2**31 - 1
@@ -76,7 +76,7 @@ class Cpu:
     def estimate(self, problem: Problem) -> float:
         """Predicts the time from what the plan executes, in seconds."""
         if problem.verb == "wgrad":
-            return wgrad_seconds(problem, wgrad_plan(problem))
+            return wgrad_plan_seconds(problem, wgrad_plan(problem))
         return plan_seconds(problem, chosen_plan(problem))
 
     def measured(self, problem: Problem) -> bool:

@@ -97,7 +97,7 @@ def plan_seconds(problem: Problem, plan: Any) -> float:
     pairs = _multiplies_pairs(problem)
     compute = (
         pixels * cost * form.operation
-        + pixels * tile_columns(problem) / (32 if pairs else 16) * form.load
+        + pixels * columns_of_tiles(problem) / (32 if pairs else 16) * form.load
         + images * cost * image
     )
     packing = 0.0
@@ -116,7 +116,7 @@ def plan_seconds(problem: Problem, plan: Any) -> float:
     return seconds * (DOUBT if whole else 1.0)
 
 
-def wgrad_seconds(problem: Problem, plan: Any) -> float:
+def wgrad_plan_seconds(problem: Problem, plan: Any) -> float:
     """Predicts the time of one call of wgrad by a plan."""
     pixels = problem.batch * math.prod(problem.output_size)
     fixed = math.prod(problem.support.shape) * GRADIENT + ENGINE["pixels"].call
@@ -140,7 +140,7 @@ def _multiplies_pairs(problem: Problem) -> bool:
     return bf16 and plan.form in ("filters", "pixel pairs") and bool(plan.isa == "avx512bf16")
 
 
-def tile_columns(problem: Problem) -> int:
+def columns_of_tiles(problem: Problem) -> int:
     """Counts the columns that the tiles of at most eight filters read, one after the other."""
     return sum(-(-len(g.filters) // 8) * int(g.mask.sum()) for g in problem.support.groups)
 
