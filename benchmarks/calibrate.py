@@ -30,7 +30,7 @@ import hetconv_kernels as hk
 from benchmarks.record import environment
 from hetconv_kernels import ops
 from hetconv_kernels.backends import get_backend
-from hetconv_kernels.backends.cpu import Cpu, _tile_columns
+from hetconv_kernels.backends.cpu_plans import columns_of_tiles, direct_plan
 from hetconv_kernels.files import Json
 from hetconv_kernels.problem import make_geometry
 from hetconv_kernels.timing import interleaved
@@ -89,7 +89,7 @@ def measure_layer(support: hk.Support, n: int, side: int, stride: int, rounds: i
              for name, code in codes.items()},
             rounds=rounds,
         )  # fmt: skip
-    engine, plan = get_backend("cpu"), Cpu._plan(problem)
+    engine, plan = get_backend("cpu"), direct_plan(problem)
     oh, ow = problem.output_size
     return {
         "layer": f"{n}x{support.channels}x{side}^2->{support.filters} k{kernel} s{stride} "
@@ -104,7 +104,7 @@ def measure_layer(support: hk.Support, n: int, side: int, stride: int, rounds: i
         "weights": math.prod(support.shape),
         "bytes": problem.bytes_moved,
         "operations": n * oh * ow * plan.cost,
-        "loads": n * oh * ow * _tile_columns(problem) / 16,
+        "loads": n * oh * ow * columns_of_tiles(problem) / 16,
         "images": n * plan.cost,
         "packed": plan.packed_elements,
     }

@@ -31,7 +31,7 @@ import hetconv_kernels as hk
 from benchmarks.record import environment
 from hetconv_kernels import ops, timing
 from hetconv_kernels.backends import cost_model, get_backend, predict
-from hetconv_kernels.backends.cpu import Cpu
+from hetconv_kernels.backends.cpu_plans import chosen_plan
 from hetconv_kernels.files import Json
 from hetconv_kernels.packing import dense_weight, masked, watched_packings
 
@@ -107,7 +107,7 @@ def packing(name: str, support: hk.Support, calls: int = 7) -> Json:
     layer = hk.nn.SupportConv2d(c, f, kernel, padding=kernel // 2, support=support, backend="cpu")
     x = torch.randn(1, c, 7, 7).contiguous(memory_format=torch.channels_last)
     problem = ops.describe("fprop", layer._geometry, x, x, layer.weight, (7, 7), {})
-    plan, found = Cpu()._chosen(problem), []
+    plan, found = chosen_plan(problem), []
     for _ in range(calls):
         with watched_packings() as seen:
             layer(x)

@@ -4,7 +4,7 @@
 They are what self-grouping (arXiv 2009.13803) gives on seeded Gaussian weights, run in steps of ten
 per cent to the target, and not masks made to suit an engine. k-means differs a little between
 versions of its library, so the result is kept in self_grouped.json: the same everywhere, and there
-without scikit-learn. ``python -m benchmarks.make_supports`` makes the file anew.
+without scikit-learn. ``python -m benchmarks.make_supports`` adds what the file lacks.
 
 Weights that were trained have a structure that Gaussian ones lack: trained_masks.json holds what
 self-grouping makes of a network that `benchmarks.train_masks` trained.

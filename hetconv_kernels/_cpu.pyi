@@ -8,6 +8,15 @@ from typing_extensions import Buffer
 
 def isas() -> list[str]: ...
 
+class Pool:
+    def __init__(
+        self,
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        out: Sequence[int],
+    ) -> None: ...
+
 class Packed:
     @property
     def bytes(self) -> int: ...
@@ -58,7 +67,7 @@ class Plan:
         residual_strides: Sequence[int] = ...,
         act: str = ...,
         threads: int = ...,
-        pool: Sequence[int] | None = ...,
+        pool: Pool | None = ...,
     ) -> bool: ...
 
 class Wgrad:
@@ -155,8 +164,24 @@ class Int8Packed:
         residual_multiplier: float,
         residual_zero: int,
         threads: int,
-        pool: Sequence[int] | None,
+        pool: Pool | None,
     ) -> bool: ...
+
+class Int8Block:
+    @property
+    def lanes(self) -> int: ...
+    @property
+    def filters(self) -> int: ...
+    @property
+    def quads(self) -> int: ...
+    @property
+    def shuffles(self) -> int: ...
+    @property
+    def order(self) -> int: ...
+    @property
+    def contiguous(self) -> int: ...
+    @property
+    def spreads(self) -> int: ...
 
 class Int8Plan:
     def __init__(self, mask: Buffer, isa: str = ..., form: str = ...) -> None: ...
@@ -171,9 +196,7 @@ class Int8Plan:
     @property
     def useful(self) -> float: ...
     @property
-    def blocks(self) -> list[tuple[int, int, int, int, int, int]]: ...
-    @property
-    def spreads(self) -> list[int]: ...
+    def blocks(self) -> list[Int8Block]: ...
     def pack(self, weight: int, strides: Sequence[int], threads: int = ...) -> Int8Packed: ...
 
 class Int8Kernels:
@@ -218,7 +241,7 @@ class Int8Kernels:
         nhwc: Sequence[int],
         y: int,
         threads: int,
-        pool: Sequence[int],
+        pool: Pool,
     ) -> None: ...
     def quantize(
         self, x: int, count: int, scale: float, zero: int, signed: bool, y: int, threads: int
@@ -272,9 +295,7 @@ class Guard:
 def each_step(
     what: str, dtype: str, count: int, low: float = ..., high: float = ..., threads: int = ...
 ) -> Step: ...
-def max_pool_step(
-    dtype: str, nhwc: Sequence[int], pool: Sequence[int], threads: int = ...
-) -> Step: ...
+def max_pool_step(dtype: str, nhwc: Sequence[int], pool: Pool, threads: int = ...) -> Step: ...
 def concat_step(outer: int, sizes: Sequence[int], threads: int = ...) -> Step: ...
 def pick_step(
     images: int,
@@ -290,7 +311,7 @@ def average_pool(
     x: int,
     nhwc: Sequence[int],
     y: int,
-    pool: Sequence[int],
+    pool: Pool,
     inside: bool,
     threads: int = ...,
 ) -> None: ...

@@ -59,7 +59,7 @@ def call_factory(text: str, option: str) -> Any:
                          f"one in {here} or installed")
             ) from error  # fmt: skip
         raise _raised(option, f"importing {name!r}", error) from error
-    except Exception as error:
+    except Exception as error:  # their code may raise anything
         raise _raised(option, f"importing {name!r}", error) from error
     for word in attribute.split("."):
         try:
@@ -74,7 +74,7 @@ def call_factory(text: str, option: str) -> Any:
         return found()
     except HetconvError:
         raise
-    except Exception as error:
+    except Exception as error:  # their code may raise anything
         raise _raised(option, f"{text}()", error) from error
 
 
@@ -109,7 +109,7 @@ def _of_a_zoo(package: str, name: str, option: str) -> Any:
         )  # fmt: skip
     try:
         return make(zoo, name)
-    except Exception as error:
+    except Exception as error:  # their code may raise anything
         raise _raised(option, f"{package}:{name}", error) from error
 
 

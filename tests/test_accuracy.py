@@ -17,8 +17,7 @@ from winograd_calls import chosen_form, problem, wide_vectors
 
 import hetconv_kernels as hk
 from hetconv_kernels import accuracy, packing
-from hetconv_kernels.backends import cpu as module
-from hetconv_kernels.backends import get_backend, winograd
+from hetconv_kernels.backends import cpu, cpu_plans, get_backend, winograd
 from hetconv_kernels.errors import ArgumentError
 from hetconv_kernels.pooling import Pool
 from hetconv_kernels.problem import Problem
@@ -141,13 +140,13 @@ def test_a_predicted_gain_of_a_tenth_decides(
 
     Where nothing was measured, as without AVX-512, the gain must be 1.3 times that.
     """
-    engine = type(get_backend("cpu"))
 
-    def seconds(_self: Any, _made: Problem, plan: Any) -> float:
+    def seconds(_made: Problem, plan: Any) -> float:
         return 1.0 if plan.form in winograd.TILES else gain
 
-    monkeypatch.setattr(engine, "_seconds", seconds)
-    monkeypatch.setattr(engine, "measured", lambda *_: measured)
+    for module in (cpu, cpu_plans):
+        monkeypatch.setattr(module, "plan_seconds", seconds)
+        monkeypatch.setattr(module, "is_measured", lambda _: measured)
     made = problem(hk.Support.het(48, 48, 3, p=4), (2, 9, 9))
     taken = chosen == "always" or (chosen == "measured" and measured)
     assert (chosen_form(made) in winograd.TILES) is taken
@@ -156,7 +155,7 @@ def test_a_predicted_gain_of_a_tenth_decides(
 
 @pytest.mark.parametrize("name", winograd.TILES)
 def test_tiles_beyond_the_edge_are_counted(name: str) -> None:
-    plan = get_backend("cpu")._plan(problem(HET, (8, 7, 7)), name)  # type: ignore[attr-defined]
+    plan = cpu_plans.direct_plan(problem(HET, (8, 7, 7)), name)
     even, odd = (winograd.executed(plan, problem(HET, (8, n, n))) for n in (8, 7))
     assert even == pytest.approx(plan.cost)
     assert odd - even == pytest.approx(plan.winograd_cost * (64 / 49 - 1))
@@ -349,7 +348,7 @@ def test_the_expected_error_is_the_one_that_is_seen(support: hk.Support, form: s
     exact = F_.conv2d(x.double(), w.double(), padding=1)
     rms = {}
     for name in ("filters", form):
-        plan = module._cpu.Plan(support.mask.view(np.uint8).copy(), "float32", "", name)
+        plan = cpu._cpu.Plan(support.mask.view(np.uint8).copy(), "float32", "", name)
         packed = plan.pack(w.data_ptr(), w.stride(), "float32")
         y = torch.full(exact.shape, float("nan")).contiguous(memory_format=LAST)
         plan.fprop(

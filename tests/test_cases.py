@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional
 
 import hetconv_kernels as hk
-from benchmarks import baselines, gate, record, supports, table
+from benchmarks import baselines, gate, make_supports, record, supports, table
 from benchmarks.cases import CPU_CASES, GPU_CASES, GPU_SHAPES, Case, SupportSpec
 from benchmarks.report.schema import DISPATCH_ROW
 from benchmarks.rig import OURS, Rig
@@ -142,6 +142,17 @@ def test_committed_supports_are_what_self_grouping_gives() -> None:
     assert made.density == pytest.approx(committed.density, abs=0.01)
     entry = supports.entry_of(made)
     assert (len(entry["labels"]), entry["digest"]) == (64, f"{made.digest:016x}")
+
+
+def test_only_supports_that_are_missing_or_named_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(make_supports, "make_support", lambda *_: hk.Support.dense(4, 4, 3))
+    kept, named, missing = (60, 4, 4, 3, 0), (60, 4, 4, 3, 1), (60, 4, 4, 3, 2)
+    known = {supports.support_key(*shape): {"as": "committed"} for shape in (kept, named)}
+    name = supports.support_key(*named)
+    found = make_supports.entries_for([kept, named, missing], known, {name})
+    fresh_entry = supports.entry_of(hk.Support.dense(4, 4, 3))
+    assert list(found.values()) == [{"as": "committed"}, fresh_entry, fresh_entry]
+    assert set(make_supports.entries_for([named], known, set())) == {name}
 
 
 def test_a_damaged_support_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,7 +140,7 @@ def test_a_sum_is_rounded_once_to_the_nearest_even(isa: str) -> None:
 def test_the_epilogue_is_that_of_float32_rounded_once(
     support: hk.Support, extras: str, act: str, isa: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hetconv_kernels.backends.cpu._ISA", isa)
+    monkeypatch.setattr("hetconv_kernels.backends.cpu_plans._ISA", isa)
     x, w = integers(2, 32, 8, 9), integers(*support.shape, most=1, seed=1)
     x = x.contiguous(memory_format=torch.channels_last)
     residual = integers(2, 48, 8, 9, most=40, seed=2).contiguous(memory_format=torch.channels_last)
@@ -174,7 +174,7 @@ def test_what_is_not_finite_stays_in_its_receptive_field(
     act: str, value: float, isa: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Odd channels and groups: every last channel is read with a neighbour of weight zero."""
-    monkeypatch.setattr("hetconv_kernels.backends.cpu._ISA", isa)
+    monkeypatch.setattr("hetconv_kernels.backends.cpu_plans._ISA", isa)
     for name, k in (("odd", 3), ("uneven", 3), ("ragged", 3), ("pointwise", 1)):
         support = SUPPORTS[name] if k == 3 else hk.Support.dense(33, 40, 1)
         geometry = make_geometry(support, 1, k // 2)
@@ -203,7 +203,7 @@ def test_what_is_not_finite_stays_in_its_receptive_field(
 def test_dgrad_of_integers_is_exact(
     geometry: str, name: str, isa: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hetconv_kernels.backends.cpu._ISA", isa)
+    monkeypatch.setattr("hetconv_kernels.backends.cpu_plans._ISA", isa)
     support, described = SUPPORTS[name], make_geometry(SUPPORTS[name], **GEOMETRIES[geometry])
     x = integers(2, support.channels, 9, 12).contiguous(memory_format=torch.channels_last)
     w = integers(*support.shape, most=2, seed=1)

@@ -265,7 +265,7 @@ def test_wgrad_does_not_read_a_neighbouring_channel(
     isa: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Taps far right of a narrow image once read on into the next channel's memory."""
-    monkeypatch.setattr("hetconv_kernels.backends.cpu._ISA", isa)
+    monkeypatch.setattr("hetconv_kernels.backends.cpu_plans._ISA", isa)
     support = hk.Support.dense(4, 8, (3, 7))
     x = torch.randn(1, 4, 6, 4, dtype=getattr(torch, dtype))
     w = torch.randn(*support.shape, dtype=x.dtype, requires_grad=True)

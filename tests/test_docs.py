@@ -269,6 +269,26 @@ def test_every_place_that_a_page_sends_a_newcomer_to_is_there(page: str, least: 
         assert place(path).exists(), path
 
 
+# Files where an activation is named among others, and the next one need not be.
+_NOT_ASKED = {"functional.py", "nn/fused.py", "graph/pairs.py"}
+
+
+def test_the_page_of_activations_names_every_file_that_knows_one() -> None:
+    text = (DOCS / "extend" / "activation.md").read_text()
+    known = [
+        path
+        for folder in ("hetconv_kernels", "csrc")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".h", ".cpp", ".cu") and "models" not in path.parts
+        and re.search(r"\bsilu\b", path.read_text(), re.IGNORECASE)
+    ]  # fmt: skip
+    named = {place(path) for path in _PATH.findall(text)}
+    for path in known:
+        inside = path.relative_to(ROOT).as_posix().removeprefix("hetconv_kernels/")
+        assert path in named or inside in _NOT_ASKED, path
+    assert len(known) > 12
+
+
 def place(path: str) -> Path:
     """Finds a file that a page names from the root or from the package."""
     inside = ROOT / "hetconv_kernels" / path

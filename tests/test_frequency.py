@@ -20,7 +20,7 @@ from hetconv_kernels.backends import cost_model
 from hetconv_kernels.compression import FrequencyPruning
 from hetconv_kernels.compression.methods import frequency as search
 from hetconv_kernels.errors import ArgumentError, InputTypeError, SupportError
-from hetconv_kernels.nn import frequency
+from hetconv_kernels.nn import frequency_cost
 from hetconv_kernels.nn.dct import dct, dct_basis, idct
 from hetconv_kernels.nn.frequency import FrequencyConv2d
 
@@ -243,13 +243,13 @@ def test_a_layer_that_transforms_its_kernels_at_each_call_counts_that() -> None:
 def test_the_way_back_decides_between_the_paths(
     inverse: float, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(frequency, "INVERSE_CALL", inverse)
+    monkeypatch.setattr(frequency_cost, "INVERSE_CALL", inverse)
     layer = FrequencyConv2d.from_conv2d(nn.Conv2d(16, 16, 3), np.ones((16, 16, 3, 3), bool))
     assert layer.path_for(torch.randn(1, 16, 8, 8)) == path
 
 
 def test_freezing_asks_again_which_path_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frequency, "INVERSE_CALL", 1.0)
+    monkeypatch.setattr(frequency_cost, "INVERSE_CALL", 1.0)
     layer = FrequencyConv2d.from_conv2d(nn.Conv2d(16, 16, 3), np.ones((16, 16, 3, 3), bool))
     x = torch.randn(1, 16, 8, 8)
     assert layer.path_for(x) == "frequency"

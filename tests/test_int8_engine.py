@@ -283,8 +283,8 @@ def test_scattered_filters_and_their_residual_come_to_their_places(isa, filters,
     geometry = make_geometry(support, 1, 1)
     plan = engine.plan_of(support)
     if plan.form == "filters":
-        assert not all(block[5] for block in plan.blocks)
-        assert any(plan.spreads) == (isa == "avx512vnni" and _has_vbmi())
+        assert not all(block.contiguous for block in plan.blocks)
+        assert any(block.spreads for block in plan.blocks) == (isa == "avx512vnni" and _has_vbmi())
     shape = (2, filters, 7, 9)
     for out, kind in ((torch.uint8, torch.int8), (torch.int8, torch.uint8)):
         low, high = cases.LIMITS[out]
@@ -315,12 +315,12 @@ def test_the_lowering_uses_every_kind_of_step(isa, monkeypatch):
     take(monkeypatch, isa, "filters")
     rng = np.random.default_rng(5)
     depthwise = engine.plan_of(hk.Support.grouped(32, 32, 3, 32)).blocks
-    assert any(block[3] > 0 for block in depthwise)
+    assert any(block.shuffles > 0 for block in depthwise)
     stem = engine.plan_of(hk.Support.dense(3, 16, 7)).blocks
-    assert all(block[2] == 7 * 6 for block in stem)  # 21 bytes of a row in six quads
+    assert all(block.quads == 7 * 6 for block in stem)  # 21 bytes of a row in six quads
     keep = rng.random((4, 128)) < 0.3
     clusters = hk.Support.self_grouped(np.arange(64) // 16, keep, 3)
-    assert any(block[4] > 0 for block in engine.plan_of(clusters).blocks)
+    assert any(block.order > 0 for block in engine.plan_of(clusters).blocks)
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -288,9 +288,10 @@ def of_fresh_layers(made: nn.Module, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("mode", [False, True], ids=["made as usual", "made in inference mode"])
 def test_every_write_to_a_layer_shows_in_the_next_call(mode: bool, write: Any, maker: Any) -> None:
     x = image()
-    for number in range(4):
-        with torch.inference_mode(mode):
-            made = maker(plain_network(), x)
+    with torch.inference_mode(mode):
+        first = maker(plain_network(), x)
+    # A copy is as good as another one made, and takes a tenth of the time.
+    for number, made in enumerate([*(copy.deepcopy(first) for _ in range(3)), first]):
         layers = [
             m
             for m in made.modules()

@@ -40,7 +40,7 @@ def test_backend_equals_oracle(backend: str, isa: str, monkeypatch: pytest.Monke
     offered.clear()
     refused.clear()
     if isa:
-        monkeypatch.setattr("hetconv_kernels.backends.cpu._ISA", isa)
+        monkeypatch.setattr("hetconv_kernels.backends.cpu_plans._ISA", isa)
 
     @settings(
         max_examples=EXAMPLES[backend],

@@ -14,7 +14,7 @@ from torch import nn
 
 import hetconv_kernels as hk
 from hetconv_kernels import ops
-from hetconv_kernels.backends import cost_model, cpu, dense_cost, get_backend, vendor
+from hetconv_kernels.backends import cost_model, cpu_plans, dense_cost, get_backend, vendor
 from hetconv_kernels.compression import Het
 from hetconv_kernels.graph import worth
 from hetconv_kernels.graph.worth import leave_plain
@@ -208,7 +208,7 @@ def test_optimize_leaves_small_linear_layers_to_pytorch_and_says_so() -> None:
 # What auto counts -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("module", "engine"), [(dense_cost, "vendor"), (cpu, "cpu")])
+@pytest.mark.parametrize(("module", "engine"), [(dense_cost, "vendor"), (cpu_plans, "cpu")])
 def test_what_a_call_takes_around_an_engine_decides(
     module: Any, engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

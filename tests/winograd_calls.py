@@ -13,7 +13,7 @@ import torch.nn.functional as F_
 from torch import Tensor
 
 import hetconv_kernels as hk
-from hetconv_kernels.backends import get_backend
+from hetconv_kernels.backends import cpu_plans
 from hetconv_kernels.ops import describe
 from hetconv_kernels.problem import Problem, make_geometry
 
@@ -50,7 +50,7 @@ def call(
     stride: tuple[int, int] = (1, 1),
     dilation: tuple[int, int] = (1, 1),
     out: Tensor | None = None,
-    pool: Any = None,
+    pool: tuple[int, ...] | None = None,
 ) -> Tensor | None:
     """Returns what the engine computes in this form; None of what it does not pool.
 
@@ -71,7 +71,7 @@ def call(
         stride: by rows and columns.
         dilation: by rows and columns.
         out: where the result goes.
-        pool: kernel, stride, padding and pooled size, as the engine takes them; with ``out``.
+        pool: kernel, stride, padding and pooled size, two numbers each; with ``out``.
     """
     plan = _cpu.Plan(support.mask.view(np.uint8).copy(), "float32", isa, form)
     assert plan.form == form
@@ -95,7 +95,8 @@ def call(
         shift=0 if shift is None else shift.data_ptr(),
         residual=0 if residual is None else residual.data_ptr(),
         residual_strides=(0, 0, 0, 0) if residual is None else residual.stride(),
-        act=act, threads=threads, pool=pool,
+        act=act, threads=threads,
+        pool=None if pool is None else _cpu.Pool(pool[:2], pool[2:4], pool[4:6], pool[6:]),
     )  # fmt: skip
     return y if done else None
 
@@ -118,4 +119,4 @@ def problem(support: hk.Support, size: tuple[int, int, int], **changes: Any) -> 
 
 def chosen_form(made: Problem) -> str:
     """Returns the form that the engine would run a call by."""
-    return str(get_backend("cpu")._chosen(made).form)  # type: ignore[attr-defined]
+    return str(cpu_plans.chosen_plan(made).form)

@@ -160,7 +160,7 @@ static bool run_fprop(const std::shared_ptr<Plan>& plan_, const std::shared_ptr<
                       uintptr_t y, const Strides& ys, const Pair& out, const Pair& stride,
                       const Pair& padding, const Pair& dilation, uintptr_t scale, uintptr_t shift,
                       uintptr_t residual, const Strides& rs, const std::string& act, int threads,
-                      const std::optional<std::array<int, 8>>& pool) {
+                      const std::optional<Pool>& pool) {
   const Plan& plan = *plan_;
   Problem p = layer(plan.lowered(), nhw, out, stride, padding, dilation, threads);
   const DType dtype = plan.dtype(), wide = dtype == DType::f64 ? DType::f64 : DType::f32;
@@ -170,13 +170,8 @@ static bool run_fprop(const std::shared_ptr<Plan>& plan_, const std::shared_ptr<
   p.scale = reinterpret_cast<const void*>(checked("scale", scale, wide));
   p.shift = reinterpret_cast<const void*>(checked("shift", shift, wide));
   p.act = act_named(act);
-  Pool q{};
-  if (pool) {
-    const std::array<int, 8>& v = *pool;
-    q = Pool{v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]};
-    check_pool(q, p);
-    p.pool = &q;
-  }
+  if (pool) check_pool(*pool, p);
+  p.pool = pool ? &*pool : nullptr;
   if (Tape* tape = Tape::current())
     tape->note(std::make_shared<ConvStep>(plan_, packed, p), {x, residual, y});
   py::gil_scoped_release release;
@@ -224,6 +219,13 @@ PYBIND11_MODULE(_cpu, m) {
       },
       "Returns the instruction sets this machine can run, best first; $HETCONV_ISA forces one.");
 
+  py::class_<Pool>(m, "Pool").def(
+      py::init([](const Pair& kernel, const Pair& stride, const Pair& padding, const Pair& out) {
+        return Pool{kernel[0],  kernel[1],  stride[0], stride[1],
+                    padding[0], padding[1], out[0],    out[1]};
+      }),
+      py::arg("kernel"), py::arg("stride"), py::arg("padding"), py::arg("out"),
+      "Windows, and the height and width of what they give.");
   py::class_<Packed, std::shared_ptr<Packed>>(m, "Packed")
       .def_property_readonly("bytes", &Packed::bytes);
   py::class_<Plan, std::shared_ptr<Plan>>(m, "Plan")

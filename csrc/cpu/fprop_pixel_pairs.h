@@ -137,7 +137,7 @@ struct PixelPairsFprop {
     const int64_t plane = plane_of(entries()), run = run_of(nr, nc), result = plane_of(run);
     const bf16* x = reinterpret_cast<const bf16*>(p.x.data) + n * p.x.sn;
     pack_channels_last<bf16, bf16>(p, x, ya, xa, oy, ox, nr, nc, int(padded(p.C)), band);
-    planes_of_pairs(band, padded(p.C), entries(), p.C, planes, plane);
+    planes_of<Halves>(band, padded(p.C), entries(), p.C, planes, plane);
     bf16* zeros = planes + padded(p.C) * plane;
     zero_fill(zeros, plane);
     if (p.res.data) take_residual(n, oy, ox, nr, nc, band, residual, result);
@@ -159,7 +159,7 @@ struct PixelPairsFprop {
     }
     bf16* y = reinterpret_cast<bf16*>(p.y.data) + n * p.y.sn + oy * p.y.sh + ox * p.y.sw;
     if (p.y.sc == 1)
-      return pixels_of_pairs(results, result, nr, nc, xa.entries, p.F, y, p.y.sh, p.y.sw);
+      return pixels_of<Halves>(results, result, nr, nc, xa.entries, p.F, y, p.y.sh, p.y.sw);
     for (int f = 0; f < p.F; ++f)
       for (int r = 0; r < nr; ++r)
         for (int c = 0; c < nc; ++c)
@@ -182,7 +182,7 @@ struct PixelPairsFprop {
         else
           for (int f = 0; f < p.F; ++f) to[f] = from[f * p.res.sc];
       }
-    planes_of_pairs(staged, pitch, run_of(nr, nc), p.F, planes, plane);
+    planes_of<Halves>(staged, pitch, run_of(nr, nc), p.F, planes, plane);
   }
 
   // A tile on all pixels of a run.

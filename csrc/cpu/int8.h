@@ -90,10 +90,11 @@ struct Int8Lowered {
   int64_t packed;       // bytes
   int compress;         // this machine can pick bytes by a mask
   int permute;          // it can put the bytes of a vector in any order
-  int tiles;            // not 0: pixels are in vectors, and there are no blocks
+  int tiles;            // of filters where pixels are in vectors; there are no blocks then
   int most_quads;       // of a tile
   const Int8PixelTile* tile;
   const Int8Gather* gather;
+  bool pixels_in_vectors() const { return tiles != 0; }
 };
 
 // One call. Images are dense and channels_last: [N][H][W][C] bytes.

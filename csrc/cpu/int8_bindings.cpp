@@ -76,7 +76,7 @@ bool run_fprop(const std::shared_ptr<Int8Packed>& packed_, uintptr_t x, bool x_s
                float high, const Pair& out, const Pair& stride, const Pair& padding,
                const Pair& dilation, uintptr_t multiplier, uintptr_t bias, uintptr_t residual,
                bool residual_signed, float residual_multiplier, int residual_zero, int threads,
-               const std::optional<std::array<int, 8>>& pool) {
+               const std::optional<Pool>& pool) {
   const Int8Packed& packed = *packed_;
   const Int8Lowered& low_ = packed.plan().lowered();
   Int8Problem p{};
@@ -108,16 +108,14 @@ bool run_fprop(const std::shared_ptr<Int8Packed>& packed_, uintptr_t x, bool x_s
   p.res_zero = residual_zero;
   p.res_multiplier = residual_multiplier;
   p.threads = threads;
-  Pool q{};
   if (pool) {
-    const std::array<int, 8>& v = *pool;
-    q = Pool{v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]};
+    const Pool& q = *pool;
     if (q.KH < 1 || q.KW < 1 || q.sh < 1 || q.sw < 1 || q.pt < 0 || q.pl < 0 || q.pt >= q.KH ||
         q.pl >= q.KW || (q.Ho - 1) * int64_t(q.sh) - q.pt >= p.Ho ||
         (q.Wo - 1) * int64_t(q.sw) - q.pl >= p.Wo || p.res)
       throw std::invalid_argument("a window of the pooling has no output in it");
-    p.pool = &q;
   }
+  p.pool = pool ? &*pool : nullptr;
   const auto* scales = reinterpret_cast<const float*>(multiplier);
   const auto* shifts = reinterpret_cast<const int32_t*>(bias);
   int64_t bound = 0;
@@ -192,11 +190,9 @@ void run_mean(const Int8Kernels& kernels, uintptr_t x, bool x_signed, int x_zero
 }
 
 void run_max_pool(const Int8Kernels& kernels, uintptr_t x, bool x_signed,
-                  const std::array<int64_t, 4>& nhwc, uintptr_t y, int threads,
-                  const std::array<int, 8>& v) {
+                  const std::array<int64_t, 4>& nhwc, uintptr_t y, int threads, const Pool& pool) {
   Int8Images s = images(x, x_signed, nhwc, y, threads);
-  const Pool q{v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]};
-  s.pool = &q;
+  s.pool = &pool;
   if (Tape* tape = Tape::current())
     tape->note(std::make_shared<Int8ImagesStep>(kernels, s), {x, y});
   py::gil_scoped_release release;
@@ -214,6 +210,16 @@ void bind_int8(py::module_& m) {
         return names;
       },
       "Returns the instruction sets for 8 bits that this machine can run, best first.");
+  py::class_<Int8Block>(m, "Int8Block")
+      .def_readonly("lanes", &Int8Block::lanes)
+      .def_readonly("filters", &Int8Block::filters)
+      .def_readonly("quads", &Int8Block::quads)
+      .def_readonly("shuffles", &Int8Block::shuffles)
+      .def_readonly("order", &Int8Block::order)
+      .def_readonly("contiguous", &Int8Block::contiguous)
+      .def_readonly("spreads", &Int8Block::spreads,
+                    "Vectors of 64 channels that its bytes are permuted into; 0: they are stored "
+                    "one by one, or are neighbours.");
   py::class_<Int8Packed, std::shared_ptr<Int8Packed>>(m, "Int8Packed")
       .def_property_readonly("bytes", &Int8Packed::bytes)
       .def("fprop", &run_fprop, py::arg("x"), py::arg("x_signed"), py::arg("x_zero"),
@@ -229,28 +235,11 @@ void bind_int8(py::module_& m) {
       .def_property_readonly("live", &Int8Plan::live)
       .def_property_readonly("cost", &Int8Plan::cost)
       .def_property_readonly("useful", &Int8Plan::useful)
-      .def_property_readonly(
-          "blocks",
-          [](const Int8Plan& p) {
-            const Int8Lowered& l = p.lowered();
-            std::vector<std::array<int, 6>> found;
-            for (int i = 0; i < l.blocks; ++i) {
-              const Int8Block& b = l.block[i];
-              found.push_back({b.lanes, b.filters, b.quads, b.shuffles, b.order, b.contiguous});
-            }
-            return found;
-          })
-      .def_property_readonly(
-          "spreads",
-          [](const Int8Plan& p) {
-            const Int8Lowered& l = p.lowered();
-            std::vector<int> found;
-            for (int i = 0; i < l.blocks; ++i) found.push_back(l.block[i].spreads);
-            return found;
-          },
-          "Per block: the vectors of 64 channels that its bytes are permuted into; 0 = stored one "
-          "by "
-          "one, or neighbours.")
+      .def_property_readonly("blocks",
+                             [](const Int8Plan& p) {
+                               const Int8Lowered& l = p.lowered();
+                               return std::vector<Int8Block>(l.block, l.block + l.blocks);
+                             })
       .def(
           "pack",
           [](std::shared_ptr<Int8Plan> plan, uintptr_t w, const std::array<int64_t, 4>& strides,

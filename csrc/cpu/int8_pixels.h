@@ -3,8 +3,8 @@
 // pixels (see int8_turn.h), of these the quads that a group reads, and of what the groups make
 // come pixels again.
 #pragma once
-#include "int8_band.h"
 #include "int8_micro_pixels.h"
+#include "int8_pixel_bands.h"
 #include "int8_turn.h"
 
 namespace hetconv {
@@ -15,8 +15,12 @@ struct Int8Pixels {
   const Int8Problem& p;
   const int8_t* packed;
   const Finish& finish;
-  const Int8Bands& bands;
-  const int32_t* off;
+  Int8PixelBands bands;
+  const int32_t* off = nullptr;
+
+  Int8Pixels(const Int8Lowered& lowered, const Int8Problem& problem, const int8_t* weights,
+             const Finish& f)
+      : L(lowered), p(problem), packed(weights), finish(f), bands(lowered, problem) {}
 
   // Where a band is kept. Steps read up to a tile's pixels beyond the last.
   struct Place {
@@ -33,13 +37,15 @@ struct Int8Pixels {
     return at;
   }
 
-  void compute(uint8_t* memory, int64_t n, int oy, int ox, int nr, int nc, uint8_t* y0) const {
+  // All tiles at once: what a band is turned into serves every one.
+  void compute(int, int, uint8_t* memory, int64_t n, int oy, int ox, int nr, int nc, int*,
+               uint8_t* y0) const {
     const Place at = lay_out(memory);
-    const int64_t entries = bands.entries(), plane = Int8Bands::plane_of(entries);
+    const int64_t entries = bands.entries(), plane = Int8PixelBands::plane_of(entries);
     const int row = bands.xa.entries;
-    const int64_t run = int64_t(nr - 1) * row + nc, result = Int8Bands::plane_of(run);
+    const int64_t run = int64_t(nr - 1) * row + nc, result = Int8PixelBands::plane_of(run);
     bands.pack(0, n, oy, ox, nr, nc, at.band);
-    planes_of_pixels<true>(at.band, bands.pixel(0), entries, p.C, at.planes, plane);
+    planes_of<Woven>(at.band, bands.pixel(0), entries, p.C, at.planes, plane);
     const int64_t first = (int64_t(oy) * p.Wo + ox) * p.F;
     const uint8_t* res = p.res ? p.res + n * int64_t(p.Ho) * p.Wo * p.F + first : nullptr;
     if (res && p.y_type != Int8Out::f32) take_residual(res, nr, nc, row, run, result, at);
@@ -59,7 +65,8 @@ struct Int8Pixels {
         sweep(t, at, result, run);
     }
     if (p.y_type != Int8Out::f32)
-      pixels_of_planes(at.results, result, nr, nc, row, p.F, y0 + first, int64_t(p.Wo) * p.F);
+      pixels_of<Straight>(at.results, result, nr, nc, row, p.F, y0 + first, int64_t(p.Wo) * p.F,
+                          int64_t(p.F));
   }
 
   // What is added, in planes like the results; between the rows lies anything.
@@ -70,7 +77,7 @@ struct Int8Pixels {
       for (int x = 0; x < nc; ++x)
         memcpy(at.band + (int64_t(r) * row + x) * pitch, res + (int64_t(r) * p.Wo + x) * p.F,
                size_t(p.F));
-    planes_of_pixels<false>(at.band, pitch, run, p.F, at.residual, result);
+    planes_of<Straight>(at.band, pitch, run, p.F, at.residual, result);
   }
 
   Int8Run run_of(const Int8PixelTile& t, const uint8_t* quads, int32_t* sums) const {

@@ -31,7 +31,7 @@ class Int8Plan {
 
   const Int8Lowered& lowered() const { return low_; }
   const Int8Kernels& kernels() const { return kernels_; }
-  const char* form() const { return low_.tiles ? "pixels" : "filters"; }
+  const char* form() const { return low_.pixels_in_vectors() ? "pixels" : "filters"; }
   OffsetCache* offsets() const { return cache_.get(); }
   int64_t live() const { return live_; }
   // Vector operations (of 64 bytes) per pixel, and those that the live weights need at least.

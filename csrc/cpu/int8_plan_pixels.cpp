@@ -98,7 +98,7 @@ Int8Plan::Lowering Int8Plan::lower_pixels(const std::vector<Int8Part>& groups) c
       to.tiles.push_back(tile);
     }
   }
-  // A band of the fewest pixels, whatever the stride and the dilation: see Int8Bands::pixel_room.
+  // A band of the fewest pixels, whatever stride and dilation: see Int8PixelBands::pixel_room.
   const int64_t pixels = int64_t(kFewestPixels) * taps, plane = (pixels + 63) / 64 * 64 + 128,
                 filters = (low_.F + 63) / 64 * 64,
                 bytes = plane * (2 * std::max<int64_t>(staged.pitch, filters) +

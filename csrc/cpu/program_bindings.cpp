@@ -212,11 +212,10 @@ void bind_program(py::module_& m) {
       py::arg("high") = 0.0f, py::arg("threads") = 1);
   m.def(
       "max_pool_step",
-      [](const std::string& dtype, const std::array<int64_t, 4>& nhwc, const std::array<int, 8>& v,
+      [](const std::string& dtype, const std::array<int64_t, 4>& nhwc, const Pool& q,
          int threads) -> StepPointer {
         for (int i = 1; i < 4; ++i)
           if (nhwc[size_t(i)] > INT32_MAX) throw std::invalid_argument("an image is too large");
-        const Pool q{v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]};
         return std::make_shared<PoolStep>(Pooling::max, dtype_named(dtype), nhwc[0], int(nhwc[1]),
                                           int(nhwc[2]), int(nhwc[3]), q, threads);
       },
@@ -224,10 +223,9 @@ void bind_program(py::module_& m) {
   m.def(
       "average_pool",
       [](const std::string& dtype, uintptr_t x, const std::array<int64_t, 4>& nhwc, uintptr_t y,
-         const std::array<int, 8>& v, bool inside, int threads) {
+         const Pool& q, bool inside, int threads) {
         for (int i = 1; i < 4; ++i)
           if (nhwc[size_t(i)] > INT32_MAX) throw std::invalid_argument("an image is too large");
-        const Pool q{v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]};
         const auto step = std::make_shared<PoolStep>(inside ? Pooling::mean_inside : Pooling::mean,
                                                      dtype_named(dtype), nhwc[0], int(nhwc[1]),
                                                      int(nhwc[2]), int(nhwc[3]), q, threads);

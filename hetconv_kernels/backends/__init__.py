@@ -21,6 +21,7 @@ from ..openmp import share_openmp
 from ..pooling import max_pooled
 from ..problem import DTYPES, Problem
 from .cost_model import POOL, POOLED
+from .dense_cost import outside_program
 
 __all__ = [
     "Backend",
@@ -46,9 +47,6 @@ Runner = Callable[..., Any]
 
 # How much faster than `vendor` a prediction must be where nothing was measured on this hardware.
 UNMEASURED_MARGIN = 1.3
-# By how much a prediction for a frozen layer on the CPU may be above `vendor`'s: the engine's layer
-# is a step of an optimised network's program, and not a call of PyTorch with a fresh output.
-TIE = 1.05
 
 
 class Backend(Protocol):
@@ -217,9 +215,7 @@ def choose(problem: Problem, code: int) -> Choice:
             )
         return _ready(engine, problem)
     best = get_backend("vendor")
-    best_time = predict(best, problem)
-    if problem.verb == "fprop" and problem.frozen_weight and problem.device.type == "cpu":
-        best_time *= TIE
+    best_time = outside_program(problem, predict(best, problem))
     if best.unsupported_reasons(problem):  # then any engine that can is better
         best, best_time = get_backend("reference"), math.inf
     for engine in _engines().values():

@@ -70,6 +70,9 @@ POINTWISE = 1.2
 # Memory that comes from the system, page by page: seconds per byte on one thread. 64 MiB of zeros
 # were seen to take 31 ms fresh and 3 ms where they had been before.
 FRESH = 4e-10
+# How much longer a call of PyTorch's takes between two programs of a network than alone: a margin,
+# so that a tie of a frozen layer goes to the engine, whose layer is a step of the program.
+BETWEEN_PROGRAMS = 1.05
 # Groups of at most so many channels: seconds per multiply-accumulate on all threads, in NCHW and in
 # channels_last. `python -m benchmarks.calibrate_calls` has them, measured on two threads of an AMD
 # Zen 4 server core and brought to the machine of the fitted ones by what `cpu` takes on both.

@@ -10,6 +10,7 @@ activations in that format.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,14 +23,16 @@ from ..packing import dense_weight
 from ..pooling import Pool
 from ..problem import Geometry, check_image, is_dense_shape
 from ..quantization.checks import (
-    INTEGER_RANGES,
     check_activation,
     check_bounds,
+    check_cpu,
+    check_operand,
     check_per_filter,
     check_same,
     check_scale,
     check_weight,
     check_zero_point,
+    output_zero,
 )
 from ..support import Support
 
@@ -79,7 +82,7 @@ def pack(weight: Tensor, support: Support) -> Packed:
             beyond the engine's integers.
     """
     check_weight(weight, support)
-    _check_cpu("weight", weight)
+    check_cpu("weight", weight)
     plan = plan_of(support)
     # The packing itself leaves dead entries out.
     whole = is_dense_shape(support, weight.shape)
@@ -118,22 +121,7 @@ def fprop(
 ) -> Tensor:
     """Convolves integers and requantises; see `hetconv_kernels.quantization.reference.fprop`.
 
-    Args:
-        x: activations.  # uint8 or int8 [N, C, H, W]
-        weight: canonical, packed anew at every call, or what `pack` made.  # int8
-        support: which weights exist.
-        geometry: Support, stride, pads and dilation.
-        multiplier: sx · sw[f] / sy, for a float32 output sx · sw[f].  # float32 [F]
-        bias: in units of sx · sw[f].  # int32 [F]
-        x_zero_point: of x.
-        y_zero_point: of y; not read for a float32 output.
-        low: the least value of y.
-        high: the greatest value of y.
-        out_dtype: uint8, int8 or float32.
-        residual: added before the clamp.  # uint8 or int8 [N, F, OH, OW]
-        residual_multiplier: sr / sy, for a float32 output sr.
-        residual_zero_point: of the residual.
-        pool: max-pooling of the result, or None.
+    A weight that is a tensor is packed anew at every call; `pack` makes one ready for many.
 
     Returns:
         y in channels_last, pooled where asked for.  # [N, F, OH, OW]
@@ -153,9 +141,9 @@ def fprop(
     packed: Any = pack(weight, support) if isinstance(weight, Tensor) else weight
     check_per_filter("multiplier", multiplier, f, torch.float32)
     check_per_filter("bias", bias, f, torch.int32)
-    _check_cpu("multiplier", multiplier)
-    _check_cpu("bias", bias)
-    zero = _zero_of(y_zero_point, out_dtype)
+    check_cpu("multiplier", multiplier)
+    check_cpu("bias", bias)
+    zero = output_zero(y_zero_point, out_dtype)
     out = geometry.output_size(h, w)
     # A sum of two, and float32, are pooled in a pass of their own.
     inside = pool is not None and residual is None and out_dtype != torch.float32
@@ -173,9 +161,7 @@ def fprop(
     x = x.contiguous(memory_format=_LAST)
     multiplier, bias = multiplier.contiguous(), bias.contiguous()
     pads = geometry.pads
-    ints = None
-    if inside and pool is not None:
-        ints = (*pool.kernel, *pool.stride, *pool.padding, *size)
+    window = _window(pool, size) if inside and pool is not None else None
     arguments = (
         x.data_ptr(),
         x.dtype == torch.int8,
@@ -198,7 +184,7 @@ def fprop(
         residual_zero_point,
         torch.get_num_threads(),
     )
-    if packed.fprop(*arguments, ints) and (pool is None or inside):
+    if packed.fprop(*arguments, window) and (pool is None or inside):
         return y
     if inside:  # not even one row of the pooled image fits in the cache
         y = _empty(support, (n, f, *out), out_dtype)
@@ -269,20 +255,19 @@ def max_pool(x: Tensor, pool: Pool) -> Tensor:
         ArgumentError: another rank or device, or no window has a place in the image.
     """
     check_activation("input", x)
-    _check_cpu("input", x)
+    check_cpu("input", x)
     n, c, h, w = x.shape
     pool.check(h, w)
     size = pool.output_size(h, w)
     y = _empty("max_pool", (n, c, *size), x.dtype)
     x = x.contiguous(memory_format=_LAST)
-    ints = (*pool.kernel, *pool.stride, *pool.padding, *size)
     _kernels().max_pool(
         x.data_ptr(),
         x.dtype == torch.int8,
         (n, h, w, c),
         y.data_ptr(),
         torch.get_num_threads(),
-        ints,
+        _window(pool, size),
     )
     return y
 
@@ -310,7 +295,7 @@ def mean(
     n, c, h, w = x.shape
     if not 0 < h * w < 2**23:
         raise ArgumentError(mismatch("pixels to average", h * w, f"from 1 to {2**23 - 1}"))
-    zero = _zero_of(y_zero_point, out_dtype)
+    zero = output_zero(y_zero_point, out_dtype)
     y = _empty("mean", (n, c, 1, 1), out_dtype)
     x = x.contiguous(memory_format=_LAST)
     _kernels().mean(
@@ -342,7 +327,7 @@ def quantize_tensor(x: Tensor, scale: float, zero_point: int, dtype: torch.dtype
         )
     if x.dim() != 4:
         raise ArgumentError(mismatch("input shape", tuple(x.shape), "[N, C, H, W]"))
-    _check_cpu("input", x)
+    check_cpu("input", x)
     check_scale("scale", scale)
     check_zero_point("zero_point", zero_point, dtype)
     y = _empty("quantize", tuple(x.shape), dtype)
@@ -379,7 +364,7 @@ def _summed(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """Adds one or two operands, each with its zero point and multiplier, and requantises."""
-    zero = _zero_of(y_zero_point, out_dtype)
+    zero = output_zero(y_zero_point, out_dtype)
     y = _empty("sum", tuple(operands[0][0].shape), out_dtype)
     held = [(x.contiguous(memory_format=_LAST), point, m) for x, point, m in operands]
     flat = [(x.data_ptr(), x.dtype == torch.int8, point, m) for x, point, m in held]
@@ -400,25 +385,16 @@ def _kernels() -> Any:
 _known_kernels: dict[str, Any] = {}
 
 
+@lru_cache(256)
+def _window(pool: Pool, size: tuple[int, int]) -> Any:
+    """Returns the engine's description of a pooling that gives so many pixels."""
+    return _cpu.Pool(*pool, size)
+
+
 def _empty(owner: object, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return allocate(owner, shape, dtype, _CPU, _LAST)
 
 
 def _check_x(name: str, x: Tensor, zero_point: int, zero_name: str = "x_zero_point") -> None:
-    check_activation(name, x)
-    check_zero_point(zero_name, zero_point, x.dtype)
-    _check_cpu(name, x)
-
-
-def _check_cpu(name: str, tensor: Tensor) -> None:
-    if not tensor.is_cpu:
-        raise ArgumentError(
-            mismatch(f"{name} device", tensor.device, "cpu", "Use the backend 'reference'.")
-        )
-
-
-def _zero_of(y_zero_point: int, out_dtype: torch.dtype) -> int:
-    if out_dtype not in INTEGER_RANGES:
-        return 0
-    check_zero_point("y_zero_point", y_zero_point, out_dtype)
-    return y_zero_point
+    check_operand(name, x, zero_point, zero_name)
+    check_cpu(name, x)

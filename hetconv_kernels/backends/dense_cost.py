@@ -13,6 +13,7 @@ from ..support import Support
 from . import prepacked
 from .common import is_linear
 from .cost_model import (
+    BETWEEN_PROGRAMS,
     DENSE,
     DTYPE_SPEED,
     FILTERS_BLOCK,
@@ -59,17 +60,23 @@ def dense_gpu_prediction(
     return seconds + launches * constants.launch
 
 
-def fresh_seconds(problem: Problem) -> float:
-    """Predicts what pages of a large output cost, where an engine writes to memory that is kept.
+def outside_program(problem: Problem, seconds: float) -> float:
+    """Adds to what a call of PyTorch's engine takes what it costs the network around it.
 
-    That is so in the networks of `hk.optimize`, whose arena PyTorch's own convolution cannot write
-    to; a call with an activation is one of theirs.
+    A frozen layer of ours may be a step of a network's program, see `hk.optimize`. PyTorch's own
+    convolution there is a call between two programs, and cannot write to the network's arena: the
+    pages of a large output come fresh from the system. A call with an activation is always one of
+    such a network, which alone fuses them.
+
+    Args:
+        problem: the call.
+        seconds: what `vendor` is predicted to take for it.
     """
+    if problem.verb != "fprop" or not problem.frozen_weight or problem.device.type != "cpu":
+        return seconds
     size = math.prod(problem.y_shape) * problem.dtype.itemsize
-    planned = problem.verb == "fprop" and problem.act != "none" and problem.frozen_weight
-    if problem.device.type != "cpu" or not planned or size <= _KEPT:
-        return 0.0
-    return size * FRESH / torch.get_num_threads()
+    pages = size if problem.act != "none" and size > _KEPT else 0
+    return seconds * BETWEEN_PROGRAMS + pages * FRESH / torch.get_num_threads()
 
 
 def dense_seconds(

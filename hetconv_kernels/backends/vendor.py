@@ -36,7 +36,7 @@ from .cost_model import (
     MASK_CALL,
     TURN,
 )
-from .dense_cost import dense_seconds, fresh_seconds
+from .dense_cost import dense_seconds
 
 
 class Vendor:
@@ -71,7 +71,7 @@ class Vendor:
             each = EXPAND if problem.live_weight else TURN if turned else MASK
             each = 0.0 if _multiplies_masked(problem) else each
             seconds += MASK_CALL + math.prod(problem.support.shape) * each
-        return seconds + fresh_seconds(problem)
+        return seconds
 
     def measured(self, problem: Problem) -> bool:
         """The rates were fitted on CPUs, in float32; elsewhere they are nominal."""

@@ -57,10 +57,10 @@ class AveragePool(nn.Module):
         n, c, h, w = x.shape
         size = self.pool.output_size(h, w)
         y = allocate(self, (n, c, *size), x.dtype, x.device, _LAST)
-        ints = (*self.pool.kernel, *self.pool.stride, *self.pool.padding, *size)
+        window = _cpu.Pool(*self.pool, size)
         threads = torch.get_num_threads()
         _cpu.average_pool(
-            _NAMES[x.dtype], x.data_ptr(), (n, h, w, c), y.data_ptr(), ints, self.inside, threads
+            _NAMES[x.dtype], x.data_ptr(), (n, h, w, c), y.data_ptr(), window, self.inside, threads
         )
         return y if self.keepdim else y.flatten(1)
 

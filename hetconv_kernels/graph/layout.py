@@ -20,7 +20,8 @@ from .names import module_of, name_of
 from .take import take_group_norm, take_norm
 
 if TYPE_CHECKING:
-    from .channels import Channels, Move
+    from .channel_walk import Move
+    from .channels import Channels
 
 Layout = Mapping[fx.Node, IntArray]
 

@@ -150,9 +150,9 @@ def _max_pooled(
     if not (spec.is_dense(_LAST) and y.is_dense(_LAST)) or node.args[:1] != (x,):
         return None
     n, c, h, w = spec.shape
-    ints = (*pool.kernel, *pool.stride, *pool.padding, *y.shape[2:])
+    window = _cpu.Pool(*pool, y.shape[2:])
     threads = torch.get_num_threads()
-    return _cpu.max_pool_step(_NAMES[y.dtype], (n, h, w, c), ints, threads), (x,)
+    return _cpu.max_pool_step(_NAMES[y.dtype], (n, h, w, c), window, threads), (x,)
 
 
 def _concatenated(

@@ -15,19 +15,19 @@ from torch import Tensor, nn
 
 from .. import masking, ops
 from ..autograd import transforms_active
-from ..backends import choose
-from ..backends.cost_model import INVERSE, INVERSE_CALL, SUMMED
 from ..errors import ArgumentError, InputTypeError, SupportError, mismatch
 from ..functional import _autocasting, conv2d, fprop_problem
 from ..masks import kernel_pair
 from ..observers import observed, sizes
-from ..packing import FrozenCache, dense_weight, mask_on, owned
+from ..packing import FrozenCache, dense_weight, owned
 from ..problem import Geometry, Problem, make_geometry
 from ..support import Support
 from .base import STAND_IN, ForcedBackend, as_step
 from .conv import SupportConv2d
-from .dct import AT_ONCE, dct, dct_basis, to_spatial
+from .dct import dct, dct_basis, to_spatial
 from .extra_state import described_by, extra_state
+from .frequency_cost import frequency_seconds, spatial_seconds
+from .frequency_weights import image_sums, spatial_cache
 
 PATHS = ("auto", "frequency", "spatial")
 Band = tuple[int, int]
@@ -239,24 +239,13 @@ class FrequencyConv2d(ForcedBackend):
         support: Support = mix._geometry.support
         held = self._held  # a search by all that decides it takes longer than the rest
         if held is None or held[0] is not support:
-            held = self._held = support, self._spatial_cache(support)
+            held = self._held = (
+                support,
+                spatial_cache(support, self.in_channels, self.kernel_size, self.live_frequencies),
+            )
         cache = held[1]
         flat: Tensor = cache(weight)
         return flat
-
-    def _spatial_cache(self, support: Support) -> FrozenCache:
-        channels = self.in_channels
-        key = ("spatial weight", channels, self.kernel_size, self.live_frequencies)
-        cache: FrozenCache | None = support.derived.get(key)
-        if cache is None:
-            images = dct_basis(self.kernel_size)[list(self.live_frequencies)]
-
-            def build(live: Tensor) -> Tensor:
-                dense = dense_weight(support, live.detach(), live.dtype)
-                return owned(to_spatial(dense, channels, images, True).flatten())
-
-            cache = support.derived[key] = FrozenCache(build, "frequency")
-        return cache
 
     def spatial_weight(self) -> Tensor:
         """Transforms the coefficients back.  # [F, C, KH, KW]"""
@@ -289,15 +278,7 @@ class FrequencyConv2d(ForcedBackend):
             or masking.native_engine() is None
         ):
             return None
-        live, last = self.live_frequencies, not x.is_contiguous()
-        key = ("images", self.kernel_size, live, last)
-        sums: masking.ImageSums | None = support.derived.get(key)
-        if sums is None:
-            with torch.inference_mode(False), torch.no_grad():
-                images = dct_basis(self.kernel_size, torch.float32)[list(live)].contiguous()
-                mask = mask_on(support, weight.device).view(len(weight), -1, len(live))
-                mask = mask.transpose(1, 2).contiguous()
-                sums = support.derived[key] = masking.ImageSums(mask, images, last)
+        sums = image_sums(support, self.kernel_size, self.live_frequencies, not x.is_contiguous())
         # Where a gradient is wanted the convolution keeps its weight.
         return sums(weight, brief=not torch.is_grad_enabled())
 
@@ -319,9 +300,6 @@ class FrequencyConv2d(ForcedBackend):
     def predicted(self, x: Tensor, frozen: bool | None = None) -> tuple[float, float]:
         """Predicts both ways of a call, with what has to be derived from the weights for it.
 
-        A frozen layer derives it once. Other layers sum the images of their frequencies, and mask
-        and lay out the weights, at each call.
-
         Args:
             x: an input; only its shape, layout, dtype and device count.
             frozen: as if the layer were frozen, or not; None for as it is.
@@ -329,35 +307,8 @@ class FrequencyConv2d(ForcedBackend):
         Returns:
             Seconds by way of the frequencies, and in space.
         """
-        shape, mix = sizes(x), self.mix
-        frozen = mix.frozen if frozen is None else frozen
-        weight = mix.weight.new_empty(mix.support.live, device="meta") if frozen else mix.weight
-        transform = self._transform_frozen if frozen else self._transform
-        spatial = self._spatial_frozen if frozen else self._spatial
-        basis, dense = self.basis, x.new_empty(self._spatial.support.shape, device="meta")
-        if frozen:
-            basis, dense = basis.flatten(), dense.flatten()
-        filters, size = transform.support.filters, transform.output_size(shape[2], shape[3])
-        last = torch.channels_last if not x.is_contiguous() else torch.contiguous_format
-        maps = torch.empty((shape[0], filters, *size), dtype=x.dtype, device="meta")
-        maps = maps.contiguous(memory_format=last)
-        there = self._predicted(transform, x, x, basis)
-        there += self._predicted(replace(mix._geometry, frozen=frozen), maps, x, weight)
-        back = self._predicted(spatial, x, x, dense)
-        if not frozen:
-            count = len(self.live_frequencies)
-            images = count * dense.numel()
-            if x.is_cpu and x.dtype == torch.float32 and masking.native_engine() is not None:
-                back += images * SUMMED + INVERSE_CALL
-            else:
-                back += images * INVERSE + (2 if images <= AT_ONCE else count) * INVERSE_CALL
-        return there, back
-
-    def _predicted(self, geometry: Geometry, maps: Tensor, x: Tensor, weight: Tensor) -> float:
-        size = (sizes(maps)[2], sizes(maps)[3])
-        problem = ops.describe("fprop", geometry, maps, maps, weight, size, {})
-        problem = replace(problem, device=x.device, weight_dtype=x.dtype)
-        return choose(problem, self._backend_code()).backend.estimate(problem)
+        frozen = self.mix.frozen if frozen is None else frozen
+        return frequency_seconds(self, x, frozen), spatial_seconds(self, x, frozen)
 
     @classmethod
     def from_conv2d(cls, conv: nn.Conv2d, coefficients: npt.ArrayLike, **kwargs: Any) -> Self:

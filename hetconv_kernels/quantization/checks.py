@@ -65,6 +65,36 @@ def check_zero_point(name: str, value: int, dtype: torch.dtype) -> None:
         )
 
 
+def check_operand(name: str, x: Tensor, zero_point: int, zero_name: str = "x_zero_point") -> None:
+    """Refuses what is no quantised image, or a zero point that its integers do not have.
+
+    Raises:
+        ArgumentError, InputTypeError: see `check_activation` and `check_zero_point`.
+    """
+    check_activation(name, x)
+    check_zero_point(zero_name, zero_point, x.dtype)
+
+
+def check_cpu(name: str, x: Tensor) -> None:
+    """Refuses what the compiled engine cannot read.
+
+    Raises:
+        ArgumentError: it is on another device.
+    """
+    if not x.is_cpu:
+        raise ArgumentError(
+            mismatch(f"{name} device", x.device, "cpu", "Use the backend 'reference'.")
+        )
+
+
+def output_zero(zero_point: int, dtype: torch.dtype) -> int:
+    """Returns the zero point of an output, 0 for one in float32; errors as `check_zero_point`."""
+    if dtype not in INTEGER_RANGES:
+        return 0
+    check_zero_point("y_zero_point", zero_point, dtype)
+    return zero_point
+
+
 def check_scale(name: str, value: float) -> None:
     """Refuses a scale or multiplier that is not a positive normal number of float32.
 

@@ -28,6 +28,7 @@ from .checks import (
     check_activation,
     check_bounds,
     check_no_overflow,
+    check_operand,
     check_per_filter,
     check_same,
     check_scale,
@@ -115,8 +116,7 @@ def fprop(
         ArgumentError: a shape, zero point, bound or multiplier that does not fit, or a filter
             whose accumulator could leave int32.
     """
-    check_activation("input", x)
-    check_zero_point("x_zero_point", x_zero_point, x.dtype)
+    check_operand("input", x, x_zero_point)
     check_bounds(low, high, out_dtype)
     if x.shape[1] != support.channels:
         raise ArgumentError(mismatch("input channels", x.shape[1], f"{support.channels}"))
@@ -132,8 +132,7 @@ def fprop(
     acc = acc + bias.to(torch.float64)[:, None, None]
     t = acc.to(torch.float32) * multiplier[:, None, None]
     if residual is not None:
-        check_activation("residual", residual)
-        check_zero_point("residual_zero_point", residual_zero_point, residual.dtype)
+        check_operand("residual", residual, residual_zero_point, "residual_zero_point")
         check_scale("residual_multiplier", residual_multiplier)
         check_same(("output", "residual"), (t, residual))
         t = t + _scaled(residual, residual_zero_point, residual_multiplier)
@@ -179,8 +178,7 @@ def add(
         ("a", a, a_zero_point, a_multiplier),
         ("b", b, b_zero_point, b_multiplier),
     ):
-        check_activation(name, operand)
-        check_zero_point(f"{name}_zero_point", zero, operand.dtype)
+        check_operand(name, operand, zero, f"{name}_zero_point")
         check_scale(f"{name}_multiplier", scale)
     check_same(("a", "b"), (a, b))
     check_bounds(low, high, out_dtype)
@@ -205,8 +203,7 @@ def requantize(
     Returns:
         y in channels_last.  # [N, C, H, W]
     """
-    check_activation("input", x)
-    check_zero_point("x_zero_point", x_zero_point, x.dtype)
+    check_operand("input", x, x_zero_point)
     check_scale("multiplier", multiplier)
     check_bounds(low, high, out_dtype)
     return _finish(_scaled(x, x_zero_point, multiplier), y_zero_point, low, high, out_dtype)
@@ -261,8 +258,7 @@ def mean(
         ArgumentError: a number that is out of range, no pixels, or 2**23 pixels and more, whose
             sum int32 does not hold.
     """
-    check_activation("input", x)
-    check_zero_point("x_zero_point", x_zero_point, x.dtype)
+    check_operand("input", x, x_zero_point)
     check_scale("multiplier", multiplier)
     check_bounds(low, high, out_dtype)
     pixels = x.shape[2] * x.shape[3]
