@@ -20,6 +20,12 @@ int64_t row_offset(uint64_t operand, int row, int half) {
          half * field(operand, 16) - kReserved;
 }
 
+// The same of sixteen bytes with eight columns of one k, where the operand is transposed.
+int64_t column_offset(uint64_t operand, int eight, int k) {
+  return field(operand, 0) + eight * field(operand, 32) + k / 8 * field(operand, 16) + k % 8 * 16 -
+         kReserved;
+}
+
 }  // namespace
 
 Hopper::Hopper(const std::vector<Block*>& blocks, int grain)
@@ -181,6 +187,17 @@ void Hopper::named_barrier(int name, int threads) {
   Fiber& own = block->current();
   if (mistake.name == "skip-named" && own.barriers++ == mistake.at) return;
   if (name < 1 || name > 15) fail("a barrier has a number from 1 to 15, not %d", name);
+  meet(name, threads);
+}
+
+void Hopper::warp_barrier() {
+  Fiber& own = block->current();
+  if (mistake.name == "skip-warp" && own.barriers++ == mistake.at) return;
+  meet(16 + int(own.thread.x) / 32, 32);
+}
+
+void Hopper::meet(int name, int threads) {
+  const Fiber& own = block->current();
   Named& barrier = watched_[size_t(block->rank())].named[name];
   barrier.threads.push_back(int(own.thread.x));
   if (int(barrier.threads.size()) < threads) return block->yield(Waiting::named);
@@ -237,33 +254,38 @@ void Hopper::release(Warpgroup&) {
 
 void Hopper::products_begin() { group().lanes[block->current().thread.x % 128].begun = true; }
 
-void Hopper::product(float* d, const Product& own) {
+void Hopper::product(float* d, const Product& own, const uint32_t* a) {
   Warpgroup& g = group();
   Fiber& fiber = block->current();
   Lane& lane = g.lanes[fiber.thread.x % 128];
   if (!lane.begun) fail("a product without products_begin after other uses of its registers");
   lane.own = own;
   lane.d = d;
+  if (a) std::copy(a, a + 4, lane.a);
   if (mistake.name == "wrong-operand" && fiber.products++ == mistake.at) lane.own.b ^= 0x2000;
   if (!together(g, "product")) return;
   for (const Lane& other : g.lanes)
     if (other.own.a != lane.own.a || other.own.b != lane.own.b || other.groups != lane.groups)
       fail("the lanes of a warpgroup differ in a product's operands or its group");
-  for (Lane& each : g.lanes)
-    if (each.kept.empty()) {
-      each.kept.assign(each.d, each.d + own.columns / 2);
+  std::vector<Operands> lanes;
+  for (Lane& each : g.lanes) {
+    std::vector<float>& kept = each.kept[each.d];
+    if (kept.empty()) {
+      kept.assign(each.d, each.d + own.columns / 2);
       std::fill(each.d, each.d + own.columns / 2, NAN);
     }
+    lanes.push_back({each.d, {each.a[0], each.a[1], each.a[2], each.a[3]}});
+  }
   // Any lane may start it: another one each time is asked for what it knows.
   const int starter = int(fiber.thread.x) / 128 * 128 + g.checked++ * 37 % 128;
-  read_operand(g, lane.own, false, starter);
-  read_operand(g, lane.own, true, starter);
-  g.pending.push_back({lane.own, lane.groups});
+  if (!own.registers) read_operand(lane.own, false, starter);
+  read_operand(lane.own, true, starter);
+  g.pending.push_back({lane.own, lane.groups, std::move(lanes)});
   release(g);
 }
 
 // The reading itself is done when the product is; here only who reads what is noted.
-void Hopper::read_operand(Warpgroup&, const Product& p, bool b, int starter) {
+void Hopper::read_operand(const Product& p, bool b, int starter) {
   const uint64_t operand = b ? p.b : p.a;
   if (operand >> 46 || (operand >> 14 & 3) || (operand >> 30 & 3))
     fail("an operand's descriptor %llx has bits that say swizzling or nothing",
@@ -272,7 +294,8 @@ void Hopper::read_operand(Warpgroup&, const Product& p, bool b, int starter) {
   int other = 0;
   for (int row = 0; row < rows; ++row)
     for (int half = 0; half < 2; ++half) {
-      const int64_t offset = row_offset(operand, row, half);
+      const int64_t offset = p.registers ? column_offset(operand, row / 8, row % 8 * 2 + half)
+                                         : row_offset(operand, row, half);
       if (offset < 0 || offset + 16 > block->size())
         fail("a product reads shared byte %lld, which is outside of %lld", (long long)offset,
              (long long)block->size());
@@ -305,7 +328,7 @@ void Hopper::products_wait(int pending) {
   std::vector<Pending> later;
   for (const Pending& p : g.pending)
     if (p.group < ended)
-      multiply(g, p.product);
+      multiply(g, p);
     else
       later.push_back(p);
   g.pending = later;
@@ -320,7 +343,7 @@ void Hopper::products_wait(int pending) {
       known = known < time ? time : known;
     }
     if (later.empty() && !lane.kept.empty()) {
-      std::copy(lane.kept.begin(), lane.kept.end(), lane.d);
+      for (const auto& [d, kept] : lane.kept) std::copy(kept.begin(), kept.end(), d);
       lane.kept.clear();
       lane.begun = false;
     }
@@ -328,7 +351,8 @@ void Hopper::products_wait(int pending) {
   release(g);
 }
 
-void Hopper::multiply(Warpgroup& g, const Product& p) {
+void Hopper::multiply(Warpgroup& g, const Pending& pending) {
+  const Product& p = pending.product;
   static thread_local float a[64][16], b[256][16];
   auto fetch = [&](uint64_t operand, int rows, float (*to)[16]) {
     for (int row = 0; row < rows; ++row)
@@ -338,14 +362,30 @@ void Hopper::multiply(Warpgroup& g, const Product& p) {
         for (int i = 0; i < 8; ++i) to[row][half * 8 + i] = p.widen(bits[i]);
       }
   };
-  fetch(p.a, 64, a);
-  fetch(p.b, p.columns, b);
+  if (p.registers) {
+    for (int lane = 0; lane < 128; ++lane)
+      for (int i = 0; i < 8; ++i) {
+        const int row = lane / 32 * 16 + lane % 32 / 4 + i / 2 % 2 * 8;
+        const uint32_t both = pending.lanes[size_t(lane)].a[i / 2];
+        a[row][i / 4 * 8 + lane % 4 * 2 + i % 2] = p.widen(both >> i % 2 * 16 & 0xFFFF);
+      }
+    for (int eight = 0; eight < p.columns / 8; ++eight)
+      for (int k = 0; k < 16; ++k) {
+        uint16_t bits[8];
+        std::memcpy(bits, block->memory(uint32_t(column_offset(p.b, eight, k))), 16);
+        for (int i = 0; i < 8; ++i) b[eight * 8 + i][k] = p.widen(bits[i]);
+      }
+  } else {
+    fetch(p.a, 64, a);
+    fetch(p.b, p.columns, b);
+  }
   for (int row = 0; row < 64; ++row)
     for (int column = 0; column < p.columns; ++column) {
       float sum = 0;
       for (int k = 0; k < 16; ++k) sum += a[row][k] * b[column][k];
       const int lane = row / 16 * 32 + row % 8 * 4 + column % 8 / 2;
-      g.lanes[lane].kept[size_t(column / 8 * 4 + row % 16 / 8 * 2 + column % 2)] += sum;
+      std::vector<float>& kept = g.lanes[lane].kept[pending.lanes[size_t(lane)].d];
+      kept[size_t(column / 8 * 4 + row % 16 / 8 * 2 + column % 2)] += sum;
     }
 }
 
