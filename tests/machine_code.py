@@ -141,6 +141,15 @@ def problems(code: Code) -> list[str]:
             found.append(f"{code.turn} instructions for each asynchronous copy")
         if code.registers > _WIDE_REGISTERS:
             found.append(f"{code.registers} registers")
+    if code.name.startswith("wide_wgrad"):
+        if code.described or "HGMMA" not in code.matrix:
+            found.append(f"no HGMMA with an operand in registers: {code.matrix}")
+        if not {"LDGSTS", "ARRIVES"} <= set(code.copies):
+            found.append(f"no asynchronous copies that a barrier counts: {code.copies}")
+        if not 0 < code.turn <= _WIDE_TURN:
+            found.append(f"{code.turn} instructions for each asynchronous copy")
+        if code.registers > _WIDE_REGISTERS:
+            found.append(f"{code.registers} registers")
     if code.losses:
         found.append(f"{code.losses} warnings of lost speed")
     if code.stack or code.spills or code.local:
@@ -216,9 +225,32 @@ def digest(architecture: str) -> str:
     """Names by their contents the sources and flags that an architecture's rows are made from."""
     part = next(part for part in build().PARTS if part.cuda)
     found = hashlib.sha256(part.flags.encode())
-    for path in (*sources_of(architecture), *part.headers()):
+    sources = sources_of(architecture)
+    headers = {header for source in sources for header in included(source)}
+    for path in (*sources, *sorted(headers)):
         found.update(f"{path.name} {bare(path.read_text())}".encode())
     return found.hexdigest()[:16]
+
+
+def included(source: Path) -> set[Path]:
+    """Lists the headers of this tree that a source includes, and those that these do.
+
+    Example: what comes to shared memory for wide groups is nothing to the narrow ones:
+
+        >>> names = {path.name for path in included(ROOT / "csrc" / "cuda" / "narrow_fprop.cu")}
+        >>> "narrow.h" in names, "types.h" in names, "wide.h" in names
+        (True, True, False)
+    """
+    found: set[Path] = set()
+    left = [source]
+    while left:
+        path = left.pop()
+        for name in re.findall(r'^#include "([^"]+)"', path.read_text(), re.M):
+            header = (path.parent / name).resolve()
+            if header.exists() and header not in found:
+                found.add(header)
+                left.append(header)
+    return found
 
 
 def bare(text: str) -> str:
@@ -229,14 +261,13 @@ def bare(text: str) -> str:
 def rows(architecture: str) -> list[Code]:
     """Compiles for one architecture what is not known yet; returns a row for each kernel."""
     part, sources = next(part for part in build().PARTS if part.cuda), sources_of(architecture)
-    headers = b"".join(path.read_bytes() for path in part.headers())
     found = []
     FOLDER.mkdir(parents=True, exist_ok=True)
 
     def compiled(source: Path) -> list[dict[str, Any]]:
         what = [part.flags, release(), *(field.name for field in fields(Code))]
-        text = headers + source.read_bytes() + " ".join(what).encode()
-        key = hashlib.sha256(text).hexdigest()[:16]
+        texts = [path.read_bytes() for path in (source, *sorted(included(source)))]
+        key = hashlib.sha256(b"".join(texts) + " ".join(what).encode()).hexdigest()[:16]
         path = FOLDER / f"{source.stem}-sm{architecture}-{key}.json"
         if not path.exists():
             half = path.with_suffix(f".{os.getpid()}.part")

@@ -107,8 +107,7 @@ __device__ void multiply_tiles(const WideWgrad& p, uint32_t shared, const WgradL
       products_begin();
 #pragma unroll
       for (int q = 0; q < kProducts; ++q)
-        product_of_registers<T, 64>(acc[q], now,
-                                    operand(x + place[q], line, uint32_t(p.x_pitch)));
+        product_of_registers<T, 64>(acc[q], now, operand(x + place[q], line, uint32_t(p.x_pitch)));
       products_commit();
       products_wait<1>();  // those that read the other registers
       next = load_matrices_transposed(dy + uint32_t(step + 1 < steps ? step + 1 : step) * 256);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launcher of wgrad for wide groups on Hopper, compute capability 9.0. Plain C++: no CUDA, no torch.
+// Launcher of wgrad for wide groups on Hopper, compute capability 9.0. Plain C++: no CUDA, no
+// torch.
 //
 // A tile of pixels, eight columns wide, of 64 filters of dy and with its halo of several blocks of
 // 64 channels of x, is brought to shared memory as planes (see wide.h). There eight neighbouring
@@ -30,8 +31,8 @@ struct WideWgrad {
   const void* x;   // [batch, image_h, image_w, C]; 16-byte aligned, strides multiples of 8
   const void* dy;  // [batch, out_h, out_w, F]; the same
   // [splits, jobs, kWarpgroups, products, kProductValues], of a product
-  // [channel / 8: 8][filter / 16: 4][filter % 8: 8][channel % 8 / 2: 4][filter / 8 % 2][channel % 2];
-  // products that are none are not written. 16-byte aligned
+  // [channel / 8: 8][filter / 16: 4][filter % 8: 8][channel % 8 / 2: 4][filter / 8 % 2][channel %
+  // 2]; products that are none are not written. 16-byte aligned
   float* partials;
 
   // [2, wide::kClassFields], then four zeros: how tiles read x, and dy, where a pixel reads itself
@@ -47,9 +48,9 @@ struct WideWgrad {
   int32_t x_h, x_w, dy_h, dy_w;
   int32_t batch, image_h, image_w, out_h, out_w;
   int32_t job_count;
-  int32_t products;      // of each warpgroup: 2, 4, 5 or 6
-  int32_t tile_rows;     // of pixels, a multiple of two
-  int32_t most_blocks;   // of a job
+  int32_t products;     // of each warpgroup: 2, 4, 5 or 6
+  int32_t tile_rows;    // of pixels, a multiple of two
+  int32_t most_blocks;  // of a job
   // 16-byte units from a chunk's plane to the next, 1 more than a multiple of 8; of x at least
   // halo_h * row_pitch, of dy at least tile_rows * 8.
   int32_t x_pitch, dy_pitch;

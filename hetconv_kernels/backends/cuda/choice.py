@@ -2,10 +2,10 @@
 """The choice of a kernel and its tables for a Problem, and what it is predicted to take.
 
 There are kernels for narrow groups, and on Hopper for wide groups; fprop has one for scattered
-groups. The one that is predicted to be fastest is taken. The clocks come from
-`tiles`, `wide_tiles`, `wide_wgrad_tiles` and `scattered_tiles`; here the launch, packing and device memory are added.
-All constants are data sheets and arithmetic: **no GPU has confirmed them**. What was chosen is kept
-with the Support.
+groups. The one that is predicted to be fastest is taken. The clocks come from `tiles`,
+`wide_tiles`, `wide_wgrad_tiles` and `scattered_tiles`; here the launch, packing and device memory
+are added. All constants are data sheets and arithmetic: **no GPU has confirmed them**. What was
+chosen is kept with the Support.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from .wide_tiles import WideTiling, choose_wide
 from .wide_wgrad_tiles import WideWgradTiling, choose_wide_wgrad
 from .windows import windows
 
-# "narrow", "wide" or "scattered" (fprop and dgrad) leaves only that kernel; for tests and for tuning.
+# "narrow", "wide" or "scattered" leaves only that kernel, the last one but for wgrad; for tests and
+# for tuning.
 ONLY_KERNEL: str | None = None
 # Whether TMA may bring tiles; for tests and for comparisons with cp.async.
 TMA = True

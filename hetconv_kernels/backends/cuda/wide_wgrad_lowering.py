@@ -188,9 +188,7 @@ def wide_segments(support: Support, window: Window) -> list[WideSegment]:
     return found
 
 
-def wide_jobs(
-    segments: Sequence[WideSegment], capacity: int, most_blocks: int
-) -> list[WideJob]:
+def wide_jobs(segments: Sequence[WideSegment], capacity: int, most_blocks: int) -> list[WideJob]:
     """Divides segments into jobs.
 
     Args:
@@ -214,7 +212,8 @@ def _packed(
     Example: two blocks of nine taps and three of one, in jobs of twelve:
 
         >>> nine = list(range(9))
-        >>> [[(b, len(own)) for b, own in job] for job in _packed([nine, [4], [4], nine, [4]], 12, 4)]
+        >>> jobs = _packed([nine, [4], [4], nine, [4]], 12, 4)
+        >>> [[(block, len(own)) for block, own in job] for job in jobs]
         [[(0, 9), (1, 1), (2, 1), (4, 1)], [(3, 9)]]
     """
     count = max(-(-sum(map(len, taps)) // capacity), -(-len(taps) // most_blocks))

@@ -37,9 +37,9 @@ PRODUCTS = (6, 5, 4, 2)
 _BLOCKS, _MOST_ROWS = (2, 4, 8, 12), 32
 _STAGES = (4, 3, 2, 1)
 _LINE = 128  # bytes of shared memory a clock
-# Instructions in which a warp copies 16 bytes for each lane (`turn` of tests/machine_code.json); and
-# clocks from one tile to the next, in which no product is on its way: a barrier, a fence, and the
-# last products' end.
+# Instructions in which a warp copies 16 bytes for each lane (`turn` of tests/machine_code.json);
+# and clocks from one tile to the next, in which no product is on its way: a barrier, a fence, and
+# the last products' end.
 _COPY_CLOCKS, _TURN_CLOCKS = 12.5, 150.0
 # Bytes that partial gradients may take.
 _MOST_PARTIALS = 2**28
@@ -149,9 +149,7 @@ def wgrad_plans(
                     yield plan
 
 
-def _lines(
-    window: Window, image: tuple[int, int], batch: int
-) -> Iterator[tuple[IntArray, int]]:
+def _lines(window: Window, image: tuple[int, int], batch: int) -> Iterator[tuple[IntArray, int]]:
     """Lists lines of x for tiles of some rows: parts of an image, or stacks of whole ones."""
     seen = set()
     pixels = window.rows.pixels
@@ -190,7 +188,7 @@ def _plan(
     batch: int,
     spec: GpuSpec,
 ) -> WideWgradPlan | None:
-    """Returns a way to run wgrad with its prediction (see the module); None where it does not fit."""
+    """Predicts a way to run wgrad (see the module); None where it does not fit."""
     (tiles,) = tile_counts(line[None], batch)
     pitches = plane_pitch(line[None]), rows * COLUMNS + 1
     splits = max(1, min(tiles, spec.processors // len(jobs)))

@@ -5,9 +5,10 @@
 //
 // CASES is a row of cases, each: the count of numbers, then for each 24 bytes of name and an int64;
 // the count of arrays, then for each 24 bytes of name, an int64 of bytes, and those. A case runs
-// fprop of narrow, wide or scattered groups (with packing) or wgrad of narrow or wide ones (with the
-// sum of its partials), as its number `kind` says, the place in kRunners, and its array `result`,
-// which the kernels write, is appended to RESULTS. All arrays have memory of just their size.
+// fprop of narrow, wide or scattered groups (with packing) or wgrad of narrow or wide ones (with
+// the sum of its partials), as its number `kind` says, the place in kRunners, and its array
+// `result`, which the kernels write, is appended to RESULTS. All arrays have memory of just their
+// size.
 #include <cstring>
 #include <fstream>
 #include <iterator>

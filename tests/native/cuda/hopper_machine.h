@@ -8,8 +8,8 @@
 // that is overwritten too early spoils them. Which accesses are ordered is watched by order.h.
 // Mistakes that can be made on purpose, `at` counting the calls of every thread: skip-phase (a wait
 // for a phase), skip-arrive, skip-fence, skip-products-wait, skip-named, skip-warp,
-// skip-cluster, wrong-operand; skip-bulk, and of boxes wrong-corner and wrong-place, which count copies; and
-// wrong-bytes, which counts what threads say that they expect.
+// skip-cluster, wrong-operand; skip-bulk, and of boxes wrong-corner and wrong-place, which count
+// copies; and wrong-bytes, which counts what threads say that they expect.
 #pragma once
 #include <map>
 
