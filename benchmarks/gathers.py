@@ -125,6 +125,9 @@ def main() -> int:
                     f"   {rows:>6} "
                     + "  ".join(" ".join(f"{share:5.2f}" for share in half) for half in shares)
                 )
+            keep = np.any(support.mask, axis=(2, 3))
+            sets = np.unique(np.unique(keep, axis=0), axis=1).shape[1]
+            print(f"   sets of groups that channels are in: {sets}")
             print(
                 f"   dgrad, tiles of 8 channels and single filters: {useful_back(support, 8):.2f}"
             )

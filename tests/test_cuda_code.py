@@ -17,7 +17,8 @@ from typing import Any
 
 import machine_code
 import pytest
-from machine_code import TMA_KERNELS, Code, problems, regressions
+from machine_code import Code
+from machine_limits import TMA_KERNELS, problems, regressions
 
 from hetconv_kernels.backends.cuda import scattered_tiles, wide_tiles, wide_wgrad_tiles
 
