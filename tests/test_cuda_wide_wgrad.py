@@ -247,9 +247,10 @@ def test_it_equals_the_oracle(name: str, tmp_path: Path) -> None:
 def test_integers_are_exact_in_every_form(dtype: torch.dtype, tmp_path: Path) -> None:
     """One tile at a time and several, one split and several, some without a tile."""
     found, every = tiled("het2", 3)
+    fullest = next(tiling for tiling in found if tiling.plan.products == max(PRODUCTS))
     cases = []
     for splits, stages, form in ((1, 1, "contiguous"), (3, 2, "live"), (7, 4, "contiguous")):
-        tiling = staged(found[0], stages)
+        tiling = staged(fullest, stages)
         how: dict[str, Any] = {"splits": splits, "batch": 3, "dtype": dtype, "form": form}
         cases.append(wgrad_case("het2", tiling, every, exact=True, **how))
     shim.run(cases, tmp_path, seed=5)
@@ -294,6 +295,6 @@ def test_a_mistake_in_the_tables_is_found(tmp_path: Path) -> None:
     found, every = tiled("het2")
     case = wgrad_case("het2", found[0], every)
     places = case.arrays["places"] = case.arrays["places"].copy()
-    places[0, 0, 1:3] = places[0, 0, 2:0:-1].copy()  # two taps change places
+    places[0, 0, :2] = places[0, 0, 1::-1].copy()  # two taps change places
     with pytest.raises(AssertionError, match="differ"):
         shim.run([case], tmp_path)
