@@ -167,6 +167,7 @@ PARTS = (
         only={
             "wide_fprop": ("90a",),  # wgmma
             "wide_rate": ("90a",),
+            "wide_wgrad": ("90a",),
             "narrow_tma": ("90a", "100", "120"),  # TMA
         },
     ),

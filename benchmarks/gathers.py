@@ -78,6 +78,34 @@ def channel_order(keep: BoolArray, together: int) -> IntArray:
     return np.array(order)
 
 
+def useful_back(support: Support, rows: int) -> float:
+    """Returns the share of multiplied weights that are live for dgrad, whose rows are channels.
+
+    Each channel reads the groups of filters that keep it, whole and one after another. Tiles are
+    filled one channel at a time, by the one that adds fewest filters.
+    """
+    keep = np.any(support.mask, axis=(2, 3))
+    groups, sizes = np.unique(keep, axis=0, return_counts=True)
+    reads = groups.T  # [channels, groups]
+    left, multiplied = list(np.argsort(-(reads @ sizes), kind="stable")), 0
+    while left:
+        union = np.zeros(len(groups), bool)
+        for _ in range(min(rows, len(left))):
+            best = min(left, key=lambda channel: int((union | reads[channel]) @ sizes))
+            union |= reads[best]
+            left.remove(best)
+        multiplied += rows * -(-int(union @ sizes) // _STEP) * _STEP
+    return float(keep.sum()) / max(multiplied, 1)
+
+
+def alone(support: Support, rows: int) -> float:
+    """Returns the share of multiplied weights that are live, each group in tiles of its own."""
+    groups, sizes = np.unique(np.any(support.mask, axis=(2, 3)), axis=0, return_counts=True)
+    channels = groups.sum(axis=1)
+    multiplied = -(-sizes // rows) * rows * (-(-channels // _STEP) * _STEP)
+    return float(sizes @ channels) / max(int(multiplied.sum()), 1)
+
+
 def main() -> int:
     """Prints a table for each layer."""
     for channels in (128, 256, 512):
@@ -97,6 +125,13 @@ def main() -> int:
                     f"   {rows:>6} "
                     + "  ".join(" ".join(f"{share:5.2f}" for share in half) for half in shares)
                 )
+            keep = np.any(support.mask, axis=(2, 3))
+            sets = np.unique(np.unique(keep, axis=0), axis=1).shape[1]
+            print(f"   sets of groups that channels are in: {sets}")
+            print(
+                f"   dgrad, tiles of 8 channels and single filters: {useful_back(support, 8):.2f}"
+            )
+            print(f"   tiles of 8 filters of one group alone: {alone(support, 8):.2f}")
     return 0
 
 

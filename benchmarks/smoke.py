@@ -25,8 +25,8 @@ from benchmarks.watch import Log, end_on_term, run_watched
 RESULT = "result "
 # CUDA first: nothing is compiled for it here, and wide groups are worth most.
 CHECKS = (
-    "cuda-wide", "cuda-cluster", "cuda-rate", "cuda-narrow", "cuda-tma", "cuda-wgrad",
-    "cuda-scattered",
+    "cuda-wide", "cuda-cluster", "cuda-wide-wgrad", "cuda-rate",
+    "cuda-narrow", "cuda-tma", "cuda-wgrad", "cuda-scattered",
     "triton-gather", "triton-tma", "triton-wgrad", "triton-wgrad-tma",
 )  # fmt: skip
 # What else a part needs to be run at all.
@@ -164,7 +164,7 @@ def _supports(name: str) -> list[Any]:
 
     from hetconv_kernels import Support
 
-    if name in ("cuda-wide", "cuda-cluster", "triton-tma"):
+    if name in ("cuda-wide", "cuda-cluster", "cuda-wide-wgrad", "triton-tma"):
         return [Support.het(256, 256, 3, p=4), Support.dense(128, 128, 3)]
     if name == "cuda-scattered":
         rng = np.random.default_rng(0)

@@ -46,7 +46,10 @@ SOURCES = {
         "benchmarks/cases.py",
         "tests/native/cuda/*",
         "tests/test_cuda*.py",
-        *(f"tests/{name}.py" for name in ("cuda_host", "machine_code", "narrow_cases", "shim")),
+        *(
+            f"tests/{name}.py"
+            for name in ("cuda_host", "machine_code", "machine_limits", "narrow_cases", "shim")
+        ),
         "tests/wide_*.py",
     ),
     "triton": (

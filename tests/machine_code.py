@@ -23,6 +23,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from machine_limits import problems
+
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "cuda-code"
 EXPECTED = ROOT / "tests" / "machine_code.json"
@@ -30,14 +32,6 @@ _PTXAS = re.compile(
     r"Function properties for (\S+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, "
     r"(\d+) bytes spill loads\s+ptxas info\s+: Used (\d+) registers(?:.*?(\d+) bytes smem)?"
 )
-TMA_KERNELS = ("narrow_tma", "wgrad_tma")  # kernels whose tiles TMA brings
-# With more, no block of three warpgroups starts; they exchange registers afterwards.
-_WIDE_REGISTERS = 168
-# Instructions that a halo's copies may take, each, beside products that wait for them.
-_WIDE_TURN = 16.0
-# Of a thread, so that sixteen warps are held; and the instructions that a product may take in the
-# loop of the kernel for scattered groups: it takes a scheduler 6.4 clocks on Hopper.
-_SCATTERED_REGISTERS, _SCATTERED_TURN = 128, 5.0
 # Instructions of the integer pipe and of that of IMAD, which take half of a warp a clock each
 # (CUDA C++ Programming Guide, "Arithmetic Instructions", compute capability 9.0).
 _ALU = frozenset(
@@ -108,64 +102,6 @@ class Code:
     results: float = 0.0
 
 
-def problems(code: Code) -> list[str]:
-    """Lists what the machine code of a kernel must show and does not."""
-    found = []
-    if code.name.startswith(("narrow_fprop", "narrow_wgrad", *TMA_KERNELS)):
-        if "HMMA" not in code.matrix:
-            found.append(f"no HMMA instruction: {code.matrix}")
-        if code.name.startswith(TMA_KERNELS):
-            if "UTMALDG" not in code.copies:
-                found.append(f"no copies of boxes by TMA: {code.copies}")
-        elif "LDGSTS" not in code.copies:
-            found.append(f"no asynchronous copies: {code.copies}")
-        if code.registers > 255:
-            found.append(f"{code.registers} registers")
-    if code.name.startswith("scattered_fprop"):
-        if "HMMA" not in code.matrix:
-            found.append(f"no HMMA instruction: {code.matrix}")
-        if code.registers > _SCATTERED_REGISTERS:
-            found.append(f"{code.registers} registers")
-        if code.name.startswith("scattered_fprop_kernel<Bfloat, 3") and not (
-            0 < code.products <= _SCATTERED_TURN
-        ):
-            found.append(f"{code.products} instructions for each product")
-    if code.name.startswith("wide_fprop"):
-        if not code.described or code.described != code.matrix.get("HGMMA"):
-            found.append(f"{code.described} HGMMA of operands in shared memory: {code.matrix}")
-        if not {"LDGSTS", "UBLKCP"} <= set(code.copies):
-            found.append(f"no asynchronous and bulk copies: {code.copies}")
-        if "ARRIVES" not in code.copies:
-            found.append(f"copies whose end a barrier does not count by itself: {code.copies}")
-        if not 0 < code.turn <= _WIDE_TURN:
-            found.append(f"{code.turn} instructions for each asynchronous copy")
-        if code.registers > _WIDE_REGISTERS:
-            found.append(f"{code.registers} registers")
-    if code.losses:
-        found.append(f"{code.losses} warnings of lost speed")
-    if code.stack or code.spills or code.local:
-        found.append(
-            f"{code.stack} B of stack, {code.spills} B of spills, {code.local} local accesses"
-        )
-    return found
-
-
-def regressions(code: Code, expected: dict[str, Any]) -> list[str]:
-    """Lists what has become worse than the committed row; made by the same release of nvcc."""
-    found = []
-    if code.registers > expected["registers"]:
-        found.append(f"{code.registers} registers, {expected['registers']} before")
-    if code.shared != expected["shared"]:
-        found.append(f"{code.shared} B of static shared memory, {expected['shared']} before")
-    if code.described != expected.get("described", 0):
-        found.append(f"{code.described} HGMMA of shared operands, {expected['described']} before")
-    for kind in ("matrix", "copies"):
-        mine, theirs = getattr(code, kind), expected[kind]
-        if set(mine) != set(theirs):
-            found.append(f"{kind}: {sorted(mine)}, {sorted(theirs)} before")
-    return found
-
-
 @cache
 def build() -> ModuleType:
     """Imports setup.py, which has the flags and the architectures."""
@@ -216,9 +152,32 @@ def digest(architecture: str) -> str:
     """Names by their contents the sources and flags that an architecture's rows are made from."""
     part = next(part for part in build().PARTS if part.cuda)
     found = hashlib.sha256(part.flags.encode())
-    for path in (*sources_of(architecture), *part.headers()):
+    sources = sources_of(architecture)
+    headers = {header for source in sources for header in included(source)}
+    for path in (*sources, *sorted(headers)):
         found.update(f"{path.name} {bare(path.read_text())}".encode())
     return found.hexdigest()[:16]
+
+
+def included(source: Path) -> set[Path]:
+    """Lists the headers of this tree that a source includes, and those that these do.
+
+    Example: what comes to shared memory for wide groups is nothing to the narrow ones:
+
+        >>> names = {path.name for path in included(ROOT / "csrc" / "cuda" / "narrow_fprop.cu")}
+        >>> "narrow.h" in names, "types.h" in names, "wide.h" in names
+        (True, True, False)
+    """
+    found: set[Path] = set()
+    left = [source]
+    while left:
+        path = left.pop()
+        for name in re.findall(r'^#include "([^"]+)"', path.read_text(), re.M):
+            header = (path.parent / name).resolve()
+            if header.exists() and header not in found:
+                found.add(header)
+                left.append(header)
+    return found
 
 
 def bare(text: str) -> str:
@@ -229,14 +188,13 @@ def bare(text: str) -> str:
 def rows(architecture: str) -> list[Code]:
     """Compiles for one architecture what is not known yet; returns a row for each kernel."""
     part, sources = next(part for part in build().PARTS if part.cuda), sources_of(architecture)
-    headers = b"".join(path.read_bytes() for path in part.headers())
     found = []
     FOLDER.mkdir(parents=True, exist_ok=True)
 
     def compiled(source: Path) -> list[dict[str, Any]]:
         what = [part.flags, release(), *(field.name for field in fields(Code))]
-        text = headers + source.read_bytes() + " ".join(what).encode()
-        key = hashlib.sha256(text).hexdigest()[:16]
+        texts = [path.read_bytes() for path in (source, *sorted(included(source)))]
+        key = hashlib.sha256(b"".join(texts) + " ".join(what).encode()).hexdigest()[:16]
         path = FOLDER / f"{source.stem}-sm{architecture}-{key}.json"
         if not path.exists():
             half = path.with_suffix(f".{os.getpid()}.part")

@@ -61,6 +61,8 @@ def part_of(engine: str, problem: Any, choice: Any) -> str:
             return "triton-wgrad" if choice.box is None else "triton-wgrad-tma"
         return "triton-gather" if choice.box is None else "triton-tma"
     how = getattr(choice, "how", choice)
+    if hasattr(how, "plan"):
+        return "cuda-wide-wgrad"
     if hasattr(how, "shape"):
         if not hasattr(how.shape, "cluster"):
             return "cuda-scattered"
@@ -112,7 +114,7 @@ def install(patch: pytest.MonkeyPatch) -> None:
     build_for(patch, "90a")
     hk._cuda.wide_rate = rate  # type: ignore[attr-defined]
     patch.setitem(backends._engines(), "cuda", cuda.Cuda())
-    for name in ("NarrowCall", "WideCall", "ScatteredCall", "NarrowWgradCall"):
+    for name in ("NarrowCall", "WideCall", "ScatteredCall", "NarrowWgradCall", "WideWgradCall"):
         patch.setattr(cuda, name, stand_in("cuda"))
     patch.setattr(calls, "GatherCall", stand_in("triton"))
     patch.setattr(wgrad_calls, "WgradCall", stand_in("triton"))

@@ -164,9 +164,16 @@ def test_a_build_for_other_gpus_is_refused(
     ids=str,
 )
 def test_what_brings_tiles_is_said(
-    on_gpu, verb: str, stride: int, capability: tuple[int, int], boxes: str, words: str
+    on_gpu: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    verb: str,
+    stride: int,
+    capability: tuple[int, int],
+    boxes: str,
+    words: str,
 ) -> None:
     on_gpu(capability, boxes=boxes)
+    monkeypatch.setattr(choice, "ONLY_KERNEL", "narrow")
     support = hk.Support.het(16, 24, 3, p=2)
     support.derived.clear()  # choices are kept there
     (note,) = Cuda().notes(described(verb, make_geometry(support, stride, 1)))

@@ -17,9 +17,10 @@ from typing import Any
 
 import machine_code
 import pytest
-from machine_code import TMA_KERNELS, Code, problems, regressions
+from machine_code import Code
+from machine_limits import TMA_KERNELS, problems, regressions
 
-from hetconv_kernels.backends.cuda import scattered_tiles, wide_tiles
+from hetconv_kernels.backends.cuda import scattered_tiles, wide_tiles, wide_wgrad_tiles
 
 EVERYTHING = os.environ.get("HETCONV_AOT_ALL") == "1"
 DEFAULT = ("80", "90a")
@@ -140,6 +141,32 @@ WIDE = dataclasses.replace(
 def test_lost_speed_of_wide_groups_is_noticed(change: dict[str, Any], words: str) -> None:
     assert problems(WIDE) == []
     (found,) = problems(dataclasses.replace(WIDE, **change))
+    assert words in found
+
+
+WIDE_WGRAD = dataclasses.replace(
+    WIDE,
+    name="wide_wgrad_kernel<Bfloat, 6>",
+    copies={"LDGSTS": 8, "ARRIVES": 1},
+    described=0,
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"matrix": {"HMMA": 4}}, "no HGMMA with an operand in registers"),
+        ({"described": 2}, "no HGMMA with an operand in registers"),
+        ({"copies": {"LDGSTS": 1}}, "no asynchronous copies that a barrier counts"),
+        ({"turn": 53.0}, "53.0 instructions for each asynchronous copy"),
+        ({"registers": 176}, "176 registers"),
+        ({"spills": 8}, "8 B of spills"),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else value,
+)
+def test_lost_speed_of_wgrad_of_wide_groups_is_noticed(change: dict[str, Any], words: str) -> None:
+    assert problems(WIDE_WGRAD) == []
+    (found,) = problems(dataclasses.replace(WIDE_WGRAD, **change))
     assert words in found
 
 
@@ -274,3 +301,14 @@ def test_the_cost_model_has_the_clocks_of_the_machine_code() -> None:
     large = [clocks for name, clocks in found.items() if ", 64," not in name]
     assert len(large) == 6
     assert all(abs(clocks - wide_tiles._RESULT_CLOCKS) <= 8 for clocks in large), found
+
+
+@pytest.mark.parametrize("products", wide_wgrad_tiles.PRODUCTS)
+def test_the_cost_model_of_wgrad_has_the_counts_of_the_machine_code(products: int) -> None:
+    """Of a product of 64 x 64 by 16: x, and of dy what one of four warps has for all products."""
+    row = TABLE["rows"]["90a"][f"wide_wgrad_kernel<Bfloat, {products}>"]
+    assert row["turn"] == wide_wgrad_tiles._COPY_CLOCKS
+    assert row["traffic"]["shared"] == pytest.approx(2048 + 512 / products, abs=0.01)
+    assert row["traffic"]["global"] == 0
+    # Two warps of each scheduler issue less than the 32 clocks of the matrix unit.
+    assert 2 * row["step"] / 4 < 32

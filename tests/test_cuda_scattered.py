@@ -178,6 +178,18 @@ def test_shares_of_useful_products_are_counted(
     assert gathers.useful(support, rows, together, reordered) == share
 
 
+def test_gathers_of_dgrad_and_of_single_groups_are_counted() -> None:
+    """Two groups of four filters; half of the channels are kept by both, the others by one each."""
+    keep = np.ones((2, 16), bool)
+    keep[0, 8:12] = keep[1, 12:] = False
+    support = Support.self_grouped(np.arange(8) // 4, keep, 3)
+    # Eight channels by both groups, then four by one and four by the other: sixteen filters each.
+    assert gathers.useful_back(support, 8) == 96 / 256
+    assert gathers.useful_back(Support.dense(16, 16, 3), 8) == 1.0
+    # Four filters of eight, twelve channels of sixteen.
+    assert gathers.alone(support, 8) == 96 / 256
+
+
 def test_odd_layers_are_refused() -> None:
     for filters, channels in ((12, 16), (16, 12)):
         with pytest.raises(ArgumentError, match="12, expected a multiple of 8"):

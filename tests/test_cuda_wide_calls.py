@@ -122,11 +122,19 @@ def test_the_faster_predicted_kernel_is_taken(on_gpu, monkeypatch: pytest.Monkey
         assert found.seconds == min(seconds.values())
 
 
-def test_wgrad_of_wide_groups_is_refused(on_gpu) -> None:
+def test_wgrad_of_wide_groups_runs_on_hopper(on_gpu) -> None:
     on_gpu()
+    problem = described("wgrad", DENSE)
+    assert Cuda().unsupported_reasons(problem) == []
+    assert isinstance(choice.best_cuda_wgrad(problem), choice.WideWgradChoice)
+    assert (
+        Cuda().notes(problem)[0].startswith("It runs the kernel for wide groups: tiles of 28 x 8")
+    )
+    assert 0.7 < Cuda().efficiency(problem) <= 1
+    on_gpu((8, 0), "80_90a")
     (reason,) = Cuda().unsupported_reasons(described("wgrad", DENSE))
     assert "589824 live weights" in reason
-    assert "it has no wgrad; backend='triton' has one" in reason
+    assert "compute capability 9.0 alone (wgmma, sm_90a), and this is 8.0" in reason
     assert Cuda().unsupported_reasons(described("wgrad", HET8)) == []
     assert "kernel for narrow groups: tiles of" in Cuda().notes(described("wgrad", HET8))[0]
 
@@ -224,6 +232,33 @@ def test_primitives_equal_the_oracle(host, name: str, dtype: torch.dtype) -> Non
     near(found, y.detach(), most.detach(), depths[0], dtype)
     near(prepared("dgrad", geometry, dy, given, size)(dy, given), dx, dx_most, depths[1], dtype)
     assert sum(capture.CONVERSIONS.values()) == 0
+
+
+@pytest.mark.parametrize("form", ["channels_last", "live"])
+@pytest.mark.parametrize("name", ["het2", "ragged", "pointwise"])
+def test_wgrad_equals_the_oracle(host, name: str, form: str) -> None:
+    geometry, size, n = LAYERS[name]
+    x, w, dy = operands(name, torch.bfloat16)
+    mask = torch.tensor(geometry.support.mask)
+    found = []
+    for values in ((x, dy), (x.abs(), dy.abs())):
+        leaf = torch.zeros(w.shape, dtype=torch.float64, requires_grad=True)
+        y = oracle(values[0].double(), leaf, geometry)
+        found += torch.autograd.grad(y, leaf, values[1].double())
+    given = w[mask].float() if form == "live" else w.float().to(memory_format=LAST)
+    problem = ops.describe("wgrad", geometry, dy, x, given, size)
+    assert isinstance(choice.best_cuda_wgrad(problem), choice.WideWgradChoice)
+    run = Cuda().wgrad(problem)
+    dw, exact, most = run(dy, x), *found
+    if form == "live":
+        exact, most = exact[mask], most[mask]
+    else:
+        assert dw.is_contiguous(memory_format=LAST)
+        assert not dw[~mask].any()
+        exact = torch.where(mask, exact, 0.0)
+    near(dw, exact, most, n * size[0] * size[1], torch.float32)
+    assert torch.equal(run(dy, x), dw)
+    assert not capture.CONVERSIONS
 
 
 @pytest.mark.parametrize("form", ["channels_last", "live", "wide"])
@@ -350,7 +385,7 @@ def test_a_kernel_that_is_left_out_is_refused_with_its_name(
     verb = "wgrad" if name == "cuda-wgrad" else "fprop"
     problem = described(verb, DENSE if name == "cuda-wide" else HET8)
     assert Cuda().unsupported_reasons(problem) == []
-    others = {"cuda-narrow": {"cuda-wide"}}.get(name, set())
+    others = {"cuda-narrow": {"cuda-wide"}, "cuda-wgrad": {"cuda-wide-wgrad"}}.get(name, set())
     monkeypatch.setattr(parts, "WITHOUT", frozenset({name, *others}))
     (reason,) = Cuda().unsupported_reasons(problem)
     assert f"({name}) are left out by HETCONV_WITHOUT" in reason

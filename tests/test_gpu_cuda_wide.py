@@ -11,7 +11,7 @@ from gpu_layers import compare, compare_huge, operands, poisoned
 
 import hetconv_kernels as hk
 from hetconv_kernels import ops
-from hetconv_kernels.backends import CODES, get_backend
+from hetconv_kernels.backends import CODES
 from hetconv_kernels.backends.cuda import choice, wide_tiles
 from hetconv_kernels.problem import make_geometry
 from hetconv_kernels.testing import error_bound, oracle
@@ -92,11 +92,11 @@ def test_many_tiles_for_each_block() -> None:
     assert torch.equal(y, ops.run_fprop(x, w, geometry, None, CODE))
 
 
-def test_wgrad_is_left_to_others() -> None:
-    geometry = make_geometry(SUPPORTS["dense"], 1, 1)
-    x, w, dy = operands(geometry, DTYPES[0])
-    problem = ops.describe("wgrad", geometry, dy, x, w, (14, 18))
-    assert get_backend("cuda").unsupported_reasons(problem)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", SUPPORTS)
+def test_wgrad(name: str, dtype: torch.dtype) -> None:
+    geometry = make_geometry(SUPPORTS[name], 1, 1)
+    compare(geometry, dtype, CODE, (14, 18), ("wgrad",))
 
 
 @pytest.mark.slow

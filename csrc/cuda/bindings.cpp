@@ -13,6 +13,7 @@
 #include "narrow.h"
 #include "scattered.h"
 #include "wide.h"
+#include "wide_wgrad.h"
 
 namespace py = pybind11;
 using namespace hetconv;
@@ -73,6 +74,28 @@ static void bind_call(py::class_<C>& type, const char* name, int64_t (*shared_by
       },
       py::arg("dtype"), py::arg("x"), py::arg("slabs"), py::arg("y"), py::arg("scale"),
       py::arg("shift"), py::arg("residual"), py::arg("stream"));
+}
+
+// The same of wgrad: C is NarrowWgrad or WideWgrad.
+template <class C>
+static void bind_gradient(py::class_<C>& type, const char* name, int64_t (*shared_bytes)(const C&),
+                          int64_t (*blocks)(const C&, DType),
+                          const char* (*start)(const C&, DType, void*)) {
+  type.def_property_readonly("shared_bytes", shared_bytes);
+  type.def(
+      "max_resident_blocks",
+      [blocks](const C& p, const std::string& dtype) { return blocks(p, dtype_named(dtype)); },
+      py::arg("dtype"));
+  type.def(
+      "launch",
+      [name, start](C p, const std::string& dtype, uintptr_t x, uintptr_t dy, uintptr_t partials,
+                    uintptr_t stream) {
+        p.x = at<void>(x);
+        p.dy = at<void>(dy);
+        p.partials = at<float>(partials);
+        check(name, start(p, dtype_named(dtype), at<void>(stream)));
+      },
+      py::arg("dtype"), py::arg("x"), py::arg("dy"), py::arg("partials"), py::arg("stream"));
 }
 
 static void bind_fprop(py::module_& m) {
@@ -154,23 +177,37 @@ static void bind_wgrad(py::module_& m) {
   HC_FIELD(type, NarrowWgrad, dy_w);
   HC_FIELD(type, NarrowWgrad, halo_h);
   HC_FIELD(type, NarrowWgrad, halo_w);
-  type.def_property_readonly("shared_bytes", &narrow_wgrad_shared_bytes);
-  type.def(
-      "max_resident_blocks",
-      [](const NarrowWgrad& p, const std::string& dtype) {
-        return narrow_wgrad_blocks(p, dtype_named(dtype));
-      },
-      py::arg("dtype"));
-  type.def(
-      "launch",
-      [](NarrowWgrad p, const std::string& dtype, uintptr_t x, uintptr_t dy, uintptr_t partials,
-         uintptr_t stream) {
-        p.x = at<void>(x);
-        p.dy = at<void>(dy);
-        p.partials = at<float>(partials);
-        check("narrow_wgrad", narrow_wgrad(p, dtype_named(dtype), at<void>(stream)));
-      },
-      py::arg("dtype"), py::arg("x"), py::arg("dy"), py::arg("partials"), py::arg("stream"));
+  bind_gradient(type, "narrow_wgrad", &narrow_wgrad_shared_bytes, &narrow_wgrad_blocks,
+                &narrow_wgrad);
+}
+
+static void bind_wide_wgrad(py::module_& m) {
+  py::class_<WideWgrad> type(m, "WideWgrad");
+  type.def(py::init([] { return WideWgrad{}; }));
+  HC_ADDRESS(type, WideWgrad, classes);
+  HC_ADDRESS(type, WideWgrad, jobs);
+  HC_ADDRESS(type, WideWgrad, blocks);
+  HC_ADDRESS(type, WideWgrad, places);
+  HC_FIELD(type, WideWgrad, x_n);
+  HC_FIELD(type, WideWgrad, dy_n);
+  HC_FIELD(type, WideWgrad, x_h);
+  HC_FIELD(type, WideWgrad, x_w);
+  HC_FIELD(type, WideWgrad, dy_h);
+  HC_FIELD(type, WideWgrad, dy_w);
+  HC_FIELD(type, WideWgrad, batch);
+  HC_FIELD(type, WideWgrad, image_h);
+  HC_FIELD(type, WideWgrad, image_w);
+  HC_FIELD(type, WideWgrad, out_h);
+  HC_FIELD(type, WideWgrad, out_w);
+  HC_FIELD(type, WideWgrad, job_count);
+  HC_FIELD(type, WideWgrad, products);
+  HC_FIELD(type, WideWgrad, tile_rows);
+  HC_FIELD(type, WideWgrad, most_blocks);
+  HC_FIELD(type, WideWgrad, x_pitch);
+  HC_FIELD(type, WideWgrad, dy_pitch);
+  HC_FIELD(type, WideWgrad, stages);
+  HC_FIELD(type, WideWgrad, splits);
+  bind_gradient(type, "wide_wgrad", &wide_wgrad_shared_bytes, &wide_wgrad_blocks, &wide_wgrad);
 }
 
 static void bind_wide(py::module_& m) {
@@ -240,6 +277,7 @@ PYBIND11_MODULE(_cuda, m) {
   bind_fprop(m);
   bind_wgrad(m);
   bind_wide(m);
+  bind_wide_wgrad(m);
   bind_scattered(m);
   m.def(
       "reduce",
@@ -276,6 +314,7 @@ PYBIND11_MODULE(_cuda, m) {
     for (const char* const* name = narrow_kernels(); *name != nullptr; ++name)
       names.push_back(*name);
     names.push_back("wide_fprop");
+    names.push_back("wide_wgrad");
     names.push_back("scattered_fprop");
     return names;
   });

@@ -16,6 +16,8 @@
 //    async proxy, and a fence is to lie on the way from the one to the other, in the block of the
 //    latter (PTX ISA, "Causality order" and "Async proxy"; Lustig et al., ISCA 2022, section 5.4).
 //    Writers cannot fence: they go on while their copies are on their way.
+//  - the same of a transposed operand (MN-major, "Interleave"): LBO leads from the first eight of
+//    sixteen k to the second, SBO from eight columns to the next eight.
 //  - that wgmma, once waited for, has read its operands, so that they may be overwritten in either
 //    way after an arrival.
 //  - that bytes of a multicast may count at a barrier before its own block expects them.
@@ -48,6 +50,9 @@ template <int kCount> __device__ __forceinline__ void more_registers() {
 __device__ __forceinline__ void barrier_of(int name, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
+
+// All lanes of this warp: what they did before comes before what any of them does after it.
+__device__ __forceinline__ void warp_barrier() { __syncwarp(); }
 
 // Clocks of this multiprocessor.
 __device__ __forceinline__ int64_t clocks() { return clock64(); }
@@ -144,6 +149,14 @@ template <int kCount> __device__ __forceinline__ void hold_registers(float (&d)[
 template <class T, int kColumns>
 __device__ __forceinline__ void product(float (&d)[kColumns / 2], uint64_t a, uint64_t b);
 
+// The same with a in registers, as of `multiply` in ptx.h for the sixteen rows of a warp, which
+// keep their numbers until the product is waited for; and b transposed: eight columns of one k lie
+// together, in 16 bytes, and eight k of them follow each other. `operand` has for it from the first
+// eight k to the second, and from eight columns to the next.
+template <class T, int kColumns>
+__device__ __forceinline__ void product_of_registers(float (&d)[kColumns / 2], const Quad& a,
+                                                     uint64_t b);
+
 // clang-format off
 #define HC_NAMES_0 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
@@ -184,6 +197,18 @@ HC_PRODUCTS(Bfloat, "bf16")
 HC_PRODUCTS(Half, "f16")
 #undef HC_PRODUCTS
 #undef HC_PRODUCT
+#define HC_PRODUCT_OF_REGISTERS(Type, type)                                                      \
+  template <>                                                                                   \
+  __device__ __forceinline__ void product_of_registers<Type, 64>(float (&d)[32], const Quad& a, \
+                                                                 uint64_t b) {                  \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                    \
+                 " {" HC_NAMES_0 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"                    \
+                 : HC_HOLD_32(0)                                                                \
+                 : "r"(a.v[0]), "r"(a.v[1]), "r"(a.v[2]), "r"(a.v[3]), "l"(b));                 \
+  }
+HC_PRODUCT_OF_REGISTERS(Bfloat, "bf16")
+HC_PRODUCT_OF_REGISTERS(Half, "f16")
+#undef HC_PRODUCT_OF_REGISTERS
 // clang-format on
 
 // Launches (host) --------------------------------------------------------------------------------

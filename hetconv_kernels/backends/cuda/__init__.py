@@ -20,7 +20,7 @@ from ..gpu.devices import gpu_reasons
 from . import choice
 from .calls import MAX_SPAN, VECTOR, NarrowCall, element_span
 from .scattered_calls import ScatteredCall
-from .wgrad_calls import NarrowWgradCall
+from .wgrad_calls import NarrowWgradCall, WideWgradCall
 from .wide_calls import WideCall
 
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -88,6 +88,13 @@ class Cuda:
                 f"filters, {shape.stages} halos and 2 x {shape.slots} slabs in shared memory, "
                 f"clusters of {shape.cluster}."
             ]
+        if isinstance(found, choice.WideWgradChoice):
+            plan = found.how.plan
+            return [
+                f"It runs the kernel for wide groups: tiles of {plan.rows} x 8 pixels, "
+                f"{plan.stages} of them in shared memory, {len(plan.jobs)} jobs of up to "
+                f"2 x {plan.products} products, {plan.splits} splits."
+            ]
         if isinstance(found, choice.ScatteredChoice):
             halo, tables = found.how.shape, found.how.tables
             return [
@@ -115,7 +122,10 @@ class Cuda:
 
     def wgrad(self, problem: Problem) -> Runner:
         """Prepares dw."""
-        return NarrowWgradCall(problem, choice.best_cuda_wgrad(problem)).run
+        found = choice.best_cuda_wgrad(problem)
+        if isinstance(found, choice.WideWgradChoice):
+            return WideWgradCall(problem, found).run
+        return NarrowWgradCall(problem, found).run
 
 
 def _call(problem: Problem) -> NarrowCall | WideCall | ScatteredCall:

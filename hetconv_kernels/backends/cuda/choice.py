@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The choice of a kernel and its tables for a Problem, and what it is predicted to take.
 
-fprop and dgrad have a kernel for narrow groups, and on Hopper one for wide groups; fprop has one
-for scattered groups. The one that is predicted to be fastest is taken. The clocks come from
-`tiles`, `wide_tiles` and `scattered_tiles`; here the launch, packing and device memory are added.
-All constants are data sheets and arithmetic: **no GPU has confirmed them**. What was chosen is kept
-with the Support.
+There are kernels for narrow groups, and on Hopper for wide groups; fprop has one for scattered
+groups. The one that is predicted to be fastest is taken. The clocks come from `tiles`,
+`wide_tiles`, `wide_wgrad_tiles` and `scattered_tiles`; here the launch, packing and device memory
+are added. All constants are data sheets and arithmetic: **no GPU has confirmed them**. What was
+chosen is kept with the Support.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from .tiles import NarrowTiling, choose_narrow, choose_wgrad
 from .wgrad_lowering import UNIT_VALUES, WgradTables
 from .wide_lowering import WideTables, lower_wide, wide_windows
 from .wide_tiles import WideTiling, choose_wide
+from .wide_wgrad_tiles import WideWgradTiling, choose_wide_wgrad
 from .windows import windows
 
-# "narrow", "wide" or "scattered" leaves fprop and dgrad only that kernel; for tests and for tuning.
+# "narrow", "wide" or "scattered" leaves only that kernel, the last one but for wgrad; for tests and
+# for tuning.
 ONLY_KERNEL: str | None = None
 # Whether TMA may bring tiles; for tests and for comparisons with cp.async.
 TMA = True
@@ -102,8 +104,25 @@ class NarrowWgradChoice(NamedTuple):
     efficiency: float
 
 
+class WideWgradChoice(NamedTuple):
+    """How wgrad is run by the kernel for wide groups.
+
+    Attributes:
+        how: tables, and what a block of threads holds.
+        every: which rows and columns of x are taken: each n-th.
+        seconds: predicted, for the whole call.
+        efficiency: useful over executed multiply-accumulates.
+    """
+
+    how: WideWgradTiling
+    every: tuple[int, int]
+    seconds: float
+    efficiency: float
+
+
 CudaGatherChoice = NarrowChoice | WideChoice | ScatteredChoice
-AnyChoice = CudaGatherChoice | NarrowWgradChoice
+CudaWgradChoice = NarrowWgradChoice | WideWgradChoice
+AnyChoice = CudaGatherChoice | CudaWgradChoice
 
 
 def best(problem: Problem) -> AnyChoice | str:
@@ -132,14 +151,14 @@ def best_cuda_gather(problem: Problem) -> CudaGatherChoice:
     return found
 
 
-def best_cuda_wgrad(problem: Problem) -> NarrowWgradChoice:
+def best_cuda_wgrad(problem: Problem) -> CudaWgradChoice:
     """Picks how wgrad is run.
 
     Raises:
         BackendError: no tile fits.
     """
     found = best(problem)
-    if not isinstance(found, NarrowWgradChoice):
+    if not isinstance(found, CudaWgradChoice):
         raise BackendError(str(found))
     return found
 
@@ -147,15 +166,17 @@ def best_cuda_wgrad(problem: Problem) -> NarrowWgradChoice:
 def _found(problem: Problem) -> AnyChoice | str:
     """Returns the fastest predicted way of those that can be, or why none can."""
     spec = spec_of(problem.device)
-    narrow: Callable[[Problem, GpuSpec], AnyChoice] = _wgrad if problem.verb == "wgrad" else _gather
+    gradient = problem.verb == "wgrad"
+    narrow: Callable[[Problem, GpuSpec], AnyChoice] = _wgrad if gradient else _gather
+    wide: Callable[[Problem, GpuSpec], AnyChoice] = _wide_wgrad if gradient else _wide
     ways: list[AnyChoice] = []
     sentences = []
     for name, reason, make in (
         ("narrow", _narrow_reason(problem), narrow),
-        ("wide", _wide_reason(problem), _wide),
+        ("wide", _wide_reason(problem), wide),
         ("scattered", _scattered_reason(problem), _scattered),
     ):
-        if problem.verb != "wgrad" and ONLY_KERNEL not in (None, name):
+        if ONLY_KERNEL not in ((None, name, "scattered") if gradient else (None, name)):
             continue
         if not reason:
             try:
@@ -179,10 +200,8 @@ def _narrow_reason(problem: Problem) -> str:
 
 
 def _wide_reason(problem: Problem) -> str:
-    """Says why the kernel for wide groups is not for a Problem; empty when it is."""
-    if problem.verb == "wgrad":
-        return "it has no wgrad; backend='triton' has one."
-    if absent := parts.left_out("cuda-wide"):
+    """Says why the kernels for wide groups are not for a Problem; empty when they are."""
+    if absent := parts.left_out("cuda-wide-wgrad" if problem.verb == "wgrad" else "cuda-wide"):
         return absent
     if problem.device.type != "cuda":  # the kernels on the CPU, in tests
         return ""
@@ -247,6 +266,17 @@ def _wide(problem: Problem, spec: GpuSpec) -> WideChoice:
     seconds = _whole(problem, how.clocks, tables.size, spec)
     efficiency = min(1.0, problem.macs / how.executed) if how.executed else 1.0
     return WideChoice(how, every, seconds, efficiency)
+
+
+def _wide_wgrad(problem: Problem, spec: GpuSpec) -> WideWgradChoice:
+    size = problem.height, problem.width
+    (window,), every = wide_windows(problem.geometry, size, False)
+    image = -(-size[0] // every[0]), -(-size[1] // every[1])
+    how = choose_wide_wgrad(problem.support, window, image, problem.batch, spec)
+    launch = constants_of(problem.device).launch
+    seconds = launch + 2 * _NEXT_LAUNCH
+    seconds += max(how.plan.clocks / spec.clock, problem.bytes_moved / spec.bandwidth)
+    return WideWgradChoice(how, every, seconds, min(1.0, problem.macs / how.plan.executed))
 
 
 def _scattered(problem: Problem, spec: GpuSpec) -> ScatteredChoice:

@@ -177,7 +177,7 @@ def lower_wide(support: Support, classes: Sequence[Window], back: bool = False) 
     runs, chunks = mask.shape[0] // EIGHT, mask.shape[1] // EIGHT
     # Which runs read which chunks at which taps.
     live = np.any(mask.reshape(runs, EIGHT, chunks, EIGHT, -1), axis=(1, 3))
-    segments = cluster_by_eight(live, _segment_cost)
+    segments = cluster_by_eight(live, segment_cost)
     needs = np.stack([live[members].any(axis=0) for members in segments])
     pairs = _paired(needs)
     builder = _Builder(mask.shape[3])
@@ -194,7 +194,7 @@ def lower_wide(support: Support, classes: Sequence[Window], back: bool = False) 
     return builder.finish(len(classes), rows, back)
 
 
-def _segment_cost(needs: BoolArray) -> np.ndarray:
+def segment_cost(needs: BoolArray) -> np.ndarray:
     """Counts the steps of segments, were their chunks in the best blocks.
 
     # bool [segments, chunks, taps] -> float [segments]
@@ -218,7 +218,7 @@ def _paired(needs: BoolArray) -> list[tuple[int, int]]:
 
     # bool [segments, chunks, taps]
     """
-    steps, chunks = _segment_cost(needs), np.any(needs, axis=2)
+    steps, chunks = segment_cost(needs), np.any(needs, axis=2)
     left = list(np.argsort(-steps, kind="stable"))
     found = []
     while left:

@@ -18,6 +18,7 @@ PARTS = {
     "cuda-tma": "tiles of narrow groups brought by TMA",
     "cuda-wgrad": "wgrad of narrow groups",
     "cuda-wide": "fprop and dgrad of wide groups",
+    "cuda-wide-wgrad": "wgrad of wide groups",
     "cuda-cluster": "clusters of two blocks for wide groups",
     "cuda-scattered": "fprop of scattered groups",
     "triton-gather": "fprop and dgrad through pointers",

@@ -5,11 +5,13 @@
 //
 // CASES is a row of cases, each: the count of numbers, then for each 24 bytes of name and an int64;
 // the count of arrays, then for each 24 bytes of name, an int64 of bytes, and those. A case runs
-// fprop of narrow, wide or scattered groups (with packing) or wgrad (with the sum of its partials),
-// as its number `kind` says, and its array `result`, which the kernels write, is appended to
-// RESULTS. All arrays have memory of just their size.
+// fprop of narrow, wide or scattered groups (with packing) or wgrad of narrow or wide ones (with
+// the sum of its partials), as its number `kind` says, the place in kRunners, and its array
+// `result`, which the kernels write, is appended to RESULTS. All arrays have memory of just their
+// size.
 #include <cstring>
 #include <fstream>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <string>
@@ -17,7 +19,7 @@
 
 #include "../../../csrc/cuda/narrow.h"
 #include "../../../csrc/cuda/scattered.h"
-#include "../../../csrc/cuda/wide.h"
+#include "../../../csrc/cuda/wide_wgrad.h"
 #include "machine.h"
 
 using namespace hetconv::cuda;
@@ -99,132 +101,143 @@ Slabs packed(const Case& c, DType dtype) {
   return slabs;
 }
 
-void fprop(const Case& c) {
-  Narrow p{};
+#define NUMBER(name) p.name = int32_t(c.number(#name))
+
+// Runs fprop or dgrad: C is Narrow, Wide or Scattered, and `fill` what only that one has.
+template <class C, class Fill>
+void gather(const Case& c, Fill fill, int64_t (*shared_bytes)(const C&),
+            const char* (*start)(const C&, DType, void*)) {
+  C p{};
   p.x = c.array<void>("x");
   p.y = c.array<void>("result");
   p.residual = c.array<void>("residual");
   p.scale = c.array<float>("scale");
   p.shift = c.array<float>("shift");
-  p.classes = c.array<int32_t>("classes");
-  p.heads = c.array<int32_t>("heads");
-  p.rounds = c.array<int32_t>("rounds");
-  p.lists = c.array<int32_t>("lists");
-  p.words = c.array<int32_t>("words");
-  p.chunks = c.array<int32_t>("chunks");
-  p.slots = c.array<int32_t>("slots");
-  p.rows = c.array<int32_t>("rows");
   p.x_n = c.number("x_n");
   p.y_n = c.number("y_n");
-#define NUMBER(name) p.name = int32_t(c.number(#name))
   NUMBER(x_h), NUMBER(x_w), NUMBER(y_h), NUMBER(y_w);
   NUMBER(batch), NUMBER(image_h), NUMBER(image_w);
-  NUMBER(class_count), NUMBER(parts), NUMBER(round_count);
-  NUMBER(tile_h), NUMBER(tile_w), NUMBER(warps_m), NUMBER(warps_n);
-  NUMBER(raw_pitch), NUMBER(slot_pitch), NUMBER(halo_pixels);
-  NUMBER(max_words), NUMBER(max_fragments), NUMBER(vector_stores);
-  NUMBER(buffers), NUMBER(resident), NUMBER(blocks);
-  NUMBER(channels), NUMBER(tma);
-#undef NUMBER
-  const int32_t* halo = c.array<int32_t>("halos");
-  for (int i = 0; p.tma && i < p.class_count && i < kMostMaps; ++i, halo += 2)
-    p.box_h[i] = halo[0], p.box_w[i] = halo[1];
+  fill(p);
   p.act = Act(c.number("act"));
   const DType dtype = DType(c.number("dtype"));
-  check_shared(c, narrow_shared_bytes(p));
+  check_shared(c, shared_bytes(p));
   const Slabs slabs = packed(c, dtype);
   p.slabs = slabs.get();
-  check(narrow_fprop(p, dtype, nullptr));
+  check(start(p, dtype, nullptr));
+}
+
+void narrow_case(const Case& c) {
+  gather<Narrow>(
+      c,
+      [&](Narrow& p) {
+        p.classes = c.array<int32_t>("classes");
+        p.heads = c.array<int32_t>("heads");
+        p.rounds = c.array<int32_t>("rounds");
+        p.lists = c.array<int32_t>("lists");
+        p.words = c.array<int32_t>("words");
+        p.chunks = c.array<int32_t>("chunks");
+        p.slots = c.array<int32_t>("slots");
+        p.rows = c.array<int32_t>("rows");
+        NUMBER(class_count), NUMBER(parts), NUMBER(round_count);
+        NUMBER(tile_h), NUMBER(tile_w), NUMBER(warps_m), NUMBER(warps_n);
+        NUMBER(raw_pitch), NUMBER(slot_pitch), NUMBER(halo_pixels);
+        NUMBER(max_words), NUMBER(max_fragments), NUMBER(vector_stores);
+        NUMBER(buffers), NUMBER(resident), NUMBER(blocks);
+        NUMBER(channels), NUMBER(tma);
+        const int32_t* halo = c.array<int32_t>("halos");
+        for (int i = 0; p.tma && i < p.class_count && i < kMostMaps; ++i, halo += 2)
+          p.box_h[i] = halo[0], p.box_w[i] = halo[1];
+      },
+      &narrow_shared_bytes, &narrow_fprop);
 }
 
 void wide_case(const Case& c) {
-  Wide p{};
-  p.x = c.array<void>("x");
-  p.y = c.array<void>("result");
-  p.residual = c.array<void>("residual");
-  p.scale = c.array<float>("scale");
-  p.shift = c.array<float>("shift");
-  p.classes = c.array<int32_t>("classes");
-  p.heads = c.array<int32_t>("heads");
-  p.blocks = c.array<int32_t>("blocks");
-  p.steps = c.array<int32_t>("steps");
-  p.rows = c.array<int32_t>("rows");
-  p.x_n = c.number("x_n");
-  p.y_n = c.number("y_n");
-#define NUMBER(name) p.name = int32_t(c.number(#name))
-  NUMBER(x_h), NUMBER(x_w), NUMBER(y_h), NUMBER(y_w);
-  NUMBER(batch), NUMBER(image_h), NUMBER(image_w);
-  NUMBER(class_count), NUMBER(pairs), NUMBER(pixels), NUMBER(plane_pitch);
-  NUMBER(stages), NUMBER(slots), NUMBER(cluster), NUMBER(grid);
-#undef NUMBER
-  p.act = Act(c.number("act"));
-  const DType dtype = DType(c.number("dtype"));
-  check_shared(c, wide_shared_bytes(p));
-  const Slabs slabs = packed(c, dtype);
-  p.slabs = slabs.get();
-  check(wide_fprop(p, dtype, nullptr));
+  gather<Wide>(
+      c,
+      [&](Wide& p) {
+        p.classes = c.array<int32_t>("classes");
+        p.heads = c.array<int32_t>("heads");
+        p.blocks = c.array<int32_t>("blocks");
+        p.steps = c.array<int32_t>("steps");
+        p.rows = c.array<int32_t>("rows");
+        NUMBER(class_count), NUMBER(pairs), NUMBER(pixels), NUMBER(plane_pitch);
+        NUMBER(stages), NUMBER(slots), NUMBER(cluster), NUMBER(grid);
+      },
+      &wide_shared_bytes, &wide_fprop);
 }
 
 void scattered_case(const Case& c) {
-  Scattered p{};
-  p.x = c.array<void>("x");
-  p.y = c.array<void>("result");
-  p.residual = c.array<void>("residual");
-  p.scale = c.array<float>("scale");
-  p.shift = c.array<float>("shift");
-  p.parts = c.array<int32_t>("parts");
-  p.blocks = c.array<int32_t>("blocks");
-  p.segments = c.array<int32_t>("segments");
-  p.begins = c.array<int32_t>("begins");
-  p.jobs = c.array<int32_t>("jobs");
-  p.spans = c.array<int32_t>("spans");
-  p.steps = c.array<int32_t>("steps");
-  p.columns = c.array<int32_t>("columns");
-  p.x_n = c.number("x_n");
-  p.y_n = c.number("y_n");
-#define NUMBER(name) p.name = int32_t(c.number(#name))
-  NUMBER(x_h), NUMBER(x_w), NUMBER(y_h), NUMBER(y_w);
-  NUMBER(batch), NUMBER(channels), NUMBER(image_h), NUMBER(image_w);
-  NUMBER(out_h), NUMBER(out_w), NUMBER(base_h), NUMBER(base_w);
-  NUMBER(part_count), NUMBER(most_blocks), NUMBER(side), NUMBER(warps), NUMBER(pixel_bytes);
-  NUMBER(width);
-#undef NUMBER
-  p.act = Act(c.number("act"));
-  const DType dtype = DType(c.number("dtype"));
-  check_shared(c, scattered_shared_bytes(p));
-  const Slabs slabs = packed(c, dtype);
-  p.slabs = slabs.get();
-  check(scattered_fprop(p, dtype, nullptr));
+  gather<Scattered>(
+      c,
+      [&](Scattered& p) {
+        p.parts = c.array<int32_t>("parts");
+        p.blocks = c.array<int32_t>("blocks");
+        p.segments = c.array<int32_t>("segments");
+        p.begins = c.array<int32_t>("begins");
+        p.jobs = c.array<int32_t>("jobs");
+        p.spans = c.array<int32_t>("spans");
+        p.steps = c.array<int32_t>("steps");
+        p.columns = c.array<int32_t>("columns");
+        NUMBER(channels), NUMBER(out_h), NUMBER(out_w), NUMBER(base_h), NUMBER(base_w);
+        NUMBER(part_count), NUMBER(most_blocks), NUMBER(side), NUMBER(warps), NUMBER(pixel_bytes);
+        NUMBER(width);
+      },
+      &scattered_shared_bytes, &scattered_fprop);
 }
 
-void wgrad(const Case& c) {
-  NarrowWgrad p{};
+// Runs wgrad, and adds its partials up: C is NarrowWgrad or WideWgrad.
+template <class C>
+void gradient(const Case& c, C& p, int64_t size, int32_t splits, int64_t (*shared_bytes)(const C&),
+              const char* (*start)(const C&, DType, void*)) {
   p.x = c.array<void>("x");
   p.dy = c.array<void>("dy");
+  p.x_n = c.number("x_n");
+  NUMBER(x_h), NUMBER(x_w), NUMBER(batch), NUMBER(image_h), NUMBER(image_w);
+  const DType dtype = DType(c.number("dtype"));
+  check_shared(c, shared_bytes(p));
+  std::vector<float> partials(size_t(size * splits), __builtin_nanf(""));
+  p.partials = partials.data();
+  check(start(p, dtype, nullptr));
+  check(narrow_reduce(p.partials, c.array<int32_t>("targets"), c.array<void>("result"), size,
+                      c.number("dw_size"), splits, DType(c.number("w_dtype")), nullptr));
+}
+
+void narrow_gradient(const Case& c) {
+  NarrowWgrad p{};
   p.geometry = c.array<int32_t>("geometry");
   p.heads = c.array<int32_t>("heads");
   p.units = c.array<int32_t>("units");
   p.chunks = c.array<int32_t>("chunks");
   p.slots = c.array<int32_t>("slots");
-  p.x_n = c.number("x_n");
   p.y_n = c.number("y_n");
-#define NUMBER(name) p.name = int32_t(c.number(#name))
-  NUMBER(x_h), NUMBER(x_w), NUMBER(y_h), NUMBER(y_w);
-  NUMBER(batch), NUMBER(image_h), NUMBER(image_w), NUMBER(parts), NUMBER(unit_count);
+  NUMBER(y_h), NUMBER(y_w), NUMBER(parts), NUMBER(unit_count);
   NUMBER(tile_h), NUMBER(tile_w), NUMBER(warps);
   NUMBER(x_pitch), NUMBER(x_slot_pitch), NUMBER(dy_pitch), NUMBER(dy_slot_pitch);
   NUMBER(halo_pixels), NUMBER(buffers), NUMBER(blocks), NUMBER(tma);
   NUMBER(channels), NUMBER(filters), NUMBER(dy_h), NUMBER(dy_w), NUMBER(halo_h), NUMBER(halo_w);
-#undef NUMBER
-  const DType dtype = DType(c.number("dtype"));
-  check_shared(c, narrow_wgrad_shared_bytes(p));
   const int64_t size = int64_t(p.unit_count) * kUnitValues;
-  std::vector<float> partials(size_t(size * p.blocks), __builtin_nanf(""));
-  p.partials = partials.data();
-  check(narrow_wgrad(p, dtype, nullptr));
-  check(narrow_reduce(p.partials, c.array<int32_t>("targets"), c.array<void>("result"), size,
-                      c.number("dw_size"), p.blocks, DType(c.number("w_dtype")), nullptr));
+  gradient(c, p, size, p.blocks, &narrow_wgrad_shared_bytes, &narrow_wgrad);
 }
+
+void wide_gradient(const Case& c) {
+  WideWgrad p{};
+  p.classes = c.array<int32_t>("classes");
+  p.jobs = c.array<int32_t>("jobs");
+  p.blocks = c.array<int32_t>("blocks");
+  p.places = c.array<int32_t>("places");
+  p.dy_n = c.number("dy_n");
+  NUMBER(dy_h), NUMBER(dy_w), NUMBER(out_h), NUMBER(out_w);
+  NUMBER(job_count), NUMBER(products), NUMBER(tile_rows), NUMBER(most_blocks);
+  NUMBER(x_pitch), NUMBER(dy_pitch), NUMBER(stages), NUMBER(splits);
+  const int64_t size = c.size("places") / 4 * wide::kProductValues;
+  gradient(c, p, size, p.splits, &wide_wgrad_shared_bytes, &wide_wgrad);
+}
+
+#undef NUMBER
+
+using Runner = void (*)(const Case&);
+constexpr Runner kRunners[] = {narrow_case, narrow_gradient, wide_case, scattered_case,
+                               wide_gradient};
 
 }  // namespace
 
@@ -239,22 +252,10 @@ int main(int count, char** arguments) {
   while (in.peek() != EOF) {
     Case c;
     if (!read_case(in, c)) hetconv::host::fail("the file of cases ends in the middle of one");
-    switch (c.number("kind")) {
-      case 0:
-        fprop(c);
-        break;
-      case 1:
-        wgrad(c);
-        break;
-      case 2:
-        wide_case(c);
-        break;
-      case 3:
-        scattered_case(c);
-        break;
-      default:
-        hetconv::host::fail("kind is 0: fprop, 1: wgrad, 2: wide or 3: scattered");
-    }
+    const int64_t kind = c.number("kind");
+    if (kind < 0 || kind >= int64_t(std::size(kRunners)))
+      hetconv::host::fail("no kernel is number %lld", (long long)kind);
+    kRunners[kind](c);
     out.write(c.array<char>("result"), c.size("result"));
   }
   return 0;

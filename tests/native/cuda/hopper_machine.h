@@ -7,9 +7,9 @@
 // computed when their group is waited for: until then their accumulators are NaN, and an operand
 // that is overwritten too early spoils them. Which accesses are ordered is watched by order.h.
 // Mistakes that can be made on purpose, `at` counting the calls of every thread: skip-phase (a wait
-// for a phase), skip-arrive, skip-fence, skip-products-wait, skip-named, skip-cluster,
-// wrong-operand; skip-bulk, and of boxes wrong-corner and wrong-place, which count copies; and
-// wrong-bytes, which counts what threads say that they expect.
+// for a phase), skip-arrive, skip-fence, skip-products-wait, skip-named, skip-warp,
+// skip-cluster, wrong-operand; skip-bulk, and of boxes wrong-corner and wrong-place, which count
+// copies; and wrong-bytes, which counts what threads say that they expect.
 #pragma once
 #include <map>
 
@@ -23,6 +23,7 @@ struct Product {
   int columns;
   uint64_t a, b;
   float (*widen)(uint32_t);
+  bool registers = false;  // a lies there, and b is transposed
 };
 
 class Hopper {
@@ -51,11 +52,12 @@ class Hopper {
   void fence();
 
   void named_barrier(int name, int threads);
+  void warp_barrier();
   void cluster_barrier();
   void all_know(Block& at);  // what any of its threads knows
 
   void products_begin();
-  void product(float* d, const Product& own);
+  void product(float* d, const Product& own, const uint32_t* a = nullptr);
   void products_commit();
   void products_wait(int pending);
 
@@ -96,13 +98,20 @@ class Hopper {
     bool begun = false;
     int groups = 0;
     float* d = nullptr;
+    uint32_t a[4] = {};
     Product own{};
     int pending = 0;
-    std::vector<float> kept;  // the accumulators, while products are on their way
+    // The accumulators, while products are on their way.
+    std::map<float*, std::vector<float>> kept;
+  };
+  struct Operands {  // of a lane
+    float* d;
+    uint32_t a[4];
   };
   struct Pending {
     Product product;
     int group;
+    std::vector<Operands> lanes;
   };
   struct Warpgroup {
     const char* instruction = nullptr;
@@ -145,11 +154,12 @@ class Hopper {
   bool has_ended(const Phase& p, uint32_t parity) const {
     return (uint64_t(p.ended) & 1) != parity;
   }
+  void meet(int name, int threads);
   Warpgroup& group();
   bool together(Warpgroup& group, const char* instruction);
   void release(Warpgroup& group);
-  void read_operand(Warpgroup& group, const Product& p, bool b, int starter);
-  void multiply(Warpgroup& group, const Product& p);
+  void read_operand(const Product& p, bool b, int starter);
+  void multiply(Warpgroup& group, const Pending& p);
 
   int threads_, groups_, engines_, grain_, phases_ = 0, at_cluster_ = 0;
   int64_t copies_ = 0, expected_ = 0;

@@ -17,6 +17,7 @@ template <int kCount> void more_registers() {}
 inline int64_t clocks() { return 0; }
 
 inline void barrier_of(int name, int threads) { hopper().named_barrier(name, threads); }
+inline void warp_barrier() { hopper().warp_barrier(); }
 inline uint32_t cluster_rank() { return uint32_t(host::block->rank()); }
 inline void cluster_barrier() { hopper().cluster_barrier(); }
 
@@ -57,6 +58,10 @@ template <int kCount> void hold_registers(float (&)[kCount]) {}
 
 template <class T, int kColumns> void product(float (&d)[kColumns / 2], uint64_t a, uint64_t b) {
   hopper().product(d, {kColumns, a, b, widen<T>});
+}
+template <class T, int kColumns>
+void product_of_registers(float (&d)[kColumns / 2], const Quad& a, uint64_t b) {
+  hopper().product(d, {kColumns, 0, b, widen<T>, true}, a.v);
 }
 
 // Launches ---------------------------------------------------------------------------------------
