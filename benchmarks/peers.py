@@ -118,5 +118,5 @@ def onnx_file(module: nn.Module, x: Tensor, folder: Path) -> Path:
         library(needed)
     path = folder / f"{id(module)}.onnx"
     if not path.exists():
-        export.to_onnx(module, x, path)
+        export.to_onnx(module, x, path, check=False)  # `benchmarks.gate` checks who runs it
     return path
