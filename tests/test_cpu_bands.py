@@ -72,7 +72,7 @@ def engine(
     done = plan.fprop(
         packed, x.data_ptr(), x.stride(), (len(x), *x.shape[2:]), y.data_ptr(), y.stride(), out,
         (stride, stride), (pad, pad), (1, 1), shift=shift.data_ptr(), act=act, threads=threads,
-        pool=(2, 2, 2, 2, 0, 0, *shape) if pool else None,
+        pool=_cpu.Pool((2, 2), (2, 2), (0, 0), shape) if pool else None,
     )  # fmt: skip
     assert done or pool
     return y if done else y[:0], w.nan_to_num()

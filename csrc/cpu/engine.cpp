@@ -166,12 +166,10 @@ void forget_idle_strides(Problem* p) {
 }
 
 bool fprop(const Plan& plan, const Packed& packed, Problem p) {
-  if (const Winograd* w = plan.lowered().winograd) {
-    const int stride = phases(w->tile);
-    if (p.sh != stride || p.sw != stride || p.dh != 1 || p.dw != 1)
-      throw std::invalid_argument(std::string("the form \"") + plan.form() +
-                                  "\" is for dilation 1 and stride " + std::to_string(stride));
-  }
+  if (plan.lowered().winograd && !takes_steps(plan.form(), p))
+    throw std::invalid_argument(std::string("the form \"") + plan.form() +
+                                "\" is for dilation 1 and stride " +
+                                std::to_string(phases(plan.lowered().winograd->tile)));
   if (p.N == 0 || p.F == 0 || p.Ho <= 0 || p.Wo <= 0) return true;
   p.threads = usable_threads(p.threads);
   forget_idle_strides(&p);

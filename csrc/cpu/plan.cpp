@@ -104,6 +104,11 @@ int tile_of(const std::string& form) {
   return 0;
 }
 
+bool takes_steps(const std::string& form, const Problem& p) {
+  const int tile = tile_of(form), stride = tile ? phases(tile) : 0;
+  return !tile || (p.sh == stride && p.sw == stride && p.dh == 1 && p.dw == 1);
+}
+
 const char* form_of(int tile) {
   return tile == 2 ? "winograd 2x2" : tile == 3 ? "winograd 3x3" : "winograd 4x4";
 }

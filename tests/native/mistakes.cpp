@@ -10,7 +10,9 @@
 
 namespace driver {
 
-// One call of the engine, of several threads; two at once with the same output race.
+// Calls of the engine, of several threads, two at once: with the same output they race. Where one
+// of them ends before the other begins, a lock that both take orders them; so both wait for each
+// other first, by what orders nothing, and there are several rounds.
 static int run_engine(const hetconv::Kernels& isa, bool race) {
   const int size = 32;
   const std::vector<uint8_t> mask(size_t(size) * size, 1);
@@ -30,9 +32,20 @@ static int run_engine(const hetconv::Kernels& isa, bool race) {
     p.threads = 2;
     hetconv::fprop(plan, packed, p);
   };
-  std::thread second([&] { call(race ? y : other); });
-  call(y);
-  second.join();
+  for (int round = 0; round < 20; ++round) {
+    std::atomic<int> there(0);
+    const auto meet = [&] {
+      there.fetch_add(1, std::memory_order_relaxed);
+      while (there.load(std::memory_order_relaxed) < 2) std::this_thread::yield();
+    };
+    std::thread second([&] {
+      meet();
+      call(race ? y : other);
+    });
+    meet();
+    call(y);
+    second.join();
+  }
   return int(y[0]);
 }
 
