@@ -103,8 +103,8 @@ def test_a_case_is_described_in_todays_words() -> None:
     row = next(
         r for r in summary.results(summary.LAYERS)["rows"] if r["case"]["name"] == "lose-tiny"
     )
-    assert row["case"]["note"] != summary.NOTES["lose-tiny"], "the committed file has other words"
-    assert summary.describe_case(row["case"]).endswith("dominated by call overhead")
+    old = row["case"] | {"note": "in the words of the day it was measured"}
+    assert summary.describe_case(old).endswith(summary.NOTES["lose-tiny"])
     gone = row["case"] | {"name": "a case that is no more", "note": "as it was"}
     assert summary.describe_case(gone).endswith("as it was")
 
