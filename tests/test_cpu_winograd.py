@@ -15,10 +15,9 @@ import pytest
 import torch
 import torch.nn.functional as F_
 from torch import Tensor
-from winograd_calls import ACTS, LAYOUTS, call
+from winograd_calls import LAYOUTS, assert_near_conv2d, call
 
 import hetconv_kernels as hk
-from hetconv_kernels.testing import error_bound
 
 pytestmark = pytest.mark.skipif(
     "cpu" not in hk.available_backends(), reason="the native engine is not built here"
@@ -134,33 +133,15 @@ def test_random_calls_agree_with_conv2d(seed: int, form: str, isa: str) -> None:
     residual = torch.randn(*out, generator=g) if case["residual"] else None
     if residual is not None:
         residual = residual.contiguous(memory_format=LAYOUTS[case["residual layout"]])
-    y = call(
-        support, x, w, padding=padding, scale=scale, shift=shift, residual=residual,
-        act=case["act"], threads=case["threads"], isa=isa, form=form,
-    )  # fmt: skip
+    given: dict[str, Any] = {
+        "padding": padding, "scale": scale, "shift": shift, "residual": residual,
+        "act": case["act"], "threads": case["threads"],
+    }  # fmt: skip
+    y = call(support, x, w, isa=isa, form=form, **given)
     assert y is not None
     assert y.shape == out
-
-    live = torch.where(torch.tensor(support.mask), w, 0.0).double()
-
-    def finished(z: Tensor, plus: bool) -> Tensor:
-        """With what is to be added to it; of magnitudes where `plus`."""
-        sign = torch.abs if plus else (lambda t: t)
-        if scale is not None:
-            z = z * sign(scale.double())[:, None, None]
-        if shift is not None:
-            z = z + sign(shift.double())[:, None, None]
-        return z if residual is None else z + sign(residual.double())
-
-    exact = finished(F_.conv2d(x.double(), live, padding=padding), False)
-    # An error of a tile is as large as its largest inputs make it, wherever they lie in it.
-    reach = FORMS[form]
-    padded = F_.pad(x.abs().double(), (padding[1],) * 2 + (padding[0],) * 2)
-    spread = F_.max_pool2d(padded, 2 * reach + 1, 1, reach)
-    size = finished(F_.conv2d(spread, live.abs()), True)
-    depth = int(support.mask.sum((1, 2, 3)).max())
-    bound = {2: 4, 4: 16}[reach] * error_bound(size, depth, torch.float32) + 1e-6
-    assert torch.all((y - ACTS[case["act"]](exact)).abs() <= 1.2 * bound), (seed, case)
+    tile = FORMS[form]
+    assert_near_conv2d(y, support, x, w, reach=tile, times={2: 4, 4: 16}[tile], **given)
 
 
 def test_its_error_is_no_larger_than_a_few_times_the_direct_forms() -> None:

@@ -15,12 +15,19 @@ import pytest
 import torch
 import torch.nn.functional as F_
 from torch import Tensor
-from winograd_calls import ACTS, LAYOUTS, call, chosen_form, problem, wide_vectors
+from winograd_calls import (
+    ACTS,
+    LAYOUTS,
+    assert_near_conv2d,
+    call,
+    chosen_form,
+    problem,
+    wide_vectors,
+)
 
 import hetconv_kernels as hk
 from hetconv_kernels.backends import winograd
 from hetconv_kernels.pooling import Pool
-from hetconv_kernels.testing import error_bound
 
 pytestmark = pytest.mark.skipif(
     "cpu" not in hk.available_backends(), reason="the native engine is not built here"
@@ -98,29 +105,7 @@ def test_random_calls_agree_with_conv2d(seed: int, isa: str) -> None:
     support, case = drawn_support(rng), drawn_case(rng)
     x, w, given = operands(support, case, seed)
     y = call(support, x, w, isa=isa, form=FORM, **given)
-    assert y is not None
-
-    live = torch.where(torch.tensor(support.mask), w, 0.0).double()
-    scale, shift, residual = given["scale"], given["shift"], given["residual"]
-
-    def finished(z: Tensor, plus: bool) -> Tensor:
-        """With what is to be added to it; of magnitudes where `plus`."""
-        sign = torch.abs if plus else (lambda t: t)
-        if scale is not None:
-            z = z * sign(scale.double())[:, None, None]
-        if shift is not None:
-            z = z + sign(shift.double())[:, None, None]
-        return z if residual is None else z + sign(residual.double())
-
-    padding = given["padding"]
-    exact = finished(F_.conv2d(x.double(), live, stride=2, padding=padding), False)
-    # An error of a tile is as large as its largest inputs make it: 12 x 12 of them, wherever.
-    padded = F_.pad(x.abs().double(), (padding[1],) * 2 + (padding[0],) * 2)
-    spread = F_.max_pool2d(padded, 9, 1, 4)
-    size = finished(F_.conv2d(spread, live.abs(), stride=2), True)
-    depth = int(support.mask.sum((1, 2, 3)).max())
-    bound = 16 * error_bound(size, depth, torch.float32) + 1e-6
-    assert torch.all((y - ACTS[case["act"]](exact)).abs() <= 1.2 * bound), (seed, case)
+    assert_near_conv2d(y, support, x, w, reach=4, times=16, **given)  # 12 x 12 inputs of a tile
 
 
 @pytest.mark.parametrize("isa", ISAS)

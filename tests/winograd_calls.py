@@ -16,6 +16,7 @@ import hetconv_kernels as hk
 from hetconv_kernels.backends import cpu_plans
 from hetconv_kernels.ops import describe
 from hetconv_kernels.problem import Problem, make_geometry
+from hetconv_kernels.testing import error_bound
 
 if "cpu" in hk.available_backends():
     from hetconv_kernels import _cpu
@@ -99,6 +100,62 @@ def call(
         pool=None if pool is None else _cpu.Pool(pool[:2], pool[2:4], pool[4:6], pool[6:]),
     )  # fmt: skip
     return y if done else None
+
+
+def assert_near_conv2d(
+    y: Tensor | None,
+    support: hk.Support,
+    x: Tensor,
+    w: Tensor,
+    *,
+    reach: int,
+    times: int,
+    padding: tuple[int, int],
+    stride: tuple[int, int] = (1, 1),
+    act: str = "none",
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    **_: Any,
+) -> None:
+    """Compares what `call` gave for these arguments with float64.
+
+    An error of a tile is as large as its largest inputs make it, wherever they lie in it.
+
+    Args:
+        y: the result.
+        support: of the layer.
+        x: the image.
+        w: dense.
+        reach: how many pixels of the input the other inputs of a tile are away at most.
+        times: the bound of a direct sum that the result may err by.
+        padding: as `call` has all that follow.
+        stride: see above.
+        act: see above.
+        scale: see above.
+        shift: see above.
+        residual: see above.
+    """
+    assert y is not None
+
+    def finished(z: Tensor, plus: bool) -> Tensor:
+        """With what is to be added to it; of magnitudes where `plus`."""
+        sign = torch.abs if plus else (lambda t: t)
+        if scale is not None:
+            z = z * sign(scale.double())[:, None, None]
+        if shift is not None:
+            z = z + sign(shift.double())[:, None, None]
+        return z if residual is None else z + sign(residual.double())
+
+    live = torch.where(torch.tensor(support.mask), w, 0.0).double()
+    exact = finished(F_.conv2d(x.double(), live, stride=stride, padding=padding), False)
+    assert y.shape == exact.shape
+    padded = F_.pad(x.abs().double(), (padding[1],) * 2 + (padding[0],) * 2)
+    spread = F_.max_pool2d(padded, 2 * reach + 1, 1, reach)
+    size = finished(F_.conv2d(spread, live.abs(), stride=stride), True)
+    depth = int(support.mask.sum((1, 2, 3)).max())
+    bound = times * error_bound(size, depth, torch.float32) + 1e-6
+    assert torch.all((y - ACTS[act](exact)).abs() <= 1.2 * bound)
 
 
 def problem(support: hk.Support, size: tuple[int, int, int], **changes: Any) -> Problem:

@@ -166,10 +166,10 @@ void forget_idle_strides(Problem* p) {
 }
 
 bool fprop(const Plan& plan, const Packed& packed, Problem p) {
-  if (plan.lowered().winograd && !takes_steps(plan.form(), p))
+  const int tile = plan.lowered().winograd ? plan.lowered().winograd->tile : 0;
+  if (!takes_steps(tile, p))
     throw std::invalid_argument(std::string("the form \"") + plan.form() +
-                                "\" is for dilation 1 and stride " +
-                                std::to_string(phases(plan.lowered().winograd->tile)));
+                                "\" is for dilation 1 and stride " + std::to_string(phases(tile)));
   if (p.N == 0 || p.F == 0 || p.Ho <= 0 || p.Wo <= 0) return true;
   p.threads = usable_threads(p.threads);
   forget_idle_strides(&p);

@@ -74,13 +74,14 @@ template <class S, class A, int M> struct WinogradFprop : FiltersFprop<S, A> {
   void choose_band() {
     Cb = ceil_div(W.channels, VL<A>) * VL<A>;
     if (int64_t(Cb) * sizeof(A) % 1024 == 0) Cb += VL<A>;
-    rows = least(p.pool && !pools_tiles(p) ? 2 * M : M, p.Ho);
+    const bool waits = p.pool && !pools_tiles(p);  // for `Pooled`, which lays its own rows
+    rows = least(waits ? 2 * M : M, p.Ho);
     cols = p.Wo;
     while (cols > M && !fits(1, rows, cols)) cols = whole(ceil_div(cols, 2));
     while (rows < p.Ho && fits(1, rows + M, cols) &&
            (image_bytes(rows + M, cols) <= kBandBytes || tiles_of(rows, cols) < 2 * kMaxPixels))
       rows += M;
-    if (!p.pool || pools_tiles(p)) balance();
+    if (!waits) balance();
     // Several small images, as long as every thread has some.
     if (rows == p.Ho && cols == p.Wo) {
       const int64_t most_images = p.N / most(1, p.threads);

@@ -104,8 +104,8 @@ int tile_of(const std::string& form) {
   return 0;
 }
 
-bool takes_steps(const std::string& form, const Problem& p) {
-  const int tile = tile_of(form), stride = tile ? phases(tile) : 0;
+bool takes_steps(int tile, const Problem& p) {
+  const int stride = phases(tile);
   return !tile || (p.sh == stride && p.sw == stride && p.dh == 1 && p.dw == 1);
 }
 

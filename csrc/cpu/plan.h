@@ -131,9 +131,9 @@ class Plan {
   std::unique_ptr<OffsetCache, void (*)(OffsetCache*)> cache_;
 };
 
-bool is_form(const std::string& name);  // that a Plan can be asked for
-int tile_of(const std::string& form);   // of Winograd's, the outputs along an axis; else 0
-bool takes_steps(const std::string& form, const Problem& p);  // has a layer's stride and dilation
+bool is_form(const std::string& name);         // that a Plan can be asked for
+int tile_of(const std::string& form);          // of Winograd's, the outputs along an axis; else 0
+bool takes_steps(int tile, const Problem& p);  // a layer's stride and dilation; 0: any
 
 // For the time of a call: what it finds in the cache is not freed. Of many layouts the cache keeps
 // those that were asked for last.

@@ -155,7 +155,7 @@ Loaded ConvStep::load(Reader& from) {
   for (int i = 0; i < 4; ++i)
     if (p.pool && shape[i] > 1 && strides[i] != dense[i])
       throw FileError("a pooled output is not in channels_last");
-  if (!takes_steps(form, p)) throw FileError("a layer has a form that is not for it");
+  if (!takes_steps(tile_of(form), p)) throw FileError("a layer has a form that is not for it");
   const auto weight_type = from.one_of<DType>(4, "the dtype of weights");
   const int element = size_of(weight_type);
   const int64_t columns = int64_t(p.C) * p.KH * p.KW;

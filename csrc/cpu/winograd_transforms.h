@@ -40,8 +40,8 @@ template <> struct Transform<2> {
 };
 
 // By the points 0, a, -a, b, -b and infinity, a = 3/4 and b = 3/2: exact numbers whose powers stay
-// near one, which errs less than half as much as 1 and 2 do.
-template <> struct Transform<4> {
+// near one, which errs less than half as much as 1 and 2 do. M outputs of 7 - M taps.
+template <int M> struct SixPoints {
   static constexpr double a = 0.75, b = 1.5, a2 = a * a, b2 = b * b;
 
   template <class A> HC_INLINE void inputs(const Vec<A>* d, Vec<A>* t) {
@@ -62,13 +62,12 @@ template <> struct Transform<4> {
     y[0] = m[0] + a_even + b_even;
     y[1] = A(a) * (a_odd + A(2) * b_odd);
     y[2] = A(a2) * (a_even + A(4) * b_even);
-    y[3] = A(a2 * a) * (a_odd + A(8) * b_odd);
-    HC_UNROLL for (int i = 1; i < 4; ++i) keep_rounded<A>(y[i]);
-    y[3] += m[5];
+    if constexpr (M == 4) y[3] = A(a2 * a) * (a_odd + A(8) * b_odd);
+    HC_UNROLL for (int i = 1; i < M; ++i) keep_rounded<A>(y[i]);
+    y[M - 1] += m[5];
   }
-  HC_INLINE void weights(const double* g, double* t) { weights_of<3>(g, t); }
-  // Of a kernel of R taps.
-  template <int R> HC_INLINE void weights_of(const double* g, double* t) {
+  HC_INLINE void weights(const double* g, double* t) {
+    constexpr int R = taps(M);
     const double at_a = 2 * a2 * (a2 - b2), at_b = 2 * b2 * (b2 - a2);
     const auto value = [&](double x) {  // of the polynomial with these coefficients
       double sum = g[R - 1];
@@ -83,25 +82,8 @@ template <> struct Transform<4> {
     t[5] = g[R - 1];
   }
 };
-
-// Three outputs of four taps, by the same points: their inputs are the same.
-template <> struct Transform<3> {
-  using Four = Transform<4>;
-
-  template <class A> HC_INLINE void inputs(const Vec<A>* d, Vec<A>* t) {
-    Four::template inputs<A>(d, t);
-  }
-  template <class A> HC_INLINE void outputs(const Vec<A>* m, Vec<A>* y) {
-    const Vec<A> a_even = m[1] + m[2], a_odd = m[1] - m[2], b_even = m[3] + m[4],
-                 b_odd = m[3] - m[4];
-    y[0] = m[0] + a_even + b_even;
-    y[1] = A(Four::a) * (a_odd + A(2) * b_odd);
-    y[2] = A(Four::a2) * (a_even + A(4) * b_even);
-    HC_UNROLL for (int i = 1; i < 3; ++i) keep_rounded<A>(y[i]);
-    y[2] += m[5];
-  }
-  HC_INLINE void weights(const double* g, double* t) { Four::weights_of<4>(g, t); }
-};
+template <> struct Transform<3> : SixPoints<3> {};
+template <> struct Transform<4> : SixPoints<4> {};
 
 // One row of tiles of one vector of channels: d is the band at the first tile's corner, v where its
 // first position goes; tiles are `step` apart there.
