@@ -249,10 +249,12 @@ template <class S, class A, int M> struct WinogradFprop : FiltersFprop<S, A> {
   }
   void pool(const TileBlock& b, const TileChunk& c, const TileSums<A>& from,
             const Lanes<S, A>& lanes) const {
-    if (lanes.simple())
-      pool_tiles<S, A, M>(p, b, c, from, Simple<S, A>(lanes), lanes.filters[0]);
-    else
-      pool_tiles<S, A, M>(p, b, c, from, lanes, 0);
+    if constexpr (M % 2 == 0) {  // tiles of three outputs are made of no windows
+      if (lanes.simple())
+        pool_tiles<S, A, M>(p, b, c, from, Simple<S, A>(lanes), lanes.filters[0]);
+      else
+        pool_tiles<S, A, M>(p, b, c, from, lanes, 0);
+    }
   }
 
   const int* filters_of(const WinogradPart& k) const {
