@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import fresh
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F_
 from planning import optimized
 from torch import Tensor, nn
-from winograd_calls import chosen_form, problem, wide_vectors
+from winograd_calls import chosen_form, pairs, problem, wide_vectors
 
 import hetconv_kernels as hk
 from hetconv_kernels import accuracy, packing
@@ -48,6 +49,37 @@ def test_the_layers_of_a_resnet_are_transformed(images: int, channels: int, edge
     assert chosen_form(problem(support, (images, edge, edge))) in winograd.TILES
 
 
+@pairs
+@pytest.mark.parametrize(("channels", "edge"), [(64, 56), (128, 28), (256, 14), (512, 7)])
+def test_in_bfloat16_the_wider_layers_of_a_resnet_are(channels: int, edge: int) -> None:
+    """In tiles of two: products of 64 channels are too few beside the transforms."""
+    made = problem(
+        hk.Support.het(channels, channels, 3, p=4), (8, edge, edge), dtype=torch.bfloat16
+    )
+    assert (chosen_form(made) == "winograd 2x2") is (channels > 64)
+    strict = replace(made, strict=True)
+    assert chosen_form(strict) not in winograd.TILES
+
+
+@pairs
+def test_a_bfloat16_layer_of_a_network_errs_as_it_says() -> None:
+    """And keeps to direct sums, whose only rounding is the result's, where it has to."""
+    torch.manual_seed(0)
+    made = hk.nn.HetConv2d(256, 256, 3, padding=1, p=4, dtype=torch.bfloat16).eval().freeze()
+    x = torch.randn(4, 256, 14, 14, dtype=torch.bfloat16).to(memory_format=LAST)
+    with torch.no_grad(), hk.use_backend("cpu"):
+        y = made(x)
+        with hk.strict_accuracy():
+            direct = made(x)
+        weight = hk.export.plain(made).weight.double()
+        exact = F_.conv2d(x.double(), weight, made.bias.double(), padding=1)
+    rms = [float((out.double() - exact).square().mean().sqrt()) for out in (y, direct)]
+    expected = winograd.errors(made.support, 2, torch.bfloat16).expected
+    assert rms[0] / rms[1] == pytest.approx(expected, rel=0.25)
+    (note,) = get_backend("cpu").notes(problem(made.support, (4, 14, 14), dtype=torch.bfloat16))
+    assert f"expected at {expected:.2f} times" in note
+
+
 @wide_vectors
 @pytest.mark.parametrize(
     ("support", "size"),
@@ -74,7 +106,7 @@ def test_layers_it_would_not_pay_for_are_not(
         {"stride": 2},
         {"dilation": 2},
         {"dtype": torch.float64},
-        {"dtype": torch.bfloat16},
+        {"dtype": torch.float16},
         {"layout": torch.contiguous_format},
         {"pool": Pool((3, 3), (2, 2), (1, 1))},
         {"pool": Pool((2, 2), (1, 1), (0, 0))},

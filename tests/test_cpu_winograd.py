@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F_
 from torch import Tensor
-from winograd_calls import LAYOUTS, assert_near_conv2d, call
+from winograd_calls import LAYOUTS, assert_near_conv2d, call, pairs
 
 import hetconv_kernels as hk
 
@@ -28,6 +28,9 @@ if "cpu" in hk.available_backends():
 # bfloat16's own instruction set computes float32 as avx512 does.
 ISAS = _cpu.isas() if "cpu" in hk.available_backends() else []
 FORMS = {"winograd 2x2": 2, "winograd 4x4": 4}
+# What is computed: a form, an instruction set and a precision. bfloat16 has one form.
+CALLS = [(form, isa, torch.float32) for form in FORMS for isa in ISAS]
+CALLS += [pytest.param("winograd 2x2", "", torch.bfloat16, marks=pairs)]
 
 
 def self_grouped(channels: int, filters: int, groups: int, keep: float, seed: int) -> hk.Support:
@@ -67,10 +70,12 @@ def integers(shape: tuple[int, ...], most: int, seed: int) -> Tensor:
     return torch.tensor(np.random.default_rng(seed).integers(-most, most + 1, shape)).float()
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("form", "isa", "dtype"), [c for c in CALLS if "winograd 4x4" not in c])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", SUPPORTS)
-def test_small_integers_come_out_exactly(name: str, layout: str, isa: str) -> None:
+def test_small_integers_come_out_exactly(
+    name: str, layout: str, form: str, isa: str, dtype: torch.dtype
+) -> None:
     """Weights are multiples of 4, so that what G g G^T halves twice is whole."""
     support = SUPPORTS[name]
     w = 4 * integers(support.shape, 3, seed=1)
@@ -78,9 +83,9 @@ def test_small_integers_come_out_exactly(name: str, layout: str, isa: str) -> No
         x = integers((size[0], support.channels, *size[1:]), 5, seed=2)
         x = x.contiguous(memory_format=LAYOUTS[layout])
         live = torch.where(torch.tensor(support.mask), w, 0.0)
-        y = call(support, x, w, isa=isa)
+        y = call(support, x.to(dtype), w.to(dtype), isa=isa, form=form)
         assert y is not None
-        assert torch.equal(y, F_.conv2d(x.double(), live.double(), padding=1).float()), size
+        assert torch.equal(y, F_.conv2d(x.double(), live.double(), padding=1).to(dtype)), size
 
 
 def drawn_case(rng: random.Random) -> tuple[hk.Support, dict[str, Any]]:
@@ -115,22 +120,21 @@ def drawn_case(rng: random.Random) -> tuple[hk.Support, dict[str, Any]]:
     }
 
 
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form", "isa", "dtype"), CALLS)
 @pytest.mark.parametrize("seed", range(40))
-def test_random_calls_agree_with_conv2d(seed: int, form: str, isa: str) -> None:
+def test_random_calls_agree_with_conv2d(seed: int, form: str, isa: str, dtype: torch.dtype) -> None:
     """Tiles of four err up to 22 times as much as direct sums, those of two 1.6 (`explain`)."""
     support, case = drawn_case(random.Random(seed))
     images, height, width = case["size"]
     g = torch.Generator().manual_seed(seed)
-    x = torch.randn(images, support.channels, height, width, generator=g)
+    x = torch.randn(images, support.channels, height, width, generator=g).to(dtype)
     x = x.contiguous(memory_format=LAYOUTS[case["layout"]])
-    w = torch.randn(*support.shape, generator=g)
+    w = torch.randn(*support.shape, generator=g).to(dtype)
     f, padding = support.filters, case["padding"]
     out = images, f, height + 2 * padding[0] - 2, width + 2 * padding[1] - 2
     scale = torch.randn(f, generator=g) if case["scale"] else None
     shift = torch.randn(f, generator=g) if case["shift"] else None
-    residual = torch.randn(*out, generator=g) if case["residual"] else None
+    residual = torch.randn(*out, generator=g).to(dtype) if case["residual"] else None
     if residual is not None:
         residual = residual.contiguous(memory_format=LAYOUTS[case["residual layout"]])
     given: dict[str, Any] = {
@@ -167,20 +171,19 @@ def test_other_steps_are_refused(steps: dict[str, tuple[int, int]]) -> None:
         call(support, x, w, **steps)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form", "isa", "dtype"), CALLS)
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("name", SUPPORTS)
 def test_windows_that_make_up_tiles_are_pooled_bit_for_bit(
-    name: str, seed: int, form: str, isa: str
+    name: str, seed: int, form: str, isa: str, dtype: torch.dtype
 ) -> None:
     """With all that an epilogue has; a row or a column without a partner is in no window."""
     rng, support = random.Random(f"{name} {seed}"), SUPPORTS[name]
     torch.manual_seed(seed)
     h, w_ = rng.randint(2, 33), rng.randint(2, 70)
-    x = torch.randn(rng.randint(1, 3), support.channels, h, w_)
+    x = torch.randn(rng.randint(1, 3), support.channels, h, w_, dtype=dtype)
     x = x.contiguous(memory_format=torch.channels_last)
-    w, f = torch.randn(*support.shape), support.filters
+    w, f = torch.randn(*support.shape, dtype=dtype), support.filters
     more: dict[str, Any] = {
         "act": rng.choice(["none", "relu", "relu6"]), "threads": rng.randint(1, 2), "isa": isa,
         "form": form,
@@ -188,7 +191,7 @@ def test_windows_that_make_up_tiles_are_pooled_bit_for_bit(
     for key in ("scale", "shift"):
         more[key] = torch.randn(f) if rng.random() < 0.5 else None
     if rng.random() < 0.5:
-        residual = torch.randn(len(x), f, h, w_)
+        residual = torch.randn(len(x), f, h, w_, dtype=dtype)
         more["residual"] = residual.contiguous(memory_format=torch.channels_last)
     whole = call(support, x, w, **more)
     assert whole is not None
@@ -242,7 +245,7 @@ def test_it_leaves_other_pooling_to_its_caller_and_writes_nothing(
         (hk.Support.het(64, 64, (3, 1), p=4), "float32"),
         (hk.Support.dense(64, 64, 1), "float32"),
         (hk.Support.het(64, 64, 3, p=4), "float64"),
-        (hk.Support.het(64, 64, 3, p=4), "bfloat16"),
+        (hk.Support.het(64, 64, 3, p=4), "float16"),
         (hk.Support.dense(64, 3, 3), "float32"),
         (hk.Support.dense(3, 64, 3), "float32"),
         (hk.Support.from_mask(np.tile(np.eye(3, dtype=bool), (64, 64, 1, 1))), "float32"),
@@ -253,6 +256,19 @@ def test_layers_it_is_not_for_are_refused_when_the_plan_is_made(
 ) -> None:
     with pytest.raises(ValueError, match="Winograd's forms"):
         _cpu.Plan(support.mask.view(np.uint8).copy(), dtype, "", form)
+
+
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != "avx512bf16"])
+def test_bfloat16_is_refused_where_the_processor_does_not_multiply_it(isa: str) -> None:
+    mask = SUPPORTS["het p=4"].mask.view(np.uint8).copy()
+    with pytest.raises(ValueError, match="that of 2x2 for bfloat16 too where the processor"):
+        _cpu.Plan(mask, "bfloat16", isa, "winograd 2x2")
+
+
+@pairs
+def test_tiles_of_four_are_refused_in_bfloat16() -> None:
+    with pytest.raises(ValueError, match="that of 2x2 for bfloat16"):
+        _cpu.Plan(SUPPORTS["het p=4"].mask.view(np.uint8).copy(), "bfloat16", "", "winograd 4x4")
 
 
 def gradient(dilation: int) -> tuple[Tensor, Tensor]:

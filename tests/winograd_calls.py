@@ -13,7 +13,7 @@ import torch.nn.functional as F_
 from torch import Tensor
 
 import hetconv_kernels as hk
-from hetconv_kernels.backends import cpu_plans
+from hetconv_kernels.backends import cpu_plans, winograd
 from hetconv_kernels.ops import describe
 from hetconv_kernels.problem import Problem, make_geometry
 from hetconv_kernels.testing import error_bound
@@ -21,6 +21,10 @@ from hetconv_kernels.testing import error_bound
 if "cpu" in hk.available_backends():
     from hetconv_kernels import _cpu
 
+pairs = pytest.mark.skipif(
+    "cpu" not in hk.available_backends() or _cpu.isas()[0] != "avx512bf16",
+    reason="this processor has no products of bfloat16",
+)
 wide_vectors = pytest.mark.skipif(
     "cpu" in hk.available_backends() and not _cpu.isas()[0].startswith("avx512"),
     reason="what is chosen was measured with AVX-512",
@@ -55,7 +59,7 @@ def call(
 ) -> Tensor | None:
     """Returns what the engine computes in this form; None of what it does not pool.
 
-    Dead weights are NaN, and so is the output before.
+    In the precision of the image, which the weights and the residual have too. Dead weights are NaN, and so is the output before.
 
     Args:
         support: of the layer.
@@ -74,10 +78,11 @@ def call(
         out: where the result goes.
         pool: kernel, stride, padding and pooled size, two numbers each; with ``out``.
     """
-    plan = _cpu.Plan(support.mask.view(np.uint8).copy(), "float32", isa, form)
+    dtype = cpu_plans.name_of_dtype(x.dtype)
+    plan = _cpu.Plan(support.mask.view(np.uint8).copy(), dtype, isa, form)
     assert plan.form == form
     poisoned = torch.where(torch.tensor(support.mask), w, float("nan"))
-    packed = plan.pack(poisoned.data_ptr(), poisoned.stride(), "float32", threads)
+    packed = plan.pack(poisoned.data_ptr(), poisoned.stride(), dtype, threads)
     size = tuple(
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, k, p, d, s in zip(
@@ -86,7 +91,7 @@ def call(
     )
     y = out
     if y is None:
-        y = torch.full((len(x), support.filters, *size), float("nan"))
+        y = torch.full((len(x), support.filters, *size), float("nan"), dtype=x.dtype)
         if x.is_contiguous(memory_format=torch.channels_last):
             y = y.contiguous(memory_format=torch.channels_last)
     done = plan.fprop(
@@ -120,7 +125,9 @@ def assert_near_conv2d(
 ) -> None:
     """Compares what `call` gave for these arguments with float64.
 
-    An error of a tile is as large as its largest inputs make it, wherever they lie in it.
+    An error of a tile is as large as its largest inputs make it, wherever they lie in it. In
+    bfloat16, whose bound no random numbers come near, eight times what is expected is taken for
+    wrong.
 
     Args:
         y: the result.
@@ -155,6 +162,11 @@ def assert_near_conv2d(
     size = finished(F_.conv2d(spread, live.abs(), stride=stride), True)
     depth = int(support.mask.sum((1, 2, 3)).max())
     bound = times * error_bound(size, depth, torch.float32) + 1e-6
+    if x.dtype == torch.bfloat16:
+        squares = F_.conv2d(spread.square(), live.square(), stride=stride)
+        by = 1.0 if scale is None else scale.double().abs()[:, None, None]
+        expected = winograd.errors(support, 2, torch.bfloat16).expected
+        bound = 2**-9 * (8 * expected * by * squares.sqrt() + exact.abs()) + 1e-6
     assert torch.all((y - ACTS[act](exact)).abs() <= 1.2 * bound)
 
 

@@ -3,47 +3,61 @@
 // are (images, band of rows, strip of columns, share of the segments); a band is packed as ever, or
 // by phases, and what is not transformed is computed from it first.
 #pragma once
-#include <cmath>
 #include "fprop_pooled.h"
-#include "pack_phases.h"
-#include "winograd_outputs.h"
+#include "winograd_bands.h"
 
 namespace hetconv {
 namespace HETCONV_NS {
 
-constexpr size_t kTransformedBytes = 384u << 10;  // of a band's inputs
-constexpr int kEnoughTiles = 5 * kMaxPixels;      // for weights that come from far
+// What is multiplied by Winograd: K of FiltersFprop, and the products of transformed channels.
+template <class A> struct WinogradColumns : FilterColumns<A> {
+  // Whether a segment has anything that is not transformed.
+  static bool has_rest(const FilterSegment& s) {
+    return s.quads + s.singles + s.split + s.straight + s.turned > 0 || s.paired();
+  }
+  // Vectors of weights that a column has for nv vectors of filters: of one, two columns share them.
+  static constexpr int vectors_of(int /*nv*/) { return 2; }
+  // counts: k.pairs and no others, for one vector of filters.
+  template <int NV>
+  static FilterSteps products(const Winograd& W, const WinogradPart& k, const int* counts) {
+    static const int none[2] = {0, 0};
+    return {W.offsets + k.off0,       k.quads, k.singles, 0,      0, 0,
+            NV == 1 ? counts : none, none,    NV == 1,   nullptr};
+  }
+  // One vector of filters: two products a load.
+  template <int MR>
+  static void pairs_product(const A* a, ptrdiff_t ps, const FilterSteps& s, const A* w, A* o,
+                            ptrdiff_t) {
+    pairs_kernel<A, MR, 1>(a, ps, s, s.off, w, o);
+  }
+  template <int NV> static FiltersKernel<A> products_kernel(int n) {
+    if constexpr (NV == 2) return filters_kernel_for<A, 2>(n);
+    return choose<FiltersKernel<A>, kMaxPixels>(n, [](auto m) { return pairs_product<m()>; });
+  }
+};
 
-template <class S, class A, int M> struct WinogradFprop : FiltersFprop<S, A> {
-  using Base = FiltersFprop<S, A>;
-  using Base::Cb;
+template <class S, class A, int M, class K = WinogradColumns<A>>
+struct WinogradFprop : WinogradBands<S, A, M, K> {
+  using Base = WinogradBands<S, A, M, K>;
   using Base::cols;
+  using Base::image;
+  using Base::images;
   using Base::in_pixel;
   using Base::in_row;
+  using Base::kPositions;
+  using Base::kSumsBytes;
   using Base::L;
   using Base::off;
   using Base::p;
   using Base::packed;
   using Base::rows;
-  using Base::xa;
-  using Base::ya;
-  static constexpr int kPositions = positions(M), kBeyond = taps(M) - 1, kPhases = phases(M);
-  static constexpr int kTileRows = M;
-  // Sums of a chunk: [position][tile][nv * VL], the same room for each number of tiles.
-  template <int NV>
-  static constexpr ptrdiff_t kSumsPitch = (ptrdiff_t(kMaxPixels) * NV | 1) * VL<A>;
-  static constexpr size_t kSumsBytes = size_t(kSumsPitch<2>) * kPositions * sizeof(A);
+  using Base::W;
+  using typename Base::Band;
+  using typename Base::Place;
+  using Segment = typename K::Segment;
+  template <int NV> static constexpr ptrdiff_t kSumsPitch = Base::template kSumsPitch<NV>;
 
-  const Winograd& W;
-  int images = 1;  // side by side in one band
-
-  WinogradFprop(const Lowered& lowered, const Problem& problem, const A* weights)
-      : Base{lowered, problem, weights}, W(*lowered.winograd) {}
-
-  // Where tasks keep what they compute from.
-  struct Place {
-    A *band, *inputs, *sums, *scratch;
-  };
+  using Base::Base;
 
   // What is brought near ahead of its use: a chunk's outputs of some vectors of filters.
   struct Outputs {
@@ -52,126 +66,29 @@ template <class S, class A, int M> struct WinogradFprop : FiltersFprop<S, A> {
     int vectors;
   };
 
-  static int in_tiles(int n) { return ceil_div(n, M); }
-  static int whole(int n) { return in_tiles(n) * M; }
-  int tiles_of(int r, int c) const { return in_tiles(r) * in_tiles(c); }
-  size_t inputs_bytes(int tiles) const {
-    return size_t(position_pitch<A>(tiles, W.widest * VL<A>)) * kPositions * sizeof(A);
-  }
-  bool turns() const { return p.y.sc != 1 && p.y.sw == 1; }
-  size_t outputs_bytes(int r, int c) const {
-    const size_t pixels = size_t(ceil_div(images * r * c, VL<A>)) * VL<A>;
-    return pixels * 2 * VL<A> * (turns() ? 2 : 1) * sizeof(A);
-  }
-  size_t image_bytes(int r, int c) const {
-    return size_t(whole(r) + kBeyond) * size_t(whole(c) + kBeyond) * size_t(Cb) * sizeof(A);
-  }
-  bool fits(int m, int r, int c) const {
-    const int tiles = m * tiles_of(r, c);
-    return inputs_bytes(tiles) <= kTransformedBytes && m * image_bytes(r, c) <= kImageBlockBytes;
-  }
-
-  void choose_band() {
-    Cb = ceil_div(W.channels, VL<A>) * VL<A>;
-    if (int64_t(Cb) * sizeof(A) % 1024 == 0) Cb += VL<A>;
-    const bool waits = p.pool && !pools_tiles(p);  // for `Pooled`, which lays its own rows
-    rows = least(waits ? 2 * M : M, p.Ho);
-    cols = p.Wo;
-    while (cols > M && !fits(1, rows, cols)) cols = whole(ceil_div(cols, 2));
-    while (rows < p.Ho && fits(1, rows + M, cols) &&
-           (image_bytes(rows + M, cols) <= kBandBytes || tiles_of(rows, cols) < 2 * kMaxPixels))
-      rows += M;
-    if (!waits) balance();
-    // Several small images, as long as every thread has some.
-    if (rows == p.Ho && cols == p.Wo) {
-      const int64_t most_images = p.N / most(1, p.threads);
-      while (images < most_images && images * tiles_of(rows, cols) < kEnoughTiles &&
-             fits(images + 1, rows, cols))
-        ++images;
-      images = int(ceil_div<int64_t>(p.N, ceil_div<int64_t>(p.N, images)));
-    }
-    lay();
-  }
-  // Lower bands where threads would otherwise wait for the last one. Each packs two rows twice; a
-  // row of tiles of less than a chunk reads the weights too often.
-  void balance() {
-    const int64_t strips = ceil_div(p.Wo, cols), per_image = in_tiles(p.Ho),
-                  all = p.N * strips * per_image;
-    double best = 0;
-    for (int64_t r = in_tiles(rows); r > 0; --r) {
-      const int64_t units = p.N * strips * ceil_div(per_image, r),
-                    shares = shares_for(units, L.count, p.threads);
-      if (best > 0 && tiles_of(int(r) * M, cols) < kMaxPixels && units >= p.threads) break;
-      // Rows of tiles of the thread that has most, in units of a share.
-      const double share = double(r) / double(shares),
-                   most_rows = std::ceil(double(all) / p.threads / share) * share,
-                   time = most_rows * (1 + 0.2 / double(M * r));
-      if (best > 0 && time > 0.97 * best) continue;
-      best = time;
-      rows = least(p.Ho, int(r) * M);
-    }
-  }
-  void lay() {
-    this->direct = false;
-    if (kPhases == 1) return this->lay_axes(whole(rows), whole(cols));
-    in_row = int64_t(whole(cols) + kBeyond) * Cb;
-    in_pixel = Cb;
-  }
-
-  size_t room_for_image() const {
-    return (image_bytes(rows, cols) + VL<A> * sizeof(A) + 63) / 64 * 64;
-  }
-  int most_tiles() const { return images * tiles_of(rows, cols); }
-  size_t room() const {
-    return images * room_for_image() + inputs_bytes(most_tiles()) + kSumsBytes +
-           outputs_bytes(rows, cols) + 4 * HETCONV_VECTOR_BYTES;
-  }
-  Place lay_out(char* memory) const {
-    Place at;
-    at.band = reinterpret_cast<A*>(memory);
-    at.inputs = reinterpret_cast<A*>(memory += images * room_for_image());
-    at.sums = reinterpret_cast<A*>(memory += inputs_bytes(most_tiles()));
-    at.scratch = reinterpret_cast<A*>(memory + kSumsBytes);
-    return at;
-  }
-  const A* image(const Place& at, int m) const {
-    return at.band + m * (room_for_image() / sizeof(A));
-  }
-
-  void pack(const TileBlock& b, const Place& at) const {
-    for (int m = 0; m < b.images; ++m) {
-      const S* x = reinterpret_cast<const S*>(p.x.data) + (b.n + m) * p.x.sn;
-      A* band = const_cast<A*>(image(at, m));
-      if (kPhases == 1)
-        pack_channels_last<S, A>(p, x, ya, xa, b.oy, b.ox, M * b.tr, M * b.tc, Cb, band);
-      else
-        pack_phases<S, A>(p, x, b.oy, b.ox, M * b.tr + kBeyond, M * b.tc + kBeyond, Cb, in_row,
-                          band);
-    }
-  }
   void transform(const WinogradUnit& u, const TileBlock& b, const Place& at) const {
     const int width = u.vectors * VL<A>;
-    const ptrdiff_t pitch = position_pitch<A>(b.tiles, width);
+    const ptrdiff_t pitch = position_pitch<Band>(b.tiles, width);
     for (int m = 0; m < b.images; ++m)
       for (int r = 0; r < b.tr; ++r)
         for (int v = 0; v < u.vectors; ++v)
-          transform_inputs<A, M>(
+          transform_inputs<Band, A, M>(
               image(at, m) + M * r * in_row + W.from[u.from0 + v], in_row, in_pixel, b.tc,
               at.inputs + (ptrdiff_t(m) * b.tr + r) * b.tc * width + v * VL<A>, width, pitch);
   }
 
   // What is not transformed, to scratch: [image][row][column][nv * VL].
   template <int NV>
-  void compute_rest(const FilterSegment& s, const TileBlock& b, const Place& at) const {
+  void compute_rest(const Segment& s, const TileBlock& b, const Place& at) const {
     constexpr int FT = NV * VL<A>;
-    const FilterSteps steps = FilterColumns<A>::steps(L, s, off);
+    const auto steps = K::steps(L, s, off);
     const int tiles = ceil_div(b.nc, kMaxPixels), base = b.nc / tiles, more = b.nc % tiles;
-    const auto big = filters_kernel_for<A, NV>(least(base + 1, kMaxPixels)),
-               small = filters_kernel_for<A, NV>(base);
+    const auto big = K::template kernel<NV>(least(base + 1, kMaxPixels)),
+               small = K::template kernel<NV>(base);
     A* o = at.scratch;
     for (int m = 0; m < b.images; ++m)
       for (int r = 0; r < b.nr; ++r) {
-        const A* a = image(at, m) + r * in_row;
+        const Band* a = image(at, m) + r * in_row;
         for (int t = 0; t < tiles; ++t) {
           const int n = base + (t < more);
           (t < more ? big : small)(a, in_pixel, steps, packed + s.w0, o, FT);
@@ -185,39 +102,23 @@ template <class S, class A, int M> struct WinogradFprop : FiltersFprop<S, A> {
   template <int NV>
   void multiply(const WinogradPart& k, const TileBlock& b, const TileChunk& c, const Place& at,
                 const Outputs& next, Ahead& ahead) const {
-    static const int none[2] = {0, 0};
-    const int width = W.units[k.unit].vectors * VL<A>, pairs[2] = {k.pairs, 0},
+    const int width = W.units[k.unit].vectors * VL<A>, counts[2] = {k.pairs, 0},
               columns = 4 * k.quads + k.singles + k.pairs;
-    const FilterSteps steps{W.offsets + k.off0,     k.quads, k.singles, 0,      0, 0,
-                            NV == 1 ? pairs : none, none,    NV == 1,   nullptr};
-    const ptrdiff_t from = position_pitch<A>(b.tiles, width);
-    const auto kernel = products_kernel<NV>(c.tiles);
-    const A *a = at.inputs + ptrdiff_t(c.first) * width, *w = packed + k.w0;
+    const auto steps = K::template products<NV>(W, k, counts);
+    const ptrdiff_t from = position_pitch<Band>(b.tiles, width),
+                    weights = ptrdiff_t(columns) * K::vectors_of(NV) * VL<A>;
+    const auto kernel = K::template products_kernel<NV>(c.tiles);
+    const Band* a = at.inputs + ptrdiff_t(c.first) * width;
+    const A* w = packed + k.w0;
     TileAt<M> near(b, next.tiles.first);
     int fetched = 0;
-    for (int q = 0; q < kPositions; ++q, a += from, w += ptrdiff_t(columns) * 2 * VL<A>) {
+    for (int q = 0; q < kPositions; ++q, a += from, w += weights) {
       Ahead::step<false>(ahead);
       for (; fetched < (q + 1) * next.tiles.tiles / kPositions; ++fetched, near.next(b))
         fetch_outputs(p, b, near, next);
       kernel(a, width, steps, w, at.sums + q * kSumsPitch<NV>, NV * VL<A>);
     }
   }
-  // One vector of filters: two products a load.
-  template <int MR>
-  static void pairs_product(const A* a, ptrdiff_t ps, const FilterSteps& s, const A* w, A* o,
-                            ptrdiff_t) {
-    pairs_kernel<A, MR, 1>(a, ps, s, s.off, w, o);
-  }
-  template <int... mr>
-  static FiltersKernel<A> pairs_product_for(int n, std::integer_sequence<int, mr...>) {
-    static const FiltersKernel<A> kernels[] = {pairs_product<mr + 1>...};
-    return kernels[n - 1];
-  }
-  template <int NV> static FiltersKernel<A> products_kernel(int n) {
-    if constexpr (NV == 2) return filters_kernel_for<A, 2>(n);
-    return pairs_product_for(n, std::make_integer_sequence<int, kMaxPixels>());
-  }
-
   // Brings the outputs of a tile near, and what is added to them.
   HC_INLINE void fetch_outputs(const Problem& p, const TileBlock& b, const TileAt<M>& at,
                                const Outputs& next) {
@@ -258,7 +159,7 @@ template <class S, class A, int M> struct WinogradFprop : FiltersFprop<S, A> {
   }
 
   const int* filters_of(const WinogradPart& k) const {
-    return L.filters + L.segments[k.segment].filter0 + k.vector * VL<A>;
+    return L.filters + K::segments(L)[k.segment].filter0 + k.vector * VL<A>;
   }
   const WinogradPart* after(const WinogradPart* k) const {
     return k + 1 < W.parts + W.nparts ? k + 1 : nullptr;
@@ -266,7 +167,7 @@ template <class S, class A, int M> struct WinogradFprop : FiltersFprop<S, A> {
   // What a part adds to, or makes of, its segment's filters: chunk by chunk, so that sums are
   // transformed while they are in the first cache. following: whose outputs are made next, or null.
   template <int PV>
-  void part(const WinogradPart& k, const FilterSegment& s, const Lanes<S, A>* lanes, bool rest,
+  void part(const WinogradPart& k, const Segment& s, const Lanes<S, A>* lanes, bool rest,
             const WinogradPart* following, const TileBlock& b, const Place& at,
             Ahead& ahead) const {
     const int ft = s.nv * VL<A>, chunks = ceil_div(b.tiles, kMaxPixels);
@@ -294,13 +195,12 @@ template <class S, class A, int M> struct WinogradFprop : FiltersFprop<S, A> {
   template <int NV>
   void segment(int number, const TileBlock& b, const Place& at, int* held, Ahead& ahead) const {
     constexpr int FT = NV * VL<A>;
-    const FilterSegment& s = L.segments[number];
+    const Segment& s = K::segments(L)[number];
     const int* filters = L.filters + s.filter0;
     const WinogradPart *first = W.parts + W.part0[number], *last = W.parts + W.part0[number + 1];
     int covered = 0;
     for (const WinogradPart* k = first; k < last; ++k) covered += k->nv;
-    const bool rest =
-        covered < s.nv || s.quads + s.singles + s.split + s.straight + s.turned > 0 || s.paired();
+    const bool rest = covered < s.nv || K::has_rest(s);
     if (rest) compute_rest<NV>(s, b, at);
     const Out<A> out = out_of<A>(p);
     const auto lanes_of = [&](int v) {
@@ -325,18 +225,18 @@ template <class S, class A, int M> struct WinogradFprop : FiltersFprop<S, A> {
   }
   // What is not yet in the output goes there from scratch.
   template <int NV>
-  void emit(const FilterSegment& s, const TileBlock& b, const Place& at, const bool* done) const {
+  void emit(const Segment& s, const TileBlock& b, const Place& at, const bool* done) const {
     constexpr int FT = NV * VL<A>;
     const int* filters = L.filters + s.filter0;
     const Out<A> out = out_of<A>(p);
     const int pixels = b.nr * b.nc;
-    const bool turn = turns();
+    const bool turn = this->turns();
     for (int m = 0; m < b.images; ++m) {
       const int64_t n = b.n + m, y = n * p.y.sn + b.oy * p.y.sh + b.ox * p.y.sw,
                     res = n * p.res.sn + b.oy * p.res.sh + b.ox * p.res.sw;
       const A* from = at.scratch + ptrdiff_t(m) * pixels * FT;
       if (turn) {
-        A* turned = at.scratch + outputs_bytes(rows, cols) / sizeof(A) / 2;
+        A* turned = at.scratch + this->outputs_bytes(rows, cols) / sizeof(A) / 2;
         const ptrdiff_t pitch = ceil_div(pixels, VL<A>) * VL<A>;
         transpose_scratch<A>(from, FT, pixels, s.lanes, turned, pitch);
         for (int f = 0; f < s.lanes; ++f)
@@ -352,65 +252,41 @@ template <class S, class A, int M> struct WinogradFprop : FiltersFprop<S, A> {
 
   void compute(const TileBlock& b, const Place& at, int s0, int s1, int* held, Ahead& ahead) const {
     for (int s = s0; s < s1; ++s)
-      if (L.segments[s].nv == 2)
+      if (K::segments(L)[s].nv == 2)
         segment<2>(s, b, at, held, ahead);
       else
         segment<1>(s, b, at, held, ahead);
   }
-  TileBlock block_of(int64_t n, int m, int oy, int ox, int nr, int nc) const {
-    const int tr = in_tiles(nr), tc = in_tiles(nc);
-    return {n, m, oy, ox, nr, nc, tr, tc, m * tr * tc};
-  }
-  TileBlock block(int64_t unit, int64_t bands, int64_t strips) const {
-    const int64_t n = unit / (bands * strips) * images;
-    const int oy = int(unit / strips % bands) * rows, ox = int(unit % strips) * cols;
-    return block_of(n, int(least<int64_t>(images, p.N - n)), oy, ox, least(rows, p.Ho - oy),
-                    least(cols, p.Wo - ox));
-  }
-
-  void find_offsets(OffsetCache* cache) {
-    if (kPhases == 1) Base::find_offsets(cache);  // else all is transformed
-  }
-
-  // What `Pooled` needs: of rows, strip after strip.
-  bool has_bands() const { return p.y.sc == 1; }
-  void lay_rows(int r) {
-    rows = r;
-    images = 1;
-    lay();
-  }
-  size_t room_for_band() const { return room_for_image() + inputs_bytes(most_tiles()); }
-  size_t room_for_scratch() const { return room() - room_for_band(); }
-  void compute_rows(int64_t n, int oy, int nr, A* band, A* scratch, Ahead& ahead) const {
-    Place at = lay_out(reinterpret_cast<char*>(band));
+  void compute_rows(int64_t n, int oy, int nr, Band* band, A* scratch, Ahead& ahead) const {
+    Place at = this->lay_out(reinterpret_cast<char*>(band));
     at.sums = scratch;
     at.scratch = scratch + kSumsBytes / sizeof(A);
     for (int ox = 0; ox < p.Wo; ox += cols) {
-      const TileBlock b = block_of(n, 1, oy, ox, nr, least(cols, p.Wo - ox));
-      pack(b, at);
+      const TileBlock b = this->block_of(n, 1, oy, ox, nr, least(cols, p.Wo - ox));
+      this->pack(b, at);
       int held = -1;
       compute(b, at, 0, L.count, &held, ahead);
     }
   }
 
   void run(OffsetCache* cache) {
-    choose_band();
-    find_offsets(cache);
+    this->choose_band();
+    this->find_offsets(cache);
     const int64_t bands = ceil_div(p.Ho, rows), strips = ceil_div(p.Wo, cols),
                   units = ceil_div<int64_t>(p.N, images) * bands * strips;
     const int shares = shares_for(units, L.count, p.threads);
     const int64_t tasks = units * shares;
-    const size_t bytes = room();
+    const size_t bytes = this->room();
     Tasks queue(tasks, p.threads);
     in_parallel(least<int64_t>(p.threads, tasks), [&](int self) {
-      const Place at = lay_out(static_cast<char*>(workspace(bytes)));
+      const Place at = this->lay_out(static_cast<char*>(workspace(bytes)));
       int64_t packed_unit = -1;
       int held = -1;
       for (int64_t task = queue.take(self); task >= 0; task = queue.take(self)) {
         const int64_t unit = task / shares, share = task % shares;
-        const TileBlock b = block(unit, bands, strips);
+        const TileBlock b = this->block(unit, bands, strips);
         if (packed_unit != unit) {
-          pack(b, at);
+          this->pack(b, at);
           held = -1;
         }
         packed_unit = unit;
@@ -418,7 +294,7 @@ template <class S, class A, int M> struct WinogradFprop : FiltersFprop<S, A> {
         const int64_t following = queue.expected(self), next = following / shares;
         Ahead ahead;
         if (following >= 0 && next != unit) {
-          const TileBlock f = block(next, bands, strips);
+          const TileBlock f = this->block(next, bands, strips);
           ahead = this->input_of(f.n, f.oy, f.ox, 1);
           ahead.spread(int64_t(s1 - s0) * kPositions * ceil_div(b.tiles, kMaxPixels));
         }

@@ -51,7 +51,24 @@ struct PairColumns {
   template <int NV> static PairsKernel kernel(int mr) { return pairs_kernel_for<NV>(mr); }
 };
 
+// The same by Winograd: transformed inputs and weights are bfloat16, all sums float32.
+struct WinogradPairs : PairColumns {
+  static bool has_rest(const Segment& s) { return s.runs + s.pairs + s.windows > 0; }
+  static constexpr int vectors_of(int nv) { return nv; }
+  template <int NV>
+  static PairSteps products(const Winograd& W, const WinogradPart& k, const int* /*counts*/) {
+    return {W.offsets + k.off0, k.quads, k.singles, 0, nullptr};
+  }
+  template <int NV> static PairsKernel products_kernel(int n) { return pairs_kernel_for<NV>(n); }
+};
+
 static bool fprop_bf16(const Lowered& L, OffsetCache* cache, const Problem& p, const void* packed) {
+  if (L.winograd) {
+    if (p.pool && !pools_tiles(p)) return false;
+    WinogradFprop<bf16, float, 2, WinogradPairs>(L, p, static_cast<const float*>(packed))
+        .run(cache);
+    return true;
+  }
   if (L.pixel_pairs) return fprop_pixel_pairs(L, cache, p, packed);
   return fprop<bf16, float, PairColumns>(L, cache, p, packed);
 }

@@ -173,10 +173,49 @@ static void pack_pair_segment(const Lowered& L, const PairSegment& s, const Weig
       }
 }
 
+// Transformed weights, rounded once; as pack_part, in lanes of two places.
+template <class S>
+static void pack_pair_part(const Lowered& L, const WinogradPart& k, const WeightView& v,
+                           float* out) {
+  constexpr int M = 2, lanes = VL<float>;
+  const Winograd& W = *L.winograd;
+  const PairSegment& s = L.paired[k.segment];
+  const int* from = W.from + W.units[k.unit].from0;
+  const int columns = 4 * k.quads + k.singles;
+  const ptrdiff_t pitch = ptrdiff_t(columns) * k.nv * lanes;
+  for (int q = 0; q < columns; ++q) {
+    const int64_t place = k.off0 + (q < 4 * k.quads ? q / 4 : q - 3 * k.quads);
+    const int first = W.offsets[place] + (q < 4 * k.quads ? q % 4 * 2 : 0);
+    for (int l = 0; l < k.nv * lanes; ++l) {
+      const int lane = k.vector * lanes + l;
+      const int f = lane < s.lanes ? L.filters[s.filter0 + lane] : -1;
+      uint32_t both[positions(M)] = {};
+      for (int half = 0; f >= 0 && half < 2; ++half) {
+        const int at = first + half, channel = from[at / lanes] + at % lanes;
+        const bool taken = W.taken[place] & (half ? kUpper : kLower);
+        if (!taken || channel >= W.channels || !W.whole[int64_t(f) * W.channels + channel])
+          continue;
+        double g[taps(M) * taps(M)];
+        float u[positions(M)];
+        taps_of<S, M>(L, v, f, channel, g);
+        transform_weight<float, M>(g, u, 1);
+        for (int i = 0; i < positions(M); ++i) both[i] |= half_of(u + i, half != 0);
+      }
+      for (int i = 0; i < positions(M); ++i)
+        memcpy(out + i * pitch + ptrdiff_t(q) * k.nv * lanes + l, both + i, sizeof *both);
+    }
+  }
+}
+
 template <class S>
 static void pack_pair_segments(const Lowered& L, const WeightView& v, float* out, int threads) {
-  each_in_parallel(L.count, L.packed > (1 << 16) ? threads : 1, [&](int64_t i) {
+  if (L.packed <= (1 << 16)) threads = 1;
+  each_in_parallel(L.count, threads, [&](int64_t i) {
     pack_pair_segment<S>(L, L.paired[i], v, out + L.paired[i].w0);
+  });
+  each_in_parallel(L.winograd ? L.winograd->nparts : 0, threads, [&](int64_t i) {
+    const WinogradPart& k = L.winograd->parts[i];
+    pack_pair_part<S>(L, k, v, out + k.w0);
   });
 }
 

@@ -156,7 +156,9 @@ void Plan::add_pair_segment(const std::vector<int>& filters, const Group* group)
       pairs.insert(pairs.end(), broadcast.begin(), broadcast.end());
       if (!some.empty()) taps.push_back(some);
     }
-  if (!low_.span && gather_channels(s, taps, costs + double(pairs.size()))) {
+  // Winograd's bands have no copies.
+  const bool may_copy = !low_.span && winograd_.tile == 0;
+  if (may_copy && gather_channels(s, taps, costs + double(pairs.size()))) {
     pairs.clear();
     for (auto& own : windows) own.clear();
     for (std::vector<Column>& tap : taps) {

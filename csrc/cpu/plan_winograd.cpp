@@ -10,6 +10,8 @@ namespace hetconv {
 // Cost of the products of two vectors of filters, and of one: as in filters_cost. Of a vector of
 // channels or filters, the transformations of one output. Measured on Zen 4.
 constexpr double kProductCost = 1.0, kPairProductCost = 1.15, kTransformCost = 11;
+// Beside products of bfloat16. Measured on Zen 5.
+constexpr double kNarrowTransformCost = 20;
 
 // The vectors of VL neighbouring channels that hold all those marked, none beyond `padded`.
 static std::vector<int> cover(const std::vector<uint8_t>& needed, int padded, int vl) {
@@ -64,10 +66,12 @@ bool Plan::take_phases(int tile) {
 void Plan::lower_winograd(int tile) {
   const int P = phases(tile), vl = low_.vl, C = P * P * low_.C;
   const bool kernels = (low_.KH + P - 1) / P == taps(tile) && (low_.KW + P - 1) / P == taps(tile);
-  if (!kernels || dtype_ != DType::f32 || low_.F < vl || (P == 1 && C < vl))
+  const bool dtype = dtype_ == DType::f32 || (pairs() && tile == 2);
+  if (!kernels || !dtype || low_.F < vl || (P == 1 && C < vl))
     throw std::invalid_argument(
         P == 1 ? "Winograd's forms of tiles of 2x2 and 4x4 outputs are for 3x3 kernels in float32, "
-                 "with a vector of channels and of filters"
+                 "that of 2x2 for bfloat16 too where the processor multiplies it, with a vector of "
+                 "channels and of filters"
                : "Winograd's form of tiles of 3x3 outputs is for 7x7 and 8x8 kernels in float32, "
                  "with a vector of filters");
   if (P == 1 && !take_whole_channels())
@@ -75,8 +79,8 @@ void Plan::lower_winograd(int tile) {
   if (P > 1 && !take_phases(tile))
     throw std::invalid_argument(
         "Winograd's form of tiles of 3x3 outputs needs filters that read the same inputs");
-  lower_filters();
   winograd_.tile = tile;
+  lower_filters();
   winograd_.channels = C;
   const int padded = (C + vl - 1) / vl * vl;
 
@@ -84,12 +88,14 @@ void Plan::lower_winograd(int tile) {
   // one part.
   std::vector<std::vector<uint8_t>> reads;
   part0_.assign(1, 0);
-  for (int s = 0; s < int(segments_.size()); ++s) {
-    const FilterSegment& g = segments_[s];
-    for (int j = 0; j < g.nv; ++j) {
+  const int count = int(pairs() ? paired_.size() : segments_.size());
+  for (int s = 0; s < count; ++s) {
+    const int lanes = pairs() ? paired_[s].lanes : segments_[s].lanes,
+              filter0 = pairs() ? paired_[s].filter0 : segments_[s].filter0;
+    for (int j = 0; j * vl < lanes; ++j) {
       std::vector<uint8_t> needed(C, 0);
-      for (int l = j * vl; l < std::min(g.lanes, (j + 1) * vl); ++l)
-        for (int c = 0; c < C; ++c) needed[c] |= whole_[size_t(filters_[g.filter0 + l]) * C + c];
+      for (int l = j * vl; l < std::min(lanes, (j + 1) * vl); ++l)
+        for (int c = 0; c < C; ++c) needed[c] |= whole_[size_t(filters_[filter0 + l]) * C + c];
       if (std::find(needed.begin(), needed.end(), 1) == needed.end()) continue;
       if (j == 1 && int(parts_.size()) > part0_[s] && reads.back() == needed) {
         parts_.back().nv = 2;
@@ -141,40 +147,44 @@ void Plan::add_places(WinogradPart& p, const std::vector<int>& places) {
   p.w0 = low_.packed;
   const size_t n = places.size();
   std::vector<int> singles;
+  std::vector<uint8_t> taken;  // of singles
   for (size_t i = 0; i < n;) {
     const auto neighbours = [&](size_t count) {
       return i + count <= n && places[i + count - 1] == places[i] + int(count) - 1;
     };
-    if (p.nv == 2) {
-      const bool quad = neighbours(4);
-      (quad ? wino_offsets_ : singles).push_back(places[i]);
-      (quad ? p.quads : p.singles) += 1;
-      i += quad ? 4 : 1;
-    } else {
-      // A place without a partner is read with a neighbour, whose weight is zero.
-      const bool two = neighbours(2), last = places[i] % low_.vl == low_.vl - 1;
-      wino_offsets_.push_back(two || !last ? places[i] : places[i] - 1);
-      wino_taken_.resize(wino_offsets_.size(), 0);
-      wino_taken_.back() = two ? kLower | kUpper : last ? kUpper : kLower;
-      ++p.pairs;
-      i += two ? 2 : 1;
+    const size_t together = pairs() ? 8 : 4;
+    if ((pairs() || p.nv == 2) && neighbours(together)) {
+      wino_offsets_.push_back(places[i]);
+      wino_taken_.push_back(kLower | kUpper);
+      ++p.quads;
+      i += together;
+      continue;
     }
+    // A place without a partner is read with a neighbour, whose weight is zero.
+    const bool pair = pairs() || p.nv == 1, two = pair && neighbours(2),
+               last = pair && !two && places[i] % low_.vl == low_.vl - 1;
+    singles.push_back(places[i] - last);
+    taken.push_back(uint8_t(two ? kLower | kUpper : last ? kUpper : kLower));
+    (pairs() || p.nv == 2 ? p.singles : p.pairs) += 1;
+    i += two ? 2 : 1;
   }
   wino_offsets_.insert(wino_offsets_.end(), singles.begin(), singles.end());
-  wino_taken_.resize(wino_offsets_.size(), 0);
-  low_.packed +=
-      int64_t(positions(winograd_.tile)) * 2 * low_.vl * (4 * p.quads + p.singles + p.pairs);
+  wino_taken_.insert(wino_taken_.end(), taken.begin(), taken.end());
+  low_.packed += int64_t(positions(winograd_.tile)) * (pairs() ? p.nv : 2) * low_.vl *
+                 (4 * p.quads + p.singles + p.pairs);
 }
 
 double Plan::winograd_cost() const {
   const int tile = winograd_.tile;
-  const double products = double(positions(tile)) / (tile * tile);
+  const double products = double(positions(tile)) / (tile * tile),
+               transform = pairs() ? kNarrowTransformCost : kTransformCost;
   double total = 0;
-  for (const WinogradPart& p : parts_)
-    total += products * (p.nv == 2 ? 2 * kProductCost * (4 * p.quads + p.singles)
-                                   : 2 * kPairProductCost * p.pairs) +
-             kTransformCost * p.nv;
-  for (const WinogradUnit& u : units_) total += kTransformCost * u.vectors;
+  for (const WinogradPart& p : parts_) {
+    const double of_filters = pairs() || p.nv == 2 ? p.nv * kProductCost : 0;
+    total += products * (of_filters * (4 * p.quads + p.singles) + 2 * kPairProductCost * p.pairs) +
+             transform * p.nv;
+  }
+  for (const WinogradUnit& u : units_) total += transform * u.vectors;
   return total;
 }
 

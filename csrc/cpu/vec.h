@@ -223,8 +223,10 @@ template <class S, class A> HC_INLINE Vec<A> read(const S* p) {
   if constexpr (sizeof(S) == sizeof(A)) return load<A>(reinterpret_cast<const A*>(p));
 #if defined(__AVX512F__)
   else if constexpr (__is_same(S, bf16))
-    return (Vec<A>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)),
-                                     16);
+    // By a mask of all lanes: GCC 12 takes the other's for uninitialised.
+    return (Vec<A>)((typename Lane<A>::ivec)_mm512_maskz_cvtepu16_epi32(
+                        0xffff, _mm256_loadu_si256((const __m256i*)p))
+                    << 16);
   else
     return (Vec<A>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 #elif defined(__AVX2__)

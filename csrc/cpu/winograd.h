@@ -13,7 +13,8 @@
 // from the padded corner) each is a channel of its own, which stride 1 reads by 4 x 4 taps: 4
 // products an output and channel in place of 16, or of the 12.25 that exist.
 //
-// Transformed inputs lie [position][tile][width], sums [position][tile][nv * VL].
+// Transformed inputs lie [position][tile][width], sums [position][tile][nv * VL]. In bfloat16 the
+// former are rounded to it, which F(2x2, 3x3) bears: its transforms add and never scale.
 #pragma once
 #include "problem.h"
 
@@ -37,9 +38,10 @@ struct WinogradUnit {
 //   nv == 2: quads of four neighbouring places, then singles
 //   nv == 1: pairs of neighbouring places, as in FilterSegment
 // Weights from `w0`: [position][4 * quads + singles][2 * VL], or [position][pairs][2 * VL] in lanes
-// of a pair.
+// of a pair. In bfloat16 each lane takes two neighbouring places: quads are four such pairs side by
+// side, singles one, and weights [position][4 * quads + singles][nv * VL] lanes of two.
 struct WinogradPart {
-  int segment, vector, nv, unit;
+  int segment, vector, nv, unit;  // segment: of the plan's, or in bfloat16 of its paired ones
   int quads, singles, pairs;
   int64_t off0, w0;
 };
@@ -54,7 +56,7 @@ struct Winograd {
   int nparts;
   const int* part0;  // [segments + 1] into parts
   const int* offsets;
-  const uint8_t* taken;  // of each pair, kLower and kUpper
+  const uint8_t* taken;  // of each pair of places, kLower and kUpper
   // [F][channels]: it is multiplied that way. The filter has all nine taps of the channel, or,
   // of a phase, any.
   const uint8_t* whole;

@@ -11,8 +11,8 @@ namespace HETCONV_NS {
 
 // Distance of positions: an odd number of lines, so that those of a tile are in different cache
 // sets.
-template <class A> HC_INLINE ptrdiff_t position_pitch(int tiles, int width) {
-  constexpr ptrdiff_t line = VL<A>;
+template <class T> HC_INLINE ptrdiff_t position_pitch(int tiles, int width) {
+  constexpr ptrdiff_t line = VL<T>;
   return ((ptrdiff_t(tiles) * width + line - 1) / line | 1) * line;
 }
 
@@ -86,15 +86,15 @@ template <> struct Transform<3> : SixPoints<3> {};
 template <> struct Transform<4> : SixPoints<4> {};
 
 // One row of tiles of one vector of channels: d is the band at the first tile's corner, v where its
-// first position goes; tiles are `step` apart there.
-template <class A, int M>
-static void transform_inputs(const A* d, ptrdiff_t row, ptrdiff_t pixel, int tiles, A* v,
+// first position goes; tiles are `step` apart there. T: what they are kept as, computed in A.
+template <class T, class A, int M>
+static void transform_inputs(const T* d, ptrdiff_t row, ptrdiff_t pixel, int tiles, T* v,
                              ptrdiff_t step, ptrdiff_t pitch) {
   constexpr int N = side(M), shared = N - M;
   Vec<A> columns[N][N];  // the last `shared` are the next tile's first
   const auto column = [&](int x) {
     Vec<A> c[N];
-    HC_UNROLL for (int y = 0; y < N; ++y) c[y] = load<A>(d + x * pixel + y * row);
+    HC_UNROLL for (int y = 0; y < N; ++y) c[y] = read<T, A>(d + x * pixel + y * row);
     Transform<M>::template inputs<A>(c, columns[x]);
   };
   HC_UNROLL for (int x = 0; x < shared; ++x) column(x);
@@ -104,7 +104,7 @@ static void transform_inputs(const A* d, ptrdiff_t row, ptrdiff_t pixel, int til
       Vec<A> r[N], t[N];
       HC_UNROLL for (int x = 0; x < N; ++x) r[x] = columns[x][y];
       Transform<M>::template inputs<A>(r, t);
-      HC_UNROLL for (int x = 0; x < N; ++x) store<A>(v + (N * y + x) * pitch, t[x]);
+      HC_UNROLL for (int x = 0; x < N; ++x) write<T, A>(v + (N * y + x) * pitch, t[x]);
       HC_UNROLL for (int x = 0; x < shared; ++x) columns[x][y] = r[M + x];
     }
   }

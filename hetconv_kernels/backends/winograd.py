@@ -2,7 +2,9 @@
 """Winograd's forms in the native engine: when, how much work, which errors.
 
 F(2x2, 3x3) and F(4x4, 3x3) are for sparse 3 × 3 layers, F(3x3, 4x4) for the four phases of the
-image that a 7 × 7 or 8 × 8 layer of stride 2 reads, as the first of many networks is.
+image that a 7 × 7 or 8 × 8 layer of stride 2 reads, as the first of many networks is. In bfloat16
+F(2x2, 3x3) alone: what is transformed is rounded to it again, and the others' points would make
+that four times as large.
 
 Equations, counts and the derivation of the errors: docs/backends/cpu.md.
 """
@@ -27,7 +29,9 @@ _TILE = Pool((2, 2), (2, 2), (0, 0))
 # the same of the form for the phases of an image.
 TILES = {"winograd 2x2": 2, "winograd 4x4": 4}
 PHASES = {"winograd 3x3": 3}
-# Of those, a layer reads so many channels at most: a vector holds their four phases.
+# Of the former, those in bfloat16.
+TILES_BFLOAT16 = {"winograd 2x2": 2}
+# Of phases, a layer reads so many channels at most: a vector holds their four phases.
 _FEW = 4
 # The points by which each tile's transforms interpolate; infinity is one more.
 _POINTS = dict.fromkeys((3, 4), (0.0, 0.75, -0.75, 1.5, -1.5)) | {2: (0.0, 1.0, -1.0)}
@@ -48,13 +52,15 @@ def forms(problem: Problem) -> dict[str, int]:
         problem.verb == "fprop"
         and not problem.strict
         and problem.frozen_weight
-        and problem.dtype == torch.float32
+        and problem.dtype in (torch.float32, torch.bfloat16)
         and problem.channels_last
         and problem.geometry.dilation == (1, 1)
     )
     if plain and problem.geometry.stride == (1, 1) and problem.support.kernel == (3, 3):
         tiles = problem.pool is None or problem.pool == _TILE
-        return TILES if tiles and _is_sparse_with_whole_kernels(problem.support) else {}
+        of_dtype = TILES if problem.dtype == torch.float32 else TILES_BFLOAT16
+        return of_dtype if tiles and _is_sparse_with_whole_kernels(problem.support) else {}
+    plain = plain and problem.dtype == torch.float32
     if plain and problem.geometry.stride == (2, 2) and set(problem.support.kernel) <= {7, 8}:
         few = problem.support.channels <= _FEW and len(problem.support.groups) == 1
         return PHASES if few else {}
@@ -130,17 +136,20 @@ class Errors(NamedTuple):
     bound: float
 
 
-def errors(support: Support, tile: int) -> Errors:
+def errors(support: Support, tile: int, dtype: torch.dtype = torch.float32) -> Errors:
     """Derives what a form's errors are in comparison with the direct form's.
 
     Of the filter that reads most: c channels (or phases) with all taps and r single products. In
     units of one rounding of one product, a direct sum of n products has the variance n² / 2 and the
     worst case n². Transformed, those of the c channels are sums of c at each position: the squares
-    of Bᵀ, G and Aᵀ weigh their variance, the magnitudes of the same their worst case.
+    of Bᵀ, G and Aᵀ weigh their variance, the magnitudes of the same their worst case. In bfloat16 a
+    direct sum is exact but for float32's roundings, and its result is rounded once: n, in units of
+    a product. Transformed, both operands of each of the c products were rounded too.
 
     Args:
         support: of the layer, with 3 × 3 kernels; for tiles of three outputs 7 × 7 or 8 × 8.
-        tile: outputs along an axis, 2, 3 or 4.
+        tile: outputs along an axis, 2, 3 or 4; of bfloat16 2.
+        dtype: of the call, float32 or bfloat16.
     """
     filter_ = int(support.mask.sum((1, 2, 3)).argmax())
     mask = support.mask[filter_]
@@ -161,6 +170,9 @@ def errors(support: Support, tile: int) -> Errors:
         spreads.append(np.mean([spread for spread, _ in axes]))
         sizes.append(max(size for _, size in axes))
     most_taps = max(taps_of[0]) * max(taps_of[1])
+    if dtype == torch.bfloat16:
+        added, most = math.prod(spreads) * 2 * c, math.prod(sizes) * most_taps * 2 * c
+        return Errors(math.sqrt((n + added) / n), (n + most) / n)
     variance = math.prod(spreads) * (c * c / 2 + roundings * c) + r * r / 2 + n
     worst = math.prod(sizes) * most_taps * c * (c + roundings + 1) + r * (r + 1)
     return Errors(math.sqrt(variance / (n * n / 2)), worst / (n * n))
@@ -182,7 +194,7 @@ def note(problem: Problem, tile: int, gain: float) -> str:
         tile: outputs along an axis, 2, 3 or 4.
         gain: predicted time of the direct form over this one's.
     """
-    expected, bound = errors(problem.support, tile)
+    expected, bound = errors(problem.support, tile, problem.dtype)
     r, of = taps(tile), " of the image's four phases" if tile in PHASES.values() else ""
     return (
         f"Winograd F({tile}x{tile}, {r}x{r}){of}, predicted {gain:.2f} times as fast as direct "

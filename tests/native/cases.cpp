@@ -87,7 +87,7 @@ Case random_case(uint64_t seed, const hetconv::Kernels& isa) {
   const int edges[] = {1, 3, 3, 5, 7, 2};
   const bool square = chance(r, 0.7);
   // What Winograd's forms are for: of whole kernels, and of phases.
-  const bool transform = !isa.pairs && chance(r, 0.2), first = !isa.pairs && chance(r, 0.08);
+  const bool transform = chance(r, 0.2), first = !isa.pairs && chance(r, 0.08);
   do {
     c.conv.KH = first ? pick(r, 7, 8) : transform ? 3 : edges[pick(r, 0, 5)];
     c.conv.KW = first ? pick(r, 7, 8) : transform || square ? c.conv.KH : edges[pick(r, 0, 5)];
@@ -109,8 +109,8 @@ Case random_case(uint64_t seed, const hetconv::Kernels& isa) {
     c.dtype = DType::f32;
     c.form = "winograd 3x3";
   } else if (transform && !first && has_whole_kernels(c.conv)) {
-    c.dtype = DType::f32;
-    c.form = chance(r, 0.5) ? "winograd 2x2" : "winograd 4x4";
+    if (!isa.pairs) c.dtype = DType::f32;
+    c.form = isa.pairs || chance(r, 0.5) ? "winograd 2x2" : "winograd 4x4";
   }
   const Act acts[] = {Act::none, Act::relu, Act::relu6, Act::silu, Act::gelu};
   // In tiles of more than two outputs what is not finite reaches a whole tile.
