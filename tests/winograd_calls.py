@@ -59,7 +59,8 @@ def call(
 ) -> Tensor | None:
     """Returns what the engine computes in this form; None of what it does not pool.
 
-    In the precision of the image, which the weights and the residual have too. Dead weights are NaN, and so is the output before.
+    In the precision of the image, which the weights and the residual have too. Dead weights are
+    NaN, and so is the output before.
 
     Args:
         support: of the layer.

@@ -304,23 +304,36 @@ struct WinogradFprop : WinogradBands<S, A, M, K> {
   }
 };
 
-// False: tiles are not made of what is to be pooled, or a band would not fit; nothing was written.
+// These return false where a band would not fit that is to be pooled, or tiles are not made of its
+// windows; nothing was written then.
+template <class S, class A>
+static bool fprop_phases(const Lowered& L, OffsetCache* cache, const Problem& p,
+                         const void* packed) {
+  WinogradFprop<S, A, 3> form(L, p, static_cast<const A*>(packed));
+  if (p.pool) return Pooled<S, A, WinogradFprop<S, A, 3>>(form).run(cache);
+  form.run(cache);
+  return true;
+}
+
+template <class S, class A, int M, class K = WinogradColumns<A>>
+static bool fprop_tiles(const Lowered& L, OffsetCache* cache, const Problem& p,
+                        const void* packed) {
+  if (p.pool && !pools_tiles(p)) return false;
+  WinogradFprop<S, A, M, K>(L, p, static_cast<const A*>(packed)).run(cache);
+  return true;
+}
+
 template <class S, class A>
 static bool fprop_winograd(const Lowered& L, OffsetCache* cache, const Problem& p,
                            const void* packed) {
-  const A* weights = static_cast<const A*>(packed);
-  if (L.winograd->tile == 3) {
-    WinogradFprop<S, A, 3> form(L, p, weights);
-    if (p.pool) return Pooled<S, A, WinogradFprop<S, A, 3>>(form).run(cache);
-    form.run(cache);
-    return true;
+  switch (L.winograd->tile) {
+    case 2:
+      return fprop_tiles<S, A, 2>(L, cache, p, packed);
+    case 3:
+      return fprop_phases<S, A>(L, cache, p, packed);
+    default:
+      return fprop_tiles<S, A, 4>(L, cache, p, packed);
   }
-  if (p.pool && !pools_tiles(p)) return false;
-  if (L.winograd->tile == 2)
-    WinogradFprop<S, A, 2>(L, p, weights).run(cache);
-  else
-    WinogradFprop<S, A, 4>(L, p, weights).run(cache);
-  return true;
 }
 
 }  // namespace HETCONV_NS

@@ -63,12 +63,7 @@ struct WinogradPairs : PairColumns {
 };
 
 static bool fprop_bf16(const Lowered& L, OffsetCache* cache, const Problem& p, const void* packed) {
-  if (L.winograd) {
-    if (p.pool && !pools_tiles(p)) return false;
-    WinogradFprop<bf16, float, 2, WinogradPairs>(L, p, static_cast<const float*>(packed))
-        .run(cache);
-    return true;
-  }
+  if (L.winograd) return fprop_tiles<bf16, float, 2, WinogradPairs>(L, cache, p, packed);
   if (L.pixel_pairs) return fprop_pixel_pairs(L, cache, p, packed);
   return fprop<bf16, float, PairColumns>(L, cache, p, packed);
 }
