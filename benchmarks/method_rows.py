@@ -175,11 +175,10 @@ def _papers_own() -> dict[str, dict[str, Method]]:
     none: dict[str, Any] = {"epochs": 0}
 
     def removed(times: float) -> Method:
-        # By correlation: the time depends on how many filters go, and not on which. Three times the
-        # same fraction of what both sides of a layer still have.
+        # By correlation: the time depends on how many filters go, and not on which.
         return methods.FilterCorrelation(
-            fraction=1 - times ** (-1 / 6), episodes=3, target=0.99, least_correlation=0.0,
-            pair_epochs=0, tune_epochs=0, **none,
+            fraction=0.02, least_correlation=0.0, pair_epochs=0, tune_epochs=0,
+            target=1 - 1 / times, **none,
         )  # fmt: skip
 
     # By these the MACs fall by 9.2 as the paper counts them: see tests/test_seed_numbers.py.
