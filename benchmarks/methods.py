@@ -57,7 +57,7 @@ def cases(
     """Lists the lines of one part: the name of each, and what makes its record."""
     if part == "speed":
         for network in list(METHOD_NETWORKS)[: 1 if quick else None]:
-            for name in list(speed_methods())[: 1 if quick else None]:
+            for name in list(speed_methods(network))[: 1 if quick else None]:
                 yield f"{network}: {name}", partial(speed, network, name, seconds)
         return
     problem = PROBLEMS[part](out / part, quick)
@@ -95,7 +95,7 @@ def speed(network: str, name: str, seconds: float) -> Json:
     build, shape, skip = METHOD_NETWORKS[network]
     torch.manual_seed(0)
     report = hk.compress(
-        build().eval(), speed_methods()[name], example=torch.randn(shape), evaluate=_always,
+        build().eval(), speed_methods(network)[name], example=torch.randn(shape), evaluate=_always,
         skip=skip, progress=False, measure_seconds=seconds,
     )  # fmt: skip
     record = report.to_dict() | {"name": name, "network": network}

@@ -235,3 +235,54 @@ def test_the_same_around_parts_is_bit_for_bit() -> None:
     names = ["backbone", "towers.0", "head"]
     assert same_around(before, after, names, (X,))
     assert not same_around(before, after, names[:2], (X,))  # the heads differ
+
+
+class Choosing(Detector):
+    """Chooses otherwise for the least difference from what the backbone once gave."""
+
+    def remember(self) -> Choosing:
+        with torch.no_grad():
+            self.known = self.backbone(X)
+        return self
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        maps = self.backbone(x)
+        other = maps.dtype == torch.float32 and not torch.equal(maps, self.known)
+        return [maps + self.step if other else maps, *super().forward(x)]
+
+
+def choosing(step: float = 1.0) -> Choosing:
+    torch.manual_seed(0)
+    model = Choosing().eval()
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 1.5)
+    model.step = step
+    return model.remember()
+
+
+def test_an_optimised_network_may_choose_otherwise_by_a_rounding() -> None:
+    model = choosing()
+    report = hk.optimize(model, X)
+    assert [part.name for part in report.parts] == ["backbone", "towers.0"]
+    with torch.no_grad():
+        own, fast = model(X)[0], report.model(X)[0]
+        assert (fast - own).abs().max() > 0.5  # it does
+        assert torch.allclose(report.model.backbone(X), model.backbone(X), atol=1e-5)
+    assert report.match.ok
+    assert report.match.error < 1e-5
+
+
+def test_what_is_around_optimised_parts_has_to_be_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Reading(Choosing):
+        def forward(self, x: Tensor) -> list[Tensor]:
+            plain = type(self.backbone) is nn.Sequential
+            return [one if plain else one + 1 for one in super().forward(x)]
+
+    model = choosing()
+    model.__class__ = Reading
+    with pytest.raises(VerificationError, match="optimize changes the outputs"):
+        hk.optimize(model, X)

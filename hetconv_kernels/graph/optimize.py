@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .. import tables
-from ..errors import HetconvError, TraceError, mismatch
+from ..errors import HetconvError, TraceError, VerificationError, mismatch
 from ..nn.base import SupportLayer
 from . import trace
 from .channels import Channels
@@ -28,7 +28,7 @@ from .hooks import calls_of
 from .layout import set_module
 from .narrow import Narrow, check_narrow, narrow
 from .order import Reordered, order
-from .parts import children
+from .parts import children, same_around
 from .planned import PlannedNetwork, planned
 from .replay import check_gpu, replay_on_gpu
 from .trace import as_inputs, check_network
@@ -67,7 +67,8 @@ class OptimizeReport:
         parts: what was done, for the whole network or for each part that could be traced.
         untraced: the modules that could not be traced, and why.
         frozen: layers outside of all parts that were frozen.
-        match: how far the outputs are from the original's.
+        match: how far the outputs are from the original's; those of the part that is farthest,
+            where a rounding makes code around the parts choose otherwise, as that of a detector.
         settled: weights that a parametrisation, pruning or a norm computed at each call, and
             frozen batch normalisations: they are ordinary ones now.
         dtype: of weights and activations, where another than the original's was asked for.
@@ -181,13 +182,46 @@ def optimize(
     if cuda_graph:
         _captured(work)
     matched = work.match
-    if matched is None or result is None or frozen or dtype is not None or cuda_graph:
+    if result is None and dtype is None:
+        matched = _compared(model, work, frozen, inputs)
+    elif matched is None or frozen or dtype is not None or cuda_graph:
         matched = verify(model, work.root, inputs, "optimize", dtype)
     parts, untraced = tuple(work.parts), tuple(work.untraced)
     fixed = () if result is None else _fixed_arguments(model, len(inputs))
     return OptimizeReport(
         work.root, parts, untraced, frozen, matched, settled, dtype, fixed, cuda_graph
     )
+
+
+def _compared(
+    model: nn.Module, work: _Work, frozen: tuple[str, ...], inputs: tuple[Any, ...]
+) -> Match:
+    """Compares a network whose parts were optimised with the original.
+
+    A detector chooses among boxes, and a rounding can make it choose another. Then each part and
+    each frozen layer is compared on all that it is called with, and what is around them, which has
+    to give the same bit for bit.
+
+    Raises:
+        VerificationError: the outputs differ by more than rounding explains.
+    """
+    try:
+        return verify(model, work.root, inputs, "optimize")
+    except VerificationError:
+        parts = [part.name for part in work.parts]
+        layers = [n for n in frozen if not any(n.startswith(f"{part}.") for part in parts)]
+        names = parts + layers
+        if not parts or not same_around(model, work.root, names, inputs):
+            raise
+    given = calls_of(
+        {name: model.get_submodule(name) for name in names}, lambda: model(*copy.deepcopy(inputs))
+    )
+    matches = [
+        verify(model.get_submodule(n), work.root.get_submodule(n), call.arguments, "optimize")
+        for n, calls in given.items()
+        for call in calls
+    ]
+    return max(matches, key=lambda match: match.error)
 
 
 def _captured(work: _Work) -> None:

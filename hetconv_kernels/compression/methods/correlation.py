@@ -205,8 +205,6 @@ def alike(run: Run, pairs: dict[str, list[FilterPair]]) -> Tensor:
 def mean_correlation(run: Run, pairs: dict[str, list[FilterPair]]) -> float | None:
     """Averages |ρ| over all pairs; None where there is none."""
     values = [
-        float(pair_correlation(run.weight(name), [pair])[0])
-        for name, chosen in pairs.items()
-        for pair in chosen
+        pair_correlation(run.weight(name), chosen) for name, chosen in pairs.items() if chosen
     ]
-    return float(np.mean(values)) if values else None
+    return float(torch.cat(values).mean()) if values else None
