@@ -19,7 +19,7 @@ def strict_accuracy(on: bool = True) -> AbstractContextManager[None]:
     F(4x4, 3x3), and first layers of stride 2 by F(3x3, 4x4), whose roundings are others, expected
     at 0.6, 2 and 2.2 times those of direct sums, which overflow earlier, and where an infinity of
     the input becomes NaN and reaches the outputs of its whole tile (docs/backends/cpu.md). Frozen
-    bfloat16 layers may run by F(2x2, 3x3), at 2.3 to 2.6 times the one rounding of a direct sum. Like
+    bfloat16 layers may run by F(2x2, 3x3), at 2.3 to 2.6 times a direct sum's one rounding. Like
     `use_backend` it is one switch for all threads, and nothing that was prepared under the other
     setting is used. The environment variable HETCONV_WINOGRAD=0 sets it at import.
 
