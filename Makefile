@@ -33,10 +33,14 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 IN_TREE := HETCONV_CUDA_ARCHS=$(or $(HETCONV_CUDA_ARCHS),$(if $(shell command -v nvidia-smi \
 	2>/dev/null),native,80))
 
-# Nothing is compiled twice where g++ compiles.
+# Nothing is compiled twice where g++ compiles, and no kernel where nvcc does.
 ifneq (,$(and $(filter default undefined,$(origin CXX)),$(filter 1,$(words $(CURDIR))),\
 	$(wildcard .ci/cxx),$(shell command -v g++ 2>/dev/null)))
 export CXX := $(CURDIR)/.ci/cxx
+endif
+ifneq (,$(and $(filter undefined,$(origin NVCC)),$(filter 1,$(words $(CURDIR))),\
+	$(wildcard .ci/nvcc),$(shell command -v nvcc 2>/dev/null)))
+export NVCC := $(CURDIR)/.ci/nvcc
 endif
 
 ifdef PY

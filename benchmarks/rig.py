@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rig: builds a case's tensors, our layer and its rivals, and checks them before any timing."""
+"""The rig: builds a case's tensors, our layer and its rivals, and checks them before any timing.
+
+It is of layers as users hold them: modules, frozen and not, under autocast, in every memory format.
+`bench` is of primitives: operators called with ready geometries, each gradient alone, all engines
+in one row. Both check with `gate` and rotate buffers by `timing`; they have no call in common.
+"""
 
 from __future__ import annotations
 

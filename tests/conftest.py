@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
+import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -23,6 +27,9 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 # A container often has fewer cores than the machine that torch counts.
 torch.set_num_threads(max(1, min(8, len(os.sched_getaffinity(0)))))
 
+# Inductor compiles here, not in helpers that would each import PyTorch first.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 # References are exact float32: TF32 would hide an error of the size that the bounds look for.
 torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.allow_tf32 = False
@@ -30,9 +37,9 @@ torch.backends.cudnn.allow_tf32 = False
 
 # Files that take longest go first where processes share them, or one is left with the last alone.
 _LONG = (
-    "triton", "cuda_host", "session", "deploy", "cuda_wide_host", "quantization_onnx_forms",
-    "made_networks", "docs", "peers_low_precision", "ranks", "methods", "examples", "peers",
-    "narrow", "compose", "quantization_quantize", "typing",
+    "triton", "cuda_host", "session", "compose", "cuda_wide_host", "quantization_onnx_forms",
+    "docs", "narrow", "peers_low_precision", "examples", "deploy", "peers", "methods", "typing",
+    "made_networks", "quantization_quantize", "ranks", "alias_moves", "command", "cpu", "compact",
 )  # fmt: skip
 
 
@@ -102,20 +109,53 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
             session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
 
 
+def pytest_runtest_setup() -> None:
+    _share_onnx_operators()
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def _ceilings_at_a_glance(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A profile's ceilings are measured for seconds; no test's result depends on how well."""
-    glance = partial(measure_roofs, rounds=1, size=128)
-    monkeypatch.setattr("hetconv_kernels.roofline.measure_roofs", glance)
+@pytest.fixture(autouse=True, scope="module")
+def _a_machine_of_our_own(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No test's result depends on this machine, or on what else it does.
+
+    A profile's ceilings are measured for seconds, whose result no test looks at: here at a glance.
+    Disturbance is of test_disturbance alone. A file marked ``one_thread`` does not test how an
+    engine shares its work: there other threads would only spin between small operators.
+    """
+    name, threads = request.module.__name__, torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        glance = partial(measure_roofs, rounds=1, size=128)
+        patch.setattr("hetconv_kernels.roofline.measure_roofs", glance)
+        if name != "test_disturbance":
+            patch.setattr("hetconv_kernels.disturbance.judged", lambda *_, **__: ())
+        if request.node.get_closest_marker("one_thread"):
+            torch.set_num_threads(1)
+        yield
+    torch.set_num_threads(threads)
 
 
-@pytest.fixture(autouse=True)
-def _a_machine_of_our_own(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test's result depends on what else this machine does; test_disturbance has that."""
-    if request.module.__name__ != "test_disturbance":
-        monkeypatch.setattr("hetconv_kernels.disturbance.judged", lambda *_, **__: ())
+def _share_onnx_operators() -> None:
+    """Has PyTorch's exporter list the operators that it knows once, not anew for each file.
+
+    That was a fifth of each export. What an export adds to its list stays its own.
+    """
+    registration = sys.modules.get("torch.onnx._internal.exporter._registration")
+    registry: Any = getattr(registration, "ONNXRegistry", None)
+    if registry is None or hasattr(registry, "listed"):
+        return
+    registry.listed = {}
+    list_all = registry.from_torchlib
+
+    def from_torchlib(*arguments: Any, **options: Any) -> Any:
+        key = (arguments, tuple(options.items()))
+        if key not in registry.listed:
+            registry.listed[key] = list_all(*arguments, **options)
+        own = copy.copy(registry.listed[key])
+        own.functions = {target: list(found) for target, found in own.functions.items()}
+        return own
+
+    registry.from_torchlib = staticmethod(from_torchlib)

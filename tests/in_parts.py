@@ -122,6 +122,8 @@ def _run(arguments: list[str]) -> list[int]:
     count = min(MOST_PROCESSES, len(os.sched_getaffinity(0)))
     # Threads that wait leave the core to the other process.
     environment = {"OMP_WAIT_POLICY": "passive"} | os.environ
+    # The tests start hundreds of processes, which need not compile the package's Python each anew.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pytest", f"--share={folder}", *arguments]
         logs = [Path(folder, f"{part}.log") for part in range(1, count)]

@@ -17,14 +17,7 @@ from hetconv_kernels.errors import ArgumentError
 from hetconv_kernels.models import digits_net
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.one_thread
 
 
 def test_digits_from_training_to_report_and_again(

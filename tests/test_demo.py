@@ -7,7 +7,6 @@ import argparse
 import contextlib
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,7 @@ from hetconv_kernels.nn import HetConv2d, SelfGroupConv2d
 
 for package in ("sklearn", "PIL", "matplotlib"):
     pytest.importorskip(package, reason="the demo needs pip install 'hetconv-kernels[demo]'")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    # The quick network is so small that threads cost more than they bring.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.one_thread
 
 
 def options(*words: str) -> argparse.Namespace:

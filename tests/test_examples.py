@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 from cifar import write_cifar
 from external import package
@@ -18,14 +17,7 @@ from external import package
 import hetconv_kernels as hk
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.one_thread
 
 
 def run(name: str, monkeypatch: pytest.MonkeyPatch, *words: str) -> dict[str, Any]:

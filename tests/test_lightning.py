@@ -32,14 +32,14 @@ METHODS = {
 }
 
 
+pytestmark = pytest.mark.one_thread
+
+
 @pytest.fixture(autouse=True)
 def _quietly() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's advice on workers and logging
         yield
-    torch.set_num_threads(before)
 
 
 class Batches:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +27,17 @@ from benchmarks.report.schema import METHODS_SCHEMA, METHODS_TABLE_SCHEMA, probl
 from hetconv_kernels import compression, timing
 
 pytest.importorskip("sklearn", reason="the digits and photographs come with scikit-learn")
+pytestmark = pytest.mark.one_thread
 FOLDER = Path(methods.__file__).parent
 TOLERANCES = {"digits": ACCURACY_TOLERANCE, "psnr": PSNR_TOLERANCE}
 FULL = TaskSettings(15, 5, 30, 30, 0.01, 0.01, 0.1)
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch: Any) -> Iterator[None]:
-    """One thread, and samples of single calls: their times are not looked at."""
+def small(monkeypatch: Any) -> None:
+    """Samples are of single calls: their times are not looked at."""
     short = functools.partial(timing.interleaved, min_time=0.0)
     monkeypatch.setattr(timing, "interleaved", short)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def quick(tmp_path: Path, part: str, *more: str) -> Any:

@@ -17,6 +17,8 @@ from benchmarks.test_models import _runs, layer_names, measure_case
 from hetconv_kernels import export
 from hetconv_kernels.timing import Timings
 
+pytestmark = pytest.mark.one_thread
+
 SMALL = NetworkCase("small", "resnet20", SupportSpec("het", 2), n=2, size=16, target_dense=2.0)
 
 

@@ -1,31 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The profile: what it counts, times and explains, and the timelines for other tools."""
+"""The profile: what it counts, times and explains, also under torch.compile."""
 
 from __future__ import annotations
 
 import json
-import re
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from profiled import ROOFS, measured, small
 from torch import nn
 
 import hetconv_kernels as hk
-from hetconv_kernels import cli, profiling, ranges
-from hetconv_kernels.errors import ArgumentError, HetconvError, InputTypeError
+from hetconv_kernels import profiling, ranges
+from hetconv_kernels.errors import ArgumentError, InputTypeError
 from hetconv_kernels.profiling import compiled as compiled_network
-from hetconv_kernels.profiling import flame, timeline
 from hetconv_kernels.profiling.measure import backends_of, dense_twin, layers_of
 from hetconv_kernels.roofline import Roofs
 
-ROOFS = {"float32": Roofs(1e9, 1e9, "cpu", "float32")}
 LOW = np.broadcast_to(np.arange(9).reshape(3, 3) < 4, (8, 8, 3, 3))
-Capture = pytest.CaptureFixture[str]
 
 
 class Slow(nn.Module):
@@ -35,24 +30,6 @@ class Slow(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.inner(self.inner(x))
-
-
-def small() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1),
-        nn.BatchNorm2d(8),
-        nn.ReLU(inplace=True),
-        hk.nn.HetConv2d(8, 8, 3, padding=1, p=4, backend="reference"),
-        nn.ReLU(inplace=True),
-        hk.nn.GroupedConv2d(8, 16, 3, 2, 1, groups=4),
-        nn.Flatten(),
-        nn.Linear(16 * 9, 5),
-    ).eval()
-
-
-def measured(model: nn.Module, x: torch.Tensor, **more: Any) -> profiling.Profile:
-    more = {"rounds": 5, "max_seconds": 0.2, "roofs": ROOFS, **more}
-    return hk.profile(model, x, **more)
 
 
 # What it says ------------------------------------------------------------------------------------
@@ -216,53 +193,10 @@ def test_bad_input_is_refused(
         measured(model, example, **more)
 
 
-# Timelines ---------------------------------------------------------------------------------------
-
-
-def test_a_trace_has_layers_and_primitives(tmp_path: Path) -> None:
-    path = profiling.write_trace(small(), torch.randn(2, 3, 6, 6), tmp_path / "a" / "t.json")
-    events = json.loads(path.read_text())["traceEvents"]
-    names = [event.get("name", "") for event in events if event.get("ph") == "X"]
-    assert sum(name.startswith("hetconv.fprop reference 2x8x6x6") for name in names) == 3
-    assert {"0", "3", "5", "7"} <= set(names)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(HetconvError, match="cannot be written"):
-        profiling.write_trace(small(), torch.randn(2, 3, 6, 6), tmp_path / "file" / "t.json")
-
-
-def test_a_timeline_is_one_page_with_layers_primitives_and_operators(tmp_path: Path) -> None:
-    path = profiling.write_timeline(small(), torch.randn(2, 3, 6, 6), tmp_path / "a" / "t.html")
-    text = path.read_text()
-    for said in (
-        "Sequential on (2, 3, 6, 6)", "<title>3: ", "fprop reference 2x8x6x6", "aten::",
-        "Where the time is", "default-src 'none'",
-    ):  # fmt: skip
-        assert said in text
-    assert not re.search(r"(?:src|href)=", text), "nothing is loaded"
-    assert "<script" not in text
-    (tmp_path / "file").write_text("")
-    with pytest.raises(HetconvError, match="cannot be written"):
-        profiling.write_timeline(small(), torch.randn(2, 3, 6, 6), tmp_path / "file" / "t.html")
-
-
-def test_bars_stand_where_they_ran_and_their_names_are_text() -> None:
-    whole = flame.Bar("the whole", "operator", 0.0, 1200.0, 0.0, 0)
-    bars = [
-        flame.Bar("<b>", "layer", 100.0, 600.0, 200.0, 1),
-        flame.Bar("fprop cpu", "primitive", 200.0, 400.0, 400.0, 2),
-        flame.Bar("short", "operator", 900.0, 0.1, 0.1, 1),
-    ]
-    text = flame.page("Net", "(1, 3)", [whole, *bars])
-    assert 'x="100.0" y="24" width="600.0"' in text
-    assert 'x="200.0" y="48" width="400.0"' in text
-    assert "&lt;b&gt;: 600.0 µs, 200.0 µs of its own" in text
-    assert "<b>" not in text
-    assert "1 bars are too short" in text
-    assert "short</text>" not in text
-    assert re.search(
-        r"fprop cpu</td><td>primitive</td><td class=\"number\">400.0</td>.*33.3%", text
-    )
-    assert re.search(r"between them</td><td></td><td class=\"number\">599.9</td>", text)
+def test_backends_without_timing() -> None:
+    found = backends_of(small(), torch.randn(1, 3, 6, 6))
+    assert list(found) == list(layers_of(small()))
+    assert found["3"] == "reference"
 
 
 # Under torch.compile -----------------------------------------------------------------------------
@@ -314,150 +248,3 @@ def test_a_layer_that_is_not_told_apart_says_so(monkeypatch: pytest.MonkeyPatch)
         assert layers[name].backend == "compiled"
         assert "everything else" in layers[name].why
     assert "everything else" in str(found)
-
-
-def test_the_command_compiles(tmp_path: Path, capsys: Capture) -> None:
-    words = ["profile", "digits_net", "--het", "2", "--rounds", "5", "--seconds", "0.1"]
-    out = tmp_path / "t.html"
-    assert cli.main([*words, "--compile", "--timeline", str(out)]) == 0
-    assert ", compiled on (" in capsys.readouterr().out
-    assert out.is_file()
-    assert cli.main(["profile", "digits_net", "--compile", "--ncu"]) == 0
-    assert "--compile --passes 1" in capsys.readouterr().out
-
-
-def test_proton_is_refused_where_it_cannot_run(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    x = torch.randn(2, 3, 6, 6)
-    if timeline.importlib.util.find_spec("triton") is not None:
-        with pytest.raises(HetconvError, match="on cpu: expected a CUDA device"):
-            profiling.write_proton(small(), x, tmp_path / "p")
-    monkeypatch.setattr(timeline.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(HetconvError, match=r"pip install 'hetconv-kernels\[triton\]'"):
-        profiling.write_proton(small(), x, tmp_path / "p")
-
-
-def test_proton_is_started_around_the_passes(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """The calls to proton, without a GPU: an example that says it is on one."""
-    said: list[Any] = []
-    proton: Any = ModuleType("triton.profiler")
-    proton.start = lambda name, **more: said.append((name, more["hook"])) or 7
-    proton.finalize = said.append
-    proton.scope = lambda name: torch.autograd.profiler.record_function(name)
-    triton = ModuleType("triton")
-    triton.profiler = proton  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "triton", triton)
-    monkeypatch.setitem(sys.modules, "triton.profiler", proton)
-    monkeypatch.setattr(timeline.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(timeline, "run_passes", lambda *_: None)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-
-    class OnGpu(torch.Tensor):
-        is_cuda = True
-
-    x = torch.randn(2, 3, 6, 6).as_subclass(OnGpu)
-    path = profiling.write_proton(nn.ReLU(), x, tmp_path / "p.hatchet")
-    assert path == tmp_path / "p.hatchet"
-    assert said == [(str(tmp_path / "p"), "triton"), 7]
-
-
-def test_ncu_commands_name_the_kernel_when_there_is_one() -> None:
-    one = profiling.ncu_commands(["layer", "--size", "5x6"], ["triton", "torch"])
-    assert all("--kernel-name regex:fprop_kernel" in line for line in one)
-    assert all(line.endswith("profile layer --size 5x6 --passes 1") for line in one)
-    assert not any("kernel-name" in line for line in profiling.ncu_commands([], ["vendor"]))
-    assert not any("kernel-name" in line for line in profiling.ncu_commands([], []))
-
-
-# The command -------------------------------------------------------------------------------------
-
-SMALL = ["layer", "--channels", "8", "--size", "5x6", "--rounds", "5", "--seconds", "0.1"]
-
-
-@pytest.fixture
-def quick_roofs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hetconv_kernels.roofline.measure_roofs", lambda *_: ROOFS["float32"])
-
-
-@pytest.mark.usefixtures("quick_roofs")
-def test_a_layer_from_the_command_line(tmp_path: Path, capsys: Capture) -> None:
-    trace = tmp_path / "t.json"
-    assert cli.main(["profile", *SMALL, "--backend", "vendor", "--trace", str(trace)]) == 0
-    text = capsys.readouterr().out
-    assert "HetConv2d on (1, 8, 5, 6)" in text
-    assert "forced" in text
-    assert trace.is_file()
-    assert cli.main(["profile", *SMALL, "--dense", "--json"]) == 0
-    (row,) = json.loads(capsys.readouterr().out)["layers"]
-    assert row["speedup"] is not None
-
-
-@pytest.mark.usefixtures("quick_roofs")
-def test_a_network_and_a_saved_file(tmp_path: Path, capsys: Capture) -> None:
-    quick = ["--rounds", "5", "--seconds", "0.1", "--json"]
-    assert cli.main(["profile", "digits_net", "--het", "2", "--optimize", *quick]) == 0
-    data = json.loads(capsys.readouterr().out)
-    assert any(la["macs"] < la["dense_macs"] for la in data["layers"])
-    pytest.importorskip("safetensors", reason="io needs the safetensors extra")
-    hk.save(hk.models.digits_net().eval(), tmp_path / "net.safetensors")
-    path = str(tmp_path / "net.safetensors")
-    assert cli.main(["profile", path, "--size", "8", *quick]) == 0
-    assert "(1, 1, 8, 8)" in json.loads(capsys.readouterr().out)["input"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["resnet19"], "received 'resnet19'"),
-        (["layer", "--het", "4"], "--kind het"),
-        (["gone.safetensors"], "gone.safetensors is not there"),
-        (["resnet20", "--device", "moon"], "cannot be used"),
-        (["resnet20", "--backend", "fast"], "unknown"),
-        ([*SMALL, "--proton", "p"], "expected a CUDA device"),
-    ],
-)
-@pytest.mark.usefixtures("quick_roofs")
-def test_the_command_refuses_in_one_sentence(
-    arguments: list[str], said: str, capsys: Capture
-) -> None:
-    assert cli.main(["profile", *arguments]) == 1
-    captured = capsys.readouterr()
-    assert captured.err.startswith("hetconv: ")
-    assert said in captured.err
-    assert "Traceback" not in captured.err
-
-
-def test_ncu_lines_describe_the_same_layer(capsys: Capture) -> None:
-    options = ["--kind", "mask", "--channels", "8", "--size", "5x6", "--backend", "triton"]
-    assert cli.main(["profile", "layer", *options, "--ncu"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.startswith("#") for line in lines] == [True, False, True, False]
-    for line in lines[1::2]:
-        for part in ("--profile-from-start off", "--kernel-name regex:fprop_kernel", "--size 5x6",
-                     "--device cuda", "--kind mask", "--passes 1"):  # fmt: skip
-            assert part in line
-    assert cli.main(["profile", "resnet20", "--het", "4", "--ncu"]) == 0
-    assert "--kind" not in capsys.readouterr().out
-
-
-def test_passes_only_runs(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    seen: list[int] = []
-    real = hk.nn.HetConv2d.forward
-
-    def counted(self: Any, x: torch.Tensor) -> torch.Tensor:
-        seen.append(x.shape[1])
-        return real(self, x)
-
-    monkeypatch.setattr(hk.nn.HetConv2d, "forward", counted)
-    assert cli.main(["profile", *SMALL, "--passes", "3"]) == 0
-    assert seen == [8] * 5
-    assert capsys.readouterr().out == ""
-
-
-def test_backends_without_timing() -> None:
-    found = backends_of(small(), torch.randn(1, 3, 6, 6))
-    assert list(found) == list(layers_of(small()))
-    assert found["3"] == "reference"

@@ -28,14 +28,11 @@ SOFT_LINES, HARD_LINES = 400, 600
 LONGER_FILES = {
     "tests/test_repository.py": "the rules about the tree, in one place",
     "hetconv_kernels/problem.py": "Geometry and Problem, and the rules that make one of the other",
-    "tests/test_kept_weights.py": "one table of origins and changes of a weight, for all engines",
     "hetconv_kernels/support.py": "Support with all its constructors, its algebra and its JSON",
     "setup.py": "the build of all compiled parts, in the one file that pip runs",
     "hetconv_kernels/compression/base.py": "compress itself, from the checks to the report",
     "hetconv_kernels/compression/run.py": "Run: what every method reads and changes, in one place",
     "tests/test_bad_input.py": "one table of bad values and bad command lines",
-    "tests/test_profiling.py": "profiles, traces and timelines of the same few networks",
-    "tests/test_observers.py": "the list of all observers that torch has, in one place",
     "csrc/cpu/fprop_winograd.h": "one form: transforms, products and the way back",
 }
 

@@ -44,14 +44,7 @@ METHODS = {
     # Sensitivity is by training batches, which only the loop has; here by the weights.
     "admm": ADMM(rates=(0.5,), updates=2, admm_epochs=1, retrain_epochs=1, allocation="uniform"),
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.one_thread
 
 
 def fit(rounds: Rounds) -> int:
