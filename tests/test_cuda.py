@@ -88,7 +88,15 @@ def test_what_it_is_for_is_not_refused(on_gpu, verb: str) -> None:
     ("changes", "words"),
     [
         ({"device": torch.device("cpu")}, "on cpu, not on an NVIDIA GPU"),
-        ({"dtype": torch.float32}, "float32 is neither bfloat16 nor float16"),
+        ({"dtype": torch.float64}, "float64 is not bfloat16, float16 or float32"),
+        (
+            {"dtype": torch.float32, "geometry": make_geometry(hk.Support.dense(18, 16, 3))},
+            "18 channels, which is no multiple of 4",
+        ),
+        (
+            {"dtype": torch.float32, "geometry": make_geometry(hk.Support.dense(96, 96, 3))},
+            "82944 live weights, and shared memory holds at most 65536",
+        ),
         ({"weight_dtype": torch.float64}, "weight is float64"),
         ({"channels_last": False}, "not channels_last"),
         ({"strides": (864, 54, 9, 1)}, "not channels_last"),
@@ -107,9 +115,17 @@ def test_problems_beyond_the_engine_are_refused(on_gpu, changes: Any, words: str
     assert any(re.search(words, reason) for reason in reasons), reasons
 
 
+def test_float32_has_fprop_and_dgrad_of_narrow_groups(on_gpu: Any) -> None:
+    on_gpu()
+    for verb in ("fprop", "dgrad"):
+        assert Cuda().unsupported_reasons(described(verb, dtype=torch.float32)) == []
+    (reason,) = Cuda().unsupported_reasons(described("wgrad", dtype=torch.float32))
+    assert reason.count("it takes bfloat16 and float16 alone") == 2
+
+
 def test_a_refusal_does_not_last(on_gpu) -> None:
     on_gpu()
-    assert Cuda().unsupported_reasons(described(dtype=torch.float32))
+    assert Cuda().unsupported_reasons(described(dtype=torch.float64))
     assert Cuda().unsupported_reasons(described()) == []
 
 
@@ -279,6 +295,30 @@ def test_primitives_equal_the_oracle(host, form: str, stride: int, dtype: torch.
         wanted = [t[mask] for t in wanted]
     near(dw, wanted[0], wanted[1], dy[:, 0].numel(), dtype)
     assert sum(capture.CONVERSIONS.values()) == 0
+
+
+@pytest.mark.parametrize("allowed", ["tf32", "ieee"])
+def test_float32_follows_the_switch_of_pytorch(
+    host: Any, allowed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each call, also of one that is prepared already."""
+    x, w, dy = operands(GEOMETRY, torch.float32)
+    leaf = x.double().requires_grad_()
+    exact = oracle(leaf, w.double(), GEOMETRY)
+    (dx,) = torch.autograd.grad(exact, leaf, dy.double())
+    most = oracle(x.double().abs(), w.double().abs(), GEOMETRY)
+    problem = ops.describe("fprop", GEOMETRY, x, x, w, (6, 9))
+    call = Cuda().fprop(problem)
+    for fp32_precision in ("ieee", "tf32", allowed):
+        monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", fp32_precision)
+        found = call(x, w, None, None, None)
+    bound = error_bound(most, 144, torch.float32)
+    err = (found.double() - exact).abs()
+    assert bool((err <= bound + 2.0**-9 * most).all())
+    assert bool((err <= bound).all()) == (allowed == "ieee")
+    back = run("dgrad", GEOMETRY, dy, dy, w).double()
+    assert float((back - dx).norm() / dx.norm()) < (1e-6 if allowed == "ieee" else 1e-3)
+    assert not capture.CONVERSIONS
 
 
 @pytest.mark.parametrize("act", ["none", "relu", "gelu"])

@@ -44,6 +44,33 @@ def test_layers_match_the_oracle(name: str, tmp_path: Path) -> None:
     shim.run(cases, tmp_path)
 
 
+@pytest.mark.parametrize("split", [False, True], ids=["tf32", "3xtf32"])
+def test_float32_matches_the_oracle(split: bool, tmp_path: Path) -> None:
+    """All layers, fprop and dgrad; blocks of all shapes; and all epilogues."""
+    how = {"dtype": torch.float32, "split": split}
+    cases = []
+    for index, (name, geometry) in enumerate(LAYERS.items()):
+        own = {**how, "buffers": 1 + index % 2, "live": index % 3 == 0}
+        for back in (False, True):
+            size = SIZES.get(name, (8, 10))
+            cases.append(shim.fprop_case(geometry.support, geometry, size, back=back, **own))
+    cases += blocks((1, 1), **how, buffers=2, resident=split)[::2]
+    for filters in (64, 20, 13, 136):
+        geometry = make_geometry(Support.het(16, filters, 3, p=2, order="interleaved"), 1, 1)
+        cases += epilogues(geometry, **how)
+    shim.run(cases, tmp_path)
+
+
+def test_three_products_of_tf32_are_float32(tmp_path: Path) -> None:
+    """One such product errs far beyond what three do: the bounds tell them apart."""
+    torch.manual_seed(0)
+    cases = [shim.fprop_case(HET, SAME, (8, 10), dtype=torch.float32, split=s) for s in (0, 1)]
+    shim.run(cases, tmp_path)
+    cases[1].numbers["split"] = 0
+    with pytest.raises(AssertionError, match="differ"):
+        shim.run(cases, tmp_path)
+
+
 @pytest.mark.parametrize("filters", [64, 24, 20, 13, 136])
 def test_epilogues_match_the_oracle(filters: int, tmp_path: Path) -> None:
     """Also with filters that 16-byte accesses do not reach, and with several parts of them."""

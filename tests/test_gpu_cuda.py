@@ -55,6 +55,27 @@ def test_primitives_equal_the_oracle(dtype: torch.dtype, support: str, stride: i
     compare(make_geometry(SUPPORTS[support], stride, SUPPORTS[support].kernel[0] // 2), dtype, CODE)
 
 
+@pytest.mark.parametrize("support", SUPPORTS)
+@pytest.mark.parametrize("allowed", ["tf32", "ieee"])
+def test_float32_equals_the_oracle(
+    monkeypatch: pytest.MonkeyPatch, allowed: str, support: str
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", allowed)
+    geometry = make_geometry(SUPPORTS[support], 1, SUPPORTS[support].kernel[0] // 2)
+    x, w, dy = operands(geometry, torch.float32, size=(27, 29))
+    leaf = x.double().requires_grad_()
+    y = oracle(leaf, w.double(), geometry)
+    (dx,) = torch.autograd.grad(y, leaf, dy.double())
+    found = (
+        ops.run_fprop(x, w, geometry, None, CODE),
+        ops.run_dgrad(dy, w, geometry, (27, 29), CODE),
+    )
+    for own, exact in zip(found, (y.detach(), dx), strict=True):
+        assert float((own.double() - exact).norm() / exact.norm()) < (
+            1e-6 if allowed == "ieee" else 1e-3
+        )
+
+
 @pytest.mark.parametrize("dilation", [2, 5])
 @pytest.mark.parametrize("pads", [0, (3, 1, 0, 2)], ids=str)
 def test_dilations_and_uneven_pads(dilation: int, pads: Any) -> None:

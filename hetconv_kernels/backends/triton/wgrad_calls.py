@@ -16,7 +16,8 @@ from ...problem import Problem
 from ..common import unit
 from ..gpu.capture import capturing, pin, upload
 from ..gpu.devices import GpuSpec, spec_of
-from .calls import in_order, precision, refuse_left_out, tma_aligned
+from ..gpu.precision import precision
+from .calls import in_order, refuse_left_out, tma_aligned
 from .choice import tensor_reasons
 from .geometry import wgrad_table
 from .launch import Launch, interpreted
