@@ -16,6 +16,7 @@ import cuda_host
 import pytest
 import torch
 from cuda_host import operands, run
+from switches import convolutions_in
 
 import hetconv_kernels as hk
 from hetconv_kernels import backends, ops
@@ -298,9 +299,7 @@ def test_primitives_equal_the_oracle(host, form: str, stride: int, dtype: torch.
 
 
 @pytest.mark.parametrize("allowed", ["tf32", "ieee"])
-def test_float32_follows_the_switch_of_pytorch(
-    host: Any, allowed: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_float32_follows_the_switch_of_pytorch(host: Any, allowed: str) -> None:
     """At each call, also of one that is prepared already."""
     x, w, dy = operands(GEOMETRY, torch.float32)
     leaf = x.double().requires_grad_()
@@ -309,14 +308,15 @@ def test_float32_follows_the_switch_of_pytorch(
     most = oracle(x.double().abs(), w.double().abs(), GEOMETRY)
     problem = ops.describe("fprop", GEOMETRY, x, x, w, (6, 9))
     call = Cuda().fprop(problem)
-    for fp32_precision in ("ieee", "tf32", allowed):
-        monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", fp32_precision)
-        found = call(x, w, None, None, None)
+    for now in ("ieee", "tf32", allowed):
+        with convolutions_in(now):
+            found = call(x, w, None, None, None)
     bound = error_bound(most, 144, torch.float32)
     err = (found.double() - exact).abs()
     assert bool((err <= bound + 2.0**-9 * most).all())
     assert bool((err <= bound).all()) == (allowed == "ieee")
-    back = run("dgrad", GEOMETRY, dy, dy, w).double()
+    with convolutions_in(allowed):
+        back = run("dgrad", GEOMETRY, dy, dy, w).double()
     assert float((back - dx).norm() / dx.norm()) < (1e-6 if allowed == "ieee" else 1e-3)
     assert not capture.CONVERSIONS
 

@@ -71,6 +71,15 @@ def test_three_products_of_tf32_are_float32(tmp_path: Path) -> None:
         shim.run(cases, tmp_path)
 
 
+def test_a_number_that_is_not_rounded_is_found(tmp_path: Path) -> None:
+    """The matrix unit would leave its last bits out."""
+    torch.manual_seed(0)
+    case = shim.fprop_case(HET, SAME, (8, 10), dtype=torch.float32)
+    done = shim.execute([case], tmp_path, ("skip-rounding", "1000"))
+    assert done.returncode == 3
+    assert "which is no TF32" in done.stderr
+
+
 @pytest.mark.parametrize("filters", [64, 24, 20, 13, 136])
 def test_epilogues_match_the_oracle(filters: int, tmp_path: Path) -> None:
     """Also with filters that 16-byte accesses do not reach, and with several parts of them."""
