@@ -383,7 +383,9 @@ def test_tables_are_made_once(host, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_launch_that_fails_raises(host) -> None:
     call = host.Narrow()
-    call.warps_m, call.warps_n = 9, 1
+    with pytest.raises(BackendError, match="the numbers' size is not that of their type"):
+        call.launch("bfloat16", 0, 0, 0, 0, 0, 0, 0)
+    call.item, call.warps_m, call.warps_n = 2, 9, 1
     with pytest.raises(BackendError, match="a block has 1 to 8 warps"):
         call.launch("bfloat16", 0, 0, 0, 0, 0, 0, 0)
     with pytest.raises(ValueError, match="dtype 'int8'"):
