@@ -16,7 +16,6 @@ import cuda_host
 import pytest
 import torch
 from cuda_host import operands, run
-from switches import convolutions_in
 
 import hetconv_kernels as hk
 from hetconv_kernels import backends, ops
@@ -116,17 +115,12 @@ def test_problems_beyond_the_engine_are_refused(on_gpu, changes: Any, words: str
     assert any(re.search(words, reason) for reason in reasons), reasons
 
 
-def test_float32_has_fprop_and_dgrad_of_narrow_groups(on_gpu: Any) -> None:
-    on_gpu()
-    for verb in ("fprop", "dgrad"):
-        assert Cuda().unsupported_reasons(described(verb, dtype=torch.float32)) == []
-    (reason,) = Cuda().unsupported_reasons(described("wgrad", dtype=torch.float32))
-    assert reason.count("it takes bfloat16 and float16 alone") == 2
-
-
 def test_a_refusal_does_not_last(on_gpu) -> None:
     on_gpu()
     assert Cuda().unsupported_reasons(described(dtype=torch.float64))
+    (reason,) = Cuda().unsupported_reasons(described("wgrad", dtype=torch.float32))
+    assert reason.count("it takes bfloat16 and float16 alone") == 2
+    assert Cuda().unsupported_reasons(described("dgrad", dtype=torch.float32)) == []
     assert Cuda().unsupported_reasons(described()) == []
 
 
@@ -296,29 +290,6 @@ def test_primitives_equal_the_oracle(host, form: str, stride: int, dtype: torch.
         wanted = [t[mask] for t in wanted]
     near(dw, wanted[0], wanted[1], dy[:, 0].numel(), dtype)
     assert sum(capture.CONVERSIONS.values()) == 0
-
-
-@pytest.mark.parametrize("allowed", ["tf32", "ieee"])
-def test_float32_follows_the_switch_of_pytorch(host: Any, allowed: str) -> None:
-    """At each call, also of one that is prepared already."""
-    x, w, dy = operands(GEOMETRY, torch.float32)
-    leaf = x.double().requires_grad_()
-    exact = oracle(leaf, w.double(), GEOMETRY)
-    (dx,) = torch.autograd.grad(exact, leaf, dy.double())
-    most = oracle(x.double().abs(), w.double().abs(), GEOMETRY)
-    problem = ops.describe("fprop", GEOMETRY, x, x, w, (6, 9))
-    call = Cuda().fprop(problem)
-    for now in ("ieee", "tf32", allowed):
-        with convolutions_in(now):
-            found = call(x, w, None, None, None)
-    bound = error_bound(most, 144, torch.float32)
-    err = (found.double() - exact).abs()
-    assert bool((err <= bound + 2.0**-9 * most).all())
-    assert bool((err <= bound).all()) == (allowed == "ieee")
-    with convolutions_in(allowed):
-        back = run("dgrad", GEOMETRY, dy, dy, w).double()
-    assert float((back - dx).norm() / dx.norm()) < (1e-6 if allowed == "ieee" else 1e-3)
-    assert not capture.CONVERSIONS
 
 
 @pytest.mark.parametrize("act", ["none", "relu", "gelu"])
