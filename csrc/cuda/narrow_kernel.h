@@ -35,7 +35,7 @@ struct Layout {
   int lists, words, fragments, buffers, buffer, gathered, mbarriers, total;
 
   __host__ __device__ Layout(const Narrow& p, bool tma) {
-    const int pixels = p.warps_m * kWarpPixels, stage = pixels * stage_pitch(p);
+    const int pixels = p.warps_m * kWarpPixels, stage = pixels * stage_pitch(p, tma ? 2 : p.item);
     const int halo = p.halo_pixels * p.raw_pitch * 16;
     lists = 0;
     words = lists + aligned(p.round_count * p.warps_n * kListFields * 4);

@@ -13,9 +13,9 @@
 
 namespace hetconv::cuda {
 
-// Bytes of the staging tile from pixel to pixel.
-inline __host__ __device__ int stage_pitch(const Narrow& p) {
-  return p.warps_n * kWarpFilters * p.item + 16;
+// Bytes of the staging tile from pixel to pixel, of numbers of `item` bytes.
+inline __host__ __device__ int stage_pitch(const Narrow& p, int item) {
+  return p.warps_n * kWarpFilters * item + 16;
 }
 
 // The pixels of y that a tile writes.
@@ -58,7 +58,7 @@ template <class T> struct Columns {
       : rows(p.rows + part * p.warps_n * kWarpFilters),
         first(load_table(head + kFilterFirst)),
         count(load_table(head + kFilterCount)),
-        pitch(stage_pitch(p)),
+        pitch(stage_pitch(p, kItem<T>)),
         width(p.warps_n * kWarpFilters) {
     vectors = p.vector_stores && count && (first | count) % kVector == 0;
   }
