@@ -26,13 +26,17 @@ RESULT = "result "
 # CUDA first: nothing is compiled for it here, and wide groups are worth most.
 CHECKS = (
     "cuda-wide", "cuda-cluster", "cuda-wide-wgrad", "cuda-rate",
-    "cuda-narrow", "cuda-tma", "cuda-wgrad", "cuda-scattered",
+    "cuda-narrow", "cuda-tf32", "cuda-tma", "cuda-wgrad", "cuda-scattered",
     "triton-gather", "triton-tma", "triton-wgrad", "triton-wgrad-tma",
 )  # fmt: skip
 # What else a part needs to be run at all.
-NEEDS = {"cuda-cluster": ("cuda-wide",), "cuda-tma": ("cuda-narrow",)}
+NEEDS = {
+    "cuda-cluster": ("cuda-wide",),
+    "cuda-tf32": ("cuda-narrow",),
+    "cuda-tma": ("cuda-narrow",),
+}
 FAULTY = ("wrong", "failed", "hung")
-# Images, and how often each product is repeated; the operands are exact in bf16.
+# Images, and how often each product is repeated; the operands are exact in bf16, so in TF32.
 IMAGES, REPEATS = 96, 20
 _SIZES = ((28, 28), (14, 14), (7, 7))
 # Rows and planes in 16-byte units, and taps: as the kernel has them, and easier ones.
@@ -185,12 +189,13 @@ def _compared(
     from hetconv_kernels.testing import oracle
 
     geometry, code = make_geometry(support, 1, support.kernel[0] // 2), CODES[engine]
+    dtype = torch.float32 if name == "cuda-tf32" else torch.bfloat16
     generator = torch.Generator().manual_seed(0)
 
     def integers(*shape: int) -> torch.Tensor:
         drawn = torch.randint(-1, 2, shape, generator=generator)
         drawn = drawn * (torch.rand(shape, generator=generator) < 0.5)
-        made = drawn.to(device="cuda", dtype=torch.bfloat16)
+        made = drawn.to(device="cuda", dtype=dtype)
         return made.contiguous(memory_format=torch.channels_last)
 
     n = max(IMAGES // 4, 1) if verb == "wgrad" else IMAGES  # sums over pixels stay exact
@@ -215,7 +220,10 @@ def _compared(
         return " ".join(reasons), ""
     if verb != "wgrad" and float(truth.abs().max()) > 256:
         return "", "the truth itself is not exact in bfloat16: this test is wrong"
+    convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     for turn in range(REPEATS):
+        # Both ways of float32; of bfloat16 there is one.
+        convolutions.fp32_precision = "ieee" if turn % 2 else "tf32"
         found = calls[verb]().double()
         if not torch.equal(found, truth):
             bad = int((found != truth).sum())

@@ -63,7 +63,7 @@ SIZES = {"dense-1x1": (5, 9), "stride": (9, 12), "stride-1x1": (7, 8), "pads": (
 DTYPES = (torch.bfloat16, torch.float16)
 
 
-def epilogues(geometry: Geometry, boxes: bool = False) -> list[shim.Case]:
+def epilogues(geometry: Geometry, boxes: bool = False, **more: object) -> list[shim.Case]:
     """Cases of all epilogues; with the same operands each time."""
     parts = [("scale",), ("shift",), ("residual",), ("scale", "shift", "residual"), ("residual",)]
     shape = BlockShape(4, 8, 1, 1, 64) if geometry.support.filters == 136 else None
@@ -72,7 +72,8 @@ def epilogues(geometry: Geometry, boxes: bool = False) -> list[shim.Case]:
         torch.manual_seed(index)
         how = {"dtype": DTYPES[index % 2], "act": act, "epilogue": epilogue, "shape": shape}
         how |= {"vectors": index != 3, "buffers": 1 + index % 2, "resident": index % 2 == 0}
-        cases.append(shim.fprop_case(geometry.support, geometry, (5, 11), boxes=boxes, **how))
+        own = {**how, **more}
+        cases.append(shim.fprop_case(geometry.support, geometry, (5, 11), boxes=boxes, **own))
     return cases
 
 

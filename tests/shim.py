@@ -33,6 +33,9 @@ from hetconv_kernels.testing import error_bound, oracle
 
 ROOT = Path(__file__).resolve().parents[1]
 CODES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
+# What a product of numbers rounded to TF32 errs by, 11 bits of each; and one of 3xTF32, of which
+# the product of what is left is missing, and each of those has 11 bits too.
+TF32, TF32X3 = 2 * 2.0**-11, 3 * 2.0**-22
 ACTS = ("none", "relu", "relu6", "silu", "gelu")
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined"]
 SANITIZE += ["--param", "asan-stack=0"]  # stacks of fibers are not what it expects of a stack
@@ -173,10 +176,12 @@ def fprop_case(
     boxes: bool = False,
     vectors: bool = True,
     live: bool = False,
+    split: bool = False,
 ) -> Case:
     """Makes a case of fprop or dgrad; what is not given is chosen as for a call.
 
-    Halos are brought by cp.async, or with `boxes` by TMA where the tables allow it.
+    Halos are brought by cp.async, or with `boxes` by TMA where the tables allow it. Numbers of
+    float32 are rounded to TF32, or with `split` multiplied as the sum of two.
     """
     height, width = size
     out = geometry.output_size(height, width)
@@ -185,12 +190,12 @@ def fprop_case(
     window = windows(geometry, size, back)
     part = GPU_SPECS[9, 0]
     if shape is None:
-        choice = choose_narrow(support, window, batch, back, part)
+        choice = choose_narrow(support, window, batch, back, part, item=dtype.itemsize)
         tables = choice.tables
         buffers = choice.buffers if buffers is None else buffers
         resident = choice.resident if resident is None else resident
     else:
-        tables = lower_narrow(support, window, shape, back)
+        tables = lower_narrow(support, window, shape, back, dtype.itemsize)
     buffers, resident = buffers or 1, bool(resident)
     boxes = boxes and not tables.no_tma
     x = torch.randn(batch, *read).to(dtype)
@@ -208,7 +213,10 @@ def fprop_case(
     if "residual" in extras:
         exact, most = exact + extras["residual"].double(), most + extras["residual"].double().abs()
     # No activation is steeper than 1.13.
-    bound = 1.2 * error_bound(most, read[0] * int(np.prod(support.kernel)), dtype)
+    bound = error_bound(most, read[0] * int(np.prod(support.kernel)), dtype)
+    if dtype == torch.float32:  # of each product, by its operands
+        bound += most * (TF32X3 if split else TF32)
+    bound *= 1.2
     expected = activate(act, exact)
     weight = w[torch.as_tensor(np.array(support.mask))] if live else w
     form = "live" if live else "contiguous"
@@ -226,7 +234,9 @@ def fprop_case(
         "batch": batch,
         "image_h": read[1],
         "image_w": read[2],
-        "vector_stores": int(vectors and written[0] % 8 == 0),
+        "vector_stores": int(vectors and written[0] * dtype.itemsize % 16 == 0),
+        "item": dtype.itemsize,
+        "split": int(split),
         "blocks": 2,
         "channels": read[0],
         "shared": shared_bytes(tables, buffers, resident, boxes),

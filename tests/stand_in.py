@@ -67,6 +67,8 @@ def part_of(engine: str, problem: Any, choice: Any) -> str:
         if not hasattr(how.shape, "cluster"):
             return "cuda-scattered"
         return "cuda-cluster" if how.shape.cluster == 2 else "cuda-wide"
+    if problem.dtype == torch.float32:
+        return "cuda-tf32"
     if not how.no_tma:
         return "cuda-tma"
     return "cuda-wgrad" if problem.verb == "wgrad" else "cuda-narrow"

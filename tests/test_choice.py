@@ -16,9 +16,9 @@ from shipped import configurations
 
 import hetconv_kernels as hk
 from hetconv_kernels.backends.gpu import devices, parts
+from hetconv_kernels.backends.gpu.precision import precision
 from hetconv_kernels.backends.triton import (
     Triton,
-    calls,
     choice,
     picking,
     table,
@@ -185,8 +185,8 @@ def test_both_switches_of_tf32_are_read(switch: str) -> None:
                 torch.backends.cudnn.allow_tf32 = allowed
             else:  # after which reading the old one is an error
                 convolutions.fp32_precision = "tf32" if allowed else "ieee"
-            assert calls.precision(torch.float32) == ("tf32" if allowed else "tf32x3")
-            assert calls.precision(torch.bfloat16) == "tf32"
+            assert precision(torch.float32) == ("tf32" if allowed else "tf32x3")
+            assert precision(torch.bfloat16) == "tf32"
     finally:
         convolutions.fp32_precision = before
 

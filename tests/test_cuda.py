@@ -88,7 +88,15 @@ def test_what_it_is_for_is_not_refused(on_gpu, verb: str) -> None:
     ("changes", "words"),
     [
         ({"device": torch.device("cpu")}, "on cpu, not on an NVIDIA GPU"),
-        ({"dtype": torch.float32}, "float32 is neither bfloat16 nor float16"),
+        ({"dtype": torch.float64}, "float64 is not bfloat16, float16 or float32"),
+        (
+            {"dtype": torch.float32, "geometry": make_geometry(hk.Support.dense(18, 16, 3))},
+            "18 channels, which is no multiple of 4",
+        ),
+        (
+            {"dtype": torch.float32, "geometry": make_geometry(hk.Support.dense(96, 96, 3))},
+            "82944 live weights, and shared memory holds at most 65536",
+        ),
         ({"weight_dtype": torch.float64}, "weight is float64"),
         ({"channels_last": False}, "not channels_last"),
         ({"strides": (864, 54, 9, 1)}, "not channels_last"),
@@ -109,7 +117,10 @@ def test_problems_beyond_the_engine_are_refused(on_gpu, changes: Any, words: str
 
 def test_a_refusal_does_not_last(on_gpu) -> None:
     on_gpu()
-    assert Cuda().unsupported_reasons(described(dtype=torch.float32))
+    assert Cuda().unsupported_reasons(described(dtype=torch.float64))
+    (reason,) = Cuda().unsupported_reasons(described("wgrad", dtype=torch.float32))
+    assert reason.count("it takes bfloat16 and float16 alone") == 2
+    assert Cuda().unsupported_reasons(described("dgrad", dtype=torch.float32)) == []
     assert Cuda().unsupported_reasons(described()) == []
 
 
@@ -343,7 +354,9 @@ def test_tables_are_made_once(host, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_launch_that_fails_raises(host) -> None:
     call = host.Narrow()
-    call.warps_m, call.warps_n = 9, 1
+    with pytest.raises(BackendError, match="the numbers' size is not that of their type"):
+        call.launch("bfloat16", 0, 0, 0, 0, 0, 0, 0)
+    call.item, call.warps_m, call.warps_n = 2, 9, 1
     with pytest.raises(BackendError, match="a block has 1 to 8 warps"):
         call.launch("bfloat16", 0, 0, 0, 0, 0, 0, 0)
     with pytest.raises(ValueError, match="dtype 'int8'"):

@@ -44,6 +44,50 @@ def test_layers_match_the_oracle(name: str, tmp_path: Path) -> None:
     shim.run(cases, tmp_path)
 
 
+SPLIT = pytest.mark.parametrize("split", [False, True], ids=["tf32", "3xtf32"])
+
+
+@SPLIT
+@pytest.mark.parametrize("back", [False, True], ids=["fprop", "dgrad"])
+def test_float32_matches_the_oracle(back: bool, split: bool, tmp_path: Path) -> None:
+    cases = []
+    for index, (name, geometry) in enumerate(LAYERS.items()):
+        how = {"dtype": torch.float32, "split": split, "back": back}
+        how |= {"buffers": 1 + index % 2, "live": index % 3 == 0}
+        size = SIZES.get(name, (8, 10))
+        cases.append(shim.fprop_case(geometry.support, geometry, size, 1, **how))
+    shim.run(cases, tmp_path)
+
+
+@SPLIT
+def test_blocks_and_epilogues_of_float32_match_the_oracle(split: bool, tmp_path: Path) -> None:
+    how = {"dtype": torch.float32, "split": split}
+    cases = blocks((1, 1), **how, buffers=2, resident=split)[::2]
+    for filters in (64, 13, 136):
+        support = Support.het(16, filters, 3, p=2, order="interleaved")
+        cases += epilogues(make_geometry(support, 1, 1), **how)
+    shim.run(cases, tmp_path)
+
+
+def test_three_products_of_tf32_are_float32(tmp_path: Path) -> None:
+    """One such product errs far beyond what three do: the bounds tell them apart."""
+    torch.manual_seed(0)
+    cases = [shim.fprop_case(HET, SAME, (8, 10), dtype=torch.float32, split=s) for s in (0, 1)]
+    shim.run(cases, tmp_path)
+    cases[1].numbers["split"] = 0
+    with pytest.raises(AssertionError, match="differ"):
+        shim.run(cases, tmp_path)
+
+
+def test_a_number_that_is_not_rounded_is_found(tmp_path: Path) -> None:
+    """The matrix unit would leave its last bits out."""
+    torch.manual_seed(0)
+    case = shim.fprop_case(HET, SAME, (8, 10), dtype=torch.float32)
+    done = shim.execute([case], tmp_path, ("skip-rounding", "1000"))
+    assert done.returncode == 3
+    assert "which is no TF32" in done.stderr
+
+
 @pytest.mark.parametrize("filters", [64, 24, 20, 13, 136])
 def test_epilogues_match_the_oracle(filters: int, tmp_path: Path) -> None:
     """Also with filters that 16-byte accesses do not reach, and with several parts of them."""

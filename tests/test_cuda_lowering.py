@@ -50,21 +50,22 @@ ALL = [(name, back) for name in LAYERS for back in (False, True)]
 
 
 def lowered(
-    name: str, back: bool, shape: BlockShape = SHAPE
+    name: str, back: bool, shape: BlockShape = SHAPE, item: int = 2
 ) -> tuple[Geometry, list[Window], Tables]:
     geometry = LAYERS[name]
     found = windows(geometry, (19, 30), back)
-    return geometry, found, lower_narrow(geometry.support, found, shape, back)
+    return geometry, found, lower_narrow(geometry.support, found, shape, back, item)
 
 
+@pytest.mark.parametrize("item", [2, 4])
 @pytest.mark.parametrize(("name", "back"), ALL)
-def test_every_live_weight_is_packed_once(name: str, back: bool) -> None:
-    geometry, _, tables = lowered(name, back, SHAPE._replace(slots=3))
+def test_every_live_weight_is_packed_once(name: str, back: bool, item: int) -> None:
+    geometry, _, tables = lowered(name, back, SHAPE._replace(slots=3), item)
     support = geometry.support
     packed = tables.positions[tables.positions >= 0]
     assert sorted(packed) == np.flatnonzero(support.mask).tolist()
     fragments = tables.heads[..., NarrowHead.FRAGMENT_COUNT]
-    assert len(tables.positions) == FRAGMENT * int(fragments.sum())
+    assert len(tables.positions) * item == FRAGMENT * int(fragments.sum())
     live = tables.source(support, "live")
     assert sorted(live[live >= 0]) == list(range(support.live))
 
@@ -189,10 +190,11 @@ def test_channels_stand_as_they_are_where_that_is_as_good() -> None:
 
 @pytest.mark.parametrize("part", GPU_SPECS, ids=lambda part: f"sm_{part[0]}{part[1]}")
 @pytest.mark.parametrize("name", ["het8", "wide", "ragged"])
-def test_chosen_tiles_fit(name: str, part: tuple[int, int]) -> None:
+@pytest.mark.parametrize("item", [2, 4])
+def test_chosen_tiles_fit(name: str, part: tuple[int, int], item: int) -> None:
     geometry = LAYERS[name]
     found = windows(geometry, (28, 28), False)
-    choice = choose_narrow(geometry.support, found, 8, False, GPU_SPECS[part])
+    choice = choose_narrow(geometry.support, found, 8, False, GPU_SPECS[part], item=item)
     shape = choice.tables.shape
     for boxes in (False, not choice.no_tma):
         size = shared_bytes(choice.tables, choice.buffers, choice.resident, boxes)
@@ -240,6 +242,8 @@ def test_channels_apart_are_no_box() -> None:
     assert lower_narrow(support, found, SHAPE).no_tma == words
     assert lower_narrow(support, found, SHAPE._replace(slots=1)).no_tma == ""
     assert lower_wgrad(support, found[0], 8, 16).no_tma == words
+    single = lower_narrow(support, found, SHAPE._replace(slots=1), item=4)
+    assert single.no_tma == "boxes are built for numbers of 16 bits"
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -256,6 +260,7 @@ def test_channels_that_are_no_multiple_of_eight_are_refused() -> None:
     found = windows(geometry, (8, 8), False)
     with pytest.raises(ArgumentError, match="channels: received 12, expected a multiple of 8"):
         lower_narrow(geometry.support, found, SHAPE)
+    lower_narrow(geometry.support, found, SHAPE, item=4)
     lower_narrow(geometry.support, windows(geometry, (8, 8), True), SHAPE, back=True)
     with pytest.raises(ArgumentError, match="channels: received 12"):
         lower_wgrad(geometry.support, found[0], 4, 8)

@@ -377,13 +377,14 @@ def test_a_cluster_that_is_left_out_is_not_chosen(
     assert choice.best_cuda_gather(described("fprop", DENSE)).how.shape.cluster == 1
 
 
-@pytest.mark.parametrize("name", ["cuda-wide", "cuda-narrow", "cuda-wgrad"])
+@pytest.mark.parametrize("name", ["cuda-wide", "cuda-narrow", "cuda-tf32", "cuda-wgrad"])
 def test_a_kernel_that_is_left_out_is_refused_with_its_name(
     on_gpu: Any, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     on_gpu()
     verb = "wgrad" if name == "cuda-wgrad" else "fprop"
-    problem = described(verb, DENSE if name == "cuda-wide" else HET8)
+    dtype = torch.float32 if name == "cuda-tf32" else torch.bfloat16
+    problem = described(verb, DENSE if name == "cuda-wide" else HET8, dtype=dtype)
     assert Cuda().unsupported_reasons(problem) == []
     others = {"cuda-narrow": {"cuda-wide"}, "cuda-wgrad": {"cuda-wide-wgrad"}}.get(name, set())
     monkeypatch.setattr(parts, "WITHOUT", frozenset({name, *others}))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from gpu_layers import compare, compare_huge, operands, poisoned
+from switches import convolutions_in
 
 import hetconv_kernels as hk
 from hetconv_kernels import ops
@@ -53,6 +54,22 @@ def _narrow(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_primitives_equal_the_oracle(dtype: torch.dtype, support: str, stride: int) -> None:
     compare(make_geometry(SUPPORTS[support], stride, SUPPORTS[support].kernel[0] // 2), dtype, CODE)
+
+
+@pytest.mark.parametrize("support", SUPPORTS)
+@pytest.mark.parametrize("allowed", ["tf32", "ieee"])
+def test_float32_equals_the_oracle(allowed: str, support: str) -> None:
+    geometry = make_geometry(SUPPORTS[support], 1, SUPPORTS[support].kernel[0] // 2)
+    x, w, dy = operands(geometry, torch.float32, size=(27, 29))
+    leaf = x.double().requires_grad_()
+    y = oracle(leaf, w.double(), geometry)
+    (dx,) = torch.autograd.grad(y, leaf, dy.double())
+    with convolutions_in(allowed):
+        found = [ops.run_fprop(x, w, geometry, None, CODE)]
+        found.append(ops.run_dgrad(dy, w, geometry, (27, 29), CODE))
+    most = 1e-6 if allowed == "ieee" else 1e-3
+    for own, exact in zip(found, (y.detach(), dx), strict=True):
+        assert float((own.double() - exact).norm() / exact.norm()) < most
 
 
 @pytest.mark.parametrize("dilation", [2, 5])

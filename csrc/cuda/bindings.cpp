@@ -47,19 +47,36 @@ static void address(py::class_<C>& type, const char* name, T C::* field) {
 #define HC_FIELD(type, Struct, name) type.def_readwrite(#name, &Struct::name)
 #define HC_ADDRESS(type, Struct, name) address(type, #name, &Struct::name)
 
-// What the calls of fprop and dgrad have in common: C is Narrow, Wide or Scattered.
+// What all calls have in common: x, and what one block of threads takes.
 template <class C>
-static void bind_call(py::class_<C>& type, const char* name, int64_t (*shared_bytes)(const C&),
-                      int64_t (*blocks)(const C&, DType),
-                      const char* (*start)(const C&, DType, void*)) {
-  type.def_property(
-      "act", [](const C& p) { return int(p.act); },
-      [](C& p, const std::string& act) { p.act = act_named(act); });
+static void bind_common(py::class_<C>& type, int64_t (*shared_bytes)(const C&),
+                        int64_t (*blocks)(const C&, DType)) {
+  type.def(py::init([] { return C{}; }));
+  HC_FIELD(type, C, x_n);
+  HC_FIELD(type, C, x_h);
+  HC_FIELD(type, C, x_w);
+  HC_FIELD(type, C, batch);
+  HC_FIELD(type, C, image_h);
+  HC_FIELD(type, C, image_w);
   type.def_property_readonly("shared_bytes", shared_bytes);
   type.def(
       "max_resident_blocks",
       [blocks](const C& p, const std::string& dtype) { return blocks(p, dtype_named(dtype)); },
       py::arg("dtype"));
+}
+
+// What the calls of fprop and dgrad have in common: C is Narrow, Wide or Scattered.
+template <class C>
+static void bind_call(py::class_<C>& type, const char* name, int64_t (*shared_bytes)(const C&),
+                      int64_t (*blocks)(const C&, DType),
+                      const char* (*start)(const C&, DType, void*)) {
+  bind_common(type, shared_bytes, blocks);
+  HC_FIELD(type, C, y_n);
+  HC_FIELD(type, C, y_h);
+  HC_FIELD(type, C, y_w);
+  type.def_property(
+      "act", [](const C& p) { return int(p.act); },
+      [](C& p, const std::string& act) { p.act = act_named(act); });
   type.def(
       "launch",
       [name, start](C p, const std::string& dtype, uintptr_t x, uintptr_t slabs, uintptr_t y,
@@ -81,11 +98,7 @@ template <class C>
 static void bind_gradient(py::class_<C>& type, const char* name, int64_t (*shared_bytes)(const C&),
                           int64_t (*blocks)(const C&, DType),
                           const char* (*start)(const C&, DType, void*)) {
-  type.def_property_readonly("shared_bytes", shared_bytes);
-  type.def(
-      "max_resident_blocks",
-      [blocks](const C& p, const std::string& dtype) { return blocks(p, dtype_named(dtype)); },
-      py::arg("dtype"));
+  bind_common(type, shared_bytes, blocks);
   type.def(
       "launch",
       [name, start](C p, const std::string& dtype, uintptr_t x, uintptr_t dy, uintptr_t partials,
@@ -100,7 +113,6 @@ static void bind_gradient(py::class_<C>& type, const char* name, int64_t (*share
 
 static void bind_fprop(py::module_& m) {
   py::class_<Narrow> type(m, "Narrow");
-  type.def(py::init([] { return Narrow{}; }));
   HC_ADDRESS(type, Narrow, classes);
   HC_ADDRESS(type, Narrow, heads);
   HC_ADDRESS(type, Narrow, rounds);
@@ -109,15 +121,6 @@ static void bind_fprop(py::module_& m) {
   HC_ADDRESS(type, Narrow, chunks);
   HC_ADDRESS(type, Narrow, slots);
   HC_ADDRESS(type, Narrow, rows);
-  HC_FIELD(type, Narrow, x_n);
-  HC_FIELD(type, Narrow, y_n);
-  HC_FIELD(type, Narrow, x_h);
-  HC_FIELD(type, Narrow, x_w);
-  HC_FIELD(type, Narrow, y_h);
-  HC_FIELD(type, Narrow, y_w);
-  HC_FIELD(type, Narrow, batch);
-  HC_FIELD(type, Narrow, image_h);
-  HC_FIELD(type, Narrow, image_w);
   HC_FIELD(type, Narrow, class_count);
   HC_FIELD(type, Narrow, parts);
   HC_FIELD(type, Narrow, round_count);
@@ -134,6 +137,8 @@ static void bind_fprop(py::module_& m) {
   HC_FIELD(type, Narrow, buffers);
   HC_FIELD(type, Narrow, resident);
   HC_FIELD(type, Narrow, blocks);
+  HC_FIELD(type, Narrow, item);
+  HC_FIELD(type, Narrow, split);
   HC_FIELD(type, Narrow, channels);
   HC_FIELD(type, Narrow, tma);
   HC_FIELD(type, Narrow, box_h);
@@ -143,21 +148,14 @@ static void bind_fprop(py::module_& m) {
 
 static void bind_wgrad(py::module_& m) {
   py::class_<NarrowWgrad> type(m, "NarrowWgrad");
-  type.def(py::init([] { return NarrowWgrad{}; }));
   HC_ADDRESS(type, NarrowWgrad, geometry);
   HC_ADDRESS(type, NarrowWgrad, heads);
   HC_ADDRESS(type, NarrowWgrad, units);
   HC_ADDRESS(type, NarrowWgrad, chunks);
   HC_ADDRESS(type, NarrowWgrad, slots);
-  HC_FIELD(type, NarrowWgrad, x_n);
   HC_FIELD(type, NarrowWgrad, y_n);
-  HC_FIELD(type, NarrowWgrad, x_h);
-  HC_FIELD(type, NarrowWgrad, x_w);
   HC_FIELD(type, NarrowWgrad, y_h);
   HC_FIELD(type, NarrowWgrad, y_w);
-  HC_FIELD(type, NarrowWgrad, batch);
-  HC_FIELD(type, NarrowWgrad, image_h);
-  HC_FIELD(type, NarrowWgrad, image_w);
   HC_FIELD(type, NarrowWgrad, parts);
   HC_FIELD(type, NarrowWgrad, unit_count);
   HC_FIELD(type, NarrowWgrad, tile_h);
@@ -183,20 +181,13 @@ static void bind_wgrad(py::module_& m) {
 
 static void bind_wide_wgrad(py::module_& m) {
   py::class_<WideWgrad> type(m, "WideWgrad");
-  type.def(py::init([] { return WideWgrad{}; }));
   HC_ADDRESS(type, WideWgrad, classes);
   HC_ADDRESS(type, WideWgrad, jobs);
   HC_ADDRESS(type, WideWgrad, blocks);
   HC_ADDRESS(type, WideWgrad, places);
-  HC_FIELD(type, WideWgrad, x_n);
   HC_FIELD(type, WideWgrad, dy_n);
-  HC_FIELD(type, WideWgrad, x_h);
-  HC_FIELD(type, WideWgrad, x_w);
   HC_FIELD(type, WideWgrad, dy_h);
   HC_FIELD(type, WideWgrad, dy_w);
-  HC_FIELD(type, WideWgrad, batch);
-  HC_FIELD(type, WideWgrad, image_h);
-  HC_FIELD(type, WideWgrad, image_w);
   HC_FIELD(type, WideWgrad, out_h);
   HC_FIELD(type, WideWgrad, out_w);
   HC_FIELD(type, WideWgrad, job_count);
@@ -212,21 +203,11 @@ static void bind_wide_wgrad(py::module_& m) {
 
 static void bind_wide(py::module_& m) {
   py::class_<Wide> type(m, "Wide");
-  type.def(py::init([] { return Wide{}; }));
   HC_ADDRESS(type, Wide, classes);
   HC_ADDRESS(type, Wide, heads);
   HC_ADDRESS(type, Wide, blocks);
   HC_ADDRESS(type, Wide, steps);
   HC_ADDRESS(type, Wide, rows);
-  HC_FIELD(type, Wide, x_n);
-  HC_FIELD(type, Wide, y_n);
-  HC_FIELD(type, Wide, x_h);
-  HC_FIELD(type, Wide, x_w);
-  HC_FIELD(type, Wide, y_h);
-  HC_FIELD(type, Wide, y_w);
-  HC_FIELD(type, Wide, batch);
-  HC_FIELD(type, Wide, image_h);
-  HC_FIELD(type, Wide, image_w);
   HC_FIELD(type, Wide, class_count);
   HC_FIELD(type, Wide, pairs);
   HC_FIELD(type, Wide, pixels);
@@ -240,7 +221,6 @@ static void bind_wide(py::module_& m) {
 
 static void bind_scattered(py::module_& m) {
   py::class_<Scattered> type(m, "Scattered");
-  type.def(py::init([] { return Scattered{}; }));
   HC_ADDRESS(type, Scattered, parts);
   HC_ADDRESS(type, Scattered, blocks);
   HC_ADDRESS(type, Scattered, segments);
@@ -249,16 +229,7 @@ static void bind_scattered(py::module_& m) {
   HC_ADDRESS(type, Scattered, spans);
   HC_ADDRESS(type, Scattered, steps);
   HC_ADDRESS(type, Scattered, columns);
-  HC_FIELD(type, Scattered, x_n);
-  HC_FIELD(type, Scattered, y_n);
-  HC_FIELD(type, Scattered, x_h);
-  HC_FIELD(type, Scattered, x_w);
-  HC_FIELD(type, Scattered, y_h);
-  HC_FIELD(type, Scattered, y_w);
-  HC_FIELD(type, Scattered, batch);
   HC_FIELD(type, Scattered, channels);
-  HC_FIELD(type, Scattered, image_h);
-  HC_FIELD(type, Scattered, image_w);
   HC_FIELD(type, Scattered, out_h);
   HC_FIELD(type, Scattered, out_w);
   HC_FIELD(type, Scattered, base_h);

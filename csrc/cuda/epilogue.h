@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The epilogue's activations: of two float32 numbers, which are rounded to 16 bits.
+// The epilogue's activations: of float32 numbers, or of two that are rounded to 16 bits.
 #pragma once
 #include "narrow.h"
 #include "ptx.h"
@@ -12,6 +12,11 @@ struct Clamp {
   float low, high;
   __device__ explicit Clamp(Act act)
       : low(act == Act::none ? -INFINITY : 0.0f), high(act == Act::relu6 ? 6.0f : INFINITY) {}
+  // float32 is not rounded; NaN is neither below nor above.
+  __device__ float of(float v) const {
+    const float risen = v < low ? low : v;
+    return risen > high ? high : risen;
+  }
   template <class T> __device__ uint32_t pair(float first, float second) const {
     const uint32_t risen = greater_pair<T>(narrow_pair<T>(first, second), narrow_pair<T>(low, low));
     return lesser_pair<T>(risen, narrow_pair<T>(high, high));

@@ -2,6 +2,7 @@
 // Bringing a tile of pixels with its halo to shared memory, and gathering channels there.
 #pragma once
 #include "narrow.h"
+#include "operands.h"
 #include "ptx.h"
 
 namespace hetconv::cuda {
@@ -52,8 +53,9 @@ struct Halo {
         by_line(line),
         by_split(split) {}
 
-  // Starts copying `count` chunks of eight channels of every pixel; the halo's first pixel is
+  // Starts copying `count` chunks, 16 bytes of channels, of every pixel; the halo's first pixel is
   // (row, col) of the image. Zeros outside of it.
+  template <class T>
   __device__ void load(const char* image, const int32_t* chunks, int count, int row, int col,
                        uint32_t target) const {
     each_cell(rows * line, count, [&](int chunk) {
@@ -69,12 +71,13 @@ struct Halo {
         const int y = row + int(r), x = col + int(c);
         const bool valid = uint32_t(y) < uint32_t(image_h) && uint32_t(x) < uint32_t(image_w);
         const int offset = valid ? y * stride_h + x * stride_w : 0;
-        copy_async(to + pixel * pitch * 16, from + int64_t(offset) * 2, valid);
+        copy_async(to + pixel * pitch * 16, from + int64_t(offset) * kItem<T>, valid);
       };
     });
   }
 
-  // Makes slots of eight channels, each from any channels of the raw tile.
+  // Makes slots of 16 bytes, each channel from anywhere in the raw tile.
+  template <class T>
   __device__ void gather(const int32_t* slots, int count, uint32_t raw, int slot_pitch,
                          uint32_t target) const {
     each_cell(rows * line, count, [&](int slot) {
@@ -86,8 +89,9 @@ struct Halo {
 #pragma unroll
         for (int pair = 0; pair < 4; ++pair) {
           const uint32_t low = places.v[pair] & 0xFFFF, high = places.v[pair] >> 16;
-          uint32_t v = low == 0xFFFF ? 0 : load_shared16(from + low * 2);
-          if (high != 0xFFFF) v |= load_shared16(from + high * 2) << 16;
+          uint32_t v = low == 0xFFFF ? 0 : load_cell<T>(from + low * kItem<T>);
+          // A number of 32 bits has no second one.
+          if (kItem<T> == 2 && high != 0xFFFF) v |= load_shared16(from + high * 2) << 16;
           made.v[pair] = v;
         }
         store_shared128(to + pixel * slot_pitch * 16, made);

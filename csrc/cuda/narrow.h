@@ -3,7 +3,9 @@
 //
 // Everything irregular is decided before: hetconv_kernels/backends/cuda/lowering.py makes the
 // tables, and its docstring gives their meaning with an example. All pointers are device pointers,
-// all strides count elements, activations are channels_last (stride 1 between channels).
+// all strides count elements, activations are channels_last (stride 1 between channels). Numbers
+// are of 16 bits, and of fprop and dgrad also of float32; what holds 16 bytes of channels holds
+// eight of the former, four of the latter.
 #pragma once
 #include <array>
 #include <cstdint>
@@ -44,7 +46,7 @@ enum ClassField {
 enum HeadField {
   kWordBegin,
   kWordCount,
-  kFragmentBegin,  // a fragment is the packed weights of 8 filters in one step: 128 elements
+  kFragmentBegin,  // a fragment is the packed weights of 8 filters in one step: 256 bytes
   kFragmentCount,
   kFilterFirst,  // the part's filters are filter_first ... + filter_count - 1 in some order,
   kFilterCount,  // or anything if filter_count is 0
@@ -53,7 +55,7 @@ enum HeadField {
 
 // Fields of a line of `rounds`.
 enum RoundField {
-  kChunkBegin,  // chunks of eight channels to bring to shared memory; none: those there are kept
+  kChunkBegin,  // chunks, 16 bytes of channels, to bring to shared memory; none: those are kept
   kChunkCount,
   kSlotBegin,  // chunks to make of them by gathering single channels; none: used as they are
   kSlotCount,
@@ -74,9 +76,11 @@ struct Narrow {
   const int32_t* rounds;   // [class_count, parts, round_count, kRoundFields]
   const int32_t* lists;    // [class_count, parts, round_count, warps_n, kLists + 2]
   const int32_t* words;
-  const int32_t* chunks;  // channel / 8 of each chunk
-  const int32_t* slots;   // [slots, 4]: eight places in the raw pixel, 16 bits each, 65535: zero
-  const int32_t* rows;    // [parts, warps_n * kWarpFilters]: filters in order, -1: none
+  const int32_t* chunks;  // which 16 bytes of a pixel each chunk is
+  // [slots, 4]: eight places in the raw pixel, 16 bits each, 65535: zero; of float32 four, each
+  // with 65535 behind it.
+  const int32_t* slots;
+  const int32_t* rows;  // [parts, warps_n * kWarpFilters]: filters in order, -1: none
 
   int64_t x_n, y_n;
   int32_t x_h, x_w, y_h, y_w;
@@ -93,6 +97,8 @@ struct Narrow {
   int32_t buffers;           // 1, or 2: the next halo tile is fetched while this one is computed
   int32_t resident;          // whether a head's weights stay in shared memory
   int32_t blocks;            // for each head; 0: as many as the device holds at once
+  int32_t item;              // bytes of a number of x and y
+  int32_t split;             // of float32: the sum of two TF32 numbers; else it is rounded to one
   int32_t tma;               // whether TMA brings the halos; else cp.async does
   std::array<int32_t, kMostMaps> box_h, box_w;  // the halo of each class, if it does
   Act act;

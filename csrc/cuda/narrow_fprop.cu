@@ -14,7 +14,7 @@ using narrow::Layout;
 using narrow::threads_of;
 
 template <class T, bool kResident, class Activation>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks<kResident, Activation>)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kResident, Activation>)
     narrow_fprop_kernel(Narrow p) {
   narrow::compute<T, kResident, Activation>(p);
 }
@@ -29,6 +29,7 @@ template <class T> Kernel pick(const Narrow& p) {
 }
 
 Kernel pick(const Narrow& p, DType dtype) {
+  if (dtype == DType::f32) return p.split ? pick<Tf32x3>(p) : pick<Tf32>(p);
   if (dtype == DType::bf16) return pick<Bfloat>(p);
   return dtype == DType::f16 ? pick<Half>(p) : nullptr;
 }
@@ -49,7 +50,8 @@ int64_t narrow_blocks(const Narrow& p, DType dtype) {
 
 const char* narrow_fprop(const Narrow& p, DType dtype, void* stream) {
   const Kernel kernel = pick(p, dtype);
-  if (!kernel) return "the narrow kernels are built for bf16 and fp16 only";
+  if (!kernel) return "the narrow kernels are built for float32, bf16 and fp16 only";
+  if (p.item != (dtype == DType::f32 ? 4 : 2)) return "the numbers' size is not that of their type";
   if (p.warps_m < 1 || p.warps_n < 1 || p.warps_m * p.warps_n > kMaxWarps)
     return "a block has 1 to 8 warps";
   if (p.tile_h * p.tile_w > p.warps_m * kWarpPixels) return "the tile has more pixels than rows";

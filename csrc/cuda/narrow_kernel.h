@@ -18,6 +18,7 @@
 #include "halo.h"
 #include "narrow.h"
 #include "narrow_results.h"
+#include "operands.h"
 #include "ptx.h"
 #include "tma.h"
 
@@ -34,7 +35,7 @@ struct Layout {
   int lists, words, fragments, buffers, buffer, gathered, mbarriers, total;
 
   __host__ __device__ Layout(const Narrow& p, bool tma) {
-    const int pixels = p.warps_m * kWarpPixels, stage = pixels * stage_pitch(p.warps_n);
+    const int pixels = p.warps_m * kWarpPixels, stage = pixels * stage_pitch(p, tma ? 2 : p.item);
     const int halo = p.halo_pixels * p.raw_pitch * 16;
     lists = 0;
     words = lists + aligned(p.round_count * p.warps_n * kListFields * 4);
@@ -88,21 +89,20 @@ __device__ __forceinline__ void run_list(Accumulators& acc, const uint32_t (&bas
     const uint32_t offset = ((word >> shift) & 0xFFFF) * 16;
     words += 4;
     word = load_shared32(words);  // one step ahead; there is a spare word at the end
-    Quad a[2];
-#pragma unroll
-    for (int f = 0; f < 2; ++f) a[f] = load_matrices(base[f] + offset);
+    const Operand<T> a[2] = {Operand<T>(load_matrices(base[0] + offset)),
+                             Operand<T>(load_matrices(base[1] + offset))};
     if constexpr (kSize == 1) {
       const Pair b = weights.one(lane);
 #pragma unroll
-      for (int f = 0; f < 2; ++f) multiply<T>(acc[f][kFirst], a[f], b.v[0], b.v[1]);
+      for (int f = 0; f < 2; ++f) a[f].multiply_by(acc[f][kFirst], b.v[0], b.v[1]);
     } else {
 #pragma unroll
       for (int pair = 0; pair < kSize / 2; ++pair) {
         const Quad b = weights.two(pair, lane);
 #pragma unroll
         for (int f = 0; f < 2; ++f) {
-          multiply<T>(acc[f][kFirst + 2 * pair], a[f], b.v[0], b.v[1]);
-          multiply<T>(acc[f][kFirst + 2 * pair + 1], a[f], b.v[2], b.v[3]);
+          a[f].multiply_by(acc[f][kFirst + 2 * pair], b.v[0], b.v[1]);
+          a[f].multiply_by(acc[f][kFirst + 2 * pair + 1], b.v[2], b.v[3]);
         }
       }
     }
@@ -159,8 +159,9 @@ int64_t max_resident_tma(const Narrow& p, DType dtype);
 const char* launch_tma(const Narrow& p, DType dtype, int64_t blocks, void* stream);
 
 // Two blocks of most threads in the registers, where their number then suffices without spills.
-template <bool kResident, class Activation>
-constexpr int kResidentBlocks = kResident && std::is_same_v<Activation, Clamp> ? 2 : 1;
+template <class T, bool kResident, class Activation>
+constexpr int kResidentBlocks =
+    kResident && std::is_same_v<Activation, Clamp> && !std::is_same_v<T, Tf32x3> ? 2 : 1;
 
 // What one block works on: the tiles of one class of pixels by one part of the filters (a head). P
 // is Narrow, or NarrowTma for halos that TMA brings.
@@ -226,7 +227,7 @@ template <class P> struct Work {
 
   // Starts the copy of a halo; with two buffers it is prefetched while the one before is computed
   // from (double buffering).
-  __device__ __forceinline__ void prefetch(const Cursor& c, int buffer) const {
+  template <class T> __device__ __forceinline__ void prefetch(const Cursor& c, int buffer) const {
     if (kTma && threadIdx.x) return;  // one thread, the producer, asks for all of a box
     const TilePlace place = tile(c.item);
     const int32_t* round = rounds + c.round * kRoundFields;
@@ -240,8 +241,9 @@ template <class P> struct Work {
       tma_load(to, &p.maps[kind], load_table(chunks) * 8, col, row, place.image,
                mbarrier_at(buffer));
     } else {
-      halo().load(static_cast<const char*>(p.x) + int64_t(place.image) * p.x_n * 2, chunks,
-                  load_table(round + kChunkCount), row, col, to);
+      halo().template load<T>(
+          static_cast<const char*>(p.x) + int64_t(place.image) * p.x_n * kItem<T>, chunks,
+          load_table(round + kChunkCount), row, col, to);
     }
   }
 
@@ -281,7 +283,7 @@ __device__ __forceinline__ void store_tile(const Work<P>& work, int item, uint32
                                            int lane) {
   const P& p = work.p;
   const Target target(p, work.table, work.tile(item));
-  const Columns columns(p, work.head, work.part);
+  const Columns<T> columns(p, work.head, work.part);
   if (p.residual) {
     columns.load(p, target, stage);
     barrier();
@@ -310,7 +312,7 @@ __device__ __forceinline__ void compute(const P& p) {
   work.load_head(kResident);
   if constexpr (kTma) work.init_mbarriers();
   Cursor ahead(work.rounds, p.round_count, items);
-  if (p.buffers == 2 && ahead.next()) work.prefetch(ahead, 0);
+  if (p.buffers == 2 && ahead.next()) work.template prefetch<T>(ahead, 0);
   copy_commit();
   if constexpr (kTma) {
     copy_wait<0>();  // for the weights
@@ -328,15 +330,15 @@ __device__ __forceinline__ void compute(const P& p) {
       const int32_t* round = work.rounds + r * kRoundFields;
       if (load_table(round + kChunkCount)) {
         buffer = buffer + 1 == p.buffers ? 0 : buffer + 1;
-        if (ahead.next()) work.prefetch(ahead, p.buffers == 2 ? 1 - buffer : 0);
+        if (ahead.next()) work.template prefetch<T>(ahead, p.buffers == 2 ? 1 - buffer : 0);
         work.wait_filled(buffer, parity);
       }
       if constexpr (!kTma) barrier();
       uint32_t source = work.buffer_at(buffer);
       const int slot_count = load_table(round + kSlotCount);
       if (slot_count) {
-        work.halo().gather(p.slots + load_table(round + kSlotBegin) * 4, slot_count, source,
-                           p.slot_pitch, shared + at.gathered);
+        work.halo().template gather<T>(p.slots + load_table(round + kSlotBegin) * 4, slot_count,
+                                       source, p.slot_pitch, shared + at.gathered);
         source = shared + at.gathered;
         barrier();
       }

@@ -3,15 +3,20 @@
 // its way in, go through a staging tile in shared memory, so that device memory sees 16-byte
 // accesses.
 #pragma once
+#include <type_traits>
+
 #include "epilogue.h"
 #include "halo.h"
 #include "narrow.h"
+#include "operands.h"
 #include "ptx.h"
 
 namespace hetconv::cuda {
 
-// Bytes of the staging tile from pixel to pixel.
-inline __host__ __device__ int stage_pitch(int warps_n) { return warps_n * kWarpFilters * 2 + 16; }
+// Bytes of the staging tile from pixel to pixel, of numbers of `item` bytes.
+inline __host__ __device__ int stage_pitch(const Narrow& p, int item) {
+  return p.warps_n * kWarpFilters * item + 16;
+}
 
 // The pixels of y that a tile writes.
 struct Target {
@@ -41,7 +46,10 @@ struct Target {
 
 // Where the filters of a part stand in the staging tile: as in y where 16-byte accesses reach it,
 // else in the order of the part, to be written one by one.
-struct Columns {
+template <class T> struct Columns {
+  using Number = std::conditional_t<kItem<T> == 4, uint32_t, uint16_t>;
+  static constexpr int kVector = 16 / kItem<T>;  // numbers of a 16-byte access
+
   const int32_t* rows;
   int first, count, pitch, width;
   bool vectors;
@@ -50,20 +58,22 @@ struct Columns {
       : rows(p.rows + part * p.warps_n * kWarpFilters),
         first(load_table(head + kFilterFirst)),
         count(load_table(head + kFilterCount)),
-        pitch(stage_pitch(p.warps_n)),
+        pitch(stage_pitch(p, kItem<T>)),
         width(p.warps_n * kWarpFilters) {
-    vectors = p.vector_stores && count && (first | count) % 8 == 0;
+    vectors = p.vector_stores && count && (first | count) % kVector == 0;
   }
   // The byte of a line that has the part's filter number `column`, which is filter f.
-  __device__ uint32_t cell(int column, int f) const { return (vectors ? f - first : column) * 2; }
+  __device__ uint32_t cell(int column, int f) const {
+    return (vectors ? f - first : column) * kItem<T>;
+  }
 
   // Loads the residual to the staging tile; zeros for pixels and filters that y has not.
   __device__ void load(const Narrow& p, const Target& target, uint32_t stage) const {
-    const uint16_t* from = static_cast<const uint16_t*>(p.residual) + target.corner;
+    const Number* from = static_cast<const Number*>(p.residual) + target.corner;
     const int pixels = p.warps_m * kWarpPixels;
     if (vectors) {
-      each_cell(pixels, count / 8, [&](int column) {
-        const uint16_t* own = from + first + column * 8;
+      each_cell(pixels, count / kVector, [&](int column) {
+        const Number* own = from + first + column * kVector;
         return [=](int m) {
           const int offset = target.place(m);
           Quad q = {};
@@ -76,8 +86,8 @@ struct Columns {
         const int f = load_table(rows + column);
         return [=](int m) {
           const int offset = target.place(m);
-          const uint16_t v = offset >= 0 && f >= 0 ? from[offset + f] : 0;
-          store_shared16(stage + m * pitch + column * 2, v);
+          const Number v = offset >= 0 && f >= 0 ? from[offset + f] : 0;
+          store_cell<T>(stage + m * pitch + column * kItem<T>, v);
         };
       });
     }
@@ -85,11 +95,11 @@ struct Columns {
 
   // Writes the staging tile to y.
   __device__ void store(const Narrow& p, const Target& target, uint32_t stage) const {
-    uint16_t* to = static_cast<uint16_t*>(p.y) + target.corner;
+    Number* to = static_cast<Number*>(p.y) + target.corner;
     const int pixels = p.tile_h * p.tile_w;
     if (vectors) {
-      each_cell(pixels, count / 8, [&](int column) {
-        uint16_t* own = to + first + column * 8;
+      each_cell(pixels, count / kVector, [&](int column) {
+        Number* own = to + first + column * kVector;
         return [=](int m) {
           const int offset = target.place(m);
           if (offset >= 0) store128(own + offset, load_shared128(stage + m * pitch + column * 16));
@@ -101,7 +111,7 @@ struct Columns {
         return [=](int m) {
           const int offset = target.place(m);
           if (offset >= 0 && f >= 0)
-            to[offset + f] = uint16_t(load_shared16(stage + m * pitch + column * 2));
+            to[offset + f] = Number(load_cell<T>(stage + m * pitch + column * kItem<T>));
         };
       });
     }
@@ -113,7 +123,7 @@ template <int kTiles> using WarpResults = float[2][kTiles][4];
 
 // Writes act(scale * acc + shift + what is staged of the residual) of a warp to the staging tile.
 template <class T, class Activation, int kTiles>
-__device__ __forceinline__ void stage_results(const Narrow& p, const Columns& columns,
+__device__ __forceinline__ void stage_results(const Narrow& p, const Columns<T>& columns,
                                               uint32_t stage, const WarpResults<kTiles>& acc,
                                               int warp_m, int warp_n, int lane) {
   const Activation activate(p.act);
@@ -127,30 +137,15 @@ __device__ __forceinline__ void stage_results(const Narrow& p, const Columns& co
     float scale[2] = {1.0f, 1.0f}, shifts[2] = {0.0f, 0.0f};
     if (p.scale) scale[0] = p.scale[f0], scale[1] = second ? p.scale[f1] : 1.0f;
     if (p.shift) shifts[0] = p.shift[f0], shifts[1] = second ? p.shift[f1] : 0.0f;
-    const uint32_t cell0 = columns.cell(column, f0), cell1 = columns.cell(column + 1, f1);
-    const bool together = cell1 == cell0 + 2 && cell0 % 4 == 0;
+    const Cells<T> cells(columns.cell(column, f0), columns.cell(column + 1, f1), second);
 #pragma unroll
     for (int half = 0; half < 4; ++half) {
       const uint32_t row = top + half * 8 * columns.pitch;
       float v[2] = {acc[half / 2][n][half % 2 * 2], acc[half / 2][n][half % 2 * 2 + 1]};
       v[0] = v[0] * scale[0] + shifts[0];
       v[1] = v[1] * scale[1] + shifts[1];
-      if (p.residual) {
-        uint32_t old;
-        if (together)
-          old = load_shared32(row + cell0);
-        else
-          old = load_shared16(row + cell0) | (second ? load_shared16(row + cell1) << 16 : 0);
-        v[0] += widen<T>(old & 0xFFFF);
-        v[1] += widen<T>(old >> 16);
-      }
-      const uint32_t made = activate.template pair<T>(v[0], v[1]);
-      if (together) {
-        store_shared32(row + cell0, made);
-      } else {
-        store_shared16(row + cell0, made & 0xFFFF);
-        if (second) store_shared16(row + cell1, made >> 16);
-      }
+      if (p.residual) cells.add_to(v, row);
+      cells.store(activate, v, row);
     }
   }
 }

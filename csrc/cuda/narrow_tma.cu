@@ -9,7 +9,7 @@ namespace narrow {
 namespace {
 
 template <class T, bool kResident, class Activation>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks<kResident, Activation>)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kResident, Activation>)
     narrow_tma_kernel(const __grid_constant__ NarrowTma p) {
 #ifdef HETCONV_BULK
   compute<T, kResident, Activation>(p);
@@ -40,6 +40,7 @@ int64_t max_resident_tma(const Narrow& p, DType dtype) {
 
 const char* launch_tma(const Narrow& p, DType dtype, int64_t blocks, void* stream) {
   if (const char* reason = tma_unsupported()) return reason;
+  if (p.item != 2) return "TMA brings halos of bf16 and fp16 only";
   if (p.class_count > kMostMaps) return "there are more classes than tensor maps";
   NarrowTma own{p, {}};
   for (int i = 0; i < p.class_count; ++i) {

@@ -72,8 +72,9 @@ const char* narrow_pack(const void* w, DType w_dtype, const int32_t* source, voi
                         DType dtype, int64_t size, void* stream) {
   auto* kernel = dtype == DType::bf16  ? pack_of<Bfloat>(w_dtype)
                  : dtype == DType::f16 ? pack_of<Half>(w_dtype)
+                 : dtype == DType::f32 ? pack_of<Single>(w_dtype)
                                        : nullptr;
-  if (!kernel) return "weights are packed from float32, bf16 or fp16 to bf16 or fp16";
+  if (!kernel) return "weights are packed from and to float32, bf16 or fp16";
   if (!size) return nullptr;
   return launch(kernel, Pack{w, source, slabs, size}, blocks_of(size), 1, kThreads, 0, stream);
 }

@@ -38,7 +38,7 @@ int64_t narrow_wgrad_blocks(const NarrowWgrad& p, DType dtype) {
 
 const char* narrow_wgrad(const NarrowWgrad& p, DType dtype, void* stream) {
   const Kernel kernel = pick(dtype);
-  if (!kernel) return "the narrow kernels are built for bf16 and fp16 only";
+  if (!kernel) return "wgrad of narrow groups is built for bf16 and fp16 only";
   if (p.warps < 1 || p.warps > kMaxWarps) return "a block has 1 to 8 warps";
   if (p.tile_h * p.tile_w % 16) return "a tile of wgrad has a multiple of 16 pixels";
   if (p.buffers != 1 && p.buffers != 2) return "there are one or two buffers";

@@ -17,9 +17,11 @@
 
 namespace hetconv::cuda {
 
-// The element types, by tag.
+// The element types, by tag; of float32 there are two, see operands.h.
 struct Bfloat {};
 struct Half {};
+struct Tf32 {};
+struct Tf32x3 {};
 
 struct Quad {
   uint32_t v[4];
@@ -164,7 +166,31 @@ __device__ __forceinline__ void multiply<Half>(float (&c)[4], const Quad& a, uin
       : "r"(a.v[0]), "r"(a.v[1]), "r"(a.v[2]), "r"(a.v[3]), "r"(b0), "r"(b1));
 }
 
+// The same of float32 rounded to TF32, a [16, 8] and b [8, 8]: lane 4g + t has in a rows g, g + 8,
+// g, g + 8 by columns t, t, t + 4, t + 4; in b rows t and t + 4 of column g. So matrices of 16 bits
+// whose lines are numbers of 32 bits are loaded as they are.
+template <>
+__device__ __forceinline__ void multiply<Tf32>(float (&c)[4], const Quad& a, uint32_t b0,
+                                               uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a.v[0]), "r"(a.v[1]), "r"(a.v[2]), "r"(a.v[3]), "r"(b0), "r"(b1));
+}
+
 // Numbers ----------------------------------------------------------------------------------------
+
+// The bits of a float32 as a number, and back.
+__device__ __forceinline__ float as_float(uint32_t bits) { return __uint_as_float(bits); }
+__device__ __forceinline__ uint32_t as_bits(float v) { return __float_as_uint(v); }
+
+// A float32 rounded to TF32, to the nearest, ties away from zero.
+__device__ __forceinline__ uint32_t round_tf32(uint32_t v) {
+  uint32_t made;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(made) : "f"(as_float(v)));
+  return made;
+}
 
 // Two numbers rounded to 16 bits, the first in the low half.
 template <class T> __device__ __forceinline__ uint32_t narrow_pair(float first, float second);

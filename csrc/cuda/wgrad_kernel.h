@@ -77,13 +77,14 @@ template <class T, class P> __device__ __forceinline__ void compute(const P& p) 
                tile.col, tile.row, tile.image, phase);
       return;
     }
-    halo.load(static_cast<const char*>(p.x) + int64_t(tile.image) * p.x_n * 2,
-              p.chunks + load_table(head + kXChunkBegin), load_table(head + kXChunkCount),
-              tile.row * load_h + load_table(table + kBaseH),
-              tile.col * load_w + load_table(table + kBaseW), to);
-    own.load(static_cast<const char*>(p.dy) + int64_t(tile.image) * p.y_n * 2,
-             p.chunks + load_table(head + kDyChunkBegin), load_table(head + kDyChunkCount),
-             tile.row, tile.col, to + at.dy);
+    halo.template load<T>(static_cast<const char*>(p.x) + int64_t(tile.image) * p.x_n * 2,
+                          p.chunks + load_table(head + kXChunkBegin),
+                          load_table(head + kXChunkCount),
+                          tile.row * load_h + load_table(table + kBaseH),
+                          tile.col * load_w + load_table(table + kBaseW), to);
+    own.template load<T>(static_cast<const char*>(p.dy) + int64_t(tile.image) * p.y_n * 2,
+                         p.chunks + load_table(head + kDyChunkBegin),
+                         load_table(head + kDyChunkCount), tile.row, tile.col, to + at.dy);
   };
 
   const int unit_begin = load_table(head + kUnitBegin), unit_count = load_table(head + kUnitCount);
@@ -140,14 +141,16 @@ template <class T, class P> __device__ __forceinline__ void compute(const P& p) 
     int x_pitch = p.x_pitch, dy_pitch = p.dy_pitch;
     if (p.x_slot_pitch || p.dy_slot_pitch) {
       if (p.x_slot_pitch) {
-        halo.gather(p.slots + load_table(head + kXSlotBegin) * 4, load_table(head + kXSlotCount), x,
-                    p.x_slot_pitch, shared + at.x_gathered);
+        halo.template gather<T>(p.slots + load_table(head + kXSlotBegin) * 4,
+                                load_table(head + kXSlotCount), x, p.x_slot_pitch,
+                                shared + at.x_gathered);
         x = shared + at.x_gathered;
         x_pitch = p.x_slot_pitch;
       }
       if (p.dy_slot_pitch) {
-        own.gather(p.slots + load_table(head + kDySlotBegin) * 4, load_table(head + kDySlotCount),
-                   dy, p.dy_slot_pitch, shared + at.dy_gathered);
+        own.template gather<T>(p.slots + load_table(head + kDySlotBegin) * 4,
+                               load_table(head + kDySlotCount), dy, p.dy_slot_pitch,
+                               shared + at.dy_gathered);
         dy = shared + at.dy_gathered;
         dy_pitch = p.dy_slot_pitch;
       }

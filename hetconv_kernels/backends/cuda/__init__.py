@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`cuda`: narrow and scattered groups from sm_80 on, wide ones on Hopper; bf16 and fp16.
+"""`cuda`: narrow and scattered groups from sm_80 on, wide ones on Hopper; bf16, fp16, float32.
 
 A tile of pixels with its halo is brought to shared memory once, and all taps and groups are
 computed from it (``csrc/cuda``): by mma.sync where groups are narrow, by wgmma, which only compute
-capability 9.0 has, where they are wide. Built and checked on the CPU; **no GPU has measured it**.
+capability 9.0 has, where they are wide. float32 has fprop and dgrad of narrow groups, by TF32 as
+PyTorch's switch for convolutions says. Built and checked on the CPU; **no GPU has measured it**.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from .. import Runner
 from ..gpu.constants import constants_of
 from ..gpu.devices import gpu_reasons
 from . import choice
-from .calls import MAX_SPAN, VECTOR, NarrowCall, element_span
+from .calls import MAX_SPAN, NarrowCall, element_span, vector
 from .scattered_calls import ScatteredCall
 from .wgrad_calls import NarrowWgradCall, WideWgradCall
 from .wide_calls import WideCall
 
-_DTYPES = (torch.bfloat16, torch.float16)
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Tiles of the whole batch are counted in 32 bits, with room for a step beyond the last one.
 _MAX_PIXELS = 2**30
 
@@ -45,9 +46,9 @@ class Cuda:
         if reasons:
             return reasons
         if problem.dtype not in _DTYPES:
-            reasons.append(f"{problem.dtype} is neither bfloat16 nor float16.")
+            reasons.append(f"{problem.dtype} is not bfloat16, float16 or float32.")
         if problem.weight_dtype == torch.float64:
-            reasons.append("The weight is float64, which nothing packs into 16 bits.")
+            reasons.append("The weight is float64, which nothing packs.")
         reasons += _layout_reasons(problem)
         oh, ow = problem.output_size
         support = problem.support
@@ -139,22 +140,22 @@ def _call(problem: Problem) -> NarrowCall | WideCall | ScatteredCall:
 
 def _layout_reasons(problem: Problem) -> list[str]:
     """Says what 16-byte accesses to channels need and the operands do not have."""
-    support, reasons = problem.support, []
+    support, wide, reasons = problem.support, vector(problem.dtype), []
     read = {
         "fprop": (("channels", support.channels),),
         "dgrad": (("filters", support.filters),),
         "wgrad": (("channels", support.channels), ("filters", support.filters)),
     }[problem.verb]
     for name, count in read:
-        if count % VECTOR:
-            reasons.append(f"There are {count} {name}, which is no multiple of {VECTOR}.")
+        if count % wide:
+            reasons.append(f"There are {count} {name}, which is no multiple of {wide}.")
     shape = problem.x_shape if problem.verb == "fprop" else problem.y_shape
     pairs = list(zip(problem.strides, shape, strict=True))
     apart = [stride for stride, size in (pairs[0], *pairs[2:]) if size > 1]
     if not problem.channels_last or (shape[1] > 1 and problem.strides[1] != 1):
         reasons.append("The operands are not channels_last.")
-    elif any(stride % VECTOR for stride in apart):
-        reasons.append(f"Pixels lie {apart} elements apart, not multiples of {VECTOR}.")
+    elif any(stride % wide for stride in apart):
+        reasons.append(f"Pixels lie {apart} elements apart, not multiples of {wide}.")
     elif element_span(shape, problem.strides) > MAX_SPAN:
         reasons.append("The elements of one image span more than 2**30 places.")
     return reasons

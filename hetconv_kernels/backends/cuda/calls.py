@@ -15,11 +15,10 @@ from ...support import Support
 from ..common import empty, unit
 from ..gpu.capture import CONVERSIONS, DeviceTables, capturing, pin, refuse_capture, upload
 from ..gpu.packer import Packer
+from ..gpu.precision import precision
 from .choice import NarrowChoice
 from .tma import MOST_MAPS, tma_readable
 
-# Elements of a 16-byte access.
-VECTOR = 8
 # The kernels count bytes within an image in 32 bits, so its elements must span fewer than these.
 MAX_SPAN = 2**30
 
@@ -29,6 +28,11 @@ def compiled_part() -> Any:
     from ... import _cuda
 
     return _cuda
+
+
+def vector(dtype: torch.dtype) -> int:
+    """Returns the elements of a 16-byte access."""
+    return 16 // dtype.itemsize
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -55,7 +59,8 @@ def readable(tensor: Tensor) -> Tensor:
     not fit is copied, and counted in `CONVERSIONS`.
     """
     tensor = tensor.resolve_neg()
-    strided = tensor.stride(1) == 1 and unit(VECTOR, tensor) == VECTOR
+    wide = vector(tensor.dtype)
+    strided = tensor.stride(1) == 1 and unit(wide, tensor) == wide
     if not strided or element_span(tensor.shape, tensor.stride()) > MAX_SPAN:
         CONVERSIONS["operand brought to channels_last"] += 1
         tensor = torch.empty_like(tensor, memory_format=torch.channels_last).copy_(tensor)
@@ -152,12 +157,13 @@ class CudaCall:
             residual = self.like(residual, y)
         # The per-filter vectors are computed with in float32.
         scale, shift = (None if v is None else _single(v) for v in (scale, shift))
-        key = (x.stride(), y.stride(), residual is None or residual.data_ptr() % 16 == 0)
+        aligned = residual is None or residual.data_ptr() % 16 == 0
+        key = (x.stride(), y.stride(), aligned, precision(x.dtype))
         with current(self._device) as stream:
             launch = self._bound.get(key)
             if launch is None:
                 refuse_capture(self._device, "A layout of operands")  # asks the device for blocks
-                launch = self._bound[key] = self.bind(x, y, key[2])
+                launch = self._bound[key] = self.bind(x, y, aligned)
             frozen = self.problem.frozen_weight
             slabs = self._packer(w, frozen)
             self._kept.lend(self._device)
@@ -227,7 +233,9 @@ class NarrowCall(CudaCall):
         call.raw_pitch, call.slot_pitch = tables.raw_pitch, tables.slot_pitch
         call.halo_pixels = tables.halo_pixels
         call.max_words, call.max_fragments = tables.max_words, tables.max_fragments
-        call.vector_stores = int(aligned and unit(VECTOR, y) == VECTOR)
+        wide = vector(y.dtype)
+        call.vector_stores = int(aligned and unit(wide, y) == wide)
+        call.item, call.split = tables.item, int(precision(x.dtype) == "tf32x3")
         call.buffers, call.resident = choice.how.buffers, int(choice.how.resident)
         if not choice.how.no_tma and tma_readable(x):
             call.tma = 1

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The choice of a kernel and its tables for a Problem, and what it is predicted to take.
 
-There are kernels for narrow groups, and on Hopper for wide groups; fprop has one for scattered
-groups. The one that is predicted to be fastest is taken. The clocks come from `tiles`,
+There are kernels for narrow groups, and on Hopper for wide groups; fprop and dgrad have one for
+scattered groups. The one that is predicted to be fastest is taken. The clocks come from `tiles`,
 `wide_tiles`, `wide_wgrad_tiles` and `scattered_tiles`; here the launch, packing and device memory
 are added. All constants are data sheets and arithmetic: **no GPU has confirmed them**. What was
 chosen is kept with the Support.
@@ -38,8 +38,9 @@ _NEXT_LAUNCH = 3e-6
 # Clocks in which a unit of wgrad reads one pixel of both operands from shared memory.
 _UNIT_READS = 1.25
 # The kernels for narrow groups keep weights in shared memory, or read them again for each tile;
-# more of them are no narrow groups.
-_MOST_WEIGHTS = 2**17
+# more bytes of them are no narrow groups.
+_MOST_WEIGHTS = 2**18
+_SHORT_NUMBERS = "it takes bfloat16 and float16 alone."
 
 
 class NarrowChoice(NamedTuple):
@@ -73,7 +74,7 @@ class WideChoice(NamedTuple):
 
 
 class ScatteredChoice(NamedTuple):
-    """How fprop is run by the kernel for scattered groups.
+    """How fprop or dgrad is run by the kernel for scattered groups.
 
     Attributes:
         how: tables, and what a block of threads holds.
@@ -190,19 +191,26 @@ def _found(problem: Problem) -> AnyChoice | str:
 
 def _narrow_reason(problem: Problem) -> str:
     """Says why the kernels for narrow groups are not for a Problem; empty when they are."""
-    absent = parts.left_out("cuda-wgrad" if problem.verb == "wgrad" else "cuda-narrow")
-    if absent or problem.support.live <= _MOST_WEIGHTS:
+    gradient, single = problem.verb == "wgrad", problem.dtype == torch.float32
+    if gradient and single:
+        return _SHORT_NUMBERS
+    absent = parts.left_out("cuda-wgrad" if gradient else "cuda-narrow")
+    if single:
+        absent = absent or parts.left_out("cuda-tf32")
+    if absent:
         return absent
-    return (
-        f"there are {problem.support.live} live weights, and shared memory holds at most "
-        f"{_MOST_WEIGHTS}."
-    )
+    most = _MOST_WEIGHTS // problem.dtype.itemsize
+    if problem.support.live <= most:
+        return ""
+    return f"there are {problem.support.live} live weights, and shared memory holds at most {most}."
 
 
 def _wide_reason(problem: Problem) -> str:
     """Says why the kernels for wide groups are not for a Problem; empty when they are."""
     if absent := parts.left_out("cuda-wide-wgrad" if problem.verb == "wgrad" else "cuda-wide"):
         return absent
+    if problem.dtype == torch.float32:
+        return _SHORT_NUMBERS
     if problem.device.type != "cuda":  # the kernels on the CPU, in tests
         return ""
     capability = torch.cuda.get_device_capability(problem.device.index or 0)
@@ -221,8 +229,10 @@ def _wide_reason(problem: Problem) -> str:
 
 def _scattered_reason(problem: Problem) -> str:
     """Says why the kernel for scattered groups is not for a Problem; empty when it is."""
-    if problem.verb != "fprop":
-        return "it has fprop alone."
+    if problem.verb == "wgrad":
+        return "it has no wgrad."
+    if problem.dtype == torch.float32:
+        return _SHORT_NUMBERS
     return parts.left_out("cuda-scattered")
 
 
@@ -246,7 +256,8 @@ def _gather(problem: Problem, spec: GpuSpec) -> NarrowChoice:
     back = problem.verb == "dgrad"
     size = problem.height, problem.width
     found = windows(problem.geometry, size, back)
-    how = choose_narrow(problem.support, found, problem.batch, back, spec, _no_tma(problem))
+    item = problem.dtype.itemsize
+    how = choose_narrow(problem.support, found, problem.batch, back, spec, _no_tma(problem), item)
     packed = how.tables.positions.size
     seconds = _whole(problem, how.clocks, packed, spec)
     return NarrowChoice(how, seconds, min(1.0, problem.support.live / max(packed, 1)))
@@ -280,7 +291,9 @@ def _wide_wgrad(problem: Problem, spec: GpuSpec) -> WideWgradChoice:
 
 
 def _scattered(problem: Problem, spec: GpuSpec) -> ScatteredChoice:
-    how = choose_scattered(problem.geometry, problem.output_size, problem.batch, spec)
+    back = problem.verb == "dgrad"
+    size = (problem.height, problem.width) if back else problem.output_size
+    how = choose_scattered(problem.geometry, size, problem.batch, spec, back)
     seconds = _whole(problem, how.clocks, len(how.tables.steps) * 128 * how.shape.side**2, spec)
     efficiency = min(1.0, problem.macs / how.executed) if how.executed else 1.0
     return ScatteredChoice(how, seconds, efficiency)

@@ -13,6 +13,9 @@ word, the places of its two halves in the halo tile in units of 16 bytes, first 
 
 dgrad is the same on the transposed Support, one class of pixels for each residue of the stride.
 
+Of float32 a slot has four channels, so a half and a step have half as many columns; they are 16 and
+32 bytes of a pixel all the same, and so are the words.
+
 A halo is brought chunk by chunk by cp.async, or from compute capability 9.0 on by TMA, as one box
 of ``raw_pitch`` chunks from the round's first one (see `tma`). What the box has beyond the
 round's own chunks, zeros at the end of a pixel and else their neighbours, fills the place that the
@@ -32,11 +35,11 @@ from ...masks import BoolArray, Int32Array, IntArray
 from ...support import Support
 from ..gpu.places import memory_places
 from .fields import NarrowHead, NarrowRound
-from .slots import LANES, TILE_RANGES, WARP_TILES, Slots, arrange, ranges
+from .slots import LANES, SLOT, TILE_RANGES, WARP_TILES, Slots, arrange, ranges
 from .tma import HALO, MOST_MAPS, refusal
 from .windows import Window
 
-FRAGMENT = 128  # packed weights of one tile in one step
+FRAGMENT = 256  # bytes of the packed weights of one tile in one step
 NO_CHANNEL = 0xFFFF  # in `slots`: a zero
 
 
@@ -74,14 +77,16 @@ class Tables:
         lists: prefix offsets into the words of the head, and the first fragment.
             # int32 [classes, parts, rounds, warps_n, 17]
         words: of the steps.  # int32 [steps]
-        chunks: channel / 8 of each chunk.  # int32
-        slots: eight places in the raw pixel each, 16 bits.  # int32 [slots, 4]
+        chunks: which 16 bytes of a pixel each chunk is.  # int32
+        slots: eight places in the raw pixel each, 16 bits; of float32 four, one in a word.
+            # int32 [slots, 4]
         rows: filters in order, -1 for none.  # int32 [parts, shape.filters]
         positions: of each packed weight in the flat dense weight, -1 is a zero.  # int64
         shape: the work of one block.
         raw_pitch: from pixel to pixel of the raw halo tile, in 16 bytes.
         slot_pitch: the same of the gathered one; 0 if nothing is gathered.
         halo_pixels: of the largest halo tile.
+        item: bytes of a number of x and y.
     """
 
     classes: Int32Array
@@ -97,6 +102,7 @@ class Tables:
     raw_pitch: int
     slot_pitch: int
     halo_pixels: int
+    item: int
 
     @property
     def max_words(self) -> int:
@@ -116,6 +122,8 @@ class Tables:
     @property
     def no_tma(self) -> str:
         """Says why TMA cannot bring the halos as boxes; empty if it can."""
+        if self.item != 2:
+            return "boxes are built for numbers of 16 bits"
         if len(self.classes) > MOST_MAPS:
             return f"{len(self.classes)} classes of pixels need more than {MOST_MAPS} tensor maps"
         columns = [NarrowRound.CHUNK_BEGIN, NarrowRound.CHUNK_COUNT]
@@ -141,7 +149,11 @@ class _Steps(NamedTuple):
 
 
 def lower_narrow(
-    support: Support, windows: Sequence[Window], shape: BlockShape, back: bool = False
+    support: Support,
+    windows: Sequence[Window],
+    shape: BlockShape,
+    back: bool = False,
+    item: int = 2,
 ) -> Tables:
     """Lowers a Support to the tables of fprop or dgrad.
 
@@ -150,21 +162,23 @@ def lower_narrow(
         windows: the classes of pixels.
         shape: the work of one block.
         back: whether to lower dgrad: filters and channels change places.
+        item: bytes of a number of x and y, 2 or 4.
 
     Raises:
-        ArgumentError: the number of channels that are read is no multiple of 8.
+        ArgumentError: the number of channels that are read fills no 16 bytes.
         BackendError: a tile with its halo is larger than any shared memory.
     """
     order, mask = filter_order(support, back)
-    if mask.shape[1] % LANES:
+    size = SLOT // item
+    if mask.shape[1] % size:
         raise ArgumentError(
-            mismatch("channels", mask.shape[1], f"a multiple of {LANES}", 'backend="triton"')
+            mismatch("channels", mask.shape[1], f"a multiple of {size}", 'backend="triton"')
         )
     parts = -(-len(order) // shape.filters)
     rows = np.full((parts, shape.filters), -1)
     rows.reshape(-1)[: len(order)] = order
     tiles = tile_columns(rows, mask)
-    slots = arrange(tiles)
+    slots = arrange(tiles, size)
     builder = _Builder(slots, shape, mask, rows, back)
     for window in windows:
         for part in range(parts):
@@ -199,6 +213,7 @@ class _Builder:
         self, slots: Slots, shape: BlockShape, mask: BoolArray, rows: IntArray, back: bool
     ) -> None:
         self._slots, self._shape, self._mask = slots, shape, mask
+        self._size = slots.channels.shape[1]
         self._rows, self._back = rows, back
         self._chunks: list[int] = []
         self._gathers: list[IntArray] = []
@@ -247,7 +262,10 @@ class _Builder:
             rounds += [[0, 0, 0, 0]] * (most - len(rounds))
         grid = len(windows), len(self._rows)
         halo = [w.halo(shape.height, 1)[0] * w.line(shape.width) for w in windows]
-        gathers = np.concatenate([np.zeros((0, LANES), np.int64), *self._gathers])
+        gathers = np.concatenate([np.zeros((0, self._size), np.int64), *self._gathers])
+        if self._size < LANES:  # a word for each
+            gathers = np.stack([gathers, np.full_like(gathers, NO_CHANNEL)], -1)
+            gathers = gathers.reshape(-1, LANES)
         fields = [[*w.fields(shape.height, shape.width).values()] for w in windows]
         return Tables(
             classes=np.array(fields, np.int32),
@@ -263,21 +281,22 @@ class _Builder:
             raw_pitch=raw,
             slot_pitch=slot,
             halo_pixels=max(halo),
+            item=SLOT // self._size,
         )
 
     def _load(self, needed: IntArray, inside: IntArray, begins: bool) -> list[int]:
         """Lists what a round loads and gathers: a line of ``rounds``."""
-        channels, counts = self._slots.channels, self._counts
+        channels, counts, size = self._slots.channels, self._counts, self._size
         chunk_begin, slot_begin = len(self._chunks), counts["slots"]
         if not self._slots.gather:
-            chunks = channels[inside, 0] // LANES
+            chunks = channels[inside, 0] // size
             self._chunks += chunks.tolist()
             counts["raw"] = max(counts["raw"], len(chunks))
             return [chunk_begin, len(chunks), 0, 0]
         every = channels[needed]
-        chunks = np.unique(every[every >= 0] // LANES)
+        chunks = np.unique(every[every >= 0] // size)
         own = channels[inside]
-        place = np.searchsorted(chunks, own // LANES) * LANES + own % LANES
+        place = np.searchsorted(chunks, own // size) * size + own % size
         self._gathers.append(np.where(own < 0, NO_CHANNEL, place))
         counts["slots"] += len(own)
         counts["slot"] = max(counts["slot"], len(own))
@@ -324,10 +343,12 @@ class _Builder:
         """Lists the flat dense positions of the fragments of some steps, in the order of packing.
 
         Lane 4·g + t of a warp has filter g of each tile, and of both halves its channels 2·t and
-        2·t + 1; where a range has several tiles, a lane's numbers of two of them are adjacent.
+        2·t + 1, of float32 channel t; where a range has several tiles, a lane's numbers of two of
+        them are adjacent.
         """
-        lane, number = np.arange(32)[:, None], np.arange(4)
-        half, channel = number // 2, lane % 4 * 2 + number % 2  # [32, 4]
+        own = self._size // 4  # of a half
+        lane, number = np.arange(32)[:, None], np.arange(2 * own)
+        half, channel = number // own, lane % 4 * own + number % own  # [32, 4] or [32, 2]
         slot, tap = steps.slot[:, half], steps.tap[:, half]  # [steps, 4]
         lists = self._slots.channels[slot[:, None, :], channel]  # [steps, 32, 4]
         filters = self._rows.reshape(-1, LANES)[steps.tiles][:, np.arange(32) // 4]  # [size, 32]
@@ -342,7 +363,7 @@ class _Builder:
         flat = ((outer * size + inner) * shape[2] + ky) * shape[3] + kx
         found = np.where(known, flat, -1)
         if found.shape[1] > 1:
-            found = found.reshape(len(found), -1, 2, 32, 4).swapaxes(2, 3)
+            found = found.reshape(len(found), -1, 2, 32, 2 * own).swapaxes(2, 3)
         return found.reshape(-1)
 
     def _extent(self, part: int) -> tuple[int, int]:

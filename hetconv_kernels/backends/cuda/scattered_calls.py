@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls of fprop on ``scattered_fprop``: what differs from those of other groups."""
+"""Calls of fprop and dgrad on ``scattered_fprop``: what differs from those of other groups."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .wide_calls import AlignedCall
 
 
 class ScatteredCall(AlignedCall):
-    """fprop of a Problem by the kernel for scattered groups.
+    """fprop or dgrad of a Problem by the kernel for scattered groups.
 
     Args:
         problem: what to run.
@@ -39,10 +39,12 @@ class ScatteredCall(AlignedCall):
         call.x_n, _, call.x_h, call.x_w = strides_of(x)
         call.y_n, _, call.y_h, call.y_w = strides_of(y)
         call.batch, call.channels = problem.batch, x.shape[1]
-        call.image_h, call.image_w = problem.height, problem.width
-        call.out_h, call.out_w = problem.output_size
+        call.image_h, call.image_w = self._image
+        call.out_h, call.out_w = y.shape[2:]
         pads = problem.geometry.pads
         call.base_h, call.base_w = -pads[0], -pads[2]
+        if tables.back:  # whose first tap is the last one
+            call.base_h, call.base_w = pads[0] - shape.side + 1, pads[2] - shape.side + 1
         call.part_count, call.most_blocks = len(tables.parts), tables.spans.shape[1] - 1
         call.side, call.warps = shape.side, shape.warps
         call.pixel_bytes, call.width = shape.slots * 16, shape.columns

@@ -12,6 +12,8 @@ Sixteen channels of a job, at all taps, are a *step*. Jobs are in one or several
 block of threads of its own. Where not all channels of a part fit in shared memory they are brought
 there in several *blocks*, one after the other.
 
+dgrad is the same on the transposed Support, whose filters are the layer's channels.
+
 Example: two groups of eight filters that share no channel are two jobs, of one step of sixteen
 channels each:
 
@@ -65,7 +67,7 @@ class ScatteredTables:
         slots: the most of any block, a multiple of eight.
         widest: the most columns of any part, a multiple of eight.
         meetings: turns in which shared memory gives the eights of a job.  # int [jobs]
-        useful: live weights over packed ones.
+        back: whether filters and channels have changed places, as for dgrad.
     """
 
     parts: Int32Array
@@ -80,6 +82,7 @@ class ScatteredTables:
     slots: int
     widest: int
     meetings: IntArray
+    back: bool = False
 
     def useful(self, support: Support) -> float:
         """Returns live over packed weights."""
@@ -94,7 +97,8 @@ class ScatteredTables:
 
         # int64
         """
-        mask = support.mask.reshape(*support.mask.shape[:2], -1)
+        mask = (support.transpose() if self.back else support).mask
+        mask = mask.reshape(*mask.shape[:2], -1)
         taps, lane, number = mask.shape[2], np.arange(32), np.arange(4)
         row = lane[:, None] % 4 * 2 + number % 2 + number // 2 * EIGHT  # [32, 4]
         tap = np.arange(taps)[None, :, None, None]
@@ -104,6 +108,8 @@ class ScatteredTables:
             f = filters[lane // 4][:, None]  # [32, 1]
             known = (c >= 0) & (f >= 0) & mask[f, c, tap]
             position = (f * mask.shape[1] + c) * taps + tap
+            if self.back:  # whose taps are flipped
+                position = (c * mask.shape[0] + f) * taps + taps - 1 - tap
             found.append(np.where(known, position, -1).reshape(-1))
         return np.concatenate(found)
 
@@ -137,6 +143,9 @@ class TileJob(NamedTuple):
 def scattered_jobs(support: Support) -> list[TileJob]:
     """Makes tiles of filters that keep nearly the same channels, wherever they are.
 
+    Args:
+        support: the layer's own, or for dgrad its transpose.
+
     Raises:
         ArgumentError: channels or filters are no multiple of 8.
     """
@@ -155,18 +164,24 @@ def _tile_cost(needs: BoolArray) -> npt.NDArray[np.float64]:
 
 
 def lower_scattered(
-    support: Support, jobs: Sequence[TileJob], most_slots: int, parts: int, warps: int
+    support: Support,
+    jobs: Sequence[TileJob],
+    most_slots: int,
+    parts: int,
+    warps: int,
+    back: bool = False,
 ) -> ScatteredTables:
-    """Lowers a Support to the tables of fprop.
+    """Lowers a Support to the tables of fprop or dgrad.
 
     Args:
-        support: the layer's own.
+        support: what is convolved with: the layer's own, or for dgrad its transpose.
         jobs: of it, by `scattered_jobs`.
         most_slots: channels of a block, a multiple of 32.
         parts: into how many jobs are divided; fewer where there are not so many jobs.
         warps: of a block of threads.
+        back: whether it is the transpose.
     """
-    builder = _Builder(support, most_slots, warps)
+    builder = _Builder(support, most_slots, warps, back)
     for part in _dealt(jobs, parts):
         if part:
             builder.add(part)
@@ -191,8 +206,8 @@ def _dealt(jobs: Sequence[TileJob], hands: int, lanes: int = 1) -> list[list[Til
 class _Builder:
     """Collects the tables part by part."""
 
-    def __init__(self, support: Support, most_slots: int, warps: int) -> None:
-        self._mask, self._most, self._warps = support.mask, most_slots, warps
+    def __init__(self, support: Support, most_slots: int, warps: int, back: bool) -> None:
+        self._mask, self._most, self._warps, self._back = support.mask, most_slots, warps, back
         self._parts: list[list[int]] = []
         self._blocks: list[list[int]] = []
         self._segments: list[list[int]] = []
@@ -241,6 +256,7 @@ class _Builder:
             slots=self._slots,
             widest=self._widest,
             meetings=np.array(self._meetings, np.int64),
+            back=self._back,
         )
 
     def _add_blocks(self, jobs: list[TileJob]) -> list[IntArray]:

@@ -83,15 +83,16 @@ class ScatteredTiling(NamedTuple):
     executed: int
 
 
-def scattered_refusal(geometry: Geometry) -> str:
-    """Says why a layer is not for the kernel; empty when it is."""
+def scattered_refusal(geometry: Geometry, back: bool = False) -> str:
+    """Says why fprop of a layer, or dgrad, is not for the kernel; empty when it is."""
     support = geometry.support
     if support.kernel[0] != support.kernel[1] or support.kernel[0] not in _SIDES:
         return f"the kernel is {support.kernel[0]} x {support.kernel[1]}, neither 1 x 1 nor 3 x 3."
     if geometry.stride != (1, 1) or geometry.dilation != (1, 1):
         return f"stride {geometry.stride} or dilation {geometry.dilation} is not 1."
-    if support.channels % EIGHT == 0:  # else the lowering says so
-        keep = np.any(support.mask, axis=(2, 3))
+    keep = np.any(support.mask, axis=(2, 3))
+    keep = keep.T if back else keep
+    if keep.shape[1] % EIGHT == 0:  # else the lowering says so
         eights = int(keep.reshape(len(keep), -1, EIGHT).any(axis=2).sum()) * EIGHT
         if keep.sum() >= _IN_EIGHTS * eights:
             return "filters keep channels in eights that follow each other, as other kernels do."
@@ -104,25 +105,26 @@ def tile_count(size: tuple[int, int], batch: int) -> int:
 
 
 def choose_scattered(
-    geometry: Geometry, size: tuple[int, int], batch: int, spec: GpuSpec
+    geometry: Geometry, size: tuple[int, int], batch: int, spec: GpuSpec, back: bool = False
 ) -> ScatteredTiling:
-    """Chooses the tables of fprop: the fastest predicted ones that fit.
+    """Chooses the tables of fprop or dgrad: the fastest predicted ones that fit.
 
     Args:
         geometry: the layer.
-        size: of y, in pixels.
+        size: of the result, in pixels.
         batch: images.
         spec: the GPU.
+        back: whether for dgrad.
 
     Raises:
         ArgumentError: channels or filters are no multiple of 8.
         BackendError: the layer is not for this kernel, or does not fit in shared memory.
     """
-    if reason := scattered_refusal(geometry):
+    if reason := scattered_refusal(geometry, back):
         raise BackendError(reason)
     support, found = geometry.support, []
     multiplied = tile_count(size, batch) * _PIXELS * support.kernel[0] ** 2 * STEP * EIGHT
-    for tables, shape in _lowered(support):
+    for tables, shape in _lowered(support, back):
         if shape.shared_bytes <= spec.shared:
             clocks = scattered_clocks(tables, shape, size, batch, spec)
             found.append(ScatteredTiling(tables, shape, clocks, multiplied * len(tables.steps)))
@@ -133,17 +135,18 @@ def choose_scattered(
     return min(found, key=lambda tiling: tiling.clocks)
 
 
-def _lowered(support: Support) -> list[tuple[ScatteredTables, ScatteredShape]]:
+def _lowered(support: Support, back: bool) -> list[tuple[ScatteredTables, ScatteredShape]]:
     """Lowers a Support in all ways; kept with it."""
-    key = "cuda scattered tables"
+    key = ("cuda scattered tables", back)
     found: list[tuple[ScatteredTables, ScatteredShape]] | None = support.derived.get(key)
     if found is None:
-        found, jobs = [], scattered_jobs(support)
-        whole = -(-support.channels // SEGMENT) * SEGMENT
+        own = support.transpose() if back else support
+        found, jobs = [], scattered_jobs(own)
+        whole = -(-own.channels // SEGMENT) * SEGMENT
         for most in {min(slots, whole) for slots in (*_SLOTS, whole)}:
             for parts in _PARTS[: len(jobs)]:
                 for warps in _WARPS:
-                    tables = lower_scattered(support, jobs, most, parts, warps)
+                    tables = lower_scattered(own, jobs, most, parts, warps, back)
                     shape = ScatteredShape(support.kernel[0], tables.slots, tables.widest, warps)
                     found.append((tables, shape))
         support.derived[key] = found

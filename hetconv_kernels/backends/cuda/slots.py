@@ -10,7 +10,8 @@ import numpy as np
 
 from ...masks import BoolArray, IntArray
 
-LANES = 8  # filters of a tile, channels of a slot
+LANES = 8  # filters of a tile, channels of a slot of 16-bit numbers
+SLOT = 16  # bytes
 WARP_TILES = 8  # of one warp: 64 filters
 # The ranges of a warp's tiles that have a step list: first tile and how many.
 TILE_RANGES = tuple((first, size) for size in (8, 4, 2, 1) for first in range(0, WARP_TILES, size))
@@ -23,9 +24,9 @@ class Slots(NamedTuple):
     """How channels stand in shared memory.
 
     Attributes:
-        channels: of each slot, -1 for none.  # int [S, 8]
+        channels: of each slot, -1 for none.  # int [S, 8], or [S, 4] of float32
         used: which tiles read which slots; a channel may stand in several.  # bool [tiles, S]
-        gather: whether slots are not simply eight adjacent channels.
+        gather: whether slots are not simply adjacent channels.
     """
 
     channels: IntArray
@@ -41,7 +42,7 @@ class Slots(NamedTuple):
         return np.any(padded[:, self.channels], axis=2) & self.used[:, :, None, None]
 
 
-def arrange(tiles: BoolArray) -> Slots:
+def arrange(tiles: BoolArray, size: int = LANES) -> Slots:
     """Chooses how channels stand in shared memory: the way that is predicted to be fastest.
 
     As they are; with channels that the same tiles read brought together (HetConv whose order is
@@ -49,35 +50,35 @@ def arrange(tiles: BoolArray) -> Slots:
 
     Args:
         tiles: the columns that a tile has.  # bool [tiles, C, KH, KW]
+        size: channels of a slot.
     """
     count, channels = tiles.shape[:2]
     own = np.arange(channels)
-    ways = [_slots([own], np.ones((count, 1), bool), False)]
+    ways = [_slots([own], np.ones((count, 1), bool), False, size)]
     readers = np.packbits(tiles.transpose(1, 0, 2, 3).reshape(channels, -1), axis=1)
     first: dict[bytes, int] = {}
     order = np.argsort(
         [first.setdefault(row.tobytes(), c) for c, row in enumerate(readers)], kind="stable"
     )
     if not np.array_equal(order, own):
-        ways.append(_slots([order], np.ones((count, 1), bool), True))
+        ways.append(_slots([order], np.ones((count, 1), bool), True, size))
     sets: dict[bytes, int] = {}
     whole = np.any(tiles, axis=(2, 3))
     owner = np.array([sets.setdefault(row.tobytes(), len(sets)) for row in whole])
     lists = [order[np.frombuffer(key, bool)[order]] for key in sets]
-    ways.append(_slots(lists, owner[:, None] == np.arange(len(sets)), True))
+    ways.append(_slots(lists, owner[:, None] == np.arange(len(sets)), True, size))
     return min(ways, key=lambda way: _clocks(way, tiles))
 
 
-def _slots(lists: Sequence[IntArray], readers: BoolArray, gather: bool) -> Slots:
+def _slots(lists: Sequence[IntArray], readers: BoolArray, gather: bool, size: int) -> Slots:
     """Cuts lists of channels into slots; `readers` has the lists that a tile reads."""
     filled = [
-        np.append(channels, [-1] * (-len(channels) % LANES)).reshape(-1, LANES)
-        for channels in lists
+        np.append(channels, [-1] * (-len(channels) % size)).reshape(-1, size) for channels in lists
     ]
     used = np.repeat(readers, [len(slots) for slots in filled], axis=1)
     channels = np.concatenate(filled).astype(np.int64)
-    # Aligned runs of eight are copied whole.
-    aligned = np.arange(LANES) + channels[:, :1] // LANES * LANES
+    # Aligned runs are copied whole.
+    aligned = np.arange(size) + channels[:, :1] // size * size
     return Slots(channels, used, gather and not np.array_equal(channels, aligned))
 
 

@@ -17,7 +17,7 @@ from ...errors import BackendError
 from ...support import Support
 from ..gpu.devices import GpuSpec
 from .fields import NarrowRound
-from .lowering import BlockShape, Tables, lower_narrow
+from .lowering import FRAGMENT, BlockShape, Tables, lower_narrow
 from .slots import TILE_RANGES
 from .tma import TMA_ALIGN, round_up
 from .wgrad_lowering import WARP_UNITS, WgradTables, lower_wgrad
@@ -55,9 +55,9 @@ def shared_bytes(tables: Tables, buffers: int, resident: bool, tma: bool) -> int
     shape, grain = tables.shape, TMA_ALIGN if tma else 16
     lists = round_up(tables.rounds.shape[2] * shape.warps_n * tables.lists.shape[-1] * 4)
     words = round_up((tables.max_words + 1) * 4)
-    stage = shape.warps_m * WARP_PIXELS * (shape.warps_n * WARP_FILTERS * 2 + 16)
+    stage = shape.warps_m * WARP_PIXELS * (shape.warps_n * WARP_FILTERS * tables.item + 16)
     buffer = max(tables.halo_pixels * tables.raw_pitch * 16, stage)
-    weights = tables.max_fragments * 256 if resident else 0
+    weights = tables.max_fragments * FRAGMENT if resident else 0
     gathered = tables.halo_pixels * tables.slot_pitch * 16
     first = round_up(lists + words + weights, grain)
     mbarriers = 16 if tma else 0
@@ -71,6 +71,7 @@ def choose_narrow(
     back: bool,
     spec: GpuSpec,
     no_tma: str = "",
+    item: int = 2,
 ) -> NarrowTiling:
     """Chooses the tables of fprop or dgrad: the fastest predicted ones that fit.
 
@@ -81,6 +82,7 @@ def choose_narrow(
         back: whether for dgrad.
         spec: the GPU.
         no_tma: why it has no TMA; empty if it has.
+        item: bytes of a number of x and y, 2 or 4.
 
     Raises:
         BackendError: no tile with its halo fits in shared memory.
@@ -93,7 +95,7 @@ def choose_narrow(
             if max(_halo(w, shape.height, shape.width) for w in windows) * 16 > spec.shared:
                 continue
             try:
-                tables = lower_narrow(support, windows, shape, back)
+                tables = lower_narrow(support, windows, shape, back, item)
             except BackendError:
                 continue
             why = no_tma or tables.no_tma
@@ -123,7 +125,7 @@ def narrow_clocks(
     size: int,
 ) -> float:
     """Predicts the clocks of a call (see the module) whose blocks have `size` bytes."""
-    shape = tables.shape
+    shape, item = tables.shape, tables.item
     # Instructions for wgmma's successors aside, mma.sync reaches 5/8 of what Hopper's unit does.
     rate = spec.rate * (0.625 if spec.waits else 1.0)
     bytes_a_clock = spec.bandwidth / spec.processors / spec.clock
@@ -138,15 +140,18 @@ def narrow_clocks(
             slots = int(rounds[:, NarrowRound.SLOT_COUNT].sum())
             loads = shape.warps_m * 2 * 4 * int(steps.sum())
             weights = shape.warps_m * 2 * int((steps * _SIZES).sum())
-            moved = halo * chunks * 16 / _LINE + 2 * shape.filters * shape.warps_m * 64 / _LINE
+            moved = halo * chunks * 16 / _LINE
+            moved += 2 * item * shape.filters * shape.warps_m * WARP_PIXELS / _LINE
             gathered = halo * slots / 32 * 14
+            # Of TF32 a product has half the columns at half the rate; of float32 as the sum of two
+            # such numbers there are three, which PyTorch's switch decides at the call.
             matrix = shape.warps_m * 2 * 2048 / rate * int((steps * _SIZES).sum())
             work = max(loads + weights + moved + gathered, matrix)
             used = min(shape.height * shape.width, shape.warps_m * WARP_PIXELS)
-            memory = used * (chunks * 16 + shape.filters * 2) / bytes_a_clock
+            memory = used * (chunks * 16 + shape.filters * item) / bytes_a_clock
             fill = (halo * chunks * 16 + (0 if resident else weights * _LINE)) / spec.l2
             threads = shape.warps_m * shape.warps_n * 32
-            registers = 128 if resident else 192
+            registers = 128 if resident and item == 2 else 192
             # Occupancy: thread blocks that a multiprocessor holds at once.
             fitting = spec.shared // (size + _BLOCK_RESERVE)
             resident_blocks = min(fitting, _REGISTERS // (registers * threads)) or 1

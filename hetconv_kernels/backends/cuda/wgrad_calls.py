@@ -12,6 +12,7 @@ from ...masks import Int32Array
 from ...problem import Problem
 from ...support import Support
 from ..gpu.capture import DeviceTables, capturing, pin, refuse_capture, upload
+from ..gpu.gradients import empty_gradient, gradient_form
 from .calls import compiled_part, current, dtype_name, readable, strides_of
 from .choice import NarrowWgradChoice, WideWgradChoice
 from .tma import HALO, tma_readable
@@ -36,24 +37,14 @@ class _WgradCall:
     def __init__(self, problem: Problem, tables: _Targets, arrays: dict[str, Int32Array]) -> None:
         self.problem, self._device = problem, problem.device
         self._tables = {name: upload(array, self._device) for name, array in arrays.items()}
-        form = "live" if problem.live_weight else "contiguous"
-        if form == "contiguous" and problem.channels_last and len(problem.weight_shape) == 4:
-            form = "channels_last"
-        self._targets = upload(tables.targets(problem.support, form), self._device)
+        targets = tables.targets(problem.support, gradient_form(problem))
+        self._targets = upload(targets, self._device)
         self._kept = DeviceTables(*self._tables.values(), self._targets)
         self._name, self._bound = dtype_name(problem.dtype), dict[Any, Any]()
 
     def run(self, dy: Tensor, x: Tensor) -> Tensor:
         """Computes dw in the problem's canonical form, dead entries zero."""
-        problem, layout = self.problem, torch.contiguous_format
-        if not problem.live_weight and len(problem.weight_shape) == 4:
-            layout = problem.format
-        dw = torch.empty(
-            problem.weight_shape,
-            dtype=problem.weight_dtype,
-            device=self._device,
-            memory_format=layout,
-        )
+        dw = empty_gradient(self.problem, self._device)
         size = self._targets.numel()
         if not dy.numel() or not size:
             return dw.zero_()

@@ -15,12 +15,13 @@ from ...errors import BackendError, mismatch
 # Name -> what it is.
 PARTS = {
     "cuda-narrow": "fprop and dgrad of narrow groups",
+    "cuda-tf32": "fprop and dgrad of narrow groups in float32",
     "cuda-tma": "tiles of narrow groups brought by TMA",
     "cuda-wgrad": "wgrad of narrow groups",
     "cuda-wide": "fprop and dgrad of wide groups",
     "cuda-wide-wgrad": "wgrad of wide groups",
     "cuda-cluster": "clusters of two blocks for wide groups",
-    "cuda-scattered": "fprop of scattered groups",
+    "cuda-scattered": "fprop and dgrad of scattered groups",
     "triton-gather": "fprop and dgrad through pointers",
     "triton-tma": "fprop and dgrad on tiles brought by TMA",
     "triton-wgrad": "wgrad through pointers",

@@ -18,6 +18,7 @@ from ..gpu.axes import axes_of
 from ..gpu.capture import CONVERSIONS, capturing, pin, upload
 from ..gpu.devices import spec_of
 from ..gpu.packer import Packer
+from ..gpu.precision import precision
 from .choice import GatherChoice
 from .fprop import fprop_kernel_gather, pack_kernel_gather
 from .geometry import geometry_table
@@ -26,13 +27,6 @@ from .lowering import Lowering
 from .tiles import stages
 
 _PACK_BLOCK = 1024
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How products of float32 are made: TF32 where PyTorch's convolutions may, else three TF32s."""
-    # `allow_tf32` raises once a user has set one of the newer switches, which know of the old one.
-    convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    return "tf32" if dtype != torch.float32 or convolutions.fp32_precision == "tf32" else "tf32x3"
 
 
 def triton_packer(lowering: Lowering, device: torch.device, dtype: torch.dtype) -> Packer:

@@ -158,6 +158,22 @@ def wgrad_kernel_gather(
             )
             acc2 = multiply(g, b, acc2, PRECISION, INTERPRETED)
 
+    store_slabs(partials, geometry, job, acc0, acc1, acc2, TAPS, BF, BC)
+
+
+@triton.jit
+def store_slabs(
+    partials,
+    geometry,
+    job,
+    acc0,
+    acc1,
+    acc2,
+    TAPS: tl.constexpr,
+    BF: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Writes the partial gradients of a job, one for each tap, to their place in `partials`."""
     stride = tl.load(geometry + WGRAD_PARTIAL)
     first = tl.load(geometry + WGRAD_FIRST)
     cell = tl.arange(0, BF)[:, None] * BC + tl.arange(0, BC)[None, :]

@@ -16,7 +16,9 @@ from ...problem import Problem
 from ..common import unit
 from ..gpu.capture import capturing, pin, upload
 from ..gpu.devices import GpuSpec, spec_of
-from .calls import in_order, precision, refuse_left_out, tma_aligned
+from ..gpu.gradients import empty_gradient, gradient_form
+from ..gpu.precision import precision
+from .calls import in_order, refuse_left_out, tma_aligned
 from .choice import tensor_reasons
 from .geometry import wgrad_table
 from .launch import Launch, interpreted
@@ -42,9 +44,7 @@ class WgradCall:
         self._spec: GpuSpec = spec_of(problem.device)
         support, lowering = problem.support, choice.lowering
         self._tiles = {3: choice.tiles[0], 1: choice.tiles[1]}
-        form = "live" if problem.live_weight else "contiguous"
-        if form == "contiguous" and problem.channels_last and len(problem.weight_shape) == 4:
-            form = "channels_last"
+        form = gradient_form(problem)
         places_key = ("triton places", form, self._device, id(lowering))
         if places_key not in support.derived:
             support.derived[places_key] = upload(lowering.places(form), self._device)
@@ -71,16 +71,7 @@ class WgradCall:
 
     def run(self, dy: Tensor, x: Tensor) -> Tensor:
         """Computes dw in the problem's canonical form, dead entries zero."""
-        problem = self.problem
-        layout = torch.contiguous_format
-        if not problem.live_weight and len(problem.weight_shape) == 4:
-            layout = problem.format
-        dw = torch.empty(
-            problem.weight_shape,
-            dtype=problem.weight_dtype,
-            device=x.device,
-            memory_format=layout,
-        )
+        dw = empty_gradient(self.problem, x.device)
         if not self._pixels or not self._size:
             return dw.zero_()
         dy, x = map(in_order, (dy.resolve_neg(), x.resolve_neg()), self._orders)

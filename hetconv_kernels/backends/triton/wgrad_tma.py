@@ -15,17 +15,16 @@ from .fprop import multiply
 from .wgrad import (
     WGRAD_DILATION_H,
     WGRAD_DILATION_W,
-    WGRAD_FIRST,
     WGRAD_HEIGHT,
     WGRAD_IMAGE_H,
     WGRAD_IMAGE_W,
     WGRAD_PAD_H,
     WGRAD_PAD_W,
-    WGRAD_PARTIAL,
     WGRAD_PIXELS,
     WGRAD_STRIDE_H,
     WGRAD_STRIDE_W,
     WGRAD_WIDTH,
+    store_slabs,
 )
 
 
@@ -124,11 +123,4 @@ def wgrad_kernel_tma(
             b = xd.load([image, at_h, at_w + 2 * dilation_w, c]).reshape(BI * BH * BW, BC)
             acc2 = multiply(g, b, acc2, "tf32", INTERPRETED)
 
-    stride = tl.load(geometry + WGRAD_PARTIAL)
-    first = tl.load(geometry + WGRAD_FIRST)
-    cell = tl.arange(0, BF)[:, None] * BC + tl.arange(0, BC)[None, :]
-    slab = partials + tl.program_id(1) * stride + first + job.to(tl.int64) * (TAPS * BF * BC)
-    tl.store(slab + cell, acc0)
-    if TAPS == 3:
-        tl.store(slab + BF * BC + cell, acc1)
-        tl.store(slab + 2 * BF * BC + cell, acc2)
+    store_slabs(partials, geometry, job, acc0, acc1, acc2, TAPS, BF, BC)

@@ -95,7 +95,7 @@ using Slabs = std::unique_ptr<void, decltype(&std::free)>;
 // malloc aligns to 16 bytes, and the sanitizer watches just what was asked for.
 Slabs packed(const Case& c, DType dtype) {
   const int64_t size = c.size("source") / 4;
-  Slabs slabs(std::malloc(size_t(size * 2)), std::free);
+  Slabs slabs(std::malloc(size_t(size * (dtype == DType::f32 ? 4 : 2))), std::free);
   check(narrow_pack(c.array<void>("w"), DType(c.number("w_dtype")), c.array<int32_t>("source"),
                     slabs.get(), dtype, size, nullptr));
   return slabs;
@@ -142,7 +142,7 @@ void narrow_case(const Case& c) {
         NUMBER(tile_h), NUMBER(tile_w), NUMBER(warps_m), NUMBER(warps_n);
         NUMBER(raw_pitch), NUMBER(slot_pitch), NUMBER(halo_pixels);
         NUMBER(max_words), NUMBER(max_fragments), NUMBER(vector_stores);
-        NUMBER(buffers), NUMBER(resident), NUMBER(blocks);
+        NUMBER(buffers), NUMBER(resident), NUMBER(blocks), NUMBER(item), NUMBER(split);
         NUMBER(channels), NUMBER(tma);
         const int32_t* halo = c.array<int32_t>("halos");
         for (int i = 0; p.tma && i < p.class_count && i < kMostMaps; ++i, halo += 2)

@@ -21,6 +21,8 @@ namespace hetconv::cuda {
 
 struct Bfloat {};
 struct Half {};
+struct Tf32 {};
+struct Tf32x3 {};
 
 struct Quad {
   uint32_t v[4];
@@ -129,6 +131,15 @@ inline uint32_t as_bits(float v) {
   return bits;
 }
 
+// To the nearest of ten bits beside the leading one; ties away from zero.
+inline uint32_t nearest_tf32(uint32_t v) {
+  return std::isfinite(as_float(v)) ? (v + 0x1000) & ~0x1FFFu : v;
+}
+inline uint32_t round_tf32(uint32_t v) {
+  if (host::mistake.name == "skip-rounding" && host::mistake.at-- == 0) return v;
+  return nearest_tf32(v);
+}
+
 template <class T> float widen(uint32_t bits);
 template <> inline float widen<Bfloat>(uint32_t bits) { return as_float(bits << 16); }
 template <> inline float widen<Half>(uint32_t bits) {
@@ -195,6 +206,28 @@ template <class T> void multiply_all(host::Block&, host::Warp& warp) {
       const int row = lane / 4 + i / 2 * 8, col = lane % 4 * 2 + i % 2;
       float sum = 0;
       for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][col];
+      warp.lanes[lane].c[i] += sum;
+    }
+}
+
+template <> inline void multiply_all<Tf32>(host::Block&, host::Warp& warp) {
+  float a[16][8], b[8][8];
+  const auto number = [](uint32_t bits) {
+    if (nearest_tf32(bits) != bits)
+      host::fail("%08x, which is no TF32, is multiplied as one", bits);
+    return as_float(bits);
+  };
+  for (int lane = 0; lane < 32; ++lane) {
+    const int g = lane / 4, t = lane % 4;
+    const host::LaneArguments& own = warp.lanes[lane];
+    for (int i = 0; i < 4; ++i) a[g + i % 2 * 8][t + i / 2 * 4] = number(own.a[i]);
+    for (int i = 0; i < 2; ++i) b[t + i * 4][g] = number(own.b[i]);
+  }
+  for (int lane = 0; lane < 32; ++lane)
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + i / 2 * 8, col = lane % 4 * 2 + i % 2;
+      float sum = 0;
+      for (int k = 0; k < 8; ++k) sum += a[row][k] * b[k][col];
       warp.lanes[lane].c[i] += sum;
     }
 }
