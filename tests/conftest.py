@@ -3,14 +3,11 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import os
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import hypothesis
 import pytest
@@ -109,10 +106,6 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
             session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
 
 
-def pytest_runtest_setup() -> None:
-    _share_onnx_operators()
-
-
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
@@ -136,26 +129,3 @@ def _a_machine_of_our_own(request: pytest.FixtureRequest) -> Iterator[None]:
             torch.set_num_threads(1)
         yield
     torch.set_num_threads(threads)
-
-
-def _share_onnx_operators() -> None:
-    """Has PyTorch's exporter list the operators that it knows once, not anew for each file.
-
-    That was a fifth of each export. What an export adds to its list stays its own.
-    """
-    registration = sys.modules.get("torch.onnx._internal.exporter._registration")
-    registry: Any = getattr(registration, "ONNXRegistry", None)
-    if registry is None or hasattr(registry, "listed"):
-        return
-    registry.listed = {}
-    list_all = registry.from_torchlib
-
-    def from_torchlib(*arguments: Any, **options: Any) -> Any:
-        key = (arguments, tuple(options.items()))
-        if key not in registry.listed:
-            registry.listed[key] = list_all(*arguments, **options)
-        own = copy.copy(registry.listed[key])
-        own.functions = {target: list(found) for target, found in own.functions.items()}
-        return own
-
-    registry.from_torchlib = staticmethod(from_torchlib)
