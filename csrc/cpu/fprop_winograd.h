@@ -21,7 +21,7 @@ template <class A> struct WinogradColumns : FilterColumns<A> {
   template <int NV>
   static FilterSteps products(const Winograd& W, const WinogradPart& k, const int* counts) {
     static const int none[2] = {0, 0};
-    return {W.offsets + k.off0,       k.quads, k.singles, 0,      0, 0,
+    return {W.offsets + k.off0,      k.quads, k.singles, 0,      0, 0,
             NV == 1 ? counts : none, none,    NV == 1,   nullptr};
   }
   // One vector of filters: two products a load.
@@ -78,8 +78,7 @@ struct WinogradFprop : WinogradBands<S, A, M, K> {
   }
 
   // What is not transformed, to scratch: [image][row][column][nv * VL].
-  template <int NV>
-  void compute_rest(const Segment& s, const TileBlock& b, const Place& at) const {
+  template <int NV> void compute_rest(const Segment& s, const TileBlock& b, const Place& at) const {
     constexpr int FT = NV * VL<A>;
     const auto steps = K::steps(L, s, off);
     const int tiles = ceil_div(b.nc, kMaxPixels), base = b.nc / tiles, more = b.nc % tiles;

@@ -37,8 +37,8 @@ class Plan {
   // added up); "winograd 2x2", "winograd 4x4" and "winograd 3x3", after the outputs of a tile (see
   // winograd.h; float32, the first bfloat16 too where the processor multiplies it; dilation 1, the
   // last for stride 2, the others for 1); "pixel pairs" (of bfloat16, where it has instructions;
-  // else as "pixels"); "auto" is never Winograd's, and expects most calls with channels innermost in
-  // memory (channels_last) or not.
+  // else as "pixels"); "auto" is never Winograd's, and expects most calls with channels innermost
+  // in memory (channels_last) or not.
   Plan(const uint8_t* mask, int F, int C, int KH, int KW, DType dtype, const Kernels& kernels,
        const std::string& form, bool channels_last);
   ~Plan();

@@ -105,7 +105,6 @@ template <class S, class A, int M, class K> struct WinogradBands : FiltersFprop<
     in_pixel = Cb;
   }
 
-
   // Where tasks keep what they compute from.
   struct Place {
     Band *band, *inputs;
@@ -140,7 +139,7 @@ template <class S, class A, int M, class K> struct WinogradBands : FiltersFprop<
         pack_channels_last<S, Band>(p, x, ya, xa, b.oy, b.ox, M * b.tr, M * b.tc, Cb, band);
       else
         pack_phases<S, Band>(p, x, b.oy, b.ox, M * b.tr + kBeyond, M * b.tc + kBeyond, Cb, in_row,
-                          band);
+                             band);
     }
   }
 
