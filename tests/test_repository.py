@@ -33,7 +33,6 @@ LONGER_FILES = {
     "hetconv_kernels/compression/base.py": "compress itself, from the checks to the report",
     "hetconv_kernels/compression/run.py": "Run: what every method reads and changes, in one place",
     "tests/test_bad_input.py": "one table of bad values and bad command lines",
-    "csrc/cpu/fprop_winograd.h": "one form: transforms, products and the way back",
 }
 
 # A module has tests/test_<its name>.py or test_<its folder>.py; these are tested elsewhere.
