@@ -17,12 +17,10 @@ template <class A> struct WinogradColumns : FilterColumns<A> {
   }
   // Vectors of weights that a column has for nv vectors of filters: of one, two columns share them.
   static constexpr int vectors_of(int /*nv*/) { return 2; }
-  // counts: k.pairs and no others, for one vector of filters.
-  template <int NV>
-  static FilterSteps products(const Winograd& W, const WinogradPart& k, const int* counts) {
+  template <int NV> static FilterSteps products(const Winograd& W, const WinogradPart& k) {
     static const int none[2] = {0, 0};
-    return {W.offsets + k.off0,      k.quads, k.singles, 0,      0, 0,
-            NV == 1 ? counts : none, none,    NV == 1,   nullptr};
+    return {W.offsets + k.off0,        k.quads, k.singles, 0,      0, 0,
+            NV == 1 ? &k.pairs : none, none,    NV == 1,   nullptr};
   }
   // One vector of filters: two products a load.
   template <int MR>
@@ -101,9 +99,8 @@ struct WinogradFprop : WinogradBands<S, A, M, K> {
   template <int NV>
   void multiply(const WinogradPart& k, const TileBlock& b, const TileChunk& c, const Place& at,
                 const Outputs& next, Ahead& ahead) const {
-    const int width = W.units[k.unit].vectors * VL<A>, counts[2] = {k.pairs, 0},
-              columns = 4 * k.quads + k.singles + k.pairs;
-    const auto steps = K::template products<NV>(W, k, counts);
+    const int width = W.units[k.unit].vectors * VL<A>, columns = 4 * k.quads + k.singles + k.pairs;
+    const auto steps = K::template products<NV>(W, k);
     const ptrdiff_t from = position_pitch<Band>(b.tiles, width),
                     weights = ptrdiff_t(columns) * K::vectors_of(NV) * VL<A>;
     const auto kernel = K::template products_kernel<NV>(c.tiles);

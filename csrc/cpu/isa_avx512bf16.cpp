@@ -55,8 +55,7 @@ struct PairColumns {
 struct WinogradPairs : PairColumns {
   static bool has_rest(const Segment& s) { return s.runs + s.pairs + s.windows > 0; }
   static constexpr int vectors_of(int nv) { return nv; }
-  template <int NV>
-  static PairSteps products(const Winograd& W, const WinogradPart& k, const int* /*counts*/) {
+  template <int NV> static PairSteps products(const Winograd& W, const WinogradPart& k) {
     return {W.offsets + k.off0, k.quads, k.singles, 0, nullptr};
   }
   template <int NV> static PairsKernel products_kernel(int n) { return pairs_kernel_for<NV>(n); }

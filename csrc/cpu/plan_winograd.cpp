@@ -9,9 +9,9 @@ namespace hetconv {
 
 // Cost of the products of two vectors of filters, and of one: as in filters_cost. Of a vector of
 // channels or filters, the transformations of one output. Measured on Zen 4.
-constexpr double kProductCost = 1.0, kPairProductCost = 1.15, kTransformCost = 11;
-// Beside products of bfloat16. Measured on Zen 5.
-constexpr double kNarrowTransformCost = 20;
+// kNarrowTransformCost: beside products of bfloat16.
+constexpr double kProductCost = 1.0, kPairProductCost = 1.15, kTransformCost = 11,
+                 kNarrowTransformCost = 20;
 
 // The vectors of VL neighbouring channels that hold all those marked, none beyond `padded`.
 static std::vector<int> cover(const std::vector<uint8_t>& needed, int padded, int vl) {

@@ -4,7 +4,7 @@
 F(2x2, 3x3) and F(4x4, 3x3) are for sparse 3 × 3 layers, F(3x3, 4x4) for the four phases of the
 image that a 7 × 7 or 8 × 8 layer of stride 2 reads, as the first of many networks is. In bfloat16
 F(2x2, 3x3) alone: what is transformed is rounded to it again, and the others' points would make
-that four times as large.
+the error nearly three times as large.
 
 Equations, counts and the derivation of the errors: docs/backends/cpu.md.
 """
