@@ -169,11 +169,12 @@ static __attribute__((noinline)) void emit_turned(const Out<A>& o, const int* fi
       transpose<A>(r);
       const int m = least(VL<A>, cols - c0);
       S* to = y + c0 * o.y.sw;
-      if (m == VL<A> && !res && k.simple()) {
+      if (m == VL<A> && k.simple()) {
         const Simple<S, A> e(k);
         to += filters[l0];
+        const S* more = res ? res + c0 * o.res.sw + filters[l0] : nullptr;
         HC_UNROLL for (int j = 0; j < VL<A>; ++j)
-            Simple<S, A>::put(e, r[j], to + j * o.y.sw, nullptr);
+            Simple<S, A>::put(e, r[j], to + j * o.y.sw, more ? more + j * o.res.sw : nullptr);
         continue;
       }
       for (int j = 0; j < m; ++j)

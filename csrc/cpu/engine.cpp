@@ -19,6 +19,11 @@ namespace hetconv {
 // ---- which ISA ----
 
 #if defined(__x86_64__)
+static Kernels on_this(Kernels k, const Processor& processor) {
+  k.half_vectors = processor.half_vectors;
+  return k;
+}
+
 // AVX-512, but for what bfloat16 has of its own.
 static Kernels with_bf16(Kernels k) {
   k.name = "avx512bf16";
@@ -35,11 +40,12 @@ static std::vector<const Kernels*> machine_isas() {
 #if defined(__x86_64__)
   const Processor processor = this_processor();
   if (processor.avx512) {
+    static const Kernels avx512 = on_this(kernels_avx512, processor);
     if (processor.avx512bf16) {
-      static const Kernels bf16 = with_bf16(kernels_avx512);
+      static const Kernels bf16 = with_bf16(avx512);
       found.push_back(&bf16);
     }
-    found.push_back(&kernels_avx512);
+    found.push_back(&avx512);
   }
   if (processor.avx2) found.push_back(&kernels_avx2);
 #endif

@@ -54,14 +54,14 @@ template <class S, class A> struct PixelsFprop : PixelBands<S, A> {
   // neighbouring pixels, each tap counts as a filter of its own (the weights lie that way already)
   // and the partial sums are added up at the end, each moved by its tap.
   void tile(const PixelTile& t, const A* a, int length, A* o, ptrdiff_t wide, const int* to,
-            A* spare, Ahead& ahead, Ahead& written) {
+            A* spare, Ahead& ahead, Ahead& added, Ahead& written) {
     if (!t.whole_rows || !taps_are_neighbours) {
-      sweep(t.nf, t.ncols, 1, t, a, length, o, wide, to, ahead, written);
+      sweep(t.nf, t.ncols, 1, t, a, length, o, wide, to, ahead, added, written);
       return;
     }
     const int reach = tap_shift[L.KW - 1];
     sweep(t.nf * L.KW, t.ncols / L.KW, L.KW, t, a, length + reach, spare, wide, L.identity, ahead,
-          written);
+          added, written);
     for (int i = 0; i < t.nf; ++i)
       for (int at = 0; at < length; at += VL<A>) {
         Vec<A> sum = load<A>(spare + i * wide + at);
@@ -71,7 +71,7 @@ template <class S, class A> struct PixelsFprop : PixelBands<S, A> {
       }
   }
   void sweep(int nf, int ncols, int step, const PixelTile& t, const A* a, int length, A* o,
-             ptrdiff_t wide, const int* to, Ahead& ahead, Ahead& written) {
+             ptrdiff_t wide, const int* to, Ahead& ahead, Ahead& added, Ahead& written) {
     const int limit = direct ? least(kPixelVectors[nf], length / VL<A>) : kPixelVectors[nf];
     const int nvec = ceil_div(length, VL<A>), tiles = ceil_div(nvec, limit), base = nvec / tiles,
               more = nvec % tiles;
@@ -82,6 +82,7 @@ template <class S, class A> struct PixelsFprop : PixelBands<S, A> {
       int at = v * VL<A>;
       if (direct) at = least(at, length - np * VL<A>);  // never read beyond the tensor
       Ahead::step<false>(ahead);
+      Ahead::step<false>(added);
       Ahead::step<true>(written);
       (k < more ? big : small)(a + at, off + t.col0, step, ncols, packed + t.w0, o + at, wide, to,
                                L.accumulate != 0);
@@ -113,14 +114,13 @@ template <class S, class A> struct PixelsFprop : PixelBands<S, A> {
       const ptrdiff_t wide = wide_for(length_of(nu, nc));
       A* spare = scratch + nf * wide;
       if (L.accumulate) zero_fill(scratch, int64_t(nf) * wide);
-      Ahead written;
+      // What the rows' results are added to, and where they go.
+      const int64_t calls = calls_for(t1 - t0, length_of(nu, nc));
+      Ahead added, written;
       if (turn && images == 1) {
         const int part = halves ? 2 : 1;
-        written.base = output_at(n0, (oy + u0) / part, ox / part);
-        written.pitch = p.y.sh * int64_t(sizeof(S));
-        written.span = nc / part * p.y.sw * int64_t(sizeof(S));
-        written.rows = nu / part;
-        written.spread(calls_for(t1 - t0, length_of(nu, nc)));
+        written = rows_of(p.y, n0, (oy + u0) / part, ox / part, nu / part, nc / part, calls);
+        if (p.res.data && p.res.sc == 1) added = rows_of(p.res, n0, oy + u0, ox, nu, nc, calls);
       }
       for (int t = t0; t < t1; ++t) {
         const PixelTile& k = L.tiles[t];
@@ -129,7 +129,7 @@ template <class S, class A> struct PixelsFprop : PixelBands<S, A> {
         const int* to = add ? L.filters + k.filter0 : L.identity;
         for (int u = 0; u < nu; u += swept)
           tile(k, a + int64_t(u0 + u) * g.pitch, length_of(least(swept, nu - u), nc),
-               o + int64_t(u) * g.pitch, wide, to, spare, ahead, written);
+               o + int64_t(u) * g.pitch, wide, to, spare, ahead, added, written);
       }
       const int* filters = whole ? L.identity : L.filters + f0;
       const int* order = whole && !L.accumulate ? L.ascending : nullptr;
@@ -159,6 +159,16 @@ template <class S, class A> struct PixelsFprop : PixelBands<S, A> {
   }
   static int64_t pixel_of(const View& v, int64_t n, int y, int x) {
     return n * v.sn + y * v.sh + x * v.sw;
+  }
+  // Rows of pixels of an output or residual with filters innermost, for so many calls to fetch.
+  static Ahead rows_of(const View& v, int64_t n, int y, int x, int nr, int nc, int64_t calls) {
+    Ahead a;
+    a.base = v.data + pixel_of(v, n, y, x) * int64_t(sizeof(S));
+    a.pitch = v.sh * int64_t(sizeof(S));
+    a.span = nc * v.sw * int64_t(sizeof(S));
+    a.rows = nr;
+    a.spread(calls);
+    return a;
   }
   char* output_at(int64_t n, int oy, int ox) const {
     return p.y.data + pixel_of(p.y, n, oy, ox) * int64_t(sizeof(S));
@@ -260,7 +270,7 @@ template <class S, class A> struct PixelsFprop : PixelBands<S, A> {
         const int n = length_of(nr * images, nc);
         const ptrdiff_t wide = wide_for(n);
         for (int t = t0; t < t1; ++t) {
-          Ahead written;
+          Ahead added, written;
           if (p.y.sw == 1 && images == 1) {
             written.base = output_at(n0, oy, ox);
             written.which = L.filters + L.tiles[t].filter0;
@@ -270,7 +280,7 @@ template <class S, class A> struct PixelsFprop : PixelBands<S, A> {
             written.spread(calls_for(1, n));
           }
           tile(L.tiles[t], a, n, scratch, wide, L.identity, scratch + kMaxPixelFilters * wide,
-               ahead, written);
+               ahead, added, written);
           emit_filters(L.tiles[t], scratch, wide, n0, nm, oy, ox, nr, nc);
         }
       }

@@ -8,10 +8,17 @@
 namespace hetconv {
 
 // Cost of one vector multiply-add with an operand that is a broadcast for one vector only, a vector
-// of activations, or a permuted one; a broadcast shared by two vectors costs 1. Measured on Zen 5.
-constexpr double kSplitCost = 1.33, kStraightCost = 1.2, kTurnedCost = 2.0;
-// The same for half of a pair, of one load for both halves and of one load each.
-constexpr double kPairCost = 1.05, kHalfCost = 1.33;
+// of activations, or a permuted one; a broadcast shared by two vectors costs 1. The same for half
+// of a pair, of one load for both halves and of one load each.
+struct ColumnCosts {
+  double split, straight, turned, pair, half;
+};
+// Measured on Zen 5, and on Zen 4, where loads of one element never keep a multiply-add waiting.
+constexpr ColumnCosts kWholeCosts = {1.33, 1.2, 2.0, 1.05, 1.33},
+                      kHalfCosts = {1.0, 1.2, 2.0, 1.3, 1.33};
+static const ColumnCosts& costs_on(const Kernels& kernels) {
+  return kernels.half_vectors ? kHalfCosts : kWholeCosts;
+}
 // Cost of one output that goes to memory alone, because the filters of its vector are not
 // neighbours there.
 constexpr double kScatterCost = 11;
@@ -97,7 +104,8 @@ void Plan::add_segment(const std::vector<int>& filters, const Group* group) {
     found.broadcast = group->columns;
   else
     add_lane_columns(s, filters, found);
-  if (s.nv == 1) pair_up(&found.broadcast, &found.pairs[0]);
+  const ColumnCosts& costs = costs_on(kernels_);
+  if (s.nv == 1 && costs.pair < costs.split) pair_up(&found.broadcast, &found.pairs[0]);
 
   const std::vector<Column>& broadcast = found.broadcast;
   std::vector<Column> singles;
@@ -217,6 +225,7 @@ static void interleave(std::vector<std::vector<Column>> lists, std::vector<Colum
 void Plan::add_lane_columns(const FilterSegment& s, const std::vector<int>& filters,
                             SegmentColumns& found) const {
   const int vl = low_.vl;
+  const ColumnCosts& costs = costs_on(kernels_);
   for (int ky = 0; ky < low_.KH; ++ky)
     for (int kx = 0; kx < low_.KW; ++kx) {
       std::vector<Column> all, common, rest;
@@ -255,15 +264,16 @@ void Plan::add_lane_columns(const FilterSegment& s, const std::vector<int>& filt
           single.emplace_back();
         }
         as_pairs +=
-            (2 * kPairCost * double(pairs[j].size()) + kHalfCost * double(halves[j].size())) / s.nv;
+            (2 * costs.pair * double(pairs[j].size()) + costs.half * double(halves[j].size())) /
+            s.nv;
         most_alone = std::max(most_alone, alone[j].size());
         most_single = std::max(most_single, single[j].size());
         most_own = std::max(most_own, own[j].size());
       }
-      as_pairs += kSplitCost * double(most_single);
-      const double as_lanes = kTurnedCost * double(most_own),
-                   as_split = kSplitCost * double(most_alone),
-                   as_broadcast = (s.nv == 1 ? kSplitCost : 1.0) * double(rest.size());
+      as_pairs += costs.split * double(most_single);
+      const double as_lanes = costs.turned * double(most_own),
+                   as_split = costs.split * double(most_alone),
+                   as_broadcast = (s.nv == 1 ? costs.split : 1.0) * double(rest.size());
       double least = std::min({as_lanes, as_split, as_broadcast});
       if (pairable) least = std::min(least, as_pairs);
       if (as_broadcast == least) {
@@ -290,12 +300,14 @@ void Plan::add_lane_columns(const FilterSegment& s, const std::vector<int>& filt
 // and what it costs to bring a channel in and a filter out.
 double Plan::filters_cost() const {
   if (pairs()) return pairs_cost();
+  const ColumnCosts& costs = costs_on(kernels_);
   double total = (channels_last_ ? 1.5 : 3.2) * double(low_.C + low_.F);
   for (const FilterSegment& s : segments_) {
     total +=
-        s.nv * ((s.nv == 1 ? kSplitCost : 1.0) * (4 * s.quads + s.singles) + kSplitCost * s.split +
-                kStraightCost * s.straight + kTurnedCost * s.turned + 2);
-    for (int j = 0; j < s.nv; ++j) total += 2 * (kPairCost * s.pairs[j] + kHalfCost * s.halves[j]);
+        s.nv * ((s.nv == 1 ? costs.split : 1.0) * (4 * s.quads + s.singles) +
+                costs.split * s.split + costs.straight * s.straight + costs.turned * s.turned + 2);
+    for (int j = 0; j < s.nv; ++j)
+      total += 2 * (costs.pair * s.pairs[j] + costs.half * s.halves[j]);
     if (channels_last_ && !s.contiguous) total += kScatterCost * s.lanes;
   }
   return total;

@@ -202,7 +202,8 @@ struct Kernels {
                           const int64_t* strides);
   void (*wgrad_channels[4])(const ChannelLowered&, const Problem&, void* dw,
                             const int64_t* strides);
-  bool pairs = false;  // filters in vectors of bfloat16 are those of PairSegment
+  bool pairs = false;         // filters in vectors of bfloat16 are those of PairSegment
+  bool half_vectors = false;  // an operation takes as long as two loads: none waits for its operand
 };
 
 // What an ISA with instructions of its own for bfloat16 puts in place of another's.
