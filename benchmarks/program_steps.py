@@ -5,8 +5,9 @@
 
 Beside each step's time stands its floor: its live multiply-accumulates at the rate, or its
 operands' bytes at the bandwidth, that this machine was measured to have, whichever takes longer.
-That is the floor of direct sums; a layer by Winograd may be faster. On one thread the clock is that
-of the thread, which other work on the machine hardly disturbs; the floors want a quiet one.
+That is the floor of direct sums; a layer by Winograd may be faster. Steps that call PyTorch have
+none. On one thread the clock is that of the thread, which other work on the machine hardly
+disturbs; the floors want a quiet one.
 """
 
 from __future__ import annotations
@@ -116,13 +117,16 @@ def main() -> None:
         else:
             network, x = low_precision.our_network(case, x)
         steps = steps_of(network, x, options.rounds)
-    rows = []
+    rows, floors = [], 0.0
     for s in steps:
         floor = roof.floor(s.macs, s.bytes)
+        floors += floor
         share = f"{100 * floor / s.seconds:.0f}" if s.bytes else ""
         cells = (f"{1e3 * s.seconds:.3f}", f"{1e3 * floor:.3f}", share, f"{s.macs / 1e6:.1f}")
         rows.append((s.name, s.kind, *cells, f"{s.bytes / 1e6:.2f}"))
-    rows.append(("sum", "", f"{1e3 * sum(s.seconds for s in steps):.3f}", "", "", "", ""))
+    seconds = sum(s.seconds for s in steps)
+    share = f"{100 * floors / seconds:.0f}"
+    rows.append(("sum", "", f"{1e3 * seconds:.3f}", f"{1e3 * floors:.3f}", share, "", ""))
     print(text_table(("step", "is", "ms", "floor ms", "%", "MMACs", "MB"), rows))
 
 
