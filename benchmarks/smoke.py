@@ -25,13 +25,14 @@ from benchmarks.watch import Log, end_on_term, run_watched
 RESULT = "result "
 # CUDA first: nothing is compiled for it here, and wide groups are worth most.
 CHECKS = (
-    "cuda-wide", "cuda-cluster", "cuda-wide-wgrad", "cuda-rate",
+    "cuda-wide", "cuda-cluster", "cuda-flat", "cuda-wide-wgrad", "cuda-rate",
     "cuda-narrow", "cuda-tf32", "cuda-tma", "cuda-wgrad", "cuda-scattered",
     "triton-gather", "triton-tma", "triton-wgrad", "triton-wgrad-tma",
 )  # fmt: skip
 # What else a part needs to be run at all.
 NEEDS = {
     "cuda-cluster": ("cuda-wide",),
+    "cuda-flat": ("cuda-wide",),
     "cuda-tf32": ("cuda-narrow",),
     "cuda-tma": ("cuda-narrow",),
 }
@@ -142,6 +143,8 @@ def _part(name: str) -> int:
     parts.WITHOUT = frozenset(parts.PARTS.keys() - kept)
     if name == "cuda-cluster":
         wide_tiles.CLUSTERS = (2,)
+    if name == "cuda-flat":
+        wide_tiles.PIXELS = ()
     if name == "triton-tma":  # which are not chosen where the CUDA engine is built
         triton_choice.ONLY_LAUNCH = "tma"
     gradient = "wgrad" in name
@@ -168,7 +171,7 @@ def _supports(name: str) -> list[Any]:
 
     from hetconv_kernels import Support
 
-    if name in ("cuda-wide", "cuda-cluster", "cuda-wide-wgrad", "triton-tma"):
+    if name in ("cuda-wide", "cuda-cluster", "cuda-flat", "cuda-wide-wgrad", "triton-tma"):
         return [Support.het(256, 256, 3, p=4), Support.dense(128, 128, 3)]
     if name == "cuda-scattered":
         rng = np.random.default_rng(0)

@@ -114,7 +114,7 @@ def test_boxes_come_by_tma(name: str) -> None:
 
 WIDE = dataclasses.replace(
     GOOD,
-    name="wide_fprop_kernel<Bfloat, 256, Clamp>",
+    name="wide_fprop_kernel<Bfloat, 256, Clamp, false>",
     architecture="90a",
     registers=168,
     matrix={"HGMMA": 4},
@@ -298,9 +298,19 @@ def test_clocks_of_results_are_what_is_issued_or_half_rate() -> None:
 def test_the_cost_model_has_the_clocks_of_the_machine_code() -> None:
     rows = TABLE["rows"]["90a"].items()
     found = {name: row["results"] for name, row in rows if "Clamp" in name and "wide" in name}
-    large = [clocks for name, clocks in found.items() if ", 64," not in name]
-    assert len(large) == 6
-    assert all(abs(clocks - wide_tiles._RESULT_CLOCKS) <= 8 for clocks in large), found
+    large = {name: clocks for name, clocks in found.items() if ", 64," not in name}
+    assert len(large) == 10
+    for name, clocks in large.items():
+        expected = wide_tiles._RESULT_CLOCKS
+        if name.endswith(", true>"):
+            expected = wide_tiles._FLAT_RESULT_CLOCKS[int(name.split(", ")[1])]
+        assert abs(clocks - expected) <= 8, (name, clocks)
+
+
+def test_the_cost_model_has_the_clocks_of_bringing_flattened_rows() -> None:
+    rows = TABLE["rows"]["90a"].items()
+    turns = {row["turn"] for name, row in rows if name.endswith(", true>") and "wide" in name}
+    assert turns == {wide_tiles._FLAT_PIECE_CLOCKS}
 
 
 @pytest.mark.parametrize("products", wide_wgrad_tiles.PRODUCTS)

@@ -21,6 +21,7 @@ from hetconv_kernels import Support
 from hetconv_kernels.backends.cuda import eights, wide_lowering, wide_tiles
 from hetconv_kernels.backends.cuda.wide_lowering import lower_wide, wide_windows
 from hetconv_kernels.backends.cuda.wide_tiles import WideTiling, choose_wide, tilings
+from hetconv_kernels.backends.cuda.windows import Window
 from hetconv_kernels.errors import ArgumentError, BackendError
 from hetconv_kernels.problem import make_geometry
 from hetconv_kernels.testing import oracle
@@ -120,10 +121,10 @@ def test_tables_of_pointwise_layers_pass_the_check(layer: tuple[int, ...], back:
 # What the check would find -----------------------------------------------------------------------
 
 
-def broken(tiling: WideTiling, mistake: str) -> WideTiling:
+def broken(tiling: WideTiling, mistake: str, window: Window) -> WideTiling:
     """Makes one mistake in the tables."""
     tables, classes = tiling.tables, tiling.classes.copy()
-    steps, blocks, rows = tables.steps.copy(), tables.blocks.copy(), tables.rows.copy()
+    steps, blocks, rows = tiling.steps.copy(), tables.blocks.copy(), tables.rows.copy()
     tap = tables.tap.copy()
     match mistake:
         case "step":
@@ -158,8 +159,12 @@ def broken(tiling: WideTiling, mistake: str) -> WideTiling:
             classes[0, 10] -= 1
         case "pitch":
             return tiling._replace(shape=tiling.shape._replace(plane_pitch=336))
-    tables = replace(tables, steps=steps, blocks=blocks, rows=rows, tap=tap)
-    return tiling._replace(tables=tables, classes=classes)
+        case "rows-too-near":
+            flat_pitch = tiling.shape.flat_pitch - 1
+            steps = wide_tiles.flat_steps(tables, window, flat_pitch)
+            return tiling._replace(steps=steps, shape=tiling.shape._replace(flat_pitch=flat_pitch))
+    tables = replace(tables, blocks=blocks, rows=rows, tap=tap)
+    return tiling._replace(tables=tables, steps=steps, classes=classes)
 
 
 MISTAKES = (
@@ -177,7 +182,21 @@ def test_a_mistake_in_the_tables_is_found(mistake: str) -> None:
     wide_twin.check(tiling, geometry, size, 8, False)
     assert tiling.classes[0, 4] == 4  # a stack
     with pytest.raises((AssertionError, IndexError)):
-        wide_twin.check(broken(tiling, mistake), geometry, size, 8, False)
+        wide_twin.check(broken(tiling, mistake, classes[0]), geometry, size, 8, False)
+
+
+@pytest.mark.parametrize("mistake", [*MISTAKES, "rows-too-near"])
+def test_a_mistake_in_the_tables_of_flattened_rows_is_found(mistake: str) -> None:
+    geometry, size = make_geometry(Support.het(128, 128, 3, p=2), 1, 1), (9, 14)
+    classes, _ = wide_windows(geometry, size, False)
+    found = tilings(lower_wide(geometry.support, classes), classes, size, 8, PART)
+    tiling = next(t for t in found if t.shape.flat_pitch)
+    assert tiling.shape.flat_pitch == 15
+    wide_twin.check(tiling, geometry, size, 8, False)
+    if mistake == "tile-left-out":
+        tiling.classes[0, 2] -= 1
+    with pytest.raises((AssertionError, IndexError)):
+        wide_twin.check(broken(tiling, mistake, classes[0]), geometry, size, 8, False)
 
 
 # How filters and channels are put together -------------------------------------------------------

@@ -23,7 +23,7 @@ from benchmarks import smoke
 from hetconv_kernels import backends, ops
 from hetconv_kernels.backends import common
 from hetconv_kernels.backends import cuda as package
-from hetconv_kernels.backends.cuda import Cuda, choice
+from hetconv_kernels.backends.cuda import Cuda, choice, wide_tiles
 from hetconv_kernels.backends.gpu import capture, devices, parts
 from hetconv_kernels.backends.vendor import Vendor
 from hetconv_kernels.errors import BackendError
@@ -74,7 +74,7 @@ def test_wide_groups_run_on_hopper(on_gpu, verb: str) -> None:
     assert engine.unsupported_reasons(problem) == []
     assert isinstance(choice.best_cuda_gather(problem), choice.WideChoice)
     (note,) = engine.notes(problem)
-    assert note.startswith("It runs the kernel for wide groups: tiles of 224 pixels")
+    assert note.startswith("It runs the kernel for wide groups: tiles of 208 pixels of flattened")
     assert 0.8 < engine.efficiency(problem) <= 1
     assert not engine.measured(problem)
     roof = problem.macs / (devices.GPU_SPECS[9, 0].rate * 132 * devices.GPU_SPECS[9, 0].clock)
@@ -310,6 +310,32 @@ def test_what_a_problem_cannot_know_is_copied_and_counted(host) -> None:
     }
 
 
+@pytest.mark.parametrize("pixels", wide_tiles.FLAT_PIXELS)
+def test_integers_are_exact_where_rows_are_flattened(
+    host, monkeypatch: pytest.MonkeyPatch, pixels: int
+) -> None:
+    """No rounding can hide a product that is missing, or of another row's end or another image."""
+    monkeypatch.setattr(wide_tiles, "PIXELS", ())
+    monkeypatch.setattr(wide_tiles, "FLAT_PIXELS", (pixels,))
+    generator = torch.Generator().manual_seed(0)
+    for support, size, n in (
+        (hk.Support.het(128, 64, 3, p=2), (9, 14), 4),
+        (hk.Support.dense(64, 72, 1), (4, 9), 7),
+    ):
+        geometry = make_geometry(support, 1, support.kernel[0] // 2)
+        shapes = (n, support.channels, *size), support.shape, (n, support.filters, *size)
+        x, w, dy = (torch.randint(-1, 2, shape, generator=generator).bfloat16() for shape in shapes)
+        x, dy = (t.to(memory_format=LAST) for t in (x, dy))
+        leaf = x.double().requires_grad_()
+        y = oracle(leaf, w.double(), geometry)
+        (dx,) = torch.autograd.grad(y, leaf, dy.double())
+        assert max(float(y.detach().abs().max()), float(dx.abs().max())) <= 256  # exact in bf16
+        for verb, first, exact in (("fprop", x, y.detach()), ("dgrad", dy, dx)):
+            more = (None, None, None) if verb == "fprop" else ()
+            run = prepared(verb, geometry, first, w, size)
+            assert torch.equal(run(first, w, *more).double(), exact)
+
+
 def test_an_empty_batch_and_two_runs(host) -> None:
     geometry, size, _ = LAYERS["stacked"]
     x, w, _ = operands("stacked", torch.bfloat16)
@@ -375,6 +401,15 @@ def test_a_cluster_that_is_left_out_is_not_chosen(
     assert choice.best_cuda_gather(described("fprop", DENSE)).how.shape.cluster == 2
     monkeypatch.setattr(parts, "WITHOUT", frozenset({"cuda-cluster"}))
     assert choice.best_cuda_gather(described("fprop", DENSE)).how.shape.cluster == 1
+
+
+def test_flattened_rows_that_are_left_out_are_not_chosen(
+    on_gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_gpu()
+    assert choice.best_cuda_gather(described("fprop", DENSE)).how.shape.flat_pitch == 29
+    monkeypatch.setattr(parts, "WITHOUT", frozenset({"cuda-flat"}))
+    assert choice.best_cuda_gather(described("fprop", DENSE)).how.shape.flat_pitch == 0
 
 
 @pytest.mark.parametrize("name", ["cuda-wide", "cuda-narrow", "cuda-tf32", "cuda-wgrad"])

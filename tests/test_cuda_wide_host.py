@@ -96,6 +96,25 @@ CASES: dict[str, Callable[[], shim.Case]] = {
     "two clusters, a tile too many": lambda: wide_case(
         Layer(het(128, 128, 2), (7, 11)), 1, cluster=2, grid=4, pixels=128, images=2
     ),
+    "flattened rows": lambda: wide_case(
+        Layer(het(128, 128, 2), (9, 14)), 3, pixels=208, flat=True, epilogue=EPILOGUE
+    ),
+    "flattened rows, a cluster": lambda: wide_case(
+        Layer(het(128, 192, 2), (5, 17)), 5, pixels=224, flat=True, cluster=2, epilogue=EPILOGUE
+    ),
+    "flattened rows, dgrad": lambda: wide_case(
+        Layer(dense(64, 72), (7, 9)), 9, torch.float16, back=True, act="gelu", pixels=208, flat=True
+    ),
+    "flattened rows, 5x5, some channels read at one tap": lambda: wide_case(
+        Layer(scattered((2, 2), (1, 1), (0, 1)), (4, 11), padding=2),
+        7,
+        pixels=224,
+        flat=True,
+        stages=1,
+    ),
+    "flattened rows, 1x1": lambda: wide_case(
+        Layer(dense(64, 192, 1), (4, 8), 1, 0), 9, pixels=208, flat=True, epilogue=EPILOGUE
+    ),
     "cluster, four classes": lambda: wide_case(
         Layer(dense(64, 64), (9, 12), 2), back=True, cluster=2, grid=4, epilogue=("shift",)
     ),
@@ -122,6 +141,8 @@ def random_case(seed: int) -> shim.Case:
     layer = Layer(mask, (sizes[0], sizes[1]), int(rng.choice([1, 1, 2])), padding)
     asked = [name for name in EPILOGUE if rng.integers(2)]
     cluster = int(rng.integers(1, 3))
+    flat = layer.stride == 1 and bool(rng.integers(2))
+    heights = [208, 224] if flat else [64, 64, 128, 224]
     return wide_case(
         layer,
         int(rng.integers(1, 5)),
@@ -129,7 +150,8 @@ def random_case(seed: int) -> shim.Case:
         back=bool(rng.integers(2)),
         act=str(rng.choice(shim.ACTS)),
         epilogue=tuple(asked),
-        pixels=int(rng.choice([64, 64, 128, 224])) if layer.stride == 1 else 64,
+        pixels=int(rng.choice(heights)) if layer.stride == 1 else 64,
+        flat=flat,
         images=int(rng.integers(1, 5)),
         stages=int(rng.integers(1, 3)),
         slots=int(rng.integers(2, 4)),
@@ -144,7 +166,9 @@ def test_random_cases_match_the_oracle(tmp_path: Path) -> None:
     numbers = [case.numbers for case in cases]
     assert {n["cluster"] for n in numbers} == {1, 2}
     assert {n["class_count"] for n in numbers} >= {1, 4}
-    assert {n["pixels"] for n in numbers} >= {64, 128, 224}
+    assert {(n["pixels"], n["flat_pitch"] > 0) for n in numbers} >= {
+        *((64, False), (128, False), (224, False), (208, True), (224, True))
+    }
     stacks = {int(images) for case in cases for images in case.arrays["classes"][:, 4]}
     assert len(stacks) > 1
 
@@ -251,6 +275,8 @@ def test_wrong_tables_are_found(
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     for name, value, said in (
         ("pixels", 96, "64, 128, 224 or 256 pixels"),
+        ("pixels", 208, "with flattened rows for 208 or 224"),
+        ("flat_pitch", 15, "64, 128, 224 or 256 pixels"),
         ("dtype", 0, "bf16 and fp16"),
         ("cluster", 3, "one or two blocks"),
         ("slots", 1, "two or more slots"),

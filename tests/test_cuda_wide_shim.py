@@ -77,7 +77,8 @@ def wide_case(
         "source": tables.source(support, "contiguous"),
         "result": torch.full((batch, *written[1:], written[0]), torch.nan).to(dtype),
         "classes": tiling.classes,
-        **{n: getattr(tables, n) for n in ("heads", "blocks", "steps", "rows")},
+        "steps": tiling.steps,
+        **{n: getattr(tables, n) for n in ("heads", "blocks", "rows")},
         **{n: shim.last(t) if t.dim() == 4 else t for n, t in extras.items()},
     }
     title = f"{name} back={back} {shape} {dtype} {act} {epilogue}"
@@ -89,10 +90,25 @@ def wide_case(
 @pytest.mark.parametrize("name", [n for n in LAYERS if n != "no-weights"])
 def test_it_equals_the_oracle(name: str, back: bool, tmp_path: Path) -> None:
     """The largest tile, and for dgrad the smallest one in clusters of two; for some layers both."""
-    found, every = tiled(name, back)
+    both, every = tiled(name, back)
+    found = [tiling for tiling in both if not tiling.shape.flat_pitch]
     chosen = found[0 :: len(found) - 1] if name in ("het4", "stride") else [found[-int(back)]]
     assert {t.shape.cluster for t in chosen} == ({1, 2} if len(chosen) == 2 else {1 + back})
     shim.run([wide_case(name, back, tiling, every) for tiling in chosen], tmp_path)
+
+
+@needs_compiler
+@pytest.mark.parametrize("back", [False, True], ids=["fprop", "dgrad"])
+def test_flattened_rows_equal_the_oracle(back: bool, tmp_path: Path) -> None:
+    """All layers that have them, one size of tiles for fprop, the other for dgrad."""
+    cases = []
+    for name in LAYERS:
+        found, every = tiled(name, back)
+        flat = [tiling for tiling in found if tiling.shape.flat_pitch]
+        if flat and name != "no-weights":
+            cases.append(wide_case(name, back, flat[-1 if back else 0], every))
+    assert len(cases) >= 7
+    shim.run(cases, tmp_path)
 
 
 @needs_compiler

@@ -87,15 +87,24 @@ def wide_case(
     slots: int = 2,
     cluster: int = 1,
     grid: int = 2,
+    flat: bool = False,
 ) -> Case:
-    """Makes a case of fprop or dgrad; `epilogue` out of scale, shift and residual."""
+    """Makes a case of fprop or dgrad; `epilogue` out of scale, shift and residual.
+
+    `flat` flattens rows, for layers whose pixels read neighbours.
+    """
     mask = layer.mask.transpose(1, 0, 2, 3) if back else layer.mask
     filters, channels = mask.shape[:2]
     read, written = layer.size, layer.output()
     if back:
         read, written = written, read
     classes = [(r, c) for r in axes(layer, 0, back) for c in axes(layer, 1, back)]
-    tables = _tables(mask, classes, back, pixels, images, read)
+    apart = []
+    if flat:
+        ((rows, cols),) = classes
+        apart = [_apart(rows, read[0], 4), _apart(cols, read[1], 8)]
+        images = batch
+    tables = _tables(mask, classes, back, pixels, images, read, apart)
     x = torch.randn(batch, channels, *read).to(dtype)
     w = torch.randn(layer.mask.shape).to(dtype)
     w = torch.where(torch.as_tensor(layer.mask), w, torch.zeros((), dtype=dtype))
@@ -136,6 +145,7 @@ def wide_case(
         "class_count": len(tables["classes"]),
         "pairs": len(tables["rows"]),
         "pixels": pixels,
+        "flat_pitch": apart[1] if flat else 0,
         "plane_pitch": plane,
         "stages": stages,
         "slots": slots,
@@ -162,6 +172,7 @@ def _tables(
     pixels: int,
     images: int,
     image: tuple[int, int],
+    apart: list[int],
 ) -> dict[str, np.ndarray]:
     rows_of_tile = pixels // COLUMNS
     filters, channels = mask.shape[:2]
@@ -179,11 +190,17 @@ def _tables(
         halo_w = 7 * cols.load + cols.reach
         half = 0 if cols.load == 1 else -(-halo_w // 2)
         row_pitch = halo_w if cols.load == 1 else 2 * half
+        tiles = -(-rows.pixels // rows_of_tile), -(-cols.pixels // 8)
+        halo_h = (rows_of_tile - 1) * rows.load + rows.reach
+        if apart:
+            several, pitch, row_pitch = images, *apart
+            tiles = -(-images * pitch * row_pitch // pixels), 1
+            halo_h = -(-(pixels + (rows.reach - 1) * row_pitch + cols.reach - 1) // 8)
         lines["classes"].append(
             [
-                *(rows.pixels, cols.pixels, -(-rows.pixels // rows_of_tile), -(-cols.pixels // 8)),
+                *(rows.pixels, cols.pixels, *tiles),
                 *(several, pitch, rows.load, cols.load, rows.base, cols.base),
-                *((rows_of_tile - 1) * rows.load + rows.reach, halo_w, row_pitch, half),
+                *(halo_h, *((8, 8) if apart else (halo_w, row_pitch)), half),
                 *(rows.store, cols.store, rows.first, cols.first),
             ]
         )
@@ -211,6 +228,20 @@ def _tables(
         "rows": np.where(first < filters, first, -1).astype(np.int32),
         "source": np.concatenate(source).astype(np.int32),
     }
+
+
+def _apart(axis: Axis, size: int, least: int) -> int:
+    """Searches how near rows, or images, may follow each other, see wide.h."""
+
+    def shared(pitch: int) -> bool:
+        ends = [i + offset for i in range(axis.pixels) for _, offset in axis.taps]
+        padding = lambda k: not 0 <= axis.base + k < size  # noqa: E731
+        return all(padding(k) and axis.base + k - pitch < 0 for k in ends if k >= pitch)
+
+    pitch = max(least, axis.pixels, size - axis.base)
+    while not shared(pitch):
+        pitch += 1
+    return pitch
 
 
 def _unread(mask: np.ndarray, pair: int, block: int, rows: Axis, cols: Axis) -> list[int]:

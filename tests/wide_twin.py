@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+import wide_flat
 
 from hetconv_kernels.backends.cuda.wide_tiles import WideTiling
 from hetconv_kernels.problem import Geometry
@@ -97,13 +98,20 @@ def execute(tiling: WideTiling, x: np.ndarray, slabs: np.ndarray, y: np.ndarray)
             for (begin, count), rows in zip(heads, tables.rows, strict=True):
                 acc = np.zeros((2, 8, 8, high, 8))
                 for block in tables.blocks[begin : begin + count]:
-                    halo = _halo(tiling, line, tile, block, x)
+                    halo = (
+                        wide_flat.halo(tiling, line, tile.row, block, x)
+                        if tiling.shape.flat_pitch
+                        else _halo(tiling, line, tile, block, x)
+                    )
                     for side in range(2):
                         first, steps = block[8 + 2 * side : 10 + 2 * side]
                         for step in range(first, first + steps):
-                            read = _window(tiling, line, halo, tables.steps[step])
+                            read = _window(tiling, line, halo, tiling.steps[step])
                             acc[side] += np.einsum("kabc,kijc->abij", weights[step], read)
-                _store(line, high, tile, rows, acc, y)
+                if tiling.shape.flat_pitch:
+                    wide_flat.store(tiling, line, tile.row, rows, acc, y)
+                else:
+                    _store(line, high, tile, rows, acc, y)
 
 
 def _halo(tiling: WideTiling, line: Line, tile: Tile, block: np.ndarray, x: np.ndarray) -> object:
@@ -192,8 +200,12 @@ def check(
     assert chunks.min(initial=0) >= -1
     limit = support.filters if back else support.channels
     assert chunks.max(initial=-1) * 8 < limit, "channels"
+    assert len(tiling.steps) == len(tables.steps), "steps of tiles"
     seen = np.zeros(written, int)
     for index, line in enumerate(lines(tiling)):
+        if tiling.shape.flat_pitch:
+            seen[np.ix_(*wide_flat.check(tiling, line, geometry, read, batch, back, every))] += 1
+            continue
         _check_shape(tiling, line, batch)
         taps = _taps_of(tiling, index, line)
         rows = _check_axis(tiling, line, geometry, read, taps, batch, back, 0, every[0])
@@ -224,7 +236,7 @@ def _taps_of(tiling: WideTiling, index: int, line: Line) -> set[tuple[int, int, 
     for begin, count in tables.heads[index]:
         own = np.isin(tables.block, np.arange(begin, begin + count))
         _check_borders(tiling, line, begin, count, column)
-        for tap, step in set(zip(tables.tap[own], tables.steps[own], strict=True)):
+        for tap, step in set(zip(tables.tap[own], tiling.steps[own], strict=True)):
             assert step >= 0, "address"
             assert step + reach < line.halo_h * line.row_pitch, "address"
             row, place = divmod(int(step), line.row_pitch)
@@ -241,7 +253,7 @@ def _check_borders(
     for block in range(begin, begin + count):
         top, bottom, left, right = tables.blocks[block, 12:16].tolist()
         assert min(top, bottom, left, right) >= 0, "borders"
-        for step in tables.steps[tables.block == block].tolist():
+        for step in tiling.steps[tables.block == block].tolist():
             row, place = divmod(step, line.row_pitch)
             assert top <= row < line.halo_h - bottom - (high - 1) * line.load_h, "rows brought"
             col = column[place]

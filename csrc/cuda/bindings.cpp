@@ -211,6 +211,7 @@ static void bind_wide(py::module_& m) {
   HC_FIELD(type, Wide, class_count);
   HC_FIELD(type, Wide, pairs);
   HC_FIELD(type, Wide, pixels);
+  HC_FIELD(type, Wide, flat_pitch);
   HC_FIELD(type, Wide, plane_pitch);
   HC_FIELD(type, Wide, stages);
   HC_FIELD(type, Wide, slots);

@@ -170,6 +170,7 @@ __device__ __forceinline__ void product_of_registers(float (&d)[kColumns / 2], c
 #define HC_NAMES_96 \
   "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define HC_NAMES_96_8 "%96, %97, %98, %99, %100, %101, %102, %103"
 #define HC_NAMES_96_16 "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
 #define HC_HOLD_8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), \
   "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
@@ -187,6 +188,9 @@ __device__ __forceinline__ void product_of_registers(float (&d)[kColumns / 2], c
   HC_PRODUCT(Type, type, 64, "%32", "%33", HC_NAMES_0, HC_HOLD_32(0))                            \
   HC_PRODUCT(Type, type, 128, "%64", "%65", HC_NAMES_0 ", " HC_NAMES_32, HC_HOLD_32(0),          \
              HC_HOLD_32(32))                                                                     \
+  HC_PRODUCT(Type, type, 208, "%104", "%105",                                                    \
+             HC_NAMES_0 ", " HC_NAMES_32 ", " HC_NAMES_64 ", " HC_NAMES_96_8, HC_HOLD_32(0),     \
+             HC_HOLD_32(32), HC_HOLD_32(64), HC_HOLD_8(96))                                      \
   HC_PRODUCT(Type, type, 224, "%112", "%113",                                                    \
              HC_NAMES_0 ", " HC_NAMES_32 ", " HC_NAMES_64 ", " HC_NAMES_96_16, HC_HOLD_32(0),    \
              HC_HOLD_32(32), HC_HOLD_32(64), HC_HOLD_8(96), HC_HOLD_8(104))                      \

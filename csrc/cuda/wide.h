@@ -8,6 +8,10 @@
 // they begin, so every tap reads the same halo from another address. Filters come in segments of
 // 64, two at a time (a pair), one for each of the two warpgroups that compute.
 //
+// Where 8 columns divide the images badly, rows are flattened instead: all pixels of the batch are
+// one line, row after row, image after image, with the padding that two neighbours share between
+// them, and a tile is `pixels` places of it that follow each other.
+//
 // Everything irregular is decided before, in tables. All pointers are device pointers, all strides
 // count elements, activations are channels_last (stride 1 between channels).
 #pragma once
@@ -43,6 +47,15 @@ constexpr int kMostShared = 227 * 1024;
 //   image_pitch * load_h >= (pixels_h - 1) * load_h + taps' reach + min(base_h, 0)
 // where there are several. Halo column c is column base_w + (tile's first column) * load_w + c of
 // the image and lies at place (c % load_w) * col_half + c / load_w of the halo row.
+//
+// With flattened rows there is one class, which reads neighbours (load 1) and has all images in one
+// stack. Place q of the line is pixel (r, c) of image n where q = (n * image_pitch + r) *
+// flat_pitch
+// + c, one of y where r < pixels_h and c < pixels_w, and x holds there row base_h + r, column
+// base_w + c, zeros outside of the image. Tile t has places [t * pixels, (t + 1) * pixels), its
+// halo begins at the same place and has halo_h rows of 8 of them, halo_w = row_pitch = 8. For that,
+//   flat_pitch >= image_w - base_w, and flat_pitch >= pixels_w + taps' reach - 1 + min(base_w, 0),
+// and image_pitch alike; and flat_pitch >= 8, image_pitch >= 4.
 enum ClassField {
   kPixelsH,  // pixels that the class computes in one image
   kPixelsW,
@@ -109,7 +122,8 @@ struct Wide {
   int32_t x_h, x_w, y_h, y_w;       // within an image 32 bits suffice for an element's bytes
   int32_t batch, image_h, image_w;  // of x
   int32_t class_count, pairs;
-  int32_t pixels;       // of a tile: 64, 128, 224 or 256
+  int32_t pixels;       // of a tile: 64, 128, 224 or 256; of flattened rows 208 or 224
+  int32_t flat_pitch;   // places from a row of an image to the next; 0: rows are not flattened
   int32_t plane_pitch;  // 16-byte units from a chunk's plane to the next, 1 more than a multiple of
                         // 8; every class's halo_h * row_pitch is at most that
   int32_t stages;       // halo blocks in shared memory: 1 or more, 2 to load ahead

@@ -19,13 +19,13 @@ namespace wide {
 namespace {
 
 // The consumers: each warpgroup computes one segment of every item.
-template <class T, int kPixels, class Activation>
+template <class T, int kPixels, class Activation, bool kFlat>
 __device__ void compute(const Wide& p, uint32_t shared, const Layout& at, const Barriers& barriers,
                         int group, int first, int step, int rank) {
   const int thread = int(threadIdx.x) % kGroupThreads, lane = thread % 32;
   Ring halo = barriers.halo(), ring = barriers.slabs(group);
   const uint32_t slabs = shared + at.slabs + group * p.slots * kSlotBytes;
-  const Results<T, kPixels, Activation> results{
+  const Results<T, kPixels, Activation, kFlat> results{
       p, shared + at.staged + uint32_t(group) * 2 * kStagedBytes, group, thread};
   // Gives a slot back, to both blocks of a cluster as each brings half of what comes next.
   auto release = [&](uint32_t barrier) {
@@ -101,7 +101,7 @@ __device__ void compute(const Wide& p, uint32_t shared, const Layout& at, const 
   }
 }
 
-template <class T, int kPixels, class Activation>
+template <class T, int kPixels, class Activation, bool kFlat>
 __global__ void __launch_bounds__(kThreads, 1) wide_fprop_kernel(Wide p) {
 #ifdef HETCONV_WGMMA
   const Layout at(p);
@@ -133,14 +133,16 @@ __global__ void __launch_bounds__(kThreads, 1) wide_fprop_kernel(Wide p) {
   if (warp < 4) {
     fewer_registers<kProducerRegisters>();
     if (warp >= kWarpgroups)
-      HaloProducer<kPixels>{p, shared + at.halo, at.stage, int(threadIdx.x) - 32 * kWarpgroups}.run(
-          barriers.halo(), first, step, rank);
+      HaloProducer<kPixels, kFlat>{p, shared + at.halo, at.stage,
+                                   int(threadIdx.x) - 32 * kWarpgroups}
+          .run(barriers.halo(), first, step, rank);
     else if (threadIdx.x % 32 == 0)
       produce_slabs(p, shared + at.slabs + warp * p.slots * kSlotBytes, barriers.slabs(warp), warp,
                     first, step, rank);
   } else {
     more_registers<kConsumerRegisters>();
-    compute<T, kPixels, Activation>(p, shared, at, barriers, warp / 4 - 1, first, step, rank);
+    compute<T, kPixels, Activation, kFlat>(p, shared, at, barriers, warp / 4 - 1, first, step,
+                                           rank);
   }
   // Nobody leaves while another block may still copy to its shared memory or arrive there.
   if (p.cluster != 1) cluster_barrier();
@@ -149,12 +151,17 @@ __global__ void __launch_bounds__(kThreads, 1) wide_fprop_kernel(Wide p) {
 
 using Kernel = void (*)(Wide);
 
-template <class T, int kPixels> Kernel pick(Act act) {
+template <class T, int kPixels, bool kFlat = false> Kernel pick(Act act) {
   const bool smooth = act == Act::silu || act == Act::gelu;
-  return smooth ? wide_fprop_kernel<T, kPixels, Smooth> : wide_fprop_kernel<T, kPixels, Clamp>;
+  return smooth ? wide_fprop_kernel<T, kPixels, Smooth, kFlat>
+                : wide_fprop_kernel<T, kPixels, Clamp, kFlat>;
 }
 
 template <class T> Kernel pick(const Wide& p) {
+  if (p.flat_pitch) {
+    if (p.pixels == 208) return pick<T, 208, true>(p.act);
+    return p.pixels == 224 ? pick<T, 224, true>(p.act) : nullptr;
+  }
   switch (p.pixels) {
     case 64:
       return pick<T, 64>(p.act);
@@ -191,9 +198,14 @@ int64_t wide_blocks(const Wide& p, DType dtype) {
 
 const char* wide_fprop(const Wide& p, DType dtype, void* stream) {
   const wide::Kernel kernel = pick(p, dtype);
-  if (!kernel) return "the wide kernels are built for bf16 and fp16, 64, 128, 224 or 256 pixels";
+  if (!kernel)
+    return "the wide kernels are built for bf16 and fp16, 64, 128, 224 or 256 pixels, with "
+           "flattened "
+           "rows for 208 or 224";
   if (capability() != 90) return "the wide kernels are built for compute capability 9.0 only";
   if (p.cluster != 1 && p.cluster != 2) return "a cluster has one or two blocks";
+  if (p.flat_pitch && (p.flat_pitch < 8 || p.class_count != 1))
+    return "flattened rows have one class, and 8 places or more to the next row";
   if (p.stages < 1 || p.slots < 2) return "there are one or more stages and two or more slots";
   if (p.plane_pitch % 8 != 1) return "the plane pitch is one more than a multiple of eight";
   if (wide_shared_bytes(p) > wide::kMostShared) return "the rings do not fit into shared memory";

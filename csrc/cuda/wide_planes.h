@@ -71,6 +71,52 @@ struct Planes {
       }
     }
   }
+
+  // The same of flattened rows; the tile begins at a place of the line.
+  template <int kThreads>
+  __device__ __forceinline__ void copy_flat(const int32_t* table, const int32_t* chunks,
+                                            const int32_t* unread, int flat_pitch, int first,
+                                            uint32_t shared, int thread) const {
+    constexpr int kLanes = kThreads / kChunks;
+    static_assert(kLanes <= 8, "a step of a thread must not leave out a row");
+    const int chunk = thread % kChunks, channels = load_table(chunks + chunk);
+    const int image_rows = load_table(table + kImagePitch);
+    const int base_h = load_table(table + kBaseH), base_w = load_table(table + kBaseW);
+    const int begin = load_table(unread) * flat_pitch + load_table(unread + 2) + thread / kChunks;
+    const int end = load_table(table + kHaloH) * kColumns - load_table(unread + 1) * flat_pitch -
+                    load_table(unread + 3);
+    const int lines = (first + begin) / flat_pitch;
+    int image = lines / image_rows;
+    // Row and column of the image, and where the next image and the next row begin.
+    int row = lines - image * image_rows + base_h;
+    int col = first + begin - lines * flat_pitch + base_w;
+    const int last_row = image_rows + base_h, last_col = flat_pitch + base_w;
+    // Bytes, of the images in 64 bits. Those from an image's begin are right modulo 2^32 where
+    // there is a pixel to be read.
+    const int64_t ahead = image_stride * 2;
+    const char* from = static_cast<const char*>(data) + (image < batch ? image * ahead : 0);
+    uint32_t offset = uint32_t(row) * row_stride + uint32_t(col) * col_stride + channels * 8;
+    offset *= 2;
+    const uint32_t next = uint32_t(kLanes) * col_stride * 2;
+    const uint32_t next_row = (row_stride - uint32_t(flat_pitch) * col_stride) * 2;
+    const uint32_t next_image = uint32_t(image_rows) * row_stride * 2;
+    uint32_t to = shared + (chunk * pitch + begin) * 16;
+    const uint32_t over = to + (end - begin) * 16;
+    while (to < over) {
+      const bool there = channels >= 0 && image < batch && uint32_t(row) < uint32_t(height);
+      for (; col < last_col && to < over; col += kLanes, to += kLanes * 16) {
+        copy_async(to, from + offset, there && uint32_t(col) < uint32_t(width));
+        offset += next;
+      }
+      col -= flat_pitch;
+      offset += next_row;
+      if (++row == last_row) {
+        row -= image_rows;
+        offset -= next_image;
+        if (++image < batch) from += ahead;
+      }
+    }
+  }
 };
 
 }  // namespace hetconv::cuda::wide

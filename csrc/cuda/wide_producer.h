@@ -7,7 +7,7 @@
 namespace hetconv::cuda::wide {
 
 // Loads the halo of blocks of channels, with two warps.
-template <int kPixels> struct HaloProducer {
+template <int kPixels, bool kFlat> struct HaloProducer {
   const Wide& p;
   uint32_t shared;
   int stage_bytes, thread;
@@ -15,9 +15,13 @@ template <int kPixels> struct HaloProducer {
   // Starts copying one block for an item.
   __device__ void start(const Item& item, const int32_t* block, int stage) const {
     const Planes planes{p.x, p.x_n, p.x_h, p.x_w, p.batch, p.image_h, p.image_w, p.plane_pitch};
-    planes.copy<kHaloThreads>(item.table, block + kChunk, block + kUnreadTop, item.image,
-                              item.row * (kPixels / kColumns), item.col,
-                              shared + stage * stage_bytes, thread);
+    const uint32_t to = shared + stage * stage_bytes;
+    if (kFlat)
+      planes.copy_flat<kHaloThreads>(item.table, block + kChunk, block + kUnreadTop, p.flat_pitch,
+                                     item.row * kPixels, to, thread);
+    else
+      planes.copy<kHaloThreads>(item.table, block + kChunk, block + kUnreadTop, item.image,
+                                item.row * (kPixels / kColumns), item.col, to, thread);
   }
 
   __device__ void run(Ring ring, int first, int step, int rank) const {

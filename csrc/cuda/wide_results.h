@@ -7,8 +7,8 @@
 
 namespace hetconv::cuda::wide {
 
-// The rows and columns of a tile that are in y.
-struct Pixels {
+// The rows and columns of a tile that are in y; of flattened rows, of the whole line.
+template <bool kFlat> struct Pixels {
   int64_t corner;  // of the tile's first image in y, in elements
   int64_t image_step;
   int rows_left, cols_left, image_rows, images_left, step_h, step_w;
@@ -16,7 +16,7 @@ struct Pixels {
   __device__ Pixels(const Wide& p, const Item& item, int tile_rows)
       : image_step(p.y_n), image_rows(load_table(item.table + kImagePitch)) {
     const int32_t* table = item.table;
-    const int row = item.row * tile_rows, images = load_table(table + kImages);
+    const int row = kFlat ? 0 : item.row * tile_rows, images = load_table(table + kImages);
     const int store_h = load_table(table + kStoreH), store_w = load_table(table + kStoreW);
     images_left = p.batch - item.image < images ? p.batch - item.image : images;
     rows_left = item.real ? load_table(table + kPixelsH) - row : 0;
@@ -28,14 +28,16 @@ struct Pixels {
   }
 };
 
+// Rows of a tile from a thread's piece to its next one.
+constexpr int kEvery = 2;
+
 // Where a thread's pieces lie in y, or in the residual: eight filters of one column of pixels, in
 // every kEvery-th row of a tile. Nothing is divided on the way.
 struct Walk {
-  static constexpr int kEvery = 2;
   int64_t at, turn, wrap;  // bytes: of the piece, to the next one, and if that is of another image
   int row, image, row_turn, image_turn, image_rows, rows_left, images_left;
 
-  __device__ Walk(const Pixels& pixels, int first, int column, int run)
+  __device__ Walk(const Wide&, const Pixels<false>& pixels, int, int first, int column, int run)
       : image_rows(pixels.image_rows), rows_left(pixels.rows_left) {
     image = first / image_rows;
     row = first - image * image_rows;
@@ -62,9 +64,64 @@ struct Walk {
   }
 };
 
+// The same of flattened rows, 8 * kEvery places from a piece to the next.
+struct FlatWalk {
+  static constexpr int kAhead = kEvery * kColumns;
+  int64_t at, image_wrap;  // bytes: of the piece, and if the next one is of another image
+  int turn, row_wrap;      // to the next one, and if that is of another row
+  int col, row, image, col_turn, row_turn, flat_pitch, image_rows, cols, rows, images;
+
+  __device__ FlatWalk(const Wide& p, const Pixels<true>& pixels, int place, int first, int column,
+                      int run)
+      : flat_pitch(p.flat_pitch),
+        image_rows(pixels.image_rows),
+        cols(pixels.cols_left),
+        rows(pixels.rows_left) {
+    place += first * kColumns + column;
+    const int lines = place / flat_pitch;
+    image = lines / image_rows;
+    row = lines - image * image_rows;
+    col = place - lines * flat_pitch;
+    row_turn = kAhead / flat_pitch;
+    col_turn = kAhead - row_turn * flat_pitch;
+    turn = (row_turn * pixels.step_h + col_turn * pixels.step_w) * 2;
+    row_wrap = (pixels.step_h - flat_pitch * pixels.step_w) * 2;
+    image_wrap = (pixels.image_step - int64_t(image_rows) * pixels.step_h) * 2;
+    at = (pixels.corner + image * pixels.image_step + int64_t(row) * pixels.step_h +
+          int64_t(col) * pixels.step_w + run) *
+         2;
+    images = run >= 0 ? pixels.images_left : 0;  // who has no filters has no piece anywhere
+  }
+  __device__ bool inside() const { return image < images && row < rows && col < cols; }
+  __device__ void next() {
+    col += col_turn;
+    row += row_turn;
+    at += turn;
+    if (col >= flat_pitch) {
+      col -= flat_pitch;
+      ++row;
+      at += row_wrap;
+    }
+    if (row >= image_rows) {
+      row -= image_rows;
+      ++image;
+      at += image_wrap;
+    }
+  }
+};
+
+template <bool kFlat> struct WalkOf {
+  using Type = Walk;
+};
+template <> struct WalkOf<true> {
+  using Type = FlatWalk;
+};
+
 // Results of one item on their way from a warpgroup's registers to y, 32 pixels at a time.
-template <class T, int kPixels, class Activation> struct Results {
+template <class T, int kPixels, class Activation, bool kFlat> struct Results {
   static constexpr int kTiles = kPixels / kColumns;
+  static constexpr int kPieces = kTiles / kEvery;  // of a thread, two of a part
+  static_assert(kTiles % kEvery == 0, "no piece has half of its rows");
   const Wide& p;
   uint32_t staged;  // two buffers of this warpgroup
   int group, thread;
@@ -82,7 +139,7 @@ template <class T, int kPixels, class Activation> struct Results {
   __device__ void send_with(const float (&acc)[kPixels / 2], const Item& item) const {
     const int lane = thread % 32, warp = thread / 32;
     const int32_t* rows = p.rows + (item.pair * kWarpgroups + group) * kRuns;
-    const Pixels pixels(p, item, kTiles);
+    const Pixels<kFlat> pixels(p, item, kTiles);
     const Activation activate(p.act);
 
     // In fragments, this lane has two filters.
@@ -99,33 +156,35 @@ template <class T, int kPixels, class Activation> struct Results {
 
     // As 16-byte pieces, this thread has one run of eight filters, of pixels in one column.
     const int run = load_table(rows + thread % kRuns);
-    Walk to(pixels, thread / (kRuns * kColumns), thread / kRuns % kColumns, run), from = to;
+    typename WalkOf<kFlat>::Type to(p, pixels, item.row * kPixels, thread / (kRuns * kColumns),
+                                    thread / kRuns % kColumns, run),
+        from = to;
     const uint32_t piece = staged + thread / kRuns * kStagedPitch + thread % kRuns * 16;
     constexpr int kHalf = kStagedPixels / 2 * kStagedPitch;  // from the first to the second piece
     Quad old[2] = {};
-    auto fetch = [&] {
+    auto fetch = [&](int part) {
 #pragma unroll
       for (int second = 0; second < 2; ++second, from.next()) {
         old[second] = {};
-        if (from.inside())
+        if (part * 2 + second < kPieces && from.inside())
           old[second] = load_table128(static_cast<const char*>(p.residual) + from.at);
       }
     };
-    if (kResidual) fetch();
+    if (kResidual) fetch(0);
     barrier();  // all have written out what was here before
 
 #pragma unroll
-    for (int part = 0; part < kTiles / 4; ++part) {
+    for (int part = 0; part * 2 < kPieces; ++part) {
       const int buffer = part % 2 * kStagedBytes;
       if (kResidual) {
 #pragma unroll
         for (int second = 0; second < 2; ++second)
           store_shared128(piece + buffer + second * kHalf, old[second]);
-        if (part + 1 < kTiles / 4) fetch();
+        if (part * 2 + 2 < kPieces) fetch(part + 1);
         barrier();
       }
 #pragma unroll
-      for (int second = 0; second < 2; ++second) {
+      for (int second = 0; second < 2 && part * 2 + second < kPieces; ++second) {
         Quad made = {};
         const uint32_t at = cell + buffer + second * kHalf;
         if (kResidual) made = load_matrices_transposed(at);
@@ -144,7 +203,7 @@ template <class T, int kPixels, class Activation> struct Results {
       }
       barrier();
 #pragma unroll
-      for (int second = 0; second < 2; ++second, to.next())
+      for (int second = 0; second < 2 && part * 2 + second < kPieces; ++second, to.next())
         if (to.inside())
           store128(static_cast<char*>(p.y) + to.at,
                    load_shared128(piece + buffer + second * kHalf));

@@ -84,10 +84,11 @@ class Cuda:
         found = choice.best(problem)
         if isinstance(found, choice.WideChoice):
             shape = found.how.shape
+            flat = " of flattened rows" if shape.flat_pitch else ""
             return [
-                f"It runs the kernel for wide groups: tiles of {shape.pixels} pixels by 2 x 64 "
-                f"filters, {shape.stages} halos and 2 x {shape.slots} slabs in shared memory, "
-                f"clusters of {shape.cluster}."
+                f"It runs the kernel for wide groups: tiles of {shape.pixels} pixels{flat} by "
+                f"2 x 64 filters, {shape.stages} halos and 2 x {shape.slots} slabs in shared "
+                f"memory, clusters of {shape.cluster}."
             ]
         if isinstance(found, choice.WideWgradChoice):
             plan = found.how.plan

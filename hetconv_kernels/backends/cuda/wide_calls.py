@@ -35,12 +35,15 @@ class WideCall(AlignedCall):
     """
 
     def __init__(self, problem: Problem, choice: WideChoice) -> None:
-        tables = choice.how.tables
+        how, tables = choice.how, choice.how.tables
         super().__init__(problem, tables)
         self.choice = choice
-        self._tables = uploaded(problem, tables, ("heads", "blocks", "steps", "rows"))
-        self._classes = upload(choice.how.classes, problem.device)
-        self._kept = DeviceTables(*self._tables.values(), self._classes)
+        self._tables = uploaded(problem, tables, ("heads", "blocks", "rows"))
+        # Of this size of images alone.
+        self._own = {
+            name: upload(getattr(how, name), problem.device) for name in ("classes", "steps")
+        }
+        self._kept = DeviceTables(*self._tables.values(), *self._own.values())
 
     def seen(self, x: Tensor) -> Tensor:
         """Returns the pixels of an operand that the kernel reads: each n-th, as one image."""
@@ -51,8 +54,7 @@ class WideCall(AlignedCall):
         """Fills the kernel's arguments, all but the operands' addresses."""
         how = self.choice.how
         call = compiled_part().Wide()
-        call.classes = self._classes.data_ptr()
-        for name, table in self._tables.items():
+        for name, table in (self._tables | self._own).items():
             setattr(call, name, table.data_ptr())
         call.x_n, _, call.x_h, call.x_w = strides_of(x)
         call.y_n, _, call.y_h, call.y_w = strides_of(y)
@@ -60,7 +62,8 @@ class WideCall(AlignedCall):
         call.image_h, call.image_w = x.shape[2:]
         call.class_count, call.pairs = how.tables.heads.shape[:2]
         shape = how.shape
-        call.pixels, call.plane_pitch = shape.pixels, shape.plane_pitch
+        call.pixels, call.flat_pitch = shape.pixels, shape.flat_pitch
+        call.plane_pitch = shape.plane_pitch
         call.stages, call.slots, call.cluster = shape.stages, shape.slots, shape.cluster
         call.act = self.problem.act
         call.grid = call.max_resident_blocks(self._name)

@@ -24,8 +24,9 @@ from .fields import WideClass
 from .wide_lowering import COLUMNS, SLAB, STEP_COUNTS, UNREAD, WideTables
 from .windows import Window
 
-# As in wide.h: pixels of a tile, most first; and blocks of threads that share slabs.
-PIXELS, CLUSTERS = (256, 224, 128, 64), (1, 2)
+# As in wide.h: pixels of a tile, most first, and where rows are flattened; and blocks of threads
+# that share slabs.
+PIXELS, FLAT_PIXELS, CLUSTERS = (256, 224, 128, 64), (224, 208), (1, 2)
 _STAGES, _SLOTS = (3, 2, 1), (8, 6, 5, 4, 3, 2)
 _PLANES, _WARPGROUPS, _STAGED = 8, 2, 4 * 32 * 144
 _LINE = 128  # bytes of shared memory a clock
@@ -33,11 +34,14 @@ _LINE = 128  # bytes of shared memory a clock
 _DEEP = 4
 # Clocks in which a warpgroup brings 32 pixels from its registers to y, what its machine code issues
 # (`results` of tests/machine_code.json) and what it waits for, a barrier and staged numbers; and of
-# starting to.
+# starting to. Where rows are flattened, by the pixels of a tile.
 _RESULT_CLOCKS, _WAIT_CLOCKS, _FINISH_CLOCKS = 94.0, 56.0, 300.0
+_FLAT_RESULT_CLOCKS = {224: 124.0, 208: 148.0}
 # Columns of a halo that are brought side by side, and the instructions of each warp, a clock each:
 # for a pixel in every column, and to begin a halo. Counted in machine code (nvcc 13.0).
 _LANES, _PIECE_CLOCKS, _BEGIN_CLOCKS = 8, 12.5, 150.0
+# The same where rows are flattened: for a pixel in every column, and for each row of an image.
+_FLAT_PIECE_CLOCKS, _FLAT_ROW_CLOCKS = 13.0, 27.0
 # Tiles whose rounds are counted one by one; and those, times pairs, that a 32-bit integer counts.
 _COUNTED, _MOST = 2**16, 2**30
 
@@ -51,6 +55,7 @@ class WideShape(NamedTuple):
         stages: halos in shared memory.
         slots: slabs in shared memory, of each warpgroup.
         cluster: blocks of threads that share slabs.
+        flat_pitch: where rows are flattened, the places from one to the next; else 0.
     """
 
     pixels: int
@@ -58,6 +63,7 @@ class WideShape(NamedTuple):
     stages: int
     slots: int
     cluster: int
+    flat_pitch: int = 0
 
     @property
     def shared_bytes(self) -> int:
@@ -72,6 +78,7 @@ class WideTiling(NamedTuple):
 
     Attributes:
         tables: the lowering.
+        steps: as in the tables, for these tiles.  # int32 [steps]
         classes: their lines.  # int32 [classes, 18]
         shape: of a block of threads.
         clocks: predicted, of the whole call.
@@ -79,6 +86,7 @@ class WideTiling(NamedTuple):
     """
 
     tables: WideTables
+    steps: Int32Array
     classes: Int32Array
     shape: WideShape
     clocks: float
@@ -122,18 +130,23 @@ def tilings(
     spec: GpuSpec,
 ) -> Iterator[WideTiling]:
     """Lists all tiles that fit, with their predictions; arguments as `choose_wide`."""
-    for pixels in PIXELS:
-        lines = class_lines(classes, pixels, image[0], batch)
+    ways = [(pixels, 0, class_lines(classes, pixels, image[0], batch)) for pixels in PIXELS]
+    for pixels in () if parts.left_out("cuda-flat") else FLAT_PIXELS:
+        flat = flat_line(classes, pixels, image, batch)
+        if flat is not None:
+            ways.append((pixels, *flat))
+    for pixels, flat_pitch, lines in ways:
         shape = _deepest_fit(pixels, plane_pitch(lines), spec.shared)
         if shape is None or sum(tile_counts(lines, batch)) * len(tables.rows) > _MOST:
             continue
         fields = lines.astype(np.int32)  # which holds all that fits in shared memory
+        steps = flat_steps(tables, classes[0], flat_pitch) if flat_pitch else tables.steps
         for cluster in CLUSTERS:
             if cluster > 1 and parts.left_out("cuda-cluster"):
                 continue
-            own = shape._replace(cluster=cluster)
+            own = shape._replace(cluster=cluster, flat_pitch=flat_pitch)
             clocks, executed = wide_clocks(tables, lines, batch, own, spec)
-            yield WideTiling(tables, fields, own, clocks, executed)
+            yield WideTiling(tables, steps, fields, own, clocks, executed)
 
 
 def class_lines(classes: Sequence[Window], pixels: int, height: int, batch: int) -> IntArray:
@@ -177,6 +190,71 @@ def class_lines(classes: Sequence[Window], pixels: int, height: int, batch: int)
     return np.array(lines, np.int64)
 
 
+def flat_line(
+    classes: Sequence[Window], pixels: int, image: tuple[int, int], batch: int
+) -> tuple[int, IntArray] | None:
+    """Makes the line of ``classes`` of wide.h for flattened rows; None where they are not for it.
+
+    Example: 128 images of 28 × 28 pixels, with 3 × 3 taps and padding 1, are a line of rows 29
+    apart and images 29 rows apart, of which 93 % are pixels; eights of columns fill 28 of 32:
+
+        >>> from hetconv_kernels import Support
+        >>> from hetconv_kernels.backends.cuda.windows import windows
+        >>> from hetconv_kernels.problem import make_geometry
+        >>> found = windows(make_geometry(Support.dense(64, 64, 3), 1, 1), (28, 28), False)
+        >>> pitch, lines = flat_line(found, 208, (28, 28), 128)
+        >>> pitch, lines[0, :6].tolist(), 128 * 28 * 28 * 100 // (518 * 208)
+        (29, [28, 28, 518, 1, 128, 29], 93)
+
+    Args:
+        classes: the classes of pixels.
+        pixels: of a tile.
+        image: rows and columns of the operand that is read.
+        batch: images.
+
+    Returns:
+        Places from a row to the next, and the line.  # int64 [1, 18]
+    """
+    if len(classes) != 1:
+        return None
+    (window,) = classes
+    axes, fields = (window.rows, window.cols), window.fields(1, 1)
+    bases, reaches = (fields["BASE_H"], fields["BASE_W"]), window.halo(1, 1)
+    apart = [
+        # What a pixel reads beyond its row belongs to the next one only if both are zeros.
+        max(size - base, axis.pixels - 1 + reach + min(base, 0), axis.pixels)
+        for axis, size, base, reach in zip(axes, image, bases, reaches, strict=True)
+    ]
+    rows, cols = (axis.pixels for axis in axes)
+    if any(axis.load != 1 for axis in axes) or not rows * cols * batch:
+        return None
+    if apart[0] < 4 or apart[1] < _LANES:  # the kernel counts on it
+        return None
+    tiles = -(-(((batch - 1) * apart[0] + rows - 1) * apart[1] + cols) // pixels)
+    halo = pixels + (reaches[0] - 1) * apart[1] + reaches[1] - 1
+    if tiles * pixels + halo > _MOST:
+        return None
+    fields |= {"TILES_H": tiles, "TILES_W": 1, "IMAGES": batch, "IMAGE_PITCH": apart[0]}
+    fields |= {"HALO_H": -(-halo // COLUMNS), "HALO_W": COLUMNS, "ROW_PITCH": COLUMNS}
+    fields |= {"COL_HALF": 0}
+    return apart[1], np.array([[fields[field.name] for field in WideClass]], np.int64)
+
+
+def flat_steps(tables: WideTables, window: Window, pitch: int) -> Int32Array:
+    """Returns what the first pixel of a tile reads at each step, where rows are flattened.
+
+    Args:
+        tables: the lowering, of one class.
+        window: the class, with all taps.
+        pitch: places from a row to the next.
+    """
+    width = 1 + max(tap.kx for tap in window.taps)
+    places = np.zeros(width * (1 + max(tap.ky for tap in window.taps)), np.int32)
+    for tap in window.taps:
+        places[tap.ky * width + tap.kx] = tap.row * pitch + tap.col
+    return places[tables.tap]
+
+
 def plane_pitch(classes: IntArray) -> int:
     """Returns the pitch of planes: room for every halo, and 1 beyond a multiple of eight.
 
@@ -199,14 +277,19 @@ def wide_clocks(
     pixels, cluster = shape.pixels, shape.cluster
     # Bytes that a pair writes.
     stored = (tables.rows >= 0).sum(axis=(1, 2)) * EIGHT * pixels * 2
-    finish = _FINISH_CLOCKS + (_RESULT_CLOCKS + _WAIT_CLOCKS) * pixels / 32
+    part = _FLAT_RESULT_CLOCKS[pixels] if shape.flat_pitch else _RESULT_CLOCKS
+    finish = _FINISH_CLOCKS + (part + _WAIT_CLOCKS) * pixels / 32
     step = SLAB * pixels / spec.rate
     spans, executed = [], 0
     for line, heads, tiles in zip(classes, tables.heads, tile_counts(classes, batch), strict=True):
         unread = tables.blocks[:, UNREAD]
-        rows = int(line[10]) - unread[:, :2].sum(axis=1)
-        cols = int(line[11]) - unread[:, 2:].sum(axis=1)
-        halos, bringing = rows * cols * 128, producer_clocks(rows, cols)
+        high, wide = int(line[WideClass.HALO_H]), int(line[WideClass.HALO_W])
+        if shape.flat_pitch:
+            places = high * wide - unread @ np.repeat([shape.flat_pitch, 1], 2)
+            halos, bringing = places * 128, flat_producer_clocks(places, shape.flat_pitch)
+        else:
+            rows, cols = high - unread[:, :2].sum(axis=1), wide - unread[:, 2:].sum(axis=1)
+            halos, bringing = rows * cols * 128, producer_clocks(rows, cols)
         costs = []
         for (begin, count), written in zip(heads.tolist(), stored.tolist(), strict=True):
             each = tables.blocks[begin : begin + count, STEP_COUNTS].sum(axis=0)
@@ -250,6 +333,23 @@ def producer_clocks(rows: IntArray, cols: IntArray) -> npt.NDArray[np.float64]:
     at_a_time = _LANES // np.maximum(left, 1)
     turns = cols // _LANES * rows + np.where(left > 0, -(-rows // at_a_time), 0)
     return turns.astype(np.float64) * _PIECE_CLOCKS + _BEGIN_CLOCKS
+
+
+def flat_producer_clocks(places: IntArray, pitch: int) -> npt.NDArray[np.float64]:
+    """Predicts the same where rows are flattened: of each row, eight places at a time.
+
+    Example: 268 places are in eleven rows of 29 at most, four turns each:
+
+        >>> flat_producer_clocks(np.array([268]), 29).tolist()
+        [1019.0]
+
+    Args:
+        places: of each halo.  # [halos]
+        pitch: places from a row to the next.
+    """
+    lines = -(-places // pitch) + 1
+    each = -(-pitch // _LANES) * _FLAT_PIECE_CLOCKS + _FLAT_ROW_CLOCKS
+    return lines.astype(np.float64) * each + _BEGIN_CLOCKS
 
 
 def _rounds(spans: Sequence[tuple[int, np.ndarray]], processors: int) -> float:

@@ -21,6 +21,7 @@ PARTS = {
     "cuda-wide": "fprop and dgrad of wide groups",
     "cuda-wide-wgrad": "wgrad of wide groups",
     "cuda-cluster": "clusters of two blocks for wide groups",
+    "cuda-flat": "tiles of flattened rows for wide groups",
     "cuda-scattered": "fprop and dgrad of scattered groups",
     "triton-gather": "fprop and dgrad through pointers",
     "triton-tma": "fprop and dgrad on tiles brought by TMA",

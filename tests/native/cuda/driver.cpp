@@ -160,7 +160,7 @@ void wide_case(const Case& c) {
         p.blocks = c.array<int32_t>("blocks");
         p.steps = c.array<int32_t>("steps");
         p.rows = c.array<int32_t>("rows");
-        NUMBER(class_count), NUMBER(pairs), NUMBER(pixels), NUMBER(plane_pitch);
+        NUMBER(class_count), NUMBER(pairs), NUMBER(pixels), NUMBER(flat_pitch), NUMBER(plane_pitch);
         NUMBER(stages), NUMBER(slots), NUMBER(cluster), NUMBER(grid);
       },
       &wide_shared_bytes, &wide_fprop);
