@@ -23,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import summary, table  # noqa: E402 (the line above must come first)
+from benchmarks import predictions, summary, table  # noqa: E402 (the line above must come first)
 from hetconv_kernels import tables  # noqa: E402
 
 MARKER = re.compile(r"^<!-- made: (.+) -->$", re.M)
@@ -181,6 +181,7 @@ MADE: dict[str, Callable[..., str]] = {
     "network-files": network_files,
     "networks": summary.networks_summary,
     "other-results": other_results,
+    "predicted": lambda name: predictions.TABLES[name](),
     "provenance": lambda name: f"*{summary.provenance(summary.results(name))}.*",
     "provenance-of-methods": lambda part: f"*{summary.methods_provenance(part)}.*",
     "routes": routes,
