@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.bench import ENGINES
-from benchmarks.cases import GPU_CASES
+from benchmarks.cases import Case, SupportSpec
 from benchmarks.tune import problems_of
 from hetconv_kernels.backends import UNMEASURED_MARGIN, available_backends, get_backend
 from hetconv_kernels.backends.dense_cost import dense_gpu_prediction
@@ -55,11 +55,11 @@ class Measured(NamedTuple):
 
 def fit_rows(rows: Sequence[dict[str, Any]]) -> list[Measured]:
     """Brings rows of a table to what a fit needs; faulty engines have no times in them."""
-    cases, found = {case.name: case for case in GPU_CASES}, []
+    found = []
     for row in rows:
-        case = cases.get(row["case"]["name"])
-        if case is None or "timings" not in row or row["verb"] == "step":
+        if "timings" not in row or row["verb"] == "step":
             continue
+        case = Case(**{**row["case"], "support": SupportSpec(**row["case"]["support"])})
         described = {problem.verb: problem for problem in problems_of(case)}[row["verb"]]
         samples = row["timings"]["variants"]
         medians = {name: statistics.median(one["samples_s"]) for name, one in samples.items()}

@@ -6,7 +6,8 @@
 Tensors that ask for CUDA live on the CPU, streams and graphs are `rehearsal`'s, and the choice of
 kernels is the real one. In the place of each kernel the reference computes, and does what STAND_IN
 says of that part, in JSON: ``fails``, ``ends``, ``hangs``, ``wrong``, or one of those with
-``later-`` before it, which begins after the smoke tests.
+``later-`` before it, which begins after the smoke tests. STAND_IN_BATCHES, a list, makes the table
+longer: two layers for each.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from pretending import build_for
 from torch.overrides import TorchFunctionMode
 
 FAULTS: dict[str, str] = json.loads(os.environ.get("STAND_IN", "{}"))
+# Images of the table's cases.
+BATCHES: list[int] = json.loads(os.environ.get("STAND_IN_BATCHES", "[2]"))
 
 
 class OnCpu(TorchFunctionMode):
@@ -66,6 +69,8 @@ def part_of(engine: str, problem: Any, choice: Any) -> str:
     if hasattr(how, "shape"):
         if not hasattr(how.shape, "cluster"):
             return "cuda-scattered"
+        if how.shape.flat_pitch:
+            return "cuda-flat"
         return "cuda-cluster" if how.shape.cluster == 2 else "cuda-wide"
     if problem.dtype == torch.float32:
         return "cuda-tf32"
@@ -132,6 +137,9 @@ def install(patch: pytest.MonkeyPatch) -> None:
             "gpu-wide", 2, 256, 256, 6, 6, 3, het_case(4), stride=1, device="cuda", dtype="bfloat16"
         ),
     ]
+    for case in list(cases):
+        more = BATCHES[1:]
+        cases += [dataclasses.replace(case, n=n, name=f"{case.name}-{n}") for n in more]
     rows = [(case, verb) for case in cases for verb in bench.VERBS]
     patch.setattr(primitives, "rows_of", lambda full: rows)
     patch.setattr(primitives, "measure_roofs", lambda *_: Roofs(4e14, 3e12, "cuda", "bfloat16"))

@@ -21,7 +21,7 @@ import torch
 
 from benchmarks import session, smoke
 from benchmarks.watch import Log
-from hetconv_kernels.backends.gpu import parts
+from hetconv_kernels.backends.gpu import constants, parts
 from hetconv_kernels.errors import BackendError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -149,6 +149,45 @@ def test_a_fault_after_the_smoke_tests_costs_one_variant(tmp_path: Path, kind: s
         assert row["median_s"] > 0
         bad = row["case"]["name"] == "gpu-wide" and row["verb"] != "wgrad"
         assert list(row.get("left_out", {})) == (["ours-cuda"] if bad else []), said
+
+
+@stands_in
+def test_a_table_fills_the_constants_of_auto(tmp_path: Path) -> None:
+    """From the rows that a GPU's session writes to the entry of that GPU, by the commands."""
+    stand_in = [sys.executable, str(ROOT / "tests" / "stand_in.py"), "-m"]
+    environment = os.environ | {"STAND_IN_BATCHES": "[2, 1, 3]", "PYTHONPATH": str(ROOT)}
+    out = tmp_path / "constants.json"
+
+    def run(*command: str) -> tuple[int, str]:
+        done = subprocess.run(
+            [*stand_in, *command, "--results", str(tmp_path)],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    calibrate = ("benchmarks.calibrate", "--device", "cuda", "--out", str(out))
+    assert run(*calibrate)[0] == 2  # nothing was measured
+    status, said = run("benchmarks.primitives", "--worker")
+    assert status == 0, said
+    assert len(json.loads((tmp_path / "primitives-quick.json").read_text())["rows"]) == 18
+    assert not out.exists()
+    status, said = run(*calibrate)
+    assert status == 0, said
+    assert "no fit has seen, committed: {'cases': 9" in said
+    assert "no fit has seen, fitted: {'cases': 9" in said
+    written = json.loads(out.read_text())
+    entry = written["devices"]["rehearsed"]
+    assert (entry["measured"], entry["rows"]) == (True, 9)
+    assert 0 < entry["vendor"] <= 1.5
+    nominal = written["nominal"]
+    assert nominal == json.loads(constants.CONSTANTS_FILE.read_text())["nominal"]
+    # Both engines have rows enough, so that both shares are of this clock and not nominal.
+    for engine, share in entry["ours"].items():
+        assert 0 < share != nominal["ours"][engine], engine
 
 
 def test_the_driver_needs_the_standard_library_only() -> None:
