@@ -16,9 +16,10 @@ import re
 import shutil
 import subprocess
 import sys
+from bisect import bisect_left
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -232,10 +233,12 @@ def _compile(source: Path, architecture: str) -> list[Code]:
 
 def read(architecture: str, said: str, sass: str) -> list[Code]:
     """Reads what ptxas said, and the disassembly."""
-    bodies = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", sass, re.S))
+    _, *parts = re.split(r"\n\s*Function : (\S+)\n", sass)
+    bodies = dict(zip(parts[::2], parts[1::2], strict=True))
     found = []
     for name, stack, stores, loads, registers, shared in _PTXAS.findall(said):
         body = bodies[name]
+        code = "\n".join(_loops(body)[0])
         found.append(
             Code(
                 name=_plain(name),
@@ -244,10 +247,10 @@ def read(architecture: str, said: str, sass: str) -> list[Code]:
                 stack=int(stack),
                 spills=int(stores) + int(loads),
                 shared=int(shared or 0),
-                matrix=_count(body, r"\b(HGMMA|UTC[A-Z]*MMA|HMMA)\b"),
-                copies=_count(body, r"\b(LDGSTS|UTMALDG|UBLKCP|ARRIVES)\b"),
-                local=sum(_count(body, r"\b(LDL|STL)\b").values()),
-                described=len(re.findall(r"\bHGMMA\S* R\d+, gdesc\[", body)),
+                matrix=_count(code, r"\b(HGMMA|UTC[A-Z]*MMA|HMMA)\b"),
+                copies=_count(code, r"\b(LDGSTS|UTMALDG|UBLKCP|ARRIVES)\b"),
+                local=sum(_count(code, r"\b(LDL|STL)\b").values()),
+                described=len(re.findall(r"\bHGMMA\S* R\d+, gdesc\[", code)),
                 turn=_turn(body, "LDGSTS"),
                 step=4 * _turn(body, "HGMMA"),
                 products=_turn(body, "HMMA"),
@@ -262,15 +265,29 @@ def read(architecture: str, said: str, sass: str) -> list[Code]:
 
 def _loop(body: str, name: str) -> list[str]:
     """Lists the instructions of the shortest loop that has one of some name; none without such."""
+    texts, loops = _loops(body)
+    named = [place for place, text in enumerate(texts) if text.startswith(name)]
+
+    def count(loop: slice) -> int:
+        return bisect_left(named, loop.stop) - bisect_left(named, loop.start)
+
+    found = [loop for loop in loops if count(loop)]
+    if not found:
+        return []
+    return texts[min(found, key=lambda loop: (loop.stop - loop.start, count(loop)))]
+
+
+@lru_cache(maxsize=1)
+def _loops(body: str) -> tuple[list[str], list[slice]]:
+    """Lists the instructions, and which of them each jump backwards repeats."""
     listed = [(int(place, 16), text) for place, text in _INSTRUCTION.findall(body)]
-    found: list[list[str]] = []
-    for end, text in listed:
+    places, texts = [place for place, _ in listed], [text for _, text in listed]
+    found = []
+    for index, (end, text) in enumerate(listed):
         jump = re.match(r"BRA\b.*?0x([0-9a-f]+)", text)
         if jump and (begin := int(jump[1], 16)) <= end:
-            loop = [text for place, text in listed if begin <= place <= end]
-            if any(text.startswith(name) for text in loop):
-                found.append(loop)
-    return min(found, key=lambda loop: (len(loop), _named(loop, name)), default=[])
+            found.append(slice(bisect_left(places, begin), index + 1))
+    return texts, found
 
 
 def _named(loop: list[str], name: str) -> int:
