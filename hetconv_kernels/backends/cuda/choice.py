@@ -40,7 +40,7 @@ _UNIT_READS = 1.25
 # The kernels for narrow groups keep weights in shared memory, or read them again for each tile;
 # more bytes of them are no narrow groups.
 _MOST_WEIGHTS = 2**18
-_SHORT_NUMBERS = "it takes bfloat16 and float16 alone."
+_SHORT_NUMBERS = "it takes bfloat16 and float16 alone; backend='triton' takes float32."
 
 
 class NarrowChoice(NamedTuple):
