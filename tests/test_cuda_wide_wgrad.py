@@ -17,6 +17,7 @@ import shim
 import torch
 from wide_layers import LAYERS, PART
 
+from benchmarks import predictions
 from hetconv_kernels import Support, ops
 from hetconv_kernels.backends.cuda import choice
 from hetconv_kernels.backends.cuda.wide_lowering import wide_windows
@@ -34,7 +35,6 @@ from hetconv_kernels.errors import ArgumentError, BackendError
 from hetconv_kernels.problem import Problem, make_geometry
 
 needs_compiler = pytest.mark.skipif(shim.compiler() is None, reason="g++ is not installed here")
-ROOT = Path(__file__).resolve().parents[1]
 NAMES = [name for name in LAYERS if name != "no-weights"]
 BATCH = 5
 
@@ -178,11 +178,11 @@ def test_the_roof_is_near_where_groups_are_wide() -> None:
     assert len(how.jobs) * how.splits <= PART.processors
 
 
-def test_the_documents_have_what_the_models_predict(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_has_what_the_models_predict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The documents' one, against the models' own functions."""
     for module in (triton_choice, wgrad_choice):
         monkeypatch.setattr(module, "has_tma", lambda device: True)
-    text = (ROOT / "docs" / "backends" / "cuda.md").read_text()
-    lines = text.split("| wgrad |")[1].split("\n\n")[0].split("\n")[2:]
+    lines = predictions.wgrad().split("\n")[2:]
     assert len(lines) == 11
     for line in lines:
         name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
