@@ -35,7 +35,7 @@ from hetconv_kernels.tables import markdown_table
 
 SPEC = GPU_SPECS[9, 0]
 LAYERS = ((64, 56), (128, 28), (256, 14), (512, 7))  # channels, and the edge of their images
-BATCH = 128
+_BATCH = 128
 # Of the models before the changes that docs/backends/cuda.md tells of, which are not there now:
 # self-grouped layers by the kernel for wide groups, matched and not; cuDNN and ours with the margin
 # of `auto`; and the kernel for wide groups by its machine code then.
@@ -57,7 +57,7 @@ def problem_of(
 ) -> Problem:
     """Describes a verb of a 3×3 layer, for a GPU that is not there."""
     geometry = make_geometry(support, 1, support.kernel[0] // 2)
-    like = torch.empty(BATCH, channels, size, size, dtype=getattr(torch, dtype), device="meta")
+    like = torch.empty(_BATCH, channels, size, size, dtype=getattr(torch, dtype), device="meta")
     x = like.to(memory_format=torch.channels_last)
     w = torch.empty(support.shape, dtype=x.dtype, device="meta")
     return ops.describe(verb, geometry, x, x, w, (size, size))
@@ -102,7 +102,7 @@ def floor(problem: Problem) -> float:
     return max(unit, problem.bytes_moved / SPEC.bandwidth)
 
 
-def useful(problem: Problem) -> float:
+def useful_share(problem: Problem) -> float:
     """Returns the share of live weights among those that the plan for wide groups multiplies."""
     return problem.support.live / int(only("wide", problem).how.tables.size)
 
@@ -131,7 +131,7 @@ def matched() -> str:
         back = problem_of("dgrad", channels, size, support)
         line = [layer(channels, size), f"{_BEFORE_GROUPED[channels]}"]
         for one in (problem, back):
-            line += [us(seconds("wide", one)), f"30 % → {100 * useful(one):.0f} %"]
+            line += [us(seconds("wide", one)), f"30 % → {100 * useful_share(one):.0f} %"]
         lines.append(line)
     header = [
         *("self-grouped 70 %", "fprop before: paper, and matched", "fprop, matched"),
@@ -140,7 +140,7 @@ def matched() -> str:
     return markdown_table(header, lines)
 
 
-def grouped(verb: str) -> str:
+def grouped_as_published(verb: str) -> str:
     """Lays out self-grouped layers as the paper forms them, by both kernels that can run them."""
     lines = []
     for percent in (70, 90):
@@ -160,7 +160,7 @@ def float32() -> str:
     """Lays out HetConv in float32, with products of TF32."""
     lines = []
     for channels, size, p in het_layers(LAYERS[:2]):
-        problem = problem_of("fprop", channels, size, het(channels, p), "float32")
+        problem = problem_of("fprop", channels, size, het_layer(channels, p), "float32")
         vendor = dense_gpu_prediction(problem, SPEC, constants_of())
         times = floor(problem), vendor, triton_seconds(problem), seconds("narrow", problem)
         lines.append([f"{layer(channels, size)}, p={p}", *map(us, times)])
@@ -171,7 +171,7 @@ def wgrad() -> str:
     """Lays out wgrad of HetConv and of dense layers, by each kernel that can run it."""
     lines = []
     for channels, size, p in [*het_layers(LAYERS), *((c, size, 1) for c, size in LAYERS[1:])]:
-        problem = problem_of("wgrad", channels, size, het(channels, p))
+        problem = problem_of("wgrad", channels, size, het_layer(channels, p))
         wide, least = seconds("wide", problem), floor(problem)
         times = least, seconds("narrow", problem), triton_seconds(problem), wide
         launches = constants_of().launch + 2 * choice._NEXT_LAUNCH
@@ -185,7 +185,7 @@ def auto() -> str:
     """Lays out what `auto` compares for HetConv, before and after its constants changed."""
     lines = []
     for channels, size, p in het_layers(LAYERS):
-        problem = problem_of("fprop", channels, size, het(channels, p))
+        problem = problem_of("fprop", channels, size, het_layer(channels, p))
         vendor = dense_gpu_prediction(problem, SPEC, constants_of())
         ours = fastest(problem) / constants_of().ours["cuda"] * UNMEASURED_MARGIN
         before = [f"{one}" for one in _BEFORE_AUTO[channels, p]]
@@ -201,7 +201,7 @@ def wide() -> str:
     """Lays out the kernel for wide groups, by eights of columns and with flattened rows."""
     lines = []
     for channels, size, p in het_layers(LAYERS):
-        problem = problem_of("fprop", channels, size, het(channels, p))
+        problem = problem_of("fprop", channels, size, het_layer(channels, p))
         kinds = wide_seconds(problem)
         shares = [f"{100 * one:.0f} %" for one in pixels_of_tiles(problem)]
         times = [us(kind) for kind in kinds]
@@ -242,7 +242,7 @@ def pixels_of_tiles(problem: Problem) -> list[float]:
     return found
 
 
-def het(channels: int, p: int) -> Support:
+def het_layer(channels: int, p: int) -> Support:
     """Returns a layer of HetConv; dense for p=1."""
     return (
         Support.het(channels, channels, 3, p=p) if p > 1 else Support.dense(channels, channels, 3)
@@ -266,8 +266,8 @@ def us(seconds: float | None) -> str:
 
 TABLES = {
     "matched": matched,
-    "grouped-fprop": lambda: grouped("fprop"),
-    "grouped-dgrad": lambda: grouped("dgrad"),
+    "grouped-fprop": lambda: grouped_as_published("fprop"),
+    "grouped-dgrad": lambda: grouped_as_published("dgrad"),
     "float32": float32,
     "wgrad": wgrad,
     "auto": auto,

@@ -10,7 +10,7 @@ from hetconv_kernels.backends.cuda import choice
 
 
 def test_a_kernel_that_cannot_run_a_layer_has_no_time() -> None:
-    problem = predictions.problem_of("fprop", 256, 14, predictions.het(256, 1))
+    problem = predictions.problem_of("fprop", 256, 14, predictions.het_layer(256, 1))
     assert predictions.seconds("narrow", problem) is None
     assert predictions.us(None) == "–"
     assert predictions.us(12.34e-6) == "12.3"
@@ -21,7 +21,7 @@ def test_a_kernel_that_cannot_run_a_layer_has_no_time() -> None:
 def test_the_kinds_of_tiles_are_those_that_the_engine_chooses_from(
     channels: int, size: int
 ) -> None:
-    problem = predictions.problem_of("fprop", channels, size, predictions.het(channels, 4))
+    problem = predictions.problem_of("fprop", channels, size, predictions.het_layer(channels, 4))
     eights, flat = predictions.wide_seconds(problem)
     assert predictions.seconds("wide", problem) == min(eights, flat)
     assert (flat < eights) == (size in (28, 14))
@@ -36,7 +36,7 @@ def test_both_forms_of_self_grouping_run_at_three_quarters_of_a_plan(channels: i
     """Formed for the kernel, and as the paper forms them, at 70 %; fprop of 14² and 7²."""
     size = dict(predictions.LAYERS)[channels]
     matched = predictions.problem_of("fprop", channels, size, predictions.matched_support(channels))
-    assert predictions.useful(matched) >= 0.75
+    assert predictions.useful_share(matched) >= 0.75
     paper = predictions.self_grouped(70, channels, channels, 3, seed=0)
     problem = predictions.problem_of("fprop", channels, size, paper)
     found = choice.best_cuda_gather(problem)
