@@ -15,6 +15,7 @@ import torch
 from sampling import FILES, is_left, is_ours
 
 from hetconv_kernels.roofline import measure_roofs
+from hetconv_kernels.timing import interleaved
 
 # The same examples on every run of CI, new ones on a developer's machine; slowness is no failure.
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
@@ -115,14 +116,17 @@ def _seeded() -> None:
 def _a_machine_of_our_own(request: pytest.FixtureRequest) -> Iterator[None]:
     """No test's result depends on this machine, or on what else it does.
 
-    A profile's ceilings are measured for seconds, whose result no test looks at: here at a glance.
-    Disturbance is of test_disturbance alone. A file marked ``one_thread`` does not test how an
-    engine shares its work: there other threads would only spin between small operators.
+    What networks take, and a profile's ceilings, are measured for seconds, whose result no test
+    looks at but test_timing's: here at a glance. Disturbance is of test_disturbance alone. A file
+    marked ``one_thread`` does not test how an engine shares its work: there other threads would
+    only spin between small operators.
     """
     name, threads = request.module.__name__, torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         glance = partial(measure_roofs, rounds=1, size=128)
         patch.setattr("hetconv_kernels.roofline.measure_roofs", glance)
+        if name != "test_timing":
+            patch.setitem(interleaved.__kwdefaults__, "min_time", 0.0)
         if name != "test_disturbance":
             patch.setattr("hetconv_kernels.disturbance.judged", lambda *_, **__: ())
         if request.node.get_closest_marker("one_thread"):

@@ -89,7 +89,7 @@ stands_in = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or torch.cuda.is_available(),
     reason="needs Triton, and no GPU",
 )
-# Every part has each fault in one of the rehearsals, and is right in the last one.
+# Every part has each fault in one of the rehearsals of `make aot`, and is right in the last one.
 FAULTS = [
     {
         name: kind
@@ -98,14 +98,15 @@ FAULTS = [
     }
     for turn in range(4)
 ]
+# On an ordinary day one part hangs: each waits for its limit.
+SOME_FAULTS = {"cuda-cluster": "wrong", "cuda-tma": "hangs", "triton-wgrad": "fails"}
 
 
 @stands_in
-@pytest.mark.parametrize("turn", range(4) if EVERYTHING else [1])
+@pytest.mark.parametrize("faults", FAULTS if EVERYTHING else [SOME_FAULTS])
 def test_a_whole_session_brings_the_table_of_the_parts_that_are_right(
-    tmp_path: Path, turn: int
+    tmp_path: Path, faults: dict[str, str]
 ) -> None:
-    faults = FAULTS[turn]
     status, said, found, rows = rehearsed(tmp_path, faults, limit=25)
     assert status == 1, said
     named = {"fails": "failed", "hangs": "hung", "wrong": "wrong"}

@@ -6,8 +6,9 @@
 `hk.compress` is the function and `hk.methods` has the methods; here is what both are made of.
 """
 
-from .base import Method, compress
+from .base import compress
 from .distillation import Distillation
+from .method import Method
 from .methods.admm import ADMM
 from .methods.correlation import FilterCorrelation
 from .methods.frequency import FrequencyPruning

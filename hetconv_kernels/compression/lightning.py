@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, HetconvError, mismatch
-from .base import Method
+from .method import Method
 from .outside import Epoch
 from .report import CompressionReport
 from .rounds import Rounds

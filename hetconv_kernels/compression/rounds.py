@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, HetconvError, InputTypeError, mismatch
-from .base import Method, compress
+from .base import compress
+from .method import Method
 from .outside import Epoch, OutsideLoop, Stopped
 from .report import CompressionReport
 

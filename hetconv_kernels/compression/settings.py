@@ -10,7 +10,7 @@ import re
 import textwrap
 from typing import Any
 
-from .base import Method
+from .method import Method
 
 
 def settings(kind: type[Method]) -> dict[str, dict[str, Any]]:

@@ -4,7 +4,7 @@
 One of your own is a subclass of `Method`; docs/extend/compressor.md has a whole small one.
 """
 
-from ..base import Method
+from ..method import Method
 from .admm import ADMM
 from .correlation import FilterCorrelation
 from .frequency import FrequencyPruning

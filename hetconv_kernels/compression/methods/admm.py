@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...errors import ArgumentError, mismatch
 from ...masks import BoolArray
-from ..base import STEM, Method, is_stem
+from ..method import STEM, Method, is_stem
 from ..projections import KINDS, keep_largest, project
 from ..run import Run, WeightLayer
 from ..schedule import check_count, check_fraction, check_positive

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...masks import BoolArray
-from ..base import Method
+from ..method import Method
 from ..run import Run
 from ..schedule import check_count, check_fraction, check_positive, removable, share
 from ..scores import FloatArray, correlation, outgoing, pair_correlation

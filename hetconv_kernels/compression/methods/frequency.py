@@ -17,7 +17,7 @@ from ...masks import BoolArray
 from ...nn.dct import dct, idct
 from ...nn.frequency import PATHS, FrequencyConv2d
 from .. import ranks
-from ..base import STEM, Method, is_stem
+from ..method import STEM, Method, is_stem
 from ..run import Run, WeightLayer, support_of
 from ..schedule import check_count, check_fraction, check_positive
 from ..wildcards import check_patterns, first_that_fits

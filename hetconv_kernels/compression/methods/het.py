@@ -13,7 +13,7 @@ from ...errors import ArgumentError, mismatch
 from ...graph import rules
 from ...nn import HetConv2d
 from ...support import Support
-from ..base import STEM, Method, is_stem
+from ..method import STEM, Method, is_stem
 from ..run import Run, WeightLayer
 from ..schedule import check_count
 

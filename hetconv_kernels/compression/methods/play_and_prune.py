@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ...masks import BoolArray
-from ..base import Method
+from ..method import Method
 from ..run import Run
 from ..schedule import check_count, check_fraction, check_positive, weakest
 from ..scores import FloatArray, outgoing

@@ -11,7 +11,7 @@ from torch import nn
 
 from ...backends import get_backend
 from ...errors import ArgumentError, SupportError, mismatch
-from ..base import STEM, Method, is_stem
+from ..method import STEM, Method, is_stem
 from ..run import Run, WeightLayer
 from ..schedule import check_count, check_fraction, rising
 from .self_grouping import self_group

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ArgumentError, mismatch
-from ..base import Method
+from ..method import Method
 from ..run import Run
 from ..schedule import check_count, check_fraction, check_positive, share, weakest
 from ..scores import instability, outgoing

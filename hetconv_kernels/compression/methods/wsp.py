@@ -11,8 +11,8 @@ from torch import nn
 
 from ...errors import ArgumentError
 from ...masks import BoolArray, IntArray
-from ..base import Method
 from ..interfaces import Reader
+from ..method import Method
 from ..run import Run
 from ..schedule import check_count, check_fraction, weakest
 from ..scores import FloatArray, incoming, outgoing
