@@ -78,14 +78,6 @@ NETWORKS = (
         target_dense=3.2, target_composition=3.6,
         note="convolutions only; the fully connected layers stay dense",
     ),
-    NetworkCase(
-        "resnet18-het4-192", "resnet18", SupportSpec("het", 4), n=4, size=192,
-        target_dense=3.0, target_composition=1.45,
-    ),
-    NetworkCase(
-        "resnet56-het4", "resnet56", SupportSpec("het", 4), n=64, size=32,
-        target_dense=2.3, note="images of 32² and layers of 16 to 64 channels",
-    ),
     NetworkCase("resnet50-het4", "resnet50", SupportSpec("het", 4)),
     NetworkCase("densenet121-het4", "densenet121", SupportSpec("het", 4)),
     NetworkCase("dncnn-het4", "dncnn", SupportSpec("het", 4), n=1, size=256, channels=1),
@@ -127,6 +119,14 @@ NETWORKS = (
     NetworkCase("resnet18-het4-int8-b1", "resnet18", SupportSpec("het", 4), n=1, dtype="int8"),
     NetworkCase(
         "resnet18-het4-int8-b1-t1", "resnet18", SupportSpec("het", 4), n=1, dtype="int8", threads=1
+    ),
+    NetworkCase(
+        "resnet18-het4-192", "resnet18", SupportSpec("het", 4), n=4, size=192,
+        target_dense=3.0, target_composition=1.45,
+    ),
+    NetworkCase(
+        "resnet56-het4", "resnet56", SupportSpec("het", 4), n=64, size=32,
+        target_dense=2.3, note="images of 32² and layers of 16 to 64 channels",
     ),
     # Large images, whose fresh outputs are paid for in page faults.
     NetworkCase(
