@@ -80,7 +80,7 @@ def test_the_code_of_readme_and_docs_type_checks(tmp_path: Path) -> None:
 def of_torch(line: str, folder: Path) -> bool:
     """Whether an error is in torch's own types, which do not know Module.to(memory_format=…).
 
-    Of a page that has not changed mypy tells again what it found before, in the folder of that time.
+    Of a page that has not changed mypy says what it found before, in the folder of that time.
     """
     path, number, _ = line.split(":", 2)
     code = (folder / Path(path).name).read_text().splitlines()[int(number) - 1]
