@@ -15,13 +15,12 @@ import argparse
 import statistics
 import time
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from benchmarks import low_precision
-from benchmarks.networks import NETWORKS, NetworkCase, build_network
+from benchmarks.networks import NETWORKS, NetworkCase
 from hetconv_kernels.tables import text_table
 
 _FEWEST_ROWS = 16
@@ -66,9 +65,10 @@ def times_by_piece(case: NetworkCase, rounds: int = 7) -> list[Piece]:
     found = []
     for images, rows in piece_sizes(case):
         piece = replace(case, n=images, size=rows, width=case.width or case.size)
-        network, x = _network(piece)
+        torch.manual_seed(1)
         times = []
         with torch.no_grad():
+            network, x = low_precision.our_network(piece, torch.randn(piece.shape))
             for _ in range(rounds + 2):
                 begun = time.thread_time()
                 network(x)
@@ -76,15 +76,6 @@ def times_by_piece(case: NetworkCase, rounds: int = 7) -> list[Piece]:
         pieces = (case.n // images) * (case.size / rows)
         found.append(Piece(images, rows, pieces * statistics.median(times[2:])))
     return found
-
-
-def _network(case: NetworkCase) -> tuple[Any, Tensor]:
-    torch.manual_seed(1)
-    x = torch.randn(case.shape).to(memory_format=torch.channels_last)
-    with torch.no_grad():
-        if case.dtype == "float32":
-            return build_network(case, "ours", x), x
-        return low_precision.our_network(case, x)
 
 
 def main() -> None:

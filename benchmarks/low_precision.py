@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 
 import hetconv_kernels as hk
 from benchmarks import gate, peers
-from benchmarks.networks import NetworkCase, converted, seeded_network
+from benchmarks.networks import NetworkCase, build_network, converted, seeded_network
 from benchmarks.peers import Absent, Inference
 from benchmarks.rig import OURS, OURS_FLOAT32
 from hetconv_kernels.quantization import engine
@@ -200,11 +200,14 @@ def ours(case: NetworkCase, float32: nn.Module, x: Tensor) -> dict[str, partial[
 
 
 def our_network(case: NetworkCase, x: Tensor) -> tuple[nn.Module, Tensor]:
-    """Makes our network of a case in bfloat16 or 8 bits, and the images as it takes them.
+    """Makes our network of a case in the case's dtype, and the images as it takes them.
 
     Raises:
         Absent: this build has nothing that runs the case's dtype.
     """
+    if case.dtype == "float32":
+        image = x.contiguous(memory_format=_LAST)
+        return build_network(case, "ours", image), image
     return (_ours_int8 if case.dtype == "int8" else _ours_bfloat16)(case, x)
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import low_precision
-from benchmarks.networks import NETWORKS, build_network
+from benchmarks.networks import NETWORKS
 from hetconv_kernels import roofline
 from hetconv_kernels.graph.names import module_of
 from hetconv_kernels.graph.planned import observe_steps
@@ -108,14 +108,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     (case,) = (c for c in NETWORKS if c.name == options.network)
     torch.manual_seed(1)
-    x = torch.randn(case.shape).to(memory_format=torch.channels_last)
-    kind = getattr(torch, case.dtype)
-    roof = roofline.measure_roofs(dtype=kind)
+    roof = roofline.measure_roofs(dtype=getattr(torch, case.dtype))
     with torch.no_grad():
-        if kind == torch.float32:
-            network = build_network(case, "ours", x)
-        else:
-            network, x = low_precision.our_network(case, x)
+        network, x = low_precision.our_network(case, torch.randn(case.shape))
         steps = steps_of(network, x, options.rounds)
     rows, floors = [], 0.0
     for s in steps:

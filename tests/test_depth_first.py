@@ -33,14 +33,14 @@ def test_what_takes_a_second_a_pixel_takes_as_long_in_pieces(
 ) -> None:
     now, shapes = [0.0], []
 
-    def network_of(piece: NetworkCase) -> tuple[Any, torch.Tensor]:
+    def network_of(piece: NetworkCase, x: torch.Tensor) -> tuple[Any, torch.Tensor]:
         def network(x: torch.Tensor) -> None:
             now[0] += x.numel()
             shapes.append(tuple(x.shape))
 
-        return network, torch.zeros(piece.shape)
+        return network, x
 
-    monkeypatch.setattr(depth_first, "_network", network_of)
+    monkeypatch.setattr(depth_first.low_precision, "our_network", network_of)
     monkeypatch.setattr(depth_first.time, "thread_time", lambda: now[0])
     found = depth_first.times_by_piece(case, rounds=3)
     n, channels, height, width = case.shape
