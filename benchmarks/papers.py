@@ -104,13 +104,14 @@ def lenet_lines() -> list[Json]:
 
 def papers_provenance() -> str:
     """Says what the numbers are of, and where they were measured."""
-    seeds = {line["seed"] for line in lenet_lines()}
     record = json.loads((summary.HERE / "lenet.json").read_text())
+    lines = record["lines"]
+    seeds = {line["seed"] for line in lines}
     return (
         "The papers give ratios of MACs or of weights, and no times. Networks of their shapes are "
         "untrained here, compressed to a rate alone, and timed against the dense network "
         f"({summary.methods_provenance('speed')}). LeNet-5 is trained on 7,000 digits of MNIST and "
         f"judged by 2,000 others: mean of up to {len(seeds)} seeds, points against dense with "
-        f"their deviation ({summary.provenance(record)}). "
+        f"their deviation ({summary.lines_provenance(record, lines)}). "
         "[All tables](docs/methods/index.md)."
     )

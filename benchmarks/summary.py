@@ -342,9 +342,13 @@ def _methods_speed() -> str:
 def methods_provenance(part: str) -> str:
     """Says what a table of methods was measured on; its lines may be of several commits."""
     data = methods()[part]
-    places = [data | {"environment": row.get("environment", data["environment"])}
-              for row in data[part]]  # fmt: skip
-    return "; ".join(dict.fromkeys(map(provenance, places)))
+    return lines_provenance(data, data[part])
+
+
+def lines_provenance(data: Json, lines: Sequence[Json]) -> str:
+    """Says what lines were measured on: each on its own environment, or else on the file's."""
+    own = [data | {"environment": line.get("environment", data["environment"])} for line in lines]
+    return "; ".join(dict.fromkeys(map(provenance, own)))
 
 
 def training_networks() -> str:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import lenet
+from benchmarks import lenet, summary
+from hetconv_kernels import methods, models
 from hetconv_kernels.errors import HetconvError
 
 
@@ -20,6 +21,21 @@ def test_all_eight_methods_have_a_line() -> None:
     assert set(lenet.PAPER) | set(lenet.DISTILLED) <= set(found)
     for name, method in lenet.DISTILLED.items():
         assert found[name] == found[method]
+
+
+def test_the_rates_by_hand_are_of_every_layer_and_leave_as_few_weights_as_the_paper() -> None:
+    method = lenet.lenet_methods()["ADMM"]
+    assert isinstance(method, methods.ADMM)
+    layers = {n: m for n, m in models.lenet5().named_modules() if hasattr(m, "weight")}
+    assert method.layer_rates is not None
+    assert set(method.layer_rates) == set(layers)
+    for step, rate in enumerate(method.rates):
+        left = sum(
+            round((1 - method.layer_rates[name][step]) * layer.weight.numel())
+            for name, layer in layers.items()
+        )
+        assert left == pytest.approx((1 - rate) * 430_500, rel=1.2e-2)
+    assert 430_500 / left >= 167
 
 
 def record(seed: int, weights: int, accuracy: float, name: str = "ADMM") -> dict[str, Any]:
@@ -44,9 +60,19 @@ def test_a_finished_line_is_told_and_not_done_again(
     published = json.loads((tmp_path / "lenet.json").read_text())
     assert [line["name"] for line in published["lines"]] == ["ADMM", "ADMM, distilled"]
     assert published["lines"][0] == record(3, 10, 0.983)
+    environment = published["environment"]
     text = (tmp_path / "lenet.md").read_text()
     assert "167× fewer weights" in text
     assert "Dense: 98.50 % of the images" in text
+    # A line of another machine's: the others stay, with the environment that they were taken in.
+    (tmp_path / "admm-distilled-3.json").unlink()
+    elsewhere = environment | {"commit": "another"}
+    anew = record(3, 10, 0.98) | {"environment": elsewhere}
+    (tmp_path / "admm-3.json").write_text(json.dumps(anew))
+    assert lenet.main(["--only", "none of them", *words[2:]]) == 0
+    again = json.loads((tmp_path / "lenet.json").read_text())
+    assert again == {"environment": environment, "lines": [anew, published["lines"][1]]}
+    assert summary.lines_provenance(again, again["lines"]).count("commit") == 2
 
 
 def test_a_finished_line_is_measured_anew_when_that_is_asked_for(
