@@ -14,7 +14,6 @@ template <class A> struct Out {
   const A* scale;
   const A* shift;
   Act act;
-  bool plain() const { return !scale && !shift && !res.data && act == Act::none; }
 };
 
 template <class A> static inline Out<A> out_of(const Problem& p) {
@@ -113,6 +112,44 @@ template <class S, class A> struct Simple {
     keep(k, finished(k, v, res), y);
   }
 };
+
+// Where a tile of MR pixels x NV vectors of filters goes while it is still in registers, and what
+// happens to it there: what `Simple` does. y is null where the sums themselves are wanted.
+template <class S, class A> struct TileEnd {
+  S* y;
+  const S* res;
+  ptrdiff_t y_pixel, res_pixel;
+  const A* shift;  // [NV] vectors, or null
+  bool relu;
+
+  // Whether it can do all that `o` asks, to filters from `filter0` on.
+  bool takes(const Out<A>& o, int filter0) {
+    if (o.scale || (o.act != Act::none && o.act != Act::relu)) return false;
+    shift = o.shift ? o.shift + filter0 : nullptr;
+    relu = o.act == Act::relu;
+    y_pixel = o.y.sw;
+    res_pixel = o.res.sw;
+    return true;
+  }
+};
+
+template <class S, class A, int MR, int NV>
+HC_INLINE void finish_tile(Vec<A> (&acc)[MR][NV], const TileEnd<S, A>& e) {
+  const Vec<A> floor = splat<A>(e.relu ? A(0) : -std::numeric_limits<A>::infinity());
+  HC_UNROLL for (int j = 0; j < NV; ++j) {
+    if (e.shift) {
+      const Vec<A> shift = load<A>(e.shift + j * VL<A>);
+      HC_UNROLL for (int i = 0; i < MR; ++i) acc[i][j] += shift;
+    }
+    if (e.res) {
+      HC_UNROLL for (int i = 0; i < MR; ++i) acc[i][j] +=
+          read<S, A>(e.res + i * e.res_pixel + j * VL<A>);
+    }
+    // Written so that NaN stays NaN.
+    HC_UNROLL for (int i = 0; i < MR; ++i)
+        write<S, A>(e.y + i * e.y_pixel + j * VL<A>, floor > acc[i][j] ? floor : acc[i][j]);
+  }
+}
 
 // Accumulators pixel by pixel, lanes = filters: rows x cols pixels, `pitch` elements apart, to y at
 // element offset `at`.

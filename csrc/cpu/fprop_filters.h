@@ -2,6 +2,7 @@
 // fprop with filters in vectors: tasks are (image, band of rows, strip of columns, share of the
 // segments).
 #pragma once
+#include <type_traits>
 #include "ahead.h"
 #include "emit.h"
 #include "micro_filters.h"
@@ -84,16 +85,29 @@ template <class A> struct FilterColumns {
                       Band*) {}
   // Whether it may read pixels of C channels where they lie.
   static bool in_place(int C, bool /*vectors*/) { return C % VL<A> == 0; }
-  static FilterSteps steps(const Lowered& L, const Segment& s, const int* off) {
-    return {off + s.col0,    s.quads,
-            s.singles,       s.split,
-            s.straight,      s.turned,
-            s.pairs,         s.halves,
-            s.paired() != 0, L.perms ? reinterpret_cast<const A*>(L.perms) + s.perm0 : nullptr};
+  // in_pixel: distance of neighbouring output pixels in the band; 0 where it is not known.
+  static FilterSteps<A> steps(const Lowered& L, const Segment& s, const int* off,
+                              ptrdiff_t in_pixel = 0) {
+    FilterSteps<A> steps = {
+        off + s.col0,    s.quads,
+        s.singles,       s.split,
+        s.straight,      s.turned,
+        s.pairs,         s.halves,
+        s.paired() != 0, L.perms ? reinterpret_cast<const A*>(L.perms) + s.perm0 : nullptr};
+    const int* turned = steps.off + s.quads + s.singles + (s.split + s.straight) * s.nv;
+    for (int j = 0; j < s.nv; ++j) turned += s.pairs[j] + 2 * s.halves[j];
+    const int taps = s.triples ? 1 : 2;  // from the first column of a row to its second
+    if ((s.triples || s.twins) && turned[s.nv] - turned[0] == taps * in_pixel) {
+      steps.triples = s.triples;
+      steps.twins = s.twins;
+      steps.alike = s.alike != 0;
+    }
+    return steps;
   }
-  // Whether the kernel itself can write whole vectors of filters with this epilogue, and where to.
-  static bool finishes(const FilterSteps&, const Out<A>&, int) { return false; }
-  template <class S> static void place(const FilterSteps&, S*, const S*) {}
+  // Of a tile.
+  template <int NV> static int most_pixels(const FilterSteps<A>& s) {
+    return s.triples + s.twins ? kMaxRowPixels[NV] : kMaxPixels;
+  }
   template <int NV> static FiltersKernel<A> kernel(int mr) { return filters_kernel_for<A, NV>(mr); }
 };
 
@@ -227,16 +241,18 @@ template <class S, class A, class K = FilterColumns<A>> struct FiltersFprop {
       band = copy;
     }
     constexpr int FT = NV * VL<A>;
-    auto steps = K::steps(L, s, off);
+    auto steps = K::steps(L, s, off, in_pixel);
     const A* w = packed + s.w0;
     const int* filters = L.filters + s.filter0;
     const Out<A> out = out_of<A>(p);
-    const bool whole =
-        sizeof(S) == sizeof(A) && s.lanes == FT && s.contiguous && p.y.sc == 1 && out.plain();
     const bool near = s.contiguous && p.y.sc == 1 && (!p.res.data || p.res.sc == 1);
-    const bool finished = near && s.lanes == FT && K::finishes(steps, out, filters[0]);
-    const int tiles = ceil_div(nc, kMaxPixels), base = nc / tiles, more = nc % tiles;
-    const auto big = K::template kernel<NV>(base + 1 <= kMaxPixels ? base + 1 : base),
+    // Whether the kernel itself writes whole vectors of filters, with this epilogue.
+    bool finished = false;
+    if constexpr (std::is_same_v<decltype(steps.end.y), S*>)
+      finished = near && s.lanes == FT && steps.end.takes(out, filters[0]);
+    const int pixels = K::template most_pixels<NV>(steps);
+    const int tiles = ceil_div(nc, pixels), base = nc / tiles, more = nc % tiles;
+    const auto big = K::template kernel<NV>(more ? base + 1 : base),
                small = K::template kernel<NV>(base);
     const int group = emit_rows_at_once(nc);
     for (int r0 = 0; r0 < nr; r0 += group) {
@@ -249,9 +265,7 @@ template <class S, class A, class K = FilterColumns<A>> struct FiltersFprop {
                          : nullptr;
       for (int r = 0; r < gr; ++r) {
         const Band* a = band + (r0 + r) * in_row;
-        A* o = whole ? reinterpret_cast<A*>(p.y.data) + at + r * p.y.sh + filters[0]
-                     : scratch + int64_t(r) * nc * FT;
-        const int64_t os = whole ? p.y.sw : FT;
+        A* o = scratch + int64_t(r) * nc * FT;
         for (int t = 0, c = 0; t < tiles; ++t) {
           const int m = base + (t < more);
           // The output, and what is added to it, come near while they are computed.
@@ -262,14 +276,15 @@ template <class S, class A, class K = FilterColumns<A>> struct FiltersFprop {
                 __builtin_prefetch(res + r * p.res.sh + (c + i) * p.res.sw + j * VL<A>, 0, 3);
             }
           Ahead::step<false>(ahead);
-          if (finished)
-            K::place(steps, to + r * p.y.sh + c * p.y.sw,
-                     res ? res + r * p.res.sh + c * p.res.sw : nullptr);
-          (t < more ? big : small)(a + c * in_pixel, in_pixel, steps, w, o + c * os, os);
+          if constexpr (std::is_same_v<decltype(steps.end.y), S*>) {
+            if (finished) steps.end.y = to + r * p.y.sh + c * p.y.sw;
+            if (finished && res) steps.end.res = res + r * p.res.sh + c * p.res.sw;
+          }
+          (t < more ? big : small)(a + c * in_pixel, in_pixel, steps, w, o + c * FT, FT);
           c += m;
         }
       }
-      if (whole || finished) continue;
+      if (finished) continue;
       if (p.y.sc == 1 || p.y.sw != 1) {
         emit_pixels<S, A>(out, filters, s.lanes, s.contiguous, scratch, FT, gr, nc, at, res_at);
       } else {

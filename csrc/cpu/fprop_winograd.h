@@ -17,14 +17,14 @@ template <class A> struct WinogradColumns : FilterColumns<A> {
   }
   // Vectors of weights that a column has for nv vectors of filters: of one, two columns share them.
   static constexpr int vectors_of(int /*nv*/) { return 2; }
-  template <int NV> static FilterSteps products(const Winograd& W, const WinogradPart& k) {
+  template <int NV> static FilterSteps<A> products(const Winograd& W, const WinogradPart& k) {
     static const int none[2] = {0, 0};
     return {W.offsets + k.off0,        k.quads, k.singles, 0,      0, 0,
             NV == 1 ? &k.pairs : none, none,    NV == 1,   nullptr};
   }
   // One vector of filters: two products a load.
   template <int MR>
-  static void pairs_product(const A* a, ptrdiff_t ps, const FilterSteps& s, const A* w, A* o,
+  static void pairs_product(const A* a, ptrdiff_t ps, const FilterSteps<A>& s, const A* w, A* o,
                             ptrdiff_t) {
     pairs_kernel<A, MR, 1>(a, ps, s, s.off, w, o);
   }

@@ -31,23 +31,11 @@ struct PairColumns {
     pack_patches(p, x, KW, ya, oy, ox, rows, cols, row_elements, band);
   }
   static bool in_place(int C, bool vectors) { return vectors ? C % VL<bf16> == 0 : C > 1; }
-  static PairSteps steps(const Lowered& L, const Segment& s, const int* off) {
+  static PairSteps steps(const Lowered& L, const Segment& s, const int* off, ptrdiff_t = 0) {
     return {off + s.col0, s.runs, s.pairs, s.windows,
             L.perms ? static_cast<const float*>(L.perms) + s.perm0 : nullptr};
   }
-  // Whether the kernel itself writes tiles of `s`, whose filters are whole vectors in memory.
-  static bool finishes(PairSteps& steps, const Out<float>& o, int filter0) {
-    if (o.scale || (o.act != Act::none && o.act != Act::relu)) return false;
-    steps.shift = o.shift ? o.shift + filter0 : nullptr;
-    steps.relu = o.act == Act::relu;
-    steps.y_pixel = o.y.sw;
-    steps.res_pixel = o.res.sw;
-    return true;
-  }
-  static void place(PairSteps& steps, bf16* y, const bf16* res) {
-    steps.y = y;
-    steps.res = res;
-  }
+  template <int NV> static int most_pixels(const PairSteps&) { return kMaxPixels; }
   template <int NV> static PairsKernel kernel(int mr) { return pairs_kernel_for<NV>(mr); }
 };
 

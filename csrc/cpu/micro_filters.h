@@ -3,23 +3,33 @@
 // columns of a segment.
 #pragma once
 #include "choose.h"
-#include "vec.h"
+#include "emit.h"
 
 namespace hetconv {
 namespace HETCONV_NS {
 
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kMaxPixels = 14;  // 14 x 2 accumulators of 32 registers
+// Where taps share permuted inputs: beside 3 weights for each vector, one input and its
+// permutation.
+constexpr int kMaxRowPixels[3] = {0, 14, 12};
+constexpr bool kVectorsTogether = true;
 #else
 constexpr int kMaxPixels = 6;  // 6 x 2 of 16
+constexpr int kMaxRowPixels[3] = {0, 6, 5};
+constexpr bool kVectorsTogether = false;  // 3 weights of one vector at a time
 #endif
 
-struct FilterSteps {
+template <class A> struct FilterSteps {
   const int* off;  // band offset of each column
   int quads, singles, split, straight, turned;
-  const int *pairs, *halves;  // of each vector
-  bool paired;                // whether any of those is not zero
-  const void* perms;          // [turned][NV] index vectors
+  const int *pairs, *halves;   // of each vector
+  bool paired;                 // whether any of those is not zero
+  const A* perms;              // [turned][NV] index vectors
+  int triples = 0, twins = 0;  // of the turned; none where neighbouring taps are not neighbouring
+                               // pixels
+  bool alike = false;
+  TileEnd<A, A> end{};
 };
 
 // p[0] in even lanes, p[1] in odd ones.
@@ -37,8 +47,9 @@ template <class A> HC_INLINE Vec<A> splat_pair(const A* p) {
 
 // The pairs of all vectors: one load serves two multiply-adds. Sums to o: [MR][NV] vectors.
 template <class A, int MR, int NV>
-static __attribute__((noinline)) void pairs_kernel(const A* a, ptrdiff_t ps, const FilterSteps& s,
-                                                   const int* off, const A* w, A* o) {
+static __attribute__((noinline)) void pairs_kernel(const A* a, ptrdiff_t ps,
+                                                   const FilterSteps<A>& s, const int* off,
+                                                   const A* w, A* o) {
   for (int j = 0; j < NV; ++j) {
     Vec<A> acc[MR][2];
     HC_UNROLL for (int i = 0; i < MR; ++i) acc[i][0] = acc[i][1] = Vec<A>{};
@@ -68,7 +79,7 @@ static __attribute__((noinline)) void pairs_kernel(const A* a, ptrdiff_t ps, con
 }
 
 template <class A>
-using FiltersKernel = void (*)(const A* a, ptrdiff_t ps, const FilterSteps& s, const A* w, A* o,
+using FiltersKernel = void (*)(const A* a, ptrdiff_t ps, const FilterSteps<A>& s, const A* w, A* o,
                                ptrdiff_t os);
 
 // The pixels of a tile by four base pointers and two distances, so that every operand is one
@@ -92,10 +103,51 @@ template <class A, int MR> struct TilePixels {
   }
 };
 
+// COUNT taps of a kernel row, STEP apart, of vectors J to J + NJ: each input pixel is permuted once
+// for all the outputs that read it.
+template <class A, int MR, int NV, int COUNT, int STEP, int J, int NJ>
+HC_INLINE void row_of_taps(Vec<A> (&acc)[MR][NV], const A* a, ptrdiff_t ps, const A* w,
+                           const A* turn) {
+  constexpr int pixels = MR + (COUNT - 1) * STEP;
+  using Tile = TilePixels<A, pixels>;
+  Tile t(ps);
+  Tile::start(t, a);
+  const auto index = (typename Lane<A>::ivec)load<A>(turn + J * VL<A>);
+  Vec<A> b[COUNT][NJ];
+  HC_UNROLL for (int k = 0; k < COUNT; ++k) HC_UNROLL for (int j = 0; j < NJ; ++j) b[k][j] =
+      load<A>(w + (k * NV + J + j) * VL<A>);
+  HC_UNROLL for (int q = 0; q < pixels; ++q) {
+    const Vec<A> x = turn_lanes<A>(load<A>(Tile::of(t, q)), index);
+    HC_UNROLL for (int k = 0; k < COUNT; ++k) {
+      const int i = q - k * STEP;
+      if (i < 0 || i >= MR) continue;
+      HC_UNROLL for (int j = 0; j < NJ; ++j) acc[i][J + j] += x * b[k][j];
+    }
+  }
+}
+
+template <class A, int MR, int NV, int COUNT, int STEP>
+HC_INLINE void rows_of_taps(Vec<A> (&acc)[MR][NV], int rows, bool alike, const A* a, ptrdiff_t ps,
+                            const int*& off, const A*& w, const A*& turn) {
+  for (int r = 0; r < rows; ++r) {
+    if constexpr (NV == 1) {
+      row_of_taps<A, MR, NV, COUNT, STEP, 0, 1>(acc, a + off[0], ps, w, turn);
+    } else if (kVectorsTogether && alike) {
+      row_of_taps<A, MR, NV, COUNT, STEP, 0, NV>(acc, a + off[0], ps, w, turn);
+    } else {
+      row_of_taps<A, MR, NV, COUNT, STEP, 0, 1>(acc, a + off[0], ps, w, turn);
+      row_of_taps<A, MR, NV, COUNT, STEP, 1, 1>(acc, a + off[1], ps, w, turn);
+    }
+    off += COUNT * NV;
+    w += COUNT * NV * VL<A>;
+    turn += COUNT * NV * VL<A>;
+  }
+}
+
 // a: first pixel in the band, ps: distance of neighbouring pixels, w: packed weights, o: MR rows of
 // NV vectors, os apart.
 template <class A, int MR, int NV>
-static void filters_kernel(const A* a, ptrdiff_t ps, const FilterSteps& s, const A* w, A* o,
+static void filters_kernel(const A* a, ptrdiff_t ps, const FilterSteps<A>& s, const A* w, A* o,
                            ptrdiff_t os) {
   using Tile = TilePixels<A, MR>;
   Vec<A> acc[MR][NV];
@@ -158,8 +210,14 @@ static void filters_kernel(const A* a, ptrdiff_t ps, const FilterSteps& s, const
     w += NV * VL<A>;
   }
   off += s.straight * NV;
-  const A* turn = static_cast<const A*>(s.perms);
-  for (int q = 0; q < s.turned; ++q) {
+  const A* turn = s.perms;
+  int apart = s.turned;
+  if constexpr (MR <= kMaxRowPixels[NV]) {
+    rows_of_taps<A, MR, NV, 3, 1>(acc, s.triples, s.alike, a, ps, off, w, turn);
+    rows_of_taps<A, MR, NV, 2, 2>(acc, s.twins, s.alike, a, ps, off, w, turn);
+    apart -= 3 * s.triples + 2 * s.twins;
+  }
+  for (int q = 0; q < apart; ++q) {
     HC_UNROLL for (int j = 0; j < NV; ++j) {
       Tile::start(t, a + off[q * NV + j]);
       const Vec<A> b = load<A>(w + j * VL<A>);
@@ -170,6 +228,7 @@ static void filters_kernel(const A* a, ptrdiff_t ps, const FilterSteps& s, const
     }
     w += NV * VL<A>;
   }
+  if (s.end.y) return finish_tile(acc, s.end);
   HC_UNROLL for (int i = 0; i < MR; ++i) HC_UNROLL for (int j = 0; j < NV; ++j)
       store<A>(o + i * os + j * VL<A>, acc[i][j]);
 }

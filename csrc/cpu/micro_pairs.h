@@ -28,32 +28,8 @@ struct PairSteps {
   const int* off;  // band offset of each column
   int runs, pairs, windows;
   const float* turns;  // [windows][NV] index vectors
-  // Where a finished tile goes, and what is added to it, pixel by pixel; y is null where the sums
-  // themselves are wanted. Only what `Simple` does: a shift, a residual, a ReLU.
-  bf16* y = nullptr;
-  const bf16* res = nullptr;
-  ptrdiff_t y_pixel = 0, res_pixel = 0;
-  const float* shift = nullptr;  // [NV] vectors, or null
-  bool relu = false;
+  TileEnd<bf16, float> end{};
 };
-
-template <int MR, int NV> HC_INLINE void finish_tile(Vec<float> (*acc)[NV], const PairSteps& s) {
-  constexpr int L = VL<float>;
-  const Vec<float> floor = splat<float>(s.relu ? 0.0f : -std::numeric_limits<float>::infinity());
-  HC_UNROLL for (int j = 0; j < NV; ++j) {
-    if (s.shift) {
-      const Vec<float> shift = load<float>(s.shift + j * L);
-      HC_UNROLL for (int i = 0; i < MR; ++i) acc[i][j] += shift;
-    }
-    if (s.res) {
-      HC_UNROLL for (int i = 0; i < MR; ++i) acc[i][j] +=
-          read<bf16, float>(s.res + i * s.res_pixel + j * L);
-    }
-    // Of a NaN the second operand is kept.
-    HC_UNROLL for (int i = 0; i < MR; ++i) write<bf16, float>(
-        s.y + i * s.y_pixel + j * L, (Vec<float>)_mm512_max_ps((__m512)floor, (__m512)acc[i][j]));
-  }
-}
 
 using PairsKernel = void (*)(const bf16* a, ptrdiff_t ps, const PairSteps& s, const float* w,
                              float* o, ptrdiff_t os);
@@ -102,7 +78,7 @@ static void pairs_kernel(const bf16* a, ptrdiff_t ps, const PairSteps& s, const 
     }
     w += NV * L;
   }
-  if (s.y) return finish_tile<MR, NV>(acc, s);
+  if (s.end.y) return finish_tile(acc, s.end);
   HC_UNROLL for (int i = 0; i < MR; ++i) HC_UNROLL for (int j = 0; j < NV; ++j)
       store<float>(o + i * os + j * L, acc[i][j]);
 }

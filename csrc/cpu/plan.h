@@ -85,6 +85,7 @@ class Plan {
   void add_windows(PairSegment& s, const std::vector<std::vector<LaneColumn>>& windows);
   void add_lane_columns(const FilterSegment& s, const std::vector<int>& filters,
                         SegmentColumns& found) const;
+  void add_lanes(FilterSegment& s, const std::vector<LaneColumn>& lanes);
   std::vector<Column> read_by(const std::vector<int>& filters, int first, int last,
                               const std::vector<Column>& columns) const;
   std::vector<LaneColumn> lane_columns(const std::vector<int>& filters, int first, int last,

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Filters in vectors: which filters share vectors, and how each of their columns is read.
 #include <algorithm>
+#include <map>
 #include <tuple>
 
 #include "plan.h"
@@ -8,15 +9,16 @@
 namespace hetconv {
 
 // Cost of one vector multiply-add with an operand that is a broadcast for one vector only, a vector
-// of activations, or a permuted one; a broadcast shared by two vectors costs 1. The same for half
-// of a pair, of one load for both halves and of one load each.
+// of activations, a permuted one, or one that is permuted for a row of taps; a broadcast shared by
+// two vectors costs 1. The same for half of a pair, of one load for both halves and of one load
+// each.
 struct ColumnCosts {
-  double split, straight, turned, pair, half;
+  double split, straight, turned, row, pair, half;
 };
 // Measured on Zen 5; and set for Zen 4 by layers of 16 and 48 channels: there loads of one element
 // never keep a multiply-add waiting, and pairs gain nothing. The other three are Zen 5's.
-constexpr ColumnCosts kWholeCosts = {1.33, 1.2, 2.0, 1.05, 1.33},
-                      kHalfCosts = {1.0, 1.2, 2.0, 1.3, 1.33};
+constexpr ColumnCosts kWholeCosts = {1.33, 1.2, 2.0, 1.15, 1.05, 1.33},
+                      kHalfCosts = {1.0, 1.2, 2.0, 1.15, 1.3, 1.33};
 static const ColumnCosts& costs_on(const Kernels& kernels) {
   return kernels.half_vectors ? kHalfCosts : kWholeCosts;
 }
@@ -29,6 +31,11 @@ void Plan::perm_push(int64_t v) {
     perms64_.push_back(v);
   else
     perms32_.push_back(int32_t(v));
+}
+
+// The place in its window that lane l of a column reads.
+static int64_t turn_of(const LaneColumn& lane, size_t l) {
+  return lane.channels[l] >= 0 ? lane.channels[l] - lane.window.channel : 0;
 }
 
 // By tap, then channel.
@@ -135,31 +142,69 @@ void Plan::add_segment(const std::vector<int>& filters, const Group* group) {
     columns_.insert(columns_.end(), found.halves[j].begin(), found.halves[j].end());
   }
 
-  // Lane columns that need no permutation come first.
-  const std::vector<LaneColumn>& lanes = found.lanes;
-  const size_t per = size_t(s.nv), count = lanes.size() / per;
-  for (int turned = 0; turned < 2; ++turned)
-    for (size_t q = 0; q < count; ++q) {
-      bool straight = true;
-      for (size_t j = 0; j < per; ++j)
-        for (int l = 0; l < vl; ++l) {
-          const int64_t c = lanes[q * per + j].channels[l];
-          if (c >= 0 && c != lanes[q * per + j].window.channel + l) straight = false;
-        }
-      if (straight == (turned == 1)) continue;
-      (turned ? s.turned : s.straight) += 1;
-      for (size_t j = 0; j < per; ++j) {
-        columns_.push_back(lanes[q * per + j].window);
-        for (int l = 0; l < vl; ++l) {
-          const int64_t c = lanes[q * per + j].channels[l];
-          taken_.push_back(c >= 0);
-          if (turned) perm_push(c >= 0 ? c - lanes[q * per + j].window.channel : 0);
-        }
-      }
-    }
+  add_lanes(s, found.lanes);
   low_.packed += int64_t(4 * s.quads + s.singles + s.split + s.straight + s.turned) * s.nv * vl +
                  int64_t(s.paired()) * 2 * vl;
   segments_.push_back(s);
+}
+
+// Lane columns to columns_, perms and taken_: those that need no permutation come first, then taps
+// of one kernel row that share theirs.
+void Plan::add_lanes(FilterSegment& s, const std::vector<LaneColumn>& lanes) {
+  const size_t vl = size_t(low_.vl), per = size_t(s.nv);
+  // What a column reads of a row of pixels, but for kx: the row, then windows and permutations.
+  using Reads = std::vector<int64_t>;
+  std::map<Reads, std::map<int, size_t>> by_reads;  // to the number of the column, by kx
+  std::vector<size_t> straight, triples, twins, apart;
+  bool alike = true;
+  for (size_t q = 0; q < lanes.size() / per; ++q) {
+    bool is_straight = true;
+    Reads reads = {lanes[q * per].window.ky};
+    for (size_t j = 0; j < per; ++j) {
+      const LaneColumn& lane = lanes[q * per + j];
+      reads.push_back(lane.window.channel);
+      for (size_t l = 0; l < vl; ++l) {
+        const int64_t c = lane.channels[l];
+        reads.push_back(turn_of(lane, l));
+        is_straight &= c < 0 || c == lane.window.channel + int64_t(l);
+      }
+    }
+    if (is_straight)
+      straight.push_back(q);
+    else if (!by_reads[reads].emplace(lanes[q * per].window.kx, q).second)
+      apart.push_back(q);
+  }
+  for (auto& [reads, at] : by_reads) {
+    const size_t before = triples.size() + twins.size();
+    while (!at.empty()) {
+      const auto first = at.begin();
+      const auto second = at.find(first->first + 1), third = at.find(first->first + 2);
+      const bool triple = second != at.end() && third != at.end(), twin = third != at.end();
+      std::vector<size_t>& to = triple ? triples : twin ? twins : apart;
+      to.push_back(first->second);
+      if (triple) to.push_back(second->second), at.erase(second);
+      if (twin) to.push_back(third->second), at.erase(third);
+      at.erase(first);
+    }
+    const auto second = reads.begin() + 2 + int64_t(vl);
+    if (per == 2 && triples.size() + twins.size() > before)
+      alike &= std::equal(reads.begin() + 1, second, second);
+  }
+  s.straight = int(straight.size());
+  s.turned = int(triples.size() + twins.size() + apart.size());
+  s.triples = int(triples.size() / 3);
+  s.twins = int(twins.size() / 2);
+  s.alike = alike;
+  for (const auto* part : {&straight, &triples, &twins, &apart})
+    for (size_t q : *part)
+      for (size_t j = 0; j < per; ++j) {
+        const LaneColumn& lane = lanes[q * per + j];
+        columns_.push_back(lane.window);
+        for (size_t l = 0; l < vl; ++l) {
+          taken_.push_back(lane.channels[l] >= 0);
+          if (part != &straight) perm_push(turn_of(lane, l));
+        }
+      }
 }
 
 // The channels among `columns` that some of the lanes [first, last) have, with the same tap.
@@ -272,7 +317,8 @@ void Plan::add_lane_columns(const FilterSegment& s, const std::vector<int>& filt
         most_own = std::max(most_own, own[j].size());
       }
       as_pairs += costs.split * double(most_single);
-      const double as_lanes = costs.turned * double(most_own),
+      // Where a row has three taps, most of them are neighbours at stride 1.
+      const double as_lanes = (low_.KW < 3 ? costs.turned : costs.row) * double(most_own),
                    as_split = costs.split * double(most_alone),
                    as_broadcast = (s.nv == 1 ? costs.split : 1.0) * double(rest.size());
       double least = std::min({as_lanes, as_split, as_broadcast});
@@ -304,9 +350,10 @@ double Plan::filters_cost() const {
   const ColumnCosts& costs = costs_on(kernels_);
   double total = (channels_last_ ? 1.5 : 3.2) * double(low_.C + low_.F);
   for (const FilterSegment& s : segments_) {
-    total +=
-        s.nv * ((s.nv == 1 ? costs.split : 1.0) * (4 * s.quads + s.singles) +
-                costs.split * s.split + costs.straight * s.straight + costs.turned * s.turned + 2);
+    const int in_rows = 3 * s.triples + 2 * s.twins;
+    total += s.nv * ((s.nv == 1 ? costs.split : 1.0) * (4 * s.quads + s.singles) +
+                     costs.split * s.split + costs.straight * s.straight +
+                     costs.turned * (s.turned - in_rows) + costs.row * in_rows + 2);
     for (int j = 0; j < s.nv; ++j)
       total += 2 * (costs.pair * s.pairs[j] + costs.half * s.halves[j]);
     if (channels_last_ && !s.contiguous) total += kScatterCost * s.lanes;

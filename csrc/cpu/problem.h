@@ -70,7 +70,10 @@ struct Column {
 //            the same for lanes whose halves read different channels. The lanes of a pair are
 //            half as many filters, each twice: the lower channel in even lanes, the upper in odd.
 //   lane columns: nv Columns each (one per vector); lane l of vector j reads channel + perm[l].
-//            The first `straight` of them read channel + l (no permutation).
+//            The first `straight` of them read channel + l (no permutation). Of the `turned`, the
+//            first 3 * triples are three neighbouring taps of a kernel row each, kx to kx + 2, and
+//            the next 2 * twins are two, kx and kx + 2, which read the same channels by the same
+//            permutation. alike: and so do both vectors, in all of these.
 // Weights, from `w0`: [4 * quads + singles + split][nv * VL], [pairs + halves][2 * VL],
 // [lane columns][nv * VL].
 struct FilterSegment {
@@ -79,6 +82,7 @@ struct FilterSegment {
   int contiguous;  // filters ascend by one
   int merged;      // several groups: a lane may not have every broadcast column
   int quads, singles, split, straight, turned;
+  int triples, twins, alike;
   int pairs[2], halves[2];  // of vectors 0 and 1
   int64_t col0, w0;
   int paired() const { return pairs[0] + pairs[1] + halves[0] + halves[1]; }
