@@ -122,6 +122,8 @@ STEP = {"name": "x", "op": "placeholder", "target": "x", "args": [], "kwargs": {
         {"kwargs": {"a b": 1}},
         {"args": [{"node": "later"}]},
         {"args": [{"dtype": "nn"}]},
+        {"args": [{"dtype": "channels_last"}]},
+        {"kwargs": {"memory_format": {"memory_format": "float32"}}},
         {"args": [{"a": 1, "b": 2}]},
         {"args": 3},
     ],

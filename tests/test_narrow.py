@@ -66,12 +66,13 @@ def test_outputs_have_the_dtype_and_memory_format_of_the_inputs(given: torch.dty
     with torch.no_grad():
         assert fast(x.to(given)).dtype == given
     conv = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU()).eval()
-    image = torch.randn(2, 4, 6, 6).to(given)
-    fast = hk.optimize(conv, image.float(), dtype=torch.bfloat16).model
-    with torch.no_grad():
-        y = fast(image.to(memory_format=torch.channels_last))
-    assert y.dtype == given
-    assert y.is_contiguous(memory_format=torch.channels_last)
+    for layout in (torch.channels_last, torch.contiguous_format):
+        image = torch.randn(2, 4, 6, 6).to(given).contiguous(memory_format=layout)
+        fast = hk.optimize(conv, image.float(), dtype=torch.bfloat16).model
+        with torch.no_grad():
+            y = fast(image)
+        assert y.dtype == given
+        assert y.is_contiguous(memory_format=layout)
 
 
 def test_what_cannot_be_traced_is_narrow_too() -> None:

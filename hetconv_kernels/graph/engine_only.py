@@ -14,13 +14,12 @@ from ..nn.base import ForcedBackend, SupportLayer
 from ..support import Support
 from .average import average_of
 from .copying import copied
+from .formats import into_channels_last
 from .layout import set_module
 from .names import module_of, name_of
 from .narrow import Narrow
 from .optimize import optimize
 from .planned import PlannedNetwork, planned
-
-_LAST = torch.channels_last
 
 
 class EngineOnly(NamedTuple):
@@ -73,7 +72,10 @@ def engine_only(model: nn.Module, inputs: tuple[Tensor, ...]) -> EngineOnly:
     shapes = _Shapes(traced)
     with torch.no_grad():
         shapes.run(*inputs)
-    changed = [*_layers(traced), *_steps(traced, shapes.found), *_formats(traced, inputs)]
+    changed = [*_layers(traced), *_steps(traced, shapes.found)]
+    changed += [
+        f"{name} is brought into channels_last" for name in into_channels_last(traced, inputs)
+    ]
     traced.graph.eliminate_dead_code()
     traced.delete_all_unused_submodules()
     traced.recompile()
@@ -124,15 +126,6 @@ def _steps(traced: fx.GraphModule, shapes: dict[fx.Node, tuple[int, ...]]) -> li
     """Makes average pooling the engine's; takes out what does nothing."""
     changed: list[str] = []
     for node in list(traced.graph.nodes):
-        # Where an image is in channels_last now, a view may be a copy.
-        if (
-            node.op == "call_method"
-            and node.target == "view"
-            and all(isinstance(a, int | fx.Node | tuple | list) for a in node.args)
-        ):
-            node.target = "reshape"
-        elif node.target is torch.ops.aten.view.default:
-            node.target = torch.ops.aten.reshape.default
         source = node.args[0] if node.args else None
         if not isinstance(source, fx.Node) or source not in shapes:
             continue
@@ -151,20 +144,6 @@ def _steps(traced: fx.GraphModule, shapes: dict[fx.Node, tuple[int, ...]]) -> li
         node.replace_all_uses_with(new)
         traced.graph.erase_node(node)
         changed.append(f"{node.name} is an average pooling of the engine")
-    return changed
-
-
-def _formats(traced: fx.GraphModule, inputs: tuple[Tensor, ...]) -> list[str]:
-    """Brings images into channels_last as they come in."""
-    changed: list[str] = []
-    placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
-    for node, x in zip(placeholders, inputs, strict=True):
-        # By the strides, which PyTorch goes by where there is one channel.
-        if x.dim() == 4 and x.stride() != torch.empty_like(x, memory_format=_LAST).stride():
-            with traced.graph.inserting_after(placeholders[-1]):
-                new = traced.graph.call_method("clone", (node,), {"memory_format": _LAST})
-            node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
-            changed.append(f"{node.name} is brought into channels_last")
     return changed
 
 

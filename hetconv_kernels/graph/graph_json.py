@@ -39,6 +39,8 @@ _MORE = frozenset(
      "conv_transpose2d", "conv1d")
 )  # fmt: skip
 _NAMES = EACH | SPATIAL | BINARY | MOVES | SIZES | _MORE
+# What PyTorch has names for, and by which key it is written.
+_OF_TORCH = {torch.dtype: "dtype", torch.memory_format: "memory_format"}
 _ATTRIBUTES = frozenset(("shape", "dtype", "device", "ndim"))
 
 
@@ -182,8 +184,9 @@ def _to_json(value: Any) -> Any:
         return {"dict": {_identifier(k): _to_json(v) for k, v in value.items()}}
     if value is Ellipsis:
         return {"ellipsis": True}
-    if isinstance(value, torch.dtype):
-        return {"dtype": str(value).removeprefix("torch.")}
+    for kind, name in _OF_TORCH.items():
+        if isinstance(value, kind):
+            return {name: str(value).removeprefix("torch.")}
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": str(value)}
     if value is None or isinstance(value, bool | int | float | str):
@@ -209,7 +212,7 @@ def _from_json(value: Any, nodes: dict[str, fx.Node]) -> Any:
         return Ellipsis
     if key == "float":
         return float(inner)
-    dtype = getattr(torch, inner) if key == "dtype" else None
-    if not isinstance(dtype, torch.dtype):
+    found = getattr(torch, inner) if key in _OF_TORCH.values() else None
+    if _OF_TORCH.get(type(found)) != key:
         raise ValueError(f"{key}: {inner!r}")
-    return dtype
+    return found

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from .. import tables
 from ..errors import HetconvError, TraceError, VerificationError, mismatch
 from ..nn.base import SupportLayer
-from . import trace
+from . import formats, trace
 from .channels import Channels
 from .check import Match, verify
 from .compact import CompactReport, shrink
@@ -48,6 +48,7 @@ class Part:
         reordered: which channels were put in another order.
         folded: what was fused.
         plain: layers that are PyTorch's own, since no Support pays there.
+        brought: inputs that are brought into channels_last as they come in.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Part:
     reordered: tuple[Reordered, ...]
     folded: Folded
     plain: tuple[LeftPlain, ...] = ()
+    brought: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -144,8 +146,9 @@ def optimize(
 
     Args:
         model: the network, in evaluation mode.
-        example: an input of the size that matters, or a tuple of inputs. Memory formats are the
-            caller's: an input in channels_last is the faster one.
+        example: an input of the size that matters, or a tuple of inputs. On a CPU images in
+            another memory format are brought into channels_last as they come in, and outputs
+            have the original's; where users give channels_last, the example should too.
         dtype: ``torch.bfloat16`` or ``torch.float16``; None keeps the network's own.
         leave_plain: whether layers may be left plain; False keeps every Support.
         cuda_graph: whether calls on an NVIDIA GPU are captured, once for each signature of inputs
@@ -286,16 +289,40 @@ class _Work:
             compacted, traced = shrink(copied(module), calls[0])
             _, reordered = order(Channels(traced))
             folded = fold(traced.eval())
-            plain = leave_plain(traced, calls) if self.plain else ()
-            matches = [_verified(module, traced, inputs) for inputs in calls]
+            how = traced.meta["traced by"]
+            traced, brought, plain, matches = self._finished(module, traced, calls)
         except HetconvError as error:
             self.untraced.append(Left(name, str(error)))
             self._children(module, name, calls)
             return None
         self.match = matches[0]
-        how = traced.meta["traced by"]
-        self.parts.append(Part(name, how, compacted, reordered, folded, plain))
+        self.parts.append(Part(name, how, compacted, reordered, folded, plain, brought))
         return planned(traced)
+
+    def _finished(
+        self, module: nn.Module, traced: fx.GraphModule, calls: list[tuple[Any, ...]]
+    ) -> tuple[fx.GraphModule, tuple[str, ...], tuple[LeftPlain, ...], list[Match]]:
+        """Sees to memory formats and layers that are left plain, and compares the outputs.
+
+        Returns:
+            The graph, its inputs that are brought into channels_last, plain layers, and matches.
+
+        Raises:
+            HetconvError: the outputs differ, or the graph cannot take an input.
+        """
+        if formats.pays(traced, calls[0]):
+            last = copied(traced)
+            try:
+                brought = formats.into_channels_last(last, calls[0])
+                plain = leave_plain(last, calls) if self.plain else ()
+                if brought:
+                    before, after = (m(*copy.deepcopy(calls[0])) for m in (module, last))
+                    formats.keep_outputs(last, before, after)
+                return last, brought, plain, [_verified(module, last, each) for each in calls]
+            except trace.FAILURES:  # the network looks at strides
+                pass
+        plain = leave_plain(traced, calls) if self.plain else ()
+        return traced, (), plain, [_verified(module, traced, each) for each in calls]
 
     def _children(self, module: nn.Module, name: str, calls: list[tuple[Any, ...]]) -> None:
         """Optimises the children on what they are called with; those of mere lists of modules too.
@@ -371,4 +398,5 @@ def _account(part: Part) -> list[str]:
         lines.append(f"  {part.folded.removed} steps without effect removed (dropout, identity)")
     lines += [f"  {left.name} left alone: {left.reason}" for left in part.folded.left]
     lines += [f"  {left.name} left plain: {left.reason}" for left in part.plain]
+    lines += [f"  {name} is brought into channels_last" for name in part.brought]
     return lines
