@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from kernel_calls import TILE, gather_call, near, problem
+from switches import convolutions_in
 
 import hetconv_kernels as hk
 from hetconv_kernels.backends.gpu import capture
@@ -181,6 +182,41 @@ def test_any_number_of_splits_gives_the_same_gradient(
     w = w.double().requires_grad_()
     (exact,) = torch.autograd.grad(oracle(x.double(), w, geometry), w, dy.double())
     near(dw, torch.where(torch.tensor(SUPPORTS["het"].mask), exact, 0.0), exact.abs() + 50, 200)
+
+
+def test_wgrad_of_split_numbers_takes_tiles_that_do_not_spill(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whichever the switch says at the call; those of one tap and of small tiles fit as they are."""
+    geometry = make_geometry(hk.Support.het(128, 128, 3, p=2), 1, 1)
+    x, w, _, dy = tensors(geometry, torch.float32)
+    p = problem("wgrad", geometry, dy, x, w, SIZE)
+    started = []
+    launch = WgradCall.launch
+
+    def watch(self: WgradCall, kernel: Any, jobs: Any, tile: Tile, constants: Any, tables: Any):  # type: ignore[no-untyped-def]
+        started.append((jobs.taps, tile[:3], constants[0], constants[9]))
+        return launch(self, kernel, jobs, tile, constants, tables)
+
+    monkeypatch.setattr(WgradCall, "launch", watch)
+    found = {}
+    for edge in (64, 32):
+        call = wgrad_call(p, (Tile(32, edge, edge, 4),) * 2)
+        for switch in ("tf32", "ieee"):
+            started.clear()
+            with convolutions_in(switch):
+                dw = call.run(dy, x)
+            found[edge, switch] = sorted(started)
+            w64 = w.double().requires_grad_()
+            (exact,) = torch.autograd.grad(oracle(x.double(), w64, geometry), w64, dy.double())
+            exact = torch.where(torch.tensor(geometry.support.mask), exact, 0.0)
+            near(dw, exact, exact.abs() + 50, 200)
+    one, three = (1, (32, 64, 64), 32), (3, (32, 64, 64), 32)
+    assert found[64, "tf32"] == [(*one, "tf32"), (*three, "tf32")]
+    assert found[64, "ieee"] == [(*one, "tf32x3"), (3, (16, 64, 64), 16, "tf32x3")]
+    small = [(1, (32, 32, 32), 32), (3, (32, 32, 32), 32)]
+    assert found[32, "tf32"] == [(*one, "tf32") for one in small]
+    assert found[32, "ieee"] == [(*one, "tf32x3") for one in small]
 
 
 @pytest.mark.parametrize(("support", "gathers"), [("interleaved", 2), ("ragged", 2), ("het", 0)])
