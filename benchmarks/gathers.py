@@ -140,11 +140,8 @@ def least_steps(support: Support, rows: int = 8) -> int:
         union[members] = union[members & (members - 1)] | kept[last]
     steps = [-(-channels.bit_count() // _STEP) for channels in union]
     # A set that could take one group more for nothing is that larger one.
-    sets = [
-        members
-        for members in range(1, len(union))
-        if not any(not members >> g & 1 and steps[members | 1 << g] == steps[members] for g in every)
-    ]
+    larger = [[s | 1 << g for g in every if not s >> g & 1] for s in range(len(union))]
+    sets = [s for s in range(1, len(union)) if all(steps[one] > steps[s] for one in larger[s])]
     tiles = len(sets)  # then how many filters of a group are in the tiles of a set
     dealt = [(tile, g) for tile, members in enumerate(sets) for g in every if members >> g & 1]
     # Line, variable, factor: together at most nothing.

@@ -372,19 +372,13 @@ def test_nothing_is_made_ready_during_a_capture(on_gpu, monkeypatch: pytest.Monk
     ids=["cluster", "flat"],
 )
 def test_a_form_that_is_left_out_is_not_chosen(
-    on_gpu: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    part: str,
-    field: str,
-    with_it: int,
-    without: int,
+    on_gpu: Any, monkeypatch: pytest.MonkeyPatch, part: str, field: str, with_it: int, without: int
 ) -> None:
     on_gpu()
-    problem = described("fprop", DENSE)
-    assert getattr(choice.best_cuda_gather(problem).how.shape, field) == with_it
-    monkeypatch.setattr(parts, "WITHOUT", frozenset({part}))
-    problem = described("fprop", DENSE)
-    assert getattr(choice.best_cuda_gather(problem).how.shape, field) == without
+    for left_out, expected in (set(), with_it), ({part}, without):
+        monkeypatch.setattr(parts, "WITHOUT", frozenset(left_out))
+        shape = choice.best_cuda_gather(described("fprop", DENSE)).how.shape
+        assert getattr(shape, field) == expected
 
 
 @pytest.mark.parametrize("name", ["cuda-wide", "cuda-narrow", "cuda-tf32", "cuda-wgrad"])

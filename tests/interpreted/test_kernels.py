@@ -13,7 +13,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from kernel_calls import TILE, gather_call, near, problem
+from kernel_calls import TILE, gather_call, near, problem, wgrad_call
 from switches import convolutions_in
 
 import hetconv_kernels as hk
@@ -25,10 +25,9 @@ from hetconv_kernels.backends.triton.lowering import Lowering
 from hetconv_kernels.backends.triton.picking import pick_choice
 from hetconv_kernels.backends.triton.tiles import Box, Tile
 from hetconv_kernels.backends.triton.wgrad_calls import WgradCall
-from hetconv_kernels.backends.triton.wgrad_choice import WgradChoice
 from hetconv_kernels.backends.triton.wgrad_tma import seen_from, seen_until
 from hetconv_kernels.packing import pack_slabs
-from hetconv_kernels.problem import Geometry, Problem, make_geometry
+from hetconv_kernels.problem import Geometry, make_geometry
 from hetconv_kernels.testing import execute_fprop, execute_wgrad, oracle
 
 SUPPORTS = {
@@ -72,17 +71,6 @@ def tensors(geometry: Geometry, dtype: torch.dtype, size: tuple[int, int] = SIZE
     last = torch.channels_last
     poisoned = torch.where(torch.tensor(s.mask), w, float("nan"))
     return x.contiguous(memory_format=last), w, poisoned, dy.contiguous(memory_format=last)
-
-
-def wgrad_call(
-    p: Problem,
-    tiles: tuple[Tile, Tile] = (TILE, TILE),
-    reorder: bool = False,
-    coarse: bool = False,
-    box: Box | None = None,
-) -> WgradCall:
-    lowering = wgrad_choice.wgrad_lowering_of(p.support, tiles, reorder, coarse)
-    return WgradCall(p, WgradChoice(tiles, box, lowering, 0.0, 1.0))
 
 
 @pytest.mark.parametrize("where", GEOMETRIES)
@@ -187,7 +175,7 @@ def test_any_number_of_splits_gives_the_same_gradient(
 def test_wgrad_of_split_numbers_takes_tiles_that_do_not_spill(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Whichever the switch says at the call; those of one tap and of small tiles fit as they are."""
+    """As the switch says at the call; those of one tap and of small tiles fit as they are."""
     geometry = make_geometry(hk.Support.het(128, 128, 3, p=2), 1, 1)
     x, w, _, dy = tensors(geometry, torch.float32)
     p = problem("wgrad", geometry, dy, x, w, SIZE)
