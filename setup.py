@@ -341,6 +341,7 @@ def commands(part: Part) -> Commands:
     user, link_user = (shlex.split(os.environ.get(n, "")) for n in ("CXXFLAGS", "LDFLAGS"))
     facts: dict[str, object] = {"compiler": first_line(cxx), "pybind11": pybind11_version}
     flags, names = ["-fPIC", *user], []
+    own = ["-DHETCONV_CHECKED"] if part.cuda and os.environ.get("HETCONV_CHECKED") == "1" else []
     if part.cuda:
         tool = [nvcc()]
         names = architectures(tool[0])
@@ -351,11 +352,10 @@ def commands(part: Part) -> Commands:
             tool += [f"-ccbin={cxx[0]}", *through_nvcc(cxx[1:])]
         archs = "_".join(names)  # nvcc cuts at commas
         flags = [*through_nvcc(flags), f"-DHETCONV_ARCHITECTURES={archs}"]
-        if os.environ.get("HETCONV_CHECKED") == "1":
-            flags.append("-DHETCONV_CHECKED")
+        flags += own
         link_user = through_nvcc(link_user)
         facts |= {"nvcc": first_line(tool, "release"), "architectures": names}
-    facts |= {"flags": " ".join([part.flags, *user]), "sources": part.digest()}
+    facts |= {"flags": " ".join([part.flags, *own, *user]), "sources": part.digest()}
     common = [*tool, "-DNDEBUG", *part.flags.split(), *flags]
     libraries = [*part.link_flags.split(), *link_user]
     python = [f"-I{folder}" for folder in folders]

@@ -4,10 +4,10 @@
     python -m benchmarks.calibrate --device cuda [--results DIR] [--out FILE]
 
 Takes the rows that `benchmarks.primitives` wrote on this GPU (``make gpu`` does), fits to every
-second one cuDNN's share of the peak and the share of its predictions that each engine reaches, and
-reports on the other rows, which no fit has seen, how often `auto` would pick the faster one with
-these and with the committed constants. The entry goes to
-``hetconv_kernels/backends/gpu/constants.json``.
+second one cuDNN's share of the peak, the seconds of a launch (to rows of one image) and the share
+of its predictions that each engine reaches, and reports on the other rows, which no fit has seen,
+how often `auto` would pick the faster one with these and with the committed constants. The entry
+goes to ``hetconv_kernels/backends/gpu/constants.json``.
 """
 
 from __future__ import annotations
@@ -32,9 +32,11 @@ from hetconv_kernels.backends.gpu.devices import GpuSpec, spec_of
 from hetconv_kernels.files import write_text
 from hetconv_kernels.problem import Problem
 
-# Rows that a fit needs at least, and the shares that are tried.
-LEAST = 8
+# Rows that a fit needs at least (of one image: for a launch), and what is tried: shares, and
+# seconds of a launch.
+LEAST, LEAST_SINGLE = 8, 3
 _SHARES = [step / 200 for step in range(10, 301)]
+_LAUNCHES = [step / 10 * 1e-6 for step in range(5, 201)]
 
 
 class Measured(NamedTuple):
@@ -93,18 +95,26 @@ def fit_shares(rows: Sequence[Measured], spec: GpuSpec, start: GpuConstants) -> 
     if len(rows) < LEAST:
         raise ValueError(f"{len(rows)} rows were measured, and a fit needs {LEAST}: run make gpu.")
 
-    def error(share: float) -> float:
-        tried = start._replace(vendor=share)
-        logs = [abs(math.log(vendor_seconds(row, spec, tried) / row.vendor)) for row in rows]
+    single = [row for row in rows if row.problem.batch == 1]
+    several = [row for row in rows if row.problem.batch > 1] or rows
+
+    def error(tried: GpuConstants, some: Sequence[Measured]) -> float:
+        logs = [abs(math.log(vendor_seconds(row, spec, tried) / row.vendor)) for row in some]
         return statistics.fmean(logs)
 
+    found = start
+    for _ in range(2):  # a launch is a part of the large ones too, a share of the small ones
+        share = min(_SHARES, key=lambda one: error(found._replace(vendor=one), several))
+        found = found._replace(vendor=share)
+        if len(single) >= LEAST_SINGLE:
+            launch = min(_LAUNCHES, key=lambda one: error(found._replace(launch=one), single))
+            found = found._replace(launch=launch)
     ours = dict(start.ours)
     for engine in ENGINES:
         ratios = [row.predicted[engine] / row.ours[engine] for row in rows if engine in row.ours]
         if len(ratios) >= LEAST // 2:
             ours[engine] = round(statistics.median(ratios), 3)
-    vendor = min(_SHARES, key=error)
-    return start._replace(measured=True, rows=len(rows), vendor=vendor, ours=ours)
+    return found._replace(measured=True, rows=len(rows), ours=ours)
 
 
 def vendor_seconds(row: Measured, spec: GpuSpec, tried: GpuConstants) -> float:

@@ -15,9 +15,12 @@ import sys
 from collections.abc import Iterator
 
 import numpy as np
+from scipy.optimize import linprog
+from scipy.sparse import coo_matrix
 
 from benchmarks.supports import self_grouped, trained
 from hetconv_kernels import Support
+from hetconv_kernels.backends.cuda.scattered_lowering import lower_scattered, scattered_jobs
 from hetconv_kernels.masks import BoolArray, IntArray
 
 _STEP = 16
@@ -106,6 +109,65 @@ def alone(support: Support, rows: int) -> float:
     return float(sizes @ channels) / max(int(multiplied.sum()), 1)
 
 
+def least_steps(support: Support, rows: int = 8) -> int:
+    """Counts the steps of sixteen channels that no division into tiles of filters can go below.
+
+    A tile with filters of some groups has the steps of all channels that any of these keeps. How
+    many tiles of each set of groups there are, and how the filters of a group are dealt to them,
+    is a linear program once both may be fractions, and its optimum is a bound. A tile has at most
+    `rows` filters, and of a group no more than the group has.
+
+    Example: two groups of four filters with sixteen channels each, none in common, are two steps
+    in one tile or in two; three filters more than a tile holds want a step more:
+
+        >>> keep = np.eye(2, dtype=bool).repeat(16, axis=1)
+        >>> least_steps(Support.self_grouped(np.arange(8) % 2, keep, 3))
+        2
+        >>> least_steps(Support.self_grouped((np.arange(11) > 3).astype(int), keep, 3))
+        2
+        >>> least_steps(Support.self_grouped((np.arange(13) > 3).astype(int), keep, 3))
+        3
+
+    Args:
+        support: of whole kernels, 16 groups at most: their sets are listed.
+        rows: filters of a tile.
+    """
+    groups, sizes = np.unique(np.any(support.mask, axis=(2, 3)), axis=0, return_counts=True)
+    kept = [int("".join("01"[one] for one in group.astype(int)), 2) for group in groups]
+    every, union = range(len(kept)), [0] * (1 << len(kept))
+    for members in range(1, len(union)):
+        last = (members & -members).bit_length() - 1
+        union[members] = union[members & (members - 1)] | kept[last]
+    steps = [-(-channels.bit_count() // _STEP) for channels in union]
+    # A set that could take one group more for nothing is that larger one.
+    larger = [[s | 1 << g for g in every if not s >> g & 1] for s in range(len(union))]
+    sets = [s for s in range(1, len(union)) if all(steps[one] > steps[s] for one in larger[s])]
+    tiles = len(sets)  # then how many filters of a group are in the tiles of a set
+    dealt = [(tile, g) for tile, members in enumerate(sets) for g in every if members >> g & 1]
+    # Line, variable, factor: together at most nothing.
+    limits = [(tile, tile, -float(rows)) for tile in range(tiles)]
+    line = tiles
+    for place, (tile, g) in enumerate(dealt):
+        limits.append((tile, tiles + place, 1.0))
+        if sizes[g] < rows:
+            limits += [(line, tiles + place, 1.0), (line, tile, -float(sizes[g]))]
+            line += 1
+    lines, variables, factors = zip(*limits, strict=True)
+    count = tiles + len(dealt)
+    bound = coo_matrix((factors, (lines, variables)), shape=(line, count)).tocsr()
+    owners = np.array([g for _, g in dealt]), np.arange(tiles, count)
+    whole = coo_matrix((np.ones(len(dealt)), owners), shape=(len(kept), count)).tocsr()
+    cost = np.array([steps[members] for members in sets] + [0] * len(dealt), float)
+    found = linprog(cost, bound, np.zeros(line), whole, sizes, method="highs-ipm")
+    assert found.status == 0, found.message
+    return int(np.ceil(found.fun - 1e-6))
+
+
+def plan_steps(support: Support) -> int:
+    """Counts the steps that the kernel for scattered groups takes, all channels in one block."""
+    return len(lower_scattered(support, scattered_jobs(support), support.channels, 1, 16).steps)
+
+
 def main() -> int:
     """Prints a table for each layer."""
     for channels in (128, 256, 512):
@@ -132,6 +194,11 @@ def main() -> int:
                 f"   dgrad, tiles of 8 channels and single filters: {useful_back(support, 8):.2f}"
             )
             print(f"   tiles of 8 filters of one group alone: {alone(support, 8):.2f}")
+            least, own = least_steps(support), plan_steps(support)
+            print(
+                f"   steps of tiles of 8 filters, single channels: {own}, no fewer than {least} "
+                f"are possible, of which {keep.sum() / (least * _STEP * 8):.2f} is useful"
+            )
     return 0
 
 

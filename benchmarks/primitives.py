@@ -10,7 +10,7 @@ Our other engines for GPUs that take a row are measured in it too. Rows are writ
 and a run that was cut short goes on where it stopped; the table comes last. What hangs, or takes
 the GPU's context down, is left out by a new process, which measures the others. Without
 ``--full``: 6 shapes × batch 128 × fprop, dgrad, wgrad × four Supports, in bf16, and training steps
-of HetConv with p=4.
+of HetConv with p=4; and fprop of these for one image, which is about launches and latency.
 """
 
 from __future__ import annotations
@@ -66,8 +66,12 @@ def rows_of(full: bool) -> list[tuple[Case, str]]:
     quick.sort(key=lambda c: c.support.kind != "het")
     steps = [(c, TRAINING_STEP) for c in quick if c.support == het_case(4)]
     if not full:
-        rows = [*itertools.product(quick, VERBS), *steps]
-        return sorted(rows, key=lambda row: quick.index(row[0]))  # the verbs of a case together
+        one = {c.name.replace("-128-", "-1-") for c, _ in steps}
+        single = [c for c in wanted if c.name in one]
+        place = sum(c.support.kind == "het" for c in quick)
+        cases = [*quick[:place], *single, *quick[place:]]
+        rows = [*itertools.product(quick, VERBS), *steps, *((c, "fprop") for c in single)]
+        return sorted(rows, key=lambda row: cases.index(row[0]))  # the verbs of a case together
     others = [
         replace(c, dtype=dtype, name=f"{c.name}-{dtype}", quick=False)
         for c in quick

@@ -307,11 +307,11 @@ def _loads_in_loop(sass: str) -> int:
         if not jump or int(jump.group(1), 16) >= address:
             continue
         body = [t for a, t in places if int(jump.group(1), 16) <= a <= address]
-        if not any(re.search(r"MMA", t) for t in body):
+        # Waits that are placed out of line, behind the program's end, jump back too: no loops.
+        if not any("MMA" in t for t in body) or any(t.strip() == "EXIT" for t in body):
             continue
         loads = sum(bool(re.search(r"\bLDG\.E\.(U16|U8|128|64)", t)) for t in body)
         loops.append((len(body), loads))
-    # Waits that are placed out of line jump back too, over all that lies between.
     return min(loops, default=(0, 0))[1]
 
 

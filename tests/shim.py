@@ -177,11 +177,13 @@ def fprop_case(
     vectors: bool = True,
     live: bool = False,
     split: bool = False,
+    integers: bool = False,
 ) -> Case:
     """Makes a case of fprop or dgrad; what is not given is chosen as for a call.
 
     Halos are brought by cp.async, or with `boxes` by TMA where the tables allow it. Numbers of
-    float32 are rounded to TF32, or with `split` multiplied as the sum of two.
+    float32 are rounded to TF32, or with `split` multiplied as the sum of two. Of `integers` the
+    result is to be exact.
     """
     height, width = size
     out = geometry.output_size(height, width)
@@ -198,8 +200,7 @@ def fprop_case(
         tables = lower_narrow(support, window, shape, back, dtype.itemsize)
     buffers, resident = buffers or 1, bool(resident)
     boxes = boxes and not tables.no_tma
-    x = torch.randn(batch, *read).to(dtype)
-    w = torch.randn(support.shape).to(dtype)
+    x, w = (_drawn(shape, dtype, integers) for shape in ((batch, *read), support.shape))
     extras = {name: torch.randn(written[0]) for name in ("scale", "shift") if name in epilogue}
     if "residual" in epilogue:
         extras["residual"] = torch.randn(batch, *written).to(dtype)
@@ -216,7 +217,8 @@ def fprop_case(
     bound = error_bound(most, read[0] * int(np.prod(support.kernel)), dtype)
     if dtype == torch.float32:  # of each product, by its operands
         bound += most * (TF32X3 if split else TF32)
-    bound *= 1.2
+    bound *= 0.0 if integers else 1.2
+    assert not integers or exact.abs().max() <= 256, "not exact in bfloat16"
     expected = activate(act, exact)
     weight = w[torch.as_tensor(np.array(support.mask))] if live else w
     form = "live" if live else "contiguous"
@@ -292,21 +294,22 @@ def wgrad_case(
     live: bool = False,
     buffers: int | None = None,
     boxes: bool = False,
+    integers: bool = False,
 ) -> Case:
-    """Makes a case of wgrad; with `boxes` TMA brings its tiles where the tables allow it."""
+    """Makes a case of wgrad; `boxes` and `integers` as of fprop."""
     (window,) = windows(geometry, size, False)
     out = geometry.output_size(*size)
     f, c = support.filters, support.channels
     tables, chosen, _ = choose_wgrad(support, window, GPU_SPECS[9, 0])
     buffers, boxes = buffers or chosen, boxes and not tables.no_tma
-    x = torch.randn(batch, c, *size).to(dtype)
-    dy = torch.randn(batch, f, *out).to(dtype)
+    x, dy = (_drawn((batch, *one), dtype, integers) for one in ((c, *size), (f, *out)))
     exact, most = (_wgrad(geometry, *pair) for pair in ((dy, x), (dy.abs(), x.abs())))
     depth = batch * out[0] * out[1]
     # Sums are float32, and rounded to the weight's dtype once.
     bound = error_bound(most, depth, torch.float32)
     if w_dtype != torch.float32:
         bound = bound + torch.finfo(w_dtype).eps * exact.abs() + torch.finfo(w_dtype).tiny
+    bound = bound * (not integers)
     mask = torch.as_tensor(np.array(support.mask))
     numbers = {
         "kind": 1,
@@ -369,6 +372,10 @@ def last(t: Tensor) -> Tensor:
 def height_width(shape: Sequence[int]) -> int:
     """Returns the elements of one image."""
     return int(np.prod(shape))
+
+
+def _drawn(shape: Sequence[int], dtype: torch.dtype, integers: bool) -> Tensor:
+    return (torch.randint(-2, 3, tuple(shape)) if integers else torch.randn(*shape)).to(dtype)
 
 
 def _apply(geometry: Geometry, x: Tensor, w: Tensor, size: tuple[int, int], back: bool) -> Tensor:

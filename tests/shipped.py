@@ -16,6 +16,7 @@ from hetconv_kernels.backends.triton.tiles import (
     SINGLE_FUSED,
     SINGLE_ONE,
     SINGLE_TILES,
+    SPLIT_FUSED,
     Box,
     Tile,
 )
@@ -59,7 +60,7 @@ class Configuration:
 
 
 def configurations() -> tuple[Configuration, ...]:
-    """Lists all that is shipped: at most 40."""
+    """Lists all that is shipped: at most 50."""
     found = [Configuration("gather", "bf16", t) for t in HALF_TILES]
     found += [Configuration("gather", "bf16", t, epilogue="fused") for t in HALF_TILES[:3]]
     found += [Configuration("gather", "fp16", HALF_TILES[0])]
@@ -75,13 +76,16 @@ def configurations() -> tuple[Configuration, ...]:
         Configuration("tma", "bf16", BOX_TILES[1], box=Box(1, 8, 16), epilogue="folded"),
         Configuration("tma", "bf16", BOX_TILES[1], box=Box(32, 2, 2), epilogue="ragged"),
     ]
-    found += [Configuration("gather", "fp32", SINGLE_TILES[0], precision="tf32x3")]
+    found += [Configuration("gather", "fp32", t, precision="tf32x3") for t in SINGLE_TILES]
     found += [Configuration("wgrad", "bf16", t, 3) for t in HALF_FUSED]
     found += [Configuration("wgrad", "bf16", t) for t in HALF_ONE]
     found += [Configuration("wgradtma", "bf16", t, 3, box=Box(1, 8, 8)) for t in BOX_FUSED]
     found += [Configuration("wgradtma", "bf16", t, box=Box(64, 1, 1)) for t in BOX_ONE]
     found += [Configuration("wgrad", "fp32", t, 3) for t in SINGLE_FUSED]
     found += [Configuration("wgrad", "fp32", t) for t in SINGLE_ONE]
+    split = [SPLIT_FUSED.get(t, t) for t in SINGLE_FUSED]
+    found += [Configuration("wgrad", "fp32", t, 3, precision="tf32x3") for t in split]
+    found += [Configuration("wgrad", "fp32", t, precision="tf32x3") for t in SINGLE_ONE]
     return tuple(found)
 
 

@@ -52,6 +52,23 @@ def test_the_shares_that_a_gpu_has_are_found(vendor: float, ours: float) -> None
     assert (entry.measured, entry.rows) == (True, 12)
 
 
+@pytest.mark.parametrize("launch", [2e-6, 9.5e-6])
+def test_a_launch_is_found_where_single_images_were_measured(launch: float) -> None:
+    truth = NOMINAL._replace(vendor=0.35, launch=launch)
+    found = []
+    for place in range(16):
+        support = hk.Support.het(64 * (1 + place % 4), 128, 3, p=2)
+        problem = described("fprop", support, batch=1 if place < 5 else 8 * place)
+        problem = dataclasses.replace(problem, device=CUDA)
+        row = Measured(problem, 1.0, {}, {})
+        found.append(row._replace(vendor=vendor_seconds(row, SPEC, truth)))
+    entry = fit_shares(found, SPEC, NOMINAL)
+    assert entry.launch == pytest.approx(launch, abs=2e-7)
+    assert entry.vendor == pytest.approx(0.35, abs=0.011)
+    # Two of them are too few to tell.
+    assert fit_shares(found[3:], SPEC, NOMINAL).launch == NOMINAL.launch
+
+
 def test_too_few_rows_are_refused() -> None:
     with pytest.raises(ValueError, match="5 rows were measured, and a fit needs 8: run make gpu"):
         fit_shares(rows(0.5, 0.5, 5), SPEC, NOMINAL)

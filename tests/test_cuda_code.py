@@ -13,6 +13,8 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import machine_code
@@ -24,6 +26,7 @@ from hetconv_kernels.backends.cuda import scattered_tiles, wide_tiles, wide_wgra
 
 EVERYTHING = os.environ.get("HETCONV_AOT_ALL") == "1"
 DEFAULT = ("80", "90a")
+CUDA = machine_code.ROOT / "csrc" / "cuda"
 TABLE = json.loads(machine_code.EXPECTED.read_text())
 
 
@@ -41,6 +44,35 @@ def test_kernels_are_what_they_were(architecture: str) -> None:
         for code in found:
             wrong[code.name] += regressions(code, expected[code.name])
     assert {name: sentences for name, sentences in wrong.items() if sentences} == {}
+
+
+WAIT = """
+#include "mbarrier.h"
+__global__ void wait_kernel(uint32_t at) { hetconv::cuda::mbarrier_wait(at, 0, 8); }
+"""
+
+
+@pytest.mark.parametrize("checked", [False, True], ids=["ordinary", "checked"])
+def test_a_checked_build_names_the_barrier_and_ends_the_launch(
+    checked: bool, tmp_path: Path
+) -> None:
+    """An ordinary one does nothing but wait."""
+    if reason := machine_code.absent():
+        pytest.skip(reason)
+    part = next(part for part in machine_code.build().PARTS if part.cuda)
+    (tmp_path / "wait.cu").write_text(WAIT)
+    cubin = tmp_path / "wait.cubin"
+    flags = [*part.flags.split(), "-gencode=arch=compute_90a,code=sm_90a", f"-I{CUDA}"]
+    flags += ["-DHETCONV_CHECKED"] * checked
+    command = [machine_code.build().nvcc(), *flags, "-cubin", str(tmp_path / "wait.cu")]
+    subprocess.run([*command, "-o", str(cubin)], check=True, capture_output=True)
+    tool = machine_code.disassembler()
+    assert tool is not None
+    sass = subprocess.run([tool, "-sass", str(cubin)], check=True, capture_output=True, text=True)
+    assert "SYNCS.PHASECHK" in sass.stdout
+    assert ("BPT.TRAP" in sass.stdout) == checked
+    assert (b"vprintf" in cubin.read_bytes()) == checked
+    assert (b"barrier %u waits for the end of a phase" in cubin.read_bytes()) == checked
 
 
 def test_the_committed_rows_are_of_these_sources() -> None:

@@ -2,7 +2,7 @@
 """The narrow CUDA kernels, compiled for the CPU (see `shim`), against the oracle.
 
 What this cannot see is what only a GPU does: timing, and the encodings of instructions. No kernel
-here uses wgmma or TMA, so none is exempt; `test_cuda_boxes` has those whose halos TMA brings.
+here uses wgmma, so none is exempt; `test_cuda_boxes` has more of those whose halos TMA brings.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from hetconv_kernels import Support
 from hetconv_kernels.backends.cuda.lowering import BlockShape
 from hetconv_kernels.problem import Geometry, make_geometry
 
+INTEGERS = ("het8", "interleaved", "ragged", "grouped", "pads", "scattered")
+
 pytestmark = pytest.mark.skipif(shim.compiler() is None, reason="g++ is not installed here")
 
 
@@ -42,6 +44,23 @@ def test_layers_match_the_oracle(name: str, tmp_path: Path) -> None:
         w_dtype = torch.float32 if index else dtype
         cases.append(shim.wgrad_case(geometry.support, geometry, size, 2, dtype, w_dtype))
     shim.run(cases, tmp_path)
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+@pytest.mark.parametrize("boxes", [False, True], ids=["cp.async", "tma"])
+def test_integers_are_exact(boxes: bool, name: str, tmp_path: Path) -> None:
+    """No rounding hides a product that is wrong, missing or added twice."""
+    torch.manual_seed(0)
+    geometry, size, cases = LAYERS[name], SIZES.get(name, (8, 10)), []
+    whole = {"boxes": boxes, "integers": True}
+    for dtype in (*DTYPES, *([] if boxes else [torch.float32])):
+        for back in (False, True):
+            how = {"dtype": dtype, "back": back, "split": back and dtype == torch.float32}
+            cases.append(shim.fprop_case(geometry.support, geometry, size, **how, **whole))
+        if dtype != torch.float32:
+            cases.append(shim.wgrad_case(geometry.support, geometry, size, 2, dtype, **whole))
+    assert not boxes or any(case.numbers["tma"] for case in cases)
+    shim.run(cases, tmp_path, seed=5)
 
 
 SPLIT = pytest.mark.parametrize("split", [False, True], ids=["tf32", "3xtf32"])

@@ -8,6 +8,7 @@ tests/native/cuda). The tables are also read by themselves, by the words of scat
 from __future__ import annotations
 
 import dataclasses
+import doctest
 import re
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,18 @@ def test_gathers_of_dgrad_and_of_single_groups_are_counted() -> None:
     assert gathers.useful_back(Support.dense(16, 16, 3), 8) == 1.0
     # Four filters of eight, twelve channels of sixteen.
     assert gathers.alone(support, 8) == 96 / 256
+
+
+def test_the_fewest_steps_of_any_division_into_tiles_are_counted() -> None:
+    outcome = doctest.testmod(gathers)
+    assert (outcome.attempted, outcome.failed) == (4, 0)
+    # Of 28²×128 no division leaves three quarters useful; of 14²×256 the plan does.
+    for channels, possible in ((128, False), (256, True)):
+        support = self_grouped(70, channels, channels, 3, seed=0)
+        least, own = gathers.least_steps(support), gathers.plan_steps(support)
+        wanted = int(support.mask.any(axis=(2, 3)).sum()) / 0.75 / (16 * 8)
+        assert (least <= wanted, own <= wanted) == (possible, possible)
+        assert least <= own < 1.1 * least
 
 
 def test_odd_layers_are_refused() -> None:

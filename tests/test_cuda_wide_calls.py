@@ -366,22 +366,19 @@ def test_nothing_is_made_ready_during_a_capture(on_gpu, monkeypatch: pytest.Monk
         Cuda().fprop(problem)
 
 
-def test_a_cluster_that_is_left_out_is_not_chosen(
-    on_gpu: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("part", "field", "with_it", "without"),
+    [("cuda-cluster", "cluster", 2, 1), ("cuda-flat", "flat_pitch", 29, 0)],
+    ids=["cluster", "flat"],
+)
+def test_a_form_that_is_left_out_is_not_chosen(
+    on_gpu: Any, monkeypatch: pytest.MonkeyPatch, part: str, field: str, with_it: int, without: int
 ) -> None:
     on_gpu()
-    assert choice.best_cuda_gather(described("fprop", DENSE)).how.shape.cluster == 2
-    monkeypatch.setattr(parts, "WITHOUT", frozenset({"cuda-cluster"}))
-    assert choice.best_cuda_gather(described("fprop", DENSE)).how.shape.cluster == 1
-
-
-def test_flattened_rows_that_are_left_out_are_not_chosen(
-    on_gpu: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    on_gpu()
-    assert choice.best_cuda_gather(described("fprop", DENSE)).how.shape.flat_pitch == 29
-    monkeypatch.setattr(parts, "WITHOUT", frozenset({"cuda-flat"}))
-    assert choice.best_cuda_gather(described("fprop", DENSE)).how.shape.flat_pitch == 0
+    for left_out, expected in (set(), with_it), ({part}, without):
+        monkeypatch.setattr(parts, "WITHOUT", frozenset(left_out))
+        shape = choice.best_cuda_gather(described("fprop", DENSE)).how.shape
+        assert getattr(shape, field) == expected
 
 
 @pytest.mark.parametrize("name", ["cuda-wide", "cuda-narrow", "cuda-tf32", "cuda-wgrad"])

@@ -60,6 +60,8 @@ def test_each_fault_of_each_part_is_found_and_leaves_out_that_part(
     # What needs a faulty part is left out with it, and a probe is no part.
     needing = [other for other, needs in smoke.NEEDS.items() if name in needs]
     assert set(smoke.without(found)) == ({name, *needing} - {"cuda-rate"})
+    assert smoke.reason(name, found) == found[name]["detail"]
+    assert {smoke.reason(other, found) for other in needing} <= {f"it needs {name}"}
     said = (tmp_path / "log").read_text()
     assert said.index(f"smoke: {name} begins") < said.index(f"{name} starts")
 
@@ -89,7 +91,7 @@ stands_in = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or torch.cuda.is_available(),
     reason="needs Triton, and no GPU",
 )
-# Every part has each fault in one of the rehearsals of `make aot`, and is right in the last one.
+# With HETCONV_AOT_ALL=1 every part has each fault in one of the rehearsals, and is right in one.
 FAULTS = [
     {
         name: kind
@@ -140,7 +142,7 @@ def test_a_whole_session_brings_the_table_of_the_parts_that_are_right(
 @pytest.mark.parametrize("kind", ["hangs", "ends", "wrong"])
 def test_a_fault_after_the_smoke_tests_costs_one_variant(tmp_path: Path, kind: str) -> None:
     if kind != "wrong" and not EVERYTHING:
-        pytest.skip("part of `make aot`: it waits for a hang in each row")
+        pytest.skip("HETCONV_AOT_ALL=1 runs it: it waits for a hang in each row")
     faults = {"cuda-cluster": f"later-{kind}"}
     status, said, found, rows = rehearsed(tmp_path, faults, limit=20)
     assert status == 1, said

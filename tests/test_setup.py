@@ -163,6 +163,20 @@ def test_kernels_are_compiled_for_what_was_asked(tree: Tree) -> None:
     assert "-lcuda" not in link
 
 
+def test_a_checked_build_is_another_one(tree: Tree) -> None:
+    """It is compiled anew where an ordinary one is up to date, and said in the record."""
+    tree.nvcc()
+    compiled = []
+    for environment in ({}, {"HETCONV_CHECKED": "1"}, {"HETCONV_CHECKED": "1"}, {}):
+        assert tree.build(**environment).returncode == 0
+        kernels = [call for call in tree.calls() if "kernel.cu" in call]
+        compiled.append(["-DHETCONV_CHECKED" in call.split() for call in kernels])
+        recorded = tree.facts["parts"]["_cuda"]["flags"].split()
+        assert ("-DHETCONV_CHECKED" in recorded) == bool(environment)
+    assert compiled == [[False], [True], [], []]  # the objects of both are kept
+    assert tree.calls()[-1].split()[0] == "-shared"
+
+
 def test_a_source_of_one_architecture_is_built_for_no_other(tree: Tree) -> None:
     tree.nvcc()
     (tree.root / "csrc" / "cuda" / "wide_fprop.cu").write_text("// nothing\n")

@@ -23,6 +23,9 @@ struct Clamp {
   }
 };
 
+// Which of the two an activation is.
+inline bool is_smooth(Act act) { return act == Act::silu || act == Act::gelu; }
+
 struct Smooth {
   bool gelu;
   __device__ explicit Smooth(Act act) : gelu(act == Act::gelu) {}

@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kResident, Activa
 using Kernel = void (*)(NarrowTma);
 
 template <class T> Kernel pick(const Narrow& p) {
-  const bool smooth = p.act == Act::silu || p.act == Act::gelu;
+  const bool smooth = is_smooth(p.act);
   if (p.resident)
     return smooth ? narrow_tma_kernel<T, true, Smooth> : narrow_tma_kernel<T, true, Clamp>;
   return smooth ? narrow_tma_kernel<T, false, Smooth> : narrow_tma_kernel<T, false, Clamp>;

@@ -250,9 +250,8 @@ __global__ void __launch_bounds__(kMostThreads, 1) scattered_fprop_kernel(Scatte
 using Kernel = void (*)(Scattered);
 
 template <class T, int kSide> Kernel pick(Act act) {
-  const bool smooth = act == Act::silu || act == Act::gelu;
-  return smooth ? scattered_fprop_kernel<T, kSide, Smooth>
-                : scattered_fprop_kernel<T, kSide, Clamp>;
+  return is_smooth(act) ? scattered_fprop_kernel<T, kSide, Smooth>
+                        : scattered_fprop_kernel<T, kSide, Clamp>;
 }
 
 template <class T> Kernel pick(const Scattered& p) {

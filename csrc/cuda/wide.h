@@ -49,9 +49,9 @@ constexpr int kMostShared = 227 * 1024;
 // the image and lies at place (c % load_w) * col_half + c / load_w of the halo row.
 //
 // With flattened rows there is one class, which reads neighbours (load 1) and has all images in one
-// stack. Place q of the line is pixel (r, c) of image n where q = (n * image_pitch + r) *
-// flat_pitch
-// + c, one of y where r < pixels_h and c < pixels_w, and x holds there row base_h + r, column
+// stack. Place q of the line is pixel (r, c) of image n where
+//   q = (n * image_pitch + r) * flat_pitch + c,
+// one of y where r < pixels_h and c < pixels_w, and x holds there row base_h + r, column
 // base_w + c, zeros outside of the image. Tile t has places [t * pixels, (t + 1) * pixels), its
 // halo begins at the same place and has halo_h rows of 8 of them, halo_w = row_pitch = 8. For that,
 //   flat_pitch >= image_w - base_w, and flat_pitch >= pixels_w + taps' reach - 1 + min(base_w, 0),

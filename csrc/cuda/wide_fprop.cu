@@ -152,9 +152,8 @@ __global__ void __launch_bounds__(kThreads, 1) wide_fprop_kernel(Wide p) {
 using Kernel = void (*)(Wide);
 
 template <class T, int kPixels, bool kFlat = false> Kernel pick(Act act) {
-  const bool smooth = act == Act::silu || act == Act::gelu;
-  return smooth ? wide_fprop_kernel<T, kPixels, Smooth, kFlat>
-                : wide_fprop_kernel<T, kPixels, Clamp, kFlat>;
+  return is_smooth(act) ? wide_fprop_kernel<T, kPixels, Smooth, kFlat>
+                        : wide_fprop_kernel<T, kPixels, Clamp, kFlat>;
 }
 
 template <class T> Kernel pick(const Wide& p) {
@@ -199,9 +198,8 @@ int64_t wide_blocks(const Wide& p, DType dtype) {
 const char* wide_fprop(const Wide& p, DType dtype, void* stream) {
   const wide::Kernel kernel = pick(p, dtype);
   if (!kernel)
-    return "the wide kernels are built for bf16 and fp16, 64, 128, 224 or 256 pixels, with "
-           "flattened "
-           "rows for 208 or 224";
+    return "the wide kernels are built for bf16 and fp16, 64, 128, 224 or 256 pixels, "
+           "with flattened rows for 208 or 224";
   if (capability() != 90) return "the wide kernels are built for compute capability 9.0 only";
   if (p.cluster != 1 && p.cluster != 2) return "a cluster has one or two blocks";
   if (p.flat_pitch && (p.flat_pitch < 8 || p.class_count != 1))

@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from kernel_calls import TILE, gather_call, problem
+from kernel_calls import TILE, gather_call, problem, wgrad_call
 
 import hetconv_kernels as hk
 from hetconv_kernels import ops
@@ -19,7 +19,7 @@ from hetconv_kernels.backends.common import epilogue
 from hetconv_kernels.backends.gpu import capture
 from hetconv_kernels.backends.triton import choice, launch
 from hetconv_kernels.backends.triton.lowering import MAX_TAPS
-from hetconv_kernels.backends.triton.tiles import Box
+from hetconv_kernels.backends.triton.tiles import Box, Tile
 from hetconv_kernels.errors import BackendError
 from hetconv_kernels.problem import make_geometry
 from hetconv_kernels.testing import oracle
@@ -50,6 +50,36 @@ def test_the_interpreter_still_multiplies_bfloat16_wrongly() -> None:
     assert not error < 1.0
     product_kernel_canary[(1,)](a.half(), b.half(), c, 16)
     torch.testing.assert_close(c, a.float() @ b.float(), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("box", "dtype"),
+    [
+        *((None, dtype) for dtype in (torch.float16, torch.bfloat16, torch.float32)),
+        *((Box(2, 4, 4), dtype) for dtype in (torch.float16, torch.bfloat16)),
+    ],
+    ids=str,
+)
+def test_integers_are_exact(box: Box | None, dtype: torch.dtype) -> None:
+    """No rounding hides a product that is wrong, missing or added twice."""
+    support = hk.Support.het(32, 48, 3, p=2)
+    geometry, size = make_geometry(support, 1, 1), (4, 8)
+    mask = torch.tensor(support.mask)
+    x, w, dy = (
+        torch.randint(-2, 3, shape).to(dtype).contiguous(memory_format=torch.channels_last)
+        for shape in ((4, 32, *size), support.shape, (4, 48, *size))
+    )
+    leaves = [t.double().requires_grad_() for t in (x, torch.where(mask, w, 0))]
+    y = oracle(*leaves, geometry)
+    dx, dw = torch.autograd.grad(y, leaves, dy.double())
+    assert max(y.abs().max(), dx.abs().max()) <= 256, "not exact in bfloat16"
+    for verb, first, truth in (("fprop", x, y), ("dgrad", dy, dx)):
+        p = problem(verb, geometry, first, first, w, size)
+        assert torch.equal(gather_call(p, TILE, box=box).run(first, w).double(), truth)
+    p = problem("wgrad", geometry, dy, x, w, size)
+    found = wgrad_call(p, (Tile(32, 16, 16, 4),) * 2, box=box).run(dy, x)
+    assert found.dtype == dtype
+    assert torch.equal(found.double(), torch.where(mask, dw, 0).to(dtype).double())
 
 
 @pytest.mark.parametrize("act", ["none", "relu", "relu6", "silu", "gelu"])

@@ -13,7 +13,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from kernel_calls import TILE, gather_call, near, problem
+from kernel_calls import TILE, gather_call, near, problem, wgrad_call
+from switches import convolutions_in
 
 import hetconv_kernels as hk
 from hetconv_kernels.backends.gpu import capture
@@ -24,10 +25,9 @@ from hetconv_kernels.backends.triton.lowering import Lowering
 from hetconv_kernels.backends.triton.picking import pick_choice
 from hetconv_kernels.backends.triton.tiles import Box, Tile
 from hetconv_kernels.backends.triton.wgrad_calls import WgradCall
-from hetconv_kernels.backends.triton.wgrad_choice import WgradChoice
 from hetconv_kernels.backends.triton.wgrad_tma import seen_from, seen_until
 from hetconv_kernels.packing import pack_slabs
-from hetconv_kernels.problem import Geometry, Problem, make_geometry
+from hetconv_kernels.problem import Geometry, make_geometry
 from hetconv_kernels.testing import execute_fprop, execute_wgrad, oracle
 
 SUPPORTS = {
@@ -71,17 +71,6 @@ def tensors(geometry: Geometry, dtype: torch.dtype, size: tuple[int, int] = SIZE
     last = torch.channels_last
     poisoned = torch.where(torch.tensor(s.mask), w, float("nan"))
     return x.contiguous(memory_format=last), w, poisoned, dy.contiguous(memory_format=last)
-
-
-def wgrad_call(
-    p: Problem,
-    tiles: tuple[Tile, Tile] = (TILE, TILE),
-    reorder: bool = False,
-    coarse: bool = False,
-    box: Box | None = None,
-) -> WgradCall:
-    lowering = wgrad_choice.wgrad_lowering_of(p.support, tiles, reorder, coarse)
-    return WgradCall(p, WgradChoice(tiles, box, lowering, 0.0, 1.0))
 
 
 @pytest.mark.parametrize("where", GEOMETRIES)
@@ -181,6 +170,41 @@ def test_any_number_of_splits_gives_the_same_gradient(
     w = w.double().requires_grad_()
     (exact,) = torch.autograd.grad(oracle(x.double(), w, geometry), w, dy.double())
     near(dw, torch.where(torch.tensor(SUPPORTS["het"].mask), exact, 0.0), exact.abs() + 50, 200)
+
+
+def test_wgrad_of_split_numbers_takes_tiles_that_do_not_spill(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As the switch says at the call; those of one tap and of small tiles fit as they are."""
+    geometry = make_geometry(hk.Support.het(128, 128, 3, p=2), 1, 1)
+    x, w, _, dy = tensors(geometry, torch.float32)
+    p = problem("wgrad", geometry, dy, x, w, SIZE)
+    started = []
+    launch = WgradCall.launch
+
+    def watch(self: WgradCall, kernel: Any, jobs: Any, tile: Tile, constants: Any, tables: Any):  # type: ignore[no-untyped-def]
+        started.append((jobs.taps, tile[:3], constants[0], constants[9]))
+        return launch(self, kernel, jobs, tile, constants, tables)
+
+    monkeypatch.setattr(WgradCall, "launch", watch)
+    found = {}
+    for edge in (64, 32):
+        call = wgrad_call(p, (Tile(32, edge, edge, 4),) * 2)
+        for switch in ("tf32", "ieee"):
+            started.clear()
+            with convolutions_in(switch):
+                dw = call.run(dy, x)
+            found[edge, switch] = sorted(started)
+            w64 = w.double().requires_grad_()
+            (exact,) = torch.autograd.grad(oracle(x.double(), w64, geometry), w64, dy.double())
+            exact = torch.where(torch.tensor(geometry.support.mask), exact, 0.0)
+            near(dw, exact, exact.abs() + 50, 200)
+    one, three = (1, (32, 64, 64), 32), (3, (32, 64, 64), 32)
+    assert found[64, "tf32"] == [(*one, "tf32"), (*three, "tf32")]
+    assert found[64, "ieee"] == [(*one, "tf32x3"), (3, (16, 64, 64), 16, "tf32x3")]
+    small = [(1, (32, 32, 32), 32), (3, (32, 32, 32), 32)]
+    assert found[32, "tf32"] == [(*one, "tf32") for one in small]
+    assert found[32, "ieee"] == [(*one, "tf32x3") for one in small]
 
 
 @pytest.mark.parametrize(("support", "gathers"), [("interleaved", 2), ("ragged", 2), ("het", 0)])

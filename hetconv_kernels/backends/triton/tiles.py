@@ -74,6 +74,9 @@ HALF_ONE = (Tile(64, 128, 128, 8), Tile(64, 64, 64, 4), Tile(64, 32, 32, 4))
 BOX_FUSED = (Tile(64, 128, 64, 8), Tile(64, 64, 64, 4))
 BOX_ONE = (Tile(64, 128, 128, 8),)
 SINGLE_FUSED = SINGLE_ONE = (Tile(32, 64, 64, 4), Tile(32, 32, 32, 4))
+# What three taps take instead where float32 is multiplied as 3xTF32: the parts of its numbers are
+# in registers beside three accumulators, and of 32 pixels they would spill on sm_80 and sm_100.
+SPLIT_FUSED = {Tile(32, 64, 64, 4): Tile(16, 64, 64, 4)}
 MAX_STAGES = 4
 # Clocks that a program spends before its first and after its last step.
 PROLOGUE = 1500

@@ -22,7 +22,7 @@ from .calls import in_order, refuse_left_out, tma_aligned
 from .choice import tensor_reasons
 from .geometry import wgrad_table
 from .launch import Launch, interpreted
-from .tiles import Tile, splits, wgrad_stages
+from .tiles import SPLIT_FUSED, Tile, splits, wgrad_stages
 from .wgrad import reduce_kernel_splits, wgrad_kernel_gather
 from .wgrad_choice import WgradChoice
 from .wgrad_lowering import Jobs
@@ -110,6 +110,8 @@ class WgradCall:
 
     def _bind_pointers(self, jobs: Jobs, dy: Tensor, x: Tensor, before: int) -> WgradLaunch:
         tile, widest = self._tiles[jobs.taps], 16 // x.element_size()
+        if precision(x.dtype) == "tf32x3" and jobs.taps == 3:
+            tile = SPLIT_FUSED.get(tile, tile)
         last_x = x.stride(1) == 1 or x.shape[1] == 1
         last_y = dy.stride(1) == 1 or dy.shape[1] == 1
         x_unit = unit(widest, x) if last_x else 1
