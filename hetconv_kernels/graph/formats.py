@@ -19,7 +19,8 @@ _INTO_LAST = {"memory_format": _LAST}
 def into_channels_last(traced: fx.GraphModule, inputs: Sequence[Any]) -> tuple[str, ...]:
     """Has images brought into channels_last as they come in, in place.
 
-    The engine on a CPU is faster by a half to 2.6 times there.
+    There the engine on a CPU reads and writes whole vectors of channels; otherwise it turns each
+    activation.
 
     Args:
         traced: the network.
