@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import Argument
 from torch.utils import _pytree as pytree
 
 from ..nn.base import ForcedBackend
 
 _LAST = torch.channels_last
-_INTO_LAST = {"memory_format": _LAST}
+_INTO_LAST: dict[str, Argument] = {"memory_format": _LAST}
 
 
 def into_channels_last(traced: fx.GraphModule, inputs: Sequence[Any]) -> tuple[str, ...]:
