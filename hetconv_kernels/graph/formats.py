@@ -33,9 +33,7 @@ def into_channels_last(traced: fx.GraphModule, inputs: Sequence[Any]) -> tuple[s
     brought = []
     placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
     for node, x in zip(placeholders, inputs, strict=False):
-        # By the strides, which PyTorch goes by where there is one channel.
-        image = isinstance(x, Tensor) and x.dim() == 4 and x.is_floating_point()
-        if not image or x.stride() == torch.empty_like(x, memory_format=_LAST).stride():
+        if not _is_image_elsewhere(x):
             continue
         brought.append(node.name)
         if node.users and all(user.kwargs == _INTO_LAST for user in node.users):
@@ -49,10 +47,19 @@ def into_channels_last(traced: fx.GraphModule, inputs: Sequence[Any]) -> tuple[s
     return tuple(brought)
 
 
-def pays(traced: fx.GraphModule, inputs: Sequence[Any]) -> bool:
-    """Tells whether a network has layers of this package, and is on a CPU."""
+def pay(traced: fx.GraphModule, inputs: Sequence[Any]) -> bool:
+    """Tells whether another memory format of an image is worth it: for our layers on a CPU."""
     layers = any(isinstance(module, ForcedBackend) for module in traced.modules())
-    return layers and all(x.device.type == "cpu" for x in inputs if isinstance(x, Tensor))
+    on_cpu = all(x.device.type == "cpu" for x in inputs if isinstance(x, Tensor))
+    return layers and on_cpu and any(map(_is_image_elsewhere, inputs))
+
+
+def _is_image_elsewhere(x: Any) -> bool:
+    """Tells whether something is an image that is not in channels_last."""
+    if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
+        return False
+    # By the strides, which PyTorch goes by where there is one channel.
+    return x.stride() != torch.empty_like(x, memory_format=_LAST).stride()
 
 
 def keep_outputs(traced: fx.GraphModule, before: Any, after: Any) -> None:

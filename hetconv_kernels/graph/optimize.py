@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -302,7 +303,7 @@ class _Work:
     def _finished(
         self, module: nn.Module, traced: fx.GraphModule, calls: list[tuple[Any, ...]]
     ) -> tuple[fx.GraphModule, tuple[str, ...], tuple[LeftPlain, ...], list[Match]]:
-        """Sees to memory formats and layers that are left plain, and compares the outputs.
+        """Sees to memory formats and plain layers; compares the outputs.
 
         Returns:
             The graph, its inputs that are brought into channels_last, plain layers, and matches.
@@ -310,17 +311,14 @@ class _Work:
         Raises:
             HetconvError: the outputs differ, or the graph cannot take an input.
         """
-        if formats.pays(traced, calls[0]):
+        if formats.pay(traced, calls[0]):
             last = copied(traced)
-            try:
+            with suppress(*trace.FAILURES):  # unless the network looks at strides
                 brought = formats.into_channels_last(last, calls[0])
                 plain = leave_plain(last, calls) if self.plain else ()
-                if brought:
-                    before, after = (m(*copy.deepcopy(calls[0])) for m in (module, last))
-                    formats.keep_outputs(last, before, after)
+                before, after = (m(*copy.deepcopy(calls[0])) for m in (module, last))
+                formats.keep_outputs(last, before, after)
                 return last, brought, plain, [_verified(module, last, each) for each in calls]
-            except trace.FAILURES:  # the network looks at strides
-                pass
         plain = leave_plain(traced, calls) if self.plain else ()
         return traced, (), plain, [_verified(module, traced, each) for each in calls]
 
