@@ -137,11 +137,11 @@ def main(arguments: list[str] | None = None) -> int:
                 found.append(json.loads(path.read_text()))
                 print(told(found[-1]), flush=True)
     if options.publish is not None:
-        publish(found, options.publish)
+        _publish(found, options.publish)
     return 0
 
 
-def publish(found: Sequence[dict[str, Any]], folder: Path) -> None:
+def _publish(found: Sequence[dict[str, Any]], folder: Path) -> None:
     """Writes lenet.json and lenet.md; lines that are not found anew stay as they are there."""
     path = folder / "lenet.json"
     record = json.loads(path.read_text()) if path.exists() else {"lines": []}

@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     without = smoke.without(found)
     failed += [f"smoke test of {name}" for name in without]
     for name in without:
-        log(f"make gpu: {name} is LEFT OUT: {smoke.reason(name, found)}")
+        log(f"make gpu: {name} is LEFT OUT: {smoke.left_out_because(name, found)}")
     environment = {"HETCONV_WITHOUT": ",".join(without)}
     for_table = max(left() - _TESTS, 60.0)
     command = [*python, "-m", "benchmarks.primitives", "--worker"]

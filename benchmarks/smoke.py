@@ -112,7 +112,7 @@ def without(found: dict[str, dict[str, Any]]) -> list[str]:
     return [name for name in CHECKS if name in faulty and name != "cuda-rate"]
 
 
-def reason(name: str, found: dict[str, dict[str, Any]]) -> str:
+def left_out_because(name: str, found: dict[str, dict[str, Any]]) -> str:
     """Says why a part is left out: for a fault of its own, or of one that it needs."""
     check = found.get(name, {"status": ""})
     own = check["status"] in FAULTY

@@ -282,7 +282,7 @@ def _measure(
     """Checks, denoises with, and times each network."""
     x = noisy[None].to(device).contiguous(memory_format=torch.channels_last)
     trained = networks
-    networks = {name: for_inference(network.eval(), x) for name, network in trained.items()}
+    networks = {name: optimized(network.eval(), x) for name, network in trained.items()}
     outputs = {name: network(x) for name, network in networks.items()}
     differences = {
         name: float((y - outputs[name.removesuffix(_INT8)]).abs().max())
@@ -322,7 +322,7 @@ def _measure(
     return rows, images, timings
 
 
-def for_inference(network: nn.Module, x: Tensor) -> nn.Module:
+def optimized(network: nn.Module, x: Tensor) -> nn.Module:
     """Optimises a network with sparse layers in float32 for images as large as this one."""
     if not any(isinstance(m, SupportLayer) for m in network.modules()):
         return network

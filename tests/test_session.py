@@ -60,8 +60,8 @@ def test_each_fault_of_each_part_is_found_and_leaves_out_that_part(
     # What needs a faulty part is left out with it, and a probe is no part.
     needing = [other for other, needs in smoke.NEEDS.items() if name in needs]
     assert set(smoke.without(found)) == ({name, *needing} - {"cuda-rate"})
-    assert smoke.reason(name, found) == found[name]["detail"]
-    assert {smoke.reason(other, found) for other in needing} <= {f"it needs {name}"}
+    assert smoke.left_out_because(name, found) == found[name]["detail"]
+    assert {smoke.left_out_because(other, found) for other in needing} <= {f"it needs {name}"}
     said = (tmp_path / "log").read_text()
     assert said.index(f"smoke: {name} begins") < said.index(f"{name} starts")
 
