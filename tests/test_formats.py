@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -118,7 +119,7 @@ def test_a_network_without_layers_of_this_package_is_left_as_it_is() -> None:
     fast, brought = optimized(model, image())
     assert brought == ()
     assert isinstance(fast, PlannedNetwork)
-    assert not any(node.target == "clone" for node in fast.graph.nodes)
+    assert not any(node.target is formats.channels_last for node in fast.graph.nodes)
 
 
 def test_images_that_are_no_floats_and_other_tensors_stay() -> None:
@@ -142,4 +143,19 @@ def test_bringing_in_twice_copies_once() -> None:
     traced = torch.fx.symbolic_trace(layers())
     assert formats.into_channels_last(traced, (image(),)) == ("input_1",)
     assert formats.into_channels_last(traced, (image(),)) == ("input_1",)
-    assert [node.target for node in traced.graph.nodes].count("clone") == 1
+    assert [node.target for node in traced.graph.nodes].count(formats.channels_last) == 1
+
+
+def test_maps_over_images_and_files_know_the_copy(tmp_path: Path) -> None:
+    model, x = layers().eval(), image()
+    fast, brought = optimized(model, x)
+    assert brought == ("input_1",)
+    hk.save(fast, tmp_path / "fast.safetensors")
+    again = hk.load(tmp_path / "fast.safetensors")
+    with torch.no_grad():
+        expected = fast(x)
+        torch.testing.assert_close(again(x), expected, rtol=0, atol=0)
+        mapped = torch.func.vmap(fast)(torch.stack((x, 2 * x)))
+        torch.testing.assert_close(mapped[0], expected, rtol=1e-5, atol=1e-5)
+        compiled = torch.compile(fast, backend="eager")(x)
+        torch.testing.assert_close(compiled, expected, rtol=1e-5, atol=1e-5)

@@ -8,13 +8,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.node import Argument
 from torch.utils import _pytree as pytree
 
 from ..nn.base import ForcedBackend
 
 _LAST = torch.channels_last
-_INTO_LAST: dict[str, Argument] = {"memory_format": _LAST}
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Copies images into channels_last. A transform of ``torch.func`` keeps the images it has."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    if not torch.compiler.is_compiling() and wrapped(x):
+        return x
+    return x.clone(memory_format=_LAST)
 
 
 def into_channels_last(traced: fx.GraphModule, inputs: Sequence[Any]) -> tuple[str, ...]:
@@ -36,10 +42,10 @@ def into_channels_last(traced: fx.GraphModule, inputs: Sequence[Any]) -> tuple[s
         if not _is_image_elsewhere(x):
             continue
         brought.append(node.name)
-        if node.users and all(user.kwargs == _INTO_LAST for user in node.users):
+        if node.users and all(user.target is channels_last for user in node.users):
             continue
         with traced.graph.inserting_after(placeholders[-1]):
-            new = traced.graph.call_method("clone", (node,), _INTO_LAST)
+            new = traced.graph.call_function(channels_last, (node,))
         node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
     if brought:
         _reshape(traced)

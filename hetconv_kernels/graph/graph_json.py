@@ -23,6 +23,7 @@ from torch import fx
 from ..errors import FileError, mismatch
 from ..files import Json
 from .alias import after
+from .formats import channels_last
 from .names import BINARY, EACH, MOVES, SIZES, SPATIAL
 
 _OPERATORS = (
@@ -49,6 +50,7 @@ def _functions() -> dict[str, Callable[..., Any]]:
         "getattr": builtins.getattr,
         "len": builtins.len,
         "graph.after": after,
+        "graph.channels_last": channels_last,
         "collections.OrderedDict": OrderedDict,
     }
     for name in _OPERATORS.split():

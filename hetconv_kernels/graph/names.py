@@ -16,7 +16,7 @@ EACH = frozenset(
         "relu", "relu6", "silu", "gelu", "sigmoid", "tanh", "hardtanh", "hardswish",
         "hardsigmoid", "leaky_relu", "prelu", "elu", "celu", "selu", "softplus", "mish",
         "clamp", "neg", "abs", "dropout", "feature_dropout", "alpha_dropout", "identity",
-        "contiguous", "clone", "detach", "to", "float",
+        "contiguous", "clone", "channels_last", "detach", "to", "float",
     )
 )  # fmt: skip
 # Works on every channel by itself and in the same way.

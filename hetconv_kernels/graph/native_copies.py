@@ -30,6 +30,7 @@ _ORDERED = (
     "reshape",
     "contiguous",
     "clone",
+    "channels_last",
     "unflatten",
     "squeeze",
     "unsqueeze",

@@ -29,7 +29,8 @@ LAYER, LIGHT, MOVE = "layer", "light", "move"
 _CLAMPS = ("relu", "relu6")
 _FREE_MOVES = frozenset(
     ("flatten", "view", "reshape", "getitem", "slice", "select", "narrow", "squeeze", "unsqueeze",
-     "permute", "transpose", "chunk", "split", "split_with_sizes", "contiguous", "clone", "detach")
+     "permute", "transpose", "chunk", "split", "split_with_sizes", "contiguous", "clone", "detach",
+     "channels_last")
 )  # fmt: skip
 
 
