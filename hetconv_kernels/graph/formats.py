@@ -11,14 +11,18 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ..nn.base import ForcedBackend
+from ..observers import transforms_active
 
 _LAST = torch.channels_last
 
 
-def channels_last(x: Tensor) -> Tensor:
+def channels_last(x: Any) -> Any:
     """Copies images into channels_last. A transform of ``torch.func`` keeps the images it has."""
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    if not torch.compiler.is_compiling() and wrapped(x):
+    if isinstance(x, fx.Proxy):  # the graph is traced again
+        return x.tracer.create_proxy("call_function", channels_last, (x,), {})
+    if not torch.compiler.is_compiling() and transforms_active():
+        return x
+    if x.layout != torch.strided:  # the layers refuse it in their own words
         return x
     return x.clone(memory_format=_LAST)
 
