@@ -131,3 +131,10 @@ STEP = {"name": "x", "op": "placeholder", "target": "x", "args": [], "kwargs": {
 def test_what_is_not_on_the_list_is_not_read(step) -> None:
     with pytest.raises(FileError):
         graph_from_json([STEP | step])
+
+
+def test_a_memory_format_comes_back() -> None:
+    graph, last = fx.Graph(), {"memory_format": torch.channels_last}
+    graph.output(graph.call_method("clone", (graph.placeholder("x"),), last))
+    (clone,) = (node for node in again(graph).nodes if node.target == "clone")
+    assert clone.kwargs == last
