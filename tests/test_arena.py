@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import doctest
+import re
 import threading
+from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
@@ -23,11 +25,39 @@ from hetconv_kernels.arena import (
 )
 
 PLAIN = torch.contiguous_format
+_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+HUGE_PAGES = _SETTING.read_text() if _SETTING.exists() else ""
 CPU = torch.device("cpu")
 
 
 def life(born: int, dies: int, elements: int = 16, escapes: bool = False) -> Lifetime:
     return Lifetime("owner", (elements,), torch.float32, PLAIN, born, dies, escapes)
+
+
+@pytest.mark.parametrize("elements", [16, 1 << 20, (1 << 20) + 7])
+def test_a_large_buffer_begins_at_a_huge_page(elements: int) -> None:
+    planned = Arena([life(0, 1, elements), life(1, 2, elements)])
+    begin = planned.memory.data_ptr() + planned.first
+    large = planned.bytes >= 2 << 20
+    assert begin % (2 << 20 if large else ALIGNMENT) == 0
+    assert planned.first + planned.bytes <= planned.memory.nbytes
+
+
+@pytest.mark.skipif(
+    "never" not in HUGE_PAGES or "[never]" in HUGE_PAGES, reason="this system has no huge pages"
+)
+def test_a_large_buffer_lies_in_huge_pages() -> None:
+    planned = Arena([life(0, 1, 16 << 20)])  # 64 MiB
+    planned.memory.fill_(1)
+    begin = planned.memory.data_ptr() + planned.first
+    huge = 0
+    for entry in re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text()):
+        if (span := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", entry)) is None:
+            continue
+        if int(span[1], 16) < begin + planned.bytes and begin < int(span[2], 16):
+            found = re.search(r"AnonHugePages: +([0-9]+) kB", entry)
+            huge += int(found[1]) << 10 if found else 0
+    assert huge >= planned.bytes // 2  # the system may be short of them
 
 
 lifetimes = st.lists(

@@ -98,3 +98,33 @@ def test_a_cast_to_bfloat16_and_back_is_native() -> None:
         x[0, 1, 2, 3] = special
         assert_equal_calls(fast, plain, x)
     assert kinds(fast).count("cast") == 2
+
+
+class Turns(nn.Module):
+    """An image in another memory format, and back in the first."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        last = x.clone(memory_format=LAST)
+        return self.layer(last), last.clone(memory_format=ROWS), last.clone(memory_format=LAST)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 16, 17, 130])
+def test_images_are_copied_from_one_memory_format_to_another(
+    channels: int, dtype: torch.dtype
+) -> None:
+    x = torch.randn(2, channels, 7, 9).to(dtype)
+    fast = optimized(Turns(channels).to(dtype), x)
+    for layout in (ROWS, LAST):
+        given = x.to(memory_format=layout)
+        assert_equal_calls(fast, unplanned(fast), given)
+        _, back, again = fast(given)
+        assert torch.equal(back, x)
+        assert torch.equal(again, x)
+        assert back.is_contiguous()
+        assert again.is_contiguous(memory_format=LAST)
+    assert "copy" in kinds(fast)

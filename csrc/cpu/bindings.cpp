@@ -218,6 +218,10 @@ PYBIND11_MODULE(_cpu, m) {
         return names;
       },
       "Returns the instruction sets this machine can run, best first; $HETCONV_ISA forces one.");
+  m.def("non_temporal_bytes", non_temporal_bytes,
+        "Returns the size beyond which outputs are written past the caches: that of the last one.");
+  m.def("set_non_temporal_bytes", set_non_temporal_bytes, py::arg("more_than"),
+        "Sets that size, for all threads.");
 
   py::class_<Pool>(m, "Pool").def(
       py::init([](const Pair& kernel, const Pair& stride, const Pair& padding, const Pair& out) {

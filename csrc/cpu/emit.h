@@ -4,7 +4,7 @@
 #pragma once
 #include <cmath>
 #include <limits>
-#include "vec.h"
+#include "non_temporal.h"
 
 namespace hetconv {
 namespace HETCONV_NS {
@@ -113,6 +113,14 @@ template <class S, class A> struct Simple {
   }
 };
 
+// `Simple`, past the caches.
+template <class A> struct SimpleNonTemporal : Simple<A, A> {
+  using Simple<A, A>::Simple;
+  HC_INLINE void put(const SimpleNonTemporal& k, Vec<A> v, A* y, const A* res) {
+    store_non_temporal<A>(y, Simple<A, A>::finished(k, v, res));
+  }
+};
+
 // Where a tile of MR pixels x NV vectors of filters goes while it is still in registers, and what
 // happens to it there: what `Simple` does. y is null where the sums themselves are wanted.
 template <class S, class A> struct TileEnd {
@@ -121,6 +129,7 @@ template <class S, class A> struct TileEnd {
   ptrdiff_t y_pixel, res_pixel;
   const A* shift;  // [NV] vectors, or null
   bool relu;
+  bool past_caches;  // by non-temporal stores
 
   // Whether it can do all that `o` asks, to filters from `filter0` on.
   bool takes(const Out<A>& o, int filter0) {
@@ -146,8 +155,14 @@ HC_INLINE void finish_tile(Vec<A> (&acc)[MR][NV], const TileEnd<S, A>& e) {
           read<S, A>(e.res + i * e.res_pixel + j * VL<A>);
     }
     // Written so that NaN stays NaN.
-    HC_UNROLL for (int i = 0; i < MR; ++i)
-        write<S, A>(e.y + i * e.y_pixel + j * VL<A>, floor > acc[i][j] ? floor : acc[i][j]);
+    HC_UNROLL for (int i = 0; i < MR; ++i) acc[i][j] = floor > acc[i][j] ? floor : acc[i][j];
+    S* y = e.y + j * VL<A>;
+    if constexpr (kNonTemporalStores && sizeof(S) == sizeof(A))
+      if (e.past_caches) {
+        HC_UNROLL for (int i = 0; i < MR; ++i) store_non_temporal<A>(y + i * e.y_pixel, acc[i][j]);
+        continue;
+      }
+    HC_UNROLL for (int i = 0; i < MR; ++i) write<S, A>(y + i * e.y_pixel, acc[i][j]);
   }
 }
 

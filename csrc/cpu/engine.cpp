@@ -12,6 +12,7 @@
 #include <new>
 #include <stdexcept>
 
+#include "memory.h"
 #include "processor.h"
 
 namespace hetconv {
@@ -161,8 +162,7 @@ Packed::Packed(const Plan& plan, const WeightView& w, DType from, int threads)
     : bytes_(0), data_(nullptr, std::free) {
   const Lowered& low = plan.lowered();
   bytes_ = (size_t(low.packed) * plan.accumulator_bytes() + 2 * 64) / 64 * 64;
-  data_.reset(std::aligned_alloc(64, bytes_));
-  if (!data_) throw std::bad_alloc();
+  data_.reset(allocate(bytes_));
   plan.kernels().pack[int(plan.dtype())](low, w, from, data_.get(), usable_threads(threads));
 }
 

@@ -122,6 +122,7 @@ template <class S, class A, class K = FilterColumns<A>> struct FiltersFprop {
   int Cb = 0, rows = 0, cols = 0;       // of a band
   bool direct = false, copies = false;  // reads the input in place; segments read copies of a band
   bool patches = false;                 // of the taps of each output
+  bool past_caches = false;             // outputs are written by non-temporal stores
   int64_t in_row = 0, in_pixel = 0;     // input distance of neighbouring output rows and pixels
 
   // Picks the band so that it fits its share of the cache.
@@ -250,6 +251,8 @@ template <class S, class A, class K = FilterColumns<A>> struct FiltersFprop {
     bool finished = false;
     if constexpr (std::is_same_v<decltype(steps.end.y), S*>)
       finished = near && s.lanes == FT && steps.end.takes(out, filters[0]);
+    const bool past = finished && past_caches && filters[0] % VL<A> == 0;
+    steps.end.past_caches = past;
     const int pixels = K::template most_pixels<NV>(steps);
     const int tiles = ceil_div(nc, pixels), base = nc / tiles, more = nc % tiles;
     const auto big = K::template kernel<NV>(more ? base + 1 : base),
@@ -271,7 +274,7 @@ template <class S, class A, class K = FilterColumns<A>> struct FiltersFprop {
           // The output, and what is added to it, come near while they are computed.
           for (int i = 0; near && i < m; ++i)
             for (int j = 0; j < NV; ++j) {
-              __builtin_prefetch(to + r * p.y.sh + (c + i) * p.y.sw + j * VL<A>, 1, 3);
+              if (!past) __builtin_prefetch(to + r * p.y.sh + (c + i) * p.y.sw + j * VL<A>, 1, 3);
               if (res)
                 __builtin_prefetch(res + r * p.res.sh + (c + i) * p.res.sw + j * VL<A>, 0, 3);
             }
@@ -330,6 +333,7 @@ template <class S, class A, class K = FilterColumns<A>> struct FiltersFprop {
   void run(OffsetCache* cache) {
     choose_band();
     find_offsets(cache);
+    past_caches = non_temporal<S, A>(p);
     const int64_t nb = ceil_div(p.Ho, rows), strips = ceil_div(p.Wo, cols),
                   units = p.N * nb * strips;
     const int shares = shares_for(units, L.count, p.threads);
@@ -372,6 +376,7 @@ template <class S, class A, class K = FilterColumns<A>> struct FiltersFprop {
             segment<1>(g, a, scratch, n, oy, ox, nr, nc, ahead, copied);
         }
       }
+      if (past_caches) non_temporal_fence();
     });
   }
 };

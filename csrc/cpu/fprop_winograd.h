@@ -15,21 +15,21 @@ template <class A> struct WinogradColumns : FilterColumns<A> {
   static bool has_rest(const FilterSegment& s) {
     return s.quads + s.singles + s.split + s.straight + s.turned > 0 || s.paired();
   }
-  // Vectors of weights that a column has for nv vectors of filters: of one, two columns share them.
-  static constexpr int vectors_of(int /*nv*/) { return 2; }
+  // Vectors of weights that a column has: the columns of a pair share two.
+  static int vectors_of(const WinogradPart& k) { return k.pairs ? 2 : k.nv; }
   template <int NV> static FilterSteps<A> products(const Winograd& W, const WinogradPart& k) {
     static const int none[2] = {0, 0};
     return {W.offsets + k.off0,        k.quads, k.singles, 0,      0, 0,
-            NV == 1 ? &k.pairs : none, none,    NV == 1,   nullptr};
+            NV == 1 ? &k.pairs : none, none,    false,     nullptr};
   }
-  // One vector of filters: two products a load.
+  // One vector of filters, two products a load.
   template <int MR>
   static void pairs_product(const A* a, ptrdiff_t ps, const FilterSteps<A>& s, const A* w, A* o,
                             ptrdiff_t) {
     pairs_kernel<A, MR, 1>(a, ps, s, s.off, w, o);
   }
-  template <int NV> static FiltersKernel<A> products_kernel(int n) {
-    if constexpr (NV == 2) return filters_kernel_for<A, 2>(n);
+  template <int NV> static FiltersKernel<A> products_kernel(const WinogradPart& k, int n) {
+    if (!k.pairs) return filters_kernel_for<A, NV>(n);
     return choose<FiltersKernel<A>, kMaxPixels>(n, [](auto m) { return pairs_product<m()>; });
   }
 };
@@ -48,6 +48,7 @@ struct WinogradFprop : WinogradBands<S, A, M, K> {
   using Base::off;
   using Base::p;
   using Base::packed;
+  using Base::past_caches;
   using Base::rows;
   using Base::W;
   using typename Base::Band;
@@ -102,8 +103,8 @@ struct WinogradFprop : WinogradBands<S, A, M, K> {
     const int width = W.units[k.unit].vectors * VL<A>, columns = 4 * k.quads + k.singles + k.pairs;
     const auto steps = K::template products<NV>(W, k);
     const ptrdiff_t from = position_pitch<Band>(b.tiles, width),
-                    weights = ptrdiff_t(columns) * K::vectors_of(NV) * VL<A>;
-    const auto kernel = K::template products_kernel<NV>(c.tiles);
+                    weights = ptrdiff_t(columns) * K::vectors_of(k) * VL<A>;
+    const auto kernel = K::template products_kernel<NV>(k, c.tiles);
     const Band* a = at.inputs + ptrdiff_t(c.first) * width;
     const A* w = packed + k.w0;
     TileAt<M> near(b, next.tiles.first);
@@ -111,28 +112,40 @@ struct WinogradFprop : WinogradBands<S, A, M, K> {
     for (int q = 0; q < kPositions; ++q, a += from, w += weights) {
       Ahead::step<false>(ahead);
       for (; fetched < (q + 1) * next.tiles.tiles / kPositions; ++fetched, near.next(b))
-        fetch_outputs(p, b, near, next);
+        fetch_outputs(p, past_caches, b, near, next);
       kernel(a, width, steps, w, at.sums + q * kSumsPitch<NV>, NV * VL<A>);
     }
   }
-  // Brings the outputs of a tile near, and what is added to them.
-  HC_INLINE void fetch_outputs(const Problem& p, const TileBlock& b, const TileAt<M>& at,
-                               const Outputs& next) {
+  // Brings the outputs of a tile near, and what is added to them. Always inline: GCC takes a
+  // function of nothing but prefetches for one without effects, and leaves out its calls.
+  HC_INLINE void fetch_outputs(const Problem& p, bool past_caches, const TileBlock& b,
+                               const TileAt<M>& at, const Outputs& next) {
     const ptrdiff_t y = at.place(b, p.y), res = at.place(b, p.res);
-    for (int v = 0; v < next.vectors; ++v) HC_UNROLL for (int k = 0; k < M * M; ++k) {
-        const S* to = reinterpret_cast<const S*>(p.y.data) + y + next.filters[v * VL<A>];
-        const S* more = reinterpret_cast<const S*>(p.res.data) + res + next.filters[v * VL<A>];
-        __builtin_prefetch(to + k / M * p.y.sh + k % M * p.y.sw, 1, 2);
-        if (p.res.data) __builtin_prefetch(more + k / M * p.res.sh + k % M * p.res.sw, 0, 2);
-      }
+    for (int v = 0; v < next.vectors; ++v) {
+      const int f = next.filters[v * VL<A>];
+      const S* to = reinterpret_cast<const S*>(p.y.data) + y + f;
+      const S* more = reinterpret_cast<const S*>(p.res.data) + res + f;
+      if (!past_caches || f % VL<A> != 0)
+        HC_UNROLL for (int k = 0; k < M * M; ++k)
+            __builtin_prefetch(to + k / M * p.y.sh + k % M * p.y.sw, 1, 2);
+      if (p.res.data)
+        HC_UNROLL for (int k = 0; k < M * M; ++k)
+            __builtin_prefetch(more + k / M * p.res.sh + k % M * p.res.sw, 0, 2);
+    }
   }
 
   void put(const TileBlock& b, const TileChunk& c, const TileSums<A>& from, bool add,
            const Lanes<S, A>& lanes) const {
     if (p.pool) return pool(b, c, add ? from : without_rest(from), lanes);
     if (!lanes.simple()) return scratch_tiles<A, M>(b, c, from, add);
-    const Simple<S, A> e(lanes);
-    const int f0 = lanes.filters[0];
+    if constexpr (kNonTemporalStores && sizeof(S) == sizeof(A))
+      if (past_caches && lanes.filters[0] % VL<A> == 0)
+        return put_tiles(b, c, from, add, SimpleNonTemporal<A>(lanes), lanes.filters[0]);
+    put_tiles(b, c, from, add, Simple<S, A>(lanes), lanes.filters[0]);
+  }
+  template <class End>
+  void put_tiles(const TileBlock& b, const TileChunk& c, const TileSums<A>& from, bool add,
+                 const End& e, int f0) const {
     if (add)
       p.res.data ? output_tiles<S, A, M, true, true>(p, b, c, from, e, f0)
                  : output_tiles<S, A, M, true, false>(p, b, c, from, e, f0);
@@ -268,6 +281,7 @@ struct WinogradFprop : WinogradBands<S, A, M, K> {
   void run(OffsetCache* cache) {
     this->choose_band();
     this->find_offsets(cache);
+    past_caches = non_temporal<S, A>(p);
     const int64_t bands = ceil_div(p.Ho, rows), strips = ceil_div(p.Wo, cols),
                   units = ceil_div<int64_t>(p.N, images) * bands * strips;
     const int shares = shares_for(units, L.count, p.threads);
@@ -296,6 +310,7 @@ struct WinogradFprop : WinogradBands<S, A, M, K> {
         }
         compute(b, at, s0, s1, &held, ahead);
       }
+      if (past_caches) non_temporal_fence();
     });
   }
 };

@@ -6,6 +6,7 @@
 
 #include "engine.h"
 #include "int8_plan.h"
+#include "memory.h"
 #include "threads.h"
 
 namespace hetconv {
@@ -15,8 +16,7 @@ Int8Packed::Int8Packed(std::shared_ptr<const Int8Plan> plan, const int8_t* w,
     : plan_(std::move(plan)), bytes_(0), data_(nullptr, std::free) {
   const Int8Lowered& low = plan_->lowered();
   bytes_ = (size_t(low.packed) + 2 * 64) / 64 * 64;
-  data_.reset(std::aligned_alloc(64, bytes_));
-  if (!data_) throw std::bad_alloc();
+  data_.reset(allocate(bytes_));
   int8_t* packed = static_cast<int8_t*>(data_.get());
   sums_.assign(size_t(low.F), 0);
   reach_.assign(size_t(low.F), 0);

@@ -42,11 +42,13 @@ struct PairColumns {
 // The same by Winograd: transformed inputs and weights are bfloat16, all sums float32.
 struct WinogradPairs : PairColumns {
   static bool has_rest(const Segment& s) { return s.runs + s.pairs + s.windows > 0; }
-  static constexpr int vectors_of(int nv) { return nv; }
+  static int vectors_of(const WinogradPart& k) { return k.nv; }
   template <int NV> static PairSteps products(const Winograd& W, const WinogradPart& k) {
     return {W.offsets + k.off0, k.quads, k.singles, 0, nullptr};
   }
-  template <int NV> static PairsKernel products_kernel(int n) { return pairs_kernel_for<NV>(n); }
+  template <int NV> static PairsKernel products_kernel(const WinogradPart&, int n) {
+    return pairs_kernel_for<NV>(n);
+  }
 };
 
 static bool fprop_bf16(const Lowered& L, OffsetCache* cache, const Problem& p, const void* packed) {

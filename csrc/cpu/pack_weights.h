@@ -142,18 +142,18 @@ static void pack_part(const Lowered& L, const WinogradPart& k, const WeightView&
   const FilterSegment& s = L.segments[k.segment];
   const int* from = L.winograd->from + L.winograd->units[k.unit].from0;
   const int* places = L.winograd->offsets + k.off0;
-  const int columns = 4 * k.quads + k.singles + k.pairs, ft = 2 * VL<A>;
+  const int columns = 4 * k.quads + k.singles + k.pairs, ft = (k.pairs ? 2 : k.nv) * VL<A>;
   const ptrdiff_t pitch = ptrdiff_t(columns) * ft;
   for (int q = 0; q < columns; ++q)
     for (int l = 0; l < ft; ++l) {
       const bool quad = q < 4 * k.quads;
-      const int at = k.nv == 1 ? places[q] + l % 2
-                     : quad    ? places[q / 4] + q % 4
-                               : places[q - 3 * k.quads];
-      const int lane = k.vector * VL<A> + (k.nv == 1 ? l / 2 : l),
+      const int at = k.pairs ? places[q] + l % 2
+                     : quad  ? places[q / 4] + q % 4
+                             : places[q - 3 * k.quads];
+      const int lane = k.vector * VL<A> + (k.pairs ? l / 2 : l),
                 channel = from[at / VL<A>] + at % VL<A>;
       A* to = out + ptrdiff_t(q) * ft + l;
-      const bool taken = k.nv == 2 || (L.winograd->taken[k.off0 + q] & (l % 2 ? kUpper : kLower));
+      const bool taken = !k.pairs || (L.winograd->taken[k.off0 + q] & (l % 2 ? kUpper : kLower));
       const int f = taken && lane < s.lanes ? L.filters[s.filter0 + lane] : -1;
       const int channels = L.winograd->channels;
       if (f >= 0 && channel < channels && L.winograd->whole[int64_t(f) * channels + channel]) {

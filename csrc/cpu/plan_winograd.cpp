@@ -7,11 +7,11 @@
 
 namespace hetconv {
 
-// Cost of the products of two vectors of filters, and of one: as in filters_cost. Of a vector of
+// Cost of the products of two vectors of filters, and of one, as in filters_cost. Of a vector of
 // channels or filters, the transformations of one output. Measured on Zen 4.
 // kNarrowTransformCost: beside products of bfloat16.
-constexpr double kProductCost = 1.0, kPairProductCost = 1.15, kTransformCost = 11,
-                 kNarrowTransformCost = 20;
+constexpr double kProductCost = 1.0, kAloneProductCost = 1.03, kPairProductCost = 1.15,
+                 kTransformCost = 11, kNarrowTransformCost = 20;
 
 // The vectors of VL neighbouring channels that hold all those marked, none beyond `padded`.
 static std::vector<int> cover(const std::vector<uint8_t>& needed, int padded, int vl) {
@@ -146,6 +146,7 @@ void Plan::add_places(WinogradPart& p, const std::vector<int>& places) {
   p.off0 = int64_t(wino_offsets_.size());
   p.w0 = low_.packed;
   const size_t n = places.size();
+  const bool quads = pairs() || p.nv == 2 || kernels_.half_vectors;
   std::vector<int> singles;
   std::vector<uint8_t> taken;  // of singles
   for (size_t i = 0; i < n;) {
@@ -153,7 +154,7 @@ void Plan::add_places(WinogradPart& p, const std::vector<int>& places) {
       return i + count <= n && places[i + count - 1] == places[i] + int(count) - 1;
     };
     const size_t together = pairs() ? 8 : 4;
-    if ((pairs() || p.nv == 2) && neighbours(together)) {
+    if (quads && neighbours(together)) {
       wino_offsets_.push_back(places[i]);
       wino_taken_.push_back(kLower | kUpper);
       ++p.quads;
@@ -161,16 +162,16 @@ void Plan::add_places(WinogradPart& p, const std::vector<int>& places) {
       continue;
     }
     // A place without a partner is read with a neighbour, whose weight is zero.
-    const bool pair = pairs() || p.nv == 1, two = pair && neighbours(2),
+    const bool pair = pairs() || !quads, two = pair && neighbours(2),
                last = pair && !two && places[i] % low_.vl == low_.vl - 1;
     singles.push_back(places[i] - last);
     taken.push_back(uint8_t(two ? kLower | kUpper : last ? kUpper : kLower));
-    (pairs() || p.nv == 2 ? p.singles : p.pairs) += 1;
+    (quads ? p.singles : p.pairs) += 1;
     i += two ? 2 : 1;
   }
   wino_offsets_.insert(wino_offsets_.end(), singles.begin(), singles.end());
   wino_taken_.insert(wino_taken_.end(), taken.begin(), taken.end());
-  low_.packed += int64_t(positions(winograd_.tile)) * (pairs() ? p.nv : 2) * low_.vl *
+  low_.packed += int64_t(positions(winograd_.tile)) * (quads ? p.nv : 2) * low_.vl *
                  (4 * p.quads + p.singles + p.pairs);
 }
 
@@ -180,8 +181,8 @@ double Plan::winograd_cost() const {
                transform = pairs() ? kNarrowTransformCost : kTransformCost;
   double total = 0;
   for (const WinogradPart& p : parts_) {
-    const double of_filters = pairs() || p.nv == 2 ? p.nv * kProductCost : 0;
-    total += products * (of_filters * (4 * p.quads + p.singles) + 2 * kPairProductCost * p.pairs) +
+    const double column = pairs() || p.nv == 2 ? p.nv * kProductCost : kAloneProductCost;
+    total += products * (column * (4 * p.quads + p.singles) + 2 * kPairProductCost * p.pairs) +
              transform * p.nv;
   }
   for (const WinogradUnit& u : units_) total += transform * u.vectors;

@@ -180,6 +180,10 @@ const int* offsets_keep(OffsetCache*, const OffsetKey&, int* fresh,
 
 [[noreturn]] void out_of_memory();
 void* workspace(size_t bytes);  // this thread's, 64-byte aligned, kept between calls
+// Larger outputs are written past the caches, see non_temporal.h: the size of the last-level cache,
+// unless it is set.
+int64_t non_temporal_bytes();
+void set_non_temporal_bytes(int64_t more_than);
 
 // One weight tensor as seen by a plan: element (f, c, ky, kx) at data + offset of the strides.
 struct WeightView {

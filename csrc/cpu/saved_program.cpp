@@ -9,6 +9,7 @@
 #include <typeinfo>
 
 #include "blake2.h"
+#include "memory.h"
 #include "threads.h"
 
 namespace hetconv {
@@ -281,8 +282,7 @@ char* SavedProgram::take() {
     }
   }
   const size_t bytes = (size_t(about_.arena) / kLine + 1) * kLine;
-  char* arena = static_cast<char*>(std::aligned_alloc(kLine, bytes));
-  if (!arena) throw std::bad_alloc();
+  char* arena = static_cast<char*>(allocate(bytes));
   std::memset(arena, 0, bytes);  // its pages are there before the first step
   return arena;
 }

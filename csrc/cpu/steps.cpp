@@ -8,6 +8,7 @@
 #include <string>
 #include <utility>
 
+#include "memory.h"
 #include "threads.h"
 
 namespace hetconv {
@@ -38,11 +39,7 @@ struct Freed {
 };
 using Memory = std::unique_ptr<char, Freed>;
 
-Memory memory(int64_t bytes) {
-  Memory found(static_cast<char*>(std::aligned_alloc(64, size_t(bytes + 63) / 64 * 64)));
-  if (!found) throw std::bad_alloc();
-  return found;
-}
+Memory memory(int64_t bytes) { return Memory(static_cast<char*>(allocate(size_t(bytes)))); }
 
 }  // namespace
 
@@ -288,14 +285,40 @@ void PickStep::run(char* const* operands, int threads) const {
 
 namespace {
 
+// `rows` x `columns` elements by their strides; x[0] and y[0] of rows, [1] of columns.
+template <class T, int COLUMNS>
+void copy_few(const T* from, T* to, int64_t rows, const int64_t* x, const int64_t* y) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int j = 0; j < COLUMNS; ++j) to[i * y[0] + j * y[1]] = from[i * x[0] + j * x[1]];
+}
+
 template <class T>
-void copy_row(const char* x, char* y, int64_t n, int64_t x_stride, int64_t y_stride) {
-  const T* from = reinterpret_cast<const T*>(x);
-  T* to = reinterpret_cast<T*>(y);
-  if (x_stride == 1 && y_stride == 1)
-    std::memcpy(y, x, size_t(n) * sizeof(T));
-  else
-    for (int64_t i = 0; i < n; ++i) to[i * y_stride] = from[i * x_stride];
+void copy_plane(const char* x_data, char* y_data, int64_t rows, int64_t columns, const int64_t* x,
+                const int64_t* y) {
+  const T* from = reinterpret_cast<const T*>(x_data);
+  T* to = reinterpret_cast<T*>(y_data);
+  if (x[1] == 1 && y[1] == 1) {
+    for (int64_t i = 0; i < rows; ++i)
+      std::memcpy(to + i * y[0], from + i * x[0], size_t(columns) * sizeof(T));
+    return;
+  }
+  switch (columns) {  // the colours of an image
+    case 1:
+      return copy_few<T, 1>(from, to, rows, x, y);
+    case 2:
+      return copy_few<T, 2>(from, to, rows, x, y);
+    case 3:
+      return copy_few<T, 3>(from, to, rows, x, y);
+    case 4:
+      return copy_few<T, 4>(from, to, rows, x, y);
+  }
+  // A cache line of one operand is used whole while those of the other are near.
+  constexpr int64_t kBlock = 64 / int64_t(sizeof(T));
+  for (int64_t j0 = 0; j0 < columns; j0 += kBlock) {
+    const int64_t j1 = j0 + kBlock < columns ? j0 + kBlock : columns;
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = j0; j < j1; ++j) to[i * y[0] + j * y[1]] = from[i * x[0] + j * x[1]];
+  }
 }
 
 }  // namespace
@@ -315,22 +338,30 @@ CopyStep::CopyStep(int element, const Four& sizes, const Four& x_strides, const 
         std::swap(x_[size_t(i)], x_[size_t(j)]);
         std::swap(y_[size_t(i)], y_[size_t(j)]);
       }
+  // Rows that follow each other in both operands are one. What overflows is a damaged file's.
+  int64_t x_row = 0, y_row = 0, both = 0;
+  const bool small = !__builtin_mul_overflow(sizes_[3], x_[3], &x_row) &&
+                     !__builtin_mul_overflow(sizes_[3], y_[3], &y_row) &&
+                     !__builtin_mul_overflow(sizes_[3], sizes_[2], &both);
+  if (small && x_[2] == x_row && y_[2] == y_row) {
+    sizes_[3] = both;
+    sizes_[2] = 1;
+  }
 }
 
 void CopyStep::run(char* const* operands, int threads) const {
-  const auto row = element_ == 1   ? copy_row<uint8_t>
-                   : element_ == 2 ? copy_row<uint16_t>
-                   : element_ == 4 ? copy_row<uint32_t>
-                                   : copy_row<uint64_t>;
+  const auto plane = element_ == 1   ? copy_plane<uint8_t>
+                     : element_ == 2 ? copy_plane<uint16_t>
+                     : element_ == 4 ? copy_plane<uint32_t>
+                                     : copy_plane<uint64_t>;
   const int64_t outer = sizes_[0] * sizes_[1], inner = sizes_[2] * sizes_[3];
   const int64_t piece = kPiece / (inner < 1 ? 1 : inner);
   in_pieces(outer, piece, asked(threads, threads_), [&](int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; ++i)
-      for (int64_t j = 0; j < sizes_[2]; ++j) {
-        const int64_t a = i / sizes_[1], b = i % sizes_[1];
-        row(operands[0] + (a * x_[0] + b * x_[1] + j * x_[2]) * element_,
-            operands[1] + (a * y_[0] + b * y_[1] + j * y_[2]) * element_, sizes_[3], x_[3], y_[3]);
-      }
+    for (int64_t i = from; i < to; ++i) {
+      const int64_t a = i / sizes_[1], b = i % sizes_[1];
+      plane(operands[0] + (a * x_[0] + b * x_[1]) * element_,
+            operands[1] + (a * y_[0] + b * y_[1]) * element_, sizes_[2], sizes_[3], &x_[2], &y_[2]);
+    }
   });
 }
 

@@ -35,11 +35,11 @@ struct WinogradUnit {
 
 // `nv` vectors of a segment, from `vector`, that read the same channels of one unit: for each
 // position a matrix product over columns from `off0`, which are places in a transformed tile.
-//   nv == 2: quads of four neighbouring places, then singles
-//   nv == 1: pairs of neighbouring places, as in FilterSegment
-// Weights from `w0`: [position][4 * quads + singles][2 * VL], or [position][pairs][2 * VL] in lanes
-// of a pair. In bfloat16 each lane takes two neighbouring places: quads are four such pairs side by
-// side, singles one, and weights [position][4 * quads + singles][nv * VL] lanes of two.
+// quads of four neighbouring places, then singles; or, of one vector where an operand is waited
+// for, pairs of neighbouring places alone, as in FilterSegment.
+// Weights from `w0`: [position][4 * quads + singles][nv * VL], or [position][pairs][2 * VL] in
+// lanes of a pair. In bfloat16 each lane takes two neighbouring places: quads are four such pairs
+// side by side, singles one, and weights [position][4 * quads + singles][nv * VL] lanes of two.
 struct WinogradPart {
   int segment, vector, nv, unit;  // segment: of the plan's, or in bfloat16 of its paired ones
   int quads, singles, pairs;

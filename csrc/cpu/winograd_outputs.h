@@ -81,9 +81,10 @@ static void scratch_tiles(const TileBlock& b, const TileChunk& c, const TileSums
 }
 
 // The same with shift, residual and ReLU, to the output itself, from filter f0; ADD: the rest.
-template <class S, class A, int M, bool ADD, bool RES>
+// End: Simple or SimpleNonTemporal.
+template <class S, class A, int M, bool ADD, bool RES, class End>
 static void output_tiles(const Problem& p, const TileBlock& b, const TileChunk& c,
-                         const TileSums<A>& from, const Simple<S, A>& e, int f0) {
+                         const TileSums<A>& from, const End& e, int f0) {
   TileAt<M> at(b, c.first);
   const A* m = from.sums;
   S* ys = reinterpret_cast<S*>(p.y.data) + f0;
@@ -94,8 +95,8 @@ static void output_tiles(const Problem& p, const TileBlock& b, const TileChunk& 
     const A* rest = ADD ? from.rest + at.scratch(b, from.ft) : nullptr;
     each_output<A, M>(m, from.pitch, at.high(b), at.wide(b), [&](int dy, int dx, Vec<A> v) {
       if (ADD) v += load<A>(rest + (ptrdiff_t(dy) * b.nc + dx) * from.ft);
-      Simple<S, A>::put(e, v, y + dy * p.y.sh + dx * p.y.sw,
-                        RES ? res + dy * p.res.sh + dx * p.res.sw : nullptr);
+      End::put(e, v, y + dy * p.y.sh + dx * p.y.sw,
+               RES ? res + dy * p.res.sh + dx * p.res.sw : nullptr);
     });
   }
 }

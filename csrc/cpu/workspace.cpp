@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <new>
 
+#include "memory.h"
 #include "problem.h"
 
 namespace hetconv {
@@ -22,10 +23,12 @@ void out_of_memory() { throw std::bad_alloc(); }
 void* workspace(size_t bytes) {
   if (room.bytes < bytes) {
     std::free(room.data);
+    room.data = nullptr;
     room.bytes = 0;
-    const size_t rounded = (bytes + 4095) / 4096 * 4096;
-    room.data = std::aligned_alloc(64, rounded);
-    if (!room.data) out_of_memory();
+    // Of more than a few pages a huge one is made, where the system gives it.
+    const size_t unit = bytes < kHugePage / 4 ? 4096 : kHugePage;
+    const size_t rounded = (bytes + unit - 1) / unit * unit;
+    room.data = allocate(rounded);
     room.bytes = rounded;
   }
   return room.data;
