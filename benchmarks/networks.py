@@ -147,11 +147,13 @@ Form = Literal["ours", "dense", "composition"]
 def build_network(case: NetworkCase, form: Form, x: Tensor) -> nn.Module:
     """Builds a case's network in one of its forms, on seeded weights, in evaluation mode.
 
-    All forms are in float32; `benchmarks.low_precision` brings them to the case's dtype.
+    All forms are in float32; `benchmarks.low_precision` brings them to the case's dtype. Images will
+    be in channels_last, and so the example is: none has to be brought there.
     """
+    example = x[:1].contiguous(memory_format=torch.channels_last)
     if form == "dense":
-        return export.plain(hk.optimize(seeded_network(case), x[:1]).model)
-    sparse = hk.optimize(converted(case, seeded_network(case)), x[:1]).model
+        return export.plain(hk.optimize(seeded_network(case), example).model)
+    sparse = hk.optimize(converted(case, seeded_network(case)), example).model
     return sparse if form == "ours" else export.plain(sparse, "composition")
 
 
