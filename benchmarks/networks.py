@@ -147,8 +147,8 @@ Form = Literal["ours", "dense", "composition"]
 def build_network(case: NetworkCase, form: Form, x: Tensor) -> nn.Module:
     """Builds a case's network in one of its forms, on seeded weights, in evaluation mode.
 
-    All forms are in float32; `benchmarks.low_precision` brings them to the case's dtype. Images will
-    be in channels_last, and so the example is: none has to be brought there.
+    All forms are in float32; `benchmarks.low_precision` brings them to the case's dtype. Images
+    will be in channels_last, and so the example is: none has to be brought there.
     """
     example = x[:1].contiguous(memory_format=torch.channels_last)
     if form == "dense":
