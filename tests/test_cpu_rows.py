@@ -85,15 +85,18 @@ def test_sums_of_small_integers_are_exact(name: str, steps: str, isa: str) -> No
         (torch.float32, torch.channels_last, (7, 33)),
         (torch.float32, torch.channels_last, (5, 18)),
         (torch.float64, torch.contiguous_format, (6, 14)),
+        (torch.bfloat16, torch.channels_last, (7, 33)),
+        (torch.bfloat16, torch.contiguous_format, (5, 15)),
     ):
         x = small_integers(2, support.channels, *size)
         want = F_.conv2d(x, w * masks(support), shift, padding=pads, **given)
         y = call(
             support, x.to(dtype).contiguous(memory_format=layout), w.to(dtype),
-            padding=pads, shift=shift.to(dtype), isa=isa, form="filters", **given,
+            padding=pads, shift=shift.to(torch.promote_types(dtype, torch.float32)), isa=isa,
+            form="filters", **given,
         )  # fmt: skip
         assert y is not None
-        assert torch.equal(y.double(), want)
+        assert torch.equal(y, want.to(dtype))
 
 
 @pytest.mark.parametrize("act", ["none", "relu", "gelu"])

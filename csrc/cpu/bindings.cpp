@@ -235,6 +235,7 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<Plan, std::shared_ptr<Plan>>(m, "Plan")
       .def(py::init(&make_plan), py::arg("mask"), py::arg("dtype") = "float32", py::arg("isa") = "",
            py::arg("form") = "auto", py::arg("channels_last") = true)
+      .def_property_readonly("half_vectors", [](const Plan& p) { return p.kernels().half_vectors; })
       .def_property_readonly("form", &Plan::form)
       .def_property_readonly("isa", [](const Plan& p) { return p.kernels().name; })
       .def_property_readonly("live", &Plan::live)

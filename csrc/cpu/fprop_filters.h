@@ -96,8 +96,7 @@ template <class A> struct FilterColumns {
         s.paired() != 0, L.perms ? reinterpret_cast<const A*>(L.perms) + s.perm0 : nullptr};
     const int* turned = steps.off + s.quads + s.singles + (s.split + s.straight) * s.nv;
     for (int j = 0; j < s.nv; ++j) turned += s.pairs[j] + 2 * s.halves[j];
-    const int taps = s.triples ? 1 : 2;  // from the first column of a row to its second
-    if ((s.triples || s.twins) && turned[s.nv] - turned[0] == taps * in_pixel) {
+    if (neighbours(s.triples, s.twins, turned, s.nv, in_pixel)) {
       steps.triples = s.triples;
       steps.twins = s.twins;
       steps.alike = s.alike != 0;

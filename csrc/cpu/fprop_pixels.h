@@ -56,12 +56,12 @@ template <class S, class A> struct PixelsFprop : PixelBands<S, A> {
   void tile(const PixelTile& t, const A* a, int length, A* o, ptrdiff_t wide, const int* to,
             A* spare, Ahead& ahead, Ahead& added, Ahead& written) {
     if (!t.whole_rows || !taps_are_neighbours) {
-      sweep(t.nf, t.ncols, 1, t, a, length, o, wide, to, ahead, added, written);
+      sweep(t.nf, t.ncols, 1, t, a, length, o, wide, to, ahead, added, written, nullptr);
       return;
     }
     const int reach = tap_shift[L.KW - 1];
     sweep(t.nf * L.KW, t.ncols / L.KW, L.KW, t, a, length + reach, spare, wide, L.identity, ahead,
-          added, written);
+          added, written, nullptr);
     for (int i = 0; i < t.nf; ++i)
       for (int at = 0; at < length; at += VL<A>) {
         Vec<A> sum = load<A>(spare + i * wide + at);
@@ -70,9 +70,12 @@ template <class S, class A> struct PixelsFprop : PixelBands<S, A> {
         store<A>(o + to[i] * wide + at, sum);
       }
   }
+  // end: of sums that go to the output at once; its residual is that of the first pixel.
   void sweep(int nf, int ncols, int step, const PixelTile& t, const A* a, int length, A* o,
-             ptrdiff_t wide, const int* to, Ahead& ahead, Ahead& added, Ahead& written) {
-    const int limit = direct ? least(kPixelVectors[nf], length / VL<A>) : kPixelVectors[nf];
+             ptrdiff_t wide, const int* to, Ahead& ahead, Ahead& added, Ahead& written,
+             const PlanesEnd<A>* end) {
+    const bool exact = direct || end;  // never read or write beyond the tensor
+    const int limit = exact ? least(kPixelVectors[nf], length / VL<A>) : kPixelVectors[nf];
     const int nvec = ceil_div(length, VL<A>), tiles = ceil_div(nvec, limit), base = nvec / tiles,
               more = nvec % tiles;
     const PixelsKernel<A> small = pixels_kernel_for<A>(nf, base),
@@ -80,12 +83,15 @@ template <class S, class A> struct PixelsFprop : PixelBands<S, A> {
     for (int k = 0, v = 0; k < tiles; ++k) {
       const int np = base + (k < more);
       int at = v * VL<A>;
-      if (direct) at = least(at, length - np * VL<A>);  // never read beyond the tensor
+      if (exact) at = least(at, length - np * VL<A>);
+      PlanesEnd<A> own{};
+      if (end) own = *end;
+      if (own.res) own.res += at;
       Ahead::step<false>(ahead);
       Ahead::step<false>(added);
       Ahead::step<true>(written);
       (k < more ? big : small)(a + at, off + t.col0, step, ncols, packed + t.w0, o + at, wide, to,
-                               L.accumulate != 0);
+                               L.accumulate != 0, end ? &own : nullptr);
       v += np;
     }
   }
@@ -99,6 +105,23 @@ template <class S, class A> struct PixelsFprop : PixelBands<S, A> {
                         int64_t(images) * g.pitch, nr, nc,
                         (n0 + m) * p.y.sn + int64_t(oy) * p.y.sh + int64_t(ox) * p.y.sw,
                         (n0 + m) * p.res.sn + int64_t(oy) * p.res.sh + int64_t(ox) * p.res.sw);
+  }
+
+  // Whether sums go to planes of the output as they are computed: of one row of pixels, of a vector
+  // at least.
+  bool finishes(int rows_of_pixels, int length) const {
+    return sizeof(S) == sizeof(A) && p.y.sw == 1 && !gather && rows_of_pixels == 1 &&
+           length >= VL<A> && !p.scale && (p.act == Act::none || p.act == Act::relu) &&
+           (!p.res.data || p.res.sw == 1);
+  }
+  // The row from (oy, ox) of image n.
+  void finish_tile(const PixelTile& t, const A* a, int length, int64_t n, int oy, int ox,
+                   Ahead& ahead) {
+    PlanesEnd<A> end{static_cast<const A*>(p.shift), nullptr, p.res.sc, p.act == Act::relu};
+    if (p.res.data) end.res = reinterpret_cast<const A*>(p.res.data) + pixel_of(p.res, n, oy, ox);
+    Ahead none;  // the kernel fetches its own
+    sweep(t.nf, t.ncols, 1, t, a, length, reinterpret_cast<A*>(output_at(n, oy, ox)), p.y.sc,
+          L.filters + t.filter0, ahead, none, none, &end);
   }
 
   // A band for tiles [t0, t1), a few rows at a time with all filters.
@@ -191,6 +214,7 @@ template <class S, class A> struct PixelsFprop : PixelBands<S, A> {
     a.pitch = p.x.sc * int64_t(sizeof(S));
     a.span = ((r.y1 - r.y0 - 1) * p.x.sh + (r.x1 - r.x0)) * int64_t(sizeof(S));
     a.rows = L.nlive;
+    if (size_t(a.span) * size_t(a.rows) > kPlanarBandBytes) return Ahead{};  // where strides skip
     a.spread(calls_for(L.count / shares, rows * images * g.pitch));
     return a;
   }
@@ -270,6 +294,10 @@ template <class S, class A> struct PixelsFprop : PixelBands<S, A> {
         const int n = length_of(nr * images, nc);
         const ptrdiff_t wide = wide_for(n);
         for (int t = t0; t < t1; ++t) {
+          if (finishes(nr * images, n) && !L.tiles[t].whole_rows) {
+            finish_tile(L.tiles[t], a, n, n0, oy, ox, ahead);
+            continue;
+          }
           Ahead added, written;
           if (p.y.sw == 1 && images == 1) {
             written.base = output_at(n0, oy, ox);

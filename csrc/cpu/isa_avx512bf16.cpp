@@ -31,9 +31,16 @@ struct PairColumns {
     pack_patches(p, x, KW, ya, oy, ox, rows, cols, row_elements, band);
   }
   static bool in_place(int C, bool vectors) { return vectors ? C % VL<bf16> == 0 : C > 1; }
-  static PairSteps steps(const Lowered& L, const Segment& s, const int* off, ptrdiff_t = 0) {
-    return {off + s.col0, s.runs, s.pairs, s.windows,
-            L.perms ? static_cast<const float*>(L.perms) + s.perm0 : nullptr};
+  static PairSteps steps(const Lowered& L, const Segment& s, const int* off,
+                         ptrdiff_t in_pixel = 0) {
+    PairSteps steps = {off + s.col0, s.runs, s.pairs, s.windows,
+                       L.perms ? static_cast<const float*>(L.perms) + s.perm0 : nullptr};
+    const int* windows = steps.off + s.runs + s.pairs;
+    if (s.nv == 1 && neighbours(s.triples, s.twins, windows, 1, in_pixel)) {
+      steps.triples = s.triples;
+      steps.twins = s.twins;
+    }
+    return steps;
   }
   template <int NV> static int most_pixels(const PairSteps&) { return kMaxPixels; }
   template <int NV> static PairsKernel kernel(int mr) { return pairs_kernel_for<NV>(mr); }

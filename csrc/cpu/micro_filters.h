@@ -103,45 +103,64 @@ template <class A, int MR> struct TilePixels {
   }
 };
 
+// Lanes that read channels of their own: what they read of a pixel of the band, by what is packed
+// in `turn`, and how it is multiplied.
+template <class A> struct TurnedLanes {
+  using Band = A;
+  using Sum = A;
+  HC_INLINE Vec<A> read(const A* pixel, Vec<A> turn) {
+    return turn_lanes<A>(load<A>(pixel), (typename Lane<A>::ivec)turn);
+  }
+  HC_INLINE Vec<A> add(Vec<A> sum, Vec<A> x, Vec<A> w) { return sum + x * w; }
+};
+
 // COUNT taps of a kernel row, STEP apart, of vectors J to J + NJ: each input pixel is permuted once
-// for all the outputs that read it.
-template <class A, int MR, int NV, int COUNT, int STEP, int J, int NJ>
-HC_INLINE void row_of_taps(Vec<A> (&acc)[MR][NV], const A* a, ptrdiff_t ps, const A* w,
-                           const A* turn) {
+// for all the outputs that read it. T: as TurnedLanes.
+template <class T, int COUNT, int STEP, int J, int NJ, int MR, int NV, class A = typename T::Sum>
+HC_INLINE void row_of_taps(Vec<A> (&acc)[MR][NV], const typename T::Band* a, ptrdiff_t ps,
+                           const A* w, const A* turn) {
   constexpr int pixels = MR + (COUNT - 1) * STEP;
-  using Tile = TilePixels<A, pixels>;
+  using Tile = TilePixels<typename T::Band, pixels>;
   Tile t(ps);
   Tile::start(t, a);
-  const auto index = (typename Lane<A>::ivec)load<A>(turn + J * VL<A>);
+  const Vec<A> index = load<A>(turn + J * VL<A>);
   Vec<A> b[COUNT][NJ];
   HC_UNROLL for (int k = 0; k < COUNT; ++k) HC_UNROLL for (int j = 0; j < NJ; ++j) b[k][j] =
       load<A>(w + (k * NV + J + j) * VL<A>);
   HC_UNROLL for (int q = 0; q < pixels; ++q) {
-    const Vec<A> x = turn_lanes<A>(load<A>(Tile::of(t, q)), index);
+    const Vec<A> x = T::read(Tile::of(t, q), index);
     HC_UNROLL for (int k = 0; k < COUNT; ++k) {
       const int i = q - k * STEP;
       if (i < 0 || i >= MR) continue;
-      HC_UNROLL for (int j = 0; j < NJ; ++j) acc[i][J + j] += x * b[k][j];
+      HC_UNROLL for (int j = 0; j < NJ; ++j) acc[i][J + j] = T::add(acc[i][J + j], x, b[k][j]);
     }
   }
 }
 
-template <class A, int MR, int NV, int COUNT, int STEP>
-HC_INLINE void rows_of_taps(Vec<A> (&acc)[MR][NV], int rows, bool alike, const A* a, ptrdiff_t ps,
-                            const int*& off, const A*& w, const A*& turn) {
+template <class T, int COUNT, int STEP, int MR, int NV, class A = typename T::Sum>
+HC_INLINE void rows_of_taps(Vec<A> (&acc)[MR][NV], int rows, bool alike, const typename T::Band* a,
+                            ptrdiff_t ps, const int*& off, const A*& w, const A*& turn) {
   for (int r = 0; r < rows; ++r) {
     if constexpr (NV == 1) {
-      row_of_taps<A, MR, NV, COUNT, STEP, 0, 1>(acc, a + off[0], ps, w, turn);
+      row_of_taps<T, COUNT, STEP, 0, 1>(acc, a + off[0], ps, w, turn);
     } else if (kVectorsTogether && alike) {
-      row_of_taps<A, MR, NV, COUNT, STEP, 0, NV>(acc, a + off[0], ps, w, turn);
+      row_of_taps<T, COUNT, STEP, 0, NV>(acc, a + off[0], ps, w, turn);
     } else {
-      row_of_taps<A, MR, NV, COUNT, STEP, 0, 1>(acc, a + off[0], ps, w, turn);
-      row_of_taps<A, MR, NV, COUNT, STEP, 1, 1>(acc, a + off[1], ps, w, turn);
+      row_of_taps<T, COUNT, STEP, 0, 1>(acc, a + off[0], ps, w, turn);
+      row_of_taps<T, COUNT, STEP, 1, 1>(acc, a + off[1], ps, w, turn);
     }
     off += COUNT * NV;
     w += COUNT * NV * VL<A>;
     turn += COUNT * NV * VL<A>;
   }
+}
+
+// Whether taps of a kernel row that share a permutation read neighbouring pixels: the offsets of
+// their columns, nv to a tap.
+static inline bool neighbours(int triples, int twins, const int* off, int nv, ptrdiff_t in_pixel) {
+  if (triples + twins == 0) return false;
+  const int taps = triples ? 1 : 2;  // from the first column of a row to its second
+  return off[nv] - off[0] == taps * in_pixel;
 }
 
 // a: first pixel in the band, ps: distance of neighbouring pixels, w: packed weights, o: MR rows of
@@ -213,8 +232,8 @@ static void filters_kernel(const A* a, ptrdiff_t ps, const FilterSteps<A>& s, co
   const A* turn = s.perms;
   int apart = s.turned;
   if constexpr (MR <= kMaxRowPixels[NV]) {
-    rows_of_taps<A, MR, NV, 3, 1>(acc, s.triples, s.alike, a, ps, off, w, turn);
-    rows_of_taps<A, MR, NV, 2, 2>(acc, s.twins, s.alike, a, ps, off, w, turn);
+    rows_of_taps<TurnedLanes<A>, 3, 1>(acc, s.triples, s.alike, a, ps, off, w, turn);
+    rows_of_taps<TurnedLanes<A>, 2, 2>(acc, s.twins, s.alike, a, ps, off, w, turn);
     apart -= 3 * s.triples + 2 * s.twins;
   }
   for (int q = 0; q < apart; ++q) {

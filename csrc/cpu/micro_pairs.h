@@ -24,10 +24,22 @@ HC_INLINE Vec<float> dot_both(Vec<float> sum, Vec<float> x, Vec<float> w) {
   return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w);
 }
 
+// Lanes that read two channels of their own.
+struct TurnedPairs {
+  using Band = bf16;
+  using Sum = float;
+  HC_INLINE Vec<float> read(const bf16* pixel, Vec<float> turn) { return turn_both(pixel, turn); }
+  HC_INLINE Vec<float> add(Vec<float> sum, Vec<float> x, Vec<float> w) {
+    return dot_both(sum, x, w);
+  }
+};
+
 struct PairSteps {
   const int* off;  // band offset of each column
   int runs, pairs, windows;
-  const float* turns;  // [windows][NV] index vectors
+  const float* turns;          // [windows][NV] index vectors
+  int triples = 0, twins = 0;  // of the windows; none where neighbouring taps are not neighbouring
+                               // pixels
   TileEnd<bf16, float> end{};
 };
 
@@ -69,10 +81,17 @@ static void pairs_kernel(const bf16* a, ptrdiff_t ps, const PairSteps& s, const 
     w += NV * L;
   }
   off += s.pairs;
-  for (int q = 0; q < s.windows; ++q) {
+  const float* turns = s.turns;
+  int apart = s.windows;
+  if constexpr (NV == 1) {
+    rows_of_taps<TurnedPairs, 3, 1>(acc, s.triples, false, a, ps, off, w, turns);
+    rows_of_taps<TurnedPairs, 2, 2>(acc, s.twins, false, a, ps, off, w, turns);
+    apart -= 3 * s.triples + 2 * s.twins;
+  }
+  for (int q = 0; q < apart; ++q) {
     HC_UNROLL for (int j = 0; j < NV; ++j) {
       Tile::start(t, a + off[q * NV + j]);
-      const Vec<float> b = load<float>(w + j * L), turn = load<float>(s.turns + (q * NV + j) * L);
+      const Vec<float> b = load<float>(w + j * L), turn = load<float>(turns + (q * NV + j) * L);
       HC_UNROLL for (int i = 0; i < MR; ++i) acc[i][j] =
           dot_both(acc[i][j], b, turn_both(Tile::of(t, i), turn));
     }

@@ -2,6 +2,7 @@
 // Micro-kernel. Pixels in vectors: NF filters of one group x NP vectors of pixels stay in registers
 // over all columns of the group.
 #pragma once
+#include <limits>
 #include "choose.h"
 #include "vec.h"
 
@@ -19,15 +20,51 @@ constexpr int kPixelVectors[9] = {0, 6, 4, 3, 2, 2, 2, 0, 0};
 constexpr int kMostPixelVectors = 6;
 #endif
 
+// What happens to sums that go to planes of the output while they are in registers: a shift, a
+// residual, a ReLU.
+template <class A> struct PlanesEnd {
+  const A* shift;  // by filter, or null
+  const A* res;    // the tile's first pixel of filter 0, or null
+  ptrdiff_t res_plane;
+  bool relu;
+};
+
 template <class A>
 using PixelsKernel = void (*)(const A* a, const int* off, int step, int ncols, const A* w, A* o,
-                              ptrdiff_t os, const int* rows, bool add);
+                              ptrdiff_t os, const int* rows, bool add, const PlanesEnd<A>* end);
+
+// Brings near what the sums are added to, and where they go, while they are computed.
+template <class A, int NF, int NP>
+HC_INLINE void fetch_planes(const A* o, ptrdiff_t os, const int* rows, const PlanesEnd<A>& e) {
+  HC_UNROLL for (int i = 0; i < NF; ++i) HC_UNROLL for (int j = 0; j < NP; ++j) {
+    __builtin_prefetch(o + rows[i] * os + j * VL<A>, 1, 3);
+    if (e.res) __builtin_prefetch(e.res + rows[i] * e.res_plane + j * VL<A>, 0, 3);
+  }
+}
+
+template <class A, int NF, int NP>
+HC_INLINE void finish_planes(Vec<A> (&acc)[NF][NP], const int* rows, const PlanesEnd<A>& e) {
+  const Vec<A> floor = splat<A>(e.relu ? A(0) : -std::numeric_limits<A>::infinity());
+  HC_UNROLL for (int i = 0; i < NF; ++i) {
+    if (e.shift) {
+      const Vec<A> shift = splat<A>(e.shift[rows[i]]);
+      HC_UNROLL for (int j = 0; j < NP; ++j) acc[i][j] += shift;
+    }
+    if (e.res) {
+      const A* res = e.res + rows[i] * e.res_plane;
+      HC_UNROLL for (int j = 0; j < NP; ++j) acc[i][j] += load<A>(res + j * VL<A>);
+    }
+    // Written so that NaN stays NaN.
+    HC_UNROLL for (int j = 0; j < NP; ++j) acc[i][j] = floor > acc[i][j] ? floor : acc[i][j];
+  }
+}
 
 // a: first pixel, off: planar offset of each column, `step` entries apart, w: [ncols][NF], o: rows
-// of NP vectors, os apart, of which rows[i] is that of filter i. add: to what is there.
+// of NP vectors, os apart, of which rows[i] is that of filter i. add: to what is there. end: what
+// happens to the sums first, or null.
 template <class A, int NF, int NP>
 static void pixels_kernel(const A* a, const int* off, int step, int ncols, const A* w, A* o,
-                          ptrdiff_t os, const int* rows, bool add) {
+                          ptrdiff_t os, const int* rows, bool add, const PlanesEnd<A>* end) {
   Vec<A> acc[NF][NP];
   HC_UNROLL for (int i = 0; i < NF; ++i) HC_UNROLL for (int j = 0; j < NP; ++j) acc[i][j] =
       Vec<A>{};
@@ -35,6 +72,7 @@ static void pixels_kernel(const A* a, const int* off, int step, int ncols, const
     HC_UNROLL for (int i = 0; i < NF; ++i) HC_UNROLL for (int j = 0; j < NP; ++j) acc[i][j] =
         load<A>(o + rows[i] * os + j * VL<A>);
   }
+  if (end) fetch_planes<A, NF, NP>(o, os, rows, *end);
   for (int s = 0; s < ncols; ++s, off += step) {
     const A* p = a + *off;
     Vec<A> x[NP];
@@ -45,6 +83,7 @@ static void pixels_kernel(const A* a, const int* off, int step, int ncols, const
     }
     w += NF;
   }
+  if (end) finish_planes(acc, rows, *end);
   HC_UNROLL for (int i = 0; i < NF; ++i) HC_UNROLL for (int j = 0; j < NP; ++j)
       store<A>(o + rows[i] * os + j * VL<A>, acc[i][j]);
 }

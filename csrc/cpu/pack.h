@@ -12,6 +12,16 @@ template <class A> HC_INLINE void zero_fill(A* p, int64_t n) {
   if (n > 0) store_n<A>(p, Vec<A>{}, int(n));
 }
 
+// n pixels of one plane, `step` apart, 1 or 2, at most a vector of them; nothing beyond the last is
+// read. P: a pointer to elements, or a Source.
+template <class S, class A, class P> HC_INLINE Vec<A> read_pixels(P s, int64_t step, int n) {
+  if (step == 1) return n == VL<A> ? read<S, A>(s) : read_n<S, A>(s, n);
+  const auto lanes = std::make_integer_sequence<int, VL<A>>();
+  const int last = 2 * n - 1;  // what lies between is read
+  return every_other<A, 0>(read_n<S, A>(s, least(VL<A>, last)),
+                           last > VL<A> ? read_n<S, A>(s + VL<A>, last - VL<A>) : Vec<A>{}, lanes);
+}
+
 // One input row (already at its row, column 0) to channels-last band entries [e0 + lo, e0 + hi).
 template <class S, class A>
 static void pack_run_channels_last(const S* x, int64_t sc, int64_t sh, int64_t sw, int C, int first,
@@ -34,12 +44,12 @@ static void pack_run_channels_last(const S* x, int64_t sc, int64_t sh, int64_t s
       }
       if (c < Cb) zero_fill(d + c, Cb - c);
     }
-  } else if (px == 1) {
+  } else if (px == 1 || px == 2) {
     for (int c0 = 0; c0 < Cb; c0 += VL<A>)
       for (int j0 = 0; j0 < n; j0 += VL<A>) {
         const int m = least(VL<A>, n - j0);
         Vec<A> r[VL<A>];
-        if (m == VL<A> && c0 + VL<A> <= C) {
+        if (px == 1 && m == VL<A> && c0 + VL<A> <= C) {
           // So many planes at once are more streams than the hardware follows: ask for the row
           // after the next.
           HC_UNROLL for (int i = 0; i < VL<A>; ++i) {
@@ -48,7 +58,7 @@ static void pack_run_channels_last(const S* x, int64_t sc, int64_t sh, int64_t s
           }
         } else {
           for (int i = 0; i < VL<A>; ++i)
-            r[i] = c0 + i < C ? read_n<S, A>(x + (c0 + i) * sc + j0, m) : Vec<A>{};
+            r[i] = c0 + i < C ? read_pixels<S, A>(x + (c0 + i) * sc + j0 * px, px, m) : Vec<A>{};
         }
         transpose<A>(r);
         for (int j = 0; j < m; ++j) store<A>(d + int64_t(j0 + j) * Cb + c0, r[j]);
@@ -136,14 +146,21 @@ static void turn_planar_row(Source<S> src, int64_t px, int C, const Channels& fr
   }
 }
 
-template <class S, class A> HC_INLINE void copy_row(Source<S> s, int64_t px, int n, A* t) {
-  if (px == 1) {
-    int j = 0;
-    for (; j + VL<A> <= n; j += VL<A>) store<A>(t + j, read<S, A>(s + j));
-    if (j < n) store_n<A>(t + j, read_n<S, A>(s + j, n - j), n - j);
-  } else {
+constexpr int kPlanesAhead = 2;
+
+// soon: from here to what is read soon, or 0.
+template <class S, class A>
+HC_INLINE void copy_row(Source<S> s, int64_t px, int n, A* t, int64_t soon) {
+  if (soon)
+    for (int64_t j = 0; j < n * px; j += 64 / int(sizeof(S)))
+      __builtin_prefetch(address(s + soon + j), 0, 3);
+  if (px != 1 && px != 2) {
     for (int j = 0; j < n; ++j) t[j] = widen(s[j * px]);
+    return;
   }
+  int j = 0;
+  for (; j + VL<A> <= n; j += VL<A>) store<A>(t + j, read_pixels<S, A>(s + j * px, px, VL<A>));
+  if (j < n) store_n<A>(t + j, read_pixels<S, A>(s + j * px, px, n - j), n - j);
 }
 
 // `rows` x `cols` outputs from output (oy, ox) of images n0 .. n0 + images.
@@ -155,6 +172,11 @@ static void pack_planar(const Problem& p, Images<S> x, const Channels& from, con
   const int channel_blocks = turn ? 1 : from.n;  // planes one by one: each is read in one sweep
   for (int block = 0; block < channel_blocks; ++block) {
     const int c0 = turn ? 0 : block, c1 = turn ? from.n : block + 1;
+    // From a row of this plane to that of one that will be read soon: rows of planes are read in an
+    // order that the hardware does not guess.
+    const int64_t soon = block + kPlanesAhead < from.n
+                             ? int64_t(from.live[block + kPlanesAhead] - from.live[block]) * p.x.sc
+                             : 0;
     for (int u = 0; u < xa.pieces; ++u) {
       const Piece& xp = xa.piece[u];
       const int first = ox * p.sw - p.pl + xp.rel;
@@ -178,7 +200,8 @@ static void pack_planar(const Problem& p, Images<S> x, const Channels& from, con
             if (turn)
               turn_planar_row<S, A>(src, px, p.C, from, lo, hi, d, g.plane);
             else
-              copy_row<S, A>(src + from.live[c0] * p.x.sc, px, hi - lo, d + c0 * g.plane + lo);
+              copy_row<S, A>(src + from.live[c0] * p.x.sc, px, hi - lo, d + c0 * g.plane + lo,
+                             soon);
             for (int c = c0; c < c1; ++c) {
               zero_fill(d + c * g.plane, lo);
               zero_fill(d + c * g.plane + hi, g.pitch - hi);

@@ -127,7 +127,7 @@ template <class S, class A> struct PixelBands {
     const int64_t wholes = int64_t(pairs) * (last == rows ? bands : bands - 1);
     const double time =
         most(all, double(ceil_div<int64_t>(wholes, p.threads)) * whole) + 0.15 * whole;
-    return shares_tiles() && turn ? 1.1 * time : time;
+    return shares_tiles() ? 1.1 * time : time;
   }
 
   void choose_band() {
@@ -176,6 +176,9 @@ template <class S, class A> struct PixelBands {
     const int64_t fewest = L.F > 512 ? VL<A> : 128;
     int64_t strips = ceil_div<int64_t>(p.Wo, most(fewest, least(want, room)));
     if (p.N * strips < 2 * p.threads) strips = least<int64_t>(most(1, p.Wo / 128), strips * 2);
+    // Shares of the tiles would be turned in pieces, and fetched from other cores.
+    if (p.N % p.threads != 0 && p.Wo >= 64 * p.threads)
+      strips = ceil_div<int64_t>(strips, p.threads) * p.threads;
     cols = ceil_div<int>(ceil_div<int64_t>(p.Wo, strips), VL<A>) * VL<A>;
     if (p.Wo % cols != 0 && p.Wo % cols < VL<A>) cols += VL<A>;  // the last must fill one vector
     g.pitch = cols = least(cols, p.Wo);

@@ -148,54 +148,63 @@ void Plan::add_segment(const std::vector<int>& filters, const Group* group) {
   segments_.push_back(s);
 }
 
-// Lane columns to columns_, perms and taken_: those that need no permutation come first, then taps
-// of one kernel row that share theirs.
-void Plan::add_lanes(FilterSegment& s, const std::vector<LaneColumn>& lanes) {
-  const size_t vl = size_t(low_.vl), per = size_t(s.nv);
-  // What a column reads of a row of pixels, but for kx: the row, then windows and permutations.
-  using Reads = std::vector<int64_t>;
-  std::map<Reads, std::map<int, size_t>> by_reads;  // to the number of the column, by kx
-  std::vector<size_t> straight, triples, twins, apart;
-  bool alike = true;
-  for (size_t q = 0; q < lanes.size() / per; ++q) {
-    bool is_straight = true;
-    Reads reads = {lanes[q * per].window.ky};
-    for (size_t j = 0; j < per; ++j) {
-      const LaneColumn& lane = lanes[q * per + j];
-      reads.push_back(lane.window.channel);
-      for (size_t l = 0; l < vl; ++l) {
-        const int64_t c = lane.channels[l];
-        reads.push_back(turn_of(lane, l));
-        is_straight &= c < 0 || c == lane.window.channel + int64_t(l);
-      }
-    }
-    if (is_straight)
-      straight.push_back(q);
-    else if (!by_reads[reads].emplace(lanes[q * per].window.kx, q).second)
-      apart.push_back(q);
-  }
-  for (auto& [reads, at] : by_reads) {
-    const size_t before = triples.size() + twins.size();
+TurnedRows rows_of(TurnedTaps taps) {
+  TurnedRows rows;
+  for (auto& [reads, at] : taps)
     while (!at.empty()) {
       const auto first = at.begin();
       const auto second = at.find(first->first + 1), third = at.find(first->first + 2);
       const bool triple = second != at.end() && third != at.end(), twin = third != at.end();
-      std::vector<size_t>& to = triple ? triples : twin ? twins : apart;
+      std::vector<size_t>& to = triple ? rows.triples : twin ? rows.twins : rows.apart;
       to.push_back(first->second);
       if (triple) to.push_back(second->second), at.erase(second);
       if (twin) to.push_back(third->second), at.erase(third);
       at.erase(first);
     }
-    const auto second = reads.begin() + 2 + int64_t(vl);
-    if (per == 2 && triples.size() + twins.size() > before)
-      alike &= std::equal(reads.begin() + 1, second, second);
+  return rows;
+}
+
+// Lane columns to columns_, perms and taken_: those that need no permutation come first, then taps
+// of one kernel row that share theirs.
+void Plan::add_lanes(FilterSegment& s, const std::vector<LaneColumn>& lanes) {
+  const size_t vl = size_t(low_.vl), per = size_t(s.nv);
+  // What a vector's column reads of a row of pixels: the window, then the permutation.
+  const auto reads_of = [&](const LaneColumn& lane) {
+    std::vector<int64_t> reads = {lane.window.channel};
+    for (size_t l = 0; l < vl; ++l) reads.push_back(turn_of(lane, l));
+    return reads;
+  };
+  TurnedTaps taps;
+  std::vector<size_t> straight, again;  // again: a tap that reads the same once more
+  for (size_t q = 0; q < lanes.size() / per; ++q) {
+    bool is_straight = true;
+    std::vector<int64_t> reads = {lanes[q * per].window.ky};
+    for (size_t j = 0; j < per; ++j) {
+      const LaneColumn& lane = lanes[q * per + j];
+      const std::vector<int64_t> own = reads_of(lane);
+      reads.insert(reads.end(), own.begin(), own.end());
+      for (size_t l = 0; l < vl; ++l) {
+        const int64_t c = lane.channels[l];
+        is_straight &= c < 0 || c == lane.window.channel + int64_t(l);
+      }
+    }
+    if (is_straight)
+      straight.push_back(q);
+    else if (!taps[reads].emplace(lanes[q * per].window.kx, q).second)
+      again.push_back(q);
   }
+  auto [triples, twins, apart] = rows_of(std::move(taps));
+  apart.insert(apart.begin(), again.begin(), again.end());
+  bool alike = true;
+  for (const std::vector<size_t>* part : {&triples, &twins})
+    for (size_t q : *part)
+      if (per == 2) alike &= reads_of(lanes[q * per]) == reads_of(lanes[q * per + 1]);
   s.straight = int(straight.size());
   s.turned = int(triples.size() + twins.size() + apart.size());
   s.triples = int(triples.size() / 3);
   s.twins = int(twins.size() / 2);
   s.alike = alike;
-  for (const auto* part : {&straight, &triples, &twins, &apart})
+  for (const std::vector<size_t>* part : {&straight, &triples, &twins, &apart})
     for (size_t q : *part)
       for (size_t j = 0; j < per; ++j) {
         const LaneColumn& lane = lanes[q * per + j];

@@ -9,7 +9,8 @@ namespace hetconv {
 
 // Cost of one vector of products with an operand that is a broadcast for one vector only, or a
 // permuted window; a broadcast shared by two vectors costs 1.
-constexpr double kAloneCost = 1.05, kWindowCost = 1.6;
+// kRowCost: of a window that is permuted once for a row of taps.
+constexpr double kAloneCost = 1.05, kWindowCost = 1.6, kRowCost = 1.15;
 // Cost of 2 * VL channels of one pixel that are looked through for a copy.
 constexpr double kGatherCost = 3;
 // Cost of one output that goes to memory alone (see plan_filters.cpp).
@@ -143,9 +144,11 @@ void Plan::add_pair_segment(const std::vector<int>& filters, const Group* group)
                                    low_.C, vl));
           most = std::max(most, own.back().size());
         }
-        if (double(common.size()) + kWindowCost * double(most) < double(broadcast.size())) {
+        // Where a row has three taps, most of them are neighbours at stride 1.
+        const double read = (low_.KW < 3 ? kWindowCost : kRowCost) * double(most);
+        if (double(common.size()) + read < double(broadcast.size())) {
           broadcast = common;
-          costs += kWindowCost * double(most);
+          costs += read;
           const LaneColumn idle{Column{ky, kx, 0}, std::vector<int64_t>(size_t(2 * vl), -1)};
           for (size_t j = 0; j < own.size(); ++j) {
             own[j].resize(most, idle);
@@ -234,20 +237,42 @@ bool Plan::gather_channels(PairSegment& s, std::vector<std::vector<Column>>& tap
   return true;
 }
 
-// windows: of each vector, equally many.
+// windows: of each vector, equally many. Taps of one kernel row that share a permutation come
+// first.
 void Plan::add_windows(PairSegment& s, const std::vector<std::vector<LaneColumn>>& windows) {
-  s.windows = int(windows[0].size());
-  for (size_t q = 0; q < windows[0].size(); ++q)
+  const size_t count = windows[0].size();
+  const auto turn_of = [&](const LaneColumn& column, size_t l) {
+    const int64_t lower = column.channels[2 * l], upper = column.channels[2 * l + 1];
+    const int64_t first = lower < 0 ? 0 : lower - column.window.channel,
+                  second = upper < 0 ? first : upper - column.window.channel;
+    return first | second << 16;
+  };
+  TurnedTaps taps;
+  std::vector<size_t> order, again;  // again: a tap that reads the same once more
+  for (size_t q = 0; q < count; ++q) {
+    std::vector<int64_t> reads = {windows[0][q].window.ky};
+    for (const std::vector<LaneColumn>& own : windows) {
+      reads.push_back(own[q].window.channel);
+      for (size_t l = 0; l < size_t(low_.vl); ++l) reads.push_back(turn_of(own[q], l));
+    }
+    if (!taps[reads].emplace(windows[0][q].window.kx, q).second) again.push_back(q);
+  }
+  const TurnedRows rows = rows_of(std::move(taps));
+  order = rows.triples;
+  order.insert(order.end(), rows.twins.begin(), rows.twins.end());
+  order.insert(order.end(), again.begin(), again.end());
+  order.insert(order.end(), rows.apart.begin(), rows.apart.end());
+  s.windows = int(count);
+  s.triples = int(rows.triples.size() / 3);
+  s.twins = int(rows.twins.size() / 2);
+  for (size_t q : order)
     for (const std::vector<LaneColumn>& own : windows) {
       const LaneColumn& column = own[q];
       columns_.push_back(column.window);
-      for (int l = 0; l < low_.vl; ++l) {
-        const int64_t lower = column.channels[size_t(2 * l)],
-                      upper = column.channels[size_t(2 * l + 1)];
-        const int64_t first = lower < 0 ? 0 : lower - column.window.channel,
-                      second = upper < 0 ? first : upper - column.window.channel;
-        perm_push(first | second << 16);
-        taken_.push_back(uint8_t((lower < 0 ? 0 : kLower) | (upper < 0 ? 0 : kUpper)));
+      for (size_t l = 0; l < size_t(low_.vl); ++l) {
+        perm_push(turn_of(column, l));
+        taken_.push_back(uint8_t((column.channels[2 * l] < 0 ? 0 : kLower) |
+                                 (column.channels[2 * l + 1] < 0 ? 0 : kUpper)));
       }
     }
 }
@@ -260,8 +285,9 @@ double Plan::pairs_cost() const {
     if (s.gathers > 0 && s.gather0 != copy)
       total += kGatherCost * ((low_.C + 2 * low_.vl - 1) / (2 * low_.vl));
     copy = s.gathers > 0 ? s.gather0 : -1;
+    const int in_rows = 3 * s.triples + 2 * s.twins;
     total += s.nv * ((s.nv == 1 ? kAloneCost : 1.0) * (4 * s.runs + s.pairs) +
-                     kWindowCost * s.windows + 2);
+                     kWindowCost * (s.windows - in_rows) + kRowCost * in_rows + 2);
     if (channels_last_ && !s.contiguous) total += kScatterCost * s.lanes;
   }
   return total;

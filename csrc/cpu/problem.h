@@ -94,7 +94,8 @@ struct FilterSegment {
 //   runs     eight neighbouring channels of one tap, four broadcasts of two
 //   pairs    two neighbouring channels of one tap, broadcast
 //   windows: nv Columns each (one per vector); lane l of vector j reads two of the 2 * VL channels
-//            from `channel`, by the two 16-bit halves of perm[l].
+//            from `channel`, by the two 16-bit halves of perm[l]. The first 3 * triples and the
+//            next 2 * twins are taps of one kernel row, as in FilterSegment.
 // Where gathers > 0, these channels are numbers of gathered[]: the segment reads a copy of the band
 // with only those channels, one after the other, so that each has a partner.
 // Weights, from `w0`, in lanes of two: [4 * runs + pairs][nv * VL], [windows][nv * VL].
@@ -102,6 +103,7 @@ struct PairSegment {
   int nv, lanes;
   int filter0, contiguous;
   int runs, pairs, windows;
+  int triples, twins;
   int gathers, gathered0;  // into gather[] from gather0, and into gathered[]
   int gather0;
   int64_t col0, w0;

@@ -41,6 +41,15 @@ std::unique_ptr<Program> make_program(const std::vector<BoundStep>& steps) {
   return program;
 }
 
+StepPointer in_planes(const Step& step, const std::array<bool, 3>& which,
+                      const std::array<int64_t, 3>& nhw) {
+  const auto* conv = dynamic_cast<const ConvStep*>(&step);
+  if (!conv || conv->lying() == Lying::fixed)
+    throw std::invalid_argument("the operands of this step lie as they were recorded");
+  return std::const_pointer_cast<ConvStep>(
+      conv->in_planes(which, nhw[0], int(nhw[1]), int(nhw[2])));
+}
+
 void run_program(const Program& program, const std::vector<uintptr_t>& addresses) {
   if (int(addresses.size()) < program.bases())
     throw std::invalid_argument("a program was given too few addresses");
@@ -164,7 +173,15 @@ void run_saved(SavedProgram& program, const std::vector<uintptr_t>& inputs,
 void bind_program(py::module_& m) {
   py::class_<Step, StepPointer>(m, "Step")
       .def_property_readonly("kind", &Step::kind)
-      .def_property_readonly("operands", &Step::operands);
+      .def_property_readonly("operands", &Step::operands)
+      .def_property_readonly("lying",
+                             [](const Step& s) {
+                               static const char* const names[] = {"fixed", "planes", "pixels",
+                                                                   "either"};
+                               const auto* conv = dynamic_cast<const ConvStep*>(&s);
+                               return names[conv ? int(conv->lying()) : 0];
+                             })
+      .def("in_planes", &in_planes, py::arg("which"), py::arg("nhw"));
   py::class_<Tape>(m, "Tape", "Notes the calls of the engine of the thread that starts it.")
       .def(py::init<>())
       .def("start", &Tape::start)

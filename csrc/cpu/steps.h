@@ -43,6 +43,10 @@ class Step {
 
 using Loaded = std::unique_ptr<const Step>;
 
+// Planes: it computes from planes of channels, to planes of filters, and turns all others. Pixels:
+// the same of channels innermost. Either: it copies both. Fixed: nothing is known.
+enum class Lying : int { fixed, planes, pixels, either };
+
 // Operands: x, residual (null: none), y.
 class ConvStep : public Step {
  public:
@@ -56,6 +60,13 @@ class ConvStep : public Step {
   Reach reach(int operand) const override;
   static Loaded load(Reader& from);
   bool optional(int operand) const override { return operand == 1; }
+
+  // How it would have its operands lie, if it may be given others than it was recorded with.
+  Lying lying() const;
+  // The same, with those of x, the residual and y in planes that are asked for. All operands are
+  // dense, of N images of H x W pixels.
+  std::shared_ptr<const ConvStep> in_planes(const std::array<bool, 3>& which, int64_t N, int H,
+                                            int W) const;
 
  private:
   void run_apart(Problem p) const;

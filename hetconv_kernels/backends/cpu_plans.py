@@ -17,6 +17,7 @@ from ..problem import Problem
 from . import UNMEASURED_MARGIN, winograd
 from .common import is_linear, is_pointwise
 from .cost_model import (
+    COLD_WEIGHT,
     DOUBT,
     ENGINE,
     EXPAND,
@@ -68,7 +69,10 @@ def dgrad_plan(problem: Problem) -> Any:
 
 
 def chosen_plan(problem: Problem) -> Any:
-    """Returns the plan that a call is run by: Winograd's where that is predicted to win."""
+    """Returns the plan that a call is run by: Winograd's where that is predicted to win.
+
+    That has more weights, up to four times as many, which a layer of a network does not find near.
+    """
     direct = direct_plan(problem)
     forms = winograd.forms(problem)
     if not forms:
@@ -77,10 +81,17 @@ def chosen_plan(problem: Problem) -> Any:
         transformed = [direct_plan(problem, form) for form in forms]
     except ValueError:  # fewer channels or filters than a vector has
         return direct
-    fastest = min(transformed, key=lambda plan: plan_seconds(problem, plan))
+    fastest = min(transformed, key=lambda plan: _cold_seconds(problem, plan))
     margin = winograd.WINOGRAD_MARGIN * (1.0 if is_measured(problem) else UNMEASURED_MARGIN)
-    seconds = plan_seconds(problem, fastest) * margin
-    return fastest if seconds <= plan_seconds(problem, direct) else direct
+    seconds = _cold_seconds(problem, fastest) * margin
+    return fastest if seconds <= _cold_seconds(problem, direct) else direct
+
+
+def _cold_seconds(problem: Problem, plan: Any) -> float:
+    """Predicts the time of one call whose packed weights come from main memory."""
+    cold = plan.packed_elements * COLD_WEIGHT
+    # Arithmetic takes twice as long there as where the rates were fitted, memory does not.
+    return plan_seconds(problem, plan) + (cold / 2 if plan.half_vectors else cold)
 
 
 def plan_seconds(problem: Problem, plan: Any) -> float:

@@ -12,6 +12,7 @@ from torch import fx, nn
 from ..arena import Arena, Lifetime
 from .names import module_of, name_of
 from .native_steps import native_step
+from .planes import Bindable, in_planes
 from .program import Called, Native, Program, View, caller
 from .seen import Operand, Seen, Spec
 
@@ -87,13 +88,10 @@ def build_program(
     return _Builder(network, record, kept, observer).program()
 
 
-_Bindable = tuple[int, Any, tuple[Operand, ...]]  # number of the graph's step, native step
-
-
 class _Pending(NamedTuple):
     """Native steps that have no places yet."""
 
-    steps: tuple[_Bindable, ...]
+    steps: tuple[Bindable, ...]
 
 
 def _observed(
@@ -132,7 +130,7 @@ class _Builder:
 
     def program(self) -> Program | None:
         pieces: list[Any] = []
-        run: list[_Bindable] = []
+        run: list[Bindable] = []
         native = False
         for index, seen in enumerate(self.record):
             node = seen.node
@@ -155,8 +153,23 @@ class _Builder:
         self._flush(run, pieces)
         if not native:
             return None
-        pieces = self._with_ends(pieces)
+        pieces = self._with_ends(self._in_planes(pieces))
         return Program(self.lifetimes, self.views, pieces, self.network, self.guard)
+
+    def _in_planes(self, pieces: list[Any]) -> list[Any]:
+        """Has layers that compute from planes of pixels hand their results on in planes."""
+        steps = [step for piece in pieces if isinstance(piece, _Pending) for step in piece.steps]
+        inner = self.life.keys() - self.fresh.keys()
+        relaid, storages = in_planes(self.record, steps, inner)
+        self.views = [
+            v for v in self.views if not any(spec.storage in storages for spec, _ in v.leaves)
+        ]
+        return [
+            _Pending(tuple((i, relaid.get(i, step), o) for i, step, o in piece.steps))
+            if isinstance(piece, _Pending)
+            else piece
+            for piece in pieces
+        ]
 
     def _deaths(self) -> dict[int, int]:
         """Finds the last step that reads each storage."""
@@ -233,7 +246,7 @@ class _Builder:
         self.views.append(View(self.index[node], leaves, seen.structure))
         return True
 
-    def _flush(self, run: list[_Bindable], pieces: list[Any]) -> None:
+    def _flush(self, run: list[Bindable], pieces: list[Any]) -> None:
         """Makes one piece of the native steps so far."""
         if not run:
             return
@@ -267,7 +280,7 @@ class _Builder:
 
     def _bound(
         self,
-        steps: tuple[_Bindable, ...],
+        steps: tuple[Bindable, ...],
         places: Sequence[int],
         called: set[int],
         done: tuple[int, ...],
