@@ -44,7 +44,8 @@ struct Int8Spread {
 };
 
 // Filters in vectors. Weights, from `w0`: [quads][lanes][4], then for each shuffled step the bytes
-// to pick [lanes][4] and the weights [lanes][4].
+// to pick [lanes][4] and the weights [lanes][4]. Of the shuffled steps the first 3 * triples and
+// the next 2 * twins are taps of one kernel row that pick the same, see turned_rows.h.
 struct Int8Block {
   int lanes, filters;
   int filter0;     // into filters[]; lanes begin there in the vectors of each filter, too
@@ -53,6 +54,7 @@ struct Int8Block {
   int64_t spread0;
   int order;
   int quads, shuffles;
+  int triples, twins;
   int64_t step0, w0;
   int64_t picks0;  // into picks[]: [shuffles][lanes][4], 0x80 = nothing
   double cost;
@@ -154,6 +156,7 @@ struct Int8Kernels {
   const char* name;
   int most_units;       // of a block
   double shuffle_cost;  // of a shuffled step, in quads
+  double row_cost;      // of one whose shuffle serves a row of taps
   // False: it cannot be pooled as it is computed, and nothing was written.
   bool (*fprop)(const Int8Lowered&, OffsetCache*, const Int8Problem&, const int8_t* packed);
   void (*sum)(const Int8Sum&);

@@ -215,6 +215,8 @@ void bind_int8(py::module_& m) {
       .def_readonly("filters", &Int8Block::filters)
       .def_readonly("quads", &Int8Block::quads)
       .def_readonly("shuffles", &Int8Block::shuffles)
+      .def_readonly("triples", &Int8Block::triples)
+      .def_readonly("twins", &Int8Block::twins)
       .def_readonly("order", &Int8Block::order)
       .def_readonly("contiguous", &Int8Block::contiguous)
       .def_readonly("spreads", &Int8Block::spreads,

@@ -82,6 +82,14 @@ struct Int8Filters {
     t.off = off + b.step0;
     t.quads = b.quads;
     t.shuffles = b.shuffles;
+    if (const int taps = b.triples ? 1
+                         : b.twins ? 2
+                                   : 0) {  // from the first of a row to its second
+      const int32_t* first = t.off + b.quads;
+      const bool neighbours = first[1] - first[0] == taps * s.in_pixel;
+      t.triples = neighbours ? b.triples : 0;
+      t.twins = neighbours ? b.twins : 0;
+    }
     t.w = packed + b.w0;
     t.bias = p.bias + b.filter0;
     t.multiplier = p.multiplier + b.filter0;

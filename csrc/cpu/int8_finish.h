@@ -15,6 +15,7 @@ struct Int8Tile {
   int64_t pitch;     // to the next
   const int32_t* off;
   int quads, shuffles;
+  int triples, twins;  // of the shuffles; none where neighbouring taps are not neighbouring pixels
   const int8_t* w;
   const int32_t* bias;
   const float* multiplier;

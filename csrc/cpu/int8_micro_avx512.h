@@ -180,7 +180,51 @@ template <int P, int U> static void int8_tile(const Int8Tile& t, const Finish& f
         _mm512_add_epi32(acc[0][p][v], acc[s][p][v]);
     if (H) half[0][p] = _mm256_add_epi32(half[0][p], half[s][p]);
   }
-  for (const int end = t.quads + t.shuffles; k < end; ++k) {
+  const int end = t.quads + t.shuffles;
+  // Taps of a kernel row, `apart` pixels from one another: each pixel is shuffled once for all the
+  // outputs that read it.
+  const auto row = [&](auto taps, auto apart) __attribute__((always_inline)) {
+    constexpr int count = decltype(taps)::value, between = decltype(apart)::value;
+    constexpr int pixels = P + (count - 1) * between;
+    const uint8_t* a = t.a + t.off[k];
+    const auto window = [&](int q) __attribute__((always_inline)) {
+      return _mm_loadu_si128(reinterpret_cast<const __m128i*>(a + q * t.pitch));
+    };
+    HC_UNROLL for (int v = 0; v < V; ++v) {
+      const __m512i picks = _mm512_loadu_si512(w + 64 * v);
+      __m512i b[count];
+      HC_UNROLL for (int c = 0; c < count; ++c) b[c] =
+          _mm512_loadu_si512(w + (2 * c + 1) * step + 64 * v);
+      HC_UNROLL for (int q = 0; q < pixels; ++q) {
+        const __m512i x = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(window(q)), picks);
+        HC_UNROLL for (int c = 0; c < count; ++c) {
+          const int p = q - c * between;
+          if (p >= 0 && p < P) acc[0][p][v] = dot(acc[0][p][v], x, b[c]);
+        }
+      }
+    }
+    if (H) {
+      const auto at = [&](int i) __attribute__((always_inline)) {
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + i * step + 64 * V));
+      };
+      const __m256i picks = at(0);
+      __m256i b[count];
+      HC_UNROLL for (int c = 0; c < count; ++c) b[c] = at(2 * c + 1);
+      HC_UNROLL for (int q = 0; q < pixels; ++q) {
+        const __m256i x = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(window(q)), picks);
+        HC_UNROLL for (int c = 0; c < count; ++c) {
+          const int p = q - c * between;
+          if (p >= 0 && p < P) half[0][p] = dot(half[0][p], x, b[c]);
+        }
+      }
+    }
+    k += count;
+    w += 2 * count * step;
+  };
+  using std::integral_constant;
+  for (int i = 0; i < t.triples; ++i) row(integral_constant<int, 3>(), integral_constant<int, 1>());
+  for (int i = 0; i < t.twins; ++i) row(integral_constant<int, 2>(), integral_constant<int, 2>());
+  for (; k < end; ++k) {
     const uint8_t* a = t.a + t.off[k];
     HC_UNROLL for (int p = 0; p < P; ++p) {
       const __m128i window = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a + p * t.pitch));

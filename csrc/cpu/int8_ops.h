@@ -125,10 +125,11 @@ static void int8_quantize(const float* x, int64_t count, float scale, int zero, 
 }  // namespace HETCONV_NS
 
 // ...: `signed_bytes` and `pixels` where they are not false.
-#define HETCONV_INT8_KERNELS(name, shuffle_cost, ...)                                              \
-  Int8Kernels {                                                                                    \
-    #name, HETCONV_NS::kInt8Units, shuffle_cost, HETCONV_NS::int8_fprop, HETCONV_NS::int8_sum,     \
-        HETCONV_NS::int8_mean, HETCONV_NS::int8_max_pool, HETCONV_NS::int8_quantize, ##__VA_ARGS__ \
+#define HETCONV_INT8_KERNELS(name, shuffle_cost, row_cost, ...)                    \
+  Int8Kernels {                                                                    \
+    #name, HETCONV_NS::kInt8Units, shuffle_cost, row_cost, HETCONV_NS::int8_fprop, \
+        HETCONV_NS::int8_sum, HETCONV_NS::int8_mean, HETCONV_NS::int8_max_pool,    \
+        HETCONV_NS::int8_quantize, ##__VA_ARGS__                                   \
   }
 
 }  // namespace hetconv

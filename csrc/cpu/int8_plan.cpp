@@ -19,16 +19,6 @@ constexpr double kCompress = 3.0;  // of 64 channels, for each set of them
 constexpr double kPick = 1.2;      // of a channel that is picked alone
 constexpr size_t kMostMerged = 768;
 
-size_t bits_of(const std::vector<uint64_t>& a) {
-  size_t n = 0;
-  for (uint64_t w : a) n += size_t(__builtin_popcountll(w));
-  return n;
-}
-size_t bits_of_union(const std::vector<uint64_t>& a, const std::vector<uint64_t>& b) {
-  size_t n = 0;
-  for (size_t i = 0; i < a.size(); ++i) n += size_t(__builtin_popcountll(a[i] | b[i]));
-  return n;
-}
 int units_of(size_t filters) { return int((filters + kUnit - 1) / kUnit); }
 double step_cost(int units) { return std::max(0.5 * units, kFewest); }
 
@@ -55,8 +45,11 @@ Int8Plan::Int8Plan(const uint8_t* mask, int F, int C, int KH, int KW, const Int8
   }
   const std::vector<Int8Part> distinct = groups();
   for (int units = kernels.most_units; units >= 1; units /= 2) {
-    Lowering found = lower(merged(distinct, units));
-    if (units == kernels.most_units || found.cost < lowering_.cost) lowering_ = std::move(found);
+    // Groups of one unit stay apart, or come together in wider vectors.
+    for (int unit = kUnit; unit <= std::min(2, units) * kUnit; unit *= 2) {
+      Lowering found = lower(merged(distinct, units, unit));
+      if (lowering_.blocks.empty() || found.cost < lowering_.cost) lowering_ = std::move(found);
+    }
     if (distinct.size() == 1) break;
   }
   if (kernels.pixels && form != "filters") {
@@ -106,64 +99,79 @@ std::vector<Int8Part> Int8Plan::groups() const {
         }
     for (int n : live) apart += (n + kQuad - 1) / kQuad;
     const auto at = known.emplace(columns, int(found.size()));
-    if (at.second) found.push_back(Int8Part{{}, std::move(columns), apart});
+    if (at.second) found.push_back(Int8Part{{}, columns, columns, apart});
     found[size_t(at.first->second)].filters.push_back(f);
   }
   return found;
 }
 
-// What a block would take, before it is lowered.
-double Int8Plan::part_cost(size_t filters, size_t columns, double apart) const {
+// What a block of both parts, or of one that is given twice, would take before it is lowered: what
+// all filters read by quads, the rest that way or shuffled.
+double Int8Plan::part_cost(const Int8Part& a, const Int8Part& b) const {
+  const size_t filters = a.filters.size() + (&a == &b ? 0 : b.filters.size());
+  size_t columns = 0, common = 0;
+  for (size_t w = 0; w < a.columns.size(); ++w) {
+    columns += size_t(__builtin_popcountll(a.columns[w] | b.columns[w]));
+    common += size_t(__builtin_popcountll(a.common[w] & b.common[w]));
+  }
   const int units = units_of(filters);
-  const double quads = double(columns) / kQuad, shuffled = 1.25 * kernels_.shuffle_cost * apart;
-  return step_cost(units) * std::min(quads, shuffled) + kFinish * units;
+  const double quads = double(columns) / kQuad, shared = double(common) / kQuad,
+               rest = std::max(0.0, std::max(a.apart, b.apart) - shared);
+  return step_cost(units) * std::min(quads, shared + 1.25 * shuffle_cost() * rest) +
+         kFinish * units;
 }
 
-// Groups in blocks of at most so many units; what is left of groups that fill no unit comes
-// together with what costs least.
-std::vector<Int8Part> Int8Plan::merged(const std::vector<Int8Part>& all, int most_units) const {
+// Adds the filters of another part.
+static void join(Int8Part& a, const Int8Part& b) {
+  a.filters.insert(a.filters.end(), b.filters.begin(), b.filters.end());
+  for (size_t w = 0; w < a.columns.size(); ++w) {
+    a.columns[w] |= b.columns[w];
+    a.common[w] &= b.common[w];
+  }
+  a.apart = std::max(a.apart, b.apart);
+}
+
+// Groups in blocks of at most so many units; what is left of groups that fill no `unit` filters
+// comes together with what costs least.
+std::vector<Int8Part> Int8Plan::merged(const std::vector<Int8Part>& all, int most_units,
+                                       int unit) const {
   std::vector<Int8Part> parts, rest;
   for (const Int8Part& g : all) {
-    const size_t n = g.filters.size(), left = all.size() == 1 ? 0 : n % kUnit;
+    const size_t n = g.filters.size(), left = all.size() == 1 ? 0 : n % size_t(unit);
     const size_t whole = n - left;
     const int units = units_of(whole), count = (units + most_units - 1) / most_units;
+    const auto some = [&](size_t from, size_t to) {
+      Int8Part part = g;
+      part.filters.assign(g.filters.begin() + int64_t(from), g.filters.begin() + int64_t(to));
+      return part;
+    };
     size_t f = 0;
     for (int i = 0; i < count; ++i) {
       const size_t take =
           std::min(whole - f, size_t(kUnit) * (units / count + (i < units % count)));
-      parts.push_back(
-          Int8Part{{g.filters.begin() + int64_t(f), g.filters.begin() + int64_t(f + take)},
-                   g.columns,
-                   g.apart});
+      parts.push_back(some(f, f + take));
       f += take;
     }
-    if (left)
-      rest.push_back(
-          Int8Part{{g.filters.begin() + int64_t(whole), g.filters.end()}, g.columns, g.apart});
+    if (left) rest.push_back(some(whole, n));
   }
   const size_t cap = size_t(most_units) * kUnit;
   std::vector<bool> taken(rest.size(), false);
   for (size_t i = 0; i < rest.size(); ++i) {
     if (taken[i]) continue;
     Int8Part grown = rest[i];
-    size_t columns = bits_of(grown.columns);
     for (;;) {
       // Into a block of its own group or another's, or together with another rest.
       Int8Part* into = nullptr;
-      size_t partner = 0, partner_columns = 0;
+      size_t partner = 0;
       double best = 0;
-      const double alone = part_cost(grown.filters.size(), columns, grown.apart);
+      const double alone = part_cost(grown, grown);
       const auto consider = [&](Int8Part& other, size_t index) {
-        const size_t n = grown.filters.size() + other.filters.size();
-        if (n > cap) return;
-        const size_t together = bits_of_union(grown.columns, other.columns);
-        const double change = part_cost(n, together, std::max(grown.apart, other.apart)) - alone -
-                              part_cost(other.filters.size(), bits_of(other.columns), other.apart);
+        if (grown.filters.size() + other.filters.size() > cap) return;
+        const double change = part_cost(grown, other) - alone - part_cost(other, other);
         if (change < best - 1e-9) {
           best = change;
           into = &other;
           partner = index;
-          partner_columns = together;
         }
       };
       const size_t end = std::min(rest.size(), i + kMostMerged);
@@ -172,10 +180,7 @@ std::vector<Int8Part> Int8Plan::merged(const std::vector<Int8Part>& all, int mos
       if (rest.size() <= kMostMerged && parts.size() <= kMostMerged)
         for (size_t j = 0; j < parts.size(); ++j) consider(parts[j], SIZE_MAX);
       if (!into) break;
-      for (size_t w = 0; w < grown.columns.size(); ++w) grown.columns[w] |= into->columns[w];
-      grown.apart = std::max(grown.apart, into->apart);
-      grown.filters.insert(grown.filters.end(), into->filters.begin(), into->filters.end());
-      columns = partner_columns;
+      join(grown, *into);
       if (partner == SIZE_MAX)
         parts.erase(parts.begin() + (into - parts.data()));
       else
@@ -243,6 +248,11 @@ void Int8Plan::add_spreads(Lowering& to, Int8Block& b) const {
   }
 }
 
+// Where a row has three taps, most of them are neighbours at stride 1.
+double Int8Plan::shuffle_cost() const {
+  return low_.KW < 3 || low_.span ? kernels_.shuffle_cost : kernels_.row_cost;
+}
+
 // Covers the columns of the filters by quads and shuffled steps, greedily from the left.
 void Int8Plan::add_block(Lowering& to, const std::vector<int>& filters, int order) const {
   const int C = low_.C, KW = low_.KW, taps_together = low_.span ? KW : 1;
@@ -289,7 +299,7 @@ void Int8Plan::add_block(Lowering& to, const std::vector<int>& filters, int orde
             picks = std::max(picks, counts[l] += live[size_t(i)] >> l & 1);
         }
         const int shuffles = (picks + kQuad - 1) / kQuad;
-        if (shuffles * kernels_.shuffle_cost < quads) {
+        if (shuffles * shuffle_cost() < quads) {
           const int from = std::max(0, std::min(at, edge - kWindow));
           if (o.identity) to.reach = std::max(to.reach, from + kWindow);
           const size_t picks0 = to.picks.size();
@@ -317,11 +327,15 @@ void Int8Plan::add_block(Lowering& to, const std::vector<int>& filters, int orde
       }
     }
   b.shuffles = int(shuffled.size());
+  share_rows(to, b, shuffled);
   to.steps.insert(to.steps.end(), shuffled.begin(), shuffled.end());
   to.packed += int64_t(b.quads + 2 * b.shuffles) * b.lanes * kQuad;
   if (!b.contiguous) add_spreads(to, b);
   const int units = b.lanes / kUnit;
-  b.cost = step_cost(units) * (b.quads + kernels_.shuffle_cost * b.shuffles) + kFinish * units +
+  const int in_rows = 3 * b.triples + 2 * b.twins;
+  b.cost = step_cost(units) * (b.quads + kernels_.shuffle_cost * (b.shuffles - in_rows) +
+                               kernels_.row_cost * in_rows) +
+           kFinish * units +
            (b.contiguous ? 0
             : b.spreads  ? kSpread * b.spreads
                          : kScatter * b.filters);

@@ -16,6 +16,7 @@ const Int8Kernels& int8_isa_named(const std::string& name);  // "" = the best
 struct Int8Part {
   std::vector<int> filters;
   std::vector<uint64_t> columns;  // bits by tap, then channel
+  std::vector<uint64_t> common;   // those that every filter reads
   double apart;                   // steps that a filter alone would take, the most of any
 };
 
@@ -55,9 +56,11 @@ class Int8Plan {
     double cost = 0;
   };
   std::vector<Int8Part> groups() const;
-  std::vector<Int8Part> merged(const std::vector<Int8Part>& groups, int most_units) const;
-  double part_cost(size_t filters, size_t columns, double apart) const;
+  std::vector<Int8Part> merged(const std::vector<Int8Part>& groups, int most_units, int unit) const;
+  double part_cost(const Int8Part& a, const Int8Part& b) const;
   Lowering lower(const std::vector<Int8Part>& parts) const;
+  double shuffle_cost() const;
+  void share_rows(Lowering& to, Int8Block& b, std::vector<Int8Step>& steps) const;
   void add_block(Lowering& to, const std::vector<int>& filters, int order) const;
   void add_spreads(Lowering& to, Int8Block& b) const;
   int gathered(Lowering& to, const Int8Part& part) const;

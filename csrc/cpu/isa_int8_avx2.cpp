@@ -8,6 +8,6 @@
 #include "int8_ops.h"
 
 namespace hetconv {
-extern const Int8Kernels int8_kernels_avx2 = HETCONV_INT8_KERNELS(avx2, 1.4);
+extern const Int8Kernels int8_kernels_avx2 = HETCONV_INT8_KERNELS(avx2, 1.4, 1.4);
 }
 #endif

@@ -9,6 +9,6 @@
 
 namespace hetconv {
 extern const Int8Kernels int8_kernels_avx512vnni =
-    HETCONV_INT8_KERNELS(avx512vnni, 1.7, /*signed_bytes=*/false, /*pixels=*/true);
+    HETCONV_INT8_KERNELS(avx512vnni, 1.7, 1.2, /*signed_bytes=*/false, /*pixels=*/true);
 }
 #endif

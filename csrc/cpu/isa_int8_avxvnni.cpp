@@ -8,6 +8,6 @@
 #include "int8_ops.h"
 
 namespace hetconv {
-extern const Int8Kernels int8_kernels_avxvnni = HETCONV_INT8_KERNELS(avxvnni, 1.6);
+extern const Int8Kernels int8_kernels_avxvnni = HETCONV_INT8_KERNELS(avxvnni, 1.6, 1.6);
 }
 #endif

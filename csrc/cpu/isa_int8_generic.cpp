@@ -7,5 +7,5 @@
 #include "int8_ops.h"
 
 namespace hetconv {
-extern const Int8Kernels int8_kernels_generic = HETCONV_INT8_KERNELS(generic, 1.5);
+extern const Int8Kernels int8_kernels_generic = HETCONV_INT8_KERNELS(generic, 1.5, 1.5);
 }

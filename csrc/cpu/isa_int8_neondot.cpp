@@ -9,6 +9,6 @@
 
 namespace hetconv {
 extern const Int8Kernels int8_kernels_neondot =
-    HETCONV_INT8_KERNELS(neondot, 1.6, /*signed_bytes=*/true);
+    HETCONV_INT8_KERNELS(neondot, 1.6, 1.6, /*signed_bytes=*/true);
 }
 #endif

@@ -2,10 +2,10 @@
 // A Support lowered for one ISA and accumulation type: which form, which filters together, which
 // columns in which order.
 #pragma once
-#include <map>
 #include <memory>
 #include <string>
 #include <vector>
+#include "turned_rows.h"
 #include "winograd.h"
 
 namespace hetconv {
@@ -24,14 +24,6 @@ struct LaneColumn {
   Column window;
   std::vector<int64_t> channels;
 };
-
-// Lane columns by what they read of a row of pixels, and then by kx: their numbers.
-using TurnedTaps = std::map<std::vector<int64_t>, std::map<int, size_t>>;
-// The same as three taps of a kernel row each, two with one between them, and what is left.
-struct TurnedRows {
-  std::vector<size_t> triples, twins, apart;
-};
-TurnedRows rows_of(TurnedTaps taps);
 
 // The columns of a segment of filters, by how they are read (see FilterSegment).
 struct SegmentColumns {

@@ -148,22 +148,6 @@ void Plan::add_segment(const std::vector<int>& filters, const Group* group) {
   segments_.push_back(s);
 }
 
-TurnedRows rows_of(TurnedTaps taps) {
-  TurnedRows rows;
-  for (auto& [reads, at] : taps)
-    while (!at.empty()) {
-      const auto first = at.begin();
-      const auto second = at.find(first->first + 1), third = at.find(first->first + 2);
-      const bool triple = second != at.end() && third != at.end(), twin = third != at.end();
-      std::vector<size_t>& to = triple ? rows.triples : twin ? rows.twins : rows.apart;
-      to.push_back(first->second);
-      if (triple) to.push_back(second->second), at.erase(second);
-      if (twin) to.push_back(third->second), at.erase(third);
-      at.erase(first);
-    }
-  return rows;
-}
-
 // Lane columns to columns_, perms and taken_: those that need no permutation come first, then taps
 // of one kernel row that share theirs.
 void Plan::add_lanes(FilterSegment& s, const std::vector<LaneColumn>& lanes) {
