@@ -35,9 +35,13 @@ def results(name: str) -> Json:
 
 
 @cache
-def all_results() -> dict[str, Json]:
-    """Reads every committed results file, by name."""
-    return {path.stem: results(path.stem) for path in sorted((HERE / "results").glob("*.json"))}
+def all_results(machine: str = "") -> dict[str, Json]:
+    """Reads every committed results file, by name.
+
+    Args:
+        machine: the folder of a second machine's results; "" are those of the first.
+    """
+    return {path.stem: _read(path) for path in sorted((HERE / "results" / machine).glob("*.json"))}
 
 
 @cache
@@ -141,10 +145,10 @@ def engine_title(rival: Json) -> str:
     return _ENGINES.get(name, name)
 
 
-def networks_provenance() -> str:
+def networks_provenance(machine: str = "") -> str:
     """Says what the whole networks were measured on; files of one machine share a sentence."""
     commits: dict[str, list[str]] = {}
-    for data in all_results().values():
+    for data in all_results(machine).values():
         if any(row["kind"] == "model" for row in data["rows"]):
             where, _, commit = provenance(data | {"started": ""}).partition(", commit ")
             commits.setdefault(where, []).append(commit)
@@ -234,14 +238,14 @@ def training(name: str = LAYERS) -> str:
     return tables.markdown_table(header, lines)
 
 
-def networks_summary() -> str:
+def networks_summary(machine: str = "") -> str:
     """Lays out the whole networks beside the fastest of all engines."""
     header = (
         "network", "fastest dense", "times as fast", "interval",
         "fastest composition", "times as fast", "interval",
     )  # fmt: skip
     lines = []
-    for data in all_results().values():
+    for data in all_results(machine).values():
         for row in data["rows"]:
             if row["kind"] != "model":
                 continue

@@ -180,6 +180,7 @@ MADE: dict[str, Callable[..., str]] = {
     "more-methods": more_methods,
     "network-files": network_files,
     "networks": summary.networks_summary,
+    "networks-provenance": lambda machine: f"*{summary.networks_provenance(machine)}.*",
     "other-results": other_results,
     "predicted": lambda name: predictions.TABLES[name](),
     "provenance": lambda name: f"*{summary.provenance(summary.results(name))}.*",

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -68,13 +69,21 @@ def info() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Names the processor as the operating system does."""
+    """Names the processor as the operating system does, with its family if that is no number."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    found: dict[str, str] = {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        found.setdefault(key.strip(), value.strip())
+    name = found.get("model name")
+    if not name:
+        return platform.processor() or platform.machine()
+    # A virtual machine may hide which one it is.
+    family = found.get("cpu family")
+    return f"{name}, family {family}" if family and not re.search(r"\d", name) else name
 
 
 def _isas() -> list[str]:

@@ -353,7 +353,7 @@ def test_schema_problems_are_found(value: object, schema: dict[str, Any], messag
 
 
 def test_committed_results_fit_the_schema() -> None:
-    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+    for path in (ROOT / "benchmarks" / "results").rglob("*.json"):
         assert record.problems(json.loads(path.read_text())) == [], path.name
 
 

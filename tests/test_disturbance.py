@@ -252,7 +252,7 @@ def test_a_layer_row_that_was_disturbed_is_neither_lost_nor_missed() -> None:
 
 
 def test_no_committed_result_is_a_disturbed_one() -> None:
-    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+    for path in (ROOT / "benchmarks" / "results").rglob("*.json"):
         assert '"disturbed"' not in path.read_text(), path.name
 
 

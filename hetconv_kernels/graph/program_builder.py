@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from torch import fx, nn
@@ -157,19 +158,25 @@ class _Builder:
         return Program(self.lifetimes, self.views, pieces, self.network, self.guard)
 
     def _in_planes(self, pieces: list[Any]) -> list[Any]:
-        """Has layers that compute from planes of pixels hand their results on in planes."""
-        steps = [step for piece in pieces if isinstance(piece, _Pending) for step in piece.steps]
+        """Has layers that compute from planes of pixels hand their results on in planes.
+
+        Not past a step that is called: where it gives something else, the network goes on by hand
+        from there, with what lies in the arena.
+        """
         inner = self.life.keys() - self.fresh.keys()
-        relaid, storages = in_planes(self.record, steps, inner)
-        self.views = [
-            v for v in self.views if not any(spec.storage in storages for spec, _ in v.leaves)
-        ]
-        return [
-            _Pending(tuple((i, relaid.get(i, step), o) for i, step, o in piece.steps))
-            if isinstance(piece, _Pending)
-            else piece
-            for piece in pieces
-        ]
+        made: list[Any] = []
+        for native, run in groupby(pieces, lambda piece: isinstance(piece, _Pending)):
+            own = list(run)
+            if native:
+                steps = [step for piece in own for step in piece.steps]
+                relaid, storages = in_planes(self.record, steps, inner)
+                self.views = [v for v in self.views if v.leaves[0][0].storage not in storages]
+                own = [
+                    _Pending(tuple((i, relaid.get(i, step), o) for i, step, o in piece.steps))
+                    for piece in own
+                ]
+            made += own
+        return made
 
     def _deaths(self) -> dict[int, int]:
         """Finds the last step that reads each storage."""
