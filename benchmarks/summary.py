@@ -36,11 +36,7 @@ def results(name: str) -> Json:
 
 @cache
 def all_results(machine: str = "") -> dict[str, Json]:
-    """Reads every committed results file, by name.
-
-    Args:
-        machine: the folder of a second machine's results; "" are those of the first.
-    """
+    """Reads every committed results file, by name; of a second machine, those in its folder."""
     return {path.stem: _read(path) for path in sorted((HERE / "results" / machine).glob("*.json"))}
 
 
