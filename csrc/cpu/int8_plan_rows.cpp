@@ -13,23 +13,20 @@ void Int8Plan::share_rows(Lowering& to, Int8Block& b, std::vector<Int8Step>& ste
   const size_t wide = size_t(b.lanes) * kQuad;
   const auto picks = to.picks.begin() + b.picks0;
   TurnedTaps taps;
-  std::vector<size_t> order, again;  // again: a tap that picks the same once more
+  std::vector<size_t> again;  // again: a tap that picks the same once more
   for (size_t i = 0; i < steps.size(); ++i) {
     std::vector<int64_t> reads = {steps[i].ky, steps[i].at};
     reads.insert(reads.end(), picks + int64_t(i * wide), picks + int64_t((i + 1) * wide));
     if (!taps[reads].emplace(steps[i].kx, i).second) again.push_back(i);
   }
-  const TurnedRows rows = rows_of(std::move(taps));
-  order = rows.triples;
-  for (const std::vector<size_t>& more : {rows.twins, again, rows.apart})
-    order.insert(order.end(), more.begin(), more.end());
-  b.triples = int(rows.triples.size() / 3);
-  b.twins = int(rows.twins.size() / 2);
+  const TurnedRows rows = rows_of(std::move(taps), again);
+  b.triples = rows.triples;
+  b.twins = rows.twins;
   const std::vector<Int8Step> before = steps;
   const std::vector<uint8_t> picked(picks, to.picks.end());
-  for (size_t i = 0; i < order.size(); ++i) {
-    steps[i] = before[order[i]];
-    std::copy_n(picked.begin() + int64_t(order[i] * wide), wide, picks + int64_t(i * wide));
+  for (size_t i = 0; i < rows.order.size(); ++i) {
+    steps[i] = before[rows.order[i]];
+    std::copy_n(picked.begin() + int64_t(rows.order[i] * wide), wide, picks + int64_t(i * wide));
   }
 }
 

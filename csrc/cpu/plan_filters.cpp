@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <map>
 #include <tuple>
+#include <utility>
 
 #include "plan.h"
 
@@ -177,18 +178,17 @@ void Plan::add_lanes(FilterSegment& s, const std::vector<LaneColumn>& lanes) {
     else if (!taps[reads].emplace(lanes[q * per].window.kx, q).second)
       again.push_back(q);
   }
-  auto [triples, twins, apart] = rows_of(std::move(taps));
-  apart.insert(apart.begin(), again.begin(), again.end());
-  bool alike = true;
-  for (const std::vector<size_t>* part : {&triples, &twins})
-    for (size_t q : *part)
-      if (per == 2) alike &= reads_of(lanes[q * per]) == reads_of(lanes[q * per + 1]);
+  const TurnedRows rows = rows_of(std::move(taps), again);
   s.straight = int(straight.size());
-  s.turned = int(triples.size() + twins.size() + apart.size());
-  s.triples = int(triples.size() / 3);
-  s.twins = int(twins.size() / 2);
-  s.alike = alike;
-  for (const std::vector<size_t>* part : {&straight, &triples, &twins, &apart})
+  s.turned = int(rows.order.size());
+  s.triples = rows.triples;
+  s.twins = rows.twins;
+  s.alike = 1;
+  for (int i = 0; per == 2 && i < 3 * s.triples + 2 * s.twins; ++i) {
+    const LaneColumn* both = &lanes[rows.order[size_t(i)] * 2];
+    s.alike &= reads_of(both[0]) == reads_of(both[1]);
+  }
+  for (const std::vector<size_t>* part : {&std::as_const(straight), &rows.order})
     for (size_t q : *part)
       for (size_t j = 0; j < per; ++j) {
         const LaneColumn& lane = lanes[q * per + j];

@@ -248,7 +248,7 @@ void Plan::add_windows(PairSegment& s, const std::vector<std::vector<LaneColumn>
     return first | second << 16;
   };
   TurnedTaps taps;
-  std::vector<size_t> order, again;  // again: a tap that reads the same once more
+  std::vector<size_t> again;  // again: a tap that reads the same once more
   for (size_t q = 0; q < count; ++q) {
     std::vector<int64_t> reads = {windows[0][q].window.ky};
     for (const std::vector<LaneColumn>& own : windows) {
@@ -257,15 +257,11 @@ void Plan::add_windows(PairSegment& s, const std::vector<std::vector<LaneColumn>
     }
     if (!taps[reads].emplace(windows[0][q].window.kx, q).second) again.push_back(q);
   }
-  const TurnedRows rows = rows_of(std::move(taps));
-  order = rows.triples;
-  order.insert(order.end(), rows.twins.begin(), rows.twins.end());
-  order.insert(order.end(), again.begin(), again.end());
-  order.insert(order.end(), rows.apart.begin(), rows.apart.end());
+  const TurnedRows rows = rows_of(std::move(taps), again);
   s.windows = int(count);
-  s.triples = int(rows.triples.size() / 3);
-  s.twins = int(rows.twins.size() / 2);
-  for (size_t q : order)
+  s.triples = rows.triples;
+  s.twins = rows.twins;
+  for (size_t q : rows.order)
     for (const std::vector<LaneColumn>& own : windows) {
       const LaneColumn& column = own[q];
       columns_.push_back(column.window);
