@@ -37,7 +37,8 @@ def results(name: str) -> Json:
 @cache
 def all_results(machine: str = "") -> dict[str, Json]:
     """Reads every committed results file, by name; of a second machine, those in its folder."""
-    return {path.stem: _read(path) for path in sorted((HERE / "results" / machine).glob("*.json"))}
+    paths = sorted((HERE / "results" / machine).glob("*.json"))
+    return {path.stem: results(f"{machine}/{path.stem}".lstrip("/")) for path in paths}
 
 
 @cache

@@ -180,13 +180,12 @@ MADE: dict[str, Callable[..., str]] = {
     "more-methods": more_methods,
     "network-files": network_files,
     "networks": summary.networks_summary,
-    "networks-provenance": lambda machine: f"*{summary.networks_provenance(machine)}.*",
+    "networks-provenance": lambda machine="": f"*{summary.networks_provenance(machine)}.*",
     "other-results": other_results,
     "predicted": lambda name: predictions.TABLES[name](),
     "provenance": lambda name: f"*{summary.provenance(summary.results(name))}.*",
     "provenance-of-methods": lambda part: f"*{summary.methods_provenance(part)}.*",
     "routes": routes,
-    "routes-provenance": lambda: f"*{summary.networks_provenance()}.*",
     "right-picks": lambda: (
         f"{summary.right_picks()} (*{summary.provenance(summary.calibration())}.*)"
     ),

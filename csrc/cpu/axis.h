@@ -92,5 +92,13 @@ HC_INLINE void inside(int first, int istride, int len, int size, int* lo, int* h
   if (*hi < *lo) *hi = *lo;
 }
 
+// Whether taps of a kernel row that share a permutation read neighbouring pixels: the offsets of
+// their columns, nv to a tap.
+static inline bool neighbours(int triples, int twins, const int* off, int nv, ptrdiff_t in_pixel) {
+  if (triples + twins == 0) return false;
+  const int taps = triples ? 1 : 2;  // from the first column of a row to its second
+  return off[nv] - off[0] == taps * in_pixel;
+}
+
 }  // namespace HETCONV_NS
 }  // namespace hetconv

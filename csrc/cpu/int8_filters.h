@@ -82,13 +82,9 @@ struct Int8Filters {
     t.off = off + b.step0;
     t.quads = b.quads;
     t.shuffles = b.shuffles;
-    if (const int taps = b.triples ? 1
-                         : b.twins ? 2
-                                   : 0) {  // from the first of a row to its second
-      const int32_t* first = t.off + b.quads;
-      const bool neighbours = first[1] - first[0] == taps * s.in_pixel;
-      t.triples = neighbours ? b.triples : 0;
-      t.twins = neighbours ? b.twins : 0;
+    if (neighbours(b.triples, b.twins, t.off + b.quads, 1, s.in_pixel)) {
+      t.triples = b.triples;
+      t.twins = b.twins;
     }
     t.w = packed + b.w0;
     t.bias = p.bias + b.filter0;

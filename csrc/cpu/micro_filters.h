@@ -155,14 +155,6 @@ HC_INLINE void rows_of_taps(Vec<A> (&acc)[MR][NV], int rows, bool alike, const t
   }
 }
 
-// Whether taps of a kernel row that share a permutation read neighbouring pixels: the offsets of
-// their columns, nv to a tap.
-static inline bool neighbours(int triples, int twins, const int* off, int nv, ptrdiff_t in_pixel) {
-  if (triples + twins == 0) return false;
-  const int taps = triples ? 1 : 2;  // from the first column of a row to its second
-  return off[nv] - off[0] == taps * in_pixel;
-}
-
 // a: first pixel in the band, ps: distance of neighbouring pixels, w: packed weights, o: MR rows of
 // NV vectors, os apart.
 template <class A, int MR, int NV>
