@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import ArgumentError, mismatch
-from .masks import BoolArray, IntArray
+from .masks import BoolArray, Int32Array, IntArray
 from .support import Support
 
 __all__ = ["Block", "Plan"]
@@ -123,18 +123,22 @@ class Plan:
         # [slab_size]
         """
         _, c, kh, kw = self.support.shape
-        # Every column of every step, then every filter that has it in its tile.
+        # Every column of every step, and every filter that has it in its tile.
         step, offset = _expand(self.steps["count"])
-        segment = self.owner[step]
-        column, lane = _expand(np.diff(self.segments)[segment])
         channel = self.cols[self.steps["channel"][step] + offset]
         tap = self.steps["dy"][step] * kw + self.steps["dx"][step]
-        filters = self.rows[self.segments[segment][column] + lane]
-        position = filters * (c * kh * kw) + (channel * (kh * kw) + tap)[column]
-        live = self.support.mask.reshape(-1)[position]
-        source = np.full(self.slab_size, -1)
-        source[(column * self.block.filters + lane)[live]] = position[live]
-        return source
+        filters = self.padded_rows[self.owner[step]].astype(np.int64)
+        position = filters * (c * kh * kw) + (channel * (kh * kw) + tap)[:, None]
+        live = self.support.mask.reshape(-1)[position] & (filters >= 0)
+        return np.where(live, position, -1).reshape(-1)
+
+    @cached_property
+    def padded_rows(self) -> Int32Array:
+        """The filters of each segment, -1 after the last one.  # int32 [S, block.filters]"""
+        sizes = np.diff(self.segments)
+        rows = np.full((len(sizes), self.block.filters), -1, np.int32)
+        rows[np.arange(self.block.filters) < sizes[:, None]] = self.rows
+        return rows
 
     def __repr__(self) -> str:
         return (

@@ -79,7 +79,7 @@ class Lowering:
         counts = np.bincount(owner, minlength=self.classes * self.segments)
         self.starts: Int32Array = np.append(0, np.cumsum(counts)).astype(np.int32)
         self.gather = unless_identity(self.plan.cols)
-        self.rows = None if unless_identity(self.plan.rows) is None else padded_rows(self.plan)
+        self.rows = None if unless_identity(self.plan.rows) is None else self.plan.padded_rows
 
     @property
     def steps(self) -> int:
@@ -134,8 +134,8 @@ def coarsened(support: Support) -> Support:
 
 def only_live(positions: IntArray, support: Support) -> IntArray:
     """Takes out the positions of dead weights, which a coarsened Plan has slots for."""
-    live = np.flatnonzero(support.mask)
-    return np.where(np.isin(positions, live), positions, -1)
+    live = support.mask.reshape(-1)[positions] & (positions >= 0)
+    return np.where(live, positions, -1)
 
 
 def slab_positions(plan: Plan) -> IntArray:
@@ -149,14 +149,6 @@ def slab_positions(plan: Plan) -> IntArray:
     column = np.arange(len(step)) - np.repeat(np.cumsum(counts) - counts, counts)
     found[step, :, column] = plan.slab_source.reshape(-1, plan.block.filters)
     return found
-
-
-def padded_rows(plan: Plan) -> Int32Array:
-    """Lists the filters of each segment, -1 after the last one.  # int32 [segments, filters]"""
-    sizes = np.diff(plan.segments)
-    rows = np.full((len(sizes), plan.block.filters), -1, np.int32)
-    rows[np.arange(plan.block.filters) < sizes[:, None]] = plan.rows
-    return rows
 
 
 def _untransposed(positions: IntArray, support: Support) -> IntArray:

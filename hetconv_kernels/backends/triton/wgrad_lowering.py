@@ -14,7 +14,6 @@ from ..gpu.places import memory_places
 from .lowering import (
     coarsened,
     only_live,
-    padded_rows,
     slab_positions,
     step_words,
     unless_identity,
@@ -41,7 +40,7 @@ class Jobs(NamedTuple):
     @property
     def rows(self) -> Int32Array | None:
         """Filters of each segment, -1 filling up; None when they are in their own order."""
-        return None if unless_identity(self.plan.rows) is None else padded_rows(self.plan)
+        return None if unless_identity(self.plan.rows) is None else self.plan.padded_rows
 
     def adjacent(self, unit: int) -> bool:
         """Whether every segment's filters are adjacent and begin at a multiple of `unit`.
