@@ -26,9 +26,10 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from hetconv_kernels import stats, timing
+from hetconv_kernels import stats
 from hetconv_kernels.files import Json
 from hetconv_kernels.graph.hooks import LayerCall, hooked
+from hetconv_kernels.measure import timing
 
 
 class TimedRun(NamedTuple):

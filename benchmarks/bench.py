@@ -12,10 +12,11 @@ from torch import Tensor, nn
 import hetconv_kernels as hk
 from benchmarks import baselines, gate
 from benchmarks.cases import Case
-from hetconv_kernels import ops, timing
+from hetconv_kernels import ops
+from hetconv_kernels.measure import timing
+from hetconv_kernels.measure.timing import Call
 from hetconv_kernels.packing import dense_weight, live_weight
 from hetconv_kernels.problem import VERBS, Problem, make_geometry
-from hetconv_kernels.timing import Call
 
 TRAINING_STEP = "step"  # all three in turn: what a training step runs
 LAST = torch.channels_last

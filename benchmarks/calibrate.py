@@ -32,8 +32,8 @@ from hetconv_kernels import ops
 from hetconv_kernels.backends import get_backend
 from hetconv_kernels.backends.cpu_plans import columns_of_tiles, direct_plan
 from hetconv_kernels.files import Json
+from hetconv_kernels.measure.timing import interleaved
 from hetconv_kernels.problem import make_geometry
-from hetconv_kernels.timing import interleaved
 
 SHOWN = ("vendor_s", "predicted_vendor_s", "cpu_s", "predicted_cpu_s")
 

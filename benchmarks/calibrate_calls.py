@@ -29,10 +29,11 @@ from torch import nn
 
 import hetconv_kernels as hk
 from benchmarks.record import environment
-from hetconv_kernels import ops, timing
+from hetconv_kernels import ops
 from hetconv_kernels.backends import cost_model, get_backend, predict
 from hetconv_kernels.backends.cpu_plans import chosen_plan
 from hetconv_kernels.files import Json
+from hetconv_kernels.measure import timing
 from hetconv_kernels.packing import dense_weight, masked, watched_packings
 
 # Images, channels, groups, side.

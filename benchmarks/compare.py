@@ -31,7 +31,7 @@ from pathlib import Path
 from benchmarks.report.schema import problems
 from benchmarks.table import lay_out
 from hetconv_kernels.files import Json
-from hetconv_kernels.timing import median_interval
+from hetconv_kernels.measure.timing import median_interval
 
 HARDWARE = ("processor", "instructions", "cores", "threads", "gpu", "system")
 VERSIONS = ("torch", "python", "cuda", "cudnn")

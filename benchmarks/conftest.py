@@ -15,8 +15,8 @@ import torch
 import hetconv_kernels as hk
 from benchmarks import table
 from benchmarks.record import Record
-from hetconv_kernels import timing
-from hetconv_kernels.roofline import Roofs, measure_roofs
+from hetconv_kernels.measure import timing
+from hetconv_kernels.measure.roofline import Roofs, measure_roofs
 
 # A GPU machine without a network may lack it; our own clock and record work alone.
 HAVE_PYTEST_BENCHMARK = importlib.util.find_spec("pytest_benchmark") is not None

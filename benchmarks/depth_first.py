@@ -21,7 +21,7 @@ import torch
 
 from benchmarks import low_precision
 from benchmarks.networks import NETWORKS, NetworkCase
-from hetconv_kernels.tables import text_table
+from hetconv_kernels.measure.tables import text_table
 
 _FEWEST_ROWS = 16
 

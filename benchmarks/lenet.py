@@ -29,9 +29,10 @@ import hetconv_kernels as hk
 from benchmarks.data import DIGESTS, MNIST
 from benchmarks.methods import slug
 from benchmarks.record import environment
-from hetconv_kernels import methods, tables
+from hetconv_kernels import methods
 from hetconv_kernels.compression import Distillation, Method
 from hetconv_kernels.compression.command import top1_accuracy, train_dense, trainer
+from hetconv_kernels.measure import tables
 
 TOLERANCE = 0.003
 # What a paper says of this network, where its abstract or its authors' code does.

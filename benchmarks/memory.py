@@ -24,7 +24,8 @@ from torch import nn
 
 import hetconv_kernels as hk
 from benchmarks import record
-from hetconv_kernels import models, timing
+from hetconv_kernels import models
+from hetconv_kernels.measure import timing
 
 # Name, network, its input, and the Support of its convolutions.
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hetconv_kernels import tables
 from hetconv_kernels.files import Json
+from hetconv_kernels.measure import tables
 
 
 def part_table(part: str, records: Sequence[Json]) -> str:

@@ -23,7 +23,7 @@ from torch import nn
 
 import hetconv_kernels as hk
 from benchmarks import record
-from hetconv_kernels import timing
+from hetconv_kernels.measure import timing
 
 _ROOT = Path(__file__).resolve().parents[1]
 _CALLS = 2000  # of the host, in each of its rounds

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from benchmarks import summary
 from benchmarks.method_rows import RESNET50, RESNET110, VGG16
-from hetconv_kernels import tables
 from hetconv_kernels.files import Json
+from hetconv_kernels.measure import tables
 
 
 class Claim(NamedTuple):

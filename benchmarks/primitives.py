@@ -37,10 +37,10 @@ from benchmarks.gate import Agreement
 from benchmarks.record import Record, disturbed, verdict
 from benchmarks.table import primitive_table
 from benchmarks.watch import BEGIN, Log, end_on_term, restarted
-from hetconv_kernels import timing
 from hetconv_kernels.errors import BackendError
+from hetconv_kernels.measure import timing
+from hetconv_kernels.measure.roofline import Roofs, measure_roofs
 from hetconv_kernels.problem import VERBS
-from hetconv_kernels.roofline import Roofs, measure_roofs
 
 # Where torch.compile(max-autotune) of the composition is measured as well, with --full, at p=4.
 COMPILED_SHAPES = ("r50-conv2", "r50-conv3", "r50-conv4", "r50-conv5")

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from benchmarks import low_precision
 from benchmarks.networks import NETWORKS
-from hetconv_kernels import roofline
 from hetconv_kernels.graph.names import module_of
 from hetconv_kernels.graph.planned import observe_steps
 from hetconv_kernels.graph.program_builder import ProgramStep
-from hetconv_kernels.tables import text_table
+from hetconv_kernels.measure import roofline
+from hetconv_kernels.measure.tables import text_table
 
 
 class StepTime(NamedTuple):

@@ -31,8 +31,8 @@ from benchmarks.report.results import verdict
 from benchmarks.report.schema import SCHEMA_VERSION, problems
 from hetconv_kernels.files import Json
 from hetconv_kernels.info import processor
-from hetconv_kernels.roofline import Roofs
-from hetconv_kernels.timing import Timings
+from hetconv_kernels.measure.roofline import Roofs
+from hetconv_kernels.measure.timing import Timings
 
 # What `hetconv bench --isa` sets, and what forces a backend.
 _HELD = ("HETCONV_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "HETCONV_BACKEND")

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 import hetconv_kernels as hk
 from benchmarks import baselines, gate
 from benchmarks.cases import Case
-from hetconv_kernels import timing
+from hetconv_kernels.measure import timing
+from hetconv_kernels.measure.timing import Call
 from hetconv_kernels.packing import dense_weight, live_weight
-from hetconv_kernels.timing import Call
 
 _FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 _SHORT = {"contiguous": "nchw", "channels_last": "nhwc"}

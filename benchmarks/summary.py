@@ -10,8 +10,8 @@ from pathlib import Path
 
 from benchmarks import table
 from benchmarks.cases import CPU_CASES
-from hetconv_kernels import tables
 from hetconv_kernels.files import Json
+from hetconv_kernels.measure import tables
 
 HERE = Path(__file__).resolve().parent
 NOTES = {case.name: case.note for case in CPU_CASES}

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hetconv_kernels import tables
+from hetconv_kernels.measure import tables
 
 Row = dict[str, Any]
 Cells = tuple[Sequence[str], list[tuple[str, ...]]]  # the header, and the lines

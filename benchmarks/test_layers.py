@@ -12,8 +12,8 @@ from benchmarks import record
 from benchmarks.cases import CPU_CASES, GPU_CASES, Case
 from benchmarks.int8_rig import Int8Rig
 from benchmarks.rig import OURS, Rig
-from hetconv_kernels import timing
 from hetconv_kernels.errors import BackendError
+from hetconv_kernels.measure import timing
 
 _CASES = (*CPU_CASES, *(GPU_CASES if torch.cuda.is_available() else ()))
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from benchmarks import amdahl, gate, low_precision, peers, record
 from benchmarks.networks import NETWORKS, NetworkCase, build_network
 from benchmarks.rig import COMPOSITION, DENSE, OURS, OURS_FLOAT32
-from hetconv_kernels import timing
-from hetconv_kernels.timing import Timings
+from hetconv_kernels.measure import timing
+from hetconv_kernels.measure.timing import Timings
 
 _SAMPLES = 7  # runs of a network for the time of each of its layers
 # The default run takes one small network, and whoever starts within seconds.

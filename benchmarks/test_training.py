@@ -11,7 +11,7 @@ import torch
 from benchmarks import record, steps
 from benchmarks.networks import NetworkCase
 from benchmarks.rig import OURS
-from hetconv_kernels import timing
+from hetconv_kernels.measure import timing
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

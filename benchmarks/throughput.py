@@ -26,11 +26,11 @@ from benchmarks import low_precision, record, summary
 from benchmarks.networks import NETWORKS, NetworkCase, build_network
 from benchmarks.peers import Absent, Inference
 from benchmarks.rig import COMPOSITION, DENSE, OURS
-from hetconv_kernels import disturbance, tables
 from hetconv_kernels.errors import ArgumentError, mismatch
 from hetconv_kernels.files import Json, write_text
+from hetconv_kernels.measure import disturbance, tables
+from hetconv_kernels.measure.timing import median_interval
 from hetconv_kernels.option_types import real, whole
-from hetconv_kernels.timing import median_interval
 
 _WAIT = 600.0  # seconds until a process that builds its networks is given up
 

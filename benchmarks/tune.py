@@ -19,9 +19,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 
 from benchmarks.cases import GPU_CASES, Case
-from hetconv_kernels import ops, timing
+from hetconv_kernels import ops
 from hetconv_kernels.backends.triton import table
 from hetconv_kernels.backends.triton.picking import TritonChoice, all_choices, attempt
+from hetconv_kernels.measure import timing
 from hetconv_kernels.problem import Problem, make_geometry
 
 Fastest = tuple[str, float]

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import predictions, summary, table  # noqa: E402 (the line above must come first)
-from hetconv_kernels import tables  # noqa: E402
+from hetconv_kernels.measure import tables  # noqa: E402
 
 MARKER = re.compile(r"^<!-- made: (.+) -->$", re.M)
 EQUATION = re.compile(

@@ -36,8 +36,8 @@ ROOMS = (
         "Commands",
         "what the command hetconv runs",
         ("cli", "demo", "demo_data", "demo_report", "layer_options", "option_types",
-         "profiling.command", "profiling.latency", "graph.command", "quantization.command",
-         "compression.command", "__main__"),
+         "measure.profiling.command", "measure.profiling.latency", "graph.command",
+         "quantization.command", "compression.command", "__main__"),
     ),
     Room(
         "Compression and 8 bits",
@@ -47,8 +47,8 @@ ROOMS = (
     Room(
         "Looking and keeping",
         "why it is fast or slow; files",
-        ("profiling", "explain", "explanation", "io", "file_tensors", "export", "hub",
-         "composition", "plain_network", "info"),
+        ("measure.profiling", "measure.explain", "measure.explanation", "io", "file_tensors",
+         "export", "hub", "composition", "plain_network", "info"),
     ),
     Room(
         "Networks",
@@ -72,19 +72,18 @@ ROOMS = (
         "Engines",
         "what each refuses, how long it takes; the fastest is chosen once for a Problem",
         ("backends", "quantization.reference", "quantization.scheme", "quantization.checks",
-         "reference", "packing", "masking", "plan", "arena", "tuning", "testing"),
+         "reference", "packing", "masking", "plan", "arena", "measure.tuning", "testing"),
         "backends.choose → cpu.fprop",
     ),
     Room(
         "What is computed",
         "which weights exist; one call of them",
-        ("support", "masks", "problem", "pooling", "accuracy", "observers", "stats"),
+        ("support", "masks", "problem", "pooling", "accuracy", "observers", "measure.stats"),
     ),
     Room(
         "Clocks, checks, words",
         "what knows nothing of convolutions",
-        ("timing", "samples", "clocks", "cache", "disturbance", "roofline", "tables", "files",
-         "colours", "json_output", "openmp", "integers", "errors", "_version"),
+        ("measure", "files", "colours", "json_output", "openmp", "integers", "errors", "_version"),
     ),
 )  # fmt: skip
 # What the compiled engines are made of, below all Python: csrc's folders.

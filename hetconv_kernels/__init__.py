@@ -19,13 +19,13 @@ from . import errors, functional, nn
 from ._version import __version__ as __version__
 from .accuracy import strict_accuracy
 from .backends import available_backends, use_backend
-from .explain import explain, warmup
 from .info import info
+from .measure.explain import explain, warmup
 from .openmp import share_openmp as _share_openmp
 from .support import Support
 
 if TYPE_CHECKING:
-    from . import datasets, export, models, quantization, stats, tuning
+    from . import datasets, export, models, quantization
     from .compression import compress, methods
     from .graph import rules
     from .graph.compact import compact
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from .graph.optimize import optimize
     from .graph.planned import plan_memory, release_memory
     from .io import load, save
-    from .profiling import profile
+    from .measure import stats, tuning
+    from .measure.profiling import profile
     from .quantization.quantize import quantize
 
 __all__ = [
@@ -75,8 +76,8 @@ _LAZY_MODULES = {
     "models": ".models",
     "quantization": ".quantization",
     "rules": ".graph.rules",
-    "stats": ".stats",
-    "tuning": ".tuning",
+    "stats": ".measure.stats",
+    "tuning": ".measure.tuning",
 }
 _LAZY_NAMES = {
     "compact": ".graph.compact",
@@ -85,7 +86,7 @@ _LAZY_NAMES = {
     "load": ".io",
     "optimize": ".graph.optimize",
     "plan_memory": ".graph.planned",
-    "profile": ".profiling",
+    "profile": ".measure.profiling",
     "quantize": ".quantization.quantize",
     "release_memory": ".graph.planned",
     "save": ".io",

@@ -19,9 +19,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import json_output, tables
+from . import json_output
 from ._version import __version__
 from .errors import HetconvError
+from .measure import tables
 
 OK, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
 _EXIT_CODES = """exit codes:
@@ -238,8 +239,8 @@ def _flat(value: object, name: str = "") -> list[tuple[str, str]]:
 def _explain(options: argparse.Namespace) -> int:
     import torch
 
-    from .explain import explain
     from .layer_options import build_input, build_layer
+    from .measure.explain import explain
 
     layer = build_layer(options)
     x = build_input(options, options.channels, options.size)
@@ -268,10 +269,12 @@ class _Elsewhere(NamedTuple):
 
 _ELSEWHERE = {
     "profile": _Elsewhere(
-        ".profiling.command", "where the time of a network or layer goes, and why", shows=True
+        ".measure.profiling.command",
+        "where the time of a network or layer goes, and why",
+        shows=True,
     ),
     "run": _Elsewhere(
-        ".profiling.latency",
+        ".measure.profiling.latency",
         "what a call of a network takes: latency and images a second",
         shows=True,
     ),

@@ -24,7 +24,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from . import json_output, stats, timing
+from . import json_output
 from ._version import __version__
 from .backends import use_backend
 from .compression.methods.self_grouping import self_group
@@ -45,14 +45,15 @@ from .graph import rules
 from .graph.convert import convert
 from .graph.optimize import optimize
 from .layer_options import check_device
+from .measure import stats, timing
+from .measure.profiling.measure import backends_of as backends_by_layer
+from .measure.samples import Timings
 from .models import DnCNN, dncnn
 from .nn.base import SupportLayer
 from .nn.quantized_layer import QuantizedLayer
 from .option_types import seed, whole
-from .profiling.measure import backends_of as backends_by_layer
 from .quantization import engine
 from .quantization.quantize import quantize
-from .samples import Timings
 from .support import Support
 
 PART = 4

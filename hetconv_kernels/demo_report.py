@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import tables
+from .measure import tables
 
 # The dense network is plain nn.Conv2d; no backend of this package runs it.
 TORCH = "torch"

@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from . import io, stats
+from . import io
 from ._version import __version__
 from .errors import ArgumentError, FileError, HetconvError, mismatch
 from .graph.narrow import Narrow
 from .graph.trace import check_plain
+from .measure import stats
 from .nn import FrequencyConv2d
 from .nn.base import ForcedBackend
 

@@ -261,7 +261,7 @@ class Pack:
         """Returns the derived value of w."""
         if not _watchers:
             return self._build(w)
-        from .timing import clock  # not needed to import the package
+        from .measure.timing import clock  # not needed to import the package
 
         now = clock(w.device)
         began = now()

@@ -14,8 +14,8 @@ import pytest
 import torch
 from sampling import FILES, is_left, is_ours
 
-from hetconv_kernels.roofline import measure_roofs
-from hetconv_kernels.timing import interleaved
+from hetconv_kernels.measure.roofline import measure_roofs
+from hetconv_kernels.measure.timing import interleaved
 
 # The same examples on every run of CI, new ones on a developer's machine; slowness is no failure.
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
@@ -124,11 +124,11 @@ def _a_machine_of_our_own(request: pytest.FixtureRequest) -> Iterator[None]:
     name, threads = request.module.__name__, torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         glance = partial(measure_roofs, rounds=1, size=128)
-        patch.setattr("hetconv_kernels.roofline.measure_roofs", glance)
+        patch.setattr("hetconv_kernels.measure.roofline.measure_roofs", glance)
         if name != "test_timing":
             patch.setitem(interleaved.__kwdefaults__, "min_time", 0.0)
         if name != "test_disturbance":
-            patch.setattr("hetconv_kernels.disturbance.judged", lambda *_, **__: ())
+            patch.setattr("hetconv_kernels.measure.disturbance.judged", lambda *_, **__: ())
         if request.node.get_closest_marker("one_thread"):
             torch.set_num_threads(1)
         yield

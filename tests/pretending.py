@@ -57,7 +57,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretend]:
             monkeypatch.setattr(module, "spec_of", lambda *_: devices.GPU_SPECS[9, 0])
         build_for(monkeypatch, "80")
         # What a user has tuned on this machine is no part of the tests.
-        monkeypatch.setattr("hetconv_kernels.tuning.pick", lambda *_: None)
+        monkeypatch.setattr("hetconv_kernels.measure.tuning.pick", lambda *_: None)
 
     yield pretend
     devices.gpu_reasons.cache_clear()

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import hetconv_kernels as hk
-from hetconv_kernels import profiling
-from hetconv_kernels.roofline import Roofs
+from hetconv_kernels.measure import profiling
+from hetconv_kernels.measure.roofline import Roofs
 
 ROOFS = {"float32": Roofs(1e9, 1e9, "cpu", "float32")}
 

@@ -159,9 +159,10 @@ def rehearsal(
     from triton.runtime import driver
 
     from benchmarks import cases
-    from hetconv_kernels import cache, ops, timing
+    from hetconv_kernels import ops
     from hetconv_kernels.backends.gpu import capture, devices, packer
     from hetconv_kernels.backends.triton import calls, tma_calls, wgrad_calls
+    from hetconv_kernels.measure import cache, timing
 
     made = Rehearsal(capability)
     stream = SimpleNamespace(
@@ -214,7 +215,7 @@ def rehearsal(
         patch.setattr(timing, "clock", clock)
         patch.setattr(timing, "rotations", lambda *_: 2)
         patch.setattr(cache, "last_level_cache", lambda *_: 2**20)
-        patch.setattr("hetconv_kernels.tuning.pick", lambda *_: None)
+        patch.setattr("hetconv_kernels.measure.tuning.pick", lambda *_: None)
         before = driver._active
         driver.set_active(made.driver())
         try:

@@ -116,7 +116,7 @@ def install(patch: pytest.MonkeyPatch) -> None:
     from hetconv_kernels import backends
     from hetconv_kernels.backends import cuda
     from hetconv_kernels.backends.triton import calls, wgrad_calls
-    from hetconv_kernels.roofline import Roofs
+    from hetconv_kernels.measure.roofline import Roofs
 
     build_for(patch, "90a")
     hk._cuda.wide_rate = rate  # type: ignore[attr-defined]

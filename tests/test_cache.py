@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from hetconv_kernels import cache
+from hetconv_kernels.measure import cache
 
 
 def test_a_real_flush_is_larger_than_the_cache() -> None:

@@ -19,9 +19,9 @@ from benchmarks import baselines, gate, make_supports, record, supports, table
 from benchmarks.cases import CPU_CASES, GPU_CASES, GPU_SHAPES, Case, SupportSpec
 from benchmarks.report.schema import DISPATCH_ROW
 from benchmarks.rig import OURS, Rig
-from hetconv_kernels import timing
-from hetconv_kernels.roofline import Roofs
-from hetconv_kernels.timing import Timings
+from hetconv_kernels.measure import timing
+from hetconv_kernels.measure.roofline import Roofs
+from hetconv_kernels.measure.timing import Timings
 
 ROOT = Path(__file__).parents[1]
 BY_NAME = {case.name: case for case in (*CPU_CASES, *GPU_CASES)}

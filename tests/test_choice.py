@@ -132,7 +132,7 @@ def test_tuning_is_offered_the_best_predictions(
         offered[key] = list(candidates)
         return offered[key][-1]
 
-    monkeypatch.setattr("hetconv_kernels.tuning.pick", pick)
+    monkeypatch.setattr("hetconv_kernels.measure.tuning.pick", pick)
     p = described(verb, batch=48, device=CUDA)
     picked = picking.pick_choice(p)
     ((key, names),) = offered.items()

@@ -16,8 +16,9 @@ import pytest
 import torch
 
 import hetconv_kernels as hk
-from hetconv_kernels import cli, tables
+from hetconv_kernels import cli
 from hetconv_kernels.errors import HetconvError
+from hetconv_kernels.measure import tables
 
 Capture = pytest.CaptureFixture[str]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hetconv_kernels import tables
 from hetconv_kernels.demo_report import DemoRow, TrainingBar, draw_photographs, remark, show
+from hetconv_kernels.measure import tables
 
 DENSE = DemoRow("dense", 30.0, 1000, 2_000_000_000, 0.4, (1.0, 1.0, 1.0), ("torch",), 0.0)
 SPARSE = DemoRow("HetConv", 29.5, 333, 666_000_000, 0.5, (0.8, 0.75, 0.85), ("vendor",), 1e-7)

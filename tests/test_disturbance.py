@@ -16,14 +16,14 @@ import hetconv_kernels as hk
 from benchmarks import compare, record, table
 from benchmarks.report import tables
 from benchmarks.report.schema import problems
-from hetconv_kernels import disturbance, timing
 from hetconv_kernels.compression import base
-from hetconv_kernels.disturbance import Disturbance, Watch, far_above, judged, spinning
 from hetconv_kernels.errors import SpeedupError
-from hetconv_kernels.explanation import Candidate, Explanation
-from hetconv_kernels.profiling.record import LayerProfile, Profile
-from hetconv_kernels.roofline import Roofs
-from hetconv_kernels.samples import Timings
+from hetconv_kernels.measure import disturbance, timing
+from hetconv_kernels.measure.disturbance import Disturbance, Watch, far_above, judged, spinning
+from hetconv_kernels.measure.explanation import Candidate, Explanation
+from hetconv_kernels.measure.profiling.record import LayerProfile, Profile
+from hetconv_kernels.measure.roofline import Roofs
+from hetconv_kernels.measure.samples import Timings
 
 ROOT = Path(__file__).parents[1]
 BUSY = Disturbance(("others kept 1.9 of 2 cores busy",), 0.5, (1.0, 2.0), 1.9, 8.0)

@@ -18,7 +18,7 @@ from pages import DOCS, ROOT
 
 import hetconv_kernels as hk
 from benchmarks.report import write_report
-from hetconv_kernels import profiling
+from hetconv_kernels.measure import profiling
 
 PHONE, DESKTOP = 390, 1280
 

@@ -14,8 +14,8 @@ from benchmarks.cases import CPU_CASES, Case, SupportSpec
 from benchmarks.int8_rig import Int8Rig
 from benchmarks.report import schema
 from benchmarks.rig import OURS, OURS_FLOAT32, Rig
-from hetconv_kernels import timing
-from hetconv_kernels.roofline import Roofs
+from hetconv_kernels.measure import timing
+from hetconv_kernels.measure.roofline import Roofs
 
 TINY = {
     "dense": SupportSpec("dense"),

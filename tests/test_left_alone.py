@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import hetconv_kernels as hk
-from hetconv_kernels import profiling, pruning
+from hetconv_kernels import pruning
 from hetconv_kernels.graph.convert import HOOKS
+from hetconv_kernels.measure import profiling
 
 X = (2, 4, 6, 6)
 

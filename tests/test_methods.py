@@ -24,7 +24,8 @@ from benchmarks.problems import (
     TaskSettings,
 )
 from benchmarks.report.schema import METHODS_SCHEMA, METHODS_TABLE_SCHEMA, problems
-from hetconv_kernels import compression, timing
+from hetconv_kernels import compression
+from hetconv_kernels.measure import timing
 
 pytest.importorskip("sklearn", reason="the digits and photographs come with scikit-learn")
 pytestmark = pytest.mark.one_thread

@@ -15,7 +15,7 @@ from benchmarks.networks import NETWORKS, NetworkCase, build_network
 from benchmarks.report import schema
 from benchmarks.test_models import _runs, layer_names, measure_case
 from hetconv_kernels import export
-from hetconv_kernels.timing import Timings
+from hetconv_kernels.measure.timing import Timings
 
 pytestmark = pytest.mark.one_thread
 

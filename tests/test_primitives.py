@@ -18,7 +18,7 @@ from benchmarks.cases import GPU_CASES, GPU_TARGETS, Case, het_case
 from benchmarks.record import Record
 from benchmarks.table import primitive_table
 from hetconv_kernels import ops
-from hetconv_kernels.roofline import Roofs
+from hetconv_kernels.measure.roofline import Roofs
 
 TINY = Case("tiny", 2, 8, 8, 6, 6, 3, het_case(2), stride=1)
 

@@ -14,11 +14,12 @@ from profiled import ROOFS, measured, small
 from torch import nn
 
 import hetconv_kernels as hk
-from hetconv_kernels import profiling, ranges
+from hetconv_kernels import ranges
 from hetconv_kernels.errors import ArgumentError, InputTypeError
-from hetconv_kernels.profiling import compiled as compiled_network
-from hetconv_kernels.profiling.measure import backends_of, dense_twin, layers_of
-from hetconv_kernels.roofline import Roofs
+from hetconv_kernels.measure import profiling
+from hetconv_kernels.measure.profiling import compiled as compiled_network
+from hetconv_kernels.measure.profiling.measure import backends_of, dense_twin, layers_of
+from hetconv_kernels.measure.roofline import Roofs
 
 LOW = np.broadcast_to(np.arange(9).reshape(3, 3) < 4, (8, 8, 3, 3))
 
@@ -171,7 +172,7 @@ def test_the_roof_is_measured_when_it_is_not_given(monkeypatch: pytest.MonkeyPat
         asked.append((device.type, dtype))
         return ROOFS["float32"]
 
-    monkeypatch.setattr("hetconv_kernels.roofline.measure_roofs", fake)
+    monkeypatch.setattr("hetconv_kernels.measure.roofline.measure_roofs", fake)
     found = measured(small(), torch.randn(2, 3, 6, 6), roofs=None)
     assert asked == [("cpu", torch.float32)]
     assert found.roofs == {"float32": (1e9, 1e9)}

@@ -12,7 +12,8 @@ import torch
 from profiled import ROOFS
 
 import hetconv_kernels as hk
-from hetconv_kernels import cli, profiling
+from hetconv_kernels import cli
+from hetconv_kernels.measure import profiling
 
 Capture = pytest.CaptureFixture[str]
 SMALL = ["layer", "--channels", "8", "--size", "5x6", "--rounds", "5", "--seconds", "0.1"]
@@ -20,7 +21,9 @@ SMALL = ["layer", "--channels", "8", "--size", "5x6", "--rounds", "5", "--second
 
 @pytest.fixture
 def quick_roofs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hetconv_kernels.roofline.measure_roofs", lambda *_: ROOFS["float32"])
+    monkeypatch.setattr(
+        "hetconv_kernels.measure.roofline.measure_roofs", lambda *_: ROOFS["float32"]
+    )
 
 
 @pytest.mark.usefixtures("quick_roofs")

@@ -9,8 +9,8 @@ from quantized_layers import X, Y, image, quantized
 from torch import nn
 
 import hetconv_kernels as hk
-from hetconv_kernels import roofline
 from hetconv_kernels.errors import InputTypeError
+from hetconv_kernels.measure import roofline
 from hetconv_kernels.nn import QuantizedLinear
 from hetconv_kernels.nn.quantized_steps import QuantizedStep
 from hetconv_kernels.packing import watched_packings

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import picture, readme, summary
-from hetconv_kernels.tables import markdown_table
+from hetconv_kernels.measure.tables import markdown_table
 
 ROOT = Path(__file__).parents[1]
 

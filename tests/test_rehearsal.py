@@ -20,7 +20,7 @@ from rehearsal import Rehearsal, check_descriptor, rehearsal
 from benchmarks import bench, gate, primitives, tune
 from benchmarks.cases import GPU_CASES, Case, het_case
 from benchmarks.record import Record
-from hetconv_kernels.roofline import Roofs
+from hetconv_kernels.measure.roofline import Roofs
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton"),

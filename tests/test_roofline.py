@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from hetconv_kernels import roofline
+from hetconv_kernels.measure import roofline
 
 
 def test_roofs_are_measured_and_make_a_floor() -> None:

@@ -13,8 +13,8 @@ from torch import nn
 import hetconv_kernels as hk
 from hetconv_kernels import cli
 from hetconv_kernels.errors import ArgumentError, InputTypeError
+from hetconv_kernels.measure.profiling.latency import latency
 from hetconv_kernels.nn.fused import FusedConv2d
-from hetconv_kernels.profiling.latency import latency
 
 Capture = pytest.CaptureFixture[str]
 

@@ -8,8 +8,8 @@ import math
 import numpy as np
 import pytest
 
-from hetconv_kernels import samples
 from hetconv_kernels.errors import ArgumentError
+from hetconv_kernels.measure import samples
 
 
 @pytest.mark.parametrize(("n", "low", "high"), [(6, 0, 5), (20, 5, 14), (9, 1, 7), (100, 39, 60)])

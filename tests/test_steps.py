@@ -13,8 +13,8 @@ from benchmarks.cases import SupportSpec
 from benchmarks.networks import NetworkCase
 from benchmarks.report import schema
 from hetconv_kernels import ops
+from hetconv_kernels.measure.timing import interleaved
 from hetconv_kernels.nn import SupportConv2d
-from hetconv_kernels.timing import interleaved
 
 SMALL = NetworkCase("small", "resnet20", SupportSpec("het", 4), n=2, size=8)
 

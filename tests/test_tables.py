@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from hetconv_kernels import tables
+from hetconv_kernels.measure import tables
 
 
 def test_text_puts_columns_of_numbers_to_the_right() -> None:

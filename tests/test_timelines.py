@@ -15,9 +15,9 @@ import torch
 from profiled import small
 from torch import nn
 
-from hetconv_kernels import profiling
 from hetconv_kernels.errors import HetconvError
-from hetconv_kernels.profiling import flame, timeline
+from hetconv_kernels.measure import profiling
+from hetconv_kernels.measure.profiling import flame, timeline
 
 
 def test_a_trace_has_layers_and_primitives(tmp_path: Path) -> None:

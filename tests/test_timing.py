@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from hetconv_kernels import timing
 from hetconv_kernels.errors import ArgumentError
+from hetconv_kernels.measure import timing
 
 
 class World:

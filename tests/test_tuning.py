@@ -51,7 +51,7 @@ def test_concurrent_writers_lose_nothing(tmp_path: Path) -> None:
     code = """
 import json, os, sys, time
 from pathlib import Path
-from hetconv_kernels.tuning import Store
+from hetconv_kernels.measure.tuning import Store
 path, writers = Path(sys.argv[1]), []
 for name in ("one", "two", "three"):
     writers.append(os.fork())

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import stats
-from ..disturbance import shown
 from ..errors import ArgumentError, HetconvError, InputTypeError, SpeedupError, mismatch
 from ..graph import compact as compacting
 from ..graph import rules, worth
@@ -22,9 +20,11 @@ from ..graph.copying import copied
 from ..graph.trace import check_tensors
 from ..graph.worth import LeftPlain
 from ..integers import is_integer
+from ..measure import stats
+from ..measure.disturbance import shown
+from ..measure.timing import check_seconds
 from ..nn import GroupedConv2d, SupportConv2d, SupportLinear
 from ..support import Support
-from ..timing import check_seconds
 from . import measure as clock
 from . import ranks
 from .identity import described, digest, identity_of, weights_of

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import stats
 from ..errors import ArgumentError, mismatch
+from ..measure import stats
 from .schedule import check_positive
 from .training import cross_entropy, pair_of
 

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import stats, timing
 from ..errors import HetconvError
 from ..graph.copying import copied, settle
 from ..graph.hooks import calls_of
 from ..graph.parts import same_around, traced_parts
 from ..graph.worth import LeftPlain
+from ..measure import stats, timing
+from ..measure.profiling.reasons import backend_and_reason
 from ..nn.base import SupportLayer
-from ..profiling.reasons import backend_and_reason
 from .report import LayerReport
 
 LAYOUTS = ("contiguous", "channels_last")

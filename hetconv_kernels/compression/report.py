@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from .. import tables
 from .._version import __version__
-from ..disturbance import shown
+from ..measure import tables
+from ..measure.disturbance import shown
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import stats
 from ..errors import HetconvError, mismatch
 from ..masks import BoolArray
+from ..measure import stats
 from ..support import Support
 from . import ranks
 from .interfaces import Interfaces, find_interfaces

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import stats
 from ..errors import ArgumentError, InputTypeError, mismatch
+from ..measure import stats
 from . import ranks
 
 TrainStep = Callable[[nn.Module, Any], Tensor]

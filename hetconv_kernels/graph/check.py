@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import VerificationError
-from ..stats import live_weights
+from ..measure.stats import live_weights
 from ..testing import error_bound
 from .copying import copied
 

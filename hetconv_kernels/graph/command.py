@@ -14,8 +14,8 @@ import torch
 from .. import io
 from ..errors import ArgumentError, mismatch
 from ..files import unwritable
-from ..profiling import command as profiling
-from ..stats import fitting
+from ..measure.profiling import command as profiling
+from ..measure.stats import fitting
 from .optimize import OptimizeReport, optimize
 
 _SUFFIX = ".safetensors"

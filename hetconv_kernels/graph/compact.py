@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from .. import stats, tables
 from ..errors import TraceError, VerificationError
 from ..masks import BoolArray
+from ..measure import stats, tables
 from ..nn.base import ForcedBackend
 from .channels import Channels
 from .check import Match, verify

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import stats, tables
 from ..errors import ArgumentError, InputTypeError, mismatch
+from ..measure import stats, tables
 from .copying import copied
 from .rules import Keep, Rule
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .. import tables
 from ..errors import HetconvError, TraceError, VerificationError, mismatch
+from ..measure import tables
 from ..nn.base import SupportLayer
 from . import formats, trace
 from .channels import Channels

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..backends import ENGINE_OF_CODE, forced_code
-from ..explanation import Candidate, Explanation, packing_seconds
+from ..measure.explanation import Candidate, Explanation, packing_seconds
+from ..measure.timing import interleaved
 from ..nn.quantized_layer import QuantizedLayer
-from ..timing import interleaved
 from .engine import engine_name, engine_names
 
 

@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .. import stats
 from ..errors import ArgumentError, InputTypeError, TraceError, mismatch
 from ..graph.hooks import calls_of
 from ..graph.layout import set_module
 from ..graph.optimize import optimize
 from ..graph.trace import check_float, check_network, record
+from ..measure import stats
+from ..measure.timing import interleaved
 from ..nn.quantized_layer import QuantizedLayer
 from ..nn.quantized_steps import Dequantize, Quantize, QuantizedStep
-from ..timing import interleaved
 from .calibrate import Inputs, as_batches, layer_errors, observe, output_error
 from .checks import INTEGER_RANGES
 from .engine import engine_name

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from .. import tables
-from ..samples import Timings
+from ..measure import tables
+from ..measure.samples import Timings
 
 
 @dataclass(frozen=True)

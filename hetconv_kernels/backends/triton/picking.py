@@ -48,7 +48,7 @@ def _tuned(problem: Problem, choices: Sequence[TritonChoice]) -> str | None:
     """Returns the choice that this user's tuning found best, measuring it where that is on."""
     if problem.device.type != "cuda" or not problem.batch:
         return None
-    from ... import tuning  # not needed without a GPU
+    from ...measure import tuning  # not needed without a GPU
 
     key = " ".join(map(str, choice_key(problem)))
     return tuning.pick(key, {c.name: attempt(problem, c) for c in choices}, problem.device)

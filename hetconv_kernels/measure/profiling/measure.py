@@ -12,17 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import export, roofline, stats, timing
+from ... import export
+from ...errors import ArgumentError, InputTypeError, mismatch
+from ...graph.hooks import hooked
+from ...graph.trace import check_plain
+from ...integers import is_integer
+from ...nn import FrequencyConv2d, FusedConv2d
+from ...nn.base import SupportLayer
+from ...nn.quantized_steps import Quantize, QuantizedStep
+from ...packing import PackEvent, watched_packings
+from .. import roofline, stats, timing
 from ..disturbance import Watch
-from ..errors import ArgumentError, InputTypeError, mismatch
 from ..explain import _same_buffers
-from ..graph.hooks import hooked
-from ..graph.trace import check_plain
-from ..integers import is_integer
-from ..nn import FrequencyConv2d, FusedConv2d
-from ..nn.base import SupportLayer
-from ..nn.quantized_steps import Quantize, QuantizedStep
-from ..packing import PackEvent, watched_packings
 from ..roofline import Roofs
 from ..timing import check_seconds
 from .compiled import compiled_rounds, original
@@ -373,7 +374,7 @@ def dense_twin(layer: nn.Module) -> nn.Module:
 
 
 def _ungrouped(conv: nn.Conv2d) -> nn.Conv2d:
-    from ..nn.conv import expanded_weight
+    from ...nn.conv import expanded_weight
 
     weight, _ = expanded_weight(conv)
     whole = nn.Conv2d(

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...errors import ArgumentError, mismatch
+from ...graph.trace import as_inputs, check_network
+from ...integers import is_integer
+from ...option_types import real, whole
 from .. import disturbance
-from ..errors import ArgumentError, mismatch
-from ..graph.trace import as_inputs, check_network
-from ..integers import is_integer
-from ..option_types import real, whole
 from ..stats import fitting
 from ..timing import interleaved, median_interval
 from . import command

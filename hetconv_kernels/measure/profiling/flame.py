@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .. import ranges
-from ..colours import css_variables
-from ..files import write_text
+from ... import ranges
+from ...colours import css_variables
+from ...files import write_text
 from .timeline import _named
 
 _WARM_UP = 2

@@ -12,16 +12,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .. import io, layer_options, models
-from ..backends import backend_code
-from ..errors import ArgumentError, HetconvError, InputTypeError, mismatch
-from ..factory import call_factory, is_factory
-from ..graph.convert import convert
-from ..graph.optimize import optimize
-from ..graph.rules import het
-from ..nn.base import SupportLayer
-from ..option_types import real, whole
-from ..quantization.quantize import quantize
+from ... import io, layer_options, models
+from ...backends import backend_code
+from ...errors import ArgumentError, HetconvError, InputTypeError, mismatch
+from ...factory import call_factory, is_factory
+from ...graph.convert import convert
+from ...graph.optimize import optimize
+from ...graph.rules import het
+from ...nn.base import SupportLayer
+from ...option_types import real, whole
+from ...quantization.quantize import quantize
 from ..stats import fitting
 from .flame import write_timeline
 from .measure import backends_of, layers_of, profile

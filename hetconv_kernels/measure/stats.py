@@ -28,11 +28,11 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .errors import ArgumentError, HetconvError, InputTypeError, mismatch
-from .integers import is_integer
-from .pooling import Pool
-from .problem import Geometry
-from .support import Support
+from ..errors import ArgumentError, HetconvError, InputTypeError, mismatch
+from ..integers import is_integer
+from ..pooling import Pool
+from ..problem import Geometry
+from ..support import Support
 
 __all__ = ["LayerMacs", "layer_macs", "live_parameters", "live_weights", "macs", "weight_bytes"]
 

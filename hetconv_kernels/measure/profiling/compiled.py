@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
-from .. import ranges, timing
+from ... import ranges
+from .. import timing
 
 _PASSES = 5
 _WARM_UP = 3

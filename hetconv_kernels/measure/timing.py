@@ -30,11 +30,11 @@ from typing import Any, Protocol
 
 import torch
 
+from ..errors import ArgumentError, mismatch
+from ..integers import is_integer
 from .cache import Flush, last_level_cache, rotations
 from .clocks import Clock, clock
 from .disturbance import Disturbance, Watch
-from .errors import ArgumentError, mismatch
-from .integers import is_integer
 from .samples import Estimate, Timings, median_interval
 
 __all__ = [

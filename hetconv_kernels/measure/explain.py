@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backends import ENGINE_OF_CODE, available_backends, choose, get_backend
-from .errors import ArgumentError, InputTypeError, mismatch
+from ..backends import ENGINE_OF_CODE, available_backends, choose, get_backend
+from ..errors import ArgumentError, InputTypeError, mismatch
+from ..nn.base import SupportLayer
+from ..nn.conv import SupportConv2d
+from ..nn.fused import FusedConv2d
+from ..nn.linear import SupportLinear
+from ..nn.quantized_layer import QuantizedLayer
 from .explanation import Candidate, Explanation, packing_seconds
-from .nn.base import SupportLayer
-from .nn.conv import SupportConv2d
-from .nn.fused import FusedConv2d
-from .nn.linear import SupportLinear
-from .nn.quantized_layer import QuantizedLayer
 
 __all__ = ["Candidate", "Explanation", "explain", "warmup"]
 
@@ -40,7 +40,7 @@ def explain(
         ArgumentError, BackendError: as the layer's forward.
     """
     if isinstance(layer, QuantizedLayer):
-        from .quantization.explained import explain_quantized  # only for those
+        from ..quantization.explained import explain_quantized  # only for those
 
         return explain_quantized(layer, x, measure)
     if not isinstance(layer, SupportConv2d | SupportLinear | FusedConv2d):

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..packing import watched_packings
 from .disturbance import far_above
 from .disturbance import shown as said
-from .packing import watched_packings
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 
-from ._version import __version__
-from .errors import ArgumentError, mismatch
+from .._version import __version__
+from ..errors import ArgumentError, mismatch
 
 __all__ = ["tune"]
 

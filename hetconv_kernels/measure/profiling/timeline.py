@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
-from .. import ranges
-from ..errors import HetconvError
-from ..files import writing
-from ..graph.hooks import LayerCall, hooked
+from ... import ranges
+from ...errors import HetconvError
+from ...files import writing
+from ...graph.hooks import LayerCall, hooked
 from .compiled import original
 from .measure import layers_of
 

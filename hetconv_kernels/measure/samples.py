@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import ArgumentError, mismatch
 from .disturbance import Disturbance
-from .errors import ArgumentError, mismatch
 
 _CONFIDENCE = 0.95
 

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from ..backends import ENGINE_OF_CODE, available_backends, choose, get_backend, predict
-from ..nn import FrequencyConv2d, FusedConv2d, SupportConv2d, SupportLinear
-from ..nn.quantized_layer import QuantizedLayer
-from ..nn.quantized_steps import QuantizedPad, QuantizedStep
-from ..problem import Problem
-from ..quantization.engine import engine_name
+from ...backends import ENGINE_OF_CODE, available_backends, choose, get_backend, predict
+from ...nn import FrequencyConv2d, FusedConv2d, SupportConv2d, SupportLinear
+from ...nn.quantized_layer import QuantizedLayer
+from ...nn.quantized_steps import QuantizedPad, QuantizedStep
+from ...problem import Problem
+from ...quantization.engine import engine_name
 
 
 def backend_and_reason(layer: nn.Module, arguments: tuple[Any, ...]) -> tuple[str, str]:
