@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+PHONE, DESKTOP = 390, 1280  # pixels
 
 
 def browser() -> str:

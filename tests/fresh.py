@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # The parent of all: for each line that it reads it forks a child, and writes how that ended.
 _PARENT = """
 import json, os, runpy, sys, traceback, types
-import torch
+import torch, torch._dynamo  # the second by itself takes 0.7 s, whoever asks for a fake tensor
 for line in sys.stdin:
     told = json.loads(line)
     child = os.fork()

@@ -13,14 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from browsing import answered, browser, in_a_window_of
+from browsing import DESKTOP, PHONE, answered, browser, in_a_window_of
 from pages import DOCS, ROOT
 
 import hetconv_kernels as hk
-from benchmarks.report import write_report
 from hetconv_kernels.measure import profiling
-
-PHONE, DESKTOP = 390, 1280
 
 
 @pytest.fixture(scope="module")
@@ -103,15 +100,6 @@ def test_the_search_of_the_built_site_finds_the_page(
 def test_the_search_says_that_there_is_nothing(site: Path, tmp_path: Path) -> None:
     found = answered(site, "methods/index.html?q=zyxwvutsrq", _FOUND, tmp_path)
     assert (found["said"], found["places"]) == ("No matching documents", [])
-
-
-def test_the_report_fits_a_phone(tmp_path: Path) -> None:
-    browser()
-    pytest.importorskip("matplotlib", reason="the matplotlib extra is not installed")
-    page, *_ = write_report([ROOT / "benchmarks" / "results"], tmp_path / "report.html")
-    found = in_a_window_of(PHONE, [page], tmp_path)[page.as_uri()]
-    assert (found["wide"], found["cut"]) == ([], [])
-    assert found["width"] <= PHONE
 
 
 def test_a_timeline_fits_a_phone(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browsing import browser, probed
+from browsing import PHONE, browser, in_a_window_of, probed
 
 from benchmarks.report import write_report
 
@@ -79,13 +79,22 @@ def look(page: Path, folder: Path, *options: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    browser()
     return write_report([COMMITTED], tmp_path_factory.mktemp("report"))[0]
 
 
 @pytest.fixture(scope="module")
 def seen(page: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return look(page, tmp_path_factory.mktemp("browser"), "--window-size=1200,900")
+
+
+def test_the_page_needs_nothing_from_outside(page: Path) -> None:
+    text = page.read_text()
+    assert not re.findall(r"<(?:link|iframe|object|embed|script [^>]*src|img)[ >]", text)
+    assert not re.findall(r"url\((?!#)|@import", text)
+    assert "default-src 'none'" in text
+    rows = sum(len(json.loads(file.read_text())["rows"]) for file in COMMITTED.glob("*.json"))
+    files = len(list(COMMITTED.glob("*.json")))
+    assert len(re.findall(r"<tr[^>]*><th scope=\"row\"", text)) == rows + files
 
 
 def test_tables_and_pictures_are_there_with_a_size(page: Path, seen: dict[str, Any]) -> None:
@@ -136,6 +145,13 @@ def test_it_opens_without_a_network_or_an_error(seen: dict[str, Any]) -> None:
     assert seen["loaded"] == []
     assert seen["errors"] == []
     assert len(seen["headings"]) == 6
+
+
+def test_nothing_on_it_is_cut_on_a_phone(page: Path, tmp_path: Path) -> None:
+    browser()
+    found = in_a_window_of(PHONE, [page], tmp_path)[page.as_uri()]
+    assert (found["wide"], found["cut"]) == ([], [])
+    assert found["width"] <= PHONE
 
 
 def test_it_fits_a_telephone_and_follows_a_dark_reader(page: Path, tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ of the authors' repository, github.com/QingbeiGuo/SG-CNN. WSP: the same, Neural 
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -128,14 +130,21 @@ WITHIN = {
 }
 
 
+@functools.cache
+def dense_layers(name: str) -> tuple[list[stats.LayerMacs], int]:
+    """Lists the layers of a dense network, and counts its parameters."""
+    with torch.device("meta"):
+        model = getattr(models, name)()
+    rows = stats.layer_macs(model, INPUTS.get(name, (3, 224, 224)))
+    return rows, sum(p.numel() for p in model.parameters())
+
+
 def self_grouped(name: str, convolutions: int, linear: int) -> tuple[int, int]:
     """Counts MACs and weights where of each layer a percentage of the weights goes.
 
     The stem and ResNet's down-sampling stay dense.
     """
-    with torch.device("meta"):
-        model = getattr(models, name)()
-    rows = stats.layer_macs(model, INPUTS.get(name, (3, 224, 224)))
+    rows, parameters = dense_layers(name)
     percent = {"Conv2d": convolutions, "Linear": linear}
     live = {
         layer.name: round((1 - percent[layer.kind] / 100) * layer.dense)
@@ -144,7 +153,7 @@ def self_grouped(name: str, convolutions: int, linear: int) -> tuple[int, int]:
     }
     weights = sum(live.get(layer.name, layer.dense) for layer in rows)
     if name == "resnet50":  # of this one the authors count the batch normalisations too
-        weights += sum(p.numel() for p in model.parameters()) - sum(row.dense for row in rows)
+        weights += parameters - sum(row.dense for row in rows)
     return stats.macs_with(rows, live), weights
 
 
