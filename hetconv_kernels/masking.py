@@ -62,14 +62,14 @@ def unobserved(dense: Tensor) -> bool:
     )
 
 
-def turns(dense: Tensor) -> bool:
+def transposes(dense: Tensor) -> bool:
     """Tells whether a copy in channels_last has another order than the tensor."""
     return dense.is_contiguous() and not dense.is_contiguous(memory_format=torch.channels_last)
 
 
-def room(dense: Tensor, turned: bool) -> Tensor:
-    """Returns memory for a copy, in channels_last where it is turned."""
-    layout = torch.channels_last if turned else torch.preserve_format
+def room(dense: Tensor, transposed: bool) -> Tensor:
+    """Returns memory for a copy, in channels_last where it is transposed."""
+    layout = torch.channels_last if transposed else torch.preserve_format
     return torch.empty_like(dense, requires_grad=False, memory_format=layout)
 
 
@@ -173,16 +173,16 @@ class NativeMask(_Results):
         mask: which entries exist, in the layout of the copies.  # bool [F, C, KH, KW]
         stride: of the copies.
         like: a weight.
-        turned: whether copies are in channels_last of a weight that is contiguous.
+        transposed: whether copies are in channels_last of a weight that is contiguous.
     """
 
-    def __init__(self, mask: Tensor, stride: tuple[int, ...], like: Tensor, turned: bool) -> None:
+    def __init__(self, mask: Tensor, stride: tuple[int, ...], like: Tensor, transposed: bool) -> None:
         super().__init__(like.shape, stride, like.dtype)
         native: Any = native_engine()
         self._mask = mask
         f, c, *taps = like.shape
-        sizes = (f, c, math.prod(taps)) if turned else (like.numel(),)
-        self._run = native.turn_weights if turned else native.mask_weights
+        sizes = (f, c, math.prod(taps)) if transposed else (like.numel(),)
+        self._run = native.transpose_weights if transposed else native.mask_weights
         self._sizes = (*sizes, like.element_size())
         self._address = mask.data_ptr()
 

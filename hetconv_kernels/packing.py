@@ -135,10 +135,10 @@ def _native_mask(
     """Prepares the engine's masking of tensors in one layout; False where it is none of its."""
     if not masking.can_mask(dense):
         return False
-    turned = layout is torch.channels_last and masking.turns(dense)
+    transposed = layout is torch.channels_last and masking.transposes(dense)
     with torch.inference_mode(False), torch.no_grad(), untraced():
-        like = masking.room(dense, turned)
-        return masking.NativeMask(_mask_like(support, like), like.stride(), dense, turned)
+        like = masking.room(dense, transposed)
+        return masking.NativeMask(_mask_like(support, like), like.stride(), dense, transposed)
 
 
 def mask_(support: Support, dense: Tensor) -> Tensor:

@@ -321,7 +321,7 @@ def test_the_newest_architecture_comes_as_ptx_too(build: ModuleType) -> None:
 
 
 def test_what_only_gcc_has_stands_behind_a_question_for_clang() -> None:
-    """Clang has GCC's vectors, but not its shuffle: `turn_lanes` and its like are for both."""
+    """Clang has GCC's vectors, but not its shuffle: `permute_lanes` and its like are for both."""
     found = {
         path.name
         for path in (ROOT / "csrc" / "cpu").iterdir()

@@ -21,7 +21,7 @@ constexpr uint8_t kOrder[10][16] = {{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 1
                                     {10, 2, 8, 4, 7, 6, 1, 5, 15, 11, 9, 14, 3, 12, 13, 0}};
 constexpr size_t kBlock = 128;
 
-uint64_t turned(uint64_t v, int by) { return v >> by | v << (64 - by); }
+uint64_t rotated(uint64_t v, int by) { return v >> by | v << (64 - by); }
 
 class Hash {
  public:
@@ -56,13 +56,13 @@ class Hash {
     if (last) v[14] = ~v[14];
     const auto mix = [&](int a, int b, int c, int d, uint64_t x, uint64_t y) {
       v[a] += v[b] + x;
-      v[d] = turned(v[d] ^ v[a], 32);
+      v[d] = rotated(v[d] ^ v[a], 32);
       v[c] += v[d];
-      v[b] = turned(v[b] ^ v[c], 24);
+      v[b] = rotated(v[b] ^ v[c], 24);
       v[a] += v[b] + y;
-      v[d] = turned(v[d] ^ v[a], 16);
+      v[d] = rotated(v[d] ^ v[a], 16);
       v[c] += v[d];
-      v[b] = turned(v[b] ^ v[c], 63);
+      v[b] = rotated(v[b] ^ v[c], 63);
     };
     for (int round = 0; round < 12; ++round) {
       const uint8_t* s = kOrder[round % 10];

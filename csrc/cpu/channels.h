@@ -15,10 +15,11 @@ struct ChannelWindow {
   int vector;  // of packed channels
 };
 
-// turned == 0: the sums are (filter first + i of the vector) x window, the filter broadcast.
-// turned == 1: lane l of row i pairs filter perm[i][l] of the vector with channel l of the window.
+// permuted == 0: the sums are (filter first + i of the vector) x window, the filter broadcast.
+// permuted == 1: lane l of row i pairs filter perm[i][l] of the vector with channel l of the
+// window.
 struct ChannelTile {
-  int turned, vector, first;
+  int permuted, vector, first;
   int nf, nv;
   int whole;  // no dead weight but in idle lanes
   int window0;

@@ -7,11 +7,11 @@
 namespace hetconv {
 
 // In units of one vector multiply-add, of which two start in a cycle.
-constexpr double kLatency = 8;     // a tile of fewer sums waits for its own results
-constexpr double kTileCost = 0.5;  // per tile and pixel
-constexpr double kTurnCost = 1.2;  // a row whose filters are permuted, against a broadcast
-// Bringing in one vector: copied; turned from a planar band; that band itself, per channel.
-constexpr double kCopyCost = 4, kTurnedCost = 10, kPlaneCost = 0.7;
+constexpr double kLatency = 8;        // a tile of fewer sums waits for its own results
+constexpr double kTileCost = 0.5;     // per tile and pixel
+constexpr double kPermuteCost = 1.2;  // a row whose filters are permuted, against a broadcast
+// Bringing in one vector: copied; transposed from a planar band; that band itself, per channel.
+constexpr double kCopyCost = 4, kPermutedCost = 10, kPlaneCost = 0.7;
 
 ChannelsPlan::ChannelsPlan(const Plan& plan) : plan_(plan), vl_(plan.lowered().vl) {
   double best = 0;
@@ -125,20 +125,20 @@ void ChannelsPlan::add_vector(const Members& groups, const int* group_of, int ve
     }
   }
   // Windows that few rotations cover, by their pattern; the others by the filters that need them.
-  std::map<Bits, std::vector<ChannelWindow>> turned;
+  std::map<Bits, std::vector<ChannelWindow>> permuted;
   std::vector<std::vector<ChannelWindow>> read(vl_);
   std::vector<Bits> lanes(vl_);
   for (const auto& [at, bits] : needs) {
-    int rows = 0, turns = 0;
+    int rows = 0, permuted_rows = 0;
     for (int l = 0; l < vl_; ++l) rows += bits[l] != 0;
     for (int c = 0; c < vl_; ++c) {
       int n = 0;
       for (int l = 0; l < vl_; ++l) n += bits[l] >> c & 1;
-      turns = std::max(turns, n);
+      permuted_rows = std::max(permuted_rows, n);
     }
     const ChannelWindow window{at[0], at[1], at[2]};
-    if (turns * kTurnCost < rows && (vl_ > 4 || turns == 1)) {
-      turned[bits].push_back(window);
+    if (permuted_rows * kPermuteCost < rows && (vl_ > 4 || permuted_rows == 1)) {
+      permuted[bits].push_back(window);
       continue;
     }
     for (int l = 0; l < vl_; ++l)
@@ -147,7 +147,7 @@ void ChannelsPlan::add_vector(const Members& groups, const int* group_of, int ve
         lanes[l].push_back(bits[l]);
       }
   }
-  for (const auto& [pattern, windows] : turned) add_turned(pattern, windows, vector);
+  for (const auto& [pattern, windows] : permuted) add_permuted(pattern, windows, vector);
   const auto same = [](const std::vector<ChannelWindow>& a, const std::vector<ChannelWindow>& b) {
     return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin(),
                                               [](const ChannelWindow& s, const ChannelWindow& t) {
@@ -164,20 +164,20 @@ void ChannelsPlan::add_vector(const Members& groups, const int* group_of, int ve
 }
 
 // Row r pairs every lane with the r-th filter that needs it.
-void ChannelsPlan::add_turned(const Bits& pattern, const std::vector<ChannelWindow>& windows,
-                              int vector) {
+void ChannelsPlan::add_permuted(const Bits& pattern, const std::vector<ChannelWindow>& windows,
+                                int vector) {
   std::vector<std::vector<int>> mine(vl_);
-  size_t turns = 0;
+  size_t permuted_rows = 0;
   for (int c = 0; c < vl_; ++c) {
     for (int l = 0; l < vl_; ++l)
       if (pattern[l] >> c & 1) mine[c].push_back(l);
-    turns = std::max(turns, mine[c].size());
+    permuted_rows = std::max(permuted_rows, mine[c].size());
   }
-  const int most = plan_.kernels().turns, n = int(turns), parts = (n + most - 1) / most;
+  const int most = plan_.kernels().permuted, n = int(permuted_rows), parts = (n + most - 1) / most;
   for (int i = 0, r = 0; i < parts; ++i) {
     const int nf = n / parts + (i < n % parts);
     ChannelTile t{};
-    t.turned = 1;
+    t.permuted = 1;
     t.vector = vector;
     t.nf = nf;
     t.perm0 = int64_t(taken_.size());
@@ -192,11 +192,11 @@ void ChannelsPlan::add_turned(const Bits& pattern, const std::vector<ChannelWind
           perms32_.push_back(lane);
       }
     r += nf;
-    const int limit = plan_.kernels().turned_windows[nf], w = int(windows.size()),
+    const int limit = plan_.kernels().permuted_windows[nf], w = int(windows.size()),
               blocks = (w + limit - 1) / limit;
     for (int b = 0, at = 0; b < blocks; ++b) {
       t.nv = w / blocks + (b < w % blocks);
-      add_tile(t, windows.data() + at, std::max<double>(kLatency, kTurnCost * nf * t.nv));
+      add_tile(t, windows.data() + at, std::max<double>(kLatency, kPermuteCost * nf * t.nv));
       at += t.nv;
     }
   }
@@ -319,7 +319,7 @@ void ChannelsPlan::finish() {
 double ChannelsPlan::cost(bool channels_last) const {
   const auto moved = [&](int scattered, size_t lanes, int planes) {
     const double vectors = double(lanes) / vl_;
-    return scattered || !channels_last ? kTurnedCost * vectors + kPlaneCost * planes
+    return scattered || !channels_last ? kPermutedCost * vectors + kPlaneCost * planes
                                        : kCopyCost * vectors;
   };
   return work_cost_ + 1.2 * moved(low_.scattered_x, channels_.size(), low_.nlive) +

@@ -27,7 +27,7 @@ class ChannelsPlan {
   void add_unit(const Members& groups, const std::vector<int>& channels);
   void add_vector(const Members& groups, const int* group_of, int vector, int x0,
                   const std::vector<int>& lane_of);
-  void add_turned(const Bits& pattern, const std::vector<ChannelWindow>& windows, int vector);
+  void add_permuted(const Bits& pattern, const std::vector<ChannelWindow>& windows, int vector);
   void add_broadcast(int first, int n, const std::vector<ChannelWindow>& windows, int vector,
                      const std::vector<Bits>& lanes);
   void add_tile(ChannelTile t, const ChannelWindow* windows, double cost);

@@ -32,16 +32,16 @@ Dgrad::Dgrad(const uint8_t* mask, int F, int C, int KH, int KW, DType dtype, con
       const Residue &y = part.y, &x = part.x;
       const bool none = y.count == 0 || x.count == 0;
       const int kh = none ? 1 : y.count, kw = none ? 1 : x.count;
-      std::vector<uint8_t> turned(size_t(C) * F * kh * kw, 0);
+      std::vector<uint8_t> transposed(size_t(C) * F * kh * kw, 0);
       if (!none)
         for (int c = 0; c < C; ++c)
           for (int f = 0; f < F; ++f)
             for (int j = 0; j < kh; ++j)
               for (int i = 0; i < kw; ++i)
-                turned[((size_t(c) * F + f) * kh + j) * kw + i] =
+                transposed[((size_t(c) * F + f) * kh + j) * kw + i] =
                     mask[((size_t(f) * C + c) * KH + y.k0 + y.step * (kh - 1 - j)) * KW + x.k0 +
                          x.step * (kw - 1 - i)];
-      part.plan = std::make_unique<Plan>(turned.data(), C, F, kh, kw, dtype, kernels,
+      part.plan = std::make_unique<Plan>(transposed.data(), C, F, kh, kw, dtype, kernels,
                                          none ? "pixels" : form, channels_last);
       parts_.push_back(std::move(part));
     }

@@ -204,10 +204,10 @@ static void emit_pixels(const Out<A>& o, const int* filters, int lanes, bool con
 // one row of pixels, to an output with filters innermost. order (or null): which row of
 // accumulators is that of filters[i].
 template <class S, class A>
-static __attribute__((noinline)) void emit_turned(const Out<A>& o, const int* filters, int count,
-                                                  bool contiguous, const int* order, const A* acc,
-                                                  ptrdiff_t pitch, int cols, int64_t at,
-                                                  int64_t res_at) {
+static __attribute__((noinline)) void emit_transposed(const Out<A>& o, const int* filters,
+                                                      int count, bool contiguous, const int* order,
+                                                      const A* acc, ptrdiff_t pitch, int cols,
+                                                      int64_t at, int64_t res_at) {
   S* y = reinterpret_cast<S*>(o.y.data) + at;
   const S* res = o.res.data ? reinterpret_cast<const S*>(o.res.data) + res_at : nullptr;
   for (int c0 = 0; c0 < cols; c0 += VL<A>)

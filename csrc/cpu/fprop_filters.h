@@ -73,7 +73,7 @@ template <class A> struct FilterColumns {
   using Segment = FilterSegment;
   static const Segment* segments(const Lowered& L) { return L.segments; }
   // Lanes that read channels of their own want whole vectors of them.
-  static bool reads_vectors(const Segment& s) { return s.straight + s.turned > 0; }
+  static bool reads_vectors(const Segment& s) { return s.straight + s.permuted > 0; }
   static bool copies(const Segment&) { return false; }
   static int copy_of(const Segment&) { return -1; }
   static void copy(const Lowered&, const Segment&, const Band*, int64_t, int, Band*) {}
@@ -91,12 +91,12 @@ template <class A> struct FilterColumns {
     FilterSteps<A> steps = {
         off + s.col0,    s.quads,
         s.singles,       s.split,
-        s.straight,      s.turned,
+        s.straight,      s.permuted,
         s.pairs,         s.halves,
         s.paired() != 0, L.perms ? reinterpret_cast<const A*>(L.perms) + s.perm0 : nullptr};
-    const int* turned = steps.off + s.quads + s.singles + (s.split + s.straight) * s.nv;
-    for (int j = 0; j < s.nv; ++j) turned += s.pairs[j] + 2 * s.halves[j];
-    if (neighbours(s.triples, s.twins, turned, s.nv, in_pixel)) {
+    const int* permuted = steps.off + s.quads + s.singles + (s.split + s.straight) * s.nv;
+    for (int j = 0; j < s.nv; ++j) permuted += s.pairs[j] + 2 * s.halves[j];
+    if (neighbours(s.triples, s.twins, permuted, s.nv, in_pixel)) {
       steps.triples = s.triples;
       steps.twins = s.twins;
       steps.alike = s.alike != 0;
@@ -290,11 +290,11 @@ template <class S, class A, class K = FilterColumns<A>> struct FiltersFprop {
       if (p.y.sc == 1 || p.y.sw != 1) {
         emit_pixels<S, A>(out, filters, s.lanes, s.contiguous, scratch, FT, gr, nc, at, res_at);
       } else {
-        A* turned = scratch + int64_t(scratch_pixels(nc)) * FT;
+        A* transposed = scratch + int64_t(scratch_pixels(nc)) * FT;
         const ptrdiff_t pitch = ceil_div(gr * nc, VL<A>) * VL<A>;
-        transpose_scratch<A>(scratch, FT, gr * nc, s.lanes, turned, pitch);
+        transpose_scratch<A>(scratch, FT, gr * nc, s.lanes, transposed, pitch);
         for (int f = 0; f < s.lanes; ++f)
-          emit_rows<S, A>(out, filters[f], turned + f * pitch, nc, gr, nc, at, res_at);
+          emit_rows<S, A>(out, filters[f], transposed + f * pitch, nc, gr, nc, at, res_at);
       }
     }
   }

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // fprop of bfloat16 with pixels in vectors, for groups of few filters: a lane has two channels of
-// one pixel. Of a band come planes of pixels (see turn_pairs.h), of these the pairs that a group
-// reads, and of what the groups make come pixels again. Tasks are (image, band of rows, strip of
-// columns).
+// one pixel. Of a band come planes of pixels (see transpose_pairs.h), of these the pairs that a
+// group reads, and of what the groups make come pixels again. Tasks are (image, band of rows, strip
+// of columns).
 #pragma once
 #include "fprop_pooled.h"
 #include "micro_pixels.h"
-#include "turn_pairs.h"
+#include "transpose_pairs.h"
 
 namespace hetconv {
 namespace HETCONV_NS {

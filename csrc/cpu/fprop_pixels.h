@@ -39,7 +39,7 @@ template <class S, class A> struct PixelsFprop : PixelBands<S, A> {
   using Base = PixelBands<S, A>;
   using Band = A;
   using Base::at_once, Base::cols, Base::direct, Base::g, Base::gather, Base::halves, Base::images,
-      Base::L, Base::length_of, Base::p, Base::rows, Base::swept, Base::turn, Base::wide_for,
+      Base::L, Base::length_of, Base::p, Base::rows, Base::swept, Base::transposed, Base::wide_for,
       Base::xa, Base::ya;
   const A* packed;
   const int* off = nullptr;
@@ -140,7 +140,7 @@ template <class S, class A> struct PixelsFprop : PixelBands<S, A> {
       // What the rows' results are added to, and where they go.
       const int64_t calls = calls_for(t1 - t0, length_of(nu, nc));
       Ahead added, written;
-      if (turn && images == 1) {
+      if (transposed && images == 1) {
         const int part = halves ? 2 : 1;
         written = rows_of(p.y, n0, (oy + u0) / part, ox / part, nu / part, nc / part, calls);
         if (p.res.data && p.res.sc == 1) added = rows_of(p.res, n0, oy + u0, ox, nu, nc, calls);
@@ -159,19 +159,19 @@ template <class S, class A> struct PixelsFprop : PixelBands<S, A> {
       for (int u = 0; halves && u < nu; u += 2) {
         A* row = scratch + int64_t(u) * g.pitch;
         for (int l = 0; l < nf; ++l) pool_in_place<A>(row + l * wide, g.pitch, nc / 2);
-        emit_turned<S, A>(out, filters, nf, whole, order, row, wide, nc / 2,
-                          pixel_of(p.y, n0, (oy + u0 + u) / 2, ox / 2), 0);
+        emit_transposed<S, A>(out, filters, nf, whole, order, row, wide, nc / 2,
+                              pixel_of(p.y, n0, (oy + u0 + u) / 2, ox / 2), 0);
       }
       for (int u = 0; !halves && u < nu;) {
         // Rows of one image follow one another; with several images side by side each row is its
         // own run.
         const int r = (u0 + u) / images, m = (u0 + u) % images,
-                  run = images == 1 && !turn ? nu - u : 1;
+                  run = images == 1 && !transposed ? nu - u : 1;
         const int64_t at = pixel_of(p.y, n0 + m, oy + r, ox),
                       res_at = pixel_of(p.res, n0 + m, oy + r, ox);
-        if (m < nm && turn)
-          emit_turned<S, A>(out, filters, nf, whole, order, scratch + int64_t(u) * g.pitch, wide,
-                            nc, at, res_at);
+        if (m < nm && transposed)
+          emit_transposed<S, A>(out, filters, nf, whole, order, scratch + int64_t(u) * g.pitch,
+                                wide, nc, at, res_at);
         else if (m < nm)
           for (int f = 0; f < nf; ++f)
             emit_rows<S, A>(out, f, scratch + f * wide + int64_t(u) * g.pitch, g.pitch, run, nc, at,
@@ -238,7 +238,7 @@ template <class S, class A> struct PixelsFprop : PixelBands<S, A> {
 
   // What `Pooled` needs: bands of whole rows of one image, of as many rows as it wants.
   static constexpr int kTileRows = 1;
-  bool has_bands() const { return !direct && cols == p.Wo && images == 1 && turn; }
+  bool has_bands() const { return !direct && cols == p.Wo && images == 1 && transposed; }
   void lay_rows(int r) {
     this->lay(r, cols, 1, false);
     this->choose_rows_at_once();

@@ -13,7 +13,7 @@ namespace HETCONV_NS {
 template <class A> struct WinogradColumns : FilterColumns<A> {
   // Whether a segment has anything that is not transformed.
   static bool has_rest(const FilterSegment& s) {
-    return s.quads + s.singles + s.split + s.straight + s.turned > 0 || s.paired();
+    return s.quads + s.singles + s.split + s.straight + s.permuted > 0 || s.paired();
   }
   // Vectors of weights that a column has: the columns of a pair share two.
   static int vectors_of(const WinogradPart& k) { return k.pairs ? 2 : k.nv; }
@@ -239,17 +239,17 @@ struct WinogradFprop : WinogradBands<S, A, M, K> {
     const int* filters = L.filters + s.filter0;
     const Out<A> out = out_of<A>(p);
     const int pixels = b.nr * b.nc;
-    const bool turn = this->turns();
+    const bool transposed = this->transposes();
     for (int m = 0; m < b.images; ++m) {
       const int64_t n = b.n + m, y = n * p.y.sn + b.oy * p.y.sh + b.ox * p.y.sw,
                     res = n * p.res.sn + b.oy * p.res.sh + b.ox * p.res.sw;
       const A* from = at.scratch + ptrdiff_t(m) * pixels * FT;
-      if (turn) {
-        A* turned = at.scratch + this->outputs_bytes(rows, cols) / sizeof(A) / 2;
+      if (transposed) {
+        A* transposed = at.scratch + this->outputs_bytes(rows, cols) / sizeof(A) / 2;
         const ptrdiff_t pitch = ceil_div(pixels, VL<A>) * VL<A>;
-        transpose_scratch<A>(from, FT, pixels, s.lanes, turned, pitch);
+        transpose_scratch<A>(from, FT, pixels, s.lanes, transposed, pitch);
         for (int f = 0; f < s.lanes; ++f)
-          emit_rows<S, A>(out, filters[f], turned + f * pitch, b.nc, b.nr, b.nc, y, res);
+          emit_rows<S, A>(out, filters[f], transposed + f * pitch, b.nc, b.nr, b.nc, y, res);
         continue;
       }
       for (int v = 0; v < s.nv; ++v)

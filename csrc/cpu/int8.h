@@ -45,7 +45,7 @@ struct Int8Spread {
 
 // Filters in vectors. Weights, from `w0`: [quads][lanes][4], then for each shuffled step the bytes
 // to pick [lanes][4] and the weights [lanes][4]. Of the shuffled steps the first 3 * triples and
-// the next 2 * twins are taps of one kernel row that pick the same, see turned_rows.h.
+// the next 2 * twins are taps of one kernel row that pick the same, see permuted_rows.h.
 struct Int8Block {
   int lanes, filters;
   int filter0;     // into filters[]; lanes begin there in the vectors of each filter, too

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Bands in 8 bits where pixels are in vectors: a band is turned into planes of pixels, and these
-// into the quads that a group reads, so neighbouring outputs have to read neighbouring entries.
+// Bands in 8 bits where pixels are in vectors: a band is transposed into planes of pixels, and
+// these into the quads that a group reads, so neighbouring outputs have to read neighbouring
+// entries.
 #pragma once
 #include "int8_band.h"
 

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // fprop in 8 bits with pixels in vectors, for groups of few filters: of a band come planes of
-// pixels (see int8_turn.h), of these the quads that a group reads, and of what the groups make
+// pixels (see int8_transpose.h), of these the quads that a group reads, and of what the groups make
 // come pixels again.
 #pragma once
 #include "int8_micro_pixels.h"
 #include "int8_pixel_bands.h"
-#include "int8_turn.h"
+#include "int8_transpose.h"
 
 namespace hetconv {
 namespace HETCONV_NS {
@@ -37,7 +37,7 @@ struct Int8Pixels {
     return at;
   }
 
-  // All tiles at once: what a band is turned into serves every one.
+  // All tiles at once: what a band is transposed into serves every one.
   void compute(int, int, uint8_t* memory, int64_t n, int oy, int ox, int nr, int nc, int*,
                uint8_t* y0) const {
     const Place at = lay_out(memory);

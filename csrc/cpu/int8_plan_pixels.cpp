@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Pixels in vectors, in 8 bits: a group of any number of filters takes what its live weights take,
-// but every group wants its channels side by side, and the image is turned twice.
+// but every group wants its channels side by side, and the image is transposed twice.
 #include <algorithm>
 #include <map>
 
@@ -9,16 +9,16 @@
 namespace hetconv {
 namespace {
 
-// In vector operations of 64 bytes, per pixel. Counted from the instructions of int8_turn.h and
-// int8_micro_pixels.h.
+// In vector operations of 64 bytes, per pixel. Counted from the instructions of int8_transpose.h
+// and int8_micro_pixels.h.
 constexpr double kStep = 0.6;  // of a step, beside one product for each filter: loads
 constexpr double kLanes = 1.0 / 16;
-constexpr double kGather = 0.19;     // of a quad: 4 loads, 8 unpackings and 4 stores for 64 pixels
-constexpr double kTurnIn = 9.0;      // of 64 channels, to planes
-constexpr double kTurnOut = 8.0;     // of 64 filters, from planes
-constexpr double kFinishOne = 0.45;  // of a filter: requantised and written
-constexpr double kHalo = 1.3;        // pixels that are turned and gathered, per output pixel
-constexpr double kJunk = 1.06;       // pixels that are computed, per output pixel
+constexpr double kGather = 0.19;      // of a quad: 4 loads, 8 unpackings and 4 stores for 64 pixels
+constexpr double kTransposeIn = 9.0;  // of 64 channels, to planes
+constexpr double kTransposeOut = 8.0;  // of 64 filters, from planes
+constexpr double kFinishOne = 0.45;    // of a filter: requantised and written
+constexpr double kHalo = 1.3;          // pixels that are transposed and gathered, per output pixel
+constexpr double kJunk = 1.06;         // pixels that are computed, per output pixel
 
 }  // namespace
 
@@ -51,8 +51,8 @@ Int8Plan::Lowering Int8Plan::lower_pixels(const std::vector<Int8Part>& groups) c
   staged.identity = 1;
   staged.pitch = (C + 63) / 64 * 64;
   to.orders.push_back(staged);
-  to.cost =
-      kHalo * kTurnIn * (staged.pitch / 64) + kTurnOut * ((low_.F + 63) / 64) + kFinishOne * low_.F;
+  to.cost = kHalo * kTransposeIn * (staged.pitch / 64) + kTransposeOut * ((low_.F + 63) / 64) +
+            kFinishOne * low_.F;
   for (const Int8Part& group : groups) {
     const std::vector<std::vector<int>> sets = by_taps(group);
     const Int8Gather gather{0, int64_t(to.channels.size())};

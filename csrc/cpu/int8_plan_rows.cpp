@@ -12,14 +12,14 @@ void Int8Plan::share_rows(Lowering& to, Int8Block& b, std::vector<Int8Step>& ste
   if (low_.span) return;
   const size_t wide = size_t(b.lanes) * kQuad;
   const auto picks = to.picks.begin() + b.picks0;
-  TurnedTaps taps;
+  PermutedTaps taps;
   std::vector<size_t> again;  // again: a tap that picks the same once more
   for (size_t i = 0; i < steps.size(); ++i) {
     std::vector<int64_t> reads = {steps[i].ky, steps[i].at};
     reads.insert(reads.end(), picks + int64_t(i * wide), picks + int64_t((i + 1) * wide));
     if (!taps[reads].emplace(steps[i].kx, i).second) again.push_back(i);
   }
-  const TurnedRows rows = rows_of(std::move(taps), again);
+  const PermutedRows rows = rows_of(std::move(taps), again);
   b.triples = rows.triples;
   b.twins = rows.twins;
   const std::vector<Int8Step> before = steps;

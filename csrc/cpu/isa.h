@@ -29,8 +29,8 @@ static bool fprop(const Lowered& L, OffsetCache* cache, const Problem& p, const 
 #define HETCONV_KERNELS(name)                                                                    \
   Kernels {                                                                                      \
     #name, HETCONV_VECTOR_BYTES, HETCONV_NS::kMaxPixelFilters, HETCONV_NS::kWgradColumns,        \
-        HETCONV_NS::kWindowFilters, HETCONV_NS::kWindows, HETCONV_NS::kTurns,                    \
-        HETCONV_NS::kTurnedWindows,                                                              \
+        HETCONV_NS::kWindowFilters, HETCONV_NS::kWindows, HETCONV_NS::kPermuted,                 \
+        HETCONV_NS::kPermutedWindows,                                                            \
         {HETCONV_NS::fprop<float, float>, HETCONV_NS::fprop<double, double>,                     \
          HETCONV_NS::fprop<HETCONV_NS::bf16, float>, HETCONV_NS::fprop<HETCONV_NS::f16, float>}, \
         {HETCONV_NS::pack_weights<float>, HETCONV_NS::pack_weights<double>,                      \

@@ -45,8 +45,8 @@ template <class T> HC_INLINE T kept_if(T w, uint8_t live) { return w & T(T(0) - 
 // Filters [C][taps] become [taps][C], the order of `live`; blocks of channels stay in the cache
 // while their taps are read one after another.
 template <class T>
-static void turn_from(const char* w, const uint8_t* live, char* y, int64_t C, int64_t taps,
-                      int64_t from, int64_t to) {
+static void transpose_from(const char* w, const uint8_t* live, char* y, int64_t C, int64_t taps,
+                           int64_t from, int64_t to) {
   constexpr int64_t kChannels = 128;
   for (int64_t f = from; f < to; ++f)
     for (int64_t c0 = 0; c0 < C; c0 += kChannels) {
@@ -143,8 +143,8 @@ static void images_from(const MaskedImages& p, int64_t from, int64_t to) {
         }
         float sums[kChannels];
         std::memcpy(sums, sum, sizeof sums);
-        const int64_t step = p.turned ? 1 : taps;
-        any_f32* out = y + (p.turned ? (f * taps + t) * C + c0 : (f * C + c0) * taps + t);
+        const int64_t step = p.transposed ? 1 : taps;
+        any_f32* out = y + (p.transposed ? (f * taps + t) * C + c0 : (f * C + c0) * taps + t);
         for (int64_t c = 0; c < n; ++c) out[c * step] = sums[c];
       }
     }
@@ -153,11 +153,12 @@ static void images_from(const MaskedImages& p, int64_t from, int64_t to) {
 }  // namespace HETCONV_NS
 }  // namespace hetconv
 
-#define HETCONV_MASK_LOOPS                                                                       \
-  MaskLoops {                                                                                    \
-    {HETCONV_NS::mask_from<HETCONV_NS::any_u16>, HETCONV_NS::mask_from<HETCONV_NS::any_u32>,     \
-     HETCONV_NS::mask_from<HETCONV_NS::any_u64>},                                                \
-        {HETCONV_NS::turn_from<HETCONV_NS::any_u16>, HETCONV_NS::turn_from<HETCONV_NS::any_u32>, \
-         HETCONV_NS::turn_from<HETCONV_NS::any_u64>},                                            \
-        HETCONV_NS::multiply_masked, HETCONV_NS::images_from                                     \
+#define HETCONV_MASK_LOOPS                                                                   \
+  MaskLoops {                                                                                \
+    {HETCONV_NS::mask_from<HETCONV_NS::any_u16>, HETCONV_NS::mask_from<HETCONV_NS::any_u32>, \
+     HETCONV_NS::mask_from<HETCONV_NS::any_u64>},                                            \
+        {HETCONV_NS::transpose_from<HETCONV_NS::any_u16>,                                    \
+         HETCONV_NS::transpose_from<HETCONV_NS::any_u32>,                                    \
+         HETCONV_NS::transpose_from<HETCONV_NS::any_u64>},                                   \
+        HETCONV_NS::multiply_masked, HETCONV_NS::images_from                                 \
   }

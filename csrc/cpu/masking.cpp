@@ -46,9 +46,9 @@ void mask_weights(const void* w, const uint8_t* live, void* y, int64_t count, in
   });
 }
 
-void turn_weights(const void* w, const uint8_t* live, void* y, int64_t F, int64_t C, int64_t taps,
-                  int size, int threads) {
-  const auto loop = loops().turn[by_size(size)];
+void transpose_weights(const void* w, const uint8_t* live, void* y, int64_t F, int64_t C,
+                       int64_t taps, int size, int threads) {
+  const auto loop = loops().transpose[by_size(size)];
   in_pieces(F, C * taps, threads, [&](int64_t from, int64_t to) {
     loop(static_cast<const char*>(w), live, static_cast<char*>(y), C, taps, from, to);
   });

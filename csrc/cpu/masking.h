@@ -22,17 +22,17 @@ struct MaskedImages {
   const void* w;        // [F][C][images], at any address
   const uint8_t* live;  // [F][images][C]
   const float* image;   // [images][taps]
-  float* y;             // [F][C][taps], or [F][taps][C] where it is turned
+  float* y;             // [F][C][taps], or [F][taps][C] where it is transposed
   int64_t F, C, images, taps;
-  bool turned;
+  bool transposed;
 };
 constexpr int64_t kMostTaps = 1024;
 
 // By the size of an element: 2, 4 and 8 bytes.
 struct MaskLoops {
   void (*mask[3])(const char* w, const uint8_t* live, char* y, int64_t from, int64_t to);
-  void (*turn[3])(const char* w, const uint8_t* live, char* y, int64_t C, int64_t taps,
-                  int64_t from, int64_t to);
+  void (*transpose[3])(const char* w, const uint8_t* live, char* y, int64_t C, int64_t taps,
+                       int64_t from, int64_t to);
   void (*product)(const MaskedProduct& p, int64_t from, int64_t to);  // filters
   void (*sum)(const MaskedImages& p, int64_t from, int64_t to);       // filters
 };
@@ -48,8 +48,8 @@ extern const MaskLoops mask_loops_avx512;
 void mask_weights(const void* w, const uint8_t* live, void* y, int64_t count, int size,
                   int threads);
 // The same of F filters [C][taps], written as [taps][C], which is the order of `live` too.
-void turn_weights(const void* w, const uint8_t* live, void* y, int64_t F, int64_t C, int64_t taps,
-                  int size, int threads);
+void transpose_weights(const void* w, const uint8_t* live, void* y, int64_t F, int64_t C,
+                       int64_t taps, int size, int threads);
 void multiply_masked(const MaskedProduct& p, int threads);
 // Throws std::invalid_argument for images of more than kMostTaps.
 void sum_images(const MaskedImages& p, int threads);

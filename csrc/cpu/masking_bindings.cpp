@@ -20,12 +20,12 @@ void bind_masking(py::module_& m) {
       },
       "Copies elements of some bytes that a byte each says exist, and zeros for the others.");
   m.def(
-      "turn_weights",
+      "transpose_weights",
       [](uintptr_t w, uintptr_t live, uintptr_t y, int64_t F, int64_t C, int64_t taps, int size,
          int threads) {
         py::gil_scoped_release release;
-        turn_weights(at<const void>(w), at<const uint8_t>(live), at<void>(y), F, C, taps, size,
-                     threads);
+        transpose_weights(at<const void>(w), at<const uint8_t>(live), at<void>(y), F, C, taps, size,
+                          threads);
       },
       "The same of filters [C, taps], written as [taps, C], the order of the bytes too.");
   m.def(
@@ -47,7 +47,7 @@ void bind_masking(py::module_& m) {
   m.def(
       "sum_images",
       [](uintptr_t w, uintptr_t live, uintptr_t image, uintptr_t y, int64_t F, int64_t C,
-         int64_t images, int64_t taps, bool turned, int threads) {
+         int64_t images, int64_t taps, bool transposed, int threads) {
         const MaskedImages p{at<const void>(w),
                              at<const uint8_t>(live),
                              at<const float>(image),
@@ -56,7 +56,7 @@ void bind_masking(py::module_& m) {
                              C,
                              images,
                              taps,
-                             turned};
+                             transposed};
         py::gil_scoped_release release;
         sum_images(p, threads);
       },

@@ -22,11 +22,11 @@ constexpr bool kVectorsTogether = false;  // 3 weights of one vector at a time
 
 template <class A> struct FilterSteps {
   const int* off;  // band offset of each column
-  int quads, singles, split, straight, turned;
+  int quads, singles, split, straight, permuted;
   const int *pairs, *halves;   // of each vector
   bool paired;                 // whether any of those is not zero
-  const A* perms;              // [turned][NV] index vectors
-  int triples = 0, twins = 0;  // of the turned; none where neighbouring taps are not neighbouring
+  const A* perms;              // [permuted][NV] index vectors
+  int triples = 0, twins = 0;  // of the permuted; none where neighbouring taps are not neighbouring
                                // pixels
   bool alike = false;
   TileEnd<A, A> end{};
@@ -104,26 +104,26 @@ template <class A, int MR> struct TilePixels {
 };
 
 // Lanes that read channels of their own: what they read of a pixel of the band, by what is packed
-// in `turn`, and how it is multiplied.
-template <class A> struct TurnedLanes {
+// in `perm`, and how it is multiplied.
+template <class A> struct PermutedLanes {
   using Band = A;
   using Sum = A;
-  HC_INLINE Vec<A> read(const A* pixel, Vec<A> turn) {
-    return turn_lanes<A>(load<A>(pixel), (typename Lane<A>::ivec)turn);
+  HC_INLINE Vec<A> read(const A* pixel, Vec<A> perm) {
+    return permute_lanes<A>(load<A>(pixel), (typename Lane<A>::ivec)perm);
   }
   HC_INLINE Vec<A> add(Vec<A> sum, Vec<A> x, Vec<A> w) { return sum + x * w; }
 };
 
 // COUNT taps of a kernel row, STEP apart, of vectors J to J + NJ: each input pixel is permuted once
-// for all the outputs that read it. T: as TurnedLanes.
+// for all the outputs that read it. T: as PermutedLanes.
 template <class T, int COUNT, int STEP, int J, int NJ, int MR, int NV, class A = typename T::Sum>
 HC_INLINE void row_of_taps(Vec<A> (&acc)[MR][NV], const typename T::Band* a, ptrdiff_t ps,
-                           const A* w, const A* turn) {
+                           const A* w, const A* perm) {
   constexpr int pixels = MR + (COUNT - 1) * STEP;
   using Tile = TilePixels<typename T::Band, pixels>;
   Tile t(ps);
   Tile::start(t, a);
-  const Vec<A> index = load<A>(turn + J * VL<A>);
+  const Vec<A> index = load<A>(perm + J * VL<A>);
   Vec<A> b[COUNT][NJ];
   HC_UNROLL for (int k = 0; k < COUNT; ++k) HC_UNROLL for (int j = 0; j < NJ; ++j) b[k][j] =
       load<A>(w + (k * NV + J + j) * VL<A>);
@@ -139,19 +139,19 @@ HC_INLINE void row_of_taps(Vec<A> (&acc)[MR][NV], const typename T::Band* a, ptr
 
 template <class T, int COUNT, int STEP, int MR, int NV, class A = typename T::Sum>
 HC_INLINE void rows_of_taps(Vec<A> (&acc)[MR][NV], int rows, bool alike, const typename T::Band* a,
-                            ptrdiff_t ps, const int*& off, const A*& w, const A*& turn) {
+                            ptrdiff_t ps, const int*& off, const A*& w, const A*& perm) {
   for (int r = 0; r < rows; ++r) {
     if constexpr (NV == 1) {
-      row_of_taps<T, COUNT, STEP, 0, 1>(acc, a + off[0], ps, w, turn);
+      row_of_taps<T, COUNT, STEP, 0, 1>(acc, a + off[0], ps, w, perm);
     } else if (kVectorsTogether && alike) {
-      row_of_taps<T, COUNT, STEP, 0, NV>(acc, a + off[0], ps, w, turn);
+      row_of_taps<T, COUNT, STEP, 0, NV>(acc, a + off[0], ps, w, perm);
     } else {
-      row_of_taps<T, COUNT, STEP, 0, 1>(acc, a + off[0], ps, w, turn);
-      row_of_taps<T, COUNT, STEP, 1, 1>(acc, a + off[1], ps, w, turn);
+      row_of_taps<T, COUNT, STEP, 0, 1>(acc, a + off[0], ps, w, perm);
+      row_of_taps<T, COUNT, STEP, 1, 1>(acc, a + off[1], ps, w, perm);
     }
     off += COUNT * NV;
     w += COUNT * NV * VL<A>;
-    turn += COUNT * NV * VL<A>;
+    perm += COUNT * NV * VL<A>;
   }
 }
 
@@ -221,11 +221,11 @@ static void filters_kernel(const A* a, ptrdiff_t ps, const FilterSteps<A>& s, co
     w += NV * VL<A>;
   }
   off += s.straight * NV;
-  const A* turn = s.perms;
-  int apart = s.turned;
+  const A* perm = s.perms;
+  int apart = s.permuted;
   if constexpr (MR <= kMaxRowPixels[NV]) {
-    rows_of_taps<TurnedLanes<A>, 3, 1>(acc, s.triples, s.alike, a, ps, off, w, turn);
-    rows_of_taps<TurnedLanes<A>, 2, 2>(acc, s.twins, s.alike, a, ps, off, w, turn);
+    rows_of_taps<PermutedLanes<A>, 3, 1>(acc, s.triples, s.alike, a, ps, off, w, perm);
+    rows_of_taps<PermutedLanes<A>, 2, 2>(acc, s.twins, s.alike, a, ps, off, w, perm);
     apart -= 3 * s.triples + 2 * s.twins;
   }
   for (int q = 0; q < apart; ++q) {
@@ -233,9 +233,9 @@ static void filters_kernel(const A* a, ptrdiff_t ps, const FilterSteps<A>& s, co
       Tile::start(t, a + off[q * NV + j]);
       const Vec<A> b = load<A>(w + j * VL<A>);
       const typename Lane<A>::ivec index =
-          (typename Lane<A>::ivec)load<A>(turn + (q * NV + j) * VL<A>);
+          (typename Lane<A>::ivec)load<A>(perm + (q * NV + j) * VL<A>);
       HC_UNROLL for (int i = 0; i < MR; ++i) acc[i][j] +=
-          turn_lanes<A>(load<A>(Tile::of(t, i)), index) * b;
+          permute_lanes<A>(load<A>(Tile::of(t, i)), index) * b;
     }
     w += NV * VL<A>;
   }

@@ -15,9 +15,9 @@ HC_INLINE Vec<float> splat_both(const bf16* p) {
   memcpy(&both, p, sizeof both);
   return (Vec<float>)_mm512_set1_epi32(both);
 }
-// The 32 channels from p, lane l those of numbers turn[l] (lower half: its first).
-HC_INLINE Vec<float> turn_both(const bf16* p, Vec<float> turn) {
-  return (Vec<float>)_mm512_permutexvar_epi16((__m512i)turn, _mm512_loadu_si512(p));
+// The 32 channels from p, lane l those of numbers perm[l] (lower half: its first).
+HC_INLINE Vec<float> permute_both(const bf16* p, Vec<float> perm) {
+  return (Vec<float>)_mm512_permutexvar_epi16((__m512i)perm, _mm512_loadu_si512(p));
 }
 // sum + x's first * w's first + x's second * w's second, of each lane.
 HC_INLINE Vec<float> dot_both(Vec<float> sum, Vec<float> x, Vec<float> w) {
@@ -25,10 +25,12 @@ HC_INLINE Vec<float> dot_both(Vec<float> sum, Vec<float> x, Vec<float> w) {
 }
 
 // Lanes that read two channels of their own.
-struct TurnedPairs {
+struct PermutedPairs {
   using Band = bf16;
   using Sum = float;
-  HC_INLINE Vec<float> read(const bf16* pixel, Vec<float> turn) { return turn_both(pixel, turn); }
+  HC_INLINE Vec<float> read(const bf16* pixel, Vec<float> perm) {
+    return permute_both(pixel, perm);
+  }
   HC_INLINE Vec<float> add(Vec<float> sum, Vec<float> x, Vec<float> w) {
     return dot_both(sum, x, w);
   }
@@ -37,7 +39,7 @@ struct TurnedPairs {
 struct PairSteps {
   const int* off;  // band offset of each column
   int runs, pairs, windows;
-  const float* turns;          // [windows][NV] index vectors
+  const float* perms;          // [windows][NV] index vectors
   int triples = 0, twins = 0;  // of the windows; none where neighbouring taps are not neighbouring
                                // pixels
   TileEnd<bf16, float> end{};
@@ -81,19 +83,19 @@ static void pairs_kernel(const bf16* a, ptrdiff_t ps, const PairSteps& s, const 
     w += NV * L;
   }
   off += s.pairs;
-  const float* turns = s.turns;
+  const float* perms = s.perms;
   int apart = s.windows;
   if constexpr (NV == 1) {
-    rows_of_taps<TurnedPairs, 3, 1>(acc, s.triples, false, a, ps, off, w, turns);
-    rows_of_taps<TurnedPairs, 2, 2>(acc, s.twins, false, a, ps, off, w, turns);
+    rows_of_taps<PermutedPairs, 3, 1>(acc, s.triples, false, a, ps, off, w, perms);
+    rows_of_taps<PermutedPairs, 2, 2>(acc, s.twins, false, a, ps, off, w, perms);
     apart -= 3 * s.triples + 2 * s.twins;
   }
   for (int q = 0; q < apart; ++q) {
     HC_UNROLL for (int j = 0; j < NV; ++j) {
       Tile::start(t, a + off[q * NV + j]);
-      const Vec<float> b = load<float>(w + j * L), turn = load<float>(turns + (q * NV + j) * L);
+      const Vec<float> b = load<float>(w + j * L), perm = load<float>(perms + (q * NV + j) * L);
       HC_UNROLL for (int i = 0; i < MR; ++i) acc[i][j] =
-          dot_both(acc[i][j], b, turn_both(Tile::of(t, i), turn));
+          dot_both(acc[i][j], b, permute_both(Tile::of(t, i), perm));
     }
     w += NV * L;
   }

@@ -118,8 +118,8 @@ struct Channels {
 // entries only. The input is asked for one block of pixels ahead: its lines are read in an order
 // that the hardware does not guess.
 template <class S, class A>
-static void turn_planar_row(Source<S> src, int64_t px, int C, const Channels& from, int lo, int hi,
-                            A* d, int64_t plane) {
+static void transpose_planar_row(Source<S> src, int64_t px, int C, const Channels& from, int lo,
+                                 int hi, A* d, int64_t plane) {
   for (int j0 = lo; j0 < hi; j0 += VL<A>, src += VL<A> * px) {
     const int m = least(VL<A>, hi - j0);
     for (int i = 0; i < from.n;) {
@@ -168,10 +168,11 @@ template <class S, class A>
 static void pack_planar(const Problem& p, Images<S> x, const Channels& from, const Axis& ya,
                         const Axis& xa, const Planar& g, int64_t n0, int images, int oy, int ox,
                         int rows, int cols, A* band) {
-  const bool turn = p.x.sw != 1 && p.x.sc == 1;
-  const int channel_blocks = turn ? 1 : from.n;  // planes one by one: each is read in one sweep
+  const bool transposed = p.x.sw != 1 && p.x.sc == 1;
+  const int channel_blocks =
+      transposed ? 1 : from.n;  // planes one by one: each is read in one sweep
   for (int block = 0; block < channel_blocks; ++block) {
-    const int c0 = turn ? 0 : block, c1 = turn ? from.n : block + 1;
+    const int c0 = transposed ? 0 : block, c1 = transposed ? from.n : block + 1;
     // From a row of this plane to that of one that will be read soon: rows of planes are read in an
     // order that the hardware does not guess.
     const int64_t soon = block + kPlanesAhead < from.n
@@ -197,8 +198,8 @@ static void pack_planar(const Problem& p, Images<S> x, const Channels& from, con
             }
             const Source<S> src = image_of(x, n0 + m, p.x.sn) + int64_t(iy) * p.x.sh +
                                   int64_t(first + lo * xp.istride) * p.x.sw;
-            if (turn)
-              turn_planar_row<S, A>(src, px, p.C, from, lo, hi, d, g.plane);
+            if (transposed)
+              transpose_planar_row<S, A>(src, px, p.C, from, lo, hi, d, g.plane);
             else
               copy_row<S, A>(src + from.live[c0] * p.x.sc, px, hi - lo, d + c0 * g.plane + lo,
                              soon);

@@ -101,7 +101,7 @@ static inline void gather_band(const Lowered& L, const PairSegment& s, const bf1
   for (int64_t i = 0; i < pixels; ++i, band += Cb, copy += Cb)
     for (int k = 0; k < s.gathers; ++k)
       _mm512_storeu_si512(copy + g[k].to,
-                          (__m512i)turn_both(band + g[k].from, load<float>(perms + g[k].perm0)));
+                          (__m512i)permute_both(band + g[k].from, load<float>(perms + g[k].perm0)));
 }
 
 // ---- weights ----

@@ -87,7 +87,7 @@ static void pack_planes(const Problem& p, Images<S> x, const int* order, int cou
 
 // From a planar band: lane l of vector v is plane planes[v * VL + l], zero where that is negative.
 template <class A>
-static void turn_planes(const A* from, const int* planes, int nvec, int64_t plane, A* band) {
+static void transpose_planes(const A* from, const int* planes, int nvec, int64_t plane, A* band) {
   for (int v = 0; v < nvec; ++v, planes += VL<A>, band += plane * VL<A>)
     for (int64_t e = 0; e < plane; e += VL<A>) {
       Vec<A> r[VL<A>];

@@ -96,7 +96,7 @@ static void pack_segment(const Lowered& L, const FilterSegment& s, const WeightV
       }
   const auto* perms = reinterpret_cast<const typename Lane<A>::index*>(L.perms) + s.perm0;
   const uint8_t* taken = L.taken + s.taken0;
-  for (int q = 0; q < s.straight + s.turned; ++q)
+  for (int q = 0; q < s.straight + s.permuted; ++q)
     for (int j = 0; j < s.nv; ++j, ++columns)
       for (int l = 0; l < VL<A>; ++l) {
         const int lane = j * VL<A> + l;

@@ -33,9 +33,9 @@ template <class S, class A> struct PixelBands {
   int rows = 0, cols = 0, images = 0;  // of a band
   int swept = 1, at_once = 1;  // rows that a tile of filters computes in one go, and rows whose
                                // filters wait together
-  bool direct = false, turn = false;  // read x in place; the output wants filters innermost
-  bool gather = false;  // all filters of a few rows wait in the scratch: to be turned, or because
-                        // tiles accumulate
+  bool direct = false, transposed = false;  // read x in place; the output wants filters innermost
+  bool gather = false;  // all filters of a few rows wait in the scratch: to be transposed, or
+                        // because tiles accumulate
   bool halves = false;  // the waiting rows are pooled, 2 x 2
   double macs_per_pixel = 0;
 
@@ -91,7 +91,8 @@ template <class S, class A> struct PixelBands {
     const int units = rows * images, step = halves ? 2 : 1;
     swept = at_once = direct ? 1 : units;
     if (direct || !gather) return;
-    const int64_t room = int64_t((turn ? kTurnBytes : 2 * kTurnBytes) / sizeof(A)) / most(1, L.F);
+    const int64_t room =
+        int64_t((transposed ? kTransposeBytes : 2 * kTransposeBytes) / sizeof(A)) / most(1, L.F);
     const int limit = most(step, least(units, int(least<int64_t>(room, 1024)) / g.pitch));
     double best = -1;
     for (int u = 1; u <= limit; ++u) {
@@ -131,8 +132,8 @@ template <class S, class A> struct PixelBands {
   }
 
   void choose_band() {
-    turn = p.y.sw != 1 && p.y.sc == 1;
-    gather = turn || L.accumulate;
+    transposed = p.y.sw != 1 && p.y.sc == 1;
+    gather = transposed || L.accumulate;
     direct =
         sizeof(S) == sizeof(A) && p.x.sw == 1 && L.KH == 1 && L.KW == 1 && p.H == 1 && p.Ho == 1 &&
         p.sw == 1 && p.pl == 0 && p.pt == 0 && p.W == p.Wo && p.W >= (p.N > 1 ? 128 : VL<A>) &&
@@ -157,7 +158,7 @@ template <class S, class A> struct PixelBands {
     p.Wo = 2 * q.Wo;
     halves = true;
     choose_band();
-    if (!direct && turn &&
+    if (!direct && transposed &&
         band_bytes() + scratch_elements(length_of(at_once, cols)) * sizeof(A) + 2048 <=
             kWorkspaceBytes)
       return true;
@@ -176,7 +177,7 @@ template <class S, class A> struct PixelBands {
     const int64_t fewest = L.F > 512 ? VL<A> : 128;
     int64_t strips = ceil_div<int64_t>(p.Wo, most(fewest, least(want, room)));
     if (p.N * strips < 2 * p.threads) strips = least<int64_t>(most(1, p.Wo / 128), strips * 2);
-    // Shares of the tiles would be turned in pieces, and fetched from other cores.
+    // Shares of the tiles would be transposed in pieces, and fetched from other cores.
     if (p.N % p.threads != 0 && p.Wo >= 64 * p.threads)
       strips = ceil_div<int64_t>(strips, p.threads) * p.threads;
     cols = ceil_div<int>(ceil_div<int64_t>(p.Wo, strips), VL<A>) * VL<A>;

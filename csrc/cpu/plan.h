@@ -5,7 +5,7 @@
 #include <memory>
 #include <string>
 #include <vector>
-#include "turned_rows.h"
+#include "permuted_rows.h"
 #include "winograd.h"
 
 namespace hetconv {

@@ -14,7 +14,7 @@ namespace hetconv {
 // two vectors costs 1. The same for half of a pair, of one load for both halves and of one load
 // each.
 struct ColumnCosts {
-  double split, straight, turned, row, pair, half;
+  double split, straight, permuted, row, pair, half;
 };
 // Measured on Zen 5; and set for Zen 4 by layers of 16 and 48 channels: there loads of one element
 // never keep a multiply-add waiting, and pairs gain nothing. The other three are Zen 5's.
@@ -35,7 +35,7 @@ void Plan::perm_push(int64_t v) {
 }
 
 // The place in its window that lane l of a column reads.
-static int64_t turn_of(const LaneColumn& lane, size_t l) {
+static int64_t permuted_from(const LaneColumn& lane, size_t l) {
   return lane.channels[l] >= 0 ? lane.channels[l] - lane.window.channel : 0;
 }
 
@@ -144,7 +144,7 @@ void Plan::add_segment(const std::vector<int>& filters, const Group* group) {
   }
 
   add_lanes(s, found.lanes);
-  low_.packed += int64_t(4 * s.quads + s.singles + s.split + s.straight + s.turned) * s.nv * vl +
+  low_.packed += int64_t(4 * s.quads + s.singles + s.split + s.straight + s.permuted) * s.nv * vl +
                  int64_t(s.paired()) * 2 * vl;
   segments_.push_back(s);
 }
@@ -156,10 +156,10 @@ void Plan::add_lanes(FilterSegment& s, const std::vector<LaneColumn>& lanes) {
   // What a vector's column reads of a row of pixels: the window, then the permutation.
   const auto reads_of = [&](const LaneColumn& lane) {
     std::vector<int64_t> reads = {lane.window.channel};
-    for (size_t l = 0; l < vl; ++l) reads.push_back(turn_of(lane, l));
+    for (size_t l = 0; l < vl; ++l) reads.push_back(permuted_from(lane, l));
     return reads;
   };
-  TurnedTaps taps;
+  PermutedTaps taps;
   std::vector<size_t> straight, again;  // again: a tap that reads the same once more
   for (size_t q = 0; q < lanes.size() / per; ++q) {
     bool is_straight = true;
@@ -178,9 +178,9 @@ void Plan::add_lanes(FilterSegment& s, const std::vector<LaneColumn>& lanes) {
     else if (!taps[reads].emplace(lanes[q * per].window.kx, q).second)
       again.push_back(q);
   }
-  const TurnedRows rows = rows_of(std::move(taps), again);
+  const PermutedRows rows = rows_of(std::move(taps), again);
   s.straight = int(straight.size());
-  s.turned = int(rows.order.size());
+  s.permuted = int(rows.order.size());
   s.triples = rows.triples;
   s.twins = rows.twins;
   s.alike = 1;
@@ -195,7 +195,7 @@ void Plan::add_lanes(FilterSegment& s, const std::vector<LaneColumn>& lanes) {
         columns_.push_back(lane.window);
         for (size_t l = 0; l < vl; ++l) {
           taken_.push_back(lane.channels[l] >= 0);
-          if (part != &straight) perm_push(turn_of(lane, l));
+          if (part != &straight) perm_push(permuted_from(lane, l));
         }
       }
 }
@@ -311,7 +311,7 @@ void Plan::add_lane_columns(const FilterSegment& s, const std::vector<int>& filt
       }
       as_pairs += costs.split * double(most_single);
       // Where a row has three taps, most of them are neighbours at stride 1.
-      const double as_lanes = (low_.KW < 3 ? costs.turned : costs.row) * double(most_own),
+      const double as_lanes = (low_.KW < 3 ? costs.permuted : costs.row) * double(most_own),
                    as_split = costs.split * double(most_alone),
                    as_broadcast = (s.nv == 1 ? costs.split : 1.0) * double(rest.size());
       double least = std::min({as_lanes, as_split, as_broadcast});
@@ -346,7 +346,7 @@ double Plan::filters_cost() const {
     const int in_rows = 3 * s.triples + 2 * s.twins;
     total += s.nv * ((s.nv == 1 ? costs.split : 1.0) * (4 * s.quads + s.singles) +
                      costs.split * s.split + costs.straight * s.straight +
-                     costs.turned * (s.turned - in_rows) + costs.row * in_rows + 2);
+                     costs.permuted * (s.permuted - in_rows) + costs.row * in_rows + 2);
     for (int j = 0; j < s.nv; ++j)
       total += 2 * (costs.pair * s.pairs[j] + costs.half * s.halves[j]);
     if (channels_last_ && !s.contiguous) total += kScatterCost * s.lanes;

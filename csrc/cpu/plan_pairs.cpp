@@ -224,12 +224,12 @@ bool Plan::gather_channels(PairSegment& s, std::vector<std::vector<Column>>& tap
   for (size_t i = 0; i < channels.size();) {
     const int from = channels[i] / wide * wide;
     gather_.push_back({from, int(i), int64_t(perms32_.size())});
-    std::vector<int> turn;
+    std::vector<int> perm;
     for (; i < channels.size() && channels[i] < from + wide; ++i)
-      turn.push_back(channels[i] - from);
-    turn.resize(size_t(wide), turn.back());  // what is copied beyond them is of the same pixel
+      perm.push_back(channels[i] - from);
+    perm.resize(size_t(wide), perm.back());  // what is copied beyond them is of the same pixel
     for (int l = 0; l < wide; l += 2)
-      perm_push(turn[size_t(l)] | int64_t(turn[size_t(l) + 1]) << 16);
+      perm_push(perm[size_t(l)] | int64_t(perm[size_t(l) + 1]) << 16);
   }
   s.gathers = int(gather_.size()) - s.gather0;
   gathered_.insert(gathered_.end(), channels.begin(), channels.end());
@@ -241,23 +241,23 @@ bool Plan::gather_channels(PairSegment& s, std::vector<std::vector<Column>>& tap
 // first.
 void Plan::add_windows(PairSegment& s, const std::vector<std::vector<LaneColumn>>& windows) {
   const size_t count = windows[0].size();
-  const auto turn_of = [&](const LaneColumn& column, size_t l) {
+  const auto permuted_from = [&](const LaneColumn& column, size_t l) {
     const int64_t lower = column.channels[2 * l], upper = column.channels[2 * l + 1];
     const int64_t first = lower < 0 ? 0 : lower - column.window.channel,
                   second = upper < 0 ? first : upper - column.window.channel;
     return first | second << 16;
   };
-  TurnedTaps taps;
+  PermutedTaps taps;
   std::vector<size_t> again;  // again: a tap that reads the same once more
   for (size_t q = 0; q < count; ++q) {
     std::vector<int64_t> reads = {windows[0][q].window.ky};
     for (const std::vector<LaneColumn>& own : windows) {
       reads.push_back(own[q].window.channel);
-      for (size_t l = 0; l < size_t(low_.vl); ++l) reads.push_back(turn_of(own[q], l));
+      for (size_t l = 0; l < size_t(low_.vl); ++l) reads.push_back(permuted_from(own[q], l));
     }
     if (!taps[reads].emplace(windows[0][q].window.kx, q).second) again.push_back(q);
   }
-  const TurnedRows rows = rows_of(std::move(taps), again);
+  const PermutedRows rows = rows_of(std::move(taps), again);
   s.windows = int(count);
   s.triples = rows.triples;
   s.twins = rows.twins;
@@ -266,7 +266,7 @@ void Plan::add_windows(PairSegment& s, const std::vector<std::vector<LaneColumn>
       const LaneColumn& column = own[q];
       columns_.push_back(column.window);
       for (size_t l = 0; l < size_t(low_.vl); ++l) {
-        perm_push(turn_of(column, l));
+        perm_push(permuted_from(column, l));
         taken_.push_back(uint8_t((column.channels[2 * l] < 0 ? 0 : kLower) |
                                  (column.channels[2 * l + 1] < 0 ? 0 : kUpper)));
       }

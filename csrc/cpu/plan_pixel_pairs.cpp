@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Pixels in vectors of bfloat16, two channels of one pixel in a lane: a group of any number of
 // filters takes what its live weights take, but every group wants its channels side by side, and
-// the image is turned twice.
+// the image is transposed twice.
 #include <algorithm>
 #include <map>
 
@@ -10,15 +10,15 @@
 namespace hetconv {
 namespace {
 
-// In vector operations per pixel, counted from the instructions of turn_pairs.h and
+// In vector operations per pixel, counted from the instructions of transpose_pairs.h and
 // fprop_pixel_pairs.h.
 constexpr double kStep = 0.6;  // of a step, beside one product for each filter: loads
 constexpr double kLane = 1.0 / 16;
-constexpr double kGather = 0.19;  // of a pair: 2 loads, 2 permutations and 2 stores for 32 pixels
-constexpr double kTurn = 7.2;     // of 32 channels, to planes or from planes
-constexpr double kFinish = 0.75;  // of a filter: what follows the sums
-constexpr double kHalo = 1.3;     // pixels that are turned and gathered, per output pixel
-constexpr double kJunk = 1.06;    // pixels that are computed, per output pixel
+constexpr double kGather = 0.19;    // of a pair: 2 loads, 2 permutations and 2 stores for 32 pixels
+constexpr double kTranspose = 7.2;  // of 32 channels, to planes or from planes
+constexpr double kFinish = 0.75;    // of a filter: what follows the sums
+constexpr double kHalo = 1.3;       // pixels that are transposed and gathered, per output pixel
+constexpr double kJunk = 1.06;      // pixels that are computed, per output pixel
 
 }  // namespace
 
@@ -76,7 +76,8 @@ bool Plan::fits_pixel_pairs() const {
 }
 
 double Plan::pixel_pairs_cost() const {
-  double total = kTurn * (kHalo * ((low_.C + 31) / 32) + (low_.F + 31) / 32) + kFinish * low_.F;
+  double total =
+      kTranspose * (kHalo * ((low_.C + 31) / 32) + (low_.F + 31) / 32) + kFinish * low_.F;
   for (const PixelPairGather& g : pair_gathers_) total += kHalo * kGather * g.pairs;
   for (const PixelPairTile& t : pair_tiles_) total += kJunk * kLane * t.steps * (t.filters + kStep);
   return total;

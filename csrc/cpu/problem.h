@@ -20,7 +20,7 @@ constexpr size_t kWgradBytes = 900u << 10;        // bands of input and output g
 constexpr size_t kChannelBandBytes = 640u << 10;  // the same with channels in vectors
 constexpr size_t kSumsBytes = 256u << 10;         // of wgrad that each thread may keep a copy of
 constexpr size_t kPlanarBandBytes = 512u << 10;   // a packed band with pixels in vectors
-constexpr size_t kTurnBytes = 384u << 10;         // accumulators that wait for their transposition
+constexpr size_t kTransposeBytes = 384u << 10;    // accumulators that wait for their transposition
 constexpr size_t kPooledBytes = 512u << 10;       // outputs that wait to be pooled
 constexpr size_t kPooledBandBytes = 448u << 10;   // the band that they come from
 
@@ -53,6 +53,18 @@ struct Problem {
   const Pool* pool;  // or null; then y is pooled, with filters innermost
 };
 
+// dy as the input of a 1x1 convolution: what packs x packs it too.
+inline Problem as_pointwise(const Problem& p) {
+  Problem q = p;
+  q.x = p.y;
+  q.C = p.F;
+  q.H = p.Ho;
+  q.W = p.Wo;
+  q.sh = q.sw = q.dh = q.dw = 1;
+  q.pt = q.pl = 0;
+  return q;
+}
+
 // One column of the implicit GEMM.
 struct Column {
   int ky, kx;
@@ -70,7 +82,7 @@ struct Column {
 //            the same for lanes whose halves read different channels. The lanes of a pair are
 //            half as many filters, each twice: the lower channel in even lanes, the upper in odd.
 //   lane columns: nv Columns each (one per vector); lane l of vector j reads channel + perm[l].
-//            The first `straight` of them read channel + l (no permutation). Of the `turned`, the
+//            The first `straight` of them read channel + l (no permutation). Of the `permuted`, the
 //            first 3 * triples are three neighbouring taps of a kernel row each, kx to kx + 2, and
 //            the next 2 * twins are two, kx and kx + 2, which read the same channels by the same
 //            permutation. alike: and so do both vectors, in all of these.
@@ -81,13 +93,13 @@ struct FilterSegment {
   int filter0;     // into filters[]
   int contiguous;  // filters ascend by one
   int merged;      // several groups: a lane may not have every broadcast column
-  int quads, singles, split, straight, turned;
+  int quads, singles, split, straight, permuted;
   int triples, twins, alike;
   int pairs[2], halves[2];  // of vectors 0 and 1
   int64_t col0, w0;
   int paired() const { return pairs[0] + pairs[1] + halves[0] + halves[1]; }
-  int64_t perm0;   // into perms[]: [turned][nv][VL]
-  int64_t taken0;  // into taken[]: [straight + turned][nv][VL]
+  int64_t perm0;   // into perms[]: [permuted][nv][VL]
+  int64_t taken0;  // into taken[]: [straight + permuted][nv][VL]
 };
 
 // Filters in vectors of bfloat16: a lane holds two channels of its filter. Columns from `col0`:
@@ -203,8 +215,8 @@ struct Kernels {
   const int* wgrad_columns;
   int window_filters;
   const int* windows;
-  int turns;
-  const int* turned_windows;
+  int permuted;
+  const int* permuted_windows;
   // False: it cannot be pooled as it is computed, and nothing was written.
   bool (*fprop[4])(const Lowered&, OffsetCache*, const Problem&, const void* packed);
   void (*pack[4])(const Lowered&, const WeightView&, DType from, void* packed, int threads);

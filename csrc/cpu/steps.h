@@ -43,8 +43,8 @@ class Step {
 
 using Loaded = std::unique_ptr<const Step>;
 
-// Planes: it computes from planes of channels, to planes of filters, and turns all others. Pixels:
-// the same of channels innermost. Either: it copies both. Fixed: nothing is known.
+// Planes: it computes from planes of channels, to planes of filters, and transposes all others.
+// Pixels: the same of channels innermost. Either: it copies both. Fixed: nothing is known.
 enum class Lying : int { fixed, planes, pixels, either };
 
 // Operands: x, residual (null: none), y.

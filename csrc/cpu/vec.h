@@ -90,7 +90,7 @@ template <class A> HC_INLINE void keep_rounded(Vec<A>& v) {
 // ---- permutations: clang has GCC's vectors but not its __builtin_shuffle ----
 
 // Lane l is that of a number index[l]; each index is below VL.
-template <class A> HC_INLINE Vec<A> turn_lanes(Vec<A> a, typename Lane<A>::ivec index) {
+template <class A> HC_INLINE Vec<A> permute_lanes(Vec<A> a, typename Lane<A>::ivec index) {
 #if defined(__clang__)
   Vec<A> r = {};
   for (int l = 0; l < VL<A>; ++l) r[l] = a[index[l]];

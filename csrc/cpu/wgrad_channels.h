@@ -31,7 +31,7 @@ template <class S, class A, class K = OneImage<S, A>> struct ChannelsWgrad {
   Planar gx, gy;  // planes in entries
   int rows, cols, images;
   int64_t count;            // images of the call; p.N counts what K reads as one
-  bool x_planar, y_planar;  // through a planar band, which is then turned unit by unit
+  bool x_planar, y_planar;  // through a planar band, which is then transposed unit by unit
 
   static void lay_axis(Axis* a, int taps, int s, int d, int count) {
     axis_shared(a, taps, s, d, count);
@@ -71,13 +71,7 @@ template <class S, class A, class K = OneImage<S, A>> struct ChannelsWgrad {
   void choose_band() {
     count = p.N;
     p.N = K::count(count);
-    q = p;
-    q.x = p.y;
-    q.C = p.F;
-    q.H = p.Ho;
-    q.W = p.Wo;
-    q.sh = q.sw = q.dh = q.dw = 1;
-    q.pt = q.pl = 0;
+    q = as_pointwise(p);
     x_planar = L.scattered_x || p.x.sc != 1;
     y_planar = L.scattered_y || q.x.sc != 1;
     if (p.N == 0 || p.Ho == 0 || p.Wo == 0) return lay(1, 1, 1);
@@ -168,12 +162,12 @@ template <class S, class A, class K = OneImage<S, A>> struct ChannelsWgrad {
           }
           continue;
         }
-        const auto* turn =
+        const auto* perm =
             reinterpret_cast<const typename Lane<A>::index*>(L.perms) + t.perm0 + i * VL<A>;
         const uint8_t* taken = L.taken + t.perm0 + i * VL<A>;
         for (int l = 0; l < VL<A>; ++l) {
-          if (channels[l] < 0 || (t.turned && !taken[l])) continue;
-          const int f = filters[t.turned ? int(turn[l]) : t.first + i];
+          if (channels[l] < 0 || (t.permuted && !taken[l])) continue;
+          const int f = filters[t.permuted ? int(perm[l]) : t.first + i];
           if (L.mask[((int64_t(f) * L.C + channels[l]) * L.KH + k.ky) * L.KW + k.kx])
             dw[f * strides[0] + channels[l] * strides[1] + at] = Narrow<S>::of(sum[l]);
         }
@@ -239,12 +233,12 @@ template <class S, class A, class K = OneImage<S, A>> struct ChannelsWgrad {
             bool first, const Output* out) const {
     const int v0 = L.tile[t0].vector, v1 = L.tile[t1 - 1].vector + 1;
     if (x_planar)
-      turn_planes<A>(x_plane, L.planes + int64_t(u.x0) * VL<A>, u.nx, gx.plane, x);
+      transpose_planes<A>(x_plane, L.planes + int64_t(u.x0) * VL<A>, u.nx, gx.plane, x);
     else
       pack_vectors<In, A>(p, K::images(p.x, count), L.channels + int64_t(u.x0) * VL<A>,
                           L.channel_run + u.x0, u.nx, ya, xa, gx, n0, nm, oy, ox, nr, nc, x);
     if (y_planar)
-      turn_planes<A>(y_plane, L.filters + int64_t(v0) * VL<A>, v1 - v0, gy.plane, dy);
+      transpose_planes<A>(y_plane, L.filters + int64_t(v0) * VL<A>, v1 - v0, gy.plane, dy);
     else
       pack_vectors<In, A>(q, K::images(q.x, count), L.filters + int64_t(v0) * VL<A>,
                           L.filter_run + v0, v1 - v0, yb, xb, gy, n0, nm, oy, ox, nr, nc, dy);
@@ -269,7 +263,7 @@ template <class S, class A, class K = OneImage<S, A>> struct ChannelsWgrad {
     for (int t = t0; t < t1; ++t) {
       const ChannelTile& k = L.tile[t];
       const ChannelsKernel<A> kernel =
-          channels_kernel_for<A, typename K::Product>(k.turned, k.nf, k.nv);
+          channels_kernel_for<A, typename K::Product>(k.permuted, k.nf, k.nv);
       const A* g = dy + (k.vector - v0) * gy.plane * VL<A> + k.first;
       bool fresh = first;
       for (int r = 0; r < s.rows; r += block.rows)

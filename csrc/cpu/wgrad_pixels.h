@@ -45,21 +45,15 @@ template <class S, class A> struct PixelsWgrad {
     if (gx.plane * sizeof(A) % 1024 == 0) gx.plane += 64 / int(sizeof(A));
     if (gy.plane * sizeof(A) % 1024 == 0) gy.plane += 64 / int(sizeof(A));
   }
-  size_t turn_bytes() const {
+  size_t transpose_bytes() const {
     return p.x.sc == 1 || q.x.sc == 1 ? size_t(most(gx.plane, gy.plane)) * VL<A> * sizeof(A) : 0;
   }
   size_t bytes() const {
-    return size_t(gx.plane * L.nlive + gy.plane * L.F) * sizeof(A) + turn_bytes();
+    return size_t(gx.plane * L.nlive + gy.plane * L.F) * sizeof(A) + transpose_bytes();
   }
 
   void choose_band() {
-    q = p;
-    q.x = p.y;
-    q.C = p.F;
-    q.H = p.Ho;
-    q.W = p.Wo;
-    q.sh = q.sw = q.dh = q.dw = 1;
-    q.pt = q.pl = 0;
+    q = as_pointwise(p);
     int c = p.Wo, r = 1, m = 1;
     lay(1, c, 1);
     while (c > 1 && bytes() > (c > 32 ? kWgradBytes : kWorkspaceBytes - 1024))
@@ -112,7 +106,7 @@ template <class S, class A> struct PixelsWgrad {
     if (!partial) out_of_memory();
     each_in_parallel(slots * shares, slots * shares, [&](int64_t worker) {
       const int slot = int(worker / shares), share = int(worker % shares);
-      char* room = static_cast<char*>(workspace(x_room + y_room + turn_bytes()));
+      char* room = static_cast<char*>(workspace(x_room + y_room + transpose_bytes()));
       A* x = reinterpret_cast<A*>(room);
       A* dy = reinterpret_cast<A*>(room + x_room);
       A* scratch = reinterpret_cast<A*>(room + x_room + y_room);

@@ -45,10 +45,10 @@ template <class S, class A, int M, class K> struct WinogradBands : FiltersFprop<
   size_t inputs_bytes(int tiles) const {
     return size_t(position_pitch<Band>(tiles, W.widest * VL<A>)) * kPositions * sizeof(Band);
   }
-  bool turns() const { return p.y.sc != 1 && p.y.sw == 1; }
+  bool transposes() const { return p.y.sc != 1 && p.y.sw == 1; }
   size_t outputs_bytes(int r, int c) const {
     const size_t pixels = size_t(ceil_div(images * r * c, VL<A>)) * VL<A>;
-    return pixels * 2 * VL<A> * (turns() ? 2 : 1) * sizeof(A);
+    return pixels * 2 * VL<A> * (transposes() ? 2 : 1) * sizeof(A);
   }
   size_t image_bytes(int r, int c) const {
     return size_t(whole(r) + kBeyond) * size_t(whole(c) + kBeyond) * size_t(Cb) * sizeof(Band);

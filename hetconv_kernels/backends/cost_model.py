@@ -107,7 +107,7 @@ PACK, PACK_ALONE = 1.1e-9, 2**16
 # For `vendor` its dead entries are masked: seconds per dense weight, into its own layout and into
 # channels_last, and per call; where only the live entries are given they are expanded first. From
 # the same runs; without the compiled engine PyTorch's operators take several times as long.
-MASK, TURN, MASK_CALL = 2.7e-11, 7e-11, 1.4e-6
+MASK, TRANSPOSE, MASK_CALL = 2.7e-11, 7e-11, 1.4e-6
 EXPAND = 1.1e-9
 # Kernels are transformed back from frequencies: seconds per element of a weight, and per operation,
 # both for each frequency. Where the engine sums them, in one operation: of 16 and 64 channels, on

@@ -34,7 +34,7 @@ from .cost_model import (
     EXPAND,
     MASK,
     MASK_CALL,
-    TURN,
+    TRANSPOSE,
 )
 from .dense_cost import dense_seconds
 
@@ -67,8 +67,8 @@ class Vendor:
         seconds = dense_seconds(problem, work=1 / (problem.support.uniform_groups or 1))
         masks = problem.verb != "wgrad" and problem.support.uniform_groups is None
         if masks and not problem.frozen_weight and problem.device.type == "cpu":
-            turned = problem.channels_last and problem.support.kernel != (1, 1)
-            each = EXPAND if problem.live_weight else TURN if turned else MASK
+            transposed = problem.channels_last and problem.support.kernel != (1, 1)
+            each = EXPAND if problem.live_weight else TRANSPOSE if transposed else MASK
             each = 0.0 if _multiplies_masked(problem) else each
             seconds += MASK_CALL + math.prod(problem.support.shape) * each
         return seconds

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "turned_rows.h"
+#include "permuted_rows.h"
 
 namespace hetconv {
 
-TurnedRows rows_of(TurnedTaps taps, const std::vector<size_t>& again) {
-  TurnedRows rows;
+PermutedRows rows_of(PermutedTaps taps, const std::vector<size_t>& again) {
+  PermutedRows rows;
   std::vector<size_t> twins, apart = again;
   for (auto& [reads, at] : taps)
     while (!at.empty()) {

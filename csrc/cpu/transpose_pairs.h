@@ -4,7 +4,7 @@
 #pragma once
 #include "micro_pairs.h"
 #include "pack_pairs.h"
-#include "turn.h"
+#include "transpose.h"
 
 namespace hetconv {
 namespace HETCONV_NS {
@@ -39,7 +39,7 @@ struct Halves {
 
 // The pairs of two channels for `pixels` pixels, rounded up to 32.
 static inline void gather_pair(const bf16* lower, const bf16* upper, int64_t pixels, float* pairs) {
-  for (int64_t p = 0; p < pixels; p += kTurned<bf16>) {
+  for (int64_t p = 0; p < pixels; p += kTransposed<bf16>) {
     __m512i v[] = {load_64(lower + p), load_64(upper + p)};
     Halves::join(v);
     store_64(pairs + p, v[0]);

@@ -10,14 +10,14 @@
 namespace hetconv {
 
 // Columns by what they read of a row of pixels, and then by kx: their numbers.
-using TurnedTaps = std::map<std::vector<int64_t>, std::map<int, size_t>>;
+using PermutedTaps = std::map<std::vector<int64_t>, std::map<int, size_t>>;
 // The same in the order of a segment: first `triples` times three taps of a kernel row, kx to
 // kx + 2, then `twins` times two, kx and kx + 2, then what is left.
-struct TurnedRows {
+struct PermutedRows {
   std::vector<size_t> order;
   int triples = 0, twins = 0;
 };
 // again: columns that read at a tap what another one of it reads too.
-TurnedRows rows_of(TurnedTaps taps, const std::vector<size_t>& again);
+PermutedRows rows_of(PermutedTaps taps, const std::vector<size_t>& again);
 
 }  // namespace hetconv

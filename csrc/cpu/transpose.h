@@ -19,15 +19,15 @@ HC_INLINE void store_64(void* p, __m512i v) { _mm512_storeu_si512(p, v); }
 // 16 vectors of 16 words: word i of vector k becomes word k of vector i.
 HC_INLINE void transpose_words(__m512i* r) { transpose<float>(reinterpret_cast<Vec<float>*>(r)); }
 
-template <class T> constexpr int kParts = 4 / int(sizeof(T));  // channels of a word
-template <class T> constexpr int kTurned = 16 * kParts<T>;     // pixels and channels of a square
+template <class T> constexpr int kParts = 4 / int(sizeof(T));   // channels of a word
+template <class T> constexpr int kTransposed = 16 * kParts<T>;  // pixels and channels of a square
 
 // Planes of `pixels` pixels with `channels` channels each, rounded up to a square of both: x must
 // be readable that far.
 template <class Order, class T>
 static void planes_of(const T* x, int64_t pitch, int64_t pixels, int channels, T* planes,
                       int64_t plane) {
-  constexpr int parts = kParts<T>, side = kTurned<T>;
+  constexpr int parts = kParts<T>, side = kTransposed<T>;
   alignas(64) __m512i words[parts][16];
   for (int64_t p = 0; p < pixels; p += side)
     for (int c = 0; c < channels; c += side) {
@@ -54,7 +54,7 @@ static void planes_of(const T* x, int64_t pitch, int64_t pixels, int channels, T
 template <class Order, class T>
 static void pixels_of(const T* planes, int64_t plane, int rows, int columns, int row, int filters,
                       T* y, int64_t y_row, int64_t y_pixel) {
-  constexpr int parts = kParts<T>, side = kTurned<T>;
+  constexpr int parts = kParts<T>, side = kTransposed<T>;
   alignas(64) __m512i words[parts][16];
   const int64_t pixels = int64_t(rows - 1) * row + columns;
   int r = 0, column = 0;

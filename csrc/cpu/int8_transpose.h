@@ -7,7 +7,7 @@
 // in order, two rounds of unpacking later.
 #pragma once
 #include "int8_finish.h"
-#include "turn.h"
+#include "transpose.h"
 
 namespace hetconv {
 namespace HETCONV_NS {
