@@ -176,7 +176,9 @@ class NativeMask(_Results):
         transposed: whether copies are in channels_last of a weight that is contiguous.
     """
 
-    def __init__(self, mask: Tensor, stride: tuple[int, ...], like: Tensor, transposed: bool) -> None:
+    def __init__(
+        self, mask: Tensor, stride: tuple[int, ...], like: Tensor, transposed: bool
+    ) -> None:
         super().__init__(like.shape, stride, like.dtype)
         native: Any = native_engine()
         self._mask = mask

@@ -128,6 +128,6 @@ def _home(hook: Any) -> str:
 
 
 def _fsdp_module() -> type | None:
-    """Returns the class of what ``fully_shard`` was applied to; None where nothing can have been."""
+    """Returns what ``fully_shard`` makes of a module; None where it has not been imported."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # to import it takes 0.7 s
     return getattr(fsdp, "FSDPModule", None)
