@@ -11,7 +11,11 @@ import pytest
 from tree import ROOT, modules
 
 BENCHMARKS = tuple(
-    sorted(f"benchmarks.{p.stem}" for p in (ROOT / "benchmarks").glob("*.py") if p.stem[0] != "_")
+    sorted(
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in (ROOT / "benchmarks").rglob("*.py")
+        if path.stem != "__main__"
+    )
 )
 # Names that several modules define because they mean the same there.
 ALIKE = {
@@ -136,4 +140,6 @@ def _defined(node: ast.stmt) -> list[str]:
         return [node.name]
     targets = node.targets if isinstance(node, ast.Assign) else []
     targets = [node.target] if isinstance(node, ast.AnnAssign) else targets
-    return [target.id for target in targets if isinstance(target, ast.Name)]
+    parts = [part for target in targets for part in ast.walk(target)]  # of `A, B = 1, 2` too
+    names = [part for part in parts if isinstance(part, ast.Name)]
+    return [name.id for name in names if isinstance(name.ctx, ast.Store)]
