@@ -29,9 +29,9 @@ from hetconv_kernels.backends.gpu.devices import GPU_SPECS
 from hetconv_kernels.backends.triton import choice as triton_choice
 from hetconv_kernels.backends.triton import wgrad_choice
 from hetconv_kernels.backends.triton.picking import all_choices
-from hetconv_kernels.compression.methods.self_grouping import self_group
 from hetconv_kernels.measure.tables import markdown_table
 from hetconv_kernels.problem import Problem, make_geometry
+from hetconv_kernels.self_grouping import self_group
 
 SPEC = GPU_SPECS[9, 0]
 LAYERS = ((64, 56), (128, 28), (256, 14), (512, 7))  # channels, and the edge of their images

@@ -57,7 +57,7 @@ def trained(percent: int, channels: int, filters: int) -> hk.Support:
 
 def make_support(percent: int, channels: int, filters: int, kernel: int, seed: int) -> hk.Support:
     """Runs self-grouping in steps of ten per cent to the target, on seeded Gaussian weights."""
-    from hetconv_kernels.compression.methods.self_grouping import self_group
+    from hetconv_kernels.self_grouping import self_group
 
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(filters, channels, kernel, kernel, generator=generator)

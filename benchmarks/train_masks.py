@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import hetconv_kernels as hk
 from benchmarks.supports import FILTER_CLUSTERS, TRAINED_PATH, entry_of, trained_key
-from hetconv_kernels.compression.methods.self_grouping import self_group
+from hetconv_kernels.self_grouping import self_group
 
 WIDTHS = (64, 128, 256, 512)
 _HALVED_AFTER = (64, 128)  # the image is halved after these: 8², 4², then 2² pixels

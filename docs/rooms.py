@@ -78,7 +78,8 @@ ROOMS = (
     Room(
         "What is computed",
         "which weights exist; one call of them",
-        ("support", "masks", "problem", "pooling", "accuracy", "observers", "measure.stats"),
+        ("support", "masks", "self_grouping", "problem", "pooling", "accuracy", "observers",
+         "measure.stats"),
     ),
     Room(
         "Clocks, checks, words",

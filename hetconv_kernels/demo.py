@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from . import json_output
 from ._version import __version__
 from .backends import use_backend
-from .compression.methods.self_grouping import self_group
 from .demo_data import (
     HELD_OUT,
     SIGMA,
@@ -54,6 +53,7 @@ from .nn.quantized_layer import QuantizedLayer
 from .option_types import seed, whole
 from .quantization import engine
 from .quantization.quantize import quantize
+from .self_grouping import self_group
 from .support import Support
 
 PART = 4
