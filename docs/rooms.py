@@ -47,8 +47,10 @@ ROOMS = (
     Room(
         "Looking and keeping",
         "why it is fast or slow; files",
-        ("measure.profiling", "measure.explain", "measure.explanation", "io", "file_tensors",
-         "export", "hub", "composition", "plain_network", "info"),
+        ("measure.profiling", "measure.explain", "measure.explain_quantized",
+         "measure.explanation", "io", "file_tensors", "export", "hub", "composition",
+         "plain_network", "quantization.qdq", "quantization.qdq_layer", "quantization.onnx_qdq",
+         "info"),
     ),
     Room(
         "Networks",
