@@ -24,11 +24,12 @@ import torch
 from benchmarks.bench import ENGINES
 from benchmarks.cases import Case, SupportSpec
 from benchmarks.tune import problems_of
-from hetconv_kernels.backends import UNMEASURED_MARGIN, available_backends, get_backend
+from hetconv_kernels.backends import available_backends, get_backend
 from hetconv_kernels.backends.dense_cost import dense_gpu_prediction
 from hetconv_kernels.backends.gpu import constants
 from hetconv_kernels.backends.gpu.constants import GpuConstants
 from hetconv_kernels.backends.gpu.devices import GpuSpec, spec_of
+from hetconv_kernels.backends.protocol import UNMEASURED_MARGIN
 from hetconv_kernels.files import write_text
 from hetconv_kernels.problem import Problem
 

@@ -19,13 +19,13 @@ import torch
 
 from benchmarks.supports import self_grouped
 from hetconv_kernels import Support, ops
-from hetconv_kernels.backends import UNMEASURED_MARGIN
 from hetconv_kernels.backends.cuda import choice
 from hetconv_kernels.backends.cuda.wide_lowering import lower_wide, wide_windows
 from hetconv_kernels.backends.cuda.wide_tiles import WideTiling, tile_counts, tilings
 from hetconv_kernels.backends.dense_cost import dense_gpu_prediction
 from hetconv_kernels.backends.gpu.constants import constants_of
 from hetconv_kernels.backends.gpu.devices import GPU_SPECS
+from hetconv_kernels.backends.protocol import UNMEASURED_MARGIN
 from hetconv_kernels.backends.triton import choice as triton_choice
 from hetconv_kernels.backends.triton import wgrad_choice
 from hetconv_kernels.backends.triton.picking import all_choices

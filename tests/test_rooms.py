@@ -26,6 +26,8 @@ ALIKE = {
     "self_group": "the method of one layer, and the rule that is named after it",
     "to_onnx": "of `hk.export`, which calls that of `hk.quantization` for networks in 8 bits",
 }
+# Modules without Python in them, which import nothing.
+COMPILED = {"_cpu", "_cuda"}
 # The two engines that `quantization.engine` chooses from; a caller does not know which it has.
 ENGINES_IN_8_BITS = {
     "hetconv_kernels.backends.cpu_int8",
@@ -86,7 +88,7 @@ def test_a_room_does_not_import_another(room: str, never: str) -> None:
 
 
 def imports_of(name: str, names: set[str], deep: bool) -> set[str]:
-    """Lists what a module imports of `names`, but for itself and the folders that it is in.
+    """Lists what a module imports of `names`; the folders that it is in where it names them.
 
     Args:
         name: of the module.
@@ -100,12 +102,19 @@ def imports_of(name: str, names: set[str], deep: bool) -> set[str]:
     tops = [top for top in ast.parse(path.read_text()).body if not _for_types(top)]
     for node in [inner for top in tops for inner in ast.walk(top)] if deep else tops:
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            wanted = {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base_name = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
-            inner_names = {f"{base_name}.{alias.name}" for alias in node.names}
-            found |= inner_names & names or {base_name}
-    return {each for each in found & names if not f"{name}.".startswith(f"{each}.")}
+            inner = {alias.name: f"{base_name}.{alias.name}" for alias in node.names}
+            wanted = {
+                full if full in names else base_name
+                for alias, full in inner.items()
+                if alias not in COMPILED
+            }
+        else:
+            continue
+        found |= wanted & names
+    return found - {name}
 
 
 def _for_types(node: ast.stmt) -> bool:
