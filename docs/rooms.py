@@ -89,8 +89,10 @@ ROOMS = (
         ("measure", "files", "colours", "json_output", "openmp", "integers", "errors", "_version"),
     ),
 )  # fmt: skip
-# What the compiled engines are made of, below all Python: csrc's folders.
-COMPILED = Room("C++", "pointers, sizes, a stream; no torch", ("csrc/cpu", "csrc/cuda"), "fprop")
+# What is compiled, below all Python: csrc's folders. capi runs saved programs without Python.
+COMPILED = Room(
+    "C++", "pointers, sizes, a stream; no torch", ("csrc/cpu", "csrc/cuda", "csrc/capi"), "fprop"
+)
 
 
 def room_of(module: str) -> int:
