@@ -43,7 +43,7 @@ GROUPS = [
     (8, 256, 64, 14), (8, 64, 16, 28), (2, 96, 16, 28),  # of 4 and 6
     (8, 128, 16, 14), (8, 64, 8, 28), (8, 256, 16, 14),  # of 8 and 16
 ]  # fmt: skip
-WEIGHTS = [(64, 3), (128, 3), (256, 3), (512, 3), (1024, 1)]  # channels and kernel
+WEIGHT_SIZES = [(64, 3), (128, 3), (256, 3), (512, 3), (1024, 1)]  # channels and kernel
 
 
 def median_times(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
@@ -73,7 +73,7 @@ def groups(n: int, c: int, g: int, side: int, last: bool, seconds: float) -> Jso
     engines = {name: get_backend(name) for name in layers}
     macs = problem.dense_macs / g
     slower = took["cpu"] / predict(engines["cpu"], problem)
-    rate = (took["plain"] / slower - cost_model.DENSE.call) / macs
+    rate = (took["plain"] / slower - cost_model.DENSE_RATES.call) / macs
     return {
         "layer": f"{n}x{c}x{side}^2, {g} groups, {'nhwc' if last else 'nchw'}",
         "width": c // g,
@@ -164,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found = [r["per_mac"] for r in rows
                      if r["channels_last"] == last and low <= r["width"] <= high]  # fmt: skip
             print(f"  groups of {low} to {high}: {statistics.median(found):.1e} s a MAC")
-    weights = [masks(c, k, options.seconds) for c, k in WEIGHTS]
+    weights = [masks(c, k, options.seconds) for c, k in WEIGHT_SIZES]
     speed = math.exp(statistics.mean(math.log(r["slower"]) for r in rows))
     for row in weights:
         print(f"{row['weights']} weights: mask {row['mask_per_weight']:.1e} s each, into "

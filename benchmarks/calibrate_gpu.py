@@ -24,17 +24,18 @@ import torch
 from benchmarks.bench import ENGINES
 from benchmarks.cases import Case, SupportSpec
 from benchmarks.tune import problems_of
-from hetconv_kernels.backends import UNMEASURED_MARGIN, available_backends, get_backend
+from hetconv_kernels.backends import available_backends, get_backend
 from hetconv_kernels.backends.dense_cost import dense_gpu_prediction
 from hetconv_kernels.backends.gpu import constants
 from hetconv_kernels.backends.gpu.constants import GpuConstants
 from hetconv_kernels.backends.gpu.devices import GpuSpec, spec_of
+from hetconv_kernels.backends.protocol import UNMEASURED_MARGIN
 from hetconv_kernels.files import write_text
 from hetconv_kernels.problem import Problem
 
 # Rows that a fit needs at least (of one image: for a launch), and what is tried: shares, and
 # seconds of a launch.
-LEAST, LEAST_SINGLE = 8, 3
+LEAST_ROWS, LEAST_SINGLE_ROWS = 8, 3
 _SHARES = [step / 200 for step in range(10, 301)]
 _LAUNCHES = [step / 10 * 1e-6 for step in range(5, 201)]
 
@@ -85,15 +86,17 @@ def fit_shares(rows: Sequence[Measured], spec: GpuSpec, start: GpuConstants) -> 
     """Fits the shares to rows, by the median of the errors' logarithms.
 
     Args:
-        rows: `LEAST` at least.
+        rows: `LEAST_ROWS` at least.
         spec: the GPU.
         start: constants that are not fitted, and shares of engines without rows.
 
     Raises:
         ValueError: there are too few rows.
     """
-    if len(rows) < LEAST:
-        raise ValueError(f"{len(rows)} rows were measured, and a fit needs {LEAST}: run make gpu.")
+    if len(rows) < LEAST_ROWS:
+        raise ValueError(
+            f"{len(rows)} rows were measured, and a fit needs {LEAST_ROWS}: run make gpu."
+        )
 
     single = [row for row in rows if row.problem.batch == 1]
     several = [row for row in rows if row.problem.batch > 1] or rows
@@ -106,13 +109,13 @@ def fit_shares(rows: Sequence[Measured], spec: GpuSpec, start: GpuConstants) -> 
     for _ in range(2):  # a launch is a part of the large ones too, a share of the small ones
         share = min(_SHARES, key=lambda one: error(found._replace(vendor=one), several))
         found = found._replace(vendor=share)
-        if len(single) >= LEAST_SINGLE:
+        if len(single) >= LEAST_SINGLE_ROWS:
             launch = min(_LAUNCHES, key=lambda one: error(found._replace(launch=one), single))
             found = found._replace(launch=launch)
     ours = dict(start.ours)
     for engine in ENGINES:
         ratios = [row.predicted[engine] / row.ours[engine] for row in rows if engine in row.ours]
-        if len(ratios) >= LEAST // 2:
+        if len(ratios) >= LEAST_ROWS // 2:
             ours[engine] = round(statistics.median(ratios), 3)
     return found._replace(measured=True, rows=len(rows), ours=ours)
 

@@ -88,7 +88,7 @@ def _admm(layer_rates: dict[str, tuple[float, ...]] | None) -> methods.ADMM:
     )  # fmt: skip
 
 
-def line(name: str, seed: int, folder: Path, out: Path) -> dict[str, Any]:
+def compressed_line(name: str, seed: int, folder: Path, out: Path) -> dict[str, Any]:
     """Compresses by one method; returns what its line says."""
     data = hk.datasets.mnist(folder, validation=1000, digests=DIGESTS)
     torch.manual_seed(seed)
@@ -132,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
         for seed in options.seeds:
             path = options.out / f"{slug(name)}-{seed}.json"
             if options.only in name and (options.again or not path.exists()):
-                record = line(name, seed, options.data, options.out)
+                record = compressed_line(name, seed, options.data, options.out)
                 path.write_text(json.dumps(record, indent=1) + "\n")
             if path.exists():
                 found.append(json.loads(path.read_text()))
@@ -158,7 +158,7 @@ def lenet_table(found: Sequence[dict[str, Any]]) -> str:
     """Lays out the lines, the seeds of a method in one: mean ± standard deviation.
 
     Args:
-        found: what `line` gave.
+        found: what `compressed_line` gave.
     """
     header = (
         "method", "seeds", "fewer weights", "fewer MACs", "accuracy, %", "points", "speed-up",

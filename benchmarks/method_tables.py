@@ -94,18 +94,16 @@ def joined_markdown(table: Json) -> str:
             header += [titles[column], "MACs", "speed-up"]
         else:
             header += [f"{column}: MACs", "speed-up"]
-    lines = [
-        "<!-- Made by `python -m benchmarks.methods --publish benchmarks`; do not edit. -->",
-        "",
-        f"| {' | '.join(header)} |",
-        f"|{' --- |' * len(header)}",
-    ]
+    rows = []
     for row in table["rows"]:
         cells = [row["name"], row["form"]]
         for column in table["columns"]:
             cells += _cells(row["cells"].get(column), column in titles)
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += [
+        rows.append(cells)
+    lines = [
+        "<!-- Made by `python -m benchmarks.methods --publish benchmarks`; do not edit. -->",
+        "",
+        tables.markdown_table(header, rows, left=len(header)),
         "",
         "MACs: how many times fewer than dense. Speed-up: measured against the dense network, each "
         "in the memory format that suits it best; the median of paired ratios with its interval. "

@@ -16,8 +16,8 @@ from typing import Any
 from benchmarks import summary
 
 SVG = Path(__file__).resolve().parents[1] / "docs" / "speedup.svg"
-LEFT, TOP, WIDTH, HEIGHT = 64, 24, 560, 340  # of the axes, in pixels
-MOST, LEAST = 40.0, 0.4  # both axes are logarithmic; x begins at 1
+_LEFT, _TOP, _WIDTH, _HEIGHT = 64, 24, 560, 340  # of the axes, in pixels
+_MOST, _LEAST = 40.0, 0.4  # both axes are logarithmic; x begins at 1
 # Colour and name of each kind of Support, legible without red and green.
 DRAWN_KINDS = {
     "het": ("#00796b", "HetConv"),
@@ -28,7 +28,7 @@ DRAWN_KINDS = {
 }
 
 
-def points(name: str = summary.LAYERS) -> Iterator[tuple[str, float, float, dict[str, Any]]]:
+def points(name: str = summary.LAYERS_FILE) -> Iterator[tuple[str, float, float, dict[str, Any]]]:
     """Lists the timed layers in float32: kind, MAC ratio, speed-up over dense, row."""
     for row in summary.results(name)["rows"]:
         case = row["case"]
@@ -39,18 +39,18 @@ def points(name: str = summary.LAYERS) -> Iterator[tuple[str, float, float, dict
 
 
 def _x(ratio: float) -> float:
-    return LEFT + WIDTH * min(max(math.log(ratio) / math.log(MOST), 0.0), 1.0)
+    return _LEFT + _WIDTH * min(max(math.log(ratio) / math.log(_MOST), 0.0), 1.0)
 
 
 def _y(speedup: float) -> float:
-    share = math.log(speedup / LEAST) / math.log(MOST / LEAST)
-    return TOP + HEIGHT * (1 - min(max(share, 0.0), 1.0))
+    share = math.log(speedup / _LEAST) / math.log(_MOST / _LEAST)
+    return _TOP + _HEIGHT * (1 - min(max(share, 0.0), 1.0))
 
 
-def draw_svg(name: str = summary.LAYERS) -> str:
+def draw_svg(name: str = summary.LAYERS_FILE) -> str:
     """Composes the SVG."""
     shown = list(points(name))
-    right, bottom = LEFT + WIDTH, TOP + HEIGHT
+    right, bottom = _LEFT + _WIDTH, _TOP + _HEIGHT
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {right + 24} {bottom + 92}" '
         f'width="{right + 24}" height="{bottom + 92}" font-family="sans-serif" font-size="13" '
@@ -60,18 +60,18 @@ def draw_svg(name: str = summary.LAYERS) -> str:
     ]
     for tick in (1, 2, 4, 8, 16, 32):
         parts += [
-            _line(_x(tick), TOP, _x(tick), bottom),
+            _line(_x(tick), _TOP, _x(tick), bottom),
             _text(_x(tick), bottom + 18, f"{tick}×"),
-            _line(LEFT, _y(tick), right, _y(tick), "#444444" if tick == 1 else "#e0e0e0"),
-            _text(LEFT - 8, _y(tick) + 4, f"{tick}×", "end"),
+            _line(_LEFT, _y(tick), right, _y(tick), "#444444" if tick == 1 else "#e0e0e0"),
+            _text(_LEFT - 8, _y(tick) + 4, f"{tick}×", "end"),
         ]
     parts += [
-        _line(_x(1), _y(1), _x(MOST), _y(MOST), "#444444", dash=True),
+        _line(_x(1), _y(1), _x(_MOST), _y(_MOST), "#444444", dash=True),
         _text(_x(9.0), _y(12.5), "all saved work is saved time", "end"),
         _text(_x(1.05), _y(0.55), "slower than dense", "start"),
-        _text(LEFT + WIDTH / 2, bottom + 38, "times fewer multiply-accumulates"),
-        f'<text x="18" y="{TOP + HEIGHT / 2:.0f}" text-anchor="middle" fill="#333333" '
-        f'transform="rotate(-90 18 {TOP + HEIGHT / 2:.0f})">times faster than dense</text>',
+        _text(_LEFT + _WIDTH / 2, bottom + 38, "times fewer multiply-accumulates"),
+        f'<text x="18" y="{_TOP + _HEIGHT / 2:.0f}" text-anchor="middle" fill="#333333" '
+        f'transform="rotate(-90 18 {_TOP + _HEIGHT / 2:.0f})">times faster than dense</text>',
     ]
     for kind, ratio, speedup, row in sorted(
         shown, key=lambda found: list(DRAWN_KINDS).index(found[0])
@@ -82,7 +82,7 @@ def draw_svg(name: str = summary.LAYERS) -> str:
             f'fill="{DRAWN_KINDS[kind][0]}" fill-opacity="0.75" stroke="#ffffff">'
             f"<title>{html.escape(title)}</title></circle>"
         )
-    place = LEFT
+    place = _LEFT
     for kind, (colour, label) in DRAWN_KINDS.items():
         if any(kind == found for found, *_ in shown):
             parts += [

@@ -19,19 +19,19 @@ import torch
 
 from benchmarks.supports import self_grouped
 from hetconv_kernels import Support, ops
-from hetconv_kernels.backends import UNMEASURED_MARGIN
 from hetconv_kernels.backends.cuda import choice
 from hetconv_kernels.backends.cuda.wide_lowering import lower_wide, wide_windows
 from hetconv_kernels.backends.cuda.wide_tiles import WideTiling, tile_counts, tilings
 from hetconv_kernels.backends.dense_cost import dense_gpu_prediction
 from hetconv_kernels.backends.gpu.constants import constants_of
 from hetconv_kernels.backends.gpu.devices import GPU_SPECS
+from hetconv_kernels.backends.protocol import UNMEASURED_MARGIN
 from hetconv_kernels.backends.triton import choice as triton_choice
 from hetconv_kernels.backends.triton import wgrad_choice
 from hetconv_kernels.backends.triton.picking import all_choices
-from hetconv_kernels.compression.methods.self_grouping import self_group
 from hetconv_kernels.measure.tables import markdown_table
 from hetconv_kernels.problem import Problem, make_geometry
+from hetconv_kernels.self_grouping import self_group
 
 SPEC = GPU_SPECS[9, 0]
 LAYERS = ((64, 56), (128, 28), (256, 14), (512, 7))  # channels, and the edge of their images

@@ -34,7 +34,7 @@ from benchmarks import RESULTS
 from benchmarks.bench import TRAINING_STEP, Bench
 from benchmarks.cases import GPU_CASES, GPU_SHAPES, Case, het_case
 from benchmarks.gate import Agreement
-from benchmarks.record import Record, disturbed, verdict
+from benchmarks.record import Record, comparison, disturbed, verdict
 from benchmarks.table import primitive_table
 from benchmarks.watch import BEGIN, Log, end_on_term, restarted
 from hetconv_kernels.errors import BackendError
@@ -175,18 +175,7 @@ def measure_verb(
     row |= {"median_s": median, "floor_s": floor, "percent_of_roof": 100 * floor / median}
     for role in ("dense", "composition", "compiled"):
         names = [name for name in timings.samples if name.split("-")[0] == role]
-        row[role] = None
-        if names:
-            rival = timings.fastest(names)
-            ratio = timings.speedup(subject, over=rival)
-            row[role] = {
-                "name": rival,
-                "median_s": timings.median(rival),
-                "ratio": ratio.value,
-                "low": ratio.low,
-                "high": ratio.high,
-                "confidence": ratio.confidence,
-            }
+        row[role] = comparison(timings, names, subject) if names else None
     row["engines"] = {n.removeprefix("ours-"): timings.median(n) for n in ours if n != subject}
     row["verdict"] = verdict(row["dense"], timings.disturbed)
     return row | disturbed(timings)

@@ -98,12 +98,12 @@ class CompressionTask:
 
     @cached_property
     def reference(self) -> float:
-        """Its quality."""
+        """Returns the quality of the standard network."""
         return self.quality(self.standard)
 
     @cached_property
     def reference_elsewhere(self) -> dict[str, float]:
-        """Its quality on more data."""
+        """Returns the quality of the standard network on more data, by name."""
         return self.elsewhere(self.standard)
 
     def elsewhere(self, model: nn.Module) -> dict[str, float]:

@@ -20,7 +20,7 @@ END = "<!-- /measured -->"
 
 def measured_section() -> str:
     """Composes the section: headlines, networks, layers, and the papers' numbers beside ours."""
-    layers = summary.results(summary.LAYERS)
+    layers = summary.results(summary.LAYERS_FILE)
     parts = [
         "A *composition* is the same sparse layer or network out of PyTorch's own layers: grouped "
         "+ 1×1, or a gather and a convolution for each group.",

@@ -135,6 +135,11 @@ def _against(timings: Timings, role: str, ours: str = rig.OURS) -> Json | None:
     names = [name for name in timings.samples if name.split(":")[0] == role]
     if not names or ours not in timings.samples:
         return None
+    return comparison(timings, names, ours)
+
+
+def comparison(timings: Timings, names: Sequence[str], ours: str) -> Json:
+    """Compares our variant with the fastest of some: its name and time, and the ratio."""
     rival = timings.fastest(names)
     ratio = timings.speedup(ours, over=rival)
     return {

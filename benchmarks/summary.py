@@ -15,10 +15,10 @@ from hetconv_kernels.measure import tables
 
 HERE = Path(__file__).resolve().parent
 NOTES = {case.name: case.note for case in CPU_CASES}
-LAYERS, PREPACKED, NARROW = "layers-full", "layers-full-prepacked", "layers-full-avx2"
+LAYERS_FILE, PREPACKED_FILE, AVX2_FILE = "layers-full", "layers-full-prepacked", "layers-full-avx2"
 # The columns of the README's table: (kind, value of the Support) and what people call it; the
 # value None is p = C.
-COLUMNS = {
+GRID_COLUMNS = {
     ("het", 4): "HetConv p=4",
     ("het", 8): "p=8",
     ("het", 16): "p=16",
@@ -74,7 +74,7 @@ def provenance(data: Json) -> str:
     )
 
 
-def grid(name: str = LAYERS, rival: str = "dense") -> str:
+def grid(name: str = LAYERS_FILE, rival: str = "dense") -> str:
     """Lays out the 3×3 layers of the usual networks, one line a size, one column a Support."""
     cells: dict[tuple[str, str], Json] = {}
     for row in results(name)["rows"]:
@@ -82,7 +82,7 @@ def grid(name: str = LAYERS, rival: str = "dense") -> str:
         if column and row[rival]:
             cells[_size(row["case"]), column] = row
     sizes = list(dict.fromkeys(size for size, _ in cells))
-    names = [name for name in COLUMNS.values() if any(name == column for _, column in cells)]
+    names = [name for name in GRID_COLUMNS.values() if any(name == column for _, column in cells)]
     header = ["3×3 layer"]
     for column in names:
         saved = [r["dense_macs"] / r["macs"] for (_, c), r in cells.items() if c == column]
@@ -110,10 +110,10 @@ def _column(row: Json) -> str | None:
         return None
     if kind == "het" and value == case["c"]:
         value = None
-    return COLUMNS.get((kind, value))
+    return GRID_COLUMNS.get((kind, value))
 
 
-def speedups(column: str, name: str = LAYERS, rival: str = "dense") -> list[float]:
+def speedups(column: str, name: str = LAYERS_FILE, rival: str = "dense") -> list[float]:
     """Lists how many times faster than a rival the layers of a column of `grid` are."""
     return [
         row[rival]["ratio"]
@@ -122,7 +122,7 @@ def speedups(column: str, name: str = LAYERS, rival: str = "dense") -> list[floa
     ]
 
 
-def mac_ratios(column: str, name: str = LAYERS) -> list[float]:
+def mac_ratios(column: str, name: str = LAYERS_FILE) -> list[float]:
     """Lists how many times fewer multiply-accumulates the layers of a column of `grid` need."""
     rows = [row for row in results(name)["rows"] if _column(row) == column]
     return [row["dense_macs"] / row["macs"] for row in rows]
@@ -154,7 +154,7 @@ def networks_provenance(machine: str = "") -> str:
     )
 
 
-def lost(name: str = LAYERS) -> str:
+def lost(name: str = LAYERS_FILE) -> str:
     """Says how many layers were slower than a dense convolution or than a composition."""
     rows = results(name)["rows"]
     counts = {
@@ -171,7 +171,7 @@ def _size(case: Json) -> str:
     return f"{case['c']} channels, {case['h']}²"
 
 
-def losses(name: str = LAYERS) -> str:
+def losses(name: str = LAYERS_FILE) -> str:
     """Lists every layer that was slower than any of its rivals, however little."""
     header = ("layer", "what it is", "dense", "composition", "while the weights change")
     lines = []
@@ -219,7 +219,7 @@ def describe_case(case: Json) -> str:
     return f"{text} ([report]({case['issue']}))" if case["issue"] else text
 
 
-def training(name: str = LAYERS) -> str:
+def training(name: str = LAYERS_FILE) -> str:
     """Lays out the training steps: fprop, dgrad and wgrad together."""
     header = ("training step", "dense", "interval", "composition")
     lines = [

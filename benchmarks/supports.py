@@ -24,7 +24,7 @@ import hetconv_kernels as hk
 
 SELF_GROUPED_FILE = Path(__file__).with_name("self_grouped.json")
 TRAINED_PATH = Path(__file__).with_name("trained_masks.json")
-CLUSTERS = 16
+FILTER_CLUSTERS = 16
 SMALL = (60, 16, 32, 3, 0)  # the layer that the tests of the benchmarks use
 
 
@@ -57,13 +57,13 @@ def trained(percent: int, channels: int, filters: int) -> hk.Support:
 
 def make_support(percent: int, channels: int, filters: int, kernel: int, seed: int) -> hk.Support:
     """Runs self-grouping in steps of ten per cent to the target, on seeded Gaussian weights."""
-    from hetconv_kernels.compression.methods.self_grouping import self_group
+    from hetconv_kernels.self_grouping import self_group
 
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(filters, channels, kernel, kernel, generator=generator)
     support = hk.Support.dense(channels, filters, kernel)
     for step in range(10, percent + 1, 10):
-        support = self_group(weight, step, clusters=CLUSTERS, support=support, seed=seed)
+        support = self_group(weight, step, clusters=FILTER_CLUSTERS, support=support, seed=seed)
     return support
 
 

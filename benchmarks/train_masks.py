@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 import hetconv_kernels as hk
-from benchmarks.supports import CLUSTERS, TRAINED_PATH, entry_of, trained_key
-from hetconv_kernels.compression.methods.self_grouping import self_group
+from benchmarks.supports import FILTER_CLUSTERS, TRAINED_PATH, entry_of, trained_key
+from hetconv_kernels.self_grouping import self_group
 
 WIDTHS = (64, 128, 256, 512)
-POOLED = (64, 128)  # the image is halved after these: 8², 4², then 2² pixels
+_HALVED_AFTER = (64, 128)  # the image is halved after these: 8², 4², then 2² pixels
 KEPT = (70, 90)  # per cent dropped of the masks that are written
 STEP_PERCENT = 10
 FIRST_EPOCHS, LOCAL_EPOCHS = 12, 2
@@ -70,7 +70,7 @@ class MaskNetwork(nn.Module):
             layers += [nn.Conv2d(before, width, 3, padding=1, bias=False)]
             layers += [nn.BatchNorm2d(width), nn.ReLU(), self.grouped[width]]
             layers += [nn.BatchNorm2d(width), nn.ReLU()]
-            layers += [nn.MaxPool2d(2)] * (width in POOLED)
+            layers += [nn.MaxPool2d(2)] * (width in _HALVED_AFTER)
             before = width
         layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, 10)]
         self.layers = nn.Sequential(*layers)
@@ -106,7 +106,7 @@ def held_out_accuracy(network: MaskNetwork, digits: HeldOutDigits) -> float:
 def prune(network: MaskNetwork, digits: HeldOutDigits, percent: int, seed: int) -> None:
     """Takes one step of self-grouping on every grouped layer and trains on."""
     for layer in network.grouped.values():
-        layer.set_support(self_group(layer.weight, percent, CLUSTERS, layer.support, seed))
+        layer.set_support(self_group(layer.weight, percent, FILTER_CLUSTERS, layer.support, seed))
     train_network(network, digits, LOCAL_EPOCHS, seed + percent)
 
 

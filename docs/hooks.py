@@ -51,7 +51,7 @@ def dispatch(name: str) -> str:
 
 def other_results() -> str:
     """Names the results files that no page has a table of, with what they were measured on."""
-    shown = {summary.LAYERS, summary.PREPACKED, summary.NARROW, "dispatch-full"}
+    shown = {summary.LAYERS_FILE, summary.PREPACKED_FILE, summary.AVX2_FILE, "dispatch-full"}
     lines = [
         f"- `{name}.json`, {len(data['rows'])} rows: {summary.provenance(data)}."
         for name, data in summary.all_results().items()

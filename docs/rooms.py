@@ -47,8 +47,10 @@ ROOMS = (
     Room(
         "Looking and keeping",
         "why it is fast or slow; files",
-        ("measure.profiling", "measure.explain", "measure.explanation", "io", "file_tensors",
-         "export", "hub", "composition", "plain_network", "info"),
+        ("measure.profiling", "measure.explain", "measure.explain_quantized",
+         "measure.explanation", "io", "file_tensors", "export", "hub", "composition",
+         "plain_network", "quantization.qdq", "quantization.qdq_layer", "quantization.onnx_qdq",
+         "info"),
     ),
     Room(
         "Networks",
@@ -78,7 +80,8 @@ ROOMS = (
     Room(
         "What is computed",
         "which weights exist; one call of them",
-        ("support", "masks", "problem", "pooling", "accuracy", "observers", "measure.stats"),
+        ("support", "masks", "self_grouping", "problem", "pooling", "accuracy", "observers",
+         "measure.stats"),
     ),
     Room(
         "Clocks, checks, words",
@@ -86,8 +89,10 @@ ROOMS = (
         ("measure", "files", "colours", "json_output", "openmp", "integers", "errors", "_version"),
     ),
 )  # fmt: skip
-# What the compiled engines are made of, below all Python: csrc's folders.
-COMPILED = Room("C++", "pointers, sizes, a stream; no torch", ("csrc/cpu", "csrc/cuda"), "fprop")
+# What is compiled, below all Python: csrc's folders. capi runs saved programs without Python.
+COMPILED = Room(
+    "C++", "pointers, sizes, a stream; no torch", ("csrc/cpu", "csrc/cuda", "csrc/capi"), "fprop"
+)
 
 
 def room_of(module: str) -> int:

@@ -104,7 +104,7 @@ class Lifetime:
 
     @property
     def bytes(self) -> int:
-        """Its size."""
+        """Returns the bytes of the tensor."""
         elements = 1
         for size in self.shape:
             elements *= size

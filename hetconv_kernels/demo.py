@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from . import json_output
 from ._version import __version__
 from .backends import use_backend
-from .compression.methods.self_grouping import self_group
 from .demo_data import (
     HELD_OUT,
     SIGMA,
@@ -54,10 +53,11 @@ from .nn.quantized_layer import QuantizedLayer
 from .option_types import seed, whole
 from .quantization import engine
 from .quantization.quantize import quantize
+from .self_grouping import self_group
 from .support import Support
 
 PART = 4
-PERCENT, STEP, CLUSTERS = 70, 10, 16
+_PERCENT, _PERCENT_STEP, _MOST_CLUSTERS = 70, 10, 16
 _LEARNING_RATE = 2e-3
 _INT8 = ", int8"
 # Batches of patches that calibrate a network.
@@ -253,8 +253,8 @@ def to_groups(dense: DnCNN) -> DnCNN:
     for name, conv in dense.named_modules():
         if isinstance(conv, nn.Conv2d) and min(conv.in_channels, conv.out_channels) > 1:
             support = Support.dense(conv.in_channels, conv.out_channels, conv.kernel_size)
-            clusters = min(CLUSTERS, conv.out_channels // 4)
-            for percent in range(STEP, PERCENT + 1, STEP):
+            clusters = min(_MOST_CLUSTERS, conv.out_channels // 4)
+            for percent in range(_PERCENT_STEP, _PERCENT + 1, _PERCENT_STEP):
                 support = self_group(conv.weight, percent, clusters, support)
             chosen[name] = support
     return _converted(dense, rules.supports(chosen))

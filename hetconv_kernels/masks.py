@@ -15,6 +15,7 @@ from .integers import is_integer
 BoolArray = npt.NDArray[np.bool_]
 IntArray = npt.NDArray[np.int64]
 Int32Array = npt.NDArray[np.int32]
+FloatArray = npt.NDArray[np.float64]
 
 # A position in a mask fits the 32-bit integers of kernels; more is refused before it is allocated.
 MAX_ENTRIES = 2**31 - 1

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from . import ranges
 from .accuracy import is_strict
-from .backends import FROZEN, Choice, choose
+from .backends import FROZEN, choose
+from .backends.protocol import Choice
 from .errors import ArgumentError, mismatch
 from .flops import register_flop_formulas
 from .geometries import geometry_of

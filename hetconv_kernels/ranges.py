@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.autograd.profiler import record_function
 
-from .backends import Choice
+from .backends.protocol import Choice
 from .errors import ArgumentError, HetconvError, mismatch
 
 __all__ = ["enabled"]

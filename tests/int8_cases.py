@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import hetconv_kernels as hk
 from hetconv_kernels.pooling import Pool
 from hetconv_kernels.problem import Geometry, make_geometry
+from hetconv_kernels.quantization.checks import Output
 
 LIMITS = {torch.uint8: (0, 255), torch.int8: (-128, 127)}
 KINDS = ("dense", "grouped", "het", "interleaved", "self-grouped", "ragged", "irregular")
@@ -146,6 +147,15 @@ def draw_bytes(rng: np.random.Generator, shape: tuple[int, ...], dtype: torch.dt
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def gathered(named: dict[str, Any]) -> dict[str, Any]:
+    """Returns arguments with an Output made of its parts, where a case names them one by one."""
+    parts = ("y_zero_point", "low", "high", "out_dtype")
+    if parts[0] not in named:
+        return named
+    rest = {name: value for name, value in named.items() if name not in parts}
+    return rest | {"output": Output(*(named[part] for part in parts))}
+
+
 def draw_call(rng: np.random.Generator, layer: Layer) -> tuple[dict[str, Any], torch.Tensor]:
     """Draws what a call adds to a layer; returns fprop's arguments, and its result by NumPy."""
     x_dtype = (torch.uint8, torch.int8)[rng.integers(2)]
@@ -168,10 +178,7 @@ def draw_call(rng: np.random.Generator, layer: Layer) -> tuple[dict[str, Any], t
         "multiplier": torch.from_numpy(multiplier),
         "bias": torch.from_numpy(bias),
         "x_zero_point": zero,
-        "y_zero_point": y_zero,
-        "low": low,
-        "high": high,
-        "out_dtype": out,
+        "output": Output(y_zero, low, high, out),
     }
     t = acc.astype("f4") * multiplier[:, None, None]
     if rng.random() < 0.35:

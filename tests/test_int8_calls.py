@@ -46,12 +46,13 @@ def call(**changes):
         "high": 250,
         "out_dtype": torch.uint8,
     }
-    return arguments | changes
+    return cases.gathered(arguments | changes)
 
 
 def both(name, *args, **kwargs):
     """Returns what the engine and the reference make of a call, which must be the same."""
-    ours, theirs = (getattr(module, name)(*args, **kwargs) for module in (engine, reference))
+    named = cases.gathered(kwargs)
+    ours, theirs = (getattr(module, name)(*args, **named) for module in (engine, reference))
     assert ours.dtype == theirs.dtype
     assert ours.stride() == theirs.stride()
     assert torch.equal(ours, theirs)
@@ -292,9 +293,9 @@ def test_bad_operands_of_the_other_operations_are_refused(name, changes, error):
         "quantize_tensor": {"x": x.float(), "scale": 1.0, "zero_point": 0, "dtype": torch.uint8},
         "dequantize": {"x": x, "scale": 1.0, "zero_point": 0},
     }[name]
-    getattr(engine, name)(**good)
+    getattr(engine, name)(**cases.gathered(good))
     with pytest.raises(error, match="expected"):
-        getattr(engine, name)(**(good | changes))
+        getattr(engine, name)(**cases.gathered(good | changes))
 
 
 # Other operations -------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import hetconv_kernels as hk
 from hetconv_kernels.backends import cpu_int8 as engine
 from hetconv_kernels.problem import make_geometry
 from hetconv_kernels.quantization import reference
+from hetconv_kernels.quantization.checks import Output
 from tests import int8_cases as cases
 
 pytestmark = pytest.mark.skipif(not engine.is_built(), reason="the extension is not built")
@@ -134,10 +135,7 @@ def test_extremes_neither_saturate_between_nor_wrap(isa, channels, kernel, dtype
                 multiplier=torch.ones(40),
                 bias=torch.zeros(40, dtype=torch.int32),
                 x_zero_point=zero,
-                y_zero_point=0,
-                low=-np.inf,
-                high=np.inf,
-                out_dtype=torch.float32,
+                output=Output(0, -np.inf, np.inf, torch.float32),
             )
             assert np.array_equal(y.numpy(), acc.astype("f4"))
 
@@ -158,10 +156,7 @@ def test_sums_far_beyond_the_range_saturate_at_both_ends(isa, filters, out):
                 multiplier=torch.full((filters,), multiplier),
                 bias=torch.full((filters,), big * sign, dtype=torch.int32),
                 x_zero_point=0,
-                y_zero_point=zero,
-                low=least,
-                high=greatest,
-                out_dtype=out,
+                output=Output(zero, least, greatest, out),
             )
             assert bool((y == (greatest if sign > 0 else least)).all())
 
@@ -181,10 +176,7 @@ def test_residuals_far_beyond_the_range_saturate_at_both_ends(isa, filters, out,
             multiplier=torch.ones(filters),
             bias=torch.full((filters,), -4, dtype=torch.int32),
             x_zero_point=0,
-            y_zero_point=0,
-            low=least,
-            high=greatest,
-            out_dtype=out,
+            output=Output(0, least, greatest, out),
             residual=torch.full((1, filters, 3, 9), byte, dtype=torch.uint8),
             residual_multiplier=factor,
             residual_zero_point=zero_point,
@@ -208,10 +200,7 @@ def test_halves_are_rounded_to_even_before_the_zero_point(isa, filters, zero):
         multiplier=torch.full((filters,), 0.5),
         bias=bias,
         x_zero_point=60,
-        y_zero_point=zero,
-        low=0,
-        high=255,
-        out_dtype=torch.uint8,
+        output=Output(zero, 0, 255, torch.uint8),
     )
     halves = (x.to(torch.int64) - 60).sum(1, keepdim=True) + bias[:, None, None]
     exact = torch.from_numpy(np.rint(halves.numpy() / 2)).to(torch.int64) + zero
@@ -235,10 +224,7 @@ def test_a_product_and_its_residual_are_rounded_apart(isa):
         multiplier=torch.full((16,), float(scale)),
         bias=torch.zeros(16, dtype=torch.int32),
         x_zero_point=0,
-        y_zero_point=0,
-        low=-np.inf,
-        high=np.inf,
-        out_dtype=torch.float32,
+        output=Output(0, -np.inf, np.inf, torch.float32),
         residual=residual,
         residual_multiplier=float(other),
     )
@@ -291,7 +277,7 @@ def test_scattered_filters_and_their_residual_come_to_their_places(isa, filters,
         arguments = {
             "multiplier": torch.rand(filters) * 0.01,
             "bias": torch.randint(-500, 500, (filters,), dtype=torch.int32),
-            "x_zero_point": 7, "y_zero_point": 3, "low": low, "high": high, "out_dtype": out,
+            "x_zero_point": 7, "output": Output(3, low, high, out),
             "residual": cases.draw_bytes(rng, shape, kind), "residual_multiplier": 0.4,
             "residual_zero_point": 5,
         }  # fmt: skip
@@ -357,7 +343,7 @@ def test_what_several_groups_read_is_gathered_for_each_and_dead_filters_are_bias
     w = torch.as_tensor(rng.integers(-127, 128, support.shape).astype("i1"))
     arguments = {
         "multiplier": torch.full((21,), 0.003), "bias": torch.full((21,), 4000, dtype=torch.int32),
-        "x_zero_point": 7, "y_zero_point": 3, "low": 0, "high": 255, "out_dtype": torch.uint8,
+        "x_zero_point": 7, "output": Output(3, 0, 255, torch.uint8),
     }  # fmt: skip
     y = engine.fprop(x, w, support, geometry, **arguments)
     assert torch.equal(y, reference.fprop(x, w, support, geometry, **arguments))

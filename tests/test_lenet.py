@@ -83,11 +83,11 @@ def test_a_finished_line_is_measured_anew_when_that_is_asked_for(
     path.write_text(json.dumps(record(3, 10, 0.983, "WSP")))
     asked: list[tuple[str, int]] = []
 
-    def line(name: str, seed: int, folder: Path, out: Path) -> dict[str, Any]:
+    def compressed_line(name: str, seed: int, folder: Path, out: Path) -> dict[str, Any]:
         asked.append((name, seed))
         return record(seed, 20, 0.98, name)
 
-    monkeypatch.setattr(lenet, "line", line)
+    monkeypatch.setattr(lenet, "compressed_line", compressed_line)
     words = ["--only", "WSP", "--out", str(tmp_path), "--seeds"]
     assert lenet.main([*words, "3"]) == 0
     assert not asked

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import hetconv_kernels as hk
-from hetconv_kernels.compression.methods.self_grouping import self_group
 from hetconv_kernels.errors import ArgumentError, InputTypeError
+from hetconv_kernels.self_grouping import self_group
 
 
 def pair(channels: int, filters: int, stride: int = 1, *between: nn.Module) -> list[nn.Module]:

@@ -13,6 +13,7 @@ from hetconv_kernels.packing import bits_on, live_weight
 from hetconv_kernels.pooling import Pool
 from hetconv_kernels.problem import make_geometry
 from hetconv_kernels.quantization import engine, ops, reference
+from hetconv_kernels.quantization.checks import Output
 
 CPU = torch.device("cpu")
 SUPPORT = hk.Support.het(8, 12, 3, p=4)
@@ -85,8 +86,8 @@ def test_an_operator_is_the_reference_with_its_arguments_in_place(dtype: torch.d
         ops.pool_ints(POOL), 5, 0.37, 9, 7, 7.0, 100.0, dtype, 0,
     )  # fmt: skip
     truth = reference.fprop(
-        x, w, SUPPORT, GEOMETRY, multiplier=multiplier, bias=bias, x_zero_point=5, y_zero_point=7,
-        low=7.0, high=100.0, out_dtype=dtype, residual=residual, residual_multiplier=0.37,
+        x, w, SUPPORT, GEOMETRY, multiplier=multiplier, bias=bias, x_zero_point=5,
+        output=Output(7, 7.0, 100.0, dtype), residual=residual, residual_multiplier=0.37,
         residual_zero_point=9, pool=POOL,
     )  # fmt: skip
     assert y.dtype == dtype

@@ -15,6 +15,8 @@ from hetconv_kernels.packing import live_weight
 from hetconv_kernels.pooling import Pool
 from hetconv_kernels.problem import Geometry, make_geometry
 from hetconv_kernels.quantization import reference
+from hetconv_kernels.quantization.checks import Output
+from tests import int8_cases as cases
 
 SUPPORTS = {
     "dense": hk.Support.dense(5, 4, 3),
@@ -67,16 +69,17 @@ def test_a_convolution_is_the_sum_over_live_weights(support, place, dtype) -> No
     for weight in (w, live_weight(support, w), reference.pack(w, support)):
         y = reference.fprop(
             x, weight, support, geometry, multiplier=multiplier, bias=bias, x_zero_point=zx,
-            y_zero_point=30, low=20, high=240, out_dtype=torch.uint8, residual=r,
+            output=Output(30, 20, 240, torch.uint8), residual=r,
             residual_multiplier=0.3, residual_zero_point=5,
         )  # fmt: skip
         assert np.array_equal(y.numpy(), truth.astype(np.uint8))
         assert y.is_contiguous(memory_format=torch.channels_last)
 
 
-CALL: dict[str, Any] = {
-    "x_zero_point": 0, "y_zero_point": 0, "low": 0, "high": 255, "out_dtype": torch.uint8,
-}  # fmt: skip
+def arguments(**changes: Any) -> dict[str, Any]:
+    """Returns the arguments that have usual values, with some changed."""
+    usual = {"x_zero_point": 0, "y_zero_point": 0, "low": 0, "high": 255, "out_dtype": torch.uint8}
+    return cases.gathered(usual | changes)
 
 
 def pointwise(x, w, *, multiplier=1.0, bias=0, **changes) -> torch.Tensor:
@@ -84,8 +87,8 @@ def pointwise(x, w, *, multiplier=1.0, bias=0, **changes) -> torch.Tensor:
     support = hk.Support.dense(len(x), 1, 1)
     return reference.fprop(
         x.view(1, -1, 1, 1), w.view(1, -1, 1, 1), support, make_geometry(support),
-        **(CALL | {"multiplier": torch.tensor([multiplier]),
-                   "bias": torch.tensor([bias], dtype=torch.int32)} | changes),
+        multiplier=torch.tensor([multiplier]), bias=torch.tensor([bias], dtype=torch.int32),
+        **arguments(**changes),
     ).flatten()  # fmt: skip
 
 
@@ -126,8 +129,7 @@ def test_zero_points_at_the_ends_of_the_range(dtype: torch.dtype) -> None:
     x = integers(dtype, 1, 3, 4, 4)
     for zero in (info.min, info.max):
         same = reference.requantize(
-            x, multiplier=1.0, x_zero_point=zero, y_zero_point=zero, low=info.min, high=info.max,
-            out_dtype=dtype,
+            x, multiplier=1.0, x_zero_point=zero, output=Output(zero, info.min, info.max, dtype),
         )  # fmt: skip
         assert torch.equal(same, x)
 
@@ -135,16 +137,15 @@ def test_zero_points_at_the_ends_of_the_range(dtype: torch.dtype) -> None:
 def test_sums_and_means_are_rounded_operation_by_operation() -> None:
     a, b = integers(torch.uint8, 2, 3, 4, 5), integers(torch.int8, 2, 3, 4, 5)
     y = reference.add(
-        a, b, a_multiplier=0.1, b_multiplier=0.7, a_zero_point=3, b_zero_point=-4, y_zero_point=9,
-        low=9, high=200, out_dtype=torch.uint8,
+        a, b, a_multiplier=0.1, b_multiplier=0.7, a_zero_point=3, b_zero_point=-4,
+        output=Output(9, 9, 200, torch.uint8),
     )  # fmt: skip
     first = (a.numpy().astype(np.int32) - 3).astype(np.float32) * np.float32(0.1)
     t = first + (b.numpy().astype(np.int32) + 4).astype(np.float32) * np.float32(0.7)
     truth = np.rint(np.clip(t, np.float32(0), np.float32(191))).astype(np.int64) + 9
     assert np.array_equal(y.numpy(), truth)
     m = reference.mean(
-        a, multiplier=0.37, x_zero_point=100, y_zero_point=50, low=0, high=255,
-        out_dtype=torch.uint8,
+        a, multiplier=0.37, x_zero_point=100, output=Output(50, 0, 255, torch.uint8),
     )  # fmt: skip
     total = a.numpy().astype(np.int64).sum((2, 3), keepdims=True) - 20 * 100
     t = total.astype(np.float32) * np.float32(0.37 / 20)
@@ -169,7 +170,7 @@ def test_an_empty_batch_gives_an_empty_result() -> None:
     y = reference.fprop(
         torch.zeros(0, 6, 5, 5, dtype=torch.uint8), torch.zeros(support.shape, dtype=torch.int8),
         support, make_geometry(support), multiplier=torch.ones(4),
-        bias=torch.zeros(4, dtype=torch.int32), **CALL,
+        bias=torch.zeros(4, dtype=torch.int32), **arguments(),
     )  # fmt: skip
     assert y.shape == (0, 4, 3, 3)
 
@@ -185,8 +186,8 @@ def test_scales_that_are_no_positive_numbers_are_refused(scale: float) -> None:
     for call in (
         lambda: reference.quantize_tensor(X.float(), scale, 0, torch.uint8),
         lambda: reference.dequantize(X, scale, 0),
-        lambda: reference.requantize(X, multiplier=scale, **CALL),
-        lambda: reference.mean(X, multiplier=scale, **CALL),
+        lambda: reference.requantize(X, multiplier=scale, **arguments()),
+        lambda: reference.mean(X, multiplier=scale, **arguments()),
     ):
         with pytest.raises(ArgumentError, match="positive number"):
             call()
@@ -197,8 +198,8 @@ def test_zero_points_outside_of_the_dtype_are_refused(zero) -> None:
     for call in (
         lambda: reference.quantize_tensor(X.float(), 1.0, zero, torch.uint8),
         lambda: reference.dequantize(X, 1.0, zero),
-        lambda: reference.requantize(X, multiplier=1.0, **(CALL | {"x_zero_point": zero})),
-        lambda: reference.requantize(X, multiplier=1.0, **(CALL | {"y_zero_point": zero})),
+        lambda: reference.requantize(X, multiplier=1.0, **arguments(x_zero_point=zero)),
+        lambda: reference.requantize(X, multiplier=1.0, **arguments(y_zero_point=zero)),
     ):
         with pytest.raises(ArgumentError, match="integer from 0 to 255"):
             call()
@@ -207,15 +208,15 @@ def test_zero_points_outside_of_the_dtype_are_refused(zero) -> None:
 @pytest.mark.parametrize(("low", "high"), [(-1, 255), (0, 256), (9, 8), (0.5, 9), (0, 1e99)])
 def test_bounds_that_the_output_does_not_hold_are_refused(low, high) -> None:
     with pytest.raises(ArgumentError, match="low and high"):
-        reference.requantize(X, multiplier=1.0, **(CALL | {"low": low, "high": high}))
+        reference.requantize(X, multiplier=1.0, **arguments(low=low, high=high))
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.float16, torch.bool], ids=str)
 def test_other_dtypes_are_refused(dtype: torch.dtype) -> None:
     with pytest.raises(InputTypeError, match="uint8 or int8"):
-        reference.requantize(X.to(dtype), multiplier=1.0, **CALL)
+        reference.requantize(X.to(dtype), multiplier=1.0, **arguments())
     with pytest.raises(InputTypeError):
-        reference.requantize(X, multiplier=1.0, **(CALL | {"out_dtype": dtype}))
+        reference.requantize(X, multiplier=1.0, **arguments(out_dtype=dtype))
 
 
 def test_a_filter_that_could_overflow_is_refused_at_the_first_one_that_could() -> None:

@@ -15,6 +15,7 @@ import hetconv_kernels as hk
 from hetconv_kernels.errors import ArgumentError, InputTypeError
 from hetconv_kernels.nn import QuantizedConv2d, QuantizedLinear, fuse
 from hetconv_kernels.quantization import reference
+from hetconv_kernels.quantization.checks import Output
 from hetconv_kernels.quantization.scheme import Scale
 
 
@@ -46,8 +47,7 @@ def test_a_layer_gives_the_integers_of_the_reference() -> None:
     layer, x = quantized(), image()
     truth = reference.fprop(
         x, layer.weight, layer.support, layer._geometry, multiplier=layer._multiplier,
-        bias=layer.bias, x_zero_point=128, y_zero_point=10, low=10, high=255,
-        out_dtype=torch.uint8,
+        bias=layer.bias, x_zero_point=128, output=Output(10, 10, 255, torch.uint8),
     )  # fmt: skip
     assert torch.equal(layer(x), truth)
 

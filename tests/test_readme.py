@@ -47,7 +47,7 @@ def test_the_picture_has_every_layer_and_the_slower_ones_below_the_line() -> Non
     drawn = picture.draw_svg()
     rows = [
         row
-        for row in summary.results(summary.LAYERS)["rows"]
+        for row in summary.results(summary.LAYERS_FILE)["rows"]
         if row["case"]["dtype"] == "float32" and not row["case"]["amp"]
     ]
     height = {
@@ -76,7 +76,7 @@ def test_the_headlines_are_of_the_results() -> None:
 
 def test_the_losses_are_counted() -> None:
     text = summary.lost()
-    rows = summary.results(summary.LAYERS)["rows"]
+    rows = summary.results(summary.LAYERS_FILE)["rows"]
     slower = sum(1 for row in rows if row["dense"] and row["dense"]["ratio"] < 1)
     assert f"Of {len(rows)} rows" in text
     assert f"{slower} are slower than dense" in text
@@ -92,7 +92,7 @@ def test_missing_markers_are_refused(text: str) -> None:
 
 def test_every_loss_is_shown() -> None:
     shown = summary.losses()
-    for row in summary.results(summary.LAYERS)["rows"]:
+    for row in summary.results(summary.LAYERS_FILE)["rows"]:
         lost = [rival for rival in summary.RIVALS if row[rival] and row[rival]["ratio"] < 1]
         assert (f"| {row['case']['name']} |" in shown) == bool(lost)
         for rival in lost:
@@ -101,7 +101,7 @@ def test_every_loss_is_shown() -> None:
 
 def test_a_case_is_described_in_todays_words() -> None:
     row = next(
-        r for r in summary.results(summary.LAYERS)["rows"] if r["case"]["name"] == "lose-tiny"
+        r for r in summary.results(summary.LAYERS_FILE)["rows"] if r["case"]["name"] == "lose-tiny"
     )
     old = row["case"] | {"note": "in the words of the day it was measured"}
     assert summary.describe_case(old).endswith(summary.NOTES["lose-tiny"])
@@ -110,7 +110,7 @@ def test_a_case_is_described_in_todays_words() -> None:
 
 
 def test_a_row_that_never_matched_is_shown_as_a_mismatch(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = copy.deepcopy(summary.results(summary.LAYERS))
+    data = copy.deepcopy(summary.results(summary.LAYERS_FILE))
     del data["rows"][0]["dense"]
     monkeypatch.setattr(summary, "results", lambda name: data)
     assert "| MISMATCH |" in summary.losses()
@@ -118,11 +118,12 @@ def test_a_row_that_never_matched_is_shown_as_a_mismatch(monkeypatch: pytest.Mon
 
 def test_the_grid_has_the_four_stages_and_all_columns() -> None:
     header, _, *lines = summary.grid().splitlines()
-    assert [name in header for name in summary.COLUMNS.values()] == [True] * len(summary.COLUMNS)
+    names = summary.GRID_COLUMNS.values()
+    assert [name in header for name in names] == [True] * len(names)
     assert [line.split("|")[1].strip() for line in lines] == [
         "64 channels, 56²", "128 channels, 28²", "256 channels, 14²", "512 channels, 7²",
     ]  # fmt: skip
-    rows = {row["case"]["name"]: row for row in summary.results(summary.LAYERS)["rows"]}
+    rows = {row["case"]["name"]: row for row in summary.results(summary.LAYERS_FILE)["rows"]}
     cells = [cell.strip() for cell in lines[1].split("|")[2:-1]]
     names = ("het4", "het8", "het16", "het128", "sg70", "sg90")
     assert cells == [f"{rows[f'8x128x28-{name}']['dense']['ratio']:.2f}" for name in names]
@@ -180,15 +181,16 @@ def test_a_method_that_costs_too_much_quality_is_bold(monkeypatch: pytest.Monkey
 
 
 def test_ratios_are_those_of_the_rows_that_are_asked_for() -> None:
-    rows = summary.results(summary.LAYERS)["rows"]
+    rows = summary.results(summary.LAYERS_FILE)["rows"]
     wanted = [
         row["dense"]["ratio"]
         for row in rows
         if row["case"]["training"] and row["case"]["support"]["kind"] == "het"
     ]
     assert wanted
-    assert summary.ratios(summary.LAYERS, "dense", training=True, kind="het", value=4) == wanted
-    assert summary.ratios(summary.LAYERS, "dense", training=True, kind="none") == []
+    found = summary.ratios(summary.LAYERS_FILE, "dense", training=True, kind="het", value=4)
+    assert found == wanted
+    assert summary.ratios(summary.LAYERS_FILE, "dense", training=True, kind="none") == []
 
 
 def test_no_training_step_of_a_network_is_invented() -> None:

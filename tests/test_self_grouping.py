@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetconv_kernels.compression.methods import self_grouping as sg
+from hetconv_kernels import self_grouping as sg
 from hetconv_kernels.errors import ArgumentError, HetconvError, SupportError
 from hetconv_kernels.support import Support
 

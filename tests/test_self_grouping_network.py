@@ -11,9 +11,9 @@ import torch
 from compressing import check_kills, run, tiny
 from torch import nn
 
+from hetconv_kernels import self_grouping as sg
 from hetconv_kernels.backends import available_backends, get_backend
 from hetconv_kernels.compression import SelfGrouping
-from hetconv_kernels.compression.methods import self_grouping as sg
 from hetconv_kernels.errors import ArgumentError, BackendError
 from hetconv_kernels.support import Support
 

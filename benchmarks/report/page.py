@@ -58,7 +58,7 @@ _READ_FILES = "A + after a commit says that files differed from it."
 
 
 @dataclass(frozen=True)
-class Block:
+class SectionBlock:
     """A part of a section, under a heading of its own.
 
     Attributes:
@@ -85,11 +85,11 @@ class Section:
     name: str
     title: str
     text: str
-    blocks: Sequence[Block]
+    blocks: Sequence[SectionBlock]
 
 
 @dataclass(frozen=True)
-class Tile:
+class PageTile:
     """A number at the head of the page; ``mark`` colours it where it is not 0."""
 
     text: str
@@ -140,7 +140,7 @@ class Page:
             Section("files", "Where the numbers come from", _READ_FILES, [self._files()]),
         ]  # fmt: skip
 
-    def _tiles(self) -> list[Tile]:
+    def _tiles(self) -> list[PageTile]:
         layers = [row for results in self.files for row in _layer_rows(results)]
         networks = [r for results in self.files for r in _network_rows(results)]
         verdicts = [tables.verdict_of(row) for row in (*layers, *networks)]
@@ -150,30 +150,30 @@ class Page:
             if "dense" in row and row["dense_macs"] > row["macs"] > 0
         ]
         tiles = [
-            Tile("layers and networks", f"{len(verdicts)}"),
-            Tile("faster than dense", f"{verdicts.count('win')}", "win"),
-            Tile("no measurable difference", f"{verdicts.count('even')}"),
-            Tile("slower than dense", f"{verdicts.count('lose')}", "lose"),
-            Tile("slower than a composition of PyTorch's layers",
+            PageTile("layers and networks", f"{len(verdicts)}"),
+            PageTile("faster than dense", f"{verdicts.count('win')}", "win"),
+            PageTile("no measurable difference", f"{verdicts.count('even')}"),
+            PageTile("slower than dense", f"{verdicts.count('lose')}", "lose"),
+            PageTile("slower than a composition of PyTorch's layers",
                  f"{sum(map(tables.lost_to_composition, (*layers, *networks)))}", "lose"),
         ]  # fmt: skip
         if ratios:
             share = f"{100 * statistics.median(ratios):.0f} %"
-            tiles.append(Tile("of the MAC ratio is reached, median layer", share))
+            tiles.append(PageTile("of the MAC ratio is reached, median layer", share))
         if "disturbed" in verdicts:
-            tiles.append(Tile("disturbed, not judged", f"{verdicts.count('disturbed')}"))
+            tiles.append(PageTile("disturbed, not judged", f"{verdicts.count('disturbed')}"))
         if "wrong" in verdicts:
-            tiles.append(Tile("wrong results, not timed", f"{verdicts.count('wrong')}", "lose"))
+            tiles.append(PageTile("wrong results, not timed", f"{verdicts.count('wrong')}", "lose"))
         return tiles
 
-    def _scatters(self) -> list[Block]:
+    def _scatters(self) -> list[SectionBlock]:
         return [
             _block(results, scatter(f"speed-up-{results.name}", points, results.hardware))
             for results in self.files
             if (points := results.points())
         ]
 
-    def _rooflines(self) -> list[Block]:
+    def _rooflines(self) -> list[SectionBlock]:
         blocks = []
         for results in self.files:
             found = []
@@ -186,7 +186,7 @@ class Page:
                 blocks.append(_block(results, *found))
         return blocks
 
-    def _networks(self) -> list[Block]:
+    def _networks(self) -> list[SectionBlock]:
         blocks, drawn = self._tables(_network_rows, tables.networks), []
         for results in self.files:
             for row in _network_rows(results):
@@ -194,23 +194,23 @@ class Page:
                     name = f"{results.name}-{row['case']['name']}"
                     drawings = timeline(f"pass-{name}", row), layer_bars(f"layers-{name}", row)
                     drawn += [
-                        Block(picture.title, level=4, pictures=[picture])
+                        SectionBlock(picture.title, level=4, pictures=[picture])
                         for picture in filter(None, drawings)
                     ]
         if drawn:
-            drawn.insert(0, Block("Layer by layer", text=_READ_BARS))
+            drawn.insert(0, SectionBlock("Layer by layer", text=_READ_BARS))
         return [*blocks, *drawn]
 
     def _tables(
         self, rows: Callable[[Results], list[Json]], table: Callable[[list[Json]], str]
-    ) -> list[Block]:
+    ) -> list[SectionBlock]:
         return [
             replace(_block(results), table=table(found))
             for results in self.files
             if (found := rows(results))
         ]
 
-    def _files(self) -> Block:
+    def _files(self) -> SectionBlock:
         header = (
             "file", "started", "commit", "hardware", "torch", "python", "hetconv_kernels",
             "load before", "rows", "command",
@@ -226,14 +226,14 @@ class Page:
                     len(results.data["rows"]), results.data.get("command", "not kept in this file"),
                 )
             )  # fmt: skip
-        return Block(table=tables.plain_table(header, lines))
+        return SectionBlock(table=tables.plain_table(header, lines))
 
 
-def _block(results: Results, *pictures: Picture) -> Block:
+def _block(results: Results, *pictures: Picture) -> SectionBlock:
     """Begins a part that is about one file."""
     commit = (results.environment["commit"] or "no commit")[:10]
     where = f"{results.hardware}, {results.data['started'][:10]}, {commit}"
-    return Block(results.name, where, pictures=pictures)
+    return SectionBlock(results.name, where, pictures=pictures)
 
 
 def _layer_rows(results: Results) -> list[Json]:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Backends: the engines that run the three primitives, and the choice between them.
 
-A backend is a class with the attributes of `Backend`. The same predicate, ``unsupported_reasons``,
-chooses and explains; nothing is copied or converted to make a backend fit.
+What an engine offers is in `protocol`, which engines import; this module imports them. The same
+predicate, ``unsupported_reasons``, chooses and explains; nothing is copied or converted to make a
+backend fit.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cache
-from typing import Any, NamedTuple, Protocol
 
 from ..errors import BackendError, mismatch
 from ..openmp import share_openmp
@@ -22,6 +22,7 @@ from ..pooling import max_pooled
 from ..problem import DTYPES, Problem
 from .cost_model import POOL, POOLED
 from .dense_cost import outside_program
+from .protocol import UNMEASURED_MARGIN, Backend, Choice, Runner
 
 __all__ = [
     "Backend",
@@ -42,81 +43,6 @@ FROZEN = 256
 
 # The device types that backends are for, where it is only one.
 _ONLY_ON = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
-# A prepared primitive: called again and again with the tensors of the problem.
-Runner = Callable[..., Any]
-
-# How much faster than `vendor` a prediction must be where nothing was measured on this hardware.
-UNMEASURED_MARGIN = 1.3
-
-
-class Backend(Protocol):
-    """What every engine offers.
-
-    An engine whose tiles have sizes may say them in an attribute ``grain``: the filters and the
-    channels that groups should have multiples of; and, where it is more than one, how many filters
-    that follow each other should be in one group, and how many channels a group should fill.
-
-    Attributes:
-        name: one of `CODES`.
-    """
-
-    name: str
-
-    def unsupported_reasons(self, problem: Problem) -> list[str]:
-        """Lists, in sentences, why this engine cannot run the problem; empty when it can."""
-        ...
-
-    def estimate(self, problem: Problem) -> float:
-        """Predicts the time of one call, pooling left out, in seconds."""
-        ...
-
-    def measured(self, problem: Problem) -> bool:
-        """Tells whether the prediction rests on a measurement of this kind of hardware."""
-        ...
-
-    def efficiency(self, problem: Problem) -> float:
-        """Returns useful over executed multiply-accumulates, at most 1."""
-        ...
-
-    def fprop(self, problem: Problem) -> Runner:
-        """Prepares y = act(scale · conv(x, w) + shift + residual).
-
-        An engine with a method ``pools(problem)`` that answers True computes max-pooling of it too.
-
-        Returns:
-            A callable (x, w, scale, shift, residual) -> y.  # [N, F, OH, OW]
-        """
-        ...
-
-    def dgrad(self, problem: Problem) -> Runner:
-        """Prepares the gradient of conv(x, w) by x.
-
-        Returns:
-            A callable (dy, w) -> dx.  # [N, C, H, W]
-        """
-        ...
-
-    def wgrad(self, problem: Problem) -> Runner:
-        """Prepares the gradient of conv(x, w) by w, dead entries zero, in `weight_dtype`.
-
-        Returns:
-            A callable (dy, x) -> dw.  # [F, C, KH, KW] or [live]
-        """
-        ...
-
-
-class Choice(NamedTuple):
-    """The engine that runs a problem, made ready.
-
-    Attributes:
-        backend: the engine.
-        problem: what it runs.
-        run: the prepared callable of the problem's verb.
-    """
-
-    backend: Backend
-    problem: Problem
-    run: Runner
 
 
 @cache

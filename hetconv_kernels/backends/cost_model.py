@@ -45,7 +45,7 @@ class EngineSeconds(NamedTuple):
 # Fitted on two threads of an AMD Zen 5 server core (AVX-512), torch 2.13, channels_last, on half of
 # 240 random layers; benchmarks/calibration-avx512.json shows them beside a later measurement.
 # Other machines are predicted by the same ratios.
-DENSE = DenseSeconds(8.8e-12, 4.6e-10, 4.9e-12, 2.7e-5)
+DENSE_RATES = DenseSeconds(8.8e-12, 4.6e-10, 4.9e-12, 2.7e-5)
 ENGINE = {
     "filters": EngineSeconds(1.12e-10, 4.9e-11, 8.7e-10, 4.4e-11, 4.6e-6),
     "pixels": EngineSeconds(8.9e-11, 2.65e-10, 3.3e-9, 7.4e-11, 1.2e-5),
@@ -53,7 +53,7 @@ ENGINE = {
 # These are set by hand from single measurements, not fitted.
 # A convolution or matrix product whose weight is laid out in advance, and ``torch.nn.functional``'s
 # matrix product, which is not oneDNN's; that one's weights in a cache, and from main memory.
-PREPACKED = DenseSeconds(8.8e-12, 1.0e-10, 4.9e-12, 2.7e-5)
+PREPACKED_RATES = DenseSeconds(8.8e-12, 1.0e-10, 4.9e-12, 2.7e-5)
 LINEAR = DenseSeconds(2.8e-11, 8.5e-11, 4.9e-12, 6e-6)
 LINEAR_FAR = LINEAR._replace(weight=2.0e-10)
 # One image of at most so many elements does not go to oneDNN: seconds per multiply-accumulate on

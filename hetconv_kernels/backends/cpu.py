@@ -22,7 +22,7 @@ from ..packing import FrozenCache, Pack, dense_weight
 from ..pooling import max_pooled
 from ..problem import Problem
 from ..support import Support
-from . import Runner, winograd
+from . import winograd
 from .common import empty, is_linear, is_pointwise, to_format
 from .cpu_plans import (
     MOST_RESIDUES,
@@ -36,6 +36,7 @@ from .cpu_plans import (
     wgrad_plan,
     wgrad_plan_seconds,
 )
+from .protocol import Runner
 
 _MAX_INT = 2**31 - 1
 _MAX_PADDED = 2**30  # along one axis: the engine counts pixels in 32 bits, beyond the edge too

@@ -23,6 +23,7 @@ from ..packing import dense_weight
 from ..pooling import Pool
 from ..problem import Geometry, check_image, is_dense_shape
 from ..quantization.checks import (
+    Output,
     check_activation,
     check_bounds,
     check_cpu,
@@ -43,6 +44,8 @@ except ImportError:  # nothing is compiled here
 
 _LAST = torch.channels_last
 _CPU = torch.device("cpu")
+# Of numbers that are not brought to a Scale.
+_FLOAT32 = Output(0, -math.inf, math.inf, torch.float32)
 _NAMES = {torch.uint8: "uint8", torch.int8: "int8", torch.float32: "float32"}
 # The instruction set; "" takes the best one here, or what HETCONV_ISA says.
 _ISA = ""
@@ -110,10 +113,7 @@ def fprop(
     multiplier: Tensor,
     bias: Tensor,
     x_zero_point: int,
-    y_zero_point: int,
-    low: float,
-    high: float,
-    out_dtype: torch.dtype,
+    output: Output,
     residual: Tensor | None = None,
     residual_multiplier: float = 1.0,
     residual_zero_point: int = 0,
@@ -132,7 +132,7 @@ def fprop(
             filter whose accumulator could leave int32.
     """
     _check_x("input", x, x_zero_point)
-    check_bounds(low, high, out_dtype)
+    check_bounds(output)
     n, c, h, w = x.shape
     f = support.filters
     if c != support.channels:
@@ -143,7 +143,7 @@ def fprop(
     check_per_filter("bias", bias, f, torch.int32)
     check_cpu("multiplier", multiplier)
     check_cpu("bias", bias)
-    zero = output_zero(y_zero_point, out_dtype)
+    zero, (_, low, high, out_dtype) = output_zero(output), output
     out = geometry.output_size(h, w)
     # A sum of two, and float32, are pooled in a pass of their own.
     inside = pool is not None and residual is None and out_dtype != torch.float32
@@ -204,10 +204,7 @@ def add(
     b_multiplier: float,
     a_zero_point: int,
     b_zero_point: int,
-    y_zero_point: int,
-    low: float,
-    high: float,
-    out_dtype: torch.dtype,
+    output: Output,
 ) -> Tensor:
     """Adds and requantises; see `hetconv_kernels.quantization.reference.add`.
 
@@ -220,9 +217,9 @@ def add(
     check_scale("a_multiplier", a_multiplier)
     check_scale("b_multiplier", b_multiplier)
     check_same(("a", "b"), (a, b))
-    check_bounds(low, high, out_dtype)
+    check_bounds(output)
     operands = (a, a_zero_point, a_multiplier), (b, b_zero_point, b_multiplier)
-    return _summed(operands, y_zero_point, low, high, out_dtype)
+    return _summed(operands, output)
 
 
 def requantize(
@@ -230,10 +227,7 @@ def requantize(
     *,
     multiplier: float,
     x_zero_point: int,
-    y_zero_point: int,
-    low: float,
-    high: float,
-    out_dtype: torch.dtype,
+    output: Output,
 ) -> Tensor:
     """Brings x to another scale; see `hetconv_kernels.quantization.reference.requantize`.
 
@@ -243,8 +237,8 @@ def requantize(
     """
     _check_x("input", x, x_zero_point)
     check_scale("multiplier", multiplier)
-    check_bounds(low, high, out_dtype)
-    return _summed(((x, x_zero_point, multiplier),), y_zero_point, low, high, out_dtype)
+    check_bounds(output)
+    return _summed(((x, x_zero_point, multiplier),), output)
 
 
 def max_pool(x: Tensor, pool: Pool) -> Tensor:
@@ -277,10 +271,7 @@ def mean(
     *,
     multiplier: float,
     x_zero_point: int,
-    y_zero_point: int,
-    low: float,
-    high: float,
-    out_dtype: torch.dtype,
+    output: Output,
 ) -> Tensor:
     """Averages over height and width; see `hetconv_kernels.quantization.reference.mean`.
 
@@ -291,11 +282,11 @@ def mean(
     """
     _check_x("input", x, x_zero_point)
     check_scale("multiplier", multiplier)
-    check_bounds(low, high, out_dtype)
+    check_bounds(output)
     n, c, h, w = x.shape
     if not 0 < h * w < 2**23:
         raise ArgumentError(mismatch("pixels to average", h * w, f"from 1 to {2**23 - 1}"))
-    zero = output_zero(y_zero_point, out_dtype)
+    zero, (_, low, high, out_dtype) = output_zero(output), output
     y = _empty("mean", (n, c, 1, 1), out_dtype)
     x = x.contiguous(memory_format=_LAST)
     _kernels().mean(
@@ -353,18 +344,15 @@ def dequantize(x: Tensor, scale: float, zero_point: int) -> Tensor:
     """
     _check_x("input", x, zero_point, "zero_point")
     check_scale("scale", scale)
-    return _summed(((x, zero_point, scale),), 0, -math.inf, math.inf, torch.float32)
+    return _summed(((x, zero_point, scale),), _FLOAT32)
 
 
 def _summed(
     operands: tuple[tuple[Tensor, int, float], ...],
-    y_zero_point: int,
-    low: float,
-    high: float,
-    out_dtype: torch.dtype,
+    output: Output,
 ) -> Tensor:
     """Adds one or two operands, each with its zero point and multiplier, and requantises."""
-    zero = output_zero(y_zero_point, out_dtype)
+    zero, (_, low, high, out_dtype) = output_zero(output), output
     y = _empty("sum", tuple(operands[0][0].shape), out_dtype)
     held = [(x.contiguous(memory_format=_LAST), point, m) for x, point, m in operands]
     flat = [(x.data_ptr(), x.dtype == torch.int8, point, m) for x, point, m in held]

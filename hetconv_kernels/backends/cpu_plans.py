@@ -14,7 +14,7 @@ import torch
 
 from .. import _cpu
 from ..problem import Problem
-from . import UNMEASURED_MARGIN, winograd
+from . import winograd
 from .common import is_linear, is_pointwise
 from .cost_model import (
     COLD_WEIGHT,
@@ -31,6 +31,7 @@ from .cost_model import (
     VERB,
     WGRAD,
 )
+from .protocol import UNMEASURED_MARGIN
 
 # The instruction set; "" takes the best one here, or what HETCONV_ISA says.
 _ISA = ""

@@ -14,7 +14,7 @@ from . import prepacked
 from .common import is_linear
 from .cost_model import (
     BETWEEN_PROGRAMS,
-    DENSE,
+    DENSE_RATES,
     DTYPE_SPEED,
     FILTERS_BLOCK,
     FRESH,
@@ -23,7 +23,7 @@ from .cost_model import (
     NARROW_GROUPS,
     OVERHEAD,
     POINTWISE,
-    PREPACKED,
+    PREPACKED_RATES,
     SMALL_CALL,
     SMALL_IMAGE,
     SMALL_MAC,
@@ -99,16 +99,16 @@ def dense_seconds(
         return dense_gpu_prediction(problem, spec_of(device), constants_of(device), work, launches)
     pixels = problem.height * problem.width
     weights = math.prod(problem.support.shape) * work
-    rates, ours = DENSE, OVERHEAD["vendor"]
+    rates, ours = DENSE_RATES, OVERHEAD["vendor"]
     if is_linear(problem):
         rates = LINEAR if weights * problem.dtype.itemsize <= _NEAR else LINEAR_FAR
         ours = OVERHEAD["vendor rows"]
     if prepacked.takes(problem):
-        rates = PREPACKED
+        rates = PREPACKED_RATES
     if not around:
         ours = 0.0
     if (
-        rates is DENSE
+        rates is DENSE_RATES
         and problem.batch == 1
         and problem.support.channels * pixels <= SMALL_IMAGE
         and max(problem.support.kernel) <= 3
@@ -122,7 +122,7 @@ def dense_seconds(
         # Filters go in blocks: one takes as long as a block.
         filters = problem.support.filters
         macs *= -(-filters // FILTERS_BLOCK) * FILTERS_BLOCK / max(1, filters)
-        macs *= POINTWISE if problem.support.kernel == (1, 1) and rates is PREPACKED else 1.0
+        macs *= POINTWISE if problem.support.kernel == (1, 1) and rates is PREPACKED_RATES else 1.0
     width = problem.support.channels // groups
     if work < 1.0 and width <= max(NARROW_GROUPS):
         mac = next(mac for most, mac in NARROW_GROUPS.items() if width <= most)

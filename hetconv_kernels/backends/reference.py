@@ -9,9 +9,9 @@ from ..packing import dense_weight
 from ..problem import Problem
 from ..reference import group_dgrad, group_fprop, group_wgrad
 from ..support import Support
-from . import Runner
 from .common import epilogue, weight_gradient
 from .dense_cost import dense_seconds
+from .protocol import Runner
 
 
 class Reference:

@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import masking
 from ..packing import FrozenCache, Pack, bits_on, dense_weight, masked, own_blocks
 from ..problem import Problem, is_dense_shape
-from . import Runner, prepacked
+from . import prepacked
 from .common import (
     crop_image,
     empty,
@@ -37,6 +37,7 @@ from .cost_model import (
     TRANSPOSE,
 )
 from .dense_cost import dense_seconds
+from .protocol import Runner
 
 
 class Vendor:

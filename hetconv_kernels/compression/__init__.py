@@ -6,6 +6,7 @@
 `hk.compress` is the function and `hk.methods` has the methods; here is what both are made of.
 """
 
+from ..self_grouping import self_group
 from .base import compress
 from .distillation import Distillation
 from .method import Method
@@ -14,7 +15,6 @@ from .methods.correlation import FilterCorrelation
 from .methods.frequency import FrequencyPruning
 from .methods.het import Het
 from .methods.play_and_prune import PlayAndPrune
-from .methods.self_grouping import self_group
 from .methods.self_grouping_network import SelfGrouping
 from .methods.stability import Stability
 from .methods.wsp import WeakSubnetwork

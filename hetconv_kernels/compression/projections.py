@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, mismatch
-from ..masks import BoolArray
-from .scores import FloatArray
+from ..masks import BoolArray, FloatArray
 
 __all__ = ["KINDS", "keep_largest", "project"]
 

@@ -10,13 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, mismatch
-
-FloatArray = npt.NDArray[np.float64]
+from ..masks import FloatArray
 
 
 def outgoing(weight: Tensor) -> FloatArray:

@@ -34,12 +34,7 @@ class Channels:
         elsewhere: why layers cannot be replaced that are used outside of the graph too, by name.
 
     Attributes:
-        wires: of each node whose value has channels, the wire of each.  # int [C]
-        layers: the convolutions and fully connected layers, by node.
-        norms: the batch normalisations, by node.
-        group_norms: the group normalisations, by node.
-        moves: the moves, by node.
-        channelwise: the other nodes that treat every channel by itself.
+        wires, layers, norms, group_norms, moves, channelwise: those of its `ChannelWalk`.
         frozen: the classes that cannot be removed or moved, and why.
         units: classes that can only be removed together, and not moved: the groups of a group
             normalisation.

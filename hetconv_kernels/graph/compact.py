@@ -58,7 +58,7 @@ class Untraced(NamedTuple):
     reason: str
 
 
-class Stayed(NamedTuple):
+class KeptChannels(NamedTuple):
     """Dead channels that had to stay.
 
     Attributes:
@@ -89,7 +89,7 @@ class CompactReport:
 
     model: nn.Module
     shrunk: tuple[Shrunk, ...]
-    stayed: tuple[Stayed, ...]
+    stayed: tuple[KeptChannels, ...]
     match: Match | None
     untraced: tuple[Untraced, ...] = ()
 
@@ -196,7 +196,7 @@ class _Outcome(NamedTuple):
     replaced: dict[str, nn.Module]
     changed: bool
     shrunk: tuple[Shrunk, ...]
-    stayed: tuple[Stayed, ...]
+    stayed: tuple[KeptChannels, ...]
 
 
 def _smaller(channels: Channels) -> _Outcome:
@@ -218,7 +218,7 @@ def _in_parts(
         VerificationError: what is around the parts does not give the same with the smaller ones.
     """
     shrunk: list[Shrunk] = []
-    stayed: list[Stayed] = []
+    stayed: list[KeptChannels] = []
     untraced = [Untraced(name or "the network", why) for name, why in found.untraced.items()]
     matches, changed = [], []
     for part in found.parts:
@@ -356,7 +356,7 @@ class _Plan:
                 layer.merge(place, merged, torch.as_tensor(ratios))
         return shifts
 
-    def stayed(self) -> Iterator[Stayed]:
+    def stayed(self) -> Iterator[KeptChannels]:
         """Lists dead channels that stay, with the reason."""
         channels = self.channels
         reasons = channels.bound() | channels.frozen
@@ -365,14 +365,14 @@ class _Plan:
             border = self._border(node) & self._columns(node) & self.kept[classes]
             if layer.padded and border.any():
                 reason = "constant but not zero: its zero padding makes them differ at the border"
-                yield Stayed(f"inputs of {describe_node(node)}", int(border.sum()), reason)
+                yield KeptChannels(f"inputs of {describe_node(node)}", int(border.sum()), reason)
             dead = self.known[node].known & self.kept[channels.of(node)]
             if dead.any():
                 why = {reasons.get(int(c)) for c in channels.of(node)[dead]}
                 reason = "; ".join(sorted(w for w in why if w)) or (
                     "what they are added to or what reads them is not dead"
                 )
-                yield Stayed(f"filters of {describe_node(node)}", int(dead.sum()), reason)
+                yield KeptChannels(f"filters of {describe_node(node)}", int(dead.sum()), reason)
 
 
 def _shrunk(channels: Channels, replaced: dict[str, nn.Module]) -> list[Shrunk]:

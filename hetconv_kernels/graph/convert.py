@@ -47,7 +47,7 @@ class Swap(NamedTuple):
     after: nn.Module
 
 
-class Kept(NamedTuple):
+class KeptModule(NamedTuple):
     """One place that a rule looked at and left alone.
 
     Attributes:
@@ -72,7 +72,7 @@ class ConversionReport:
 
     model: nn.Module
     swapped: tuple[Swap, ...]
-    kept: tuple[Kept, ...]
+    kept: tuple[KeptModule, ...]
 
     def parameters(self) -> tuple[int, int]:
         """Counts the network's live parameters before and after."""
@@ -167,7 +167,7 @@ def convert(model: nn.Module, rule: Rule, inplace: bool = False) -> ConversionRe
     shared = _shared_parameters(model)
     answers: dict[int, nn.Module | Keep | None] = {}
     swaps: list[tuple[Swap, nn.Module | None, str]] = []
-    kept: list[Kept] = []
+    kept: list[KeptModule] = []
 
     def visit(name: str, module: nn.Module, parent: nn.Module | None, key: str) -> None:
         new = id(module) not in answers
@@ -175,7 +175,7 @@ def convert(model: nn.Module, rule: Rule, inplace: bool = False) -> ConversionRe
             answers[id(module)] = _answer(rule, name, module, shared)
         answer = answers[id(module)]
         if isinstance(answer, Keep):
-            kept.append(Kept(name, answer.reason))
+            kept.append(KeptModule(name, answer.reason))
         elif answer is not None:
             swaps.append((Swap(name, module, answer), parent, key))
         elif new:

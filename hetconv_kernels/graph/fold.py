@@ -36,7 +36,7 @@ class Fused(NamedTuple):
     parts: str
 
 
-class Left(NamedTuple):
+class LeftAlone(NamedTuple):
     """Something that stayed a step of its own.
 
     Attributes:
@@ -58,7 +58,7 @@ class Folded(NamedTuple):
     """
 
     fused: tuple[Fused, ...]
-    left: tuple[Left, ...]
+    left: tuple[LeftAlone, ...]
     removed: int
 
 
@@ -80,7 +80,7 @@ def fold(traced: fx.GraphModule) -> Folded:
     _protect(traced)
     beside, unmerged = fold_norms(traced)
     ahead = {b.layer for b in beside if b.before and b.kind == "conv"}
-    left: list[Left] = []
+    left: list[LeftAlone] = []
     convs: list[tuple[fx.Node, nn.Conv2d | SupportConv2d]] = []
     for node in traced.graph.nodes:
         module = module_of(node)
@@ -88,7 +88,7 @@ def fold(traced: fx.GraphModule) -> Folded:
             continue
         reason = _why_not(module, node)
         if reason is not None:
-            left.append(Left(str(node.target), reason))
+            left.append(LeftAlone(str(node.target), reason))
         elif isinstance(module, nn.Conv2d | SupportConv2d):
             convs.append((node, module))
     # A stable sort: layers with a Support choose first.
@@ -116,7 +116,7 @@ def fold(traced: fx.GraphModule) -> Folded:
         if isinstance(module, NORMS):
             more = unmerged.get(str(node.target))
             reason = "it does not follow a convolution alone" + (f"; {more}" if more else "")
-            left.append(Left(str(node.target), reason))
+            left.append(LeftAlone(str(node.target), reason))
         elif isinstance(module, SupportLayer) and not module.frozen:
             module.freeze()
     traced.delete_all_unused_submodules()

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Layout = Mapping[fx.Node, IntArray]
 
 
-class Said(NamedTuple):
+class NodeCall(NamedTuple):
     """What a node is to call instead."""
 
     target: Any
@@ -70,7 +70,7 @@ def relayout(
         out = None if move.parts else layout[node]
         said = adapted(node, move, [layout[n] for n in move.operands], out)
         assert said is not None, f"{node} was not frozen"
-        if said == Said(node.target, node.args, dict(node.kwargs)):
+        if said == NodeCall(node.target, node.args, dict(node.kwargs)):
             continue
         changed = True
         with traced.graph.inserting_before(node):
@@ -94,7 +94,7 @@ def set_module(root: nn.Module, name: str, module: nn.Module) -> None:
 
 def adapted(
     node: fx.Node, move: Move, kept: Sequence[IntArray], out: IntArray | None
-) -> Said | None:
+) -> NodeCall | None:
     """Says a move for the channels that are kept of its operands; None if there is no way.
 
     Args:
@@ -103,7 +103,7 @@ def adapted(
         kept: for each operand, the channels that stay, in their new order.
         out: those of the result; None where it is several.
     """
-    name, same = name_of(node), Said(node.target, node.args, dict(node.kwargs))
+    name, same = name_of(node), NodeCall(node.target, node.args, dict(node.kwargs))
     if name in ("cat", "concat"):
         return same if _argument(node, 1, "dim", 0) in (1, 1 - _rank(node)) else None
     source = node.args[0]
@@ -133,17 +133,17 @@ def _argument(node: fx.Node, place: int, name: str, default: Any) -> Any:
     return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
 
 
-def _reshaped(node: fx.Node, source: Any, same: Said) -> Said | None:
+def _reshaped(node: fx.Node, source: Any, same: NodeCall) -> NodeCall | None:
     """A view as [N, C·H·W] is a flattening; one as [N, C, 1, 1] adds dimensions."""
     shape, before = node.meta["shape"], source.meta["shape"]
     sizes = node.args[1:] or tuple(node.kwargs.values())
     sizes = tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], tuple | list) else sizes
     if len(shape) == 2 and shape[0] == before[0]:
         free = len(sizes) == 2 and sizes[1] == -1
-        return same if free else Said(torch.flatten, (source, 1), {})
+        return same if free else NodeCall(torch.flatten, (source, 1), {})
     if len(before) == 2 and shape == (*before, 1, 1):
         every = slice(None)
-        return Said(operator.getitem, (source, (every, every, None, None)), {})
+        return NodeCall(operator.getitem, (source, (every, every, None, None)), {})
     return None
 
 
@@ -151,14 +151,16 @@ def _counts(parts: Sequence[IntArray], kept: IntArray) -> list[int]:
     return [int(np.isin(kept, part).sum()) for part in parts]
 
 
-def _split(node: fx.Node, move: Move, source: Any, kept: IntArray) -> Said | None:
+def _split(node: fx.Node, move: Move, source: Any, kept: IntArray) -> NodeCall | None:
     whole = np.concatenate(move.source)
     if not np.array_equal(whole, np.arange(len(whole))):
         return None
-    return Said(torch.split, (source, _counts(move.source, kept), 1), {})
+    return NodeCall(torch.split, (source, _counts(move.source, kept), 1), {})
 
 
-def _sliced(node: fx.Node, move: Move, source: Any, kept: IntArray, same: Said) -> Said | None:
+def _sliced(
+    node: fx.Node, move: Move, source: Any, kept: IntArray, same: NodeCall
+) -> NodeCall | None:
     read = move.source[0]
     if not np.array_equal(read, np.arange(read[0], read[0] + len(read))):
         return None
@@ -167,7 +169,7 @@ def _sliced(node: fx.Node, move: Move, source: Any, kept: IntArray, same: Said) 
         dim = _argument(node, 1, "dim", 0)
         if dim not in (1, 1 - _rank(node)):
             return same
-        return Said(node.target, (source, 1, start, stop), {})
+        return NodeCall(node.target, (source, 1, start, stop), {})
     index = node.args[1]
     if not isinstance(index, tuple):
         return same
@@ -176,10 +178,12 @@ def _sliced(node: fx.Node, move: Move, source: Any, kept: IntArray, same: Said) 
     if len(index) < 2 or index[1] == slice(None):
         return same
     places = (index[0], slice(start, stop), *index[2:])
-    return Said(operator.getitem, (source, places), {})
+    return NodeCall(operator.getitem, (source, places), {})
 
 
-def _padded(node: fx.Node, move: Move, source: Any, out: IntArray, same: Said) -> Said | None:
+def _padded(
+    node: fx.Node, move: Move, source: Any, out: IntArray, same: NodeCall
+) -> NodeCall | None:
     """Zeros in front of and behind the channels: as many as stay of them."""
     read = move.source[0]
     pads = list(_argument(node, 1, "pad", ()))
@@ -188,5 +192,5 @@ def _padded(node: fx.Node, move: Move, source: Any, out: IntArray, same: Said) -
         return None
     pads[4:] = [int((out < own[0]).sum()), int((out > own[-1]).sum())]
     if len(node.args) > 1:
-        return Said(node.target, (source, pads, *node.args[2:]), same.kwargs)
-    return Said(node.target, (source,), same.kwargs | {"pad": pads})
+        return NodeCall(node.target, (source, pads, *node.args[2:]), same.kwargs)
+    return NodeCall(node.target, (source,), same.kwargs | {"pad": pads})

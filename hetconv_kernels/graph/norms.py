@@ -32,7 +32,7 @@ from .take import Norm
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
-class Beside(NamedTuple):
+class FoldedNorm(NamedTuple):
     """A batch normalisation that became part of a layer.
 
     Attributes:
@@ -46,7 +46,7 @@ class Beside(NamedTuple):
     kind: str
 
 
-def fold_norms(traced: fx.GraphModule) -> tuple[list[Beside], dict[str, str]]:
+def fold_norms(traced: fx.GraphModule) -> tuple[list[FoldedNorm], dict[str, str]]:
     """Folds batch normalisations into what is beside them, in place.
 
     Args:
@@ -56,7 +56,7 @@ def fold_norms(traced: fx.GraphModule) -> tuple[list[Beside], dict[str, str]]:
         What was folded, and why other normalisations cannot be folded into the layer after them.
     """
     calls = Counter(n.target for n in traced.graph.nodes if n.op == "call_module")
-    done: list[Beside] = []
+    done: list[FoldedNorm] = []
     reasons: dict[str, str] = {}
     for node in list(traced.graph.nodes):
         norm = module_of(node)
@@ -82,7 +82,7 @@ def fold_norms(traced: fx.GraphModule) -> tuple[list[Beside], dict[str, str]]:
         node.replace_all_uses_with(source)
         traced.graph.erase_node(node)
         kind = "conv" if _is_conv(layer) else "linear" if _is_linear(layer) else "frequency"
-        done.append(Beside(str(layer.target), before, kind))
+        done.append(FoldedNorm(str(layer.target), before, kind))
     traced.recompile()
     return done, reasons
 

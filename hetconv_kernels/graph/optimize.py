@@ -23,7 +23,7 @@ from .compact import CompactReport, shrink
 from .computed import computed_weights
 from .convert import convert
 from .copying import copied, settle
-from .fold import Folded, Left, fold
+from .fold import Folded, LeftAlone, fold
 from .frozen_norm import make_ordinary
 from .hooks import calls_of
 from .layout import set_module
@@ -82,7 +82,7 @@ class OptimizeReport:
 
     model: nn.Module
     parts: tuple[Part, ...]
-    untraced: tuple[Left, ...]
+    untraced: tuple[LeftAlone, ...]
     frozen: tuple[str, ...]
     match: Match
     settled: tuple[str, ...] = ()
@@ -270,7 +270,7 @@ class _Work:
     root: nn.Module
     plain: bool
     parts: list[Part] = field(default_factory=list)
-    untraced: list[Left] = field(default_factory=list)
+    untraced: list[LeftAlone] = field(default_factory=list)
     match: Match | None = None
 
     def optimize(
@@ -293,7 +293,7 @@ class _Work:
             how = traced.meta["traced by"]
             traced, brought, plain, matches = self._finished(module, traced, calls)
         except HetconvError as error:
-            self.untraced.append(Left(name, str(error)))
+            self.untraced.append(LeftAlone(name, str(error)))
             self._children(module, name, calls)
             return None
         self.match = matches[0]
@@ -338,7 +338,7 @@ class _Work:
             if not seen or not any(True for _ in parts[key].children()):
                 continue
             if any(call.keywords for call in seen):
-                self.untraced.append(Left(path, "it is called with keyword arguments"))
+                self.untraced.append(LeftAlone(path, "it is called with keyword arguments"))
                 continue
             new = self.optimize(parts[key], path, [call.arguments for call in seen])
             if new is not None:

@@ -15,6 +15,8 @@ from torch import nn
 from ..errors import ArgumentError, InputTypeError, mismatch
 from ..integers import is_integer
 from ..nn import HetConv2d, SelfGroupConv2d
+from ..self_grouping import check_percent
+from ..self_grouping import self_group as choose_support
 from .plain import _IMAGE_CHANNELS, Answer, Keep, Rule, _check_part, _plain_conv2d
 
 
@@ -137,10 +139,7 @@ def self_group(
         HetconvError: scikit-learn is not installed, or a layer would lose every weight; raised
             when a network is converted.
     """
-    from ..compression.methods.self_grouping import _check_percent
-    from ..compression.methods.self_grouping import self_group as group
-
-    _check_percent(percent)
+    check_percent(percent)
     if not is_integer(clusters) or clusters < 1:
         raise ArgumentError(mismatch("clusters", clusters, "a positive integer"))
     if isinstance(skip, str):
@@ -156,7 +155,7 @@ def self_group(
             return Keep(f"it has {conv.groups} groups; self-grouping begins from a dense layer")
         if skip_stem and conv.in_channels <= _IMAGE_CHANNELS:
             return Keep(f"it is a stem: it reads an image of {conv.in_channels} channels")
-        support = group(conv.weight, percent, min(clusters, conv.out_channels), seed=seed)
+        support = choose_support(conv.weight, percent, min(clusters, conv.out_channels), seed=seed)
         return SelfGroupConv2d.from_conv2d(conv, support)
 
     return rule

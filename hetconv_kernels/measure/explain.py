@@ -40,7 +40,7 @@ def explain(
         ArgumentError, BackendError: as the layer's forward.
     """
     if isinstance(layer, QuantizedLayer):
-        from ..quantization.explained import explain_quantized  # only for those
+        from .explain_quantized import explain_quantized  # only for those
 
         return explain_quantized(layer, x, measure)
     if not isinstance(layer, SupportConv2d | SupportLinear | FusedConv2d):

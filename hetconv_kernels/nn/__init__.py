@@ -17,7 +17,7 @@ from .quantized_steps import (
     QuantizedPad,
     Requantize,
 )
-from .selfgroup import SelfGroupConv2d
+from .self_grouping import SelfGroupConv2d
 
 __all__ = [
     "Dequantize",

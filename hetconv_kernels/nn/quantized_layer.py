@@ -18,7 +18,7 @@ from ..pooling import Pool
 from ..problem import Geometry, Problem
 from ..quantization import ops
 from ..quantization.engine import engine, operations
-from ..quantization.scheme import Scale, bounds, multiplier, quantize_weight, ratio
+from ..quantization.scheme import Scale, bounds, multiplier, output_of, quantize_weight, ratio
 from ..support import Support
 from .base import ForcedBackend
 
@@ -170,13 +170,9 @@ class QuantizedLayer(ForcedBackend):
         if x is None or self.weight.is_meta:
             return self
         self._multiplier = multiplier(x, self.weight_scale, y)
-        low, high = bounds(self.act) if y is None else y.bounds(self.act)
         numbers: dict[str, Any] = {
             "x_zero_point": x.zero_point,
-            "y_zero_point": 0 if y is None else y.zero_point,
-            "low": low,
-            "high": high,
-            "out_dtype": self.out_dtype,
+            "output": output_of(y, self.act),
             "residual_multiplier": 1.0,
             "residual_zero_point": 0,
             "pool": self.pool,
@@ -255,7 +251,7 @@ class QuantizedLayer(ForcedBackend):
             x, weight, bits_on(self.support, x.device), self._multiplier, self.bias, residual,
             self._geometry.ints(*sizes(x)[2:]), ops.pool_ints(self.pool),
             n["x_zero_point"], n["residual_multiplier"], n["residual_zero_point"],
-            n["y_zero_point"], n["low"], n["high"], n["out_dtype"], code,
+            *n["output"], code,
         )  # fmt: skip
         return y
 

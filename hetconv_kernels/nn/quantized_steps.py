@@ -13,7 +13,7 @@ from ..errors import ArgumentError, InputTypeError, mismatch
 from ..pooling import Pool
 from ..quantization import ops
 from ..quantization.engine import operations
-from ..quantization.scheme import Scale, bounds, ratio
+from ..quantization.scheme import Scale, output_of, ratio
 from .base import STAND_IN, ForcedBackend, as_step
 
 
@@ -126,7 +126,7 @@ class Requantize(QuantizedStep):
     def __init__(self, x: Scale, y: Scale | None, act: str = "none") -> None:
         super().__init__()
         self.x, self.y, self.act = _scale("x", x), y, act
-        self._tail = tail(y, act)
+        self._output = output_of(y, act)
 
     def forward(self, x: Tensor) -> Tensor:
         """Requantises.  # [...] -> [...]"""
@@ -153,7 +153,7 @@ class QuantizedAdd(QuantizedStep):
     def __init__(self, a: Scale, b: Scale, y: Scale | None, act: str = "none") -> None:
         super().__init__()
         self.a, self.b, self.y, self.act = _scale("a", a), _scale("b", b), y, act
-        self._tail = tail(y, act)
+        self._output = output_of(y, act)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Adds.  # [...], [...] -> [...]"""
@@ -216,7 +216,7 @@ class QuantizedAvgPool2d(QuantizedStep):
         self.x, self.y, self.keepdim = _scale("x", x), y, keepdim
         height, width = size
         self.size = (height, width)
-        self._tail = tail(y, "none")
+        self._output = output_of(y, "none")
         if self.size != (1, 1) and (y != x or not keepdim):
             raise ArgumentError(mismatch("y of a pooling to several pixels", y, f"x, {x}"))
 
@@ -284,13 +284,6 @@ def check_dtype(x: Tensor, scale: Scale) -> None:
         raise InputTypeError(mismatch("input dtype", x.dtype, f"{scale.dtype}, as calibrated"))
 
 
-def tail(y: Scale | None, act: str) -> tuple[int, float, float, torch.dtype]:
-    """Returns zero point, least and greatest value, and dtype of an output."""
-    if y is None:
-        return 0, *bounds(act), torch.float32
-    return y.zero_point, *y.bounds(act), y.dtype
-
-
 def as_image(x: Tensor) -> Tensor:
     """Views any tensor as an image, for what treats every number alike.  # [N, C, H, W]"""
     return x if x.dim() == 4 else x.reshape(x.shape[0] if x.dim() > 1 else 1, -1, 1, 1)
@@ -314,13 +307,10 @@ def run_step(
     """Runs one operation, by the engine itself or, where a tracer looks on, by the operator."""
     code, x = step._backend_code(), operands[0]
     numbers = (*ratios, *(s.zero_point for s in scales))
-    zero, low, high, dtype = step._tail
     if ops.by_operator(x):
         operator = getattr(torch.ops.hetconv, _OPERATORS[name])
-        y: Tensor = operator(*operands, *numbers, zero, low, high, dtype, code)
+        y: Tensor = operator(*operands, *numbers, *step._output, code)
         return y
     named = dict(zip(_NAMES[name], numbers, strict=True))
-    y = getattr(operations(x.device, code), name)(
-        *operands, **named, y_zero_point=zero, low=low, high=high, out_dtype=dtype
-    )
+    y = getattr(operations(x.device, code), name)(*operands, **named, output=step._output)
     return y

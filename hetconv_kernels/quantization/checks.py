@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,24 @@ from ..support import Support
 # The activations' dtypes with the least and the greatest value of each.
 INTEGER_RANGES = {torch.uint8: (0, 255), torch.int8: (-128, 127)}
 _NAMES = "uint8 or int8"
+
+
+class Output(NamedTuple):
+    """What the result of an operation in 8 bits becomes.
+
+    Bounds are in units of y: a ReLU is ``low=zero_point`` for 8 bits and ``low=0.0`` for float32.
+
+    Attributes:
+        zero_point: of y; not read for a float32 output.
+        low: the least value of y.
+        high: the greatest value of y.
+        dtype: uint8, int8 or float32.
+    """
+
+    zero_point: int
+    low: float
+    high: float
+    dtype: torch.dtype
 
 
 def limits(dtype: torch.dtype) -> tuple[int, int]:
@@ -87,12 +106,12 @@ def check_cpu(name: str, x: Tensor) -> None:
         )
 
 
-def output_zero(zero_point: int, dtype: torch.dtype) -> int:
+def output_zero(output: Output) -> int:
     """Returns the zero point of an output, 0 for one in float32; errors as `check_zero_point`."""
-    if dtype not in INTEGER_RANGES:
+    if output.dtype not in INTEGER_RANGES:
         return 0
-    check_zero_point("y_zero_point", zero_point, dtype)
-    return zero_point
+    check_zero_point("y_zero_point", output.zero_point, output.dtype)
+    return output.zero_point
 
 
 def check_scale(name: str, value: float) -> None:
@@ -118,13 +137,14 @@ def check_scale(name: str, value: float) -> None:
         )
 
 
-def check_bounds(low: float, high: float, dtype: torch.dtype) -> None:
-    """Refuses bounds of the output that its dtype does not hold.
+def check_bounds(output: Output) -> None:
+    """Refuses bounds of an output that its dtype does not hold.
 
     Raises:
         ArgumentError: low above high, NaN, or for 8 bits no integers of the dtype's range.
         InputTypeError: the dtype is none of uint8, int8 and float32.
     """
+    _, low, high, dtype = output
     if dtype == torch.float32:
         if not low <= high:
             raise ArgumentError(mismatch("low and high", (low, high), "low <= high, no NaN"))

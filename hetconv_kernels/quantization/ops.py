@@ -25,6 +25,7 @@ from ..packing import FrozenCache
 from ..pooling import Pool
 from ..problem import output_size
 from ..support import Support
+from .checks import Output
 from .engine import operations
 
 _TAIL = "int y_zero_point, float low, float high, ScalarType dtype, int backend"
@@ -133,10 +134,7 @@ def _qfprop(
         multiplier=multiplier,
         bias=bias,
         x_zero_point=x_zero_point,
-        y_zero_point=y_zero_point,
-        low=low,
-        high=high,
-        out_dtype=dtype,
+        output=Output(y_zero_point, low, high, dtype),
         residual=residual,
         residual_multiplier=residual_multiplier,
         residual_zero_point=residual_zero_point,
@@ -165,10 +163,7 @@ def _qadd(
         b_multiplier=b_multiplier,
         a_zero_point=a_zero_point,
         b_zero_point=b_zero_point,
-        y_zero_point=y_zero_point,
-        low=low,
-        high=high,
-        out_dtype=dtype,
+        output=Output(y_zero_point, low, high, dtype),
     )
     return y
 
@@ -187,10 +182,7 @@ def _requantize(
         x,
         multiplier=multiplier,
         x_zero_point=x_zero_point,
-        y_zero_point=y_zero_point,
-        low=low,
-        high=high,
-        out_dtype=dtype,
+        output=Output(y_zero_point, low, high, dtype),
     )
     return y
 
@@ -209,10 +201,7 @@ def _qmean(
         x,
         multiplier=multiplier,
         x_zero_point=x_zero_point,
-        y_zero_point=y_zero_point,
-        low=low,
-        high=high,
-        out_dtype=dtype,
+        output=Output(y_zero_point, low, high, dtype),
     )
     return y
 

@@ -3,8 +3,7 @@
 
 Integers are exact (sums below 2**53 in float64); every float32 operation is rounded once, to
 nearest, and none is contracted with another. An activation q stands for the number
-scale · (q − zero_point). Bounds `low` and `high` are in units of the output: a ReLU is
-``low=y_zero_point`` for 8 bits and ``low=0.0`` for float32.
+scale · (q − zero_point). What a result becomes is said by an `Output`.
 
 Every result is in channels_last; operands may be laid out in any way. The engines' faces
 (`hetconv_kernels.backends.cpu_int8`) have these names and arguments.
@@ -25,6 +24,7 @@ from ..pooling import Pool, max_pooled
 from ..problem import Geometry, check_image
 from ..support import Support
 from .checks import (
+    Output,
     check_activation,
     check_bounds,
     check_no_overflow,
@@ -34,6 +34,7 @@ from .checks import (
     check_scale,
     check_weight,
     check_zero_point,
+    limits,
 )
 
 
@@ -74,10 +75,7 @@ def fprop(
     multiplier: Tensor,
     bias: Tensor,
     x_zero_point: int,
-    y_zero_point: int,
-    low: float,
-    high: float,
-    out_dtype: torch.dtype,
+    output: Output,
     residual: Tensor | None = None,
     residual_multiplier: float = 1.0,
     residual_zero_point: int = 0,
@@ -99,10 +97,7 @@ def fprop(
         multiplier: sx · sw[f] / sy, for a float32 output sx · sw[f].  # float32 [F]
         bias: in units of sx · sw[f].  # int32 [F]
         x_zero_point: of x.
-        y_zero_point: of y; not read for a float32 output.
-        low: the least value of y.
-        high: the greatest value of y.
-        out_dtype: uint8, int8 or float32.
+        output: zero point, bounds and dtype of y.
         residual: added before the clamp.  # uint8 or int8 [N, F, OH, OW]
         residual_multiplier: sr / sy, for a float32 output sr.
         residual_zero_point: of the residual.
@@ -117,7 +112,7 @@ def fprop(
             whose accumulator could leave int32.
     """
     check_operand("input", x, x_zero_point)
-    check_bounds(low, high, out_dtype)
+    check_bounds(output)
     if x.shape[1] != support.channels:
         raise ArgumentError(mismatch("input channels", x.shape[1], f"{support.channels}"))
     check_image(geometry, x.shape[2], x.shape[3])
@@ -136,7 +131,7 @@ def fprop(
         check_scale("residual_multiplier", residual_multiplier)
         check_same(("output", "residual"), (t, residual))
         t = t + _scaled(residual, residual_zero_point, residual_multiplier)
-    y = _finish(t, y_zero_point, low, high, out_dtype)
+    y = _finish(t, output)
     return y if pool is None else _pooled(y, pool)
 
 
@@ -148,10 +143,7 @@ def add(
     b_multiplier: float,
     a_zero_point: int,
     b_zero_point: int,
-    y_zero_point: int,
-    low: float,
-    high: float,
-    out_dtype: torch.dtype,
+    output: Output,
 ) -> Tensor:
     """Adds: rint(clamp(float32(a − za) · ma + float32(b − zb) · mb, …)) + zy.
 
@@ -162,10 +154,7 @@ def add(
         b_multiplier: sb / sy, for a float32 output sb.
         a_zero_point: of a.
         b_zero_point: of b.
-        y_zero_point: of y; not read for a float32 output.
-        low: the least value of y.
-        high: the greatest value of y.
-        out_dtype: uint8, int8 or float32.
+        output: zero point, bounds and dtype of y.
 
     Returns:
         y in channels_last.  # [N, C, H, W]
@@ -181,9 +170,9 @@ def add(
         check_operand(name, operand, zero, f"{name}_zero_point")
         check_scale(f"{name}_multiplier", scale)
     check_same(("a", "b"), (a, b))
-    check_bounds(low, high, out_dtype)
+    check_bounds(output)
     t = _scaled(a, a_zero_point, a_multiplier) + _scaled(b, b_zero_point, b_multiplier)
-    return _finish(t, y_zero_point, low, high, out_dtype)
+    return _finish(t, output)
 
 
 def requantize(
@@ -191,10 +180,7 @@ def requantize(
     *,
     multiplier: float,
     x_zero_point: int,
-    y_zero_point: int,
-    low: float,
-    high: float,
-    out_dtype: torch.dtype,
+    output: Output,
 ) -> Tensor:
     """Brings x to another scale: rint(clamp(float32(x − zx) · multiplier, …)) + zy.
 
@@ -205,8 +191,8 @@ def requantize(
     """
     check_operand("input", x, x_zero_point)
     check_scale("multiplier", multiplier)
-    check_bounds(low, high, out_dtype)
-    return _finish(_scaled(x, x_zero_point, multiplier), y_zero_point, low, high, out_dtype)
+    check_bounds(output)
+    return _finish(_scaled(x, x_zero_point, multiplier), output)
 
 
 def max_pool(x: Tensor, pool: Pool) -> Tensor:
@@ -232,10 +218,7 @@ def mean(
     *,
     multiplier: float,
     x_zero_point: int,
-    y_zero_point: int,
-    low: float,
-    high: float,
-    out_dtype: torch.dtype,
+    output: Output,
 ) -> Tensor:
     """Averages over height and width: rint(clamp(float32(Σ x − n · zx) · m, …)) + zy.
 
@@ -245,10 +228,7 @@ def mean(
         x: activations.  # uint8 or int8 [N, C, H, W]
         multiplier: sx / sy, for a float32 output sx; a double.
         x_zero_point: of x.
-        y_zero_point: of y; not read for a float32 output.
-        low: the least value of y.
-        high: the greatest value of y.
-        out_dtype: uint8, int8 or float32.
+        output: zero point, bounds and dtype of y.
 
     Returns:
         y in channels_last.  # [N, C, 1, 1]
@@ -260,13 +240,13 @@ def mean(
     """
     check_operand("input", x, x_zero_point)
     check_scale("multiplier", multiplier)
-    check_bounds(low, high, out_dtype)
+    check_bounds(output)
     pixels = x.shape[2] * x.shape[3]
     if not 0 < pixels < 2**23:
         raise ArgumentError(mismatch("pixels to average", pixels, f"from 1 to {2**23 - 1}"))
     total = x.to(torch.int64).sum((2, 3), keepdim=True) - pixels * x_zero_point
     t = total.to(torch.float32) * _float32(multiplier / pixels, x.device)
-    return _finish(t, y_zero_point, low, high, out_dtype)
+    return _finish(t, output)
 
 
 def quantize_tensor(x: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> Tensor:
@@ -295,9 +275,8 @@ def quantize_tensor(x: Tensor, scale: float, zero_point: int, dtype: torch.dtype
         raise ArgumentError(mismatch("input shape", tuple(x.shape), "[N, C, H, W]"))
     check_scale("scale", scale)
     check_zero_point("zero_point", zero_point, dtype)
-    least, greatest = _limits(dtype)
     t = x / _float32(scale, x.device)
-    return _finish(torch.where(t.isnan(), 0.0, t), zero_point, least, greatest, dtype)
+    return _finish(torch.where(t.isnan(), 0.0, t), Output(zero_point, *limits(dtype), dtype))
 
 
 def dequantize(x: Tensor, scale: float, zero_point: int) -> Tensor:
@@ -326,11 +305,6 @@ def _pooled(x: Tensor, pool: Pool) -> Tensor:
     return _like_channels_last(max_pooled(x.to(torch.float32), pool).to(x.dtype))
 
 
-def _limits(dtype: torch.dtype) -> tuple[int, int]:
-    info = torch.iinfo(dtype)
-    return info.min, info.max
-
-
 def _float32(value: float, device: torch.device) -> Tensor:
     """Rounds a number to float32 once; as a Python number PyTorch might carry it wider."""
     return torch.tensor(value, dtype=torch.float32, device=device)
@@ -341,8 +315,9 @@ def _scaled(x: Tensor, zero_point: int, multiplier: float) -> Tensor:
     return centred * _float32(multiplier, x.device)
 
 
-def _finish(t: Tensor, zero_point: int, low: float, high: float, dtype: torch.dtype) -> Tensor:
+def _finish(t: Tensor, output: Output) -> Tensor:
     """Clamps and, for 8 bits, rounds half to even and adds the zero point."""
+    zero_point, low, high, dtype = output
     if dtype == torch.float32:
         return _like_channels_last(t.clamp(low, high))
     check_zero_point("y_zero_point", zero_point, dtype)

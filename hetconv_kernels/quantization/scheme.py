@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError, mismatch
 from ..support import Support
-from .checks import check_no_overflow, check_scale, check_zero_point, limits
+from .checks import Output, check_no_overflow, check_scale, check_zero_point, limits
 
 # The largest magnitude of a weight: symmetric, -128 is not used.
 WEIGHT_MAX = 127
@@ -148,6 +148,17 @@ def bounds(act: str) -> tuple[float, float]:
             )
         )
     return known[act]
+
+
+def output_of(y: Scale | None, act: str) -> Output:
+    """Returns what a layer's results become: integers of a Scale or, for None, float32.
+
+    Raises:
+        ArgumentError: an activation that is no clamp.
+    """
+    if y is None:
+        return Output(0, *bounds(act), torch.float32)
+    return Output(y.zero_point, *y.bounds(act), y.dtype)
 
 
 def ratio(numerator: Scale, denominator: Scale | None) -> float:

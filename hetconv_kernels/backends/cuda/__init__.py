@@ -15,9 +15,9 @@ from functools import cache
 import torch
 
 from ...problem import Problem
-from .. import Runner
 from ..gpu.constants import constants_of
 from ..gpu.devices import gpu_reasons
+from ..protocol import Runner
 from . import choice
 from .calls import MAX_SPAN, NarrowCall, element_span, vector
 from .scattered_calls import ScatteredCall

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...problem import Problem
-from .. import Runner
 from ..gpu import parts
 from ..gpu.constants import constants_of
 from ..gpu.devices import gpu_reasons
+from ..protocol import Runner
 from . import choice, table, wgrad_choice
 from .lowering import MAX_TAPS
 from .picking import all_choices, pick_choice

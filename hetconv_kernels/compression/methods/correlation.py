@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...masks import BoolArray
+from ...masks import BoolArray, FloatArray
 from ..method import Method
 from ..run import Run
 from ..schedule import check_count, check_fraction, check_positive, removable, share
-from ..scores import FloatArray, correlation, outgoing, pair_correlation
+from ..scores import correlation, outgoing, pair_correlation
 from ..tolerance import Goal, until
 from .wsp import check_interfaces
 

@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from ...masks import BoolArray
+from ...masks import BoolArray, FloatArray
 from ..method import Method
 from ..run import Run
 from ..schedule import check_count, check_fraction, check_positive, weakest
-from ..scores import FloatArray, outgoing
+from ..scores import outgoing
 from .wsp import check_interfaces
 
 __all__ = ["PlayAndPrune", "headroom", "next_pressure"]

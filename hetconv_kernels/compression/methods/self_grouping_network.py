@@ -11,10 +11,10 @@ from torch import nn
 
 from ...backends import get_backend
 from ...errors import ArgumentError, SupportError, mismatch
+from ...self_grouping import self_group
 from ..method import STEM, Method, is_stem
 from ..run import Run, WeightLayer
 from ..schedule import check_count, check_fraction, rising
-from .self_grouping import self_group
 
 
 @dataclass(frozen=True)

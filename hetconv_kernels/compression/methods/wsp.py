@@ -10,12 +10,12 @@ import numpy as np
 from torch import nn
 
 from ...errors import ArgumentError
-from ...masks import BoolArray, IntArray
+from ...masks import BoolArray, FloatArray, IntArray
 from ..interfaces import Reader
 from ..method import Method
 from ..run import Run
 from ..schedule import check_count, check_fraction, weakest
-from ..scores import FloatArray, incoming, outgoing
+from ..scores import incoming, outgoing
 
 __all__ = ["WeakSubnetwork", "weak_channels"]
 

@@ -21,7 +21,7 @@ from ...files import write_text
 from .timeline import _named
 
 _WARM_UP = 2
-_WIDTH, _ROW, _LEFT = 1200.0, 24.0, 0.0
+_WIDTH, _ROW = 1200.0, 24.0
 # Bars that would be narrower than this are left out of the picture, and counted.
 _LEAST = 0.6
 _ROWS = 8

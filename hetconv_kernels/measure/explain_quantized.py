@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..backends import ENGINE_OF_CODE, forced_code
-from ..measure.explanation import Candidate, Explanation, packing_seconds
-from ..measure.timing import interleaved
 from ..nn.quantized_layer import QuantizedLayer
-from .engine import engine_name, engine_names
+from ..quantization.engine import engine_name, engine_names
+from .explanation import Candidate, Explanation, packing_seconds
+from .timing import interleaved
 
 
 def explain_quantized(layer: QuantizedLayer, x: Tensor, measure: bool = True) -> Explanation:

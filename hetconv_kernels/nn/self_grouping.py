@@ -17,7 +17,7 @@ class SelfGroupConv2d(SupportConv2d):
     """A self-grouping convolution: each cluster of filters reads its own set of channels.
 
     Groups are uneven in filters and channels, and overlap. Which channels a cluster keeps is chosen
-    from trained weights (`hetconv_kernels.compression.methods.self_grouping`); this layer runs the
+    from trained weights (`hetconv_kernels.self_grouping`); this layer runs the
     result.
 
     Source: Guo, Wu, Kittler, Feng, "Self-grouping convolutional neural networks", Neural Networks

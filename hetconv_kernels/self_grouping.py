@@ -17,13 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ...errors import ArgumentError, HetconvError, SupportError, mismatch
-from ...masks import BoolArray, IntArray
-from ...support import Support
-from ..schedule import check_count
-from ..scores import FloatArray
-
-__all__ = ["self_group"]
+from .errors import ArgumentError, HetconvError, SupportError, mismatch
+from .integers import as_count
+from .masks import BoolArray, FloatArray, IntArray
+from .support import Support
 
 
 def self_group(
@@ -78,7 +75,7 @@ def self_group(
         SupportError: ``support`` has another shape, or no weight of the layer would survive.
         HetconvError: scikit-learn is not installed.
     """
-    _check_percent(percent)
+    check_percent(percent)
     if isinstance(clusters, bool) or not isinstance(clusters, int | np.integer) or clusters < 1:
         raise ArgumentError(mismatch("clusters", repr(clusters), "a positive integer"))
     array = _as_array(weight)
@@ -273,7 +270,7 @@ def group_channels(
     Raises:
         ArgumentError: shapes that do not match, a negative label, percent out of range.
     """
-    _check_percent(percent)
+    check_percent(percent)
     vectors, label = np.asarray(importance, np.float64), np.asarray(labels)
     if vectors.ndim != 2 or vectors.size == 0:
         raise ArgumentError(mismatch("importance", f"shape {vectors.shape}", "a 2-D array [F, C]"))
@@ -288,7 +285,7 @@ def group_channels(
         raise ArgumentError(
             mismatch("alive", f"{live.dtype} {live.shape}", f"bool {vectors.shape}")
         )
-    check_count("granularity", granularity, 1)
+    as_count("granularity", granularity)
     centre = centroids(vectors, label)
     if granularity > 1:
         starts = np.arange(0, vectors.shape[1], granularity)
@@ -296,7 +293,7 @@ def group_channels(
         centre = np.repeat(np.add.reduceat(centre, starts, axis=1) / lengths, lengths, axis=1)
     threshold = np.percentile(np.where(live, centre[label], 0.0), percent)
     keep: BoolArray = centre > threshold
-    check_count("fill", fill, 1)
+    as_count("fill", fill)
     if fill > 1:
         for own in range(len(keep)):
             _fill(keep[own], centre[own], live[label == own].any(axis=0), fill)
@@ -317,7 +314,8 @@ def _fill(keep: BoolArray, centre: FloatArray, live: BoolArray, fill: int) -> No
     keep[order[:wanted]] = True
 
 
-def _check_percent(percent: float) -> None:
+def check_percent(percent: float) -> None:
+    """Refuses a share of pairs that is not 0 ≤ percent < 100."""
     if isinstance(percent, bool) or not isinstance(percent, int | float | np.number):
         raise ArgumentError(mismatch("percent", repr(percent), "a number, 0 <= percent < 100"))
     if not 0 <= percent < 100:
