@@ -11,8 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Bits of a step word, lowest first: tap column, tap row, then the channel block.
-TAP_BITS = 5
+from .device_words import channel_block, tap_col, tap_row
+
 # Places of the fields of a class in the geometry table; `geometry.GATHER_LINE` is the host's.
 SEGMENTS = tl.constexpr(0)  # of filters
 HEIGHT = tl.constexpr(1)  # pixels that this class computes in one image, rows and columns
@@ -108,7 +108,7 @@ def fprop_kernel_gather(
         x: activations, any strides.  # [N, C, H, W]
         slabs: packed weights.  # [steps, BN, BK]
         y: result; written where the tile has pixels and filters.
-        words: channel block, tap row and tap column of each step, and one spare.  # int32
+        words: of the steps (see `words`), and one spare.  # int32
         starts: first step of each segment of each class, and the end.  # int32
         rows: filters of each segment: all of them (SCATTER), or the first of each over ROW_UNIT.
         geometry: `geometry.GATHER_LINE` of each class.  # int64 [classes, fields]
@@ -187,15 +187,15 @@ def fprop_kernel_gather(
     word = tl.load(words + start)
     for s in range(start, end):
         following = tl.load(words + s + 1)
-        tap_row = (word >> 5) & 31
-        tap_col = word & 31
-        channel = (word >> 10) * BK
+        k_h = tap_row(word)
+        k_w = tap_col(word)
+        channel = channel_block(word) * BK
         if LAST:
-            offset = (tap_row * step_h + tap_col * step_w) * UNIT + channel
+            offset = (k_h * step_h + k_w * step_w) * UNIT + channel
         else:
-            offset = (tap_row * step_h + tap_col * step_w) * UNIT + channel * x_c
+            offset = (k_h * step_h + k_w * step_w) * UNIT + channel * x_c
         if PADDED:
-            seen = ((rows_seen >> tap_row) & (cols_seen >> tap_col) & 1) != 0
+            seen = ((rows_seen >> k_h) & (cols_seen >> k_w) & 1) != 0
             if TAIL:
                 live = seen[:, None] & (lane < channels - channel)[None, :]
             else:

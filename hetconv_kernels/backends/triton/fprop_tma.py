@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .device_words import channel_block, slab, tap_col, tap_row
 from .fprop import (
     BASE_H,
     BASE_W,
@@ -71,7 +72,7 @@ def fprop_kernel_tma(
         yd: y as [N, H, W, F] in boxes [BI, BH, BW, BF], if WHOLE.
         rd: the residual likewise, or None.
         y: the result itself.
-        words: slab, channel block, tap row and tap column of each step, and one spare.  # int64
+        words: of the steps with their slabs (see `words`), and one spare.  # int64
         starts: first step of each segment of each list, and the end; then which list the tiles of
             a row and of a column run (see `borders`).  # int32
         rows: filters of each segment: all of them (SCATTER), or the first of each over ROW_UNIT.
@@ -128,9 +129,9 @@ def fprop_kernel_tma(
         word = tl.load(words + start)
         for s in range(start, end):
             following = tl.load(words + s + 1)  # one step ahead, see `fprop`
-            shift_h = ((word >> 5) & 31).to(tl.int32) * tap_h
-            shift_w = (word & 31).to(tl.int32) * tap_w
-            c = ((word >> 10) & 0x1FFFFF).to(tl.int32) * BK
+            shift_h = tap_row(word) * tap_h
+            shift_w = tap_col(word) * tap_w
+            c = channel_block(word) * BK
             if FOLD:
                 # Pixel 2i + q lies at parity q & 1 of place i + (q >> 1), columns side by side.
                 q_h = base_h + shift_h
@@ -147,7 +148,7 @@ def fprop_kernel_tma(
             else:
                 box = xd.load([image, at_h + shift_h, at_w + shift_w, c])
             b = box.reshape(BI * BH * BW, BK)
-            a = wd.load([(word >> 32).to(tl.int32) * BF, 0])
+            a = wd.load([slab(word) * BF, 0])
             acc = multiply(a, b.T, acc, "tf32", INTERPRETED)
             word = following
 

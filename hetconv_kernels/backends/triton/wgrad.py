@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .device_words import channel_block, tap_col, tap_row
 from .fprop import multiply
 
 # Places of the fields of the geometry table; `geometry.WGRAD_LINE` has them for the host.
@@ -66,7 +67,7 @@ def wgrad_kernel_gather(
         dy: gradient of y, any strides.  # [N, F, OH, OW]
         x: activations, any strides.  # [N, C, H, W]
         partials: result, by split, launch and job.  # float32 [splits, ..., jobs, TAPS, BF, BC]
-        words: channel block, tap row and first tap column of each job (see `fprop`).  # int32
+        words: of the first step of each job (see `words`).  # int32
         owners: segment of each job.  # int32
         rows: filters of each segment, -1 for none (SCATTER), or the first of each over ROW_UNIT.
         geometry: `geometry.WGRAD_LINE`.  # int64
@@ -101,10 +102,10 @@ def wgrad_kernel_gather(
 
     word = tl.load(words + job)
     segment = tl.load(owners + job)
-    shift_h = ((word >> 5) & 31) * tl.load(geometry + WGRAD_DILATION_H).to(tl.int32)
+    shift_h = tap_row(word) * tl.load(geometry + WGRAD_DILATION_H).to(tl.int32)
     shift_h -= tl.load(geometry + WGRAD_PAD_H).to(tl.int32)
-    shift_w = (word & 31) * dilation_w - tl.load(geometry + WGRAD_PAD_W).to(tl.int32)
-    channel = (word >> 10) * BC + tl.arange(0, BC)
+    shift_w = tap_col(word) * dilation_w - tl.load(geometry + WGRAD_PAD_W).to(tl.int32)
+    channel = channel_block(word) * BC + tl.arange(0, BC)
     channel_live = channel < tl.load(geometry + WGRAD_CHANNELS).to(tl.int32) * UNIT
     if SCATTER:
         f = tl.load(rows + segment * BF + tl.arange(0, BF))

@@ -15,9 +15,9 @@ from .lowering import (
     coarsened,
     only_live,
     slab_positions,
-    step_words,
     unless_identity,
 )
+from .words import step_words
 
 
 class Jobs(NamedTuple):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .device_words import channel_block, tap_col, tap_row
 from .fprop import multiply
 from .wgrad import (
     WGRAD_DILATION_H,
@@ -64,7 +65,7 @@ def wgrad_kernel_tma(
         dyd: dy as [N, OH, OW, F] in boxes [BI, BH, BW, BF].
         xd: x as [N, H, W, C] in boxes [BI, BH, BW, BC].
         partials: result, by split, launch and job.  # float32 [splits, ..., jobs, TAPS, BF, BC]
-        words: channel block, tap row and first tap column of each job (see `fprop`).  # int32
+        words: of the first step of each job (see `words`).  # int32
         owners: segment of each job.  # int32
         rows: the first filter of each segment, over ROW_UNIT.  # int32
         geometry: `geometry.WGRAD_LINE`; boxes are split evenly here.  # int64
@@ -88,10 +89,10 @@ def wgrad_kernel_tma(
     image_w = tl.load(geometry + WGRAD_IMAGE_W).to(tl.int32)
 
     word = tl.load(words + job)
-    shift_h = ((word >> 5) & 31) * tl.load(geometry + WGRAD_DILATION_H).to(tl.int32)
+    shift_h = tap_row(word) * tl.load(geometry + WGRAD_DILATION_H).to(tl.int32)
     shift_h -= tl.load(geometry + WGRAD_PAD_H).to(tl.int32)
-    shift_w = (word & 31) * dilation_w - tl.load(geometry + WGRAD_PAD_W).to(tl.int32)
-    c = (word >> 10) * BC
+    shift_w = tap_col(word) * dilation_w - tl.load(geometry + WGRAD_PAD_W).to(tl.int32)
+    c = channel_block(word) * BC
     f = tl.load(rows + tl.load(owners + job)) * ROW_UNIT
 
     # The rectangle of tiles that this job's taps reach x from.
