@@ -27,9 +27,10 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "aot"
 BACKENDS = ROOT / "hetconv_kernels" / "backends"
 # What a configuration and its machine code depend on; and the devices, which say how deep it goes.
-KERNELS = ("device_words", "fprop", "fprop_tma", "tiles", "wgrad", "wgrad_tma", "words")
+KERNELS = ("fprop", "fprop_tma", "wgrad", "wgrad_tma", "epilogue", "tiles")
+TABLES = ("device_words", "fields", "geometry", "words")
 SOURCES = [
-    *(BACKENDS / "triton" / f"{name}.py" for name in KERNELS),
+    *(BACKENDS / "triton" / f"{name}.py" for name in KERNELS + TABLES),
     BACKENDS / "gpu" / "devices.py",
     *(ROOT / "tests" / name for name in ("aot.py", "shipped.py")),
 ]

@@ -246,16 +246,12 @@ def test_docstring_examples_run() -> None:
 
 @needs_triton
 def test_the_kernels_read_the_fields_that_the_host_fills() -> None:
-    from hetconv_kernels.backends.triton import fprop, geometry, wgrad
+    from hetconv_kernels.backends.triton import fields, geometry
 
-    for module, prefix, line in (
-        (fprop, "", geometry.GATHER_LINE),
-        (wgrad, "WGRAD_", geometry.WGRAD_LINE),
-    ):
-        assert line.names is not None
-        places = [getattr(module, prefix + name.upper()).value for name in line.names]
-        assert places == [*range(len(line.names))]
-    assert len(geometry.GATHER_LINE) == fprop.CLASS_FIELDS.value
+    for prefix, names in (("", geometry.GATHER_FIELDS), ("WGRAD_", geometry.WGRAD_FIELDS)):
+        places = [getattr(fields, prefix + name.upper()).value for name in names]
+        assert places == [*range(len(names))]
+    assert len(geometry.GATHER_FIELDS) == fields.CLASS_FIELDS.value
 
 
 # Launches -----------------------------------------------------------------------------------------

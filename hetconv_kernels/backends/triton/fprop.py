@@ -12,36 +12,28 @@ import triton
 import triton.language as tl
 
 from .device_words import channel_block, tap_col, tap_row
-
-# Places of the fields of a class in the geometry table; `geometry.GATHER_LINE` is the host's.
-SEGMENTS = tl.constexpr(0)  # of filters
-HEIGHT = tl.constexpr(1)  # pixels that this class computes in one image, rows and columns
-WIDTH = tl.constexpr(2)
-PIXELS = tl.constexpr(3)  # of all images
-LOAD_H = tl.constexpr(4)  # a pixel (i, j) reads row base_h + i * load_h + tap row * tap_h
-LOAD_W = tl.constexpr(5)
-BASE_H = tl.constexpr(6)
-BASE_W = tl.constexpr(7)
-TAP_H = tl.constexpr(8)
-TAP_W = tl.constexpr(9)
-IMAGE_H = tl.constexpr(10)  # of the operand that is read
-IMAGE_W = tl.constexpr(11)
-X_N = tl.constexpr(12)  # its strides; in units of UNIT but for the channels
-X_H = tl.constexpr(13)
-X_W = tl.constexpr(14)
-X_C = tl.constexpr(15)
-STORE_H = tl.constexpr(16)  # and writes row first_h + i * store_h
-STORE_W = tl.constexpr(17)
-FIRST_H = tl.constexpr(18)
-FIRST_W = tl.constexpr(19)
-Y_N = tl.constexpr(20)  # strides of the result, in units of ROW_UNIT but for the filters
-Y_H = tl.constexpr(21)
-Y_W = tl.constexpr(22)
-Y_C = tl.constexpr(23)
-CHANNELS = tl.constexpr(24)  # of the operand that is read, in units of UNIT
-TAPS = tl.constexpr(25)  # the longer edge of the kernel within this class
-LISTS = tl.constexpr(26)  # of boxes: where the lists of its tiles are found, see `borders`
-CLASS_FIELDS = tl.constexpr(27)
+from .epilogue import epilogue
+from .fields import (
+    BASE_H,
+    BASE_W,
+    CHANNELS,
+    CLASS_FIELDS,
+    HEIGHT,
+    IMAGE_H,
+    IMAGE_W,
+    LOAD_H,
+    LOAD_W,
+    PIXELS,
+    SEGMENTS,
+    TAP_H,
+    TAP_W,
+    TAPS,
+    WIDTH,
+    X_C,
+    X_H,
+    X_N,
+    X_W,
+)
 
 
 @triton.jit
@@ -52,21 +44,6 @@ def pack_kernel_gather(w, source, slabs, size, BLOCK: tl.constexpr):
     place = tl.load(source + at, mask=inside, other=-1)
     value = tl.load(w + place, mask=place >= 0, other=0.0)
     tl.store(slabs + at, value.to(slabs.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def activate(z, ACT: tl.constexpr):
-    """Applies an activation in float32."""
-    if ACT == "relu":
-        z = tl.where(z < 0, 0.0, z)  # as PyTorch: NaN stays NaN
-    elif ACT == "relu6":
-        z = tl.where(z < 0, 0.0, z)
-        z = tl.where(z > 6, 6.0, z)
-    elif ACT == "silu":
-        z = z * tl.sigmoid(z)
-    elif ACT == "gelu":
-        z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
-    return z
 
 
 @triton.jit
@@ -210,29 +187,23 @@ def fprop_kernel_gather(
         weights += BN * BK
         word = following
 
-    if SCATTER:
-        f = tl.load(rows + segment * BN + tl.arange(0, BN))
-        known = f >= 0
-    else:
-        f = tl.load(rows + segment) * ROW_UNIT + tl.arange(0, BN)
-        known = f < tl.load(rows + segment + 1) * ROW_UNIT
-    out_h = i * tl.load(table + STORE_H).to(tl.int32) + tl.load(table + FIRST_H).to(tl.int32)
-    out_w = j * tl.load(table + STORE_W).to(tl.int32) + tl.load(table + FIRST_W).to(tl.int32)
-    out = (
-        image.to(tl.int64) * tl.load(table + Y_N)
-        + out_h * tl.load(table + Y_H)
-        + out_w * tl.load(table + Y_W)
-    ) * ROW_UNIT
-    if LAST:
-        target = out[:, None] + f[None, :]
-    else:
-        target = out[:, None] + f[None, :] * tl.load(table + Y_C)
-    written = inside[:, None] & known[None, :]
-    if scale is not None:
-        acc = acc * tl.load(scale + f, mask=known, other=0.0).to(tl.float32)[None, :]
-    if shift is not None:
-        acc = acc + tl.load(shift + f, mask=known, other=0.0).to(tl.float32)[None, :]
-    if residual is not None:
-        acc = acc + tl.load(residual + target, mask=written, other=0.0).to(tl.float32)
-    acc = activate(acc, ACT)
-    tl.store(y + target, acc.to(y.dtype.element_ty), mask=written)
+    epilogue(
+        acc,
+        y,
+        table,
+        rows,
+        segment,
+        image,
+        i,
+        j,
+        inside,
+        scale,
+        shift,
+        residual,
+        BN,
+        ROW_UNIT,
+        LAST,
+        SCATTER,
+        ACT,
+        0,
+    )

@@ -12,30 +12,23 @@ import triton
 import triton.language as tl
 
 from .device_words import channel_block, slab, tap_col, tap_row
-from .fprop import (
+from .epilogue import activate, epilogue, scaled, segment_filters
+from .fields import (
     BASE_H,
     BASE_W,
     CHANNELS,
     CLASS_FIELDS,
-    FIRST_H,
-    FIRST_W,
     HEIGHT,
     LISTS,
     LOAD_H,
     LOAD_W,
     PIXELS,
     SEGMENTS,
-    STORE_H,
-    STORE_W,
     TAP_H,
     TAP_W,
     WIDTH,
-    Y_H,
-    Y_N,
-    Y_W,
-    activate,
-    multiply,
 )
+from .fprop import multiply
 
 
 @triton.jit
@@ -152,23 +145,9 @@ def fprop_kernel_tma(
             acc = multiply(a, b.T, acc, "tf32", INTERPRETED)
             word = following
 
-        # Places in y of the tile's pixels.
-        p = tl.arange(0, BI * BH * BW)
-        n = image + p // (BH * BW)
-        i = first_h + (p // BW) % BH
-        j = first_w + p % BW
-        inside = (n < images) & (i < height) & (j < width)
-        if SCATTER:
-            f = tl.load(rows + segment * BF + tl.arange(0, BF))
-            known = f >= 0
-        else:
-            f = tl.load(rows + segment) * ROW_UNIT + tl.arange(0, BF)
-            known = f < tl.load(rows + segment + 1) * ROW_UNIT
-        if scale is not None:
-            acc = acc * tl.load(scale + f, mask=known, other=0.0).to(tl.float32)[:, None]
-        if shift is not None:
-            acc = acc + tl.load(shift + f, mask=known, other=0.0).to(tl.float32)[:, None]
         if WHOLE:
+            f, known = segment_filters(rows, segment, BF, ROW_UNIT, SCATTER)
+            acc = scaled(acc, f, known, scale, shift, 1)
             place = [image, first_h, first_w, tl.load(rows + segment) * ROW_UNIT]
             if rd is not None:
                 more = rd.load(place).reshape(BI * BH * BW, BF).T
@@ -176,20 +155,28 @@ def fprop_kernel_tma(
             acc = activate(acc, ACT)
             yd.store(place, acc.to(yd.dtype).T.reshape(BI, BH, BW, BF))
         else:
-            out_h = i * tl.load(table + STORE_H).to(tl.int32) + tl.load(table + FIRST_H).to(
-                tl.int32
+            p = tl.arange(0, BI * BH * BW)
+            n = image + p // (BH * BW)
+            i = first_h + (p // BW) % BH
+            j = first_w + p % BW
+            inside = (n < images) & (i < height) & (j < width)
+            epilogue(
+                acc,
+                y,
+                table,
+                rows,
+                segment,
+                n,
+                i,
+                j,
+                inside,
+                scale,
+                shift,
+                residual,
+                BF,
+                ROW_UNIT,
+                True,
+                SCATTER,
+                ACT,
+                1,
             )
-            out_w = j * tl.load(table + STORE_W).to(tl.int32) + tl.load(table + FIRST_W).to(
-                tl.int32
-            )
-            out = (
-                n.to(tl.int64) * tl.load(table + Y_N)
-                + out_h * tl.load(table + Y_H)
-                + out_w * tl.load(table + Y_W)
-            ) * ROW_UNIT
-            target = f[:, None] + out[None, :]
-            written = known[:, None] & inside[None, :]
-            if residual is not None:
-                acc = acc + tl.load(residual + target, mask=written, other=0.0).to(tl.float32)
-            acc = activate(acc, ACT)
-            tl.store(y + target, acc.to(y.dtype.element_ty), mask=written)

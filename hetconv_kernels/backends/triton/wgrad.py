@@ -11,33 +11,33 @@ import triton
 import triton.language as tl
 
 from .device_words import channel_block, tap_col, tap_row
+from .fields import (
+    WGRAD_CHANNELS,
+    WGRAD_DILATION_H,
+    WGRAD_DILATION_W,
+    WGRAD_FILTERS,
+    WGRAD_FIRST,
+    WGRAD_HEIGHT,
+    WGRAD_IMAGE_H,
+    WGRAD_IMAGE_W,
+    WGRAD_PAD_H,
+    WGRAD_PAD_W,
+    WGRAD_PARTIAL,
+    WGRAD_PIXELS,
+    WGRAD_SPLIT,
+    WGRAD_STRIDE_H,
+    WGRAD_STRIDE_W,
+    WGRAD_WIDTH,
+    WGRAD_X_C,
+    WGRAD_X_H,
+    WGRAD_X_N,
+    WGRAD_X_W,
+    WGRAD_Y_C,
+    WGRAD_Y_H,
+    WGRAD_Y_N,
+    WGRAD_Y_W,
+)
 from .fprop import multiply
-
-# Places of the fields of the geometry table; `geometry.WGRAD_LINE` has them for the host.
-WGRAD_HEIGHT = tl.constexpr(0)  # of y, in pixels
-WGRAD_WIDTH = tl.constexpr(1)
-WGRAD_PIXELS = tl.constexpr(2)  # of all images
-WGRAD_SPLIT = tl.constexpr(3)  # pixels of one split, a multiple of BP
-WGRAD_STRIDE_H = tl.constexpr(4)
-WGRAD_STRIDE_W = tl.constexpr(5)
-WGRAD_PAD_H = tl.constexpr(6)
-WGRAD_PAD_W = tl.constexpr(7)
-WGRAD_DILATION_H = tl.constexpr(8)
-WGRAD_DILATION_W = tl.constexpr(9)
-WGRAD_IMAGE_H = tl.constexpr(10)  # of x
-WGRAD_IMAGE_W = tl.constexpr(11)
-WGRAD_X_N = tl.constexpr(12)  # strides in units of the kernel's UNIT, but for the channels
-WGRAD_X_H = tl.constexpr(13)
-WGRAD_X_W = tl.constexpr(14)
-WGRAD_X_C = tl.constexpr(15)
-WGRAD_Y_N = tl.constexpr(16)  # strides in units of ROW_UNIT, but for the filters
-WGRAD_Y_H = tl.constexpr(17)
-WGRAD_Y_W = tl.constexpr(18)
-WGRAD_Y_C = tl.constexpr(19)
-WGRAD_CHANNELS = tl.constexpr(20)  # in units
-WGRAD_FILTERS = tl.constexpr(21)
-WGRAD_PARTIAL = tl.constexpr(22)  # float32 values of one split, those of all launches
-WGRAD_FIRST = tl.constexpr(23)  # those before this launch's
 
 
 @triton.jit

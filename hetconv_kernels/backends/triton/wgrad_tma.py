@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 
 from .device_words import channel_block, tap_col, tap_row
-from .fprop import multiply
-from .wgrad import (
+from .fields import (
     WGRAD_DILATION_H,
     WGRAD_DILATION_W,
     WGRAD_HEIGHT,
@@ -25,8 +24,9 @@ from .wgrad import (
     WGRAD_STRIDE_H,
     WGRAD_STRIDE_W,
     WGRAD_WIDTH,
-    store_slabs,
 )
+from .fprop import multiply
+from .wgrad import store_slabs
 
 
 @triton.jit
