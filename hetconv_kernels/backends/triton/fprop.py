@@ -55,6 +55,131 @@ def multiply(a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def pixels_of(block, height, width, pixels, BM: tl.constexpr):
+    """Returns image, row and column of each pixel of a block, and which of them there are."""
+    m = block * BM + tl.arange(0, BM)
+    inside = m < pixels
+    m = tl.minimum(m, pixels - 1)
+    image = m // (height * width)
+    place = m - image * (height * width)
+    i = place // width
+    j = place - i * width
+    return image, i, j, inside
+
+
+@triton.jit
+def taps_seen(table, row, col, tap_h, tap_w, PADDED: tl.constexpr):
+    """Returns which tap rows and columns of each pixel lie in the image, in bit k that of tap k.
+
+    Args:
+        table: `geometry.GATHER_LINE` of the class.
+        row: that the first tap of each pixel reads.
+        col: its column.
+        tap_h: rows from one tap to the next.
+        tap_w: the same for columns.
+        PADDED: whether any lies outside; the bits are not read where not.
+    """
+    rows_seen = tl.zeros_like(row)
+    cols_seen = tl.zeros_like(row)
+    if PADDED:
+        image_h = tl.load(table + IMAGE_H).to(tl.int32)
+        image_w = tl.load(table + IMAGE_W).to(tl.int32)
+        for k in range(tl.load(table + TAPS).to(tl.int32)):
+            at_h = row + k * tap_h
+            at_w = col + k * tap_w
+            rows_seen |= ((at_h >= 0) & (at_h < image_h)).to(tl.int32) << k
+            cols_seen |= ((at_w >= 0) & (at_w < image_w)).to(tl.int32) << k
+    return rows_seen, cols_seen
+
+
+@triton.jit
+def sum_steps(
+    x,
+    slabs,
+    words,
+    starts,
+    table,
+    segments,
+    segment,
+    block,
+    pixels,
+    image,
+    i,
+    j,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    UNIT: tl.constexpr,
+    LAST: tl.constexpr,
+    PADDED: tl.constexpr,
+    TAIL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Adds up the products of a segment's steps for a block of pixels.
+
+    Arguments are those of the kernel; the class's line, segments and pixels; which of its segments
+    and blocks these are; and image, row and column of each pixel.
+
+    Returns:
+        The sums.  # float32 [BM, BN]
+    """
+    row = i * tl.load(table + LOAD_H).to(tl.int32) + tl.load(table + BASE_H).to(tl.int32)
+    col = j * tl.load(table + LOAD_W).to(tl.int32) + tl.load(table + BASE_W).to(tl.int32)
+    tap_h = tl.load(table + TAP_H).to(tl.int32)
+    tap_w = tl.load(table + TAP_W).to(tl.int32)
+    x_h = tl.load(table + X_H)
+    x_w = tl.load(table + X_W)
+    x_c = tl.load(table + X_C)
+    base = (image.to(tl.int64) * tl.load(table + X_N) + row * x_h + col * x_w) * UNIT
+    step_h = x_h * tap_h
+    step_w = x_w * tap_w
+    lane = tl.arange(0, BK)
+    if LAST:
+        pointers = x + (base[:, None] + lane[None, :])
+    else:
+        pointers = x + (base[:, None] + lane[None, :] * x_c)
+    channels = tl.load(table + CHANNELS).to(tl.int32) * UNIT
+    rows_seen, cols_seen = taps_seen(table, row, col, tap_h, tap_w, PADDED)
+
+    first = tl.program_id(1) * segments + segment
+    start = tl.load(starts + first)
+    end = tl.load(starts + first + 1)
+    # A class may have fewer tiles than the grid; such a program computes nothing.
+    end = tl.where(block * BM < pixels, end, start)
+    weights = slabs + start.to(tl.int64) * (BN * BK)
+    weights += tl.arange(0, BN)[:, None] * BK + lane[None, :]
+    acc = tl.zeros((BM, BN), tl.float32)
+    # The word is read one step ahead; read where it is used, it would cost half the pipeline.
+    word = tl.load(words + start)
+    for s in range(start, end):
+        following = tl.load(words + s + 1)
+        k_h = tap_row(word)
+        k_w = tap_col(word)
+        channel = channel_block(word) * BK
+        if LAST:
+            offset = (k_h * step_h + k_w * step_w) * UNIT + channel
+        else:
+            offset = (k_h * step_h + k_w * step_w) * UNIT + channel * x_c
+        if PADDED:
+            seen = ((rows_seen >> k_h) & (cols_seen >> k_w) & 1) != 0
+            if TAIL:
+                live = seen[:, None] & (lane < channels - channel)[None, :]
+            else:
+                live = seen[:, None]
+            a = tl.load(pointers + offset, mask=live, other=0.0)
+        elif TAIL:
+            a = tl.load(pointers + offset, mask=(lane < channels - channel)[None, :], other=0.0)
+        else:
+            a = tl.load(pointers + offset)
+        b = tl.load(weights)
+        acc = multiply(a, tl.trans(b), acc, PRECISION, INTERPRETED)
+        weights += BN * BK
+        word = following
+    return acc
+
+
+@triton.jit
 def fprop_kernel_gather(
     x,
     slabs,
@@ -114,96 +239,12 @@ def fprop_kernel_gather(
     # Segments vary fastest: the programs that read the same pixels run together.
     segment = tile % segments
     block = tile // segments
-
-    m = block * BM + tl.arange(0, BM)
-    inside = m < pixels
-    m = tl.minimum(m, pixels - 1)
-    image = m // (height * width)
-    place = m - image * (height * width)
-    i = place // width
-    j = place - i * width
-
-    row = i * tl.load(table + LOAD_H).to(tl.int32) + tl.load(table + BASE_H).to(tl.int32)
-    col = j * tl.load(table + LOAD_W).to(tl.int32) + tl.load(table + BASE_W).to(tl.int32)
-    tap_h = tl.load(table + TAP_H).to(tl.int32)
-    tap_w = tl.load(table + TAP_W).to(tl.int32)
-    x_h = tl.load(table + X_H)
-    x_w = tl.load(table + X_W)
-    x_c = tl.load(table + X_C)
-    base = (image.to(tl.int64) * tl.load(table + X_N) + row * x_h + col * x_w) * UNIT
-    step_h = x_h * tap_h
-    step_w = x_w * tap_w
-    lane = tl.arange(0, BK)
-    if LAST:
-        pointers = x + (base[:, None] + lane[None, :])
-    else:
-        pointers = x + (base[:, None] + lane[None, :] * x_c)
-    channels = tl.load(table + CHANNELS).to(tl.int32) * UNIT
-
-    # Bit k says whether tap row (column) k of this pixel lies in the image.
-    rows_seen = tl.zeros((BM,), tl.int32)
-    cols_seen = tl.zeros((BM,), tl.int32)
-    if PADDED:
-        image_h = tl.load(table + IMAGE_H).to(tl.int32)
-        image_w = tl.load(table + IMAGE_W).to(tl.int32)
-        for k in range(tl.load(table + TAPS).to(tl.int32)):
-            at_h = row + k * tap_h
-            at_w = col + k * tap_w
-            rows_seen |= ((at_h >= 0) & (at_h < image_h)).to(tl.int32) << k
-            cols_seen |= ((at_w >= 0) & (at_w < image_w)).to(tl.int32) << k
-
-    first = tl.program_id(1) * segments + segment
-    start = tl.load(starts + first)
-    end = tl.load(starts + first + 1)
-    # A class may have fewer tiles than the grid; such a program computes nothing.
-    end = tl.where(block * BM < pixels, end, start)
-    weights = slabs + start.to(tl.int64) * (BN * BK)
-    weights += tl.arange(0, BN)[:, None] * BK + lane[None, :]
-    acc = tl.zeros((BM, BN), tl.float32)
-    # The word is read one step ahead; read where it is used, it would cost half the pipeline.
-    word = tl.load(words + start)
-    for s in range(start, end):
-        following = tl.load(words + s + 1)
-        k_h = tap_row(word)
-        k_w = tap_col(word)
-        channel = channel_block(word) * BK
-        if LAST:
-            offset = (k_h * step_h + k_w * step_w) * UNIT + channel
-        else:
-            offset = (k_h * step_h + k_w * step_w) * UNIT + channel * x_c
-        if PADDED:
-            seen = ((rows_seen >> k_h) & (cols_seen >> k_w) & 1) != 0
-            if TAIL:
-                live = seen[:, None] & (lane < channels - channel)[None, :]
-            else:
-                live = seen[:, None]
-            a = tl.load(pointers + offset, mask=live, other=0.0)
-        elif TAIL:
-            a = tl.load(pointers + offset, mask=(lane < channels - channel)[None, :], other=0.0)
-        else:
-            a = tl.load(pointers + offset)
-        b = tl.load(weights)
-        acc = multiply(a, tl.trans(b), acc, PRECISION, INTERPRETED)
-        weights += BN * BK
-        word = following
-
+    image, i, j, inside = pixels_of(block, height, width, pixels, BM)
+    acc = sum_steps(
+        x, slabs, words, starts, table, segments, segment, block, pixels, image, i, j, BM, BN, BK,
+        UNIT, LAST, PADDED, TAIL, PRECISION, INTERPRETED,
+    )  # fmt: skip
     epilogue(
-        acc,
-        y,
-        table,
-        rows,
-        segment,
-        image,
-        i,
-        j,
-        inside,
-        scale,
-        shift,
-        residual,
-        BN,
-        ROW_UNIT,
-        LAST,
-        SCATTER,
-        ACT,
-        0,
-    )
+        acc, y, table, rows, segment, image, i, j, inside, scale, shift, residual, BN, ROW_UNIT,
+        LAST, SCATTER, ACT, 0,
+    )  # fmt: skip

@@ -41,6 +41,31 @@ from .fprop import multiply
 
 
 @triton.jit
+def tap_shift(word, geometry, dilation_w):
+    """Returns the row and column of x that the tap of a job reads for the pixel (0, 0) of y."""
+    shift_h = tap_row(word) * tl.load(geometry + WGRAD_DILATION_H).to(tl.int32)
+    shift_h -= tl.load(geometry + WGRAD_PAD_H).to(tl.int32)
+    shift_w = tap_col(word) * dilation_w - tl.load(geometry + WGRAD_PAD_W).to(tl.int32)
+    return shift_h, shift_w
+
+
+@triton.jit
+def load_tap(lanes, at, row_seen, col, image_w, channel_live):
+    """Loads the channels of x that a tap reads, zero outside the image.
+
+    Args:
+        lanes: pointers to the channels.  # [1, BC]
+        at: places of the pixels.  # [BP]
+        row_seen: whether the tap's row lies in the image, for each pixel.
+        col: the tap's column.
+        image_w: columns of the image.
+        channel_live: whether there is such a channel.  # [BC]
+    """
+    seen = row_seen & (col >= 0) & (col < image_w)
+    return tl.load(lanes + at[:, None], mask=seen[:, None] & channel_live[None, :], other=0.0)
+
+
+@triton.jit
 def wgrad_kernel_gather(
     dy,
     x,
@@ -102,9 +127,7 @@ def wgrad_kernel_gather(
 
     word = tl.load(words + job)
     segment = tl.load(owners + job)
-    shift_h = tap_row(word) * tl.load(geometry + WGRAD_DILATION_H).to(tl.int32)
-    shift_h -= tl.load(geometry + WGRAD_PAD_H).to(tl.int32)
-    shift_w = tap_col(word) * dilation_w - tl.load(geometry + WGRAD_PAD_W).to(tl.int32)
+    shift_h, shift_w = tap_shift(word, geometry, dilation_w)
     channel = channel_block(word) * BC + tl.arange(0, BC)
     channel_live = channel < tl.load(geometry + WGRAD_CHANNELS).to(tl.int32) * UNIT
     if SCATTER:
@@ -140,23 +163,16 @@ def wgrad_kernel_gather(
         col = j * stride_w + shift_w
         row_seen = inside & (row >= 0) & (row < image_h)
         at_x = (image.to(tl.int64) * x_n + row * x_h + col * x_w) * UNIT
-        seen = row_seen & (col >= 0) & (col < image_w)
-        b = tl.load(x_lanes + at_x[:, None], mask=seen[:, None] & channel_live[None, :], other=0.0)
+        b = load_tap(x_lanes, at_x, row_seen, col, image_w, channel_live)
         acc0 = multiply(g, b, acc0, PRECISION, INTERPRETED)
         if TAPS == 3:
             col += dilation_w
-            seen = row_seen & (col >= 0) & (col < image_w)
             at_x += (dilation_w * x_w) * UNIT
-            b = tl.load(
-                x_lanes + at_x[:, None], mask=seen[:, None] & channel_live[None, :], other=0.0
-            )
+            b = load_tap(x_lanes, at_x, row_seen, col, image_w, channel_live)
             acc1 = multiply(g, b, acc1, PRECISION, INTERPRETED)
             col += dilation_w
-            seen = row_seen & (col >= 0) & (col < image_w)
             at_x += (dilation_w * x_w) * UNIT
-            b = tl.load(
-                x_lanes + at_x[:, None], mask=seen[:, None] & channel_live[None, :], other=0.0
-            )
+            b = load_tap(x_lanes, at_x, row_seen, col, image_w, channel_live)
             acc2 = multiply(g, b, acc2, PRECISION, INTERPRETED)
 
     store_slabs(partials, geometry, job, acc0, acc1, acc2, TAPS, BF, BC)

@@ -11,22 +11,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device_words import channel_block, tap_col, tap_row
+from .device_words import channel_block
 from .fields import (
-    WGRAD_DILATION_H,
     WGRAD_DILATION_W,
     WGRAD_HEIGHT,
     WGRAD_IMAGE_H,
     WGRAD_IMAGE_W,
-    WGRAD_PAD_H,
-    WGRAD_PAD_W,
     WGRAD_PIXELS,
     WGRAD_STRIDE_H,
     WGRAD_STRIDE_W,
     WGRAD_WIDTH,
 )
 from .fprop import multiply
-from .wgrad import store_slabs
+from .wgrad import store_slabs, tap_shift
 
 
 @triton.jit
@@ -89,9 +86,7 @@ def wgrad_kernel_tma(
     image_w = tl.load(geometry + WGRAD_IMAGE_W).to(tl.int32)
 
     word = tl.load(words + job)
-    shift_h = tap_row(word) * tl.load(geometry + WGRAD_DILATION_H).to(tl.int32)
-    shift_h -= tl.load(geometry + WGRAD_PAD_H).to(tl.int32)
-    shift_w = tap_col(word) * dilation_w - tl.load(geometry + WGRAD_PAD_W).to(tl.int32)
+    shift_h, shift_w = tap_shift(word, geometry, dilation_w)
     c = channel_block(word) * BC
     f = tl.load(rows + tl.load(owners + job)) * ROW_UNIT
 
