@@ -64,7 +64,7 @@ def places_written(table, image, i, j, ROW_UNIT: tl.constexpr):
 
 
 @triton.jit
-def epilogue(
+def store_tile(
     acc,
     y,
     table,

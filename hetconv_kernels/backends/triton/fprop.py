@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .device_words import channel_block, tap_col, tap_row
-from .epilogue import epilogue
+from .epilogue import store_tile
 from .fields import (
     BASE_H,
     BASE_W,
@@ -244,7 +244,7 @@ def fprop_kernel_gather(
         x, slabs, words, starts, table, segments, segment, block, pixels, image, i, j, BM, BN, BK,
         UNIT, LAST, PADDED, TAIL, PRECISION, INTERPRETED,
     )  # fmt: skip
-    epilogue(
+    store_tile(
         acc, y, table, rows, segment, image, i, j, inside, scale, shift, residual, BN, ROW_UNIT,
         LAST, SCATTER, ACT, 0,
     )  # fmt: skip

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .device_words import channel_block, slab, tap_col, tap_row
-from .epilogue import activate, epilogue, scaled, segment_filters
+from .epilogue import activate, scaled, segment_filters, store_tile
 from .fields import (
     BASE_H,
     BASE_W,
@@ -230,7 +230,7 @@ def fprop_kernel_tma(
             i = first_h + (p // BW) % BH
             j = first_w + p % BW
             inside = (n < images) & (i < height) & (j < width)
-            epilogue(
+            store_tile(
                 acc, y, table, rows, segment, n, i, j, inside, scale, shift, residual, BF, ROW_UNIT,
                 True, SCATTER, ACT, 1,
             )  # fmt: skip
