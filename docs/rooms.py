@@ -72,7 +72,7 @@ ROOMS = (
         "Engines",
         "what each refuses, how long it takes; the fastest is chosen once for a Problem",
         ("backends", "quantization.reference", "quantization.scheme", "quantization.checks",
-         "reference", "packing", "masking", "plan", "arena", "tuning", "testing"),
+         "reference", "packing", "masking", "arena", "tuning", "testing"),
         "backends.choose → cpu.fprop",
     ),
     Room(

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backends.common import crop_image, pad_image
+from .backends.triton.plan import Plan
 from .packing import mask_on
-from .plan import Plan
 from .problem import Geometry
 
 __all__ = [

@@ -12,7 +12,7 @@ from strategies import plans, random_mask
 from torch import Tensor
 
 from hetconv_kernels import Support
-from hetconv_kernels.plan import Block, Plan
+from hetconv_kernels.backends.triton.plan import Block, Plan
 from hetconv_kernels.problem import Geometry, make_geometry
 from hetconv_kernels.testing import (
     error_bound,

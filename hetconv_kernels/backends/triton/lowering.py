@@ -14,10 +14,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from ...masks import Int32Array, IntArray
-from ...plan import Block, Plan
 from ...support import Support
 from ..gpu.axes import Residue
 from ..gpu.places import memory_places
+from .plan import Block, Plan
 from .words import step_words
 
 

@@ -6,13 +6,13 @@ from __future__ import annotations
 from itertools import product
 from typing import NamedTuple
 
-from ...plan import Block
 from ...problem import Problem
 from ...support import Support
 from ..gpu import parts
 from ..gpu.devices import GpuSpec, spec_of
 from . import choice
 from .choice import GROUPINGS, best_box, has_tma, tensor_reasons
+from .plan import Block
 from .tiles import (
     BOX_FUSED,
     BOX_GAIN,

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 
 from ...masks import Int32Array, IntArray
-from ...plan import Block, Plan
 from ...support import Support
 from ..gpu.places import memory_places
 from .lowering import (
@@ -17,6 +16,7 @@ from .lowering import (
     slab_positions,
     unless_identity,
 )
+from .plan import Block, Plan
 from .words import step_words
 
 
