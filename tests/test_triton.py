@@ -26,6 +26,7 @@ from hetconv_kernels.backends.triton import (
     Triton,
     borders,
     lowering,
+    wgrad_choice,
     wgrad_lowering,
     words,
 )
@@ -235,6 +236,18 @@ def test_every_live_weight_has_one_gradient(form: str, order: str) -> None:
     places = lowered.places(form)
     known = places[places >= 0]
     assert len(known) == len(set(known.tolist())) == s.live
+
+
+def test_a_choice_for_wgrad_works_out_no_places(on_gpu) -> None:
+    on_gpu()
+    s = hk.Support.het(136, 104, 3, p=4)
+    found = wgrad_choice.wgrad_choices(described("wgrad", s, device=CUDA))
+    plans = [jobs.plan for each in found for jobs in each.lowering.parts]
+    assert len(plans) > 10
+    assert not any("slab_source" in vars(plan) for plan in plans)
+    jobs = found[0].lowering.parts[0]
+    assert found[0].lowering.places("live").max() < found[0].lowering.size
+    assert "slab_source" in vars(jobs.plan)
 
 
 def test_docstring_examples_run() -> None:

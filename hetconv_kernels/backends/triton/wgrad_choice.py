@@ -137,7 +137,7 @@ def _wgrad(
         tile = tiles[jobs.taps != 3]
         seconds = wgrad_seconds(tile, len(jobs.words), jobs.taps, covered, item, spec)
         kernel += seconds * (1.0 if jobs.rows is None else SCATTERED) + NEXT_LAUNCH
-        executed += jobs.positions.size
+        executed += jobs.size
     if box is None and has_tma(problem.device):
         kernel *= BOX_GAIN
     seconds = LAUNCH + max(kernel, problem.bytes_moved / spec.bandwidth)
