@@ -74,7 +74,7 @@ ROOMS = (
         "Engines",
         "what each refuses, how long it takes; the fastest is chosen once for a Problem",
         ("backends", "quantization.reference", "quantization.scheme", "quantization.checks",
-         "reference", "packing", "masking", "plan", "arena", "measure.tuning", "testing"),
+         "reference", "packing", "masking", "arena", "measure.tuning", "testing"),
         "backends.choose → cpu.fprop",
     ),
     Room(

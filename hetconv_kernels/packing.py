@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights on their way to an engine: masks on devices, dense forms, packed slabs, and their cache.
+"""Weights on their way to an engine: masks on devices, dense forms, and a cache of packed ones.
 
 The ops take the canonical weight in one of two forms: dense [F, C, KH, KW] (for a 1×1 kernel also
 [F, C]), whose dead entries may hold anything; or the live entries alone in the Support's order
@@ -23,7 +23,6 @@ from torch.nn import Parameter
 
 from . import masking
 from .observers import transforms_active, untraced
-from .plan import Plan
 from .problem import is_dense_shape
 from .support import Support
 
@@ -202,21 +201,6 @@ def own_blocks(w: Tensor, groups: int) -> Tensor:
     blocks = w.view(groups, f // groups, groups, c // groups, kh, kw)
     index = torch.arange(groups, device=w.device)
     return blocks[index, :, index].reshape(f, c // groups, kh, kw)
-
-
-def pack_slabs(plan: Plan, w: Tensor) -> Tensor:
-    """Packs a dense weight into the slabs of a Plan, zero where a slab has no live weight.
-
-    Args:
-        plan: the lowering; slab s of a step is [channels of the run, filters of the block].
-        w: dense weight; dead entries are ignored.  # [F, C, KH, KW]
-
-    Returns:
-        The slabs one after another.  # [plan.slab_size]
-    """
-    source = torch.as_tensor(plan.slab_source, device=w.device)
-    flat = w.contiguous().view(-1)[source.clamp(min=0)]
-    return flat.masked_fill(source < 0, 0)
 
 
 class PackEvent(NamedTuple):

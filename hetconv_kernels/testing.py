@@ -10,11 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backends.common import crop_image, pad_image
+from .backends.triton.plan import Plan
 from .packing import mask_on
-from .plan import Plan
 from .problem import Geometry
 
-__all__ = ["error_bound", "execute_dgrad", "execute_fprop", "execute_wgrad", "oracle"]
+__all__ = [
+    "error_bound",
+    "execute_dgrad",
+    "execute_fprop",
+    "execute_wgrad",
+    "oracle",
+    "pack_slabs",
+]
 
 
 def oracle(x: Tensor, w: Tensor, geometry: Geometry, bias: Tensor | None = None) -> Tensor:
@@ -55,6 +62,21 @@ def error_bound(magnitude: Tensor, depth: int, dtype: torch.dtype) -> Tensor:
     if dtype != wide:
         relative += 2 * torch.finfo(dtype).eps
     return relative * magnitude + torch.finfo(dtype).tiny
+
+
+def pack_slabs(plan: Plan, w: Tensor) -> Tensor:
+    """Packs a dense weight into the slabs of a Plan, zero where a slab has no live weight.
+
+    Args:
+        plan: the lowering; slab s of a step is [channels of the run, filters of the block].
+        w: dense weight; dead entries are ignored.  # [F, C, KH, KW]
+
+    Returns:
+        The slabs one after another.  # [plan.slab_size]
+    """
+    source = torch.as_tensor(plan.slab_source, device=w.device)
+    flat = w.contiguous().view(-1)[source.clamp(min=0)]
+    return flat.masked_fill(source < 0, 0)
 
 
 def execute_fprop(plan: Plan, geometry: Geometry, x: Tensor, slabs: Tensor) -> Tensor:

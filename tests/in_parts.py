@@ -54,7 +54,6 @@ SOURCES = {
     ),
     "triton": (
         *_BOTH,
-        "hetconv_kernels/plan.py",
         "hetconv_kernels/backends/triton/*",
         "tests/interpreted/*.py",
         *(f"tests/{name}.py" for name in ("aot", "shipped", "test_aot")),

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from hetconv_kernels import Support
-from hetconv_kernels.plan import Block, Plan
+from hetconv_kernels.backends.triton.plan import Block, Plan
 
 
 def random_mask(seed: int = 0, shape: tuple[int, ...] = (6, 5, 3, 2), density: float = 0.4) -> Any:

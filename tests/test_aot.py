@@ -27,9 +27,10 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "aot"
 BACKENDS = ROOT / "hetconv_kernels" / "backends"
 # What a configuration and its machine code depend on; and the devices, which say how deep it goes.
-KERNELS = ("fprop", "fprop_tma", "wgrad", "wgrad_tma", "tiles")
+KERNELS = ("fprop", "fprop_tma", "wgrad", "wgrad_tma", "epilogue", "tiles")
+TABLES = ("device_words", "fields", "geometry", "words")
 SOURCES = [
-    *(BACKENDS / "triton" / f"{name}.py" for name in KERNELS),
+    *(BACKENDS / "triton" / f"{name}.py" for name in KERNELS + TABLES),
     BACKENDS / "gpu" / "devices.py",
     *(ROOT / "tests" / name for name in ("aot.py", "shipped.py")),
 ]
@@ -126,8 +127,8 @@ SABOTAGE = {  # file, what is replaced, by what, which configuration
     ),
     "offset-without-its-factor": (
         "fprop.py",
-        "offset = (tap_row * step_h + tap_col * step_w) * UNIT + channel\n",
-        "offset = tap_row * step_h + tap_col * step_w + channel\n",
+        "offset = (k_h * step_h + k_w * step_w) * UNIT + channel\n",
+        "offset = k_h * step_h + k_w * step_w + channel\n",
         "gather-bf16-128x64x64",
     ),
     "box-word-read-where-used": (

@@ -13,6 +13,7 @@ from hetconv_kernels import ops
 from hetconv_kernels.backends.gpu import axes as gpu_axes
 from hetconv_kernels.backends.triton import borders, choice, lowering
 from hetconv_kernels.backends.triton.tiles import Box, Tile
+from hetconv_kernels.backends.triton.words import tap_cols, tap_rows
 from hetconv_kernels.problem import Problem, make_geometry
 
 SCATTERED = hk.Support.het(20, 24, (3, 5), p=3, order="interleaved")
@@ -83,7 +84,7 @@ def _reads(word: int, rows: Any, cols: Any, first: Any, box: Box, image: Any) ->
             for i in range(at, min(at + edge, axis.pixels))
         )
         for axis, tap, at, edge, size in zip(
-            (rows, cols), (word >> 5 & 31, word & 31), first, box[1:], image, strict=True
+            (rows, cols), (tap_rows(word), tap_cols(word)), first, box[1:], image, strict=True
         )
     )
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import masks, plans, random_mask
+from strategies import masks, random_mask
 from torch import Tensor
 
 from hetconv_kernels import Support
@@ -22,9 +22,7 @@ from hetconv_kernels.packing import (
     dense_weight,
     live_weight,
     mask_on,
-    pack_slabs,
 )
-from hetconv_kernels.plan import Plan
 
 CPU = torch.device("cpu")
 NAN = float("nan")
@@ -154,20 +152,6 @@ def test_dense_weight_is_new_even_where_nothing_is_dead() -> None:
     w = torch.randn(2, 3, 1, 1)
     dense_weight(Support.dense(3, 2, 1), w, torch.float32).zero_()
     assert w.all()
-
-
-# Slabs ------------------------------------------------------------------------------------------
-
-
-@given(plans(), st.booleans())
-def test_slabs_hold_every_live_weight_and_zeros(plan: Plan, channels_last: bool) -> None:
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    w = poisoned(plan.support).to(memory_format=layout)
-    slabs = pack_slabs(plan, w)
-    assert slabs.shape == (plan.slab_size,)
-    assert slabs.isfinite().all()
-    expected = [0.0 if at < 0 else w.flatten()[at].item() for at in plan.slab_source]
-    assert slabs.tolist() == expected
 
 
 # What is remembered -----------------------------------------------------------------------------

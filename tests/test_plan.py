@@ -12,8 +12,8 @@ from hypothesis import given
 from strategies import plans, random_mask
 
 from hetconv_kernels import Support
+from hetconv_kernels.backends.triton.plan import Block, Plan
 from hetconv_kernels.errors import ArgumentError
-from hetconv_kernels.plan import Block, Plan
 
 
 def segments(p: Plan) -> list[tuple[Any, Any]]:

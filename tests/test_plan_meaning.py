@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 from strategies import plans
 
 from hetconv_kernels import Support
-from hetconv_kernels.packing import pack_slabs
-from hetconv_kernels.plan import Block, Plan
+from hetconv_kernels.backends.triton.plan import Block, Plan
 from hetconv_kernels.problem import make_geometry
-from hetconv_kernels.testing import execute_dgrad, execute_fprop, execute_wgrad, oracle
+from hetconv_kernels.testing import execute_dgrad, execute_fprop, execute_wgrad, oracle, pack_slabs
 
 
 @settings(max_examples=60)

@@ -133,7 +133,12 @@ FIELD_WORDS = {
         "hetconv_kernels/backends/cuda/tiles.py",
         "hetconv_kernels/backends/triton/tiles.py",
     ),
-    "epilogue": ("csrc/cuda/epilogue.h", "csrc/cpu/emit.h", "hetconv_kernels/backends/common.py"),
+    "epilogue": (
+        "csrc/cuda/epilogue.h",
+        "csrc/cpu/emit.h",
+        "hetconv_kernels/backends/common.py",
+        "hetconv_kernels/backends/triton/epilogue.py",
+    ),
     "im2col": ("csrc/cpu/pack.h",),
     "pack": ("csrc/cpu/pack.h", "hetconv_kernels/packing.py"),
     "prefetch": ("csrc/cpu/ahead.h", "csrc/cuda/narrow_kernel.h"),

@@ -6,12 +6,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from strategies import random_mask
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import plans, random_mask
 from torch import Tensor
 
 from hetconv_kernels import Support
-from hetconv_kernels.packing import pack_slabs
-from hetconv_kernels.plan import Block, Plan
+from hetconv_kernels.backends.triton.plan import Block, Plan
 from hetconv_kernels.problem import Geometry, make_geometry
 from hetconv_kernels.testing import (
     error_bound,
@@ -19,6 +20,7 @@ from hetconv_kernels.testing import (
     execute_fprop,
     execute_wgrad,
     oracle,
+    pack_slabs,
 )
 
 SUPPORT = Support.from_mask(random_mask(11, (3, 4, 3, 2)))
@@ -90,6 +92,19 @@ def test_the_bound_grows_with_depth_and_scales_with_the_operands() -> None:
 
 
 # Executors --------------------------------------------------------------------------------------
+
+
+@given(plans(), st.booleans())
+def test_slabs_hold_every_live_weight_and_zeros(plan: Plan, channels_last: bool) -> None:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    w = torch.randn(plan.support.shape)
+    w[~torch.tensor(plan.support.mask)] = float("nan")
+    w = w.to(memory_format=layout)
+    slabs = pack_slabs(plan, w)
+    assert slabs.shape == (plan.slab_size,)
+    assert slabs.isfinite().all()
+    expected = [0.0 if at < 0 else w.flatten()[at].item() for at in plan.slab_source]
+    assert slabs.tolist() == expected
 
 
 @pytest.fixture

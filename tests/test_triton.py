@@ -26,7 +26,9 @@ from hetconv_kernels.backends.triton import (
     Triton,
     borders,
     lowering,
+    wgrad_choice,
     wgrad_lowering,
+    words,
 )
 from hetconv_kernels.errors import BackendError
 from hetconv_kernels.problem import make_geometry
@@ -188,16 +190,23 @@ def test_the_classes_of_dgrad_write_every_pixel_once(stride: int, pads: tuple[in
 
 def test_a_step_word_refuses_what_it_cannot_hold() -> None:
     block, row, col = (np.array(v) for v in ([0, 2**21 - 1], [31, 0], [0, 31]))
-    words = lowering.step_words(block, row, col)
-    assert words.dtype == np.int32
-    for found, given in ((words >> 10, block), (words >> 5 & 31, row), (words & 31, col)):
-        np.testing.assert_array_equal(found, given)
+    slabs = np.array([0, 2**31 - 1])
+    packed = words.step_words(block, row, col)
+    assert packed.dtype == np.int32
+    assert packed.min() >= 0, "the sign would fill the upper half of a word of boxes"
+    boxes = words.box_words(packed, slabs)
+    np.testing.assert_array_equal(boxes.astype(np.int32), packed)
+    np.testing.assert_array_equal(boxes >> 32, slabs)
+    for both in (packed, boxes):
+        np.testing.assert_array_equal(words.tap_rows(both), row)
+        np.testing.assert_array_equal(words.tap_cols(both), col)
+    np.testing.assert_array_equal(packed >> 10, block)
     for place, name in enumerate(("channel block", "tap row", "tap column")):
         for wrong in (-1, 2**21):
             numbers = [np.array([0]), np.array([0]), np.array([0])]
             numbers[place] = np.array([wrong])
             with pytest.raises(BackendError, match=f"{name} of a step.*expected 0 to"):
-                lowering.step_words(*numbers)
+                words.step_words(*numbers)
 
 
 @pytest.mark.parametrize("verb", ["fprop", "dgrad"])
@@ -229,8 +238,20 @@ def test_every_live_weight_has_one_gradient(form: str, order: str) -> None:
     assert len(known) == len(set(known.tolist())) == s.live
 
 
+def test_a_choice_for_wgrad_works_out_no_places(on_gpu) -> None:
+    on_gpu()
+    s = hk.Support.het(136, 104, 3, p=4)
+    found = wgrad_choice.wgrad_choices(described("wgrad", s, device=CUDA))
+    plans = [jobs.plan for each in found for jobs in each.lowering.parts]
+    assert len(plans) > 10
+    assert not any("slab_source" in vars(plan) for plan in plans)
+    jobs = found[0].lowering.parts[0]
+    assert found[0].lowering.places("live").max() < found[0].lowering.size
+    assert "slab_source" in vars(jobs.plan)
+
+
 def test_docstring_examples_run() -> None:
-    for module in (axes, borders):
+    for module in (axes, borders, words):
         outcome = doctest.testmod(module)
         assert outcome.attempted > 0
         assert outcome.failed == 0
@@ -238,16 +259,12 @@ def test_docstring_examples_run() -> None:
 
 @needs_triton
 def test_the_kernels_read_the_fields_that_the_host_fills() -> None:
-    from hetconv_kernels.backends.triton import fprop, geometry, wgrad
+    from hetconv_kernels.backends.triton import fields, geometry
 
-    for module, prefix, line in (
-        (fprop, "", geometry.GATHER_LINE),
-        (wgrad, "WGRAD_", geometry.WGRAD_LINE),
-    ):
-        assert line.names is not None
-        places = [getattr(module, prefix + name.upper()).value for name in line.names]
-        assert places == [*range(len(line.names))]
-    assert len(geometry.GATHER_LINE) == fprop.CLASS_FIELDS.value
+    for prefix, names in (("", geometry.GATHER_FIELDS), ("WGRAD_", geometry.WGRAD_FIELDS)):
+        places = [getattr(fields, prefix + name.upper()).value for name in names]
+        assert places == [*range(len(names))]
+    assert len(geometry.GATHER_FIELDS) == fields.CLASS_FIELDS.value
 
 
 # Launches -----------------------------------------------------------------------------------------

@@ -17,9 +17,9 @@ from hetconv_kernels import ops
 from hetconv_kernels.backends import CODES, choose, get_backend
 from hetconv_kernels.backends.common import epilogue
 from hetconv_kernels.backends.gpu import capture
-from hetconv_kernels.backends.triton import choice, launch
-from hetconv_kernels.backends.triton.lowering import MAX_TAPS
+from hetconv_kernels.backends.triton import choice, device_words, launch, words
 from hetconv_kernels.backends.triton.tiles import Box, Tile
+from hetconv_kernels.backends.triton.words import MAX_BLOCKS, MAX_TAPS
 from hetconv_kernels.errors import BackendError
 from hetconv_kernels.problem import make_geometry
 from hetconv_kernels.testing import oracle
@@ -253,6 +253,26 @@ def test_an_unaligned_operand_takes_the_pointer_kernel() -> None:
     exact = oracle(x.double(), w.double(), geometry)
     torch.testing.assert_close(y.double(), exact, rtol=2e-3, atol=2e-2)
     assert [key[2] for key in call._bound] == [False]
+
+
+@triton.jit
+def _fields(words, out):
+    word = tl.load(words + tl.program_id(0))
+    found = out + tl.program_id(0) * 4
+    tl.store(found, device_words.channel_block(word))
+    tl.store(found + 1, device_words.tap_row(word))
+    tl.store(found + 2, device_words.tap_col(word))
+    if word.dtype == tl.int64:
+        tl.store(found + 3, device_words.slab(word))
+
+
+def test_kernels_read_the_words_that_the_host_packs() -> None:
+    fields = np.array([[0, 0, 0, 0], [MAX_BLOCKS - 1, 1, 31, 7], [5, 31, 2, 2**31 - 1]])
+    packed = words.step_words(*fields[:, :3].T)
+    for each, width in ((packed, 3), (words.box_words(packed, fields[:, 3]), 4)):
+        out = torch.full((3, 4), -1, dtype=torch.int32)
+        _fields[3,](torch.from_numpy(each), out)
+        np.testing.assert_array_equal(out[:, :width], fields[:, :width])
 
 
 def test_kernels_beyond_a_step_word_are_refused() -> None:

@@ -26,9 +26,8 @@ from hetconv_kernels.backends.triton.picking import pick_choice
 from hetconv_kernels.backends.triton.tiles import Box, Tile
 from hetconv_kernels.backends.triton.wgrad_calls import WgradCall
 from hetconv_kernels.backends.triton.wgrad_tma import seen_from, seen_until
-from hetconv_kernels.packing import pack_slabs
 from hetconv_kernels.problem import Geometry, make_geometry
-from hetconv_kernels.testing import execute_fprop, execute_wgrad, oracle
+from hetconv_kernels.testing import execute_fprop, execute_wgrad, oracle, pack_slabs
 
 SUPPORTS = {
     "dense": hk.Support.dense(24, 32, 3),

@@ -21,8 +21,8 @@ from ..gpu.constants import constants_of
 from ..gpu.devices import gpu_reasons
 from ..protocol import Runner
 from . import choice, table, wgrad_choice
-from .lowering import MAX_TAPS
 from .picking import all_choices, pick_choice
+from .words import MAX_TAPS
 
 if TYPE_CHECKING:
     from .calls import GatherCall

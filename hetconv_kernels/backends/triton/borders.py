@@ -17,8 +17,8 @@ from ...masks import Int32Array, IntArray
 from ..gpu.axes import Axis, Size
 from .lowering import Lowering
 from .tiles import Box
+from .words import Int64Array, box_words, tap_cols, tap_rows
 
-Int64Array = npt.NDArray[np.int64]
 Axes = Sequence[tuple[Axis, Axis]]
 # Beyond so many words of all lists, or so many classes of dgrad, nothing is skipped.
 MOST_WORDS, MOST_CLASSES = 2**20, 64
@@ -29,7 +29,7 @@ class Borders(NamedTuple):
 
     Example: one row of three pixels, a box of one pixel, three taps, pad 1. The first pixel has no
     left neighbour and the last no right one, so there are three lists, of the taps 1 and 2, 0 to 2,
-    0 and 1. A word is slab << 32 | channel block << 10 | tap row << 5 | tap column:
+    0 and 1:
 
         >>> from hetconv_kernels import Support
         >>> from hetconv_kernels.problem import make_geometry
@@ -39,11 +39,11 @@ class Borders(NamedTuple):
         >>> found = borders(lowering, fprop_axes(geometry, (1, 3)), (1, 3), Box(4, 1, 1))
         >>> found.starts.tolist(), found.places
         ([0, 2, 5, 7, 0, 0, 1, 2], [4])
-        >>> (found.words & 31).tolist()
+        >>> tap_cols(found.words).tolist()
         [1, 2, 0, 1, 2, 0, 1, 0]
 
     Attributes:
-        words: of the steps of all lists, as in `Lowering` with the slab above; and a spare word.
+        words: of the steps of all lists, with their slabs (see `words`); and a spare one.
         starts: first step of each segment of each list, and the end; then for each class the first
             list of each row of tiles, and what is added to it in each column of tiles.
         places: where in `starts` the rows of each class begin.
@@ -64,14 +64,13 @@ def borders(lowering: Lowering, axes: Axes, image: Size, box: Box) -> Borders:
         box: the pixels of a tile.
     """
     segments, bounds = lowering.segments, lowering.starts.astype(np.int64)
-    all_words = lowering.words.astype(np.int64)
     words: list[IntArray] = []
     counts: list[IntArray] = []
     tiles: list[list[IntArray]] = []
     for kind, (rows, cols) in enumerate(axes):
         heads = bounds[kind * segments : (kind + 1) * segments + 1]
         slabs = np.arange(heads[0], heads[-1])
-        own = all_words[slabs]
+        own = lowering.words[slabs]
         owner = np.repeat(np.arange(segments), np.diff(heads))
         kinds_h, of_row = _kinds(rows.seen(box.rows, image[0]))
         kinds_w, of_col = _kinds(cols.seen(box.cols, image[1]))
@@ -81,8 +80,8 @@ def borders(lowering: Lowering, axes: Axes, image: Size, box: Box) -> Borders:
         tiles.append([len(counts) + of_row * len(kinds_w), of_col])
         for seen_h in kinds_h:
             for seen_w in kinds_w:
-                live = seen_h[own >> 5 & 31] & seen_w[own & 31]
-                words.append((own | slabs << 32)[live])
+                live = seen_h[tap_rows(own)] & seen_w[tap_cols(own)]
+                words.append(box_words(own, slabs)[live])
                 counts.append(np.bincount(owner[live], minlength=segments))
     starts = np.append(0, np.cumsum(np.concatenate(counts)))
     sizes = [len(of_row) + len(of_col) for of_row, of_col in tiles]
@@ -124,7 +123,7 @@ def _taps(lowering: Lowering, kind: int, axes: tuple[Axis, Axis]) -> IntArray:
     first, last = lowering.starts[[kind * lowering.segments, (kind + 1) * lowering.segments]]
     words = lowering.words[first:last]
     found = np.zeros((axes[0].taps, axes[1].taps), np.int64)
-    np.add.at(found, (words >> 5 & 31, words & 31), 1)
+    np.add.at(found, (tap_rows(words), tap_cols(words)), 1)
     return found
 
 

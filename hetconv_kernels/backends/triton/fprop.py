@@ -11,37 +11,29 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Bits of a step word, lowest first: tap column, tap row, then the channel block.
-TAP_BITS = 5
-# Places of the fields of a class in the geometry table; `geometry.GATHER_LINE` is the host's.
-SEGMENTS = tl.constexpr(0)  # of filters
-HEIGHT = tl.constexpr(1)  # pixels that this class computes in one image, rows and columns
-WIDTH = tl.constexpr(2)
-PIXELS = tl.constexpr(3)  # of all images
-LOAD_H = tl.constexpr(4)  # a pixel (i, j) reads row base_h + i * load_h + tap row * tap_h
-LOAD_W = tl.constexpr(5)
-BASE_H = tl.constexpr(6)
-BASE_W = tl.constexpr(7)
-TAP_H = tl.constexpr(8)
-TAP_W = tl.constexpr(9)
-IMAGE_H = tl.constexpr(10)  # of the operand that is read
-IMAGE_W = tl.constexpr(11)
-X_N = tl.constexpr(12)  # its strides; in units of UNIT but for the channels
-X_H = tl.constexpr(13)
-X_W = tl.constexpr(14)
-X_C = tl.constexpr(15)
-STORE_H = tl.constexpr(16)  # and writes row first_h + i * store_h
-STORE_W = tl.constexpr(17)
-FIRST_H = tl.constexpr(18)
-FIRST_W = tl.constexpr(19)
-Y_N = tl.constexpr(20)  # strides of the result, in units of ROW_UNIT but for the filters
-Y_H = tl.constexpr(21)
-Y_W = tl.constexpr(22)
-Y_C = tl.constexpr(23)
-CHANNELS = tl.constexpr(24)  # of the operand that is read, in units of UNIT
-TAPS = tl.constexpr(25)  # the longer edge of the kernel within this class
-LISTS = tl.constexpr(26)  # of boxes: where the lists of its tiles are found, see `borders`
-CLASS_FIELDS = tl.constexpr(27)
+from .device_words import channel_block, tap_col, tap_row
+from .epilogue import store_tile
+from .fields import (
+    BASE_H,
+    BASE_W,
+    CHANNELS,
+    CLASS_FIELDS,
+    HEIGHT,
+    IMAGE_H,
+    IMAGE_W,
+    LOAD_H,
+    LOAD_W,
+    PIXELS,
+    SEGMENTS,
+    TAP_H,
+    TAP_W,
+    TAPS,
+    WIDTH,
+    X_C,
+    X_H,
+    X_N,
+    X_W,
+)
 
 
 @triton.jit
@@ -55,26 +47,136 @@ def pack_kernel_gather(w, source, slabs, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def activate(z, ACT: tl.constexpr):
-    """Applies an activation in float32."""
-    if ACT == "relu":
-        z = tl.where(z < 0, 0.0, z)  # as PyTorch: NaN stays NaN
-    elif ACT == "relu6":
-        z = tl.where(z < 0, 0.0, z)
-        z = tl.where(z > 6, 6.0, z)
-    elif ACT == "silu":
-        z = z * tl.sigmoid(z)
-    elif ACT == "gelu":
-        z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
-    return z
-
-
-@triton.jit
 def multiply(a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
     """Adds a · b to acc. The interpreter multiplies bfloat16's bit patterns: it gets float32."""
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def pixels_of(block, height, width, pixels, BM: tl.constexpr):
+    """Returns image, row and column of each pixel of a block, and which of them there are."""
+    m = block * BM + tl.arange(0, BM)
+    inside = m < pixels
+    m = tl.minimum(m, pixels - 1)
+    image = m // (height * width)
+    place = m - image * (height * width)
+    i = place // width
+    j = place - i * width
+    return image, i, j, inside
+
+
+@triton.jit
+def taps_seen(table, row, col, tap_h, tap_w, PADDED: tl.constexpr):
+    """Returns which tap rows and columns of each pixel lie in the image, in bit k that of tap k.
+
+    Args:
+        table: `geometry.GATHER_LINE` of the class.
+        row: that the first tap of each pixel reads.
+        col: its column.
+        tap_h: rows from one tap to the next.
+        tap_w: the same for columns.
+        PADDED: whether any lies outside; the bits are not read where not.
+    """
+    rows_seen = tl.zeros_like(row)
+    cols_seen = tl.zeros_like(row)
+    if PADDED:
+        image_h = tl.load(table + IMAGE_H).to(tl.int32)
+        image_w = tl.load(table + IMAGE_W).to(tl.int32)
+        for k in range(tl.load(table + TAPS).to(tl.int32)):
+            at_h = row + k * tap_h
+            at_w = col + k * tap_w
+            rows_seen |= ((at_h >= 0) & (at_h < image_h)).to(tl.int32) << k
+            cols_seen |= ((at_w >= 0) & (at_w < image_w)).to(tl.int32) << k
+    return rows_seen, cols_seen
+
+
+@triton.jit
+def sum_steps(
+    x,
+    slabs,
+    words,
+    starts,
+    table,
+    segments,
+    segment,
+    block,
+    pixels,
+    image,
+    i,
+    j,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    UNIT: tl.constexpr,
+    LAST: tl.constexpr,
+    PADDED: tl.constexpr,
+    TAIL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Adds up the products of a segment's steps for a block of pixels.
+
+    Arguments are those of the kernel; the class's line, segments and pixels; which of its segments
+    and blocks these are; and image, row and column of each pixel.
+
+    Returns:
+        The sums.  # float32 [BM, BN]
+    """
+    row = i * tl.load(table + LOAD_H).to(tl.int32) + tl.load(table + BASE_H).to(tl.int32)
+    col = j * tl.load(table + LOAD_W).to(tl.int32) + tl.load(table + BASE_W).to(tl.int32)
+    tap_h = tl.load(table + TAP_H).to(tl.int32)
+    tap_w = tl.load(table + TAP_W).to(tl.int32)
+    x_h = tl.load(table + X_H)
+    x_w = tl.load(table + X_W)
+    x_c = tl.load(table + X_C)
+    base = (image.to(tl.int64) * tl.load(table + X_N) + row * x_h + col * x_w) * UNIT
+    step_h = x_h * tap_h
+    step_w = x_w * tap_w
+    lane = tl.arange(0, BK)
+    if LAST:
+        pointers = x + (base[:, None] + lane[None, :])
+    else:
+        pointers = x + (base[:, None] + lane[None, :] * x_c)
+    channels = tl.load(table + CHANNELS).to(tl.int32) * UNIT
+    rows_seen, cols_seen = taps_seen(table, row, col, tap_h, tap_w, PADDED)
+
+    first = tl.program_id(1) * segments + segment
+    start = tl.load(starts + first)
+    end = tl.load(starts + first + 1)
+    # A class may have fewer tiles than the grid; such a program computes nothing.
+    end = tl.where(block * BM < pixels, end, start)
+    weights = slabs + start.to(tl.int64) * (BN * BK)
+    weights += tl.arange(0, BN)[:, None] * BK + lane[None, :]
+    acc = tl.zeros((BM, BN), tl.float32)
+    # The word is read one step ahead; read where it is used, it would cost half the pipeline.
+    word = tl.load(words + start)
+    for s in range(start, end):
+        following = tl.load(words + s + 1)
+        k_h = tap_row(word)
+        k_w = tap_col(word)
+        channel = channel_block(word) * BK
+        if LAST:
+            offset = (k_h * step_h + k_w * step_w) * UNIT + channel
+        else:
+            offset = (k_h * step_h + k_w * step_w) * UNIT + channel * x_c
+        if PADDED:
+            seen = ((rows_seen >> k_h) & (cols_seen >> k_w) & 1) != 0
+            if TAIL:
+                live = seen[:, None] & (lane < channels - channel)[None, :]
+            else:
+                live = seen[:, None]
+            a = tl.load(pointers + offset, mask=live, other=0.0)
+        elif TAIL:
+            a = tl.load(pointers + offset, mask=(lane < channels - channel)[None, :], other=0.0)
+        else:
+            a = tl.load(pointers + offset)
+        b = tl.load(weights)
+        acc = multiply(a, tl.trans(b), acc, PRECISION, INTERPRETED)
+        weights += BN * BK
+        word = following
+    return acc
 
 
 @triton.jit
@@ -108,7 +210,7 @@ def fprop_kernel_gather(
         x: activations, any strides.  # [N, C, H, W]
         slabs: packed weights.  # [steps, BN, BK]
         y: result; written where the tile has pixels and filters.
-        words: channel block, tap row and tap column of each step, and one spare.  # int32
+        words: of the steps (see `words`), and one spare.  # int32
         starts: first step of each segment of each class, and the end.  # int32
         rows: filters of each segment: all of them (SCATTER), or the first of each over ROW_UNIT.
         geometry: `geometry.GATHER_LINE` of each class.  # int64 [classes, fields]
@@ -137,102 +239,12 @@ def fprop_kernel_gather(
     # Segments vary fastest: the programs that read the same pixels run together.
     segment = tile % segments
     block = tile // segments
-
-    m = block * BM + tl.arange(0, BM)
-    inside = m < pixels
-    m = tl.minimum(m, pixels - 1)
-    image = m // (height * width)
-    place = m - image * (height * width)
-    i = place // width
-    j = place - i * width
-
-    row = i * tl.load(table + LOAD_H).to(tl.int32) + tl.load(table + BASE_H).to(tl.int32)
-    col = j * tl.load(table + LOAD_W).to(tl.int32) + tl.load(table + BASE_W).to(tl.int32)
-    tap_h = tl.load(table + TAP_H).to(tl.int32)
-    tap_w = tl.load(table + TAP_W).to(tl.int32)
-    x_h = tl.load(table + X_H)
-    x_w = tl.load(table + X_W)
-    x_c = tl.load(table + X_C)
-    base = (image.to(tl.int64) * tl.load(table + X_N) + row * x_h + col * x_w) * UNIT
-    step_h = x_h * tap_h
-    step_w = x_w * tap_w
-    lane = tl.arange(0, BK)
-    if LAST:
-        pointers = x + (base[:, None] + lane[None, :])
-    else:
-        pointers = x + (base[:, None] + lane[None, :] * x_c)
-    channels = tl.load(table + CHANNELS).to(tl.int32) * UNIT
-
-    # Bit k says whether tap row (column) k of this pixel lies in the image.
-    rows_seen = tl.zeros((BM,), tl.int32)
-    cols_seen = tl.zeros((BM,), tl.int32)
-    if PADDED:
-        image_h = tl.load(table + IMAGE_H).to(tl.int32)
-        image_w = tl.load(table + IMAGE_W).to(tl.int32)
-        for k in range(tl.load(table + TAPS).to(tl.int32)):
-            at_h = row + k * tap_h
-            at_w = col + k * tap_w
-            rows_seen |= ((at_h >= 0) & (at_h < image_h)).to(tl.int32) << k
-            cols_seen |= ((at_w >= 0) & (at_w < image_w)).to(tl.int32) << k
-
-    first = tl.program_id(1) * segments + segment
-    start = tl.load(starts + first)
-    end = tl.load(starts + first + 1)
-    # A class may have fewer tiles than the grid; such a program computes nothing.
-    end = tl.where(block * BM < pixels, end, start)
-    weights = slabs + start.to(tl.int64) * (BN * BK)
-    weights += tl.arange(0, BN)[:, None] * BK + lane[None, :]
-    acc = tl.zeros((BM, BN), tl.float32)
-    # The word is read one step ahead; read where it is used, it would cost half the pipeline.
-    word = tl.load(words + start)
-    for s in range(start, end):
-        following = tl.load(words + s + 1)
-        tap_row = (word >> 5) & 31
-        tap_col = word & 31
-        channel = (word >> 10) * BK
-        if LAST:
-            offset = (tap_row * step_h + tap_col * step_w) * UNIT + channel
-        else:
-            offset = (tap_row * step_h + tap_col * step_w) * UNIT + channel * x_c
-        if PADDED:
-            seen = ((rows_seen >> tap_row) & (cols_seen >> tap_col) & 1) != 0
-            if TAIL:
-                live = seen[:, None] & (lane < channels - channel)[None, :]
-            else:
-                live = seen[:, None]
-            a = tl.load(pointers + offset, mask=live, other=0.0)
-        elif TAIL:
-            a = tl.load(pointers + offset, mask=(lane < channels - channel)[None, :], other=0.0)
-        else:
-            a = tl.load(pointers + offset)
-        b = tl.load(weights)
-        acc = multiply(a, tl.trans(b), acc, PRECISION, INTERPRETED)
-        weights += BN * BK
-        word = following
-
-    if SCATTER:
-        f = tl.load(rows + segment * BN + tl.arange(0, BN))
-        known = f >= 0
-    else:
-        f = tl.load(rows + segment) * ROW_UNIT + tl.arange(0, BN)
-        known = f < tl.load(rows + segment + 1) * ROW_UNIT
-    out_h = i * tl.load(table + STORE_H).to(tl.int32) + tl.load(table + FIRST_H).to(tl.int32)
-    out_w = j * tl.load(table + STORE_W).to(tl.int32) + tl.load(table + FIRST_W).to(tl.int32)
-    out = (
-        image.to(tl.int64) * tl.load(table + Y_N)
-        + out_h * tl.load(table + Y_H)
-        + out_w * tl.load(table + Y_W)
-    ) * ROW_UNIT
-    if LAST:
-        target = out[:, None] + f[None, :]
-    else:
-        target = out[:, None] + f[None, :] * tl.load(table + Y_C)
-    written = inside[:, None] & known[None, :]
-    if scale is not None:
-        acc = acc * tl.load(scale + f, mask=known, other=0.0).to(tl.float32)[None, :]
-    if shift is not None:
-        acc = acc + tl.load(shift + f, mask=known, other=0.0).to(tl.float32)[None, :]
-    if residual is not None:
-        acc = acc + tl.load(residual + target, mask=written, other=0.0).to(tl.float32)
-    acc = activate(acc, ACT)
-    tl.store(y + target, acc.to(y.dtype.element_ty), mask=written)
+    image, i, j, inside = pixels_of(block, height, width, pixels, BM)
+    acc = sum_steps(
+        x, slabs, words, starts, table, segments, segment, block, pixels, image, i, j, BM, BN, BK,
+        UNIT, LAST, PADDED, TAIL, PRECISION, INTERPRETED,
+    )  # fmt: skip
+    store_tile(
+        acc, y, table, rows, segment, image, i, j, inside, scale, shift, residual, BN, ROW_UNIT,
+        LAST, SCATTER, ACT, 0,
+    )  # fmt: skip

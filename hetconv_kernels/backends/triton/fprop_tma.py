@@ -11,30 +11,110 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .fprop import (
+from .device_words import channel_block, slab, tap_col, tap_row
+from .epilogue import activate, scaled, segment_filters, store_tile
+from .fields import (
     BASE_H,
     BASE_W,
     CHANNELS,
     CLASS_FIELDS,
-    FIRST_H,
-    FIRST_W,
     HEIGHT,
     LISTS,
     LOAD_H,
     LOAD_W,
     PIXELS,
     SEGMENTS,
-    STORE_H,
-    STORE_W,
     TAP_H,
     TAP_W,
     WIDTH,
-    Y_H,
-    Y_N,
-    Y_W,
-    activate,
-    multiply,
 )
+from .fprop import multiply
+
+
+@triton.jit
+def load_step(
+    xd,
+    word,
+    image,
+    at_h,
+    at_w,
+    base_h,
+    base_w,
+    tap_h,
+    tap_w,
+    channels,
+    BK: tl.constexpr,
+    FOLD: tl.constexpr,
+):
+    """Loads the box of x that one step reads.
+
+    Args:
+        xd: as in the kernel.
+        word: of the step.
+        image: the tile's first one.
+        at_h: row of x that the first tap of the tile's first pixel reads; FOLD: that pixel's own.
+        at_w: its column.
+        base_h: row of x that the first tap of the class's first pixel reads.
+        base_w: its column.
+        tap_h: rows from one tap to the next.
+        tap_w: the same for columns.
+        channels: of x.
+        BK: channels of a step.
+        FOLD: whether x is read at stride 2 through the parity fold.
+    """
+    shift_h = tap_row(word) * tap_h
+    shift_w = tap_col(word) * tap_w
+    c = channel_block(word) * BK
+    if FOLD:
+        # Pixel 2i + q lies at parity q & 1 of place i + (q >> 1), columns side by side.
+        q_h = base_h + shift_h
+        q_w = base_w + shift_w
+        box = xd.load(
+            [
+                image,
+                at_h + (q_h >> 1),
+                q_h & 1,
+                at_w + (q_w >> 1),
+                (q_w & 1) * channels + c,
+            ]
+        )
+    else:
+        box = xd.load([image, at_h + shift_h, at_w + shift_w, c])
+    return box
+
+
+@triton.jit
+def store_box(
+    acc,
+    yd,
+    rd,
+    rows,
+    segment,
+    image,
+    first_h,
+    first_w,
+    scale,
+    shift,
+    BI: tl.constexpr,
+    BH: tl.constexpr,
+    BW: tl.constexpr,
+    BF: tl.constexpr,
+    ROW_UNIT: tl.constexpr,
+    ACT: tl.constexpr,
+):
+    """Finishes a tile that its segment fills, and stores it by TMA: an epilogue without masks.
+
+    Arguments are those of the kernel, the sums of products, and the tile's segment, first image,
+    row and column.
+    """
+    f, known = segment_filters(rows, segment, BF, ROW_UNIT, False)
+    acc = scaled(acc, f, known, scale, shift, 1)
+    place = [image, first_h, first_w, tl.load(rows + segment) * ROW_UNIT]
+    if rd is not None:
+        more = rd.load(place).reshape(BI * BH * BW, BF).T
+        acc = acc + more.to(tl.float32)
+    acc = activate(acc, ACT)
+    yd.store(place, acc.to(yd.dtype).T.reshape(BI, BH, BW, BF))
 
 
 @triton.jit
@@ -71,7 +151,7 @@ def fprop_kernel_tma(
         yd: y as [N, H, W, F] in boxes [BI, BH, BW, BF], if WHOLE.
         rd: the residual likewise, or None.
         y: the result itself.
-        words: slab, channel block, tap row and tap column of each step, and one spare.  # int64
+        words: of the steps with their slabs (see `words`), and one spare.  # int64
         starts: first step of each segment of each list, and the end; then which list the tiles of
             a row and of a column run (see `borders`).  # int32
         rows: filters of each segment: all of them (SCATTER), or the first of each over ROW_UNIT.
@@ -118,8 +198,11 @@ def fprop_kernel_tma(
         place_h = rest % tiles_h
         first_h = place_h * BH
         image = (rest // tiles_h) * BI
-        at_h = first_h * load_h + base_h
-        at_w = first_w * load_w + base_w
+        at_h = first_h
+        at_w = first_w
+        if not FOLD:
+            at_h = first_h * load_h + base_h
+            at_w = first_w * load_w + base_w
         number = tl.load(lists + place_h) + tl.load(lists + tiles_h + place_w)
         first = number * segments + segment
         start = tl.load(starts + first)
@@ -128,67 +211,26 @@ def fprop_kernel_tma(
         word = tl.load(words + start)
         for s in range(start, end):
             following = tl.load(words + s + 1)  # one step ahead, see `fprop`
-            shift_h = ((word >> 5) & 31).to(tl.int32) * tap_h
-            shift_w = (word & 31).to(tl.int32) * tap_w
-            c = ((word >> 10) & 0x1FFFFF).to(tl.int32) * BK
-            if FOLD:
-                # Pixel 2i + q lies at parity q & 1 of place i + (q >> 1), columns side by side.
-                q_h = base_h + shift_h
-                q_w = base_w + shift_w
-                box = xd.load(
-                    [
-                        image,
-                        first_h + (q_h >> 1),
-                        q_h & 1,
-                        first_w + (q_w >> 1),
-                        (q_w & 1) * channels + c,
-                    ]
-                )
-            else:
-                box = xd.load([image, at_h + shift_h, at_w + shift_w, c])
+            box = load_step(
+                xd, word, image, at_h, at_w, base_h, base_w, tap_h, tap_w, channels, BK, FOLD
+            )
             b = box.reshape(BI * BH * BW, BK)
-            a = wd.load([(word >> 32).to(tl.int32) * BF, 0])
+            a = wd.load([slab(word) * BF, 0])
             acc = multiply(a, b.T, acc, "tf32", INTERPRETED)
             word = following
 
-        # Places in y of the tile's pixels.
-        p = tl.arange(0, BI * BH * BW)
-        n = image + p // (BH * BW)
-        i = first_h + (p // BW) % BH
-        j = first_w + p % BW
-        inside = (n < images) & (i < height) & (j < width)
-        if SCATTER:
-            f = tl.load(rows + segment * BF + tl.arange(0, BF))
-            known = f >= 0
-        else:
-            f = tl.load(rows + segment) * ROW_UNIT + tl.arange(0, BF)
-            known = f < tl.load(rows + segment + 1) * ROW_UNIT
-        if scale is not None:
-            acc = acc * tl.load(scale + f, mask=known, other=0.0).to(tl.float32)[:, None]
-        if shift is not None:
-            acc = acc + tl.load(shift + f, mask=known, other=0.0).to(tl.float32)[:, None]
         if WHOLE:
-            place = [image, first_h, first_w, tl.load(rows + segment) * ROW_UNIT]
-            if rd is not None:
-                more = rd.load(place).reshape(BI * BH * BW, BF).T
-                acc = acc + more.to(tl.float32)
-            acc = activate(acc, ACT)
-            yd.store(place, acc.to(yd.dtype).T.reshape(BI, BH, BW, BF))
+            store_box(
+                acc, yd, rd, rows, segment, image, first_h, first_w, scale, shift, BI, BH, BW, BF,
+                ROW_UNIT, ACT,
+            )  # fmt: skip
         else:
-            out_h = i * tl.load(table + STORE_H).to(tl.int32) + tl.load(table + FIRST_H).to(
-                tl.int32
-            )
-            out_w = j * tl.load(table + STORE_W).to(tl.int32) + tl.load(table + FIRST_W).to(
-                tl.int32
-            )
-            out = (
-                n.to(tl.int64) * tl.load(table + Y_N)
-                + out_h * tl.load(table + Y_H)
-                + out_w * tl.load(table + Y_W)
-            ) * ROW_UNIT
-            target = f[:, None] + out[None, :]
-            written = known[:, None] & inside[None, :]
-            if residual is not None:
-                acc = acc + tl.load(residual + target, mask=written, other=0.0).to(tl.float32)
-            acc = activate(acc, ACT)
-            tl.store(y + target, acc.to(y.dtype.element_ty), mask=written)
+            p = tl.arange(0, BI * BH * BW)
+            n = image + p // (BH * BW)
+            i = first_h + (p // BW) % BH
+            j = first_w + p % BW
+            inside = (n < images) & (i < height) & (j < width)
+            store_tile(
+                acc, y, table, rows, segment, n, i, j, inside, scale, shift, residual, BF, ROW_UNIT,
+                True, SCATTER, ACT, 1,
+            )  # fmt: skip

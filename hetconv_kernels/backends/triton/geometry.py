@@ -12,18 +12,20 @@ from ...masks import IntArray
 from ...problem import Geometry
 from ..gpu.axes import Axis, Size
 
-# A line for each class of fprop and dgrad; `fprop` says what the fields mean.
-GATHER_LINE = np.dtype([(name, np.int64) for name in (
+# Of a class of fprop and dgrad, and of wgrad; `fields` says what they mean.
+GATHER_FIELDS = (
     "segments", "height", "width", "pixels", "load_h", "load_w", "base_h", "base_w", "tap_h",
     "tap_w", "image_h", "image_w", "x_n", "x_h", "x_w", "x_c", "store_h", "store_w", "first_h",
     "first_w", "y_n", "y_h", "y_w", "y_c", "channels", "taps", "lists",
-)])  # fmt: skip
-# The one line of wgrad; see `wgrad`.
-WGRAD_LINE = np.dtype([(name, np.int64) for name in (
+)  # fmt: skip
+WGRAD_FIELDS = (
     "height", "width", "pixels", "split", "stride_h", "stride_w", "pad_h", "pad_w", "dilation_h",
     "dilation_w", "image_h", "image_w", "x_n", "x_h", "x_w", "x_c", "y_n", "y_h", "y_w", "y_c",
     "channels", "filters", "partial", "first",
-)])  # fmt: skip
+)  # fmt: skip
+# A line for each class of fprop and dgrad, and the one line of wgrad.
+GATHER_LINE = np.dtype([(name, np.int64) for name in GATHER_FIELDS])
+WGRAD_LINE = np.dtype([(name, np.int64) for name in WGRAD_FIELDS])
 
 
 def geometry_table(

@@ -13,15 +13,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ...errors import BackendError, mismatch
 from ...masks import Int32Array, IntArray
-from ...plan import Block, Plan
 from ...support import Support
 from ..gpu.axes import Residue
 from ..gpu.places import memory_places
-
-# Taps along one axis, and channel blocks, that a step word holds.
-MAX_TAPS, MAX_BLOCKS = 32, 2**21
+from .plan import Block, Plan
+from .words import step_words
 
 
 class Lowering:
@@ -39,7 +36,7 @@ class Lowering:
 
     Attributes:
         plan: the Plan that this is a form of.
-        words: channel block << 10 | tap row << 5 | tap column of each step, and a spare word.
+        words: of the steps (see `words`), and a spare one.
         starts: first step of each segment, class by class, and the end.
         gather: the order in which channels have to be read, None when it is their own.
         rows: filters of each segment, -1 filling up; None when they are in their own order.
@@ -100,30 +97,6 @@ class Lowering:
             found = _untransposed(found, self.support)
         found = only_live(found, self.support)
         return memory_places(found, self.support, form)
-
-
-def step_words(block: IntArray, row: IntArray, col: IntArray) -> Int32Array:
-    """Packs channel block << 10 | tap row << 5 | tap column of each step.
-
-    Taps are counted, not measured in pixels: a dilation of any size fits.
-
-    Raises:
-        BackendError: a number is beyond its bits. Packed all the same, it would silently name
-            another place.
-    """
-    limits = (("channel block", block, MAX_BLOCKS), ("tap row", row, MAX_TAPS))
-    for name, values, limit in (*limits, ("tap column", col, MAX_TAPS)):
-        if len(values) and not 0 <= values.min() <= values.max() < limit:
-            raise BackendError(
-                mismatch(
-                    f"{name} of a step",
-                    f"{values.min()} to {values.max()}",
-                    f"0 to {limit - 1}",
-                    "Use backend='auto' or backend='vendor'.",
-                )
-            )
-    words: Int32Array = (block << 10 | row << 5 | col).astype(np.int32)
-    return words
 
 
 def coarsened(support: Support) -> Support:

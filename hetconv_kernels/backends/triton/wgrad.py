@@ -10,33 +10,59 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .device_words import channel_block, tap_col, tap_row
+from .fields import (
+    WGRAD_CHANNELS,
+    WGRAD_DILATION_H,
+    WGRAD_DILATION_W,
+    WGRAD_FILTERS,
+    WGRAD_FIRST,
+    WGRAD_HEIGHT,
+    WGRAD_IMAGE_H,
+    WGRAD_IMAGE_W,
+    WGRAD_PAD_H,
+    WGRAD_PAD_W,
+    WGRAD_PARTIAL,
+    WGRAD_PIXELS,
+    WGRAD_SPLIT,
+    WGRAD_STRIDE_H,
+    WGRAD_STRIDE_W,
+    WGRAD_WIDTH,
+    WGRAD_X_C,
+    WGRAD_X_H,
+    WGRAD_X_N,
+    WGRAD_X_W,
+    WGRAD_Y_C,
+    WGRAD_Y_H,
+    WGRAD_Y_N,
+    WGRAD_Y_W,
+)
 from .fprop import multiply
 
-# Places of the fields of the geometry table; `geometry.WGRAD_LINE` has them for the host.
-WGRAD_HEIGHT = tl.constexpr(0)  # of y, in pixels
-WGRAD_WIDTH = tl.constexpr(1)
-WGRAD_PIXELS = tl.constexpr(2)  # of all images
-WGRAD_SPLIT = tl.constexpr(3)  # pixels of one split, a multiple of BP
-WGRAD_STRIDE_H = tl.constexpr(4)
-WGRAD_STRIDE_W = tl.constexpr(5)
-WGRAD_PAD_H = tl.constexpr(6)
-WGRAD_PAD_W = tl.constexpr(7)
-WGRAD_DILATION_H = tl.constexpr(8)
-WGRAD_DILATION_W = tl.constexpr(9)
-WGRAD_IMAGE_H = tl.constexpr(10)  # of x
-WGRAD_IMAGE_W = tl.constexpr(11)
-WGRAD_X_N = tl.constexpr(12)  # strides in units of the kernel's UNIT, but for the channels
-WGRAD_X_H = tl.constexpr(13)
-WGRAD_X_W = tl.constexpr(14)
-WGRAD_X_C = tl.constexpr(15)
-WGRAD_Y_N = tl.constexpr(16)  # strides in units of ROW_UNIT, but for the filters
-WGRAD_Y_H = tl.constexpr(17)
-WGRAD_Y_W = tl.constexpr(18)
-WGRAD_Y_C = tl.constexpr(19)
-WGRAD_CHANNELS = tl.constexpr(20)  # in units
-WGRAD_FILTERS = tl.constexpr(21)
-WGRAD_PARTIAL = tl.constexpr(22)  # float32 values of one split, those of all launches
-WGRAD_FIRST = tl.constexpr(23)  # those before this launch's
+
+@triton.jit
+def tap_shift(word, geometry, dilation_w):
+    """Returns the row and column of x that the tap of a job reads for the pixel (0, 0) of y."""
+    shift_h = tap_row(word) * tl.load(geometry + WGRAD_DILATION_H).to(tl.int32)
+    shift_h -= tl.load(geometry + WGRAD_PAD_H).to(tl.int32)
+    shift_w = tap_col(word) * dilation_w - tl.load(geometry + WGRAD_PAD_W).to(tl.int32)
+    return shift_h, shift_w
+
+
+@triton.jit
+def load_tap(lanes, at, row_seen, col, image_w, channel_live):
+    """Loads the channels of x that a tap reads, zero outside the image.
+
+    Args:
+        lanes: pointers to the channels.  # [1, BC]
+        at: places of the pixels.  # [BP]
+        row_seen: whether the tap's row lies in the image, for each pixel.
+        col: the tap's column.
+        image_w: columns of the image.
+        channel_live: whether there is such a channel.  # [BC]
+    """
+    seen = row_seen & (col >= 0) & (col < image_w)
+    return tl.load(lanes + at[:, None], mask=seen[:, None] & channel_live[None, :], other=0.0)
 
 
 @triton.jit
@@ -66,7 +92,7 @@ def wgrad_kernel_gather(
         dy: gradient of y, any strides.  # [N, F, OH, OW]
         x: activations, any strides.  # [N, C, H, W]
         partials: result, by split, launch and job.  # float32 [splits, ..., jobs, TAPS, BF, BC]
-        words: channel block, tap row and first tap column of each job (see `fprop`).  # int32
+        words: of the first step of each job (see `words`).  # int32
         owners: segment of each job.  # int32
         rows: filters of each segment, -1 for none (SCATTER), or the first of each over ROW_UNIT.
         geometry: `geometry.WGRAD_LINE`.  # int64
@@ -101,10 +127,8 @@ def wgrad_kernel_gather(
 
     word = tl.load(words + job)
     segment = tl.load(owners + job)
-    shift_h = ((word >> 5) & 31) * tl.load(geometry + WGRAD_DILATION_H).to(tl.int32)
-    shift_h -= tl.load(geometry + WGRAD_PAD_H).to(tl.int32)
-    shift_w = (word & 31) * dilation_w - tl.load(geometry + WGRAD_PAD_W).to(tl.int32)
-    channel = (word >> 10) * BC + tl.arange(0, BC)
+    shift_h, shift_w = tap_shift(word, geometry, dilation_w)
+    channel = channel_block(word) * BC + tl.arange(0, BC)
     channel_live = channel < tl.load(geometry + WGRAD_CHANNELS).to(tl.int32) * UNIT
     if SCATTER:
         f = tl.load(rows + segment * BF + tl.arange(0, BF))
@@ -139,23 +163,16 @@ def wgrad_kernel_gather(
         col = j * stride_w + shift_w
         row_seen = inside & (row >= 0) & (row < image_h)
         at_x = (image.to(tl.int64) * x_n + row * x_h + col * x_w) * UNIT
-        seen = row_seen & (col >= 0) & (col < image_w)
-        b = tl.load(x_lanes + at_x[:, None], mask=seen[:, None] & channel_live[None, :], other=0.0)
+        b = load_tap(x_lanes, at_x, row_seen, col, image_w, channel_live)
         acc0 = multiply(g, b, acc0, PRECISION, INTERPRETED)
         if TAPS == 3:
             col += dilation_w
-            seen = row_seen & (col >= 0) & (col < image_w)
             at_x += (dilation_w * x_w) * UNIT
-            b = tl.load(
-                x_lanes + at_x[:, None], mask=seen[:, None] & channel_live[None, :], other=0.0
-            )
+            b = load_tap(x_lanes, at_x, row_seen, col, image_w, channel_live)
             acc1 = multiply(g, b, acc1, PRECISION, INTERPRETED)
             col += dilation_w
-            seen = row_seen & (col >= 0) & (col < image_w)
             at_x += (dilation_w * x_w) * UNIT
-            b = tl.load(
-                x_lanes + at_x[:, None], mask=seen[:, None] & channel_live[None, :], other=0.0
-            )
+            b = load_tap(x_lanes, at_x, row_seen, col, image_w, channel_live)
             acc2 = multiply(g, b, acc2, PRECISION, INTERPRETED)
 
     store_slabs(partials, geometry, job, acc0, acc1, acc2, TAPS, BF, BC)

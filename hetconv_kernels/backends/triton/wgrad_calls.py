@@ -105,7 +105,7 @@ class WgradCall:
             else:
                 refuse_left_out("triton-wgrad")
                 bound.append(self._bind_pointers(jobs, dy, x, before))
-            before += prod(jobs.positions.shape)
+            before += jobs.size
         return bound
 
     def _bind_pointers(self, jobs: Jobs, dy: Tensor, x: Tensor, before: int) -> WgradLaunch:

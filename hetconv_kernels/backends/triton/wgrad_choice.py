@@ -6,13 +6,13 @@ from __future__ import annotations
 from itertools import product
 from typing import NamedTuple
 
-from ...plan import Block
 from ...problem import Problem
 from ...support import Support
 from ..gpu import parts
 from ..gpu.devices import GpuSpec, spec_of
 from . import choice
 from .choice import GROUPINGS, best_box, has_tma, tensor_reasons
+from .plan import Block
 from .tiles import (
     BOX_FUSED,
     BOX_GAIN,
@@ -137,7 +137,7 @@ def _wgrad(
         tile = tiles[jobs.taps != 3]
         seconds = wgrad_seconds(tile, len(jobs.words), jobs.taps, covered, item, spec)
         kernel += seconds * (1.0 if jobs.rows is None else SCATTERED) + NEXT_LAUNCH
-        executed += jobs.positions.size
+        executed += jobs.size
     if box is None and has_tma(problem.device):
         kernel *= BOX_GAIN
     seconds = LAUNCH + max(kernel, problem.bytes_moved / spec.bandwidth)

@@ -3,21 +3,22 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
 
-from ...masks import Int32Array, IntArray
-from ...plan import Block, Plan
+from ...masks import BoolArray, Int32Array, IntArray
 from ...support import Support
 from ..gpu.places import memory_places
 from .lowering import (
     coarsened,
     only_live,
     slab_positions,
-    step_words,
     unless_identity,
 )
+from .plan import Block, Plan
+from .words import step_words
 
 
 class Jobs(NamedTuple):
@@ -25,17 +26,26 @@ class Jobs(NamedTuple):
 
     Attributes:
         plan: whose slabs they compute.
-        taps: adjacent tap columns that one job computes together.
-        words: of the first tap of each job, as in `Lowering`.
+        steps: of the plan, those that each job computes together: adjacent tap columns.
+            # [jobs, taps]
+        words: of the first step of each job, as in `Lowering`.
         owners: segment of each job.
-        positions: flat dense position of each gradient; -1 is none.  # [jobs, taps, BF, BC]
     """
 
     plan: Plan
-    taps: int
+    steps: IntArray
     words: Int32Array
     owners: Int32Array
-    positions: IntArray
+
+    @property
+    def taps(self) -> int:
+        """Adjacent tap columns that one job computes together."""
+        return self.steps.shape[1]
+
+    @property
+    def size(self) -> int:
+        """The gradients that all jobs compute, dead ones included."""
+        return self.steps.size * self.plan.block.filters * self.plan.block.channels
 
     @property
     def rows(self) -> Int32Array | None:
@@ -50,11 +60,29 @@ class Jobs(NamedTuple):
         return self.rows is None and not (self.plan.segments % unit).any()
 
 
+class FusedJobs(NamedTuple):
+    """The jobs of three taps, and what they leave to jobs of one.
+
+    Attributes:
+        filters: the order in which the filters of dy have to be read, None when it is their own.
+        channels: the same for the channels of x.
+        jobs: of three taps; None if there are none.
+        left: the weights that no such job has, in those orders; None if there are none.
+    """
+
+    filters: IntArray | None
+    channels: IntArray | None
+    jobs: Jobs | None
+    left: Support | None
+
+
 class WgradLowering:
     """A Support lowered to the jobs of wgrad.
 
     Whole rows of three taps share their reading of dy, the rest goes tap by tap. HetConv so becomes
     its own groups, three taps at a time, and one product for the centre tap of the other channels.
+    Where each gradient lies is worked out when it is asked for: a choice among lowerings needs
+    only the jobs.
 
     Args:
         support: which weights have gradients.
@@ -79,22 +107,16 @@ class WgradLowering:
         coarse: bool = False,
     ) -> None:
         self.support, self.coarse = support, coarse
-        whole = coarsened(support) if coarse else support
-        self.filters: IntArray | None = None
-        self.channels: IntArray | None = None
-        flat = np.arange(whole.mask.size).reshape(whole.shape)
-        if reorder:
-            plan = Plan(whole, fused)
-            self.filters, self.channels = unless_identity(plan.rows), unless_identity(plan.cols)
-            flat = flat[plan.rows][:, plan.cols]
-            whole = Support.from_mask(whole.mask[plan.rows][:, plan.cols])
-        self._flat = flat.reshape(-1)
-        self.parts = self._lower(whole, fused, single)
+        self.filters, self.channels, jobs, left = _fused_jobs_of(support, fused, reorder, coarse)
+        self.parts = [] if jobs is None else [jobs]
+        if left is not None:
+            plan = Plan(left, single, reorder=False)
+            self.parts.append(_jobs(plan, np.arange(len(plan.steps))[:, None]))
 
     @property
     def size(self) -> int:
         """The gradients that all jobs compute, dead ones included."""
-        return sum(part.positions.size for part in self.parts)
+        return sum(part.size for part in self.parts)
 
     def places(self, form: str) -> Int32Array:
         """Lists where the gradient of each weight lies among the partials of one split; -1 is dead.
@@ -106,38 +128,81 @@ class WgradLowering:
             A place for each entry of the canonical weight, in the order of its memory.  # int32
         """
         support = self.support
-        size = support.live if form == "live" else int(np.prod(support.shape))
+        flat = np.arange(prod(support.shape)).reshape(support.shape)
+        if self.filters is not None:
+            flat = flat[self.filters]
+        if self.channels is not None:
+            flat = flat[:, self.channels]
+        own = flat.reshape(-1)
+        size = support.live if form == "live" else len(own)
         places = np.full(size, -1, np.int32)
         before = 0
         for part in self.parts:
-            flat = memory_places(part.positions.reshape(-1), support, form)
-            known = flat >= 0
-            places[flat[known]] = before + np.flatnonzero(known)
-            before += flat.size
+            # Flat dense position of each gradient; -1 is none.  # [jobs, taps, BF, BC]
+            positions = slab_positions(part.plan)[part.steps]
+            positions = only_live(np.where(positions < 0, -1, own[positions]), support)
+            found = memory_places(positions.reshape(-1), support, form)
+            known = found >= 0
+            places[found[known]] = before + np.flatnonzero(known)
+            before += found.size
         return places
 
-    def _lower(self, whole: Support, fused: Block, single: Block) -> list[Jobs]:
-        parts, left = [], whole.mask.copy()
-        if whole.kernel[1] == 3:
-            plan = Plan(whole, fused, reorder=False)
-            steps = plan.steps
-            keys = np.stack([plan.owner, steps["channel"], steps["dy"]], axis=1)
-            _, line, size = np.unique(keys, axis=0, return_inverse=True, return_counts=True)
-            line = line.reshape(-1)
-            order = np.lexsort((steps["dx"], line))
-            triples = order[size[line[order]] == 3].reshape(-1, 3)
-            if len(triples):
-                positions = slab_positions(plan)[triples]
-                left.reshape(-1)[positions[positions >= 0]] = False
-                parts.append(self._part(plan, 3, triples[:, 0], positions))
-        if left.any():
-            plan = Plan(Support.from_mask(left), single, reorder=False)
-            positions = slab_positions(plan)[:, None]
-            parts.append(self._part(plan, 1, np.arange(len(plan.steps)), positions))
-        return parts
 
-    def _part(self, plan: Plan, taps: int, firsts: IntArray, positions: IntArray) -> Jobs:
-        steps = plan.steps[firsts]
-        words = step_words(steps["channel"] // plan.block.channels, steps["dy"], steps["dx"])
-        own = only_live(np.where(positions < 0, -1, self._flat[positions]), self.support)
-        return Jobs(plan, taps, words, plan.owner[firsts].astype(np.int32), own)
+def _fused_jobs_of(support: Support, block: Block, reorder: bool, coarse: bool) -> FusedJobs:
+    """Returns the jobs of three taps for a slab, and what they leave; kept with the Support."""
+    key = ("triton fused jobs", block, reorder, coarse)
+    found: FusedJobs | None = support.derived.get(key)
+    if found is None:
+        found = support.derived[key] = _fused_jobs(support, block, reorder, coarse)
+    return found
+
+
+def _fused_jobs(support: Support, block: Block, reorder: bool, coarse: bool) -> FusedJobs:
+    whole = coarsened(support) if coarse else support
+    filters = channels = None
+    if reorder:
+        plan = Plan(whole, block)
+        filters, channels = unless_identity(plan.rows), unless_identity(plan.cols)
+        whole = Support.from_mask(whole.mask[plan.rows][:, plan.cols])
+    jobs, left = None, whole
+    if whole.kernel[1] == 3:
+        plan = Plan(whole, block, reorder=False)
+        triples = _triples(plan)
+        if len(triples):
+            jobs = _jobs(plan, triples)
+            left = Support.from_mask(whole.mask & ~_covered(plan, triples[:, 0]))
+    return FusedJobs(filters, channels, jobs, left if left.live else None)
+
+
+def _triples(plan: Plan) -> IntArray:
+    """Lists the steps of a Plan that are three taps in a row.  # [jobs, 3]"""
+    steps = plan.steps
+    keys = np.stack([plan.owner, steps["channel"], steps["dy"]], axis=1)
+    _, line, size = np.unique(keys, axis=0, return_inverse=True, return_counts=True)
+    line = line.reshape(-1)
+    order = np.lexsort((steps["dx"], line))
+    return order[size[line[order]] == 3].reshape(-1, 3)
+
+
+def _covered(plan: Plan, firsts: IntArray) -> BoolArray:
+    """Tells which weights have a gradient in jobs of three taps, dead ones included.
+
+    # bool [F, C, KH, 1]
+    """
+    _, channels, kh, _ = plan.support.shape
+    by_segment = np.zeros((len(plan.segments) - 1, channels, kh), bool)
+    steps = plan.steps[firsts]
+    for offset in range(plan.block.channels):
+        there = steps["count"] > offset
+        read = steps["channel"][there] + offset
+        by_segment[plan.owner[firsts][there], read, steps["dy"][there]] = True
+    covered = np.empty((len(plan.rows), channels, kh, 1), bool)
+    covered[plan.rows, :, :, 0] = np.repeat(by_segment, np.diff(plan.segments), axis=0)
+    return covered
+
+
+def _jobs(plan: Plan, steps: IntArray) -> Jobs:
+    """Makes the jobs that compute these steps of a Plan.  # [jobs, taps]"""
+    first = plan.steps[steps[:, 0]]
+    words = step_words(first["channel"] // plan.block.channels, first["dy"], first["dx"])
+    return Jobs(plan, steps, words, plan.owner[steps[:, 0]].astype(np.int32))

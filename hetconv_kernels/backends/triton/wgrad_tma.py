@@ -11,21 +11,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .fprop import multiply
-from .wgrad import (
-    WGRAD_DILATION_H,
+from .device_words import channel_block
+from .fields import (
     WGRAD_DILATION_W,
     WGRAD_HEIGHT,
     WGRAD_IMAGE_H,
     WGRAD_IMAGE_W,
-    WGRAD_PAD_H,
-    WGRAD_PAD_W,
     WGRAD_PIXELS,
     WGRAD_STRIDE_H,
     WGRAD_STRIDE_W,
     WGRAD_WIDTH,
-    store_slabs,
 )
+from .fprop import multiply
+from .wgrad import store_slabs, tap_shift
 
 
 @triton.jit
@@ -64,7 +62,7 @@ def wgrad_kernel_tma(
         dyd: dy as [N, OH, OW, F] in boxes [BI, BH, BW, BF].
         xd: x as [N, H, W, C] in boxes [BI, BH, BW, BC].
         partials: result, by split, launch and job.  # float32 [splits, ..., jobs, TAPS, BF, BC]
-        words: channel block, tap row and first tap column of each job (see `fprop`).  # int32
+        words: of the first step of each job (see `words`).  # int32
         owners: segment of each job.  # int32
         rows: the first filter of each segment, over ROW_UNIT.  # int32
         geometry: `geometry.WGRAD_LINE`; boxes are split evenly here.  # int64
@@ -88,10 +86,8 @@ def wgrad_kernel_tma(
     image_w = tl.load(geometry + WGRAD_IMAGE_W).to(tl.int32)
 
     word = tl.load(words + job)
-    shift_h = ((word >> 5) & 31) * tl.load(geometry + WGRAD_DILATION_H).to(tl.int32)
-    shift_h -= tl.load(geometry + WGRAD_PAD_H).to(tl.int32)
-    shift_w = (word & 31) * dilation_w - tl.load(geometry + WGRAD_PAD_W).to(tl.int32)
-    c = (word >> 10) * BC
+    shift_h, shift_w = tap_shift(word, geometry, dilation_w)
+    c = channel_block(word) * BC
     f = tl.load(rows + tl.load(owners + job)) * ROW_UNIT
 
     # The rectangle of tiles that this job's taps reach x from.

@@ -13,9 +13,9 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ArgumentError, mismatch
-from .masks import BoolArray, Int32Array, IntArray
-from .support import Support
+from ...errors import ArgumentError, mismatch
+from ...masks import BoolArray, Int32Array, IntArray
+from ...support import Support
 
 __all__ = ["Block", "Plan"]
 
