@@ -14,13 +14,13 @@ from tree import ROOT
 
 from hetconv_kernels import Support
 from hetconv_kernels.backends.cuda import fields as table_fields
-from hetconv_kernels.backends.cuda import slots as slots_module
+from hetconv_kernels.backends.cuda import narrow_slots
 from hetconv_kernels.backends.cuda import windows as windows_module
 from hetconv_kernels.backends.cuda.fields import NarrowClass, NarrowHead, WgradHead
-from hetconv_kernels.backends.cuda.lowering import FRAGMENT, BlockShape, Tables, lower_narrow
-from hetconv_kernels.backends.cuda.slots import TILE_RANGES, arrange, ranges
-from hetconv_kernels.backends.cuda.tiles import choose_narrow, choose_wgrad, shared_bytes
-from hetconv_kernels.backends.cuda.wgrad_lowering import UNIT_VALUES, lower_wgrad
+from hetconv_kernels.backends.cuda.narrow_lowering import FRAGMENT, BlockShape, Tables, lower_narrow
+from hetconv_kernels.backends.cuda.narrow_slots import TILE_RANGES, arrange, ranges
+from hetconv_kernels.backends.cuda.narrow_tiles import choose_narrow, choose_wgrad, shared_bytes
+from hetconv_kernels.backends.cuda.narrow_wgrad_lowering import UNIT_VALUES, lower_wgrad
 from hetconv_kernels.backends.cuda.windows import Window, windows
 from hetconv_kernels.backends.gpu.devices import GPU_SPECS
 from hetconv_kernels.errors import ArgumentError, BackendError
@@ -185,7 +185,7 @@ def test_channels_stand_as_they_are_where_that_is_as_good() -> None:
     assert not arrange(tiles).gather
     mixed = HET.permute(channels=np.random.default_rng(0).permutation(64))
     assert arrange(mixed.mask.reshape(8, 8, 64, 3, 3).any(axis=1)).gather
-    assert slots_module.LANES == 8
+    assert narrow_slots.LANES == 8
 
 
 @pytest.mark.parametrize("part", GPU_SPECS, ids=lambda part: f"sm_{part[0]}{part[1]}")
@@ -270,7 +270,7 @@ def test_channels_that_are_no_multiple_of_eight_are_refused() -> None:
 
 
 def test_the_worked_examples_hold() -> None:
-    for module in (slots_module, windows_module):
+    for module in (narrow_slots, windows_module):
         outcome = doctest.testmod(module)
         assert outcome.attempted
         assert not outcome.failed

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Launchers of the kernels for narrow groups (8, 16, 32 filters), plain C++: no CUDA, no torch.
 //
-// Everything irregular is decided before: hetconv_kernels/backends/cuda/lowering.py makes the
-// tables, and its docstring gives their meaning with an example. All pointers are device pointers,
-// all strides count elements, activations are channels_last (stride 1 between channels). Numbers
-// are of 16 bits, and of fprop and dgrad also of float32; what holds 16 bytes of channels holds
-// eight of the former, four of the latter.
+// Everything irregular is decided before: hetconv_kernels/backends/cuda/narrow_lowering.py makes
+// the tables, and its docstring gives their meaning with an example. All pointers are device
+// pointers, all strides count elements, activations are channels_last (stride 1 between channels).
+// Numbers are of 16 bits, and of fprop and dgrad also of float32; what holds 16 bytes of channels
+// holds eight of the former, four of the latter.
 #pragma once
 #include <array>
 #include <cstdint>

@@ -7,7 +7,7 @@
 // halo is prefetched meanwhile (double buffering). Each warp has 32 pixels by 64 filters: pixels
 // are the sixteen rows of a matrix instruction and filters its eight columns, so a group of eight
 // filters fits exactly. A step is any two slots of eight channels at any two taps; ldmatrix takes
-// an address from every lane, so a step costs one add (see lowering.py).
+// an address from every lane, so a step costs one add (see narrow_lowering.py).
 //
 // Halos are brought by cp.async (narrow_fprop.cu), or by TMA where there is one (narrow_tma.cu):
 // one thread then asks for a halo as a box of raw_pitch * 8 channels, and what comes beyond the

@@ -2,10 +2,10 @@
 """The choice of a kernel and its tables for a Problem, and what it is predicted to take.
 
 There are kernels for narrow groups, and on Hopper for wide groups; fprop and dgrad have one for
-scattered groups. The one that is predicted to be fastest is taken. The clocks come from `tiles`,
-`wide_tiles`, `wide_wgrad_tiles` and `scattered_tiles`; here the launch, packing and device memory
-are added. All constants are data sheets and arithmetic: **no GPU has confirmed them**. What was
-chosen is kept with the Support.
+scattered groups. The one that is predicted to be fastest is taken. The clocks come from
+`narrow_tiles`, `wide_tiles`, `wide_wgrad_tiles` and `scattered_tiles`; here the launch, packing and
+device memory are added. All constants are data sheets and arithmetic: **no GPU has confirmed
+them**. What was chosen is kept with the Support.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from ...problem import Problem
 from ..gpu import parts
 from ..gpu.constants import constants_of
 from ..gpu.devices import GpuSpec, spec_of
+from .narrow_tiles import NarrowTiling, choose_narrow, choose_wgrad
+from .narrow_wgrad_lowering import UNIT_VALUES, WgradTables
 from .scattered_tiles import ScatteredTiling, choose_scattered
-from .tiles import NarrowTiling, choose_narrow, choose_wgrad
-from .wgrad_lowering import UNIT_VALUES, WgradTables
 from .wide_lowering import WideTables, lower_wide, wide_windows
 from .wide_tiles import WideTiling, choose_wide
 from .wide_wgrad_tiles import WideWgradTiling, choose_wide_wgrad

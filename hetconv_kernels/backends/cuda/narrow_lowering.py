@@ -17,7 +17,7 @@ Of float32 a slot has four channels, so a half and a step have half as many colu
 32 bytes of a pixel all the same, and so are the words.
 
 A halo is brought chunk by chunk by cp.async, or from compute capability 9.0 on by TMA, as one box
-of ``raw_pitch`` chunks from the round's first one (see `tma`). What the box has beyond the
+of ``raw_pitch`` chunks from the round's first one (see `narrow_tma`). What the box has beyond the
 round's own chunks, zeros at the end of a pixel and else their neighbours, fills the place that the
 odd pitch leaves free, so the same words fit both.
 """
@@ -35,8 +35,8 @@ from ...masks import BoolArray, Int32Array, IntArray
 from ...support import Support
 from ..gpu.places import memory_places
 from .fields import NarrowHead, NarrowRound
-from .slots import LANES, SLOT, TILE_RANGES, WARP_TILES, Slots, arrange, ranges
-from .tma import HALO, MOST_MAPS, refusal
+from .narrow_slots import LANES, SLOT, TILE_RANGES, WARP_TILES, Slots, arrange, ranges
+from .narrow_tma import HALO, MOST_MAPS, refusal
 from .windows import Window
 
 FRAGMENT = 256  # bytes of the packed weights of one tile in one step

@@ -17,10 +17,10 @@ from ...errors import BackendError
 from ...support import Support
 from ..gpu.devices import GpuSpec
 from .fields import NarrowRound
-from .lowering import FRAGMENT, BlockShape, Tables, lower_narrow
-from .slots import TILE_RANGES
-from .tma import TMA_ALIGN, round_up
-from .wgrad_lowering import WARP_UNITS, WgradTables, lower_wgrad
+from .narrow_lowering import FRAGMENT, BlockShape, Tables, lower_narrow
+from .narrow_slots import TILE_RANGES
+from .narrow_tma import TMA_ALIGN, round_up
+from .narrow_wgrad_lowering import WARP_UNITS, WgradTables, lower_wgrad
 from .windows import Window
 
 MAX_WARPS, WARP_PIXELS, WARP_FILTERS = 8, 32, 64

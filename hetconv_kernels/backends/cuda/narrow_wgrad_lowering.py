@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lowering of wgrad for narrow groups: a Support as the units that the kernel computes.
 
-A unit is the gradient of up to four steps (two halves each, see `lowering`) by a pair of tiles of
-eight filters: 64 columns by 16 filters, eight accumulators of one warp. The halves of a pair of
-tiles are those that either of them reads; products of a tile with a half that it does not read are
-computed and left out of dw.
+A unit is the gradient of up to four steps (two halves each, see `narrow_lowering`) by a pair of
+tiles of eight filters: 64 columns by 16 filters, eight accumulators of one warp. The halves of a
+pair of tiles are those that either of them reads; products of a tile with a half that it does not
+read are computed and left out of dw.
 """
 
 from __future__ import annotations
@@ -19,9 +19,16 @@ from ...masks import IntArray
 from ...support import Support
 from ..gpu.places import memory_places
 from .fields import WgradHead
-from .lowering import NO_CHANNEL, Int32Array, filter_order, odd_pitch, pack_pairs, tile_columns
-from .slots import LANES, Slots, arrange
-from .tma import HALO, TMA_ALIGN, refusal, round_up
+from .narrow_lowering import (
+    NO_CHANNEL,
+    Int32Array,
+    filter_order,
+    odd_pitch,
+    pack_pairs,
+    tile_columns,
+)
+from .narrow_slots import LANES, Slots, arrange
+from .narrow_tma import HALO, TMA_ALIGN, refusal, round_up
 from .windows import Window
 
 UNIT_HALVES, UNIT_TILES, WARP_UNITS, MAX_WARPS = 8, 2, 2, 8
