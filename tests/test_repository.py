@@ -122,7 +122,7 @@ FIELD_WORDS = {
     "mbarrier": ("csrc/cuda/mbarrier.h", "csrc/cuda/wide_fprop.cu", "csrc/cuda/narrow_kernel.h"),
     "producer": ("csrc/cuda/wide_producer.h", "csrc/cuda/wide_fprop.cu"),
     "consumer": ("csrc/cuda/wide_fprop.cu",),
-    "TMA": ("csrc/cuda/tma.h", "hetconv_kernels/backends/triton/fprop_tma.py"),
+    "TMA": ("csrc/cuda/narrow_tma.h", "hetconv_kernels/backends/triton/fprop_tma.py"),
     "double buffering": (
         "csrc/cuda/narrow_kernel.h",
         "hetconv_kernels/backends/cuda/narrow_tiles.py",

@@ -15,12 +15,12 @@
 #pragma once
 #include <type_traits>
 
-#include "halo.h"
 #include "narrow.h"
+#include "narrow_halo.h"
+#include "narrow_operands.h"
 #include "narrow_results.h"
-#include "operands.h"
+#include "narrow_tma.h"
 #include "ptx.h"
-#include "tma.h"
 
 namespace hetconv::cuda {
 namespace narrow {

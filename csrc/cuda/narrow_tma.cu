@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // fprop, dgrad and wgrad for narrow groups, with tiles that TMA brings, from compute capability 9.0
-// on; narrow_kernel.h and wgrad_kernel.h have the programs.
+// on; narrow_kernel.h and narrow_wgrad_kernel.h have the programs.
 #include "narrow_kernel.h"
-#include "wgrad_kernel.h"
+#include "narrow_wgrad_kernel.h"
 
 namespace hetconv::cuda {
 namespace narrow {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // wgrad for narrow groups, with tiles that cp.async brings, and the launchers of both ways;
-// wgrad_kernel.h has the program.
+// narrow_wgrad_kernel.h has the program.
 #include <algorithm>
 
-#include "wgrad_kernel.h"
+#include "narrow_wgrad_kernel.h"
 
 namespace hetconv::cuda {
 namespace {

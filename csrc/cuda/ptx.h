@@ -17,7 +17,7 @@
 
 namespace hetconv::cuda {
 
-// The element types, by tag; of float32 there are two, see operands.h.
+// The element types, by tag; of float32 there are two, see narrow_operands.h.
 struct Bfloat {};
 struct Half {};
 struct Tf32 {};

@@ -11,10 +11,10 @@
 #pragma once
 #include <type_traits>
 
-#include "halo.h"
 #include "narrow.h"
+#include "narrow_halo.h"
+#include "narrow_tma.h"
 #include "ptx.h"
-#include "tma.h"
 
 namespace hetconv::cuda {
 namespace wgrad {
