@@ -27,7 +27,6 @@ namespace narrow {
 
 constexpr int kThreads = kMaxWarps * 32;
 constexpr int kTiles = kWarpFilters / 8;
-constexpr int kListFields = kLists + 2;
 constexpr int kFragmentBytes = 256;
 
 // Where things lie in shared memory, in bytes from its begin.
@@ -117,8 +116,9 @@ template <class T, int kSize, int kList, class Weights> struct Lists {
                                               uint32_t lists, uint32_t words, int shift,
                                               Weights& weights, int lane) {
     constexpr int kAt = kList + kFirst / kSize;
-    const uint32_t begin = load_shared32(lists + kAt * 4);
-    const int count = int(load_shared32(lists + kAt * 4 + 4) - begin);
+    const uint32_t at = lists + (kListBegin + kAt) * 4;
+    const uint32_t begin = load_shared32(at);
+    const int count = int(load_shared32(at + 4) - begin);
     if (count)
       run_list<T, kFirst, kSize>(acc, base, words + begin * 4, count, shift, weights, lane);
     if constexpr (kFirst + kSize < kTiles)
@@ -345,7 +345,7 @@ __device__ __forceinline__ void compute(const P& p) {
       const uint32_t base[2] = {source + first[0], source + first[1]};
       const uint32_t lists = shared + at.lists + (r * p.warps_n + warp_n) * kListFields * 4;
       Fragments<kResident> weights(slabs, shared + at.fragments,
-                                   int(load_shared32(lists + (kLists + 1) * 4)));
+                                   int(load_shared32(lists + kListFragment * 4)));
       Lists<T, kTiles, 0, Fragments<kResident>>::template from<0>(
           acc, base, lists, shared + at.words, shift, weights, lane);
       // Nobody reads this round's tile any more.

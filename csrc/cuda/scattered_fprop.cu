@@ -53,7 +53,7 @@ __device__ __forceinline__ void bring(const Scattered& p, const int32_t* block) 
   for (int item = warp; item < count; item += p.warps) {
     const int own = item / kLines, row = item - own * kLines;
     const int32_t* segment = p.segments + (first + own) * kSegmentFields;
-    const int channel = load_table(segment) * kSegment + lane % 4 * 8;
+    const int channel = load_table(segment + kSegmentIndex) * kSegment + lane % 4 * 8;
     const int y = place.row + p.base_h + row, x = place.col + p.base_w;
     const bool inside =
         image < p.batch && channel < p.channels && uint32_t(y) < uint32_t(p.image_h);
@@ -65,7 +65,7 @@ __device__ __forceinline__ void bring(const Scattered& p, const int32_t* block) 
     int slot[4];
 #pragma unroll
     for (int q = 0; q < 4; ++q)
-      slot[q] = load_table(segment + 1 + lane / 8 * 8 + 2 * q + lane / 4 % 2);
+      slot[q] = load_table(segment + kSlot + lane / 8 * 8 + 2 * q + lane / 4 % 2);
     constexpr int kAtOnce = 5;  // as registers hold sums meanwhile
 #pragma unroll 1
     for (int begin = 0; begin < kHaloCols; begin += kAtOnce) {

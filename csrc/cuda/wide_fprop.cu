@@ -68,8 +68,9 @@ __device__ void compute(const Wide& p, uint32_t shared, const Layout& at, const 
       let_go();
     };
     for (int b = 0; b < count; ++b, block += kBlockFields, halo.advance()) {
-      const int32_t* windows = p.steps + load_table(block + kStepBegin + 2 * group);
-      const int steps = load_table(block + kStepCount + 2 * group);
+      const int32_t* own = block + kSteps + group * kStepsFields;
+      const int32_t* windows = p.steps + load_table(own + kStepBegin);
+      const int steps = load_table(own + kStepCount);
       const uint32_t planes = shared + at.halo + halo.at * at.stage;
       halo.wait_filled();
       fence_async();  // here, as those who copied are further on already

@@ -41,6 +41,7 @@ from ...masks import BoolArray, Int32Array, IntArray
 from ...support import Support
 from ..gpu.places import memory_places
 from .eights import EIGHT, cluster_by_eight
+from .fields import ScatteredBlock, ScatteredJob, ScatteredPart, ScatteredSegment, line
 
 # As in scattered.h.
 STEP, SEGMENT = 16, 32
@@ -228,9 +229,16 @@ class _Builder:
         begin = len(self._blocks)
         blocks = self._add_blocks(jobs)
         turns = max(len(own) for own in warps)
-        self._parts.append(
-            [begin, len(blocks), turns, len(self._columns), len(columns), int(_in_eights(columns))]
+        part = line(
+            ScatteredPart,
+            BLOCK_BEGIN=begin,
+            BLOCK_COUNT=len(blocks),
+            TURNS=turns,
+            COLUMN_BEGIN=len(self._columns),
+            COLUMN_COUNT=len(columns),
+            EIGHTS=int(_in_eights(columns)),
         )
+        self._parts.append(part)
         self._columns += columns.tolist()
         self._widest = max(self._widest, -(-len(columns) // EIGHT) * EIGHT)
         begins = [len(self._jobs)]
@@ -245,8 +253,10 @@ class _Builder:
         most = max(len(span) for span in self._spans)
         return ScatteredTables(
             parts=np.array(self._parts, np.int32),
-            blocks=np.array(self._blocks, np.int32).reshape(-1, 2),
-            segments=np.array(self._segments, np.int32).reshape(-1, SEGMENT + 1),
+            blocks=np.array(self._blocks, np.int32).reshape(-1, len(ScatteredBlock)),
+            segments=np.array(self._segments, np.int32).reshape(
+                -1, ScatteredSegment.SLOT + SEGMENT
+            ),
             begins=np.array(self._begins, np.int32),
             jobs=np.array(self._jobs, np.int32),
             spans=np.array([s + [s[-1]] * (most - len(s)) for s in self._spans], np.int32),
@@ -283,15 +293,19 @@ class _Builder:
             inside[cut] = True
             slot = _slots(needs & inside.reshape(-1)[:channels])
             lines = np.pad(slot, (0, -channels % SEGMENT), constant_values=-1).reshape(-1, SEGMENT)
-            self._blocks.append([len(self._segments), len(cut)])
-            self._segments += [[n, *lines[n].tolist()] for n in cut]
+            first, count = len(self._segments), len(cut)
+            self._blocks.append(line(ScatteredBlock, SEGMENT_BEGIN=first, SEGMENT_COUNT=count))
+            self._segments += [
+                line(ScatteredSegment, SEGMENT_INDEX=n, SLOT=lines[n].tolist()) for n in cut
+            ]
             self._slots = max(self._slots, -(-int(slot.max(initial=0) + 1) // EIGHT) * EIGHT)
             found.append(slot)
         return found
 
     def _add_job(self, job: TileJob, blocks: list[IntArray], column_of: dict[int, int]) -> None:
         filters = np.append(job.filters, np.full(EIGHT - len(job.filters), -1))
-        self._jobs.append([self._fragments, *(column_of.get(int(f), -1) for f in filters)])
+        columns = [column_of.get(int(f), -1) for f in filters]
+        self._jobs.append(line(ScatteredJob, FRAGMENT_BEGIN=self._fragments, COLUMN=columns))
         span, meetings, lines = [self._step_count], 0, []
         for slot in blocks:
             own = np.flatnonzero(job.channels & (slot >= 0))

@@ -20,8 +20,8 @@ from ...masks import Int32Array, IntArray
 from ..gpu import parts
 from ..gpu.devices import GpuSpec
 from .eights import EIGHT
-from .fields import WideClass
-from .wide_lowering import COLUMNS, SLAB, STEP_COUNTS, UNREAD, WideTables
+from .fields import STEP_COUNTS, UNREAD, UNREAD_COLS, UNREAD_ROWS, WideClass
+from .wide_lowering import COLUMNS, SLAB, WideTables
 from .windows import Window
 
 # As in wide.h: pixels of a tile, most first, and where rows are flattened; and blocks of threads
@@ -283,12 +283,13 @@ def wide_clocks(
     spans, executed = [], 0
     for line, heads, tiles in zip(classes, tables.heads, tile_counts(classes, batch), strict=True):
         unread = tables.blocks[:, UNREAD]
+        above_below, beside = (unread[:, own].sum(axis=1) for own in (UNREAD_ROWS, UNREAD_COLS))
         high, wide = int(line[WideClass.HALO_H]), int(line[WideClass.HALO_W])
         if shape.flat_pitch:
-            places = high * wide - unread @ np.repeat([shape.flat_pitch, 1], 2)
+            places = high * wide - (above_below * shape.flat_pitch + beside)
             halos, bringing = places * 128, flat_producer_clocks(places, shape.flat_pitch)
         else:
-            rows, cols = high - unread[:, :2].sum(axis=1), wide - unread[:, 2:].sum(axis=1)
+            rows, cols = high - above_below, wide - beside
             halos, bringing = rows * cols * 128, producer_clocks(rows, cols)
         costs = []
         for (begin, count), written in zip(heads.tolist(), stored.tolist(), strict=True):
