@@ -40,10 +40,10 @@ struct Place {
   }
 };
 
-// Brings the channels of a block to their slots. A warp has a row of the halo and a segment of
+// Loads the channels of a block to their slots. A warp has a row of the halo and a segment of
 // channels at a time; lane 4i + c has eight of them, of image i.
 template <int kSide>
-__device__ __forceinline__ void bring(const Scattered& p, const int32_t* block) {
+__device__ __forceinline__ void load_block(const Scattered& p, const int32_t* block) {
   constexpr int kHaloCols = kCols + kSide - 1, kLines = kRows + kSide - 1;
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
   const Place place(p);
@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) scattered_fprop_kernel(Scatte
       // What is there stays there where it is all.
       if (turn == 0 || field(kBlockCount) > 1) {
         if (b + turn) barrier();
-        bring<kSide>(p, p.blocks + (field(kBlockBegin) + b) * kBlockFields);
+        load_block<kSide>(p, p.blocks + (field(kBlockBegin) + b) * kBlockFields);
         barrier();
       }
       const int number = first_job(0) + turn;
