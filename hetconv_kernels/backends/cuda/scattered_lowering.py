@@ -310,13 +310,12 @@ class _Builder:
         for slot in blocks:
             own = np.flatnonzero(job.channels & (slot >= 0))
             rows = _rows(own, slot)  # [steps, 16] channels
+            eights = rows.reshape(-1, EIGHT)
             # A row that stands for nothing reads what its eight reads anyway.
-            eights = rows.reshape(-1, EIGHT).copy()
-            for eight in eights:
-                known = eight[eight >= 0]
-                eight[eight < 0] = known[0] if len(known) else own[0]
-            self._steps.append(slot[eights].reshape(-1, STEP))
-            meetings += sum(int(np.bincount(np.unique(slot[e]) % EIGHT).max()) for e in eights)
+            spare = np.where(eights[:, :1] >= 0, eights[:, :1], own.min(initial=len(slot)))
+            slots = slot[np.where(eights >= 0, eights, spare)]
+            self._steps.append(slots.reshape(-1, STEP))
+            meetings += _meetings(slots)
             lines.append(rows)
             self._step_count += len(rows)
             self._fragments += len(rows) * self._mask[0, 0].size
@@ -364,6 +363,22 @@ def _rows(channels: IntArray, slot: IntArray) -> IntArray:
     """
     eights = 2 * -(-len(channels) // STEP)
     found = np.full((eights, EIGHT), -1)
-    for index, channel in enumerate(channels[np.argsort(slot[channels] % EIGHT, kind="stable")]):
-        found[index % eights, index // eights] = channel
+    turn, hand = np.divmod(np.arange(len(channels)), max(eights, 1))
+    found[hand, turn] = channels[np.argsort(slot[channels] % EIGHT, kind="stable")]
     return found.reshape(-1, STEP)
+
+
+def _meetings(slots: IntArray) -> int:
+    """Counts the turns in which shared memory gives eights of slots: of each the most in a bank.
+
+    Example: 0 and 8 meet, 3 is read once however many rows name it:
+
+        >>> _meetings(np.array([[0, 8, 1, 2, 3, 3, 3, 3]]))
+        2
+
+    # int [eights, 8]
+    """
+    slots = np.sort(slots, axis=1)
+    first = np.diff(slots, axis=1, prepend=-1) > 0
+    banks = slots[..., None] % EIGHT == np.arange(EIGHT)
+    return int((banks & first[..., None]).sum(axis=1).max(axis=1).sum())
