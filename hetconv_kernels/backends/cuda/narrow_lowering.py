@@ -41,6 +41,7 @@ from .windows import Window
 
 FRAGMENT = 256  # bytes of the packed weights of one tile in one step
 NO_CHANNEL = 0xFFFF  # in `slots`: a zero
+MAX_WARPS = 8  # of one block
 
 
 class BlockShape(NamedTuple):

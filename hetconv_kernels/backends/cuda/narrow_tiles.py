@@ -17,13 +17,13 @@ from ...errors import BackendError
 from ...support import Support
 from ..gpu.devices import GpuSpec
 from .fields import NarrowList, NarrowRound
-from .narrow_lowering import FRAGMENT, BlockShape, Tables, lower_narrow
+from .narrow_lowering import FRAGMENT, MAX_WARPS, BlockShape, Tables, lower_narrow
 from .narrow_slots import TILE_RANGES
 from .narrow_tma import TMA_ALIGN, round_up
 from .narrow_wgrad_lowering import WARP_UNITS, WgradTables, lower_wgrad
 from .windows import Window
 
-MAX_WARPS, WARP_PIXELS, WARP_FILTERS = 8, 32, 64
+WARP_PIXELS, WARP_FILTERS = 32, 64
 _WIDTHS = (8, 16, 32)
 _BLOCK_RESERVE = 1024  # bytes of shared memory that the system takes of every block
 _LINE = 128  # bytes of shared memory a clock

@@ -20,6 +20,7 @@ from ...support import Support
 from ..gpu.places import memory_places
 from .fields import WgradHead, WgradUnit, line
 from .narrow_lowering import (
+    MAX_WARPS,
     NO_CHANNEL,
     Int32Array,
     filter_order,
@@ -30,7 +31,7 @@ from .narrow_slots import LANES, Slots, arrange, odd_pitch
 from .narrow_tma import HALO, TMA_ALIGN, refusal, round_up
 from .windows import Window
 
-UNIT_HALVES, UNIT_TILES, WARP_UNITS, MAX_WARPS = 8, 2, 2, 8
+UNIT_HALVES, UNIT_TILES, WARP_UNITS = 8, 2, 2
 UNIT_VALUES = 1024
 
 

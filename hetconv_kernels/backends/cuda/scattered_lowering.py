@@ -44,7 +44,7 @@ from .eights import EIGHT, cluster_by_eight
 from .fields import ScatteredBlock, ScatteredJob, ScatteredPart, ScatteredSegment, line
 
 # As in scattered.h.
-STEP, SEGMENT = 16, 32
+STEP_CHANNELS, SEGMENT = 16, 32
 # What a tile costs beside its steps, in steps: results, and the job's begin.
 _TILE_STEPS = 0.25
 
@@ -88,7 +88,7 @@ class ScatteredTables:
     def useful(self, support: Support) -> float:
         """Returns live over packed weights."""
         taps = support.mask[0, 0].size
-        return support.live / max(len(self.steps) * taps * STEP * EIGHT, 1)
+        return support.live / max(len(self.steps) * taps * STEP_CHANNELS * EIGHT, 1)
 
     def positions(self, support: Support) -> IntArray:
         """Lists the flat dense position of each packed weight, -1 for a zero.
@@ -160,7 +160,7 @@ def scattered_jobs(support: Support) -> list[TileJob]:
 
 def _tile_cost(needs: BoolArray) -> npt.NDArray[np.float64]:
     """Counts the steps of tiles.  # bool [tiles, channels] -> float [tiles]"""
-    found: npt.NDArray[np.float64] = np.ceil(needs.sum(axis=1) / STEP) + _TILE_STEPS
+    found: npt.NDArray[np.float64] = np.ceil(needs.sum(axis=1) / STEP_CHANNELS) + _TILE_STEPS
     return found
 
 
@@ -215,7 +215,7 @@ class _Builder:
         self._begins: list[list[int]] = []
         self._jobs: list[list[int]] = []
         self._spans: list[list[int]] = []
-        self._steps: list[IntArray] = [np.zeros((0, STEP), np.int64)]
+        self._steps: list[IntArray] = [np.zeros((0, STEP_CHANNELS), np.int64)]
         self._columns: list[int] = []
         self._packed: list[tuple[IntArray, IntArray]] = []
         self._meetings: list[int] = []
@@ -314,7 +314,7 @@ class _Builder:
             # A row that stands for nothing reads what its eight reads anyway.
             spare = np.where(eights[:, :1] >= 0, eights[:, :1], own.min(initial=len(slot)))
             slots = slot[np.where(eights >= 0, eights, spare)]
-            self._steps.append(slots.reshape(-1, STEP))
+            self._steps.append(slots.reshape(-1, STEP_CHANNELS))
             meetings += _meetings(slots)
             lines.append(rows)
             self._step_count += len(rows)
@@ -361,11 +361,11 @@ def _rows(channels: IntArray, slot: IntArray) -> IntArray:
     Returns:
         Channels, -1 for none.  # int [steps, 16]
     """
-    eights = 2 * -(-len(channels) // STEP)
+    eights = 2 * -(-len(channels) // STEP_CHANNELS)
     found = np.full((eights, EIGHT), -1)
     turn, hand = np.divmod(np.arange(len(channels)), max(eights, 1))
     found[hand, turn] = channels[np.argsort(slot[channels] % EIGHT, kind="stable")]
-    return found.reshape(-1, STEP)
+    return found.reshape(-1, STEP_CHANNELS)
 
 
 def _meetings(slots: IntArray) -> int:

@@ -21,7 +21,7 @@ from .eights import EIGHT
 from .fields import ScatteredBlock, ScatteredPart
 from .scattered_lowering import (
     SEGMENT,
-    STEP,
+    STEP_CHANNELS,
     ScatteredTables,
     lower_scattered,
     scattered_jobs,
@@ -124,7 +124,7 @@ def choose_scattered(
     if reason := scattered_refusal(geometry, back):
         raise BackendError(reason)
     support, found = geometry.support, []
-    multiplied = tile_count(size, batch) * _PIXELS * support.kernel[0] ** 2 * STEP * EIGHT
+    multiplied = tile_count(size, batch) * _PIXELS * support.kernel[0] ** 2 * STEP_CHANNELS * EIGHT
     for tables, shape in _lowered(support, back):
         if shape.shared_bytes <= spec.shared:
             clocks = scattered_clocks(tables, shape, size, batch, spec)

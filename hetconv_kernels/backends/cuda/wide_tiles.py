@@ -26,7 +26,7 @@ from .windows import Window
 
 # As in wide.h: pixels of a tile, most first, and where rows are flattened; and blocks of threads
 # that share slabs.
-PIXELS, FLAT_PIXELS, CLUSTERS = (256, 224, 128, 64), (224, 208), (1, 2)
+TILE_PIXELS, FLAT_PIXELS, CLUSTER_SIZES = (256, 224, 128, 64), (224, 208), (1, 2)
 _STAGES, _SLOTS = (3, 2, 1), (8, 6, 5, 4, 3, 2)
 _PLANES, _WARPGROUPS, _STAGED = 8, 2, 4 * 32 * 144
 _LINE = 128  # bytes of shared memory a clock
@@ -50,7 +50,7 @@ class WideShape(NamedTuple):
     """What one block of threads holds.
 
     Attributes:
-        pixels: of a tile, one of `PIXELS`.
+        pixels: of a tile, one of `TILE_PIXELS`.
         plane_pitch: 16-byte units from a chunk's halo to the next.
         stages: halos in shared memory.
         slots: slabs in shared memory, of each warpgroup.
@@ -130,7 +130,7 @@ def tilings(
     spec: GpuSpec,
 ) -> Iterator[WideTiling]:
     """Lists all tiles that fit, with their predictions; arguments as `choose_wide`."""
-    ways = [(pixels, 0, class_lines(classes, pixels, image[0], batch)) for pixels in PIXELS]
+    ways = [(pixels, 0, class_lines(classes, pixels, image[0], batch)) for pixels in TILE_PIXELS]
     for pixels in () if parts.left_out("cuda-flat") else FLAT_PIXELS:
         flat = flat_line(classes, pixels, image, batch)
         if flat is not None:
@@ -141,7 +141,7 @@ def tilings(
             continue
         fields = lines.astype(np.int32)  # which holds all that fits in shared memory
         steps = flat_steps(tables, classes[0], flat_pitch) if flat_pitch else tables.steps
-        for cluster in CLUSTERS:
+        for cluster in CLUSTER_SIZES:
             if cluster > 1 and parts.left_out("cuda-cluster"):
                 continue
             own = shape._replace(cluster=cluster, flat_pitch=flat_pitch)
