@@ -15,6 +15,7 @@
 #pragma once
 #include <type_traits>
 
+#include "launchers.h"
 #include "narrow.h"
 #include "narrow_halo.h"
 #include "narrow_operands.h"
@@ -153,6 +154,22 @@ struct Cursor {
 };
 
 inline int threads_of(const Narrow& p) { return p.warps_m * p.warps_n * 32; }
+
+// Picks the kernel of a call among `Kernels`, those for one way to bring halos; null if none of
+// them is for it.
+template <class Kernels, class T> auto pick(const Narrow& p) {
+  const bool smooth = is_smooth(p.act);
+  if (p.resident)
+    return smooth ? Kernels::template of<T, true, Smooth>()
+                  : Kernels::template of<T, true, Clamp>();
+  return smooth ? Kernels::template of<T, false, Smooth>()
+                : Kernels::template of<T, false, Clamp>();
+}
+template <class Kernels> auto pick(const Narrow& p, DType dtype) {
+  if constexpr (Kernels::kSingle)
+    if (dtype == DType::f32) return p.split ? pick<Kernels, Tf32x3>(p) : pick<Kernels, Tf32>(p);
+  return pick_by_type(dtype, [&](auto type) { return pick<Kernels, decltype(type)>(p); });
+}
 
 // As narrow_blocks for all heads together, and narrow_fprop, for halos that TMA brings.
 int64_t max_resident_tma(const Narrow& p, DType dtype);

@@ -11,6 +11,7 @@
 #pragma once
 #include <type_traits>
 
+#include "launchers.h"
 #include "narrow.h"
 #include "narrow_halo.h"
 #include "narrow_tma.h"

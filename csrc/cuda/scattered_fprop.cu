@@ -7,6 +7,7 @@
 // the tile by eight filters, whose weights it reads by itself. A step loads each pixel once for all
 // taps.
 #include "epilogue.h"
+#include "launchers.h"
 #include "ptx.h"
 #include "scattered.h"
 
@@ -260,8 +261,7 @@ template <class T> Kernel pick(const Scattered& p) {
 }
 
 Kernel pick(const Scattered& p, DType dtype) {
-  if (dtype == DType::bf16) return pick<Bfloat>(p);
-  return dtype == DType::f16 ? pick<Half>(p) : nullptr;
+  return pick_by_type(dtype, [&](auto type) { return pick<decltype(type)>(p); });
 }
 
 }  // namespace
@@ -270,9 +270,7 @@ Kernel pick(const Scattered& p, DType dtype) {
 int64_t scattered_shared_bytes(const Scattered& p) { return scattered::Layout(p).total; }
 
 int64_t scattered_blocks(const Scattered& p, DType dtype) {
-  const scattered::Kernel kernel = scattered::pick(p, dtype);
-  if (!kernel) return 0;
-  return max_resident_blocks(kernel, p.warps * 32, scattered_shared_bytes(p));
+  return max_resident_blocks(scattered::pick(p, dtype), p.warps * 32, scattered_shared_bytes(p));
 }
 
 const char* scattered_fprop(const Scattered& p, DType dtype, void* stream) {

@@ -9,6 +9,7 @@
 // blocks compute two tiles of the same filters, and each loads one half of every slab for both.
 #include "epilogue.h"
 #include "hopper.h"
+#include "launchers.h"
 #include "wide.h"
 #include "wide_producer.h"
 #include "wide_results.h"
@@ -177,8 +178,7 @@ template <class T> Kernel pick(const Wide& p) {
 }
 
 Kernel pick(const Wide& p, DType dtype) {
-  if (dtype == DType::bf16) return pick<Bfloat>(p);
-  return dtype == DType::f16 ? pick<Half>(p) : nullptr;
+  return pick_by_type(dtype, [&](auto type) { return pick<decltype(type)>(p); });
 }
 
 }  // namespace
