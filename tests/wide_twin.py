@@ -14,13 +14,16 @@ import wide_flat
 
 from hetconv_kernels.backends.cuda.fields import (
     CHUNKS,
-    STEP_BEGINS,
     STEP_COUNTS,
     UNREAD,
+    WideBlock,
     WideHead,
+    WideSteps,
 )
 from hetconv_kernels.backends.cuda.wide_tiles import WideTiling
 from hetconv_kernels.problem import Geometry
+
+STEPS = slice(WideBlock.STEPS, WideBlock.UNREAD)
 
 
 class Line(NamedTuple):
@@ -111,7 +114,7 @@ def execute(tiling: WideTiling, x: np.ndarray, slabs: np.ndarray, y: np.ndarray)
                         else _halo(tiling, line, tile, block, x)
                     )
                     for side in range(2):
-                        first, steps = block[[STEP_BEGINS[side], STEP_COUNTS[side]]]
+                        first, steps = block[STEPS].reshape(2, len(WideSteps))[side]
                         for step in range(first, first + steps):
                             read = _window(tiling, line, halo, tiling.steps[step])
                             acc[side] += np.einsum("kabc,kijc->abij", weights[step], read)
@@ -200,7 +203,8 @@ def check(
     assert (np.sort(packed[packed >= 0]) == np.flatnonzero(support.mask)).all(), "live weights"
     runs = tables.rows[tables.rows >= 0]
     assert sorted(runs) == list(range(0, support.channels if back else support.filters, 8)), "runs"
-    assert (np.diff(tables.blocks[:, STEP_BEGINS].reshape(-1)) >= 0).all(), "order of steps"
+    begins = tables.blocks[:, STEPS].reshape(-1, len(WideSteps))[:, WideSteps.STEP_BEGIN]
+    assert (np.diff(begins) >= 0).all(), "order of steps"
     assert tables.blocks[:, STEP_COUNTS].sum() == len(tables.steps), "steps of blocks"
     assert tables.heads[..., WideHead.BLOCK_COUNT].sum() == len(tables.blocks), "blocks of heads"
     chunks = tables.blocks[:, CHUNKS]

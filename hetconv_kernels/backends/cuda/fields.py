@@ -153,13 +153,13 @@ class WideBlock(IntEnum):
     UNREAD = 12
 
 
-# Where a line of such blocks has its chunks, of each warpgroup its first step and how many it runs,
-# and what is not read; and of the latter alone, rows and columns.
+# Where a line of such blocks has its chunks, how many steps each warpgroup runs, and what is not
+# read; and of the latter alone, rows and columns.
 CHUNKS = slice(WideBlock.CHUNK, WideBlock.STEPS)
-STEP_BEGINS, STEP_COUNTS = (
-    [steps + field for steps in range(WideBlock.STEPS, WideBlock.UNREAD, len(WideSteps))]
-    for field in WideSteps
-)
+STEP_COUNTS = [
+    steps + WideSteps.STEP_COUNT
+    for steps in range(WideBlock.STEPS, WideBlock.UNREAD, len(WideSteps))
+]
 UNREAD = slice(WideBlock.UNREAD, WideBlock.UNREAD + len(WideUnread))
 UNREAD_ROWS, UNREAD_COLS = [WideUnread.TOP, WideUnread.BOTTOM], [WideUnread.LEFT, WideUnread.RIGHT]
 
