@@ -357,7 +357,7 @@ def test_lines_are_as_long_as_the_headers_say(name: str) -> None:
 
 def test_a_line_whose_numbers_do_not_end_at_the_next_field_is_refused() -> None:
     with pytest.raises(IndexError, match=r"DY_PLACE.* would stand at place 3"):
-        table_fields.line(WgradUnit, STEP_WORD=[5, 6, 7], DY_PLACE=[2, -1])
+        table_fields.table_line(WgradUnit, STEP_WORD=[5, 6, 7], DY_PLACE=[2, -1])
 
 
 def enumerations(header: str) -> dict[str, dict[str, int]]:

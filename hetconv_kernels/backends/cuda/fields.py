@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from enum import IntEnum
 
 
-def line(fields: type[IntEnum], **values: int | Sequence[int]) -> list[int]:
+def table_line(fields: type[IntEnum], **values: int | Sequence[int]) -> list[int]:
     """Makes a line of a table of what its fields hold; numbers of the same field are a sequence.
 
     Example: what a unit of wgrad reads by four steps, of one tile:
 
-        >>> line(WgradUnit, STEP_WORD=[5, 6, 7, 8], DY_PLACE=[2, -1])
+        >>> table_line(WgradUnit, STEP_WORD=[5, 6, 7, 8], DY_PLACE=[2, -1])
         [5, 6, 7, 8, 2, -1]
 
     Raises:

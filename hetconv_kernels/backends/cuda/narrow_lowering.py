@@ -34,7 +34,7 @@ from ...errors import ArgumentError, BackendError, mismatch
 from ...masks import BoolArray, Int32Array, IntArray
 from ...support import Support
 from ..gpu.places import memory_places
-from .fields import NarrowHead, NarrowList, NarrowRound, line
+from .fields import NarrowHead, NarrowList, NarrowRound, table_line
 from .narrow_slots import LANES, SLOT, TILE_RANGES, WARP_TILES, Slots, arrange, odd_pitch, ranges
 from .narrow_tma import HALO, MOST_MAPS, refusal
 from .windows import Window
@@ -244,7 +244,7 @@ class _Builder:
                 lists.append(self._steps(window, part, base, inside, taken[:, warp], first))
         self._rounds.append(rounds)
         self._lists.append(lists)
-        head = line(
+        head = table_line(
             NarrowHead,
             WORD_BEGIN=first[0],
             WORD_COUNT=counts["words"] - first[0],
@@ -307,7 +307,7 @@ class _Builder:
             chunks, begins = own[:, 0] // size, True
         counts["raw"] = max(counts["raw"], len(chunks))
         self._chunks += chunks.tolist() if begins else []
-        return line(
+        return table_line(
             NarrowRound,
             CHUNK_BEGIN=chunk_begin,
             CHUNK_COUNT=len(self._chunks) - chunk_begin,
@@ -347,7 +347,7 @@ class _Builder:
                 counts["words"] += len(halves)
                 counts["fragments"] += len(halves) * size
             begins.append(counts["words"] - first[0])
-        return np.array(line(NarrowList, LIST_BEGIN=begins, LIST_FRAGMENT=fragment))
+        return np.array(table_line(NarrowList, LIST_BEGIN=begins, LIST_FRAGMENT=fragment))
 
     def _packed(self, window: Window, steps: _Steps) -> IntArray:
         """Lists the flat dense positions of the fragments of some steps, in the order of packing.

@@ -18,7 +18,7 @@ from ...errors import ArgumentError, BackendError, mismatch
 from ...masks import IntArray
 from ...support import Support
 from ..gpu.places import memory_places
-from .fields import WgradHead, WgradUnit, line
+from .fields import WgradHead, WgradUnit, table_line
 from .narrow_lowering import (
     MAX_WARPS,
     NO_CHANNEL,
@@ -201,7 +201,7 @@ class _Parts:
             self.halves.append(halves + halves[:1] * (UNIT_HALVES - len(halves)))
             first = int(np.searchsorted(dy_needed, pair))
             self.tiles.append((first, first + 1 if pair + 1 < tiles else -1))
-        self.heads.append(line(WgradHead, **head, UNIT_BEGIN=begin, UNIT_COUNT=len(group)))
+        self.heads.append(table_line(WgradHead, **head, UNIT_BEGIN=begin, UNIT_COUNT=len(group)))
 
     def _load(self, operand: int, name: str, needed: IntArray) -> dict[str, int]:
         """Lists the chunks and slots of one operand: those fields of a head."""

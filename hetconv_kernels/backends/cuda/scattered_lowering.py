@@ -41,7 +41,7 @@ from ...masks import BoolArray, Int32Array, IntArray
 from ...support import Support
 from ..gpu.places import memory_places
 from .eights import EIGHT, cluster_by_eight
-from .fields import ScatteredBlock, ScatteredJob, ScatteredPart, ScatteredSegment, line
+from .fields import ScatteredBlock, ScatteredJob, ScatteredPart, ScatteredSegment, table_line
 
 # As in scattered.h.
 STEP_CHANNELS, SEGMENT = 16, 32
@@ -229,7 +229,7 @@ class _Builder:
         begin = len(self._blocks)
         blocks = self._add_blocks(jobs)
         turns = max(len(own) for own in warps)
-        part = line(
+        part = table_line(
             ScatteredPart,
             BLOCK_BEGIN=begin,
             BLOCK_COUNT=len(blocks),
@@ -294,9 +294,11 @@ class _Builder:
             slot = _slots(needs & inside.reshape(-1)[:channels])
             lines = np.pad(slot, (0, -channels % SEGMENT), constant_values=-1).reshape(-1, SEGMENT)
             first, count = len(self._segments), len(cut)
-            self._blocks.append(line(ScatteredBlock, SEGMENT_BEGIN=first, SEGMENT_COUNT=count))
+            self._blocks.append(
+                table_line(ScatteredBlock, SEGMENT_BEGIN=first, SEGMENT_COUNT=count)
+            )
             self._segments += [
-                line(ScatteredSegment, SEGMENT_INDEX=n, SLOT=lines[n].tolist()) for n in cut
+                table_line(ScatteredSegment, SEGMENT_INDEX=n, SLOT=lines[n].tolist()) for n in cut
             ]
             self._slots = max(self._slots, -(-int(slot.max(initial=0) + 1) // EIGHT) * EIGHT)
             found.append(slot)
@@ -305,7 +307,7 @@ class _Builder:
     def _add_job(self, job: TileJob, blocks: list[IntArray], column_of: dict[int, int]) -> None:
         filters = np.append(job.filters, np.full(EIGHT - len(job.filters), -1))
         columns = [column_of.get(int(f), -1) for f in filters]
-        self._jobs.append(line(ScatteredJob, FRAGMENT_BEGIN=self._fragments, COLUMN=columns))
+        self._jobs.append(table_line(ScatteredJob, FRAGMENT_BEGIN=self._fragments, COLUMN=columns))
         span, meetings, lines = [self._step_count], 0, []
         for slot in blocks:
             own = np.flatnonzero(job.channels & (slot >= 0))

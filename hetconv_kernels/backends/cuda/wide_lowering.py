@@ -36,7 +36,7 @@ from ...problem import Geometry
 from ...support import Support
 from ..gpu.places import memory_places
 from .eights import EIGHT, cluster_by_eight
-from .fields import CHUNKS, UNREAD, WideBlock, WideHead, WideSteps, line
+from .fields import CHUNKS, UNREAD, WideBlock, WideHead, WideSteps, table_line
 from .windows import Window, windows
 
 # As in wide.h.
@@ -270,19 +270,23 @@ class _Builder:
         costs = [sum(_cost(needs) for _, needs in way) for way in (shared, apart)]
         blocks = apart if costs[1] < costs[0] else shared
         pair = len(self._heads)
-        self._heads.append(line(WideHead, BLOCK_BEGIN=len(self._blocks), BLOCK_COUNT=len(blocks)))
+        self._heads.append(
+            table_line(WideHead, BLOCK_BEGIN=len(self._blocks), BLOCK_COUNT=len(blocks))
+        )
         for nth in _in_turn([needs for _, needs in blocks]):
             members, together = blocks[nth]
             unread = window.unread([window.taps[i] for i in np.flatnonzero(together.any(axis=0))])
             steps: list[int] = []
             for side in range(WARPGROUPS):
                 taps = np.flatnonzero(together[side])
-                steps += line(WideSteps, STEP_BEGIN=len(self._steps), STEP_COUNT=len(taps))
+                steps += table_line(WideSteps, STEP_BEGIN=len(self._steps), STEP_COUNT=len(taps))
                 segment = WARPGROUPS * pair + side
                 for index in taps:
                     place = window.place(window.taps[index], COLUMNS)
                     self._steps.append(_Step(place, segment, len(self._blocks), flat[index]))
-            self._blocks.append(line(WideBlock, CHUNK=eight(members), STEPS=steps, UNREAD=unread))
+            self._blocks.append(
+                table_line(WideBlock, CHUNK=eight(members), STEPS=steps, UNREAD=unread)
+            )
 
     def finish(self, classes: int, rows: Int32Array, back: bool) -> WideTables:
         """Makes the tables.

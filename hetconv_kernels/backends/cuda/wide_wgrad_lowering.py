@@ -31,7 +31,7 @@ from ...masks import BoolArray, Int32Array, IntArray
 from ...support import Support
 from ..gpu.places import memory_places
 from .eights import EIGHT, cluster_by_eight
-from .fields import WideUnread, WideWgradBlock, WideWgradJob, line
+from .fields import WideUnread, WideWgradBlock, WideWgradJob, table_line
 from .wide_lowering import COLUMNS, SLAB, WARPGROUPS, eight, segment_cost
 from .windows import Window
 
@@ -138,7 +138,7 @@ def lower_wide_wgrad(
     width = 1 + max((tap.kx for tap in window.taps), default=0)
     for number, job in enumerate(jobs):
         lines.append(
-            line(
+            table_line(
                 WideWgradJob,
                 DY_CHUNK=eight(job.runs),
                 JOB_BEGIN=len(blocks),
@@ -148,7 +148,7 @@ def lower_wide_wgrad(
         for nth, members in enumerate(job.blocks):
             read = [window.taps[tap] for block, tap in job.products if block == nth]
             blocks.append(
-                line(WideWgradBlock, X_CHUNK=eight(members), X_UNREAD=window.unread(read))
+                table_line(WideWgradBlock, X_CHUNK=eight(members), X_UNREAD=window.unread(read))
             )
         found = [
             nth * EIGHT * pitch + window.place(window.taps[tap], COLUMNS)
