@@ -23,7 +23,7 @@ from scattered_layers import LAYERS, case_of, scattered, tables_of
 from benchmarks import gathers
 from benchmarks.supports import self_grouped, trained
 from hetconv_kernels import Support, ops
-from hetconv_kernels.backends.cuda import Cuda, choice, scattered_tiles
+from hetconv_kernels.backends.cuda import Cuda, choice, scattered_lowering, scattered_tiles
 from hetconv_kernels.backends.cuda.fields import ScatteredJob, ScatteredSegment
 from hetconv_kernels.backends.cuda.scattered_lowering import lower_scattered, scattered_jobs
 from hetconv_kernels.backends.cuda.scattered_tiles import choose_scattered
@@ -202,6 +202,12 @@ def test_gathers_of_dgrad_and_of_single_groups_are_counted() -> None:
     assert gathers.useful_back(Support.dense(16, 16, 3), 8) == 1.0
     # Four filters of eight, twelve channels of sixteen.
     assert gathers.alone(support, 8) == 96 / 256
+
+
+def test_the_worked_examples_hold() -> None:
+    outcome = doctest.testmod(scattered_lowering)
+    assert outcome.attempted
+    assert not outcome.failed
 
 
 def test_the_fewest_steps_of_any_division_into_tiles_are_counted() -> None:

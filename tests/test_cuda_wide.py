@@ -18,7 +18,12 @@ from wide_layers import ALL, LAYERS, PART, chosen, tiled
 
 from benchmarks.cases import GPU_CASES, Case
 from hetconv_kernels import Support
-from hetconv_kernels.backends.cuda import eights, wide_lowering, wide_tiles
+from hetconv_kernels.backends.cuda import (
+    eights,
+    wide_lowering,
+    wide_tiles,
+    wide_wgrad_lowering,
+)
 from hetconv_kernels.backends.cuda.fields import (
     STEP_COUNTS,
     UNREAD,
@@ -329,7 +334,7 @@ def test_more_tiles_than_32_bits_count_are_refused() -> None:
 
 
 def test_the_worked_examples_hold() -> None:
-    for module in (eights, wide_lowering, wide_tiles):
+    for module in (eights, wide_lowering, wide_tiles, wide_wgrad_lowering):
         outcome = doctest.testmod(module)
         assert outcome.attempted
         assert not outcome.failed
