@@ -149,9 +149,9 @@ def _part(name: str) -> int:
     kept = {name, *NEEDS.get(name, ())} | ({"cuda-wgrad"} if name == "cuda-tma" else set())
     parts.WITHOUT = frozenset(parts.PARTS.keys() - kept)
     if name == "cuda-cluster":
-        wide_tiles.CLUSTERS = (2,)
+        wide_tiles.CLUSTER_SIZES = (2,)
     if name == "cuda-flat":
-        wide_tiles.PIXELS = ()
+        wide_tiles.TILE_PIXELS = ()
     if name == "triton-tma":  # which are not chosen where the CUDA engine is built
         triton_choice.ONLY_LAUNCH = "tma"
     gradient = "wgrad" in name

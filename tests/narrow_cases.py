@@ -10,7 +10,7 @@ import shim
 import torch
 
 from hetconv_kernels import Support
-from hetconv_kernels.backends.cuda.lowering import BlockShape
+from hetconv_kernels.backends.cuda.narrow_lowering import BlockShape
 from hetconv_kernels.problem import Geometry, make_geometry
 
 HET = Support.het(64, 64, 3, p=8)

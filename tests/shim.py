@@ -23,9 +23,9 @@ from building import alone
 from torch import Tensor
 
 from hetconv_kernels import Support
-from hetconv_kernels.backends.cuda.lowering import BlockShape, Tables, lower_narrow
-from hetconv_kernels.backends.cuda.tiles import choose_narrow, choose_wgrad, shared_bytes
-from hetconv_kernels.backends.cuda.wgrad_lowering import UNIT_VALUES
+from hetconv_kernels.backends.cuda.narrow_lowering import BlockShape, Tables, lower_narrow
+from hetconv_kernels.backends.cuda.narrow_tiles import choose_narrow, choose_wgrad, shared_bytes
+from hetconv_kernels.backends.cuda.narrow_wgrad_lowering import UNIT_VALUES
 from hetconv_kernels.backends.cuda.windows import windows
 from hetconv_kernels.backends.gpu.devices import GPU_SPECS
 from hetconv_kernels.problem import Geometry

@@ -25,7 +25,7 @@ from narrow_cases import (
 )
 
 from hetconv_kernels import Support
-from hetconv_kernels.backends.cuda.lowering import BlockShape
+from hetconv_kernels.backends.cuda.narrow_lowering import BlockShape
 from hetconv_kernels.problem import make_geometry
 
 pytestmark = pytest.mark.skipif(shim.compiler() is None, reason="g++ is not installed here")

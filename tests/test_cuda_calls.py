@@ -15,7 +15,7 @@ from cuda_host import operands, run
 import hetconv_kernels as hk
 from hetconv_kernels import ops
 from hetconv_kernels.backends.cuda import Cuda, calls, wgrad_calls
-from hetconv_kernels.backends.cuda.tma import tma_readable
+from hetconv_kernels.backends.cuda.narrow_tma import tma_readable
 from hetconv_kernels.backends.gpu import capture
 from hetconv_kernels.problem import make_geometry
 

@@ -25,7 +25,7 @@ from narrow_cases import (
 )
 
 from hetconv_kernels import Support
-from hetconv_kernels.backends.cuda.lowering import BlockShape
+from hetconv_kernels.backends.cuda.narrow_lowering import BlockShape
 from hetconv_kernels.problem import Geometry, make_geometry
 
 INTEGERS = ("het8", "interleaved", "ragged", "grouped", "pads", "scattered")

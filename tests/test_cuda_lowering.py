@@ -6,6 +6,7 @@ from __future__ import annotations
 import doctest
 import re
 from enum import IntEnum
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,26 @@ from tree import ROOT
 
 from hetconv_kernels import Support
 from hetconv_kernels.backends.cuda import fields as table_fields
-from hetconv_kernels.backends.cuda import slots as slots_module
+from hetconv_kernels.backends.cuda import narrow_slots
 from hetconv_kernels.backends.cuda import windows as windows_module
-from hetconv_kernels.backends.cuda.fields import NarrowClass, NarrowHead, WgradHead
-from hetconv_kernels.backends.cuda.lowering import FRAGMENT, BlockShape, Tables, lower_narrow
-from hetconv_kernels.backends.cuda.slots import TILE_RANGES, arrange, ranges
-from hetconv_kernels.backends.cuda.tiles import choose_narrow, choose_wgrad, shared_bytes
-from hetconv_kernels.backends.cuda.wgrad_lowering import UNIT_VALUES, lower_wgrad
+from hetconv_kernels.backends.cuda.fields import (
+    NarrowClass,
+    NarrowHead,
+    NarrowList,
+    WgradHead,
+    WgradUnit,
+)
+from hetconv_kernels.backends.cuda.narrow_lowering import FRAGMENT, BlockShape, Tables, lower_narrow
+from hetconv_kernels.backends.cuda.narrow_slots import TILE_RANGES, arrange, ranges
+from hetconv_kernels.backends.cuda.narrow_tiles import choose_narrow, choose_wgrad, shared_bytes
+from hetconv_kernels.backends.cuda.narrow_wgrad_lowering import UNIT_VALUES, lower_wgrad
+from hetconv_kernels.backends.cuda.scattered_lowering import lower_scattered, scattered_jobs
+from hetconv_kernels.backends.cuda.wide_lowering import lower_wide
+from hetconv_kernels.backends.cuda.wide_wgrad_lowering import (
+    lower_wide_wgrad,
+    wide_jobs,
+    wide_segments,
+)
 from hetconv_kernels.backends.cuda.windows import Window, windows
 from hetconv_kernels.backends.gpu.devices import GPU_SPECS
 from hetconv_kernels.errors import ArgumentError, BackendError
@@ -74,7 +88,8 @@ def test_hetconv_wastes_no_column() -> None:
     """p=8 on 64 channels: 16 halves a tile, 8 steps; the centre of all channels is shared."""
     tables = lower_narrow(HET, windows(LAYERS["het8"], (56, 56), False), SHAPE)
     assert tables.positions.min() >= 0
-    assert np.diff(tables.lists[0, 0, 0, 0, :16]).tolist() == [4, *[0] * 6, *[4] * 8]
+    begins = tables.lists[0, 0, 0, 0, : NarrowList.LIST_FRAGMENT]
+    assert np.diff(begins).tolist() == [4, *[0] * 6, *[4] * 8]
     assert tables.slot_pitch == 0  # channels stay as they are
 
 
@@ -86,7 +101,7 @@ def test_every_address_is_in_the_tile(name: str, back: bool) -> None:
         halo_h, halo_w = window.halo(SHAPE.height, SHAPE.width)
         assert halo_h * window.line(SHAPE.width) <= tables.halo_pixels
         assert halo_w <= window.line(SHAPE.width)
-        for begin, count in tables.heads[index, :, :2]:
+        for begin, count in tables.heads[index][:, [NarrowHead.WORD_BEGIN, NarrowHead.WORD_COUNT]]:
             words = tables.words[begin : begin + count].view(np.uint32)
             last = pixels(window, SHAPE).max(initial=0) * pitch
             offsets = np.concatenate([words & 0xFFFF, words >> 16])
@@ -185,7 +200,7 @@ def test_channels_stand_as_they_are_where_that_is_as_good() -> None:
     assert not arrange(tiles).gather
     mixed = HET.permute(channels=np.random.default_rng(0).permutation(64))
     assert arrange(mixed.mask.reshape(8, 8, 64, 3, 3).any(axis=1)).gather
-    assert slots_module.LANES == 8
+    assert narrow_slots.LANES == 8
 
 
 @pytest.mark.parametrize("part", GPU_SPECS, ids=lambda part: f"sm_{part[0]}{part[1]}")
@@ -270,7 +285,7 @@ def test_channels_that_are_no_multiple_of_eight_are_refused() -> None:
 
 
 def test_the_worked_examples_hold() -> None:
-    for module in (slots_module, windows_module):
+    for module in (table_fields, narrow_slots, windows_module):
         outcome = doctest.testmod(module)
         assert outcome.attempted
         assert not outcome.failed
@@ -282,19 +297,87 @@ def test_the_worked_examples_hold() -> None:
         ("narrow.h", "ClassField", table_fields.NarrowClass),
         ("narrow.h", "HeadField", table_fields.NarrowHead),
         ("narrow.h", "RoundField", table_fields.NarrowRound),
+        ("narrow.h", "ListField", table_fields.NarrowList),
         ("narrow.h", "WgradHeadField", table_fields.WgradHead),
+        ("narrow.h", "UnitField", table_fields.WgradUnit),
         ("wide.h", "ClassField", table_fields.WideClass),
         ("wide.h", "HeadField", table_fields.WideHead),
+        ("wide.h", "StepsField", table_fields.WideSteps),
+        ("wide.h", "UnreadField", table_fields.WideUnread),
+        ("wide.h", "BlockField", table_fields.WideBlock),
+        ("wide_wgrad.h", "JobField", table_fields.WideWgradJob),
+        ("wide_wgrad.h", "WgradBlockField", table_fields.WideWgradBlock),
+        ("scattered.h", "PartField", table_fields.ScatteredPart),
+        ("scattered.h", "BlockField", table_fields.ScatteredBlock),
+        ("scattered.h", "SegmentField", table_fields.ScatteredSegment),
+        ("scattered.h", "JobField", table_fields.ScatteredJob),
     ],
 )
 def test_fields_have_the_names_and_places_of_the_headers(
     header: str, enumeration: str, ours: type[IntEnum]
 ) -> None:
-    text = (ROOT / "csrc" / "cuda" / header).read_text()
-    body = re.sub(r"//[^\n]*", "", text.split(f"enum {enumeration} {{")[1].split("};")[0])
-    *named, count = [name.strip() for name in body.split(",") if name.strip()]
+    *named, (count, _) = enumerations(header)[enumeration].items()
     assert count.endswith("Fields")
     words = r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])"
-    snake = [re.sub(words, "_", name[1:]).upper() for name in named]
-    assert snake == [field.name for field in ours]
-    assert [*ours] == [*range(len(named))]
+    found = [(re.sub(words, "_", name[1:]).upper(), place) for name, place in named]
+    assert found == [(field.name, field.value) for field in ours]
+
+
+@pytest.mark.parametrize("name", ["het4-interleaved", "stride"])
+def test_lines_are_as_long_as_the_headers_say(name: str) -> None:
+    geometry = LAYERS[name]
+    found = windows(geometry, (19, 30), False)
+    narrow, wgrad = (
+        lower_narrow(geometry.support, found, SHAPE),
+        lower_wgrad(geometry.support, found[0], 8, 16),
+    )
+    wide = lower_wide(geometry.support, found)
+    segments = wide_segments(geometry.support, found[0])
+    wide_wgrad = lower_wide_wgrad(wide_jobs(segments, 12, 4), found[0], 6, 153)
+    scattered = lower_scattered(geometry.support, scattered_jobs(geometry.support), 32, 1, 8)
+    for header, enumeration, table in (
+        ("narrow.h", "ClassField", narrow.classes),
+        ("narrow.h", "HeadField", narrow.heads),
+        ("narrow.h", "RoundField", narrow.rounds),
+        ("narrow.h", "ListField", narrow.lists),
+        ("narrow.h", "WgradHeadField", wgrad.heads),
+        ("narrow.h", "UnitField", wgrad.units),
+        ("wide.h", "HeadField", wide.heads),
+        ("wide.h", "BlockField", wide.blocks),
+        ("wide_wgrad.h", "JobField", wide_wgrad.jobs),
+        ("wide_wgrad.h", "WgradBlockField", wide_wgrad.blocks),
+        ("scattered.h", "PartField", scattered.parts),
+        ("scattered.h", "BlockField", scattered.blocks),
+        ("scattered.h", "SegmentField", scattered.segments),
+        ("scattered.h", "JobField", scattered.jobs),
+    ):
+        assert table.size
+        assert table.shape[-1] == [*enumerations(header)[enumeration].values()][-1]
+
+
+def test_a_line_whose_numbers_do_not_end_at_the_next_field_is_refused() -> None:
+    with pytest.raises(IndexError, match=r"DY_PLACE.* would stand at place 3"):
+        table_fields.table_line(WgradUnit, STEP_WORD=[5, 6, 7], DY_PLACE=[2, -1])
+
+
+def enumerations(header: str) -> dict[str, dict[str, int]]:
+    """Reads the enumerations of a header of csrc/cuda, and of those that it includes.
+
+    Their values may be sums and products of what stands before them.
+    """
+    known: dict[str, int] = {}
+    found: dict[str, dict[str, int]] = {}
+    for name, body in re.findall(r"(?:constexpr int|enum (\w+)) ([^;]*);", code(header)):
+        own = found[name] = {}
+        for part in re.findall(r"[^,{}]*\w[^,{}]*", body):
+            key, _, value = part.strip().partition(" = ")
+            own[key] = eval(value, {}, known) if value else 1 + max(own.values(), default=-1)
+            known[key] = own[key]
+    return found
+
+
+@cache
+def code(header: str) -> str:
+    """Reads a header of csrc/cuda without comments, behind those that it includes."""
+    text = re.sub(r"//[^\n]*", "", (ROOT / "csrc" / "cuda" / header).read_text())
+    return "".join(map(code, re.findall(r'#include "(\w+\.h)"', text))) + text

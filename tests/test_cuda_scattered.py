@@ -23,7 +23,8 @@ from scattered_layers import LAYERS, case_of, scattered, tables_of
 from benchmarks import gathers
 from benchmarks.supports import self_grouped, trained
 from hetconv_kernels import Support, ops
-from hetconv_kernels.backends.cuda import Cuda, choice, scattered_tiles
+from hetconv_kernels.backends.cuda import Cuda, choice, scattered_lowering, scattered_tiles
+from hetconv_kernels.backends.cuda.fields import ScatteredJob, ScatteredSegment
 from hetconv_kernels.backends.cuda.scattered_lowering import lower_scattered, scattered_jobs
 from hetconv_kernels.backends.cuda.scattered_tiles import choose_scattered
 from hetconv_kernels.backends.gpu.devices import GPU_SPECS
@@ -109,13 +110,14 @@ def test_tables_hold_each_live_weight_once_at_its_channel(name: str) -> None:
         for first, segments in tables.blocks[block_begin : block_begin + block_count]:
             channel_of = np.full(tables.slots, -1)
             for line in tables.segments[first : first + segments]:
-                own = np.flatnonzero(line[1:] >= 0)
-                assert (channel_of[line[1:][own]] == -1).all(), "two channels in a slot"
-                channel_of[line[1:][own]] = line[0] * 32 + own
+                slots = line[ScatteredSegment.SLOT :]
+                own = np.flatnonzero(slots >= 0)
+                assert (channel_of[slots[own]] == -1).all(), "two channels in a slot"
+                channel_of[slots[own]] = line[ScatteredSegment.SEGMENT_INDEX] * 32 + own
             places.append(channel_of)
         for job in range(begins[0], begins[-1]):
-            fragment, *filters = tables.jobs[job]
-            assert fragment * 128 == at
+            filters = tables.jobs[job, ScatteredJob.COLUMN :]
+            assert tables.jobs[job, ScatteredJob.FRAGMENT_BEGIN] * 128 == at
             for b, channel_of in enumerate(places):
                 for step in range(tables.spans[job, b], tables.spans[job, b + 1]):
                     size = taps * 32 * 4
@@ -200,6 +202,12 @@ def test_gathers_of_dgrad_and_of_single_groups_are_counted() -> None:
     assert gathers.useful_back(Support.dense(16, 16, 3), 8) == 1.0
     # Four filters of eight, twelve channels of sixteen.
     assert gathers.alone(support, 8) == 96 / 256
+
+
+def test_the_worked_examples_hold() -> None:
+    outcome = doctest.testmod(scattered_lowering)
+    assert outcome.attempted
+    assert not outcome.failed
 
 
 def test_the_fewest_steps_of_any_division_into_tiles_are_counted() -> None:

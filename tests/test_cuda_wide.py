@@ -18,7 +18,20 @@ from wide_layers import ALL, LAYERS, PART, chosen, tiled
 
 from benchmarks.cases import GPU_CASES, Case
 from hetconv_kernels import Support
-from hetconv_kernels.backends.cuda import eights, wide_lowering, wide_tiles
+from hetconv_kernels.backends.cuda import (
+    eights,
+    wide_lowering,
+    wide_tiles,
+    wide_wgrad_lowering,
+)
+from hetconv_kernels.backends.cuda.fields import (
+    STEP_COUNTS,
+    UNREAD,
+    WideBlock,
+    WideClass,
+    WideHead,
+    WideUnread,
+)
 from hetconv_kernels.backends.cuda.wide_lowering import lower_wide, wide_windows
 from hetconv_kernels.backends.cuda.wide_tiles import WideTiling, choose_wide, tilings
 from hetconv_kernels.backends.cuda.windows import Window
@@ -138,25 +151,25 @@ def broken(tiling: WideTiling, mistake: str, window: Window) -> WideTiling:
         case "run-twice":
             rows[0, 0, 1] = rows[0, 0, 0]
         case "step-left-out":
-            blocks[0, 9] -= 1
+            blocks[0, STEP_COUNTS[0]] -= 1
         case "block-left-out":
             heads = tables.heads.copy()
-            heads[0, 0, 1] -= 1
+            heads[0, 0, WideHead.BLOCK_COUNT] -= 1
             return tiling._replace(tables=replace(tables, heads=heads))
         case "border-left-out":
-            blocks[0, 14] += 1
+            blocks[0, WideBlock.UNREAD + WideUnread.LEFT] += 1
         case "border-below-left-out":
-            blocks[-1, 13] += 1
+            blocks[-1, WideBlock.UNREAD + WideUnread.BOTTOM] += 1
         case "base":
-            classes[0, 8] += 1
+            classes[0, WideClass.BASE_H] += 1
         case "images-too-near":
-            classes[0, 5] -= 1
+            classes[0, WideClass.IMAGE_PITCH] -= 1
         case "tile-left-out":
-            classes[0, 3] -= 1
+            classes[0, WideClass.TILES_W] -= 1
         case "first":
-            classes[0, 16] += 1
+            classes[0, WideClass.FIRST_H] += 1
         case "halo":
-            classes[0, 10] -= 1
+            classes[0, WideClass.HALO_H] -= 1
         case "pitch":
             return tiling._replace(shape=tiling.shape._replace(plane_pitch=336))
         case "rows-too-near":
@@ -180,7 +193,7 @@ def test_a_mistake_in_the_tables_is_found(mistake: str) -> None:
     classes, _ = wide_windows(geometry, size, False)
     tiling = next(tilings(lower_wide(geometry.support, classes), classes, size, 8, PART))
     wide_twin.check(tiling, geometry, size, 8, False)
-    assert tiling.classes[0, 4] == 4  # a stack
+    assert tiling.classes[0, WideClass.IMAGES] == 4  # a stack
     with pytest.raises((AssertionError, IndexError)):
         wide_twin.check(broken(tiling, mistake, classes[0]), geometry, size, 8, False)
 
@@ -224,10 +237,10 @@ def test_whole_groups_waste_nothing(support: Support, steps: int) -> None:
 def test_blocks_of_the_tap_in_the_middle_bring_nothing_around_the_tile() -> None:
     classes, _ = wide_windows(make_geometry(Support.het(256, 256, 3, p=4), 1, 1), (14, 14), False)
     blocks = lower_wide(Support.het(256, 256, 3, p=4), classes).blocks
-    few = blocks[:, [9, 11]].sum(axis=1) == 2
+    few = blocks[:, STEP_COUNTS].sum(axis=1) == 2
     assert few.sum() == 4
-    assert (blocks[few, 12:] == 1).all()
-    assert (blocks[~few, 12:] == 0).all()
+    assert (blocks[few, UNREAD] == 1).all()
+    assert (blocks[~few, UNREAD] == 0).all()
 
 
 def test_runs_of_one_group_stand_together_wherever_they_are() -> None:
@@ -271,7 +284,7 @@ def test_long_and_short_blocks_alternate() -> None:
     classes, _ = wide_windows(make_geometry(support, 1, 1), (7, 7), False)
     tables = lower_wide(support, classes)
     begin, count = tables.heads[0, 0]
-    sums = tables.blocks[begin : begin + count, [9, 11]].sum(axis=1)
+    sums = tables.blocks[begin : begin + count, STEP_COUNTS].sum(axis=1)
     assert sums[0] > sums[1]
 
 
@@ -321,7 +334,7 @@ def test_more_tiles_than_32_bits_count_are_refused() -> None:
 
 
 def test_the_worked_examples_hold() -> None:
-    for module in (eights, wide_lowering, wide_tiles):
+    for module in (eights, wide_lowering, wide_tiles, wide_wgrad_lowering):
         outcome = doctest.testmod(module)
         assert outcome.attempted
         assert not outcome.failed

@@ -314,7 +314,7 @@ def test_integers_are_exact_where_rows_are_flattened(
     host, monkeypatch: pytest.MonkeyPatch, pixels: int
 ) -> None:
     """No rounding can hide a product that is missing, or of another row's end or another image."""
-    monkeypatch.setattr(wide_tiles, "PIXELS", ())
+    monkeypatch.setattr(wide_tiles, "TILE_PIXELS", ())
     monkeypatch.setattr(wide_tiles, "FLAT_PIXELS", (pixels,))
     generator = torch.Generator().manual_seed(0)
     for support, size, n in (

@@ -57,15 +57,15 @@ def test_primitives_equal_the_oracle(dtype: torch.dtype, support: str, stride: i
     compare(make_geometry(s, stride, s.kernel[0] // 2), dtype, CODE, verbs=VERBS)
 
 
-@pytest.mark.parametrize("cluster", wide_tiles.CLUSTERS)
-@pytest.mark.parametrize("pixels", wide_tiles.PIXELS)
+@pytest.mark.parametrize("cluster", wide_tiles.CLUSTER_SIZES)
+@pytest.mark.parametrize("pixels", wide_tiles.TILE_PIXELS)
 @pytest.mark.parametrize("size", [(7, 7), (14, 14), (3, 65), (37, 20)], ids=str)
 def test_tiles_of_every_size(
     monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], pixels: int, cluster: int
 ) -> None:
     """A Support of its own each time: what is chosen is kept with it."""
-    monkeypatch.setattr(wide_tiles, "PIXELS", (pixels,))
-    monkeypatch.setattr(wide_tiles, "CLUSTERS", (cluster,))
+    monkeypatch.setattr(wide_tiles, "TILE_PIXELS", (pixels,))
+    monkeypatch.setattr(wide_tiles, "CLUSTER_SIZES", (cluster,))
     support = hk.Support.het(128, 128, 3, p=2)
     support.derived.clear()
     try:

@@ -122,15 +122,18 @@ FIELD_WORDS = {
     "mbarrier": ("csrc/cuda/mbarrier.h", "csrc/cuda/wide_fprop.cu", "csrc/cuda/narrow_kernel.h"),
     "producer": ("csrc/cuda/wide_producer.h", "csrc/cuda/wide_fprop.cu"),
     "consumer": ("csrc/cuda/wide_fprop.cu",),
-    "TMA": ("csrc/cuda/tma.h", "hetconv_kernels/backends/triton/fprop_tma.py"),
-    "double buffering": ("csrc/cuda/narrow_kernel.h", "hetconv_kernels/backends/cuda/tiles.py"),
+    "TMA": ("csrc/cuda/narrow_tma.h", "hetconv_kernels/backends/triton/fprop_tma.py"),
+    "double buffering": (
+        "csrc/cuda/narrow_kernel.h",
+        "hetconv_kernels/backends/cuda/narrow_tiles.py",
+    ),
     "thread block": ("csrc/cuda/wide_fprop.cu", "csrc/cuda/narrow_kernel.h"),
     "CTA": ("csrc/cuda/wide_fprop.cu", "csrc/cuda/narrow_kernel.h"),
-    "occupancy": ("csrc/cuda/ptx.h", "hetconv_kernels/backends/cuda/tiles.py"),
+    "occupancy": ("csrc/cuda/ptx.h", "hetconv_kernels/backends/cuda/narrow_tiles.py"),
     "roofline": ("hetconv_kernels/measure/roofline.py",),
     "cost model": (
         "hetconv_kernels/backends/cost_model.py",
-        "hetconv_kernels/backends/cuda/tiles.py",
+        "hetconv_kernels/backends/cuda/narrow_tiles.py",
         "hetconv_kernels/backends/triton/tiles.py",
     ),
     "epilogue": (

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hetconv_kernels.backends.cuda.fields import UNREAD
 from hetconv_kernels.backends.cuda.wide_tiles import WideTiling
 from hetconv_kernels.problem import Geometry
 
@@ -32,7 +33,7 @@ def written(line: Line, pitch: int, places: Places, batch: int) -> Places:
 
 def brought(line: Line, pitch: int, block: Places) -> slice:
     """Returns which places of a halo are brought for a block."""
-    top, bottom, left, right = block[12:16].tolist()
+    top, bottom, left, right = block[UNREAD].tolist()
     return slice(top * pitch + left, line.halo_h * 8 - bottom * pitch - right)
 
 
@@ -128,7 +129,7 @@ def check(
         assert (same | ~real).all(), "a pixel for padding"
     for index, block in enumerate(tables.blocks):
         where, steps = brought(line, pitch, block), tiling.steps[tables.block == index]
-        assert block[12:16].min() >= 0, "borders"
+        assert block[UNREAD].min() >= 0, "borders"
         assert steps.min(initial=where.start) >= where.start, "places brought"
         assert steps.max(initial=0) + pixels <= where.stop, "places brought"
     rows, cols = np.arange(line.pixels_h), np.arange(line.pixels_w)

@@ -12,8 +12,18 @@ from typing import NamedTuple
 import numpy as np
 import wide_flat
 
+from hetconv_kernels.backends.cuda.fields import (
+    CHUNKS,
+    STEP_COUNTS,
+    UNREAD,
+    WideBlock,
+    WideHead,
+    WideSteps,
+)
 from hetconv_kernels.backends.cuda.wide_tiles import WideTiling
 from hetconv_kernels.problem import Geometry
+
+STEPS = slice(WideBlock.STEPS, WideBlock.UNREAD)
 
 
 class Line(NamedTuple):
@@ -104,7 +114,7 @@ def execute(tiling: WideTiling, x: np.ndarray, slabs: np.ndarray, y: np.ndarray)
                         else _halo(tiling, line, tile, block, x)
                     )
                     for side in range(2):
-                        first, steps = block[8 + 2 * side : 10 + 2 * side]
+                        first, steps = block[STEPS].reshape(2, len(WideSteps))[side]
                         for step in range(first, first + steps):
                             read = _window(tiling, line, halo, tiling.steps[step])
                             acc[side] += np.einsum("kabc,kijc->abij", weights[step], read)
@@ -116,7 +126,7 @@ def execute(tiling: WideTiling, x: np.ndarray, slabs: np.ndarray, y: np.ndarray)
 
 def _halo(tiling: WideTiling, line: Line, tile: Tile, block: np.ndarray, x: np.ndarray) -> object:
     """Brings a block's halo to planes; what nothing is brought to is NaN.  # [8, pitch, 8]"""
-    chunks, (top, bottom, left, right) = block[:8], block[12:16]
+    chunks, (top, bottom, left, right) = block[CHUNKS], block[UNREAD]
     brought = slice(left, line.halo_w - right)
     batch, height, width, _ = x.shape
     high = tiling.shape.pixels // 8
@@ -193,10 +203,11 @@ def check(
     assert (np.sort(packed[packed >= 0]) == np.flatnonzero(support.mask)).all(), "live weights"
     runs = tables.rows[tables.rows >= 0]
     assert sorted(runs) == list(range(0, support.channels if back else support.filters, 8)), "runs"
-    assert (np.diff(tables.blocks[:, 8:12].reshape(-1, 2)[:, 0]) >= 0).all(), "order of steps"
-    assert tables.blocks[:, [9, 11]].sum() == len(tables.steps), "steps of blocks"
-    assert tables.heads[..., 1].sum() == len(tables.blocks), "blocks of heads"
-    chunks = tables.blocks[:, :8]
+    begins = tables.blocks[:, STEPS].reshape(-1, len(WideSteps))[:, WideSteps.STEP_BEGIN]
+    assert (np.diff(begins) >= 0).all(), "order of steps"
+    assert tables.blocks[:, STEP_COUNTS].sum() == len(tables.steps), "steps of blocks"
+    assert tables.heads[..., WideHead.BLOCK_COUNT].sum() == len(tables.blocks), "blocks of heads"
+    chunks = tables.blocks[:, CHUNKS]
     assert chunks.min(initial=0) >= -1
     limit = support.filters if back else support.channels
     assert chunks.max(initial=-1) * 8 < limit, "channels"
@@ -251,7 +262,7 @@ def _check_borders(
     """Checks that no step reads what is not brought of its block's halo."""
     tables, high = tiling.tables, tiling.shape.pixels // 8
     for block in range(begin, begin + count):
-        top, bottom, left, right = tables.blocks[block, 12:16].tolist()
+        top, bottom, left, right = tables.blocks[block, UNREAD].tolist()
         assert min(top, bottom, left, right) >= 0, "borders"
         for step in tiling.steps[tables.block == block].tolist():
             row, place = divmod(step, line.row_pitch)

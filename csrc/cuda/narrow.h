@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Launchers of the kernels for narrow groups (8, 16, 32 filters), plain C++: no CUDA, no torch.
 //
-// Everything irregular is decided before: hetconv_kernels/backends/cuda/lowering.py makes the
-// tables, and its docstring gives their meaning with an example. All pointers are device pointers,
-// all strides count elements, activations are channels_last (stride 1 between channels). Numbers
-// are of 16 bits, and of fprop and dgrad also of float32; what holds 16 bytes of channels holds
-// eight of the former, four of the latter.
+// Everything irregular is decided before: hetconv_kernels/backends/cuda/narrow_lowering.py makes
+// the tables, and its docstring gives their meaning with an example. All pointers are device
+// pointers, all strides count elements, activations are channels_last (stride 1 between channels).
+// Numbers are of 16 bits, and of fprop and dgrad also of float32; what holds 16 bytes of channels
+// holds eight of the former, four of the latter.
 #pragma once
 #include <array>
 #include <cstdint>
@@ -62,6 +62,13 @@ enum RoundField {
   kRoundFields
 };
 
+// Fields of a line of `lists`.
+enum ListField {
+  kListBegin = 0,              // of each step list in the head's words; then the last one's end
+  kListFragment = kLists + 1,  // the first one, from the head's first
+  kListFields
+};
+
 // y = act(scale * conv(x, w) + shift + residual); dgrad is the same on the transposed Support.
 struct Narrow {
   const void* x;         // [batch, image_h, image_w, C]
@@ -74,7 +81,7 @@ struct Narrow {
   const int32_t* classes;  // [class_count, kClassFields]
   const int32_t* heads;    // [class_count, parts, kHeadFields]
   const int32_t* rounds;   // [class_count, parts, round_count, kRoundFields]
-  const int32_t* lists;    // [class_count, parts, round_count, warps_n, kLists + 2]
+  const int32_t* lists;    // [class_count, parts, round_count, warps_n, kListFields]
   const int32_t* words;
   const int32_t* chunks;  // which 16 bytes of a pixel each chunk is
   // [slots, 4]: eight places in the raw pixel, 16 bits each, 65535: zero; of float32 four, each
@@ -119,11 +126,17 @@ enum WgradHeadField {
   kWgradHeadFields
 };
 
-constexpr int kUnitSteps = 4;   // a unit is the gradient of 4 steps (16 columns each) ...
-constexpr int kUnitTiles = 2;   // ... by 2 times 8 filters: 1024 numbers
-constexpr int kWarpUnits = 2;   // units in one warp's registers
-constexpr int kUnitFields = 6;  // 4 step words, then the dy chunk of each tile, -1: none
+constexpr int kUnitSteps = 4;  // a unit is the gradient of 4 steps (16 columns each) ...
+constexpr int kUnitTiles = 2;  // ... by 2 times 8 filters: 1024 numbers
+constexpr int kWarpUnits = 2;  // units in one warp's registers
 constexpr int kUnitValues = 1024;
+
+// Fields of a line of `units`.
+enum UnitField {
+  kStepWord = 0,          // of each step
+  kDyPlace = kUnitSteps,  // of each tile: the chunk of dy, or the slot; -1: none
+  kUnitFields = kDyPlace + kUnitTiles
+};
 
 struct NarrowWgrad {
   const void* x;    // [batch, image_h, image_w, C]

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // fprop and dgrad for narrow groups, with halos that cp.async brings, and the launchers of both
 // ways; narrow_kernel.h has the program.
-#include <algorithm>
-
 #include "narrow_kernel.h"
 
 namespace hetconv::cuda {
@@ -19,37 +17,26 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kResident, Activa
   narrow::compute<T, kResident, Activation>(p);
 }
 
-using Kernel = void (*)(Narrow);
-
-template <class T> Kernel pick(const Narrow& p) {
-  const bool smooth = is_smooth(p.act);
-  if (p.resident)
-    return smooth ? narrow_fprop_kernel<T, true, Smooth> : narrow_fprop_kernel<T, true, Clamp>;
-  return smooth ? narrow_fprop_kernel<T, false, Smooth> : narrow_fprop_kernel<T, false, Clamp>;
-}
-
-Kernel pick(const Narrow& p, DType dtype) {
-  if (dtype == DType::f32) return p.split ? pick<Tf32x3>(p) : pick<Tf32>(p);
-  if (dtype == DType::bf16) return pick<Bfloat>(p);
-  return dtype == DType::f16 ? pick<Half>(p) : nullptr;
-}
+struct Kernels {
+  static constexpr bool kSingle = true;  // there are some for float32
+  template <class T, bool kResident, class Activation> static auto of() {
+    return narrow_fprop_kernel<T, kResident, Activation>;
+  }
+};
 
 }  // namespace
 
 int64_t narrow_shared_bytes(const Narrow& p) { return Layout(p, p.tma).total; }
 
 int64_t narrow_blocks(const Narrow& p, DType dtype) {
-  const Kernel kernel = pick(p, dtype);
-  const int64_t held = p.tma    ? narrow::max_resident_tma(p, dtype)
-                       : kernel ? max_resident_blocks(kernel, threads_of(p), narrow_shared_bytes(p))
-                                : 0;
-  const int64_t heads = int64_t(p.class_count) * p.parts;
-  // Rounded down: blocks of a second wave, each with a whole share of the tiles, double the time.
-  return held ? std::max<int64_t>(held / heads, 1) : 0;
+  const int64_t held = p.tma ? narrow::max_resident_tma(p, dtype)
+                             : max_resident_blocks(narrow::pick<Kernels>(p, dtype), threads_of(p),
+                                                   narrow_shared_bytes(p));
+  return blocks_of_head(held, int64_t(p.class_count) * p.parts);
 }
 
 const char* narrow_fprop(const Narrow& p, DType dtype, void* stream) {
-  const Kernel kernel = pick(p, dtype);
+  const auto kernel = narrow::pick<Kernels>(p, dtype);
   if (!kernel) return "the narrow kernels are built for float32, bf16 and fp16 only";
   if (p.item != (dtype == DType::f32 ? 4 : 2)) return "the numbers' size is not that of their type";
   if (p.warps_m < 1 || p.warps_n < 1 || p.warps_m * p.warps_n > kMaxWarps)

@@ -7,7 +7,7 @@
 // halo is prefetched meanwhile (double buffering). Each warp has 32 pixels by 64 filters: pixels
 // are the sixteen rows of a matrix instruction and filters its eight columns, so a group of eight
 // filters fits exactly. A step is any two slots of eight channels at any two taps; ldmatrix takes
-// an address from every lane, so a step costs one add (see lowering.py).
+// an address from every lane, so a step costs one add (see narrow_lowering.py).
 //
 // Halos are brought by cp.async (narrow_fprop.cu), or by TMA where there is one (narrow_tma.cu):
 // one thread then asks for a halo as a box of raw_pitch * 8 channels, and what comes beyond the
@@ -15,19 +15,19 @@
 #pragma once
 #include <type_traits>
 
-#include "halo.h"
+#include "launchers.h"
 #include "narrow.h"
+#include "narrow_halo.h"
+#include "narrow_operands.h"
 #include "narrow_results.h"
-#include "operands.h"
+#include "narrow_tma.h"
 #include "ptx.h"
-#include "tma.h"
 
 namespace hetconv::cuda {
 namespace narrow {
 
 constexpr int kThreads = kMaxWarps * 32;
 constexpr int kTiles = kWarpFilters / 8;
-constexpr int kListFields = kLists + 2;
 constexpr int kFragmentBytes = 256;
 
 // Where things lie in shared memory, in bytes from its begin.
@@ -117,8 +117,9 @@ template <class T, int kSize, int kList, class Weights> struct Lists {
                                               uint32_t lists, uint32_t words, int shift,
                                               Weights& weights, int lane) {
     constexpr int kAt = kList + kFirst / kSize;
-    const uint32_t begin = load_shared32(lists + kAt * 4);
-    const int count = int(load_shared32(lists + kAt * 4 + 4) - begin);
+    const uint32_t at = lists + (kListBegin + kAt) * 4;
+    const uint32_t begin = load_shared32(at);
+    const int count = int(load_shared32(at + 4) - begin);
     if (count)
       run_list<T, kFirst, kSize>(acc, base, words + begin * 4, count, shift, weights, lane);
     if constexpr (kFirst + kSize < kTiles)
@@ -153,6 +154,22 @@ struct Cursor {
 };
 
 inline int threads_of(const Narrow& p) { return p.warps_m * p.warps_n * 32; }
+
+// Picks the kernel of a call among `Kernels`, those for one way to bring halos; null if none of
+// them is for it.
+template <class Kernels, class T> auto pick(const Narrow& p) {
+  const bool smooth = is_smooth(p.act);
+  if (p.resident)
+    return smooth ? Kernels::template of<T, true, Smooth>()
+                  : Kernels::template of<T, true, Clamp>();
+  return smooth ? Kernels::template of<T, false, Smooth>()
+                : Kernels::template of<T, false, Clamp>();
+}
+template <class Kernels> auto pick(const Narrow& p, DType dtype) {
+  if constexpr (Kernels::kSingle)
+    if (dtype == DType::f32) return p.split ? pick<Kernels, Tf32x3>(p) : pick<Kernels, Tf32>(p);
+  return pick_by_type(dtype, [&](auto type) { return pick<Kernels, decltype(type)>(p); });
+}
 
 // As narrow_blocks for all heads together, and narrow_fprop, for halos that TMA brings.
 int64_t max_resident_tma(const Narrow& p, DType dtype);
@@ -345,7 +362,7 @@ __device__ __forceinline__ void compute(const P& p) {
       const uint32_t base[2] = {source + first[0], source + first[1]};
       const uint32_t lists = shared + at.lists + (r * p.warps_n + warp_n) * kListFields * 4;
       Fragments<kResident> weights(slabs, shared + at.fragments,
-                                   int(load_shared32(lists + (kLists + 1) * 4)));
+                                   int(load_shared32(lists + kListFragment * 4)));
       Lists<T, kTiles, 0, Fragments<kResident>>::template from<0>(
           acc, base, lists, shared + at.words, shift, weights, lane);
       // Nobody reads this round's tile any more.

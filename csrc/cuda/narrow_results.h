@@ -6,9 +6,9 @@
 #include <type_traits>
 
 #include "epilogue.h"
-#include "halo.h"
 #include "narrow.h"
-#include "operands.h"
+#include "narrow_halo.h"
+#include "narrow_operands.h"
 #include "ptx.h"
 
 namespace hetconv::cuda {

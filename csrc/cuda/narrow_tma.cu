@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // fprop, dgrad and wgrad for narrow groups, with tiles that TMA brings, from compute capability 9.0
-// on; narrow_kernel.h and wgrad_kernel.h have the programs.
+// on; narrow_kernel.h and narrow_wgrad_kernel.h have the programs.
 #include "narrow_kernel.h"
-#include "wgrad_kernel.h"
+#include "narrow_wgrad_kernel.h"
 
 namespace hetconv::cuda {
 namespace narrow {
@@ -16,26 +16,18 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kResident, Activa
 #endif
 }
 
-using Kernel = void (*)(NarrowTma);
-
-template <class T> Kernel pick(const Narrow& p) {
-  const bool smooth = is_smooth(p.act);
-  if (p.resident)
-    return smooth ? narrow_tma_kernel<T, true, Smooth> : narrow_tma_kernel<T, true, Clamp>;
-  return smooth ? narrow_tma_kernel<T, false, Smooth> : narrow_tma_kernel<T, false, Clamp>;
-}
-
-Kernel pick(const Narrow& p, DType dtype) {
-  if (dtype == DType::bf16) return pick<Bfloat>(p);
-  return dtype == DType::f16 ? pick<Half>(p) : nullptr;
-}
+struct Kernels {
+  static constexpr bool kSingle = false;  // there are none for float32
+  template <class T, bool kResident, class Activation> static auto of() {
+    return narrow_tma_kernel<T, kResident, Activation>;
+  }
+};
 
 }  // namespace
 
 int64_t max_resident_tma(const Narrow& p, DType dtype) {
-  const Kernel kernel = pick(p, dtype);
-  if (!kernel || tma_unsupported()) return 0;
-  return max_resident_blocks(kernel, threads_of(p), Layout(p, true).total);
+  if (tma_unsupported()) return 0;
+  return max_resident_blocks(pick<Kernels>(p, dtype), threads_of(p), Layout(p, true).total);
 }
 
 const char* launch_tma(const Narrow& p, DType dtype, int64_t blocks, void* stream) {
@@ -48,8 +40,8 @@ const char* launch_tma(const Narrow& p, DType dtype, int64_t blocks, void* strea
                     p.x_h, p.x_n,      p.raw_pitch * 8, p.box_w[i], p.box_h[i]};
     if (const char* error = encode(own.maps[i], of)) return error;
   }
-  return launch_bulk(pick(p, dtype), own, blocks, int64_t(p.class_count) * p.parts, threads_of(p),
-                     Layout(p, true).total, stream);
+  return launch_bulk(pick<Kernels>(p, dtype), own, blocks, int64_t(p.class_count) * p.parts,
+                     threads_of(p), Layout(p, true).total, stream);
 }
 
 }  // namespace narrow
@@ -68,16 +60,14 @@ __global__ void __launch_bounds__(kThreads, 1)
 using Kernel = void (*)(WgradTma);
 
 Kernel pick(DType dtype) {
-  if (dtype == DType::bf16) return wgrad_tma_kernel<Bfloat>;
-  return dtype == DType::f16 ? wgrad_tma_kernel<Half> : nullptr;
+  return pick_by_type(dtype, [](auto type) -> Kernel { return wgrad_tma_kernel<decltype(type)>; });
 }
 
 }  // namespace
 
 int64_t max_resident_tma(const NarrowWgrad& p, DType dtype) {
-  const Kernel kernel = pick(dtype);
-  if (!kernel || tma_unsupported()) return 0;
-  return max_resident_blocks(kernel, p.warps * 32, Layout(p, true).total);
+  if (tma_unsupported()) return 0;
+  return max_resident_blocks(pick(dtype), p.warps * 32, Layout(p, true).total);
 }
 
 const char* launch_tma(const NarrowWgrad& p, DType dtype, void* stream) {

@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // wgrad for narrow groups, with tiles that cp.async brings, and the launchers of both ways;
-// wgrad_kernel.h has the program.
-#include <algorithm>
-
-#include "wgrad_kernel.h"
+// narrow_wgrad_kernel.h has the program.
+#include "narrow_wgrad_kernel.h"
 
 namespace hetconv::cuda {
 namespace {
@@ -19,8 +17,8 @@ __global__ void __launch_bounds__(kThreads, 1) narrow_wgrad_kernel(NarrowWgrad p
 using Kernel = void (*)(NarrowWgrad);
 
 Kernel pick(DType dtype) {
-  if (dtype == DType::bf16) return narrow_wgrad_kernel<Bfloat>;
-  return dtype == DType::f16 ? narrow_wgrad_kernel<Half> : nullptr;
+  return pick_by_type(dtype,
+                      [](auto type) -> Kernel { return narrow_wgrad_kernel<decltype(type)>; });
 }
 
 }  // namespace
@@ -28,12 +26,10 @@ Kernel pick(DType dtype) {
 int64_t narrow_wgrad_shared_bytes(const NarrowWgrad& p) { return Layout(p, p.tma).total; }
 
 int64_t narrow_wgrad_blocks(const NarrowWgrad& p, DType dtype) {
-  const Kernel kernel = pick(dtype);
-  if (!kernel) return 0;
   const int64_t held =
       p.tma ? wgrad::max_resident_tma(p, dtype)
-            : max_resident_blocks(kernel, p.warps * 32, narrow_wgrad_shared_bytes(p));
-  return held ? std::max<int64_t>(held / p.parts, 1) : 0;  // rounded as in narrow_fprop.cu
+            : max_resident_blocks(pick(dtype), p.warps * 32, narrow_wgrad_shared_bytes(p));
+  return blocks_of_head(held, p.parts);
 }
 
 const char* narrow_wgrad(const NarrowWgrad& p, DType dtype, void* stream) {

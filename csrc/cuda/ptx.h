@@ -17,7 +17,7 @@
 
 namespace hetconv::cuda {
 
-// The element types, by tag; of float32 there are two, see operands.h.
+// The element types, by tag; of float32 there are two, see narrow_operands.h.
 struct Bfloat {};
 struct Half {};
 struct Tf32 {};
@@ -287,10 +287,11 @@ template <class P> const char* allow_shared(void (*kernel)(P), int64_t shared) {
   return error_text(error);
 }
 
-// The occupancy of a kernel: thread blocks that the current device holds at once; 0 if none.
+// The occupancy of a kernel: thread blocks that the current device holds at once; 0 if none, or if
+// there is no kernel.
 template <class P> int64_t max_resident_blocks(void (*kernel)(P), int threads, int64_t shared) {
   int device = 0, processors = 0, each = 0;
-  if (allow_shared(kernel, shared)) return 0;
+  if (!kernel || allow_shared(kernel, shared)) return 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, reinterpret_cast<const void*>(kernel),

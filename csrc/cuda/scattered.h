@@ -42,12 +42,19 @@ enum PartField {
 // Fields of a line of `blocks`: channels that are in shared memory at a time.
 enum BlockField { kSegmentBegin, kSegmentCount, kBlockFields };
 
-// Fields of a line of `segments`: the first channel divided by kSegment; then the slot of each
-// channel, -1: it is not kept.
-constexpr int kSegmentFields = 1 + kSegment;
+// Fields of a line of `segments`.
+enum SegmentField {
+  kSegmentIndex,  // the first channel / kSegment
+  kSlot,          // of each channel, -1: it is not kept
+  kSegmentFields = kSlot + kSegment
+};
 
-// Fields of a line of `jobs`; from kColumn on the column of each filter, -1: there is none.
-enum JobField { kFragmentBegin, kColumn, kJobFields = kColumn + 8 };
+// Fields of a line of `jobs`.
+enum JobField {
+  kFragmentBegin,
+  kColumn,  // of each filter, -1: there is none
+  kJobFields = kColumn + 8
+};
 
 }  // namespace scattered
 

@@ -7,6 +7,7 @@
 // the tile by eight filters, whose weights it reads by itself. A step loads each pixel once for all
 // taps.
 #include "epilogue.h"
+#include "launchers.h"
 #include "ptx.h"
 #include "scattered.h"
 
@@ -40,10 +41,10 @@ struct Place {
   }
 };
 
-// Brings the channels of a block to their slots. A warp has a row of the halo and a segment of
+// Loads the channels of a block to their slots. A warp has a row of the halo and a segment of
 // channels at a time; lane 4i + c has eight of them, of image i.
 template <int kSide>
-__device__ __forceinline__ void bring(const Scattered& p, const int32_t* block) {
+__device__ __forceinline__ void load_block(const Scattered& p, const int32_t* block) {
   constexpr int kHaloCols = kCols + kSide - 1, kLines = kRows + kSide - 1;
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
   const Place place(p);
@@ -53,7 +54,7 @@ __device__ __forceinline__ void bring(const Scattered& p, const int32_t* block) 
   for (int item = warp; item < count; item += p.warps) {
     const int own = item / kLines, row = item - own * kLines;
     const int32_t* segment = p.segments + (first + own) * kSegmentFields;
-    const int channel = load_table(segment) * kSegment + lane % 4 * 8;
+    const int channel = load_table(segment + kSegmentIndex) * kSegment + lane % 4 * 8;
     const int y = place.row + p.base_h + row, x = place.col + p.base_w;
     const bool inside =
         image < p.batch && channel < p.channels && uint32_t(y) < uint32_t(p.image_h);
@@ -65,7 +66,7 @@ __device__ __forceinline__ void bring(const Scattered& p, const int32_t* block) 
     int slot[4];
 #pragma unroll
     for (int q = 0; q < 4; ++q)
-      slot[q] = load_table(segment + 1 + lane / 8 * 8 + 2 * q + lane / 4 % 2);
+      slot[q] = load_table(segment + kSlot + lane / 8 * 8 + 2 * q + lane / 4 % 2);
     constexpr int kAtOnce = 5;  // as registers hold sums meanwhile
 #pragma unroll 1
     for (int begin = 0; begin < kHaloCols; begin += kAtOnce) {
@@ -228,7 +229,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) scattered_fprop_kernel(Scatte
       // What is there stays there where it is all.
       if (turn == 0 || field(kBlockCount) > 1) {
         if (b + turn) barrier();
-        bring<kSide>(p, p.blocks + (field(kBlockBegin) + b) * kBlockFields);
+        load_block<kSide>(p, p.blocks + (field(kBlockBegin) + b) * kBlockFields);
         barrier();
       }
       const int number = first_job(0) + turn;
@@ -260,8 +261,7 @@ template <class T> Kernel pick(const Scattered& p) {
 }
 
 Kernel pick(const Scattered& p, DType dtype) {
-  if (dtype == DType::bf16) return pick<Bfloat>(p);
-  return dtype == DType::f16 ? pick<Half>(p) : nullptr;
+  return pick_by_type(dtype, [&](auto type) { return pick<decltype(type)>(p); });
 }
 
 }  // namespace
@@ -270,9 +270,7 @@ Kernel pick(const Scattered& p, DType dtype) {
 int64_t scattered_shared_bytes(const Scattered& p) { return scattered::Layout(p).total; }
 
 int64_t scattered_blocks(const Scattered& p, DType dtype) {
-  const scattered::Kernel kernel = scattered::pick(p, dtype);
-  if (!kernel) return 0;
-  return max_resident_blocks(kernel, p.warps * 32, scattered_shared_bytes(p));
+  return max_resident_blocks(scattered::pick(p, dtype), p.warps * 32, scattered_shared_bytes(p));
 }
 
 const char* scattered_fprop(const Scattered& p, DType dtype, void* stream) {

@@ -81,19 +81,20 @@ enum ClassField {
 // Fields of a line of `heads`, one for each class and pair.
 enum HeadField { kBlockBegin, kBlockCount, kHeadFields };
 
-// Fields of a line of `blocks`: the channels of the chunks, divided by eight, -1: zeros; for each
-// warpgroup which steps it runs on them, none or more; and how many rows and columns along the
-// borders of the halo none of these steps reads, which are not brought. Blocks follow each other in
-// a head, and the steps of a warpgroup follow each other in a block.
+// Which steps of a block a warpgroup runs, none or more.
+enum StepsField { kStepBegin, kStepCount, kStepsFields };
+
+// How many rows and columns along the borders of a halo are read by no step of a block, or by no
+// product of wgrad: they are not brought.
+enum UnreadField { kTop, kBottom, kLeft, kRight, kUnreadFields };
+
+// Fields of a line of `blocks`. Blocks follow each other in a head, and the steps of a warpgroup
+// follow each other in a block.
 enum BlockField {
-  kChunk = 0,
-  kStepBegin = kChunks,  // of warpgroup 0; of warpgroup 1 two further
-  kStepCount,
-  kUnreadTop = kChunks + 2 * kWarpgroups,
-  kUnreadBottom,
-  kUnreadLeft,
-  kUnreadRight,
-  kBlockFields
+  kChunk = 0,                                     // of eight, channel / 8; -1: zeros
+  kSteps = kChunks,                               // of each warpgroup, StepsField
+  kUnread = kSteps + kWarpgroups * kStepsFields,  // UnreadField
+  kBlockFields = kUnread + kUnreadFields
 };
 
 }  // namespace wide

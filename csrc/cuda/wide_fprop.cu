@@ -9,6 +9,7 @@
 // blocks compute two tiles of the same filters, and each loads one half of every slab for both.
 #include "epilogue.h"
 #include "hopper.h"
+#include "launchers.h"
 #include "wide.h"
 #include "wide_producer.h"
 #include "wide_results.h"
@@ -68,8 +69,9 @@ __device__ void compute(const Wide& p, uint32_t shared, const Layout& at, const 
       let_go();
     };
     for (int b = 0; b < count; ++b, block += kBlockFields, halo.advance()) {
-      const int32_t* windows = p.steps + load_table(block + kStepBegin + 2 * group);
-      const int steps = load_table(block + kStepCount + 2 * group);
+      const int32_t* own = block + kSteps + group * kStepsFields;
+      const int32_t* windows = p.steps + load_table(own + kStepBegin);
+      const int steps = load_table(own + kStepCount);
       const uint32_t planes = shared + at.halo + halo.at * at.stage;
       halo.wait_filled();
       fence_async();  // here, as those who copied are further on already
@@ -176,8 +178,7 @@ template <class T> Kernel pick(const Wide& p) {
 }
 
 Kernel pick(const Wide& p, DType dtype) {
-  if (dtype == DType::bf16) return pick<Bfloat>(p);
-  return dtype == DType::f16 ? pick<Half>(p) : nullptr;
+  return pick_by_type(dtype, [&](auto type) { return pick<decltype(type)>(p); });
 }
 
 }  // namespace

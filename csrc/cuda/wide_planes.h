@@ -20,7 +20,7 @@ struct Planes {
   // columns has several of its rows at a time.
   //
   // `table` is a line of `classes`, `chunks` has eight chunks, -1: zeros, and `unread` the rows and
-  // columns that are not brought, as in `blocks`; the tile begins at (row, col) of an image.
+  // columns that are not brought, by UnreadField; the tile begins at (row, col) of an image.
   template <int kThreads>
   __device__ __forceinline__ void copy(const int32_t* table, const int32_t* chunks,
                                        const int32_t* unread, int first_image, int row, int col,
@@ -31,14 +31,14 @@ struct Planes {
     const int load_h = load_table(table + kLoadH), load_w = load_table(table + kLoadW);
     const int images = load_table(table + kImages);
     const int image_rows = load_table(table + kImagePitch) * load_h;
-    const int rows = load_table(table + kHaloH) - load_table(unread + 1);
-    const int cols = load_table(table + kHaloW) - load_table(unread + 3);
-    const int above = load_table(unread);
+    const int rows = load_table(table + kHaloH) - load_table(unread + kBottom);
+    const int cols = load_table(table + kHaloW) - load_table(unread + kRight);
+    const int above = load_table(unread + kTop);
     const int line = load_table(table + kRowPitch) * 16, half = load_table(table + kColHalf);
     const int top = load_table(table + kBaseH) + row * load_h;
     const int left = load_table(table + kBaseW) + col * load_w;
     const uint32_t plane = shared + chunk * pitch * 16;
-    for (int band = load_table(unread + 2); band < cols; band += kLanes) {
+    for (int band = load_table(unread + kLeft); band < cols; band += kLanes) {
       const int wide = cols - band < kLanes ? cols - band : kLanes;
       int column = band + lane, first = 0, step = 1;
       if (wide <= kLanes / 2) {
@@ -82,9 +82,10 @@ struct Planes {
     const int chunk = thread % kChunks, channels = load_table(chunks + chunk);
     const int image_rows = load_table(table + kImagePitch);
     const int base_h = load_table(table + kBaseH), base_w = load_table(table + kBaseW);
-    const int begin = load_table(unread) * flat_pitch + load_table(unread + 2) + thread / kChunks;
-    const int end = load_table(table + kHaloH) * kColumns - load_table(unread + 1) * flat_pitch -
-                    load_table(unread + 3);
+    const int begin =
+        load_table(unread + kTop) * flat_pitch + load_table(unread + kLeft) + thread / kChunks;
+    const int end = load_table(table + kHaloH) * kColumns -
+                    load_table(unread + kBottom) * flat_pitch - load_table(unread + kRight);
     const int lines = (first + begin) / flat_pitch;
     int image = lines / image_rows;
     // Row and column of the image, and where the next image and the next row begin.

@@ -17,10 +17,10 @@ template <int kPixels, bool kFlat> struct HaloProducer {
     const Planes planes{p.x, p.x_n, p.x_h, p.x_w, p.batch, p.image_h, p.image_w, p.plane_pitch};
     const uint32_t to = shared + stage * stage_bytes;
     if (kFlat)
-      planes.copy_flat<kHaloThreads>(item.table, block + kChunk, block + kUnreadTop, p.flat_pitch,
+      planes.copy_flat<kHaloThreads>(item.table, block + kChunk, block + kUnread, p.flat_pitch,
                                      item.row * kPixels, to, thread);
     else
-      planes.copy<kHaloThreads>(item.table, block + kChunk, block + kUnreadTop, item.image,
+      planes.copy<kHaloThreads>(item.table, block + kChunk, block + kUnread, item.image,
                                 item.row * (kPixels / kColumns), item.col, to, thread);
   }
 
@@ -50,8 +50,9 @@ inline __device__ void produce_slabs(const Wide& p, uint32_t slabs, Ring ring, i
     const int32_t* block = p.blocks + load_table(item.head + kBlockBegin) * kBlockFields;
     const int count = load_table(item.head + kBlockCount);
     for (int b = 0; b < count; ++b, block += kBlockFields) {
-      const int steps = load_table(block + kStepCount + 2 * group);
-      const char* from = source + int64_t(load_table(block + kStepBegin + 2 * group)) * kSlabBytes;
+      const int32_t* own = block + kSteps + group * kStepsFields;
+      const int steps = load_table(own + kStepCount);
+      const char* from = source + int64_t(load_table(own + kStepBegin)) * kSlabBytes;
       for (int s = 0; s < steps; ++s, from += kSlabBytes, ring.advance()) {
         ring.wait_emptied();
         mbarrier_expect(ring.filled(), kSlabBytes);

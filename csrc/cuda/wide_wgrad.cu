@@ -8,6 +8,7 @@
 #include "wide_wgrad.h"
 
 #include "hopper.h"
+#include "launchers.h"
 #include "wide_planes.h"
 #include "wide_work.h"
 
@@ -183,8 +184,7 @@ template <class T> Kernel pick(int products) {
 }
 
 Kernel pick(const WideWgrad& p, DType dtype) {
-  if (dtype == DType::bf16) return pick<Bfloat>(p.products);
-  return dtype == DType::f16 ? pick<Half>(p.products) : nullptr;
+  return pick_by_type(dtype, [&](auto type) { return pick<decltype(type)>(p.products); });
 }
 
 }  // namespace

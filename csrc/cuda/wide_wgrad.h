@@ -18,12 +18,20 @@ namespace wide {
 constexpr int kProductValues = 64 * 64;
 constexpr int kMostProducts = 6;  // of one warpgroup
 
-// Fields of a line of `jobs`: the filters of the eight chunks of dy, divided by eight, -1: zeros;
-// and which lines of `blocks`, which come to shared memory one after another.
-enum JobField { kDyChunk = 0, kJobBegin = kChunks, kJobCount, kJobFields };
+// Fields of a line of `jobs`.
+enum JobField {
+  kDyChunk = 0,         // of eight, filter / 8; -1: zeros
+  kJobBegin = kChunks,  // in `blocks`, which come to shared memory one after another
+  kJobCount,
+  kJobFields
+};
 
 // Fields of a line of the `blocks` of wgrad: as of fprop, but for the steps.
-enum WgradBlockField { kXChunk = 0, kXUnread = kChunks, kWgradBlockFields = kChunks + 4 };
+enum WgradBlockField {
+  kXChunk = 0,
+  kXUnread = kChunks,
+  kWgradBlockFields = kXUnread + kUnreadFields
+};
 
 }  // namespace wide
 
@@ -35,8 +43,9 @@ struct WideWgrad {
   // 2]; products that are none are not written. 16-byte aligned
   float* partials;
 
-  // [2, wide::kClassFields], then four zeros: how tiles read x, and dy, where a pixel reads itself
-  // alone and nothing is left out. Both have the same tiles, images of a stack and pitch of these.
+  // [2, wide::kClassFields], then wide::kUnreadFields zeros: how tiles read x, and dy, where a
+  // pixel reads itself alone and nothing is left out. Both have the same tiles, images of a stack
+  // and pitch of these.
   const int32_t* classes;
   const int32_t* jobs;    // [job_count, kJobFields]
   const int32_t* blocks;  // [.., kWgradBlockFields]

@@ -17,7 +17,7 @@ from ..gpu.capture import CONVERSIONS, DeviceTables, capturing, pin, refuse_capt
 from ..gpu.packer import Packer
 from ..gpu.precision import precision
 from .choice import NarrowChoice
-from .tma import MOST_MAPS, tma_readable
+from .narrow_tma import MOST_MAPS, tma_readable
 
 # The kernels count bytes within an image in 32 bits, so its elements must span fewer than these.
 MAX_SPAN = 2**30

@@ -2,16 +2,16 @@
 """The choice of a kernel and its tables for a Problem, and what it is predicted to take.
 
 There are kernels for narrow groups, and on Hopper for wide groups; fprop and dgrad have one for
-scattered groups. The one that is predicted to be fastest is taken. The clocks come from `tiles`,
-`wide_tiles`, `wide_wgrad_tiles` and `scattered_tiles`; here the launch, packing and device memory
-are added. All constants are data sheets and arithmetic: **no GPU has confirmed them**. What was
-chosen is kept with the Support.
+scattered groups. The one that is predicted to be fastest is taken. The clocks come from
+`narrow_tiles`, `wide_tiles`, `wide_wgrad_tiles` and `scattered_tiles`; here the launch, packing and
+device memory are added. All constants are data sheets and arithmetic: **no GPU has confirmed
+them**. What was chosen is kept with the Support.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
@@ -20,9 +20,9 @@ from ...problem import Problem
 from ..gpu import parts
 from ..gpu.constants import constants_of
 from ..gpu.devices import GpuSpec, spec_of
+from .narrow_tiles import NarrowTiling, choose_narrow, choose_wgrad
+from .narrow_wgrad_lowering import UNIT_VALUES, WgradTables
 from .scattered_tiles import ScatteredTiling, choose_scattered
-from .tiles import NarrowTiling, choose_narrow, choose_wgrad
-from .wgrad_lowering import UNIT_VALUES, WgradTables
 from .wide_lowering import WideTables, lower_wide, wide_windows
 from .wide_tiles import WideTiling, choose_wide
 from .wide_wgrad_tiles import WideWgradTiling, choose_wide_wgrad
@@ -43,90 +43,87 @@ _MOST_WEIGHTS = 2**18
 _SHORT_NUMBERS = "it takes bfloat16 and float16 alone; backend='triton' takes float32."
 
 
-class NarrowChoice(NamedTuple):
-    """How fprop or dgrad is run.
+@dataclass(frozen=True)
+class CudaChoice:
+    """How a Problem is run; each kernel has its own, with its tables.
 
     Attributes:
-        how: tables, buffers and whether weights stay in shared memory.
         seconds: predicted, for the whole call.
         efficiency: useful over executed multiply-accumulates.
     """
 
-    how: NarrowTiling
     seconds: float
     efficiency: float
 
 
-class WideChoice(NamedTuple):
-    """How fprop or dgrad is run by the kernel for wide groups.
+@dataclass(frozen=True)
+class NarrowChoice(CudaChoice):
+    """fprop or dgrad by the kernel for narrow groups.
+
+    Attributes:
+        how: tables, buffers and whether weights stay in shared memory.
+    """
+
+    how: NarrowTiling
+
+
+@dataclass(frozen=True)
+class WideChoice(CudaChoice):
+    """fprop or dgrad by the kernel for wide groups.
 
     Attributes:
         how: tables, and what a block of threads holds.
         every: which rows and columns the operand that is read is taken at: each n-th.
-        seconds: predicted, for the whole call.
-        efficiency: useful over executed multiply-accumulates.
     """
 
     how: WideTiling
     every: tuple[int, int]
-    seconds: float
-    efficiency: float
 
 
-class ScatteredChoice(NamedTuple):
-    """How fprop or dgrad is run by the kernel for scattered groups.
+@dataclass(frozen=True)
+class ScatteredChoice(CudaChoice):
+    """fprop or dgrad by the kernel for scattered groups.
 
     Attributes:
         how: tables, and what a block of threads holds.
-        seconds: predicted, for the whole call.
-        efficiency: useful over executed multiply-accumulates.
     """
 
     how: ScatteredTiling
-    seconds: float
-    efficiency: float
 
 
-class NarrowWgradChoice(NamedTuple):
-    """How wgrad is run.
+@dataclass(frozen=True)
+class NarrowWgradChoice(CudaChoice):
+    """wgrad by the kernel for narrow groups.
 
     Attributes:
         tables: the lowering.
         buffers: tiles of both operands in shared memory.
         no_tma: why TMA does not bring them; empty where it does.
-        seconds: predicted, for the whole call.
-        efficiency: useful over executed multiply-accumulates.
     """
 
     tables: WgradTables
     buffers: int
     no_tma: str
-    seconds: float
-    efficiency: float
 
 
-class WideWgradChoice(NamedTuple):
-    """How wgrad is run by the kernel for wide groups.
+@dataclass(frozen=True)
+class WideWgradChoice(CudaChoice):
+    """wgrad by the kernel for wide groups.
 
     Attributes:
         how: tables, and what a block of threads holds.
         every: which rows and columns of x are taken: each n-th.
-        seconds: predicted, for the whole call.
-        efficiency: useful over executed multiply-accumulates.
     """
 
     how: WideWgradTiling
     every: tuple[int, int]
-    seconds: float
-    efficiency: float
 
 
 CudaGatherChoice = NarrowChoice | WideChoice | ScatteredChoice
 CudaWgradChoice = NarrowWgradChoice | WideWgradChoice
-AnyChoice = CudaGatherChoice | CudaWgradChoice
 
 
-def best(problem: Problem) -> AnyChoice | str:
+def best(problem: Problem) -> CudaChoice | str:
     """Picks how a Problem is run, or says in sentences why it cannot be; kept with the Support."""
     geometry = problem.geometry
     key = (
@@ -134,7 +131,7 @@ def best(problem: Problem) -> AnyChoice | str:
         *(problem.verb, problem.dtype, problem.device, problem.batch),
         *(problem.height, problem.width, geometry.tail),
     )
-    found: AnyChoice | str | None = problem.support.derived.get(key)
+    found: CudaChoice | str | None = problem.support.derived.get(key)
     if found is None:
         found = problem.support.derived[key] = _found(problem)
     return found
@@ -164,13 +161,13 @@ def best_cuda_wgrad(problem: Problem) -> CudaWgradChoice:
     return found
 
 
-def _found(problem: Problem) -> AnyChoice | str:
+def _found(problem: Problem) -> CudaChoice | str:
     """Returns the fastest predicted way of those that can be, or why none can."""
     spec = spec_of(problem.device)
     gradient = problem.verb == "wgrad"
-    narrow: Callable[[Problem, GpuSpec], AnyChoice] = _wgrad if gradient else _gather
-    wide: Callable[[Problem, GpuSpec], AnyChoice] = _wide_wgrad if gradient else _wide
-    ways: list[AnyChoice] = []
+    narrow: Callable[[Problem, GpuSpec], CudaChoice] = _wgrad if gradient else _gather
+    wide: Callable[[Problem, GpuSpec], CudaChoice] = _wide_wgrad if gradient else _wide
+    ways: list[CudaChoice] = []
     sentences = []
     for name, reason, make in (
         ("narrow", _narrow_reason(problem), narrow),
@@ -260,7 +257,7 @@ def _gather(problem: Problem, spec: GpuSpec) -> NarrowChoice:
     how = choose_narrow(problem.support, found, problem.batch, back, spec, _no_tma(problem), item)
     packed = how.tables.positions.size
     seconds = _whole(problem, how.clocks, packed, spec)
-    return NarrowChoice(how, seconds, min(1.0, problem.support.live / max(packed, 1)))
+    return NarrowChoice(seconds, min(1.0, problem.support.live / max(packed, 1)), how)
 
 
 def _wide(problem: Problem, spec: GpuSpec) -> WideChoice:
@@ -276,7 +273,7 @@ def _wide(problem: Problem, spec: GpuSpec) -> WideChoice:
     how = choose_wide(tables, classes, image, problem.batch, spec)
     seconds = _whole(problem, how.clocks, tables.size, spec)
     efficiency = min(1.0, problem.macs / how.executed) if how.executed else 1.0
-    return WideChoice(how, every, seconds, efficiency)
+    return WideChoice(seconds, efficiency, how, every)
 
 
 def _wide_wgrad(problem: Problem, spec: GpuSpec) -> WideWgradChoice:
@@ -284,10 +281,9 @@ def _wide_wgrad(problem: Problem, spec: GpuSpec) -> WideWgradChoice:
     (window,), every = wide_windows(problem.geometry, size, False)
     image = -(-size[0] // every[0]), -(-size[1] // every[1])
     how = choose_wide_wgrad(problem.support, window, image, problem.batch, spec)
-    launch = constants_of(problem.device).launch
-    seconds = launch + 2 * _NEXT_LAUNCH
-    seconds += max(how.plan.clocks / spec.clock, problem.bytes_moved / spec.bandwidth)
-    return WideWgradChoice(how, every, seconds, min(1.0, problem.macs / how.plan.executed))
+    seconds = constants_of(problem.device).launch + 2 * _NEXT_LAUNCH
+    seconds += _running(problem, how.plan.clocks, spec)
+    return WideWgradChoice(seconds, min(1.0, problem.macs / how.plan.executed), how, every)
 
 
 def _scattered(problem: Problem, spec: GpuSpec) -> ScatteredChoice:
@@ -296,15 +292,19 @@ def _scattered(problem: Problem, spec: GpuSpec) -> ScatteredChoice:
     how = choose_scattered(problem.geometry, size, problem.batch, spec, back)
     seconds = _whole(problem, how.clocks, len(how.tables.steps) * 128 * how.shape.side**2, spec)
     efficiency = min(1.0, problem.macs / how.executed) if how.executed else 1.0
-    return ScatteredChoice(how, seconds, efficiency)
+    return ScatteredChoice(seconds, efficiency, how)
 
 
 def _whole(problem: Problem, clocks: float, packed: int, spec: GpuSpec) -> float:
     """Returns the seconds of fprop or dgrad, with the launch and packing of so many weights."""
-    launch = constants_of(problem.device).launch
-    seconds = launch + max(clocks / spec.clock, problem.bytes_moved / spec.bandwidth)
+    seconds = constants_of(problem.device).launch + _running(problem, clocks, spec)
     # Weights are packed at each call: read, looked up and written.
     return seconds + _NEXT_LAUNCH + packed * (2 * problem.dtype.itemsize + 4) / spec.bandwidth
+
+
+def _running(problem: Problem, clocks: float, spec: GpuSpec) -> float:
+    """Returns the seconds of a kernel itself: what it computes, or what it moves."""
+    return max(clocks / spec.clock, problem.bytes_moved / spec.bandwidth)
 
 
 def _wgrad(problem: Problem, spec: GpuSpec) -> NarrowWgradChoice:
@@ -317,10 +317,9 @@ def _wgrad(problem: Problem, spec: GpuSpec) -> NarrowWgradChoice:
     rate = spec.rate * (0.625 if spec.waits else 1.0)
     clocks = units * pixels * max(UNIT_VALUES / rate, _UNIT_READS)
     moved = len(tables.chunks) * 16 * (tables.halo_pixels + pixels) / 128
-    compute = (clocks + moved) * max(tiles / spec.processors, 1.0) / spec.clock
+    clocks = (clocks + moved) * max(tiles / spec.processors, 1.0)
     partials = spec.processors * tables.positions.size * 8 / spec.bandwidth
-    memory = problem.bytes_moved / spec.bandwidth
-    launch = constants_of(problem.device).launch
-    seconds = launch + 2 * _NEXT_LAUNCH + max(compute, memory) + partials
+    seconds = constants_of(problem.device).launch + 2 * _NEXT_LAUNCH
+    seconds = seconds + _running(problem, clocks, spec) + partials
     efficiency = min(1.0, problem.support.live / max(tables.positions.size, 1))
-    return NarrowWgradChoice(tables, buffers, why, seconds, efficiency)
+    return NarrowWgradChoice(seconds, efficiency, tables, buffers, why)

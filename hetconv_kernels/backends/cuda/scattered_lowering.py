@@ -41,9 +41,10 @@ from ...masks import BoolArray, Int32Array, IntArray
 from ...support import Support
 from ..gpu.places import memory_places
 from .eights import EIGHT, cluster_by_eight
+from .fields import ScatteredBlock, ScatteredJob, ScatteredPart, ScatteredSegment, table_line
 
 # As in scattered.h.
-STEP, SEGMENT = 16, 32
+STEP_CHANNELS, SEGMENT = 16, 32
 # What a tile costs beside its steps, in steps: results, and the job's begin.
 _TILE_STEPS = 0.25
 
@@ -87,7 +88,7 @@ class ScatteredTables:
     def useful(self, support: Support) -> float:
         """Returns live over packed weights."""
         taps = support.mask[0, 0].size
-        return support.live / max(len(self.steps) * taps * STEP * EIGHT, 1)
+        return support.live / max(len(self.steps) * taps * STEP_CHANNELS * EIGHT, 1)
 
     def positions(self, support: Support) -> IntArray:
         """Lists the flat dense position of each packed weight, -1 for a zero.
@@ -159,7 +160,7 @@ def scattered_jobs(support: Support) -> list[TileJob]:
 
 def _tile_cost(needs: BoolArray) -> npt.NDArray[np.float64]:
     """Counts the steps of tiles.  # bool [tiles, channels] -> float [tiles]"""
-    found: npt.NDArray[np.float64] = np.ceil(needs.sum(axis=1) / STEP) + _TILE_STEPS
+    found: npt.NDArray[np.float64] = np.ceil(needs.sum(axis=1) / STEP_CHANNELS) + _TILE_STEPS
     return found
 
 
@@ -214,7 +215,7 @@ class _Builder:
         self._begins: list[list[int]] = []
         self._jobs: list[list[int]] = []
         self._spans: list[list[int]] = []
-        self._steps: list[IntArray] = [np.zeros((0, STEP), np.int64)]
+        self._steps: list[IntArray] = [np.zeros((0, STEP_CHANNELS), np.int64)]
         self._columns: list[int] = []
         self._packed: list[tuple[IntArray, IntArray]] = []
         self._meetings: list[int] = []
@@ -228,9 +229,16 @@ class _Builder:
         begin = len(self._blocks)
         blocks = self._add_blocks(jobs)
         turns = max(len(own) for own in warps)
-        self._parts.append(
-            [begin, len(blocks), turns, len(self._columns), len(columns), int(_in_eights(columns))]
+        part = table_line(
+            ScatteredPart,
+            BLOCK_BEGIN=begin,
+            BLOCK_COUNT=len(blocks),
+            TURNS=turns,
+            COLUMN_BEGIN=len(self._columns),
+            COLUMN_COUNT=len(columns),
+            EIGHTS=int(_in_eights(columns)),
         )
+        self._parts.append(part)
         self._columns += columns.tolist()
         self._widest = max(self._widest, -(-len(columns) // EIGHT) * EIGHT)
         begins = [len(self._jobs)]
@@ -245,8 +253,10 @@ class _Builder:
         most = max(len(span) for span in self._spans)
         return ScatteredTables(
             parts=np.array(self._parts, np.int32),
-            blocks=np.array(self._blocks, np.int32).reshape(-1, 2),
-            segments=np.array(self._segments, np.int32).reshape(-1, SEGMENT + 1),
+            blocks=np.array(self._blocks, np.int32).reshape(-1, len(ScatteredBlock)),
+            segments=np.array(self._segments, np.int32).reshape(
+                -1, ScatteredSegment.SLOT + SEGMENT
+            ),
             begins=np.array(self._begins, np.int32),
             jobs=np.array(self._jobs, np.int32),
             spans=np.array([s + [s[-1]] * (most - len(s)) for s in self._spans], np.int32),
@@ -283,26 +293,31 @@ class _Builder:
             inside[cut] = True
             slot = _slots(needs & inside.reshape(-1)[:channels])
             lines = np.pad(slot, (0, -channels % SEGMENT), constant_values=-1).reshape(-1, SEGMENT)
-            self._blocks.append([len(self._segments), len(cut)])
-            self._segments += [[n, *lines[n].tolist()] for n in cut]
+            first, count = len(self._segments), len(cut)
+            self._blocks.append(
+                table_line(ScatteredBlock, SEGMENT_BEGIN=first, SEGMENT_COUNT=count)
+            )
+            self._segments += [
+                table_line(ScatteredSegment, SEGMENT_INDEX=n, SLOT=lines[n].tolist()) for n in cut
+            ]
             self._slots = max(self._slots, -(-int(slot.max(initial=0) + 1) // EIGHT) * EIGHT)
             found.append(slot)
         return found
 
     def _add_job(self, job: TileJob, blocks: list[IntArray], column_of: dict[int, int]) -> None:
         filters = np.append(job.filters, np.full(EIGHT - len(job.filters), -1))
-        self._jobs.append([self._fragments, *(column_of.get(int(f), -1) for f in filters)])
+        columns = [column_of.get(int(f), -1) for f in filters]
+        self._jobs.append(table_line(ScatteredJob, FRAGMENT_BEGIN=self._fragments, COLUMN=columns))
         span, meetings, lines = [self._step_count], 0, []
         for slot in blocks:
             own = np.flatnonzero(job.channels & (slot >= 0))
             rows = _rows(own, slot)  # [steps, 16] channels
+            eights = rows.reshape(-1, EIGHT)
             # A row that stands for nothing reads what its eight reads anyway.
-            eights = rows.reshape(-1, EIGHT).copy()
-            for eight in eights:
-                known = eight[eight >= 0]
-                eight[eight < 0] = known[0] if len(known) else own[0]
-            self._steps.append(slot[eights].reshape(-1, STEP))
-            meetings += sum(int(np.bincount(np.unique(slot[e]) % EIGHT).max()) for e in eights)
+            spare = np.where(eights[:, :1] >= 0, eights[:, :1], own.min(initial=len(slot)))
+            slots = slot[np.where(eights >= 0, eights, spare)]
+            self._steps.append(slots.reshape(-1, STEP_CHANNELS))
+            meetings += _meetings(slots)
             lines.append(rows)
             self._step_count += len(rows)
             self._fragments += len(rows) * self._mask[0, 0].size
@@ -348,8 +363,24 @@ def _rows(channels: IntArray, slot: IntArray) -> IntArray:
     Returns:
         Channels, -1 for none.  # int [steps, 16]
     """
-    eights = 2 * -(-len(channels) // STEP)
+    eights = 2 * -(-len(channels) // STEP_CHANNELS)
     found = np.full((eights, EIGHT), -1)
-    for index, channel in enumerate(channels[np.argsort(slot[channels] % EIGHT, kind="stable")]):
-        found[index % eights, index // eights] = channel
-    return found.reshape(-1, STEP)
+    turn, hand = np.divmod(np.arange(len(channels)), max(eights, 1))
+    found[hand, turn] = channels[np.argsort(slot[channels] % EIGHT, kind="stable")]
+    return found.reshape(-1, STEP_CHANNELS)
+
+
+def _meetings(slots: IntArray) -> int:
+    """Counts the turns in which shared memory gives eights of slots: of each the most in a bank.
+
+    Example: 0 and 8 meet, 3 is read once however many rows name it:
+
+        >>> _meetings(np.array([[0, 8, 1, 2, 3, 3, 3, 3]]))
+        2
+
+    # int [eights, 8]
+    """
+    slots = np.sort(slots, axis=1)
+    first = np.diff(slots, axis=1, prepend=-1) > 0
+    banks = slots[..., None] % EIGHT == np.arange(EIGHT)
+    return int((banks & first[..., None]).sum(axis=1).max(axis=1).sum())

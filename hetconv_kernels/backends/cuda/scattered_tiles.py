@@ -18,9 +18,10 @@ from ...problem import Geometry
 from ...support import Support
 from ..gpu.devices import GpuSpec
 from .eights import EIGHT
+from .fields import ScatteredBlock, ScatteredPart
 from .scattered_lowering import (
     SEGMENT,
-    STEP,
+    STEP_CHANNELS,
     ScatteredTables,
     lower_scattered,
     scattered_jobs,
@@ -123,7 +124,7 @@ def choose_scattered(
     if reason := scattered_refusal(geometry, back):
         raise BackendError(reason)
     support, found = geometry.support, []
-    multiplied = tile_count(size, batch) * _PIXELS * support.kernel[0] ** 2 * STEP * EIGHT
+    multiplied = tile_count(size, batch) * _PIXELS * support.kernel[0] ** 2 * STEP_CHANNELS * EIGHT
     for tables, shape in _lowered(support, back):
         if shape.shared_bytes <= spec.shared:
             clocks = scattered_clocks(tables, shape, size, batch, spec)
@@ -177,9 +178,11 @@ def scattered_clocks(
         # Each pixel of an eight of slots is read once, and each weight.
         port = int(tables.meetings[own].sum()) * positions + weights / _LINE + results
         compute = max(busiest, port, weights / spec.l2)
-        first, count, turns, column, columns, _ = part
-        segments = int(tables.blocks[first : first + count, 1].sum())
-        again = turns if count > 1 else 1
+        first, count = part[ScatteredPart.BLOCK_BEGIN], part[ScatteredPart.BLOCK_COUNT]
+        column, columns = part[ScatteredPart.COLUMN_BEGIN], part[ScatteredPart.COLUMN_COUNT]
+        blocks = tables.blocks[first : first + count]
+        segments = int(blocks[:, ScatteredBlock.SEGMENT_COUNT].sum())
+        again = part[ScatteredPart.TURNS] if count > 1 else 1
         brought = again * segments * SEGMENT * 2 * positions * _IMAGES
         load = max(brought / spec.l2, 3 * brought / _LINE) + again * count * _LATENCY
         # Of each pixel the sectors, of 32 bytes, that the part's filters lie in.
@@ -187,7 +190,7 @@ def scattered_clocks(
         store = _PIXELS * max(sectors * 32 / spec.l2, columns * 4 / _LINE)
         # Another block computes while this one's pixels come and go, where two are held.
         total += max(compute, (load + compute + store) / held)
-    blocks = tile_count(size, batch) * len(tables.parts)
+    launched = tile_count(size, batch) * len(tables.parts)
     at_once = spec.processors * held
-    rounds = -(-blocks // at_once) * held
+    rounds = -(-launched // at_once) * held
     return rounds * total / len(tables.parts)

@@ -15,7 +15,7 @@ from ..gpu.capture import DeviceTables, capturing, pin, refuse_capture, upload
 from ..gpu.gradients import empty_gradient, gradient_form
 from .calls import compiled_part, current, dtype_name, readable, strides_of
 from .choice import NarrowWgradChoice, WideWgradChoice
-from .tma import HALO, tma_readable
+from .narrow_tma import HALO, tma_readable
 
 # Bytes that partial gradients may take, all blocks together.
 _MOST_PARTIALS = 2**28

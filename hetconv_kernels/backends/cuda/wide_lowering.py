@@ -12,10 +12,11 @@ its own 64 channels, and the centre of the others: of two blocks, one has 9 and 
 warpgroups, the other 1 and 9:
 
     >>> from hetconv_kernels import Support
+    >>> from hetconv_kernels.backends.cuda.fields import STEP_COUNTS
     >>> from hetconv_kernels.problem import make_geometry
     >>> s = Support.het(128, 128, 3, p=2)
     >>> tables = lower_wide(s, wide_windows(make_geometry(s, 1, 1), (28, 28), False)[0])
-    >>> tables.rows[0, :, 0].tolist(), tables.blocks[:, [9, 11]].tolist()
+    >>> tables.rows[0, :, 0].tolist(), tables.blocks[:, STEP_COUNTS].tolist()
     ([0, 64], [[9, 1], [1, 9]])
 
 dgrad is the same on the transposed Support, one class of pixels for each residue of the stride.
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -34,13 +36,11 @@ from ...problem import Geometry
 from ...support import Support
 from ..gpu.places import memory_places
 from .eights import EIGHT, cluster_by_eight
+from .fields import CHUNKS, UNREAD, WideBlock, WideHead, WideSteps, table_line
 from .windows import Window, windows
 
 # As in wide.h.
-COLUMNS, SLAB = 8, 64 * 64
-# Where a line of `blocks` has how many steps each warpgroup runs.
-STEP_COUNTS = [EIGHT + 1, EIGHT + 3]
-UNREAD = slice(EIGHT + 4, EIGHT + 8)
+COLUMNS, SLAB, WARPGROUPS = 8, 64 * 64, 2
 _MOST_STEPS = (2**31 - 1) // SLAB
 # What bringing a block's halo to shared memory costs, in steps of one segment: L2 takes as long as
 # two, the warps that bring it as long as one or two. By arithmetic, not measured.
@@ -104,7 +104,7 @@ class WideTables:
 
     def _listed(self, own: slice, mask: BoolArray) -> IntArray:
         run = self.rows.reshape(-1, EIGHT)[self.segment[own]].astype(np.int64)
-        chunk = self.blocks[self.block[own], :EIGHT].astype(np.int64)
+        chunk = self.blocks[self.block[own], CHUNKS].astype(np.int64)
         tap, within = self.tap[own].reshape(-1, 1, 1, 1, 1), np.arange(EIGHT)
         f = run[:, None, :, None, None] + within[:, None]
         c = chunk[:, :, None, None, None] * EIGHT + within
@@ -194,6 +194,11 @@ def lower_wide(support: Support, classes: Sequence[Window], back: bool = False) 
     return builder.finish(len(classes), rows, back)
 
 
+def eight(members: IntArray) -> list[int]:
+    """Lists at most eight, and -1 for each that is missing."""
+    return [*members.tolist(), *[-1] * (EIGHT - len(members))]
+
+
 def segment_cost(needs: BoolArray) -> np.ndarray:
     """Counts the steps of segments, were their chunks in the best blocks.
 
@@ -235,6 +240,15 @@ def _paired(needs: BoolArray) -> list[tuple[int, int]]:
     return sorted(found, key=lambda pair: pair[0])
 
 
+class _Step(NamedTuple):
+    """What `WideTables` has of a step, its segment counted through all classes."""
+
+    place: int
+    segment: int
+    block: int
+    tap: int
+
+
 class _Builder:
     """Collects blocks and steps, class by class and pair by pair."""
 
@@ -242,7 +256,7 @@ class _Builder:
         self._width = width  # of the kernel
         self._heads: list[list[int]] = []
         self._blocks: list[list[int]] = []
-        self._steps: list[tuple[int, int, int, int]] = []  # place, segment, block, tap
+        self._steps: list[_Step] = []
 
     def add(self, window: Window, needs: BoolArray) -> None:
         """Adds one class of one pair; `needs` has the chunks and all taps of its two segments."""
@@ -256,19 +270,23 @@ class _Builder:
         costs = [sum(_cost(needs) for _, needs in way) for way in (shared, apart)]
         blocks = apart if costs[1] < costs[0] else shared
         pair = len(self._heads)
-        self._heads.append([len(self._blocks), len(blocks)])
+        self._heads.append(
+            table_line(WideHead, BLOCK_BEGIN=len(self._blocks), BLOCK_COUNT=len(blocks))
+        )
         for nth in _in_turn([needs for _, needs in blocks]):
             members, together = blocks[nth]
-            line = [*members.tolist(), *[-1] * (EIGHT - len(members))]
             unread = window.unread([window.taps[i] for i in np.flatnonzero(together.any(axis=0))])
-            for side in range(2):
+            steps: list[int] = []
+            for side in range(WARPGROUPS):
                 taps = np.flatnonzero(together[side])
-                line += [len(self._steps), len(taps)]
+                steps += table_line(WideSteps, STEP_BEGIN=len(self._steps), STEP_COUNT=len(taps))
+                segment = WARPGROUPS * pair + side
                 for index in taps:
-                    tap = window.taps[index]
-                    place = window.place(tap, COLUMNS)
-                    self._steps.append((place, 2 * pair + side, len(self._blocks), flat[index]))
-            self._blocks.append([*line, *unread])
+                    place = window.place(window.taps[index], COLUMNS)
+                    self._steps.append(_Step(place, segment, len(self._blocks), flat[index]))
+            self._blocks.append(
+                table_line(WideBlock, CHUNK=eight(members), STEPS=steps, UNREAD=unread)
+            )
 
     def finish(self, classes: int, rows: Int32Array, back: bool) -> WideTables:
         """Makes the tables.
@@ -280,15 +298,16 @@ class _Builder:
             raise BackendError(
                 mismatch("steps of wide groups", len(self._steps), f"at most {_MOST_STEPS}")
             )
-        steps = np.array(self._steps, np.int64).reshape(-1, 4)
+        steps = np.array(self._steps, np.int64).reshape(-1, len(_Step._fields))
+        place, segment, block, tap = steps.T
         return WideTables(
-            heads=np.array(self._heads, np.int32).reshape(classes, len(rows), 2),
-            blocks=np.array(self._blocks, np.int32).reshape(-1, EIGHT + 8),
-            steps=steps[:, 0].astype(np.int32),
+            heads=np.array(self._heads, np.int32).reshape(classes, len(rows), len(WideHead)),
+            blocks=np.array(self._blocks, np.int32).reshape(-1, UNREAD.stop),
+            steps=place.astype(np.int32),
             rows=rows,
-            segment=steps[:, 1] % (2 * len(rows)),
-            block=steps[:, 2],
-            tap=steps[:, 3],
+            segment=segment % (WARPGROUPS * len(rows)),
+            block=block,
+            tap=tap,
             back=back,
         )
 

@@ -20,13 +20,13 @@ from ...masks import Int32Array, IntArray
 from ..gpu import parts
 from ..gpu.devices import GpuSpec
 from .eights import EIGHT
-from .fields import WideClass
-from .wide_lowering import COLUMNS, SLAB, STEP_COUNTS, UNREAD, WideTables
+from .fields import STEP_COUNTS, UNREAD, UNREAD_COLS, UNREAD_ROWS, WideClass
+from .wide_lowering import COLUMNS, SLAB, WideTables
 from .windows import Window
 
 # As in wide.h: pixels of a tile, most first, and where rows are flattened; and blocks of threads
 # that share slabs.
-PIXELS, FLAT_PIXELS, CLUSTERS = (256, 224, 128, 64), (224, 208), (1, 2)
+TILE_PIXELS, FLAT_PIXELS, CLUSTER_SIZES = (256, 224, 128, 64), (224, 208), (1, 2)
 _STAGES, _SLOTS = (3, 2, 1), (8, 6, 5, 4, 3, 2)
 _PLANES, _WARPGROUPS, _STAGED = 8, 2, 4 * 32 * 144
 _LINE = 128  # bytes of shared memory a clock
@@ -50,7 +50,7 @@ class WideShape(NamedTuple):
     """What one block of threads holds.
 
     Attributes:
-        pixels: of a tile, one of `PIXELS`.
+        pixels: of a tile, one of `TILE_PIXELS`.
         plane_pitch: 16-byte units from a chunk's halo to the next.
         stages: halos in shared memory.
         slots: slabs in shared memory, of each warpgroup.
@@ -130,7 +130,7 @@ def tilings(
     spec: GpuSpec,
 ) -> Iterator[WideTiling]:
     """Lists all tiles that fit, with their predictions; arguments as `choose_wide`."""
-    ways = [(pixels, 0, class_lines(classes, pixels, image[0], batch)) for pixels in PIXELS]
+    ways = [(pixels, 0, class_lines(classes, pixels, image[0], batch)) for pixels in TILE_PIXELS]
     for pixels in () if parts.left_out("cuda-flat") else FLAT_PIXELS:
         flat = flat_line(classes, pixels, image, batch)
         if flat is not None:
@@ -141,7 +141,7 @@ def tilings(
             continue
         fields = lines.astype(np.int32)  # which holds all that fits in shared memory
         steps = flat_steps(tables, classes[0], flat_pitch) if flat_pitch else tables.steps
-        for cluster in CLUSTERS:
+        for cluster in CLUSTER_SIZES:
             if cluster > 1 and parts.left_out("cuda-cluster"):
                 continue
             own = shape._replace(cluster=cluster, flat_pitch=flat_pitch)
@@ -283,12 +283,13 @@ def wide_clocks(
     spans, executed = [], 0
     for line, heads, tiles in zip(classes, tables.heads, tile_counts(classes, batch), strict=True):
         unread = tables.blocks[:, UNREAD]
+        above_below, beside = (unread[:, own].sum(axis=1) for own in (UNREAD_ROWS, UNREAD_COLS))
         high, wide = int(line[WideClass.HALO_H]), int(line[WideClass.HALO_W])
         if shape.flat_pitch:
-            places = high * wide - unread @ np.repeat([shape.flat_pitch, 1], 2)
+            places = high * wide - (above_below * shape.flat_pitch + beside)
             halos, bringing = places * 128, flat_producer_clocks(places, shape.flat_pitch)
         else:
-            rows, cols = high - unread[:, :2].sum(axis=1), wide - unread[:, 2:].sum(axis=1)
+            rows, cols = high - above_below, wide - beside
             halos, bringing = rows * cols * 128, producer_clocks(rows, cols)
         costs = []
         for (begin, count), written in zip(heads.tolist(), stored.tolist(), strict=True):

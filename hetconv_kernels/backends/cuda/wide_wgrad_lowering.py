@@ -31,10 +31,9 @@ from ...masks import BoolArray, Int32Array, IntArray
 from ...support import Support
 from ..gpu.places import memory_places
 from .eights import EIGHT, cluster_by_eight
-from .wide_lowering import COLUMNS, SLAB, segment_cost
+from .fields import WideUnread, WideWgradBlock, WideWgradJob, table_line
+from .wide_lowering import COLUMNS, SLAB, WARPGROUPS, eight, segment_cost
 from .windows import Window
-
-WARPGROUPS = 2
 
 
 class WideSegment(NamedTuple):
@@ -88,7 +87,7 @@ class WideWgradTables:
     @property
     def most_blocks(self) -> int:
         """Blocks of the job that has most."""
-        return int(self.jobs[:, EIGHT + 1].max())
+        return int(self.jobs[:, WideWgradJob.JOB_COUNT].max())
 
     @property
     def size(self) -> int:
@@ -105,8 +104,8 @@ class WideWgradTables:
         # Of a product, as lanes hold it: [channel / 8][filter / 16][filter % 8]
         # [channel % 8 / 2][filter / 8 % 2][channel % 2].
         n, warp, g, t, h, i = np.ix_(*(range(size) for size in (8, 4, 8, 4, 2, 2)))
-        runs = self.jobs[:, None, None, :EIGHT].astype(np.int64)
-        run = np.broadcast_to(runs, self.chunks.shape)
+        runs = self.jobs[:, None, None, WideWgradJob.DY_CHUNK : WideWgradJob.JOB_BEGIN]
+        run = np.broadcast_to(runs.astype(np.int64), self.chunks.shape)
         f_run, c_run = run[..., 2 * warp + h], self.chunks[..., n]
         known = (f_run >= 0) & (c_run >= 0)
         f, c = f_run * EIGHT + g, c_run * EIGHT + 2 * t + i
@@ -138,10 +137,19 @@ def lower_wide_wgrad(
     chunks = np.full((*shape, EIGHT), -1, np.int64)
     width = 1 + max((tap.kx for tap in window.taps), default=0)
     for number, job in enumerate(jobs):
-        lines.append([*_eight(job.runs), len(blocks), len(job.blocks)])
+        lines.append(
+            table_line(
+                WideWgradJob,
+                DY_CHUNK=eight(job.runs),
+                JOB_BEGIN=len(blocks),
+                JOB_COUNT=len(job.blocks),
+            )
+        )
         for nth, members in enumerate(job.blocks):
             read = [window.taps[tap] for block, tap in job.products if block == nth]
-            blocks.append([*_eight(members), *window.unread(read)])
+            blocks.append(
+                table_line(WideWgradBlock, X_CHUNK=eight(members), X_UNREAD=window.unread(read))
+            )
         found = [
             nth * EIGHT * pitch + window.place(window.taps[tap], COLUMNS)
             for nth, tap in job.products
@@ -152,10 +160,10 @@ def lower_wide_wgrad(
             at = (number, *divmod(index, half))
             places[at] = found[index]
             taps[at] = window.taps[tap].ky * width + window.taps[tap].kx
-            chunks[at] = _eight(job.blocks[nth])
+            chunks[at] = eight(job.blocks[nth])
     return WideWgradTables(
-        np.array(lines, np.int32).reshape(-1, EIGHT + 2),
-        np.array(blocks, np.int32).reshape(-1, EIGHT + 4),
+        np.array(lines, np.int32).reshape(-1, WideWgradJob.JOB_COUNT + 1),
+        np.array(blocks, np.int32).reshape(-1, WideWgradBlock.X_UNREAD + len(WideUnread)),
         places,
         taps,
         chunks,
@@ -250,7 +258,3 @@ def _block_cost(needs: BoolArray) -> np.ndarray:
     """
     found: np.ndarray = needs.sum(axis=1) + 1.0
     return found
-
-
-def _eight(members: IntArray) -> list[int]:
-    return [*members.tolist(), *[-1] * (EIGHT - len(members))]

@@ -18,11 +18,10 @@ from ...errors import BackendError
 from ...masks import Int32Array, IntArray
 from ...support import Support
 from ..gpu.devices import GpuSpec
-from .fields import WideClass
-from .wide_lowering import COLUMNS, SLAB
+from .fields import UNREAD_COLS, UNREAD_ROWS, WideClass, WideUnread
+from .wide_lowering import COLUMNS, SLAB, WARPGROUPS
 from .wide_tiles import class_lines, plane_pitch, tile_counts
 from .wide_wgrad_lowering import (
-    WARPGROUPS,
     WideJob,
     WideWgradTables,
     lower_wide_wgrad,
@@ -124,7 +123,7 @@ def lowered(plan: WideWgradPlan, window: Window) -> WideWgradTiling:
         *(("HALO_W", COLUMNS), ("ROW_PITCH", COLUMNS), ("COL_HALF", 0)),
     ):
         own[WideClass[field]] = value
-    classes = np.concatenate([plan.line, own, np.zeros(4, np.int64)]).astype(np.int32)
+    classes = np.concatenate([plan.line, own, np.zeros(len(WideUnread), np.int64)]).astype(np.int32)
     tables = lower_wide_wgrad(plan.jobs, window, plan.products, plan.pitches[0])
     return WideWgradTiling(plan, tables, classes)
 
@@ -175,7 +174,8 @@ def _margins(jobs: Sequence[WideJob], window: Window) -> list[IntArray]:
         for block, tap in job.products:
             reads[block].append(window.taps[tap])
         unread = np.array([window.unread(taps) for taps in reads])
-        found.append(unread.reshape(-1, 2, 2).sum(axis=2))
+        sides = [unread[:, UNREAD_ROWS].sum(axis=1), unread[:, UNREAD_COLS].sum(axis=1)]
+        found.append(np.stack(sides, axis=1))
     return found
 
 

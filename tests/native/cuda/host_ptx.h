@@ -268,7 +268,9 @@ inline void store128(void* p, const float (&v)[4]) {
 
 // Launches ---------------------------------------------------------------------------------------
 
-template <class P> int64_t max_resident_blocks(void (*)(P), int, int64_t) { return 3; }
+template <class P> int64_t max_resident_blocks(void (*kernel)(P), int, int64_t) {
+  return kernel ? 3 : 0;
+}
 
 template <class P>
 const char* launch(void (*kernel)(P), P p, int64_t blocks_x, int64_t blocks_y, int threads,

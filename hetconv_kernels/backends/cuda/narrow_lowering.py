@@ -17,7 +17,7 @@ Of float32 a slot has four channels, so a half and a step have half as many colu
 32 bytes of a pixel all the same, and so are the words.
 
 A halo is brought chunk by chunk by cp.async, or from compute capability 9.0 on by TMA, as one box
-of ``raw_pitch`` chunks from the round's first one (see `tma`). What the box has beyond the
+of ``raw_pitch`` chunks from the round's first one (see `narrow_tma`). What the box has beyond the
 round's own chunks, zeros at the end of a pixel and else their neighbours, fills the place that the
 odd pitch leaves free, so the same words fit both.
 """
@@ -34,13 +34,14 @@ from ...errors import ArgumentError, BackendError, mismatch
 from ...masks import BoolArray, Int32Array, IntArray
 from ...support import Support
 from ..gpu.places import memory_places
-from .fields import NarrowHead, NarrowRound
-from .slots import LANES, SLOT, TILE_RANGES, WARP_TILES, Slots, arrange, ranges
-from .tma import HALO, MOST_MAPS, refusal
+from .fields import NarrowHead, NarrowList, NarrowRound, table_line
+from .narrow_slots import LANES, SLOT, TILE_RANGES, WARP_TILES, Slots, arrange, odd_pitch, ranges
+from .narrow_tma import HALO, MOST_MAPS, refusal
 from .windows import Window
 
 FRAGMENT = 256  # bytes of the packed weights of one tile in one step
 NO_CHANNEL = 0xFFFF  # in `slots`: a zero
+MAX_WARPS = 8  # of one block
 
 
 class BlockShape(NamedTuple):
@@ -243,9 +244,15 @@ class _Builder:
                 lists.append(self._steps(window, part, base, inside, taken[:, warp], first))
         self._rounds.append(rounds)
         self._lists.append(lists)
-        contiguous = self._extent(part)
-        words, fragments = counts["words"] - first[0], counts["fragments"] - first[1]
-        self._heads.append([first[0], words, first[1], fragments, *contiguous])
+        head = table_line(
+            NarrowHead,
+            WORD_BEGIN=first[0],
+            WORD_COUNT=counts["words"] - first[0],
+            FRAGMENT_BEGIN=first[1],
+            FRAGMENT_COUNT=counts["fragments"] - first[1],
+            **self._extent(part),
+        )
+        self._heads.append(head)
 
     def finish(self, windows: Sequence[Window]) -> Tables:
         """Makes the tables."""
@@ -259,7 +266,7 @@ class _Builder:
         most = max(len(r) for r in self._rounds)
         end = self._lists_end(most)
         for rounds in self._rounds:
-            rounds += [[0, 0, 0, 0]] * (most - len(rounds))
+            rounds += [[0] * len(NarrowRound)] * (most - len(rounds))
         grid = len(windows), len(self._rows)
         halo = [w.halo(shape.height, 1)[0] * w.line(shape.width) for w in windows]
         gathers = np.concatenate([np.zeros((0, self._size), np.int64), *self._gathers])
@@ -269,8 +276,8 @@ class _Builder:
         fields = [[*w.fields(shape.height, shape.width).values()] for w in windows]
         return Tables(
             classes=np.array(fields, np.int32),
-            heads=np.array(self._heads, np.int32).reshape(*grid, -1),
-            rounds=np.array(self._rounds, np.int32).reshape(*grid, most, 4),
+            heads=np.array(self._heads, np.int32).reshape(*grid, len(NarrowHead)),
+            rounds=np.array(self._rounds, np.int32).reshape(*grid, most, len(NarrowRound)),
             lists=end.reshape(*grid, most, shape.warps_n, -1),
             words=words,
             chunks=np.array(self._chunks, np.int32),
@@ -288,22 +295,25 @@ class _Builder:
         """Lists what a round loads and gathers: a line of ``rounds``."""
         channels, counts, size = self._slots.channels, self._counts, self._size
         chunk_begin, slot_begin = len(self._chunks), counts["slots"]
-        if not self._slots.gather:
-            chunks = channels[inside, 0] // size
-            self._chunks += chunks.tolist()
-            counts["raw"] = max(counts["raw"], len(chunks))
-            return [chunk_begin, len(chunks), 0, 0]
-        every = channels[needed]
-        chunks = np.unique(every[every >= 0] // size)
         own = channels[inside]
-        place = np.searchsorted(chunks, own // size) * size + own % size
-        self._gathers.append(np.where(own < 0, NO_CHANNEL, place))
-        counts["slots"] += len(own)
-        counts["slot"] = max(counts["slot"], len(own))
+        if self._slots.gather:
+            every = channels[needed]
+            chunks = np.unique(every[every >= 0] // size)
+            place = np.searchsorted(chunks, own // size) * size + own % size
+            self._gathers.append(np.where(own < 0, NO_CHANNEL, place))
+            counts["slots"] += len(own)
+            counts["slot"] = max(counts["slot"], len(own))
+        else:
+            chunks, begins = own[:, 0] // size, True
         counts["raw"] = max(counts["raw"], len(chunks))
-        if begins:
-            self._chunks += chunks.tolist()
-        return [chunk_begin, len(chunks) if begins else 0, slot_begin, len(own)]
+        self._chunks += chunks.tolist() if begins else []
+        return table_line(
+            NarrowRound,
+            CHUNK_BEGIN=chunk_begin,
+            CHUNK_COUNT=len(self._chunks) - chunk_begin,
+            SLOT_BEGIN=slot_begin,
+            SLOT_COUNT=counts["slots"] - slot_begin,
+        )
 
     def _steps(
         self,
@@ -316,7 +326,7 @@ class _Builder:
     ) -> IntArray:
         """Adds the steps of one warp column in one round; returns its line of ``lists``."""
         counts = self._counts
-        line = [counts["words"] - first[0]]
+        begins = [counts["words"] - first[0]]
         fragment = counts["fragments"] - first[1]
         places = np.array([window.place(t, self._shape.width) for t in window.taps], np.int64)
         for (tile, size), own in zip(TILE_RANGES, taken[:, inside], strict=True):
@@ -336,8 +346,8 @@ class _Builder:
                 self._positions.append(self._packed(window, steps))
                 counts["words"] += len(halves)
                 counts["fragments"] += len(halves) * size
-            line.append(counts["words"] - first[0])
-        return np.array([*line, fragment])
+            begins.append(counts["words"] - first[0])
+        return np.array(table_line(NarrowList, LIST_BEGIN=begins, LIST_FRAGMENT=fragment))
 
     def _packed(self, window: Window, steps: _Steps) -> IntArray:
         """Lists the flat dense positions of the fragments of some steps, in the order of packing.
@@ -366,25 +376,21 @@ class _Builder:
             found = found.reshape(len(found), -1, 2, 32, 2 * own).swapaxes(2, 3)
         return found.reshape(-1)
 
-    def _extent(self, part: int) -> tuple[int, int]:
-        """Returns the first filter and the count of a part that has a range of them, else 0, 0."""
+    def _extent(self, part: int) -> dict[str, int]:
+        """Returns the range of filters that a part has, one without any if it has none such."""
         rows = self._rows[part][self._rows[part] >= 0]
         first, count = int(rows.min()), len(rows)
-        return (first, count) if int(rows.max()) - first + 1 == count else (0, 0)
+        whole = int(rows.max()) - first + 1 == count
+        return {"FILTER_FIRST": first * whole, "FILTER_COUNT": count * whole}
 
     def _lists_end(self, most: int) -> Int32Array:
         """Joins the lines of ``lists``, with empty ones for heads that have fewer rounds."""
         size = most * self._shape.warps_n
         joined = []
         for lines in self._lists:
-            idle = np.zeros((size - len(lines), len(TILE_RANGES) + 2), np.int64)
+            idle = np.zeros((size - len(lines), NarrowList.LIST_FRAGMENT + 1), np.int64)
             joined.append(np.concatenate([np.array(lines), idle]))
         return np.stack(joined).astype(np.int32)
-
-
-def odd_pitch(count: int) -> int:
-    """Returns an odd pitch of at least `count`: eight adjacent pixels then meet all banks once."""
-    return max(count, 1) | 1
 
 
 def pack_pairs(numbers: IntArray) -> Int32Array:

@@ -2,7 +2,7 @@
 // Bringing a tile of pixels with its halo to shared memory, and gathering channels there.
 #pragma once
 #include "narrow.h"
-#include "operands.h"
+#include "narrow_operands.h"
 #include "ptx.h"
 
 namespace hetconv::cuda {

@@ -129,3 +129,8 @@ def ranges(live: BoolArray) -> BoolArray:
         chosen.append(np.moveaxis(taken & free, 1, 0))
         free = np.repeat(free & ~taken, 2, axis=1)
     return np.concatenate(chosen)
+
+
+def odd_pitch(count: int) -> int:
+    """Returns an odd pitch of at least `count`: eight adjacent pixels then meet all banks once."""
+    return max(count, 1) | 1

@@ -16,14 +16,14 @@ import numpy as np
 from ...errors import BackendError
 from ...support import Support
 from ..gpu.devices import GpuSpec
-from .fields import NarrowRound
-from .lowering import FRAGMENT, BlockShape, Tables, lower_narrow
-from .slots import TILE_RANGES
-from .tma import TMA_ALIGN, round_up
-from .wgrad_lowering import WARP_UNITS, WgradTables, lower_wgrad
+from .fields import NarrowList, NarrowRound
+from .narrow_lowering import FRAGMENT, MAX_WARPS, BlockShape, Tables, lower_narrow
+from .narrow_slots import TILE_RANGES
+from .narrow_tma import TMA_ALIGN, round_up
+from .narrow_wgrad_lowering import WARP_UNITS, WgradTables, lower_wgrad
 from .windows import Window
 
-MAX_WARPS, WARP_PIXELS, WARP_FILTERS = 8, 32, 64
+WARP_PIXELS, WARP_FILTERS = 32, 64
 _WIDTHS = (8, 16, 32)
 _BLOCK_RESERVE = 1024  # bytes of shared memory that the system takes of every block
 _LINE = 128  # bytes of shared memory a clock
@@ -135,7 +135,8 @@ def narrow_clocks(
         tiles *= -(-window.cols.pixels // shape.width)
         halo = _halo(window, shape.height, shape.width)
         for rounds, lists in zip(tables.rounds[index], tables.lists[index], strict=True):
-            steps = np.diff(lists[..., :-1]).reshape(-1, len(TILE_RANGES)).sum(axis=0)
+            begins = lists[..., NarrowList.LIST_BEGIN : NarrowList.LIST_FRAGMENT]
+            steps = np.diff(begins).reshape(-1, len(TILE_RANGES)).sum(axis=0)
             chunks = int(rounds[:, NarrowRound.CHUNK_COUNT].sum())
             slots = int(rounds[:, NarrowRound.SLOT_COUNT].sum())
             loads = shape.warps_m * 2 * 4 * int(steps.sum())

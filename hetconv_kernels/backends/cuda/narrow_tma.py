@@ -16,7 +16,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from .fields import NarrowClass
-from .slots import LANES
+from .narrow_slots import LANES
 
 MOST_MAPS = 4  # classes whose halos TMA brings: one tensor map each
 TMA_ALIGN = 128  # of the places in shared memory that boxes are copied to, in bytes

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lowering of wgrad for narrow groups: a Support as the units that the kernel computes.
 
-A unit is the gradient of up to four steps (two halves each, see `lowering`) by a pair of tiles of
-eight filters: 64 columns by 16 filters, eight accumulators of one warp. The halves of a pair of
-tiles are those that either of them reads; products of a tile with a half that it does not read are
-computed and left out of dw.
+A unit is the gradient of up to four steps (two halves each, see `narrow_lowering`) by a pair of
+tiles of eight filters: 64 columns by 16 filters, eight accumulators of one warp. The halves of a
+pair of tiles are those that either of them reads; products of a tile with a half that it does not
+read are computed and left out of dw.
 """
 
 from __future__ import annotations
@@ -18,13 +18,20 @@ from ...errors import ArgumentError, BackendError, mismatch
 from ...masks import IntArray
 from ...support import Support
 from ..gpu.places import memory_places
-from .fields import WgradHead
-from .lowering import NO_CHANNEL, Int32Array, filter_order, odd_pitch, pack_pairs, tile_columns
-from .slots import LANES, Slots, arrange
-from .tma import HALO, TMA_ALIGN, refusal, round_up
+from .fields import WgradHead, WgradUnit, table_line
+from .narrow_lowering import (
+    MAX_WARPS,
+    NO_CHANNEL,
+    Int32Array,
+    filter_order,
+    pack_pairs,
+    tile_columns,
+)
+from .narrow_slots import LANES, Slots, arrange, odd_pitch
+from .narrow_tma import HALO, TMA_ALIGN, refusal, round_up
 from .windows import Window
 
-UNIT_HALVES, UNIT_TILES, WARP_UNITS, MAX_WARPS = 8, 2, 2, 8
+UNIT_HALVES, UNIT_TILES, WARP_UNITS = 8, 2, 2
 UNIT_VALUES = 1024
 
 
@@ -35,7 +42,7 @@ class WgradTables:
     Attributes:
         geometry: the class of pixels of fprop.  # int32 [14]
         heads: of the parts, one block each for the same pixels.  # int32 [parts, 10]
-        units: four step words and the dy slot of both tiles, -1 for none.  # int32 [units, 6]
+        units: four step words and the dy place of both tiles, -1: none.  # int32 [units, 6]
         chunks: channel / 8 of the chunks of x and dy.  # int32
         slots: eight places in the raw pixel each, 16 bits.  # int32 [slots, 4]
         positions: flat dense position of each number of the units; -1 is none.  # int64
@@ -148,13 +155,15 @@ def lower_wgrad(
     words = places[halves[..., 0]] * (pitch[1] or pitch[0]) + halves[..., 1]
     if words.max(initial=0) > 0xFFFF:
         raise BackendError(mismatch("halo tile", (height, width), "at most 2**20 bytes"))
-    lines = np.concatenate([pack_pairs(words), np.array(tables.tiles).reshape(-1, 2)], axis=1)
+    lines = np.empty((len(words), WgradUnit.DY_PLACE + UNIT_TILES), np.int32)
+    lines[:, WgradUnit.STEP_WORD : WgradUnit.DY_PLACE] = pack_pairs(words)
+    lines[:, WgradUnit.DY_PLACE :] = np.array(tables.tiles).reshape(-1, UNIT_TILES)
     most_units = max(len(group) for group in groups)
     gathers = np.concatenate([np.zeros((0, LANES), np.int64), *tables.gathers])
     return WgradTables(
         geometry=np.array([*window.fields(height, width).values()], np.int32),
         heads=np.array(tables.heads, np.int32),
-        units=lines.astype(np.int32),
+        units=lines,
         chunks=np.array(tables.chunks, np.int32),
         slots=pack_pairs(gathers),
         positions=_positions(support, x_slots, rows, found),
@@ -184,7 +193,7 @@ class _Parts:
         x_needed = np.unique(np.concatenate([np.zeros(0, int), *(slot for _, slot, _ in group)]))
         pairs = {pair + n for pair, _, _ in group for n in range(UNIT_TILES) if pair + n < tiles}
         dy_needed = np.array(sorted(pairs), int)
-        head = [*self._load(0, x_needed), *self._load(1, dy_needed)]
+        head = self._load(0, "X", x_needed) | self._load(1, "DY", dy_needed)
         for pair, slot, tap in group:
             near = np.searchsorted(x_needed, slot)
             halves = list(zip(tap.tolist(), near.tolist(), strict=True))
@@ -192,10 +201,10 @@ class _Parts:
             self.halves.append(halves + halves[:1] * (UNIT_HALVES - len(halves)))
             first = int(np.searchsorted(dy_needed, pair))
             self.tiles.append((first, first + 1 if pair + 1 < tiles else -1))
-        self.heads.append([*head, begin, len(group)])
+        self.heads.append(table_line(WgradHead, **head, UNIT_BEGIN=begin, UNIT_COUNT=len(group)))
 
-    def _load(self, operand: int, needed: IntArray) -> list[int]:
-        """Lists the chunks and slots of one operand: begin and count of each."""
+    def _load(self, operand: int, name: str, needed: IntArray) -> dict[str, int]:
+        """Lists the chunks and slots of one operand: those fields of a head."""
         slots = self._slots[operand]
         own = slots.channels[needed]
         chunk_begin, slot_begin = len(self.chunks), sum(map(len, self.gathers))
@@ -209,7 +218,12 @@ class _Parts:
         self.chunks += chunks.tolist()
         for index, count in ((0, len(chunks)), (1, gathered)):
             self.counts[operand * 2 + index] = max(self.counts[operand * 2 + index], count)
-        return [chunk_begin, len(chunks), slot_begin, gathered]
+        return {
+            f"{name}_CHUNK_BEGIN": chunk_begin,
+            f"{name}_CHUNK_COUNT": len(chunks),
+            f"{name}_SLOT_BEGIN": slot_begin,
+            f"{name}_SLOT_COUNT": gathered,
+        }
 
 
 def _positions(
@@ -226,7 +240,7 @@ def _positions(
     half, column = number // 2, lane % 4 * 2 + number % 2
     mask = support.mask.reshape(support.filters, channels, taps)
     found = np.full((len(units), UNIT_HALVES // 2, UNIT_TILES, 32, 4), -1)
-    for line, (pair, slot, tap) in zip(found, units, strict=True):
+    for unit, (pair, slot, tap) in zip(found, units, strict=True):
         for step in range(-(-len(slot) // 2)):
             own = step * 2 + half
             known = np.broadcast_to(own < len(slot), (32, 4))
@@ -236,5 +250,5 @@ def _positions(
                 f, k = rows[pair + tile][column], tap[own]
                 used = slots.used[pair + tile][slot[own]]
                 live = known & used & (c >= 0) & mask[f, c, k]
-                line[step, tile] = np.where(live, (f * channels + c) * taps + k, -1)
+                unit[step, tile] = np.where(live, (f * channels + c) * taps + k, -1)
     return found.reshape(-1)
