@@ -59,6 +59,10 @@ HC_INLINE void finish_planes(Vec<A> (&acc)[NF][NP], const int* rows, const Plane
   }
 }
 
+// Weights are read in order, once for each tile of outputs, and the processor's own prefetch stops
+// at the end of a page: bytes ahead are asked for by hand.
+constexpr size_t kWeightsAhead = 2048;
+
 // a: first pixel, off: planar offset of each column, `step` entries apart, w: [ncols][NF], o: rows
 // of NP vectors, os apart, of which rows[i] is that of filter i. add: to what is there. end: what
 // happens to the sums first, or null.
@@ -77,6 +81,7 @@ static void pixels_kernel(const A* a, const int* off, int step, int ncols, const
     const A* p = a + *off;
     Vec<A> x[NP];
     HC_UNROLL for (int j = 0; j < NP; ++j) x[j] = load<A>(p + j * VL<A>);
+    __builtin_prefetch(reinterpret_cast<const char*>(w) + kWeightsAhead, 0, 3);
     HC_UNROLL for (int i = 0; i < NF; ++i) {
       const Vec<A> b = splat<A>(w[i]);
       HC_UNROLL for (int j = 0; j < NP; ++j) acc[i][j] += b * x[j];
