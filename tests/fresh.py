@@ -22,7 +22,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # The parent of all: for each line that it reads it forks a child, and writes how that ended.
 _PARENT = """
 import json, os, runpy, sys, traceback, types
-import torch, torch._dynamo  # the second by itself takes 0.7 s, whoever asks for a fake tensor
+import torch
+for name in sys.argv[1:]:
+    __import__(name)
 for line in sys.stdin:
     told = json.loads(line)
     child = os.fork()
@@ -60,9 +62,9 @@ for line in sys.stdin:
 class _Parent:
     """The process whose children are given away."""
 
-    def __init__(self) -> None:
+    def __init__(self, imported: Sequence[str]) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _PARENT],
+            [sys.executable, "-c", _PARENT, *imported],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -80,8 +82,8 @@ class _Parent:
 
 
 @cache
-def _parent() -> _Parent:
-    return _Parent()
+def _parent(*imported: str) -> _Parent:
+    return _Parent(imported)
 
 
 def python(
@@ -90,6 +92,7 @@ def python(
     module: str = "",
     environment: Mapping[str, str] | None = None,
     cwd: Path = ROOT,
+    imported: Sequence[str] = (),
 ) -> subprocess.CompletedProcess[str]:
     """Runs code, or a module as ``python -m`` does, in a fresh process.
 
@@ -99,6 +102,7 @@ def python(
         module: in the place of code.
         environment: beside this process's own, or in its place.
         cwd: the current directory, which is on ``sys.path`` too.
+        imported: modules, none of ours, that the process has at its start beside torch.
     """
     files: Sequence[IO[str]] = [tempfile.NamedTemporaryFile("r") for _ in "oe"]  # noqa: SIM115
     try:
@@ -110,7 +114,7 @@ def python(
             "cwd": str(cwd),
             "out": [file.name for file in files],
         }
-        status = _parent().run(told)
+        status = _parent(*imported).run(told)
         out, err = (file.read() for file in files)
     finally:
         for file in files:
