@@ -159,7 +159,7 @@ def test_the_words_of_the_field_are_found_where_the_thing_is(word: str) -> None:
 def test_first_lines_of_docstrings_read_alone() -> None:
     """Who looks one up sees that line: what it is about stands in it, not in the one before."""
     leaning = re.compile(
-        r"^(The same|Tells the same|Returns the same|Whether it is so|Tells whether it is so)\b"
+        r"^(Its|The same|Tells the same|Returns the same|Whether it is so|Tells whether it is so)\b"
     )
     hits = []
     for path in files_with({".py"}):

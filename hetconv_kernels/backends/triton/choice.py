@@ -54,7 +54,7 @@ class GatherChoice(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Its name in tables and measurements."""
+        """What tables and measurements call the choice."""
         return table.choice_name(self.tile, self.box, self.reordered, self.lowering.coarse)
 
     @property

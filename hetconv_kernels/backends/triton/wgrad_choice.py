@@ -50,7 +50,7 @@ class WgradChoice(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Its name in tables and measurements."""
+        """What tables and measurements call the choice."""
         sizes = ["x".join(map(str, tile[:3])) for tile in self.tiles]
         text = " and ".join(sizes)
         if self.box is not None:
