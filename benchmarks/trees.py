@@ -63,7 +63,7 @@ class Tree:
         if not (place / "benchmarks" / "low_precision.py").is_file():
             expected = "a checkout of hetconv_kernels, built in place"
             raise ArgumentError(mismatch("tree", str(place), expected))
-        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115, `close` does
         self._process = subprocess.Popen(
             [sys.executable, "-c", _WORKER, network, str(threads)],
             cwd=place, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True,

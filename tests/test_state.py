@@ -144,7 +144,7 @@ def test_a_process_that_is_really_killed_continues(name: str, tmp_path: Path) ->
         here, state = str(Path(__file__).resolve().parent), str(tmp_path / "state.pt")
         return fresh.python(
             _SCRIPT, here, state, name, json.dumps(settings), str(die_at),
-            imported=["torch._dynamo"],  # which fake tensors import, in 0.7 s
+            imported=["torch._dynamo"],  # which fake tensors import, slowly
         )  # fmt: skip
 
     def train_step(model: nn.Module, batch: Any) -> torch.Tensor:

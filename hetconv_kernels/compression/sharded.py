@@ -129,5 +129,5 @@ def _home(hook: Any) -> str:
 
 def _fsdp_module() -> type | None:
     """Returns what ``fully_shard`` makes of a module; None where it has not been imported."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # to import it takes 0.7 s
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # to import it is slow
     return getattr(fsdp, "FSDPModule", None)
