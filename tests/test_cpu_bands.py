@@ -26,7 +26,9 @@ FORMS = ("filters", "pixels", "columns")
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 # Images, height, width: rows that end in a vector's middle and rows that do not, a last band that
 # is lower, one row, strips of columns, small images side by side.
+# One pixel beyond whole vectors.
 SIZES = [(2, 13, 56), (1, 9, 112), (1, 7, 700), (1, 2, 1500), (5, 14, 14), (8, 7, 7), (3, 1, 40)]
+SIZES += [(1, 14, 14)]
 # Filters, channels: small, and so many that few rows fit in the cache.
 WIDTHS = [(20, 24), (72, 96)]
 CASES = [(size, widths) for size in SIZES for widths in WIDTHS]

@@ -29,8 +29,10 @@ SUPPORTS = {
     "3×3": hk.Support.self_grouped(np.arange(21) % 6, GENERATOR.random((6, 18)) < 0.4, 3),
 }
 STRIDES = ((1, 1), (2, 2), (1, 2), (3, 3))
-# Less than a vector of pixels; not a multiple of one; several strips; more than one image.
-SIZES = ((1, 3, 2), (1, 7, 9), (1, 40, 33), (2, 12, 11), (3, 16, 16))
+# Less than a vector of pixels; not a multiple of one; several strips; more than one image; one
+# pixel and two beyond whole vectors, of an image and of each half of one; rows of many vectors.
+SIZES = ((1, 3, 2), (1, 7, 9), (1, 40, 33), (2, 12, 11), (3, 16, 16), (1, 7, 7), (1, 7, 14),
+         (1, 14, 14), (2, 7, 7), (1, 4, 90))  # fmt: skip
 
 
 def small_integers(*shape: int) -> Tensor:

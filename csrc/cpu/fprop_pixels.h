@@ -76,10 +76,11 @@ template <class S, class A> struct PixelsFprop : PixelBands<S, A> {
              const PlanesEnd<A>* end) {
     const bool exact = direct || end;  // never read or write beyond the tensor
     const int limit = exact ? least(kPixelVectors[nf], length / VL<A>) : kPixelVectors[nf];
-    const int nvec = ceil_div(length, VL<A>), tiles = ceil_div(nvec, limit), base = nvec / tiles,
-              more = nvec % tiles;
-    const PixelsKernel<A> small = pixels_kernel_for<A>(nf, base),
-                          big = more ? pixels_kernel_for<A>(nf, base + 1) : small;
+    const int nvec = pixel_vectors<A>(length), over = pixels_over<A>(length),
+              tiles = ceil_div(nvec, limit), base = nvec / tiles, more = nvec % tiles;
+    const PixelsKernel<A> small = pixels_kernel_for<A>(nf, base, 0),
+                          big = more ? pixels_kernel_for<A>(nf, base + 1, 0) : small,
+                          last = over ? pixels_kernel_for<A>(nf, base, over) : small;
     for (int k = 0, v = 0; k < tiles; ++k) {
       const int np = base + (k < more);
       int at = v * VL<A>;
@@ -90,8 +91,9 @@ template <class S, class A> struct PixelsFprop : PixelBands<S, A> {
       Ahead::step<false>(ahead);
       Ahead::step<false>(added);
       Ahead::step<true>(written);
-      (k < more ? big : small)(a + at, off + t.col0, step, ncols, packed + t.w0, o + at, wide, to,
-                               L.accumulate != 0, end ? &own : nullptr);
+      const PixelsKernel<A> kernel = k < more ? big : k < tiles - 1 ? small : last;
+      kernel(a + at, off + t.col0, step, ncols, packed + t.w0, o + at, wide, to, L.accumulate != 0,
+             end ? &own : nullptr);
       v += np;
     }
   }
@@ -107,14 +109,17 @@ template <class S, class A> struct PixelsFprop : PixelBands<S, A> {
                         (n0 + m) * p.res.sn + int64_t(oy) * p.res.sh + int64_t(ox) * p.res.sw);
   }
 
-  // Whether sums go to planes of the output as they are computed: of one row of pixels, of a vector
-  // at least.
-  bool finishes(int rows_of_pixels, int length) const {
-    return sizeof(S) == sizeof(A) && p.y.sw == 1 && !gather && rows_of_pixels == 1 &&
-           length >= VL<A> && !p.scale && (p.act == Act::none || p.act == Act::relu) &&
+  // Whether sums go to planes of the output as they are computed: there and in the band the pixels
+  // follow one another, a vector at least.
+  bool finishes(int nr, int nc) const {
+    const bool one_run =
+        images == 1 &&
+        (nr == 1 || (g.pitch == nc && p.y.sh == nc && (!p.res.data || p.res.sh == nc)));
+    return sizeof(S) == sizeof(A) && p.y.sw == 1 && !gather && one_run &&
+           length_of(nr, nc) >= VL<A> && !p.scale && (p.act == Act::none || p.act == Act::relu) &&
            (!p.res.data || p.res.sw == 1);
   }
-  // The row from (oy, ox) of image n.
+  // The pixels from (oy, ox) of image n.
   void finish_tile(const PixelTile& t, const A* a, int length, int64_t n, int oy, int ox,
                    Ahead& ahead) {
     PlanesEnd<A> end{static_cast<const A*>(p.shift), nullptr, p.res.sc, p.act == Act::relu};
@@ -294,7 +299,7 @@ template <class S, class A> struct PixelsFprop : PixelBands<S, A> {
         const int n = length_of(nr * images, nc);
         const ptrdiff_t wide = wide_for(n);
         for (int t = t0; t < t1; ++t) {
-          if (finishes(nr * images, n) && !L.tiles[t].whole_rows) {
+          if (finishes(nr, nc) && !L.tiles[t].whole_rows) {
             finish_tile(L.tiles[t], a, n, n0, oy, ox, ahead);
             continue;
           }

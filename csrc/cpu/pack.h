@@ -3,6 +3,7 @@
 // here. It is no im2col: a pixel is packed once, and every tap reads it at an offset of its own.
 #pragma once
 #include "axis.h"
+#include "choose.h"
 
 namespace hetconv {
 namespace HETCONV_NS {
@@ -146,14 +147,8 @@ static void transpose_planar_row(Source<S> src, int64_t px, int C, const Channel
   }
 }
 
-constexpr int kPlanesAhead = 2;
-
-// soon: from here to what is read soon, or 0.
-template <class S, class A>
-HC_INLINE void copy_row(Source<S> s, int64_t px, int n, A* t, int64_t soon) {
-  if (soon)
-    for (int64_t j = 0; j < n * px; j += 64 / int(sizeof(S)))
-      __builtin_prefetch(address(s + soon + j), 0, 3);
+// n pixels, px apart, as they are.
+template <class S, class A> HC_INLINE void copy_row(Source<S> s, int64_t px, int n, A* t) {
   if (px != 1 && px != 2) {
     for (int j = 0; j < n; ++j) t[j] = widen(s[j * px]);
     return;
@@ -163,59 +158,156 @@ HC_INLINE void copy_row(Source<S> s, int64_t px, int n, A* t, int64_t soon) {
   if (j < n) store_n<A>(t + j, read_pixels<S, A>(s + j * px, px, n - j), n - j);
 }
 
+// The entries of a piece that are packed, of which [lo, hi) lie inside the input.
+struct Part {
+  int first, lo, hi, len;  // first: coordinate of entry 0
+};
+static inline Part part_of(const Piece& piece, int origin, int len, int size) {
+  Part r{origin + piece.rel, 0, 0, len};
+  inside(r.first, piece.istride, len, size, &r.lo, &r.hi);
+  return r;
+}
+
+// Rows of one plane, s_row apart, to a band's, `pitch` apart: of each the zeros left of the input,
+// then its pixels. A row is written by whole vectors; what they write beyond it is written next.
+// soon: from here to what is read soon, or 0.
+template <class A, class Source>
+using PadRows = void (*)(Source s, int64_t s_row, int rows, const Part& x, A* t, int pitch,
+                         int64_t soon);
+
+template <class S, class A, int PX, int NV>
+static void pad_rows(Source<S> s, int64_t s_row, int rows, const Part& x, A* t, int pitch,
+                     int64_t soon) {
+  const int lo = x.lo, last = x.hi - x.lo - (NV - 1) * VL<A>;
+  for (int r = 0; r < rows; ++r, s += s_row, t += pitch) {
+    if (soon)
+      HC_UNROLL for (int j = 0; j < NV * PX; ++j)
+          __builtin_prefetch(address(s + (soon + j * VL<A>)), 0, 3);
+    if (lo > 0) store<A>(t, Vec<A>{});
+    HC_UNROLL for (int j = 0; j < NV; ++j) store<A>(
+        t + lo + j * VL<A>, read_pixels<S, A>(s + j * VL<A> * PX, PX, j < NV - 1 ? VL<A> : last));
+  }
+}
+
+constexpr int kMostPadded = 4;  // vectors of a row that is padded by `pad_rows`
+
+template <class S, class A>
+static PadRows<A, Source<S>> pad_rows_for(const Part& x, int64_t px, int pitch) {
+  const int n = x.hi - x.lo, nv = ceil_div(n, VL<A>);
+  if (n <= 0 || nv > kMostPadded || x.lo > VL<A> || pitch - x.lo > nv * VL<A>) return nullptr;
+  return choose<PadRows<A, Source<S>>, kMostPadded>(nv, [px](auto v) -> PadRows<A, Source<S>> {
+    return px == 1 ? pad_rows<S, A, 1, v()> : px == 2 ? pad_rows<S, A, 2, v()> : nullptr;
+  });
+}
+
+constexpr int kPlanesAhead = 2;
+
+// From planes of pixels, one by one: each is read in one sweep.
+template <class S, class A>
+static void pack_from_planes(const Problem& p, Images<S> x, const Channels& from, const Axis& ya,
+                             const Axis& xa, const Planar& g, int64_t n0, int images,
+                             const Part* down, const Part* across, A* band) {
+  PadRows<A, Source<S>> pads[kMaxKernel];
+  for (int u = 0; u < xa.pieces; ++u)
+    pads[u] = pad_rows_for<S, A>(across[u], int64_t(xa.piece[u].istride) * p.x.sw, g.pitch);
+  for (int block = 0; block < from.n; ++block, band += g.plane) {
+    // Rows of planes are read in an order that the hardware does not guess.
+    const int64_t soon = block + kPlanesAhead < from.n
+                             ? int64_t(from.live[block + kPlanesAhead] - from.live[block]) * p.x.sc
+                             : 0;
+    for (int u = 0; u < xa.pieces; ++u) {
+      const Part& xp = across[u];
+      const int64_t px = int64_t(xa.piece[u].istride) * p.x.sw;
+      const auto put = [&](Source<S> s, int64_t s_row, int rows, A* d) {
+        // Whole vectors as long as they write this plane alone.
+        int fast = pads[u] ? rows : 0;
+        while (fast > 0 && d + fast * g.pitch + VL<A> > band + g.plane) --fast;
+        if (fast > 0) {
+          pads[u](s, s_row, fast, xp, d, g.pitch, u == 0 ? soon : 0);
+          s += fast * s_row;
+          d += fast * g.pitch;
+        }
+        for (int r = fast; r < rows; ++r, s += s_row, d += g.pitch) {
+          zero_fill(d, xp.lo);
+          copy_row<S, A>(s, px, xp.hi - xp.lo, d + xp.lo);
+          zero_fill(d + xp.hi, g.pitch - xp.hi);
+        }
+      };
+      for (int q = 0; q < ya.pieces; ++q) {
+        const Part& yp = down[q];
+        const int64_t s_row = ya.piece[q].istride * p.x.sh;
+        const int lo = xp.hi > xp.lo ? yp.lo : yp.len, hi = most(lo, yp.hi);
+        A* d = band + u * g.piece + ya.piece[q].e0 * g.row;
+        zero_fill(d, lo * g.row);
+        d += lo * g.row;
+        const int64_t at = from.live[block] * p.x.sc + yp.first * p.x.sh + lo * s_row +
+                           int64_t(xp.first + xp.lo * xa.piece[u].istride) * p.x.sw;
+        if (g.images == 1) {
+          if (hi > lo) put(image_of(x, n0, p.x.sn) + at, s_row, hi - lo, d);
+        } else {
+          for (int i = lo; i < hi; ++i) {
+            A* row = d + (i - lo) * g.row;
+            for (int m = 0; m < images; ++m)
+              put(image_of(x, n0 + m, p.x.sn) + (at + (i - lo) * s_row), 0, 1, row + m * g.pitch);
+            zero_fill(row + images * g.pitch, (g.images - images) * g.pitch);
+          }
+        }
+        d += (hi - lo) * g.row;
+        // Taps right of the last row read the zeros that would start the next one.
+        zero_fill(d, (yp.len - hi) * g.row + g.spill);
+      }
+    }
+  }
+}
+
+// From pixels with their channels innermost.
+template <class S, class A>
+static void pack_from_pixels(const Problem& p, Images<S> x, const Channels& from, const Axis& ya,
+                             const Axis& xa, const Planar& g, int64_t n0, int images,
+                             const Part* down, const Part* across, A* band) {
+  for (int u = 0; u < xa.pieces; ++u) {
+    const Part& xp = across[u];
+    const int64_t px = int64_t(xa.piece[u].istride) * p.x.sw;
+    for (int q = 0; q < ya.pieces; ++q) {
+      const Part& yp = down[q];
+      A* d = band + u * g.piece + ya.piece[q].e0 * g.row;
+      for (int i = 0; i < yp.len; ++i) {
+        const bool blank = i < yp.lo || i >= yp.hi || xp.hi <= xp.lo;
+        const int64_t at = int64_t(yp.first + i * ya.piece[q].istride) * p.x.sh +
+                           int64_t(xp.first + xp.lo * xa.piece[u].istride) * p.x.sw;
+        for (int m = 0; m < g.images; ++m, d += g.pitch) {
+          if (blank || m >= images) {
+            for (int c = 0; c < from.n; ++c) zero_fill(d + c * g.plane, g.pitch);
+            continue;
+          }
+          transpose_planar_row<S, A>(image_of(x, n0 + m, p.x.sn) + at, px, p.C, from, xp.lo, xp.hi,
+                                     d, g.plane);
+          for (int c = 0; c < from.n; ++c) {
+            zero_fill(d + c * g.plane, xp.lo);
+            zero_fill(d + c * g.plane + xp.hi, g.pitch - xp.hi);
+          }
+        }
+      }
+      // Taps right of the last row read the zeros that would start the next one.
+      if (g.spill > 0)
+        for (int c = 0; c < from.n; ++c) zero_fill(d + c * g.plane, g.spill);
+    }
+  }
+}
+
 // `rows` x `cols` outputs from output (oy, ox) of images n0 .. n0 + images.
 template <class S, class A>
 static void pack_planar(const Problem& p, Images<S> x, const Channels& from, const Axis& ya,
                         const Axis& xa, const Planar& g, int64_t n0, int images, int oy, int ox,
                         int rows, int cols, A* band) {
-  const bool transposed = p.x.sw != 1 && p.x.sc == 1;
-  const int channel_blocks =
-      transposed ? 1 : from.n;  // planes one by one: each is read in one sweep
-  for (int block = 0; block < channel_blocks; ++block) {
-    const int c0 = transposed ? 0 : block, c1 = transposed ? from.n : block + 1;
-    // From a row of this plane to that of one that will be read soon: rows of planes are read in an
-    // order that the hardware does not guess.
-    const int64_t soon = block + kPlanesAhead < from.n
-                             ? int64_t(from.live[block + kPlanesAhead] - from.live[block]) * p.x.sc
-                             : 0;
-    for (int u = 0; u < xa.pieces; ++u) {
-      const Piece& xp = xa.piece[u];
-      const int first = ox * p.sw - p.pl + xp.rel;
-      const int64_t px = int64_t(xp.istride) * p.x.sw;
-      int lo, hi;
-      inside(first, xp.istride, least(piece_length(xa, xp, cols), g.pitch), p.W, &lo, &hi);
-      for (int q = 0; q < ya.pieces; ++q) {
-        const Piece& yp = ya.piece[q];
-        const int n = piece_length(ya, yp, rows);
-        for (int i = 0; i < n; ++i) {
-          const int iy = oy * p.sh - p.pt + yp.rel + i * yp.istride;
-          const bool blank = iy < 0 || iy >= p.H || hi <= lo;
-          for (int m = 0; m < g.images; ++m) {
-            A* d = band + u * g.piece + (yp.e0 + i) * g.row + int64_t(m) * g.pitch;
-            if (blank || m >= images) {
-              for (int c = c0; c < c1; ++c) zero_fill(d + c * g.plane, g.pitch);
-              continue;
-            }
-            const Source<S> src = image_of(x, n0 + m, p.x.sn) + int64_t(iy) * p.x.sh +
-                                  int64_t(first + lo * xp.istride) * p.x.sw;
-            if (transposed)
-              transpose_planar_row<S, A>(src, px, p.C, from, lo, hi, d, g.plane);
-            else
-              copy_row<S, A>(src + from.live[c0] * p.x.sc, px, hi - lo, d + c0 * g.plane + lo,
-                             soon);
-            for (int c = c0; c < c1; ++c) {
-              zero_fill(d + c * g.plane, lo);
-              zero_fill(d + c * g.plane + hi, g.pitch - hi);
-            }
-          }
-        }
-        // Taps right of the last row read the zeros that would start the next one.
-        if (g.spill > 0)
-          for (int c = c0; c < c1; ++c)
-            zero_fill(band + c * g.plane + u * g.piece + (yp.e0 + n) * g.row, g.spill);
-      }
-    }
-  }
+  Part across[kMaxKernel], down[kMaxKernel];
+  for (int u = 0; u < xa.pieces; ++u)
+    across[u] = part_of(xa.piece[u], ox * p.sw - p.pl,
+                        least(piece_length(xa, xa.piece[u], cols), g.pitch), p.W);
+  for (int q = 0; q < ya.pieces; ++q)
+    down[q] = part_of(ya.piece[q], oy * p.sh - p.pt, piece_length(ya, ya.piece[q], rows), p.H);
+  const auto pack = p.x.sw != 1 && p.x.sc == 1 ? pack_from_pixels<S, A> : pack_from_planes<S, A>;
+  pack(p, x, from, ya, xa, g, n0, images, down, across, band);
 }
 
 }  // namespace HETCONV_NS

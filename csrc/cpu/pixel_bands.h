@@ -81,8 +81,9 @@ template <class S, class A> struct PixelBands {
   // and each sweep reads the weights anew.
   double work_of(int units, int u) const {
     const auto sweep = [&](int n) {
-      const int nvec = ceil_div(length_of(n, cols), VL<A>), tiles = ceil_div(nvec, 3);
-      return nvec + 0.12 * (3 * tiles - nvec) + 0.25;
+      const int length = length_of(n, cols), nvec = pixel_vectors<A>(length),
+                tiles = ceil_div(nvec, 3);
+      return nvec + 0.15 * pixels_over<A>(length) + 0.12 * (3 * tiles - nvec) + 0.25;
     };
     return units / u * sweep(u) + (units % u ? sweep(units % u) : 0.0);
   }
@@ -172,15 +173,17 @@ template <class S, class A> struct PixelBands {
     g = Planar{1, 0, 0, 0, 0, p.x.sc};
     rows = images = swept = at_once = 1;
     const int64_t want = most<int64_t>(256, int64_t(kBandBytes / sizeof(A)) / most(1, L.nlive));
-    const int64_t room =
-        gather ? int64_t((kWorkspaceBytes / 2) / sizeof(A)) / (2 * L.F) - 2 * wide_for(0) : want;
+    const int64_t room = gather ? int64_t(kImageBlockBytes / sizeof(A)) / L.F - wide_for(0) : want;
     const int64_t fewest = L.F > 512 ? VL<A> : 128;
     int64_t strips = ceil_div<int64_t>(p.Wo, most(fewest, least(want, room)));
     if (p.N * strips < 2 * p.threads) strips = least<int64_t>(most(1, p.Wo / 128), strips * 2);
     // Shares of the tiles would be transposed in pieces, and fetched from other cores.
     if (p.N % p.threads != 0 && p.Wo >= 64 * p.threads)
       strips = ceil_div<int64_t>(strips, p.threads) * p.threads;
-    cols = ceil_div<int>(ceil_div<int64_t>(p.Wo, strips), VL<A>) * VL<A>;
+    const int each = int(ceil_div<int64_t>(p.Wo, strips));
+    cols = ceil_div(each, VL<A>) * VL<A>;
+    // A few pixels over whole vectors cost less than strips of several widths.
+    if (pixels_over<A>(each) && p.Wo - (strips - 1) * each >= VL<A> && !L.accumulate) cols = each;
     if (p.Wo % cols != 0 && p.Wo % cols < VL<A>) cols += VL<A>;  // the last must fill one vector
     g.pitch = cols = least(cols, p.Wo);
   }
