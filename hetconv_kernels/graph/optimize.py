@@ -305,13 +305,13 @@ class _Work:
             last = copied(traced)
             with suppress(*trace.FAILURES):  # unless the network looks at strides
                 brought = formats.into_channels_last(last, calls[0])
-                plain = leave_plain(last, calls) if self.plain else ()
+                plain = leave_plain(last, calls, program=True) if self.plain else ()
                 averages = native_averages(last, calls) if self.averages else ()
                 before, after = (m(*copy.deepcopy(calls[0])) for m in (module, last))
                 formats.keep_outputs(last, before, after)
                 matches = [_verified(module, last, each, averages) for each in calls]
                 return last, brought, plain, averages, matches
-        plain = leave_plain(traced, calls) if self.plain else ()
+        plain = leave_plain(traced, calls, program=True) if self.plain else ()
         averages = native_averages(traced, calls) if self.averages else ()
         matches = [_verified(module, traced, each, averages) for each in calls]
         return traced, (), plain, averages, matches
