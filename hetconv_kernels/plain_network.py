@@ -17,7 +17,14 @@ from .backends.common import pad_image
 from .composition import ComposedConv2d, check_form, compose
 from .errors import InputTypeError, mismatch
 from .graph.copying import copied
-from .nn import FrequencyConv2d, FusedConv2d, GroupedConv2d, SupportConv2d, SupportLinear
+from .nn import (
+    AveragePool,
+    FrequencyConv2d,
+    FusedConv2d,
+    GroupedConv2d,
+    SupportConv2d,
+    SupportLinear,
+)
 from .nn.quantized_layer import QuantizedLayer
 from .nn.quantized_steps import QuantizedStep
 from .packing import dense_weight, own_blocks
@@ -61,6 +68,22 @@ class PlainConv2d(nn.Module):
         return y if self.pool is None else max_pooled(y, self.pool)
 
 
+class PlainMean(nn.Module):
+    """The mean over all pixels: what `plain` makes of an `AveragePool` to one pixel.
+
+    Attributes:
+        keepdim: whether the result is an image.
+    """
+
+    def __init__(self, keepdim: bool) -> None:
+        super().__init__()
+        self.keepdim = keepdim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Averages.  # [N, C, H, W] -> [N, C, 1, 1] or [N, C]"""
+        return x.mean((-2, -1), keepdim=self.keepdim)
+
+
 def has_quantized(model: nn.Module) -> bool:
     """Tells whether a network has layers or steps in 8 bits."""
     return any(isinstance(m, QuantizedLayer | QuantizedStep) for m in model.modules())
@@ -71,9 +94,10 @@ def plain(model: nn.Module, form: str = "dense") -> nn.Module:
 
     Convolutions become ``nn.Conv2d`` (equal groups stay groups), dead weights zeros; a
     `FusedConv2d` becomes a `PlainConv2d`, a `SupportLinear` an ``nn.Linear``; a `FrequencyConv2d`
-    has its kernels transformed back. This is the way back to plain checkpoints: the ``state_dict``
-    of the result has no extra state, and loads into the network as it was before ``convert`` (not
-    after `optimize`, which folds normalisation away).
+    has its kernels transformed back, and an `AveragePool` is PyTorch's pooling again. This is the
+    way back to plain checkpoints: the ``state_dict`` of the result has no extra state, and loads
+    into the network as it was before ``convert`` (not after `optimize`, which folds normalisation
+    away).
 
     In the form ``"composition"``, HetConv leaves as a grouped convolution plus a 1×1 and unequal
     groups as a convolution each, where that multiplies less than the dense one. Its checkpoints
@@ -107,6 +131,8 @@ def _replaced(module: nn.Module, form: str) -> nn.Module:
         return module.to_linear()
     if isinstance(module, FrequencyConv2d):
         return module.to_conv2d()
+    if isinstance(module, AveragePool):
+        return _plain_average(module).train(module.training)
     if isinstance(module, FusedConv2d):
         geometry = module._geometry
         inner = _composed(geometry, module.weight, module.shift, form)
@@ -135,6 +161,14 @@ def _replaced(module: nn.Module, form: str) -> nn.Module:
         if child is not None:
             module._modules[name] = _replaced(child, form)
     return module
+
+
+def _plain_average(module: AveragePool) -> nn.Module:
+    if module.pool is None and module.output_size == (1, 1):
+        return PlainMean(module.keepdim)
+    if module.pool is None:
+        return nn.AdaptiveAvgPool2d(module.output_size)
+    return nn.AvgPool2d(*module.pool, count_include_pad=not module.inside)
 
 
 def _composed(

@@ -10,9 +10,8 @@ from planning import needs_engine
 from torch import nn
 
 import hetconv_kernels as hk
-from hetconv_kernels.graph.average import AveragePool
 from hetconv_kernels.graph.engine_only import engine_only
-from hetconv_kernels.nn import FrequencyConv2d, FusedConv2d, SupportLinear
+from hetconv_kernels.nn import AveragePool, FrequencyConv2d, FusedConv2d, SupportLinear
 from hetconv_kernels.nn.base import ForcedBackend
 
 pytestmark = needs_engine

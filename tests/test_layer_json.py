@@ -27,6 +27,9 @@ MODULES = {
     "max-pool": lambda: nn.MaxPool2d(3, 2, 1, ceil_mode=True),
     "avg-pool": lambda: nn.AvgPool2d((2, 1), count_include_pad=False, divisor_override=3),
     "adaptive": lambda: nn.AdaptiveAvgPool2d((None, 2)),
+    "average": lambda: hk.nn.AveragePool(output_size=(None, 2), backend="vendor"),
+    "average-flat": lambda: hk.nn.AveragePool(keepdim=False),
+    "average-windows": lambda: hk.nn.AveragePool(Pool((3, 2), (2, 1), (1, 0)), inside=True),
     "relu": lambda: nn.ReLU(inplace=True),
     "gelu": lambda: nn.GELU("tanh"),
     "hardtanh": lambda: nn.Hardtanh(-2, 3),
@@ -93,3 +96,24 @@ def test_unknown_classes_have_no_description() -> None:
 def test_nonsense_is_refused(change) -> None:
     with pytest.raises(FileError, match="description of a layer"):
         layer_from_json({"kind": "ReLU", "arguments": {"inplace": True}} | change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pool": [[0, 1], [1, 1], [0, 0]]},
+        {"pool": 3},
+        {"output_size": 2},
+        {"output_size": ["a", 1]},
+        {"output_size": [2, 2]},
+        {"inside": "yes"},
+        {"backend": "none"},
+        {"more": 1},
+    ],
+)
+def test_an_average_of_nonsense_is_refused(change) -> None:
+    described = layer_to_json(hk.nn.AveragePool(keepdim=False))
+    assert described is not None
+    described["arguments"] |= change
+    with pytest.raises(FileError, match="description of a layer"):
+        layer_from_json(described)

@@ -42,6 +42,7 @@ TESTED_BY = {
     "hetconv_kernels.measure.explanation": "test_explain",
     "hetconv_kernels.factory": "test_bad_input",
     "hetconv_kernels.file_tensors": "test_io",
+    "hetconv_kernels.graph.account": "test_optimize",
     "hetconv_kernels.graph.channel_walk": "test_channels",
     "hetconv_kernels.graph.native_copies": "test_native_steps",
     "hetconv_kernels.graph.numbered": "test_channels",

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from planning import needs_engine
 from torch import nn
 
 import hetconv_kernels as hk
@@ -124,6 +126,36 @@ def test_optimize_leaves_a_small_frequency_layer_plain() -> None:
     report = hk.optimize(nn.Sequential(frequency_layer(4), nn.Sigmoid()).eval(), x)
     assert [left.name for left in report.parts[0].plain] == ["0"]
     assert not [m for m in report.model.modules() if isinstance(m, hk.nn.FrequencyConv2d)]
+
+
+@needs_engine
+@pytest.mark.parametrize("engine", ["cpu", "vendor"])
+def test_in_a_program_the_engine_takes_no_python_and_a_plain_layer_is_a_call(
+    engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def seconds(problem: Any, plan: Any, around: bool = True) -> float:
+        return 3.0 if around else 2.1
+
+    plant(monkeypatch, ours=3.0, plain=2.0)
+    monkeypatch.setattr(worth, "choose", lambda *_: SimpleNamespace(backend=get_backend(engine)))
+    monkeypatch.setattr(worth, "plan_seconds", seconds)
+    monkeypatch.setattr(worth, "outside_program", lambda problem, plain: plain + 0.2)
+    x, stays = torch.randn(2, C), engine == "cpu"
+    for program in (True, False):
+        model = nn.Sequential(SupportLinear(C, F, support=mask()), nn.ReLU()).eval()
+        left = leave_plain(model, [(x,)], program=program)
+        assert (left == ()) is (program and stays)
+    report = hk.optimize(nn.Sequential(nn.Linear(C, F), nn.ReLU()).eval(), x)
+    assert [one.name for one in report.parts[0].plain] == ([] if stays else ["0"])
+
+
+@needs_engine
+def test_what_a_step_of_the_engine_takes_is_less_by_the_layers_python() -> None:
+    problem = SupportLinear(C, F, support=mask()).problem(torch.randn(1, C), frozen=True)
+    plan = cpu_plans.chosen_plan(problem)
+    apart = cpu_plans.plan_seconds(problem, plan) - cpu_plans.plan_seconds(problem, plan, False)
+    around = [cost_model.OVERHEAD[f"{form} rows"] for form in ("filters", "pixels")]
+    assert any(abs(apart - one) < 1e-9 for one in around)
 
 
 def test_where_nothing_was_measured_every_support_stays(monkeypatch: pytest.MonkeyPatch) -> None:

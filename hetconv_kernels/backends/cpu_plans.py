@@ -95,14 +95,20 @@ def _cold_seconds(problem: Problem, plan: Any) -> float:
     return plan_seconds(problem, plan) + (cold / 2 if plan.half_vectors else cold)
 
 
-def plan_seconds(problem: Problem, plan: Any) -> float:
-    """Predicts the time of one call of fprop or dgrad by a plan."""
+def plan_seconds(problem: Problem, plan: Any, around: bool = True) -> float:
+    """Predicts the time of one call of fprop or dgrad by a plan.
+
+    Args:
+        problem: the call.
+        plan: of it.
+        around: whether the layer's Python counts, see `cost_model.OVERHEAD`.
+    """
     threads = torch.get_num_threads()
     transformed = winograd.tile_of(plan.form) > 0
     name = "pixels" if plan.form in ("pixels", "columns") else "filters"
     cost = winograd.executed(plan, problem) if transformed else plan.cost
     form, rows = ENGINE[name], is_linear(problem)
-    around = OVERHEAD[f"{name} rows" if rows else name]
+    python = OVERHEAD[f"{name} rows" if rows else name] if around else 0.0
     image = form.image * (PIXELS_OF_ROWS if rows and name == "pixels" else 1.0)
     pixels = problem.batch * math.prod(problem.output_size)
     one_row = rows or (is_pointwise(problem) and problem.channels_last)
@@ -124,7 +130,7 @@ def plan_seconds(problem: Problem, plan: Any) -> float:
         bands = math.ceil(band / _BAND)
         weights = plan.packed_elements * bands * FAR_WEIGHT
         compute *= FAR_COMPUTE
-    seconds = compute * VERB[problem.verb] / threads + weights + packing + form.call + around
+    seconds = compute * VERB[problem.verb] / threads + weights + packing + form.call + python
     whole = direct_plan(problem).packed_elements >= math.prod(problem.support.shape)
     return seconds * (DOUBT if whole else 1.0)
 

@@ -1,72 +1,112 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AveragePool: average pooling by the engine, for programs that run without PyTorch."""
+"""Finds the average pooling in a graph, and makes it the engine's where that takes it."""
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+import math
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
-from ..arena import allocate
-from ..errors import ArgumentError, mismatch
-from ..nn.base import STAND_IN, as_step
+from ..nn.average import AveragePool
 from ..pooling import Pool
+from .layout import set_module
 from .names import module_of, name_of
+from .trace import FAILURES
 
-try:
-    from .. import _cpu
-except ImportError:  # nothing is compiled here
-    _cpu = None  # type: ignore[assignment]
-
-_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-_LAST = torch.channels_last
+_NAMES = frozenset(("adaptive_avg_pool2d", "avg_pool2d", "mean"))
 
 
-class AveragePool(nn.Module):
-    """The mean of each window of an image, summed in float32 row by row.
+class Average(NamedTuple):
+    """A step that became an `AveragePool`.
 
-    Args:
-        pool: the windows.
-        inside: whether to divide by the taps inside the image, not by all of the window.
-        keepdim: whether an output of one pixel is still an image.
-
-    Shape:
-        x [N, C, H, W] -> [N, C, PH, PW], or [N, C] where not keepdim.
+    Attributes:
+        name: of the module, or of the operation.
+        taps: pixels of a window, on the largest image that it was seen with.
     """
 
-    def __init__(self, pool: Pool, inside: bool = False, keepdim: bool = True) -> None:
-        super().__init__()
-        self.pool, self.inside, self.keepdim = pool, inside, keepdim
+    name: str
+    taps: int
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Pools. An image in another memory format is copied into channels_last first.
 
-        Raises:
-            ArgumentError: the image is of another dtype, or not on the CPU.
-        """
-        if type(x) is STAND_IN:
-            recorded: Tensor = as_step(self, x)
-            return recorded
-        if x.dtype not in _NAMES or not x.is_cpu:
-            expected = "float32 or bfloat16 on the CPU"
-            raise ArgumentError(
-                mismatch("input of AveragePool", f"{x.dtype} on {x.device}", expected)
-            )
-        x = x.contiguous(memory_format=_LAST)
-        n, c, h, w = x.shape
-        size = self.pool.output_size(h, w)
-        y = allocate(self, (n, c, *size), x.dtype, x.device, _LAST)
-        window = _cpu.Pool(*self.pool, size)
-        threads = torch.get_num_threads()
-        _cpu.average_pool(
-            _NAMES[x.dtype], x.data_ptr(), (n, h, w, c), y.data_ptr(), window, self.inside, threads
-        )
-        return y if self.keepdim else y.flatten(1)
+def deepest(averages: Iterable[Average]) -> int:
+    """Returns how many pixels the largest window has, at least 1."""
+    return max((average.taps for average in averages), default=1)
 
-    def extra_repr(self) -> str:
-        """Says the windows."""
-        return f"pool={tuple(self.pool)}, inside={self.inside}, keepdim={self.keepdim}"
+
+@torch.no_grad()
+def native_averages(
+    traced: fx.GraphModule, calls: Sequence[tuple[Any, ...]], backend: str | None = None
+) -> tuple[Average, ...]:
+    """Makes average pooling `AveragePool`, in place, where the engine takes what it is given.
+
+    Args:
+        traced: the network.
+        calls: the arguments of its forward, once for each call.
+        backend: what is forced on the new modules.
+
+    Returns:
+        What was replaced, and what was an `AveragePool` before.
+    """
+    if not any(name_of(node) in _NAMES for node in traced.graph.nodes):
+        return ()
+    finder = _Finder(traced, backend)
+    for inputs in calls:
+        with suppress(*FAILURES):  # a graph of one call's sizes, which is refused later
+            finder.run(*copy.deepcopy(inputs))
+    done = [_replace(traced, node, *found) for node, found in finder.found.items()]
+    if done:
+        traced.graph.eliminate_dead_code()
+        traced.delete_all_unused_submodules()
+        traced.recompile()
+    return tuple(done)
+
+
+class _Finder(fx.Interpreter):
+    """Finds the steps whose images the engine takes."""
+
+    def __init__(self, traced: fx.GraphModule, backend: str | None) -> None:
+        super().__init__(traced)
+        self.backend = backend
+        self.found: dict[fx.Node, tuple[AveragePool, int]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        source = n.args[0] if n.args and name_of(n) in _NAMES else None
+        x = self.env.get(source) if isinstance(source, fx.Node) else None
+        if isinstance(x, Tensor) and x.dim() == 4:
+            pooling = average_of(n, tuple(x.shape))
+            if pooling is not None:
+                pooling.backend = self.backend or pooling.backend
+                self._note(n, pooling, x)
+        return super().run_node(n)
+
+    def _note(self, node: fx.Node, pooling: AveragePool, x: Tensor) -> None:
+        windows = pooling.windows(x.shape[2], x.shape[3])
+        if windows is not None and pooling.by_engine(x):
+            first, taps = self.found.get(node, (pooling, 1))
+            self.found[node] = first, max(taps, math.prod(windows.kernel))
+
+
+def _replace(traced: fx.GraphModule, node: fx.Node, pooling: AveragePool, taps: int) -> Average:
+    """Puts the module in the place of a step."""
+    if module_of(node) is pooling:
+        return Average(str(node.target), taps)
+    if node.op == "call_module":
+        name = str(node.target)
+    else:
+        name = f"average_{node.name}"
+        while hasattr(traced, name):
+            name += "_"
+    set_module(traced, name, pooling.eval())
+    with traced.graph.inserting_before(node):
+        new = traced.graph.call_module(name, (node.args[0],))
+    node.replace_all_uses_with(new)
+    traced.graph.erase_node(node)
+    return Average(name if node.op == "call_module" else node.name, taps)
 
 
 def average_of(node: fx.Node, shape: tuple[int, ...]) -> AveragePool | None:
@@ -78,26 +118,32 @@ def average_of(node: fx.Node, shape: tuple[int, ...]) -> AveragePool | None:
     """
     if len(shape) != 4:
         return None
-    name, height, width = name_of(node), shape[2], shape[3]
-    module = module_of(node)
+    name, module = name_of(node), module_of(node)
+    if isinstance(module, AveragePool):
+        return module
+    if module is not None and (module._forward_hooks or module._forward_pre_hooks):
+        return None
+    if module is not None and "forward" in module.__dict__:
+        return None
     if name == "adaptive_avg_pool2d":
         size = _argument(node, module, 1, "output_size", None)
-        oh, ow = (size, size) if isinstance(size, int) else size or (None, None)
-        oh, ow = oh or height, ow or width
-        if height % oh or width % ow:
-            return None  # windows of several sizes
-        kernel = (height // oh, width // ow)
-        return AveragePool(Pool(kernel, kernel, (0, 0)))
+        sizes = (size, size) if isinstance(size, int) else size
+        if not isinstance(sizes, list | tuple) or len(sizes) != 2:
+            return None
+        if not all(s is None or (isinstance(s, int) and s > 0) for s in sizes):
+            return None
+        return AveragePool(output_size=(sizes[0], sizes[1]))
     if name == "mean" and module is None:
         axes = _argument(node, None, 1, "dim", None)
-        keepdim = _argument(node, None, 2, "keepdim", False)
-        axes = sorted(a % 4 for a in axes) if isinstance(axes, list | tuple) else None
-        if axes != [2, 3] or node.kwargs.get("dtype") is not None:
+        axes = sorted(a % 4 for a in axes) if _are_integers(axes) else None
+        others = {key for key, value in node.kwargs.items() if value is not None}
+        if axes != [2, 3] or not others <= {"dim", "keepdim"}:
             return None
-        return AveragePool(Pool((height, width), (1, 1), (0, 0)), keepdim=bool(keepdim))
+        return AveragePool(keepdim=bool(_argument(node, None, 2, "keepdim", False)))
     if name == "avg_pool2d":
         window = _pair(_argument(node, module, 1, "kernel_size", None))
-        stride = _pair(_argument(node, module, 2, "stride", None)) or window
+        given = _argument(node, module, 2, "stride", None)
+        stride = _pair(given) if given else window
         padding = _pair(_argument(node, module, 3, "padding", 0))
         ceil = _argument(node, module, 4, "ceil_mode", False)
         everywhere = _argument(node, module, 5, "count_include_pad", True)
@@ -116,9 +162,13 @@ def _argument(node: fx.Node, module: nn.Module | None, place: int, name: str, us
     return node.kwargs.get(name, usual)
 
 
+def _are_integers(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(v, int) for v in value)
+
+
 def _pair(value: Any) -> tuple[int, int] | None:
     if isinstance(value, int):
         return value, value
-    if isinstance(value, list | tuple) and len(value) in (1, 2):
+    if _are_integers(value) and len(value) in (1, 2):
         return (value[0], value[-1])
     return None

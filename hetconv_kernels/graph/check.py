@@ -47,6 +47,7 @@ def match(
     after: nn.Module,
     inputs: tuple[Any, ...],
     dtype: torch.dtype | None = None,
+    depth: int = 1,
 ) -> Match:
     """Compares two networks on the inputs and on noise of their size.
 
@@ -61,6 +62,7 @@ def match(
         inputs: arguments of the forward.
         dtype: what the new network computes in, if not in the original's: then the original's
             error there is its own rounding.
+        depth: of accumulations that no layer's weights tell, such as the pixels of an average.
     """
     exact = copied(before).double()
     narrow = dtype is not None
@@ -69,7 +71,7 @@ def match(
     coarse = copied(before).float() if dtype == torch.float64 else before
     if narrow:
         coarse = copied(before).to(dtype)
-    depth = max((_depth(module) for module in before.modules()), default=1)
+    depth = max(depth, *(_depth(module) for module in before.modules()))
     worst = Match(0.0, 0.0, 0.0)
     for given in (inputs, _noise(inputs)):
         truth = _floats(exact(*_cast(given, torch.float64)))
@@ -98,13 +100,14 @@ def verify(
     inputs: tuple[Any, ...],
     what: str,
     dtype: torch.dtype | None = None,
+    depth: int = 1,
 ) -> Match:
     """Compares two networks, see `match`.
 
     Raises:
         VerificationError: they differ by more than rounding.
     """
-    found = match(before, after, inputs, dtype)
+    found = match(before, after, inputs, dtype, depth)
     if not found.ok:
         raise VerificationError(
             f"{what} changes the outputs of the network: {found}. The network was left as it was. "

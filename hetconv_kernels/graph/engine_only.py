@@ -12,7 +12,7 @@ from ..errors import InputTypeError, TraceError, mismatch
 from ..nn import FrequencyConv2d, SupportConv2d, SupportLinear, fuse
 from ..nn.base import ForcedBackend, SupportLayer
 from ..support import Support
-from .average import average_of
+from .average import deepest, native_averages
 from .copying import copied
 from .formats import into_channels_last
 from .layout import set_module
@@ -28,10 +28,12 @@ class EngineOnly(NamedTuple):
     Attributes:
         network: the network.
         changed: what became another step, in words.
+        depth: of the deepest average, in pixels.
     """
 
     network: PlannedNetwork
     changed: tuple[str, ...]
+    depth: int
 
 
 def engine_only(model: nn.Module, inputs: tuple[Tensor, ...]) -> EngineOnly:
@@ -69,17 +71,17 @@ def engine_only(model: nn.Module, inputs: tuple[Tensor, ...]) -> EngineOnly:
     traced = copied(model)
     if dtype is not None:
         _cast_ends(traced, dtype, inputs)
-    shapes = _Shapes(traced)
-    with torch.no_grad():
-        shapes.run(*inputs)
-    changed = [*_layers(traced), *_steps(traced, shapes.found)]
+    _remove_idle(traced, inputs)
+    averages = native_averages(traced, [inputs], "cpu")
+    changed = _layers(traced)
+    changed += [f"{average.name} is an average pooling of the engine" for average in averages]
     changed += [
         f"{name} is brought into channels_last" for name in into_channels_last(traced, inputs)
     ]
     traced.graph.eliminate_dead_code()
     traced.delete_all_unused_submodules()
     traced.recompile()
-    return EngineOnly(planned(traced.eval()), tuple(changed))
+    return EngineOnly(planned(traced.eval()), tuple(changed), deepest(averages))
 
 
 class _Shapes(fx.Interpreter):
@@ -122,29 +124,17 @@ def _layers(traced: fx.GraphModule) -> list[str]:
     return changed
 
 
-def _steps(traced: fx.GraphModule, shapes: dict[fx.Node, tuple[int, ...]]) -> list[str]:
-    """Makes average pooling the engine's; takes out what does nothing."""
-    changed: list[str] = []
+@torch.no_grad()
+def _remove_idle(traced: fx.GraphModule, inputs: tuple[Tensor, ...]) -> None:
+    """Takes out average pooling to the size that an image has already."""
+    shapes = _Shapes(traced)
+    shapes.run(*inputs)
     for node in list(traced.graph.nodes):
         source = node.args[0] if node.args else None
-        if not isinstance(source, fx.Node) or source not in shapes:
-            continue
-        same = shapes.get(node) == shapes[source]
-        if name_of(node) == "adaptive_avg_pool2d" and same:
+        same = source in shapes.found and shapes.found.get(node) == shapes.found[source]
+        if same and name_of(node) == "adaptive_avg_pool2d":
             node.replace_all_uses_with(source)
             traced.graph.erase_node(node)
-            continue
-        pooling = average_of(node, shapes[source])
-        if pooling is None:
-            continue
-        name = f"average_{node.name}"
-        traced.add_module(name, pooling.eval())
-        with traced.graph.inserting_before(node):
-            new = traced.graph.call_module(name, (source,))
-        node.replace_all_uses_with(new)
-        traced.graph.erase_node(node)
-        changed.append(f"{node.name} is an average pooling of the engine")
-    return changed
 
 
 def _cast_ends(traced: fx.GraphModule, dtype: torch.dtype, inputs: tuple[Tensor, ...]) -> None:

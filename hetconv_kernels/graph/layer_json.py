@@ -14,6 +14,7 @@ from ..files import Json
 from ..integers import INT32_MAX, is_integer
 from ..masks import BoolArray
 from ..nn import (
+    AveragePool,
     FrequencyConv2d,
     FusedConv2d,
     GroupedConv2d,
@@ -94,6 +95,7 @@ _BY_NAME: dict[str, type[nn.Module]] = {
         FrequencyConv2d,
         QuantizedConv2d,
         QuantizedLinear,
+        AveragePool,
         *STEP_CLASSES,
     )
 }
@@ -131,6 +133,8 @@ def layer_to_json(module: nn.Module) -> Json | None:
     if isinstance(module, QuantizedLayer) and kind in (QuantizedConv2d, QuantizedLinear):
         return _quantized_to_json(module)
     if isinstance(module, QuantizedStep) and kind in STEP_CLASSES:
+        return {"kind": kind.__name__, "arguments": module.describe()}
+    if isinstance(module, AveragePool) and kind is AveragePool:
         return {"kind": kind.__name__, "arguments": module.describe()}
     if isinstance(module, FrequencyConv2d) and kind is FrequencyConv2d:
         return _frequency_to_json(module, described)
@@ -219,6 +223,8 @@ def _build(
             _check_argument(name, value)
         module = kind(**arguments)
         return module.to(dtype) if "dtype" in described else module
+    if kind is AveragePool:
+        return AveragePool(**arguments | {"pool": _pool(arguments)})
     support = Support.from_json(described["support"])
     if kind is FusedConv2d:
         geometry = _geometry(arguments, support)

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import fx, nn
 
+from ..nn.average import AveragePool
+
 # One value in, one out, the same for every pixel and channel.
 EACH = frozenset(
     (
@@ -107,6 +109,10 @@ def name_of(node: fx.Node) -> str:
     module = module_of(node)
     if isinstance(module, nn.PReLU) and module.num_parameters == 1:
         return "prelu"  # with more parameters it is not the same for every channel
+    if type(module) is AveragePool:
+        if not module.keepdim:
+            return "mean"
+        return "adaptive_avg_pool2d" if module.pool is None else "avg_pool2d"
     if module is not None:
         return _MODULES.get(type(module), type(module).__name__)
     if node.op == "call_method":

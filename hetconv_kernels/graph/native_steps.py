@@ -62,9 +62,15 @@ def native_step(seen: Seen, sources: Sequence[Seen]) -> Found | None:
 
 def _is_layer(module: nn.Module | None) -> bool:
     """Tells whether a module is a layer of this package that the engine may compute all of."""
-    from ..nn import FusedConv2d, QuantizedConv2d, QuantizedLinear, SupportConv2d, SupportLinear
+    from ..nn import (
+        AveragePool,
+        FusedConv2d,
+        QuantizedConv2d,
+        QuantizedLinear,
+        SupportConv2d,
+        SupportLinear,
+    )
     from ..nn.quantized_steps import STEP_CLASSES
-    from .average import AveragePool
 
     if module is None or not type(module).__module__.startswith("hetconv_kernels."):
         return False

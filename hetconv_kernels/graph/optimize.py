@@ -17,18 +17,20 @@ from ..errors import HetconvError, TraceError, VerificationError, mismatch
 from ..measure import tables
 from ..nn.base import SupportLayer
 from . import formats, trace
+from .account import Part, account
+from .average import Average, deepest, native_averages
 from .channels import Channels
 from .check import Match, verify
-from .compact import CompactReport, shrink
+from .compact import shrink
 from .computed import computed_weights
 from .convert import convert
 from .copying import copied, settle
-from .fold import Folded, LeftAlone, fold
+from .fold import LeftAlone, fold
 from .frozen_norm import make_ordinary
 from .hooks import calls_of
 from .layout import set_module
 from .narrow import Narrow, check_narrow, narrow
-from .order import Reordered, order
+from .order import order
 from .parts import children, same_around
 from .planned import PlannedNetwork, planned
 from .replay import check_gpu, replay_on_gpu
@@ -36,29 +38,6 @@ from .trace import as_inputs, check_network
 from .worth import LeftPlain, leave_plain
 
 __all__ = ["OptimizeReport", "optimize"]
-
-
-@dataclass(frozen=True)
-class Part:
-    """What was done to a network, or to the part of one that could be traced.
-
-    Attributes:
-        name: of the part; "" is the whole network.
-        traced_by: ``torch.fx`` or ``torch.export``.
-        compacted: what became smaller.
-        reordered: which channels were put in another order.
-        folded: what was fused.
-        plain: layers that are PyTorch's own, since no Support pays there.
-        brought: inputs that are brought into channels_last as they come in.
-    """
-
-    name: str
-    traced_by: str
-    compacted: CompactReport
-    reordered: tuple[Reordered, ...]
-    folded: Folded
-    plain: tuple[LeftPlain, ...] = ()
-    brought: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,7 +81,7 @@ class OptimizeReport:
                 f"fixed to their defaults, for the example gives no others: {', '.join(self.fixed)}"
             )
         for part in self.parts:
-            lines += ["", *_account(part)]
+            lines += ["", *account(part)]
         if self.settled:
             lines += ["", f"made ordinary, once and for all: {', '.join(self.settled)}"]
         if self.frozen:
@@ -131,10 +110,11 @@ def optimize(
     convolutions; layers with a Support are frozen, and those for which no Support pays at the size
     of the example, what a call takes in Python included, are left as plain ``nn.Linear`` or
     ``nn.Conv2d`` with zeros, whose multiplications `stats` then counts. A `FusedConv2d` stays: what
-    it took over would be a step as long as what it adds. Where the network cannot be traced, its
-    parts are tried, down to single layers; one that is called several times, as the tower of a
-    detector's head is for each map, on what each call gives it. The outputs of the result are
-    compared with the original's.
+    it took over would be a step as long as what it adds. Average pooling becomes an `AveragePool`
+    where the engine takes its image. Where the network cannot be traced, its parts are tried, down
+    to single layers; one that is called several times, as the tower of a detector's head is for
+    each map, on what each call gives it. The outputs of the result are compared with the
+    original's.
 
     With a dtype, weights are then rounded to it, once, and activations are of it from layer to
     layer; sums and shifts inside of a layer stay float32, and the outputs have the dtype of the
@@ -174,7 +154,7 @@ def optimize(
         check_narrow(dtype)
     if cuda_graph:
         check_gpu(inputs)
-    work = _Work(copied(model), leave_plain and dtype is None)
+    work = _Work(copied(model), leave_plain and dtype is None, dtype != torch.float16)
     settled = settle(work.root) + make_ordinary(work.root) + _plain_weights(work)
     with torch.no_grad():
         result = work.optimize(work.root, "", [inputs])
@@ -189,7 +169,7 @@ def optimize(
     if result is None and dtype is None:
         matched = _compared(model, work, frozen, inputs)
     elif matched is None or frozen or dtype is not None or cuda_graph:
-        matched = verify(model, work.root, inputs, "optimize", dtype)
+        matched = verify(model, work.root, inputs, "optimize", dtype, work.depth)
     parts, untraced = tuple(work.parts), tuple(work.untraced)
     fixed = () if result is None else _fixed_arguments(model, len(inputs))
     return OptimizeReport(
@@ -210,7 +190,7 @@ def _compared(
         VerificationError: the outputs differ by more than rounding explains.
     """
     try:
-        return verify(model, work.root, inputs, "optimize")
+        return verify(model, work.root, inputs, "optimize", depth=work.depth)
     except VerificationError:
         parts = [part.name for part in work.parts]
         layers = [n for n in frozen if not any(n.startswith(f"{part}.") for part in parts)]
@@ -221,7 +201,7 @@ def _compared(
         if not parts or by_name or not same_around(model, work.root, names, inputs):
             raise
     matches = [
-        verify(modules[n], work.root.get_submodule(n), call.arguments, "optimize")
+        verify(modules[n], work.root.get_submodule(n), call.arguments, "optimize", depth=work.depth)
         for n, calls in given.items()
         for call in calls
     ]
@@ -265,13 +245,20 @@ class _Work:
     Attributes:
         root: a copy of the network, which is changed.
         plain: whether layers may be left plain.
+        averages: whether the engine has averages of the dtype.
     """
 
     root: nn.Module
     plain: bool
+    averages: bool
     parts: list[Part] = field(default_factory=list)
     untraced: list[LeftAlone] = field(default_factory=list)
     match: Match | None = None
+
+    @property
+    def depth(self) -> int:
+        """What the deepest of the averages adds up."""
+        return deepest(average for part in self.parts for average in part.averages)
 
     def optimize(
         self, module: nn.Module, name: str, calls: list[tuple[Any, ...]]
@@ -291,22 +278,25 @@ class _Work:
             _, reordered = order(Channels(traced))
             folded = fold(traced.eval())
             how = traced.meta["traced by"]
-            traced, brought, plain, matches = self._finished(module, traced, calls)
+            traced, brought, plain, averages, matches = self._finished(module, traced, calls)
         except HetconvError as error:
             self.untraced.append(LeftAlone(name, str(error)))
             self._children(module, name, calls)
             return None
         self.match = matches[0]
-        self.parts.append(Part(name, how, compacted, reordered, folded, plain, brought))
+        self.parts.append(Part(name, how, compacted, reordered, folded, plain, brought, averages))
         return planned(traced)
 
     def _finished(
         self, module: nn.Module, traced: fx.GraphModule, calls: list[tuple[Any, ...]]
-    ) -> tuple[fx.GraphModule, tuple[str, ...], tuple[LeftPlain, ...], list[Match]]:
-        """Sees to memory formats and plain layers; compares the outputs.
+    ) -> tuple[
+        fx.GraphModule, tuple[str, ...], tuple[LeftPlain, ...], tuple[Average, ...], list[Match]
+    ]:
+        """Sees to memory formats, plain layers and averages; compares the outputs.
 
         Returns:
-            The graph, its inputs that are brought into channels_last, plain layers, and matches.
+            The graph, its inputs that are brought into channels_last, plain layers, averages, and
+            matches.
 
         Raises:
             HetconvError: the outputs differ, or the graph cannot take an input.
@@ -315,12 +305,16 @@ class _Work:
             last = copied(traced)
             with suppress(*trace.FAILURES):  # unless the network looks at strides
                 brought = formats.into_channels_last(last, calls[0])
-                plain = leave_plain(last, calls) if self.plain else ()
+                plain = leave_plain(last, calls, program=True) if self.plain else ()
+                averages = native_averages(last, calls) if self.averages else ()
                 before, after = (m(*copy.deepcopy(calls[0])) for m in (module, last))
                 formats.keep_outputs(last, before, after)
-                return last, brought, plain, [_verified(module, last, each) for each in calls]
-        plain = leave_plain(traced, calls) if self.plain else ()
-        return traced, (), plain, [_verified(module, traced, each) for each in calls]
+                matches = [_verified(module, last, each, averages) for each in calls]
+                return last, brought, plain, averages, matches
+        plain = leave_plain(traced, calls, program=True) if self.plain else ()
+        averages = native_averages(traced, calls) if self.averages else ()
+        matches = [_verified(module, traced, each, averages) for each in calls]
+        return traced, (), plain, averages, matches
 
     def _children(self, module: nn.Module, name: str, calls: list[tuple[Any, ...]]) -> None:
         """Optimises the children on what they are called with; those of mere lists of modules too.
@@ -345,14 +339,16 @@ class _Work:
                 set_module(module, key, new)
 
 
-def _verified(module: nn.Module, traced: nn.Module, inputs: tuple[Any, ...]) -> Match:
+def _verified(
+    module: nn.Module, traced: nn.Module, inputs: tuple[Any, ...], averages: tuple[Average, ...]
+) -> Match:
     """Compares a part with its graph.
 
     Raises:
         HetconvError: they differ, or the graph cannot take these inputs.
     """
     try:
-        return verify(module, traced, inputs, "optimize")
+        return verify(module, traced, inputs, "optimize", depth=deepest(averages))
     except HetconvError:
         raise
     except trace.FAILURES as error:  # the graph of another call's sizes
@@ -367,34 +363,3 @@ def _freeze(root: nn.Module) -> Iterator[str]:
         if isinstance(module, SupportLayer) and not module.frozen and module._owns_weight:
             module.freeze()
             yield name
-
-
-def _account(part: Part) -> list[str]:
-    where = part.name or "the network"
-    lines = [f"{where}, traced by {part.traced_by}"]
-    shrunk = part.compacted.shrunk
-    lines.append(
-        f"  {len(shrunk)} layers made smaller" if shrunk else "  no dead channels to remove"
-    )
-    reasons: dict[str, list[int]] = {}
-    for stayed in part.compacted.stayed:
-        reasons.setdefault(stayed.reason, []).append(stayed.channels)
-    for reason, dead in reasons.items():
-        lines.append(f"    {sum(dead)} dead channels at {len(dead)} places stayed: {reason}")
-    for moved in part.reordered:
-        lines.append(
-            f"  {moved.channels} channels of {', '.join(moved.layers)} put in order: "
-            f"{moved.runs[0]} runs -> {moved.runs[1]}"
-        )
-    if not part.reordered:
-        lines.append("  no order of channels with fewer runs was found")
-    counts: dict[str, int] = {}
-    for fused in part.folded.fused:
-        counts[fused.parts] = counts.get(fused.parts, 0) + 1
-    lines += [f"  {count} fused: {parts}" for parts, count in counts.items()]
-    if part.folded.removed:
-        lines.append(f"  {part.folded.removed} steps without effect removed (dropout, identity)")
-    lines += [f"  {left.name} left alone: {left.reason}" for left in part.folded.left]
-    lines += [f"  {left.name} left plain: {left.reason}" for left in part.plain]
-    lines += [f"  {name} is brought into channels_last" for name in part.brought]
-    return lines

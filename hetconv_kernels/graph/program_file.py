@@ -22,7 +22,7 @@ from ..packing import live_weight
 from ..problem import is_dense_shape
 from .check import Match, verify
 from .copying import copied
-from .engine_only import check_inputs, engine_only
+from .engine_only import EngineOnly, check_inputs, engine_only
 from .names import describe_node, module_of
 from .narrow import Narrow
 from .planned import PlannedNetwork, _Recording
@@ -108,7 +108,7 @@ def save_program(model: nn.Module, example: Any, path: str | os.PathLike[str]) -
                 f"{type(model).__name__} cannot be run on the engine alone: {error}"
             ) from error
         program = run.program(expected)
-    match = _verified(model, made.network, inputs)
+    match = _verified(model, made, inputs)
     file = _File(program, run._seen, inputs)
     contents = file.contents(type(model).__name__)
     _check(contents, inputs, file.outputs, expected)
@@ -120,13 +120,13 @@ def save_program(model: nn.Module, example: Any, path: str | os.PathLike[str]) -
 
 
 @torch.no_grad()
-def _verified(model: nn.Module, network: nn.Module, inputs: tuple[Tensor, ...]) -> Match | None:
+def _verified(model: nn.Module, made: EngineOnly, inputs: tuple[Tensor, ...]) -> Match | None:
     if any(isinstance(m, QuantizedLayer) for m in model.modules()):
         return None
     if isinstance(model, Narrow):  # beside what its rounded weights give in float32
         wide = copied(model.body).float()
-        return verify(wide, network, inputs, "export.program", model.dtype)
-    return verify(model, network, inputs, "export.program")
+        return verify(wide, made.network, inputs, "export.program", model.dtype, made.depth)
+    return verify(model, made.network, inputs, "export.program", depth=made.depth)
 
 
 class _File:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..backends import choose, predict
-from ..backends.dense_cost import plain_seconds
+from ..backends.cpu_plans import chosen_plan, plan_seconds
+from ..backends.dense_cost import outside_program, plain_seconds
 from ..backends.vendor import Vendor
 from ..nn import FrequencyConv2d, SupportConv2d, SupportLinear
 from ..nn.base import SupportLayer
@@ -37,7 +38,9 @@ class LeftPlain(NamedTuple):
 
 
 @torch.no_grad()
-def leave_plain(model: nn.Module, inputs: Sequence[tuple[Any, ...]]) -> tuple[LeftPlain, ...]:
+def leave_plain(
+    model: nn.Module, inputs: Sequence[tuple[Any, ...]], program: bool = False
+) -> tuple[LeftPlain, ...]:
     """Replaces layers in place by the ``nn.Conv2d`` or ``nn.Linear`` that they came from.
 
     A layer goes where its plain twin, zeros in its weight, is predicted to take no longer than the
@@ -49,6 +52,8 @@ def leave_plain(model: nn.Module, inputs: Sequence[tuple[Any, ...]]) -> tuple[Le
     Args:
         model: a network in which layers have a Support, in evaluation mode.
         inputs: what it is called with, once each.
+        program: whether it will run as a native program: there a layer of the engine takes no
+            Python, and a plain one is a call between two pieces.
     """
     if backends.forced_code():
         return ()
@@ -62,7 +67,7 @@ def leave_plain(model: nn.Module, inputs: Sequence[tuple[Any, ...]]) -> tuple[Le
         if not noted or any(call.keywords for call in noted):
             continue
         calls = [call.arguments[0] for call in noted]
-        answers = [_reason(layer, x) for x in calls]
+        answers = [_reason(layer, x, program) for x in calls]
         if None in answers:
             continue
         plain: Any = layer.to_linear() if isinstance(layer, SupportLinear) else layer.to_conv2d()
@@ -108,7 +113,7 @@ def _candidates(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def _reason(layer: SparseLayer, x: Tensor) -> str | None:
+def _reason(layer: SparseLayer, x: Tensor, program: bool) -> str | None:
     """Says why the plain layer is as fast on such an input; None where it is not."""
     if x.dim() == 3 and not isinstance(layer, SupportLinear):
         return None
@@ -124,6 +129,9 @@ def _reason(layer: SparseLayer, x: Tensor) -> str | None:
         engine = choose(problem, 0).backend
         ours, name = predict(engine, problem), engine.name
     plain = plain_seconds(problem)
+    if program and name == "cpu":
+        ours = plan_seconds(problem, chosen_plan(problem), around=False)
+        plain = outside_program(problem, plain)
     if ours < plain:
         return None
     return (

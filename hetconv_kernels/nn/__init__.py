@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers: drop-in modules for ``nn.Conv2d`` and ``nn.Linear``."""
 
+from .average import AveragePool
 from .conv import SupportConv2d
 from .frequency import FrequencyConv2d
 from .fused import FusedConv2d, fuse
@@ -20,6 +21,7 @@ from .quantized_steps import (
 from .self_grouping import SelfGroupConv2d
 
 __all__ = [
+    "AveragePool",
     "Dequantize",
     "FrequencyConv2d",
     "FusedConv2d",

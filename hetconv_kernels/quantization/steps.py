@@ -21,7 +21,7 @@ from ..errors import ArgumentError
 from ..graph.alias import changed_in_place
 from ..graph.fold import _activation, _is_sum, _pool
 from ..graph.names import module_of, name_of
-from ..nn import FusedConv2d, SupportLinear
+from ..nn import AveragePool, FusedConv2d, SupportLinear
 from ..pooling import Pool
 from .scheme import bounds
 
@@ -184,6 +184,8 @@ def _average(
     shape = inputs[0].meta.get("shape", ())
     if len(shape) != 4:
         return None
+    if isinstance(module, AveragePool) and not module.keepdim:
+        return Step(node, "mean", LIGHT, inputs[:1], node, keepdim=False)
     if name == "mean":
         dims = _argument(node, 1, "dim")
         known = isinstance(dims, list | tuple) and all(isinstance(d, int) for d in dims)
