@@ -230,7 +230,7 @@ void PoolStep::save(Writer& to, const SavedWeights*) const {
 }
 
 Loaded PoolStep::load(Reader& from) {
-  const auto what = from.one_of<Pooling>(3, "what is taken of a window");
+  const auto what = from.one_of<Pooling>(4, "what is taken of a window");
   const auto dtype = from.one_of<DType>(4, "the dtype of images");
   const auto N = from.within<int64_t>(0, kMostImages, "the number of images");
   const int H = from.within<int32_t>(1, kMostPixels, "the height of an image");

@@ -9,20 +9,10 @@
 #include <utility>
 
 #include "memory.h"
-#include "threads.h"
+#include "step_pieces.h"
 
 namespace hetconv {
 namespace {
-
-constexpr int64_t kPiece = 1 << 15;  // elements that are worth a thread
-
-// Runs run(begin, end) over [0, count) in pieces of at least `piece`.
-template <class Run> void in_pieces(int64_t count, int64_t piece, int threads, const Run& run) {
-  threads = usable_threads(threads);
-  const int64_t fit = count / (piece < 1 ? 1 : piece);
-  const int64_t pieces = fit < 1 ? 1 : fit < threads ? fit : threads;
-  pieces_in_parallel(count, int(pieces), run);
-}
 
 std::vector<double> copied(const void* from, int count, size_t size) {
   if (!from) return {};
@@ -30,9 +20,6 @@ std::vector<double> copied(const void* from, int count, size_t size) {
   std::memcpy(to.data(), from, size_t(count) * size);
   return to;
 }
-
-// A call says how many threads it takes, or leaves it to the step.
-int asked(int threads, int own) { return threads > 0 ? threads : own; }
 
 struct Freed {
   void operator()(void* at) const { std::free(at); }
@@ -197,9 +184,12 @@ PoolStep::PoolStep(Pooling what, DType dtype, int64_t N, int H, int W, int C, co
                      q.sw > 0 && q.pt >= 0 && q.pl >= 0 && q.pt < q.KH && q.pl < q.KW;
   if (!whole || (q.Ho - 1) * int64_t(q.sh) - q.pt >= H || (q.Wo - 1) * int64_t(q.sw) - q.pl >= W)
     throw std::invalid_argument("a window of the pooling has no pixel in it");
+  if (what == Pooling::mean_of_planes && (dtype != DType::f32 || !of_whole_image()))
+    throw std::invalid_argument("planes are averaged whole, in float32");
 }
 
 void PoolStep::run(char* const* operands, int threads) const {
+  if (what_ == Pooling::mean_of_planes) return run_planes(operands, threads);
   const Pool& q = pool_;
   const int type = dtype_ == DType::f32 ? 0 : 1;
   const int64_t size = dtype_ == DType::f32 ? 4 : 2;

@@ -22,6 +22,10 @@ struct Reach {
   int element;
 };
 
+// Planes: it computes from planes of channels, to planes of filters, and transposes all others.
+// Pixels: the same of channels innermost. Either: both alike. Fixed: nothing is known.
+enum class Lying : int { fixed, planes, pixels, either };
+
 class Step {
  public:
   virtual ~Step() = default;
@@ -39,13 +43,16 @@ class Step {
     return false;
   }
   virtual bool in_place() const { return false; }  // an input may be the output
+
+  // How it would have its operands lie, if it may be given others than it was recorded with.
+  virtual Lying lying() const { return Lying::fixed; }
+  // The same, with those of x, the residual and y in planes that are asked for. All operands are
+  // dense, of N images of H x W pixels. Throws std::invalid_argument where they are fixed.
+  virtual std::shared_ptr<const Step> in_planes(const std::array<bool, 3>& which, int64_t N, int H,
+                                                int W) const;
 };
 
 using Loaded = std::unique_ptr<const Step>;
-
-// Planes: it computes from planes of channels, to planes of filters, and transposes all others.
-// Pixels: the same of channels innermost. Either: it copies both. Fixed: nothing is known.
-enum class Lying : int { fixed, planes, pixels, either };
 
 // Operands: x, residual (null: none), y.
 class ConvStep : public Step {
@@ -61,12 +68,9 @@ class ConvStep : public Step {
   static Loaded load(Reader& from);
   bool optional(int operand) const override { return operand == 1; }
 
-  // How it would have its operands lie, if it may be given others than it was recorded with.
-  Lying lying() const;
-  // The same, with those of x, the residual and y in planes that are asked for. All operands are
-  // dense, of N images of H x W pixels.
-  std::shared_ptr<const ConvStep> in_planes(const std::array<bool, 3>& which, int64_t N, int H,
-                                            int W) const;
+  Lying lying() const override;
+  std::shared_ptr<const Step> in_planes(const std::array<bool, 3>& which, int64_t N, int H,
+                                        int W) const override;
 
  private:
   void run_apart(Problem p) const;
@@ -186,10 +190,10 @@ class EachStep : public Step {
 };
 
 // What is taken of a window: the greatest, where a NaN wins; or the sum over the number of all
-// taps, or of those inside the image.
-enum class Pooling : int { max = 0, mean = 1, mean_inside = 2 };
+// taps, or of those inside the image; or that of a whole image, which lies in planes.
+enum class Pooling : int { max = 0, mean = 1, mean_inside = 2, mean_of_planes = 3 };
 
-// Operands: x, y: images in channels_last, float32 or bfloat16.
+// Operands: x, y: images in channels_last, or in planes; float32 or bfloat16.
 class PoolStep : public Step {
  public:
   PoolStep(Pooling what, DType dtype, int64_t N, int H, int W, int C, const Pool& pool,
@@ -200,8 +204,16 @@ class PoolStep : public Step {
   void save(Writer& to, const SavedWeights* weights) const override;
   Reach reach(int operand) const override;
   static Loaded load(Reader& from);
+  Lying lying() const override;
+  std::shared_ptr<const Step> in_planes(const std::array<bool, 3>& which, int64_t N, int H,
+                                        int W) const override;
 
  private:
+  bool of_whole_image() const {
+    return pool_.KH == H_ && pool_.KW == W_ && pool_.Ho == 1 && pool_.Wo == 1 && !pool_.pt &&
+           !pool_.pl;
+  }
+  void run_planes(char* const* operands, int threads) const;
   Pooling what_;
   DType dtype_;
   int64_t N_;

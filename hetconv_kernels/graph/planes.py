@@ -74,7 +74,8 @@ def _layer(step: Any, operands: Sequence[Operand]) -> _Layer | None:
     """Returns a step that may be given planes; None: not this one, or not these operands."""
     if step.lying == "fixed":
         return None
-    x, residual, y = (operand.spec for operand in operands)
+    x, *between, y = (operand.spec for operand in operands)
+    (residual,) = between or (None,)
     if any(spec is not None and not _is_image(spec) for spec in (x, residual, y)):
         return None
     return None if x is None or y is None else _Layer(step.lying, x, residual, y)
