@@ -158,6 +158,7 @@ class Arena:
 
     Args:
         lifetimes: of the results, in the order in which they are asked for.
+        copies: how many times all places are there; the tensors are at the first.
 
     Attributes:
         memory: the buffer.
@@ -165,9 +166,10 @@ class Arena:
         places: the first byte of each result, -1 for those that escape.
     """
 
-    def __init__(self, lifetimes: Sequence[Lifetime]) -> None:
+    def __init__(self, lifetimes: Sequence[Lifetime], copies: int = 1) -> None:
         self.lifetimes = tuple(lifetimes)
-        self.places, self.bytes = assign_offsets(self.lifetimes)
+        self.places, size = assign_offsets(self.lifetimes)
+        self.bytes = size * copies
         # Outside inference mode, so that any later call may use it.
         with torch.inference_mode(False):
             self.memory, self.first = _buffer(self.bytes)

@@ -1,9 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "program.h"
 
+#include <algorithm>
+#include <atomic>
+#include <exception>
+#include <mutex>
 #include <stdexcept>
 
+#include "threads.h"
+
 namespace hetconv {
+namespace {
+
+constexpr size_t kFew = 16;  // addresses that need no memory of their own
+
+}  // namespace
 
 void Program::add(std::shared_ptr<const Step> step, std::vector<Place> operands) {
   if (!step || int(operands.size()) != step->operands())
@@ -17,7 +28,6 @@ void Program::add(std::shared_ptr<const Step> step, std::vector<Place> operands)
 }
 
 void Program::run(char* const* bases, int threads) const {
-  constexpr size_t kFew = 16;
   char* few[kFew];
   std::vector<char*> many(most_ > kFew ? most_ : 0);
   char** at = most_ > kFew ? many.data() : few;
@@ -28,6 +38,29 @@ void Program::run(char* const* bases, int threads) const {
     }
     bound.step->run(at, threads);
   }
+}
+
+void Program::run_parts(char* const* bases, const int64_t* strides, int64_t parts,
+                        int workers) const {
+  std::atomic<int64_t> next(0);
+  std::exception_ptr thrown;
+  std::mutex throwing;
+  in_parallel(std::min<int64_t>(usable_threads(workers), parts), [&](int worker) {
+    try {
+      char* few[kFew];
+      std::vector<char*> many(bases_ > int(kFew) ? size_t(bases_) : 0);
+      char** at = bases_ > int(kFew) ? many.data() : few;
+      for (int64_t part; (part = next.fetch_add(1, std::memory_order_relaxed)) < parts;) {
+        for (int i = 0; i < bases_; ++i) at[i] = bases[i] + strides[i] * (i ? part : worker);
+        run(at, 1);
+      }
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(throwing);
+      thrown = std::current_exception();
+      next.store(parts, std::memory_order_relaxed);
+    }
+  });
+  if (thrown) std::rethrow_exception(thrown);
 }
 
 namespace {

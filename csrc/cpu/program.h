@@ -24,6 +24,10 @@ class Program {
   // From several threads at once, where the memory that they write is not shared. threads: 0 = as
   // many as each step was made for.
   void run(char* const* bases, int threads = 0) const;
+  // The same of a batch in parts, each by one of `workers` threads, for a program of one part.
+  // strides: bytes from what a base holds of one part to the next; of base 0, from the arena of one
+  // worker to the next.
+  void run_parts(char* const* bases, const int64_t* strides, int64_t parts, int workers) const;
 
  private:
   struct Bound {

@@ -53,6 +53,15 @@ void run_program(const Program& program, const std::vector<uintptr_t>& addresses
   program.run(reinterpret_cast<char* const*>(addresses.data()));
 }
 
+void run_parts(const Program& program, const std::vector<uintptr_t>& addresses,
+               const std::vector<int64_t>& strides, int64_t parts, int workers) {
+  if (int(addresses.size()) < program.bases() || strides.size() != addresses.size())
+    throw std::invalid_argument("a program was given too few addresses or strides");
+  py::gil_scoped_release release;
+  program.run_parts(reinterpret_cast<char* const*>(addresses.data()), strides.data(), parts,
+                    workers);
+}
+
 // What a program was made from, to be found unchanged: entries of dictionaries, by identity, and
 // tensors, by their storage's address, their implementation and their version.
 class Guard {
@@ -176,6 +185,13 @@ void bind_program(py::module_& m) {
                                                                    "either"};
                                return names[int(s.lying())];
                              })
+      .def_property_readonly("weight_bytes", &Step::weight_bytes)
+      .def(
+          "of_part",
+          [](const Step& s, int64_t parts) {
+            return std::const_pointer_cast<Step>(s.of_part(parts));
+          },
+          py::arg("parts"))
       .def("in_planes", &in_planes, py::arg("which"), py::arg("nhw"));
   py::class_<Tape>(m, "Tape", "Notes the calls of the engine of the thread that starts it.")
       .def(py::init<>())
@@ -197,7 +213,9 @@ void bind_program(py::module_& m) {
                                  kinds.push_back(p.step(i).kind());
                                return kinds;
                              })
-      .def("run", &run_program, py::arg("addresses"));
+      .def("run", &run_program, py::arg("addresses"))
+      .def("run_parts", &run_parts, py::arg("addresses"), py::arg("strides"), py::arg("parts"),
+           py::arg("workers"));
   py::class_<Guard>(m, "Guard", "Tells whether what a program was made from is as it was.")
       .def(py::init<>())
       .def("entry", &Guard::entry, py::arg("of"), py::arg("key"))

@@ -50,6 +50,13 @@ class Step {
   // dense, of N images of H x W pixels. Throws std::invalid_argument where they are fixed.
   virtual std::shared_ptr<const Step> in_planes(const std::array<bool, 3>& which, int64_t N, int H,
                                                 int W) const;
+  // The same for one of so many equal parts of the batch, each image computed as in the whole; null
+  // where it is not known how.
+  virtual std::shared_ptr<const Step> of_part(int64_t parts) const {
+    (void)parts;
+    return nullptr;
+  }
+  virtual size_t weight_bytes() const { return 0; }  // that a run reads
 };
 
 using Loaded = std::unique_ptr<const Step>;
@@ -67,6 +74,8 @@ class ConvStep : public Step {
   Reach reach(int operand) const override;
   static Loaded load(Reader& from);
   bool optional(int operand) const override { return operand == 1; }
+  std::shared_ptr<const Step> of_part(int64_t parts) const override;
+  size_t weight_bytes() const override { return packed_->bytes(); }
 
   Lying lying() const override;
   std::shared_ptr<const Step> in_planes(const std::array<bool, 3>& which, int64_t N, int H,
@@ -207,6 +216,7 @@ class PoolStep : public Step {
   Lying lying() const override;
   std::shared_ptr<const Step> in_planes(const std::array<bool, 3>& which, int64_t N, int H,
                                         int W) const override;
+  std::shared_ptr<const Step> of_part(int64_t parts) const override;
 
  private:
   bool of_whole_image() const {

@@ -11,13 +11,14 @@ graph says, on tensors over the arena.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from ..arena import Arena, Lifetime
+from ..arena import Arena, Lifetime, assign_offsets
 from .seen import Spec
 
 _CPU = torch.device("cpu")
@@ -31,8 +32,10 @@ class Frame(Arena):
         address: of the first byte.
     """
 
-    def __init__(self, lifetimes: Sequence[Lifetime], views: Sequence[View], steps: int) -> None:
-        super().__init__(lifetimes)
+    def __init__(
+        self, lifetimes: Sequence[Lifetime], views: Sequence[View], steps: int, workers: int = 1
+    ) -> None:
+        super().__init__(lifetimes, workers)
         self.address = self.memory.data_ptr() + self.first
         self.values: list[Any] = [None] * steps
         with torch.inference_mode(False):
@@ -81,6 +84,17 @@ class Native(NamedTuple):
     numbers: tuple[int, ...]
 
 
+class _Parts:
+    """A native program that takes the parts of a batch, each by one thread."""
+
+    def __init__(self, part: Any, strides: tuple[int, ...], parts: int, workers: int) -> None:
+        self._part, self._strides, self._parts, self._workers = part, strides, parts, workers
+        self.kinds = part.kinds
+
+    def run(self, addresses: list[int]) -> None:
+        self._part.run_parts(addresses, self._strides, self._parts, self._workers)
+
+
 class Called(NamedTuple):
     """A step that is called as the graph says."""
 
@@ -107,6 +121,7 @@ class Program:
         nodes = list(network.graph.nodes)
         self.lifetimes = lifetimes
         self._views, self._pieces, self._guard, self._steps = views, pieces, guard, len(nodes)
+        self._workers = 1
         self._inputs = [i for i, n in enumerate(nodes) if n.op == "placeholder"]
         index = {node: i for i, node in enumerate(nodes)}
         (output,) = (n for n in nodes if n.op == "output")
@@ -125,7 +140,38 @@ class Program:
 
     def frame(self) -> Frame:
         """Makes the memory of a call."""
-        return Frame(self.lifetimes, self._views, self._steps)
+        return Frame(self.lifetimes, self._views, self._steps, self._workers)
+
+    @property
+    def arena_bytes(self) -> int:
+        """The bytes of activations at their places."""
+        return assign_offsets(self.lifetimes)[1]
+
+    @property
+    def native(self) -> Native | None:
+        """The native steps where there is nothing else; None where there is."""
+        (piece, *others) = self._pieces
+        return piece if isinstance(piece, Native) and not others else None
+
+    def in_parts(self, parts: int, strides: Sequence[int], workers: int) -> Program:
+        """Returns the program of a batch, of which this one is for one part.
+
+        Args:
+            parts: how many there are.
+            strides: of what lies outside the arena: bytes from one part to the next.
+            workers: threads.
+        """
+        native = self.native
+        assert native is not None
+        fresh = tuple(
+            (number, (parts * shape[0], *shape[1:]), dtype, layout)
+            for number, shape, dtype, layout in native.fresh
+        )
+        program = _Parts(native.program, (self.arena_bytes, *strides), parts, workers)
+        whole = copy(self)
+        whole._workers = workers
+        whole._pieces = [native._replace(program=program, fresh=fresh)]
+        return whole
 
     def holds(self) -> bool:
         """Tells whether layers and weights are those that were recorded."""

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from torch import fx, nn
 
 from ..arena import Arena, Lifetime
+from .batch_parts import Built, in_parts
 from .names import module_of, name_of
 from .native_steps import native_step
 from .planes import Bindable, in_planes
@@ -86,7 +87,15 @@ def build_program(
     Returns:
         The program; None where no step would be native.
     """
-    return _Builder(network, record, kept, observer).program()
+
+    def built(seen: Sequence[Seen]) -> Built:
+        builder = _Builder(network, seen, kept, observer)
+        return Built(builder.program(), builder.operand_bytes, builder.weight_bytes)
+
+    program = built(record).program
+    if program is None or observer is not None:
+        return program
+    return in_parts(program, record, built) or program
 
 
 class _Pending(NamedTuple):
@@ -127,6 +136,7 @@ class _Builder:
         self.views: list[View] = []
         self.guard = _cpu.Guard()
         self.watched: set[Any] = set()
+        self.operand_bytes = self.weight_bytes = 0  # of native steps
         self.deaths = self._deaths()
 
     def program(self) -> Program | None:
@@ -296,6 +306,8 @@ class _Builder:
         fresh, checked, bound = [], {}, []
         for index, step, operands in steps:
             where: list[tuple[int, int]] = []
+            self.weight_bytes += step.weight_bytes
+            self.operand_bytes += sum(o.spec.bytes for o in operands if o.spec is not None)
             for operand in operands:
                 if operand.step is None:
                     where.append((-1, 0))

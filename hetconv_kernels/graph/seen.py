@@ -68,6 +68,11 @@ class Spec(NamedTuple):
         return math.prod(self.shape)
 
     @property
+    def bytes(self) -> int:
+        """The bytes of its elements."""
+        return self.numel * self.dtype.itemsize
+
+    @property
     def extent(self) -> int:
         """From its first element to its last, in elements."""
         if not self.numel:

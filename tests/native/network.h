@@ -53,7 +53,11 @@ class Made {
     const SavedWeights* weights =
         keep(v.mask, v.F, columns, dense_.data(), size_of(c.weight_dtype), c.weight_dtype);
     Place y = room(N * pixels * v.F * size);
-    add(std::make_shared<ConvStep>(plan, packed, p), {image, {residual, 0}, y}, weights);
+    layer_ = std::make_shared<ConvStep>(plan, packed, p);
+    images_ = N;
+    residual_ = residual >= 0;
+    result_ = N * pixels * v.F * size;
+    add(layer_, {image, {residual, 0}, y}, weights);
     if (c.dtype == DType::f32 || c.dtype == DType::bf16) between(c, N, y);
     if (c.dtype == DType::f32) in_8_bits(c, N, y);
     const Place padded{output(c.dtype, {2 * N * pixels * v.F + 5}), 0};
@@ -98,6 +102,21 @@ class Made {
     return found;
   }
 
+  // What the float layer gives of a batch, or of its images one by one; the operands lie anyhow.
+  std::vector<char> layer(const std::vector<std::vector<char>>& inputs, bool one_by_one) {
+    std::vector<char> y(size_t(result_));
+    char* bases[] = {nullptr, const_cast<char*>(inputs[0].data()),
+                     residual_ ? const_cast<char*>(inputs[1].data()) : nullptr, y.data()};
+    const int64_t strides[] = {0, int64_t(inputs[0].size()) / images_,
+                               residual_ ? int64_t(inputs[1].size()) / images_ : 0,
+                               result_ / images_};
+    Program program;
+    program.add(one_by_one ? layer_->of_part(images_) : layer_,
+                {{1, 0}, {residual_ ? 2 : -1, 0}, {3, 0}});
+    one_by_one ? program.run_parts(bases, strides, images_, 3) : program.run(bases);
+    return y;
+  }
+
  private:
   void between(const Case& c, int64_t N, Place y) {
     const Conv& v = c.conv;
@@ -116,6 +135,12 @@ class Made {
       parts.push_back(room(pooled));
       add(std::make_shared<PoolStep>(Pooling(what), c.dtype, N, v.Ho, v.Wo, v.F, q, threads),
           {y, parts.back()});
+    }
+    if (c.dtype == DType::f32) {
+      const Pool all_of_it{v.Ho, v.Wo, 1, 1, 0, 0, 1, 1};
+      add(std::make_shared<PoolStep>(Pooling::mean_of_planes, c.dtype, N, v.Ho, v.Wo, v.F,
+                                     all_of_it, threads),
+          {y, {output(c.dtype, {N, v.F}), 0}});
     }
     const int64_t piece = int64_t(v.F) * size;
     parts.push_back(room(3 * pooled));
@@ -257,6 +282,9 @@ class Made {
   }
 
   Random r_;
+  std::shared_ptr<const Step> layer_;
+  bool residual_ = false;
+  int64_t images_ = 1, result_ = 0;  // of the layer: images, bytes
   ProgramFile about_;
   Program program_;
   int64_t arena_ = 0;

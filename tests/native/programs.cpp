@@ -120,6 +120,9 @@ std::string check_program(const Case& c) {
   for (std::thread& t : callers) t.join();
   if (wrong != std::vector<int>(3, 0)) return "a saved program computes otherwise in some thread";
 
+  if (made.layer(inputs, true) != made.layer(inputs, false))
+    return "images one by one are computed otherwise than a batch";
+
   Random r(c.seed + 7);
   for (int i = 0; i < 12; ++i) {
     std::string flipped = file;
