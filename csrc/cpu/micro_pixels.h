@@ -19,17 +19,18 @@ constexpr int kMaxPixelFilters = 6;
 constexpr int kPixelVectors[9] = {0, 6, 4, 3, 2, 2, 2, 0, 0};
 constexpr int kMostPixelVectors = 6;
 #endif
+// Pixels beyond whole vectors that are computed with all filters of a tile in the lanes of one.
 #if defined(__AVX512F__)
-constexpr int kMostOver = 2;  // all filters of a tile fit one vector
+template <class A> constexpr int kMostOver = sizeof(A) == 4 ? 2 : 0;
 #else
-constexpr int kMostOver = 0;
+template <class A> constexpr int kMostOver = 0;
 #endif
 
-// How many pixels beyond whole vectors are computed with the filters of the tile in the lanes of
-// one vector each: 0 where there are none, or so many that another vector of pixels costs less.
+// How many pixels of so many are computed in that way: 0 where there are none beyond whole vectors,
+// or so many that another vector of pixels costs less.
 template <class A> static inline int pixels_over(int length) {
   const int over = length % VL<A>;
-  return length > VL<A> && over <= kMostOver ? over : 0;
+  return length > VL<A> && over <= kMostOver<A> ? over : 0;
 }
 // Vectors of pixels that are computed.
 template <class A> static inline int pixel_vectors(int length) {
@@ -147,9 +148,9 @@ template <class A, int OVER> static PixelsKernel<A> pixels_kernel_of(int nf, int
   });
 }
 template <class A> static PixelsKernel<A> pixels_kernel_for(int nf, int np, int over) {
-  if constexpr (kMostOver > 0) {
+  if constexpr (kMostOver<A> > 0) {
     if (over > 0)
-      return choose<PixelsKernel<A>, kMostOver>(
+      return choose<PixelsKernel<A>, kMostOver<A>>(
           over, [nf, np](auto k) { return pixels_kernel_of<A, k()>(nf, np); });
   }
   return pixels_kernel_of<A, 0>(nf, np);

@@ -210,28 +210,39 @@ template <class S, class A> struct PixelBands {
     // memory they would read pieces of their rows, and `Pooled` wants whole ones.
     const bool narrow = p.x.sw != 1 && (!p.pool || halves);
     const int widest = cols, strips = ceil_div(p.Wo, cols);
+    const bool small = p.Ho * p.Wo <= 1024 && !halves;
     double best = -1;
     int best_r = step, best_c = cols;
+    bool best_copies = false;
     for (int s = strips; s == strips || (narrow && p.Wo / s >= 64); ++s) {
       const int c = least(widest, even(ceil_div(p.Wo, s)));
       for (int r = step; r <= p.Ho; r += step) {
         const double each = lay_out(r, c, 1, false);
         if (r > step && (band_bytes() > kPlanarBandBytes || r * g.pitch > 2048)) break;
-        if (best >= 0 && each >= best) continue;
-        best = each;
+        if (best < 0 || each < best) {
+          best = each;
+          best_r = r;
+          best_c = c;
+          best_copies = false;
+        }
+        // Whether each horizontal tap has its own copy: then there is no gap between rows. Not of
+        // several bands for a thread, which would read the weights again.
+        if (!small || L.KW == 1 || units() > p.threads) continue;
+        const double copied = lay_out(r, c, 1, true);
+        if (band_bytes() > kPlanarBandBytes || copied >= best) continue;
+        best = copied;
         best_r = r;
         best_c = c;
+        best_copies = true;
       }
     }
     const int bands = ceil_div(p.Ho, best_r);
     if (p.N * bands * ceil_div(p.Wo, best_c) < p.threads)
       best_r = even(ceil_div(p.Ho, least(p.Ho, 2 * bands)));
-    best = lay_out(best_r, best_c, 1, false);
-    if (best_r < p.Ho || best_c < p.Wo || p.Ho * p.Wo > 1024 || halves) return;
-    // Small images: how many side by side, and whether each horizontal tap has its own copy (then
-    // no gap between rows).
+    best = lay_out(best_r, best_c, 1, best_copies);
+    if (best_r < p.Ho || best_c < p.Wo || !small) return;
+    // How many small images side by side.
     int best_m = 1;
-    bool best_copies = false;
     for (int m = 1; m <= p.N && m * best_r * p.Wo <= 2048; ++m) {
       if (ceil_div<int64_t>(p.N, m) < p.threads && m > 1) break;
       for (int copies = 0; copies < 2; ++copies) {
