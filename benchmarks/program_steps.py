@@ -156,7 +156,7 @@ def program_row(case: NetworkCase, steps: Sequence[StepTime], roofs: Roofs) -> J
     }
 
 
-def lay_out(row: Json) -> str:
+def program_table(row: Json) -> str:
     """Lays out the row of a program as text, its sums last."""
     lines = []
     for step in (*row["steps"], row | {"name": "sum", "is": "", "macs": 0, "bytes": 0}):
@@ -194,7 +194,7 @@ def main() -> None:
     with torch.no_grad():
         network, x = low_precision.our_network(case, torch.randn(case.shape))
         row = program_row(case, steps_of(network, x, options.rounds), roofs)
-    print(lay_out(row))
+    print(program_table(row))
     if options.results is not None:
         kept = Record(options.results, f"steps-{case.name}")
         kept.add_roofs(roofs)

@@ -18,7 +18,7 @@ from torch import nn
 import hetconv_kernels as hk
 from benchmarks import ceilings, low_precision, program_steps
 from benchmarks.networks import NETWORKS
-from benchmarks.program_steps import StepTime, lay_out, program_row, steps_of
+from benchmarks.program_steps import StepTime, program_row, program_table, steps_of
 from benchmarks.report.schema import problems
 from hetconv_kernels import stats
 from hetconv_kernels.backends import cpu_int8
@@ -137,7 +137,7 @@ def test_the_table_shows_both_shares_of_every_step() -> None:
         StepTime("a", "qconv", (4e-3, 4e-3), 2_000_000, 10, 1.5),
         StepTime("b", "call", (1e-3, 1e-3), 0, 0),
     ]
-    header, _, a, b, total = lay_out(program_row(INT8, steps, ROOFS)).splitlines()
+    header, _, a, b, total = program_table(program_row(INT8, steps, ROOFS)).splitlines()
     assert re.sub(" +", " ", header) == "step is ms floor ms % counted ms % MMACs MB"
     assert a.split() == ["a", "qconv", "4.000", "2.000", "50", "3.000", "75", "2.0", "0.00"]
     assert b.split() == ["b", "call", "1.000", "0.000", "0.000"]
