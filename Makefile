@@ -9,7 +9,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env test browser demo bench gpu docs docs-version dist wheels roots library lint \
+.PHONY: help env test browser peers demo bench gpu docs docs-version dist wheels roots library lint \
 	format types aot external sanitize \
 	sanitize-python clang aarch64 clean
 
@@ -70,6 +70,9 @@ browser: ## Install Chromium for the test of the report (needs apt and root; not
 	    exit 1; \
 	fi; \
 	apt-get update -q && apt-get install -y -q --no-install-recommends chromium
+
+# ONNX Runtime comes with the tests' packages; without OpenVINO its tests are skipped.
+peers: $(ENV) $(if $(filter inplace,$(ENV)),,$(VENV)/.peers) ## Install the engines that networks are measured beside
 
 demo: $(ENV) ## Denoise a photograph with dense, HetConv and self-grouped networks
 	$(PY) -m hetconv_kernels demo $(ARGS)
@@ -288,6 +291,10 @@ $(VENV)/.packages: pyproject.toml constraints/common.txt constraints/$(TORCH).tx
 
 $(VENV)/.docs: $(VENV)/.packages
 	HETCONV_BUILD=none $(PIP) -c constraints/$(TORCH).txt --no-build-isolation -e '.[docs]'
+	@touch $@
+
+$(VENV)/.peers: $(VENV)/.packages
+	HETCONV_BUILD=none $(PIP) -c constraints/$(TORCH).txt --no-build-isolation -e '.[peers]'
 	@touch $@
 
 $(VENV)/.release: $(VENV)/.packages

@@ -14,9 +14,10 @@ import torch
 
 import hetconv_kernels as hk
 from benchmarks import table
+from benchmarks.ceilings import ceilings
 from benchmarks.record import Record
 from hetconv_kernels.measure import timing
-from hetconv_kernels.measure.roofline import Roofs, measure_roofs
+from hetconv_kernels.measure.roofline import Roofs
 
 # A GPU machine without a network may lack it; our own clock and record work alone.
 HAVE_PYTEST_BENCHMARK = importlib.util.find_spec("pytest_benchmark") is not None
@@ -91,26 +92,6 @@ class Session:
         if vars(roofs) not in known:
             self.record(topic).add_roofs(roofs)
         return roofs
-
-
-# Multiply-accumulates of a vector lane of 32 bits for each instruction: vdpbf16ps and vpdpbusd.
-_LANES = {torch.bfloat16: 2, torch.int8: 4}
-
-
-def ceilings(device: str, dtype: torch.dtype, rounds: int) -> Roofs:
-    """Measures the ceilings; a CPU's in low precision follow from those in float32.
-
-    PyTorch's products and convolutions stay far below the rate of the instructions for bfloat16 and
-    int8, which do two and four multiply-accumulates where one in float32 does one: that multiple of
-    the float32 rate is the ceiling, where nothing was measured above it.
-    """
-    if device != "cpu" or dtype not in _LANES:
-        return measure_roofs(device, dtype, rounds=rounds)
-    roofs = measure_roofs(device, torch.float32, rounds=rounds)
-    rate = _LANES[dtype] * roofs.macs_per_s
-    if dtype == torch.bfloat16:
-        rate = max(rate, measure_roofs(device, dtype, rounds=rounds).macs_per_s)
-    return Roofs(rate, roofs.bytes_per_s, device, str(dtype).removeprefix("torch."))
 
 
 _SESSION = pytest.StashKey[Session]()

@@ -17,13 +17,14 @@ def layer_table(rows: Sequence[Row]) -> list[str]:
     return lay_out(*layer_cells(rows))
 
 
-def layer_cells(rows: Sequence[Row]) -> Cells:
-    """Returns the texts of `layer_table`."""
+def layer_cells(rows: Sequence[Row], bold: bool = False) -> Cells:
+    """Returns the texts of `layer_table`; in Markdown a ratio below 1 may be bold."""
     header = (
         "case", "backend", "ms", "roof %", "MAC ratio", "× dense", "interval", "target",
-        "× compos.", "unfrozen", "× prepacked", "× float32", "verdict",
+        "× compos.", "unfrozen", "× prepacked", "× float32", "target",
+        "verdict",
     )  # fmt: skip
-    return header, [_layer_line(row) for row in rows]
+    return header, [_layer_line(row, bold) for row in rows]
 
 
 def model_table(rows: Sequence[Row]) -> list[str]:
@@ -172,13 +173,13 @@ def _faulty(row: Row) -> str:
     return f"WITHOUT {', '.join(names)}" if names else ""
 
 
-def _layer_line(row: Row) -> tuple[str, ...]:
+def _layer_line(row: Row, bold: bool) -> tuple[str, ...]:
     asked, ran = row["backend"]["asked"], row["backend"]["ran"]
     name = asked if asked == ran else f"{asked} → {ran}"
     macs = f"{row['dense_macs'] / row['macs']:.2f}"
     if "dense" not in row:
-        return (row["case"]["name"], name, "", "", macs, "MISMATCH", *[""] * 7)
-    dense, target = row["dense"], row["case"]["target"]
+        return (row["case"]["name"], name, "", "", macs, "MISMATCH", *[""] * 8)
+    dense, float32 = row["dense"], row.get("float32")
     verdict = row["verdict"]
     if verdict == "lose":
         verdict = "lose (expected)" if row["case"]["expected"] == "lose" else "LOSE"
@@ -188,19 +189,30 @@ def _layer_line(row: Row) -> tuple[str, ...]:
         f"{row['median_s'] * 1e3:.3f}",
         f"{row['percent_of_roof']:.0f}",
         macs,
-        f"{dense['ratio']:.2f}",
+        _ratio(dense, bold),
         f"[{dense['low']:.2f}, {dense['high']:.2f}]",
-        "" if target is None else f"{target:g}",
-        _ratio(row["composition"]),
-        _ratio(row["unfrozen"]),
-        _ratio(row["prepacked"]),
-        _ratio(row.get("float32")),
+        _target(row, dense, "target"),
+        *(_ratio(row[role], bold) for role in ("composition", "unfrozen", "prepacked")),
+        _ratio(float32, bold),
+        _target(row, float32, "target_float32"),
         verdict,
     )
 
 
-def _ratio(estimate: Row | None) -> str:
-    return "" if estimate is None else f"{estimate['ratio']:.2f}"
+def _target(row: Row, estimate: Row | None, name: str) -> str:
+    """Writes a target of a layer, and that it was missed; older files have not all of them."""
+    target = row["case"].get(name)
+    if target is None or estimate is None:
+        return ""
+    missed = estimate["ratio"] < target and "disturbed" not in row
+    return f"{target:g}" + ("  missed" if missed else "")
+
+
+def _ratio(estimate: Row | None, bold: bool = False) -> str:
+    if estimate is None:
+        return ""
+    ratio = f"{estimate['ratio']:.2f}"
+    return f"**{ratio}**" if bold and estimate["ratio"] < 1 else ratio
 
 
 def lay_out(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:

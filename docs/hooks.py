@@ -23,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import predictions, summary, table  # noqa: E402 (the line above must come first)
+from benchmarks import low_targets, predictions, summary, table  # noqa: E402 (the line above must come first)
 from hetconv_kernels.measure import tables  # noqa: E402
 
 MARKER = re.compile(r"^<!-- made: (.+) -->$", re.M)
@@ -38,8 +38,8 @@ LOADED = re.compile(
 
 
 def cases(name: str) -> str:
-    """Lists every layer of a results file."""
-    header, lines = table.layer_cells(summary.results(name)["rows"])
+    """Lists every layer of a results file; a ratio below 1 is bold."""
+    header, lines = table.layer_cells(summary.results(name)["rows"], bold=True)
     return tables.markdown_table(header, lines, left=2)
 
 
@@ -56,7 +56,7 @@ def other_results() -> str:
         f"- `{name}.json`, {len(data['rows'])} rows: {summary.provenance(data)}."
         for name, data in summary.all_results().items()
         if name not in shown
-        and not any(row["kind"] in ("model", "training") for row in data["rows"])
+        and not any(row["kind"] in ("model", "training", "program") for row in data["rows"])
     ]
     return "\n".join(lines) or "There are no others."
 
@@ -66,7 +66,7 @@ def network_files() -> str:
     return "\n".join(
         f"- `{name}.json`: {summary.provenance(data)}."
         for name, data in summary.all_results().items()
-        if any(row["kind"] in ("model", "training") for row in data["rows"])
+        if any(row["kind"] in ("model", "training", "program") for row in data["rows"])
     )
 
 
@@ -176,12 +176,15 @@ MADE: dict[str, Callable[..., str]] = {
     "dispatch": dispatch,
     "grid": summary.grid,
     "losses": summary.losses,
+    "low-outcomes": low_targets.outcomes,
+    "low-targets": low_targets.targets,
     "methods": summary.methods_table,
     "more-methods": more_methods,
     "network-files": network_files,
     "networks": summary.networks_summary,
     "networks-provenance": lambda machine="": f"*{summary.networks_provenance(machine)}.*",
     "other-results": other_results,
+    "programs": low_targets.programs,
     "predicted": lambda name: predictions.TABLES[name](),
     "provenance": lambda name: f"*{summary.provenance(summary.results(name))}.*",
     "provenance-of-methods": lambda part: f"*{summary.methods_provenance(part)}.*",

@@ -365,8 +365,10 @@ def test_table_shows_losses_targets_and_mismatches() -> None:
     header, _, win, lost, mismatch = table.layer_table([made_row(), loss, wrong])
     assert header.index("× dense") > 0
     assert win.endswith("win")
-    assert " 2.00  [2.00, 2.00]     1.9       1.50" in win
+    assert re.search(r" 2\.00  \[2\.00, 2\.00\] +1\.9 +1\.50", win)
     assert lost.endswith("LOSE")
+    assert " 1.9  missed " in lost
+    assert "missed" not in win
     assert "MISMATCH" in mismatch
     loss["case"]["expected"] = "lose"
     assert table.layer_table([loss])[2].endswith("lose (expected)")

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from planning import arenas, engine, large, needs_engine, optimized, small  # noqa: F401
+from torch import Tensor, nn
 
+import hetconv_kernels as hk
 from hetconv_kernels import io
 from hetconv_kernels.graph.planned import plan_memory, release_memory
 
@@ -25,6 +27,39 @@ def test_memory_is_given_back_on_request_and_taken_again() -> None:
         assert release_memory(fast) == 0
         assert torch.equal(fast(x), first[1])
     assert len(arenas(fast)) == 1
+
+
+class Residual(nn.Module):
+    """Two layers and a sum, a layer of stride 2, an average and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.last = nn.Conv2d(4, 16, 3, padding=1), nn.Conv2d(16, 32, 3, 2, 1)
+        self.a, self.b = (nn.Conv2d(16, 16, 3, padding=1) for _ in "ab")
+        self.linear = nn.Linear(32, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        x = torch.relu(self.b(torch.relu(self.a(x))) + x)
+        return self.linear(torch.relu(self.last(x)).mean((2, 3)))
+
+
+def test_the_arena_in_8_bits_is_a_quarter_and_in_bfloat16_a_half() -> None:
+    torch.manual_seed(0)
+    network = hk.convert(Residual().eval(), hk.rules.het(4)).model
+    x = torch.randn(2, 4, 32, 32).to(memory_format=torch.channels_last)
+    with torch.no_grad(), hk.use_backend("cpu"):
+        made = [
+            hk.optimize(network, x).model,
+            hk.optimize(network, x, dtype=torch.bfloat16).model,
+            hk.quantize(network, [x], measure=False).model,
+        ]
+        sizes = []
+        for each in made:
+            each(x), each(x)
+            sizes.append(release_memory(each))
+    # Three activations of 16 channels are alive at the second layer of the block.
+    assert sizes == [4 * sizes[2], 2 * sizes[2], 3 * 2 * 16 * 32 * 32]
 
 
 def test_planning_can_be_switched_off_and_on() -> None:

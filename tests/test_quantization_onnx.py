@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 import hetconv_kernels as hk
 from hetconv_kernels import export
@@ -273,8 +274,66 @@ def test_onnx_runtime_and_openvino_compute_the_network(quantized: Any, tmp_path:
         assert (torch.from_numpy(found) - expected).norm() < 0.02 * expected.norm()
 
 
+class Seen(nn.Module):
+    """A stem and two residual blocks of integers, and what each of their layers hands on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, C, 3, padding=1)
+        self.layers = nn.ModuleList(nn.Conv2d(C, C, 3, padding=1) for _ in range(4))
+        self.last = nn.Conv2d(C, C, 1)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        seen = [torch.relu(self.stem(x))]
+        for first, second in zip(self.layers[::2], self.layers[1::2], strict=True):
+            seen.append(torch.relu(first(seen[-1])))
+            seen.append(torch.relu(second(seen[-1]) + seen[-2]))
+        return *seen, self.last(seen[-1])
+
+
+@pytest.mark.parametrize("runtime_name", ["onnxruntime", "openvino"])
+def test_every_tensor_of_the_network_is_within_its_steps(runtime_name: str, tmp_path: Path) -> None:
+    """Nearly all numbers are equal or a step away; each is within a bound that is exact.
+
+    A layer's own rounding is a step at most; a step of its input moves its output by the weights'
+    share of it, and one of its residual by that scale's. No clamp can make more of either.
+    """
+    library = pytest.importorskip(runtime_name, reason=f"`make peers` installs {runtime_name}")
+    torch.manual_seed(0)
+    net = hk.convert(Seen().eval(), hk.rules.het(4)).model
+    x = image(4, 3, 24, 24)
+    net = hk.quantize(net, [x], measure=False).model
+    path = tmp_path / "net.onnx"
+    to_onnx(net, x, path)
+    with torch.no_grad():
+        expected = net(x)
+    if runtime_name == "openvino":
+        core = library.Core()
+        exact = {"INFERENCE_PRECISION_HINT": "f32"}
+        results = core.compile_model(core.read_model(str(path)), "CPU", exact)([x.numpy()])
+        found = [results[port] for port in results]
+    else:
+        session = library.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        found = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    off = [(torch.from_numpy(f) - e).abs() for f, e in zip(found, expected, strict=True)]
+    layers = [net.get_submodule(name) for name in ("stem", *(f"layers.{i}" for i in range(4)))]
+    assert all(type(layer) is QuantizedConv2d for layer in layers)
+    steps = [one / layer.y.scale for one, layer in zip(off, layers, strict=False)]
+    assert all(float((one < 1.001).float().mean()) > 0.999 for one in steps)
+    assert all(float((one < 1e-3).float().mean()) > 0.99 for one in steps)
+    for i, layer in enumerate(layers):
+        bound = torch.full_like(steps[i], 1.001)
+        if i > 0:
+            weight = layer.dequantized()[0].abs()
+            bound += functional.conv2d(off[i - 1], weight, padding=1) / layer.y.scale
+        if layer.residual is not None:
+            bound += off[i - 2] / layer.y.scale
+        assert bool((steps[i] <= bound).all()), i
+    assert sum(layer.residual is not None for layer in layers) == 2
+
+
 def test_openvino_computes_a_layer_within_one_step(tmp_path: Path) -> None:
-    openvino = pytest.importorskip("openvino", reason="OpenVINO is a dependency of benchmarks only")
+    openvino = pytest.importorskip("openvino", reason="`make peers` installs openvino")
     x = image(2, C, 9, 7)
     net = Net(conv(SUPPORTS["het"], act="relu")).eval()
     to_onnx(net, x, tmp_path / "net.onnx")

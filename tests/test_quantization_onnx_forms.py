@@ -126,7 +126,7 @@ def by_openvino(
     path: Path, inputs: tuple[torch.Tensor, ...]
 ) -> tuple[list[torch.Tensor], list[str]]:
     """Runs a file and lists the precisions in which OpenVINO convolves."""
-    openvino = pytest.importorskip("openvino", reason="OpenVINO is a dependency of benchmarks only")
+    openvino = pytest.importorskip("openvino", reason="`make peers` installs openvino")
     core = openvino.Core()
     exact = {"INFERENCE_PRECISION_HINT": "f32"}
     compiled = core.compile_model(core.read_model(str(path)), "CPU", exact)

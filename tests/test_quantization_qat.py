@@ -8,6 +8,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F_
+from compressing import tiny
 from networks import live_norms
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ import hetconv_kernels as hk
 from hetconv_kernels import models
 from hetconv_kernels.errors import ArgumentError
 from hetconv_kernels.nn import Dequantize, Quantize, QuantizedConv2d
+from hetconv_kernels.nn.quantized_layer import QuantizedLayer
 from hetconv_kernels.quantization import Scale, convert, prepare
 from hetconv_kernels.quantization.fake import FakeQuantizedLayer, fake_quantize
 
@@ -284,3 +286,38 @@ def test_a_compressor_comes_first_and_its_network_is_quantised(digits) -> None:
     layers = [m for m in made.model.modules() if isinstance(m, QuantizedConv2d)]
     assert min(m.support.density for m in layers) < 0.7
     assert made.sqnr_db > 20
+
+
+def test_a_network_is_compressed_then_trained_in_8_bits_then_converted() -> None:
+    """One flow: the Supports that the compressor chose are those of the integers; dead is dead."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(16, 5, 6, 6, generator=generator)
+    labels = torch.randint(0, 3, (16,), generator=generator)
+    made = hk.compress(
+        tiny(), hk.methods.SelfGrouping(target=0.4, epochs=0), example=x,
+        data=lambda epoch: [(x, labels)], measure=False, compact=False, leave_plain=False,
+    ).model  # fmt: skip
+    chosen = [m.support for m in made.modules() if hasattr(m, "support")]
+    assert min(support.density for support in chosen) < 0.7
+    fake = prepare(made.eval(), [x])
+    optimizer = torch.optim.SGD(fake.parameters(), 0.05)
+    losses = []
+    for _ in range(20):
+        loss = F_.cross_entropy(fake(x), labels)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    integers = convert(fake)
+    layers = [m for m in integers.modules() if isinstance(m, QuantizedLayer)]
+    # Filters are put in order, and what nobody reads goes: here a number between the linear layers.
+    assert [m.support.live for m in layers[:2]] == [support.live for support in chosen[:2]]
+    assert [m.support.density < 0.9 for m in layers] == [s.density < 0.9 for s in chosen]
+    for layer in layers:
+        dead = torch.from_numpy(~layer.support.mask)
+        assert not layer.dequantized()[0][dead].any()
+    with torch.no_grad():
+        trained, before = integers(x), hk.quantize(made, [x], measure=False).model(x)
+        assert F_.cross_entropy(trained, labels) < F_.cross_entropy(before, labels)
+        assert_the_same_within_a_step(fake, integers, x)

@@ -162,6 +162,35 @@ TRAINING_ROW = {
         "timings": _TIMINGS,
     },
 }
+# The steps of an optimised network's program, each in its place.
+PROGRAM_ROW = {
+    "type": "object",
+    "required": [
+        "kind", "case", "clock", "rounds", "median_s", "floor_s", "counted_s", "steps", "timings"
+    ],
+    "properties": {
+        "kind": {"enum": ["program"]},
+        "case": MODEL_ROW["properties"]["case"],  # type: ignore[index]
+        # Of all threads, or of the one that there is.
+        "clock": {"enum": ["wall", "thread"]},
+        "rounds": {"type": "integer"},
+        # Sums over the steps.
+        **dict.fromkeys(("median_s", "floor_s", "counted_s"), _NUMBER),
+        "timings": _TIMINGS,
+        "steps": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["name", "is", "median_s", "macs", "bytes", "floor_s", "counted_s"],
+                "properties": {
+                    **dict.fromkeys(("name", "is"), _STRING),
+                    **dict.fromkeys(("median_s", "floor_s", "counted_s"), _NUMBER),
+                    **{key: {"type": "integer"} for key in ("macs", "bytes")},
+                },
+            },
+        },
+    },
+}  # fmt: skip
 PRIMITIVE_ROW = {
     "type": "object",
     "required": ["kind", "case", "verb", "backend", "macs", "dense_macs", "bytes", "match"],
@@ -217,10 +246,14 @@ SCHEMA = {
         },
         "rows": {
             "type": "array",
-            "items": {"anyOf": [LAYER_ROW, DISPATCH_ROW, MODEL_ROW, TRAINING_ROW, PRIMITIVE_ROW]},
+            "items": {
+                "anyOf": [
+                    LAYER_ROW, DISPATCH_ROW, MODEL_ROW, TRAINING_ROW, PRIMITIVE_ROW, PROGRAM_ROW
+                ]
+            },
         },
     },
-}
+}  # fmt: skip
 
 
 _PAIR = {"type": "array", "items": _NUMBER}

@@ -282,7 +282,10 @@ def _calibrated(
     if dtype not in ("int8", torch.int8):
         raise ArgumentError(
             mismatch(
-                "dtype", dtype, "'int8'", "For 16 bits: model.to(torch.bfloat16), or autocast."
+                "dtype",
+                dtype,
+                "'int8'",
+                "For 16 bits: hk.optimize(model, example, dtype=torch.bfloat16).",
             )
         )
     if activations not in INTEGER_RANGES:
