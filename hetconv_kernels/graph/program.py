@@ -17,10 +17,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from ..arena import Arena, Lifetime
+from ..arena import Arena, Lifetime, fresh
 from .seen import Spec
-
-_CPU = torch.device("cpu")
 
 
 class Frame(Arena):
@@ -144,9 +142,7 @@ class Program:
                     if not spec.fits(values[index]):
                         return self._by_hand(piece.first, values, frame)
                 for index, shape, dtype, layout in piece.fresh:
-                    values[index] = torch.empty(
-                        shape, dtype=dtype, device=_CPU, memory_format=layout
-                    )
+                    values[index] = fresh(shape, dtype, layout)
                 addresses = [frame.address]
                 for index in piece.outside:
                     addresses.append(values[index].data_ptr())
