@@ -16,6 +16,7 @@ import hetconv_kernels as hk
 from benchmarks import table
 from benchmarks.ceilings import ceilings
 from benchmarks.record import Record
+from benchmarks.report import shares
 from hetconv_kernels.measure import timing
 from hetconv_kernels.measure.roofline import Roofs
 
@@ -27,6 +28,11 @@ _RESULTS = Path(__file__).parent / "results"
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("hetconv")
     group.addoption("--full", action="store_true", help="all cases, not the quick subset")
+    group.addoption(
+        "--held-out",
+        action="store_true",
+        help="of layers, those that nothing was tuned for (benchmarks/held_out.py) and no others",
+    )
     group.addoption(
         "--backend",
         action="append",
@@ -40,7 +46,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--seconds",
         type=float,
-        help="time per row; default 0.5, with --full 4. Below 0.5 the ceilings are a glance too",
+        help="time per row; default 0.5, with --full or --held-out 4. Below 0.5 the ceilings are a "
+        "glance too",
     )
 
 
@@ -59,15 +66,22 @@ class Session:
     roofs: dict[tuple[str, torch.dtype], Roofs] = field(default_factory=dict)
 
     @property
+    def thorough(self) -> bool:
+        """Whether rows get the time of a result that is committed."""
+        return bool(self.config.getoption("--full") or self.config.getoption("--held-out"))
+
+    @property
     def seconds(self) -> float:
         """The time that one row may take, in seconds."""
         given = self.config.getoption("--seconds")
-        return float(given or (4.0 if self.config.getoption("--full") else 0.5))
+        return float(given or (4.0 if self.thorough else 0.5))
 
     def record(self, topic: str) -> Record:
         """Returns the results file of a topic, opened at its first use."""
         if topic not in self.records:
             extent = "full" if self.config.getoption("--full") else "quick"
+            if topic == "layers" and self.config.getoption("--held-out"):
+                extent = "held-out"
             name = self.config.getoption("--name")
             full_name = f"{topic}-{name or extent}"
             self.records[topic] = Record(self.config.getoption("--results"), full_name)
@@ -190,5 +204,7 @@ def pytest_terminal_summary(
             "training": table.training_table,
         }
         for line in tables.get(topic, table.layer_table)(rows):
+            terminalreporter.line(line)
+        for line in shares.share_report(record.data):
             terminalreporter.line(line)
         terminalreporter.line(f"written to {record.path}")

@@ -14,6 +14,7 @@ import json
 from typing import Any
 
 from benchmarks.cases import CPU_CASES, GPU_CASES
+from benchmarks.held_out import HELD_OUT_CASES
 from benchmarks.networks import NETWORKS, self_grouped_layers
 from benchmarks.supports import SELF_GROUPED_FILE, SMALL, entry_of, make_support, support_key
 from hetconv_kernels import models
@@ -31,7 +32,7 @@ def wanted_shapes() -> list[Shape]:
     }
     layers = {
         (case.support.value, case.c, case.f, case.k, case.support.seed)
-        for case in (*CPU_CASES, *GPU_CASES)
+        for case in (*CPU_CASES, *GPU_CASES, *HELD_OUT_CASES)
         if case.support.kind == "self_group"
     }
     return sorted(layers | whole | {SMALL})

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import record
 from benchmarks.cases import CPU_CASES, GPU_CASES, Case
+from benchmarks.held_out import HELD_OUT_CASES
 from benchmarks.int8_rig import Int8Rig
 from benchmarks.rig import OURS, Rig
 from hetconv_kernels.errors import BackendError
@@ -20,10 +21,11 @@ _CASES = (*CPU_CASES, *(GPU_CASES if torch.cuda.is_available() else ()))
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     full = metafunc.config.getoption("--full")
+    held_out = metafunc.config.getoption("--held-out")
     chosen = [
         pytest.param(case, id=case.name, marks=[pytest.mark.gpu] if case.device == "cuda" else [])
-        for case in _CASES
-        if full or case.quick
+        for case in (HELD_OUT_CASES if held_out else _CASES)
+        if full or held_out or case.quick
     ]
     metafunc.parametrize("case", chosen)
 
@@ -61,7 +63,7 @@ def test_layer(case: Case, backend: str, benchmark: Any, session: Any) -> None:
             bench.variants,
             baseline=next(name for name in bench.variants if name.startswith("dense")),
             target=OURS,
-            rounds=50 if options.getoption("--full") else 25,
+            rounds=50 if session.thorough else 25,
             max_seconds=session.seconds,
             cold=cache == "cold",
             graph=case.device == "cuda",

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import low_targets, predictions, summary, table  # noqa: E402 (the line above must come first)
+from benchmarks.report import shares  # noqa: E402
 from hetconv_kernels.measure import tables  # noqa: E402
 
 MARKER = re.compile(r"^<!-- made: (.+) -->$", re.M)
@@ -49,9 +50,21 @@ def dispatch(name: str) -> str:
     return tables.markdown_table(header, lines, left=2)
 
 
+def share_tables(name: str) -> str:
+    """Says how much of their MAC ratio the layers of a results file reach, with the misses."""
+    if name not in summary.all_results():
+        return _NONE
+    data = summary.results(name)
+    return f"{shares.share_page(data)}\n\n*{summary.provenance(data)}.*"
+
+
+_NONE = "None is committed yet."
+
+
 def other_results() -> str:
     """Names the results files that no page has a table of, with what they were measured on."""
     shown = {summary.LAYERS_FILE, summary.PREPACKED_FILE, summary.AVX2_FILE, "dispatch-full"}
+    shown |= {"layers-held-out"}
     lines = [
         f"- `{name}.json`, {len(data['rows'])} rows: {summary.provenance(data)}."
         for name, data in summary.all_results().items()
@@ -192,6 +205,7 @@ MADE: dict[str, Callable[..., str]] = {
     "right-picks": lambda: (
         f"{summary.right_picks()} (*{summary.provenance(summary.calibration())}.*)"
     ),
+    "shares": share_tables,
     "training": summary.training,
     "training-networks": summary.training_networks,
 }

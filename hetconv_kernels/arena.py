@@ -11,6 +11,7 @@ outputs, which on large images take as long as the convolutions do.
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import threading
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+
+from .errors import MemoryShortageError, mismatch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,8 +68,37 @@ def allocate(
     """
     placement = _thread.placement
     if placement is None or device.type != "cpu":
-        return torch.empty(shape, dtype=dtype, device=device, memory_format=layout)
+        return fresh(shape, dtype, layout, device)
     return placement.place(owner, shape, dtype, layout)
+
+
+_CPU = torch.device("cpu")
+_SMALLER = "Give the network fewer or smaller images, or this process more memory (ulimit -v says)."
+_ARENAS = "hk.release_memory(network) frees the arenas of inputs of other shapes."
+
+
+def fresh(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    layout: torch.memory_format,
+    device: torch.device = _CPU,
+    way_out: str = _SMALLER,
+) -> Tensor:
+    """Returns uninitialised memory that nobody else has.
+
+    Raises:
+        MemoryShortageError: on the CPU, there is not as much; PyTorch says it with a bare
+            RuntimeError, and without a way out.
+    """
+    try:
+        return torch.empty(shape, dtype=dtype, device=device, memory_format=layout)
+    except RuntimeError as error:
+        if device.type != "cpu" or "you tried to allocate" not in str(error):
+            raise
+        wanted = dtype.itemsize * math.prod(shape)
+        raise MemoryShortageError(
+            mismatch("memory", "none", f"{wanted:,} bytes for one buffer", way_out)
+        ) from error
 
 
 @contextmanager
@@ -206,9 +238,9 @@ class Arena:
                 planned = self._tensors[index]
                 if planned is not None:
                     return planned.detach()
-                return torch.empty(shape, dtype=dtype, memory_format=layout)
+                return fresh(shape, dtype, layout)
         self.fits = False
-        return torch.empty(shape, dtype=dtype, memory_format=layout)
+        return fresh(shape, dtype, layout)
 
 
 def _buffer(size: int) -> tuple[Tensor, int]:
@@ -218,7 +250,8 @@ def _buffer(size: int) -> tuple[Tensor, int]:
     default to nobody else: with pages of 4 KiB a core looks up translations all the time.
     """
     alignment = _HUGE_PAGE if size >= _HUGE_PAGE else ALIGNMENT
-    memory = torch.empty(size + alignment, dtype=torch.uint8, device="cpu")
+    plain, way_out = torch.contiguous_format, f"{_SMALLER} {_ARENAS}"
+    memory = fresh((size + alignment,), torch.uint8, plain, way_out=way_out)
     first = -memory.data_ptr() % alignment
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
     if alignment == _HUGE_PAGE and advice is not None:  # advice only: a refusal is none
@@ -258,7 +291,7 @@ class Recorder:
         self, owner: object, shape: Sequence[int], dtype: torch.dtype, layout: torch.memory_format
     ) -> Tensor:
         """Returns fresh memory, and notes it."""
-        result = torch.empty(shape, dtype=dtype, memory_format=layout)
+        result = fresh(shape, dtype, layout)
         # Weak, so that recording takes no more memory than the call; and while it is held, no other
         # storage has its identity.
         storage = StorageWeakRef(result.untyped_storage())

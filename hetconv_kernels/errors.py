@@ -11,6 +11,7 @@ __all__ = [
     "FileError",
     "HetconvError",
     "InputTypeError",
+    "MemoryShortageError",
     "SpeedupError",
     "SupportError",
     "TraceError",
@@ -45,6 +46,10 @@ class TraceError(HetconvError, RuntimeError):
 
 class VerificationError(HetconvError, RuntimeError):
     """A rewritten network does not compute what the original computes."""
+
+
+class MemoryShortageError(HetconvError, RuntimeError, MemoryError):
+    """The machine, or a limit of the process, has not the memory that a call needs."""
 
 
 class FileError(HetconvError, ValueError):

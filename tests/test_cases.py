@@ -17,6 +17,7 @@ from torch.nn import functional
 import hetconv_kernels as hk
 from benchmarks import baselines, gate, make_supports, record, supports, table
 from benchmarks.cases import CPU_CASES, GPU_CASES, GPU_SHAPES, Case, SupportSpec
+from benchmarks.held_out import HELD_OUT_CASES
 from benchmarks.report.schema import DISPATCH_ROW
 from benchmarks.rig import OURS, Rig
 from hetconv_kernels.measure import timing
@@ -24,7 +25,7 @@ from hetconv_kernels.measure.roofline import Roofs
 from hetconv_kernels.measure.timing import Timings
 
 ROOT = Path(__file__).parents[1]
-BY_NAME = {case.name: case for case in (*CPU_CASES, *GPU_CASES)}
+BY_NAME = {case.name: case for case in (*CPU_CASES, *GPU_CASES, *HELD_OUT_CASES)}
 TINY = {
     "dense": SupportSpec("dense"),
     "het": SupportSpec("het", 4),
@@ -48,7 +49,7 @@ def tiny(spec: SupportSpec, **more: Any) -> Case:
 def test_names_are_unique_and_the_quick_subset_exists() -> None:
     from benchmarks.cases import _QUICK
 
-    assert len(BY_NAME) == len(CPU_CASES) + len(GPU_CASES)
+    assert len(BY_NAME) == len(CPU_CASES) + len(GPU_CASES) + len(HELD_OUT_CASES)
     assert {case.name for case in CPU_CASES if case.quick} == _QUICK
 
 

@@ -39,6 +39,8 @@ def test_errors_travel_between_processes(kind: type[Exception]) -> None:
         (errors.SupportError, errors.ArgumentError),
         (errors.InputTypeError, TypeError),
         (errors.BackendError, RuntimeError),
+        (errors.MemoryShortageError, RuntimeError),
+        (errors.MemoryShortageError, MemoryError),
     ],
     ids=lambda kind: kind.__name__,
 )

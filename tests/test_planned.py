@@ -202,6 +202,31 @@ def test_an_exception_half_way_leaves_nothing_behind() -> None:
     assert len(arenas(fast)) == 1
 
 
+def test_what_a_step_raises_comes_through_as_it_is_in_the_first_call_and_in_later_ones() -> None:
+    class Picky(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.isnan().any():
+                raise KeyError("a NaN")
+            return x
+
+    check = Picky().forward
+    model, x = small()
+    fast = optimized(model, x)
+    (output,) = (n for n in fast.graph.nodes if n.op == "output")
+    with fast.graph.inserting_before(output):
+        output.args = (fast.graph.call_function(check, (output.args[0],)),)
+    fast.recompile()
+    with torch.no_grad():
+        for given in (torch.nan * x, x, torch.nan * x, x):  # recorded, recorded, run, run
+            if given is x:
+                assert torch.equal(fast(x), unplanned(fast)(x))
+                continue
+            with pytest.raises(KeyError) as raised:
+                fast(given)
+            assert raised.value.args == ("a NaN",)
+    assert arena._thread.placement is None
+
+
 def test_what_a_hook_keeps_stays_as_it_was() -> None:
     fast = optimized(*small())
     kept: list[Tensor] = []
@@ -249,7 +274,7 @@ def test_an_arena_made_in_one_mode_serves_the_other(first: Any, mode: Any) -> No
 
 
 @pytest.mark.usefixtures("poisoned")
-def test_shapes_dtypes_and_threads_have_plans_of_their_own_and_few_are_kept() -> None:
+def test_shapes_strides_and_threads_have_plans_of_their_own_and_few_are_kept() -> None:
     fast = optimized(*small())
     plain = unplanned(fast)
     threads = torch.get_num_threads()
@@ -265,6 +290,26 @@ def test_shapes_dtypes_and_threads_have_plans_of_their_own_and_few_are_kept() ->
         finally:
             torch.set_num_threads(threads)
     assert len(fast.__dict__["_memory"]._plans) == module.MOST_PLANS
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_dtypes_of_inputs_have_plans_of_their_own() -> None:
+    """The network's first step makes float32 of whatever comes in."""
+    fast = optimized(*small())
+    first, *_ = (n for n in fast.graph.nodes if n.op == "placeholder")
+    with fast.graph.inserting_after(first):
+        cast = fast.graph.call_method("to", (first, torch.float32))
+    first.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
+    fast.recompile()
+    plain = unplanned(fast)
+    x = torch.randint(0, 9, (2, 4, 6, 6))
+    dtypes = (torch.float32, torch.uint8, torch.float64, torch.bfloat16)
+    with torch.no_grad():
+        for dtype in dtypes * 3:
+            given = x.to(dtype)
+            assert torch.equal(fast(given), plain(given))
+            assert torch.equal(fast(2 * given), plain(2 * given))
+    assert len(fast.__dict__["_memory"]._plans) == len(dtypes)
 
 
 @pytest.mark.usefixtures("poisoned")

@@ -13,7 +13,7 @@ from hetconv_kernels._version import __version__
 from hetconv_kernels.colours import css_variables
 from hetconv_kernels.files import Json
 
-from . import tables
+from . import shares, tables
 from .figures import Picture, layer_bars, roofline, scatter
 from .passes import timeline
 from .results import Results
@@ -42,6 +42,12 @@ _BOUND = (
     "The bound is Amdahl's: the speed-up over the fastest dense form if every convolution took as "
     "much less time as it has fewer multiply-accumulates, and everything else what it takes in the "
     "dense network."
+)
+_READ_SHARES = (
+    "A share is a layer's speed-up over dense divided by its MAC ratio, here of HetConv and "
+    "self-grouped layers in float32, in inference. The floor by bytes is the share of a layer that "
+    "would take no longer than moving its bytes does at the measured rate of copying. Below the "
+    "means is each layer that is below what is wanted of its family's mean."
 )
 _READ_LAYERS = (
     "× dense: over the fastest of PyTorch's dense forms. × composition: over the fastest way to "
@@ -131,6 +137,8 @@ class Page:
     def _sections(self) -> list[Section]:
         return [
             Section("speed-up", "Speed-up against saved work", _READ_SCATTER, self._scatters()),
+            Section("shares", "How much of the saved work is saved time", _READ_SHARES,
+                    self._shares()),
             Section("roofline", "Against the measured ceilings", _READ_ROOFLINE, self._rooflines()),
             Section("networks", "Whole networks", _BOUND, self._networks()),
             Section("layers", "Every layer", _READ_LAYERS,
@@ -172,6 +180,20 @@ class Page:
             for results in self.files
             if (points := results.points())
         ]
+
+    def _shares(self) -> list[SectionBlock]:
+        blocks = []
+        for results in self.files:
+            header, lines = shares.share_lines(results.data)
+            if not lines:
+                continue
+            means = tables.plain_table(header, shares.without_marks(lines))
+            said = shares.left_out_sentence(results.data)
+            blocks.append(replace(_block(results), table=means, text=said))
+            header, missed = shares.missed_lines(results.data)
+            if missed:
+                blocks.append(SectionBlock(table=tables.plain_table(header, missed)))
+        return blocks
 
     def _rooflines(self) -> list[SectionBlock]:
         blocks = []

@@ -309,6 +309,9 @@ class _Recording(fx.Interpreter):
 
     def __init__(self, network: PlannedNetwork) -> None:
         super().__init__(network)
+        # What a step raises is what the caller gets, as from every further call: torch.fx would
+        # write into its message, make others of some errors, and print the graph for a log.
+        self.extra_traceback = False
         self.recorder = Recorder()
         self._network = network
         self._place = {node: i for i, node in enumerate(network.graph.nodes)}

@@ -18,10 +18,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from ..arena import Arena, Lifetime, assign_offsets
+from ..arena import Arena, Lifetime, assign_offsets, fresh
 from .seen import Spec
-
-_CPU = torch.device("cpu")
 
 
 class Frame(Arena):
@@ -163,14 +161,14 @@ class Program:
         """
         native = self.native
         assert native is not None
-        fresh = tuple(
+        results = tuple(
             (number, (parts * shape[0], *shape[1:]), dtype, layout)
             for number, shape, dtype, layout in native.fresh
         )
         program = _Parts(native.program, (self.arena_bytes, *strides), parts, workers)
         whole = copy(self)
         whole._workers = workers
-        whole._pieces = [native._replace(program=program, fresh=fresh)]
+        whole._pieces = [native._replace(program=program, fresh=results)]
         return whole
 
     def holds(self) -> bool:
@@ -190,9 +188,7 @@ class Program:
                     if not spec.fits(values[index]):
                         return self._by_hand(piece.first, values, frame)
                 for index, shape, dtype, layout in piece.fresh:
-                    values[index] = torch.empty(
-                        shape, dtype=dtype, device=_CPU, memory_format=layout
-                    )
+                    values[index] = fresh(shape, dtype, layout)
                 addresses = [frame.address]
                 for index in piece.outside:
                     addresses.append(values[index].data_ptr())
