@@ -15,17 +15,17 @@ import resource
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 import hetconv_kernels as hk
-from benchmarks import record
+from benchmarks import record, summary
 from hetconv_kernels import models
-from hetconv_kernels.measure import timing
+from hetconv_kernels.files import Json, write_text
+from hetconv_kernels.measure import tables, timing
 
 # Name, network, its input, and the Support of its convolutions.
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
@@ -38,7 +38,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
 KEEP = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296"
 
 
-def measure_plan(name: str, seconds: float) -> dict[str, Any]:
+def measure_plan(name: str, seconds: float) -> Json:
     """Times one network with and without its plan; returns the row."""
     make, shape, p = CASES[name]
     torch.manual_seed(0)
@@ -64,7 +64,32 @@ def measure_plan(name: str, seconds: float) -> dict[str, Any]:
         "speedup": {"ratio": ratio.value, "low": ratio.low, "high": ratio.high},
         "page_faults": faults,
         "arena_bytes": hk.release_memory(planned),
-    }
+    } | record.disturbed(timings)
+
+
+def memory_table(rows: Mapping[str, Sequence[Json]]) -> str:
+    """Lays out the rows in Markdown; a ratio below 1 is in bold."""
+    header = ("network", "allocator", "ms without a plan", "with it", "times as fast", "interval",
+              "page faults without", "with", "arena, MB")  # fmt: skip
+    lines = []
+    for allocator, found in rows.items():
+        for row in found:
+            ratio, faults = row["speedup"], row["page_faults"]
+            interval = f"{ratio['low']:.2f} to {ratio['high']:.2f}"
+            lines.append(
+                (
+                    row["case"],
+                    allocator,
+                    f"{row['median_s']['plain'] * 1e3:.1f}",
+                    f"{row['median_s']['planned'] * 1e3:.1f}",
+                    summary.marked(ratio) + " disturbed" * ("disturbed" in row),
+                    interval,
+                    f"{faults['plain']:.0f}",
+                    f"{faults['planned']:.0f}",
+                    f"{row['arena_bytes'] / 1e6:.1f}",
+                )
+            )
+    return tables.markdown_table(header, lines, left=2)
 
 
 def _faults(call: Callable[[], object]) -> int:
@@ -83,6 +108,7 @@ def main() -> None:
     if options.keep:
         print(json.dumps([measure_plan(name, options.seconds) for name in CASES]))
         return
+    whole = record.beginning()
     rows = {"default": [measure_plan(name, options.seconds) for name in CASES]}
     command = [sys.executable, "-m", "benchmarks.memory", "--keep", f"--seconds={options.seconds}"]
     kept = subprocess.run(
@@ -93,11 +119,8 @@ def main() -> None:
         check=True,
     )
     rows["kept by the allocator"] = json.loads(kept.stdout)
-    for allocator, found in rows.items():
-        for row in found:
-            print(allocator, json.dumps(row))
-    whole = {"command": record.command(), "environment": record.environment(), "rows": rows}
-    options.out.write_text(json.dumps(whole, indent=1) + "\n")
+    print(memory_table(rows))
+    write_text(options.out, json.dumps(whole | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,15 +15,16 @@ import json
 import statistics
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 import hetconv_kernels as hk
 from benchmarks import record
-from hetconv_kernels.measure import timing
+from hetconv_kernels.files import Json, write_text
+from hetconv_kernels.measure import tables, timing
 
 _ROOT = Path(__file__).resolve().parents[1]
 _CALLS = 2000  # of the host, in each of its rounds
@@ -52,7 +53,7 @@ def time_host(host: Path, program: Path, calls: int = _CALLS) -> float:
     return float(said.stdout)
 
 
-def measure_chain(layers: int, seconds: float, host: Path | None = None) -> dict[str, Any]:
+def measure_chain(layers: int, seconds: float, host: Path | None = None) -> Json:
     """Times a chain of layers on an image of 2 × 2 pixels and 8 channels; returns the row.
 
     Args:
@@ -89,7 +90,20 @@ def measure_chain(layers: int, seconds: float, host: Path | None = None) -> dict
         "equal": same,
         "median_s": medians,
         "overhead_s": medians["program"] - medians["native part"],
-    }
+    } | record.disturbed(found)
+
+
+def overhead_table(rows: Sequence[Json]) -> str:
+    """Lays out the rows in Markdown, in microseconds of a call."""
+    ways = ("layer by layer", "program", "native part", "C library")
+    header = ("layers", *ways, "Python and PyTorch")
+    lines = []
+    for row in rows:
+        times = [row["median_s"].get(way) for way in ways]
+        cells = ["" if time is None else f"{time * 1e6:.1f}" for time in times]
+        own = f"{row['overhead_s'] * 1e6:.1f}" + " disturbed" * ("disturbed" in row)
+        lines.append((row["layers"], *cells, own))
+    return tables.markdown_table(header, lines)
 
 
 def main() -> None:
@@ -99,13 +113,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/overhead.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
+    whole = record.beginning()
     with tempfile.TemporaryDirectory() as folder:
         host = build_host(Path(folder))
         rows = [measure_chain(layers, options.seconds, host) for layers in (1, 20, 50)]
-    for row in rows:
-        print(json.dumps(row))
-    whole = {"command": record.command(), "environment": record.environment(), "rows": rows}
-    options.out.write_text(json.dumps(whole, indent=1) + "\n")
+    print(overhead_table(rows))
+    write_text(options.out, json.dumps(whole | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -51,9 +51,7 @@ class Record:
         self.data: Json = {
             "schema": SCHEMA_VERSION,
             "name": name,
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": command(),
-            "environment": environment(),
+            **beginning(),
             "roofs": [],
             "rows": [],
         }
@@ -245,6 +243,18 @@ def training_row(case: NetworkCase, match: Agreement, timings: Timings | None = 
     )
 
 
+def beginning() -> Json:
+    """Returns what every file of measurements begins with: when, by which command, and on what.
+
+    It is asked for before anything is measured, or the load would be the measurement's own.
+    """
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command(),
+        "environment": environment(),
+    }
+
+
 def command() -> str:
     """Writes the command that this process was started by, without paths outside the checkout."""
     root = str(Path(__file__).resolve().parents[1])
@@ -276,7 +286,8 @@ def environment() -> Json:
 
 
 # Results are no part of what is measured; the first row would make every checkout a changed one.
-_CODE = (":/", ":(top,exclude)benchmarks/results")
+_MEASURED = ("results", "memory.json", "overhead.json", "throughput.json")
+_CODE = (":/", *(f":(top,exclude)benchmarks/{name}" for name in _MEASURED))
 
 
 def _commit() -> str | None:

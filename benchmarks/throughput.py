@@ -195,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in options.names:
         if name not in cases:
             raise ArgumentError(mismatch("network", repr(name), f"one of {', '.join(cases)}"))
-    whole_file: Json = {"command": record.command(), "environment": record.environment()}
+    whole_file = record.beginning()
     rows = []
     for name in options.names:
         rows.append(

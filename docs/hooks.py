@@ -23,7 +23,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import low_targets, predictions, summary, table  # noqa: E402 (the line above must come first)
+from benchmarks import (  # noqa: E402 (the line above must come first)
+    low_targets,
+    memory,
+    overhead,
+    predictions,
+    summary,
+    table,
+    throughput,
+)
 from benchmarks.report import shares  # noqa: E402
 from hetconv_kernels.measure import tables  # noqa: E402
 
@@ -56,6 +64,20 @@ def share_tables(name: str) -> str:
         return _NONE
     data = summary.results(name)
     return f"{shares.share_page(data)}\n\n*{summary.provenance(data)}.*"
+
+
+def measured(name: str, folder: str | Path = ROOT / "benchmarks") -> str:
+    """Lays out what a command of its own measured and wrote into <name>.json."""
+    path = Path(folder) / f"{name}.json"
+    if not path.exists():
+        return _NONE
+    data = json.loads(path.read_text())
+    lay_out: dict[str, Callable[[Any], str]] = {
+        "memory": memory.memory_table,
+        "overhead": overhead.overhead_table,
+        "throughput": throughput.shown_rows,
+    }
+    return f"{lay_out[name](data['rows'])}\n\n*{summary.provenance(data)}.*"
 
 
 _NONE = "None is committed yet."
@@ -191,6 +213,7 @@ MADE: dict[str, Callable[..., str]] = {
     "losses": summary.losses,
     "low-outcomes": low_targets.outcomes,
     "low-targets": low_targets.targets,
+    "measured": measured,
     "methods": summary.methods_table,
     "more-methods": more_methods,
     "network-files": network_files,

@@ -14,10 +14,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 from building import alone
-from deployed import HEAD, NETWORKS, raw, sealed, small_chain
+from deployed import DIGEST, HEAD, NETWORKS, raw, sealed, small_chain
 from pages import PAGES, blocks
 from planning import needs_engine
 from torch import nn
@@ -221,6 +222,75 @@ def test_a_later_version_and_another_kind_of_file_are_named(api: Api, file: byte
     assert api.load(later)[1].endswith("its format is version 2, and this library reads 1")
     assert "it is no program" in api.load(b"PK\x03\x04" + bytes(100))[1]
     assert api.load(b"")[0] == 2
+
+
+def test_an_arena_beyond_this_machines_memory_is_refused_when_it_is_loaded(
+    api: Api, file: bytes
+) -> None:
+    place = HEAD + DIGEST
+    for _ in range(2):  # what made it, and the network's name
+        (length,) = struct.unpack_from("<I", file, place)
+        place += 4 + length
+    (arena,) = struct.unpack_from("<q", file, place)
+    assert 0 < arena < 2**30
+    wanted = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + 2**20
+    larger = sealed(file[:place] + struct.pack("<q", wanted) + file[place + 8 :])
+    assert api.load(larger) == (3, "this machine has not enough memory")
+
+
+# A host that has no memory left for some calls.
+_WITHOUT_MEMORY = """
+import ctypes, resource, sys
+from pathlib import Path
+
+library = ctypes.CDLL(sys.argv[1])
+library.hc_error.restype = ctypes.c_char_p
+library.hc_release.restype = ctypes.c_size_t
+file, x, y = (Path(name).read_bytes() for name in sys.argv[2:])
+program, found = ctypes.c_void_p(), ctypes.create_string_buffer(len(y))
+given = ctypes.create_string_buffer(x, len(x))
+
+def addresses(buffer):
+    return (ctypes.c_void_p * 1)(ctypes.addressof(buffer))
+
+def run():
+    ctypes.memset(found, 0xFF, len(y))
+    return library.hc_run(program, addresses(given), addresses(found), 1)
+
+def limit(most):
+    resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
+
+def load():
+    return library.hc_load_memory(file, ctypes.c_size_t(len(file)), ctypes.byref(program))
+
+assert load() == 0
+assert run() == 0 and found.raw == y
+assert library.hc_release(program) > 2**22
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+limit(pages * resource.getpagesize() + 2**20)
+for _ in range(2):
+    assert run() == 3
+    print(library.hc_error().decode())
+limit(resource.RLIM_INFINITY)
+for _ in range(2):
+    assert run() == 0 and found.raw == y
+library.hc_free(program)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it limits memory as Linux does")
+def test_without_memory_a_call_says_so_and_the_next_is_right(library: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = [hk.nn.HetConv2d(16, 16, 3, padding=1, p=4) for _ in range(4)]
+    x = torch.randn(1, 16, 256, 256)  # 4 MiB, of which the arena has two
+    network = hk.export.program(nn.Sequential(*layers).eval(), x, tmp_path / "network.hc").network
+    with torch.no_grad():
+        (tmp_path / "y").write_bytes(raw(network(x)))
+    (tmp_path / "x").write_bytes(raw(x))
+    files = [str(tmp_path / name) for name in ("network.hc", "x", "y")]
+    done = fresh.python(_WITHOUT_MEMORY, str(library), *files)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines() == ["this machine has not enough memory"] * 2
 
 
 def test_a_path_that_is_no_file_is_said(server: Path, tmp_path: Path) -> None:

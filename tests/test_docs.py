@@ -9,6 +9,7 @@ title that says so to the reader; those are listed in `NOT_RUN`.
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import runpy
 import shlex
@@ -168,6 +169,23 @@ def test_every_made_part_can_be_made(path: Path, hooks: dict[str, Any]) -> None:
     for found in asked:
         name, *arguments = found.split()
         assert hooks["MADE"][name](*arguments).strip()
+
+
+def test_what_a_command_of_its_own_wrote_stands_on_the_page_with_its_provenance(
+    hooks: dict[str, Any], tmp_path: Path
+) -> None:
+    for name in ("memory", "overhead", "throughput"):
+        assert hooks["measured"](name, tmp_path) == "None is committed yet."
+    row = {"layers": 20, "median_s": {"program": 5e-5}, "overhead_s": 1e-5}
+    environment = {
+        "gpu": None, "threads": 1, "processor": "processor", "instructions": "AVX2", "torch": "2",
+        "python": "3", "commit": "0123456789",
+    }  # fmt: skip
+    data = {"started": "2026-02-03T00:00:00", "environment": environment, "rows": [row]}
+    (tmp_path / "overhead.json").write_text(json.dumps(data))
+    page = hooks["measured"]("overhead", tmp_path)
+    assert "| 20 |  | 50.0 |  |  | 10.0 |" in page
+    assert page.endswith("2026-02-03, commit `012345678`.*")
 
 
 def test_an_unknown_part_is_refused(hooks: dict[str, Any]) -> None:

@@ -25,4 +25,18 @@ def test_a_row_compares_equal_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row["equal"]
     assert row["arena_bytes"] == 2 * 16 * 96 * 96 * 4
     assert row["page_faults"]["planned"] <= row["page_faults"]["plain"]
+    assert "| small | default |" in memory.memory_table({"default": [row]})
     assert 0 < row["speedup"]["low"] <= row["speedup"]["ratio"] <= row["speedup"]["high"]
+
+
+def test_the_table_has_both_allocators_and_marks_losses() -> None:
+    row = {
+        "case": "net", "median_s": {"plain": 2e-3, "planned": 1e-3},
+        "speedup": {"ratio": 2.0, "low": 1.9, "high": 2.1},
+        "page_faults": {"plain": 500.0, "planned": 7.0}, "arena_bytes": 3_000_000,
+    }  # fmt: skip
+    slower = row | {"speedup": {"ratio": 0.9, "low": 0.8, "high": 1.0}, "disturbed": ["load"]}
+    *_, first, second = memory.memory_table({"default": [row], "kept": [slower]}).splitlines()
+    assert first == "| net | default | 2.0 | 1.0 | 2.00 | 1.90 to 2.10 | 500 | 7 | 3.0 |"
+    assert "| kept |" in second
+    assert "**0.90** disturbed" in second
