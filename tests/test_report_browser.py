@@ -13,6 +13,7 @@ import pytest
 from browsing import PHONE, browser, in_a_window_of, probed
 
 from benchmarks.report import write_report
+from benchmarks.report.shares import missed_lines, share_lines
 
 COMMITTED = Path(__file__).parents[1] / "benchmarks" / "results"
 _PROBE = """
@@ -87,20 +88,23 @@ def seen(page: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]
     return look(page, tmp_path_factory.mktemp("browser"), "--window-size=1200,900")
 
 
+def rows_of_tables() -> int:
+    """Counts each measurement, each file, and what is said of a file's saved work."""
+    found = [json.loads(file.read_text()) for file in COMMITTED.glob("*.json")]
+    of_shares = [lines for data in found for lines in (share_lines(data)[1], missed_lines(data)[1])]
+    return sum(len(data["rows"]) + 1 for data in found) + sum(map(len, of_shares))
+
+
 def test_the_page_needs_nothing_from_outside(page: Path) -> None:
     text = page.read_text()
     assert not re.findall(r"<(?:link|iframe|object|embed|script [^>]*src|img)[ >]", text)
     assert not re.findall(r"url\((?!#)|@import", text)
     assert "default-src 'none'" in text
-    rows = sum(len(json.loads(file.read_text())["rows"]) for file in COMMITTED.glob("*.json"))
-    files = len(list(COMMITTED.glob("*.json")))
-    assert len(re.findall(r"<tr[^>]*><th scope=\"row\"", text)) == rows + files
+    assert len(re.findall(r"<tr[^>]*><th scope=\"row\"", text)) == rows_of_tables()
 
 
 def test_tables_and_pictures_are_there_with_a_size(page: Path, seen: dict[str, Any]) -> None:
-    data = [json.loads(file.read_text()) for file in COMMITTED.glob("*.json")]
-    rows = sum(len(one["rows"]) for one in data) + len(data)
-    assert sum(table["rows"] for table in seen["tables"]) == rows
+    assert sum(table["rows"] for table in seen["tables"]) == rows_of_tables()
     assert all(table["height"] > 30 for table in seen["tables"])
     pictures = list(page.parent.glob("*.png"))
     assert len(seen["figures"]) == len(pictures) >= 3
@@ -144,7 +148,7 @@ def test_a_heading_sorts_its_column(seen: dict[str, Any]) -> None:
 def test_it_opens_without_a_network_or_an_error(seen: dict[str, Any]) -> None:
     assert seen["loaded"] == []
     assert seen["errors"] == []
-    assert len(seen["headings"]) == 6
+    assert len(seen["headings"]) == 7
 
 
 def test_nothing_on_it_is_cut_on_a_phone(page: Path, tmp_path: Path) -> None:
