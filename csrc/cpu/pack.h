@@ -235,13 +235,16 @@ static void pack_from_planes(const Problem& p, Images<S> x, const Channels& from
       };
       for (int q = 0; q < ya.pieces; ++q) {
         const Part& yp = down[q];
-        const int64_t s_row = ya.piece[q].istride * p.x.sh;
         const int lo = xp.hi > xp.lo ? yp.lo : yp.len, hi = most(lo, yp.hi);
+        // The stride of an only row has no meaning.
+        const int64_t s_row = hi - lo > 1 ? ya.piece[q].istride * p.x.sh : 0;
         A* d = band + u * g.piece + ya.piece[q].e0 * g.row;
         zero_fill(d, lo * g.row);
         d += lo * g.row;
-        const int64_t at = from.live[block] * p.x.sc + yp.first * p.x.sh + lo * s_row +
-                           int64_t(xp.first + xp.lo * xa.piece[u].istride) * p.x.sw;
+        const int64_t at = hi == lo ? 0
+                                    : from.live[block] * p.x.sc +
+                                          int64_t(yp.first + lo * ya.piece[q].istride) * p.x.sh +
+                                          int64_t(xp.first + xp.lo * xa.piece[u].istride) * p.x.sw;
         if (g.images == 1) {
           if (hi > lo) put(image_of(x, n0, p.x.sn) + at, s_row, hi - lo, d);
         } else {
@@ -273,8 +276,9 @@ static void pack_from_pixels(const Problem& p, Images<S> x, const Channels& from
       A* d = band + u * g.piece + ya.piece[q].e0 * g.row;
       for (int i = 0; i < yp.len; ++i) {
         const bool blank = i < yp.lo || i >= yp.hi || xp.hi <= xp.lo;
-        const int64_t at = int64_t(yp.first + i * ya.piece[q].istride) * p.x.sh +
-                           int64_t(xp.first + xp.lo * xa.piece[u].istride) * p.x.sw;
+        const int64_t at = blank ? 0
+                                 : int64_t(yp.first + i * ya.piece[q].istride) * p.x.sh +
+                                       int64_t(xp.first + xp.lo * xa.piece[u].istride) * p.x.sw;
         for (int m = 0; m < g.images; ++m, d += g.pitch) {
           if (blank || m >= images) {
             for (int c = 0; c < from.n; ++c) zero_fill(d + c * g.plane, g.pitch);

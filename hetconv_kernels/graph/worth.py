@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..backends import choose, predict
-from ..backends.cpu_plans import chosen_plan, plan_seconds
 from ..backends.dense_cost import outside_program, plain_seconds
 from ..backends.vendor import Vendor
 from ..nn import FrequencyConv2d, SupportConv2d, SupportLinear
@@ -126,11 +125,11 @@ def _reason(layer: SparseLayer, x: Tensor, program: bool) -> str | None:
         there, back = layer.predicted(x, frozen=True)
         ours, name = min((there, "way of the frequencies"), (back, "the dense kernels"))
     else:
-        engine = choose(problem, 0).backend
+        engine: Any = choose(problem, 0).backend
         ours, name = predict(engine, problem), engine.name
     plain = plain_seconds(problem)
     if program and name == "cpu":
-        ours = plan_seconds(problem, chosen_plan(problem), around=False)
+        ours = engine.estimate_in_program(problem)
         plain = outside_program(problem, plain)
     if ours < plain:
         return None

@@ -104,7 +104,7 @@ class Made {
 
   // What the float layer gives of a batch, or of its images one by one; the operands lie anyhow.
   std::vector<char> layer(const std::vector<std::vector<char>>& inputs, bool one_by_one) {
-    std::vector<char> y(size_t(result_));
+    std::vector<char> y(static_cast<size_t>(result_));
     char* bases[] = {nullptr, const_cast<char*>(inputs[0].data()),
                      residual_ ? const_cast<char*>(inputs[1].data()) : nullptr, y.data()};
     const int64_t strides[] = {0, int64_t(inputs[0].size()) / images_,
