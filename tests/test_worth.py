@@ -138,7 +138,7 @@ def test_in_a_program_the_engine_takes_no_python_and_a_plain_layer_is_a_call(
 
     plant(monkeypatch, ours=3.0, plain=2.0)
     monkeypatch.setattr(worth, "choose", lambda *_: SimpleNamespace(backend=get_backend(engine)))
-    monkeypatch.setattr(worth, "plan_seconds", seconds)
+    monkeypatch.setattr("hetconv_kernels.backends.cpu.plan_seconds", seconds)
     monkeypatch.setattr(worth, "outside_program", lambda problem, plain: plain + 0.2)
     x, stays = torch.randn(2, C), engine == "cpu"
     for program in (True, False):
