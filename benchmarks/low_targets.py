@@ -24,6 +24,7 @@ from hetconv_kernels.measure.roofline import Roofs
 
 FILE = Path(__file__).with_name("int8_counts.json")
 ISA = "avx512vnni"
+NONE = "None is committed yet."  # what a page says in the place of a table
 # Of the processor, as Linux names them: with them the engine sorts channels and results at once.
 NEEDED = ("avx512_vnni", "avx512vbmi", "avx512_vbmi2")
 
@@ -130,22 +131,14 @@ def programs(machine: str = "") -> str:
                 continue
             case = row["case"]
             times = [row[key] for key in ("median_s", "floor_s", "counted_s")]
-            rival = _composition(case["name"], machine)
-            ratios = [] if rival is None else [rival / times[0], rival / times[2]]
+            beside = summary.network(case["name"], machine)
+            rival = beside and beside.get("composition")
+            ratios = [rival["median_s"] / times[i] for i in (0, 2)] if rival else []
             cells = [f"{1e3 * each:.1f}" for each in times] + [f"{each:.2f}" for each in ratios]
             lines.append(
                 (f"{case['name']}, {summary.images(case)}", *cells, *[""] * (5 - len(cells)))
             )
-    return tables.markdown_table(header, lines) if lines else "None is committed yet."
-
-
-def _composition(name: str, machine: str) -> float | None:
-    """Returns the seconds of the fastest composition of a network on a machine, where committed."""
-    for data in summary.all_results(machine).values():
-        for row in data["rows"]:
-            if row["kind"] == "model" and row["case"]["name"] == name and row.get("composition"):
-                return float(row["composition"]["median_s"])
-    return None
+    return tables.markdown_table(header, lines) if lines else NONE
 
 
 def main() -> None:

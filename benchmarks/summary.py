@@ -271,9 +271,9 @@ def images(case: Json) -> str:
     return f"{number} of {size}{threads}"
 
 
-def network(name: str) -> Json | None:
+def network(name: str, machine: str = "") -> Json | None:
     """Finds the row of a whole network by the name of its case; None where none is committed."""
-    for data in all_results().values():
+    for data in all_results(machine).values():
         for row in data["rows"]:
             if row["kind"] == "model" and row["case"]["name"] == name:
                 return dict(row)

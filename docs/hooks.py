@@ -80,7 +80,11 @@ def measured(name: str, folder: str | Path = ROOT / "benchmarks") -> str:
     return f"{lay_out[name](data['rows'])}\n\n*{summary.provenance(data)}.*"
 
 
-_NONE = "None is committed yet."
+_NONE = low_targets.NONE
+
+
+def _of_networks(data: Any) -> bool:
+    return any(row["kind"] in ("model", "training", "program") for row in data["rows"])
 
 
 def other_results() -> str:
@@ -90,8 +94,7 @@ def other_results() -> str:
     lines = [
         f"- `{name}.json`, {len(data['rows'])} rows: {summary.provenance(data)}."
         for name, data in summary.all_results().items()
-        if name not in shown
-        and not any(row["kind"] in ("model", "training", "program") for row in data["rows"])
+        if name not in shown and not _of_networks(data)
     ]
     return "\n".join(lines) or "There are no others."
 
@@ -101,7 +104,7 @@ def network_files() -> str:
     return "\n".join(
         f"- `{name}.json`: {summary.provenance(data)}."
         for name, data in summary.all_results().items()
-        if any(row["kind"] in ("model", "training", "program") for row in data["rows"])
+        if _of_networks(data)
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import fresh
 import pytest
 import torch
-from planning import (  # noqa: F401
+from planning import (  # noqa: F401 (fixtures are asked for by name)
     arenas,
     engine,
     large,

@@ -214,26 +214,24 @@ template <class S, class A> struct PixelBands {
     double best = -1;
     int best_r = step, best_c = cols;
     bool best_copies = false;
+    const auto take = [&](double cost, int r, int c, bool copies) {
+      if (best >= 0 && cost >= best) return;
+      best = cost;
+      best_r = r;
+      best_c = c;
+      best_copies = copies;
+    };
     for (int s = strips; s == strips || (narrow && p.Wo / s >= 64); ++s) {
       const int c = least(widest, even(ceil_div(p.Wo, s)));
       for (int r = step; r <= p.Ho; r += step) {
         const double each = lay_out(r, c, 1, false);
         if (r > step && (band_bytes() > kPlanarBandBytes || r * g.pitch > 2048)) break;
-        if (best < 0 || each < best) {
-          best = each;
-          best_r = r;
-          best_c = c;
-          best_copies = false;
-        }
+        take(each, r, c, false);
         // Whether each horizontal tap has its own copy: then there is no gap between rows. Not of
         // several bands for a thread, which would read the weights again.
         if (!small || L.KW == 1 || units() > p.threads) continue;
         const double copied = lay_out(r, c, 1, true);
-        if (band_bytes() > kPlanarBandBytes || copied >= best) continue;
-        best = copied;
-        best_r = r;
-        best_c = c;
-        best_copies = true;
+        if (band_bytes() <= kPlanarBandBytes) take(copied, r, c, true);
       }
     }
     const int bands = ceil_div(p.Ho, best_r);
